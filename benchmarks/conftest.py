@@ -1,0 +1,56 @@
+"""What every benchmark shares: the machine in each result, and rounds in which the compared variants alternate."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from bt_fast.device import synchronize
+from bt_fast.lab.report import machine
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def interleaved(benchmark: Any, device: torch.device) -> Callable[..., dict[str, list[float]]]:
+    """Time variants in alternation: one benchmark round runs each of them once, in rotating order.
+
+    Returns each variant's seconds by round, so that ratios can be taken pair by pair.
+    """
+
+    def run(
+        variants: dict[str, Callable[[], object]], prepare: Callable[[], object], rounds: int
+    ) -> dict[str, list[float]]:
+        names = list(variants)
+        seconds: dict[str, list[float]] = {name: [] for name in names}
+
+        def one_round() -> None:
+            turn = len(seconds[names[0]]) % len(names)
+            for name in names[turn:] + names[:turn]:
+                prepare()
+                synchronize(device)
+                start = time.perf_counter()
+                variants[name]()
+                synchronize(device)
+                seconds[name].append(time.perf_counter() - start)
+
+        gc.collect()
+        benchmark.pedantic(one_round, rounds=rounds, iterations=1, warmup_rounds=2)
+        benchmark.extra_info.update(machine(device))
+        return {name: times[-rounds:] for name, times in seconds.items()}
+
+    return run
+
+
+def median_ratio(slower: list[float], faster: list[float]) -> float:
+    """The median of the pairwise ratios."""
+    return statistics.median(a / b for a, b in zip(slower, faster, strict=True))

@@ -1,0 +1,26 @@
+"""BulletTrain: robust training that spends its attack steps on the samples near the decision boundary.
+
+Algorithm and names follow "BulletTrain: Accelerating Robust Neural Network Training via Boundary Example Mining"
+(Hua et al., NeurIPS 2021).
+"""
+
+from bt_fast.attack.generate import generate
+from bt_fast.attack.schedule import Schedule
+from bt_fast.attack.threat import ThreatModel
+from bt_fast.mining import Assignment, BulletTrain
+from bt_fast.objectives.trades import trades_loss
+from bt_fast.speedup import Fractions, theoretical_speedup, theoretical_speedup_augmix
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Assignment",
+    "BulletTrain",
+    "Fractions",
+    "Schedule",
+    "ThreatModel",
+    "generate",
+    "theoretical_speedup",
+    "theoretical_speedup_augmix",
+    "trades_loss",
+]

@@ -1,0 +1,58 @@
+"""The model as the attack sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+@contextmanager
+def modes_restored(model: nn.Module) -> Iterator[None]:
+    """Give every submodule its own train or eval mode back at the end, whatever happened in between."""
+    found = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in found:
+            module.training = training
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """The whole model in eval mode: batch-norm statistics are frozen, and no sample sees its neighbours."""
+    with modes_restored(model):
+        model.eval()
+        yield
+
+
+def logits_of(model: nn.Module, x: Tensor) -> Tensor:
+    """`model(x)`, checked.
+
+    Args:
+        x: [n, ...].
+
+    Returns:
+        [n, K] floating point.
+
+    Raises:
+        TypeError: the model does not return a floating-point tensor.
+        ValueError: it does not return one row of at least two logits for each sample.
+    """
+    logits = model(x)
+    if not isinstance(logits, Tensor) or not logits.is_floating_point():
+        kind = logits.dtype if isinstance(logits, Tensor) else type(logits).__name__
+        raise TypeError(f"model must return a floating-point tensor of logits, got {kind}")
+    if logits.dim() != 2 or len(logits) != len(x) or logits.shape[1] < 2:
+        raise ValueError(
+            f"model must return logits of shape [{len(x)}, K] with K >= 2 classes, got {list(logits.shape)}"
+        )
+    return logits
+
+
+def clean_logits(model: nn.Module, x: Tensor) -> Tensor:
+    """The logits of clean samples for the attack, without gradient: computed once, not in every step."""
+    with torch.no_grad():
+        return logits_of(model, x)

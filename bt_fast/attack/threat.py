@@ -1,0 +1,35 @@
+"""What a perturbation may be."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+NORMS = ("l_inf", "l_2")
+
+
+@dataclass(frozen=True)
+class ThreatModel:
+    """All x' with `‖x' - x‖ ≤ epsilon` and every pixel in [lower, upper].
+
+    Attributes:
+        epsilon: ε > 0, in pixel units.
+        norm: "l_inf" or "l_2" (over all pixels of one sample).
+        lower: the least pixel value, upper: the greatest.
+
+    Raises:
+        ValueError: a value is out of range or the norm is not known.
+    """
+
+    epsilon: float
+    norm: str = "l_inf"
+    lower: float = 0.0
+    upper: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (self.epsilon > 0 and math.isfinite(self.epsilon)):
+            raise ValueError(f"epsilon must be a finite number greater than 0, got {self.epsilon}")
+        if self.norm not in NORMS:
+            raise ValueError(f"distance must be one of {', '.join(map(repr, NORMS))}, got {self.norm!r}")
+        if not self.lower < self.upper:
+            raise ValueError(f"lower must be less than upper, got {self.lower} and {self.upper}")

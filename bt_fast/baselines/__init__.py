@@ -1,0 +1,1 @@
+"""What BulletTrain is compared with."""

@@ -1,0 +1,38 @@
+"""The one place where the host waits for the device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class HostRead:
+    """A small tensor on its way from the device to the host.
+
+    The copy is enqueued at construction and does not block; `wait` blocks until this copy, and nothing that was
+    enqueued after it, has finished. On the CPU there is nothing to wait for.
+
+    Args:
+        values: int64 [n], on any device.
+    """
+
+    def __init__(self, values: Tensor) -> None:
+        self._arrived: torch.cuda.Event | None = None
+        self._values = values
+        if values.is_cuda:
+            self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self._values.copy_(values, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record(torch.cuda.current_stream(values.device))
+
+    def wait(self) -> list[int]:
+        """The values, as Python integers."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return [int(v) for v in self._values.tolist()]
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for all of the device's work: for clocks, never in a training step."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,115 @@
+"""Robust accuracy by projected gradient descent with restarts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bt_fast.attack.frozen import clean_logits, eval_mode
+from bt_fast.attack.generate import generate
+from bt_fast.attack.schedule import Schedule
+from bt_fast.attack.threat import ThreatModel
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Counts over `total` samples: classified correctly clean, and under every attack tried."""
+
+    clean_correct: int
+    robust_correct: int
+    total: int
+
+    @property
+    def clean(self) -> float:
+        """Clean accuracy in [0, 1]."""
+        return self.clean_correct / self.total
+
+    @property
+    def robust(self) -> float:
+        """Robust accuracy in [0, 1]."""
+        return self.robust_correct / self.total
+
+
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    threat: ThreatModel,
+    *,
+    steps: int = 20,
+    step_size: float | None = None,
+    restarts: int = 1,
+    generator: torch.Generator | None = None,
+) -> Accuracy:
+    """Clean accuracy, and accuracy under PGD-`steps` on the cross-entropy from `restarts` random starts.
+
+    A sample counts as robust if it is classified correctly clean and after every attack. Samples that fell are not
+    attacked again. The model runs in eval mode and keeps its modes and gradients.
+
+    Args:
+        model: maps [n, ...] to logits [n, K].
+        batches: pairs of images [n, ...], floating point in the threat model's bounds, and labels [n], integers.
+        threat: what a perturbation may be.
+        steps: ≥ 1. step_size: > 0, in pixel units; `2ε/steps` if not given.
+        restarts: ≥ 1.
+        generator: on the images' device, for the random starts (uniform in the ball).
+
+    Raises:
+        ValueError: an argument is out of range, or there are no samples.
+    """
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    if restarts < 1:
+        raise ValueError(f"restarts must be at least 1, got {restarts}")
+    size = 2.0 * threat.epsilon / steps if step_size is None else step_size
+    if not size > 0:
+        raise ValueError(f"step_size must be greater than 0, got {size}")
+    clean = robust = total = 0
+    for x, y in batches:
+        with eval_mode(model):
+            correct = clean_logits(model, x).argmax(dim=1) == y
+            standing = correct.nonzero().flatten()
+            for _ in range(restarts):
+                standing = standing[_withstand(model, x[standing], y[standing], threat, steps, size, generator)]
+        clean += int(correct.sum())
+        robust += len(standing)
+        total += len(y)
+    if total == 0:
+        raise ValueError("batches must hold at least 1 sample, got none")
+    return Accuracy(clean, robust, total)
+
+
+def _withstand(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    threat: ThreatModel,
+    steps: int,
+    step_size: float,
+    generator: torch.Generator | None,
+) -> Tensor:
+    """Bool [n]: still classified as `y` after one attack."""
+    if len(x) == 0:
+        return torch.empty(0, dtype=torch.bool, device=x.device)
+    classes = clean_logits(model, x[:1]).shape[1]
+    target = F.one_hot(y.long(), classes).to(x.dtype)
+    schedule = Schedule.uniform(len(x), steps, step_size, x.device)
+    x_adv = generate(model, x, uniform_start(x, threat, generator), target, schedule, threat, generator=generator)
+    return clean_logits(model, x_adv).argmax(dim=1) == y
+
+
+def uniform_start(x: Tensor, threat: ThreatModel, generator: torch.Generator | None = None) -> Tensor:
+    """`x` [n, ...] moved to a point drawn uniformly from its ε-ball, then clamped to the pixel bounds."""
+    if threat.norm == "l_inf":
+        noise = torch.rand(x.shape, dtype=x.dtype, device=x.device, generator=generator)
+        delta = (2.0 * noise - 1.0) * threat.epsilon
+    else:
+        direction = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
+        norm = direction.flatten(1).norm(dim=1)
+        radius = torch.rand(len(x), dtype=x.dtype, device=x.device, generator=generator)
+        radius = threat.epsilon * radius ** (1.0 / x[0].numel())
+        delta = direction * (radius / norm).view(-1, *[1] * (x.dim() - 1))
+    return (x + delta).clamp(threat.lower, threat.upper)

@@ -1,0 +1,72 @@
+"""Bad values that only the device can see: counted there, raised on the host with the read that happens anyway."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bt_fast.device import HostRead
+
+
+@dataclass(frozen=True, eq=False)
+class Fault:
+    """How often something is wrong (int64, 0-dim, on the device) and the sentence that says what."""
+
+    count: Tensor
+    message: str
+
+
+def pixels_outside(x: Tensor, lower: float, upper: float, name: str) -> Fault:
+    """1 where `x` (any shape, floating point) has a value outside [lower, upper], or NaN; else 0."""
+    least, greatest = torch.aminmax(x.detach())
+    inside = (least >= lower) & (greatest <= upper)  # False for NaN, which aminmax passes on
+    return Fault((~inside).long(), f"{name} must lie in [{lower:g}, {upper:g}], but has pixels outside it or NaN")
+
+
+def labels_outside(labels: Tensor, classes: int, name: str) -> Fault:
+    """The number of `labels` (integers [m]) outside 0..classes-1."""
+    outside = (labels < 0) | (labels >= classes)
+    return Fault(outside.sum(), f"{name} must lie in 0..{classes - 1}, but {{count}} of {len(labels)} do not")
+
+
+def rows_without_number(values: Tensor, name: str) -> Fault:
+    """The number of NaN among `values` [m], one for each row of what `name` names."""
+    return Fault(
+        torch.isnan(values).sum(),
+        f"{name} must be finite, but {{count}} of {len(values)} rows hold NaN or +Inf",
+    )
+
+
+def any_of(faults: Sequence[Fault], device: torch.device) -> Tensor:
+    """Bool, 0-dim, on the device: whether any fault occurred. State changes are made conditional on it."""
+    if not faults:
+        return torch.zeros((), dtype=torch.bool, device=device)
+    return torch.stack([fault.count for fault in faults]).any()
+
+
+class CheckedRead:
+    """One read of `values` (int64 [n]) and of the faults' counts.
+
+    `wait` returns the values, or raises ValueError with the first fault's message.
+    """
+
+    def __init__(self, values: Tensor, faults: Sequence[Fault]) -> None:
+        self._messages = [fault.message for fault in faults]
+        counts = [fault.count.reshape(1).long() for fault in faults]
+        self._read = HostRead(torch.cat([values, *counts]))
+
+    def wait(self) -> list[int]:
+        """The values as Python integers.
+
+        Raises:
+            ValueError: a fault was counted.
+        """
+        numbers = self._read.wait()
+        split = len(numbers) - len(self._messages)
+        for count, message in zip(numbers[split:], self._messages, strict=True):
+            if count:
+                raise ValueError(message.format(count=count))
+        return numbers[:split]

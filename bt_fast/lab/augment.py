@@ -1,0 +1,32 @@
+"""The augmentation of CIFAR training: random crops and flips, for a whole minibatch at once."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+PADDING = 4
+
+
+def crop_and_flip(x: Tensor, *, seed: int, iteration: int) -> Tensor:
+    """Each image cropped at random from its zero-padded self and mirrored with probability 1/2.
+
+    What is drawn depends on `seed` and `iteration` alone, so a resumed run repeats it.
+
+    Args:
+        x: [m, C, H, W] on any device.
+
+    Returns:
+        [m, C, H, W].
+    """
+    m, _, height, width = x.shape
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + iteration)
+    top, left = torch.randint(2 * PADDING + 1, (2, m, 1), generator=generator).to(x.device)
+    flip = (torch.rand(m, 1, generator=generator) < 0.5).to(x.device)
+    rows = top + torch.arange(height, device=x.device)
+    columns = torch.arange(width, device=x.device).expand(m, -1)
+    columns = left + torch.where(flip, columns.flip(1), columns)
+    padded = F.pad(x, [PADDING] * 4)
+    samples = torch.arange(m, device=x.device)[:, None, None]
+    return padded.permute(0, 2, 3, 1)[samples, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()

@@ -1,0 +1,44 @@
+"""Checkpoints: tensors, numbers and one JSON string, read without running anything that they contain."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bt_fast.lab.config import RunConfig
+from bt_fast.lab.files import replacing
+
+FORMAT = 1
+
+
+def save_checkpoint(path: Path, config: RunConfig, state: dict[str, Any]) -> None:
+    """Write `state` (tensors and plain values) and its configuration, replacing the file as a whole."""
+    with replacing(path) as file:
+        torch.save({"bt_fast": FORMAT, "config": config.to_json(), "state": state}, file)
+
+
+def load_checkpoint(path: Path) -> tuple[RunConfig, dict[str, Any]]:
+    """The configuration and state that `save_checkpoint` wrote; tensors on the CPU.
+
+    Raises:
+        ValueError: there is no such file, or it is not a readable checkpoint of this version.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: no such checkpoint file")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises a dozen kinds on a damaged file
+        raise ValueError(f"{path}: not a readable checkpoint ({_first_line(error)})") from error
+    if not isinstance(content, dict) or content.get("bt_fast") != FORMAT:
+        found = content.get("bt_fast", "none") if isinstance(content, dict) else type(content).__name__
+        raise ValueError(f"{path}: not a checkpoint of this package: found format {found}, expected {FORMAT}")
+    try:
+        return RunConfig.from_json(content["config"]), content["state"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]

@@ -1,0 +1,326 @@
+"""The `bt-fast` command: compare, train, evaluate."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from bt_fast.attack.threat import ThreatModel
+from bt_fast.evaluation import evaluate as evaluate_model
+from bt_fast.lab import report
+from bt_fast.lab.checkpoint import load_checkpoint
+from bt_fast.lab.config import METHODS, PRESETS, RunConfig
+from bt_fast.lab.data import ImageDataset, load_dataset
+from bt_fast.lab.models import build_model, load_published
+from bt_fast.lab.training import Run, evaluation_batches, median_speedup
+
+console = Console()
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+
+
+class OneLineError(click.ClickException):
+    """A user's mistake: one line on standard error, exit code 2."""
+
+    exit_code = 2
+
+    def show(self, file: Any = None) -> None:
+        """Print it."""
+        click.echo(f"bt-fast: {self.format_message()}", err=True)
+
+
+def _one_line_errors(command: _Command) -> _Command:
+    @functools.wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return command(*args, **kwargs)
+        except (ValueError, TypeError, OSError) as error:
+            raise OneLineError(" ".join(str(error).split())) from error
+
+    return wrapped  # type: ignore[return-value]
+
+
+_COUNT = click.IntRange(min=0)
+_AT_LEAST_ONE = click.IntRange(min=1)
+_POSITIVE = click.FloatRange(min=0, min_open=True)
+
+_RUN_OPTIONS = [
+    click.option("--data", metavar="digits|mnist|cifar10|PATH", help="Data set; PATH is an .npz or a folder. [digits]"),
+    click.option("--train-size", type=_AT_LEAST_ONE, help="Use the first N training images. [all]"),
+    click.option("--test-size", type=_AT_LEAST_ONE, help="Use the first N test images. [all]"),
+    click.option("--model", metavar="NAME", help="small-cnn, preactresnet-18 or wrn-D-K."),
+    click.option("--width", type=_AT_LEAST_ONE, help="Channels of small-cnn's first layer."),
+    click.option("--augment/--no-augment", default=None, help="Random crops and flips."),
+    click.option("--loss", type=click.Choice(["trades"]), help="Objective. [trades]"),
+    click.option("--epochs", type=_AT_LEAST_ONE),
+    click.option("--batch-size", type=_AT_LEAST_ONE),
+    click.option("--lr", type=_POSITIVE, help="SGD learning rate."),
+    click.option("--sgd-momentum", type=click.FloatRange(0, 1, max_open=True)),
+    click.option("--weight-decay", type=click.FloatRange(min=0)),
+    click.option("--decay-epochs", type=int, multiple=True, help="Epochs after which lr falls tenfold (repeatable)."),
+    click.option("--epsilon", type=_POSITIVE, help="Radius of the l_inf ball, in [0, 1] pixel units."),
+    click.option("--step-size", type=_POSITIVE, help="Step size of the attack."),
+    click.option("--steps", type=_AT_LEAST_ONE, help="Attack steps N of TRADES. [10]"),
+    click.option("--beta", type=click.FloatRange(min=0), help="Weight of the robust term."),
+    click.option("--boundary-steps", type=_COUNT, help="N_B of BulletTrain. [--steps]"),
+    click.option("--robust-steps", type=_COUNT, help="N_R of BulletTrain. [2]"),
+    click.option("--outlier-steps", type=_COUNT, help="N_O of BulletTrain. [0]"),
+    click.option("--gamma", type=click.FloatRange(0, 1, min_open=True), help="Scale of F_R. [0.8]"),
+    click.option("--fraction-momentum", type=click.FloatRange(0, 1, max_open=True), help="p of F_R. [0.9]"),
+    click.option("--eval-steps", type=_AT_LEAST_ONE, help="Steps of the final PGD. [20]"),
+    click.option("--eval-restarts", type=_AT_LEAST_ONE, help="Restarts of the final PGD. [1]"),
+    click.option("--curve-size", type=_AT_LEAST_ONE, help="Test images evaluated after each epoch."),
+    click.option("--seed", type=click.IntRange(min=0)),
+]
+_PLACE_OPTIONS = [
+    click.option("--data-dir", type=click.Path(path_type=Path), default=Path("data"), show_default=True),
+    click.option("--device", default=None, help="cpu, cuda or cuda:N. [cuda where there is one]"),
+    click.option("--out", type=click.Path(path_type=Path), help="Run folder. [runs/DATE-TIME]"),
+    click.option("--resume", type=click.Path(path_type=Path), help="Go on with the run in this folder."),
+]
+
+
+def _with_options(options: list[Callable[[Any], Any]]) -> Callable[[Any], Any]:
+    def decorate(command: Any) -> Any:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="bt-fast", prog_name="bt-fast")
+def cli() -> None:
+    """Robust training that spends its attack steps on the samples near the decision boundary."""
+
+
+@cli.command()
+@_with_options([*_RUN_OPTIONS, *_PLACE_OPTIONS])
+@_one_line_errors
+def compare(data_dir: Path, device: str | None, out: Path | None, resume: Path | None, **given: Any) -> None:
+    """Train TRADES, TRADES optimised and TRADES + BulletTrain on the same minibatches and compare them."""
+    _run(METHODS, data_dir, device, out, resume, given)
+
+
+@cli.command()
+@click.option("--method", type=click.Choice(METHODS), help="What to train. [bullet]")
+@_with_options([*_RUN_OPTIONS, *_PLACE_OPTIONS])
+@_one_line_errors
+def train(
+    method: str | None, data_dir: Path, device: str | None, out: Path | None, resume: Path | None, **given: Any
+) -> None:
+    """Train one model."""
+    methods = (method,) if method or resume is None else None
+    _run(methods and (method or "bullet",), data_dir, device, out, resume, given)
+
+
+@cli.command()
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option("--method", type=click.Choice(METHODS), help="Which model of a comparison. [the only one, or all]")
+@click.option("--model", metavar="NAME", help="Network of a published checkpoint: small-cnn, wrn-D-K, ...")
+@click.option("--data", metavar="digits|mnist|cifar10|PATH", help="Data set. [the checkpoint's]")
+@click.option("--data-dir", type=click.Path(path_type=Path), default=Path("data"), show_default=True)
+@click.option("--test-size", type=_AT_LEAST_ONE, help="Use the first N test images. [the checkpoint's]")
+@click.option("--epsilon", type=_POSITIVE, help="[the checkpoint's]")
+@click.option("--distance", type=click.Choice(["l_inf", "l_2"]), default="l_inf", show_default=True)
+@click.option("--steps", type=_AT_LEAST_ONE, default=20, show_default=True)
+@click.option("--step-size", type=_POSITIVE, help="[2 epsilon / steps]")
+@click.option("--restarts", type=_AT_LEAST_ONE, default=1, show_default=True)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--device", default=None)
+@_one_line_errors
+def evaluate(
+    checkpoint: Path,
+    method: str | None,
+    model: str | None,
+    data: str | None,
+    data_dir: Path,
+    test_size: int | None,
+    epsilon: float | None,
+    distance: str,
+    steps: int,
+    step_size: float | None,
+    restarts: int,
+    seed: int,
+    device: str | None,
+) -> None:
+    """Clean and PGD accuracy of CHECKPOINT: a run's checkpoint.pt, or a state_dict such as TRADES publishes."""
+    where = _device(device)
+    if model is None:
+        config, state = load_checkpoint(checkpoint)
+        stored: dict[str, Any] = state["contestants"]
+        if method is not None and method not in stored:
+            raise ValueError(f"--method {method}: {checkpoint} holds {', '.join(stored)}")
+        config = dataclasses.replace(
+            config,
+            data=data or config.data,
+            test_size=test_size or config.test_size,
+            epsilon=epsilon or config.epsilon,
+        )
+        dataset = _load(config, data_dir)
+        networks = {}
+        for name in [method] if method else list(stored):
+            networks[name] = _build(config.model, config.width, dataset)
+            networks[name].load_state_dict(stored[name]["model"])
+        radius = config.epsilon
+    else:
+        preset = _preset(data or "digits", None)
+        dataset = load_dataset(data or "digits", data_dir).take(None, test_size)
+        networks = {model: _build(model, None, dataset)}
+        load_published(networks[model], checkpoint)
+        radius = epsilon or preset.epsilon
+    threat = ThreatModel(radius, distance)
+    for name, network in networks.items():
+        batches = list(evaluation_batches(dataset.x_test, dataset.y_test, where))
+        with _progress() as progress:
+            accuracy = evaluate_model(
+                network.to(where),
+                progress.track(batches, description=name),
+                threat,
+                steps=steps,
+                step_size=step_size,
+                restarts=restarts,
+                generator=torch.Generator(where).manual_seed(seed),
+            )
+        console.print(
+            f"{name}: clean {100 * accuracy.clean:.2f} %, robust {100 * accuracy.robust:.2f} % "
+            f"(PGD-{steps} x {restarts}, {distance}, eps = {radius:g}, {accuracy.total} images)"
+        )
+
+
+def _run(
+    methods: tuple[str, ...] | None,
+    data_dir: Path,
+    device: str | None,
+    out: Path | None,
+    resume: Path | None,
+    given: dict[str, Any],
+) -> None:
+    where = _device(device)
+    asked = {name: value for name, value in given.items() if value not in (None, ())}
+    if methods is not None:
+        asked["methods"] = methods
+    if resume is not None:
+        if out is not None:
+            raise ValueError("--out: a resumed run stays in its folder; leave --out or --resume away")
+        stored, _ = load_checkpoint(resume / "checkpoint.pt")
+        config = dataclasses.replace(stored, **asked)
+        dataset = _load(config, data_dir)
+    else:
+        config, dataset = _configure(asked, data_dir)
+    folder = resume or out or Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")
+    run = Run(folder, config, dataset, where, resume=resume is not None)
+    console.print(
+        f"[bold]{config.data}[/]: {len(dataset.x_train)} training, {len(dataset.x_test)} test images; {folder}"
+    )
+    _train(run)
+    with _progress() as progress:
+        task = progress.add_task("final evaluation", total=len(config.methods))
+        summary = report.summarise(run, lambda _: progress.advance(task))
+    paths = report.plot(run)
+    console.print(report.table(summary))
+    console.print("wrote", ", ".join(str(p) for p in [folder / "summary.json", folder / "metrics.jsonl", *paths]))
+
+
+def _train(run: Run) -> None:
+    with _progress() as progress, _stop_signals() as stop:
+        task = progress.add_task("training", total=run.iterations, completed=run.iteration)
+        for at in run.train():
+            progress.update(task, completed=at.iteration, description=_ratios(run))
+            if at.epoch_ended:
+                progress.console.print(_epoch_line(run))
+            if stop:
+                run.save()
+                progress.stop()
+                console.print(f"stopped and saved: go on with --resume {run.folder}")
+                sys.exit(128 + stop[0])
+
+
+def _epoch_line(run: Run) -> str:
+    latest = run.records()[-len(run.contestants) :]
+    parts = [
+        f"{r['method']} {100 * r['clean']:.1f} / {100 * r['robust']:.1f} % in {r['seconds']:.0f} s" for r in latest
+    ]
+    return f"epoch {latest[0]['epoch']}, clean / robust: " + ", ".join(parts)
+
+
+def _ratios(run: Run) -> str:
+    first, *others = run.contestants
+    ratios = [f"{c.method} {median_speedup(first.seconds, c.seconds):.2f}x" for c in others]
+    return ", ".join(ratios) or "training"
+
+
+@contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """A list that receives the number of an interrupt or termination signal instead of dying of it."""
+    received: list[int] = []
+    watched = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, lambda n, _: received.append(n)) for number in watched]
+    try:
+        yield received
+    finally:
+        for number, handler in zip(watched, before, strict=True):
+            signal.signal(number, handler)
+
+
+def _configure(asked: dict[str, Any], data_dir: Path) -> tuple[RunConfig, ImageDataset]:
+    source = asked.get("data", "digits")
+    dataset = load_dataset(source, data_dir)
+    preset = dataclasses.replace(_preset(source, dataset), data=source)
+    if "model" in asked and asked["model"] != "small-cnn":
+        preset = dataclasses.replace(preset, width=None)
+    if "steps" in asked:
+        asked.setdefault("boundary_steps", asked["steps"])
+    config = dataclasses.replace(preset, **asked)
+    dataset = dataset.take(config.train_size, config.test_size)
+    return dataclasses.replace(config, curve_size=min(config.curve_size, len(dataset.x_test))), dataset
+
+
+def _preset(source: str, dataset: ImageDataset | None) -> RunConfig:
+    if source in PRESETS:
+        return PRESETS[source]
+    grey = dataset is None or dataset.x_train.shape[1] == 1
+    return PRESETS["mnist" if grey else "cifar10"]
+
+
+def _load(config: RunConfig, data_dir: Path) -> ImageDataset:
+    return load_dataset(config.data, data_dir).take(config.train_size, config.test_size)
+
+
+def _build(model: str, width: int | None, dataset: ImageDataset) -> torch.nn.Module:
+    _, channels, size, _ = dataset.x_test.shape
+    return build_model(model, in_channels=channels, image_size=size, num_classes=dataset.classes, width=width)
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+    )

@@ -1,0 +1,132 @@
+"""One training run's configuration: plain data that is stored with everything the run writes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+
+METHODS = ("reference", "optimised", "bullet")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What a run trains and how. Step sizes, ε and pixels are in [0, 1] units.
+
+    Attributes:
+        methods: which of "reference" (TRADES as its authors wrote it), "optimised" (same result, fewer passes) and
+            "bullet" (TRADES with BulletTrain) are trained, in lockstep on the same minibatches.
+        data: as `load_dataset`'s source. train_size, test_size: how many images of it; None is all.
+        model: as `build_model`'s name. width: of small-cnn.
+        augment: random crops with 4 pixels of padding, and horizontal flips.
+        epochs, batch_size, lr, sgd_momentum, weight_decay: SGD. lr falls tenfold after each of `decay_epochs`.
+        epsilon, step_size, steps: the attack. beta: the weight of TRADES' robust term.
+        boundary_steps, robust_steps, outlier_steps, gamma, fraction_momentum: BulletTrain's.
+        eval_steps, eval_restarts: PGD for the final robust accuracy.
+        curve_size: test images for the accuracy after each epoch (PGD-`eval_steps`, one start).
+    """
+
+    methods: tuple[str, ...]
+    data: str
+    train_size: int | None
+    test_size: int | None
+    model: str
+    width: int | None
+    augment: bool
+    loss: str
+    epochs: int
+    batch_size: int
+    lr: float
+    sgd_momentum: float
+    weight_decay: float
+    decay_epochs: tuple[int, ...]
+    epsilon: float
+    step_size: float
+    steps: int
+    beta: float
+    boundary_steps: int
+    robust_steps: int
+    outlier_steps: int
+    gamma: float
+    fraction_momentum: float
+    eval_steps: int
+    eval_restarts: int
+    curve_size: int
+    seed: int
+
+    def to_json(self) -> str:
+        """One line of JSON."""
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> RunConfig:
+        """The configuration that `to_json` wrote.
+
+        Raises:
+            ValueError: it is not one, or of another version.
+        """
+        fields = json.loads(text)
+        names = {field.name for field in dataclasses.fields(cls)}
+        if not isinstance(fields, dict) or set(fields) != names:
+            found = sorted(fields) if isinstance(fields, dict) else type(fields).__name__
+            raise ValueError(f"not a run configuration of this version: found {found}, expected {sorted(names)}")
+        lists = {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
+        return cls(**{**fields, **lists})
+
+    def differences(self, other: RunConfig) -> list[str]:
+        """`name: this value, other value` for every field in which the two differ."""
+        mine, theirs = dataclasses.asdict(self), dataclasses.asdict(other)
+        return [f"{name}: {mine[name]} against {theirs[name]}" for name in mine if mine[name] != theirs[name]]
+
+
+_DIGITS = RunConfig(
+    methods=METHODS,
+    data="digits",
+    train_size=None,
+    test_size=None,
+    model="small-cnn",
+    width=16,
+    augment=False,
+    loss="trades",
+    epochs=4,
+    batch_size=64,
+    lr=0.05,
+    sgd_momentum=0.9,
+    weight_decay=0.0,
+    decay_epochs=(),
+    epsilon=0.1,
+    step_size=0.02,
+    steps=10,
+    beta=6.0,
+    boundary_steps=10,
+    robust_steps=2,
+    outlier_steps=0,
+    gamma=0.8,
+    fraction_momentum=0.9,
+    eval_steps=20,
+    eval_restarts=1,
+    curve_size=250,
+    seed=0,
+)
+
+# The defaults for each data set. "digits" is chosen so that two CPU cores finish a comparison in minutes.
+PRESETS = {
+    "digits": _DIGITS,
+    "mnist": dataclasses.replace(_DIGITS, data="mnist", width=32, epochs=10, batch_size=128, curve_size=500),
+    # the scripts of TRADES, as the paper's Table 2 runs them
+    "cifar10": dataclasses.replace(
+        _DIGITS,
+        data="cifar10",
+        model="wrn-34-10",
+        width=None,
+        augment=True,
+        epochs=76,
+        batch_size=128,
+        lr=0.1,
+        weight_decay=2e-4,
+        decay_epochs=(75,),
+        epsilon=0.031,
+        step_size=0.007,
+        curve_size=500,
+    ),
+}

@@ -1,0 +1,306 @@
+"""The networks of the experiments, under the tensor names of the checkpoints that were published for them."""
+
+import math
+import os
+import re
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class SmallCNN(nn.Module):
+    """Four convolutions and three linear layers: the MNIST network of TRADES.
+
+    It stands for the "four layer convolutional neural network" of the paper's Figures 2 and 3.
+    The last layer starts at zero, so a new network gives zero logits and a zero input gradient.
+
+    Args:
+        in_channels: channels of an image.
+        image_size: height and width of an image, at least 16.
+        num_classes: logits of an image.
+        width: channels of the first two convolutions; the last two have twice as many. 32 as published.
+        dropout: probability of dropping a hidden unit after the first linear layer.
+
+    Raises:
+        ValueError: `image_size` leaves nothing to classify after the convolutions.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 1,
+        image_size: int = 28,
+        num_classes: int = 10,
+        width: int = 32,
+        dropout: float = 0.5,
+    ) -> None:
+        super().__init__()
+        side = ((image_size - 4) // 2 - 4) // 2
+        if side < 1:
+            raise ValueError(f"image_size must be at least 16, got {image_size}")
+        self.feature_extractor = nn.Sequential(
+            OrderedDict[str, nn.Module](
+                conv1=nn.Conv2d(in_channels, width, 3),
+                relu1=nn.ReLU(inplace=True),
+                conv2=nn.Conv2d(width, width, 3),
+                relu2=nn.ReLU(inplace=True),
+                maxpool1=nn.MaxPool2d(2),
+                conv3=nn.Conv2d(width, 2 * width, 3),
+                relu3=nn.ReLU(inplace=True),
+                conv4=nn.Conv2d(2 * width, 2 * width, 3),
+                relu4=nn.ReLU(inplace=True),
+                maxpool2=nn.MaxPool2d(2),
+            )
+        )
+        fc1, fc2, fc3 = nn.Linear(2 * width * side * side, 200), nn.Linear(200, 200), nn.Linear(200, num_classes)
+        self.classifier = nn.Sequential(
+            OrderedDict[str, nn.Module](
+                fc1=fc1,
+                relu1=nn.ReLU(inplace=True),
+                drop=nn.Dropout(dropout),
+                fc2=fc2,
+                relu2=nn.ReLU(inplace=True),
+                fc3=fc3,
+            )
+        )
+        for module in self.feature_extractor.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.zeros_(fc3.weight)
+        nn.init.zeros_(fc3.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits [batch, num_classes] of images [batch, in_channels, image_size, image_size], same dtype."""
+        logits: Tensor = self.classifier(self.feature_extractor(x).flatten(1))
+        return logits
+
+
+class _PreActBlock(nn.Module):
+    """Norm, relu, convolution, twice, plus the input, which a 1x1 convolution reshapes where it has to."""
+
+    def __init__(
+        self,
+        in_planes: int,
+        planes: int,
+        stride: int,
+        projection: Literal["shortcut", "convShortcut"],
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(in_planes)
+        self.conv1 = nn.Conv2d(in_planes, planes, 3, stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.conv2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False)
+        self.dropout = dropout
+        self.projection = projection if stride != 1 or in_planes != planes else None
+        if self.projection:
+            conv = nn.Conv2d(in_planes, planes, 1, stride, bias=False)
+            # pytorch-cifar keeps this convolution in a Sequential, TRADES keeps it bare.
+            self.add_module(projection, nn.Sequential(conv) if projection == "shortcut" else conv)
+
+    def forward(self, x: Tensor) -> Tensor:
+        active = F.relu(self.bn1(x), inplace=True)
+        skip: Tensor = getattr(self, self.projection)(active) if self.projection else x
+        hidden = F.relu(self.bn2(self.conv1(active)), inplace=True)
+        out: Tensor = self.conv2(F.dropout(hidden, self.dropout, self.training))
+        return skip + out
+
+
+def _stage(
+    depth: int,
+    in_planes: int,
+    planes: int,
+    stride: int,
+    projection: Literal["shortcut", "convShortcut"],
+    dropout: float = 0.0,
+) -> nn.Sequential:
+    """`depth` blocks, of which the first changes the shape."""
+    first = _PreActBlock(in_planes, planes, stride, projection, dropout)
+    return nn.Sequential(first, *(_PreActBlock(planes, planes, 1, projection, dropout) for _ in range(depth - 1)))
+
+
+def _pool(x: Tensor) -> Tensor:
+    """Mean over all positions, [batch, channels, height, width] -> [batch, channels]."""
+    # Not adaptive_avg_pool2d: it sums in another order, and published logits would differ in the last bits.
+    return F.avg_pool2d(x, x.shape[-2:]).flatten(1)
+
+
+class PreActResNet18(nn.Module):
+    """Pre-activation ResNet-18 as in pytorch-cifar, without a norm before the pooling.
+
+    The network of the FAST line of work, which the paper's Tables 2 and 4 compare with; no table of the paper
+    uses it itself.
+
+    Args:
+        in_channels: channels of an image.
+        num_classes: logits of an image.
+    """
+
+    def __init__(self, in_channels: int = 3, num_classes: int = 10) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, 64, 3, padding=1, bias=False)
+        self.layer1 = _stage(2, 64, 64, 1, "shortcut")
+        self.layer2 = _stage(2, 64, 128, 2, "shortcut")
+        self.layer3 = _stage(2, 128, 256, 2, "shortcut")
+        self.layer4 = _stage(2, 256, 512, 2, "shortcut")
+        self.linear = nn.Linear(512, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits [batch, num_classes] of images [batch, in_channels, height, width], same dtype."""
+        out = self.layer4(self.layer3(self.layer2(self.layer1(self.conv1(x)))))
+        logits: Tensor = self.linear(_pool(out))
+        return logits
+
+
+class WideResNet(nn.Module):
+    """Wide residual network as in TRADES: WRN-34-10 of the paper's Tables 2 to 4, WRN-40-2 of Table 1.
+
+    `load_state_dict` takes published checkpoints as they are: it strips the `module.` of DataParallel and
+    drops `sub_block1`, which TRADES creates and never runs.
+
+    Args:
+        depth: the D of WRN-D-K, 6 n + 4 for n >= 1 blocks a stage.
+        widen_factor: the K of WRN-D-K, a factor on the 16, 32 and 64 channels of the three stages.
+        in_channels: channels of an image.
+        num_classes: logits of an image.
+        dropout: probability of dropping an activation between the two convolutions of a block.
+
+    Raises:
+        ValueError: `depth` is not 6 n + 4.
+    """
+
+    def __init__(
+        self,
+        depth: int = 34,
+        widen_factor: int = 10,
+        in_channels: int = 3,
+        num_classes: int = 10,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        blocks, rest = divmod(depth - 4, 6)
+        if rest or blocks < 1:
+            raise ValueError(f"depth must be 6 n + 4 with n >= 1 (10, 16, ..., 34, 40), got {depth}")
+
+        def stage(in_planes: int, planes: int, stride: int) -> nn.Sequential:
+            layer = _stage(blocks, in_planes, planes, stride, "convShortcut", dropout)
+            return nn.Sequential(OrderedDict(layer=layer))
+
+        planes = 16 * widen_factor
+        self.conv1 = nn.Conv2d(in_channels, 16, 3, padding=1, bias=False)
+        self.block1 = stage(16, planes, 1)
+        self.block2 = stage(planes, 2 * planes, 2)
+        self.block3 = stage(2 * planes, 4 * planes, 2)
+        self.bn1 = nn.BatchNorm2d(4 * planes)
+        self.fc = nn.Linear(4 * planes, num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                fan_out = module.out_channels * math.prod(module.kernel_size)
+                nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
+        nn.init.zeros_(self.fc.bias)
+        self.register_load_state_dict_pre_hook(_rename_published)  # type: ignore[no-untyped-call]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits [batch, num_classes] of images [batch, in_channels, height, width], same dtype."""
+        out = self.block3(self.block2(self.block1(self.conv1(x))))
+        logits: Tensor = self.fc(_pool(F.relu(self.bn1(out), inplace=True)))
+        return logits
+
+
+def build_model(
+    name: str, *, in_channels: int, image_size: int, num_classes: int, width: int | None = None
+) -> nn.Module:
+    """Build a network by the name that the command line and the configurations use.
+
+    Args:
+        name: "small-cnn", "preactresnet-18", or "wrn-D-K" with depth D and widening factor K, as "wrn-34-10".
+        in_channels: channels of an image.
+        image_size: height and width of an image; only "small-cnn" depends on it.
+        num_classes: logits of an image.
+        width: channels of the first convolutions of "small-cnn"; None for the published 32.
+
+    Returns:
+        The network, newly initialised, float32, in training mode.
+
+    Raises:
+        ValueError: unknown name; `width` with another network than "small-cnn"; a size or depth that the
+            network refuses.
+    """
+    if name == "small-cnn":
+        return SmallCNN(in_channels, image_size, num_classes, width=32 if width is None else width)
+    wide = re.fullmatch(r"wrn-([1-9][0-9]*)-([1-9][0-9]*)", name)
+    if not wide and name != "preactresnet-18":
+        raise ValueError(f"no network {name!r}; there are 'small-cnn', 'preactresnet-18' and 'wrn-D-K', as 'wrn-34-10'")
+    if width is not None:
+        raise ValueError(f"width only applies to 'small-cnn', not to {name!r}")
+    if wide:
+        return WideResNet(int(wide[1]), int(wide[2]), in_channels, num_classes)
+    return PreActResNet18(in_channels, num_classes)
+
+
+def load_published(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Load a checkpoint file into `model`, which stays on its device and in its dtype.
+
+    The file holds a state_dict, bare or under "state_dict" or "model_state_dict". What `WideResNet` drops is
+    dropped for every network. Where the file has no batch-norm step counts (torch 0.4.0 kept none), `model`
+    keeps its own.
+
+    Args:
+        model: the network itself, without a DataParallel or another wrapper.
+        path: the checkpoint file; it is read with `weights_only=True`, so no code in it runs.
+
+    Raises:
+        ValueError: the file holds no state_dict, or one whose names or shapes are not those of `model`, which
+            is then left as it was.
+        OSError, RuntimeError, pickle.UnpicklingError: `torch.load` cannot read the file.
+    """
+    file = torch.load(path, map_location="cpu", weights_only=True)
+    state = file
+    if isinstance(file, Mapping):
+        state = next((file[key] for key in ("state_dict", "model_state_dict") if key in file), file)
+    if not isinstance(state, Mapping) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
+    ):
+        raise ValueError(f"{path} holds no state_dict, bare or under 'state_dict' or 'model_state_dict'")
+    found: dict[str, Tensor] = dict(state)
+    _rename_published(model, found, "")
+    own = model.state_dict()
+    for name in own.keys() - found.keys():
+        if name.endswith(".num_batches_tracked"):
+            found[name] = own[name]
+    _check_fit(own, found, f"{path} does not fit {type(model).__name__}")
+    model.load_state_dict(found)
+
+
+def _check_fit(own: Mapping[str, Tensor], found: Mapping[str, Tensor], message: str) -> None:
+    """Raise ValueError with the first names of each kind that keep `found` from being loaded into `own`."""
+    offending = {
+        "missing": [name for name in own if name not in found],
+        "unexpected": [name for name in found if name not in own],
+        "mis-shaped": [
+            f"{name} {tuple(found[name].shape)} for {tuple(own[name].shape)}"
+            for name in own
+            if name in found and found[name].shape != own[name].shape
+        ],
+    }
+    parts = [
+        f"{kind} {', '.join(names[:3])}" + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        for kind, names in offending.items()
+        if names
+    ]
+    if parts:
+        raise ValueError(f"{message}: {'; '.join(parts)}")
+
+
+def _rename_published(_module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: object) -> None:
+    """Strip `module.` and drop `sub_block1.*` below `prefix`, in place: a pre-hook of load_state_dict."""
+    for name in [name for name in state_dict if name.startswith(prefix)]:
+        tensor = state_dict.pop(name)
+        bare = name.removeprefix(prefix).removeprefix("module.")
+        if not bare.startswith("sub_block1."):
+            state_dict[prefix + bare] = tensor

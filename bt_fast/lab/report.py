@@ -1,0 +1,181 @@
+"""What a run came to: a summary, a table and two plots."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from rich import box
+from rich.table import Table
+
+import bt_fast
+from bt_fast.evaluation import Accuracy
+from bt_fast.lab.files import replacing, write_text
+from bt_fast.lab.training import Run, median_speedup
+from bt_fast.speedup import trades_cost, trades_reference_cost
+
+LABELS = {
+    "reference": "TRADES, authors'",
+    "optimised": "TRADES, ours",
+    "bullet": "+ BulletTrain",
+}
+COLOURS = {"reference": "#7a7a7a", "optimised": "#1f77b4", "bullet": "#d62728"}
+GROUP_COLOURS = {"boundary": "#d62728", "robust": "#2ca02c", "outlier": "#7a7a7a"}
+
+
+def summarise(run: Run, evaluated: Callable[[str], None]) -> dict[str, Any]:
+    """Evaluate every method on all test images and write `summary.json`; `evaluated` is told each method done."""
+    results = {}
+    for contestant in run.contestants:
+        results[contestant.method] = run.evaluate(contestant, None, run.config.eval_restarts)
+        evaluated(contestant.method)
+    summary = {
+        "config": dataclasses.asdict(run.config),
+        "machine": machine(run.device),
+        "methods": {method: _method_summary(run, method, accuracy) for method, accuracy in results.items()},
+    }
+    write_text(run.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+    return summary
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """Versions and hardware that a figure depends on."""
+    return {
+        "bt_fast": bt_fast.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": platform.platform(terse=True),
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _method_summary(run: Run, method: str, accuracy: Accuracy) -> dict[str, Any]:
+    by_name = {c.method: c for c in run.contestants}
+    contestant = by_name[method]
+    entry: dict[str, Any] = {
+        "clean": accuracy.clean,
+        "robust": accuracy.robust,
+        "images": accuracy.total,
+        "attack": f"PGD-{run.config.eval_steps} x {run.config.eval_restarts}",
+        "seconds": sum(contestant.seconds),
+        "forward_passes": _cost(run, method),
+        "speedup": {
+            other.method: median_speedup(other.seconds, contestant.seconds)
+            for other in run.contestants
+            if other is not contestant
+        },
+    }
+    if contestant.bullet is not None:
+        entry["fractions"] = dataclasses.asdict(contestant.bullet.fractions)
+        entry["theoretical_speedup"] = contestant.bullet.theoretical_speedup(run.config.steps)
+        entry["robust_fraction"] = float(contestant.bullet.robust_fraction)
+    return entry
+
+
+def _cost(run: Run, method: str) -> float:
+    """Forward-pass equivalents of an iteration, by arithmetic."""
+    config = run.config
+    if method == "reference":
+        return trades_reference_cost(config.steps)
+    if method == "optimised":
+        return trades_cost(config.steps)
+    (bullet,) = (c.bullet for c in run.contestants if c.bullet is not None)
+    fractions = bullet.fractions
+    steps = (config.boundary_steps, config.robust_steps, config.outlier_steps)
+    keeps_all = config.robust_steps > 0 or config.outlier_steps > 0
+    return trades_cost(fractions.mean_steps(*steps), 1.0 if keeps_all else fractions.boundary)
+
+
+def table(summary: dict[str, Any]) -> Table:
+    """The comparison as a table for the terminal."""
+    methods: dict[str, Any] = summary["methods"]
+    first = next(iter(methods))
+    attack = methods[first]["attack"].removesuffix(" x 1")
+    title = f"{summary['config']['data']}, eps = {summary['config']['epsilon']:g}, {attack}"
+    view = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1))
+    view.add_column("", no_wrap=True)
+    for name in ("clean", "robust", "F_B/F_R/F_O", "theory", "passes", "clock", "time"):
+        view.add_column(name, justify="right", no_wrap=True)
+    for method, entry in methods.items():
+        fractions = entry.get("fractions")
+        view.add_row(
+            LABELS[method],
+            f"{100 * entry['clean']:.1f}%",
+            f"{100 * entry['robust']:.1f}%",
+            "/".join(f"{fractions[g]:.2f}".lstrip("0") for g in GROUP_COLOURS) if fractions else "1/0/0",
+            f"{entry.get('theoretical_speedup', 1.0):.2f}x",
+            f"{entry['forward_passes']:.1f} F",
+            f"{entry['speedup'][first]:.2f}x" if method != first else "1.00x",
+            f"{entry['seconds']:.1f} s",
+        )
+    return view
+
+
+def plot(run: Run) -> list[Path]:
+    """Write the plots that the run's records allow; returns their paths."""
+    records = run.records()
+    paths = [_plot_accuracy(run, [r for r in records if r["kind"] == "epoch"])]
+    fractions = [r for r in records if r["kind"] == "fractions"]
+    if fractions:
+        paths.append(_plot_fractions(run, fractions))
+    return paths
+
+
+def _plot_accuracy(run: Run, records: list[dict[str, Any]]) -> Path:
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for method in run.config.methods:
+        mine = [r for r in records if r["method"] == method]
+        seconds = [r["seconds"] for r in mine]
+        for accuracy, line in (("robust", "o-"), ("clean", "o:")):
+            percent = [100 * r[accuracy] for r in mine]
+            label = f"{LABELS[method]}: {accuracy}"
+            axes.plot(seconds, percent, line, color=COLOURS[method], markersize=3, label=label)
+    axes.set(
+        xlabel="training time (s)",
+        ylabel="accuracy (%)",
+        title=f"Accuracy against time (PGD-{run.config.eval_steps}, {run.config.curve_size} test images)",
+    )
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    return _save(figure, run.folder / "accuracy.png")
+
+
+def _plot_fractions(run: Run, records: list[dict[str, Any]]) -> Path:
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    iterations = np.array([r["iteration"] for r in records])
+    for group, colour in GROUP_COLOURS.items():
+        axes.plot(iterations, [100 * r[group] for r in records], color=colour, label=group)
+    axes.plot(iterations, [100 * r["robust_fraction"] for r in records], "k:", label="$F_R$ (moving average)")
+    axes.set(xlabel="iteration", ylabel="share of the minibatch (%)", title="Assigned groups (compare Fig. 3)")
+    axes.set_ylim(0, 100)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    return _save(figure, run.folder / "fractions.png")
+
+
+def _save(figure: Any, path: Path) -> Path:
+    with replacing(path) as file:
+        figure.savefig(file, format="png", dpi=130)
+    plt.close(figure)
+    return path

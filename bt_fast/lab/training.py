@@ -1,0 +1,320 @@
+"""Training runs: several methods in lockstep on the same minibatches, so that their times pair and their data agree."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bt_fast.attack.threat import ThreatModel
+from bt_fast.baselines.trades_reference import trades_reference_loss
+from bt_fast.device import synchronize
+from bt_fast.evaluation import Accuracy, evaluate
+from bt_fast.lab.augment import crop_and_flip
+from bt_fast.lab.checkpoint import load_checkpoint, save_checkpoint
+from bt_fast.lab.config import RunConfig
+from bt_fast.lab.data import ImageDataset, images, minibatches
+from bt_fast.lab.files import write_text
+from bt_fast.lab.models import build_model
+from bt_fast.mining import BulletTrain
+from bt_fast.objectives.trades import trades_loss
+
+EVALUATION_BATCH = 250
+CHECKPOINT_SECONDS = 60.0
+FRACTIONS_EVERY = 10  # iterations; each look waits for the device
+WARM_UP = 3  # iterations left out of the ratios: first calls compile and allocate
+
+
+class Contestant:
+    """One method: its model, optimiser, mining state, random stream and clock."""
+
+    def __init__(self, method: str, config: RunConfig, dataset: ImageDataset, device: torch.device) -> None:
+        self.method = method
+        self.config = config
+        self.device = device
+        torch.manual_seed(config.seed)
+        _, channels, size, _ = dataset.x_train.shape
+        self.model = build_model(
+            config.model, in_channels=channels, image_size=size, num_classes=dataset.classes, width=config.width
+        ).to(device)
+        self.optimizer = torch.optim.SGD(
+            self.model.parameters(),
+            lr=config.lr,
+            momentum=config.sgd_momentum,
+            weight_decay=config.weight_decay,
+        )
+        self.bullet = _bullet(config).to(device) if method == "bullet" else None
+        self.seconds: list[float] = []
+        self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+        self._random = _random_state(device)
+
+    def step(self, x: Tensor, y: Tensor) -> None:
+        """One iteration on images [m, C, H, W] in [0, 1] and labels [m], timed."""
+        with self._own_random_stream():
+            synchronize(self.device)
+            start = time.perf_counter()
+            loss = self._loss(x, y)
+            loss.backward()
+            self.optimizer.step()
+            synchronize(self.device)
+            self.seconds.append(time.perf_counter() - start)
+        self.loss_sum += loss.detach()
+
+    def _loss(self, x: Tensor, y: Tensor) -> Tensor:
+        c = self.config
+        arguments = (self.model, x, y, self.optimizer, c.step_size, c.epsilon)
+        if self.method == "reference":
+            return trades_reference_loss(*arguments, perturb_steps=c.steps, beta=c.beta)
+        if self.bullet is None:
+            return trades_loss(*arguments, perturb_steps=c.steps, beta=c.beta)
+        return trades_loss(*arguments, beta=c.beta, bullet=self.bullet)
+
+    @contextmanager
+    def _own_random_stream(self) -> Iterator[None]:
+        outside = _random_state(self.device)
+        _set_random_state(self._random, self.device)
+        try:
+            yield
+        finally:
+            self._random = _random_state(self.device)
+            _set_random_state(outside, self.device)
+
+    def state(self) -> dict[str, Any]:
+        """Everything that the next step depends on, and the clock."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "bullet": None if self.bullet is None else self.bullet.state_dict(),
+            "random": self._random,
+            "seconds": torch.tensor(self.seconds, dtype=torch.float64),
+            "loss_sum": self.loss_sum,
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take on what `state` returned."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.bullet is not None:
+            self.bullet.load_state_dict(state["bullet"])
+        self._random = state["random"]
+        self.seconds = state["seconds"].tolist()
+        self.loss_sum = state["loss_sum"].to(self.device)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands: `iteration` of `iterations` are done; `epoch_ended` where records were just added."""
+
+    iteration: int
+    iterations: int
+    epoch_ended: bool
+
+
+class Run:
+    """A run folder and the training that fills it.
+
+    `metrics.jsonl` has one record a line, `checkpoint.pt` everything needed to go on.
+
+    Args:
+        folder: made if it is not there.
+        resume: go on from the folder's checkpoint, with its configuration.
+
+    Raises:
+        ValueError: the folder already holds a run and `resume` is not set, or the checkpoint does not fit.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        config: RunConfig,
+        dataset: ImageDataset,
+        device: torch.device,
+        *,
+        resume: bool = False,
+    ) -> None:
+        self.folder = folder
+        self.config = config
+        self.dataset = dataset
+        self.device = device
+        self.iteration = 0
+        self.contestants = [Contestant(method, config, dataset, device) for method in config.methods]
+        self.checkpoint_path = folder / "checkpoint.pt"
+        self._metrics_path = folder / "metrics.jsonl"
+        self._counted: Tensor | None = None
+        if resume:
+            self._restore()
+        elif self.checkpoint_path.exists() or self._metrics_path.exists():
+            raise ValueError(f"{folder}: already holds a run; resume it, or name another folder")
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def iterations_per_epoch(self) -> int:
+        """Minibatches in one pass over the training images."""
+        return -(-len(self.dataset.x_train) // self.config.batch_size)
+
+    @property
+    def iterations(self) -> int:
+        """Minibatches in the whole run."""
+        return self.config.epochs * self.iterations_per_epoch
+
+    def train(self) -> Iterator[Progress]:
+        """Train to the end, yielding after every iteration; the run can be left at any yield and saved."""
+        saved = time.monotonic()
+        while self.iteration < self.iterations:
+            epoch, first = divmod(self.iteration, self.iterations_per_epoch)
+            for contestant in self.contestants:
+                _set_learning_rate(contestant.optimizer, self.config, epoch)
+            indices = list(
+                minibatches(len(self.dataset.x_train), self.config.batch_size, seed=self.config.seed, epoch=epoch)
+            )
+            for batch in indices[first:]:
+                self._step(batch)
+                ended = self.iteration % self.iterations_per_epoch == 0
+                if ended:
+                    self._end_epoch(epoch)
+                if ended or time.monotonic() - saved > CHECKPOINT_SECONDS:
+                    self.save()
+                    saved = time.monotonic()
+                yield Progress(self.iteration, self.iterations, ended)
+
+    def save(self) -> None:
+        """Write the checkpoint."""
+        state = {
+            "iteration": self.iteration,
+            "counted": self._counted,
+            "contestants": {c.method: c.state() for c in self.contestants},
+        }
+        save_checkpoint(self.checkpoint_path, self.config, state)
+
+    def evaluate(self, contestant: Contestant, size: int | None, restarts: int) -> Accuracy:
+        """Clean and PGD accuracy on the first `size` test images (None: all); the same random starts each time."""
+        x, y = self.dataset.x_test[:size], self.dataset.y_test[:size]
+        return evaluate(
+            contestant.model,
+            evaluation_batches(x, y, self.device),
+            ThreatModel(self.config.epsilon),
+            steps=self.config.eval_steps,
+            restarts=restarts,
+            generator=torch.Generator(self.device).manual_seed(self.config.seed),
+        )
+
+    def records(self) -> list[dict[str, Any]]:
+        """What metrics.jsonl holds."""
+        if not self._metrics_path.exists():
+            return []
+        return [json.loads(line) for line in self._metrics_path.read_text().splitlines()]
+
+    def _step(self, batch: Tensor) -> None:
+        x = images(self.dataset.x_train[batch], self.device)
+        y = self.dataset.y_train[batch].to(self.device)
+        if self.config.augment:
+            x = crop_and_flip(x, seed=self.config.seed, iteration=self.iteration)
+        turn = self.iteration % len(self.contestants)
+        for contestant in self.contestants[turn:] + self.contestants[:turn]:
+            contestant.step(x, y)
+        self.iteration += 1
+        if self.iteration % FRACTIONS_EVERY == 0:
+            self._record_fractions()
+
+    def _record_fractions(self) -> None:
+        """Shares of the groups since the last record (Fig. 3)."""
+        for contestant in self.contestants:
+            if contestant.bullet is None:
+                continue
+            counts = contestant.bullet.group_counts.clone()
+            recent = counts if self._counted is None else counts - self._counted
+            self._counted = counts
+            outlier, boundary, robust = (recent.double() / recent.sum()).tolist()
+            self._append(
+                kind="fractions",
+                boundary=boundary,
+                robust=robust,
+                outlier=outlier,
+                robust_fraction=float(contestant.bullet.robust_fraction),
+            )
+
+    def _end_epoch(self, epoch: int) -> None:
+        for contestant in self.contestants:
+            accuracy = self.evaluate(contestant, self.config.curve_size, restarts=1)
+            self._append(
+                kind="epoch",
+                epoch=epoch + 1,
+                method=contestant.method,
+                clean=accuracy.clean,
+                robust=accuracy.robust,
+                images=accuracy.total,
+                loss=float(contestant.loss_sum) / self.iterations_per_epoch,
+                seconds=sum(contestant.seconds),
+            )
+            contestant.loss_sum.zero_()
+
+    def _append(self, **record: object) -> None:
+        with open(self._metrics_path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"iteration": self.iteration, **record}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _restore(self) -> None:
+        config, state = load_checkpoint(self.checkpoint_path)
+        differences = self.config.differences(config)
+        if differences:
+            raise ValueError(
+                f"{self.checkpoint_path}: of another configuration ({'; '.join(differences)}, as asked and as stored)"
+            )
+        for contestant in self.contestants:
+            contestant.load(state["contestants"][contestant.method])
+        self.iteration = state["iteration"]
+        self._counted = None if state["counted"] is None else state["counted"].to(self.device)
+        # what was recorded after the checkpoint will be recorded again
+        kept = [json.dumps(record) for record in self.records() if record["iteration"] <= self.iteration]
+        write_text(self._metrics_path, "".join(line + "\n" for line in kept))
+
+
+def evaluation_batches(x: Tensor, y: Tensor, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """Images uint8 [n, C, H, W] and labels [n] as float minibatches on the device."""
+    for start in range(0, len(y), EVALUATION_BATCH):
+        end = start + EVALUATION_BATCH
+        yield images(x[start:end], device), y[start:end].to(device)
+
+
+def median_speedup(slower: list[float], faster: list[float]) -> float:
+    """The median over iterations of the ratio of two methods' times, without the first few."""
+    pairs = list(zip(slower, faster, strict=True))
+    return statistics.median(a / b for a, b in pairs[WARM_UP:] or pairs)
+
+
+def _bullet(config: RunConfig) -> BulletTrain:
+    return BulletTrain(
+        config.boundary_steps,
+        config.robust_steps,
+        config.outlier_steps,
+        gamma=config.gamma,
+        momentum=config.fraction_momentum,
+    )
+
+
+def _set_learning_rate(optimizer: torch.optim.Optimizer, config: RunConfig, epoch: int) -> None:
+    drops = sum(epoch >= drop for drop in config.decay_epochs)
+    for group in optimizer.param_groups:
+        group["lr"] = config.lr * 0.1**drops
+
+
+def _random_state(device: torch.device) -> list[Tensor]:
+    cuda = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
+    return [torch.get_rng_state(), *cuda]
+
+
+def _set_random_state(states: list[Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states[1], device)

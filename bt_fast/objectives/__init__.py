@@ -1,0 +1,1 @@
+"""The training objectives that users call."""

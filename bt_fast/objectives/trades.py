@@ -1,0 +1,222 @@
+"""TRADES (Zhang et al., 2019), with or without BulletTrain: the drop-in for the authors' `trades_loss`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bt_fast import faults, ops
+from bt_fast.attack.frozen import clean_logits, eval_mode, modes_restored
+from bt_fast.attack.generate import generate, normal_noise
+from bt_fast.attack.schedule import Schedule
+from bt_fast.attack.threat import ThreatModel
+from bt_fast.faults import CheckedRead, Fault
+from bt_fast.mining import BulletTrain, check_labels
+from bt_fast.objectives.repeated_forward import RepeatedForward
+
+Unperturbed = Literal["keep", "skip"]
+
+
+def trades_loss(
+    model: nn.Module,
+    x_natural: Tensor,
+    y: Tensor,
+    optimizer: torch.optim.Optimizer | None,
+    step_size: float = 0.003,
+    epsilon: float = 0.031,
+    perturb_steps: int = 10,
+    beta: float = 1.0,
+    distance: str = "l_inf",
+    *,
+    bullet: BulletTrain | None = None,
+    unperturbed: Unperturbed | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """The TRADES loss `CE(h(x), y) + β/m · Σ KL(softmax h(x) ‖ softmax h(x'))`, ready for `backward()`.
+
+    Without `bullet` it is the authors' result (loss, gradients, batch-norm buffers) at 27 forward-pass equivalents
+    for ten steps instead of their 39. With `bullet` it is Algorithm 2 of the BulletTrain paper: steps by group, the
+    samples sorted by descending steps, F_R moved by the corrupted samples' accuracy.
+
+    The attack runs in eval mode. The update's forwards run in the modes in which the model was found, module by
+    module; a model found in eval mode as a whole runs them in train mode, as the authors' code makes it. The modes are
+    restored. A model that draws random numbers in its forward (dropout) runs the clean forward of the update twice
+    without `bullet`, as the authors' code does, and once with it.
+
+    Args:
+        model: maps [m, ...] to logits [m, K].
+        x_natural: [m, ...] floating point in [0, 1], m ≥ 1.
+        y: [m] integers in 0..K-1.
+        optimizer: its `zero_grad()` is called before the update's forwards, as the authors' code does; None leaves
+            the gradients as they are, for gradient accumulation.
+        step_size: α > 0 in ℓ∞ (with `bullet`: of the boundary samples), in pixel units. Not used in ℓ2, where the
+            step is 2ε/N.
+        epsilon: ε > 0, in pixel units.
+        perturb_steps: N ≥ 1. With `bullet` its own counts hold, and a value that is neither N_B nor the default is an
+            error.
+        beta: β, the weight of the robust term.
+        distance: "l_inf" or "l_2".
+        bullet: the mining state, on the images' device.
+        unperturbed: whether samples with 0 steps, whose x' is x, take part in the update's corrupted forward. "keep":
+            they do, and in train mode with batch norm their KL is small but not 0, since the two forwards have
+            different batch statistics. "skip": they do not, and their KL is 0. The default is "skip" where
+            N_R = N_O = 0 and "keep" elsewhere (Algorithm 2 and section 3.2 of the paper differ here).
+        generator: on the images' device, for the random start. Without it and without `bullet`, images on the CPU
+            draw as the authors' code does, so that a seeded script repeats its numbers.
+
+    Returns:
+        0-dim loss with gradient to the model's parameters.
+
+    Raises:
+        TypeError: images are not floating point, labels not integers, or the model does not return a tensor.
+        ValueError: a shape, device, option or value does not fit (pixels outside [0, 1], labels out of range, NaN
+            logits). Nothing has been changed then: no buffer, no gradient, no F_R.
+    """
+    threat = ThreatModel(epsilon, distance)
+    _check(x_natural, y, step_size, perturb_steps, bullet, unperturbed)
+    x = x_natural.detach()
+    pixels = faults.pixels_outside(x, threat.lower, threat.upper, "x_natural")
+    if bullet is None:
+        x_adv = _uniform_attack(model, x, y, step_size, perturb_steps, threat, generator, pixels)
+        with _update_modes(model):
+            _zero_grad(optimizer)
+            return _update_twice(model, x, x_adv, y.long(), beta)
+    schedule, clean, x_adv = _ragged_attack(model, x, y, step_size, threat, bullet, generator, pixels)
+    labels = schedule.sort(y).long()
+    keep = unperturbed == "keep" if unperturbed else (bullet.robust_steps or bullet.outlier_steps)
+    corrupted = len(x) if keep else (schedule.active[0] if schedule.active else 0)
+    with _update_modes(model):
+        _zero_grad(optimizer)
+        return _update_once(model, clean, x_adv[:corrupted], labels, beta, bullet)
+
+
+def _uniform_attack(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    step_size: float,
+    steps: int,
+    threat: ThreatModel,
+    generator: torch.Generator | None,
+    pixels: Fault,
+) -> Tensor:
+    """The authors' attack: every sample takes `steps` steps."""
+    as_authors = generator is None and not x.is_cuda
+    start = x + normal_noise(x, generator, on_cpu=as_authors)
+    if threat.norm == "l_2":
+        if as_authors:  # the TRADES code draws once more and uses the second
+            start = x + normal_noise(x, generator, on_cpu=True)
+        step_size = 2.0 * threat.epsilon / steps
+    with eval_mode(model):
+        logits = clean_logits(model, x)
+    svar, _, target = ops.signed_variance(logits, y)
+    found = [
+        pixels,
+        faults.labels_outside(y, logits.shape[1], "y"),
+        faults.rows_without_number(svar, "the model's logits"),
+    ]
+    read = CheckedRead(torch.empty(0, dtype=torch.int64, device=x.device), found)
+    schedule = Schedule.uniform(len(x), steps, step_size, x.device)
+    x_adv = generate(model, x, start.to(x.dtype), target, schedule, threat, generator=generator)
+    read.wait()
+    return x_adv
+
+
+def _ragged_attack(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    step_size: float,
+    threat: ThreatModel,
+    bullet: BulletTrain,
+    generator: torch.Generator | None,
+    pixels: Fault,
+) -> tuple[Schedule, Tensor, Tensor]:
+    """Algorithm 2's attack: the schedule, and x and x' in its order."""
+    with eval_mode(model):
+        logits = clean_logits(model, x)
+    if threat.norm == "l_2":
+        step_size = 2.0 * threat.epsilon / max(bullet.boundary_steps, 1)
+    assignment = bullet.start_assignment(logits, y, epsilon=threat.epsilon, step_size=step_size, inputs=[pixels])
+    moving = (assignment.steps > 0).view(-1, *[1] * (x.dim() - 1))
+    start = torch.where(moving, x + normal_noise(x, generator), x)[assignment.order]
+    clean = x[assignment.order]
+    schedule = Schedule.from_assignment(assignment)
+    target = schedule.sort(assignment.probabilities)
+    return schedule, clean, generate(model, clean, start, target, schedule, threat, generator=generator)
+
+
+def _update_twice(model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, beta: float) -> Tensor:
+    """The authors' update: forwards of x, x' and x again, the last one replayed where that gives the same."""
+    repeat = RepeatedForward(model, x.device)
+    logits = model(x)
+    repeat.first_done()
+    adversarial = model(x_adv)
+    if repeat.replayable:
+        repeat.replay()
+        target = logits
+    else:
+        target = model(x)
+    return F.cross_entropy(logits, y) + beta / len(x) * ops.trades_kl(adversarial, target)
+
+
+def _update_once(model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, beta: float, bullet: BulletTrain) -> Tensor:
+    """The update with BulletTrain, on sorted rows: `x_adv` may hold the first rows only."""
+    n = len(x_adv)
+    repeat = RepeatedForward(model, x.device)
+    logits = model(x)
+    repeat.first_done()
+    adversarial = model(x_adv) if n else logits[:0]
+    if repeat.replayable:
+        repeat.replay()
+    bullet.update(torch.cat([adversarial.detach(), logits[n:].detach()]), y)
+    return F.cross_entropy(logits, y) + beta / len(x) * ops.trades_kl(adversarial, logits[:n])
+
+
+@contextmanager
+def _update_modes(model: nn.Module) -> Iterator[None]:
+    with modes_restored(model):
+        if not model.training:
+            model.train()
+        yield
+
+
+def _zero_grad(optimizer: torch.optim.Optimizer | None) -> None:
+    if optimizer is not None:
+        optimizer.zero_grad()
+
+
+def _check(
+    x: Tensor,
+    y: Tensor,
+    step_size: float,
+    perturb_steps: int,
+    bullet: BulletTrain | None,
+    unperturbed: Unperturbed | None,
+) -> None:
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        raise TypeError(f"x_natural must be floating-point images, got {getattr(x, 'dtype', type(x).__name__)}")
+    if x.dim() < 2 or x.numel() == 0:
+        raise ValueError(f"x_natural must have shape [m, ...] with m >= 1, got {list(x.shape)}")
+    if not isinstance(y, Tensor):
+        raise TypeError(f"y must be a tensor of integers, got {type(y).__name__}")
+    check_labels(y, len(x), x.device)
+    if not step_size > 0:
+        raise ValueError(f"step_size must be greater than 0, got {step_size}")
+    if unperturbed not in (None, "keep", "skip"):
+        raise ValueError(f"unperturbed must be 'keep', 'skip' or None, got {unperturbed!r}")
+    if bullet is None:
+        if perturb_steps < 1:
+            raise ValueError(f"perturb_steps must be at least 1, got {perturb_steps}")
+        if unperturbed is not None:
+            raise ValueError("unperturbed is an option of BulletTrain: it needs bullet=")
+    elif perturb_steps not in (10, bullet.boundary_steps):
+        raise ValueError(
+            f"perturb_steps is {perturb_steps}, but bullet takes {bullet.boundary_steps} boundary steps: "
+            "leave perturb_steps out or make them equal"
+        )

@@ -1,0 +1,186 @@
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from bt_fast.lab.checkpoint import load_checkpoint, save_checkpoint
+from bt_fast.lab.config import METHODS, PRESETS, RunConfig
+from bt_fast.lab.data import ImageDataset
+from bt_fast.lab.training import Run, median_speedup
+
+CPU = torch.device("cpu")
+
+
+def blobs(train=40, test=12):
+    """Three classes of 16x16 images, told apart by where they are bright."""
+    generator = torch.Generator().manual_seed(0)
+    y = torch.arange(train + test) % 3
+    x = torch.randint(0, 60, (train + test, 1, 16, 16), generator=generator, dtype=torch.uint8)
+    for i, label in enumerate(y):
+        x[i, :, 5 * label : 5 * label + 5] += 150
+    return ImageDataset("blobs", x[:train], y[:train], x[train:], y[train:], 3)
+
+
+CONFIG = dataclasses.replace(
+    PRESETS["digits"],
+    data="blobs",
+    width=2,
+    epochs=2,
+    batch_size=16,
+    steps=3,
+    boundary_steps=3,
+    robust_steps=1,
+    decay_epochs=(1,),
+    eval_steps=2,
+    curve_size=8,
+)
+
+
+def run_to_the_end(folder, config=CONFIG, **options):
+    run = Run(folder, config, blobs(), CPU, **options)
+    for _ in run.train():
+        pass
+    return run
+
+
+def weights(run):
+    return {c.method: c.model.state_dict() for c in run.contestants}
+
+
+def assert_same_run(one, other):
+    for method, state in weights(one).items():
+        for name, value in state.items():
+            assert torch.equal(value, weights(other)[method][name]), (method, name)
+    for mine, theirs in zip(one.contestants, other.contestants, strict=True):
+        if mine.bullet is not None:
+            for name, value in mine.bullet.state_dict().items():
+                assert torch.equal(value, theirs.bullet.state_dict()[name]), name
+    without_clock = [{k: v for k, v in r.items() if k != "seconds"} for r in one.records()]
+    assert without_clock == [{k: v for k, v in r.items() if k != "seconds"} for r in other.records()]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    return run_to_the_end(tmp_path_factory.mktemp("runs") / "whole")
+
+
+def test_all_methods_see_the_same_minibatches_and_start_from_the_same_weights(tmp_path):
+    run = Run(tmp_path / "run", CONFIG, blobs(), CPU)
+    seen = {}
+    for contestant in run.contestants:
+        contestant.step = lambda x, y, method=contestant.method: seen.setdefault(method, []).append((x, y))
+    start = weights(run)
+    for _ in range(3):
+        run._step(torch.arange(5) + run.iteration)
+    for method in METHODS:
+        for (x, y), (x0, y0) in zip(seen[method], seen["reference"], strict=True):
+            assert torch.equal(x, x0)
+            assert torch.equal(y, y0)
+        for name, value in start[method].items():
+            assert torch.equal(value, start["reference"][name])
+
+
+def test_a_method_trains_the_same_alone_as_in_company(finished, tmp_path):
+    alone = run_to_the_end(tmp_path / "alone", dataclasses.replace(CONFIG, methods=("bullet",)))
+    for name, value in weights(alone)["bullet"].items():
+        assert torch.equal(value, weights(finished)["bullet"][name]), name
+
+
+def test_records_tell_accuracy_time_and_fractions(finished):
+    epochs = [r for r in finished.records() if r["kind"] == "epoch"]
+    assert [(r["epoch"], r["method"]) for r in epochs] == [(e, m) for e in (1, 2) for m in METHODS]
+    assert all(0 <= r["robust"] <= r["clean"] <= 1 and r["seconds"] > 0 and r["loss"] > 0 for r in epochs)
+
+
+@pytest.mark.parametrize("stop_after", range(1, 6))
+def test_a_run_stopped_anywhere_resumes_to_the_same_end(finished, tmp_path, stop_after):
+    first = Run(tmp_path / "run", CONFIG, blobs(), CPU)
+    for at in first.train():
+        if at.iteration == stop_after:
+            first.save()
+            break
+    resumed = run_to_the_end(tmp_path / "run", resume=True)
+    assert_same_run(resumed, finished)
+    assert all(len(c.seconds) == finished.iterations for c in resumed.contestants)
+
+
+def test_what_was_recorded_after_the_last_checkpoint_is_recorded_once(finished, tmp_path):
+    first = Run(tmp_path / "run", CONFIG, blobs(), CPU)
+    for at in first.train():
+        if at.iteration == 2:
+            first.save()
+            first.save = lambda: None  # killed before it could save again
+        if at.iteration == 4:
+            break
+    assert_same_run(run_to_the_end(tmp_path / "run", resume=True), finished)
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(finished):
+    with pytest.raises(ValueError, match="already holds a run"):
+        Run(finished.folder, CONFIG, blobs(), CPU)
+
+
+def test_a_checkpoint_of_another_configuration_is_refused_and_nothing_changes(finished):
+    before = finished.checkpoint_path.read_bytes()
+    with pytest.raises(ValueError, match=r"another configuration \(epsilon: 0.5 against"):
+        Run(finished.folder, dataclasses.replace(CONFIG, epsilon=0.5), blobs(), CPU, resume=True)
+    assert finished.checkpoint_path.read_bytes() == before
+
+
+@pytest.mark.parametrize("keep", [0, 1, 100, 5000, -1])
+def test_a_truncated_checkpoint_is_named_in_the_error(finished, tmp_path, keep):
+    path = tmp_path / "checkpoint.pt"
+    path.write_bytes(finished.checkpoint_path.read_bytes()[:keep])
+    with pytest.raises(ValueError, match=r"checkpoint.pt: not a readable checkpoint"):
+        load_checkpoint(path)
+
+
+def test_a_checkpoint_that_would_run_code_is_refused_and_does_not_run_it(tmp_path):
+    class Malicious:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "ran"), "w"))
+
+    path = tmp_path / "checkpoint.pt"
+    torch.save({"bt_fast": 1, "config": Malicious(), "state": {}}, path)
+    with pytest.raises(ValueError, match="not a readable checkpoint"):
+        load_checkpoint(path)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"weights": torch.ones(1)}, "found format none"),
+        (torch.ones(2), "found format Tensor"),
+        ({"bt_fast": 99, "config": "{}", "state": {}}, "found format 99, expected 1"),
+        ({"bt_fast": 1, "config": "{}", "state": {}}, "not a run configuration"),
+        ({"bt_fast": 1, "config": "{", "state": {}}, "checkpoint.pt"),
+        ({"bt_fast": 1}, "config"),
+    ],
+)
+def test_a_file_that_is_another_thing_is_refused(tmp_path, content, message):
+    path = tmp_path / "checkpoint.pt"
+    torch.save(content, path)
+    with pytest.raises(ValueError, match=message):
+        load_checkpoint(path)
+
+
+def test_a_missing_checkpoint_is_named(tmp_path):
+    with pytest.raises(ValueError, match="nothing.pt: no such checkpoint"):
+        load_checkpoint(tmp_path / "nothing.pt")
+
+
+def test_checkpoint_and_configuration_come_back_as_they_were(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    save_checkpoint(path, CONFIG, {"iteration": 3, "tensor": torch.arange(4)})
+    config, state = load_checkpoint(path)
+    assert config == CONFIG
+    assert state["iteration"] == 3
+    assert torch.equal(state["tensor"], torch.arange(4))
+    assert RunConfig.from_json(json.dumps(json.loads(CONFIG.to_json()))) == CONFIG
+
+
+def test_speedup_is_the_median_of_pairs_after_the_first_iterations():
+    assert median_speedup([9.0, 9.0, 9.0, 2.0, 4.0, 6.0], [1.0, 1.0, 1.0, 1.0, 1.0, 2.0]) == 3.0
+    assert median_speedup([2.0], [1.0]) == 2.0

@@ -1,0 +1,173 @@
+"""Tiny networks for [m, 1, 6, 6] images and 5 classes, each with a trait that a training loss can get wrong."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+SHAPE, CLASSES = (1, 6, 6), 5
+
+
+def conv_bn(momentum=0.1, dropout=0.0):
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3, padding=1),
+        nn.BatchNorm2d(4, momentum=momentum),
+        nn.ReLU(),
+        nn.Dropout(dropout),
+        nn.Conv2d(4, 4, 3, stride=2),
+        nn.BatchNorm2d(4, momentum=momentum),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(16, CLASSES),
+    )
+
+
+class TiedNorm(nn.Module):
+    """One batch norm used twice in a forward, and registered under two names."""
+
+    def __init__(self, momentum=0.1):
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.norm = self.norm_again = nn.BatchNorm2d(4, momentum=momentum)
+        self.head = nn.Linear(144, CLASSES)
+
+    def forward(self, x):
+        x = self.norm(self.conv1(x)).relu()
+        return self.head(self.norm_again(self.conv2(x)).relu().flatten(1))
+
+
+class Counting(nn.Module):
+    """Counts its training forwards in a buffer and lets the count into its output; in place or by a new tensor."""
+
+    def __init__(self, in_place):
+        super().__init__()
+        self.body, self.in_place = conv_bn(), in_place
+        self.register_buffer("forwards", torch.zeros(()))
+
+    def forward(self, x):
+        if self.training and self.in_place:
+            self.forwards.add_(1)
+        elif self.training:
+            self.forwards = self.forwards + 1
+        return self.body(x) * (1 + 0.1 * self.forwards)
+
+
+class OwnNorm(nn.Module):
+    """A batch norm that is not torch's class, as in many research codes: `F.batch_norm` on its own buffers."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(1, 4, 3, padding=1), nn.Linear(144, CLASSES)
+        self.register_buffer("mean", torch.zeros(4))
+        self.register_buffer("var", torch.ones(4))
+
+    def forward(self, x):
+        x = F.batch_norm(self.conv(x), self.mean, self.var, training=self.training)
+        return self.head(x.relu().flatten(1))
+
+
+class UncountedNorm(nn.BatchNorm2d):
+    """A subclass that runs batch norm without counting its batches."""
+
+    def forward(self, x):
+        return F.batch_norm(
+            x, self.running_mean, self.running_var, self.weight, self.bias, self.training, self.momentum, self.eps
+        )
+
+
+def uncounted_norm():
+    return nn.Sequential(nn.Conv2d(1, 4, 3), UncountedNorm(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, CLASSES))
+
+
+def instance_norm():
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3),
+        nn.InstanceNorm2d(4, track_running_stats=True),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(64, CLASSES),
+    )
+
+
+class Frozen(nn.Module):
+    """A body whose first batch norm stays in eval mode while the rest trains."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = conv_bn()
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.body[1].eval()
+        return self
+
+    def forward(self, x):
+        return self.body(x)
+
+
+class Dead(nn.Sequential):
+    """Logits that do not depend on the image: its gradient is exactly 0."""
+
+    def __init__(self):
+        super().__init__(nn.Flatten(), nn.Hardtanh(2.0, 3.0), nn.Linear(36, CLASSES))
+
+
+MODELS = {
+    "conv_bn": conv_bn,
+    "cumulative average": lambda: conv_bn(momentum=None),
+    "dropout": lambda: conv_bn(dropout=0.3),
+    "tied norm": TiedNorm,
+    "tied norm, cumulative average": lambda: TiedNorm(momentum=None),
+    "instance norm": instance_norm,
+    "frozen norm": Frozen,
+    "counter in place": lambda: Counting(in_place=True),
+    "counter replaced": lambda: Counting(in_place=False),
+    "own norm": OwnNorm,
+    "uncounted norm": uncounted_norm,
+}
+
+
+def build(name_or_factory="conv_bn", seed=0, dtype=torch.float64):
+    """The model in train mode with seeded weights and batch-norm buffers away from their initial values."""
+    torch.manual_seed(seed)
+    factory = MODELS.get(name_or_factory, name_or_factory)
+    model = factory().to(dtype)
+    for name, buffer in model.named_buffers():
+        if name.endswith("mean"):
+            buffer.normal_(std=0.1)
+        if name.endswith("var"):
+            buffer.uniform_(0.5, 1.5)
+    return model.train()
+
+
+def batch(m=8, seed=0, dtype=torch.float64):
+    """Images in [0, 1], some pixels exactly 0 and 1, and labels."""
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(m, *SHAPE, generator=g, dtype=torch.float64).mul(0.5).add(0.5).clamp(0, 1)
+    return x.to(dtype), torch.randint(CLASSES, (m,), generator=g)
+
+
+def snapshot(*modules):
+    """Everything that a call must not change: parameters, buffers, gradients, modes, requires_grad."""
+    found = {}
+    for k, module in enumerate(modules):
+        for name, value in module.state_dict().items():
+            found[k, "state", name] = value.clone()
+        for name, p in module.named_parameters():
+            found[k, "grad", name] = None if p.grad is None else p.grad.clone()
+            found[k, "requires_grad", name] = p.requires_grad
+        for name, child in module.named_modules():
+            found[k, "training", name] = child.training
+    return found
+
+
+def assert_unchanged(before, *modules):
+    after = snapshot(*modules)
+    assert before.keys() == after.keys()
+    for key, value in before.items():
+        same = torch.equal(value, after[key]) if isinstance(value, torch.Tensor) else value is after[key]
+        assert same, f"{key} changed"
+
+
+def gradients(model):
+    return {name: p.grad for name, p in model.named_parameters()}

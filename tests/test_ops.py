@@ -1,0 +1,297 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tolerances import DTYPES, TOLERANCES, assert_near
+
+from bt_fast import ops
+
+HALF = (torch.float16, torch.bfloat16)
+quick = settings(max_examples=40, deadline=None)
+fractions = st.one_of(st.sampled_from([0.0, 1e-12, 0.5, 1.0]), st.floats(0.0, 1.0))
+
+
+@st.composite
+def batches(draw, dtypes=DTYPES, least=0):
+    """Logits [m, K] with ties between classes and between samples, saturated rows, and labels of every luck."""
+    m, k = draw(st.integers(least, 12)), draw(st.integers(2, 6))
+    entry = draw(st.sampled_from([st.integers(-2, 2), st.floats(-8, 8, width=16), st.sampled_from([-1e4, 0.0, 1e4])]))
+    logits = draw(st.lists(st.lists(entry, min_size=k, max_size=k), min_size=m, max_size=m))
+    dtype = draw(st.sampled_from(dtypes))
+    z = torch.tensor(logits, dtype=torch.float64).view(m, k).to(dtype)
+    best = [row.index(max(row)) for row in z.tolist()]
+    luck = draw(st.sampled_from(["any", "all correct", "all wrong"]))
+    shifts = {
+        "any": st.integers(0, k - 1),
+        "all correct": st.just(0),
+        "all wrong": st.integers(1, k - 1),
+    }[luck]
+    y = [(b + draw(shifts)) % k for b in best]
+    return z, torch.tensor(y, dtype=torch.int64)
+
+
+def softmax(z):
+    e = np.exp(z - z.max(axis=1, keepdims=True))
+    return e / e.sum(axis=1, keepdims=True)
+
+
+# Signed variance
+
+
+@quick
+@given(batches())
+def test_signed_variance(batch):
+    z, y = batch
+    svar, correct, probabilities = ops.signed_variance(z, y)
+    at_least_single = torch.float64 if z.dtype == torch.float64 else torch.float32
+    assert svar.dtype == probabilities.dtype == at_least_single
+    rows = z.double().numpy()
+    first_maximum = [row.index(max(row)) for row in rows.tolist()]
+    assert correct.tolist() == [a == b for a, b in zip(first_maximum, y.tolist(), strict=True)]
+    if len(z):
+        p = softmax(rows)
+        assert_near(probabilities, p)
+        assert_near(svar, np.where(correct, 1, -1) * p.var(axis=1))
+
+
+def test_a_uniform_row_has_variance_0_and_keeps_its_class():
+    for k in range(2, 12):
+        svar, correct, _ = ops.signed_variance(torch.full((2, k), 3.0, dtype=torch.float64), torch.tensor([0, k - 1]))
+        assert_near(svar, [0.0, 0.0])
+        assert correct.tolist() == [True, False]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_without_numbers_has_no_variance(bad, dtype):
+    z = torch.tensor([[0.0, bad], [0.0, 1.0], [-math.inf, 1.0]], dtype=dtype)
+    assert torch.isnan(ops.signed_variance(z, torch.tensor([0, 1, 1]))[0]).tolist() == [True, False, False]
+
+
+# Threshold and groups
+
+
+@quick
+@given(
+    st.lists(st.one_of(st.floats(-0.25, 0.25, width=32), st.sampled_from([0.0, -0.0, 0.1])), min_size=1, max_size=30),
+    fractions,
+)
+def test_threshold_is_numpys_quantile(svar, f_r):
+    for dtype in (torch.float64, torch.float32):
+        values = torch.tensor(svar, dtype=dtype)
+        threshold = ops.robust_threshold(values, torch.tensor(f_r, dtype=torch.float64))
+        assert threshold.dtype == torch.float64
+        assert threshold.item() == max(0.0, np.quantile(values.double().numpy(), 1.0 - f_r))
+
+
+def test_threshold_of_nothing_is_0():
+    assert ops.robust_threshold(torch.empty(0), torch.tensor(0.5)).item() == 0.0
+
+
+def test_threshold_of_a_batch_whose_ranks_need_more_than_single_precision():
+    svar, f_r = torch.arange(70_001, dtype=torch.float64), 0.1234567
+    found = ops.robust_threshold(svar, torch.tensor(f_r, dtype=torch.float64)).item()
+    assert found == np.quantile(svar.numpy(), 1.0 - f_r)
+
+
+@quick
+@given(batches(), fractions)
+def test_three_groups(batch, f_r):
+    z, y = batch
+    svar, correct, _ = ops.signed_variance(z, y)
+    group, threshold = ops.three_groups(svar, correct, torch.tensor(f_r, dtype=torch.float64))
+    t = max(0.0, np.quantile(svar.double().numpy(), 1.0 - f_r)) if len(z) else 0.0
+    assert threshold.item() == t
+    assert group.tolist() == [
+        ops.OUTLIER if not c else ops.ROBUST if v >= t and f_r > 0 else ops.BOUNDARY
+        for v, c in zip(svar.tolist(), correct.tolist(), strict=True)
+    ]
+
+
+@pytest.mark.parametrize("f_r", [0.0, 0.3, 1.0])
+def test_minus_zero_is_an_outlier_and_plus_zero_is_not(f_r):
+    z = torch.zeros(2, 4)
+    svar, correct, _ = ops.signed_variance(z, torch.tensor([0, 1]))
+    assert svar.tolist() == [0.0, 0.0]
+    group, _ = ops.three_groups(svar, correct, torch.tensor(f_r, dtype=torch.float64))
+    assert group.tolist() == [ops.ROBUST if f_r else ops.BOUNDARY, ops.OUTLIER]
+
+
+# Order
+
+
+@quick
+@given(st.lists(st.integers(0, 6), max_size=30), st.integers(0, 3), st.sampled_from([torch.int64, torch.int32]))
+def test_order_is_stable_and_descending_and_active_counts_are_prefixes(steps, spare, dtype):
+    most = max(steps, default=0) + spare
+    order, active = ops.order_by_steps(torch.tensor(steps, dtype=dtype), most)
+    assert order.tolist() == sorted(range(len(steps)), key=lambda i: -steps[i])
+    assert active.tolist() == [sum(n > t for n in steps) for t in range(most)]
+
+
+# F_R
+
+
+@quick
+@given(batches(least=1), fractions, st.floats(0.01, 1.0), st.floats(0.0, 0.99))
+def test_update_fraction(batch, f_r, gamma, p):
+    z, y = batch
+    new = ops.update_fraction(torch.tensor(f_r, dtype=torch.float64), z, y, gamma, p)
+    hits = [row.index(max(row)) == label for row, label in zip(z.tolist(), y.tolist(), strict=True)]
+    assert new.dtype == torch.float64
+    assert_near(new, p * f_r + (1 - p) * gamma * sum(hits) / len(hits))
+
+
+# The direction of ascent
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@quick
+@given(batches(dtypes=[torch.float64], least=1), st.integers(0, 2**31))
+def test_ascent_direction_is_the_kl_gradient_up_to_a_positive_factor_for_each_row(dtype, batch, seed):
+    z = batch[0].to(dtype)
+    target = 2 * torch.randn(z.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    target = target.softmax(dim=1).to(ops.wide(z).dtype)
+    found = ops.ascent_direction(z, target)
+    assert found.dtype == dtype
+    assert found.isfinite().all()
+
+    exact = torch.tensor(softmax(z.double().numpy())) - target.double()
+    size = exact.abs().amax(dim=1, keepdim=True)
+    clear = size[:, 0] > 0.05
+    found, exact, size = found.double()[clear], exact[clear], size[clear]
+    largest = found.abs().amax(dim=1, keepdim=True)
+    assert_near(found / largest, exact / size, dtype)
+    if dtype in HALF:
+        assert ((largest >= 1) & (largest <= 2)).all()
+    else:
+        assert_near((largest / size).log2().frac().abs().add(0.5).frac(), torch.full_like(size, 0.5), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("gap", [1e-5, 1e-7])
+def test_ascent_direction_of_nearly_equal_distributions_is_not_0(dtype, gap):
+    z = torch.tensor([[1.0, 0.5, -2.0]], dtype=dtype)
+    target = ops.wide(z).softmax(dim=1) + torch.tensor([[gap, -gap, 0.0]])
+    direction = ops.ascent_direction(z, target)
+    assert direction.sign().tolist()[0][:2] == [-1.0, 1.0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_ascent_direction_at_the_target_is_0(dtype):
+    z = torch.tensor([[1.0, 0.5, -2.0], [1e4, -1e4, 0.0]], dtype=dtype)
+    assert (ops.ascent_direction(z, ops.wide(z).softmax(dim=1)) == 0).all()
+
+
+# Steps
+
+
+def images(m, dtype, seed=0, shape=(2, 3, 3)):
+    """Clean images, starts near them, gradients with some zeros, and a step size for each sample."""
+    g = torch.Generator().manual_seed(seed)
+    clean = torch.rand(m, *shape, generator=g, dtype=torch.float64).mul(1.2).sub(0.1).clamp(0, 1)
+    start = clean + 0.02 * torch.randn(clean.shape, generator=g, dtype=torch.float64)
+    grad = torch.randn(clean.shape, generator=g, dtype=torch.float64)
+    grad[grad.abs() < 0.2] = 0.0
+    sizes = 0.001 + 0.05 * torch.rand(m, generator=g, dtype=torch.float64)
+    return [t.to(dtype) for t in (clean, start, grad, sizes)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("m", [0, 1, 5])
+@pytest.mark.parametrize("bounds", [(0.0, 1.0), (-0.5, 0.8)])
+def test_linf_step(dtype, m, bounds):
+    lower, upper = bounds
+    clean, x, grad, sizes = images(m, dtype)
+    moved = x.double() + sizes.double().view(-1, 1, 1, 1) * grad.double().sign()
+    expected = moved.clamp(clean.double() - 0.031, clean.double() + 0.031).clamp(lower, upper)
+    ops.linf_step_(x, grad, clean, sizes, 0.031, lower, upper)
+    assert_near(x, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("m", [0, 1, 5])
+@pytest.mark.parametrize("epsilon", [0.05, 100.0])
+def test_l2_step(dtype, m, epsilon):
+    clean, x, grad, sizes = images(m, dtype)
+    if m > 1:
+        grad[1] = 0.0
+    stand_in = torch.full_like(grad, 0.5)
+    expected = x.double().clone()
+    for i in range(m):
+        g = grad[i].double()
+        direction = g / g.norm() if g.norm() > 0 else stand_in[i].double()
+        delta = (expected[i] + sizes[i].double() * direction).clamp(0, 1) - clean[i].double()
+        # 1e-7 as torch.renorm adds it, which the TRADES code uses
+        expected[i] = clean[i].double() + delta * (epsilon / (delta.norm() + 1e-7) if delta.norm() > epsilon else 1.0)
+    ops.l2_step_(x, grad, clean, sizes, epsilon, 0.0, 1.0, stand_in)
+    assert_near(x, expected.clamp(0, 1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [1e-3, 3e4])
+def test_l2_step_takes_any_finite_gradient(dtype, size):
+    clean = torch.full((1, 64), 0.5, dtype=dtype)
+    x, stand_in = clean.clone(), torch.full_like(clean, math.nan)
+    ops.l2_step_(x, torch.full_like(clean, size), clean, torch.ones(1, dtype=dtype), 10.0, 0.0, 1.0, stand_in)
+    assert_near(x, torch.full((1, 64), 0.625))
+
+
+# The divergence of the update
+
+
+@quick
+@given(batches(least=1), st.randoms())
+def test_trades_kl_is_kl_div_in_double_precision(batch, random):
+    z = batch[0]
+    shift = torch.tensor([[random.uniform(-3, 3) for _ in row] for row in z.tolist()]).view(z.shape)
+    q = (z.double() + shift).to(z.dtype)
+    ours = [t.clone().requires_grad_() for t in (q, z)]
+    exact = [t.double().clone().requires_grad_() for t in (q, z)]
+    value = ops.trades_kl(*ours)
+    log_p = exact[1].log_softmax(dim=1)
+    reference = F.kl_div(exact[0].log_softmax(dim=1), log_p, reduction="sum", log_target=True)
+    assert_near(value, reference.detach(), z.dtype)
+    value.backward()
+    reference.backward()
+    for a, b in zip(ours, exact, strict=True):
+        assert a.grad.isfinite().all()
+        assert_near(a.grad, b.grad, z.dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("adversarial", "clean"),
+    [
+        ([1e4, -1e4, 0.0], [1e4, -1e4, 0.0]),
+        ([-1e4, 1e4, 0.0], [1e4, -1e4, 0.0]),
+        ([0.0, -math.inf, 1.0], [0.0, -math.inf, 0.5]),
+        ([0.0, 1.0, 1.0], [0.0, -math.inf, 0.5]),
+        ([0.0, 1.0, -math.inf], [1e4, -1e4, -1e4]),
+    ],
+)
+def test_trades_kl_of_saturated_rows_is_finite(dtype, adversarial, clean):
+    q, z = (torch.tensor([row], dtype=dtype, requires_grad=True) for row in (adversarial, clean))
+    value = ops.trades_kl(q, z)
+    value.backward()
+    assert value.isfinite()
+    assert value >= 0
+    assert q.grad.isfinite().all()
+    assert z.grad.isfinite().all()
+
+
+def test_trades_kl_gradients_numerically():
+    torch.manual_seed(0)
+    q, z = (torch.randn(4, 3, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    assert torch.autograd.gradcheck(ops.trades_kl, (q, z))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_trades_kl_of_nothing_and_of_equal_rows_is_0(dtype):
+    z = torch.randn(3, 4).to(dtype).requires_grad_()
+    assert ops.trades_kl(z[:0], z[:0]).item() == 0.0
+    assert abs(ops.trades_kl(z, z.detach()).item()) <= TOLERANCES[dtype]["atol"]

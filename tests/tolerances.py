@@ -1,0 +1,28 @@
+"""How close is equal, by dtype: the one place for it."""
+
+import torch
+
+TOLERANCES = {
+    torch.float64: {"rtol": 1e-10, "atol": 1e-12},
+    torch.float32: {"rtol": 1e-5, "atol": 1e-6},
+    torch.bfloat16: {"rtol": 2e-2, "atol": 1e-2},
+    torch.float16: {"rtol": 2e-3, "atol": 1e-3},
+}
+DTYPES = tuple(TOLERANCES)
+
+
+def assert_near(actual, expected, dtype=None, **options):
+    """`actual` is `expected` (anything that becomes a tensor) to the tolerance of `dtype`, else of actual's dtype."""
+    expected = torch.as_tensor(expected, dtype=actual.dtype)
+    torch.testing.assert_close(actual, expected, **TOLERANCES[dtype or actual.dtype], **options)
+
+
+def assert_near_nested(actual, expected, dtype=None):
+    """Two dicts of tensors: equal keys, None where None, integers exactly, floating point to the tolerance."""
+    assert actual.keys() == expected.keys()
+    for name, value in actual.items():
+        other = expected[name]
+        if value is None or other is None or not value.is_floating_point():
+            assert (value is other is None) or torch.equal(value, other), name
+        else:
+            assert_near(value, other, dtype, msg=lambda text, name=name: f"{name}: {text}")
