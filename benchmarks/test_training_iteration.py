@@ -1,7 +1,7 @@
 """One training iteration of TRADES: its authors' computation, ours with the same result, and with BulletTrain.
 
 At the paper's fractions (.28 / .54 / .18, with 10 / 2 / 0 steps) and batch 128. Speedups are medians of the ratios of
-interleaved pairs; each is also given as a share of the FLOP limit, the ratio of the operations that the profiler counts.
+interleaved pairs; each is also given as a share of the FLOP limit, the ratio of the operations counted.
 """
 
 from __future__ import annotations

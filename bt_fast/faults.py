@@ -28,6 +28,7 @@ def pixels_outside(x: Tensor, lower: float, upper: float, name: str) -> Fault:
 
 def labels_outside(labels: Tensor, classes: int, name: str) -> Fault:
     """The number of `labels` (integers [m]) outside 0..classes-1."""
+    labels = labels.long()  # a narrow type cannot be compared with more classes than it counts
     outside = (labels < 0) | (labels >= classes)
     return Fault(outside.sum(), f"{name} must lie in 0..{classes - 1}, but {{count}} of {len(labels)} do not")
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -85,9 +87,9 @@ class BulletTrain(nn.Module):
         momentum: float = 0.9,
     ) -> None:
         super().__init__()
-        self.boundary_steps = _step_count("boundary_steps", boundary_steps)
-        self.robust_steps = _step_count("robust_steps", robust_steps)
-        self.outlier_steps = _step_count("outlier_steps", outlier_steps)
+        self.boundary_steps = step_count("boundary_steps", boundary_steps)
+        self.robust_steps = step_count("robust_steps", robust_steps)
+        self.outlier_steps = step_count("outlier_steps", outlier_steps)
         if not 0.0 < gamma <= 1.0:
             raise ValueError(f"gamma must lie in (0, 1], got {gamma}")
         if not 0.0 <= momentum < 1.0:
@@ -97,6 +99,14 @@ class BulletTrain(nn.Module):
         self.register_buffer("robust_fraction", torch.zeros((), dtype=torch.float64))
         self.register_buffer("group_counts", torch.zeros(3, dtype=torch.int64))
         self.register_buffer("unreported_faults", torch.zeros((), dtype=torch.int64))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> BulletTrain:
+        """Follow the moves of the module that holds this one, not its casts: in 16 bits F_R would stand still."""
+        exact = self.robust_fraction
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.robust_fraction.dtype != torch.float64:
+            self.robust_fraction = exact.to(self.robust_fraction.device)
+        return self
 
     def extra_repr(self) -> str:
         """The configuration, as it would be written."""
@@ -271,12 +281,13 @@ def check_labels(labels: Tensor, m: int, device: torch.device) -> None:
         raise ValueError(f"labels must be on {device} like the samples, but are on {labels.device}")
 
 
-def _step_count(name: str, value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
+def step_count(name: str, value: SupportsIndex, least: int = 0) -> int:
+    """`value` as an int; TypeError or ValueError that names `name` unless it is an integer of at least `least`."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(f"{name} must be an integer, got {value!r}")
-    if value < 0:
-        raise ValueError(f"{name} must be at least 0, got {value}")
-    return value
+    if (count := operator.index(value)) < least:
+        raise ValueError(f"{name} must be at least {least}, got {count}")
+    return count
 
 
 def _step_size(epsilon: float, steps: int) -> float:

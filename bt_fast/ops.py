@@ -116,9 +116,9 @@ def ascent_direction(logits: Tensor, target: Tensor) -> Tensor:
     """The inner loss's gradient with respect to the logits: `softmax(z') - target`, up to a power of two for each row.
 
     It is the gradient of `KL(target ‖ softmax(z'))` (TRADES: the target is the clean distribution) and of the
-    cross-entropy (MART, PGD: the target is one-hot), finite however saturated either is. In 16 bits each row is scaled
-    so that its largest entry is in [1, 2): near the clean point the difference is smaller than the smallest number,
-    and neither the sign nor the normalised direction of the image gradient cares.
+    cross-entropy (MART, PGD: the target is one-hot), finite however saturated either is. Each row is scaled so that its
+    largest entry is in [1, 2): near the clean point the difference is smaller than the smallest number of 16 bits, in
+    which the model may compute, and neither the sign nor the normalised direction of the image gradient cares.
 
     Args:
         logits: [n, K] floating point.
@@ -128,10 +128,8 @@ def ascent_direction(logits: Tensor, target: Tensor) -> Tensor:
         [n, K] in the logits' dtype.
     """
     gap = wide(logits).softmax(dim=1) - target
-    if logits.dtype in (torch.float16, torch.bfloat16):
-        exponent = torch.frexp(gap.abs().amax(dim=1, keepdim=True)).exponent
-        gap = torch.ldexp(gap, (1 - exponent).clamp(max=126))
-    return gap.to(logits.dtype)
+    exponent = torch.frexp(gap.abs().amax(dim=1, keepdim=True)).exponent
+    return torch.ldexp(gap, (1 - exponent).clamp(max=126)).to(logits.dtype)  # 2^127 is float32's largest power
 
 
 def _per_sample(values: Tensor, like: Tensor) -> Tensor:
@@ -178,11 +176,12 @@ def l2_step_(
         lower: the least pixel value, upper: the greatest.
         stand_in: [n, ...], the direction to take where a sample's gradient is exactly 0 (not normalised).
     """
-    norm = _per_sample(grad.flatten(1).norm(dim=1), grad)
-    direction = torch.where(norm == 0, stand_in, grad / norm)
-    x_adv.add_(direction * _per_sample(step_size, grad)).clamp_(lower, upper)
-    delta = (x_adv - clean).renorm_(p=2, dim=0, maxnorm=epsilon)
-    torch.add(clean, delta, out=x_adv).clamp_(lower, upper)
+    wide_grad, wide_clean = wide(grad), wide(clean)
+    norm = _per_sample(wide_grad.flatten(1).norm(dim=1), grad)
+    direction = torch.where(norm == 0, wide(stand_in), wide_grad / norm)
+    moved = (wide(x_adv) + direction * _per_sample(step_size, grad)).clamp_(lower, upper)
+    delta = (moved - wide_clean).renorm_(p=2, dim=0, maxnorm=epsilon)
+    x_adv.copy_((wide_clean + delta).clamp_(lower, upper))
 
 
 def trades_kl(adversarial_logits: Tensor, clean_logits: Tensor) -> Tensor:

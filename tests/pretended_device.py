@@ -1,11 +1,12 @@
 """A device that cannot be waited for: meta tensors that call themselves CUDA.
 
-They hold no values, so any hidden read (`.item()`, `bool(tensor)`, a boolean mask, `nonzero`, `equal`, `tolist`) raises,
-and so does any copy between them and the host. The code under test takes the paths that it takes on a GPU, backward
-included. The one permitted read is answered from a plan.
+They hold no values, so any hidden read (`.item()`, `bool(tensor)`, a boolean mask, `nonzero`, `equal`, `tolist`)
+raises, and so does any copy between them and the host. The code under test takes the paths that it takes on a GPU,
+backward included. The one permitted read is answered from a plan.
 """
 
 from contextlib import contextmanager
+from types import SimpleNamespace
 from unittest import mock
 
 import torch
@@ -46,14 +47,11 @@ class Reads:
 
     def __call__(self, values):
         self.started += 1
-        length = len(values)
+        return SimpleNamespace(wait=lambda: self._answer(len(values)))
 
-        class Read:
-            def wait(_):
-                self.waited += 1
-                return (self.plan + [0] * length)[:length]
-
-        return Read()
+    def _answer(self, length):
+        self.waited += 1
+        return (self.plan + [0] * length)[:length]
 
 
 @contextmanager

@@ -78,6 +78,13 @@ def uncounted_norm():
     return nn.Sequential(nn.Conv2d(1, 4, 3), UncountedNorm(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, CLASSES))
 
 
+def no_count():
+    """A batch norm without num_batches_tracked, as pruning and conversion tools leave it."""
+    model = conv_bn()
+    model[1].num_batches_tracked = None
+    return model
+
+
 def instance_norm():
     return nn.Sequential(
         nn.Conv2d(1, 4, 3),
@@ -124,6 +131,7 @@ MODELS = {
     "counter replaced": lambda: Counting(in_place=False),
     "own norm": OwnNorm,
     "uncounted norm": uncounted_norm,
+    "norm without a count": no_count,
 }
 
 

@@ -59,11 +59,13 @@ def test_assignment_to_the_letter(batch, f_r, policy, alpha):
     # on from the module's own SVar, so that the last bit decides as it does there
     svar = got.svar.double().tolist()
     threshold = max(0.0, np.quantile(svar, 1 - f_r)) if m else 0.0
-    group = ["outlier" if s < 0 else "robust" if f_r > 0 and v >= threshold else "boundary" for s, v in
-             zip(sign, svar, strict=True)]  # fmt: skip
+    group = [
+        "outlier" if s < 0 else "robust" if f_r > 0 and v >= threshold else "boundary"
+        for s, v in zip(sign, svar, strict=True)
+    ]
     n_b, n_r, n_o = policy
     allotted = {
-        "boundary": (n_b, alpha or (n_b and 1.7 * EPSILON / n_b)) if n_b else (0, 0.0),
+        "boundary": (n_b, n_b and (alpha or 1.7 * EPSILON / n_b)),
         "robust": (n_r, n_r and 1.7 * EPSILON / n_r),
         "outlier": (n_o, n_o and 1.7 * EPSILON / n_o),
     }
@@ -114,6 +116,11 @@ def test_no_gradient_flows_into_an_assignment():
 def test_labels_of_any_integer_type(dtype):
     z, y = three()
     assert at_fraction(0.4).assign(z, y.to(dtype)).group.tolist() == at_fraction(0.4).assign(z, y).group.tolist()
+
+
+def test_labels_of_a_narrow_type_and_more_classes_than_it_can_count():
+    z, y = torch.randn(4, 300), torch.tensor([100, 200, 250, 3])
+    assert at_fraction(0.4).assign(z, y.byte()).group.tolist() == at_fraction(0.4).assign(z, y).group.tolist()
 
 
 # F_R
@@ -266,7 +273,7 @@ def test_bad_sizes(options, message):
 
 def test_an_update_of_nothing():
     bullet = at_fraction(0.3)
-    with pytest.raises(ValueError, match="at least 1 row.*0"):
+    with pytest.raises(ValueError, match=r"at least 1 row.*0"):
         bullet.update(Z[:0], Y[:0])
     assert bullet.robust_fraction.item() == 0.3
 

@@ -55,11 +55,12 @@ def input_gradient(model: nn.Module, x: Tensor, target: Tensor) -> Tensor:
 def _stand_in(grad: Tensor, generator: torch.Generator | None) -> Tensor:
     """Normal noise for the rows of `grad` whose gradient is 0.
 
-    On the CPU numbers are drawn for those rows only, as the TRADES code does; to find them on a GPU would mean to wait.
+    On the CPU numbers are drawn for those rows only and descended along, as the TRADES code does; to find the rows on a
+    GPU would mean to wait.
     """
     if grad.is_cuda or generator is not None:
         return torch.randn(grad.shape, dtype=grad.dtype, device=grad.device, generator=generator)
     zero = grad.flatten(1).norm(dim=1) == 0
     stand_in = torch.zeros_like(grad)
-    stand_in[zero] = torch.randn_like(grad[zero])
+    stand_in[zero] = -torch.randn(grad[zero].shape).to(grad.dtype)
     return stand_in

@@ -27,6 +27,7 @@ from bt_fast.lab.models import build_model, load_published
 from bt_fast.lab.training import Run, evaluation_batches, median_speedup
 
 console = Console()
+say = functools.partial(console.print, soft_wrap=True, highlight=False)  # lines to copy from are not broken
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 
@@ -194,7 +195,7 @@ def evaluate(
                 restarts=restarts,
                 generator=torch.Generator(where).manual_seed(seed),
             )
-        console.print(
+        say(
             f"{name}: clean {100 * accuracy.clean:.2f} %, robust {100 * accuracy.robust:.2f} % "
             f"(PGD-{steps} x {restarts}, {distance}, eps = {radius:g}, {accuracy.total} images)"
         )
@@ -231,7 +232,7 @@ def _run(
         summary = report.summarise(run, lambda _: progress.advance(task))
     paths = report.plot(run)
     console.print(report.table(summary))
-    console.print("wrote", ", ".join(str(p) for p in [folder / "summary.json", folder / "metrics.jsonl", *paths]))
+    say("wrote", ", ".join(str(p) for p in [folder / "summary.json", folder / "metrics.jsonl", *paths]))
 
 
 def _train(run: Run) -> None:
@@ -240,11 +241,11 @@ def _train(run: Run) -> None:
         for at in run.train():
             progress.update(task, completed=at.iteration, description=_ratios(run))
             if at.epoch_ended:
-                progress.console.print(_epoch_line(run))
+                say(_epoch_line(run))
             if stop:
                 run.save()
                 progress.stop()
-                console.print(f"stopped and saved: go on with --resume {run.folder}")
+                say(f"stopped and saved: go on with --resume {run.folder}")
                 sys.exit(128 + stop[0])
 
 

@@ -88,14 +88,14 @@ _DIGITS = RunConfig(
     width=16,
     augment=False,
     loss="trades",
-    epochs=4,
-    batch_size=64,
-    lr=0.05,
+    epochs=3,
+    batch_size=50,
+    lr=0.03,
     sgd_momentum=0.9,
     weight_decay=0.0,
-    decay_epochs=(),
-    epsilon=0.1,
-    step_size=0.02,
+    decay_epochs=(2,),
+    epsilon=0.2,
+    step_size=0.04,
     steps=10,
     beta=6.0,
     boundary_steps=10,
@@ -112,7 +112,7 @@ _DIGITS = RunConfig(
 # The defaults for each data set. "digits" is chosen so that two CPU cores finish a comparison in minutes.
 PRESETS = {
     "digits": _DIGITS,
-    "mnist": dataclasses.replace(_DIGITS, data="mnist", width=32, epochs=10, batch_size=128, curve_size=500),
+    "mnist": dataclasses.replace(_DIGITS, data="mnist", width=32, epochs=10, decay_epochs=(8,), curve_size=500),
     # the scripts of TRADES, as the paper's Table 2 runs them
     "cifar10": dataclasses.replace(
         _DIGITS,

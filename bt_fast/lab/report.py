@@ -113,7 +113,7 @@ def table(summary: dict[str, Any]) -> Table:
     first = next(iter(methods))
     attack = methods[first]["attack"].removesuffix(" x 1")
     title = f"{summary['config']['data']}, eps = {summary['config']['epsilon']:g}, {attack}"
-    view = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1))
+    view = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False)
     view.add_column("", no_wrap=True)
     for name in ("clean", "robust", "F_B/F_R/F_O", "theory", "passes", "clock", "time"):
         view.add_column(name, justify="right", no_wrap=True)
@@ -125,9 +125,9 @@ def table(summary: dict[str, Any]) -> Table:
             f"{100 * entry['robust']:.1f}%",
             "/".join(f"{fractions[g]:.2f}".lstrip("0") for g in GROUP_COLOURS) if fractions else "1/0/0",
             f"{entry.get('theoretical_speedup', 1.0):.2f}x",
-            f"{entry['forward_passes']:.1f} F",
+            f"{entry['forward_passes']:.1f}F",
             f"{entry['speedup'][first]:.2f}x" if method != first else "1.00x",
-            f"{entry['seconds']:.1f} s",
+            f"{entry['seconds']:.0f} s",
         )
     return view
 

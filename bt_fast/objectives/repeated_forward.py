@@ -8,13 +8,19 @@ draws random numbers (dropout) or keeps other state, in which case it must reall
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
+from typing import TypeGuard, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm
 
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
+_BATCH_NORM_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+
+# whether a model's forward in given modes leaves its other buffers alone: found once, since comparing values waits
+_Modes = tuple[bool, ...]
+_leaves_alone: WeakKeyDictionary[nn.Module, dict[_Modes, bool]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,34 +42,47 @@ class _Statistics:
 class RepeatedForward:
     """Watches one forward of a model in its current modes, then decides whether a repetition can be replayed.
 
-    repeat = RepeatedForward(model, x.device)    # before h(x)
-    logits = model(x)
-    repeat.first_done()                          # right after it
-    ...                                          # any other forwards
-    if repeat.replayable: repeat.replay()        # the buffers as after another h(x), whose logits are `logits`
-    else: logits_again = model(x)
+        repeat = RepeatedForward(model, x.device)    # before h(x)
+        logits = model(x)
+        repeat.first_done()                          # right after it
+        ...                                          # any other forwards
+        if repeat.replayable: repeat.replay()        # the buffers as after another h(x), whose logits are `logits`
+        else: logits_again = model(x)
+
+    The first time that a model is seen in its current modes, its other buffers are compared by value, which on a GPU
+    waits for the device; afterwards nothing here does.
     """
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
+        self._model = model
         self._device = device
-        layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and _tracks(m)]
-        tracked = {id(getattr(layer, name)) for layer in layers for name in _BUFFERS}
-        self._before = [_Statistics.of(layer) for layer in layers]
+        self._before = [_Statistics.of(m) for m in model.modules() if _is_tracking_batch_norm(m)]
         self._after: list[_Statistics] = []
-        self._others = [b for b in model.buffers() if id(b) not in tracked]
-        self._versions = [b._version for b in self._others]
+        self._modes = tuple(m.training for m in model.modules())
+        self._versions = self._other_versions()
+        known = _leaves_alone.setdefault(model, {})
+        self._values = None if self._modes in known else {k: b.clone() for k, b in self._other_buffers().items()}
         self._random = _random_states(device)
-        self._replayed_norms_only = not any(
-            _tracks(m) for m in model.modules() if isinstance(m, _NormBase) and not isinstance(m, _BatchNorm)
-        )
         self.replayable = False
 
     def first_done(self) -> None:
         """Note what the first forward did."""
         self._after = [_Statistics.of(before.layer) for before in self._before]
         drew = any(not torch.equal(a, b) for a, b in zip(self._random, _random_states(self._device), strict=True))
-        changed = any(b._version != v for b, v in zip(self._others, self._versions, strict=True))
-        self.replayable = self._replayed_norms_only and not (drew or changed)
+        known = _leaves_alone[self._model]
+        if self._values is not None:
+            others = self._other_buffers()
+            known[self._modes] = all(_same(others.get(name), value) for name, value in self._values.items())
+        self.replayable = known[self._modes] and not drew and self._other_versions() == self._versions
+
+    def _other_buffers(self) -> dict[str, Tensor]:
+        """All buffers but those that `replay` moves."""
+        moved = {id(getattr(before.layer, name)) for before in self._before for name in _BUFFERS}
+        return {name: b for name, b in self._model.named_buffers() if id(b) not in moved}
+
+    def _other_versions(self) -> dict[str, tuple[int, int]]:
+        """Which tensor each other buffer is, and its version: what the host can see of a change."""
+        return {name: (id(b), b._version) for name, b in self._other_buffers().items()}
 
     def replay(self) -> None:
         """Move the batch-norm buffers as the same forward would move them again."""
@@ -73,8 +92,19 @@ class RepeatedForward:
                 _replay(before, after, updates)
 
 
-def _tracks(layer: _NormBase) -> bool:
-    return layer.training and layer.track_running_stats and layer.running_mean is not None
+def _is_tracking_batch_norm(module: nn.Module) -> TypeGuard[_BatchNorm]:
+    """Whether this is torch's own batch norm, and about to move its buffers."""
+    return (
+        isinstance(module, _BatchNorm)
+        and type(module).forward in _BATCH_NORM_FORWARDS
+        and module.training
+        and module.track_running_stats
+        and all(getattr(module, name) is not None for name in _BUFFERS)
+    )
+
+
+def _same(now: Tensor | None, before: Tensor) -> bool:
+    return now is not None and now.shape == before.shape and bool(torch.equal(now, before))
 
 
 def _replay(before: _Statistics, after: _Statistics, updates: int) -> None:
@@ -83,10 +113,11 @@ def _replay(before: _Statistics, after: _Statistics, updates: int) -> None:
     mean, variance, seen = (cast(Tensor, getattr(layer, name)) for name in _BUFFERS)
     if layer.momentum is None:
         # cumulative average over n batches: r·n is their sum, to which the first forward added its own part
-        n_before, n_after = before.seen.to(mean.dtype), after.seen.to(mean.dtype)
-        n_now = seen.to(mean.dtype)
+        # (in float64, since n exceeds what 16 bits hold)
+        n_before, n_after, n_now = before.seen.double(), after.seen.double(), seen.double()
         for now, was, then in ((mean, before.mean, after.mean), (variance, before.variance, after.variance)):
-            now.data.copy_((now * n_now + (then * n_after - was * n_before)) / (n_now + updates))
+            added = then.double() * n_after - was.double() * n_before
+            now.data.copy_((now.double() * n_now + added) / (n_now + updates))
     else:
         # k updates with momentum μ: r ← (1-μ)^k·r + b, and b is what the first forward added
         keep = (1.0 - layer.momentum) ** updates

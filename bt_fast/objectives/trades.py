@@ -16,7 +16,7 @@ from bt_fast.attack.generate import generate, normal_noise
 from bt_fast.attack.schedule import Schedule
 from bt_fast.attack.threat import ThreatModel
 from bt_fast.faults import CheckedRead, Fault
-from bt_fast.mining import BulletTrain, check_labels
+from bt_fast.mining import BulletTrain, check_labels, step_count
 from bt_fast.objectives.repeated_forward import RepeatedForward
 
 Unperturbed = Literal["keep", "skip"]
@@ -89,7 +89,7 @@ def trades_loss(
     schedule, clean, x_adv = _ragged_attack(model, x, y, step_size, threat, bullet, generator, pixels)
     labels = schedule.sort(y).long()
     keep = unperturbed == "keep" if unperturbed else (bullet.robust_steps or bullet.outlier_steps)
-    corrupted = len(x) if keep else (schedule.active[0] if schedule.active else 0)
+    corrupted = len(x) if keep else _rows_to_corrupt(schedule, len(x))
     with _update_modes(model):
         _zero_grad(optimizer)
         return _update_once(model, clean, x_adv[:corrupted], labels, beta, bullet)
@@ -178,6 +178,12 @@ def _update_once(model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, beta: fl
     return F.cross_entropy(logits, y) + beta / len(x) * ops.trades_kl(adversarial, logits[:n])
 
 
+def _rows_to_corrupt(schedule: Schedule, m: int) -> int:
+    """The moving samples; a single one takes an unperturbed one along, since batch norm cannot train on one row."""
+    moving = schedule.active[0] if schedule.active else 0
+    return min(2, m) if moving == 1 else moving
+
+
 @contextmanager
 def _update_modes(model: nn.Module) -> Iterator[None]:
     with modes_restored(model):
@@ -199,8 +205,10 @@ def _check(
     bullet: BulletTrain | None,
     unperturbed: Unperturbed | None,
 ) -> None:
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        raise TypeError(f"x_natural must be floating-point images, got {getattr(x, 'dtype', type(x).__name__)}")
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x_natural must be a tensor of images, got {type(x).__name__}")
+    if not x.is_floating_point():
+        raise TypeError(f"x_natural must be floating-point images, got {x.dtype}")
     if x.dim() < 2 or x.numel() == 0:
         raise ValueError(f"x_natural must have shape [m, ...] with m >= 1, got {list(x.shape)}")
     if not isinstance(y, Tensor):
@@ -210,9 +218,8 @@ def _check(
         raise ValueError(f"step_size must be greater than 0, got {step_size}")
     if unperturbed not in (None, "keep", "skip"):
         raise ValueError(f"unperturbed must be 'keep', 'skip' or None, got {unperturbed!r}")
+    step_count("perturb_steps", perturb_steps, least=1 if bullet is None else 0)
     if bullet is None:
-        if perturb_steps < 1:
-            raise ValueError(f"perturb_steps must be at least 1, got {perturb_steps}")
         if unperturbed is not None:
             raise ValueError("unperturbed is an option of BulletTrain: it needs bullet=")
     elif perturb_steps not in (10, bullet.boundary_steps):

@@ -1,0 +1,310 @@
+import math
+
+import pytest
+import reference_trades
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pretended_device import DEVICE, pretended_device
+from small_models import CLASSES, SHAPE, Dead, assert_unchanged, batch, build, snapshot
+from tolerances import DTYPES, TOLERANCES, assert_near
+from torch import nn
+
+from bt_fast import Schedule, ThreatModel, generate
+from bt_fast.attack.generate import normal_noise
+from bt_fast.attack.runners import input_gradient
+
+NORMS = ["l_inf", "l_2"]
+EPSILON = {"l_inf": 0.031, "l_2": 0.3}
+STEPS = torch.tensor([3, 0, 1, 5, 0, 2, 5, 1])
+
+
+def case(m=8, model="conv_bn", dtype=torch.float64, seed=0):
+    """A model, clean images, starts, and the clean distribution."""
+    model = build(model, seed, dtype)
+    x, _ = batch(m, seed, dtype)
+    start = x + 0.01 * torch.randn(x.shape, generator=torch.Generator().manual_seed(seed + 1)).to(dtype)
+    model.eval()
+    target = model(x).detach().softmax(dim=1)
+    return model.train(), x, start, target
+
+
+def sizes_of(m):
+    return torch.linspace(0.004, 0.04, m, dtype=torch.float64)
+
+
+def attack(model, x, start, target, steps, sizes, norm="l_inf", **options):
+    """`generate`, in the batch's own order."""
+    schedule = Schedule.from_steps(steps, sizes)
+    threat = ThreatModel(EPSILON[norm], norm)
+    rows = [schedule.sort(t) for t in (x, start, target)]
+    found = generate(model, *rows, schedule, threat, **options)
+    unsorted = torch.full_like(found, math.nan)
+    unsorted[schedule.order] = found
+    return unsorted
+
+
+def one_by_one(model, x, start, steps, sizes, norm):
+    """Each sample alone, by the authors' loops. ℓ2 steps are of a size of their own: one step at a time."""
+    model.eval()
+    result = start.clone()
+    for i, n in enumerate(steps.tolist()):
+        one, x_i, size = result[i : i + 1], x[i : i + 1], sizes[i].item()
+        for _ in range(n):
+            if norm == "l_inf":
+                one = reference_trades.linf_attack(model, x_i, one, size, EPSILON[norm], 1)
+                continue
+            probe = one.detach().requires_grad_()
+            (g,) = torch.autograd.grad(reference_trades.divergence(model, probe, x_i), probe)
+            delta = (one + size * g / g.norm()).clamp(0, 1) - x_i
+            one = x_i + delta.renorm(2, 0, EPSILON[norm])
+        result[i : i + 1] = one
+    model.train()
+    return result
+
+
+# The result
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@settings(max_examples=10, deadline=None)
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=8), st.integers(0, 1000))
+def test_every_policy_of_steps_is_each_sample_attacked_alone(norm, steps, seed):
+    model, x, start, target = case(len(steps), seed=seed)
+    steps, sizes = torch.tensor(steps), sizes_of(len(steps))
+    found = attack(model, x, start, target, steps, sizes, norm)
+    assert_near(found, one_by_one(model, x, start, steps, sizes, norm))
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_samples_result_does_not_depend_on_its_batch(norm):
+    model, x, start, target = case()
+    whole = attack(model, x, start, target, STEPS, sizes_of(8), norm)
+    for rows in ([3], [1, 4], [7, 2, 0, 5], list(range(7, -1, -1))):
+        part = [t[rows] for t in (x, start, target, STEPS, sizes_of(8))]
+        assert_near(attack(model, *part, norm), whole[rows])
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_zero_steps_give_the_start_to_the_bit_even_outside_the_threat_model(norm, dtype):
+    model, x, start, target = case(dtype=dtype)
+    start[1], start[4] = 7.0, -math.inf
+    found = attack(model, x, start, target, STEPS, sizes_of(8), norm)
+    assert torch.equal(found[STEPS == 0], start[STEPS == 0])
+    assert not torch.equal(found[STEPS > 0], start[STEPS > 0])
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_perturbation_stays_in_the_threat_model(norm, dtype):
+    model, x, _, target = case(dtype=dtype)
+    far = x + 5.0 * torch.randn(x.shape).to(dtype)
+    found = attack(model, x, far, target, STEPS.clamp(min=1), 10 * sizes_of(8), norm)
+    delta = (found - x).double().flatten(1)
+    size = delta.abs().amax(dim=1) if norm == "l_inf" else delta.norm(dim=1)
+    assert (size <= EPSILON[norm] + TOLERANCES[dtype]["atol"]).all()
+    assert found.min() >= 0.0
+    assert found.max() <= 1.0
+
+
+def test_bounds_other_than_0_and_1():
+    model, x, start, target = case()
+    schedule = Schedule.uniform(8, 5, 0.5, x.device)
+    found = generate(model, x, start, target, schedule, ThreatModel(10.0, "l_inf", -0.25, 0.75))
+    assert (found.min(), found.max()) == (-0.25, 0.75)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_an_attack_ascends(norm):
+    model, x, start, target = case()
+    found = attack(model, x, start, target, torch.full((8,), 5), sizes_of(8) + 0.02, norm)
+    model.eval()
+    before, after = (
+        torch.tensor([reference_trades.divergence(model, t[i : i + 1], x[i : i + 1]).item() for i in range(8)])
+        for t in (start, found)
+    )
+    assert (after > before).all()
+
+
+def test_nothing_to_attack():
+    model, x, start, target = case()
+    none = torch.zeros(8, dtype=torch.int64)
+    calls = []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    assert torch.equal(attack(model, x, start, target, none, sizes_of(8)), start)
+    empty = attack(model, x[:0], start[:0], target[:0], none[:0], sizes_of(8)[:0])
+    assert empty.shape == (0, *SHAPE)
+    assert not calls
+
+
+def test_the_input_gradient_is_that_of_the_divergence_and_of_the_cross_entropy():
+    model, x, start, target = case()
+    model.eval()
+    probe = start.clone().requires_grad_()
+    (of_kl,) = torch.autograd.grad(reference_trades.divergence(model, probe, x), probe)
+    assert_near(input_gradient(model, start, target), of_kl)
+    y = torch.arange(8) % CLASSES
+    (of_ce,) = torch.autograd.grad(nn.functional.cross_entropy(model(probe), y, reduction="sum"), probe)
+    assert_near(input_gradient(model, start, nn.functional.one_hot(y, CLASSES).double()), of_ce)
+
+
+class HalfBody(nn.Module):
+    """A 16-bit body under a single-precision head: logits are float32, the gradient passes through 16 bits."""
+
+    def __init__(self, dtype):
+        super().__init__()
+        self.body, self.dtype = nn.Linear(36, CLASSES).to(dtype), dtype
+
+    def forward(self, x):
+        return self.body(x.flatten(1).to(self.dtype)).float()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_tiny_gradient_survives_a_16_bit_body(dtype):
+    torch.manual_seed(0)
+    model, (x, _) = HalfBody(dtype), batch(dtype=torch.float32)
+    logits = model(x).detach()
+    target = logits.softmax(dim=1)
+    target[:, 0] += 1e-7
+    target[:, 1] -= 1e-7
+    grad = input_gradient(model, x, target)
+    expected = (model.body.weight[1] - model.body.weight[0]).float().sign().view(1, *SHAPE)
+    assert (grad.sign() == expected).float().mean() > 0.95
+
+
+# What it costs
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_the_groups_advance_together_and_only_active_samples_are_computed(norm):
+    model, x, start, target = case()
+    sizes = []
+    model.register_forward_hook(lambda _, args, __: sizes.append(len(args[0])))
+    attack(model, x, start, target, STEPS, sizes_of(8), norm)
+    assert len(sizes) == STEPS.max()
+    assert sum(sizes) == STEPS.sum()
+
+
+def test_no_parameter_gradient_is_computed():
+    model, x, start, target = case()
+    computed = []
+    for p in model.parameters():
+        p.register_hook(computed.append)
+    attack(model, x, start, target, STEPS, sizes_of(8))
+    assert not computed
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_an_attack_waits_for_nothing_on_a_device(norm):
+    model, x, start, target = (t.to(DEVICE) for t in case())
+    schedule = Schedule(None, torch.full((8,), 0.01, device=DEVICE), (8, 8, 3, 1))
+    with pretended_device() as reads:
+        found = generate(model, x, start, target, schedule, ThreatModel(0.031, norm))
+    assert found.device == DEVICE
+    assert reads.started == 0
+
+
+# What it leaves alone
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("name", ["conv_bn", "dropout", "tied norm", "cumulative average"])
+@pytest.mark.parametrize("error", [False, True])
+def test_the_model_and_the_inputs_are_left_alone(norm, name, error):
+    model, x, start, target = case(model=name)
+    parameters = list(model.parameters())
+    parameters[0].requires_grad_(False)
+    parameters[1].grad = torch.full_like(parameters[1], math.pi)
+    next(m for m in model.modules() if isinstance(m, nn.BatchNorm2d)).eval()
+    x.requires_grad_()
+    inputs = [t.detach().clone() for t in (x, start, target)]
+    before = snapshot(model)
+    if error:
+        calls = []
+        hook = model.register_forward_hook(lambda *_: calls.append(1) or (1 / 0 if len(calls) == 3 else None))
+        with pytest.raises(ZeroDivisionError):
+            attack(model, x, start, target, STEPS, sizes_of(8), norm)
+        hook.remove()
+    else:
+        assert not attack(model, x, start, target, STEPS, sizes_of(8), norm).requires_grad
+    assert_unchanged(before, model)
+    assert all(torch.equal(a, b) for a, b in zip(inputs, (x, start, target), strict=True))
+    assert x.grad is None
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.enable_grad])
+def test_the_callers_gradient_mode_does_not_matter(context):
+    model, x, start, target = case()
+    expected = attack(model, x, start, target, STEPS, sizes_of(8))
+    with context():
+        enabled = torch.is_grad_enabled()
+        assert torch.equal(attack(model, x, start, target, STEPS, sizes_of(8)), expected)
+        assert torch.is_grad_enabled() == enabled
+
+
+def test_channels_last_images_stay_channels_last():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(64, CLASSES)).double()
+    x = torch.rand(4, 3, 6, 6, dtype=torch.float64)
+    target = model(x).detach().flip(1).softmax(dim=1)
+    schedule = Schedule.uniform(4, 3, 0.01, x.device)
+    plain = generate(model, x, x, target, schedule, ThreatModel(0.031))
+    last = x.to(memory_format=torch.channels_last)
+    found = generate(model, last, last, target, schedule, ThreatModel(0.031))
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    assert_near(found, plain)
+
+
+# Random numbers
+
+
+def dead_case():
+    x, _ = batch()
+    return build(Dead), x, x.clone(), torch.full((8, CLASSES), 1 / CLASSES, dtype=torch.float64)
+
+
+def test_a_zero_l2_gradient_is_replaced_by_noise_and_a_zero_linf_gradient_by_nothing():
+    found = attack(*dead_case(), STEPS, sizes_of(8), "l_2")
+    x = dead_case()[1]
+    moved = (found - x).flatten(1).norm(dim=1)
+    assert torch.equal(moved > 0, STEPS > 0)
+    assert (moved <= EPSILON["l_2"] + 1e-9).all()
+    assert torch.equal(attack(*dead_case(), STEPS, sizes_of(8), "l_inf"), x)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("arrange", [case, dead_case])
+def test_a_generator_is_the_only_source_of_random_numbers(norm, arrange):
+    torch.manual_seed(0)
+    inputs = arrange()
+    state = torch.get_rng_state()
+
+    def once(seed):
+        generator = torch.Generator().manual_seed(seed)
+        return attack(*inputs, STEPS, sizes_of(8), norm, generator=generator)
+
+    assert torch.equal(once(1), once(1))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(once(1), once(2)) == (arrange is case or norm == "l_inf")
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_no_number_is_drawn_where_no_gradient_is_0(norm):
+    inputs = case()
+    state = torch.get_rng_state()
+    attack(*inputs, STEPS, sizes_of(8), norm)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_normal_noise(dtype):
+    x = torch.zeros(100, 100, dtype=dtype)
+    noise = normal_noise(x, torch.Generator().manual_seed(0))
+    assert noise.dtype == dtype
+    assert noise.double().std().item() == pytest.approx(0.001, rel=0.05)
+    assert torch.equal(noise, normal_noise(x, torch.Generator().manual_seed(0)))
+    torch.manual_seed(3)
+    as_authors = normal_noise(x, None, on_cpu=True)
+    torch.manual_seed(3)
+    assert torch.equal(as_authors, 0.001 * torch.randn(x.shape))

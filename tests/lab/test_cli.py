@@ -1,0 +1,209 @@
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+
+from bt_fast.lab.checkpoint import load_checkpoint
+from bt_fast.lab.cli import cli
+from bt_fast.lab.models import build_model
+
+SMALL = ["--width", "2", "--epochs", "1", "--batch-size", "16", "--curve-size", "8", "--eval-steps", "2", "--steps", "3"]
+
+
+def bt_fast(*arguments):
+    return CliRunner().invoke(cli, [str(a) for a in arguments])
+
+
+def one_line(result):
+    """The error of a command that failed as a user's mistake should."""
+    assert result.exit_code == 2, result.output
+    line = result.stderr.strip()
+    assert "\n" not in line
+    assert line.startswith("bt-fast: ")
+    return line
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A small npz of two classes, black or white."""
+    path = tmp_path_factory.mktemp("data") / "small.npz"
+    y = np.arange(64) % 2
+    x = np.repeat(y * 255, 256).reshape(64, 16, 16).astype(np.uint8)
+    np.savez(path, x_train=x[:48], y_train=y[:48], x_test=x[48:], y_test=y[48:])
+    return path
+
+
+@pytest.fixture(scope="module")
+def compared(data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "compared"
+    result = bt_fast("compare", "--data", data, "--out", folder, *SMALL)
+    assert result.exit_code == 0, result.output
+    return folder, result.output
+
+
+def test_compare_prints_one_row_for_each_method_with_accuracies_fractions_and_speedups(compared):
+    _, output = compared
+    assert re.search(r"TRADES, authors'\s+[\d.]+%\s+[\d.]+%\s+1/0/0\s+1\.00x\s+18\.0F\s+1\.00x\s+\d+ s", output)
+    assert re.search(r"TRADES, ours\s+[\d.]+%\s+[\d.]+%\s+1/0/0\s+1\.00x\s+13\.0F\s+[\d.]+x\s+\d+ s", output)
+    assert re.search(r"\+ BulletTrain\s+[\d.]+%\s+[\d.]+%\s+[\d.]+/[\d.]+/[\d.]+\s+[\d.]+x\s+[\d.]+F\s+[\d.]+x", output)
+
+
+def test_compare_writes_a_run_folder(compared):
+    folder, _ = compared
+    summary = json.loads((folder / "summary.json").read_text())
+    assert set(summary["methods"]) == {"reference", "optimised", "bullet"}
+    assert summary["methods"]["bullet"]["speedup"].keys() == {"reference", "optimised"}
+    assert sum(summary["methods"]["bullet"]["fractions"].values()) == pytest.approx(1)
+    assert {"torch", "python", "processor", "device"} <= summary["machine"].keys()
+    for name in ("accuracy.png", "fractions.png"):
+        if (folder / name).exists():
+            assert (folder / name).read_bytes().startswith(b"\x89PNG")
+    assert (folder / "accuracy.png").exists()
+    assert all(json.loads(line)["iteration"] for line in (folder / "metrics.jsonl").read_text().splitlines())
+
+
+def test_evaluate_reads_every_model_of_a_comparison(compared):
+    folder, _ = compared
+    result = bt_fast("evaluate", folder / "checkpoint.pt", "--steps", "2", "--restarts", "2")
+    assert result.exit_code == 0, result.output
+    for method in ("reference", "optimised", "bullet"):
+        line = rf"{method}: clean [\d.]+ %, robust [\d.]+ % \(PGD-2 x 2, l_inf, eps = 0.2, 16 images\)"
+        assert re.search(line, result.output)
+
+
+def test_evaluate_agrees_with_the_summary(compared):
+    folder, _ = compared
+    summary = json.loads((folder / "summary.json").read_text())["methods"]["bullet"]
+    result = bt_fast("evaluate", folder / "checkpoint.pt", "--method", "bullet", "--steps", "2")
+    clean, robust = map(float, re.search(r"clean ([\d.]+) %, robust ([\d.]+) %", result.output).groups())
+    assert (clean, robust) == pytest.approx((100 * summary["clean"], 100 * summary["robust"]), abs=0.01)
+
+
+def test_evaluate_reads_a_published_state_dict(tmp_path):
+    path = tmp_path / "published.pt"
+    torch.save(build_model("small-cnn", in_channels=1, image_size=28, num_classes=10).state_dict(), path)
+    result = bt_fast("evaluate", path, "--model", "small-cnn", "--test-size", "4", "--steps", "1")
+    assert result.exit_code == 0, result.output
+    assert "4 images" in result.output
+
+
+def test_train_trains_one_method_with_bullettrain_as_the_default(data, tmp_path):
+    assert bt_fast("train", "--data", data, "--out", tmp_path / "a", *SMALL).exit_code == 0
+    assert list(load_checkpoint(tmp_path / "a" / "checkpoint.pt")[1]["contestants"]) == ["bullet"]
+    assert bt_fast("train", "--method", "optimised", "--data", data, "--out", tmp_path / "b", *SMALL).exit_code == 0
+    assert list(load_checkpoint(tmp_path / "b" / "checkpoint.pt")[1]["contestants"]) == ["optimised"]
+
+
+@pytest.fixture(scope="module")
+def long_run(data, tmp_path_factory):
+    """The options of a run of 120 iterations, and the state in which it ends."""
+    options = ["--data", str(data), *SMALL, "--epochs", "40"]
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    result = bt_fast("train", *options, "--out", folder)
+    assert result.exit_code == 0, result.output
+    return options, load_checkpoint(folder / "checkpoint.pt")[1]["contestants"]["bullet"]
+
+
+@pytest.mark.parametrize("killed_by", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_an_interrupted_run_resumes_to_the_same_weights(long_run, tmp_path, killed_by):
+    options, end = long_run
+    command = [sys.executable, "-m", "bt_fast", "train", *options, "--out", tmp_path / "cut"]
+    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE)
+    while not (tmp_path / "cut" / "checkpoint.pt").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(killed_by)
+    output = process.communicate()[0].decode()
+    if killed_by != signal.SIGKILL:
+        assert process.returncode == 128 + killed_by
+        assert f"--resume {tmp_path / 'cut'}" in output
+    stopped_at = load_checkpoint(tmp_path / "cut" / "checkpoint.pt")[1]["iteration"]
+    assert stopped_at < 120
+    resumed = bt_fast("train", "--resume", tmp_path / "cut")
+    assert resumed.exit_code == 0, resumed.output
+    resumed_end = load_checkpoint(tmp_path / "cut" / "checkpoint.pt")[1]["contestants"]["bullet"]
+    for part in ("model", "bullet"):
+        for name, value in end[part].items():
+            assert torch.equal(value, resumed_end[part][name]), name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["compare", "--data", "nothing.npz"], "nothing.npz"),
+        (["compare", "--data", "mnist", "--data-dir", "nowhere"], "nowhere"),
+        (["compare", "--data", "cifar10", "--data-dir", "nowhere"], "nowhere"),
+        (["train", "--model", "resnet"], "resnet"),
+        (["train", "--model", "wrn-16-2", "--width", "4"], "width"),
+        (["train", "--train-size", "6000"], "6000"),
+        (["train", "--device", "abacus"], "abacus"),
+        (["train", "--device", "cuda:99"], "cuda:99"),
+        (["train", "--resume", "nothing"], "nothing"),
+        (["evaluate", "nothing.pt"], "nothing.pt"),
+    ],
+)
+def test_a_mistake_gets_one_line_that_names_it_and_exit_code_2(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if "--device" in arguments and torch.cuda.is_available():
+        pytest.skip("the device may exist")
+    assert message in one_line(bt_fast(*arguments))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("option", ["--epsilon", "--step-size", "--steps", "--epochs", "--batch-size", "--lr"])
+@pytest.mark.parametrize("value", ["0", "-1", "many"])
+def test_options_out_of_range_are_refused_by_name(option, value, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = bt_fast("train", option, value)
+    assert result.exit_code == 2
+    assert option in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_truncated_data_file_is_named(data, tmp_path):
+    path = tmp_path / "half.npz"
+    path.write_bytes(data.read_bytes()[:700])
+    assert "half.npz" in one_line(bt_fast("train", "--data", path, "--out", tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_resuming_with_another_option_than_the_run_was_started_with_is_refused(compared):
+    folder, _ = compared
+    before = (folder / "checkpoint.pt").read_bytes()
+    assert "epsilon: 0.5 against 0.2" in one_line(bt_fast("compare", "--resume", folder, "--epsilon", "0.5"))
+    assert "methods" in one_line(bt_fast("train", "--resume", folder, "--method", "bullet"))
+    assert "--out" in one_line(bt_fast("compare", "--resume", folder, "--out", folder / "b"))
+    assert (folder / "checkpoint.pt").read_bytes() == before
+
+
+def test_a_run_folder_in_use_is_not_overwritten(compared, data):
+    folder, _ = compared
+    assert "already holds a run" in one_line(bt_fast("compare", "--data", data, "--out", folder, *SMALL))
+
+
+def test_evaluate_names_the_methods_there_are(compared, data, tmp_path):
+    folder, _ = compared
+    bt_fast("train", "--data", data, "--out", tmp_path / "a", *SMALL)
+    error = one_line(bt_fast("evaluate", tmp_path / "a" / "checkpoint.pt", "--method", "reference"))
+    assert "holds bullet" in error
+
+
+def test_help_names_every_command():
+    output = bt_fast("--help").output
+    for command in ("compare", "train", "evaluate"):
+        assert command in output
+
+
+def test_without_the_extra_the_command_says_what_to_install():
+    code = "import sys; sys.modules['click'] = None; from bt_fast.__main__ import main; main()"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert result.stderr.strip() == "bt-fast: the command line needs click: pip install 'bt-fast[lab]'"

@@ -1,0 +1,77 @@
+import copy
+
+import pytest
+import torch
+from small_models import MODELS, batch, build
+from tolerances import assert_near, assert_near_nested
+
+from bt_fast.objectives.repeated_forward import RepeatedForward
+
+REPLAYABLE = {"conv_bn", "cumulative average", "tied norm", "tied norm, cumulative average", "frozen norm"}
+
+
+def repeated(model, first, between):
+    """Runs a forward, watched, and one of other images: the first one's logits and what watched it."""
+    repeat = RepeatedForward(model, first.device)
+    logits = model(first).detach()
+    repeat.first_done()
+    model(between)
+    return logits, repeat
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_replay_is_offered_only_where_it_leaves_the_model_as_a_forward_does(name):
+    model, first, between = build(name), batch(seed=0)[0], batch(seed=1)[0]
+    twin = copy.deepcopy(model)
+    logits, repeat = repeated(model, first, between)
+    assert repeat.replayable >= (name in REPLAYABLE)
+    if repeat.replayable:
+        repeat.replay()
+        twin(first), twin(between)
+        assert_near(logits, twin(first).detach())
+        assert_near_nested(model.state_dict(), twin.state_dict())
+
+
+def test_dropout_that_is_off_can_be_replayed():
+    model, x = build("dropout"), batch()[0]
+    model[3].eval()
+    assert repeated(model, x, x)[1].replayable
+
+
+@pytest.mark.parametrize("name", sorted(REPLAYABLE))
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("seen", [0, 100_000])
+def test_a_replay_moves_the_buffers_as_a_forward_does_late_in_training_too(name, dtype, seen):
+    model = build(name, dtype=dtype)
+    for buffer in model.buffers():
+        if not buffer.is_floating_point():
+            buffer.fill_(seen)
+    first, between = (batch(seed=k, dtype=dtype)[0] for k in (0, 1))
+    twin = copy.deepcopy(model)
+    repeated(model, first, between)[1].replay()
+    for x in (first, between, first):
+        twin(x)
+    assert_near_nested(model.state_dict(), twin.state_dict())
+
+
+@pytest.mark.parametrize("momentum", [0.0, 1.0, None])
+def test_momentum_at_its_ends(momentum):
+    model = build("tied norm")
+    model.norm.momentum = momentum
+    twin = copy.deepcopy(model)
+    first, between = (batch(seed=k)[0] for k in (0, 1))
+    repeated(model, first, between)[1].replay()
+    for x in (first, between, first):
+        twin(x)
+    assert_near_nested(model.state_dict(), twin.state_dict())
+
+
+def test_a_backward_through_all_forwards_still_works():
+    model, (x, _) = build("conv_bn"), batch()
+    repeat = RepeatedForward(model, x.device)
+    loss = model(x).sum()
+    repeat.first_done()
+    loss = loss + model(1 - x).square().sum()
+    repeat.replay()
+    loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
