@@ -44,7 +44,7 @@ def interleaved(benchmark: Any, device: torch.device) -> Callable[..., dict[str,
                 seconds[name].append(time.perf_counter() - start)
 
         gc.collect()
-        benchmark.pedantic(one_round, rounds=rounds, iterations=1, warmup_rounds=2)
+        benchmark.pedantic(one_round, rounds=rounds, iterations=1, warmup_rounds=1)
         benchmark.extra_info.update(machine(device))
         return {name: times[-rounds:] for name, times in seconds.items()}
 

@@ -13,6 +13,7 @@ from bt_fast.attack.frozen import clean_logits, eval_mode
 from bt_fast.attack.generate import generate
 from bt_fast.attack.schedule import Schedule
 from bt_fast.attack.threat import ThreatModel
+from bt_fast.mining import positive, step_count
 
 
 @dataclass(frozen=True)
@@ -60,13 +61,10 @@ def evaluate(
     Raises:
         ValueError: an argument is out of range, or there are no samples.
     """
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
-    if restarts < 1:
-        raise ValueError(f"restarts must be at least 1, got {restarts}")
+    step_count("steps", steps, least=1)
+    step_count("restarts", restarts, least=1)
     size = 2.0 * threat.epsilon / steps if step_size is None else step_size
-    if not size > 0:
-        raise ValueError(f"step_size must be greater than 0, got {size}")
+    positive("step_size", size)
     clean = robust = total = 0
     for x, y in batches:
         with eval_mode(model):

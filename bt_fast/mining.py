@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -150,9 +151,9 @@ class BulletTrain(nn.Module):
         """
         check_logits_and_labels(logits, labels)
         self._check_device(logits)
-        _positive("epsilon", epsilon)
+        positive("epsilon", epsilon)
         if step_size is not None:
-            _positive("step_size", step_size)
+            positive("step_size", step_size)
         logits = logits.detach()
 
         svar, correct, probabilities = ops.signed_variance(logits, labels)
@@ -226,11 +227,13 @@ class BulletTrain(nn.Module):
         self.group_counts.zero_()
 
     def theoretical_speedup(self, baseline_steps: int | None = None) -> float:
-        """Eq. 7 at the measured fractions.
+        """Eq. 7 at the measured fractions; NaN before the first assignment.
 
         Args:
             baseline_steps: N of the training it is compared with; N_B if not given, as in the paper.
         """
+        if not self.group_counts.any():
+            return math.nan
         return theoretical_speedup(
             self.fractions,
             boundary_steps=self.boundary_steps,
@@ -271,14 +274,14 @@ def check_logits_and_labels(logits: Tensor, labels: Tensor) -> None:
     check_labels(labels, len(logits), logits.device)
 
 
-def check_labels(labels: Tensor, m: int, device: torch.device) -> None:
-    """Raise TypeError or ValueError unless labels are integers [m] on the device."""
+def check_labels(labels: Tensor, m: int, device: torch.device, name: str = "labels") -> None:
+    """Raise TypeError or ValueError that names `name` unless labels are integers [m] on the device."""
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise TypeError(f"labels must be integers, got {labels.dtype}")
+        raise TypeError(f"{name} must be integers, got {labels.dtype}")
     if labels.shape != (m,):
-        raise ValueError(f"labels must have shape [{m}], one for each sample, got {list(labels.shape)}")
+        raise ValueError(f"{name} must have shape [{m}], one for each sample, got {list(labels.shape)}")
     if labels.device != device:
-        raise ValueError(f"labels must be on {device} like the samples, but are on {labels.device}")
+        raise ValueError(f"{name} must be on {device} like the samples, but are on {labels.device}")
 
 
 def step_count(name: str, value: SupportsIndex, least: int = 0) -> int:
@@ -294,6 +297,7 @@ def _step_size(epsilon: float, steps: int) -> float:
     return STEP_FACTOR * epsilon / steps if steps else 0.0
 
 
-def _positive(name: str, value: float) -> None:
-    if not value > 0:
-        raise ValueError(f"{name} must be greater than 0, got {value}")
+def positive(name: str, value: float) -> None:
+    """Raise ValueError that names `name` unless `value` is a finite number greater than 0."""
+    if not (value > 0 and math.isfinite(value)):
+        raise ValueError(f"{name} must be a finite number greater than 0, got {value}")

@@ -1,6 +1,6 @@
 """TRADES as its authors' code computes it, written from spec.md section 3: slow, and the standard to be compared with.
 
-The only liberty: the ℓ2 noise, drawn in the default dtype, is held in the images' dtype.
+The only liberty: the ℓ2 perturbation, which they hold in the default dtype and draw in it, is held in the images'.
 """
 
 import torch
@@ -33,15 +33,13 @@ def l2_attack(model, x, delta, epsilon, steps):
         norms = grad.flatten(1).norm(dim=1)
         descent = grad / norms.view(-1, 1, 1, 1)
         if (norms == 0).any():
-            descent[norms == 0] = torch.randn_like(descent[norms == 0])
+            descent[norms == 0] = torch.randn(descent[norms == 0].shape).to(x.dtype)
         delta = delta.detach() - 2.0 * epsilon / steps * descent
         delta = ((x + delta).clamp(0.0, 1.0) - x).renorm(p=2, dim=0, maxnorm=epsilon)
     return (x + delta).clamp(0.0, 1.0)
 
 
-def trades_loss(
-    model, x, y, optimizer, step_size=0.003, epsilon=0.031, perturb_steps=10, beta=1.0, distance="l_inf"
-):
+def trades_loss(model, x, y, optimizer, step_size=0.003, epsilon=0.031, perturb_steps=10, beta=1.0, distance="l_inf"):
     model.eval()
     noise = 0.001 * torch.randn(x.shape)
     if distance == "l_inf":

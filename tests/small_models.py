@@ -35,6 +35,19 @@ class TiedNorm(nn.Module):
         return self.head(self.norm_again(self.conv2(x)).relu().flatten(1))
 
 
+class Normalising(nn.Module):
+    """Scales its images by buffers that never change, as most published models do."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = conv_bn()
+        self.register_buffer("offset", torch.full((1, 1, 1), 0.1))
+        self.register_buffer("scale", torch.full((1, 1, 1), 0.3))
+
+    def forward(self, x):
+        return self.body((x - self.offset) / self.scale)
+
+
 class Counting(nn.Module):
     """Counts its training forwards in a buffer and lets the count into its output; in place or by a new tensor."""
 
@@ -125,6 +138,7 @@ MODELS = {
     "dropout": lambda: conv_bn(dropout=0.3),
     "tied norm": TiedNorm,
     "tied norm, cumulative average": lambda: TiedNorm(momentum=None),
+    "normalising": Normalising,
     "instance norm": instance_norm,
     "frozen norm": Frozen,
     "counter in place": lambda: Counting(in_place=True),

@@ -152,7 +152,7 @@ def test_update_fraction(batch, f_r, gamma, p):
 @pytest.mark.parametrize("dtype", DTYPES)
 @quick
 @given(batches(dtypes=[torch.float64], least=1), st.integers(0, 2**31))
-def test_ascent_direction_is_the_kl_gradient_up_to_a_positive_factor_for_each_row(dtype, batch, seed):
+def test_ascent_direction_is_the_kl_gradient_up_to_a_power_of_two_for_each_row(dtype, batch, seed):
     z = batch[0].to(dtype)
     target = 2 * torch.randn(z.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     target = target.softmax(dim=1).to(ops.wide(z).dtype)
@@ -162,15 +162,14 @@ def test_ascent_direction_is_the_kl_gradient_up_to_a_positive_factor_for_each_ro
 
     exact = torch.tensor(softmax(z.double().numpy())) - target.double()
     size = exact.abs().amax(dim=1, keepdim=True)
-    clear = size[:, 0] > 0.05
+    clear = size[:, 0] > 0.2  # above the rounding of the difference
     found, exact, size = found.double()[clear], exact[clear], size[clear]
     largest = found.abs().amax(dim=1, keepdim=True)
     assert_near(found / largest, exact / size, dtype)
-    if dtype in HALF:
-        assert ((largest >= 1) & (largest <= 2)).all()
-    else:
+    assert ((largest >= 1) & (largest <= 2)).all()
+    if dtype not in HALF:
         power = (largest / size).log2()
-        assert_near(power, power.round(), dtype)
+        assert ((power - power.round()).abs() < 1e-4).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

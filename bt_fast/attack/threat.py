@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+
+from bt_fast.mining import positive
 
 NORMS = ("l_inf", "l_2")
 
@@ -27,8 +28,7 @@ class ThreatModel:
     upper: float = 1.0
 
     def __post_init__(self) -> None:
-        if not (self.epsilon > 0 and math.isfinite(self.epsilon)):
-            raise ValueError(f"epsilon must be a finite number greater than 0, got {self.epsilon}")
+        positive("epsilon", self.epsilon)
         if self.norm not in NORMS:
             raise ValueError(f"distance must be one of {', '.join(map(repr, NORMS))}, got {self.norm!r}")
         if not self.lower < self.upper:

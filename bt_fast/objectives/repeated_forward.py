@@ -49,8 +49,9 @@ class RepeatedForward:
         if repeat.replayable: repeat.replay()        # the buffers as after another h(x), whose logits are `logits`
         else: logits_again = model(x)
 
-    The first time that a model is seen in its current modes, its other buffers are compared by value, which on a GPU
-    waits for the device; afterwards nothing here does.
+    Randomness is seen in torch's default generators and state in the model's buffers: a training forward that uses a
+    generator of its own, or keeps state elsewhere, is not recognised. The first time that a model is seen in its
+    current modes, its other buffers are compared by value, which on a GPU waits for the device; later nothing does.
     """
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
@@ -58,6 +59,8 @@ class RepeatedForward:
         self._device = device
         self._before = [_Statistics.of(m) for m in model.modules() if _is_tracking_batch_norm(m)]
         self._after: list[_Statistics] = []
+        means = [id(before.layer.running_mean) for before in self._before]
+        self._shared = len(means) > len(set(means))  # layers that move one tensor in turn
         self._modes = tuple(m.training for m in model.modules())
         self._versions = self._other_versions()
         known = _leaves_alone.setdefault(model, {})
@@ -73,7 +76,8 @@ class RepeatedForward:
         if self._values is not None:
             others = self._other_buffers()
             known[self._modes] = all(_same(others.get(name), value) for name, value in self._values.items())
-        self.replayable = known[self._modes] and not drew and self._other_versions() == self._versions
+        unchanged = known[self._modes] and self._other_versions() == self._versions
+        self.replayable = unchanged and not drew and not self._shared
 
     def _other_buffers(self) -> dict[str, Tensor]:
         """All buffers but those that `replay` moves."""

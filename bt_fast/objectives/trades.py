@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
@@ -9,6 +10,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from bt_fast import faults, ops
 from bt_fast.attack.frozen import clean_logits, eval_mode, modes_restored
@@ -16,7 +18,7 @@ from bt_fast.attack.generate import generate, normal_noise
 from bt_fast.attack.schedule import Schedule
 from bt_fast.attack.threat import ThreatModel
 from bt_fast.faults import CheckedRead, Fault
-from bt_fast.mining import BulletTrain, check_labels, step_count
+from bt_fast.mining import BulletTrain, check_labels, positive, step_count
 from bt_fast.objectives.repeated_forward import RepeatedForward
 
 Unperturbed = Literal["keep", "skip"]
@@ -64,8 +66,9 @@ def trades_loss(
         bullet: the mining state, on the images' device.
         unperturbed: whether samples with 0 steps, whose x' is x, take part in the update's corrupted forward. "keep":
             they do, and in train mode with batch norm their KL is small but not 0, since the two forwards have
-            different batch statistics. "skip": they do not, and their KL is 0. The default is "skip" where
-            N_R = N_O = 0 and "keep" elsewhere (Algorithm 2 and section 3.2 of the paper differ here).
+            different batch statistics. "skip": they do not, and their KL is 0 (a single moving sample takes one along
+            for batch norm's sake). The default is "skip" where N_R = N_O = 0 and "keep" elsewhere (Algorithm 2 and
+            section 3.2 of the paper differ here).
         generator: on the images' device, for the random start. Without it and without `bullet`, images on the CPU
             draw as the authors' code does, so that a seeded script repeats its numbers.
 
@@ -78,7 +81,7 @@ def trades_loss(
             logits). Nothing has been changed then: no buffer, no gradient, no F_R.
     """
     threat = ThreatModel(epsilon, distance)
-    _check(x_natural, y, step_size, perturb_steps, bullet, unperturbed)
+    _check(x_natural, y, step_size, perturb_steps, beta, bullet, unperturbed)
     x = x_natural.detach()
     pixels = faults.pixels_outside(x, threat.lower, threat.upper, "x_natural")
     if bullet is None:
@@ -89,10 +92,10 @@ def trades_loss(
     schedule, clean, x_adv = _ragged_attack(model, x, y, step_size, threat, bullet, generator, pixels)
     labels = schedule.sort(y).long()
     keep = unperturbed == "keep" if unperturbed else (bullet.robust_steps or bullet.outlier_steps)
-    corrupted = len(x) if keep else _rows_to_corrupt(schedule, len(x))
+    moving = schedule.active[0] if schedule.active else 0
     with _update_modes(model):
         _zero_grad(optimizer)
-        return _update_once(model, clean, x_adv[:corrupted], labels, beta, bullet)
+        return _update_once(model, clean, x_adv, len(x) if keep else moving, labels, beta, bullet)
 
 
 def _uniform_attack(
@@ -165,23 +168,21 @@ def _update_twice(model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, beta: f
     return F.cross_entropy(logits, y) + beta / len(x) * ops.trades_kl(adversarial, target)
 
 
-def _update_once(model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, beta: float, bullet: BulletTrain) -> Tensor:
-    """The update with BulletTrain, on sorted rows: `x_adv` may hold the first rows only."""
-    n = len(x_adv)
+def _update_once(
+    model: nn.Module, x: Tensor, x_adv: Tensor, corrupted: int, y: Tensor, beta: float, bullet: BulletTrain
+) -> Tensor:
+    """The update with BulletTrain, on sorted rows: the first `corrupted` of them run a corrupted forward."""
     repeat = RepeatedForward(model, x.device)
     logits = model(x)
     repeat.first_done()
-    adversarial = model(x_adv) if n else logits[:0]
+    rows = corrupted
+    if rows == 1 and any(isinstance(module, _BatchNorm) for module in model.modules()):
+        rows = min(2, len(x))  # batch norm cannot train on one row: an unperturbed one joins its statistics
+    adversarial = model(x_adv[:rows])[:corrupted] if rows else logits[:0]
     if repeat.replayable:
         repeat.replay()
-    bullet.update(torch.cat([adversarial.detach(), logits[n:].detach()]), y)
-    return F.cross_entropy(logits, y) + beta / len(x) * ops.trades_kl(adversarial, logits[:n])
-
-
-def _rows_to_corrupt(schedule: Schedule, m: int) -> int:
-    """The moving samples; a single one takes an unperturbed one along, since batch norm cannot train on one row."""
-    moving = schedule.active[0] if schedule.active else 0
-    return min(2, m) if moving == 1 else moving
+    bullet.update(torch.cat([adversarial.detach(), logits[corrupted:].detach()]), y)
+    return F.cross_entropy(logits, y) + beta / len(x) * ops.trades_kl(adversarial, logits[:corrupted])
 
 
 @contextmanager
@@ -202,6 +203,7 @@ def _check(
     y: Tensor,
     step_size: float,
     perturb_steps: int,
+    beta: float,
     bullet: BulletTrain | None,
     unperturbed: Unperturbed | None,
 ) -> None:
@@ -213,9 +215,10 @@ def _check(
         raise ValueError(f"x_natural must have shape [m, ...] with m >= 1, got {list(x.shape)}")
     if not isinstance(y, Tensor):
         raise TypeError(f"y must be a tensor of integers, got {type(y).__name__}")
-    check_labels(y, len(x), x.device)
-    if not step_size > 0:
-        raise ValueError(f"step_size must be greater than 0, got {step_size}")
+    check_labels(y, len(x), x.device, "y")
+    positive("step_size", step_size)
+    if not math.isfinite(beta):
+        raise ValueError(f"beta must be finite, got {beta}")
     if unperturbed not in (None, "keep", "skip"):
         raise ValueError(f"unperturbed must be 'keep', 'skip' or None, got {unperturbed!r}")
     step_count("perturb_steps", perturb_steps, least=1 if bullet is None else 0)

@@ -15,7 +15,20 @@ from bt_fast.lab.checkpoint import load_checkpoint
 from bt_fast.lab.cli import cli
 from bt_fast.lab.models import build_model
 
-SMALL = ["--width", "2", "--epochs", "1", "--batch-size", "16", "--curve-size", "8", "--eval-steps", "2", "--steps", "3"]
+SMALL = [
+    "--width",
+    "2",
+    "--epochs",
+    "1",
+    "--batch-size",
+    "16",
+    "--curve-size",
+    "8",
+    "--eval-steps",
+    "2",
+    "--steps",
+    "3",
+]
 
 
 def bt_fast(*arguments):
@@ -189,8 +202,7 @@ def test_a_run_folder_in_use_is_not_overwritten(compared, data):
     assert "already holds a run" in one_line(bt_fast("compare", "--data", data, "--out", folder, *SMALL))
 
 
-def test_evaluate_names_the_methods_there_are(compared, data, tmp_path):
-    folder, _ = compared
+def test_evaluate_names_the_methods_there_are(data, tmp_path):
     bt_fast("train", "--data", data, "--out", tmp_path / "a", *SMALL)
     error = one_line(bt_fast("evaluate", tmp_path / "a" / "checkpoint.pt", "--method", "reference"))
     assert "holds bullet" in error

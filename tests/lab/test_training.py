@@ -132,7 +132,7 @@ def test_a_checkpoint_of_another_configuration_is_refused_and_nothing_changes(fi
 def test_a_truncated_checkpoint_is_named_in_the_error(finished, tmp_path, keep):
     path = tmp_path / "checkpoint.pt"
     path.write_bytes(finished.checkpoint_path.read_bytes()[:keep])
-    with pytest.raises(ValueError, match=r"checkpoint.pt: not a readable checkpoint"):
+    with pytest.raises(ValueError, match=r"checkpoint\.pt: not a readable checkpoint"):
         load_checkpoint(path)
 
 
@@ -167,7 +167,7 @@ def test_a_file_that_is_another_thing_is_refused(tmp_path, content, message):
 
 
 def test_a_missing_checkpoint_is_named(tmp_path):
-    with pytest.raises(ValueError, match="nothing.pt: no such checkpoint"):
+    with pytest.raises(ValueError, match=r"nothing\.pt: no such checkpoint"):
         load_checkpoint(tmp_path / "nothing.pt")
 
 

@@ -7,7 +7,14 @@ from tolerances import assert_near, assert_near_nested
 
 from bt_fast.objectives.repeated_forward import RepeatedForward
 
-REPLAYABLE = {"conv_bn", "cumulative average", "tied norm", "tied norm, cumulative average", "frozen norm"}
+REPLAYABLE = {
+    "conv_bn",
+    "cumulative average",
+    "tied norm",
+    "tied norm, cumulative average",
+    "normalising",
+    "frozen norm",
+}
 
 
 def repeated(model, first, between):

@@ -188,8 +188,10 @@ def algorithm_2(model, x, y, optimizer, noise, f_r, policy, skip, options, gamma
     z_adv = z.detach().clone()
     robust = torch.zeros((), dtype=x.dtype)
     if taken:
-        corrupted = torch.cat([x_adv[i][1] for i in taken])
-        q = model(corrupted)
+        # a single row takes the first unperturbed one along into the batch statistics, and nowhere else
+        others = [i for i in range(len(x)) if i not in taken][: len(taken) == 1]
+        corrupted = torch.cat([x_adv[i][1] for i in taken + others])
+        q = model(corrupted)[: len(taken)]
         z_adv[taken] = q.detach()
         robust = F.kl_div(q.log_softmax(1), z[taken].softmax(1), reduction="sum")
     model(x)  # batch norm sees the clean batch twice, as in the authors' code
@@ -306,15 +308,26 @@ def test_the_fraction_and_the_counts_move_once_a_call():
     assert 0.0 < bullet.robust_fraction.item() <= 0.1 * 0.8
 
 
-def test_one_sample_left_to_corrupt_where_batch_norm_sees_one_value_a_channel():
-    """Batch norm over vectors cannot train on one row: as for a batch of 1, but the caller's batch is not 1."""
+VECTOR_NORMS = {
+    "BatchNorm1d": lambda: [nn.Flatten(), nn.Linear(36, 8), nn.BatchNorm1d(8), nn.ReLU()],
+    "BatchNorm2d of 1×1 maps": lambda: [nn.Conv2d(1, 8, 6), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten()],
+}
+
+
+@pytest.mark.parametrize("name", VECTOR_NORMS)
+@pytest.mark.parametrize("moving", [0, 1, 2])
+def test_few_samples_left_to_corrupt_where_batch_norm_sees_one_value_a_channel(name, moving):
+    """Batch norm cannot train on one row of one value: the caller's batch is not 1, so that is no error of theirs."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(36, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, CLASSES)).double()
+    model = nn.Sequential(*VECTOR_NORMS[name](), nn.Linear(8, CLASSES)).double()
     x, _ = batch(8)
-    y = own_labels(model, x, wrong=7)
-    loss = trades_loss(model, x, y, None, bullet=BulletTrain(3, 0, 0), perturb_steps=3)
+    y = own_labels(model, x, wrong=8 - moving)
+    bullet = BulletTrain(3, 0, 0)
+    loss = trades_loss(model, x, y, None, bullet=bullet, perturb_steps=3)
     loss.backward()
+    assert bullet.group_counts.tolist() == [8 - moving, moving, 0]
     assert loss.isfinite()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
 def test_with_dropout_the_loss_is_finite_and_trains():
@@ -480,6 +493,17 @@ def test_one_read_a_call_on_a_device(bullet, distance):
     assert loss.device == DEVICE
 
 
+def test_buffers_that_never_change_are_compared_on_the_first_call_only():
+    model = build("normalising", dtype=torch.float32)
+    x, y = batch(dtype=torch.float32)
+    trades_loss(model, x, y, None, perturb_steps=3)
+    model.to(DEVICE)
+    x, y = x.to(DEVICE), y.to(DEVICE)
+    with pretended_device() as reads:
+        trades_loss(model, x, y, None, perturb_steps=3)
+    assert (reads.started, reads.waited) == (1, 1)
+
+
 @pytest.mark.parametrize(("bullet", "reads"), [(None, 1), (BulletTrain(3, 1, 0), 2)])
 def test_reads_on_the_cpu(bullet, reads):
     """On the CPU a read costs nothing, and BulletTrain's update checks its logits at once."""
@@ -512,11 +536,11 @@ X, Y = batch()
 BAD = {
     "label too large": ({"y": Y.clone().index_fill(0, torch.tensor(2), CLASSES)}, ValueError, r"0\.\.4.*1 of 8"),
     "label negative": ({"y": Y.clone().index_fill(0, torch.tensor(2), -1)}, ValueError, r"0\.\.4.*1 of 8"),
-    "too few labels": ({"y": Y[:7]}, ValueError, r"labels.*\[8\].*\[7\]"),
-    "one-hot labels": ({"y": F.one_hot(Y, CLASSES)}, ValueError, r"labels.*\[8\].*\[8, 5\]"),
-    "float labels": ({"y": Y.double()}, TypeError, "labels.*integers.*float64"),
+    "too few labels": ({"y": Y[:7]}, ValueError, r"y.*\[8\].*\[7\]"),
+    "one-hot labels": ({"y": F.one_hot(Y, CLASSES)}, ValueError, r"y.*\[8\].*\[8, 5\]"),
+    "float labels": ({"y": Y.double()}, TypeError, "y.*integers.*float64"),
     "labels in a list": ({"y": Y.tolist()}, TypeError, "y.*tensor.*list"),
-    "labels elsewhere": ({"y": Y.to(DEVICE)}, ValueError, "labels.*cpu.*meta"),
+    "labels elsewhere": ({"y": Y.to(DEVICE)}, ValueError, "y.*cpu.*meta"),
     "byte images": ({"x": (X * 255).byte()}, TypeError, "x_natural.*floating-point.*uint8"),
     "images in numpy": ({"x": X.numpy()}, TypeError, "x_natural.*ndarray"),
     "pixel above 1": ({"x": with_pixel(1.001)}, ValueError, r"x_natural.*\[0, 1\]"),
