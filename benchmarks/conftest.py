@@ -54,3 +54,8 @@ def interleaved(benchmark: Any, device: torch.device) -> Callable[..., dict[str,
 def median_ratio(slower: list[float], faster: list[float]) -> float:
     """The median of the pairwise ratios."""
     return statistics.median(a / b for a, b in zip(slower, faster, strict=True))
+
+
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
+    """A result file says what it was measured on, not whose machine that was."""
+    machine_info.pop("node", None)

@@ -58,17 +58,17 @@ def theoretical_speedup_augmix(boundary_fraction: float) -> float:
     return 3.0 / (1.0 + 2.0 * boundary_fraction)
 
 
-def trades_cost(mean_steps: float, corrupted_fraction: float = 1.0) -> float:
+def trades_cost(mean_steps: float, corrupted_fraction: float = 1.0, clean_forwards: int = 1) -> float:
     """One iteration of our TRADES, in forward passes of a full batch, F (an input or a weight gradient costs F too).
 
-    One clean forward, two F for each attack step, three F for each of the two forwards of the update. 27 F for ten
-    uniform steps.
+    One clean forward, two F for each attack step, three F for each forward of the update. 27 F for ten uniform steps.
 
     Args:
         mean_steps: attack steps per sample.
         corrupted_fraction: the share of samples in the update's corrupted forward.
+        clean_forwards: in the update; 2 where a model with dropout must repeat the authors' second.
     """
-    return 1.0 + 2.0 * mean_steps + 3.0 + 3.0 * corrupted_fraction
+    return 1.0 + 2.0 * mean_steps + 3.0 * clean_forwards + 3.0 * corrupted_fraction
 
 
 def trades_reference_cost(steps: int) -> float:

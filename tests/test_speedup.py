@@ -45,5 +45,6 @@ def test_forward_pass_model():
     mean_steps = PAPER.mean_steps(10, 2, 0)
     assert trades_reference_cost(10) == 39
     assert trades_cost(10) == 27
+    assert trades_cost(10, clean_forwards=2) == 30
     assert trades_cost(mean_steps) == pytest.approx(14.8, abs=0.05)
     assert trades_cost(mean_steps, corrupted_fraction=1 - PAPER.outlier) == pytest.approx(14.2, abs=0.05)

@@ -259,7 +259,7 @@ def _epoch_line(run: Run) -> str:
 
 def _ratios(run: Run) -> str:
     first, *others = run.contestants
-    ratios = [f"{c.method} {median_speedup(first.seconds, c.seconds):.2f}x" for c in others]
+    ratios = [f"{c.method} {median_speedup(first.seconds[-50:], c.seconds[-50:]):.2f}x" for c in others]
     return ", ".join(ratios) or "training"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import platform
@@ -22,7 +23,8 @@ from rich.table import Table
 import bt_fast
 from bt_fast.evaluation import Accuracy
 from bt_fast.lab.files import replacing, write_text
-from bt_fast.lab.training import Run, median_speedup
+from bt_fast.lab.training import Contestant, Run, median_speedup
+from bt_fast.objectives.repeated_forward import RepeatedForward
 from bt_fast.speedup import trades_cost, trades_reference_cost
 
 LABELS = {
@@ -36,15 +38,12 @@ GROUP_COLOURS = {"boundary": "#d62728", "robust": "#2ca02c", "outlier": "#7a7a7a
 
 def summarise(run: Run, evaluated: Callable[[str], None]) -> dict[str, Any]:
     """Evaluate every method on all test images and write `summary.json`; `evaluated` is told each method done."""
-    results = {}
+    methods = {}
     for contestant in run.contestants:
-        results[contestant.method] = run.evaluate(contestant, None, run.config.eval_restarts)
+        accuracy = run.evaluate(contestant, None, run.config.eval_restarts)
+        methods[contestant.method] = _method_summary(run, contestant, accuracy)
         evaluated(contestant.method)
-    summary = {
-        "config": dataclasses.asdict(run.config),
-        "machine": machine(run.device),
-        "methods": {method: _method_summary(run, method, accuracy) for method, accuracy in results.items()},
-    }
+    summary = {"config": dataclasses.asdict(run.config), "machine": machine(run.device), "methods": methods}
     write_text(run.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary
 
@@ -70,16 +69,14 @@ def _processor() -> str:
         return platform.processor() or platform.machine()
 
 
-def _method_summary(run: Run, method: str, accuracy: Accuracy) -> dict[str, Any]:
-    by_name = {c.method: c for c in run.contestants}
-    contestant = by_name[method]
+def _method_summary(run: Run, contestant: Contestant, accuracy: Accuracy) -> dict[str, Any]:
     entry: dict[str, Any] = {
         "clean": accuracy.clean,
         "robust": accuracy.robust,
         "images": accuracy.total,
         "attack": f"PGD-{run.config.eval_steps} x {run.config.eval_restarts}",
         "seconds": sum(contestant.seconds),
-        "forward_passes": _cost(run, method),
+        "forward_passes": _cost(contestant),
         "speedup": {
             other.method: median_speedup(other.seconds, contestant.seconds)
             for other in run.contestants
@@ -93,18 +90,28 @@ def _method_summary(run: Run, method: str, accuracy: Accuracy) -> dict[str, Any]
     return entry
 
 
-def _cost(run: Run, method: str) -> float:
+def _cost(contestant: Contestant) -> float:
     """Forward-pass equivalents of an iteration, by arithmetic."""
-    config = run.config
-    if method == "reference":
+    config = contestant.config
+    if contestant.method == "reference":
         return trades_reference_cost(config.steps)
-    if method == "optimised":
-        return trades_cost(config.steps)
-    (bullet,) = (c.bullet for c in run.contestants if c.bullet is not None)
-    fractions = bullet.fractions
+    if contestant.bullet is None:
+        return trades_cost(config.steps, clean_forwards=1 if _repeats_itself(contestant) else 2)
+    fractions = contestant.bullet.fractions
     steps = (config.boundary_steps, config.robust_steps, config.outlier_steps)
     keeps_all = config.robust_steps > 0 or config.outlier_steps > 0
     return trades_cost(fractions.mean_steps(*steps), 1.0 if keeps_all else fractions.boundary)
+
+
+def _repeats_itself(contestant: Contestant) -> bool:
+    """Whether a training forward can be replayed; not with dropout, say."""
+    model = copy.deepcopy(contestant.model).train()
+    x = torch.zeros(2, *contestant.image_shape, device=contestant.device)
+    with torch.random.fork_rng([contestant.device] if contestant.device.type == "cuda" else []), torch.no_grad():
+        repeat = RepeatedForward(model, contestant.device)
+        model(x)
+        repeat.first_done()
+    return repeat.replayable
 
 
 def table(summary: dict[str, Any]) -> Table:

@@ -42,7 +42,8 @@ class Contestant:
         self.config = config
         self.device = device
         torch.manual_seed(config.seed)
-        _, channels, size, _ = dataset.x_train.shape
+        self.image_shape = dataset.x_train.shape[1:]
+        channels, size, _ = self.image_shape
         self.model = build_model(
             config.model, in_channels=channels, image_size=size, num_classes=dataset.classes, width=config.width
         ).to(device)

@@ -65,7 +65,7 @@ def compared(data, tmp_path_factory):
 def test_compare_prints_one_row_for_each_method_with_accuracies_fractions_and_speedups(compared):
     _, output = compared
     assert re.search(r"TRADES, authors'\s+[\d.]+%\s+[\d.]+%\s+1/0/0\s+1\.00x\s+18\.0F\s+1\.00x\s+\d+ s", output)
-    assert re.search(r"TRADES, ours\s+[\d.]+%\s+[\d.]+%\s+1/0/0\s+1\.00x\s+13\.0F\s+[\d.]+x\s+\d+ s", output)
+    assert re.search(r"TRADES, ours\s+[\d.]+%\s+[\d.]+%\s+1/0/0\s+1\.00x\s+16\.0F\s+[\d.]+x\s+\d+ s", output)
     assert re.search(r"\+ BulletTrain\s+[\d.]+%\s+[\d.]+%\s+[\d.]+/[\d.]+/[\d.]+\s+[\d.]+x\s+[\d.]+F\s+[\d.]+x", output)
 
 
