@@ -1,0 +1,126 @@
+"""What the compiler makes of every kernel, without a GPU: a table of registers, vector widths and bytes moved.
+
+python -m benchmarks.kernel_report            # write benchmarks/results/kernels.md
+python -m benchmarks.kernel_report --check    # fail if it would change
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from benchmarks.kernel_variants import VARIANTS, Variant
+
+RESULT = Path(__file__).parent / "results" / "kernels.md"
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+# threads that an SM holds
+THREADS = {75: 1024, 80: 2048, 86: 1536, 89: 1536, 90: 2048, 100: 2048, 120: 1536}
+REGISTERS = 65536  # of an SM, handed out to warps by 256
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One variant for one architecture."""
+
+    ptx: str
+    shared: int  # bytes
+    registers: int  # per thread
+    stack: int  # bytes per thread
+    spills: int  # accesses to local memory
+    load_bits: int  # the widest access
+    store_bits: int
+    instructions: int
+
+
+def targets(variant: Variant) -> list[int]:
+    """The architectures that the variant is compiled for: all if it is a main one, else two. bfloat16 needs sm_80."""
+    bfloat16 = "*bf16" in variant.types.values()
+    if not variant.main:
+        return [80 if bfloat16 else 75, 90]
+    return [sm for sm in THREADS if sm >= 80 or not bfloat16]
+
+
+@functools.cache
+def compiled(name: str, sm: int) -> Compiled:
+    """Compile a variant and read its machine code."""
+    variant = VARIANTS[name]
+    order = list(variant.types)
+    attributes = {(order.index(argument),): [["tt.divisibility", 16]] for argument in variant.divisible}
+    source = ASTSource(variant.function, variant.signature, variant.constants, attributes)
+    options = {"num_warps": variant.warps, "enable_fp_fusion": False}
+    kernel = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        text = subprocess.run(
+            [TOOLS / "cuobjdump", "-sass", "-res-usage", file.name], check=True, capture_output=True, text=True
+        ).stdout
+    used = {key: int(value) for key, value in re.findall(r"(REG|STACK):(\d+)", text)}
+    opcodes = Counter(re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", text, re.M))
+    return Compiled(
+        ptx=kernel.asm["ptx"],
+        shared=kernel.metadata.shared,
+        registers=used["REG"],
+        stack=used["STACK"],
+        spills=sum(n for opcode, n in opcodes.items() if opcode.startswith(("LDL", "STL"))),
+        load_bits=_widest(opcodes, "LDG"),
+        store_bits=_widest(opcodes, "STG"),
+        instructions=sum(n for opcode, n in opcodes.items() if opcode != "NOP"),
+    )
+
+
+def occupancy(sm: int, registers: int, warps: int) -> float:
+    """The share of an SM's threads that blocks of `warps` warps reach with so many registers a thread."""
+    each = -(-registers * 32 // 256) * 256
+    most = THREADS[sm] // 32
+    return min(most, REGISTERS // each) // warps * warps / most
+
+
+def table() -> str:
+    """The report, in Markdown."""
+    lines = [
+        f"Written by `python -m benchmarks.kernel_report` with triton {triton.__version__}.",
+        "",
+        "| kernel | sm | registers | occupancy | shared memory | spills | load bits | store bits | instructions "
+        "| bytes per element | least |",
+        "| --- |" + " ---: |" * 10,
+    ]
+    for name, variant in VARIANTS.items():
+        for sm in targets(variant):
+            c = compiled(name, sm)
+            share = round(100 * occupancy(sm, c.registers, variant.warps))
+            cells = [name, sm, c.registers, f"{share} %", c.shared, c.spills, c.load_bits, c.store_bits]
+            cells += [c.instructions, variant.bytes_moved, variant.bytes_least]
+            lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines) + "\n"
+
+
+def _widest(opcodes: Counter[str], access: str) -> int:
+    """The widest access, in bits. The type is the last part but `SYS` and the like; 32 bits go without saying."""
+    widths = [16 if ".U16" in o else 8 if re.search(r"\.[US]8\b", o) else 32 for o in opcodes if o.startswith(access)]
+    widths += [int(w) for o in opcodes if o.startswith(access) for w in re.findall(r"\.(64|128|256)\b", o)]
+    return max(widths, default=0)
+
+
+def main() -> None:
+    """Write the table, or compare it with `--check`."""
+    report = table()
+    if "--check" not in sys.argv[1:]:
+        RESULT.parent.mkdir(exist_ok=True)
+        RESULT.write_text(report)
+    elif RESULT.read_text() != report:
+        sys.exit(f"{RESULT} is not what the kernels compile to: write it anew and review the change")
+
+
+if __name__ == "__main__":
+    main()

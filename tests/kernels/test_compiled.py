@@ -1,0 +1,47 @@
+"""What the compiler makes of the kernels, for every architecture, without a GPU."""
+
+import pytest
+
+pytest.importorskip("triton")
+
+import triton
+from triton.runtime.jit import JITFunction
+
+from benchmarks import kernel_report
+from benchmarks.kernel_variants import VARIANTS
+from bt_fast.kernels import pgd_step
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_kernel_uses_registers_alone_and_wide_accesses(name):
+    variant = VARIANTS[name]
+    for sm in kernel_report.targets(variant):
+        compiled = kernel_report.compiled(name, sm)
+        assert compiled.spills == compiled.stack == 0, sm
+        assert compiled.load_bits >= variant.vector_bits, sm
+        assert compiled.store_bits == variant.vector_bits, sm
+        assert kernel_report.occupancy(sm, compiled.registers, variant.warps) >= variant.occupancy, sm
+
+
+def test_single_precision_in_step_with_16_takes_128_bits():
+    assert all(
+        v.vector_bits == 128 for v in VARIANTS.values() if v.types["grad"] == "*fp32" and "length" in v.divisible
+    )
+
+
+def test_no_kernel_is_left_out():
+    kernels = {name: f for name, f in vars(pgd_step).items() if isinstance(f, JITFunction) and "_kernel" in name}
+    assert kernels
+    assert set(kernels.values()) == {variant.function for variant in VARIANTS.values()}
+
+
+def test_the_report_is_up_to_date():
+    kept = kernel_report.RESULT.read_text()
+    if f"triton {triton.__version__}." not in kept:
+        pytest.skip("the kept report is of another compiler")
+    assert kernel_report.table() == kept
+
+
+@pytest.mark.parametrize(("sm", "registers", "warps", "share"), [(80, 32, 4, 1), (80, 40, 4, 0.75), (75, 64, 4, 1)])
+def test_occupancy(sm, registers, warps, share):
+    assert kernel_report.occupancy(sm, registers, warps) == share
