@@ -12,8 +12,10 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -54,11 +56,7 @@ def targets(variant: Variant) -> list[int]:
 def compiled(name: str, sm: int) -> Compiled:
     """Compile a variant and read its machine code."""
     variant = VARIANTS[name]
-    order = list(variant.types)
-    attributes = {(order.index(argument),): [["tt.divisibility", 16]] for argument in variant.divisible}
-    source = ASTSource(variant.function, variant.signature, variant.constants, attributes)
-    options = {"num_warps": variant.warps, "enable_fp_fusion": False}
-    kernel = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
+    kernel = compile_kernel(variant.function, variant.types, variant.divisible, sm, variant.warps)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
@@ -77,6 +75,16 @@ def compiled(name: str, sm: int) -> Compiled:
         store_bits=_widest(opcodes, "STG"),
         instructions=sum(n for opcode, n in opcodes.items() if opcode != "NOP"),
     )
+
+
+def compile_kernel(function: Any, types: dict[str, Any], divisible: Collection[str], sm: int, warps: int) -> Any:
+    """Triton's compiled kernel, without a GPU; the arguments are those of `Variant`."""
+    signature = {name: kind if isinstance(kind, str) else "constexpr" for name, kind in types.items()}
+    constants = {name: kind for name, kind in types.items() if not isinstance(kind, str)}
+    attributes = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(types) if name in divisible}
+    source = ASTSource(function, signature, constants, attributes)
+    options = {"num_warps": warps, "enable_fp_fusion": False}
+    return triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
 
 
 def occupancy(sm: int, registers: int, warps: int) -> float:

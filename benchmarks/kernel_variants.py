@@ -45,14 +45,6 @@ class Variant:
     main: bool
     warps: int = ops.WARPS
 
-    @property
-    def constants(self) -> dict[str, Any]:
-        return {name: kind for name, kind in self.types.items() if not isinstance(kind, str)}
-
-    @property
-    def signature(self) -> dict[str, str]:
-        return {name: kind if isinstance(kind, str) else "constexpr" for name, kind in self.types.items()}
-
 
 def pgd_linf(form: str, dtype: str, *, aligned: bool = True, main: bool = False, **types: Any) -> Variant:
     """`pgd_linf_step_fwd_kernel`; form: "numbers", or "rows" or "interleaved" limits of each channel."""

@@ -1,0 +1,64 @@
+"""Stands in for a `triton.jit` function: a launch compiles it for a GPU as Triton would, and executes the PTX here."""
+
+import functools
+
+import ptxrun
+import torch
+
+from benchmarks.kernel_report import compile_kernel
+
+NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int32: "i32", torch.int64: "i64"}
+_compile = functools.cache(
+    lambda function, types, divisible, sm, warps: compile_kernel(function, dict(types), divisible, sm, warps)
+)
+
+
+def memory(tensor):
+    """The tensor's bytes in the order in which they lie, as a numpy array that shares them."""
+    flat = tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset())
+    return flat.view(torch.uint8).numpy()
+
+
+class CompiledKernel:
+    """Launched as the function is, with blocks in random order; `statistics` are those of the latest launch.
+
+    Args:
+        function: the `triton.jit` function.
+        sm: the architecture, 80 for sm_80.
+    """
+
+    def __init__(self, function, sm):
+        self.function, self.sm, self.statistics = function, sm, None
+
+    def __getitem__(self, grid):
+        return functools.partial(self._launch, grid)
+
+    def _launch(self, grid, *args, num_warps, enable_fp_fusion, **constants):
+        assert not enable_fp_fusion
+        given = dict(zip(self.function.arg_names, args, strict=False)) | constants
+        assert list(given) == list(self.function.arg_names)
+        types = {p.name: self._type(p, given[p.name]) for p in self.function.params}
+        divisible = frozenset(p.name for p in self.function.params if self._divisible(p, given[p.name]))
+        kernel = _compile(self.function, tuple(types.items()), divisible, self.sm, num_warps)
+        values = [given[name] for name, kind in types.items() if isinstance(kind, str)]
+        values = [memory(v) if isinstance(v, torch.Tensor) else v for v in values]
+        self.statistics = ptxrun.launch(
+            kernel.asm["ptx"], grid, values, shared=kernel.metadata.shared, order="random", stats=True
+        )
+
+    @staticmethod
+    def _type(parameter, value):
+        """As Triton specialises it: None and 1 become constants, unless the function says otherwise."""
+        if isinstance(value, torch.Tensor):
+            return f"*{NAMES[value.dtype]}"
+        if parameter.is_constexpr or value is None or (value == 1 and not parameter.do_not_specialize):
+            return value
+        return "fp32" if isinstance(value, float) else "i32" if value < 2**31 else "i64"
+
+    @staticmethod
+    def _divisible(parameter, value):
+        """Every tensor is: the executor places it so."""
+        if isinstance(value, torch.Tensor):
+            return True
+        free = not parameter.is_constexpr and not parameter.do_not_specialize
+        return free and isinstance(value, int) and value % 16 == 0
