@@ -48,10 +48,11 @@ def case(
     buffer[:n] = clean[:n] + 0.1 * (buffer[:n] - 0.4)
     grad[grad.abs() < 0.3] = 0.0
     if special and n:
-        for values in (grad, grad, buffer[:n], clean):
-            places = torch.randint(values.numel(), (3,), generator=g)
-            kinds = torch.randint(len(SPECIAL), (3,), generator=g)
-            values.view(-1)[places] = torch.tensor(SPECIAL)[kinds]
+        for values in (grad[:n], buffer[:n], clean[:n]):
+            # an eighth of all, and NaN the first of them
+            k = -(-values.numel() // 8)
+            places = torch.randperm(values.numel(), generator=g)[:k]
+            values.view(-1)[places] = torch.tensor(SPECIAL).repeat(k)[:k]
     buffer[n:] = float("nan")
     last = last and len(shape) + 1 in FORMATS
     memory_format = FORMATS[len(shape) + 1] if last else torch.contiguous_format
@@ -67,7 +68,7 @@ def case(
             "lower": 0.0,
             "upper": 1.0,
             "limits": limits if channel_limits and len(shape) > 1 else None,
-            "steps": torch.randint(0, 4, (n,), generator=g) if counts else None,
+            "steps": torch.tensor([2, 1, 3, 0]).repeat(n)[:n] if counts else None,
             "step": torch.tensor(1) if counts else None,
             "faulty": torch.zeros(n, dtype=torch.int32) if flags else None,
         },

@@ -9,13 +9,14 @@ import pytest
 
 pytest.importorskip("triton")
 HERE = Path(__file__).parent / "interpreted"
+KERNELS = Path(__file__).parents[2] / "kernels" / "pgd_step.py"
 
 
-def interpreted(*command):
+def interpreted(*command, fails=False):
     paths = [str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     result = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment)
-    assert result.returncode == 0, result.stdout + result.stderr
+    assert (result.returncode != 0) == fails, result.stdout + result.stderr
 
 
 def test_pgd_step():
@@ -23,4 +24,11 @@ def test_pgd_step():
 
 
 def test_offsets_beyond_2_to_the_31():
-    interpreted(str(HERE / "int64.py"))
+    interpreted(str(HERE / "int64.py"), str(KERNELS))
+
+
+def test_offsets_in_int32_are_caught(tmp_path):
+    source, planted = KERNELS.read_text(), "tl.cast(i_r, tl.int64)"
+    assert planted in source
+    (tmp_path / "planted.py").write_text(source.replace(planted, "i_r"))
+    interpreted(str(HERE / "int64.py"), str(tmp_path / "planted.py"), fails=True)

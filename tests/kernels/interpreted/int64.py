@@ -1,11 +1,15 @@
 """Elements beyond the 2^31st, by an interpreted kernel, in memory that is reserved and hardly touched.
 
-Runs with TRITON_INTERPRET=1 as a script of its own, since a kernel that computes offsets in int32 writes elsewhere.
+Runs with TRITON_INTERPRET=1 as a script of its own, since a kernel that computes offsets in int32 writes elsewhere. Its
+argument is the file of the kernels.
 """
+
+import runpy
+import sys
 
 import torch
 
-from bt_fast.kernels.pgd_step import pgd_linf_step_fwd_kernel
+pgd_linf_step_fwd_kernel = runpy.run_path(sys.argv[1])["pgd_linf_step_fwd_kernel"]
 
 LENGTH, ROWS = 2**30, 3
 STARTS = range(0, LENGTH * ROWS, LENGTH)
