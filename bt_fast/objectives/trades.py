@@ -81,7 +81,7 @@ def trades_loss(
             logits). Nothing has been changed then: no buffer, no gradient, no F_R.
     """
     threat = ThreatModel(epsilon, distance)
-    _check(x_natural, y, step_size, perturb_steps, beta, bullet, unperturbed)
+    _check(x_natural, y, step_size, perturb_steps, beta, bullet, unperturbed, generator)
     x = x_natural.detach()
     pixels = faults.pixels_outside(x, threat.lower, threat.upper, "x_natural")
     if bullet is None:
@@ -206,6 +206,7 @@ def _check(
     beta: float,
     bullet: BulletTrain | None,
     unperturbed: Unperturbed | None,
+    generator: torch.Generator | None,
 ) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"x_natural must be a tensor of images, got {type(x).__name__}")
@@ -219,6 +220,8 @@ def _check(
     positive("step_size", step_size)
     if not math.isfinite(beta):
         raise ValueError(f"beta must be finite, got {beta}")
+    if generator is not None and generator.device.type != x.device.type:
+        raise ValueError(f"generator must be on {x.device} like the images, but is on {generator.device}")
     if unperturbed not in (None, "keep", "skip"):
         raise ValueError(f"unperturbed must be 'keep', 'skip' or None, got {unperturbed!r}")
     step_count("perturb_steps", perturb_steps, least=1 if bullet is None else 0)
