@@ -123,8 +123,9 @@ def train(
     method: str | None, data_dir: Path, device: str | None, out: Path | None, resume: Path | None, **given: Any
 ) -> None:
     """Train one model."""
-    methods = (method,) if method or resume is None else None
-    _run(methods and (method or "bullet",), data_dir, device, out, resume, given)
+    if method is None and resume is None:
+        method = "bullet"
+    _run((method,) if method else None, data_dir, device, out, resume, given)
 
 
 @cli.command()
@@ -160,29 +161,10 @@ def evaluate(
     """Clean and PGD accuracy of CHECKPOINT: a run's checkpoint.pt, or a state_dict such as TRADES publishes."""
     where = _device(device)
     if model is None:
-        config, state = load_checkpoint(checkpoint)
-        stored: dict[str, Any] = state["contestants"]
-        if method is not None and method not in stored:
-            raise ValueError(f"--method {method}: {checkpoint} holds {', '.join(stored)}")
-        config = dataclasses.replace(
-            config,
-            data=data or config.data,
-            test_size=test_size or config.test_size,
-            epsilon=epsilon or config.epsilon,
-        )
-        dataset = _load(config, data_dir)
-        networks = {}
-        for name in [method] if method else list(stored):
-            networks[name] = _build(config.model, config.width, dataset)
-            networks[name].load_state_dict(stored[name]["model"])
-        radius = config.epsilon
+        networks, dataset, default_epsilon = _own_networks(checkpoint, method, data, data_dir, test_size)
     else:
-        preset = _preset(data or "digits", None)
-        dataset = load_dataset(data or "digits", data_dir).take(None, test_size)
-        networks = {model: _build(model, None, dataset)}
-        load_published(networks[model], checkpoint)
-        radius = epsilon or preset.epsilon
-    threat = ThreatModel(radius, distance)
+        networks, dataset, default_epsilon = _published_network(checkpoint, model, data, data_dir, test_size)
+    threat = ThreatModel(epsilon or default_epsilon, distance)
     for name, network in networks.items():
         batches = list(evaluation_batches(dataset.x_test, dataset.y_test, where))
         with _progress() as progress:
@@ -197,8 +179,43 @@ def evaluate(
             )
         say(
             f"{name}: clean {100 * accuracy.clean:.2f} %, robust {100 * accuracy.robust:.2f} % "
-            f"(PGD-{steps} x {restarts}, {distance}, eps = {radius:g}, {accuracy.total} images)"
+            f"(PGD-{steps} x {restarts}, {distance}, eps = {threat.epsilon:g}, {accuracy.total} images)"
         )
+
+
+_ToEvaluate = tuple[dict[str, torch.nn.Module], ImageDataset, float]  # networks by name, their data, and ε
+
+
+def _own_networks(
+    path: Path, method: str | None, data: str | None, data_dir: Path, test_size: int | None
+) -> _ToEvaluate:
+    """The networks in a run's checkpoint."""
+    config, state = load_checkpoint(path)
+    stored: dict[str, Any] = state["contestants"]
+    if method is not None and method not in stored:
+        raise ValueError(f"--method {method}: {path} holds {', '.join(stored)}")
+    dataset = load_dataset(data or config.data, data_dir).take(None, test_size or config.test_size)
+    networks = {}
+    for name in [method] if method else stored:
+        networks[name] = _build(config.model, config.width, dataset)
+        _load_weights(networks[name], stored[name]["model"], path)
+    return networks, dataset, config.epsilon
+
+
+def _published_network(path: Path, model: str, data: str | None, data_dir: Path, test_size: int | None) -> _ToEvaluate:
+    """A network whose state_dict somebody published."""
+    source = data or "digits"
+    dataset = load_dataset(source, data_dir).take(None, test_size)
+    network = _build(model, None, dataset)
+    load_published(network, path)
+    return {model: network}, dataset, _preset(source, dataset).epsilon
+
+
+def _load_weights(network: torch.nn.Module, weights: dict[str, Any], path: Path) -> None:
+    try:
+        network.load_state_dict(weights)
+    except RuntimeError as error:  # other data, other channels or classes
+        raise ValueError(f"{path}: its network does not fit the data ({error})") from error
 
 
 def _run(
@@ -289,11 +306,10 @@ def _configure(asked: dict[str, Any], data_dir: Path) -> tuple[RunConfig, ImageD
     return dataclasses.replace(config, curve_size=min(config.curve_size, len(dataset.x_test))), dataset
 
 
-def _preset(source: str, dataset: ImageDataset | None) -> RunConfig:
+def _preset(source: str, dataset: ImageDataset) -> RunConfig:
     if source in PRESETS:
         return PRESETS[source]
-    grey = dataset is None or dataset.x_train.shape[1] == 1
-    return PRESETS["mnist" if grey else "cifar10"]
+    return PRESETS["mnist" if dataset.x_train.shape[1] == 1 else "cifar10"]
 
 
 def _load(config: RunConfig, data_dir: Path) -> ImageDataset:

@@ -108,6 +108,14 @@ def test_evaluate_reads_a_published_state_dict(tmp_path):
     assert "4 images" in result.output
 
 
+def test_evaluate_on_data_that_the_network_does_not_fit_is_refused(compared, tmp_path):
+    path = tmp_path / "colour.npz"
+    x, y = np.zeros((4, 3, 16, 16), np.uint8), np.arange(4) % 2
+    np.savez(path, x_train=x, y_train=y, x_test=x, y_test=y)
+    error = one_line(bt_fast("evaluate", compared[0] / "checkpoint.pt", "--data", path))
+    assert "does not fit the data" in error
+
+
 def test_train_trains_one_method_with_bullettrain_as_the_default(data, tmp_path):
     assert bt_fast("train", "--data", data, "--out", tmp_path / "a", *SMALL).exit_code == 0
     assert list(load_checkpoint(tmp_path / "a" / "checkpoint.pt")[1]["contestants"]) == ["bullet"]
