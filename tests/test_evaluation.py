@@ -114,6 +114,40 @@ def test_bad_options_are_named(options, error, message):
         evaluate(Thresholds(), [(pixels(0.1), torch.tensor([0]))], LINF, **options)
 
 
+X, Y = torch.rand(6, 1, 6, 6, dtype=torch.float64), torch.tensor([0, 1, 2, 3, 4, 0])
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "error", "message"),
+    [
+        (X, Y + 5, ValueError, r"labels must lie in 0\.\.4, but 6 of 6"),
+        (X, Y - 9, ValueError, r"labels must lie in 0\.\.4, but 6 of 6"),
+        (X, Y[:3], ValueError, r"labels must have shape \[6\].*\[3\]"),
+        (X, Y.double(), TypeError, "labels must be integers.*float64"),
+        (X + 1, Y, ValueError, r"images must lie in \[0, 1\]"),
+        (X * float("nan"), Y, ValueError, "images.*NaN"),
+        (X.mul(255).byte(), Y, TypeError, "images must be floating point.*uint8"),
+        (X[:0], Y[:0], ValueError, "images must be at least 1"),
+    ],
+)
+def test_bad_batches_are_named(x, y, error, message):
+    with pytest.raises(error, match=message):
+        evaluate(build("conv_bn"), [(x, y)], LINF, steps=1)
+
+
+def test_a_model_that_gives_nan_is_not_robust_but_an_error():
+    model = build("conv_bn")
+    model[-1].bias.data[2] = float("nan")
+    with pytest.raises(ValueError, match="the model's logits must be finite, but 6 of 6"):
+        evaluate(model, [(X, Y)], LINF, steps=1)
+
+
+def test_inference_mode_is_no_obstacle():
+    with torch.inference_mode():
+        found = evaluate(Thresholds(), [(pixels(0.0, 0.45, 1.0), torch.tensor([0, 0, 1]))], LINF, steps=5)
+    assert found == Accuracy(3, 2, 3)
+
+
 def test_no_samples_are_an_error():
     with pytest.raises(ValueError, match="batches must hold at least 1 sample"):
         evaluate(Thresholds(), [], LINF)

@@ -331,7 +331,7 @@ def test_assign_reads_once():
 def test_a_fault_that_an_update_could_not_report_comes_with_the_next_assignment():
     bullet = BulletTrain()
     bullet.unreported_faults.fill_(1)
-    with pytest.raises(ValueError, match=re.escape("an earlier update met logits with NaN")):
+    with pytest.raises(ValueError, match=re.escape("an earlier update met NaN logits")):
         bullet.assign(Z, Y)
     assert bullet.group_counts.tolist() == [0, 0, 0]
     bullet.assign(Z, Y)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import click
 import torch
@@ -31,14 +32,23 @@ say = functools.partial(console.print, soft_wrap=True, highlight=False)  # lines
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 
-class OneLineError(click.ClickException):
-    """A user's mistake: one line on standard error, exit code 2."""
+class _OneLineGroup(click.Group):
+    """Commands whose errors are one line on standard error, with exit code 2 for a user's mistake."""
 
-    exit_code = 2
-
-    def show(self, file: Any = None) -> None:
-        """Print it."""
-        click.echo(f"bt-fast: {self.format_message()}", err=True)
+    def main(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Run the command line and exit."""
+        try:
+            code = super().main(*args, **{**kwargs, "standalone_mode": False})
+        except click.exceptions.NoArgsIsHelpError as help_wanted:
+            help_wanted.show()
+            sys.exit(2)
+        except click.ClickException as error:
+            click.echo(f"bt-fast: {' '.join(error.format_message().split())}", err=True)
+            sys.exit(2)
+        except (click.Abort, KeyboardInterrupt):
+            click.echo("bt-fast: interrupted; a run goes on with --resume FOLDER", err=True)
+            sys.exit(128 + signal.SIGINT)
+        sys.exit(code if isinstance(code, int) else 0)
 
 
 def _one_line_errors(command: _Command) -> _Command:
@@ -47,14 +57,27 @@ def _one_line_errors(command: _Command) -> _Command:
         try:
             return command(*args, **kwargs)
         except (ValueError, TypeError, OSError) as error:
-            raise OneLineError(" ".join(str(error).split())) from error
+            raise click.ClickException(str(error)) from error
 
     return wrapped  # type: ignore[return-value]
 
 
+class _Finite(click.FloatRange):
+    """A range of numbers without NaN and infinity."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """The number, or a usage error that names the option."""
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number.", param, ctx)
+        return number
+
+
 _COUNT = click.IntRange(min=0)
 _AT_LEAST_ONE = click.IntRange(min=1)
-_POSITIVE = click.FloatRange(min=0, min_open=True)
+_SEED = click.IntRange(min=0, max=2**32 - 1)  # torch's CPU generator keeps 32 bits
+_POSITIVE = _Finite(min=0, min_open=True)
+_SHARE = _Finite(min=0, max=1, max_open=True)
 
 _RUN_OPTIONS = [
     click.option("--data", metavar="digits|mnist|cifar10|PATH", help="Data set; PATH is an .npz or a folder. [digits]"),
@@ -67,22 +90,24 @@ _RUN_OPTIONS = [
     click.option("--epochs", type=_AT_LEAST_ONE),
     click.option("--batch-size", type=_AT_LEAST_ONE),
     click.option("--lr", type=_POSITIVE, help="SGD learning rate."),
-    click.option("--sgd-momentum", type=click.FloatRange(0, 1, max_open=True)),
-    click.option("--weight-decay", type=click.FloatRange(min=0)),
-    click.option("--decay-epochs", type=int, multiple=True, help="Epochs after which lr falls tenfold (repeatable)."),
+    click.option("--sgd-momentum", type=_SHARE),
+    click.option("--weight-decay", type=_Finite(min=0)),
+    click.option(
+        "--decay-epochs", type=_AT_LEAST_ONE, multiple=True, help="Epochs after which lr falls tenfold (repeatable)."
+    ),
     click.option("--epsilon", type=_POSITIVE, help="Radius of the l_inf ball, in [0, 1] pixel units."),
     click.option("--step-size", type=_POSITIVE, help="Step size of the attack."),
     click.option("--steps", type=_AT_LEAST_ONE, help="Attack steps N of TRADES. [10]"),
-    click.option("--beta", type=click.FloatRange(min=0), help="Weight of the robust term."),
+    click.option("--beta", type=_Finite(min=0), help="Weight of the robust term."),
     click.option("--boundary-steps", type=_COUNT, help="N_B of BulletTrain. [--steps]"),
     click.option("--robust-steps", type=_COUNT, help="N_R of BulletTrain. [2]"),
     click.option("--outlier-steps", type=_COUNT, help="N_O of BulletTrain. [0]"),
-    click.option("--gamma", type=click.FloatRange(0, 1, min_open=True), help="Scale of F_R. [0.8]"),
-    click.option("--fraction-momentum", type=click.FloatRange(0, 1, max_open=True), help="p of F_R. [0.9]"),
+    click.option("--gamma", type=_Finite(min=0, max=1, min_open=True), help="Scale of F_R. [0.8]"),
+    click.option("--fraction-momentum", type=_SHARE, help="p of F_R. [0.9]"),
     click.option("--eval-steps", type=_AT_LEAST_ONE, help="Steps of the final PGD. [20]"),
     click.option("--eval-restarts", type=_AT_LEAST_ONE, help="Restarts of the final PGD. [1]"),
     click.option("--curve-size", type=_AT_LEAST_ONE, help="Test images evaluated after each epoch."),
-    click.option("--seed", type=click.IntRange(min=0)),
+    click.option("--seed", type=_SEED),
 ]
 _PLACE_OPTIONS = [
     click.option("--data-dir", type=click.Path(path_type=Path), default=Path("data"), show_default=True),
@@ -101,7 +126,7 @@ def _with_options(options: list[Callable[[Any], Any]]) -> Callable[[Any], Any]:
     return decorate
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(cls=_OneLineGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="bt-fast", prog_name="bt-fast")
 def cli() -> None:
     """Robust training that spends its attack steps on the samples near the decision boundary."""
@@ -140,7 +165,7 @@ def train(
 @click.option("--steps", type=_AT_LEAST_ONE, default=20, show_default=True)
 @click.option("--step-size", type=_POSITIVE, help="[2 epsilon / steps]")
 @click.option("--restarts", type=_AT_LEAST_ONE, default=1, show_default=True)
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--seed", type=_SEED, default=0, show_default=True)
 @click.option("--device", default=None)
 @_one_line_errors
 def evaluate(
@@ -231,6 +256,7 @@ def _run(
     if methods is not None:
         asked["methods"] = methods
     if resume is not None:
+        resume = resume.parent if resume.name == "checkpoint.pt" else resume
         if out is not None:
             raise ValueError("--out: a resumed run stays in its folder; leave --out or --resume away")
         stored, _ = load_checkpoint(resume / "checkpoint.pt")
@@ -239,11 +265,10 @@ def _run(
     else:
         config, dataset = _configure(asked, data_dir)
     folder = resume or out or Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")
-    run = Run(folder, config, dataset, where, resume=resume is not None)
-    console.print(
-        f"[bold]{config.data}[/]: {len(dataset.x_train)} training, {len(dataset.x_test)} test images; {folder}"
-    )
-    _train(run)
+    with _stop_signals() as stop:
+        run = Run(folder, config, dataset, where, resume=resume is not None)
+        say(f"{config.data}: {len(dataset.x_train)} training, {len(dataset.x_test)} test images; run folder {folder}")
+        _train(run, stop)
     with _progress() as progress:
         task = progress.add_task("final evaluation", total=len(config.methods))
         summary = report.summarise(run, lambda _: progress.advance(task))
@@ -252,8 +277,9 @@ def _run(
     say("wrote", ", ".join(str(p) for p in [folder / "summary.json", folder / "metrics.jsonl", *paths]))
 
 
-def _train(run: Run) -> None:
-    with _progress() as progress, _stop_signals() as stop:
+def _train(run: Run, stop: list[int]) -> None:
+    """Train to the end, or to the first iteration after a signal arrived in `stop`: then save and exit."""
+    with _progress() as progress:
         task = progress.add_task("training", total=run.iterations, completed=run.iteration)
         for at in run.train():
             progress.update(task, completed=at.iteration, description=_ratios(run))
@@ -268,9 +294,7 @@ def _train(run: Run) -> None:
 
 def _epoch_line(run: Run) -> str:
     latest = run.records()[-len(run.contestants) :]
-    parts = [
-        f"{r['method']} {100 * r['clean']:.1f} / {100 * r['robust']:.1f} % in {r['seconds']:.0f} s" for r in latest
-    ]
+    parts = [f"{r['method']} {r['clean']:.1%} / {r['robust']:.1%} in {r['seconds']:.0f} s" for r in latest]
     return f"epoch {latest[0]['epoch']}, clean / robust: " + ", ".join(parts)
 
 
@@ -326,6 +350,8 @@ def _device(name: str | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError("expected cpu, cuda or cuda:N")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from error
