@@ -9,11 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bt_fast import faults
 from bt_fast.attack.frozen import clean_logits, eval_mode
 from bt_fast.attack.generate import generate
 from bt_fast.attack.schedule import Schedule
 from bt_fast.attack.threat import ThreatModel
-from bt_fast.mining import positive, step_count
+from bt_fast.faults import CheckedRead, Fault
+from bt_fast.mining import check_labels, positive, step_count
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,9 @@ def evaluate(
         generator: on the images' device, for the random starts (uniform in the ball).
 
     Raises:
-        ValueError: an argument is out of range, or there are no samples.
+        TypeError: images are not floating point, labels not integers, or the model does not return such logits.
+        ValueError: an argument is out of range, there are no samples, or a batch does not fit (shapes, devices, pixels
+            outside the threat model's bounds, labels out of range, NaN logits).
     """
     step_count("steps", steps, least=1)
     step_count("restarts", restarts, least=1)
@@ -67,12 +71,18 @@ def evaluate(
     positive("step_size", size)
     clean = robust = total = 0
     for x, y in batches:
+        _check_batch(x, y)
         with eval_mode(model):
-            correct = clean_logits(model, x).argmax(dim=1) == y
-            standing = correct.nonzero().flatten()
+            logits = clean_logits(model, x)
+            pixels = faults.pixels_outside(x, threat.lower, threat.upper, "the images")
+            standing = _correct(logits, y, [pixels, faults.labels_outside(y, logits.shape[1], "the labels")])
+            clean += len(standing)
+            target = F.one_hot(y.long(), logits.shape[1]).to(logits.dtype)
             for _ in range(restarts):
-                standing = standing[_withstand(model, x[standing], y[standing], threat, steps, size, generator)]
-        clean += int(correct.sum())
+                if len(standing) == 0:
+                    break
+                x_adv = _attack(model, x[standing], target[standing], threat, steps, size, generator)
+                standing = standing[_correct(clean_logits(model, x_adv), y[standing], [])]
         robust += len(standing)
         total += len(y)
     if total == 0:
@@ -80,23 +90,33 @@ def evaluate(
     return Accuracy(clean, robust, total)
 
 
-def _withstand(
+def _check_batch(x: Tensor, y: Tensor) -> None:
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        raise TypeError(f"the images must be floating point, got {getattr(x, 'dtype', type(x).__name__)}")
+    if x.numel() == 0:
+        raise ValueError(f"the images must be at least 1 in each batch, got shape {list(x.shape)}")
+    check_labels(y, len(x), x.device, "the labels")
+
+
+def _correct(logits: Tensor, y: Tensor, inputs: list[Fault]) -> Tensor:
+    """The indices of the rows that are classified as `y` [n]; raises for faults of the inputs or the logits."""
+    found = [*inputs, faults.rows_without_number(logits, "the model's logits")]
+    CheckedRead(torch.empty(0, dtype=torch.int64, device=y.device), found).wait()
+    return (logits.argmax(dim=1) == y.long()).nonzero().flatten()
+
+
+def _attack(
     model: nn.Module,
     x: Tensor,
-    y: Tensor,
+    target: Tensor,
     threat: ThreatModel,
     steps: int,
     step_size: float,
     generator: torch.Generator | None,
 ) -> Tensor:
-    """Bool [n]: still classified as `y` after one attack."""
-    if len(x) == 0:
-        return torch.empty(0, dtype=torch.bool, device=x.device)
-    classes = clean_logits(model, x[:1]).shape[1]
-    target = F.one_hot(y.long(), classes).to(x.dtype)
+    """One attack from a random start."""
     schedule = Schedule.uniform(len(x), steps, step_size, x.device)
-    x_adv = generate(model, x, uniform_start(x, threat, generator), target, schedule, threat, generator=generator)
-    return clean_logits(model, x_adv).argmax(dim=1) == y
+    return generate(model, x, uniform_start(x, threat, generator), target, schedule, threat, generator=generator)
 
 
 def uniform_start(x: Tensor, threat: ThreatModel, generator: torch.Generator | None = None) -> Tensor:

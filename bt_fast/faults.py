@@ -33,18 +33,14 @@ def labels_outside(labels: Tensor, classes: int, name: str) -> Fault:
     return Fault(outside.sum(), f"{name} must lie in 0..{classes - 1}, but {{count}} of {len(labels)} do not")
 
 
-def rows_without_number(values: Tensor, name: str) -> Fault:
-    """The number of NaN among `values` [m], one for each row of what `name` names."""
-    return Fault(
-        torch.isnan(values).sum(),
-        f"{name} must be finite, but {{count}} of {len(values)} rows hold NaN or +Inf",
-    )
+def rows_without_number(logits: Tensor, name: str) -> Fault:
+    """The number of rows of `logits` [m, K] that hold NaN or +Inf. (-Inf is a class that is ruled out.)"""
+    bad = (logits.isnan() | logits.isposinf()).any(dim=1)
+    return Fault(bad.sum(), f"{name} must be finite, but {{count}} of {len(logits)} rows hold NaN or +Inf")
 
 
-def any_of(faults: Sequence[Fault], device: torch.device) -> Tensor:
+def any_of(faults: Sequence[Fault]) -> Tensor:
     """Bool, 0-dim, on the device: whether any fault occurred. State changes are made conditional on it."""
-    if not faults:
-        return torch.zeros((), dtype=torch.bool, device=device)
     return torch.stack([fault.count for fault in faults]).any()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -91,9 +92,9 @@ class BulletTrain(nn.Module):
         self.boundary_steps = step_count("boundary_steps", boundary_steps)
         self.robust_steps = step_count("robust_steps", robust_steps)
         self.outlier_steps = step_count("outlier_steps", outlier_steps)
-        if not 0.0 < gamma <= 1.0:
+        if not 0.0 < real("gamma", gamma) <= 1.0:
             raise ValueError(f"gamma must lie in (0, 1], got {gamma}")
-        if not 0.0 <= momentum < 1.0:
+        if not 0.0 <= real("momentum", momentum) < 1.0:
             raise ValueError(f"momentum must lie in [0, 1), got {momentum}")
         self.gamma = float(gamma)
         self.momentum = float(momentum)
@@ -143,18 +144,20 @@ class BulletTrain(nn.Module):
         epsilon: float = 0.031,
         step_size: float | None = None,
         inputs: Sequence[Fault] = (),
+        names: tuple[str, str] = ("logits", "labels"),
     ) -> Assignment:
         """`assign` without waiting for its counts: faults are raised by the first use of a count.
 
         Args:
             inputs: further faults of this minibatch to be raised with the counts (pixels out of range, say).
+            names: what error messages call the logits and the labels.
         """
         check_logits_and_labels(logits, labels)
         self._check_device(logits)
         positive("epsilon", epsilon)
         if step_size is not None:
             positive("step_size", step_size)
-        logits = logits.detach()
+        logits, labels = logits.detach(), labels.long()
 
         svar, correct, probabilities = ops.signed_variance(logits, labels)
         group, threshold = ops.three_groups(svar, correct, self.robust_fraction)
@@ -165,14 +168,14 @@ class BulletTrain(nn.Module):
         found = [
             Fault(
                 self.unreported_faults.clone(),
-                "an earlier update met logits with NaN: F_R was not moved by it",
+                "an earlier update met NaN logits or labels out of range: F_R was not moved by it",
             ),
             *inputs,
-            faults.labels_outside(labels, logits.shape[1], "labels"),
-            faults.rows_without_number(svar, "logits"),
+            faults.labels_outside(labels, logits.shape[1], names[1]),
+            faults.rows_without_number(logits, names[0]),
         ]
         counts = CheckedRead(torch.cat([active, sizes]), found)
-        self.group_counts += torch.where(faults.any_of(found, logits.device), 0, sizes)
+        self.group_counts += torch.where(faults.any_of(found), 0, sizes)
         self.unreported_faults.zero_()
         return Assignment(
             group=group,
@@ -203,15 +206,15 @@ class BulletTrain(nn.Module):
         self._check_device(adversarial_logits)
         if len(labels) == 0:
             raise ValueError("adversarial_logits must have at least 1 row, got 0")
-        logits = adversarial_logits.detach()
+        logits, labels = adversarial_logits.detach(), labels.long()
         found = [
             faults.labels_outside(labels, logits.shape[1], "labels"),
-            faults.rows_without_number(logits.sum(dim=1), "adversarial_logits"),
+            faults.rows_without_number(logits, "adversarial_logits"),
         ]
         if not logits.is_cuda:
             CheckedRead(labels.new_empty(0, dtype=torch.int64), found).wait()
         moved = ops.update_fraction(self.robust_fraction, logits, labels, self.gamma, self.momentum)
-        faulty = faults.any_of(found, logits.device)
+        faulty = faults.any_of(found)
         self.robust_fraction.copy_(torch.where(faulty, self.robust_fraction, moved))
         self.unreported_faults += faulty
 
@@ -267,6 +270,8 @@ class BulletTrain(nn.Module):
 
 def check_logits_and_labels(logits: Tensor, labels: Tensor) -> None:
     """Raise TypeError or ValueError unless logits are floating point [m, K], K ≥ 2, and labels integers [m]."""
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"logits must be a tensor, got {type(logits).__name__}")
     if not logits.is_floating_point():
         raise TypeError(f"logits must be floating point, got {logits.dtype}")
     if logits.dim() != 2 or logits.shape[1] < 2:
@@ -276,6 +281,8 @@ def check_logits_and_labels(logits: Tensor, labels: Tensor) -> None:
 
 def check_labels(labels: Tensor, m: int, device: torch.device, name: str = "labels") -> None:
     """Raise TypeError or ValueError that names `name` unless labels are integers [m] on the device."""
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"{name} must be a tensor of integers, got {type(labels).__name__}")
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise TypeError(f"{name} must be integers, got {labels.dtype}")
     if labels.shape != (m,):
@@ -297,7 +304,14 @@ def _step_size(epsilon: float, steps: int) -> float:
     return STEP_FACTOR * epsilon / steps if steps else 0.0
 
 
+def real(name: str, value: Any) -> float:
+    """`value`; TypeError that names `name` unless it is a real number."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    return float(value)
+
+
 def positive(name: str, value: float) -> None:
-    """Raise ValueError that names `name` unless `value` is a finite number greater than 0."""
-    if not (value > 0 and math.isfinite(value)):
+    """Raise TypeError or ValueError that names `name` unless `value` is a finite number greater than 0."""
+    if not (real(name, value) > 0 and math.isfinite(value)):
         raise ValueError(f"{name} must be a finite number greater than 0, got {value}")

@@ -7,11 +7,20 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Fractions:
-    """Shares of the samples in each group; they sum to 1, or are all 0 before the first assignment."""
+    """Shares of the samples in each group; they sum to 1, or are all 0 before the first assignment.
+
+    Raises:
+        ValueError: a share is outside [0, 1], or they sum to more than 1.
+    """
 
     boundary: float
     robust: float
     outlier: float
+
+    def __post_init__(self) -> None:
+        shares = (self.boundary, self.robust, self.outlier)
+        if not (all(0.0 <= share <= 1.0 for share in shares) and sum(shares) <= 1.0 + 1e-9):
+            raise ValueError(f"fractions must lie in [0, 1] and sum to at most 1, got {shares}")
 
     def mean_steps(self, boundary_steps: int, robust_steps: int, outlier_steps: int) -> float:
         """`F_B·N_B + F_R·N_R + F_O·N_O`: attack steps per sample."""

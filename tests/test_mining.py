@@ -210,6 +210,7 @@ def test_repr_is_the_configuration():
         ({"gamma": 0.0}, ValueError, r"gamma.*\(0, 1\].*0.0"),
         ({"gamma": 1.01}, ValueError, r"gamma.*\(0, 1\].*1.01"),
         ({"gamma": math.nan}, ValueError, "gamma.*nan"),
+        ({"gamma": "x"}, TypeError, "gamma must be a number, got 'x'"),
         ({"momentum": 1.0}, ValueError, r"momentum.*\[0, 1\).*1.0"),
         ({"momentum": -0.1}, ValueError, r"momentum.*\[0, 1\).*-0.1"),
     ],
@@ -331,8 +332,25 @@ def test_assign_reads_once():
 def test_a_fault_that_an_update_could_not_report_comes_with_the_next_assignment():
     bullet = BulletTrain()
     bullet.unreported_faults.fill_(1)
-    with pytest.raises(ValueError, match=re.escape("an earlier update met logits with NaN")):
+    with pytest.raises(ValueError, match=re.escape("an earlier update met NaN logits")):
         bullet.assign(Z, Y)
     assert bullet.group_counts.tolist() == [0, 0, 0]
     bullet.assign(Z, Y)
     assert bullet.group_counts.sum() == 4
+
+
+@pytest.mark.parametrize("call", ["assign", "update"])
+def test_what_is_no_tensor_is_named(call):
+    bullet = BulletTrain()
+    with pytest.raises(TypeError, match="logits must be a tensor, got list"):
+        getattr(bullet, call)([[0.0, 1.0]], torch.tensor([0]))
+    with pytest.raises(TypeError, match="labels must be a tensor of integers, got list"):
+        getattr(bullet, call)(torch.zeros(1, 2), [0])
+
+
+def test_update_refuses_infinite_logits_as_assign_does():
+    bullet = BulletTrain()
+    infinite = torch.tensor([[0.0, math.inf], [0.0, 1.0]])
+    with pytest.raises(ValueError, match="adversarial_logits must be finite, but 1 of 2"):
+        bullet.update(infinite, torch.tensor([0, 1]))
+    assert bullet.robust_fraction == 0

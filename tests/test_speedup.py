@@ -48,3 +48,9 @@ def test_forward_pass_model():
     assert trades_cost(10, clean_forwards=2) == 30
     assert trades_cost(mean_steps) == pytest.approx(14.8, abs=0.05)
     assert trades_cost(mean_steps, corrupted_fraction=1 - PAPER.outlier) == pytest.approx(14.2, abs=0.05)
+
+
+@pytest.mark.parametrize("shares", [(-0.1, 0.0, 0.0), (2.0, 2.0, 2.0), (0.6, 0.6, 0.0), (float("nan"), 0.0, 0.0)])
+def test_fractions_that_are_none_are_refused(shares):
+    with pytest.raises(ValueError, match="fractions must lie in"):
+        Fractions(*shares)

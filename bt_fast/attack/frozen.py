@@ -11,11 +11,18 @@ from torch import Tensor, nn
 
 @contextmanager
 def modes_restored(model: nn.Module) -> Iterator[None]:
-    """Give every submodule its own train or eval mode back at the end, whatever happened in between."""
+    """Give every submodule its own train or eval mode back at the end, whatever happened in between.
+
+    By `train(mode)`, parents first, since some modules do work there (adapters merge and unmerge their weights); the
+    flags are then set exactly, since others refuse.
+    """
     found = [(module, module.training) for module in model.modules()]
     try:
         yield
     finally:
+        for module, training in found:
+            if module.training != training:
+                module.train(training)
         for module, training in found:
             module.training = training
 

@@ -41,12 +41,28 @@ def generate(
         [m, ...] in the schedule's order, without gradient.
 
     Raises:
-        TypeError or ValueError: the model does not return logits [n, K].
+        TypeError: the images are not floating point, or the model does not return such logits.
+        ValueError: shapes do not fit together, or the model does not return logits [n, K]. Values are not checked
+            here (that would mean to wait for the device): `trades_loss` and `evaluate` check them.
     """
-    x_adv = start.detach().clone(memory_format=torch.preserve_format)
-    with eval_mode(model):
+    _check(clean, start, target, schedule)
+    with torch.inference_mode(False), eval_mode(model):
+        x_adv = start.detach().clone(memory_format=torch.preserve_format)
         run_eager(model, x_adv, clean.detach(), target.detach(), schedule, threat, generator)
     return x_adv
+
+
+def _check(clean: Tensor, start: Tensor, target: Tensor, schedule: Schedule) -> None:
+    for name, images in (("clean", clean), ("start", start)):
+        if not images.is_floating_point():
+            raise TypeError(f"{name} must be floating-point images, got {images.dtype}")
+    m = len(schedule.step_size)
+    if len(clean) != m:
+        raise ValueError(f"clean must hold the schedule's {m} samples, got shape {list(clean.shape)}")
+    if start.shape != clean.shape:
+        raise ValueError(f"start must have clean's shape {list(clean.shape)}, got {list(start.shape)}")
+    if target.dim() != 2 or len(target) != m:
+        raise ValueError(f"target must have shape [{m}, K], got {list(target.shape)}")
 
 
 def normal_noise(x: Tensor, generator: torch.Generator | None, *, on_cpu: bool = False) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bt_fast import ops
 from bt_fast.device import HostRead
-from bt_fast.mining import Assignment
+from bt_fast.mining import Assignment, positive, step_count
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +28,13 @@ class Schedule:
 
     @classmethod
     def uniform(cls, m: int, steps: int, step_size: float, device: torch.device) -> Schedule:
-        """Every one of m samples takes the same steps, and nothing is reordered."""
+        """Every one of m samples takes the same steps, and nothing is reordered.
+
+        Raises:
+            TypeError or ValueError: m or steps is no integer of at least 0, or step_size no finite number above 0.
+        """
+        m, steps = step_count("m", m), step_count("steps", steps)
+        positive("step_size", step_size)
         sizes = torch.full((m,), step_size, dtype=torch.float64, device=device)
         return cls(order=None, step_size=sizes, active=(m,) * steps)
 
@@ -54,16 +60,27 @@ class Schedule:
             step_size: [m] floating point > 0, in pixel units.
 
         Raises:
-            TypeError: the steps are not integers.
-            ValueError: shapes differ or a count is negative.
+            TypeError: the steps are not integers, or the step sizes not floating point.
+            ValueError: shapes or devices differ, a count is negative, or a size is not a finite number above 0.
         """
+        if not isinstance(steps, Tensor) or not isinstance(step_size, Tensor):
+            raise TypeError(
+                f"steps and step_size must be tensors, got {type(steps).__name__}, {type(step_size).__name__}"
+            )
         if steps.is_floating_point() or steps.is_complex() or steps.dtype == torch.bool:
             raise TypeError(f"steps must be integers, got {steps.dtype}")
         if steps.dim() != 1 or step_size.shape != steps.shape:
             raise ValueError(
                 f"steps and step_size must both have shape [m], got {list(steps.shape)} and {list(step_size.shape)}"
             )
-        counts = HostRead(steps.long()).wait()
+        if not step_size.is_floating_point():
+            raise TypeError(f"step_size must be floating point, got {step_size.dtype}")
+        if step_size.device != steps.device:
+            raise ValueError(f"step_size must be on {steps.device} like the steps, but is on {step_size.device}")
+        bad_sizes = ~((step_size > 0) & step_size.isfinite())
+        *counts, bad = HostRead(torch.cat([steps.long(), bad_sizes.sum().reshape(1)])).wait()
+        if bad:
+            raise ValueError(f"step_size must hold finite numbers above 0, but {bad} of {len(steps)} are not")
         if any(n < 0 for n in counts):
             raise ValueError(f"steps must be at least 0, got {min(counts)}")
         most = max(counts, default=0)

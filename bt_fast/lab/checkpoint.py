@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +26,34 @@ def load_checkpoint(path: Path) -> tuple[RunConfig, dict[str, Any]]:
     Raises:
         ValueError: there is no such file, or it is not a readable checkpoint of this version.
     """
-    if not path.is_file():
-        raise ValueError(f"{path}: no such checkpoint file")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises a dozen kinds on a damaged file
-        raise ValueError(f"{path}: not a readable checkpoint ({_first_line(error)})") from error
+    content = read_tensors(path)
     if not isinstance(content, dict) or content.get("bt_fast") != FORMAT:
         found = content.get("bt_fast", "none") if isinstance(content, dict) else type(content).__name__
         raise ValueError(f"{path}: not a checkpoint of this package: found format {found}, expected {FORMAT}")
     try:
-        return RunConfig.from_json(content["config"]), content["state"]
+        config, state = RunConfig.from_json(content["config"]), content["state"]
+        missing = [method for method in config.methods if "model" not in state["contestants"][method]]
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise ValueError(f"{path}: a checkpoint with parts missing or of the wrong kind ({error!r})") from error
+    if missing:
+        raise ValueError(f"{path}: a checkpoint without the model of {', '.join(missing)}")
+    return config, state
+
+
+def read_tensors(path: Path) -> Any:
+    """What `torch.save` wrote to `path`, tensors on the CPU; nothing that the file contains is run.
+
+    Raises:
+        ValueError: there is no such file, or it is damaged or holds more than tensors and plain values.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: no such checkpoint file")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns of foreign pickles that it then refuses
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises a dozen kinds on a damaged file
+        raise ValueError(f"{path}: not a readable checkpoint ({_first_line(error)})") from error
 
 
 def _first_line(error: Exception) -> str:

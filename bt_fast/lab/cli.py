@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import click
 import torch
@@ -31,14 +32,23 @@ say = functools.partial(console.print, soft_wrap=True, highlight=False)  # lines
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 
-class OneLineError(click.ClickException):
-    """A user's mistake: one line on standard error, exit code 2."""
+class _OneLineGroup(click.Group):
+    """Commands whose errors are one line on standard error, with exit code 2 for a user's mistake."""
 
-    exit_code = 2
-
-    def show(self, file: Any = None) -> None:
-        """Print it."""
-        click.echo(f"bt-fast: {self.format_message()}", err=True)
+    def main(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Run the command line and exit."""
+        try:
+            code = super().main(*args, **{**kwargs, "standalone_mode": False})
+        except click.exceptions.NoArgsIsHelpError as help_wanted:
+            help_wanted.show()
+            sys.exit(2)
+        except click.ClickException as error:
+            click.echo(f"bt-fast: {' '.join(error.format_message().split())}", err=True)
+            sys.exit(2)
+        except (click.Abort, KeyboardInterrupt):
+            click.echo("bt-fast: interrupted; a run goes on with --resume FOLDER", err=True)
+            sys.exit(128 + signal.SIGINT)
+        sys.exit(code if isinstance(code, int) else 0)
 
 
 def _one_line_errors(command: _Command) -> _Command:
@@ -47,14 +57,27 @@ def _one_line_errors(command: _Command) -> _Command:
         try:
             return command(*args, **kwargs)
         except (ValueError, TypeError, OSError) as error:
-            raise OneLineError(" ".join(str(error).split())) from error
+            raise click.ClickException(str(error)) from error
 
     return wrapped  # type: ignore[return-value]
 
 
+class _Finite(click.FloatRange):
+    """A range of numbers without NaN and infinity."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """The number, or a usage error that names the option."""
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number.", param, ctx)
+        return number
+
+
 _COUNT = click.IntRange(min=0)
 _AT_LEAST_ONE = click.IntRange(min=1)
-_POSITIVE = click.FloatRange(min=0, min_open=True)
+_SEED = click.IntRange(min=0, max=2**32 - 1)  # torch's CPU generator keeps 32 bits
+_POSITIVE = _Finite(min=0, min_open=True)
+_SHARE = _Finite(min=0, max=1, max_open=True)
 
 _RUN_OPTIONS = [
     click.option("--data", metavar="digits|mnist|cifar10|PATH", help="Data set; PATH is an .npz or a folder. [digits]"),
@@ -67,22 +90,24 @@ _RUN_OPTIONS = [
     click.option("--epochs", type=_AT_LEAST_ONE),
     click.option("--batch-size", type=_AT_LEAST_ONE),
     click.option("--lr", type=_POSITIVE, help="SGD learning rate."),
-    click.option("--sgd-momentum", type=click.FloatRange(0, 1, max_open=True)),
-    click.option("--weight-decay", type=click.FloatRange(min=0)),
-    click.option("--decay-epochs", type=int, multiple=True, help="Epochs after which lr falls tenfold (repeatable)."),
+    click.option("--sgd-momentum", type=_SHARE),
+    click.option("--weight-decay", type=_Finite(min=0)),
+    click.option(
+        "--decay-epochs", type=_AT_LEAST_ONE, multiple=True, help="Epochs after which lr falls tenfold (repeatable)."
+    ),
     click.option("--epsilon", type=_POSITIVE, help="Radius of the l_inf ball, in [0, 1] pixel units."),
     click.option("--step-size", type=_POSITIVE, help="Step size of the attack."),
     click.option("--steps", type=_AT_LEAST_ONE, help="Attack steps N of TRADES. [10]"),
-    click.option("--beta", type=click.FloatRange(min=0), help="Weight of the robust term."),
+    click.option("--beta", type=_Finite(min=0), help="Weight of the robust term."),
     click.option("--boundary-steps", type=_COUNT, help="N_B of BulletTrain. [--steps]"),
     click.option("--robust-steps", type=_COUNT, help="N_R of BulletTrain. [2]"),
     click.option("--outlier-steps", type=_COUNT, help="N_O of BulletTrain. [0]"),
-    click.option("--gamma", type=click.FloatRange(0, 1, min_open=True), help="Scale of F_R. [0.8]"),
-    click.option("--fraction-momentum", type=click.FloatRange(0, 1, max_open=True), help="p of F_R. [0.9]"),
+    click.option("--gamma", type=_Finite(min=0, max=1, min_open=True), help="Scale of F_R. [0.8]"),
+    click.option("--fraction-momentum", type=_SHARE, help="p of F_R. [0.9]"),
     click.option("--eval-steps", type=_AT_LEAST_ONE, help="Steps of the final PGD. [20]"),
     click.option("--eval-restarts", type=_AT_LEAST_ONE, help="Restarts of the final PGD. [1]"),
     click.option("--curve-size", type=_AT_LEAST_ONE, help="Test images evaluated after each epoch."),
-    click.option("--seed", type=click.IntRange(min=0)),
+    click.option("--seed", type=_SEED),
 ]
 _PLACE_OPTIONS = [
     click.option("--data-dir", type=click.Path(path_type=Path), default=Path("data"), show_default=True),
@@ -101,7 +126,7 @@ def _with_options(options: list[Callable[[Any], Any]]) -> Callable[[Any], Any]:
     return decorate
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(cls=_OneLineGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="bt-fast", prog_name="bt-fast")
 def cli() -> None:
     """Robust training that spends its attack steps on the samples near the decision boundary."""
@@ -123,8 +148,9 @@ def train(
     method: str | None, data_dir: Path, device: str | None, out: Path | None, resume: Path | None, **given: Any
 ) -> None:
     """Train one model."""
-    methods = (method,) if method or resume is None else None
-    _run(methods and (method or "bullet",), data_dir, device, out, resume, given)
+    if method is None and resume is None:
+        method = "bullet"
+    _run((method,) if method else None, data_dir, device, out, resume, given)
 
 
 @cli.command()
@@ -139,7 +165,7 @@ def train(
 @click.option("--steps", type=_AT_LEAST_ONE, default=20, show_default=True)
 @click.option("--step-size", type=_POSITIVE, help="[2 epsilon / steps]")
 @click.option("--restarts", type=_AT_LEAST_ONE, default=1, show_default=True)
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--seed", type=_SEED, default=0, show_default=True)
 @click.option("--device", default=None)
 @_one_line_errors
 def evaluate(
@@ -160,29 +186,10 @@ def evaluate(
     """Clean and PGD accuracy of CHECKPOINT: a run's checkpoint.pt, or a state_dict such as TRADES publishes."""
     where = _device(device)
     if model is None:
-        config, state = load_checkpoint(checkpoint)
-        stored: dict[str, Any] = state["contestants"]
-        if method is not None and method not in stored:
-            raise ValueError(f"--method {method}: {checkpoint} holds {', '.join(stored)}")
-        config = dataclasses.replace(
-            config,
-            data=data or config.data,
-            test_size=test_size or config.test_size,
-            epsilon=epsilon or config.epsilon,
-        )
-        dataset = _load(config, data_dir)
-        networks = {}
-        for name in [method] if method else list(stored):
-            networks[name] = _build(config.model, config.width, dataset)
-            networks[name].load_state_dict(stored[name]["model"])
-        radius = config.epsilon
+        networks, dataset, default_epsilon = _own_networks(checkpoint, method, data, data_dir, test_size)
     else:
-        preset = _preset(data or "digits", None)
-        dataset = load_dataset(data or "digits", data_dir).take(None, test_size)
-        networks = {model: _build(model, None, dataset)}
-        load_published(networks[model], checkpoint)
-        radius = epsilon or preset.epsilon
-    threat = ThreatModel(radius, distance)
+        networks, dataset, default_epsilon = _published_network(checkpoint, model, data, data_dir, test_size)
+    threat = ThreatModel(epsilon or default_epsilon, distance)
     for name, network in networks.items():
         batches = list(evaluation_batches(dataset.x_test, dataset.y_test, where))
         with _progress() as progress:
@@ -197,8 +204,43 @@ def evaluate(
             )
         say(
             f"{name}: clean {100 * accuracy.clean:.2f} %, robust {100 * accuracy.robust:.2f} % "
-            f"(PGD-{steps} x {restarts}, {distance}, eps = {radius:g}, {accuracy.total} images)"
+            f"(PGD-{steps} x {restarts}, {distance}, eps = {threat.epsilon:g}, {accuracy.total} images)"
         )
+
+
+_ToEvaluate = tuple[dict[str, torch.nn.Module], ImageDataset, float]  # networks by name, their data, and ε
+
+
+def _own_networks(
+    path: Path, method: str | None, data: str | None, data_dir: Path, test_size: int | None
+) -> _ToEvaluate:
+    """The networks in a run's checkpoint."""
+    config, state = load_checkpoint(path)
+    stored: dict[str, Any] = state["contestants"]
+    if method is not None and method not in stored:
+        raise ValueError(f"--method {method}: {path} holds {', '.join(stored)}")
+    dataset = load_dataset(data or config.data, data_dir).take(None, test_size or config.test_size)
+    networks = {}
+    for name in [method] if method else stored:
+        networks[name] = _build(config.model, config.width, dataset)
+        _load_weights(networks[name], stored[name]["model"], path)
+    return networks, dataset, config.epsilon
+
+
+def _published_network(path: Path, model: str, data: str | None, data_dir: Path, test_size: int | None) -> _ToEvaluate:
+    """A network whose state_dict somebody published."""
+    source = data or "digits"
+    dataset = load_dataset(source, data_dir).take(None, test_size)
+    network = _build(model, None, dataset)
+    load_published(network, path)
+    return {model: network}, dataset, _preset(source, dataset).epsilon
+
+
+def _load_weights(network: torch.nn.Module, weights: dict[str, Any], path: Path) -> None:
+    try:
+        network.load_state_dict(weights)
+    except RuntimeError as error:  # other data, other channels or classes
+        raise ValueError(f"{path}: its network does not fit the data ({error})") from error
 
 
 def _run(
@@ -214,6 +256,7 @@ def _run(
     if methods is not None:
         asked["methods"] = methods
     if resume is not None:
+        resume = resume.parent if resume.name == "checkpoint.pt" else resume
         if out is not None:
             raise ValueError("--out: a resumed run stays in its folder; leave --out or --resume away")
         stored, _ = load_checkpoint(resume / "checkpoint.pt")
@@ -222,11 +265,10 @@ def _run(
     else:
         config, dataset = _configure(asked, data_dir)
     folder = resume or out or Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")
-    run = Run(folder, config, dataset, where, resume=resume is not None)
-    console.print(
-        f"[bold]{config.data}[/]: {len(dataset.x_train)} training, {len(dataset.x_test)} test images; {folder}"
-    )
-    _train(run)
+    with _stop_signals() as stop:
+        run = Run(folder, config, dataset, where, resume=resume is not None)
+        say(f"{config.data}: {len(dataset.x_train)} training, {len(dataset.x_test)} test images; run folder {folder}")
+        _train(run, stop)
     with _progress() as progress:
         task = progress.add_task("final evaluation", total=len(config.methods))
         summary = report.summarise(run, lambda _: progress.advance(task))
@@ -235,8 +277,9 @@ def _run(
     say("wrote", ", ".join(str(p) for p in [folder / "summary.json", folder / "metrics.jsonl", *paths]))
 
 
-def _train(run: Run) -> None:
-    with _progress() as progress, _stop_signals() as stop:
+def _train(run: Run, stop: list[int]) -> None:
+    """Train to the end, or to the first iteration after a signal arrived in `stop`: then save and exit."""
+    with _progress() as progress:
         task = progress.add_task("training", total=run.iterations, completed=run.iteration)
         for at in run.train():
             progress.update(task, completed=at.iteration, description=_ratios(run))
@@ -251,9 +294,7 @@ def _train(run: Run) -> None:
 
 def _epoch_line(run: Run) -> str:
     latest = run.records()[-len(run.contestants) :]
-    parts = [
-        f"{r['method']} {100 * r['clean']:.1f} / {100 * r['robust']:.1f} % in {r['seconds']:.0f} s" for r in latest
-    ]
+    parts = [f"{r['method']} {r['clean']:.1%} / {r['robust']:.1%} in {r['seconds']:.0f} s" for r in latest]
     return f"epoch {latest[0]['epoch']}, clean / robust: " + ", ".join(parts)
 
 
@@ -289,11 +330,10 @@ def _configure(asked: dict[str, Any], data_dir: Path) -> tuple[RunConfig, ImageD
     return dataclasses.replace(config, curve_size=min(config.curve_size, len(dataset.x_test))), dataset
 
 
-def _preset(source: str, dataset: ImageDataset | None) -> RunConfig:
+def _preset(source: str, dataset: ImageDataset) -> RunConfig:
     if source in PRESETS:
         return PRESETS[source]
-    grey = dataset is None or dataset.x_train.shape[1] == 1
-    return PRESETS["mnist" if grey else "cifar10"]
+    return PRESETS["mnist" if dataset.x_train.shape[1] == 1 else "cifar10"]
 
 
 def _load(config: RunConfig, data_dir: Path) -> ImageDataset:
@@ -310,6 +350,8 @@ def _device(name: str | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError("expected cpu, cuda or cuda:N")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from error

@@ -71,7 +71,12 @@ class RunConfig:
             found = sorted(fields) if isinstance(fields, dict) else type(fields).__name__
             raise ValueError(f"not a run configuration of this version: found {found}, expected {sorted(names)}")
         lists = {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
-        return cls(**{**fields, **lists})
+        config = cls(**{**fields, **lists})
+        for name, kinds in _KINDS.items():
+            value = getattr(config, name)
+            if (isinstance(value, bool) and bool not in kinds) or not isinstance(value, kinds):
+                raise ValueError(f"{name} in the run configuration has the wrong kind of value: {value!r}")
+        return config
 
     def differences(self, other: RunConfig) -> list[str]:
         """`name: this value, other value` for every field in which the two differ."""
@@ -130,3 +135,14 @@ PRESETS = {
         curve_size=500,
     ),
 }
+
+_OPTIONAL = {"train_size", "test_size", "width"}
+
+
+def _kinds(name: str, example: object) -> tuple[type, ...]:
+    if name in _OPTIONAL:
+        return (int, type(None))
+    return (int, float) if isinstance(example, float) else (type(example),)
+
+
+_KINDS = {name: _kinds(name, value) for name, value in dataclasses.asdict(_DIGITS).items()}

@@ -5,11 +5,13 @@ import os
 import re
 from collections import OrderedDict
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from bt_fast.lab.checkpoint import read_tensors
 
 
 class SmallCNN(nn.Module):
@@ -255,11 +257,10 @@ def load_published(model: nn.Module, path: str | os.PathLike[str]) -> None:
         path: the checkpoint file; it is read with `weights_only=True`, so no code in it runs.
 
     Raises:
-        ValueError: the file holds no state_dict, or one whose names or shapes are not those of `model`, which
-            is then left as it was.
-        OSError, RuntimeError, pickle.UnpicklingError: `torch.load` cannot read the file.
+        ValueError: the file cannot be read, holds no state_dict, or one whose names or shapes are not those of
+            `model`, which is then left as it was.
     """
-    file = torch.load(path, map_location="cpu", weights_only=True)
+    file = read_tensors(Path(path))
     state = file
     if isinstance(file, Mapping):
         state = next((file[key] for key in ("state_dict", "model_state_dict") if key in file), file)

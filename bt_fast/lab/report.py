@@ -100,7 +100,8 @@ def _cost(contestant: Contestant) -> float:
     fractions = contestant.bullet.fractions
     steps = (config.boundary_steps, config.robust_steps, config.outlier_steps)
     keeps_all = config.robust_steps > 0 or config.outlier_steps > 0
-    return trades_cost(fractions.mean_steps(*steps), 1.0 if keeps_all else fractions.boundary)
+    moving = fractions.boundary if config.boundary_steps else 0.0
+    return trades_cost(fractions.mean_steps(*steps), 1.0 if keeps_all else moving)
 
 
 def _repeats_itself(contestant: Contestant) -> bool:

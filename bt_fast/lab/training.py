@@ -157,6 +157,7 @@ class Run:
             raise ValueError(f"{folder}: already holds a run; resume it, or name another folder")
         else:
             folder.mkdir(parents=True, exist_ok=True)
+            self.save()  # so that a run killed at any moment can be resumed
 
     @property
     def iterations_per_epoch(self) -> int:
@@ -210,10 +211,19 @@ class Run:
         )
 
     def records(self) -> list[dict[str, Any]]:
-        """What metrics.jsonl holds."""
+        """What metrics.jsonl holds, but for a last line that was cut off while it was written.
+
+        Raises:
+            ValueError: another line is not a record.
+        """
         if not self._metrics_path.exists():
             return []
-        return [json.loads(line) for line in self._metrics_path.read_text().splitlines()]
+        text = self._metrics_path.read_text(encoding="utf-8", errors="replace")
+        lines = text[: text.rfind("\n") + 1].splitlines()
+        try:
+            return [json.loads(line) for line in lines]
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{self._metrics_path}: a line is not a record ({error})") from error
 
     def _step(self, batch: Tensor) -> None:
         x = images(self.dataset.x_train[batch], self.device)
@@ -272,10 +282,13 @@ class Run:
             raise ValueError(
                 f"{self.checkpoint_path}: of another configuration ({'; '.join(differences)}, as asked and as stored)"
             )
-        for contestant in self.contestants:
-            contestant.load(state["contestants"][contestant.method])
-        self.iteration = state["iteration"]
-        self._counted = None if state["counted"] is None else state["counted"].to(self.device)
+        try:
+            for contestant in self.contestants:
+                contestant.load(state["contestants"][contestant.method])
+            self.iteration = state["iteration"]
+            self._counted = None if state["counted"] is None else state["counted"].to(self.device)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{self.checkpoint_path}: does not fit this run ({error})") from error
         # what was recorded after the checkpoint will be recorded again
         kept = [json.dumps(record) for record in self.records() if record["iteration"] <= self.iteration]
         write_text(self._metrics_path, "".join(line + "\n" for line in kept))

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bt_fast import faults, ops
-from bt_fast.attack.frozen import clean_logits, eval_mode, modes_restored
+from bt_fast.attack.frozen import clean_logits, eval_mode, logits_of, modes_restored
 from bt_fast.attack.generate import generate, normal_noise
 from bt_fast.attack.schedule import Schedule
 from bt_fast.attack.threat import ThreatModel
 from bt_fast.faults import CheckedRead, Fault
-from bt_fast.mining import BulletTrain, check_labels, positive, step_count
+from bt_fast.mining import BulletTrain, check_labels, positive, real, step_count
 from bt_fast.objectives.repeated_forward import RepeatedForward
 
 Unperturbed = Literal["keep", "skip"]
@@ -54,14 +54,14 @@ def trades_loss(
         model: maps [m, ...] to logits [m, K].
         x_natural: [m, ...] floating point in [0, 1], m ≥ 1.
         y: [m] integers in 0..K-1.
-        optimizer: its `zero_grad()` is called before the update's forwards, as the authors' code does; None leaves
-            the gradients as they are, for gradient accumulation.
+        optimizer: its `zero_grad()` is called, as the authors' code does; None leaves the gradients as they are, for
+            gradient accumulation.
         step_size: α > 0 in ℓ∞ (with `bullet`: of the boundary samples), in pixel units. Not used in ℓ2, where the
             step is 2ε/N.
         epsilon: ε > 0, in pixel units.
         perturb_steps: N ≥ 1. With `bullet` its own counts hold, and a value that is neither N_B nor the default is an
             error.
-        beta: β, the weight of the robust term.
+        beta: β ≥ 0, the weight of the robust term.
         distance: "l_inf" or "l_2".
         bullet: the mining state, on the images' device.
         unperturbed: whether samples with 0 steps, whose x' is x, take part in the update's corrupted forward. "keep":
@@ -78,24 +78,27 @@ def trades_loss(
     Raises:
         TypeError: images are not floating point, labels not integers, or the model does not return a tensor.
         ValueError: a shape, device, option or value does not fit (pixels outside [0, 1], labels out of range, NaN
-            logits). Nothing has been changed then: no buffer, no gradient, no F_R.
+            logits). Nothing has been changed then: no buffer, no gradient, no F_R. Only what goes wrong in the update's
+            own forwards, after a sound attack, leaves batch-norm buffers moved.
     """
     threat = ThreatModel(epsilon, distance)
-    _check(x_natural, y, step_size, perturb_steps, beta, bullet, unperturbed)
+    _check(x_natural, y, optimizer, step_size, perturb_steps, beta, bullet, unperturbed, generator)
     x = x_natural.detach()
     pixels = faults.pixels_outside(x, threat.lower, threat.upper, "x_natural")
     if bullet is None:
         x_adv = _uniform_attack(model, x, y, step_size, perturb_steps, threat, generator, pixels)
         with _update_modes(model):
-            _zero_grad(optimizer)
-            return _update_twice(model, x, x_adv, y.long(), beta)
+            loss = _update_twice(model, x, x_adv, y.long(), beta)
+        _zero_grad(optimizer)
+        return loss
     schedule, clean, x_adv = _ragged_attack(model, x, y, step_size, threat, bullet, generator, pixels)
     labels = schedule.sort(y).long()
     keep = unperturbed == "keep" if unperturbed else (bullet.robust_steps or bullet.outlier_steps)
     moving = schedule.active[0] if schedule.active else 0
     with _update_modes(model):
-        _zero_grad(optimizer)
-        return _update_once(model, clean, x_adv, len(x) if keep else moving, labels, beta, bullet)
+        loss = _update_once(model, clean, x_adv, len(x) if keep else moving, labels, beta, bullet)
+    _zero_grad(optimizer)
+    return loss
 
 
 def _uniform_attack(
@@ -117,11 +120,11 @@ def _uniform_attack(
         step_size = 2.0 * threat.epsilon / steps
     with eval_mode(model):
         logits = clean_logits(model, x)
-    svar, _, target = ops.signed_variance(logits, y)
+    target = ops.wide(logits).softmax(dim=1)
     found = [
         pixels,
         faults.labels_outside(y, logits.shape[1], "y"),
-        faults.rows_without_number(svar, "the model's logits"),
+        faults.rows_without_number(logits, "the model's logits"),
     ]
     read = CheckedRead(torch.empty(0, dtype=torch.int64, device=x.device), found)
     schedule = Schedule.uniform(len(x), steps, step_size, x.device)
@@ -145,7 +148,9 @@ def _ragged_attack(
         logits = clean_logits(model, x)
     if threat.norm == "l_2":
         step_size = 2.0 * threat.epsilon / max(bullet.boundary_steps, 1)
-    assignment = bullet.start_assignment(logits, y, epsilon=threat.epsilon, step_size=step_size, inputs=[pixels])
+    assignment = bullet.start_assignment(
+        logits, y, epsilon=threat.epsilon, step_size=step_size, inputs=[pixels], names=("the model's logits", "y")
+    )
     moving = (assignment.steps > 0).view(-1, *[1] * (x.dim() - 1))
     start = torch.where(moving, x + normal_noise(x, generator), x)[assignment.order]
     clean = x[assignment.order]
@@ -157,14 +162,14 @@ def _ragged_attack(
 def _update_twice(model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, beta: float) -> Tensor:
     """The authors' update: forwards of x, x' and x again, the last one replayed where that gives the same."""
     repeat = RepeatedForward(model, x.device)
-    logits = model(x)
+    logits = logits_of(model, x)
     repeat.first_done()
-    adversarial = model(x_adv)
+    adversarial = logits_of(model, x_adv)
     if repeat.replayable:
         repeat.replay()
         target = logits
     else:
-        target = model(x)
+        target = logits_of(model, x)
     return F.cross_entropy(logits, y) + beta / len(x) * ops.trades_kl(adversarial, target)
 
 
@@ -173,12 +178,12 @@ def _update_once(
 ) -> Tensor:
     """The update with BulletTrain, on sorted rows: the first `corrupted` of them run a corrupted forward."""
     repeat = RepeatedForward(model, x.device)
-    logits = model(x)
+    logits = logits_of(model, x)
     repeat.first_done()
     rows = corrupted
     if rows == 1 and any(isinstance(module, _BatchNorm) for module in model.modules()):
         rows = min(2, len(x))  # batch norm cannot train on one row: an unperturbed one joins its statistics
-    adversarial = model(x_adv[:rows])[:corrupted] if rows else logits[:0]
+    adversarial = logits_of(model, x_adv[:rows])[:corrupted] if rows else logits[:0]
     if repeat.replayable:
         repeat.replay()
     bullet.update(torch.cat([adversarial.detach(), logits[corrupted:].detach()]), y)
@@ -201,11 +206,13 @@ def _zero_grad(optimizer: torch.optim.Optimizer | None) -> None:
 def _check(
     x: Tensor,
     y: Tensor,
+    optimizer: torch.optim.Optimizer | None,
     step_size: float,
     perturb_steps: int,
     beta: float,
     bullet: BulletTrain | None,
     unperturbed: Unperturbed | None,
+    generator: torch.Generator | None,
 ) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"x_natural must be a tensor of images, got {type(x).__name__}")
@@ -213,12 +220,18 @@ def _check(
         raise TypeError(f"x_natural must be floating-point images, got {x.dtype}")
     if x.dim() < 2 or x.numel() == 0:
         raise ValueError(f"x_natural must have shape [m, ...] with m >= 1, got {list(x.shape)}")
-    if not isinstance(y, Tensor):
-        raise TypeError(f"y must be a tensor of integers, got {type(y).__name__}")
     check_labels(y, len(x), x.device, "y")
     positive("step_size", step_size)
-    if not math.isfinite(beta):
-        raise ValueError(f"beta must be finite, got {beta}")
+    if not (real("beta", beta) >= 0 and math.isfinite(beta)):
+        raise ValueError(f"beta must be a finite number of at least 0, got {beta}")
+    if optimizer is not None and not hasattr(optimizer, "zero_grad"):
+        raise TypeError(f"optimizer must be an optimizer or None, got {type(optimizer).__name__}")
+    if bullet is not None and not isinstance(bullet, BulletTrain):
+        raise TypeError(f"bullet must be a BulletTrain or None, got {type(bullet).__name__}")
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator or None, got {type(generator).__name__}")
+    if generator is not None and generator.device.type != x.device.type:
+        raise ValueError(f"generator must be on {x.device} like the images, but is on {generator.device}")
     if unperturbed not in (None, "keep", "skip"):
         raise ValueError(f"unperturbed must be 'keep', 'skip' or None, got {unperturbed!r}")
     step_count("perturb_steps", perturb_steps, least=1 if bullet is None else 0)

@@ -68,3 +68,24 @@ class Returns(nn.Module):
 def test_a_model_that_does_not_return_logits(output, error, message):
     with pytest.raises(error, match=message):
         logits_of(Returns(output), batch()[0])
+
+
+class Merging(nn.Linear):
+    """Work on the way to eval mode that the way back undoes, as low-rank adapters have it."""
+
+    merged = False
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.merged = not mode
+        return self
+
+
+def test_modules_that_work_in_train_come_back_consistent():
+    model = nn.Sequential(Merging(2, 2), nn.Sequential(Merging(2, 2), nn.Dropout()))
+    model[1][0].eval()
+    with eval_mode(model):
+        assert all(m.merged for m in model.modules() if isinstance(m, Merging))
+    assert (model[0].merged, model[0].training) == (False, True)
+    assert (model[1][0].merged, model[1][0].training) == (True, False)
+    assert model[1][1].training

@@ -314,3 +314,22 @@ def test_normal_noise(dtype):
     as_authors = normal_noise(x, None, on_cpu=True)
     torch.manual_seed(3)
     assert torch.equal(as_authors, 0.001 * torch.randn(x.shape))
+
+
+@pytest.mark.parametrize(
+    ("name", "bad", "error", "message"),
+    [
+        ("clean", lambda t: t[:5], ValueError, r"clean must hold the schedule's 8 samples.*\[5"),
+        ("clean", lambda t: t.mul(255).byte(), TypeError, "clean must be floating-point.*uint8"),
+        ("start", lambda t: t[:, :, :3], ValueError, r"start must have clean's shape.*\[8, 1, 3, 6\]"),
+        ("start", lambda t: t.long(), TypeError, "start must be floating-point.*int64"),
+        ("target", lambda t: t[:1], ValueError, r"target must have shape \[8, K\], got \[1, 5\]"),
+        ("target", lambda t: t[:, 0], ValueError, r"target must have shape \[8, K\], got \[8\]"),
+    ],
+)
+def test_inputs_that_do_not_fit_together_are_named(name, bad, error, message):
+    model, x, start, target = case()
+    given_inputs = {"clean": x, "start": start, "target": target}
+    given_inputs[name] = bad(given_inputs[name])
+    with pytest.raises(error, match=message):
+        generate(model, **given_inputs, schedule=Schedule.from_steps(STEPS, sizes_of(8)), threat=ThreatModel(0.03))

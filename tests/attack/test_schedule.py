@@ -63,3 +63,36 @@ def test_making_a_uniform_schedule_waits_for_nothing():
 def test_bad_steps(steps, sizes, error, message):
     with pytest.raises(error, match=message):
         Schedule.from_steps(steps, sizes)
+
+
+ONES = torch.ones(3, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("steps", "sizes", "error", "message"),
+    [
+        (ONES, torch.tensor([0.1, 0.0, 0.1]), ValueError, "step_size.*1 of 3"),
+        (ONES, torch.tensor([0.1, float("nan"), -1.0]), ValueError, "step_size.*2 of 3"),
+        (ONES, ONES, TypeError, "step_size must be floating point.*int64"),
+        (ONES, torch.ones(3, device="meta"), ValueError, "step_size must be on cpu.*meta"),
+        ([1, 2, 3], torch.ones(3), TypeError, "must be tensors, got list"),
+    ],
+)
+def test_step_sizes_that_are_no_sizes_are_named(steps, sizes, error, message):
+    with pytest.raises(error, match=message):
+        Schedule.from_steps(steps, sizes)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((4, -1, 0.1), ValueError, "steps must be at least 0, got -1"),
+        ((-4, 1, 0.1), ValueError, "m must be at least 0, got -4"),
+        ((4, 1.5, 0.1), TypeError, "steps must be an integer"),
+        ((4, 1, float("nan")), ValueError, "step_size.*nan"),
+        ((4, 1, "x"), TypeError, "step_size must be a number, got 'x'"),
+    ],
+)
+def test_a_uniform_schedule_names_what_does_not_fit(arguments, error, message):
+    with pytest.raises(error, match=message):
+        Schedule.uniform(*arguments, torch.device("cpu"))

@@ -108,6 +108,14 @@ def test_evaluate_reads_a_published_state_dict(tmp_path):
     assert "4 images" in result.output
 
 
+def test_evaluate_on_data_that_the_network_does_not_fit_is_refused(compared, tmp_path):
+    path = tmp_path / "colour.npz"
+    x, y = np.zeros((4, 3, 16, 16), np.uint8), np.arange(4) % 2
+    np.savez(path, x_train=x, y_train=y, x_test=x, y_test=y)
+    error = one_line(bt_fast("evaluate", compared[0] / "checkpoint.pt", "--data", path))
+    assert "does not fit the data" in error
+
+
 def test_train_trains_one_method_with_bullettrain_as_the_default(data, tmp_path):
     assert bt_fast("train", "--data", data, "--out", tmp_path / "a", *SMALL).exit_code == 0
     assert list(load_checkpoint(tmp_path / "a" / "checkpoint.pt")[1]["contestants"]) == ["bullet"]
@@ -140,7 +148,7 @@ def test_an_interrupted_run_resumes_to_the_same_weights(long_run, tmp_path, kill
         assert f"--resume {tmp_path / 'cut'}" in output
     stopped_at = load_checkpoint(tmp_path / "cut" / "checkpoint.pt")[1]["iteration"]
     assert stopped_at < 120
-    resumed = bt_fast("train", "--resume", tmp_path / "cut")
+    resumed = bt_fast("train", "--resume", tmp_path / "cut" / "checkpoint.pt")
     assert resumed.exit_code == 0, resumed.output
     resumed_end = load_checkpoint(tmp_path / "cut" / "checkpoint.pt")[1]["contestants"]["bullet"]
     for part in ("model", "bullet"):
@@ -159,6 +167,7 @@ def test_an_interrupted_run_resumes_to_the_same_weights(long_run, tmp_path, kill
         (["train", "--train-size", "6000"], "6000"),
         (["train", "--device", "abacus"], "abacus"),
         (["train", "--device", "cuda:99"], "cuda:99"),
+        (["train", "--device", "meta"], "meta"),
         (["train", "--resume", "nothing"], "nothing"),
         (["evaluate", "nothing.pt"], "nothing.pt"),
     ],
@@ -175,10 +184,35 @@ def test_a_mistake_gets_one_line_that_names_it_and_exit_code_2(arguments, messag
 @pytest.mark.parametrize("value", ["0", "-1", "many"])
 def test_options_out_of_range_are_refused_by_name(option, value, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    result = bt_fast("train", option, value)
-    assert result.exit_code == 2
-    assert option in result.stderr
+    assert option in one_line(bt_fast("train", option, value))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("option", ["--epsilon", "--step-size", "--lr", "--beta", "--weight-decay", "--sgd-momentum"])
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_numbers_must_be_finite(option, value, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert option in one_line(bt_fast("train", option, value))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("--decay-epochs", "0"), ("--seed", "99999999999999999999"), ("--gamma", "0")]
+)
+def test_other_options_out_of_range(option, value):
+    assert option in one_line(bt_fast("train", option, value))
+
+
+def test_an_unknown_option_gets_one_line():
+    assert "--frobnicate" in one_line(bt_fast("train", "--frobnicate"))
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"\x80\x04N.", b"not a checkpoint"])
+@pytest.mark.parametrize("options", [[], ["--model", "small-cnn"]])
+def test_evaluating_another_file_names_it(content, options, tmp_path):
+    path = tmp_path / "other.pt"
+    path.write_bytes(content)
+    assert "other.pt" in one_line(bt_fast("evaluate", path, *options))
 
 
 def test_a_truncated_data_file_is_named(data, tmp_path):

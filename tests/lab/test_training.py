@@ -116,6 +116,38 @@ def test_what_was_recorded_after_the_last_checkpoint_is_recorded_once(finished, 
     assert_same_run(run_to_the_end(tmp_path / "run", resume=True), finished)
 
 
+def test_a_run_killed_before_its_first_iteration_can_be_resumed(finished, tmp_path):
+    Run(tmp_path / "run", CONFIG, blobs(), CPU)
+    assert_same_run(run_to_the_end(tmp_path / "run", resume=True), finished)
+
+
+def test_a_record_cut_off_while_it_was_written_is_written_again(finished, tmp_path):
+    first = Run(tmp_path / "run", CONFIG, blobs(), CPU)
+    for at in first.train():
+        if at.iteration == 4:
+            first.save()
+            break
+    with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
+        file.write('{"iteration": 5, "kind": "fra')
+    assert_same_run(run_to_the_end(tmp_path / "run", resume=True), finished)
+
+
+def test_a_metrics_file_that_is_another_thing_is_named(tmp_path):
+    run = Run(tmp_path / "run", CONFIG, blobs(), CPU)
+    (tmp_path / "run" / "metrics.jsonl").write_text("no record\n")
+    with pytest.raises(ValueError, match=r"metrics\.jsonl: a line is not a record"):
+        run.records()
+
+
+def test_a_checkpoint_whose_model_lacks_a_weight_is_named(tmp_path):
+    run = Run(tmp_path / "run", CONFIG, blobs(), CPU)
+    config, state = load_checkpoint(run.checkpoint_path)
+    state["contestants"]["bullet"]["model"].popitem()
+    save_checkpoint(run.checkpoint_path, config, state)
+    with pytest.raises(ValueError, match=r"checkpoint\.pt: does not fit this run"):
+        Run(tmp_path / "run", CONFIG, blobs(), CPU, resume=True)
+
+
 def test_a_folder_that_holds_a_run_is_not_overwritten(finished):
     with pytest.raises(ValueError, match="already holds a run"):
         Run(finished.folder, CONFIG, blobs(), CPU)
@@ -156,7 +188,10 @@ def test_a_checkpoint_that_would_run_code_is_refused_and_does_not_run_it(tmp_pat
         ({"bt_fast": 99, "config": "{}", "state": {}}, "found format 99, expected 1"),
         ({"bt_fast": 1, "config": "{}", "state": {}}, "not a run configuration"),
         ({"bt_fast": 1, "config": "{", "state": {}}, "checkpoint.pt"),
-        ({"bt_fast": 1}, "config"),
+        ({"bt_fast": 1}, "parts missing"),
+        ({"bt_fast": 1, "config": CONFIG.to_json(), "state": {}}, "parts missing"),
+        ({"bt_fast": 1, "config": CONFIG.to_json().replace('"epochs": 2', '"epochs": "x"'), "state": {}}, "epochs"),
+        ({"bt_fast": 1, "config": CONFIG.to_json(), "state": {"contestants": {m: {} for m in METHODS}}}, "without"),
     ],
 )
 def test_a_file_that_is_another_thing_is_refused(tmp_path, content, message):
@@ -173,7 +208,8 @@ def test_a_missing_checkpoint_is_named(tmp_path):
 
 def test_checkpoint_and_configuration_come_back_as_they_were(tmp_path):
     path = tmp_path / "checkpoint.pt"
-    save_checkpoint(path, CONFIG, {"iteration": 3, "tensor": torch.arange(4)})
+    models = {method: {"model": {}} for method in METHODS}
+    save_checkpoint(path, CONFIG, {"iteration": 3, "tensor": torch.arange(4), "contestants": models})
     config, state = load_checkpoint(path)
     assert config == CONFIG
     assert state["iteration"] == 3

@@ -557,6 +557,10 @@ BAD = {
     "step size NaN": ({"step_size": math.nan}, ValueError, "step_size.*nan"),
     "negative steps": ({"perturb_steps": -1}, ValueError, "perturb_steps.*-1"),
     "fractional steps": ({"perturb_steps": 2.5}, (TypeError, ValueError), "perturb_steps.*2.5"),
+    "epsilon in words": ({"epsilon": "x"}, TypeError, "epsilon must be a number, got 'x'"),
+    "beta negative": ({"beta": -1.0}, ValueError, "beta.*at least 0, got -1.0"),
+    "beta NaN": ({"beta": math.nan}, ValueError, "beta.*nan"),
+    "no generator": ({"generator": 5}, TypeError, "generator must be a torch.Generator.*int"),
     "unknown distance": ({"distance": "l_1"}, ValueError, "distance.*'l_inf', 'l_2'.*'l_1'"),
     "unknown option": ({"unperturbed": "drop"}, ValueError, "unperturbed.*'keep'.*'skip'.*'drop'"),
     "NaN logits": ({"spoil": lambda z: z / 0 * 0}, ValueError, "logits.*finite.*8 of 8"),
@@ -623,3 +627,29 @@ def test_the_optional_arguments_stay_where_the_authors_have_them():
     assert [(p.name, p.default) for p in parameters[: len(theirs)]][4:] == [(p.name, p.default) for p in theirs][4:]
     assert [p.name for p in parameters[:4]] == ["model", "x_natural", "y", "optimizer"]
     assert {p.kind for p in parameters[len(theirs) :]} == {inspect.Parameter.KEYWORD_ONLY}
+
+
+def test_what_is_no_optimizer_or_bullet_is_named():
+    model = build("conv_bn")
+    with pytest.raises(TypeError, match="optimizer must be an optimizer or None, got str"):
+        trades_loss(model, X, Y, "sgd")
+    with pytest.raises(TypeError, match="bullet must be a BulletTrain or None, got int"):
+        trades_loss(model, X, Y, None, bullet=3)
+
+
+@pytest.mark.parametrize("bullet", [None, BulletTrain()], ids=["uniform", "bullet"])
+def test_a_model_that_returns_something_else_in_train_mode_is_named_and_keeps_its_gradients(bullet):
+    class Auxiliary(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = build("conv_bn")
+
+        def forward(self, x):
+            return (self.body(x), x) if self.training else self.body(x)
+
+    model = Auxiliary()
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    with pytest.raises(TypeError, match="model must return a floating-point tensor of logits, got tuple"):
+        trades_loss(model, X, Y, sgd(model), bullet=bullet)
+    assert all(torch.equal(p.grad, torch.ones_like(p)) for p in model.parameters())
