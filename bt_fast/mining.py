@@ -29,8 +29,8 @@ class Assignment:
         step_size: [m] float64, in pixel units; 0 where `steps` is 0.
         order: [m] int64, the stable order by descending steps.
         threshold: 0-dim float64, T of Eq. 6.
-        svar: [m], signed prediction variance.
-        probabilities: [m, K], softmax of the clean logits.
+        svar: [m] float32 (float64 for float64 logits), signed prediction variance.
+        probabilities: [m, K] of the same dtype, softmax of the clean logits.
         counts: the numbers that the host needs, on their way to it; `assign` has waited for them.
     """
 

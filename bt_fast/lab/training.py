@@ -27,6 +27,7 @@ from bt_fast.lab.files import write_text
 from bt_fast.lab.models import build_model
 from bt_fast.mining import BulletTrain
 from bt_fast.objectives.trades import trades_loss
+from bt_fast.ops import GROUPS
 
 EVALUATION_BATCH = 250
 CHECKPOINT_SECONDS = 60.0
@@ -245,12 +246,10 @@ class Run:
             counts = contestant.bullet.group_counts.clone()
             recent = counts if self._counted is None else counts - self._counted
             self._counted = counts
-            outlier, boundary, robust = (recent.double() / recent.sum()).tolist()
+            shares = (recent.double() / recent.sum()).tolist()
             self._append(
                 kind="fractions",
-                boundary=boundary,
-                robust=robust,
-                outlier=outlier,
+                **dict(zip(GROUPS, shares, strict=True)),
                 robust_fraction=float(contestant.bullet.robust_fraction),
             )
 

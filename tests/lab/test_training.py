@@ -93,6 +93,17 @@ def test_records_tell_accuracy_time_and_fractions(finished):
     assert all(0 <= r["robust"] <= r["clean"] <= 1 and r["seconds"] > 0 and r["loss"] > 0 for r in epochs)
 
 
+def test_the_fractions_recorded_are_the_shares_of_each_group(tmp_path):
+    config = dataclasses.replace(CONFIG, epochs=4, methods=("bullet",))
+    run = run_to_the_end(tmp_path / "run", config)
+    (record,) = (r for r in run.records() if r["kind"] == "fractions")
+    assert record["iteration"] == 10
+    counted = dict(zip(("outlier", "boundary", "robust"), run._counted.tolist(), strict=True))
+    total = sum(counted.values())
+    assert total == 3 * 40 + 16
+    assert {group: record[group] for group in counted} == {group: n / total for group, n in counted.items()}
+
+
 @pytest.mark.parametrize("stop_after", range(1, 6))
 def test_a_run_stopped_anywhere_resumes_to_the_same_end(finished, tmp_path, stop_after):
     first = Run(tmp_path / "run", CONFIG, blobs(), CPU)

@@ -200,6 +200,15 @@ def algorithm_2(model, x, y, optimizer, noise, f_r, policy, skip, options, gamma
     return loss, momentum * f_r + (1 - momentum) * gamma * accuracy, groups, corrupted
 
 
+def assert_same_update(models, loss, ours):
+    """The reference model and ours have the same loss, gradients, weights and buffers."""
+    loss.backward()
+    ours.backward()
+    assert_near(ours.detach(), loss.detach(), UPDATES)
+    assert_near_nested(gradients(models[1]), gradients(models[0]), UPDATES)
+    assert_near_nested(models[1].state_dict(), models[0].state_dict(), UPDATES)
+
+
 def fixed_noise(monkeypatch, noise):
     monkeypatch.setattr(trades, "normal_noise", lambda x, generator, *, on_cpu=False: noise[: len(x)])
 
@@ -234,12 +243,8 @@ def test_updates_are_algorithm_2(monkeypatch, distance, policy, unperturbed, sta
         skip = unperturbed == "skip"
         loss, f_r, groups, _ = algorithm_2(models[0], x, y, optimizers[0], noise, f_r, policy, skip, options)
         ours = trades_loss(models[1], x, y, optimizers[1], **options, bullet=bullet, unperturbed=unperturbed)
-        loss.backward()
-        ours.backward()
-        assert_near(ours.detach(), loss.detach(), UPDATES)
+        assert_same_update(models, loss, ours)
         assert_near(bullet.robust_fraction, f_r)
-        assert_near_nested(gradients(models[1]), gradients(models[0]), UPDATES)
-        assert_near_nested(models[1].state_dict(), models[0].state_dict(), UPDATES)
         for optimizer in optimizers:
             optimizer.step()
         seen |= set(groups)
@@ -260,12 +265,8 @@ def test_any_batch_and_policy(m, f_r, policy, skip, seed):
     with pytest.MonkeyPatch.context() as monkeypatch:
         fixed_noise(monkeypatch, noise)
         ours = trades_loss(models[1], x, y, None, **options, bullet=bullet, unperturbed=unperturbed)
-    ours.backward()
-    loss.backward()
-    assert_near(ours.detach(), loss.detach(), UPDATES)
+    assert_same_update(models, loss, ours)
     assert_near(bullet.robust_fraction, moved)
-    assert_near_nested(gradients(models[1]), gradients(models[0]), UPDATES)
-    assert_near_nested(models[1].state_dict(), models[0].state_dict(), UPDATES)
 
 
 @pytest.mark.parametrize(
