@@ -1,9 +1,12 @@
 """Stands in for a `triton.jit` function: a launch compiles it for a GPU as Triton would, and executes the PTX here."""
 
 import functools
+import importlib.util
+from pathlib import Path
 
 import ptxrun
 import torch
+from triton.runtime.jit import JITFunction
 
 from benchmarks.kernel_report import compile_kernel
 
@@ -17,6 +20,23 @@ def memory(tensor):
     """The tensor's bytes in the order in which they lie, as a numpy array that shares them."""
     flat = tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset())
     return flat.view(torch.uint8).numpy()
+
+
+def compiled_kernels(module, sm):
+    """For every kernel of a file in `kernels/`, by name, what stands in for it: for `mock.patch.multiple`."""
+    kernels = {name: f for name, f in vars(module).items() if isinstance(f, JITFunction) and name.endswith("_kernel")}
+    return {name: CompiledKernel(f, sm) for name, f in kernels.items()}
+
+
+def planted(module, text, instead, path):
+    """The module of a file in `kernels/` with a bug: `instead` where its source has `text`. Written to `path`."""
+    source = Path(module.__file__).read_text()
+    assert text in source
+    path.write_text(source.replace(text, instead))
+    spec = importlib.util.spec_from_file_location("planted", path)
+    found = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(found)
+    return found
 
 
 class CompiledKernel:

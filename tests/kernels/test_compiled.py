@@ -1,5 +1,8 @@
 """What the compiler makes of the kernels, for every architecture, without a GPU."""
 
+import importlib
+import pkgutil
+
 import pytest
 
 pytest.importorskip("triton")
@@ -9,7 +12,7 @@ from triton.runtime.jit import JITFunction
 
 from benchmarks import kernel_report
 from benchmarks.kernel_variants import VARIANTS
-from bt_fast.kernels import pgd_step
+from bt_fast import kernels
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -18,21 +21,22 @@ def test_a_kernel_uses_registers_alone_and_wide_accesses(name):
     for sm in kernel_report.targets(variant):
         compiled = kernel_report.compiled(name, sm)
         assert compiled.spills == compiled.stack == 0, sm
-        assert compiled.load_bits >= variant.vector_bits, sm
-        assert compiled.store_bits == variant.vector_bits, sm
+        assert compiled.load_bits >= variant.load_bits, sm
+        assert compiled.store_bits >= variant.store_bits, sm
         assert kernel_report.occupancy(sm, compiled.registers, variant.warps) >= variant.occupancy, sm
 
 
-def test_single_precision_in_step_with_16_takes_128_bits():
-    assert all(
-        v.vector_bits == 128 for v in VARIANTS.values() if v.types["grad"] == "*fp32" and "length" in v.divisible
-    )
+def test_a_step_in_single_precision_divisible_by_16_takes_128_bits():
+    steps = [v for v in VARIANTS.values() if v.types.get("grad") == "*fp32" and "length" in v.divisible]
+    assert steps
+    assert all(v.load_bits == v.store_bits == 128 for v in steps)
 
 
 def test_no_kernel_is_left_out():
-    kernels = {name: f for name, f in vars(pgd_step).items() if isinstance(f, JITFunction) and "_kernel" in name}
-    assert kernels
-    assert set(kernels.values()) == {variant.function for variant in VARIANTS.values()}
+    files = [importlib.import_module(f"bt_fast.kernels.{file.name}") for file in pkgutil.iter_modules(kernels.__path__)]
+    found = {f for file in files for name, f in vars(file).items() if isinstance(f, JITFunction) and "_kernel" in name}
+    assert found
+    assert found == {variant.function for variant in VARIANTS.values()}
 
 
 def test_the_report_is_up_to_date():

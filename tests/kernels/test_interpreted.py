@@ -9,7 +9,9 @@ import pytest
 
 pytest.importorskip("triton")
 HERE = Path(__file__).parent / "interpreted"
-KERNELS = Path(__file__).parents[2] / "kernels" / "pgd_step.py"
+KERNELS = Path(__file__).parents[2] / "kernels"
+# for each op: where its kernels widen an offset to 64 bits, and what would leave it in 32
+WIDENED = {"pgd_step": ("tl.cast(i_r, tl.int64)", "i_r")}
 
 
 def interpreted(*command, fails=False):
@@ -19,16 +21,19 @@ def interpreted(*command, fails=False):
     assert (result.returncode != 0) == fails, result.stdout + result.stderr
 
 
-def test_pgd_step():
-    interpreted("-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "pgd_step.py"))
+@pytest.mark.parametrize("op", sorted(file.stem for file in HERE.glob("*.py") if not file.stem.endswith("_int64")))
+def test_an_op(op):
+    interpreted("-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / f"{op}.py"))
 
 
-def test_offsets_beyond_2_to_the_31():
-    interpreted(str(HERE / "int64.py"), str(KERNELS))
+@pytest.mark.parametrize("op", WIDENED)
+def test_offsets_beyond_2_to_the_31(op):
+    interpreted(str(HERE / f"{op}_int64.py"), str(KERNELS / f"{op}.py"))
 
 
-def test_offsets_in_int32_are_caught(tmp_path):
-    source, planted = KERNELS.read_text(), "tl.cast(i_r, tl.int64)"
-    assert planted in source
-    (tmp_path / "planted.py").write_text(source.replace(planted, "i_r"))
-    interpreted(str(HERE / "int64.py"), str(tmp_path / "planted.py"), fails=True)
+@pytest.mark.parametrize("op", WIDENED)
+def test_offsets_in_32_bits_are_caught(op, tmp_path):
+    source, (widened, planted) = (KERNELS / f"{op}.py").read_text(), WIDENED[op]
+    assert widened in source
+    (tmp_path / "planted.py").write_text(source.replace(widened, planted))
+    interpreted(str(HERE / f"{op}_int64.py"), str(tmp_path / "planted.py"), fails=True)

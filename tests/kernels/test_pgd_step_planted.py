@@ -1,7 +1,5 @@
 """Checks are worth something only if they see bugs: each of these, planted into a kernel's source, must be caught."""
 
-import importlib.util
-from pathlib import Path
 from unittest import mock
 
 import pgd_cases
@@ -11,12 +9,11 @@ import torch
 pytest.importorskip("triton")
 
 import ptxrun
-from compiled_kernel import CompiledKernel
+from compiled_kernel import compiled_kernels, planted
 
 from bt_fast.kernels import pgd_step as kernels
 from bt_fast.ops import pgd_step as ops
 
-SOURCE = Path(kernels.__file__)
 FULL = {"counts": True, "flags": True}
 # what is planted: a name, the text, and its replacement
 LINF = [
@@ -46,14 +43,9 @@ CASES = [
 ]
 
 
-def caught(source, path):
-    """Whether a case comes out wrong, or faults, with kernels of this source."""
-    path.write_text(source)
-    spec = importlib.util.spec_from_file_location("planted", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    compiled = CompiledKernel(module.pgd_linf_step_fwd_kernel, 80)
-    with mock.patch.object(kernels, "pgd_linf_step_fwd_kernel", compiled):
+def caught(module):
+    """Whether a case comes out wrong, or faults, with the kernels of this module."""
+    with mock.patch.multiple(kernels, **compiled_kernels(module, 80)):
         for case in CASES:
             try:
                 pgd_cases.assert_same(case.run(ops.launch_linf), case.run(ops.linf_reference))
@@ -62,12 +54,10 @@ def caught(source, path):
     return False
 
 
-def test_the_kernel_as_it_is_passes(tmp_path):
-    assert not caught(SOURCE.read_text(), tmp_path / "planted.py")
+def test_the_kernel_as_it_is_passes():
+    assert not caught(kernels)
 
 
-@pytest.mark.parametrize(("text", "planted"), [pytest.param(*bug[1:], id=bug[0]) for bug in LINF])
-def test_a_planted_bug_is_caught(text, planted, tmp_path):
-    source = SOURCE.read_text()
-    assert text in source
-    assert caught(source.replace(text, planted), tmp_path / "planted.py")
+@pytest.mark.parametrize(("text", "instead"), [pytest.param(*bug[1:], id=bug[0]) for bug in LINF])
+def test_a_planted_bug_is_caught(text, instead, tmp_path):
+    assert caught(planted(kernels, text, instead, tmp_path / "planted.py"))

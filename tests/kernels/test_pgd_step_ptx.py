@@ -8,7 +8,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from compiled_kernel import CompiledKernel
+from compiled_kernel import compiled_kernels
 
 from bt_fast.kernels import pgd_step as kernels
 from bt_fast.ops import pgd_step as ops
@@ -20,8 +20,7 @@ BARE, FULL = {}, {"counts": True, "flags": True}
 @pytest.fixture(params=[80, 90])
 def compiled(request):
     """The step's kernels, each replaced by its compiled self: a dict by name."""
-    functions = {name: f for name, f in vars(kernels).items() if name.endswith("_kernel")}
-    stand_ins = {name: CompiledKernel(f, request.param) for name, f in functions.items()}
+    stand_ins = compiled_kernels(kernels, request.param)
     with mock.patch.multiple(kernels, **stand_ins):
         yield stand_ins
 
