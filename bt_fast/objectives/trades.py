@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from bt_fast import faults, ops
 from bt_fast.attack.frozen import clean_logits, eval_mode, logits_of, modes_restored
-from bt_fast.attack.generate import generate, normal_noise
+from bt_fast.attack.generate import TRADES_NOISE, generate, normal_noise
 from bt_fast.attack.schedule import Schedule
 from bt_fast.attack.threat import ThreatModel
 from bt_fast.faults import CheckedRead, Fault
@@ -151,9 +151,8 @@ def _ragged_attack(
     assignment = bullet.start_assignment(
         logits, y, epsilon=threat.epsilon, step_size=step_size, inputs=[pixels], names=("the model's logits", "y")
     )
-    moving = (assignment.steps > 0).view(-1, *[1] * (x.dim() - 1))
-    start = torch.where(moving, x + normal_noise(x, generator), x)[assignment.order]
-    clean = x[assignment.order]
+    state = torch.randint(torch.iinfo(torch.int64).max, (2,), device=x.device, generator=generator)
+    clean, start = ops.gather_start(x, assignment.order, assignment.steps, state, "normal", TRADES_NOISE)
     schedule = Schedule.from_assignment(assignment)
     target = schedule.sort(assignment.probabilities)
     return schedule, clean, generate(model, clean, start, target, schedule, threat, generator=generator)
