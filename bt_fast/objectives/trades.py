@@ -151,11 +151,16 @@ def _ragged_attack(
     assignment = bullet.start_assignment(
         logits, y, epsilon=threat.epsilon, step_size=step_size, inputs=[pixels], names=("the model's logits", "y")
     )
-    state = torch.randint(torch.iinfo(torch.int64).max, (2,), device=x.device, generator=generator)
+    state = random_state(x, generator)
     clean, start = ops.gather_start(x, assignment.order, assignment.steps, state, "normal", TRADES_NOISE)
     schedule = Schedule.from_assignment(assignment)
     target = schedule.sort(assignment.probabilities)
     return schedule, clean, generate(model, clean, start, target, schedule, threat, generator=generator)
+
+
+def random_state(x: Tensor, generator: torch.Generator | None) -> Tensor:
+    """A seed and an offset for `ops.gather_start`, drawn where the images are."""
+    return torch.randint(torch.iinfo(torch.int64).max, (2,), device=x.device, generator=generator)
 
 
 def _update_twice(model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, beta: float) -> Tensor:

@@ -94,17 +94,17 @@ def gather_start_reference(
 ) -> tuple[Tensor, Tensor]:
     """`gather_start` in plain torch, but for the offset, which stays."""
     clean, start = _like(x), _like(x)
-    lies = x.contiguous(memory_format=_memory_format(clean))
+    dense = x if _memory_format(x) else x.contiguous()
     rows = torch.arange(len(x), device=x.device) if order is None else order
-    torch.index_select(_flat(lies), 0, rows, out=_flat(clean))
-    flat = _flat(clean)
+    flat = torch.index_select(_flat(dense), 0, rows, out=_flat(clean))
     moved = unit_noise(rows, flat.shape[1], state, noise)
     moved = moved.to(torch.promote_types(x.dtype, moved.dtype)).mul_(_scale(x, noise, scale)).add_(wide(flat))
     if lower is not None or upper is not None:
         moved.clamp_(lower, upper)
-    if steps is not None:
-        moved = torch.where(per_sample(steps[rows] > 0, flat), moved, flat)
-    _flat(start).copy_(moved)
+    if steps is None:
+        _flat(start).copy_(moved)
+    else:
+        torch.where(per_sample(steps[rows] > 0, flat), moved.to(x.dtype), flat, out=_flat(start))
     return clean, start
 
 
