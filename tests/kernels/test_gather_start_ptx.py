@@ -25,15 +25,14 @@ def compiled(request):
         yield stand_ins
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("m", "shape", "options"),
+    ("m", "shape", "dtype", "options"),
     [
-        (4, (3, 16, 16), {}),
-        (4, (3, 16, 16), {"noise": "uniform", "bounded": True, "last": True}),
-        (2, (2, 15, 37), {"bounded": True}),
-        (3, (7,), BARE),
-        (3, (1,), {}),
+        *((4, (3, 16, 16), dtype, {}) for dtype in DTYPES),
+        *((2, (2, 15, 37), dtype, {"bounded": True}) for dtype in DTYPES),
+        *((4, (3, 4, 4), dtype, {"noise": "uniform", "bounded": True, "last": True}) for dtype in DTYPES),
+        (3, (7,), torch.float32, BARE),
+        (3, (1,), torch.float32, {}),
     ],
 )
 def test_gather_start(compiled, m, shape, dtype, options):
