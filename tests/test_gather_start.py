@@ -302,6 +302,17 @@ def test_the_reference_waits_for_nothing(noise):
         ops.gather_start(**on_device)
 
 
+def test_what_the_kernel_takes():
+    pytest.importorskip("triton")
+    x = torch.empty(4, 3, 8, 8, device=DEVICE)
+    assert not op._kernel_takes(x)
+    with pretended_device():
+        for images in (x, x.half(), x.bfloat16(), x.contiguous(memory_format=torch.channels_last), x[:0]):
+            assert op._kernel_takes(images)
+        for images in (x.double(), x[..., ::2], torch.empty(2, 2**31, device=DEVICE)):
+            assert not op._kernel_takes(images)
+
+
 WRONG = [
     ("x", torch.ones(3, 4, dtype=torch.int64), TypeError),
     ("x", torch.tensor(1.0), ValueError),

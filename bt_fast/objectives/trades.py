@@ -70,7 +70,8 @@ def trades_loss(
             for batch norm's sake). The default is "skip" where N_R = N_O = 0 and "keep" elsewhere (Algorithm 2 and
             section 3.2 of the paper differ here).
         generator: on the images' device, for the random start. Without it and without `bullet`, images on the CPU
-            draw as the authors' code does, so that a seeded script repeats its numbers.
+            draw as the authors' code does, so that a seeded script repeats its numbers. With `bullet`, only a seed is
+            drawn, from this generator or the device's own: a sample's noise is that of `ops.gather_start`.
 
     Returns:
         0-dim loss with gradient to the model's parameters.

@@ -41,7 +41,7 @@ def gather_start(
     counted in the order in which the sample lies in memory, has output `e mod 4` of Philox4x32-10 with the counter
     `(e div 4, s, offset)` and the seed as key. So it depends neither on `order` nor on what else is in the batch, but
     images in channels-last have it in other places than contiguous ones. 32 bits make a number in [-1, 1], or, two by
-    two, normal numbers up to 6.8 (Box and Muller, 1958) to an accuracy of 1e-5.
+    two, normal numbers of up to 6.8 (Box and Muller, 1958; logarithm, sine and cosine to 1e-6).
 
     Args:
         x: [m, ...] floating point.
@@ -185,8 +185,7 @@ def launch_gather_start(
     clean, start = _like(x), _like(x)
     if x.numel() == 0:
         return clean, start
-    length = x[0].numel()
-    blocks = -(-length // BLOCK)
+    length, blocks = x[0].numel(), _blocks(x)
     with torch.cuda.device_of(x):
         gather_start_fwd_kernel[(len(x) * blocks,)](
             x,
@@ -213,10 +212,15 @@ def _kernel_takes(x: Tensor) -> bool:
         x.is_cuda
         and x.dtype in KERNEL_DTYPES
         and _memory_format(x) is not None
-        and 0 < x[:1].numel() < MOST_INT32
-        and x.numel() // 128 < MOST_INT32
+        and x[:1].numel() < MOST_INT32
+        and len(x) * _blocks(x) < MOST_INT32
         and _has_triton()
     )
+
+
+def _blocks(x: Tensor) -> int:
+    """Programs for each sample."""
+    return -(-math.prod(x.shape[1:]) // BLOCK)
 
 
 def _scale(x: Tensor, noise: str, scale: float) -> float:

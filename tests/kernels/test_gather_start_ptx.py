@@ -11,6 +11,7 @@ pytest.importorskip("triton")
 from compiled_kernel import compiled_kernels
 
 from benchmarks.kernel_variants import VARIANTS
+from bt_fast import ops
 from bt_fast.kernels import gather_start as kernels
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -52,6 +53,16 @@ def test_one_read_and_two_writes_of_each_element(compiled, dtype):
     )
     assert loads == {"x": each}
     assert stores == {"clean": each, "start": each}
+
+
+def test_the_op_launches_it_and_moves_the_offset(compiled):
+    case = cases.case(4, (3, 4, 4), torch.float32, 0)
+    state = case.arguments["state"].clone()
+    with mock.patch.object(cases.op, "_kernel_takes", return_value=True):
+        found = ops.gather_start(**case.arguments | {"state": state})
+    cases.assert_same(found, case.run(cases.op.gather_start_reference))
+    assert (state - case.arguments["state"]).tolist() == [0, 1]
+    assert compiled["gather_start_fwd_kernel"].statistics
 
 
 SMALL = ("order", "steps", "state")
