@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from bt_fast import faults, ops
 from bt_fast.attack.frozen import clean_logits, eval_mode, logits_of, modes_restored
-from bt_fast.attack.generate import generate, normal_noise
+from bt_fast.attack.generate import TRADES_NOISE, generate, normal_noise
 from bt_fast.attack.schedule import Schedule
 from bt_fast.attack.threat import ThreatModel
 from bt_fast.faults import CheckedRead, Fault
@@ -70,7 +70,8 @@ def trades_loss(
             for batch norm's sake). The default is "skip" where N_R = N_O = 0 and "keep" elsewhere (Algorithm 2 and
             section 3.2 of the paper differ here).
         generator: on the images' device, for the random start. Without it and without `bullet`, images on the CPU
-            draw as the authors' code does, so that a seeded script repeats its numbers.
+            draw as the authors' code does, so that a seeded script repeats its numbers. With `bullet`, only a seed is
+            drawn, from this generator or the device's own: a sample's noise is that of `ops.gather_start`.
 
     Returns:
         0-dim loss with gradient to the model's parameters.
@@ -151,12 +152,16 @@ def _ragged_attack(
     assignment = bullet.start_assignment(
         logits, y, epsilon=threat.epsilon, step_size=step_size, inputs=[pixels], names=("the model's logits", "y")
     )
-    moving = (assignment.steps > 0).view(-1, *[1] * (x.dim() - 1))
-    start = torch.where(moving, x + normal_noise(x, generator), x)[assignment.order]
-    clean = x[assignment.order]
+    state = random_state(x, generator)
+    clean, start = ops.gather_start(x, assignment.order, assignment.steps, state, "normal", TRADES_NOISE)
     schedule = Schedule.from_assignment(assignment)
     target = schedule.sort(assignment.probabilities)
     return schedule, clean, generate(model, clean, start, target, schedule, threat, generator=generator)
+
+
+def random_state(x: Tensor, generator: torch.Generator | None) -> Tensor:
+    """A seed and an offset for `ops.gather_start`, drawn where the images are."""
+    return torch.randint(torch.iinfo(torch.int64).max, (2,), device=x.device, generator=generator)
 
 
 def _update_twice(model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, beta: float) -> Tensor:

@@ -13,6 +13,7 @@ from bt_fast.ops.assign_steps import (
     three_groups,
 )
 from bt_fast.ops.divergence import ascent_direction, trades_kl
+from bt_fast.ops.gather_start import gather_start
 from bt_fast.ops.numeric import wide
 from bt_fast.ops.pgd_step import l2_step_, linf_step_
 from bt_fast.ops.signed_variance import signed_variance
@@ -24,6 +25,7 @@ __all__ = [
     "OUTLIER",
     "ROBUST",
     "ascent_direction",
+    "gather_start",
     "l2_step_",
     "linf_step_",
     "order_by_steps",
