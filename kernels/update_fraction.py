@@ -12,9 +12,11 @@ import triton.language as tl
 def _move(robust_fraction, unreported_faults, hits, faults, m, MOMENTUM: tl.constexpr, WEIGHT: tl.constexpr):
     """`F_R ← p·F_R + w·(hits / m)`, or a fault counted and F_R left as it is."""
     before = tl.load(robust_fraction)
+    count = tl.load(unreported_faults)
+    tl.debug_barrier()  # every thread reads, one writes
     after = MOMENTUM * before + WEIGHT * (hits.to(tl.float64) / tl.cast(m, tl.float64))
     tl.store(robust_fraction, tl.where(faults > 0, before, after))
-    tl.store(unreported_faults, tl.load(unreported_faults) + (faults > 0).to(tl.int64))
+    tl.store(unreported_faults, count + (faults > 0).to(tl.int64))
 
 
 @triton.jit(do_not_specialize=["m", "blocks"])
