@@ -115,8 +115,9 @@ def target_for(z, seed):
     """Targets [n, k] for these logits: distributions near and far, the row's own, one-hot, subnormal gaps, no number."""
     g = torch.Generator().manual_seed(seed)
     n, k = z.shape
-    own = z.double().softmax(dim=1).float()
-    near = (z.double() + 1e-5 * torch.randn(n, k, generator=g)).softmax(dim=1).float()
+    z = z.double().nan_to_num(0.0, 0.0, -math.inf)  # a number also where the row has no softmax
+    own = z.softmax(dim=1).float()
+    near = (z + 1e-5 * torch.randn(n, k, generator=g)).softmax(dim=1).float()
     far = torch.randn(n, k, generator=g).softmax(dim=1)
     hot = torch.nn.functional.one_hot(torch.randint(k, (n,), generator=g), k).float()
     tiny = own + 1e-41 * torch.randint(-3, 4, (n, k), generator=g).float()

@@ -11,7 +11,12 @@ pytest.importorskip("triton")
 HERE = Path(__file__).parent / "interpreted"
 KERNELS = Path(__file__).parents[2] / "kernels"
 # for each op: where its kernels widen an offset to 64 bits, and what would leave it in 32
-WIDENED = {"pgd_step": ("tl.cast(i_r, tl.int64)", "i_r")}
+WIDENED = {
+    "ascent_direction": ("tl.cast(i_n, tl.int64)", "i_n"),
+    "pgd_step": ("tl.cast(i_r, tl.int64)", "i_r"),
+    "signed_variance": ("tl.cast(i_m, tl.int64)", "i_m"),
+    "update_fraction": ("tl.cast(i_b, tl.int64)", "i_b"),
+}
 
 
 def interpreted(*command, fails=False):

@@ -22,7 +22,7 @@ def same(z, y, f_r=0.3, gamma=0.8, momentum=0.9):
     assert found == expected
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     st.integers(1, 40),
     CLASSES,
