@@ -114,7 +114,7 @@ def ascent_direction_long_fwd_kernel(
     o_k = tl.arange(0, BLOCK)
 
     b_sum = tl.zeros([BLOCK], tl.float64)  # of e^(z - max), relative to the largest of all blocks so far
-    b_max = float("-inf")
+    b_max = tl.full([], float("-inf"), tl.float32)
     for o_b in range(0, K, BLOCK):
         b_z = _load(z + o_b + o_k, o_b + o_k < K)
         b_new = tl.maximum(b_max, tl.max(b_z, axis=0))

@@ -121,7 +121,7 @@ def signed_variance_long_fwd_kernel(
     b_lane_max = tl.full([BLOCK], float("-inf"), tl.float32)
     b_lane_first = tl.full([BLOCK], K, tl.int32)
     b_sum = tl.zeros([BLOCK], tl.float64)
-    b_max = float("-inf")
+    b_max = tl.full([], float("-inf"), tl.float32)
     for o_b in range(0, K, BLOCK):
         b_z = _load(z + o_b + o_k, o_b + o_k < K)
         b_lane_first = tl.where(b_z > b_lane_max, o_b + o_k, b_lane_first)

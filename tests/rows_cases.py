@@ -112,7 +112,7 @@ def state(f_r=0.3, faults=2):
 
 
 def target_for(z, seed):
-    """Targets [n, k] for these logits: distributions near and far, the row's own, one-hot, subnormal gaps, no number."""
+    """Targets [n, k] for these logits: the rows' own softmax, others near and far, one-hot, subnormal gaps, and NaN."""
     g = torch.Generator().manual_seed(seed)
     n, k = z.shape
     z = z.double().nan_to_num(0.0, 0.0, -math.inf)  # a number also where the row has no softmax

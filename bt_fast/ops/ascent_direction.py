@@ -38,7 +38,8 @@ def ascent_direction(logits: Tensor, target: Tensor) -> Tensor:
     """
     if not target.is_floating_point():
         raise TypeError(f"target must be floating point, got {target.dtype}")
-    return _ascent_direction(logits, target.to(rows.result_dtype(logits)))
+    direction: Tensor = _ascent_direction(logits, target.to(rows.result_dtype(logits)))
+    return direction
 
 
 @torch.library.custom_op("bt_fast::ascent_direction", mutates_args=())

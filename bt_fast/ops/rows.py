@@ -1,4 +1,4 @@
-"""What the ops over rows of logits share: which rows have a softmax, what a kernel takes, and how rows fill programs."""
+"""What the ops over rows of logits share: which rows have a softmax, what a kernel takes, how rows fill programs."""
 
 from __future__ import annotations
 

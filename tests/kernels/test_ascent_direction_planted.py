@@ -27,7 +27,11 @@ BUGS = [
     ("the padding counts", "tl.where(m_x, b_p - tl.load", "tl.where(b_p == b_p, b_p - 1 - tl.load"),
     ("the last block alone", "tl.maximum(b_largest, _magnitude", "tl.maximum(0, _magnitude"),
     ("a sum over other maxima", "b_sum * _exp(b_max.to(tl.float64) - b_base)", "b_sum"),
-    ("not rounded to float32", "(b_e * b_reciprocal).to(tl.float32)", "(b_e * b_reciprocal * (1 + 1e-7)).to(tl.float32)"),
+    (
+        "not rounded to float32",
+        "(b_e * b_reciprocal).to(tl.float32)",
+        "(b_e * b_reciprocal * (1 + 1e-7)).to(tl.float32)",
+    ),
     ("NaN is dropped", 'tl.where(b_z != b_z, float("inf"), b_z)', "b_z"),
     ("a mask that ends too late", "(o_k < K)[None, :]", "(o_k <= K)[None, :]"),
     ("the target's rows apart as the logits'", "target + o_x", "target + o_z"),

@@ -37,7 +37,7 @@ def test_small_batches(m, k, dtype, seed, layout, numbers, bad):
     same(z, y, *numbers)
 
 
-@pytest.mark.parametrize(("m", "k"), [(14, 8192), (14, 8193), (2, 100_000), (8192, 10), (5000, 100)])
+@pytest.mark.parametrize(("m", "k"), [(14, 8193), (2, 100_000), (8192, 10)])
 def test_large_batches(m, k):
     z, y = rows_cases.batch(m, k, torch.float32, k, faults=False, strays=False)
     same(z, y)
