@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bt_fast.device import HostRead
+from bt_fast.ops.rows import has_softmax
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,9 +35,10 @@ def labels_outside(labels: Tensor, classes: int, name: str) -> Fault:
 
 
 def rows_without_number(logits: Tensor, name: str) -> Fault:
-    """The number of rows of `logits` [m, K] that hold NaN or +Inf. (-Inf is a class that is ruled out.)"""
-    bad = (logits.isnan() | logits.isposinf()).any(dim=1)
-    return Fault(bad.sum(), f"{name} must be finite, but {{count}} of {len(logits)} rows hold NaN or +Inf")
+    """The number of rows of `logits` [m, K] without a softmax. (-Inf beside a number is a class that is ruled out.)"""
+    bad = ~has_softmax(logits)
+    message = f"{name} must be finite, but {{count}} of {len(logits)} rows hold NaN or +Inf, or nothing but -Inf"
+    return Fault(bad.sum(), message)
 
 
 def any_of(faults: Sequence[Fault]) -> Tensor:

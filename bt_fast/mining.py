@@ -159,7 +159,7 @@ class BulletTrain(nn.Module):
             positive("step_size", step_size)
         logits, labels = logits.detach(), labels.long()
 
-        svar, correct, probabilities = ops.signed_variance(logits, labels)
+        svar, correct, probabilities, _ = ops.signed_variance(logits, labels)
         group, threshold = ops.three_groups(svar, correct, self.robust_fraction)
         steps, sizes_of_steps = self._steps_of(group, epsilon, step_size)
         order, active = ops.order_by_steps(steps, self._most_steps())
@@ -207,16 +207,14 @@ class BulletTrain(nn.Module):
         if len(labels) == 0:
             raise ValueError("adversarial_logits must have at least 1 row, got 0")
         logits, labels = adversarial_logits.detach(), labels.long()
-        found = [
-            faults.labels_outside(labels, logits.shape[1], "labels"),
-            faults.rows_without_number(logits, "adversarial_logits"),
-        ]
         if not logits.is_cuda:
+            found = [
+                faults.labels_outside(labels, logits.shape[1], "labels"),
+                faults.rows_without_number(logits, "adversarial_logits"),
+            ]
             CheckedRead(labels.new_empty(0, dtype=torch.int64), found).wait()
-        moved = ops.update_fraction(self.robust_fraction, logits, labels, self.gamma, self.momentum)
-        faulty = faults.any_of(found)
-        self.robust_fraction.copy_(torch.where(faulty, self.robust_fraction, moved))
-        self.unreported_faults += faulty
+        state = (self.robust_fraction, self.unreported_faults)
+        ops.update_fraction_(*state, logits, labels, self.gamma, self.momentum)
 
     @property
     def fractions(self) -> Fractions:

@@ -1188,6 +1188,10 @@ class Block:
         if sk == "B" or dk == "B":
             if (st, dt_, rnd) == ("bf16", "f32", None):
                 f = bf16_to_f32
+            elif (st, dt_, rnd) == ("bf16", "f64", None):
+
+                def f(v):
+                    return bf16_to_f32(v).astype(np.float64)
             elif (st, dt_, rnd) == ("f32", "bf16", "rn"):
                 f = f32_to_bf16
             else:

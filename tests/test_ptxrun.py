@@ -48,3 +48,13 @@ def test_packed_halves_are_compared_each_for_itself(kind):
         "add.s32 %r5, %r3, %r4; mov.u32 %r6, %ctaid.x; setp.eq.u32 %p3, %r6, 0; @%p3 st.global.b32 [%d3], %r5;"
     )
     assert (run(body, halves.view(np.uint32), check_races=False) == 1).all()
+
+
+def test_bfloat16_widens_to_double():
+    body = (
+        ".reg .b16 %h<3>; ld.global.b32 %r2, [%d3]; mov.b32 {%h1, %h2}, %r2; cvt.f64.bf16 %d4, %h2;"
+        "cvt.rn.f32.f64 %r3, %d4; mov.u32 %r6, %ctaid.x; setp.eq.u32 %p3, %r6, 0; @%p3 st.global.b32 [%d3], %r3;"
+    )
+    values = np.linspace(-3e38, 3e38, 64, dtype=np.float32).view(np.uint32)
+    found = run(body, values.copy(), check_races=False)
+    assert (found == values & np.uint32(0xFFFF0000)).all()  # a bfloat16 is a float32's upper half

@@ -3,6 +3,7 @@
 No function here reads a value back to the host, so none of them waits for the device.
 """
 
+from bt_fast.ops.ascent_direction import ascent_direction
 from bt_fast.ops.assign_steps import (
     BOUNDARY,
     GROUPS,
@@ -12,18 +13,19 @@ from bt_fast.ops.assign_steps import (
     robust_threshold,
     three_groups,
 )
-from bt_fast.ops.divergence import ascent_direction, trades_kl
+from bt_fast.ops.divergence import trades_kl
 from bt_fast.ops.gather_start import gather_start
 from bt_fast.ops.numeric import wide
 from bt_fast.ops.pgd_step import l2_step_, linf_step_
-from bt_fast.ops.signed_variance import signed_variance
-from bt_fast.ops.update_fraction import update_fraction
+from bt_fast.ops.signed_variance import SignedVariance, signed_variance
+from bt_fast.ops.update_fraction import update_fraction_
 
 __all__ = [
     "BOUNDARY",
     "GROUPS",
     "OUTLIER",
     "ROBUST",
+    "SignedVariance",
     "ascent_direction",
     "gather_start",
     "l2_step_",
@@ -33,6 +35,6 @@ __all__ = [
     "signed_variance",
     "three_groups",
     "trades_kl",
-    "update_fraction",
+    "update_fraction_",
     "wide",
 ]

@@ -13,7 +13,10 @@ KERNELS = Path(__file__).parents[2] / "kernels"
 # for each op: where its kernels widen an offset to 64 bits, and what would leave it in 32
 WIDENED = {
     "gather_start": ("tl.cast(i_n, tl.int64)", "i_n"),
+    "ascent_direction": ("tl.cast(i_n, tl.int64)", "i_n"),
     "pgd_step": ("tl.cast(i_r, tl.int64)", "i_r"),
+    "signed_variance": ("tl.cast(i_m, tl.int64)", "i_m"),
+    "update_fraction": ("tl.cast(i_b, tl.int64)", "i_b"),
 }
 
 
