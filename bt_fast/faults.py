@@ -28,32 +28,61 @@ def pixels_outside(x: Tensor, lower: float, upper: float, name: str) -> Fault:
 
 def labels_outside(labels: Tensor, classes: int, name: str) -> Fault:
     """The number of `labels` (integers [m]) outside 0..classes-1."""
-    labels = labels.long()  # a narrow type cannot be compared with more classes than it counts
-    outside = (labels < 0) | (labels >= classes)
-    return Fault(outside.sum(), f"{name} must lie in 0..{classes - 1}, but {{count}} of {len(labels)} do not")
+    return Fault(_outside(labels, classes).sum(), _outside_message(len(labels), classes, name))
 
 
 def rows_without_number(logits: Tensor, name: str) -> Fault:
     """The number of rows of `logits` [m, K] that hold NaN or +Inf. (-Inf is a class that is ruled out.)"""
-    bad = (logits.isnan() | logits.isposinf()).any(dim=1)
-    return Fault(bad.sum(), f"{name} must be finite, but {{count}} of {len(logits)} rows hold NaN or +Inf")
+    return Fault(_without_number(logits).sum(), _without_number_message(len(logits), name))
 
 
-def any_of(faults: Sequence[Fault]) -> Tensor:
-    """Bool, 0-dim, on the device: whether any fault occurred. State changes are made conditional on it."""
-    return torch.stack([fault.count for fault in faults]).any()
+def unfit_rows(logits: Tensor, labels: Tensor) -> Tensor:
+    """For each row of `logits` [m, K], uint8: bit 0 where it holds NaN or +Inf, bit 1 where its label is not a class."""
+    return _without_number(logits).byte() | _outside(labels, logits.shape[1]).byte() << 1
+
+
+def unfit_messages(logits: Tensor, names: tuple[str, str]) -> tuple[str, str]:
+    """What to say of the number of rows with bit 0, and of those with bit 1; `names` of the logits and the labels."""
+    m, classes = logits.shape
+    return _without_number_message(m, names[0]), _outside_message(m, classes, names[1])
+
+
+def _outside(labels: Tensor, classes: int) -> Tensor:
+    labels = labels.long()  # a narrow type cannot be compared with more classes than it counts
+    return (labels < 0) | (labels >= classes)
+
+
+def _outside_message(m: int, classes: int, name: str) -> str:
+    return f"{name} must lie in 0..{classes - 1}, but {{count}} of {m} do not"
+
+
+def _without_number(logits: Tensor) -> Tensor:
+    return (logits.isnan() | logits.isposinf()).any(dim=1)
+
+
+def _without_number_message(m: int, name: str) -> str:
+    return f"{name} must be finite, but {{count}} of {m} rows hold NaN or +Inf"
+
+
+def counts_of(faults: Sequence[Fault]) -> Tensor:
+    """Int64 [len(faults)], on the device. State changes are made conditional on it."""
+    return torch.stack([fault.count.long() for fault in faults])
+
+
+def read(faults: Sequence[Fault]) -> CheckedRead:
+    """A read of the faults' counts alone."""
+    return CheckedRead(counts_of(faults), [fault.message for fault in faults])
 
 
 class CheckedRead:
-    """One read of `values` (int64 [n]) and of the faults' counts.
+    """One read of `numbers` (int64 [n + f]): n values, and behind them how often each of f faults occurred.
 
     `wait` returns the values, or raises ValueError with the first fault's message.
     """
 
-    def __init__(self, values: Tensor, faults: Sequence[Fault]) -> None:
-        self._messages = [fault.message for fault in faults]
-        counts = [fault.count.reshape(1).long() for fault in faults]
-        self._read = HostRead(torch.cat([values, *counts]))
+    def __init__(self, numbers: Tensor, messages: Sequence[str]) -> None:
+        self._messages = messages
+        self._read = HostRead(numbers)
 
     def wait(self) -> list[int]:
         """The values as Python integers.

@@ -11,6 +11,7 @@ from triton.runtime.jit import JITFunction
 from benchmarks.kernel_report import compile_kernel
 
 NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int32: "i32", torch.int64: "i64"}
+NAMES |= {torch.float64: "fp64", torch.uint8: "u8"}
 _compile = functools.cache(
     lambda function, types, divisible, sm, warps: compile_kernel(function, dict(types), divisible, sm, warps)
 )
@@ -73,6 +74,8 @@ class CompiledKernel:
             return f"*{NAMES[value.dtype]}"
         if parameter.is_constexpr or value is None or (value == 1 and not parameter.do_not_specialize):
             return value
+        if parameter.annotation_type:
+            return parameter.annotation_type
         return "fp32" if isinstance(value, float) else "i32" if value < 2**31 else "i64"
 
     @staticmethod

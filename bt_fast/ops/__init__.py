@@ -8,12 +8,11 @@ from bt_fast.ops.assign_steps import (
     GROUPS,
     OUTLIER,
     ROBUST,
-    order_by_steps,
-    robust_threshold,
-    three_groups,
+    assign_steps,
 )
 from bt_fast.ops.divergence import ascent_direction, trades_kl
 from bt_fast.ops.numeric import wide
+from bt_fast.ops.order_by_steps import order_by_steps
 from bt_fast.ops.pgd_step import l2_step_, linf_step_
 from bt_fast.ops.signed_variance import signed_variance
 from bt_fast.ops.update_fraction import update_fraction
@@ -24,12 +23,11 @@ __all__ = [
     "OUTLIER",
     "ROBUST",
     "ascent_direction",
+    "assign_steps",
     "l2_step_",
     "linf_step_",
     "order_by_steps",
-    "robust_threshold",
     "signed_variance",
-    "three_groups",
     "trades_kl",
     "update_fraction",
     "wide",
