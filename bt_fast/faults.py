@@ -37,7 +37,7 @@ def rows_without_number(logits: Tensor, name: str) -> Fault:
 
 
 def unfit_rows(logits: Tensor, labels: Tensor) -> Tensor:
-    """For each row of `logits` [m, K], uint8: bit 0 where it holds NaN or +Inf, bit 1 where its label is not a class."""
+    """Uint8 [m]: bit 0 where a row of `logits` [m, K] holds NaN or +Inf, bit 1 where its label is not a class."""
     return _without_number(logits).byte() | _outside(labels, logits.shape[1]).byte() << 1
 
 

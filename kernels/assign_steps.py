@@ -215,14 +215,14 @@ def assign_steps_fwd_kernel(
 
 
 @triton.jit
-def _selected(histograms, k, DIGITS: tl.constexpr):
-    """The first digits of the k-th smallest key (as it is before its sign is turned), and k among the keys with them.
+def _selected(histograms, k, digits):
+    """The first digits of the k-th smallest key, whose sign bit is turned, and k among the keys that have them.
 
-    histograms: [DIGITS, BINS] int32, each of one digit of the keys that have the digits before it.
+    histograms: [digits, BINS] int32, each of one digit of the keys that have the digits before it.
     """
     o_b = tl.arange(0, BINS)
     prefix = tl.full((), 0, tl.int32)
-    for digit in tl.static_range(DIGITS):
+    for digit in range(digits):
         b_bin = tl.load(histograms + digit * BINS + o_b)
         chosen = tl.sum((tl.cumsum(b_bin, axis=0) <= k).to(tl.int32), axis=0)
         k -= tl.sum(tl.where(o_b < chosen, b_bin, 0), axis=0)
@@ -230,15 +230,15 @@ def _selected(histograms, k, DIGITS: tl.constexpr):
     return prefix, k
 
 
-@triton.jit(do_not_specialize=["m"])
+@triton.jit(do_not_specialize=["m", "digit"])
 def select_digit_fwd_kernel(
     svar,  # [m] float32
     robust_fraction,  # [] float64, F_R
-    histograms,  # [4, BINS] int32; row DIGIT is 0 before
+    histograms,  # [4, BINS] int32; row `digit` is 0 before
     above,  # [grid] int64: at the last digit, each block's least key beyond those with the first three
     m,
+    digit,  # 0 the highest, 3 the lowest
     BLOCK: tl.constexpr,
-    DIGIT: tl.constexpr,
 ):
     """One digit of the radix select: count it among the keys that have the digits selected so far. Grid: blocks."""
     i_b = tl.program_id(0)
@@ -246,20 +246,20 @@ def select_digit_fwd_kernel(
     m_x = o_x < m
     b_key = _key(tl.load(svar + o_x, mask=m_x, other=0.0), m_x)
     b_bits = b_key ^ FIRST
-    m_same = m_x
-    if DIGIT > 0:
-        _, below = _rank(robust_fraction, m)
-        prefix, _ = _selected(histograms, below.to(tl.int32), DIGIT)
-        m_same = m_x & ((b_bits >> (32 - 8 * DIGIT)) == (prefix >> (32 - 8 * DIGIT)))
-        if DIGIT == 3:
-            m_above = m_x & ((b_key >> 8) > ((prefix ^ FIRST) >> 8))
-            tl.store(above + i_b, tl.min(tl.where(m_above, b_key, LAST), axis=0).to(tl.int64))
+    _, below = _rank(robust_fraction, m)
+    prefix, _ = _selected(histograms, below.to(tl.int32), digit)
+    shift = 24 - 8 * digit
+    # in two steps, since no shift by 32 is defined
+    m_same = m_x & (((b_bits ^ prefix).to(tl.uint32, bitcast=True) >> shift) >> 8 == 0)
+    if digit == 3:
+        m_above = m_x & ((b_key >> 8) > ((prefix ^ FIRST) >> 8))
+        tl.store(above + i_b, tl.min(tl.where(m_above, b_key, LAST), axis=0).to(tl.int64))
     # others are counted as 0 and taken out again: what becomes of a value beyond the bins depends on the version
-    b_digit = tl.where(m_same, (b_bits >> (24 - 8 * DIGIT)) & (BINS - 1), 0)
+    b_digit = tl.where(m_same, (b_bits >> shift) & (BINS - 1), 0)
     o_b = tl.arange(0, BINS)
     others = BLOCK - tl.sum(m_same.to(tl.int32), axis=0)
     b_bin = tl.histogram(b_digit, BINS) - tl.where(o_b == 0, others, 0)
-    tl.atomic_add(histograms + DIGIT * BINS + o_b, b_bin, mask=b_bin > 0, sem="relaxed")
+    tl.atomic_add(histograms + digit * BINS + o_b, b_bin, mask=b_bin > 0, sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["m", "blocks", "steps_outlier", "steps_boundary", "steps_robust"])
@@ -354,6 +354,4 @@ def order_blocks_fwd_kernel(
     tl.store(order + b_at, o_x.to(tl.int64), mask=m_x)
     if i_b == 0:
         unfit = tl.sum(tl.load(block_unfit + o_k, mask=o_k < blocks, other=0), axis=0)
-        _report(
-            counts, sizes, unfit, faults, group_counts, most, n_faults, steps_outlier, steps_boundary, steps_robust
-        )
+        _report(counts, sizes, unfit, faults, group_counts, most, n_faults, steps_outlier, steps_boundary, steps_robust)

@@ -1,5 +1,8 @@
 """Minibatches to assign, hard ones among them: for every layer of tests of the op, and of its order."""
 
+from contextlib import contextmanager
+from unittest import mock
+
 import torch
 
 VALUES = ["normal", "ties", "all equal", "extreme", "special", "close"]
@@ -65,3 +68,16 @@ def assert_same(found, expected):
 
 def _bits(values):
     return values.view(torch.int64) if values.dtype == torch.float64 else values
+
+
+@contextmanager
+def poisoned_memory():
+    """Whatever `torch.empty` hands out holds garbage, so that an element that is not written shows."""
+    empty = torch.empty
+
+    def poisoned(*shape, **options):
+        made = empty(*shape, **options)
+        return made.fill_(float("nan") if made.is_floating_point() else -(2**31) + 7)
+
+    with mock.patch.object(torch, "empty", poisoned):
+        yield

@@ -211,7 +211,7 @@ def launch_assign_in_blocks(
     options = {"BLOCK": BLOCK, "num_warps": BLOCK_WARPS, "enable_fp_fusion": False}
     with torch.cuda.device_of(svar):
         for digit in range(DIGITS):
-            select_digit_fwd_kernel[(blocks,)](svar, robust_fraction, histograms, above, m, **options, DIGIT=digit)
+            select_digit_fwd_kernel[(blocks,)](svar, robust_fraction, histograms, above, m, digit, **options)
         group_blocks_fwd_kernel[(blocks,)](
             svar,
             correct,
