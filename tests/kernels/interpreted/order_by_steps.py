@@ -8,6 +8,8 @@ from assign_cases import poisoned_memory
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bt_fast.kernels.order_by_steps import order_by_steps_fwd_kernel
+
 op = importlib.import_module("bt_fast.ops.order_by_steps")  # by attribute one finds the function of that name
 LAUNCHES = [op.launch_order, op.launch_order_in_blocks]
 
@@ -47,6 +49,7 @@ def test_the_largest_counts_of_one_launch():
     most = 2**31 // op.ONE_LAUNCH - 3
     assert (most + 2) * op.ONE_LAUNCH < 2**31
     steps = torch.tensor([0, most, most - 1, 0, most])
-    rows = torch.tensor([1, 4, 2, 0, 3])
-    expected = op.order_reference(steps, most)[0]
-    assert torch.equal(expected, rows)
+    order, active = torch.empty_like(steps), torch.empty(most, dtype=torch.int64)
+    order_by_steps_fwd_kernel[(1,)](steps, order, active, len(steps), most, **op.PAIRS)  # of many, the first program
+    assert order.tolist() == [1, 4, 2, 0, 3]
+    assert active[: op.PAIRS["BLOCK_I"] - len(steps)].eq(3).all()
