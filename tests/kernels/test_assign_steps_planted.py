@@ -21,55 +21,31 @@ order_op = importlib.import_module("bt_fast.ops.order_by_steps")
 # what is planted: a name, the text, and its replacement
 ASSIGN = [
     ("a rank too high", "k = below.to(tl.int32)", "k = below.to(tl.int32) + 1"),
-    ("a rank among m", "last = tl.cast(m - 1", "last = tl.cast(m"),
     ("a strict comparison of ranks", "fewer <= k", "fewer < k"),
     ("the upper neighbour is the lower", "up_to_low > tl.minimum(k + 1, m - 1)", "up_to_low > k"),
-    ("the farther end", "t < 0.5", "t >= 0.5"),
     ("a threshold below 0", "(percentile <= 0) |", "(percentile != percentile) |"),
-    ("a threshold of nothing", " | (m == 0)", ""),
     ("keys of negative numbers in reverse", "b_key = b_bits ^ ((b_bits >> 31) & LAST)", "b_key = b_bits"),
     ("NaN by its sign", "(b_v == b_v) & m_v", "m_v"),
-    ("what lies beyond m counts", "(b_v == b_v) & m_v", "b_v == b_v"),
-    ("robust only above the threshold", "b_svar.to(tl.float64) >= least", "b_svar.to(tl.float64) > least"),
-    ("robust samples at F_R = 0", "tl.load(robust_fraction) > 0", "tl.load(robust_fraction) >= 0"),
     ("groups by rounded numbers", "b_svar.to(tl.float64) >= least", "b_svar >= least.to(tl.float32)"),
-    ("swapped steps", "b_group == ROBUST, steps_robust", "b_group == ROBUST, steps_boundary"),
     ("swapped α", "size_boundary, tl.float64)", "size_robust, tl.float64)"),
     ("not stable", "tl.cumsum(b_member, axis=0) - b_member", "tl.sum(b_member, axis=0) - tl.cumsum(b_member, axis=0)"),
     ("equal counts apart", "tl.where(steps_robust == b_steps, _count(b_before, ROBUST), 0)", "0"),
-    ("ascending", "steps_boundary > b_steps, _count(sizes", "steps_boundary < b_steps, _count(sizes"),
     ("active one step longer", "steps_boundary > o_t", "steps_boundary >= o_t"),
-    ("faults are not looked at", "faulty += ", "faulty += 0 * "),
     ("unfit rows are not looked at", "faulty = unfit", "faulty = unfit * 0"),
-    (
-        "one kind of fault for the other",
-        "(b_unfit & 1) | ((b_unfit & 2) << 31)",
-        "(b_unfit >> 1) | (b_unfit & 1) << 32",
-    ),
 ]
 BLOCKS = [
-    ("one digit for another", "shift = 24 - 8 * digit", "shift = 24 - 8 * (digit ^ 1)"),
     ("keys with another prefix count", "m_same = m_x & ", "m_same = m_x | "),
     ("others are not taken out", "tl.where(o_b == 0, others, 0)", "0"),
-    ("the first of the bins beyond", "axis=0) <= k)", "axis=0) < k)"),
-    ("the rank is not reduced", "k -= tl.sum(", "k -= 0 * tl.sum("),
     ("the next key only in the last digit", "next_digit < BINS, low -", "next_digit >= 0, low -"),
-    ("the next key of this block", "other=LAST), axis=0).to", "other=LAST) * (o_k == i_b), axis=0).to"),
     ("the lower neighbour for the upper", "among_equal + 1 < equal", "among_equal < equal"),
     ("samples of the blocks before are forgotten", "before + tl.cumsum", "tl.cumsum"),
-    ("this block among those before", "o_k < i_b, b_sizes", "o_k <= i_b, b_sizes"),
-    ("all blocks report", "if i_b == 0:\n        unfit", "if i_b >= 0:\n        unfit"),
-]  # fmt: skip
+]
 ORDER = [
     ("not stable", "* SPAN + o_i,", "* SPAN - o_i,"),
     ("one step too many", "(most - (o_i - m)) * SPAN", "(most + 1 - (o_i - m)) * SPAN"),
     ("what lies beyond m counts", "tl.where(m_j, b_key, 0x7FFFFFFF)", "tl.where(m_j, b_key, 0)"),
-    ("only the first tile", "range(0, m, BLOCK_J)", "range(0, BLOCK_J, BLOCK_J)"),
     ("itself before itself", "o_j[None, :] < o_i[:, None]", "o_j[None, :] <= o_i[:, None]"),
-    ("another's cell", "b_other[None, :] == b_cell[:, None]", "b_other[None, :] <= b_cell[:, None]"),
-    ("cells by ascending steps", "(most - b_steps) * blocks", "b_steps * blocks"),
     ("not one cell further", "cells + 1 +", "cells +"),
-    ("the mask of the count", "1, mask=m_x, sem", "1, mask=o_x < m - 1, sem"),
 ]
 
 
