@@ -14,7 +14,7 @@ from bt_fast.attack.frozen import clean_logits, eval_mode
 from bt_fast.attack.generate import generate
 from bt_fast.attack.schedule import Schedule
 from bt_fast.attack.threat import ThreatModel
-from bt_fast.faults import CheckedRead, Fault
+from bt_fast.faults import Fault
 from bt_fast.mining import check_labels, positive, step_count
 
 
@@ -101,7 +101,7 @@ def _check_batch(x: Tensor, y: Tensor) -> None:
 def _correct(logits: Tensor, y: Tensor, inputs: list[Fault]) -> Tensor:
     """The indices of the rows that are classified as `y` [n]; raises for faults of the inputs or the logits."""
     found = [*inputs, faults.rows_without_number(logits, "the model's logits")]
-    CheckedRead(torch.empty(0, dtype=torch.int64, device=y.device), found).wait()
+    faults.read(found).wait()
     return (logits.argmax(dim=1) == y.long()).nonzero().flatten()
 
 

@@ -159,33 +159,35 @@ class BulletTrain(nn.Module):
             positive("step_size", step_size)
         logits, labels = logits.detach(), labels.long()
 
-        svar, correct, probabilities, _ = ops.signed_variance(logits, labels)
-        group, threshold = ops.three_groups(svar, correct, self.robust_fraction)
-        steps, sizes_of_steps = self._steps_of(group, epsilon, step_size)
-        order, active = ops.order_by_steps(steps, self._most_steps())
-        sizes = (group == torch.arange(3, device=group.device)[:, None]).sum(dim=1)
-
+        svar, correct, probabilities, unfit = ops.signed_variance(logits, labels)
         found = [
             Fault(
-                self.unreported_faults.clone(),
+                self.unreported_faults,
                 "an earlier update met NaN logits or labels out of range: F_R was not moved by it",
             ),
             *inputs,
-            faults.labels_outside(labels, logits.shape[1], names[1]),
-            faults.rows_without_number(logits, names[0]),
         ]
-        counts = CheckedRead(torch.cat([active, sizes]), found)
-        self.group_counts += torch.where(faults.any_of(found), 0, sizes)
+        threshold, group, steps, sizes, order, counts = ops.assign_steps(
+            svar,
+            correct,
+            self.robust_fraction,
+            (self.outlier_steps, self.boundary_steps, self.robust_steps),
+            self._step_sizes(epsilon, step_size),
+            unfit,
+            faults.counts_of(found),
+            self.group_counts,
+        )
         self.unreported_faults.zero_()
+        messages = [*(fault.message for fault in found), *faults.unfit_messages(logits, names)]
         return Assignment(
             group=group,
             steps=steps,
-            step_size=sizes_of_steps,
+            step_size=sizes,
             order=order,
             threshold=threshold,
             svar=svar,
             probabilities=probabilities,
-            counts=counts,
+            counts=CheckedRead(counts, messages),
         )
 
     def update(self, adversarial_logits: Tensor, labels: Tensor) -> None:
@@ -212,7 +214,7 @@ class BulletTrain(nn.Module):
                 faults.labels_outside(labels, logits.shape[1], "labels"),
                 faults.rows_without_number(logits, "adversarial_logits"),
             ]
-            CheckedRead(labels.new_empty(0, dtype=torch.int64), found).wait()
+            faults.read(found).wait()
         state = (self.robust_fraction, self.unreported_faults)
         ops.update_fraction_(*state, logits, labels, self.gamma, self.momentum)
 
@@ -243,20 +245,12 @@ class BulletTrain(nn.Module):
             baseline_steps=self.boundary_steps if baseline_steps is None else baseline_steps,
         )
 
-    def _most_steps(self) -> int:
-        return max(self.boundary_steps, self.robust_steps, self.outlier_steps)
-
-    def _steps_of(self, group: Tensor, epsilon: float, step_size: float | None) -> tuple[Tensor, Tensor]:
-        """Steps [m] int64 and step sizes [m] float64, filled by scalars: a copied table would make the host wait."""
-        steps = torch.full_like(group, self.outlier_steps)
-        sizes = torch.full_like(group, _step_size(epsilon, self.outlier_steps), dtype=torch.float64)
-        for member, n in ((ops.BOUNDARY, self.boundary_steps), (ops.ROBUST, self.robust_steps)):
-            size = _step_size(epsilon, n)
-            if member == ops.BOUNDARY and n and step_size is not None:
-                size = step_size
-            steps.masked_fill_(group == member, n)
-            sizes.masked_fill_(group == member, size)
-        return steps, sizes
+    def _step_sizes(self, epsilon: float, step_size: float | None) -> tuple[float, float, float]:
+        """α of (outlier, boundary, robust)."""
+        boundary = _step_size(epsilon, self.boundary_steps)
+        if self.boundary_steps and step_size is not None:
+            boundary = step_size
+        return _step_size(epsilon, self.outlier_steps), boundary, _step_size(epsilon, self.robust_steps)
 
     def _check_device(self, logits: Tensor) -> None:
         if self.robust_fraction.device != logits.device:

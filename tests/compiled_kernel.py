@@ -80,6 +80,8 @@ class CompiledKernel:
         """As Triton specialises it: None and 1 become constants, unless the function says otherwise."""
         if isinstance(value, torch.Tensor):
             return f"*{NAMES[value.dtype]}"
+        if parameter.annotation_type and value is not None:
+            return parameter.annotation_type
         if parameter.is_constexpr or value is None or (value == 1 and not parameter.do_not_specialize):
             return value
         return "fp32" if isinstance(value, float) else "i32" if value < 2**31 else "i64"

@@ -38,67 +38,6 @@ def softmax(z):
     return e / e.sum(axis=1, keepdims=True)
 
 
-# Threshold and groups
-
-
-@quick
-@given(
-    st.lists(st.one_of(st.floats(-0.25, 0.25, width=32), st.sampled_from([0.0, -0.0, 0.1])), min_size=1, max_size=30),
-    fractions,
-)
-def test_threshold_is_numpys_quantile(svar, f_r):
-    for dtype in (torch.float64, torch.float32):
-        values = torch.tensor(svar, dtype=dtype)
-        threshold = ops.robust_threshold(values, torch.tensor(f_r, dtype=torch.float64))
-        assert threshold.dtype == torch.float64
-        assert threshold.item() == max(0.0, np.quantile(values.double().numpy(), 1.0 - f_r))
-
-
-def test_threshold_of_nothing_is_0():
-    assert ops.robust_threshold(torch.empty(0), torch.tensor(0.5)).item() == 0.0
-
-
-def test_threshold_of_a_batch_whose_ranks_need_more_than_single_precision():
-    svar, f_r = torch.arange(70_001, dtype=torch.float64), 0.1234567
-    found = ops.robust_threshold(svar, torch.tensor(f_r, dtype=torch.float64)).item()
-    assert found == np.quantile(svar.numpy(), 1.0 - f_r)
-
-
-@quick
-@given(batches(), fractions)
-def test_three_groups(batch, f_r):
-    z, y = batch
-    svar, correct, _, _ = ops.signed_variance(z, y)
-    group, threshold = ops.three_groups(svar, correct, torch.tensor(f_r, dtype=torch.float64))
-    t = max(0.0, np.quantile(svar.double().numpy(), 1.0 - f_r)) if len(z) else 0.0
-    assert threshold.item() == t
-    assert group.tolist() == [
-        ops.OUTLIER if not c else ops.ROBUST if v >= t and f_r > 0 else ops.BOUNDARY
-        for v, c in zip(svar.tolist(), correct.tolist(), strict=True)
-    ]
-
-
-@pytest.mark.parametrize("f_r", [0.0, 0.3, 1.0])
-def test_minus_zero_is_an_outlier_and_plus_zero_is_not(f_r):
-    z = torch.zeros(2, 4)
-    svar, correct, _, _ = ops.signed_variance(z, torch.tensor([0, 1]))
-    assert svar.tolist() == [0.0, 0.0]
-    group, _ = ops.three_groups(svar, correct, torch.tensor(f_r, dtype=torch.float64))
-    assert group.tolist() == [ops.ROBUST if f_r else ops.BOUNDARY, ops.OUTLIER]
-
-
-# Order
-
-
-@quick
-@given(st.lists(st.integers(0, 6), max_size=30), st.integers(0, 3), st.sampled_from([torch.int64, torch.int32]))
-def test_order_is_stable_and_descending_and_active_counts_are_prefixes(steps, spare, dtype):
-    most = max(steps, default=0) + spare
-    order, active = ops.order_by_steps(torch.tensor(steps, dtype=dtype), most)
-    assert order.tolist() == sorted(range(len(steps)), key=lambda i: -steps[i])
-    assert active.tolist() == [sum(n > t for n in steps) for t in range(most)]
-
-
 # Steps
 
 

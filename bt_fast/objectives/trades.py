@@ -17,7 +17,7 @@ from bt_fast.attack.frozen import clean_logits, eval_mode, logits_of, modes_rest
 from bt_fast.attack.generate import TRADES_NOISE, generate, normal_noise
 from bt_fast.attack.schedule import Schedule
 from bt_fast.attack.threat import ThreatModel
-from bt_fast.faults import CheckedRead, Fault
+from bt_fast.faults import Fault
 from bt_fast.mining import BulletTrain, check_labels, positive, real, step_count
 from bt_fast.objectives.repeated_forward import RepeatedForward
 
@@ -127,7 +127,7 @@ def _uniform_attack(
         faults.labels_outside(y, logits.shape[1], "y"),
         faults.rows_without_number(logits, "the model's logits"),
     ]
-    read = CheckedRead(torch.empty(0, dtype=torch.int64, device=x.device), found)
+    read = faults.read(found)
     schedule = Schedule.uniform(len(x), steps, step_size, x.device)
     x_adv = generate(model, x, start.to(x.dtype), target, schedule, threat, generator=generator)
     read.wait()

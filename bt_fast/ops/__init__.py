@@ -9,13 +9,12 @@ from bt_fast.ops.assign_steps import (
     GROUPS,
     OUTLIER,
     ROBUST,
-    order_by_steps,
-    robust_threshold,
-    three_groups,
+    assign_steps,
 )
 from bt_fast.ops.divergence import trades_kl
 from bt_fast.ops.gather_start import gather_start
 from bt_fast.ops.numeric import wide
+from bt_fast.ops.order_by_steps import order_by_steps
 from bt_fast.ops.pgd_step import l2_step_, linf_step_
 from bt_fast.ops.signed_variance import SignedVariance, signed_variance
 from bt_fast.ops.update_fraction import update_fraction_
@@ -27,13 +26,12 @@ __all__ = [
     "ROBUST",
     "SignedVariance",
     "ascent_direction",
+    "assign_steps",
     "gather_start",
     "l2_step_",
     "linf_step_",
     "order_by_steps",
-    "robust_threshold",
     "signed_variance",
-    "three_groups",
     "trades_kl",
     "update_fraction_",
     "wide",
