@@ -12,7 +12,7 @@ from bt_fast.ops.assign_steps import (
     robust_threshold,
     three_groups,
 )
-from bt_fast.ops.divergence import ascent_direction, trades_kl
+from bt_fast.ops.divergence import ascent_direction, js_divergence, mart_loss, trades_kl
 from bt_fast.ops.numeric import wide
 from bt_fast.ops.pgd_step import l2_step_, linf_step_
 from bt_fast.ops.signed_variance import signed_variance
@@ -24,8 +24,10 @@ __all__ = [
     "OUTLIER",
     "ROBUST",
     "ascent_direction",
+    "js_divergence",
     "l2_step_",
     "linf_step_",
+    "mart_loss",
     "order_by_steps",
     "robust_threshold",
     "signed_variance",
