@@ -4,13 +4,15 @@ Names as in flash-linear-attention: tensors `x`, block values `b_x`, masks `m_x`
 [n, classes] with the class as the contiguous index; gradients are contiguous, in the logits' dtype; everything between
 is float32. Of each loss there are two kernels. The first holds ROWS whole rows, and so reads every logit once. In the
 other, for more classes than a block holds, a program goes over one row three times: for its normaliser (online
-softmax), for the sums over the classes, and for the gradient.
+softmax), for the sums over the classes, and for the gradient. Sums are kept by lane and added up once.
 
 Row values have the shape [ROWS, 1], in the second kind of kernel [1, 1]; blocks [ROWS, BLOCK] or [1, BLOCK].
 """
 
 import triton
 import triton.language as tl
+
+NO_CLASS = tl.constexpr(2**31 - 1)
 
 
 @triton.jit
@@ -44,10 +46,23 @@ def _log_softmax(b_x):
 
 @triton.jit
 def _add_to_normaliser(b_max, b_sum, b_x):
-    """Online softmax: the largest logit so far, and the sum of `exp(x - largest)`."""
-    b_new = tl.maximum(b_max, tl.max(b_x, axis=1, keep_dims=True))
-    b_shift = tl.where(b_new == -float("inf"), 0.0, b_new)  # as long as every class is ruled out the sum is 0
-    return b_new, b_sum * tl.exp(b_max - b_shift) + _sum(tl.exp(b_x - b_shift))
+    """Online softmax, in every lane for itself: the largest logit so far, and the sum of `exp(x - largest)`."""
+    b_new = tl.maximum(b_max, b_x)
+    b_shift = _finite(b_new)
+    return b_new, b_sum * tl.exp(b_max - b_shift) + tl.exp(b_x - b_shift)
+
+
+@triton.jit
+def _normaliser(b_max, b_sum):
+    """Of the whole row: the largest logit, and the logarithm of the sum of `exp(x - largest)`."""
+    b_largest = tl.max(b_max, axis=1, keep_dims=True)
+    return b_largest, tl.log(_sum(b_sum * tl.exp(b_max - _finite(b_largest))))
+
+
+@triton.jit
+def _finite(b_max):
+    """0 for -Inf: as long as every class is ruled out, the sum is to be 0, not NaN."""
+    return tl.where(b_max == -float("inf"), 0.0, b_max)
 
 
 @triton.jit
@@ -106,21 +121,23 @@ def trades_kl_looped_fwd_kernel(
     o_n, _ = _row_ids(n, ROWS)
     adversarial += o_n * adversarial_stride
     clean += o_n * clean_stride
-    b_row = tl.zeros([1, 1], tl.float32)
-    b_q_max, b_q_sum = b_row - float("inf"), b_row
-    b_p_max, b_p_sum = b_row - float("inf"), b_row
+    b_0 = tl.zeros([1, BLOCK], tl.float32)
+    b_q_max, b_q_sum = b_0 - float("inf"), b_0
+    b_p_max, b_p_sum = b_0 - float("inf"), b_0
     for i_k in range(0, classes, BLOCK):
         o_k = i_k + tl.arange(0, BLOCK)[None, :]
         b_q_max, b_q_sum = _add_to_normaliser(b_q_max, b_q_sum, _load(adversarial + o_k, o_k < classes))
         b_p_max, b_p_sum = _add_to_normaliser(b_p_max, b_p_sum, _load(clean + o_k, o_k < classes))
-    b_q_norm, b_p_norm = tl.log(b_q_sum), tl.log(b_p_sum)
+    b_q_max, b_q_norm = _normaliser(b_q_max, b_q_sum)
+    b_p_max, b_p_norm = _normaliser(b_p_max, b_p_sum)
 
-    b_kl = b_row
+    b_terms = b_0
     for i_k in range(0, classes, BLOCK):
         o_k = i_k + tl.arange(0, BLOCK)[None, :]
         b_log_q = _load(adversarial + o_k, o_k < classes) - b_q_max - b_q_norm
         b_log_p = _load(clean + o_k, o_k < classes) - b_p_max - b_p_norm
-        b_kl += _sum(_times_gap(tl.exp(b_log_p), b_log_p, b_log_q))
+        b_terms += _times_gap(tl.exp(b_log_p), b_log_p, b_log_q)
+    b_kl = _sum(b_terms)
     tl.store(loss + o_n, b_kl)
 
     for i_k in range(0, classes, BLOCK):
@@ -144,10 +161,11 @@ def _safe_log(b_q):
 
 
 @triton.jit
-def _first_class_at(b_x, b_largest, m_wrong, o_k):
-    """The first wrong class whose logit is the largest; 2^31 - 1 where there is none."""
-    b_ids = tl.where(m_wrong & (b_x == b_largest), o_k, 2147483647)
-    return tl.min(b_ids, axis=1, keep_dims=True)
+def _runner_up(b_wrong, b_ids):
+    """The first of the classes `ids` whose logit is the largest of `wrong`; NO_CLASS where all are ruled out."""
+    m_largest = b_wrong == tl.max(b_wrong, axis=1, keep_dims=True)
+    m_largest &= b_wrong > -float("inf")
+    return tl.min(tl.where(m_largest, b_ids, NO_CLASS), axis=1, keep_dims=True)
 
 
 @triton.jit
@@ -213,11 +231,9 @@ def mart_loss_fwd_kernel(
     o_x = o_n * classes + o_k
     b_label = tl.load(labels + o_n, mask=m_n, other=0)
     m_label = o_k == b_label
-    m_wrong = m_x & (o_k != b_label)
 
     b_z = _load(adversarial + o_n * adversarial_stride + o_k, m_x)
-    b_largest = tl.max(tl.where(m_wrong, b_z, -float("inf")), axis=1, keep_dims=True)
-    m_runner = o_k == _first_class_at(b_z, b_largest, m_wrong, o_k)
+    m_runner = o_k == _runner_up(tl.where(m_label, -float("inf"), b_z), o_k)
     b_log_q = _log_softmax(b_z)
     b_q = tl.exp(b_log_q)
     b_log_p = _log_softmax(_load(clean + o_n * clean_stride + o_k, m_x))
@@ -263,38 +279,40 @@ def mart_loss_looped_fwd_kernel(
     clean += o_n * clean_stride
     adversarial += o_n * adversarial_stride
     b_label = tl.load(labels + o_n)
-    b_row = tl.zeros([1, 1], tl.float32)
-    b_q_max, b_q_sum = b_row - float("inf"), b_row
-    b_p_max, b_p_sum = b_row - float("inf"), b_row
-    b_largest, b_runner = b_row - float("inf"), tl.full([1, 1], 2147483647, tl.int32)
+    b_0 = tl.zeros([1, BLOCK], tl.float32)
+    b_q_max, b_q_sum = b_0 - float("inf"), b_0
+    b_p_max, b_p_sum = b_0 - float("inf"), b_0
+    b_wrong, b_ids = b_0 - float("inf"), tl.full([1, BLOCK], NO_CLASS, tl.int32)
     for i_k in range(0, classes, BLOCK):
         o_k = i_k + tl.arange(0, BLOCK)[None, :]
         m_x = o_k < classes
         b_z = _load(adversarial + o_k, m_x)
         b_q_max, b_q_sum = _add_to_normaliser(b_q_max, b_q_sum, b_z)
         b_p_max, b_p_sum = _add_to_normaliser(b_p_max, b_p_sum, _load(clean + o_k, m_x))
-        m_wrong = m_x & (o_k != b_label)
-        b_here = tl.max(tl.where(m_wrong, b_z, -float("inf")), axis=1, keep_dims=True)
-        b_first = _first_class_at(b_z, b_here, m_wrong, o_k)
-        b_runner = tl.where(b_here > b_largest, b_first, b_runner)
-        b_largest = tl.maximum(b_largest, b_here)
-    b_q_norm, b_p_norm = tl.log(b_q_sum), tl.log(b_p_sum)
+        m_larger = (o_k != b_label) & (b_z > b_wrong)
+        b_wrong = tl.where(m_larger, b_z, b_wrong)
+        b_ids = tl.where(m_larger, o_k, b_ids)
+    b_runner = _runner_up(b_wrong, b_ids)
+    b_q_max, b_q_norm = _normaliser(b_q_max, b_q_sum)
+    b_p_max, b_p_norm = _normaliser(b_p_max, b_p_sum)
 
-    b_kl, b_u_sum, b_label_log_q, b_label_p, b_label_rest = b_row, b_row, b_row, b_row, b_row
-    b_runner_q, b_runner_rest = b_row, b_row
+    b_terms, b_u, b_label_log_q, b_label_p, b_label_rest, b_runner_q, b_runner_rest = b_0, b_0, b_0, b_0, b_0, b_0, b_0
     for i_k in range(0, classes, BLOCK):
         o_k = i_k + tl.arange(0, BLOCK)[None, :]
         m_label, m_runner = o_k == b_label, o_k == b_runner
         b_log_q = _load(adversarial + o_k, o_k < classes) - b_q_max - b_q_norm
         b_log_p = _load(clean + o_k, o_k < classes) - b_p_max - b_p_norm
         b_q, b_p = tl.exp(b_log_q), tl.exp(b_log_p)
-        b_kl += _sum(_times_gap(b_p, b_log_p, _safe_log(b_q)))
-        b_u_sum += _sum(_pull(b_p, b_q))
-        b_label_log_q += _sum(tl.where(m_label, b_log_q, 0.0))
-        b_label_p += _sum(tl.where(m_label, b_p, 0.0))
-        b_label_rest += _sum(tl.where(m_label, 0.0, b_p))
-        b_runner_q += _sum(tl.where(m_runner, b_q, 0.0))
-        b_runner_rest += _sum(tl.where(m_runner, 0.0, b_q))
+        b_terms += _times_gap(b_p, b_log_p, _safe_log(b_q))
+        b_u += _pull(b_p, b_q)
+        b_label_log_q += tl.where(m_label, b_log_q, 0.0)
+        b_label_p += tl.where(m_label, b_p, 0.0)
+        b_label_rest += tl.where(m_label, 0.0, b_p)
+        b_runner_q += tl.where(m_runner, b_q, 0.0)
+        b_runner_rest += tl.where(m_runner, 0.0, b_q)
+    b_kl, b_u_sum, b_label_log_q = _sum(b_terms), _sum(b_u), _sum(b_label_log_q)
+    b_label_p, b_label_rest = _sum(b_label_p), _sum(b_label_rest)
+    b_runner_q, b_runner_rest = _sum(b_runner_q), _sum(b_runner_rest)
     b_weight = _mart_weight(b_label_rest, b_label, classes)
     b_boosted, b_margin = _boosted_cross_entropy(b_label_log_q, b_runner_rest)
     tl.store(loss + o_n, b_boosted + beta * b_kl * b_weight)
@@ -393,18 +411,19 @@ def js_divergence_looped_fwd_kernel(
     logits1 += o_n * stride1
     logits2 += o_n * stride2
     logits3 += o_n * stride3
-    b_row = tl.zeros([1, 1], tl.float32)
-    b_max1, b_max2, b_max3 = b_row - float("inf"), b_row - float("inf"), b_row - float("inf")
-    b_sum1, b_sum2, b_sum3 = b_row, b_row, b_row
+    b_0 = tl.zeros([1, BLOCK], tl.float32)
+    b_max1, b_max2, b_max3 = b_0 - float("inf"), b_0 - float("inf"), b_0 - float("inf")
+    b_sum1, b_sum2, b_sum3 = b_0, b_0, b_0
     for i_k in range(0, classes, BLOCK):
         o_k = i_k + tl.arange(0, BLOCK)[None, :]
         b_max1, b_sum1 = _add_to_normaliser(b_max1, b_sum1, _load(logits1 + o_k, o_k < classes))
         b_max2, b_sum2 = _add_to_normaliser(b_max2, b_sum2, _load(logits2 + o_k, o_k < classes))
         b_max3, b_sum3 = _add_to_normaliser(b_max3, b_sum3, _load(logits3 + o_k, o_k < classes))
-    b_norm1, b_norm2, b_norm3 = tl.log(b_sum1), tl.log(b_sum2), tl.log(b_sum3)
+    b_max1, b_norm1 = _normaliser(b_max1, b_sum1)
+    b_max2, b_norm2 = _normaliser(b_max2, b_sum2)
+    b_max3, b_norm3 = _normaliser(b_max3, b_sum3)
 
-    b_kl1, b_kl2, b_kl3 = b_row, b_row, b_row
-    b_cut_sum1, b_cut_sum2, b_cut_sum3 = b_row, b_row, b_row
+    b_terms1, b_terms2, b_terms3, b_cut1, b_cut2, b_cut3 = b_0, b_0, b_0, b_0, b_0, b_0
     for i_k in range(0, classes, BLOCK):
         o_k = i_k + tl.arange(0, BLOCK)[None, :]
         b_log_p1 = _load(logits1 + o_k, o_k < classes) - b_max1 - b_norm1
@@ -412,12 +431,14 @@ def js_divergence_looped_fwd_kernel(
         b_log_p3 = _load(logits3 + o_k, o_k < classes) - b_max3 - b_norm3
         b_p1, b_p2, b_p3 = tl.exp(b_log_p1), tl.exp(b_log_p2), tl.exp(b_log_p3)
         b_log_m, b_cut = _mixture(b_p1, b_p2, b_p3)
-        b_kl1 += _sum(_times_gap(b_p1, b_log_p1, b_log_m))
-        b_kl2 += _sum(_times_gap(b_p2, b_log_p2, b_log_m))
-        b_kl3 += _sum(_times_gap(b_p3, b_log_p3, b_log_m))
-        b_cut_sum1 += _sum(b_p1 * b_cut)
-        b_cut_sum2 += _sum(b_p2 * b_cut)
-        b_cut_sum3 += _sum(b_p3 * b_cut)
+        b_terms1 += _times_gap(b_p1, b_log_p1, b_log_m)
+        b_terms2 += _times_gap(b_p2, b_log_p2, b_log_m)
+        b_terms3 += _times_gap(b_p3, b_log_p3, b_log_m)
+        b_cut1 += b_p1 * b_cut
+        b_cut2 += b_p2 * b_cut
+        b_cut3 += b_p3 * b_cut
+    b_kl1, b_kl2, b_kl3 = _sum(b_terms1), _sum(b_terms2), _sum(b_terms3)
+    b_cut_sum1, b_cut_sum2, b_cut_sum3 = _sum(b_cut1), _sum(b_cut2), _sum(b_cut3)
     tl.store(loss + o_n, (b_kl1 + b_kl2 + b_kl3) / 3.0)
 
     for i_k in range(0, classes, BLOCK):

@@ -17,8 +17,8 @@ from bt_fast.ops.numeric import wide
 from bt_fast.ops.pgd_step import KERNEL_DTYPES, _has_triton
 
 # the most classes of which a block holds whole rows, its rows and its warps
-TILES = ((16, 32, 4), (128, 8, 4), (1024, 1, 4))
-LOOPED = (4096, 1, 8)  # beyond: so many classes at a time
+TILES = ((32, 4, 4), (1024, 1, 8))
+LOOPED = (2048, 1, 16)  # beyond: so many classes at a time
 
 
 def ascent_direction(logits: Tensor, target: Tensor) -> Tensor:
