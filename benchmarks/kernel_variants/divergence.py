@@ -32,7 +32,7 @@ def loss(name: str, dtype: str, tile: tuple[int, int, int], *, main: bool = Fals
         bytes_least=2 * logits * size,
         load_bits=0,
         store_bits=0,
-        occupancy=0.0,
+        occupancy=0.25,
         main=main,
         warps=warps,
     )

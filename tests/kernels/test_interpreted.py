@@ -11,7 +11,10 @@ pytest.importorskip("triton")
 HERE = Path(__file__).parent / "interpreted"
 KERNELS = Path(__file__).parents[2] / "kernels"
 # for each op: where its kernels widen an offset to 64 bits, and what would leave it in 32
-WIDENED = {"pgd_step": ("tl.cast(i_r, tl.int64)", "i_r")}
+WIDENED = {
+    "divergence": ("tl.cast(tl.program_id(0), tl.int64)", "tl.program_id(0)"),
+    "pgd_step": ("tl.cast(i_r, tl.int64)", "i_r"),
+}
 
 
 def interpreted(*command, fails=False):
