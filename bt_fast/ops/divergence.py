@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bt_fast.ops.numeric import wide
-from bt_fast.ops.pgd_step import KERNEL_DTYPES, _has_triton
+from bt_fast.ops.pgd_step import KERNEL_DTYPES, MOST_INT32, _has_triton
 
 # the most classes of which a block holds whole rows, its rows and its warps
 TILES = ((32, 4, 4), (1024, 1, 8))
@@ -85,7 +85,7 @@ def mart_loss(
         TypeError or ValueError: a dtype, shape or device does not fit; the message names the argument.
     """
     rows = mart_loss_rows(clean_logits, adversarial_logits, labels, beta)[0]
-    return _total(rows, clean_logits, weights) / max(len(rows), 1)
+    return _total(rows, clean_logits, weights) / max(rows.shape[0], 1)
 
 
 def js_divergence(
@@ -289,7 +289,7 @@ def _launch(
     n, classes = logits[0].shape
     if n == 0:
         return
-    logits = tuple(z if z.stride(1) == 1 else z.contiguous() for z in logits)
+    logits = tuple(z if z.stride(1) == 1 and z.stride(0) < MOST_INT32 else z.contiguous() for z in logits)
     block, rows, warps = tile(classes)
     kernel = kernels[1 if (block, rows, warps) == LOOPED else 0]
     strides = [z.stride(0) for z in logits]
@@ -312,12 +312,12 @@ def _launch(
 def _empty_results(*logits: Tensor) -> tuple[Tensor, ...]:
     """The losses of the rows, and a gradient for each of the logits."""
     z = logits[0]
-    loss = torch.empty(len(z), dtype=torch.promote_types(z.dtype, torch.float32), device=z.device)
+    loss = torch.empty(z.shape[0], dtype=torch.promote_types(z.dtype, torch.float32), device=z.device)
     return loss, *(torch.empty(z.shape, dtype=z.dtype, device=z.device) for z in logits)
 
 
 def _kernel_takes(logits: Tensor) -> bool:
-    return logits.is_cuda and logits.dtype in KERNEL_DTYPES and _has_triton()
+    return logits.is_cuda and logits.dtype in KERNEL_DTYPES and max(logits.shape) < MOST_INT32 and _has_triton()
 
 
 def _times_gap(p: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
