@@ -222,9 +222,10 @@ def mart_loss_fwd_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """`-log q_y - log(1.0001 - q_r + 1e-12) + β KL(p ‖ q + 1e-12)(1.0000001 - p_y)`, r the runner-up: the largest
-    wrong class of q. Grid: cdiv(n, ROWS).
-    """  # fmt: skip
+    """`-log q_y - log(1.0001 - q_r + 1e-12) + β KL(p ‖ q + 1e-12)(1.0000001 - p_y)`, with r the largest wrong class.
+
+    Grid: cdiv(n, ROWS).
+    """
     o_n, m_n = _row_ids(n, ROWS)
     o_k = tl.arange(0, BLOCK)[None, :]
     m_x = m_n & (o_k < classes)

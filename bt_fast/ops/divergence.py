@@ -85,7 +85,8 @@ def mart_loss(
         TypeError or ValueError: a dtype, shape or device does not fit; the message names the argument.
     """
     rows = mart_loss_rows(clean_logits, adversarial_logits, labels, beta)[0]
-    return _total(rows, clean_logits, weights) / max(rows.shape[0], 1)
+    n: int = rows.shape[0]
+    return _total(rows, clean_logits, weights) / max(n, 1)
 
 
 def js_divergence(
