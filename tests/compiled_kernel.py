@@ -25,9 +25,9 @@ _compile = functools.cache(
 
 
 def memory(tensor):
-    """The bytes from the tensor's first to its last in the order in which they lie, as an array that shares them."""
-    extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    flat = tensor.as_strided((extent,), (1,), tensor.storage_offset())
+    """The bytes from the tensor's first element to its last, as a numpy array that shares them."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    flat = tensor.as_strided((last + 1 if tensor.numel() else 0,), (1,), tensor.storage_offset())
     return flat.view(torch.uint8).numpy()
 
 

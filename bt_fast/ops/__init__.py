@@ -11,7 +11,7 @@ from bt_fast.ops.assign_steps import (
     ROBUST,
     assign_steps,
 )
-from bt_fast.ops.divergence import trades_kl
+from bt_fast.ops.divergence import js_divergence, mart_loss, trades_kl
 from bt_fast.ops.gather_start import gather_start
 from bt_fast.ops.numeric import wide
 from bt_fast.ops.order_by_steps import order_by_steps
@@ -28,8 +28,10 @@ __all__ = [
     "ascent_direction",
     "assign_steps",
     "gather_start",
+    "js_divergence",
     "l2_step_",
     "linf_step_",
+    "mart_loss",
     "order_by_steps",
     "signed_variance",
     "trades_kl",

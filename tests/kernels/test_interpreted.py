@@ -17,6 +17,7 @@ WIDENED = {
     "pgd_step": ("tl.cast(i_r, tl.int64)", "i_r"),
     "signed_variance": ("tl.cast(i_m, tl.int64)", "i_m"),
     "update_fraction": ("tl.cast(i_b, tl.int64)", "i_b"),
+    "divergence": ("tl.cast(tl.program_id(0), tl.int64)", "tl.program_id(0)"),
 }
 
 
