@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from launches import launches
 from pretended_device import DEVICE, counted_waits, pretended_device
 from test_ops import batches, fractions, softmax
 from tolerances import assert_near
@@ -314,6 +315,13 @@ def test_an_assignment_starts_without_waiting_and_is_read_once():
         assert started.group_sizes == (2, 3, 1)
         assert reads.started == 1
     assert {t.device for t in (started.order, started.steps, started.step_size, started.threshold)} == {DEVICE}
+
+
+def test_an_assignment_is_a_few_launches():
+    bullet = BulletTrain()
+    names = launches(lambda: bullet.start_assignment(Z, Y))
+    assert names.count("bt_fast::assign_steps") == 1
+    assert not {"aten::sort", "aten::cat", "aten::cumsum"} & set(names)
 
 
 def test_an_update_waits_for_nothing():

@@ -53,7 +53,7 @@ def _(steps: Tensor, most: int) -> tuple[Tensor, Tensor]:
 def order_reference(steps: Tensor, most: int) -> tuple[Tensor, Tensor]:
     """`order_by_steps` in plain torch: what the kernels are held against, and what runs where there is none."""
     ordered, order = steps.sort(descending=True, stable=True)
-    # active[t] = m - (samples with at most t steps): both negated, since a search needs an ascending row
+    # how many come before a count of t; negated, since a search wants an ascending row
     return order, torch.searchsorted(-ordered, -torch.arange(most, dtype=steps.dtype, device=steps.device))
 
 
