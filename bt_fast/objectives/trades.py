@@ -121,7 +121,7 @@ def _uniform_attack(
         step_size = 2.0 * threat.epsilon / steps
     with eval_mode(model):
         logits = clean_logits(model, x)
-    target = ops.wide(logits).softmax(dim=1)
+    target = logits.double().softmax(dim=1).to(ops.wide(logits).dtype)  # rounded once, as the ops' own softmax
     found = [
         pixels,
         faults.labels_outside(y, logits.shape[1], "y"),
