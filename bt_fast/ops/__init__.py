@@ -14,7 +14,8 @@ from bt_fast.ops.assign_steps import (
 )
 from bt_fast.ops.divergence import ascent_direction, trades_kl
 from bt_fast.ops.numeric import wide
-from bt_fast.ops.pgd_step import l2_step_, linf_step_
+from bt_fast.ops.pgd_l2_step import l2_step_
+from bt_fast.ops.pgd_step import linf_step_
 from bt_fast.ops.signed_variance import signed_variance
 from bt_fast.ops.update_fraction import update_fraction
 
