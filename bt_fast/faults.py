@@ -39,6 +39,13 @@ def rows_without_number(logits: Tensor, name: str) -> Fault:
     return Fault(bad.sum(), f"{name} must be finite, but {{count}} of {len(logits)} rows hold NaN or +Inf")
 
 
+def gradients_without_direction(faulty: Tensor) -> Fault:
+    """The number of samples marked in `faulty` [m] by an attack, as `generate` fills it."""
+    return Fault(
+        faulty.sum(), f"the model's input gradient must be finite, but held NaN for {{count}} of {len(faulty)} samples"
+    )
+
+
 def any_of(faults: Sequence[Fault]) -> Tensor:
     """Bool, 0-dim, on the device: whether any fault occurred. State changes are made conditional on it."""
     return torch.stack([fault.count for fault in faults]).any()

@@ -96,10 +96,12 @@ def pgd_linf_sample_fwd_kernel(
     b_c = tl.load(clean + at, mask=m_x, other=0.0).to(tl.float32)
     b_alpha = tl.load(step_size + i_n).to(tl.float32)
     b_moved = _linf_moved(b_x, b_g, b_c, b_alpha, limits, channels, o_r, epsilon, lower, upper)
-    held = tl.max(tl.max(_magnitude(b_g), axis=1), axis=0) > INFINITY
-    tl.store(x_adv + at, b_moved.to(x_adv.dtype.element_ty), mask=m_x & ~held)
+    top = tl.max(tl.max(_magnitude(b_g), axis=1), axis=0)
+    # a mask takes fewer registers here than a branch
+    m_x = tl.where(top > INFINITY, False, m_x)
+    tl.store(x_adv + at, b_moved.to(x_adv.dtype.element_ty), mask=m_x)
     if faulty is not None:
-        tl.store(faulty + i_n, 1, mask=held)
+        tl.store(faulty + i_n, 1, mask=top > INFINITY)
 
 
 @triton.jit
@@ -123,10 +125,10 @@ def pgd_held_fwd_kernel(
         o_x = o + tl.arange(0, BLOCK)
         b_g = tl.load(grad + start + o_x, mask=o_x < length, other=0.0)
         b_top = tl.maximum(b_top, _magnitude(b_g))
-    stays = tl.max(b_top, axis=0) > INFINITY
-    tl.store(held + i_n, stays.to(tl.int32))
+    top = tl.max(b_top, axis=0)
+    tl.store(held + i_n, (top > INFINITY).to(tl.int32))
     if faulty is not None:
-        tl.store(faulty + i_n, 1, mask=stays)
+        tl.store(faulty + i_n, 1, mask=top > INFINITY)
 
 
 @triton.jit(do_not_specialize=["blocks", "channels", "rows"])
@@ -225,7 +227,7 @@ def pgd_l2_sample_fwd_kernel(
     b_delta = tl.where(m_x, b_delta, 0.0)
     shrink = _shrinking(tl.sum(b_delta * b_delta, axis=0), epsilon)
     b_moved = _clip(b_c + b_delta * shrink, lower, upper)
-    m_x &= (top > 0) & (top < INFINITY)
+    m_x = tl.where((top > 0) & (top < INFINITY), m_x, False)
     tl.store(x_adv + start + o_x, b_moved.to(x_adv.dtype.element_ty), mask=m_x)
     tl.store(flat + i_n, (top == 0).to(tl.int32))
     if faulty is not None:

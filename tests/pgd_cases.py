@@ -120,7 +120,7 @@ def l2_case(n, shape, dtype, seed, *, last=False, channel_limits=False, counts=F
             "epsilon": 0.05 * length**0.5,
             "step_size": found.arguments["step_size"] * length**0.5,
             "limits": None if limits is None else limits[1:],
-            "stand_in": torch.tensor(2**40 * seed - 3) if seeded else noise,
+            "stand_in": torch.tensor((seed << 31) - 3) if seeded else noise,
             "faulty": torch.zeros(n, dtype=torch.int32) if flags else None,
         },
     )

@@ -23,6 +23,8 @@ from bt_fast.ops.pgd_step import (
     stack_limits,
 )
 
+STAND_IN_BLOCK = 512  # one element a thread: making random numbers takes registers
+
 
 def l2_step_(
     x_adv: Tensor,
@@ -196,7 +198,7 @@ def launch_l2(
     images, counts = (x_adv, grad, clean), (steps, step)
     epsilon, bounds = float(epsilon), (float(lower), float(upper))
     flat = torch.empty(n, dtype=torch.int32, device=x_adv.device)
-    long = {"BLOCK": LONG_BLOCK, "num_warps": sample_warps(LONG_BLOCK), "enable_fp_fusion": False}
+    long_warps = sample_warps(LONG_BLOCK)
     with torch.cuda.device_of(x_adv):
         # limits of each channel would take too many registers
         if limits is None and (block := at.sample_block()) is not None:
@@ -229,8 +231,10 @@ def launch_l2(
                 *bounds,
                 at.channels,
                 at.rows,
+                BLOCK=LONG_BLOCK,
                 INTERLEAVED=at.interleaved,
-                **long,
+                num_warps=long_warps,
+                enable_fp_fusion=False,
             )
             block = part_block(x_adv.dtype, limits is not None)
             blocks = -(-at.length // block)
@@ -263,8 +267,10 @@ def launch_l2(
             *bounds,
             at.channels,
             at.rows,
+            BLOCK=STAND_IN_BLOCK,
             INTERLEAVED=at.interleaved,
-            **long,
+            num_warps=long_warps,
+            enable_fp_fusion=False,
         )
 
 
