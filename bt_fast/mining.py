@@ -69,7 +69,7 @@ class BulletTrain(nn.Module):
         robust_fraction: 0-dim float64 buffer, F_R; starts at 0.
         group_counts: [3] int64 buffer, samples assigned so far to (outlier, boundary, robust).
         unreported_faults: 0-dim int64 buffer, updates that met NaN logits since the last read; raised by the next.
-        unreported_gradients: 0-dim int64 buffer, samples whose input gradient held NaN in an attack since; raised so too.
+        unreported_gradients: 0-dim int64 buffer, samples whose input gradient held NaN in an attack; raised so too.
 
     Raises:
         TypeError: a step count is not an integer.
@@ -199,8 +199,8 @@ class BulletTrain(nn.Module):
     def report_attack(self, assignment: Assignment, faulty: Tensor) -> None:
         """Take note of the samples that could not move in the attack on an assignment, since their gradient held NaN.
 
-        On the CPU they raise at once, and the assignment does not count; on a GPU, where that would mean to wait for the
-        device, they raise with the next assignment's read.
+        On the CPU they raise at once, and the assignment does not count; on a GPU, where that would mean to wait for
+        the device, they raise with the next assignment's read.
 
         Args:
             faulty: [m] int32 as `generate` fills it.

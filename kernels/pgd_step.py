@@ -51,7 +51,7 @@ def _limit(limits, k, channels, o_c, number):
 
 @triton.jit
 def _magnitude(b_g):
-    """The bits of |g|, integers in the order of the numbers: 0, finite, +Inf, NaN. (`tl.max` of the numbers drops NaN.)"""
+    """The bits of |g|: integers in the order 0, finite numbers, Inf, NaN, which a maximum of the numbers may drop."""
     return b_g.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 

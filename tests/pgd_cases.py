@@ -87,7 +87,9 @@ def case(
     )
 
 
-def l2_case(n, shape, dtype, seed, *, last=False, channel_limits=False, counts=False, flags=False, seeded=False) -> Case:
+def l2_case(
+    n, shape, dtype, seed, *, last=False, channel_limits=False, counts=False, flags=False, seeded=False
+) -> Case:
     """`case` in ℓ2: gradients of all `KINDS` one after another from that of the seed, and every third sample far off.
 
     Args:

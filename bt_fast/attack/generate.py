@@ -37,9 +37,9 @@ def generate(
         schedule: who takes how many steps of which size.
         threat: what a perturbation may be.
         generator: on the images' device; its numbers stand in for a direction where an ℓ2 gradient is 0.
-        faulty: [m] int32 in the schedule's order, on the images' device, set to 1 for each sample that could not move in
-            some step, since its input gradient held NaN (in ℓ2: or Inf). `faults.gradients_without_direction` makes an
-            error of it.
+        faulty: [m] int32 in the schedule's order, on the images' device, set to 1 for each sample that could not move
+            in some step, since its input gradient held NaN (in ℓ2: or Inf). `faults.gradients_without_direction` makes
+            an error of it.
 
     Returns:
         [m, ...] in the schedule's order, without gradient.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -143,6 +144,8 @@ def l2_reference(
         direction = torch.where(per_sample(flat, grad), other, direction)
     unmoved = hold(None if may_wait and not held.any() else held, steps, step, faulty)
 
+    low: Any
+    high: Any
     low, high = (lower, upper) if limits is None else limits.view(2, -1, *[1] * (x_adv.dim() - 2)).unbind()
     moved = direction.mul_(per_sample(step_size, grad)).add_(x_adv).clamp_(low, high)
     moved = moved.sub_(wide_clean).renorm_(p=2, dim=0, maxnorm=epsilon).add_(wide_clean).clamp_(low, high)
@@ -166,7 +169,8 @@ def seeded_normal(seed: Tensor, x: Tensor) -> Tensor:
         c0, c2 = ((b >> 32) & word) ^ c1 ^ k0, ((a >> 32) & word) ^ c3 ^ k1
         c1, c3 = b & word, a & word
         k0, k1 = (k0 + 0x9E3779B9) & word, (k1 + 0xBB67AE85) & word
-    total = sum((c >> shift) & 0xFF for c in (c0, c1, c2, c3) for shift in (0, 8, 16, 24))
+    bytes_of = ((c >> shift) & 0xFF for c in (c0, c1, c2, c3) for shift in (0, 8, 16, 24))
+    total = sum(bytes_of, torch.zeros_like(c0))
     normal = (total - 2040).to(wide(like).dtype) * 0.003382939
     return normal.as_strided(like.shape, like.stride())
 

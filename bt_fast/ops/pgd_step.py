@@ -159,10 +159,7 @@ def linf_reference(
 
 def hold(held: Tensor | None, steps: Tensor | None, step: Tensor | None, faulty: Tensor | None) -> Tensor | None:
     """The samples [n] that stay: those `held`, which are marked as faulty, and those with no steps left."""
-    if steps is None or step is None:
-        active = None
-    else:
-        active = steps > step
+    active = None if steps is None or step is None else steps > step
     if held is not None and faulty is not None:
         faulty.masked_fill_(held if active is None else held & active, 1)
     if active is None or held is None:
@@ -300,6 +297,7 @@ def _has_triton() -> bool:
 
 
 def kernel_takes(x_adv: Tensor) -> bool:
+    """Whether there is a kernel for these images."""
     return (
         x_adv.is_cuda
         and x_adv.dtype in KERNEL_DTYPES
@@ -318,6 +316,7 @@ def _memory_format(x: Tensor) -> torch.memory_format | None:
 
 
 def contiguous(values: Tensor | None) -> Tensor | None:
+    """`values` in one piece, if there are any."""
     return None if values is None else values.contiguous()
 
 
@@ -346,6 +345,7 @@ def check_step(
     step: Tensor | None,
     faulty: Tensor | None,
 ) -> None:
+    """Raise TypeError or ValueError unless everything fits `x_adv`; the limits have so many rows."""
     if not x_adv.is_floating_point():
         raise TypeError(f"x_adv must be floating point, got {x_adv.dtype}")
     if x_adv.dim() < 1:
@@ -369,6 +369,7 @@ def check_step(
 
 
 def fits(name: str, values: Tensor | None, x: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> None:
+    """Raise TypeError or ValueError that names `name` unless `values`, if given, have this shape, dtype and device."""
     if values is None:
         return
     if values.dtype not in dtypes:

@@ -14,7 +14,9 @@ KERNELS = Path(__file__).parents[2] / "kernels"
 # for each op: where its kernels widen an offset to 64 bits, and what would leave it in 32
 WIDENED = {"pgd_step": ("tl.cast(i_r, tl.int64)", "i_r")}
 # one script for several kernels shows that it would see each of them
-SEVERAL = [(op, name) for op in ["pgd_step"] for name in re.findall(r"def (\w+_kernel)", (KERNELS / f"{op}.py").read_text())]
+SEVERAL = [
+    (op, name) for op in ["pgd_step"] for name in re.findall(r"def (\w+_kernel)", (KERNELS / f"{op}.py").read_text())
+]
 
 
 def interpreted(*command, fails=False):

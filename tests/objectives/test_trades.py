@@ -11,18 +11,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pretended_device import DEVICE, counted_waits, pretended_device
 from small_models import (
-    Undefined,
-    with_bright,
     CLASSES,
     MODELS,
     SHAPE,
     Dead,
     Frozen,
+    Undefined,
     assert_unchanged,
     batch,
     build,
     gradients,
     snapshot,
+    with_bright,
 )
 from tolerances import UPDATES, assert_near, assert_near_nested
 from torch import nn

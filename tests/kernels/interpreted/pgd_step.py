@@ -17,7 +17,7 @@ def ulps(dtype):
     return 1 if dtype == torch.bfloat16 else 0  # the interpreter truncates to it instead of rounding
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     st.integers(1, 3),
     st.sampled_from(pgd_cases.SHAPES),
@@ -31,7 +31,7 @@ def test_linf(n, shape, dtype, seed, options):
     pgd_cases.assert_same(found, case.run(pgd_step.linf_reference), ulps(dtype))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     st.integers(1, 7),
     st.sampled_from(pgd_cases.SHAPES),
