@@ -131,25 +131,33 @@ def l2_reference(
     """`pgd_l2_step_` in plain torch: what the kernels are held against, and what runs where there are none."""
     if x_adv.numel() == 0:
         return
-    wide_grad, wide_clean = wide(grad), wide(clean)
-    top = torch.linalg.vector_norm(rows_of(wide_grad), math.inf, dim=1)
-    # a power of two: with the greatest number near 1, no square overflows, and none that counts vanishes
-    scale = (torch.frexp(top).mantissa / top).clamp(max=1 / torch.finfo(top.dtype).tiny)
-    scaled = wide_grad * per_sample(scale, grad)
-    direction = scaled.div_(per_sample(rows_of(scaled).norm(dim=1), grad))
-    flat, held = top == 0, ~top.isfinite()
-    may_wait = grad.is_cpu
-    if not may_wait or flat.any():
-        other = seeded_normal(stand_in, x_adv) if _is_seed(stand_in) else stand_in
-        direction = torch.where(per_sample(flat, grad), other, direction)
-    unmoved = hold(None if may_wait and not held.any() else held, steps, step, faulty)
-
+    wide_clean = wide(clean)
+    direction, held = _direction(wide(grad), stand_in, x_adv)
+    unmoved = hold(held, steps, step, faulty)
     low: Any
     high: Any
     low, high = (lower, upper) if limits is None else limits.view(2, -1, *[1] * (x_adv.dim() - 2)).unbind()
     moved = direction.mul_(per_sample(step_size, grad)).add_(x_adv).clamp_(low, high)
     moved = moved.sub_(wide_clean).renorm_(p=2, dim=0, maxnorm=epsilon).add_(wide_clean).clamp_(low, high)
     x_adv.copy_(moved if unmoved is None else torch.where(per_sample(unmoved, x_adv), x_adv, moved))
+
+
+def _direction(grad: Tensor, stand_in: Tensor, x_adv: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The direction of each sample's step, in a new tensor, and whether it has none [n]; None where all have."""
+    norm = rows_of(grad).norm(dim=1)
+    # on the CPU a look tells that no square overflowed or vanished; elsewhere to look would mean to wait
+    if grad.is_cpu and ((norm > 1e-15) & (norm < 1e15)).all():
+        return grad / per_sample(norm, grad), None
+    top = torch.linalg.vector_norm(rows_of(grad), math.inf, dim=1)
+    # a power of two, which brings the greatest number near 1
+    scale = (torch.frexp(top).mantissa / top).clamp(max=1 / torch.finfo(top.dtype).tiny)
+    scaled = grad * per_sample(scale, grad)
+    direction = scaled.div_(per_sample(rows_of(scaled).norm(dim=1), grad))
+    flat = top == 0
+    if not grad.is_cpu or flat.any():
+        other = seeded_normal(stand_in, x_adv) if _is_seed(stand_in) else stand_in
+        direction = torch.where(per_sample(flat, grad), other, direction)
+    return direction, ~top.isfinite()
 
 
 def seeded_normal(seed: Tensor, x: Tensor) -> Tensor:
