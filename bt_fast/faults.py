@@ -39,6 +39,13 @@ def rows_without_number(logits: Tensor, name: str) -> Fault:
     return Fault((~has_softmax(logits)).sum(), _without_number_message(len(logits), name))
 
 
+def gradients_without_direction(faulty: Tensor) -> Fault:
+    """The number of samples marked in `faulty` [m] by an attack, as `generate` fills it."""
+    return Fault(
+        faulty.sum(), f"the model's input gradient must be finite, but held NaN for {{count}} of {len(faulty)} samples"
+    )
+
+
 def unfit_messages(logits: Tensor, names: tuple[str, str]) -> tuple[str, str]:
     """What to say of `ops.assign_steps`' two counts of unfit rows; `names` of the logits and the labels."""
     m, classes = logits.shape

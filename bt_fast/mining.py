@@ -69,6 +69,7 @@ class BulletTrain(nn.Module):
         robust_fraction: 0-dim float64 buffer, F_R; starts at 0.
         group_counts: [3] int64 buffer, samples assigned so far to (outlier, boundary, robust).
         unreported_faults: 0-dim int64 buffer, updates that met NaN logits since the last read; raised by the next.
+        unreported_gradients: 0-dim int64 buffer, samples whose input gradient held NaN in an attack; raised so too.
 
     Raises:
         TypeError: a step count is not an integer.
@@ -78,6 +79,7 @@ class BulletTrain(nn.Module):
     robust_fraction: Tensor
     group_counts: Tensor
     unreported_faults: Tensor
+    unreported_gradients: Tensor
 
     def __init__(
         self,
@@ -101,6 +103,7 @@ class BulletTrain(nn.Module):
         self.register_buffer("robust_fraction", torch.zeros((), dtype=torch.float64))
         self.register_buffer("group_counts", torch.zeros(3, dtype=torch.int64))
         self.register_buffer("unreported_faults", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("unreported_gradients", torch.zeros((), dtype=torch.int64))
 
     def _apply(self, fn: Any, recurse: bool = True) -> BulletTrain:
         """Follow the moves of the module that holds this one, not its casts: in 16 bits F_R would stand still."""
@@ -165,6 +168,10 @@ class BulletTrain(nn.Module):
                 self.unreported_faults,
                 "an earlier update met NaN logits or labels out of range: F_R was not moved by it",
             ),
+            Fault(
+                self.unreported_gradients,
+                "the model's input gradient must be finite, but held NaN for {count} samples of earlier attacks",
+            ),
             *inputs,
         ]
         threshold, group, steps, sizes, order, counts = ops.assign_steps(
@@ -178,6 +185,7 @@ class BulletTrain(nn.Module):
             self.group_counts,
         )
         self.unreported_faults.zero_()
+        self.unreported_gradients.zero_()
         messages = [*(fault.message for fault in found), *faults.unfit_messages(logits, names)]
         return Assignment(
             group=group,
@@ -189,6 +197,25 @@ class BulletTrain(nn.Module):
             probabilities=probabilities,
             counts=CheckedRead(counts, messages),
         )
+
+    def report_attack(self, assignment: Assignment, faulty: Tensor) -> None:
+        """Take note of the samples that could not move in the attack on an assignment, since their gradient held NaN.
+
+        On the CPU they raise at once, and the assignment does not count; on a GPU, where that would mean to wait for
+        the device, they raise with the next assignment's read.
+
+        Args:
+            faulty: [m] int32 as `generate` fills it.
+
+        Raises:
+            ValueError: on the CPU, if there are any.
+        """
+        fault = faults.gradients_without_direction(faulty)
+        if faulty.is_cuda:
+            self.unreported_gradients += fault.count
+        elif fault.count:
+            self.group_counts -= torch.tensor(assignment.group_sizes)
+            faults.read([fault]).wait()
 
     def update(self, adversarial_logits: Tensor, labels: Tensor) -> None:
         """Move F_R by the share of corrupted samples that are still classified correctly (Eq. 5).

@@ -26,7 +26,7 @@ class Case:
         buffers = []
 
         def poisoned(x):
-            memory_format = op._memory_format(x) or torch.contiguous_format
+            memory_format = op.dense_format(x) or torch.contiguous_format
             shape = (len(x) + SPARE, *x.shape[1:])
             buffers.append(torch.empty(shape, dtype=x.dtype, memory_format=memory_format).fill_(-12345.0))
             return buffers[-1][: len(x)]

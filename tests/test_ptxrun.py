@@ -58,3 +58,13 @@ def test_bfloat16_widens_to_double():
     values = np.linspace(-3e38, 3e38, 64, dtype=np.float32).view(np.uint32)
     found = run(body, values.copy(), check_races=False)
     assert (found == values & np.uint32(0xFFFF0000)).all()  # a bfloat16 is a float32's upper half
+
+
+def test_the_absolute_value_of_packed_bfloat16_is_that_of_both_halves():
+    halves = np.tile(np.array([0xBF80, 0xFFC1, 0x3F80, 0x8000], np.uint16), 32)
+    body = (
+        "ld.global.b32 %r2, [%d3]; abs.bf16x2 %r3, %r2; mov.u32 %r6, %ctaid.x; setp.eq.u32 %p3, %r6, 0;"
+        "@%p3 st.global.b32 [%d3], %r3;"
+    )
+    found = run(body, halves.view(np.uint32), check_races=False).view(np.uint16)
+    assert found[:4].tolist() == [0x3F80, 0x7FC1, 0x3F80, 0]

@@ -22,6 +22,7 @@ def generate(
     threat: ThreatModel,
     *,
     generator: torch.Generator | None = None,
+    faulty: Tensor | None = None,
 ) -> Tensor:
     """Run the ragged attack: maximise the divergence of the model's output from `target`.
 
@@ -36,6 +37,9 @@ def generate(
         schedule: who takes how many steps of which size.
         threat: what a perturbation may be.
         generator: on the images' device; its numbers stand in for a direction where an ℓ2 gradient is 0.
+        faulty: [m] int32 in the schedule's order, on the images' device, set to 1 for each sample that could not move
+            in some step, since its input gradient held NaN (in ℓ2: or Inf). `faults.gradients_without_direction` makes
+            an error of it.
 
     Returns:
         [m, ...] in the schedule's order, without gradient.
@@ -45,14 +49,14 @@ def generate(
         ValueError: shapes do not fit together, or the model does not return logits [n, K]. Values are not checked
             here (that would mean to wait for the device): `trades_loss` and `evaluate` check them.
     """
-    _check(clean, start, target, schedule)
+    _check(clean, start, target, schedule, faulty)
     with torch.inference_mode(False), eval_mode(model):
         x_adv = start.detach().clone(memory_format=torch.preserve_format)
-        run_eager(model, x_adv, clean.detach(), target.detach(), schedule, threat, generator)
+        run_eager(model, x_adv, clean.detach(), target.detach(), schedule, threat, generator, faulty)
     return x_adv
 
 
-def _check(clean: Tensor, start: Tensor, target: Tensor, schedule: Schedule) -> None:
+def _check(clean: Tensor, start: Tensor, target: Tensor, schedule: Schedule, faulty: Tensor | None) -> None:
     for name, images in (("clean", clean), ("start", start)):
         if not images.is_floating_point():
             raise TypeError(f"{name} must be floating-point images, got {images.dtype}")
@@ -63,6 +67,8 @@ def _check(clean: Tensor, start: Tensor, target: Tensor, schedule: Schedule) -> 
         raise ValueError(f"start must have clean's shape {list(clean.shape)}, got {list(start.shape)}")
     if target.dim() != 2 or len(target) != m:
         raise ValueError(f"target must have shape [{m}, K], got {list(target.shape)}")
+    if faulty is not None and faulty.shape != (m,):
+        raise ValueError(f"faulty must have shape [{m}], got {list(faulty.shape)}")
 
 
 def normal_noise(x: Tensor, generator: torch.Generator | None, *, on_cpu: bool = False) -> Tensor:

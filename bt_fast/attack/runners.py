@@ -19,6 +19,7 @@ def run_eager(
     schedule: Schedule,
     threat: ThreatModel,
     generator: torch.Generator | None,
+    faulty: Tensor | None,
 ) -> None:
     """Step t runs forward, input gradient and projected step on the prefix of the samples that still have steps left.
 
@@ -29,18 +30,23 @@ def run_eager(
         clean: [m, ...] in sorted order.
         target: [m, K] in sorted order, the distribution to move away from.
         generator: on the images' device; for the stand-in of a zero ℓ2 gradient.
+        faulty: [m] int32, set to 1 for samples that stayed in some step, since their gradient held NaN (in ℓ2: or Inf).
     """
     step_size = schedule.step_size.to(x_adv.dtype)
-    for n in schedule.active:
+    box = (threat.epsilon, threat.lower, threat.upper)
+    seeds = None
+    if threat.norm == "l_2" and (x_adv.is_cuda or generator is not None):
+        seeds = torch.randint(2**63 - 1, (len(schedule.active),), device=x_adv.device, generator=generator)
+    for t, n in enumerate(schedule.active):
         if n == 0:
             break
         grad = input_gradient(model, x_adv[:n], target[:n])
-        box = (threat.epsilon, threat.lower, threat.upper)
+        found = None if faulty is None else faulty[:n]
         if threat.norm == "l_inf":
-            ops.linf_step_(x_adv[:n], grad, clean[:n], step_size[:n], *box)
+            ops.linf_step_(x_adv[:n], grad, clean[:n], step_size[:n], *box, faulty=found)
         else:
-            stand_in = _stand_in(grad, generator)
-            ops.l2_step_(x_adv[:n], grad, clean[:n], step_size[:n], *box, stand_in)
+            stand_in = _as_authors(grad) if seeds is None else seeds[t]
+            ops.l2_step_(x_adv[:n], grad, clean[:n], step_size[:n], *box, stand_in, faulty=found)
 
 
 def input_gradient(model: nn.Module, x: Tensor, target: Tensor) -> Tensor:
@@ -52,15 +58,13 @@ def input_gradient(model: nn.Module, x: Tensor, target: Tensor) -> Tensor:
     return grad
 
 
-def _stand_in(grad: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Normal noise for the rows of `grad` whose gradient is 0.
+def _as_authors(grad: Tensor) -> Tensor:
+    """Normal noise for the rows of `grad`, on the CPU, that are 0: drawn for those rows only and descended along.
 
-    On the CPU numbers are drawn for those rows only and descended along, as the TRADES code does; to find the rows on a
-    GPU would mean to wait.
+    So the TRADES code does, whose random numbers a seeded script then repeats. To find the rows on a GPU would mean to
+    wait: there the step itself makes them of a seed.
     """
-    if grad.is_cuda or generator is not None:
-        return torch.randn(grad.shape, dtype=grad.dtype, device=grad.device, generator=generator)
-    zero = grad.flatten(1).norm(dim=1) == 0
+    zero = ~grad.flatten(1).any(dim=1)
     stand_in = torch.zeros_like(grad)
     stand_in[zero] = -torch.randn(grad[zero].shape).to(grad.dtype)
     return stand_in

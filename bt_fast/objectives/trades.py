@@ -17,7 +17,7 @@ from bt_fast.attack.frozen import clean_logits, eval_mode, logits_of, modes_rest
 from bt_fast.attack.generate import TRADES_NOISE, generate, normal_noise
 from bt_fast.attack.schedule import Schedule
 from bt_fast.attack.threat import ThreatModel
-from bt_fast.faults import Fault
+from bt_fast.faults import CheckedRead, Fault
 from bt_fast.mining import BulletTrain, check_labels, positive, real, step_count
 from bt_fast.objectives.repeated_forward import RepeatedForward
 
@@ -79,17 +79,22 @@ def trades_loss(
     Raises:
         TypeError: images are not floating point, labels not integers, or the model does not return a tensor.
         ValueError: a shape, device, option or value does not fit (pixels outside [0, 1], labels out of range, NaN
-            logits). Nothing has been changed then: no buffer, no gradient, no F_R. Only what goes wrong in the update's
-            own forwards, after a sound attack, leaves batch-norm buffers moved.
+            logits, NaN in the input gradient). Nothing has been changed then: no buffer, no gradient, no F_R. Only what
+            goes wrong in the update's own forwards, after a sound attack, leaves batch-norm buffers moved. On a GPU NaN
+            in an input gradient is known after those forwards, and with `bullet` raised by the next call.
     """
     threat = ThreatModel(epsilon, distance)
     _check(x_natural, y, optimizer, step_size, perturb_steps, beta, bullet, unperturbed, generator)
     x = x_natural.detach()
     pixels = faults.pixels_outside(x, threat.lower, threat.upper, "x_natural")
     if bullet is None:
-        x_adv = _uniform_attack(model, x, y, step_size, perturb_steps, threat, generator, pixels)
+        x_adv, attacked = _uniform_attack(model, x, y, step_size, perturb_steps, threat, generator, pixels)
+        if not x.is_cuda:
+            attacked.wait()
         with _update_modes(model):
             loss = _update_twice(model, x, x_adv, y.long(), beta)
+        if x.is_cuda:  # not before: the device has the update's forwards to do meanwhile
+            attacked.wait()
         _zero_grad(optimizer)
         return loss
     schedule, clean, x_adv = _ragged_attack(model, x, y, step_size, threat, bullet, generator, pixels)
@@ -111,8 +116,8 @@ def _uniform_attack(
     threat: ThreatModel,
     generator: torch.Generator | None,
     pixels: Fault,
-) -> Tensor:
-    """The authors' attack: every sample takes `steps` steps."""
+) -> tuple[Tensor, CheckedRead]:
+    """The authors' attack, in which every sample takes `steps` steps: x', and the read of its gradients' faults."""
     as_authors = generator is None and not x.is_cuda
     start = x + normal_noise(x, generator, on_cpu=as_authors)
     if threat.norm == "l_2":
@@ -129,9 +134,11 @@ def _uniform_attack(
     ]
     read = faults.read(found)
     schedule = Schedule.uniform(len(x), steps, step_size, x.device)
-    x_adv = generate(model, x, start.to(x.dtype), target, schedule, threat, generator=generator)
+    faulty = _none_faulty(x)
+    x_adv = generate(model, x, start.to(x.dtype), target, schedule, threat, generator=generator, faulty=faulty)
+    attacked = faults.read([faults.gradients_without_direction(faulty)])
     read.wait()
-    return x_adv
+    return x_adv, attacked
 
 
 def _ragged_attack(
@@ -156,7 +163,14 @@ def _ragged_attack(
     clean, start = ops.gather_start(x, assignment.order, assignment.steps, state, "normal", TRADES_NOISE)
     schedule = Schedule.from_assignment(assignment)
     target = schedule.sort(assignment.probabilities)
-    return schedule, clean, generate(model, clean, start, target, schedule, threat, generator=generator)
+    faulty = _none_faulty(x)
+    x_adv = generate(model, clean, start, target, schedule, threat, generator=generator, faulty=faulty)
+    bullet.report_attack(assignment, faulty)
+    return schedule, clean, x_adv
+
+
+def _none_faulty(x: Tensor) -> Tensor:
+    return torch.zeros(len(x), dtype=torch.int32, device=x.device)
 
 
 def random_state(x: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -15,7 +15,8 @@ from bt_fast.ops.divergence import js_divergence, mart_loss, trades_kl
 from bt_fast.ops.gather_start import gather_start
 from bt_fast.ops.numeric import wide
 from bt_fast.ops.order_by_steps import order_by_steps
-from bt_fast.ops.pgd_step import l2_step_, linf_step_
+from bt_fast.ops.pgd_l2_step import l2_step_
+from bt_fast.ops.pgd_step import linf_step_
 from bt_fast.ops.signed_variance import SignedVariance, signed_variance
 from bt_fast.ops.update_fraction import update_fraction_
 

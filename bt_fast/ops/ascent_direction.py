@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bt_fast.ops import rows
+from bt_fast.ops.launch import check
 
 
 def ascent_direction(logits: Tensor, target: Tensor) -> Tensor:
@@ -88,4 +89,4 @@ def launch_ascent_direction(logits: Tensor, target: Tensor) -> Tensor:
 
 def _check(logits: Tensor, target: Tensor) -> None:
     rows.check_logits("logits", logits)
-    rows.check_beside("target", target, logits, logits.shape, rows.result_dtype(logits))
+    check("target", target, logits.shape, (rows.result_dtype(logits),), logits.device)

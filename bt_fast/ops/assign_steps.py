@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from bt_fast.ops.launch import check, contiguous, has_triton
 from bt_fast.ops.order_by_steps import order_reference
-from bt_fast.ops.pgd_step import _has_triton
 
 OUTLIER, BOUNDARY, ROBUST = 0, 1, 2
 GROUPS = ("outlier", "boundary", "robust")
@@ -69,7 +69,7 @@ def assign_steps(
     """
     _check(svar, correct, robust_fraction, group_steps, group_step_sizes, unfit, faults, group_counts)
     run = assign_reference
-    if svar.is_cuda and svar.dtype == torch.float32 and len(svar) <= MOST_SAMPLES and _has_triton():
+    if svar.is_cuda and svar.dtype == torch.float32 and len(svar) <= MOST_SAMPLES and has_triton():
         run = launch_assign if len(svar) <= max(WARPS) else launch_assign_in_blocks
     return run(svar, correct, robust_fraction, group_steps, group_step_sizes, unfit, faults, group_counts)
 
@@ -168,8 +168,8 @@ def launch_assign(
             svar.contiguous(),
             correct.contiguous().view(torch.uint8),
             robust_fraction,
-            _contiguous(unfit),
-            _contiguous(faults),
+            contiguous(unfit),
+            contiguous(faults),
             *results,
             group_counts,
             m,
@@ -216,7 +216,7 @@ def launch_assign_in_blocks(
             svar,
             correct,
             robust_fraction,
-            _contiguous(unfit),
+            contiguous(unfit),
             histograms,
             above,
             threshold,
@@ -237,7 +237,7 @@ def launch_assign_in_blocks(
             steps,
             sizes,
             unfit_rows,
-            _contiguous(faults),
+            contiguous(faults),
             order,
             counts,
             group_counts,
@@ -262,10 +262,6 @@ def _results(svar: Tensor, group_steps: Sequence[int], faults: Tensor | None) ->
     return threshold, group, steps, step_size, order, torch.empty(numbers, dtype=torch.int64, device=device)
 
 
-def _contiguous(values: Tensor | None) -> Tensor | None:
-    return None if values is None else values.contiguous()
-
-
 def _check(
     svar: Tensor,
     correct: Tensor,
@@ -280,11 +276,13 @@ def _check(
         raise TypeError(f"svar must be torch.float32 or torch.float64, got {svar.dtype}")
     if svar.dim() != 1:
         raise ValueError(f"svar must have shape [m], got {list(svar.shape)}")
-    _fits("correct", correct, svar, svar.shape, torch.bool)
-    _fits("robust_fraction", robust_fraction, svar, (), torch.float64)
-    _fits("unfit", unfit, svar, svar.shape, torch.uint8)
-    _fits("faults", faults, svar, (len(faults),) if faults is not None and faults.dim() else (1,), torch.int64)
-    _fits("group_counts", group_counts, svar, (3,), torch.int64)
+    check("correct", correct, svar.shape, (torch.bool,), svar.device)
+    check("robust_fraction", robust_fraction, (), (torch.float64,), svar.device)
+    check("unfit", unfit, svar.shape, (torch.uint8,), svar.device)
+    check(
+        "faults", faults, (len(faults),) if faults is not None and faults.dim() else (1,), (torch.int64,), svar.device
+    )
+    check("group_counts", group_counts, (3,), (torch.int64,), svar.device)
     if group_counts is not None and not group_counts.is_contiguous():
         raise ValueError("group_counts must be contiguous")
     for name, values in (("group_steps", group_steps), ("group_step_sizes", group_step_sizes)):
@@ -292,14 +290,3 @@ def _check(
             raise ValueError(f"{name} must hold 3 numbers (outlier, boundary, robust), got {list(values)}")
     if not all(0 <= n < 2**31 for n in group_steps):
         raise ValueError(f"group_steps must be at least 0, and fit into 32 bits, got {list(group_steps)}")
-
-
-def _fits(name: str, values: Tensor | None, svar: Tensor, shape: Sequence[int], dtype: torch.dtype) -> None:
-    if values is None:
-        return
-    if values.dtype != dtype:
-        raise TypeError(f"{name} must be {dtype}, got {values.dtype}")
-    if values.shape != shape:
-        raise ValueError(f"{name} must have shape {list(shape)}, got {list(values.shape)}")
-    if values.device != svar.device:
-        raise ValueError(f"{name} must be on {svar.device} as svar, got {values.device}")

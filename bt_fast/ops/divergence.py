@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bt_fast.ops.launch import KERNEL_DTYPES, MOST_INT32, has_triton
 from bt_fast.ops.numeric import wide
-from bt_fast.ops.pgd_step import KERNEL_DTYPES, MOST_INT32, _has_triton
 
 # the most classes of which a block holds whole rows, its rows and its warps
 TILES = ((32, 4, 4), (1024, 1, 8))
@@ -298,7 +298,7 @@ def _empty_results(*logits: Tensor) -> tuple[Tensor, ...]:
 
 
 def _kernel_takes(logits: Tensor) -> bool:
-    return logits.is_cuda and logits.dtype in KERNEL_DTYPES and max(logits.shape) < MOST_INT32 and _has_triton()
+    return logits.is_cuda and logits.dtype in KERNEL_DTYPES and max(logits.shape) < MOST_INT32 and has_triton()
 
 
 def _times_gap(p: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:

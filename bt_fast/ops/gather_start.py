@@ -7,10 +7,11 @@ import math
 import torch
 from torch import Tensor
 
+from bt_fast.ops.launch import KERNEL_DTYPES, MOST_INT32, check, contiguous, dense_format, has_triton, rounded
 from bt_fast.ops.numeric import per_sample, wide
-from bt_fast.ops.pgd_step import KERNEL_DTYPES, MOST_INT32, WARPS, _contiguous, _has_triton, _memory_format, _rounded
 
 NOISES = ("normal", "uniform")
+WARPS = 4
 BLOCK = WARPS * 32 * 4  # a thread has the four elements of one Philox call: 128 bits of float32
 PHILOX_MULTIPLIERS, PHILOX_KEYS, PHILOX_ROUNDS = (0xD2511F53, 0xCD9E8D57), (0x9E3779B9, 0xBB67AE85), 10
 LOW = 0xFFFFFFFF
@@ -94,7 +95,7 @@ def gather_start_reference(
 ) -> tuple[Tensor, Tensor]:
     """`gather_start` in plain torch, but for the offset, which stays."""
     clean, start = _like(x), _like(x)
-    dense = x if _memory_format(x) else x.contiguous()
+    dense = x if dense_format(x) else x.contiguous()
     rows = torch.arange(len(x), device=x.device) if order is None else order
     flat = torch.index_select(_flat(dense), 0, rows, out=_flat(clean))
     moved = unit_noise(rows, flat.shape[1], state, noise)
@@ -191,8 +192,8 @@ def launch_gather_start(
             x,
             clean,
             start,
-            _contiguous(order),
-            _contiguous(steps),
+            contiguous(order),
+            contiguous(steps),
             state,
             length,
             blocks,
@@ -211,10 +212,10 @@ def _kernel_takes(x: Tensor) -> bool:
     return (
         x.is_cuda
         and x.dtype in KERNEL_DTYPES
-        and _memory_format(x) is not None
+        and dense_format(x) is not None
         and x[:1].numel() < MOST_INT32
         and len(x) * _blocks(x) < MOST_INT32
-        and _has_triton()
+        and has_triton()
     )
 
 
@@ -225,12 +226,12 @@ def _blocks(x: Tensor) -> int:
 
 def _scale(x: Tensor, noise: str, scale: float) -> float:
     """ε as the projection has it, so that no start lies outside."""
-    return _rounded(scale, x.dtype) if noise == "uniform" else float(scale)
+    return rounded(scale, x.dtype) if noise == "uniform" else float(scale)
 
 
 def _like(x: Tensor) -> Tensor:
     """An empty tensor, dense in the memory format of `x`; contiguous where that has none."""
-    return torch.empty_like(x, memory_format=_memory_format(x) or torch.contiguous_format)
+    return torch.empty_like(x, memory_format=dense_format(x) or torch.contiguous_format)
 
 
 def _flat(x: Tensor) -> Tensor:
@@ -244,21 +245,10 @@ def _check(x: Tensor, order: Tensor | None, steps: Tensor | None, state: Tensor,
         raise TypeError(f"x must be floating point, got {x.dtype}")
     if x.dim() < 1:
         raise ValueError("x must have shape [m, ...], got a 0-dim tensor")
-    _fits("order", order, x, (len(x),), (torch.int64,))
-    _fits("steps", steps, x, (len(x),), (torch.int64, torch.int32))
-    _fits("state", state, x, (2,), (torch.int64,))
+    check("order", order, (len(x),), (torch.int64,), x.device)
+    check("steps", steps, (len(x),), (torch.int64, torch.int32), x.device)
+    check("state", state, (2,), (torch.int64,), x.device)
     if not state.is_contiguous():
         raise ValueError("state must be contiguous")
     if noise not in NOISES:
         raise ValueError(f"noise must be one of {', '.join(map(repr, NOISES))}, got {noise!r}")
-
-
-def _fits(name: str, values: Tensor | None, x: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> None:
-    if values is None:
-        return
-    if values.dtype not in dtypes:
-        raise TypeError(f"{name} must be {' or '.join(map(str, dtypes))}, got {values.dtype}")
-    if values.shape != shape:
-        raise ValueError(f"{name} must have shape {list(shape)}, got {list(values.shape)}")
-    if values.device != x.device:
-        raise ValueError(f"{name} must be on {x.device} as x, got {values.device}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bt_fast.ops.pgd_step import _has_triton
+from bt_fast.ops.launch import has_triton
 
 ONE_LAUNCH = 8192  # the most samples whose pairs one launch compares
 MOST_SAMPLES = 2**20
@@ -35,7 +35,7 @@ def order_by_steps(steps: Tensor, most: int) -> tuple[Tensor, Tensor]:
     """
     _check(steps, most)
     steps = steps.long()
-    if not (steps.is_cuda and _has_triton() and 0 < len(steps) <= MOST_SAMPLES):
+    if not (steps.is_cuda and has_triton() and 0 < len(steps) <= MOST_SAMPLES):
         return order_reference(steps, most)
     if len(steps) <= ONE_LAUNCH and (most + 2) * ONE_LAUNCH < 2**31:
         return launch_order(steps, most)

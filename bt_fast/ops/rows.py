@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-
 import torch
 from torch import Tensor
 
-KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-MOST_INT32 = 2**31 - 2**16  # a launch counts rows and classes in int32; the spare covers the last block's tail
+from bt_fast.ops.launch import KERNEL_DTYPES, MOST_INT32, has_triton
+
 LONGEST_BLOCK = 8192  # classes that a program holds at once
 LONG_BLOCK, LONG_WARPS = 4096, 16  # of rows that are longer
 
@@ -45,16 +42,6 @@ def check_logits(name: str, logits: Tensor, least: int = 0) -> None:
         raise ValueError(f"{name} must have shape [m, K] with m >= {least} and K >= 2, got {list(logits.shape)}")
 
 
-def check_beside(name: str, values: Tensor, logits: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    """Raise TypeError or ValueError that names `name` unless `values` has this shape and dtype, and logits' device."""
-    if values.dtype != dtype:
-        raise TypeError(f"{name} must be {dtype}, got {values.dtype}")
-    if values.shape != shape:
-        raise ValueError(f"{name} must have shape {list(shape)}, got {list(values.shape)}")
-    if values.device != logits.device:
-        raise ValueError(f"{name} must be on {logits.device} as the logits, got {values.device}")
-
-
 def kernel_takes(logits: Tensor) -> bool:
     """Whether the kernels compute rows such as these [m, K]: on CUDA, with triton, not in float64."""
     return (
@@ -64,12 +51,6 @@ def kernel_takes(logits: Tensor) -> bool:
         and logits.shape[1] < MOST_INT32
         and has_triton()
     )
-
-
-@functools.cache
-def has_triton() -> bool:
-    """Whether triton is installed; asked without importing it."""
-    return importlib.util.find_spec("triton") is not None
 
 
 def rows_apart(logits: Tensor) -> tuple[Tensor, int | None]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bt_fast.ops import rows
+from bt_fast.ops.launch import check
 
 
 class SignedVariance(NamedTuple):
@@ -110,4 +111,4 @@ def _results(logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def _check(logits: Tensor, labels: Tensor) -> None:
     rows.check_logits("logits", logits)
-    rows.check_beside("labels", labels, logits, logits.shape[:1], torch.int64)
+    check("labels", labels, logits.shape[:1], (torch.int64,), logits.device)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from bt_fast.ops import rows
+from bt_fast.ops.launch import check
 
 # what one program counts by itself: 8192 rows of up to 1024 classes
 MOST_ROWS, MOST_LOGITS = 2**13, 2**23
@@ -114,6 +115,6 @@ def block_of(classes: int) -> tuple[int, int]:
 
 def _check(robust_fraction: Tensor, unreported_faults: Tensor, logits: Tensor, labels: Tensor) -> None:
     rows.check_logits("logits", logits, least=1)
-    rows.check_beside("labels", labels, logits, logits.shape[:1], torch.int64)
-    rows.check_beside("robust_fraction", robust_fraction, logits, (), torch.float64)
-    rows.check_beside("unreported_faults", unreported_faults, logits, (), torch.int64)
+    check("labels", labels, logits.shape[:1], (torch.int64,), logits.device)
+    check("robust_fraction", robust_fraction, (), (torch.float64,), logits.device)
+    check("unreported_faults", unreported_faults, (), (torch.int64,), logits.device)

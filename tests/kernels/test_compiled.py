@@ -29,7 +29,10 @@ def test_a_kernel_uses_registers_alone_and_wide_accesses(name):
 def test_a_step_in_single_precision_divisible_by_16_takes_128_bits():
     steps = [v for v in VARIANTS.values() if v.types.get("grad") == "*fp32" and "length" in v.divisible]
     assert steps
-    assert all(v.load_bits == v.store_bits == 128 for v in steps)
+    assert all(v.load_bits == 128 for v in steps)
+    writing = [v for v in steps if v.store_bits]  # the others find out about the gradient
+    assert writing
+    assert all(v.store_bits == 128 for v in writing)
 
 
 def test_no_kernel_is_left_out():

@@ -16,11 +16,13 @@ from small_models import (
     SHAPE,
     Dead,
     Frozen,
+    Undefined,
     assert_unchanged,
     batch,
     build,
     gradients,
     snapshot,
+    with_bright,
 )
 from tolerances import UPDATES, assert_near, assert_near_nested
 from torch import nn
@@ -500,14 +502,15 @@ def test_a_model_in_half_precision(bullet, dtype, distance):
 
 @BULLETS
 @pytest.mark.parametrize("distance", DISTANCES)
-def test_one_read_a_call_on_a_device(bullet, distance):
+def test_one_read_a_call_on_a_device_and_one_more_without_bullettrain(bullet, distance):
+    """Without state there is no later call that could raise what is wrong with an attack's gradients."""
     model = build("conv_bn", dtype=torch.float32).to(DEVICE)
     x = torch.empty(8, *SHAPE, device=DEVICE)
     y = torch.zeros(8, dtype=torch.int64, device=DEVICE)
     bullet = bullet and copy.deepcopy(bullet).to(DEVICE)
     with pretended_device(plan=[5, 2, 2, 3, 2, 3] if bullet else []) as reads:
         loss = trades_loss(model, x, y, sgd(model), perturb_steps=3, bullet=bullet, distance=distance)
-        assert (reads.started, reads.waited) == (1, 1)
+        assert reads.started == reads.waited == (1 if bullet else 2)
         loss.backward()
     assert loss.device == DEVICE
 
@@ -520,10 +523,10 @@ def test_buffers_that_never_change_are_compared_on_the_first_call_only():
     x, y = x.to(DEVICE), y.to(DEVICE)
     with pretended_device() as reads:
         trades_loss(model, x, y, None, perturb_steps=3)
-    assert (reads.started, reads.waited) == (1, 1)
+    assert (reads.started, reads.waited) == (2, 2)
 
 
-@pytest.mark.parametrize(("bullet", "reads"), [(None, 1), (BulletTrain(3, 1, 0), 2)])
+@pytest.mark.parametrize(("bullet", "reads"), [(None, 2), (BulletTrain(3, 1, 0), 2)])
 def test_reads_on_the_cpu(bullet, reads):
     """On the CPU a read costs nothing, and BulletTrain's update checks its logits at once."""
     with counted_waits() as waits:
@@ -626,6 +629,28 @@ def test_bad_combinations_of_options():
     with pytest.raises(ValueError, match=r"BulletTrain is on meta.*cpu"):
         trades_loss(model, X, Y, None, bullet=BulletTrain().to(DEVICE))
     assert_unchanged(before, model, bullet)
+
+
+@BULLETS
+@pytest.mark.parametrize("distance", DISTANCES)
+def test_a_gradient_with_nan_is_an_error_that_counts_the_samples(bullet, distance):
+    model, bullet = build(Undefined), copy.deepcopy(bullet)
+    bright = [1, 4, 5]
+    x, y = with_bright(bright)
+    count = 3
+    if bullet:
+        y = own_labels(model, x)
+        steps = copy.deepcopy(bullet).assign(model.eval()(x), y).steps
+        count = int((steps[bright] > 0).sum())
+        assert count
+        model.train()
+    state = [model] if bullet is None else [model, bullet]
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    before = snapshot(*state)
+    with pytest.raises(ValueError, match=f"input gradient must be finite, but held NaN for {count} of 8 samples"):
+        trades_loss(model, x, y, sgd(model), perturb_steps=3, distance=distance, bullet=bullet)
+    assert_unchanged(before, *state)
 
 
 def test_nan_logits_of_the_corrupted_batch_leave_the_fraction_alone():
