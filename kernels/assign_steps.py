@@ -2,7 +2,7 @@
 
 Names as in flash-linear-attention: tensors `x`, block values `b_x`, masks `m_x`, offsets `o_x`, ids `i_x`. The order
 statistics come from integer keys that sort as the floats do, so that they are exact and NaN has its place: the last.
-The three groups' counts travel packed into one int64, 21 bits each: one scan instead of three.
+The three groups' counts travel packed: one scan instead of three, and one number for a block.
 """
 
 import triton
@@ -11,8 +11,10 @@ import triton.language as tl
 OUTLIER: tl.constexpr = tl.constexpr(0)
 BOUNDARY: tl.constexpr = tl.constexpr(1)
 ROBUST: tl.constexpr = tl.constexpr(2)
-FIELD: tl.constexpr = tl.constexpr(21)  # bits of a packed count: m ≤ 2^20
+FIELD: tl.constexpr = tl.constexpr(21)  # bits of a count in an int64: m ≤ 2^20
 FIELD_MASK: tl.constexpr = tl.constexpr(2**21 - 1)
+NARROW: tl.constexpr = tl.constexpr(15)  # bits of a count in an int32: a block holds no more than 2^14
+NARROW_MASK: tl.constexpr = tl.constexpr(2**15 - 1)
 LAST: tl.constexpr = tl.constexpr(0x7FFFFFFF)  # the largest key: NaN, and what lies beyond m
 FIRST: tl.constexpr = tl.constexpr(-0x80000000)
 BINS: tl.constexpr = tl.constexpr(256)  # a key is selected digit by digit, 8 bits each
@@ -52,29 +54,20 @@ def _threshold(low, high, t, m):
 
 
 @triton.jit
-def _assign(
-    b_svar,
-    m_x,
-    o_x,
-    correct,
-    robust_fraction,
-    threshold,
-    group,
-    steps,
-    step_size,
-    steps_outlier,
-    steps_boundary,
-    steps_robust,
-    size_outlier,
-    size_boundary,
-    size_robust,
-    BLOCK: tl.constexpr,
-):
-    """Write a block's groups, steps and step sizes; return its steps and, packed, its membership."""
-    b_correct = tl.load(correct + o_x, mask=m_x, other=0) != 0
+def _groups(svar, correct, robust_fraction, threshold, o_x, m_x):
+    """A block's groups."""
     least = tl.where(tl.load(robust_fraction) > 0, threshold, float("nan"))  # at F_R = 0 no sample reaches it
-    b_robust = b_svar.to(tl.float64) >= least
-    b_group = tl.where(b_correct, tl.where(b_robust, ROBUST, BOUNDARY), OUTLIER)
+    b_robust = tl.load(svar + o_x, mask=m_x, other=0.0).to(tl.float64) >= least
+    b_correct = tl.load(correct + o_x, mask=m_x, other=0) != 0
+    return tl.where(b_correct, tl.where(b_robust, ROBUST, BOUNDARY), OUTLIER)
+
+
+@triton.jit
+def _allot(
+    b_group, m_x, o_x, group, steps, step_size,
+    steps_outlier, steps_boundary, steps_robust, size_outlier, size_boundary, size_robust, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Write a block's groups, steps and step sizes; return the steps."""
     b_steps = tl.where(b_group == BOUNDARY, steps_boundary, steps_outlier)
     b_steps = tl.where(b_group == ROBUST, steps_robust, b_steps)
     # tl.full: the interpreter passes a number as it is, and would round it to float32 in any other place
@@ -84,13 +77,23 @@ def _assign(
     tl.store(group + o_x, b_group.to(tl.int64), mask=m_x)
     tl.store(steps + o_x, b_steps.to(tl.int64), mask=m_x)
     tl.store(step_size + o_x, b_size, mask=m_x)
-    return b_steps, _member(b_group, m_x)
+    return b_steps
 
 
 @triton.jit
-def _member(b_group, m_x):
-    """1 in the packed field of each sample's group."""
-    return tl.where(m_x, tl.full((), 1, tl.int64) << (b_group * FIELD).to(tl.int64), 0)
+def _narrow(b_group):
+    """1 in the field of each sample's group, in 32 bits; robust samples are those that neither field counts."""
+    return tl.where(b_group == OUTLIER, 1, tl.where(b_group == BOUNDARY, NARROW_MASK + 1, 0))
+
+
+@triton.jit
+def _sizes(b_group, m_x):
+    """The sizes of a block's groups, packed into an int64."""
+    total = tl.sum(tl.where(m_x, _narrow(b_group), 0), axis=0).to(tl.int64)
+    outlier = total & NARROW_MASK
+    boundary = total >> NARROW
+    robust = tl.sum(m_x.to(tl.int32), axis=0).to(tl.int64) - outlier - boundary
+    return outlier | (boundary << FIELD) | (robust << (2 * FIELD))
 
 
 @triton.jit
@@ -100,17 +103,22 @@ def _count(packed, GROUP: tl.constexpr):
 
 
 @triton.jit
-def _positions(b_steps, b_before, sizes, steps_outlier, steps_boundary, steps_robust):
-    """Where each sample stands: behind all with more steps, and behind those with as many that came before it.
+def _positions(b_group, b_steps, before, sizes, steps_outlier, steps_boundary, steps_robust, BLOCK: tl.constexpr):
+    """Where each sample stands: behind all with more steps, and behind those with as many that come before it.
 
-    b_before: packed counts of the samples before each one; sizes: of all.
+    before: packed counts of the blocks before; sizes: of all. Lanes beyond m are the last and disturb no other.
     """
-    b_at = tl.where(steps_outlier > b_steps, _count(sizes, OUTLIER), 0)
-    b_at += tl.where(steps_boundary > b_steps, _count(sizes, BOUNDARY), 0)
-    b_at += tl.where(steps_robust > b_steps, _count(sizes, ROBUST), 0)
-    b_at += tl.where(steps_outlier == b_steps, _count(b_before, OUTLIER), 0)
-    b_at += tl.where(steps_boundary == b_steps, _count(b_before, BOUNDARY), 0)
-    b_at += tl.where(steps_robust == b_steps, _count(b_before, ROBUST), 0)
+    b_one = _narrow(b_group)
+    b_scan = tl.cumsum(b_one, axis=0) - b_one
+    b_outlier = b_scan & NARROW_MASK
+    b_boundary = b_scan >> NARROW
+    b_robust = tl.arange(0, BLOCK) - b_outlier - b_boundary
+    b_at = tl.where(steps_outlier > b_steps, _count(sizes, OUTLIER).to(tl.int32), 0)
+    b_at += tl.where(steps_boundary > b_steps, _count(sizes, BOUNDARY).to(tl.int32), 0)
+    b_at += tl.where(steps_robust > b_steps, _count(sizes, ROBUST).to(tl.int32), 0)
+    b_at += tl.where(steps_outlier == b_steps, b_outlier + _count(before, OUTLIER).to(tl.int32), 0)
+    b_at += tl.where(steps_boundary == b_steps, b_boundary + _count(before, BOUNDARY).to(tl.int32), 0)
+    b_at += tl.where(steps_robust == b_steps, b_robust + _count(before, ROBUST).to(tl.int32), 0)
     return b_at
 
 
@@ -127,11 +135,11 @@ def _unfit(unfit, o_x, m_x):
 @triton.jit
 def _report(
     counts, sizes, unfit, faults, group_counts, most, n_faults, steps_outlier, steps_boundary, steps_robust,
-    CHUNK: tl.constexpr = 128,
+    COUNTS: tl.constexpr = 128,
 ):  # fmt: skip
     """Write the numbers for the host, and count the groups unless there is a fault. For one program."""
-    for start in range(0, most, CHUNK):
-        o_t = start + tl.arange(0, CHUNK)
+    for start in range(0, most, COUNTS):
+        o_t = start + tl.arange(0, COUNTS)
         b_active = tl.where(steps_outlier > o_t, _count(sizes, OUTLIER), 0)
         b_active += tl.where(steps_boundary > o_t, _count(sizes, BOUNDARY), 0)
         b_active += tl.where(steps_robust > o_t, _count(sizes, ROBUST), 0)
@@ -141,8 +149,8 @@ def _report(
     tl.store(counts + most + 2, _count(sizes, ROBUST))
     faulty = unfit
     if faults is not None:
-        for start in range(0, n_faults, CHUNK):
-            o_f = start + tl.arange(0, CHUNK)
+        for start in range(0, n_faults, COUNTS):
+            o_f = start + tl.arange(0, COUNTS)
             b_fault = tl.load(faults + o_f, mask=o_f < n_faults, other=0)
             tl.store(counts + most + 3 + o_f, b_fault, mask=o_f < n_faults)
             faulty += tl.sum((b_fault != 0).to(tl.int64), axis=0)
@@ -179,12 +187,12 @@ def assign_steps_fwd_kernel(
     size_boundary: tl.float64,
     size_robust: tl.float64,
     BLOCK: tl.constexpr,  # at least m
+    CHUNK: tl.constexpr,
 ):
     """The whole assignment by one program."""
     o_x = tl.arange(0, BLOCK)
     m_x = o_x < m
-    b_svar = tl.load(svar + o_x, mask=m_x, other=0.0)
-    b_key = _key(b_svar, m_x)
+    b_key = _key(tl.load(svar + o_x, mask=m_x, other=0.0), m_x)
 
     # the largest key with no more than `k` keys below it, from the highest bit down
     rank, below = _rank(robust_fraction, m)
@@ -200,15 +208,26 @@ def assign_steps_fwd_kernel(
     cut = _threshold(_value(low), _value(high), rank - below, m)
     tl.store(threshold, cut)
 
-    b_steps, b_member = _assign(
-        b_svar, m_x, o_x, correct, robust_fraction, cut, group, steps, step_size,
-        steps_outlier, steps_boundary, steps_robust, size_outlier, size_boundary, size_robust, BLOCK,
-    )  # fmt: skip
-    sizes = tl.sum(b_member, axis=0)
-    b_before = tl.cumsum(b_member, axis=0) - b_member
-    b_at = _positions(b_steps, b_before, sizes, steps_outlier, steps_boundary, steps_robust)
-    tl.store(order + b_at, o_x.to(tl.int64), mask=m_x)
-    unfit_rows = _unfit(unfit, o_x, m_x)
+    # from here on a chunk at a time: twice to read what is at hand is cheaper than the registers to keep it
+    sizes = tl.full((), 0, tl.int64)
+    unfit_rows = tl.full((), 0, tl.int64)
+    for start in range(0, m, CHUNK):
+        o_c = start + tl.arange(0, CHUNK)
+        m_c = o_c < m
+        sizes += _sizes(_groups(svar, correct, robust_fraction, cut, o_c, m_c), m_c)
+        unfit_rows += _unfit(unfit, o_c, m_c)
+    before = tl.full((), 0, tl.int64)
+    for start in range(0, m, CHUNK):
+        o_c = start + tl.arange(0, CHUNK)
+        m_c = o_c < m
+        b_group = _groups(svar, correct, robust_fraction, cut, o_c, m_c)
+        b_steps = _allot(
+            b_group, m_c, o_c, group, steps, step_size,
+            steps_outlier, steps_boundary, steps_robust, size_outlier, size_boundary, size_robust, CHUNK,
+        )  # fmt: skip
+        b_at = _positions(b_group, b_steps, before, sizes, steps_outlier, steps_boundary, steps_robust, CHUNK)
+        tl.store(order + b_at, o_c.to(tl.int64), mask=m_c)
+        before += _sizes(b_group, m_c)
     _report(
         counts, sizes, unfit_rows, faults, group_counts, most, n_faults, steps_outlier, steps_boundary, steps_robust
     )
@@ -308,12 +327,12 @@ def group_blocks_fwd_kernel(
 
     o_x = i_b * BLOCK + tl.arange(0, BLOCK)
     m_x = o_x < m
-    b_svar = tl.load(svar + o_x, mask=m_x, other=0.0)
-    _, b_member = _assign(
-        b_svar, m_x, o_x, correct, robust_fraction, cut, group, steps, step_size,
+    b_group = _groups(svar, correct, robust_fraction, cut, o_x, m_x)
+    _allot(
+        b_group, m_x, o_x, group, steps, step_size,
         steps_outlier, steps_boundary, steps_robust, size_outlier, size_boundary, size_robust, BLOCK,
     )  # fmt: skip
-    tl.store(block_sizes + i_b, tl.sum(b_member, axis=0))
+    tl.store(block_sizes + i_b, _sizes(b_group, m_x))
     tl.store(block_unfit + i_b, _unfit(unfit, o_x, m_x))
 
 
@@ -348,9 +367,7 @@ def order_blocks_fwd_kernel(
     m_x = o_x < m
     b_group = tl.load(group + o_x, mask=m_x, other=0).to(tl.int32)
     b_steps = tl.load(steps + o_x, mask=m_x, other=0).to(tl.int32)
-    b_member = _member(b_group, m_x)
-    b_before = before + tl.cumsum(b_member, axis=0) - b_member
-    b_at = _positions(b_steps, b_before, sizes, steps_outlier, steps_boundary, steps_robust)
+    b_at = _positions(b_group, b_steps, before, sizes, steps_outlier, steps_boundary, steps_robust, BLOCK)
     tl.store(order + b_at, o_x.to(tl.int64), mask=m_x)
     if i_b == 0:
         unfit = tl.sum(tl.load(block_unfit + o_k, mask=o_k < blocks, other=0), axis=0)

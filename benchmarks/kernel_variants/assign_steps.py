@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks.kernel_variants import Variant, arguments, pointers
 from bt_fast.kernels import assign_steps as kernels
-from bt_fast.ops.assign_steps import BLOCK, BLOCK_WARPS, BLOCKS, WARPS
+from bt_fast.ops.assign_steps import BLOCK, BLOCK_WARPS, BLOCKS, CHUNK, WARPS
 
 FLOATS = {"svar": "*fp32", "robust_fraction": "*fp64", "threshold": "*fp64", "step_size": "*fp64"}
 INTEGERS = {
@@ -43,12 +43,14 @@ def variant(name: str, function: Any, warps: int, moved: float, least: float, ma
 def variants() -> Iterator[Variant]:
     """What an assignment's launches can be."""
     written = 8 + 8 + 8  # group, steps, step size
-    moved = 4 + 1 + 1 + written + 8
+    least = 4 + 1 + 1 + written + 8
+    moved = least + 2 * 4 + 1  # SVar once more for the sizes and once for the order, correct twice
     one = kernels.assign_steps_fwd_kernel
     for block, warps in WARPS.items():
-        yield variant(f"assign_steps {block}", one, warps, moved, moved, block == max(WARPS), BLOCK=block)
-    bare: dict[str, Any] = {"BLOCK": 1024, "unfit": None, "faults": None, "group_counts": None}
-    yield variant("assign_steps 1024 bare", one, WARPS[1024], moved - 1, moved - 1, False, **bare)
+        sizes = {"BLOCK": block, "CHUNK": CHUNK}
+        yield variant(f"assign_steps {block}", one, warps, moved, least, block == max(WARPS), **sizes)
+    bare: dict[str, Any] = {"BLOCK": 1024, "CHUNK": CHUNK, "unfit": None, "faults": None, "group_counts": None}
+    yield variant("assign_steps 1024 bare", one, WARPS[1024], moved - 1, least - 1, False, **bare)
     blocks = {"BLOCK": BLOCK, "BLOCKS": BLOCKS}
     yield variant("select_digit", kernels.select_digit_fwd_kernel, BLOCK_WARPS, 4, 4, True, BLOCK=BLOCK)
     group, order = kernels.group_blocks_fwd_kernel, kernels.order_blocks_fwd_kernel

@@ -15,6 +15,7 @@ GROUPS = ("outlier", "boundary", "robust")
 
 MOST_SAMPLES = 2**20  # of a batch for the kernels
 WARPS = {1024: 4, 8192: 16}  # of the one program, by the size of its block
+CHUNK = 1024  # of it at a time, once the threshold is known
 BLOCK = 2048  # of each program of a batch beyond that
 BLOCKS = MOST_SAMPLES // BLOCK
 BLOCK_WARPS = 8
@@ -178,6 +179,7 @@ def launch_assign(
             *group_steps,
             *map(float, group_step_sizes),
             BLOCK=block,
+            CHUNK=CHUNK,
             num_warps=WARPS[block],
             enable_fp_fusion=False,
         )

@@ -26,10 +26,10 @@ ASSIGN = [
     ("a threshold below 0", "(percentile <= 0) |", "(percentile != percentile) |"),
     ("keys of negative numbers in reverse", "b_key = b_bits ^ ((b_bits >> 31) & LAST)", "b_key = b_bits"),
     ("NaN by its sign", "(b_v == b_v) & m_v", "m_v"),
-    ("groups by rounded numbers", "b_svar.to(tl.float64) >= least", "b_svar >= least.to(tl.float32)"),
+    ("groups by rounded numbers", ".to(tl.float64) >= least", " >= least.to(tl.float32)"),
     ("swapped α", "size_boundary, tl.float64)", "size_robust, tl.float64)"),
-    ("not stable", "tl.cumsum(b_member, axis=0) - b_member", "tl.sum(b_member, axis=0) - tl.cumsum(b_member, axis=0)"),
-    ("equal counts apart", "tl.where(steps_robust == b_steps, _count(b_before, ROBUST), 0)", "0"),
+    ("not stable", "tl.cumsum(b_one, axis=0) - b_one", "tl.sum(b_one, axis=0) - tl.cumsum(b_one, axis=0)"),
+    ("equal counts apart", "steps_robust == b_steps, b_robust", "steps_robust < 0, b_robust"),
     ("active one step longer", "steps_boundary > o_t", "steps_boundary >= o_t"),
     ("unfit rows are not looked at", "faulty = unfit", "faulty = unfit * 0"),
 ]
@@ -38,7 +38,7 @@ BLOCKS = [
     ("others are not taken out", "tl.where(o_b == 0, others, 0)", "0"),
     ("the next key only in the last digit", "next_digit < BINS, low -", "next_digit >= 0, low -"),
     ("the lower neighbour for the upper", "among_equal + 1 < equal", "among_equal < equal"),
-    ("samples of the blocks before are forgotten", "before + tl.cumsum", "tl.cumsum"),
+    ("samples of the blocks before are forgotten", "o_k < i_b, b_sizes", "o_k < 0, b_sizes"),
 ]
 ORDER = [
     ("not stable", "* SPAN + o_i,", "* SPAN - o_i,"),

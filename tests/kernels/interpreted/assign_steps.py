@@ -58,7 +58,7 @@ def test_an_empty_batch():
 
 @pytest.mark.parametrize("kind", ["normal", "all equal"])
 def test_as_many_samples_as_the_blocks_take(kind):
-    with mock.patch.object(op, "BLOCK", 2**17):
+    with mock.patch.object(op, "BLOCK", 2**14):
         check(op.launch_assign_in_blocks, case(op.MOST_SAMPLES, 0, kind=kind, f_r=0.3, policy=(3, 3, 3)))
 
 
