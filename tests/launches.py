@@ -24,7 +24,7 @@ class _Launches(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
         views = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
-        if not views and name not in ROOM:
+        if not views and name not in ROOM and size((args, kwargs, out)):
             self.names.append(func._schema.name)
             changed = any(a.alias_info is not None and a.alias_info.is_write for a in func._schema.arguments)
             read = args[1:] if name in WITHOUT_READING else (args, kwargs)
