@@ -4,6 +4,7 @@ Algorithm and names follow "BulletTrain: Accelerating Robust Neural Network Trai
 (Hua et al., NeurIPS 2021).
 """
 
+from bt_fast.attack.folded import Frozen
 from bt_fast.attack.generate import generate
 from bt_fast.attack.schedule import Schedule
 from bt_fast.attack.threat import ThreatModel
@@ -17,6 +18,7 @@ __all__ = [
     "Assignment",
     "BulletTrain",
     "Fractions",
+    "Frozen",
     "Schedule",
     "ThreatModel",
     "generate",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bt_fast import ops
 from bt_fast.attack.frozen import logits_of
@@ -12,7 +14,7 @@ from bt_fast.attack.threat import ThreatModel
 
 
 def run_eager(
-    model: nn.Module,
+    model: Callable[[Tensor], Tensor],
     x_adv: Tensor,
     clean: Tensor,
     target: Tensor,
@@ -43,7 +45,7 @@ def run_eager(
             ops.l2_step_(x_adv[:n], grad, clean[:n], step_size[:n], *box, stand_in)
 
 
-def input_gradient(model: nn.Module, x: Tensor, target: Tensor) -> Tensor:
+def input_gradient(model: Callable[[Tensor], Tensor], x: Tensor, target: Tensor) -> Tensor:
     """The inner loss's gradient with respect to `x` alone: no parameter's gradient is computed or touched."""
     x = x.detach().requires_grad_()
     with torch.enable_grad():

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bt_fast import faults, ops
-from bt_fast.attack.frozen import clean_logits, eval_mode, logits_of, modes_restored
-from bt_fast.attack.generate import generate, normal_noise
+from bt_fast.attack.folded import Frozen, attack_model
+from bt_fast.attack.frozen import clean_logits, logits_of, modes_restored
+from bt_fast.attack.generate import COMPARED, generate, normal_noise
 from bt_fast.attack.schedule import Schedule
 from bt_fast.attack.threat import ThreatModel
 from bt_fast.faults import CheckedRead, Fault
@@ -38,6 +39,7 @@ def trades_loss(
     bullet: BulletTrain | None = None,
     unperturbed: Unperturbed | None = None,
     generator: torch.Generator | None = None,
+    frozen: Frozen | None = None,
 ) -> Tensor:
     """The TRADES loss `CE(h(x), y) + β/m · Σ KL(softmax h(x) ‖ softmax h(x'))`, ready for `backward()`.
 
@@ -71,6 +73,8 @@ def trades_loss(
             section 3.2 of the paper differ here).
         generator: on the images' device, for the random start. Without it and without `bullet`, images on the CPU
             draw as the authors' code does, so that a seeded script repeats its numbers.
+        frozen: a faster view of the model for the attack, `Frozen()`: the same up to rounding. Without it the attack
+            sees the model itself.
 
     Returns:
         0-dim loss with gradient to the model's parameters.
@@ -82,16 +86,16 @@ def trades_loss(
             own forwards, after a sound attack, leaves batch-norm buffers moved.
     """
     threat = ThreatModel(epsilon, distance)
-    _check(x_natural, y, optimizer, step_size, perturb_steps, beta, bullet, unperturbed, generator)
+    _check(x_natural, y, optimizer, step_size, perturb_steps, beta, bullet, unperturbed, generator, frozen)
     x = x_natural.detach()
     pixels = faults.pixels_outside(x, threat.lower, threat.upper, "x_natural")
     if bullet is None:
-        x_adv = _uniform_attack(model, x, y, step_size, perturb_steps, threat, generator, pixels)
+        x_adv = _uniform_attack(model, x, y, step_size, perturb_steps, threat, generator, frozen, pixels)
         with _update_modes(model):
             loss = _update_twice(model, x, x_adv, y.long(), beta)
         _zero_grad(optimizer)
         return loss
-    schedule, clean, x_adv = _ragged_attack(model, x, y, step_size, threat, bullet, generator, pixels)
+    schedule, clean, x_adv = _ragged_attack(model, x, y, step_size, threat, bullet, generator, frozen, pixels)
     labels = schedule.sort(y).long()
     keep = unperturbed == "keep" if unperturbed else (bullet.robust_steps or bullet.outlier_steps)
     moving = schedule.active[0] if schedule.active else 0
@@ -109,6 +113,7 @@ def _uniform_attack(
     steps: int,
     threat: ThreatModel,
     generator: torch.Generator | None,
+    frozen: Frozen | None,
     pixels: Fault,
 ) -> Tensor:
     """The authors' attack: every sample takes `steps` steps."""
@@ -118,8 +123,8 @@ def _uniform_attack(
         if as_authors:  # the TRADES code draws once more and uses the second
             start = x + normal_noise(x, generator, on_cpu=True)
         step_size = 2.0 * threat.epsilon / steps
-    with eval_mode(model):
-        logits = clean_logits(model, x)
+    with attack_model(model, frozen, x[:COMPARED]) as view:
+        logits = clean_logits(view, x)
     target = ops.wide(logits).softmax(dim=1)
     found = [
         pixels,
@@ -128,7 +133,7 @@ def _uniform_attack(
     ]
     read = CheckedRead(torch.empty(0, dtype=torch.int64, device=x.device), found)
     schedule = Schedule.uniform(len(x), steps, step_size, x.device)
-    x_adv = generate(model, x, start.to(x.dtype), target, schedule, threat, generator=generator)
+    x_adv = generate(model, x, start.to(x.dtype), target, schedule, threat, generator=generator, frozen=frozen)
     read.wait()
     return x_adv
 
@@ -141,11 +146,12 @@ def _ragged_attack(
     threat: ThreatModel,
     bullet: BulletTrain,
     generator: torch.Generator | None,
+    frozen: Frozen | None,
     pixels: Fault,
 ) -> tuple[Schedule, Tensor, Tensor]:
     """Algorithm 2's attack: the schedule, and x and x' in its order."""
-    with eval_mode(model):
-        logits = clean_logits(model, x)
+    with attack_model(model, frozen, x[:COMPARED]) as view:
+        logits = clean_logits(view, x)
     if threat.norm == "l_2":
         step_size = 2.0 * threat.epsilon / max(bullet.boundary_steps, 1)
     assignment = bullet.start_assignment(
@@ -156,7 +162,7 @@ def _ragged_attack(
     clean = x[assignment.order]
     schedule = Schedule.from_assignment(assignment)
     target = schedule.sort(assignment.probabilities)
-    return schedule, clean, generate(model, clean, start, target, schedule, threat, generator=generator)
+    return schedule, clean, generate(model, clean, start, target, schedule, threat, generator=generator, frozen=frozen)
 
 
 def _update_twice(model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, beta: float) -> Tensor:
@@ -213,6 +219,7 @@ def _check(
     bullet: BulletTrain | None,
     unperturbed: Unperturbed | None,
     generator: torch.Generator | None,
+    frozen: Frozen | None,
 ) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"x_natural must be a tensor of images, got {type(x).__name__}")
@@ -232,6 +239,8 @@ def _check(
         raise TypeError(f"generator must be a torch.Generator or None, got {type(generator).__name__}")
     if generator is not None and generator.device.type != x.device.type:
         raise ValueError(f"generator must be on {x.device} like the images, but is on {generator.device}")
+    if frozen is not None and not isinstance(frozen, Frozen):
+        raise TypeError(f"frozen must be a Frozen or None, got {type(frozen).__name__}")
     if unperturbed not in (None, "keep", "skip"):
         raise ValueError(f"unperturbed must be 'keep', 'skip' or None, got {unperturbed!r}")
     step_count("perturb_steps", perturb_steps, least=1 if bullet is None else 0)
