@@ -147,10 +147,22 @@ class FrozenModel:
             self._folded = torch.compile(model if self._folded is None else self._folded, dynamic=True)
 
     @property
+    def model(self) -> nn.Module:
+        """The model of which this is a view."""
+        model = self._model()
+        assert model is not None, "the model is gone"
+        return model
+
+    def tensors(self) -> list[Tensor]:
+        """All that a call reads."""
+        frozen = [t for layer in self._layers for t in layer.buffers()]
+        return [*frozen, *(t for t in self._tensors if isinstance(t, Tensor))]
+
+    @property
     def current(self) -> bool:
         """Whether the model still consists of the tensors and modules that it was traced with, and has no hooks."""
         model = self._model()
-        if model is None or (self._layers and _hooked(model)):
+        if model is None or (self._layers and hooked(model)):
             return False
         now = _tensors(model)
         return len(now) == len(self._tensors) and all(a is b for a, b in zip(now, self._tensors, strict=True))
@@ -163,8 +175,7 @@ class FrozenModel:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Logits [n, K] of x [n, ...]."""
-        run = self._model() if self._folded is None else self._folded
-        assert run is not None, "the model is gone"
+        run = self.model if self._folded is None else self._folded
         x = self._formatted(x)
         if self._recipe.autocast is None:
             return run(x)
@@ -206,7 +217,7 @@ def _tensors(model: nn.Module) -> list[object]:
 
 def _traced(model: nn.Module, channels_last: bool) -> tuple[fx.GraphModule, list[_FrozenLayer]]:
     """The model's computation on frozen layers, and these."""
-    if name := _hooked(model):
+    if name := hooked(model):
         raise NotFoldedError(f"{name} has a hook, which a folded model would not run")
     try:
         graph = fx.symbolic_trace(model)
@@ -235,7 +246,7 @@ def _traced(model: nn.Module, channels_last: bool) -> tuple[fx.GraphModule, list
     return graph.eval(), layers
 
 
-def _hooked(model: nn.Module) -> str | None:
+def hooked(model: nn.Module) -> str | None:
     """The name of a module with a hook."""
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     modules = model.named_modules()
