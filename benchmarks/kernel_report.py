@@ -2,6 +2,7 @@
 
 python -m benchmarks.kernel_report            # write benchmarks/results/kernels.md
 python -m benchmarks.kernel_report --check    # fail if it would change
+python -m benchmarks.kernel_report --all      # every form for every architecture: fail if one breaks a rule
 """
 
 from __future__ import annotations
@@ -44,12 +45,25 @@ class Compiled:
     instructions: int
 
 
-def targets(variant: Variant) -> list[int]:
+def targets(variant: Variant, *, everywhere: bool = False) -> list[int]:
     """The architectures that the variant is compiled for: all if it is a main one, else two. bfloat16 needs sm_80."""
     bfloat16 = "*bf16" in variant.types.values()
-    if not variant.main:
+    if not (variant.main or everywhere):
         return [80 if bfloat16 else 75, 90]
     return [sm for sm in THREADS if sm >= 80 or not bfloat16]
+
+
+def broken_rules(name: str, sm: int) -> list[str]:
+    """What is wrong with a variant's code for an architecture: local memory, narrow accesses, too many registers."""
+    variant, code = VARIANTS[name], compiled(name, sm)
+    share = occupancy(sm, code.registers, variant.warps)
+    rules = {
+        f"{code.spills} spills, {code.stack} bytes of stack": code.spills == code.stack == 0,
+        f"loads of {code.load_bits} bits": code.load_bits >= variant.load_bits,
+        f"stores of {code.store_bits} bits": code.store_bits >= variant.store_bits,
+        f"{code.registers} registers, occupancy {share:.2f}": share >= variant.occupancy,
+    }
+    return [what for what, kept in rules.items() if not kept]
 
 
 @functools.cache
@@ -121,7 +135,12 @@ def _widest(opcodes: Counter[str], access: str) -> int:
 
 
 def main() -> None:
-    """Write the table, or compare it with `--check`."""
+    """Write the table, or compare it with `--check`, or compile more than is in it with `--all`."""
+    if "--all" in sys.argv[1:]:
+        forms = [(name, sm) for name, variant in VARIANTS.items() for sm in targets(variant, everywhere=True)]
+        broken = [f"{name}, sm_{sm}: {what}" for name, sm in forms for what in broken_rules(name, sm)]
+        print(*broken, f"{len(forms)} forms compiled with triton {triton.__version__}", sep="\n")
+        sys.exit(bool(broken))
     report = table()
     if "--check" not in sys.argv[1:]:
         RESULT.parent.mkdir(exist_ok=True)

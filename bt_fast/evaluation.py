@@ -14,7 +14,7 @@ from bt_fast.attack.frozen import clean_logits, eval_mode
 from bt_fast.attack.generate import generate
 from bt_fast.attack.schedule import Schedule
 from bt_fast.attack.threat import ThreatModel
-from bt_fast.faults import CheckedRead, Fault
+from bt_fast.faults import Fault
 from bt_fast.mining import check_labels, positive, step_count
 
 
@@ -63,7 +63,7 @@ def evaluate(
     Raises:
         TypeError: images are not floating point, labels not integers, or the model does not return such logits.
         ValueError: an argument is out of range, there are no samples, or a batch does not fit (shapes, devices, pixels
-            outside the threat model's bounds, labels out of range, NaN logits).
+            outside the threat model's bounds, labels out of range, NaN logits or input gradients).
     """
     step_count("steps", steps, least=1)
     step_count("restarts", restarts, least=1)
@@ -81,8 +81,10 @@ def evaluate(
             for _ in range(restarts):
                 if len(standing) == 0:
                     break
-                x_adv = _attack(model, x[standing], target[standing], threat, steps, size, generator)
-                standing = standing[_correct(clean_logits(model, x_adv), y[standing], [])]
+                faulty = torch.zeros(len(standing), dtype=torch.int32, device=x.device)
+                x_adv = _attack(model, x[standing], target[standing], threat, steps, size, generator, faulty)
+                found = [faults.gradients_without_direction(faulty)]
+                standing = standing[_correct(clean_logits(model, x_adv), y[standing], found)]
         robust += len(standing)
         total += len(y)
     if total == 0:
@@ -98,10 +100,10 @@ def _check_batch(x: Tensor, y: Tensor) -> None:
     check_labels(y, len(x), x.device, "the labels")
 
 
-def _correct(logits: Tensor, y: Tensor, inputs: list[Fault]) -> Tensor:
-    """The indices of the rows that are classified as `y` [n]; raises for faults of the inputs or the logits."""
-    found = [*inputs, faults.rows_without_number(logits, "the model's logits")]
-    CheckedRead(torch.empty(0, dtype=torch.int64, device=y.device), found).wait()
+def _correct(logits: Tensor, y: Tensor, earlier: list[Fault]) -> Tensor:
+    """The indices of the rows that are classified as `y` [n]; raises for earlier faults and those of the logits."""
+    found = [*earlier, faults.rows_without_number(logits, "the model's logits")]
+    faults.read(found).wait()
     return (logits.argmax(dim=1) == y.long()).nonzero().flatten()
 
 
@@ -113,10 +115,12 @@ def _attack(
     steps: int,
     step_size: float,
     generator: torch.Generator | None,
+    faulty: Tensor,
 ) -> Tensor:
     """One attack from a random start."""
     schedule = Schedule.uniform(len(x), steps, step_size, x.device)
-    return generate(model, x, uniform_start(x, threat, generator), target, schedule, threat, generator=generator)
+    start = uniform_start(x, threat, generator)
+    return generate(model, x, start, target, schedule, threat, generator=generator, faulty=faulty)
 
 
 def uniform_start(x: Tensor, threat: ThreatModel, generator: torch.Generator | None = None) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bt_fast.device import HostRead
+from bt_fast.ops.rows import has_softmax
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,30 +31,54 @@ def labels_outside(labels: Tensor, classes: int, name: str) -> Fault:
     """The number of `labels` (integers [m]) outside 0..classes-1."""
     labels = labels.long()  # a narrow type cannot be compared with more classes than it counts
     outside = (labels < 0) | (labels >= classes)
-    return Fault(outside.sum(), f"{name} must lie in 0..{classes - 1}, but {{count}} of {len(labels)} do not")
+    return Fault(outside.sum(), _outside_message(len(labels), classes, name))
 
 
 def rows_without_number(logits: Tensor, name: str) -> Fault:
-    """The number of rows of `logits` [m, K] that hold NaN or +Inf. (-Inf is a class that is ruled out.)"""
-    bad = (logits.isnan() | logits.isposinf()).any(dim=1)
-    return Fault(bad.sum(), f"{name} must be finite, but {{count}} of {len(logits)} rows hold NaN or +Inf")
+    """The number of rows of `logits` [m, K] without a softmax. (-Inf beside a number is a class that is ruled out.)"""
+    return Fault((~has_softmax(logits)).sum(), _without_number_message(len(logits), name))
 
 
-def any_of(faults: Sequence[Fault]) -> Tensor:
-    """Bool, 0-dim, on the device: whether any fault occurred. State changes are made conditional on it."""
-    return torch.stack([fault.count for fault in faults]).any()
+def gradients_without_direction(faulty: Tensor) -> Fault:
+    """The number of samples marked in `faulty` [m] by an attack, as `generate` fills it."""
+    return Fault(
+        faulty.sum(), f"the model's input gradient must be finite, but held NaN for {{count}} of {len(faulty)} samples"
+    )
+
+
+def unfit_messages(logits: Tensor, names: tuple[str, str]) -> tuple[str, str]:
+    """What to say of `ops.assign_steps`' two counts of unfit rows; `names` of the logits and the labels."""
+    m, classes = logits.shape
+    return _without_number_message(m, names[0]), _outside_message(m, classes, names[1])
+
+
+def _outside_message(m: int, classes: int, name: str) -> str:
+    return f"{name} must lie in 0..{classes - 1}, but {{count}} of {m} do not"
+
+
+def _without_number_message(m: int, name: str) -> str:
+    return f"{name} must be finite, but {{count}} of {m} rows hold NaN or +Inf, or nothing but -Inf"
+
+
+def counts_of(faults: Sequence[Fault]) -> Tensor:
+    """Int64 [len(faults)], on the device. State changes are made conditional on it."""
+    return torch.stack([fault.count.long() for fault in faults])
+
+
+def read(faults: Sequence[Fault]) -> CheckedRead:
+    """A read of the faults' counts alone."""
+    return CheckedRead(counts_of(faults), [fault.message for fault in faults])
 
 
 class CheckedRead:
-    """One read of `values` (int64 [n]) and of the faults' counts.
+    """One read of `numbers` (int64 [n + f]): n values, and behind them how often each of f faults occurred.
 
     `wait` returns the values, or raises ValueError with the first fault's message.
     """
 
-    def __init__(self, values: Tensor, faults: Sequence[Fault]) -> None:
-        self._messages = [fault.message for fault in faults]
-        counts = [fault.count.reshape(1).long() for fault in faults]
-        self._read = HostRead(torch.cat([values, *counts]))
+    def __init__(self, numbers: Tensor, messages: Sequence[str]) -> None:
+        self._messages = messages
+        self._read = HostRead(numbers)
 
     def wait(self) -> list[int]:
         """The values as Python integers.

@@ -69,6 +69,7 @@ class BulletTrain(nn.Module):
         robust_fraction: 0-dim float64 buffer, F_R; starts at 0.
         group_counts: [3] int64 buffer, samples assigned so far to (outlier, boundary, robust).
         unreported_faults: 0-dim int64 buffer, updates that met NaN logits since the last read; raised by the next.
+        unreported_gradients: 0-dim int64 buffer, samples whose input gradient held NaN in an attack; raised so too.
 
     Raises:
         TypeError: a step count is not an integer.
@@ -78,6 +79,7 @@ class BulletTrain(nn.Module):
     robust_fraction: Tensor
     group_counts: Tensor
     unreported_faults: Tensor
+    unreported_gradients: Tensor
 
     def __init__(
         self,
@@ -101,6 +103,7 @@ class BulletTrain(nn.Module):
         self.register_buffer("robust_fraction", torch.zeros((), dtype=torch.float64))
         self.register_buffer("group_counts", torch.zeros(3, dtype=torch.int64))
         self.register_buffer("unreported_faults", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("unreported_gradients", torch.zeros((), dtype=torch.int64))
 
     def _apply(self, fn: Any, recurse: bool = True) -> BulletTrain:
         """Follow the moves of the module that holds this one, not its casts: in 16 bits F_R would stand still."""
@@ -159,34 +162,60 @@ class BulletTrain(nn.Module):
             positive("step_size", step_size)
         logits, labels = logits.detach(), labels.long()
 
-        svar, correct, probabilities = ops.signed_variance(logits, labels)
-        group, threshold = ops.three_groups(svar, correct, self.robust_fraction)
-        steps, sizes_of_steps = self._steps_of(group, epsilon, step_size)
-        order, active = ops.order_by_steps(steps, self._most_steps())
-        sizes = (group == torch.arange(3, device=group.device)[:, None]).sum(dim=1)
-
+        svar, correct, probabilities, unfit = ops.signed_variance(logits, labels)
         found = [
             Fault(
-                self.unreported_faults.clone(),
+                self.unreported_faults,
                 "an earlier update met NaN logits or labels out of range: F_R was not moved by it",
             ),
+            Fault(
+                self.unreported_gradients,
+                "the model's input gradient must be finite, but held NaN for {count} samples of earlier attacks",
+            ),
             *inputs,
-            faults.labels_outside(labels, logits.shape[1], names[1]),
-            faults.rows_without_number(logits, names[0]),
         ]
-        counts = CheckedRead(torch.cat([active, sizes]), found)
-        self.group_counts += torch.where(faults.any_of(found), 0, sizes)
+        threshold, group, steps, sizes, order, counts = ops.assign_steps(
+            svar,
+            correct,
+            self.robust_fraction,
+            (self.outlier_steps, self.boundary_steps, self.robust_steps),
+            self._step_sizes(epsilon, step_size),
+            unfit,
+            faults.counts_of(found),
+            self.group_counts,
+        )
         self.unreported_faults.zero_()
+        self.unreported_gradients.zero_()
+        messages = [*(fault.message for fault in found), *faults.unfit_messages(logits, names)]
         return Assignment(
             group=group,
             steps=steps,
-            step_size=sizes_of_steps,
+            step_size=sizes,
             order=order,
             threshold=threshold,
             svar=svar,
             probabilities=probabilities,
-            counts=counts,
+            counts=CheckedRead(counts, messages),
         )
+
+    def report_attack(self, assignment: Assignment, faulty: Tensor) -> None:
+        """Take note of the samples that could not move in the attack on an assignment, since their gradient held NaN.
+
+        On the CPU they raise at once, and the assignment does not count; on a GPU, where that would mean to wait for
+        the device, they raise with the next assignment's read.
+
+        Args:
+            faulty: [m] int32 as `generate` fills it.
+
+        Raises:
+            ValueError: on the CPU, if there are any.
+        """
+        fault = faults.gradients_without_direction(faulty)
+        if faulty.is_cuda:
+            self.unreported_gradients += fault.count
+        elif fault.count:
+            self.group_counts -= torch.tensor(assignment.group_sizes)
+            faults.read([fault]).wait()
 
     def update(self, adversarial_logits: Tensor, labels: Tensor) -> None:
         """Move F_R by the share of corrupted samples that are still classified correctly (Eq. 5).
@@ -207,16 +236,14 @@ class BulletTrain(nn.Module):
         if len(labels) == 0:
             raise ValueError("adversarial_logits must have at least 1 row, got 0")
         logits, labels = adversarial_logits.detach(), labels.long()
-        found = [
-            faults.labels_outside(labels, logits.shape[1], "labels"),
-            faults.rows_without_number(logits, "adversarial_logits"),
-        ]
         if not logits.is_cuda:
-            CheckedRead(labels.new_empty(0, dtype=torch.int64), found).wait()
-        moved = ops.update_fraction(self.robust_fraction, logits, labels, self.gamma, self.momentum)
-        faulty = faults.any_of(found)
-        self.robust_fraction.copy_(torch.where(faulty, self.robust_fraction, moved))
-        self.unreported_faults += faulty
+            found = [
+                faults.labels_outside(labels, logits.shape[1], "labels"),
+                faults.rows_without_number(logits, "adversarial_logits"),
+            ]
+            faults.read(found).wait()
+        state = (self.robust_fraction, self.unreported_faults)
+        ops.update_fraction_(*state, logits, labels, self.gamma, self.momentum)
 
     @property
     def fractions(self) -> Fractions:
@@ -245,20 +272,12 @@ class BulletTrain(nn.Module):
             baseline_steps=self.boundary_steps if baseline_steps is None else baseline_steps,
         )
 
-    def _most_steps(self) -> int:
-        return max(self.boundary_steps, self.robust_steps, self.outlier_steps)
-
-    def _steps_of(self, group: Tensor, epsilon: float, step_size: float | None) -> tuple[Tensor, Tensor]:
-        """Steps [m] int64 and step sizes [m] float64, filled by scalars: a copied table would make the host wait."""
-        steps = torch.full_like(group, self.outlier_steps)
-        sizes = torch.full_like(group, _step_size(epsilon, self.outlier_steps), dtype=torch.float64)
-        for member, n in ((ops.BOUNDARY, self.boundary_steps), (ops.ROBUST, self.robust_steps)):
-            size = _step_size(epsilon, n)
-            if member == ops.BOUNDARY and n and step_size is not None:
-                size = step_size
-            steps.masked_fill_(group == member, n)
-            sizes.masked_fill_(group == member, size)
-        return steps, sizes
+    def _step_sizes(self, epsilon: float, step_size: float | None) -> tuple[float, float, float]:
+        """α of (outlier, boundary, robust)."""
+        boundary = _step_size(epsilon, self.boundary_steps)
+        if self.boundary_steps and step_size is not None:
+            boundary = step_size
+        return _step_size(epsilon, self.outlier_steps), boundary, _step_size(epsilon, self.robust_steps)
 
     def _check_device(self, logits: Tensor) -> None:
         if self.robust_fraction.device != logits.device:

@@ -1,12 +1,21 @@
-"""One projected-gradient step of the ragged attack, in place.
+"""One projected-gradient step of the ragged attack, in place: in ℓ∞ and in ℓ2.
 
 Names as in flash-linear-attention: tensors `x`, block values `b_x`, masks `m_x`, offsets `o_x`, ids `i_x`. Tensors of
 images are dense with the sample outermost, whatever the order of channels, height and width inside. Computed in
 float32, rounded once, on the store.
+
+What holds for a whole sample (is there NaN in its gradient, how long is it) must be known before any of it is written.
+So a short sample is one program's block (`.._sample_..`), and for a long one a program goes over the sample first and
+leaves what it found to the blocks of a second launch.
+
+Rows: a row is a whole sample, or one of its channels where limits differ by channel and a channel is contiguous: then
+limits hold for a row, and need neither a division nor a gather for each element.
 """
 
 import triton
 import triton.language as tl
+
+INFINITY = tl.constexpr(0x7F800000)  # the bits of +Inf in float32: those of NaN without its sign are more
 
 
 @triton.jit
@@ -19,69 +28,406 @@ def _has_steps_left(steps, step, i_n):
 
 
 @triton.jit
+def _start(i_r, length):
+    """The offset of row i_r: a batch may hold more than 2^31 elements."""
+    return tl.cast(i_r, tl.int64) * length
+
+
+@triton.jit
 def _clip(b_v, b_low, b_high):
     """`torch.clamp`: NaN stays NaN, and the upper bound wins."""
     b_v = tl.maximum(b_v, b_low, propagate_nan=tl.PropagateNan.ALL)
     return tl.minimum(b_v, b_high, propagate_nan=tl.PropagateNan.ALL)
 
 
-@triton.jit(do_not_specialize=["blocks", "channels", "rows"])
-def pgd_linf_step_fwd_kernel(
-    x_adv,  # [n, length], changed in place
-    grad,  # [n, length]
-    clean,  # [n, length]
+@triton.jit
+def _limit(limits, k, channels, o_c, number):
+    """Limit k of the channels o_c, or the number that holds for all."""
+    b_limit = number
+    if limits is not None:
+        b_limit = tl.load(limits + k * channels + o_c, mask=o_c < channels, other=0.0)
+    return b_limit
+
+
+@triton.jit
+def _magnitude(b_g):
+    """The bits of |g|: integers in the order 0, finite numbers, Inf, NaN, which a maximum of the numbers may drop."""
+    return b_g.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def _linf_moved(b_x, b_g, b_c, b_alpha, limits, channels, o_c, epsilon, lower, upper):
+    b_epsilon = _limit(limits, 0, channels, o_c, epsilon)
+    b_step = tl.where(b_g > 0, b_alpha, tl.where(b_g < 0, -b_alpha, 0.0))
+    b_moved = _clip(b_x + b_step, b_c - b_epsilon, b_c + b_epsilon)
+    return _clip(b_moved, _limit(limits, 1, channels, o_c, lower), _limit(limits, 2, channels, o_c, upper))
+
+
+@triton.jit(do_not_specialize=["channels", "rows"])
+def pgd_linf_sample_fwd_kernel(
+    x_adv,  # [n, rows, length], changed in place
+    grad,  # [n, rows, length]
+    clean,  # [n, rows, length]
     step_size,  # [n], α
     steps,  # [n] integers, or None: every sample takes part
     step,  # [], the step counter t, or None
     limits,  # [3, channels] float32: ε, lower, upper; or None: the three scalars hold
     faulty,  # [n] int32, set to 1 where a sample's gradient holds NaN; or None
-    length,  # elements of a row
+    length,
+    epsilon,
+    lower,
+    upper,
+    channels,
+    rows,
+    ROWS: tl.constexpr,  # at least rows
+    BLOCK: tl.constexpr,  # at least length
+):
+    """`x' ← clip(clip(x' + α·sign(g), x ± ε), lower, upper)`; a sample with NaN in g stays. Grid: n."""
+    i_n = tl.program_id(0)
+    if not _has_steps_left(steps, step, i_n):
+        return
+
+    o_r = tl.arange(0, ROWS)[:, None]
+    o_x = tl.arange(0, BLOCK)[None, :]
+    m_x = (o_r < rows) & (o_x < length)
+    at = _start(i_n, rows * length) + o_r * length + o_x
+    b_g = tl.load(grad + at, mask=m_x, other=0.0).to(tl.float32)
+    b_x = tl.load(x_adv + at, mask=m_x, other=0.0).to(tl.float32)
+    b_c = tl.load(clean + at, mask=m_x, other=0.0).to(tl.float32)
+    b_alpha = tl.load(step_size + i_n).to(tl.float32)
+    b_moved = _linf_moved(b_x, b_g, b_c, b_alpha, limits, channels, o_r, epsilon, lower, upper)
+    top = tl.max(tl.max(_magnitude(b_g), axis=1), axis=0)
+    # a mask takes fewer registers here than a branch
+    m_x = tl.where(top > INFINITY, False, m_x)
+    tl.store(x_adv + at, b_moved.to(x_adv.dtype.element_ty), mask=m_x)
+    if faulty is not None:
+        tl.store(faulty + i_n, 1, mask=top > INFINITY)
+
+
+@triton.jit
+def pgd_held_fwd_kernel(
+    grad,  # [n, length]
+    steps,  # [n] integers, or None
+    step,  # [], or None
+    held,  # [n] int32, written: 1 where a sample's gradient holds NaN; not where it has no steps left
+    faulty,  # [n] int32, set to 1 there; or None
+    length,
+    BLOCK: tl.constexpr,
+):
+    """Which long samples stay. Grid: n."""
+    i_n = tl.program_id(0)
+    if not _has_steps_left(steps, step, i_n):
+        return
+
+    start = _start(i_n, length)
+    b_top = tl.zeros([BLOCK], tl.int32)
+    for o in range(0, length, BLOCK):
+        o_x = o + tl.arange(0, BLOCK)
+        b_g = tl.load(grad + start + o_x, mask=o_x < length, other=0.0)
+        b_top = tl.maximum(b_top, _magnitude(b_g))
+    top = tl.max(b_top, axis=0)
+    tl.store(held + i_n, (top > INFINITY).to(tl.int32))
+    if faulty is not None:
+        tl.store(faulty + i_n, 1, mask=top > INFINITY)
+
+
+@triton.jit(do_not_specialize=["blocks", "channels", "rows"])
+def pgd_linf_step_fwd_kernel(
+    x_adv,  # [n · rows, length], changed in place
+    grad,  # [n · rows, length]
+    clean,  # [n · rows, length]
+    step_size,  # [n], α
+    steps,  # [n] integers, or None
+    step,  # [], or None
+    limits,  # [3, channels] float32: ε, lower, upper; or None
+    held,  # [n] int32, not 0 where a sample stays
+    length,
     blocks,  # cdiv(length, BLOCK)
     epsilon,
     lower,
     upper,
     channels,
-    rows,  # rows of a sample: 1, or with limits and INTERLEAVED unset `channels`
+    rows,
     BLOCK: tl.constexpr,
     INTERLEAVED: tl.constexpr,  # channels-last: a row is a sample, and the channel is the fastest index in it
 ):
-    """`x' ← clip(clip(x' + α·sign(g), x ± ε), lower, upper)`; where g is NaN, x' stays. Grid: n · rows · blocks.
-
-    A row is a whole sample, or one of its channels where limits differ by channel and a channel is contiguous: then a
-    program has one limit of each kind, and neither divides nor gathers.
-    """
+    """The step of `pgd_linf_sample_fwd_kernel` on samples of any length. Grid: n · rows · blocks."""
     i_x = tl.program_id(0)
     i_r = i_x // blocks
-    i_b = i_x % blocks
     i_n = i_r // rows
     if not _has_steps_left(steps, step, i_n):
         return
+    if tl.load(held + i_n) != 0:
+        return
 
-    o_x = i_b * BLOCK + tl.arange(0, BLOCK)
+    o_x = (i_x % blocks) * BLOCK + tl.arange(0, BLOCK)
     m_x = o_x < length
-    start = tl.cast(i_r, tl.int64) * length  # a batch may hold more than 2^31 elements
+    o_c = (o_x % channels) if INTERLEAVED else (i_r % rows)
+    start = _start(i_r, length)
     b_g = tl.load(grad + start + o_x, mask=m_x, other=0.0).to(tl.float32)
     b_x = tl.load(x_adv + start + o_x, mask=m_x, other=0.0).to(tl.float32)
     b_c = tl.load(clean + start + o_x, mask=m_x, other=0.0).to(tl.float32)
     b_alpha = tl.load(step_size + i_n).to(tl.float32)
-
-    if limits is not None:
-        o_c = (o_x % channels) if INTERLEAVED else (i_r % channels)
-        b_epsilon = tl.load(limits + o_c)
-        b_lower = tl.load(limits + channels + o_c)
-        b_upper = tl.load(limits + 2 * channels + o_c)
-    else:
-        b_epsilon = epsilon
-        b_lower = lower
-        b_upper = upper
-
-    b_step = tl.where(b_g > 0, b_alpha, tl.where(b_g < 0, -b_alpha, 0.0))
-    b_moved = _clip(b_x + b_step, b_c - b_epsilon, b_c + b_epsilon)
-    b_moved = _clip(b_moved, b_lower, b_upper)
-    b_nan = b_g != b_g
-    b_moved = tl.where(b_nan, b_x, b_moved)
+    b_moved = _linf_moved(b_x, b_g, b_c, b_alpha, limits, channels, o_c, epsilon, lower, upper)
     tl.store(x_adv + start + o_x, b_moved.to(x_adv.dtype.element_ty), mask=m_x)
+
+
+@triton.jit
+def _exponent(b_top):
+    """k such that numbers no greater than that with the bits b_top are below 4 once divided by 2^k; |k| ≤ 126."""
+    return tl.minimum(tl.maximum((b_top >> 23) - 127, -126), 126)
+
+
+@triton.jit
+def _power_of_two(b_k):
+    """2^k, exactly; 2^-126 for less, which is as good as 0 where it is used."""
+    return ((tl.maximum(b_k, -126) + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _shrinking(squares, epsilon):
+    """What a perturbation with this sum of squares is multiplied with, as in `torch.renorm`."""
+    size = tl.sqrt(squares)
+    return tl.where(size > epsilon, epsilon / (size + 1e-7), 1.0)
+
+
+@triton.jit
+def pgd_l2_sample_fwd_kernel(
+    x_adv,  # [n, length], changed in place
+    grad,  # [n, length]
+    clean,  # [n, length]
+    step_size,  # [n], α
+    steps,  # [n] integers, or None
+    step,  # [], or None
+    flat,  # [n] int32, written: 1 where the gradient is 0, and the sample waits for another direction
+    faulty,  # [n] int32, set to 1 where a sample's gradient holds NaN or Inf; or None
+    length,
+    epsilon,
+    lower,
+    upper,
+    BLOCK: tl.constexpr,  # at least length
+):
+    """`x' ← clip(x + renorm(clip(x' + α·g/‖g‖, lower, upper) - x), lower, upper)`. Grid: n."""
+    i_n = tl.program_id(0)
+    if not _has_steps_left(steps, step, i_n):
+        return
+
+    o_x = tl.arange(0, BLOCK)
+    m_x = o_x < length
+    start = _start(i_n, length)
+    b_g = tl.load(grad + start + o_x, mask=m_x, other=0.0).to(tl.float32)
+    b_x = tl.load(x_adv + start + o_x, mask=m_x, other=0.0).to(tl.float32)
+    alpha = tl.load(step_size + i_n).to(tl.float32)
+
+    top = tl.max(_magnitude(b_g), axis=0)
+    b_scaled = b_g * _power_of_two(-_exponent(top))
+    norm = tl.sqrt(tl.sum(b_scaled * b_scaled, axis=0))
+    b_c = tl.load(clean + start + o_x, mask=m_x, other=0.0).to(tl.float32)  # not before: registers
+    b_delta = _clip(b_x + b_scaled * (alpha / norm), lower, upper) - b_c
+    b_delta = tl.where(m_x, b_delta, 0.0)
+    shrink = _shrinking(tl.sum(b_delta * b_delta, axis=0), epsilon)
+    b_moved = _clip(b_c + b_delta * shrink, lower, upper)
+    m_x = tl.where((top > 0) & (top < INFINITY), m_x, False)
+    tl.store(x_adv + start + o_x, b_moved.to(x_adv.dtype.element_ty), mask=m_x)
+    tl.store(flat + i_n, (top == 0).to(tl.int32))
     if faulty is not None:
-        # a maximum, since several blocks of one sample may find NaN; no block touches memory where there is none
-        nan_seen = tl.max(b_nan.to(tl.int32), axis=0)
-        tl.atomic_max(faulty + i_n, nan_seen, mask=nan_seen > 0, sem="relaxed")
+        tl.store(faulty + i_n, 1, mask=top >= INFINITY)
+
+
+@triton.jit(do_not_specialize=["n", "channels", "rows"])
+def pgd_l2_measure_fwd_kernel(
+    x_adv,  # [n, rows, length]
+    grad,  # [n, rows, length]
+    clean,  # [n, rows, length]
+    step_size,  # [n]
+    steps,  # [n] integers, or None
+    step,  # [], or None
+    limits,  # [2, channels] float32, or None
+    measured,  # [3, n] float32, written: scale and factor of the gradient, and what the perturbation shrinks by, which
+    #            is -1 where the sample does not move
+    flat,  # [n] int32, written
+    faulty,  # [n] int32, or None
+    n,
+    length,
+    epsilon,
+    lower,
+    upper,
+    channels,
+    rows,
+    BLOCK: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+):
+    """The lengths that the step of a long sample needs. Grid: n."""
+    i_n = tl.program_id(0)
+    if not _has_steps_left(steps, step, i_n):
+        return
+
+    size = rows * length
+    start = _start(i_n, size)
+    # each lane sums squares that are divided by the square of the power of two of its own greatest number so far
+    b_top = tl.zeros([BLOCK], tl.int32)
+    b_sum = tl.zeros([BLOCK], tl.float32)
+    for o in range(0, size, BLOCK):
+        o_x = o + tl.arange(0, BLOCK)
+        b_g = tl.load(grad + start + o_x, mask=o_x < size, other=0.0).to(tl.float32)
+        b_greater = tl.maximum(b_top, _magnitude(b_g))
+        b_ratio = _power_of_two(_exponent(b_top) - _exponent(b_greater))
+        b_scaled = b_g * _power_of_two(-_exponent(b_greater))
+        b_sum = b_sum * b_ratio * b_ratio + b_scaled * b_scaled
+        b_top = b_greater
+    top = tl.max(b_top, axis=0)
+    tl.store(flat + i_n, (top == 0).to(tl.int32))
+    if faulty is not None:
+        tl.store(faulty + i_n, 1, mask=top >= INFINITY)
+    if (top == 0) | (top >= INFINITY):
+        tl.store(measured + 2 * n + i_n, -1.0)
+        return
+
+    b_ratio = _power_of_two(_exponent(b_top) - _exponent(top))
+    norm = tl.sqrt(tl.sum(b_sum * b_ratio * b_ratio, axis=0))
+    scale = _power_of_two(-_exponent(top))
+    factor = tl.load(step_size + i_n).to(tl.float32) / norm
+    b_sum = tl.zeros([BLOCK], tl.float32)
+    for i_r in range(0, rows):
+        for o in range(0, length, BLOCK):
+            o_x = o + tl.arange(0, BLOCK)
+            m_x = o_x < length
+            o_c = (o_x % channels) if INTERLEAVED else i_r
+            at = start + i_r * length + o_x
+            b_g = tl.load(grad + at, mask=m_x, other=0.0).to(tl.float32)
+            b_x = tl.load(x_adv + at, mask=m_x, other=0.0).to(tl.float32)
+            b_c = tl.load(clean + at, mask=m_x, other=0.0).to(tl.float32)
+            b_step = b_g * scale * factor
+            b_lower, b_upper = _limit(limits, 0, channels, o_c, lower), _limit(limits, 1, channels, o_c, upper)
+            b_delta = _clip(b_x + b_step, b_lower, b_upper) - b_c
+            b_delta = tl.where(m_x, b_delta, 0.0)
+            b_sum += b_delta * b_delta
+    tl.store(measured + i_n, scale)
+    tl.store(measured + n + i_n, factor)
+    tl.store(measured + 2 * n + i_n, _shrinking(tl.sum(b_sum, axis=0), epsilon))
+
+
+@triton.jit(do_not_specialize=["n", "blocks", "channels", "rows"])
+def pgd_l2_step_fwd_kernel(
+    x_adv,  # [n · rows, length], changed in place
+    grad,  # [n · rows, length]
+    clean,  # [n · rows, length]
+    steps,  # [n] integers, or None
+    step,  # [], or None
+    limits,  # [2, channels] float32, or None
+    measured,  # [3, n] float32
+    n,
+    length,
+    blocks,  # cdiv(length, BLOCK)
+    lower,
+    upper,
+    channels,
+    rows,
+    BLOCK: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+):
+    """The step of `pgd_l2_sample_fwd_kernel` on samples of any length, once measured. Grid: n · rows · blocks."""
+    i_x = tl.program_id(0)
+    i_r = i_x // blocks
+    i_n = i_r // rows
+    if not _has_steps_left(steps, step, i_n):
+        return
+    shrink = tl.load(measured + 2 * n + i_n)
+    if shrink < 0:
+        return
+
+    o_x = (i_x % blocks) * BLOCK + tl.arange(0, BLOCK)
+    m_x = o_x < length
+    o_c = (o_x % channels) if INTERLEAVED else (i_r % rows)
+    start = _start(i_r, length)
+    b_g = tl.load(grad + start + o_x, mask=m_x, other=0.0).to(tl.float32)
+    b_x = tl.load(x_adv + start + o_x, mask=m_x, other=0.0).to(tl.float32)
+    b_c = tl.load(clean + start + o_x, mask=m_x, other=0.0).to(tl.float32)
+    b_step = b_g * tl.load(measured + i_n) * tl.load(measured + n + i_n)
+    b_lower, b_upper = _limit(limits, 0, channels, o_c, lower), _limit(limits, 1, channels, o_c, upper)
+    b_delta = _clip(b_x + b_step, b_lower, b_upper) - b_c
+    b_moved = _clip(b_c + b_delta * shrink, b_lower, b_upper)
+    tl.store(x_adv + start + o_x, b_moved.to(x_adv.dtype.element_ty), mask=m_x)
+
+
+@triton.jit
+def _bytes(b_word):
+    """The sums of the bytes 0 and 2, and of 1 and 3, in the halves of a word."""
+    return (b_word & 0x00FF00FF) + ((b_word >> 8) & 0x00FF00FF)
+
+
+@triton.jit
+def _direction(stand_in, start, i_n, o_x, m_x):
+    """Given numbers, or where `stand_in` is a seed standard normal ones: the sum of 16 bytes, centred and scaled.
+
+    All but the last multiplication is in integers, so that the numbers are the same on every device.
+    """
+    if stand_in.dtype.element_ty == tl.int64:
+        b_1, b_2, b_3, b_4 = tl.philox(tl.load(stand_in), o_x, i_n, 0, 0)
+        b_sum = _bytes(b_1) + _bytes(b_2) + _bytes(b_3) + _bytes(b_4)
+        b_sum = (b_sum & 0xFFFF) + (b_sum >> 16)
+        b_direction = (b_sum.to(tl.int32) - 2040).to(tl.float32) * 0.003382939
+    else:
+        b_direction = tl.load(stand_in + start + o_x, mask=m_x, other=0.0).to(tl.float32)
+    return b_direction
+
+
+@triton.jit(do_not_specialize=["channels", "rows"])
+def pgd_l2_stand_in_fwd_kernel(
+    x_adv,  # [n, rows, length], changed in place
+    clean,  # [n, rows, length]
+    step_size,  # [n], α
+    steps,  # [n] integers, or None
+    step,  # [], or None
+    limits,  # [2, channels] float32, or None
+    stand_in,  # [n, rows, length], or a seed [] int64
+    flat,  # [n] int32: 1 where a sample moves here
+    length,
+    epsilon,
+    lower,
+    upper,
+    channels,
+    rows,
+    BLOCK: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+):
+    """The step of `pgd_l2_sample_fwd_kernel` along another direction, not normalised, where the gradient is 0. Grid: n.
+
+    Such samples are rare: the others' programs read two numbers.
+    """
+    i_n = tl.program_id(0)
+    if not _has_steps_left(steps, step, i_n):
+        return
+    if tl.load(flat + i_n) == 0:
+        return
+
+    start = _start(i_n, rows * length)
+    alpha = tl.load(step_size + i_n).to(tl.float32)
+    b_sum = tl.zeros([BLOCK], tl.float32)
+    for i_r in range(0, rows):
+        for o in range(0, length, BLOCK):
+            o_x = o + tl.arange(0, BLOCK)
+            m_x = o_x < length
+            o_c = (o_x % channels) if INTERLEAVED else i_r
+            o_x += i_r * length
+            b_x = tl.load(x_adv + start + o_x, mask=m_x, other=0.0).to(tl.float32)
+            b_c = tl.load(clean + start + o_x, mask=m_x, other=0.0).to(tl.float32)
+            b_step = _direction(stand_in, start, i_n, o_x, m_x) * alpha
+            b_lower, b_upper = _limit(limits, 0, channels, o_c, lower), _limit(limits, 1, channels, o_c, upper)
+            b_delta = _clip(b_x + b_step, b_lower, b_upper) - b_c
+            b_delta = tl.where(m_x, b_delta, 0.0)
+            b_sum += b_delta * b_delta
+    shrink = _shrinking(tl.sum(b_sum, axis=0), epsilon)
+    for i_r in range(0, rows):
+        for o in range(0, length, BLOCK):
+            o_x = o + tl.arange(0, BLOCK)
+            m_x = o_x < length
+            o_c = (o_x % channels) if INTERLEAVED else i_r
+            o_x += i_r * length
+            b_x = tl.load(x_adv + start + o_x, mask=m_x, other=0.0).to(tl.float32)
+            b_c = tl.load(clean + start + o_x, mask=m_x, other=0.0).to(tl.float32)
+            b_step = _direction(stand_in, start, i_n, o_x, m_x) * alpha
+            b_lower, b_upper = _limit(limits, 0, channels, o_c, lower), _limit(limits, 1, channels, o_c, upper)
+            b_delta = _clip(b_x + b_step, b_lower, b_upper) - b_c
+            b_moved = _clip(b_c + b_delta * shrink, b_lower, b_upper)
+            tl.store(x_adv + start + o_x, b_moved.to(x_adv.dtype.element_ty), mask=m_x)

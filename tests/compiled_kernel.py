@@ -10,15 +10,24 @@ from triton.runtime.jit import JITFunction
 
 from benchmarks.kernel_report import compile_kernel
 
-NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int32: "i32", torch.int64: "i64"}
+NAMES = {
+    torch.float64: "fp64",
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.uint8: "u8",
+}
 _compile = functools.cache(
     lambda function, types, divisible, sm, warps: compile_kernel(function, dict(types), divisible, sm, warps)
 )
 
 
 def memory(tensor):
-    """The tensor's bytes in the order in which they lie, as a numpy array that shares them."""
-    flat = tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset())
+    """The bytes from the tensor's first element to its last, as a numpy array that shares them."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    flat = tensor.as_strided((last + 1 if tensor.numel() else 0,), (1,), tensor.storage_offset())
     return flat.view(torch.uint8).numpy()
 
 
@@ -71,6 +80,8 @@ class CompiledKernel:
         """As Triton specialises it: None and 1 become constants, unless the function says otherwise."""
         if isinstance(value, torch.Tensor):
             return f"*{NAMES[value.dtype]}"
+        if parameter.annotation_type and value is not None:
+            return parameter.annotation_type
         if parameter.is_constexpr or value is None or (value == 1 and not parameter.do_not_specialize):
             return value
         return "fp32" if isinstance(value, float) else "i32" if value < 2**31 else "i64"
@@ -82,3 +93,10 @@ class CompiledKernel:
             return True
         free = not parameter.is_constexpr and not parameter.do_not_specialize
         return free and isinstance(value, int) and value % 16 == 0
+
+
+def moved_bytes(kernel):
+    """The bytes that the latest launch of a `CompiledKernel` loaded and stored, each a dict by argument."""
+    names = [p.name for p in kernel.function.params]
+    for how in ("load", "store"):
+        yield {names[k]: count for k, count in kernel.statistics[f"{how}.parameter"].items()}

@@ -871,6 +871,11 @@ class Block:
         return self.arith(mods, ops, lambda a: (~a) + a.dtype.type(1), np.negative)
 
     def i_abs(self, mods, ops):
+        rest, ty = self.ty(mods)
+        if TYPES[ty][0] == "B":  # the sign bit, of both halves of a pair
+            self.mods(rest)
+            pair = ty == "bf16x2"
+            return self.fn("b32" if pair else "b16", ops, lambda a: a & a.dtype.type(0x7FFF7FFF if pair else 0x7FFF))
         return self.arith(mods, ops, np.abs, np.abs)
 
     def i_min(self, mods, ops):
@@ -1188,6 +1193,10 @@ class Block:
         if sk == "B" or dk == "B":
             if (st, dt_, rnd) == ("bf16", "f32", None):
                 f = bf16_to_f32
+            elif (st, dt_, rnd) == ("bf16", "f64", None):
+
+                def f(v):
+                    return bf16_to_f32(v).astype(np.float64)
             elif (st, dt_, rnd) == ("f32", "bf16", "rn"):
                 f = f32_to_bf16
             else:

@@ -1,7 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from small_models import assert_unchanged, batch, build, snapshot
+from small_models import Undefined, assert_unchanged, batch, build, snapshot, with_bright
 
 from bt_fast.attack.threat import ThreatModel
 from bt_fast.evaluation import Accuracy, evaluate, uniform_start
@@ -140,6 +140,15 @@ def test_a_model_that_gives_nan_is_not_robust_but_an_error():
     model[-1].bias.data[2] = float("nan")
     with pytest.raises(ValueError, match="the model's logits must be finite, but 6 of 6"):
         evaluate(model, [(X, Y)], LINF, steps=1)
+
+
+@pytest.mark.parametrize("threat", [LINF, L2])
+def test_a_gradient_with_nan_is_not_robust_but_an_error(threat):
+    model = build(Undefined)
+    x, _ = with_bright([0, 6])
+    y = model.eval()(x).argmax(dim=1)
+    with pytest.raises(ValueError, match=r"input gradient must be finite, but held NaN for 2 of 8 samples"):
+        evaluate(model, [(x, y)], threat, steps=1, step_size=1e-3)
 
 
 def test_inference_mode_is_no_obstacle():

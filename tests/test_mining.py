@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from launches import launches
 from pretended_device import DEVICE, counted_waits, pretended_device
 from test_ops import batches, fractions, softmax
 from tolerances import assert_near
@@ -316,6 +317,13 @@ def test_an_assignment_starts_without_waiting_and_is_read_once():
     assert {t.device for t in (started.order, started.steps, started.step_size, started.threshold)} == {DEVICE}
 
 
+def test_an_assignment_is_a_few_launches():
+    bullet = BulletTrain()
+    names = launches(lambda: bullet.start_assignment(Z, Y))
+    assert names.count("bt_fast::assign_steps") == 1
+    assert not {"aten::sort", "aten::cat", "aten::cumsum"} & set(names)
+
+
 def test_an_update_waits_for_nothing():
     bullet, z, y = on_device()
     with pretended_device() as reads:
@@ -337,6 +345,27 @@ def test_a_fault_that_an_update_could_not_report_comes_with_the_next_assignment(
     assert bullet.group_counts.tolist() == [0, 0, 0]
     bullet.assign(Z, Y)
     assert bullet.group_counts.sum() == 4
+
+
+def test_samples_without_a_gradient_come_with_the_next_assignment_on_a_device_and_at_once_on_the_cpu():
+    bullet = BulletTrain()
+    bullet.assign(Z, Y)
+    counted = bullet.group_counts.clone()
+    assignment, faulty = bullet.assign(Z, Y), torch.tensor([0, 1, 0, 1], dtype=torch.int32)
+    bullet.report_attack(assignment, faulty * 0)
+    with pytest.raises(ValueError, match="input gradient must be finite, but held NaN for 2 of 4 samples"):
+        bullet.report_attack(assignment, faulty)
+    assert torch.equal(bullet.group_counts, counted)
+
+    bullet.unreported_gradients.fill_(2)
+    with pytest.raises(ValueError, match="held NaN for 2 samples of earlier attacks"):
+        bullet.assign(Z, Y)
+    assert torch.equal(bullet.group_counts, counted)
+    bullet.assign(Z, Y)
+    bullet, faulty = bullet.to(DEVICE), faulty.to(DEVICE)
+    with pretended_device() as reads:
+        bullet.report_attack(assignment, faulty)
+    assert reads.started == 0
 
 
 @pytest.mark.parametrize("call", ["assign", "update"])

@@ -48,3 +48,23 @@ def test_packed_halves_are_compared_each_for_itself(kind):
         "add.s32 %r5, %r3, %r4; mov.u32 %r6, %ctaid.x; setp.eq.u32 %p3, %r6, 0; @%p3 st.global.b32 [%d3], %r5;"
     )
     assert (run(body, halves.view(np.uint32), check_races=False) == 1).all()
+
+
+def test_bfloat16_widens_to_double():
+    body = (
+        ".reg .b16 %h<3>; ld.global.b32 %r2, [%d3]; mov.b32 {%h1, %h2}, %r2; cvt.f64.bf16 %d4, %h2;"
+        "cvt.rn.f32.f64 %r3, %d4; mov.u32 %r6, %ctaid.x; setp.eq.u32 %p3, %r6, 0; @%p3 st.global.b32 [%d3], %r3;"
+    )
+    values = np.linspace(-3e38, 3e38, 64, dtype=np.float32).view(np.uint32)
+    found = run(body, values.copy(), check_races=False)
+    assert (found == values & np.uint32(0xFFFF0000)).all()  # a bfloat16 is a float32's upper half
+
+
+def test_the_absolute_value_of_packed_bfloat16_is_that_of_both_halves():
+    halves = np.tile(np.array([0xBF80, 0xFFC1, 0x3F80, 0x8000], np.uint16), 32)
+    body = (
+        "ld.global.b32 %r2, [%d3]; abs.bf16x2 %r3, %r2; mov.u32 %r6, %ctaid.x; setp.eq.u32 %p3, %r6, 0;"
+        "@%p3 st.global.b32 [%d3], %r3;"
+    )
+    found = run(body, halves.view(np.uint32), check_races=False).view(np.uint16)
+    assert found[:4].tolist() == [0x3F80, 0x7FC1, 0x3F80, 0]

@@ -1,4 +1,4 @@
-"""The projected-gradient step."""
+"""The projected-gradient step, in ℓ∞ and ℓ2."""
 
 from __future__ import annotations
 
@@ -8,43 +8,110 @@ from typing import Any
 from benchmarks.kernel_variants import DTYPES, Variant, arguments, pointers
 from bt_fast.kernels import pgd_step as kernels
 from bt_fast.ops import pgd_step as ops
+from bt_fast.ops.pgd_l2_step import STAND_IN_BLOCK
+
+NORMS = {"linf": kernels.pgd_linf_sample_fwd_kernel, "l2": kernels.pgd_l2_sample_fwd_kernel}
+# elements of the images' size, read and written by the launches of a long sample's step
+LONG_PASSES = {"linf": 5, "l2": 8}
+LEAST_PASSES = {"linf": 4, "l2": 4}
+STEPS = {
+    "held": kernels.pgd_held_fwd_kernel,
+    "linf": kernels.pgd_linf_step_fwd_kernel,
+    "measure": kernels.pgd_l2_measure_fwd_kernel,
+    "l2": kernels.pgd_l2_step_fwd_kernel,
+    "stand-in": kernels.pgd_l2_stand_in_fwd_kernel,
+}
 
 
-def pgd_linf(form: str, dtype: str, *, aligned: bool = True, main: bool = False, **types: Any) -> Variant:
-    """`pgd_linf_step_fwd_kernel`; form: "numbers", or "rows" or "interleaved" limits of each channel."""
-    limits, size = form != "numbers", DTYPES[dtype].itemsize
-    block = ops.linf_block(DTYPES[dtype], limits)
+def _variant(
+    name: str, function: Any, dtype: str, changed: dict[str, Any], aligned: bool, warps: int, **options: Any
+) -> Variant:
     images = {name: f"*{dtype}" for name in ("x_adv", "grad", "clean", "step_size")}
-    optional = {"steps": "*i64", "step": "*i64", "limits": "*fp32" if limits else None, "faulty": "*i32"}
-    numbers = {name: "i32" for name in ("length", "blocks", "channels", "rows")}
+    optional = {"steps": "*i64", "step": "*i64", "limits": None, "faulty": "*i32", "stand_in": "*i64"}
+    scratch = {"held": "*i32", "flat": "*i32", "measured": "*fp32"}
+    numbers = {name: "i32" for name in ("n", "length", "blocks", "channels", "rows")}
     numbers |= {name: "fp32" for name in ("epsilon", "lower", "upper")}
-    given = images | optional | numbers | {"BLOCK": block, "INTERLEAVED": form == "interleaved"} | types
-    ordered = arguments(kernels.pgd_linf_step_fwd_kernel, given)
+    ordered = arguments(function, images | optional | scratch | numbers | {"INTERLEAVED": False, "ROWS": 1} | changed)
+    note = [f"{name} {kind}" for name, kind in changed.items() if name.islower() and name != "limits"]
     addresses = pointers(ordered)
-    bits = 8 * size * (block // (32 * ops.WARPS) if aligned else 1)
-    note = [f"{name} {kind}" for name, kind in types.items()] + ([] if aligned else ["length not divisible"])
     return Variant(
-        name=", ".join([f"pgd_linf {form} {dtype}", *note]),
-        function=kernels.pgd_linf_step_fwd_kernel,
+        name=", ".join([f"{name} {dtype}", *note] + ([] if aligned else ["length not divisible"])),
+        function=function,
         types=ordered,
         divisible=(*addresses, "length") if aligned else addresses,
+        occupancy=0.75,
+        warps=warps,
+        **options,
+    )
+
+
+def sample(
+    norm: str, dtype: str, elements: int, rows: int = 0, *, aligned: bool = True, main: bool = False, **types: Any
+) -> Variant:
+    """A whole sample in one block, with limits of each of so many channels, or numbers."""
+    warps, size = ops.sample_warps(elements), DTYPES[dtype].itemsize
+    limits = {"limits": "*fp32", "ROWS": rows} if rows else {}
+    bits = 8 * size * (min(16 // size, elements // (32 * warps)) if aligned else 1)
+    return _variant(
+        f"pgd_{norm} sample of {elements}" + (f" in {rows} rows" if rows else ""),
+        NORMS[norm],
+        dtype,
+        {"BLOCK": elements // max(rows, 1)} | limits | types,
+        aligned,
+        warps,
         bytes_moved=4 * size,
-        bytes_least=4 * size,
+        bytes_least=LEAST_PASSES[norm] * size,
         load_bits=bits,
         store_bits=bits,
-        occupancy=0.75,
         main=main,
-        warps=ops.WARPS,
+    )
+
+
+def long(
+    kernel: str, dtype: str, form: str = "numbers", *, aligned: bool = True, main: bool = False, **types: Any
+) -> Variant:
+    """A launch of a long sample's step; form: "numbers", or "rows" or "interleaved" limits of each channel."""
+    limits, size, norm = form != "numbers", DTYPES[dtype].itemsize, "linf" if kernel in ("held", "linf") else "l2"
+    parts = kernel in ("linf", "l2")
+    block = ops.part_block(DTYPES[dtype], limits) if parts else ops.LONG_BLOCK
+    block = STAND_IN_BLOCK if kernel == "stand-in" else block
+    warps = ops.PART_WARPS if parts else ops.sample_warps(ops.LONG_BLOCK)
+    bits = 8 * size * (min(16 // size, block // (32 * warps)) if aligned and kernel != "stand-in" else 1)
+    changed = {"BLOCK": block, "limits": "*fp32" if limits else None, "INTERLEAVED": form == "interleaved"} | types
+    return _variant(
+        f"pgd_{norm} long, {kernel}, {form}",
+        STEPS[kernel],
+        dtype,
+        changed,
+        aligned,
+        warps,
+        bytes_moved=LONG_PASSES[norm] * size,
+        bytes_least=LEAST_PASSES[norm] * size,
+        load_bits=bits,
+        store_bits=bits if parts else 0,
+        main=main,
     )
 
 
 def variants() -> Iterator[Variant]:
-    """What a step's launch can be."""
+    """What a step's launches can be."""
     for dtype in DTYPES:
-        for form in ("numbers", "rows", "interleaved"):
-            yield pgd_linf(form, dtype, main=form == "numbers" or dtype == "fp32")
-        yield pgd_linf("numbers", dtype, aligned=False)
-    yield pgd_linf("numbers", "fp32", steps=None, step=None, faulty=None)
-    yield pgd_linf("numbers", "fp32", steps="*i32", step="*i32")
-    yield pgd_linf("numbers", "fp16", step_size="*fp32")
-    yield pgd_linf("numbers", "fp32", aligned=False, length=1)
+        for norm in NORMS:
+            yield sample(norm, dtype, 4096, main=dtype == "fp32")
+        yield long("linf", dtype, main=dtype == "fp32")
+    yield long("l2", "fp32", main=True)
+    # what remains differs little in code: few dtypes, and two architectures
+    for norm in NORMS:
+        yield sample(norm, "fp32", 2048, aligned=False)
+        yield sample(norm, "fp32", 1024, aligned=False, length=1, steps=None, step=None, faulty=None)
+        yield long(norm, "fp32", "rows", aligned=False)
+        yield long(norm, "fp16", "interleaved")
+    yield sample("linf", "fp32", 4096, 4)
+    yield sample("linf", "fp16", 1024, 1, steps="*i32", step="*i32", step_size="*fp32")
+    yield long("held", "fp32")
+    yield long("held", "bf16", aligned=False, steps=None, step=None, faulty=None)
+    yield long("measure", "fp32")
+    yield long("measure", "bf16", "rows", aligned=False, steps=None, step=None, faulty=None)
+    yield long("measure", "fp16", "interleaved")
+    yield long("stand-in", "fp32", "interleaved")
+    yield long("stand-in", "bf16", "rows", aligned=False, stand_in="*bf16")

@@ -23,6 +23,7 @@ def generate(
     threat: ThreatModel,
     *,
     generator: torch.Generator | None = None,
+    faulty: Tensor | None = None,
     frozen: Frozen | None = None,
 ) -> Tensor:
     """Run the ragged attack: maximise the divergence of the model's output from `target`.
@@ -38,6 +39,9 @@ def generate(
         schedule: who takes how many steps of which size.
         threat: what a perturbation may be.
         generator: on the images' device; its numbers stand in for a direction where an ℓ2 gradient is 0.
+        faulty: [m] int32 in the schedule's order, on the images' device, set to 1 for each sample that could not move
+            in some step, since its input gradient held NaN (in ℓ2: or Inf). `faults.gradients_without_direction` makes
+            an error of it.
         frozen: a faster view of the model for the attack; without it the attack sees the model itself.
 
     Returns:
@@ -48,7 +52,7 @@ def generate(
         ValueError: shapes do not fit together, or the model does not return logits [n, K]. Values are not checked
             here (that would mean to wait for the device): `trades_loss` and `evaluate` check them.
     """
-    _check(clean, start, target, schedule)
+    _check(clean, start, target, schedule, faulty)
     if not schedule.active or schedule.active[0] == 0:
         return start.detach().clone(memory_format=torch.preserve_format)
     with torch.inference_mode(False), attack_model(model, frozen, clean[:COMPARED].detach()) as view:
@@ -56,11 +60,11 @@ def generate(
         memory_format = torch.channels_last if last else torch.preserve_format
         x_adv = start.detach().clone(memory_format=memory_format)
         x = clean.detach().contiguous(memory_format=memory_format) if last else clean.detach()
-        run_eager(view, x_adv, x, target.detach(), schedule, threat, generator)
+        run_eager(view, x_adv, x, target.detach(), schedule, threat, generator, faulty)
         return x_adv.contiguous() if last and start.is_contiguous() else x_adv
 
 
-def _check(clean: Tensor, start: Tensor, target: Tensor, schedule: Schedule) -> None:
+def _check(clean: Tensor, start: Tensor, target: Tensor, schedule: Schedule, faulty: Tensor | None) -> None:
     for name, images in (("clean", clean), ("start", start)):
         if not images.is_floating_point():
             raise TypeError(f"{name} must be floating-point images, got {images.dtype}")
@@ -71,6 +75,8 @@ def _check(clean: Tensor, start: Tensor, target: Tensor, schedule: Schedule) -> 
         raise ValueError(f"start must have clean's shape {list(clean.shape)}, got {list(start.shape)}")
     if target.dim() != 2 or len(target) != m:
         raise ValueError(f"target must have shape [{m}, K], got {list(target.shape)}")
+    if faulty is not None and faulty.shape != (m,):
+        raise ValueError(f"faulty must have shape [{m}], got {list(faulty.shape)}")
 
 
 def normal_noise(x: Tensor, generator: torch.Generator | None, *, on_cpu: bool = False) -> Tensor:

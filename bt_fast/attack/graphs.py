@@ -16,10 +16,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from bt_fast import ops
 from bt_fast.attack import device
 from bt_fast.attack.folded import FrozenModel, hooked
-from bt_fast.attack.runners import input_gradient, run_eager
+from bt_fast.attack.runners import run_eager, stand_in_seeds, take_step
 from bt_fast.attack.schedule import Schedule
 from bt_fast.attack.threat import ThreatModel
 from bt_fast.mining import step_count
@@ -55,20 +54,21 @@ class GraphRunner:
         schedule: Schedule,
         threat: ThreatModel,
         generator: torch.Generator | None,
+        faulty: Tensor | None,
     ) -> None:
         """As `run_eager`."""
-        arguments = (x_adv, clean, target, schedule, threat, generator)
-        if reason := self._reasons.get(model) or _reason(model, x_adv, threat):
+        if reason := self._reasons.get(model) or _reason(model, x_adv):
             self._fall_back(model, reason)
-            run_eager(model, *arguments)
+            run_eager(model, x_adv, clean, target, schedule, threat, generator, faulty)
             return
         session = self._session(model, x_adv, clean, target, threat)
+        seeds = stand_in_seeds(x_adv, schedule, threat, generator)
         try:
-            session.run(model, x_adv, clean, target, schedule)
+            session.run(model, x_adv, clean, target, schedule, seeds, faulty)
         except CaptureError as error:
             self._sessions.pop(model, None)
             self._fall_back(model, str(error))
-            run_eager(model, *arguments)
+            run_eager(model, x_adv, clean, target, schedule, threat, generator, faulty)
 
     def _fall_back(self, model: Callable[[Tensor], Tensor], reason: str) -> None:
         if model not in self._reasons:
@@ -153,10 +153,18 @@ class _Session:
         self._target = target.new_zeros(self.capacity, target.shape[1])
         self._step_size = x.new_zeros(self.capacity)
         self._steps = torch.zeros(self.capacity, dtype=torch.int64, device=x.device)
-        self._step = torch.zeros((), dtype=torch.int64, device=x.device)
+        self._step, self._seed = (torch.zeros((), dtype=torch.int64, device=x.device) for _ in range(2))
+        self._faulty = torch.zeros(self.capacity, dtype=torch.int32, device=x.device)
 
     def run(
-        self, model: Callable[[Tensor], Tensor], x_adv: Tensor, clean: Tensor, target: Tensor, schedule: Schedule
+        self,
+        model: Callable[[Tensor], Tensor],
+        x_adv: Tensor,
+        clean: Tensor,
+        target: Tensor,
+        schedule: Schedule,
+        seeds: Tensor | None,
+        faulty: Tensor | None,
     ) -> None:
         """The whole attack. A CaptureError leaves `x_adv` as it was."""
         m, caller = len(x_adv), device.current_stream(x_adv)
@@ -170,10 +178,15 @@ class _Session:
                 self._steps[:m].copy_(schedule.steps)
                 self._steps[m:].zero_()  # what is left of a larger batch does not move
                 self._step.zero_()
-                for n in schedule.active:
+                self._faulty.zero_()
+                for t, n in enumerate(schedule.active):
+                    if seeds is not None:
+                        self._seed.copy_(seeds[t])
                     if n:
                         self._advance(model, -(-n // self._bucket) * self._bucket)
                 x_adv.copy_(self._x_adv[:m])
+                if faulty is not None:
+                    torch.maximum(faulty, self._faulty[:m], out=faulty)
         finally:
             caller.wait_stream(self._stream)
 
@@ -201,21 +214,22 @@ class _Session:
         return graph
 
     def _take_step(self, model: Callable[[Tensor], Tensor], n: int) -> None:
-        grad = input_gradient(model, self._x_adv[:n], self._target[:n])
-        box = (self._threat.epsilon, self._threat.lower, self._threat.upper)
-        ops.linf_step_(
+        take_step(
+            model,
             self._x_adv[:n],
-            grad,
             self._clean[:n],
+            self._target[:n],
             self._step_size[:n],
-            *box,
+            self._threat,
+            self._seed,
+            self._faulty[:n],
             steps=self._steps[:n],
             step=self._step,
         )
         self._step.add_(1)
 
 
-def _reason(model: Callable[[Tensor], Tensor], x: Tensor, threat: ThreatModel) -> str | None:
+def _reason(model: Callable[[Tensor], Tensor], x: Tensor) -> str | None:
     root = model.model if isinstance(model, FrozenModel) else model
     if isinstance(root, nn.Module) and (name := hooked(root)):
         return f"{name} has a hook, which a graph would not run"

@@ -21,6 +21,7 @@ def run_eager(
     schedule: Schedule,
     threat: ThreatModel,
     generator: torch.Generator | None,
+    faulty: Tensor | None,
 ) -> None:
     """Step t runs forward, input gradient and projected step on the prefix of the samples that still have steps left.
 
@@ -31,18 +32,52 @@ def run_eager(
         clean: [m, ...] in sorted order.
         target: [m, K] in sorted order, the distribution to move away from.
         generator: on the images' device; for the stand-in of a zero ℓ2 gradient.
+        faulty: [m] int32, set to 1 for samples that stayed in some step, since their gradient held NaN (in ℓ2: or Inf).
     """
     step_size = schedule.step_size.to(x_adv.dtype)
-    for n in schedule.active:
+    seeds = stand_in_seeds(x_adv, schedule, threat, generator)
+    for t, n in enumerate(schedule.active):
         if n == 0:
             break
-        grad = input_gradient(model, x_adv[:n], target[:n])
-        box = (threat.epsilon, threat.lower, threat.upper)
-        if threat.norm == "l_inf":
-            ops.linf_step_(x_adv[:n], grad, clean[:n], step_size[:n], *box)
-        else:
-            stand_in = _stand_in(grad, generator)
-            ops.l2_step_(x_adv[:n], grad, clean[:n], step_size[:n], *box, stand_in)
+        seed = None if seeds is None else seeds[t]
+        found = None if faulty is None else faulty[:n]
+        take_step(model, x_adv[:n], clean[:n], target[:n], step_size[:n], threat, seed, found)
+
+
+def take_step(
+    model: Callable[[Tensor], Tensor],
+    x_adv: Tensor,
+    clean: Tensor,
+    target: Tensor,
+    step_size: Tensor,
+    threat: ThreatModel,
+    seed: Tensor | None,
+    faulty: Tensor | None,
+    steps: Tensor | None = None,
+    step: Tensor | None = None,
+) -> None:
+    """One step of these samples: forward, input gradient, projected step in place.
+
+    Args:
+        seed: for the direction where an ℓ2 gradient is 0; without it, as the TRADES code draws it on the CPU.
+        steps: [n] and step: 0-dim, the counter: only samples with more steps than it move.
+    """
+    grad = input_gradient(model, x_adv, target)
+    box = (threat.epsilon, threat.lower, threat.upper)
+    if threat.norm == "l_inf":
+        ops.linf_step_(x_adv, grad, clean, step_size, *box, steps=steps, step=step, faulty=faulty)
+    else:
+        stand_in = _as_authors(grad) if seed is None else seed
+        ops.l2_step_(x_adv, grad, clean, step_size, *box, stand_in, steps=steps, step=step, faulty=faulty)
+
+
+def stand_in_seeds(
+    x: Tensor, schedule: Schedule, threat: ThreatModel, generator: torch.Generator | None
+) -> Tensor | None:
+    """A seed for each step in ℓ2, drawn on the images' device; None where there is no need."""
+    if threat.norm == "l_inf" or (x.is_cpu and generator is None):
+        return None
+    return torch.randint(2**63 - 1, (len(schedule.active),), device=x.device, generator=generator)
 
 
 def input_gradient(model: Callable[[Tensor], Tensor], x: Tensor, target: Tensor) -> Tensor:
@@ -54,15 +89,13 @@ def input_gradient(model: Callable[[Tensor], Tensor], x: Tensor, target: Tensor)
     return grad
 
 
-def _stand_in(grad: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Normal noise for the rows of `grad` whose gradient is 0.
+def _as_authors(grad: Tensor) -> Tensor:
+    """Normal noise for the rows of `grad`, on the CPU, that are 0: drawn for those rows only and descended along.
 
-    On the CPU numbers are drawn for those rows only and descended along, as the TRADES code does; to find the rows on a
-    GPU would mean to wait.
+    So the TRADES code does, whose random numbers a seeded script then repeats. To find the rows on a GPU would mean to
+    wait: there the step itself makes them of a seed.
     """
-    if grad.is_cuda or generator is not None:
-        return torch.randn(grad.shape, dtype=grad.dtype, device=grad.device, generator=generator)
-    zero = grad.flatten(1).norm(dim=1) == 0
+    zero = ~grad.flatten(1).any(dim=1)
     stand_in = torch.zeros_like(grad)
     stand_in[zero] = -torch.randn(grad[zero].shape).to(grad.dtype)
     return stand_in

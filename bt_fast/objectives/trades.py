@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from bt_fast import faults, ops
 from bt_fast.attack.folded import Frozen, attack_model
 from bt_fast.attack.frozen import clean_logits, logits_of, modes_restored
-from bt_fast.attack.generate import COMPARED, generate, normal_noise
+from bt_fast.attack.generate import COMPARED, TRADES_NOISE, generate, normal_noise
 from bt_fast.attack.schedule import Schedule
 from bt_fast.attack.threat import ThreatModel
 from bt_fast.faults import CheckedRead, Fault
@@ -72,7 +72,8 @@ def trades_loss(
             for batch norm's sake). The default is "skip" where N_R = N_O = 0 and "keep" elsewhere (Algorithm 2 and
             section 3.2 of the paper differ here).
         generator: on the images' device, for the random start. Without it and without `bullet`, images on the CPU
-            draw as the authors' code does, so that a seeded script repeats its numbers.
+            draw as the authors' code does, so that a seeded script repeats its numbers. With `bullet`, only a seed is
+            drawn, from this generator or the device's own: a sample's noise is that of `ops.gather_start`.
         frozen: a faster view of the model for the attack, `Frozen()`: the same up to rounding. Without it the attack
             sees the model itself.
 
@@ -82,17 +83,22 @@ def trades_loss(
     Raises:
         TypeError: images are not floating point, labels not integers, or the model does not return a tensor.
         ValueError: a shape, device, option or value does not fit (pixels outside [0, 1], labels out of range, NaN
-            logits). Nothing has been changed then: no buffer, no gradient, no F_R. Only what goes wrong in the update's
-            own forwards, after a sound attack, leaves batch-norm buffers moved.
+            logits, NaN in the input gradient). Nothing has been changed then: no buffer, no gradient, no F_R. Only what
+            goes wrong in the update's own forwards, after a sound attack, leaves batch-norm buffers moved. On a GPU NaN
+            in an input gradient is known after those forwards, and with `bullet` raised by the next call.
     """
     threat = ThreatModel(epsilon, distance)
     _check(x_natural, y, optimizer, step_size, perturb_steps, beta, bullet, unperturbed, generator, frozen)
     x = x_natural.detach()
     pixels = faults.pixels_outside(x, threat.lower, threat.upper, "x_natural")
     if bullet is None:
-        x_adv = _uniform_attack(model, x, y, step_size, perturb_steps, threat, generator, frozen, pixels)
+        x_adv, attacked = _uniform_attack(model, x, y, step_size, perturb_steps, threat, generator, frozen, pixels)
+        if not x.is_cuda:
+            attacked.wait()
         with _update_modes(model):
             loss = _update_twice(model, x, x_adv, y.long(), beta)
+        if x.is_cuda:  # not before: the device has the update's forwards to do meanwhile
+            attacked.wait()
         _zero_grad(optimizer)
         return loss
     schedule, clean, x_adv = _ragged_attack(model, x, y, step_size, threat, bullet, generator, frozen, pixels)
@@ -115,8 +121,8 @@ def _uniform_attack(
     generator: torch.Generator | None,
     frozen: Frozen | None,
     pixels: Fault,
-) -> Tensor:
-    """The authors' attack: every sample takes `steps` steps."""
+) -> tuple[Tensor, CheckedRead]:
+    """The authors' attack, in which every sample takes `steps` steps: x', and the read of its gradients' faults."""
     as_authors = generator is None and not x.is_cuda
     start = x + normal_noise(x, generator, on_cpu=as_authors)
     if threat.norm == "l_2":
@@ -125,17 +131,20 @@ def _uniform_attack(
         step_size = 2.0 * threat.epsilon / steps
     with attack_model(model, frozen, x[:COMPARED]) as view:
         logits = clean_logits(view, x)
-    target = ops.wide(logits).softmax(dim=1)
+    target = logits.double().softmax(dim=1).to(ops.wide(logits).dtype)  # rounded once, as the ops' own softmax
     found = [
         pixels,
         faults.labels_outside(y, logits.shape[1], "y"),
         faults.rows_without_number(logits, "the model's logits"),
     ]
-    read = CheckedRead(torch.empty(0, dtype=torch.int64, device=x.device), found)
+    read = faults.read(found)
     schedule = Schedule.uniform(len(x), steps, step_size, x.device)
-    x_adv = generate(model, x, start.to(x.dtype), target, schedule, threat, generator=generator, frozen=frozen)
+    faulty = _none_faulty(x)
+    start = start.to(x.dtype)
+    x_adv = generate(model, x, start, target, schedule, threat, generator=generator, faulty=faulty, frozen=frozen)
+    attacked = faults.read([faults.gradients_without_direction(faulty)])
     read.wait()
-    return x_adv
+    return x_adv, attacked
 
 
 def _ragged_attack(
@@ -157,12 +166,23 @@ def _ragged_attack(
     assignment = bullet.start_assignment(
         logits, y, epsilon=threat.epsilon, step_size=step_size, inputs=[pixels], names=("the model's logits", "y")
     )
-    moving = (assignment.steps > 0).view(-1, *[1] * (x.dim() - 1))
-    start = torch.where(moving, x + normal_noise(x, generator), x)[assignment.order]
-    clean = x[assignment.order]
+    state = random_state(x, generator)
+    clean, start = ops.gather_start(x, assignment.order, assignment.steps, state, "normal", TRADES_NOISE)
     schedule = Schedule.from_assignment(assignment)
     target = schedule.sort(assignment.probabilities)
-    return schedule, clean, generate(model, clean, start, target, schedule, threat, generator=generator, frozen=frozen)
+    faulty = _none_faulty(x)
+    x_adv = generate(model, clean, start, target, schedule, threat, generator=generator, faulty=faulty, frozen=frozen)
+    bullet.report_attack(assignment, faulty)
+    return schedule, clean, x_adv
+
+
+def _none_faulty(x: Tensor) -> Tensor:
+    return torch.zeros(len(x), dtype=torch.int32, device=x.device)
+
+
+def random_state(x: Tensor, generator: torch.Generator | None) -> Tensor:
+    """A seed and an offset for `ops.gather_start`, drawn where the images are."""
+    return torch.randint(torch.iinfo(torch.int64).max, (2,), device=x.device, generator=generator)
 
 
 def _update_twice(model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, beta: float) -> Tensor:

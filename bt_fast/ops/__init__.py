@@ -3,34 +3,39 @@
 No function here reads a value back to the host, so none of them waits for the device.
 """
 
+from bt_fast.ops.ascent_direction import ascent_direction
 from bt_fast.ops.assign_steps import (
     BOUNDARY,
     GROUPS,
     OUTLIER,
     ROBUST,
-    order_by_steps,
-    robust_threshold,
-    three_groups,
+    assign_steps,
 )
-from bt_fast.ops.divergence import ascent_direction, trades_kl
+from bt_fast.ops.divergence import js_divergence, mart_loss, trades_kl
+from bt_fast.ops.gather_start import gather_start
 from bt_fast.ops.numeric import wide
-from bt_fast.ops.pgd_step import l2_step_, linf_step_
-from bt_fast.ops.signed_variance import signed_variance
-from bt_fast.ops.update_fraction import update_fraction
+from bt_fast.ops.order_by_steps import order_by_steps
+from bt_fast.ops.pgd_l2_step import l2_step_
+from bt_fast.ops.pgd_step import linf_step_
+from bt_fast.ops.signed_variance import SignedVariance, signed_variance
+from bt_fast.ops.update_fraction import update_fraction_
 
 __all__ = [
     "BOUNDARY",
     "GROUPS",
     "OUTLIER",
     "ROBUST",
+    "SignedVariance",
     "ascent_direction",
+    "assign_steps",
+    "gather_start",
+    "js_divergence",
     "l2_step_",
     "linf_step_",
+    "mart_loss",
     "order_by_steps",
-    "robust_threshold",
     "signed_variance",
-    "three_groups",
     "trades_kl",
-    "update_fraction",
+    "update_fraction_",
     "wide",
 ]

@@ -1,46 +1,375 @@
-"""The losses of the attack and of the update."""
+"""The losses of the update: a fused kernel on CUDA, plain torch elsewhere.
+
+A loss of the update is one op, which gives the loss of every row and its gradient with respect to all logits, found in
+the same pass. Its backward scales them. A second derivative goes through the plain torch of the reference.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bt_fast.ops.launch import KERNEL_DTYPES, MOST_INT32, has_triton
 from bt_fast.ops.numeric import wide
 
-
-def ascent_direction(logits: Tensor, target: Tensor) -> Tensor:
-    """The inner loss's gradient with respect to the logits: `softmax(z') - target`, up to a power of two for each row.
-
-    It is the gradient of `KL(target ‖ softmax(z'))` (TRADES: the target is the clean distribution) and of the
-    cross-entropy (MART, PGD: the target is one-hot), finite however saturated either is. Each row is scaled so that its
-    largest entry is in [1, 2): near the clean point the difference is smaller than the smallest number of 16 bits, in
-    which the model may compute, and neither the sign nor the normalised direction of the image gradient cares.
-
-    Args:
-        logits: [n, K] floating point.
-        target: [n, K] probabilities.
-
-    Returns:
-        [n, K] in the logits' dtype.
-    """
-    gap = wide(logits).softmax(dim=1) - target
-    exponent = torch.frexp(gap.abs().amax(dim=1, keepdim=True)).exponent
-    return torch.ldexp(gap, (1 - exponent).clamp(max=126)).to(logits.dtype)  # 2^127 is float32's largest power
+# the most classes of which a block holds whole rows, its rows and its warps
+TILES = ((32, 4, 4), (1024, 1, 8))
+LOOPED = (2048, 1, 16)  # beyond: so many classes at a time
 
 
-def trades_kl(adversarial_logits: Tensor, clean_logits: Tensor) -> Tensor:
-    """`Σ_i KL(softmax(z_i) ‖ softmax(z'_i))`, differentiable in both, with finite gradients for saturated rows.
+def trades_kl(adversarial_logits: Tensor, clean_logits: Tensor, weights: Tensor | None = None) -> Tensor:
+    """`Σ_i w_i KL(softmax(z_i) ‖ softmax(z'_i))`, the robust term of TRADES, differentiable in both logits.
+
+    Loss and gradients are finite however saturated the rows are, but for a class that only z' rules out (by -Inf):
+    there the divergence is infinite. NaN or +Inf makes its row NaN.
 
     Args:
         adversarial_logits: [n, K] floating point, z'.
-        clean_logits: [n, K] floating point, z; the gradient flows through this target too.
+        clean_logits: [n, K] of the same dtype, z; the gradient flows through this target too.
+        weights: [n], w, in the logits' dtype or the result's; differentiable. Without it, all are 1.
 
     Returns:
         0-dim, float32 (float64 for float64 logits); 0 for n = 0.
+
+    Raises:
+        TypeError or ValueError: a dtype, shape or device does not fit; the message names the argument.
     """
-    log_p = F.log_softmax(wide(clean_logits), dim=1)
-    log_q = F.log_softmax(wide(adversarial_logits), dim=1)
-    p = log_p.exp()
-    # where p is 0 its term is 0, even against log(0) on both sides
-    return (p * torch.where(p > 0, log_p - log_q, 0.0)).sum()
+    return _total(trades_kl_rows(adversarial_logits, clean_logits)[0], adversarial_logits, weights)
+
+
+def mart_loss(
+    clean_logits: Tensor, adversarial_logits: Tensor, labels: Tensor, beta: float, weights: Tensor | None = None
+) -> Tensor:
+    """`1/n Σ_i w_i l_i`, the loss of MART (Wang et al., 2020) as its authors' code computes it.
+
+    `l = -log q_y - log(1.0001 - q_r + 1e-12) + β·KL(p ‖ q + 1e-12)·(1.0000001 - p_y)` with `p = softmax(z)`,
+    `q = softmax(z')` and r the largest wrong class of q (the first of equals), differentiable in both logits: through
+    the target and the weight too. Loss and gradients are finite however saturated the rows are, but for a label that z'
+    rules out (by -Inf): there the loss is infinite. NaN or +Inf makes its row NaN, and so does a label outside 0..K-1.
+
+    Args:
+        clean_logits: [n, K ≥ 2] floating point, z.
+        adversarial_logits: [n, K] of the same dtype, z'.
+        labels: [n] int64, y.
+        beta: β.
+        weights: [n], w, in the logits' dtype or the result's; differentiable. Without it, all are 1.
+
+    Returns:
+        0-dim, float32 (float64 for float64 logits); 0 for n = 0.
+
+    Raises:
+        TypeError or ValueError: a dtype, shape or device does not fit; the message names the argument.
+    """
+    rows = mart_loss_rows(clean_logits, adversarial_logits, labels, beta)[0]
+    n: int = rows.shape[0]
+    return _total(rows, clean_logits, weights) / max(n, 1)
+
+
+def js_divergence(
+    clean_logits: Tensor, first_logits: Tensor, second_logits: Tensor, weights: Tensor | None = None
+) -> Tensor:
+    """`Σ_i w_i JS_i` of AugMix (Hendrycks et al., 2020): the Jensen-Shannon divergence of three views' distributions.
+
+    `JS = Σ_j KL(p_j ‖ M)/3` with `M = clamp((p_1 + p_2 + p_3)/3, 1e-7, 1)`, differentiable in all logits (the clamp
+    passes no gradient where it cuts off). It is the sum over the rows, where AugMix' authors take the mean: divide by
+    the size of the batch. Finite however saturated the rows are; NaN or +Inf makes its row NaN.
+
+    Args:
+        clean_logits: [n, K] floating point.
+        first_logits: [n, K] of the same dtype, second_logits: likewise; of the augmented views.
+        weights: [n], w, in the logits' dtype or the result's; differentiable. Without it, all are 1.
+
+    Returns:
+        0-dim, float32 (float64 for float64 logits); 0 for n = 0.
+
+    Raises:
+        TypeError or ValueError: a dtype, shape or device does not fit; the message names the argument.
+    """
+    return _total(js_divergence_rows(clean_logits, first_logits, second_logits)[0], clean_logits, weights)
+
+
+# TRADES
+
+
+@torch.library.custom_op("bt_fast::trades_kl", mutates_args=())
+def trades_kl_rows(adversarial_logits: Tensor, clean_logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`trades_kl` of every row, [n], and its gradients in the order of the arguments."""
+    _check(adversarial_logits=adversarial_logits, clean_logits=clean_logits)
+    run = launch_trades_kl if _kernel_takes(clean_logits) else trades_kl_reference
+    return run(adversarial_logits, clean_logits)
+
+
+@trades_kl_rows.register_fake
+def _(adversarial_logits: Tensor, clean_logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    _check(adversarial_logits=adversarial_logits, clean_logits=clean_logits)
+    loss, adversarial, clean = _empty_results(adversarial_logits, clean_logits)
+    return loss, adversarial, clean
+
+
+def trades_kl_reference(adversarial_logits: Tensor, clean_logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`trades_kl_rows` in plain torch: what the kernel is held against, and what runs where there is none."""
+    log_q, log_p = (F.log_softmax(wide(z), dim=1) for z in (adversarial_logits, clean_logits))
+    q, p = log_q.exp(), log_p.exp()
+    terms = _times_gap(p, log_p, log_q)
+    kl = terms.sum(dim=1)
+    dtype = clean_logits.dtype
+    return kl, (q - p).to(dtype), (terms - p * kl[:, None]).to(dtype)
+
+
+def launch_trades_kl(adversarial_logits: Tensor, clean_logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`trades_kl_rows` as one launch."""
+    from bt_fast.kernels.divergence import trades_kl_fwd_kernel, trades_kl_looped_fwd_kernel
+
+    results = _empty_results(adversarial_logits, clean_logits)
+    _launch((trades_kl_fwd_kernel, trades_kl_looped_fwd_kernel), (adversarial_logits, clean_logits), (), results, ())
+    loss, adversarial, clean = results
+    return loss, adversarial, clean
+
+
+# MART
+
+
+@torch.library.custom_op("bt_fast::mart_loss", mutates_args=())
+def mart_loss_rows(
+    clean_logits: Tensor, adversarial_logits: Tensor, labels: Tensor, beta: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`n·mart_loss` of every row, [n], and its gradients with respect to the logits, in their order."""
+    _check_mart(clean_logits, adversarial_logits, labels)
+    run = launch_mart_loss if _kernel_takes(clean_logits) else mart_loss_reference
+    return run(clean_logits, adversarial_logits, labels, beta)
+
+
+@mart_loss_rows.register_fake
+def _(clean_logits: Tensor, adversarial_logits: Tensor, labels: Tensor, beta: float) -> tuple[Tensor, Tensor, Tensor]:
+    _check_mart(clean_logits, adversarial_logits, labels)
+    loss, clean, adversarial = _empty_results(clean_logits, adversarial_logits)
+    return loss, clean, adversarial
+
+
+def mart_loss_reference(
+    clean_logits: Tensor, adversarial_logits: Tensor, labels: Tensor, beta: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`mart_loss_rows` in plain torch: what the kernel is held against, and what runs where there is none.
+
+    `1.0001 - q_r` and `1.0000001 - p_y` are found from the sum of the other probabilities: in float32 the difference
+    has a rounding error as large as what is left of it.
+    """
+    classes = torch.arange(clean_logits.shape[1], device=labels.device)
+    of_label = classes == labels[:, None]
+    runner_up = adversarial_logits.detach().masked_fill(of_label, -torch.inf).argmax(dim=1)
+    of_runner = (classes == runner_up[:, None]) & ~of_label  # none where all the wrong classes are ruled out
+    log_p, log_q = (F.log_softmax(wide(z), dim=1) for z in (clean_logits, adversarial_logits))
+    p, q = log_p.exp(), log_q.exp()
+
+    def only(where: Tensor, values: Tensor) -> Tensor:
+        return torch.where(where, values, 0.0).sum(dim=1, keepdim=True)
+
+    label_p, label_rest = only(of_label, p), only(~of_label, p)
+    weight = torch.where(of_label.any(dim=1, keepdim=True), 1e-7 + label_rest, torch.nan)
+    runner_q, runner_rest = only(of_runner, q), only(~of_runner, q)
+    margin = (1e-4 + 1e-12) + runner_rest
+    terms = _times_gap(p, log_p, (q + 1e-12).log())
+    kl = terms.sum(dim=1, keepdim=True)
+    loss = beta * kl * weight - only(of_label, log_q) - margin.log()
+
+    of_weight = label_p * torch.where(of_label, label_rest, -p)
+    clean = beta * (weight * (terms - p * kl) - kl * of_weight)
+    away = runner_q / margin * torch.where(of_runner, runner_rest, -q)
+    pull = p * (q / (q + 1e-12))
+    closer = beta * weight * (q * pull.sum(dim=1, keepdim=True) - pull)
+    adversarial = q - of_label.to(q.dtype) + away + closer
+    return loss[:, 0], clean.to(clean_logits.dtype), adversarial.to(clean_logits.dtype)
+
+
+def launch_mart_loss(
+    clean_logits: Tensor, adversarial_logits: Tensor, labels: Tensor, beta: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`mart_loss_rows` as one launch."""
+    from bt_fast.kernels.divergence import mart_loss_fwd_kernel, mart_loss_looped_fwd_kernel
+
+    results = _empty_results(clean_logits, adversarial_logits)
+    kernels, labels = (mart_loss_fwd_kernel, mart_loss_looped_fwd_kernel), labels.contiguous()
+    _launch(kernels, (clean_logits, adversarial_logits), (labels,), results, (float(beta),))
+    loss, clean, adversarial = results
+    return loss, clean, adversarial
+
+
+# AugMix
+
+
+@torch.library.custom_op("bt_fast::js_divergence", mutates_args=())
+def js_divergence_rows(
+    clean_logits: Tensor, first_logits: Tensor, second_logits: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`js_divergence` of every row, [n], and its gradients in the order of the arguments."""
+    _check(clean_logits=clean_logits, first_logits=first_logits, second_logits=second_logits)
+    run = launch_js_divergence if _kernel_takes(clean_logits) else js_divergence_reference
+    return run(clean_logits, first_logits, second_logits)
+
+
+@js_divergence_rows.register_fake
+def _(clean_logits: Tensor, first_logits: Tensor, second_logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _check(clean_logits=clean_logits, first_logits=first_logits, second_logits=second_logits)
+    loss, clean, first, second = _empty_results(clean_logits, first_logits, second_logits)
+    return loss, clean, first, second
+
+
+def js_divergence_reference(
+    clean_logits: Tensor, first_logits: Tensor, second_logits: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`js_divergence_rows` in plain torch: what the kernel is held against, and what runs where there is none."""
+    log_ps = [F.log_softmax(wide(z), dim=1) for z in (clean_logits, first_logits, second_logits)]
+    ps = [log_p.exp() for log_p in log_ps]
+    mean = (ps[0] + ps[1] + ps[2]) / 3.0
+    log_mixture = mean.clamp(1e-7, 1.0).log()
+    cut = (mean < 1e-7).to(mean.dtype)  # above, the clamp cuts off no more than rounding
+    terms = [_times_gap(p, log_p, log_mixture) for p, log_p in zip(ps, log_ps, strict=True)]
+    loss = (terms[0] + terms[1] + terms[2]).sum(dim=1) / 3.0
+    clean, first, second = (_js_gradient(p, t + p * cut).to(clean_logits.dtype) for p, t in zip(ps, terms, strict=True))
+    return loss, clean, first, second
+
+
+def _js_gradient(p: Tensor, p_times_g: Tensor) -> Tensor:
+    """From the derivatives g/3 with respect to the probabilities to those with respect to the logits."""
+    return (p_times_g - p * p_times_g.sum(dim=1, keepdim=True)) / 3.0
+
+
+def launch_js_divergence(
+    clean_logits: Tensor, first_logits: Tensor, second_logits: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`js_divergence_rows` as one launch."""
+    from bt_fast.kernels.divergence import js_divergence_fwd_kernel, js_divergence_looped_fwd_kernel
+
+    logits = (clean_logits, first_logits, second_logits)
+    results = _empty_results(*logits)
+    _launch((js_divergence_fwd_kernel, js_divergence_looped_fwd_kernel), logits, (), results, ())
+    loss, clean, first, second = results
+    return loss, clean, first, second
+
+
+# What they share
+
+
+def tile(classes: int) -> tuple[int, int, int]:
+    """The classes and rows of a block and its warps; `LOOPED` where rows do not fit into one."""
+    return next((t for t in TILES if classes <= t[0]), LOOPED)
+
+
+def _launch(
+    kernels: tuple[Any, Any],
+    logits: tuple[Tensor, ...],
+    labels: tuple[Tensor, ...],
+    results: tuple[Tensor, ...],
+    numbers: tuple[float, ...],
+) -> None:
+    """Launch the first kernel where rows fit into a block, and the second where they do not."""
+    n, classes = logits[0].shape
+    if n == 0:
+        return
+    logits = tuple(z if z.stride(1) == 1 and z.stride(0) < MOST_INT32 else z.contiguous() for z in logits)
+    block, rows, warps = tile(classes)
+    kernel = kernels[1 if (block, rows, warps) == LOOPED else 0]
+    strides = [z.stride(0) for z in logits]
+    with torch.cuda.device_of(logits[0]):
+        kernel[(-(-n // rows),)](
+            *logits,
+            *labels,
+            *results,
+            *numbers,
+            *strides,
+            n,
+            classes,
+            ROWS=rows,
+            BLOCK=block,
+            num_warps=warps,
+            enable_fp_fusion=False,
+        )
+
+
+def _empty_results(*logits: Tensor) -> tuple[Tensor, ...]:
+    """The losses of the rows, and a gradient for each of the logits."""
+    z = logits[0]
+    loss = torch.empty(z.shape[0], dtype=torch.promote_types(z.dtype, torch.float32), device=z.device)
+    return loss, *(torch.empty(z.shape, dtype=z.dtype, device=z.device) for z in logits)
+
+
+def _kernel_takes(logits: Tensor) -> bool:
+    return logits.is_cuda and logits.dtype in KERNEL_DTYPES and max(logits.shape) < MOST_INT32 and has_triton()
+
+
+def _times_gap(p: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
+    """`p·(log p - log q)`; where p is 0 it is 0, even against log 0 on both sides."""
+    return p * torch.where(p > 0, log_p - log_q, 0.0)
+
+
+def _total(rows: Tensor, logits: Tensor, weights: Tensor | None) -> Tensor:
+    if weights is None:
+        return rows.sum()
+    if weights.dtype not in (logits.dtype, rows.dtype):
+        raise TypeError(f"weights must be {logits.dtype} or {rows.dtype}, got {weights.dtype}")
+    if weights.shape != rows.shape:
+        raise ValueError(f"weights must have shape {list(rows.shape)}, got {list(weights.shape)}")
+    if weights.device != rows.device:
+        raise ValueError(f"weights must be on {rows.device} as the logits, got {weights.device}")
+    return (rows * weights).sum()
+
+
+def _check(**logits: Tensor) -> None:
+    (first, like), *others = logits.items()
+    if not like.is_floating_point():
+        raise TypeError(f"{first} must be floating point, got {like.dtype}")
+    if like.dim() != 2 or like.shape[1] == 0:
+        raise ValueError(f"{first} must have shape [n, K] with K >= 1, got {list(like.shape)}")
+    for name, z in others:
+        if z.dtype != like.dtype:
+            raise TypeError(f"{name} must be {like.dtype} as {first}, got {z.dtype}")
+        if z.shape != like.shape:
+            raise ValueError(f"{name} must have shape {list(like.shape)} as {first}, got {list(z.shape)}")
+        if z.device != like.device:
+            raise ValueError(f"{name} must be on {like.device} as {first}, got {z.device}")
+
+
+def _check_mart(clean_logits: Tensor, adversarial_logits: Tensor, labels: Tensor) -> None:
+    _check(clean_logits=clean_logits, adversarial_logits=adversarial_logits)
+    n, classes = clean_logits.shape
+    if classes < 2:
+        raise ValueError(f"clean_logits must have 2 classes at least, got {classes}")
+    if labels.dtype != torch.int64:
+        raise TypeError(f"labels must be torch.int64, got {labels.dtype}")
+    if labels.shape != (n,):
+        raise ValueError(f"labels must have shape {[n]}, got {list(labels.shape)}")
+    if labels.device != clean_logits.device:
+        raise ValueError(f"labels must be on {clean_logits.device} as the logits, got {labels.device}")
+
+
+def _register_gradient(op: Any, reference: Callable[..., tuple[Tensor, ...]], logits: int) -> None:
+    """Make the losses of `op` differentiable in its first arguments, the `logits`, whose gradients it returns too."""
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(*inputs[:logits], *output[1:])
+        ctx.constants = inputs[logits:]
+
+    def backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if upstream is None:
+            return (None,) * (logits + len(ctx.constants))
+        gradients = ctx.saved_tensors[logits:]
+        if torch.is_grad_enabled():  # a second derivative is wanted: the gradients as functions of the logits
+            gradients = reference(*ctx.saved_tensors[:logits], *ctx.constants)[1:]
+        scaled = (
+            (g * upstream[:, None]).to(g.dtype) if needed else None
+            for g, needed in zip(gradients, ctx.needs_input_grad, strict=False)
+        )
+        return (*scaled, *(None for _ in ctx.constants))
+
+    op.register_autograd(backward, setup_context=setup_context)
+
+
+_register_gradient(trades_kl_rows, trades_kl_reference, logits=2)
+_register_gradient(mart_loss_rows, mart_loss_reference, logits=2)
+_register_gradient(js_divergence_rows, js_divergence_reference, logits=3)

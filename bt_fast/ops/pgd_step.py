@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import functools
-import importlib.util
+import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from bt_fast.ops.numeric import per_sample, wide
+from bt_fast.ops.launch import KERNEL_DTYPES, MOST_INT32, check, contiguous, dense_format, has_triton, rounded
+from bt_fast.ops.numeric import per_sample
 
-KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-WARPS = 4
-# a launch counts programs and the offsets within a sample in int32; the spare covers the last block's tail
-MOST_INT32 = 2**31 - 2**16
+PART_WARPS = 4  # of a program that works on a part of a long sample
+LONG_BLOCK = 2048  # what a program that goes over a long sample takes at once
 
 
 def linf_step_(
@@ -31,12 +30,12 @@ def linf_step_(
 ) -> None:
     """One projected step of steepest ascent in ℓ∞, in place: `x' ← clip(clip(x' + α_i·sign(g), x ± ε), lower, upper)`.
 
-    On CUDA one kernel, which reads each of the three tensors once and writes one (where triton is installed, the images
-    are dense, and not float64). Never waits for the device. A gradient in another memory format than the images' is
-    copied first.
+    A sample whose gradient holds NaN stays as it is and is marked in `faulty`. ±Inf is a direction like any other.
 
-    NaN in the gradient leaves exactly the elements unchanged at which it stands: to spare the rest of the sample too,
-    every program would have to read the whole sample before any writes. ±Inf is a direction like any other.
+    On CUDA a kernel (where triton is installed, the images are dense, and not float64): samples of up to 4096 elements
+    take one launch, which reads each of the three tensors once and writes one. Longer ones (and a few others: see
+    `sample_block`) take a launch more, which reads the gradient to find NaN: four reads and one write. Never waits for
+    the device. A gradient in another memory format than the images' is copied first.
 
     Args:
         x_adv: [n, ...] floating point, changed in place.
@@ -48,7 +47,7 @@ def linf_step_(
             launches; `pgd_linf_step_` takes them ready.
         steps: [n] integers: only samples with `steps[i] > step` move. Without it, all do.
         step: 0-dim integer on the device, t.
-        faulty: [n] int32, set to 1 for each moving sample whose gradient holds NaN; its sum counts those samples.
+        faulty: [n] int32, set to 1 for each sample with steps left whose gradient holds NaN; its sum counts those.
 
     Raises:
         TypeError or ValueError: a dtype, shape or device does not fit; the message names the argument.
@@ -101,8 +100,8 @@ def pgd_linf_step_(
     faulty: Tensor | None = None,
 ) -> None:
     """`linf_step_` as one op. `limits` [3, C], if given, holds ε, lower and upper of each channel in their place."""
-    _check(x_adv, grad, clean, step_size, limits, 3, steps, step, faulty)
-    run = launch_linf if _kernel_takes(x_adv) else linf_reference
+    check_step(x_adv, grad, clean, step_size, limits, 3, steps, step, faulty)
+    run = launch_linf if kernel_takes(x_adv) else linf_reference
     run(x_adv, grad, clean, step_size, epsilon, lower, upper, limits, steps, step, faulty)
 
 
@@ -120,7 +119,7 @@ def _(
     step: Tensor | None = None,
     faulty: Tensor | None = None,
 ) -> None:
-    _check(x_adv, grad, clean, step_size, limits, 3, steps, step, faulty)
+    check_step(x_adv, grad, clean, step_size, limits, 3, steps, step, faulty)
 
 
 def linf_reference(
@@ -141,20 +140,27 @@ def linf_reference(
     In 16 bits it rounds after every operation and the kernel once. The results are the same, because rounding keeps
     order: to clip rounded values at rounded limits is to round the clipped value.
     """
-    active = _active(steps, step)
-    unmoved = None if active is None else ~per_sample(active, grad)
+    held = None
     # on the CPU a sum tells at a tenth of the cost that there is no NaN; elsewhere to ask would mean to wait
     if not grad.is_cpu or grad.sum().isnan():
-        nan = grad.isnan()
-        if faulty is not None:
-            _mark(faulty, nan.flatten(1).any(dim=1), active)
-        unmoved = nan if unmoved is None else nan | unmoved
+        held = rows_of(grad).isnan().any(dim=1)
+    unmoved = hold(held, steps, step, faulty)
     if limits is None:
-        moved = _step_in_box(x_adv, grad, clean, step_size, _rounded(epsilon, clean.dtype)).clamp_(lower, upper)
+        moved = _step_in_box(x_adv, grad, clean, step_size, rounded(epsilon, clean.dtype)).clamp_(lower, upper)
     else:
         width, low, high = limits.view(3, -1, *[1] * (x_adv.dim() - 2)).unbind()
         moved = _step_in_box(x_adv, grad, clean, step_size, width).clamp_(low, high)
-    x_adv.copy_(moved if unmoved is None else torch.where(unmoved, x_adv, moved))
+    x_adv.copy_(moved if unmoved is None else torch.where(per_sample(unmoved, x_adv), x_adv, moved))
+
+
+def hold(held: Tensor | None, steps: Tensor | None, step: Tensor | None, faulty: Tensor | None) -> Tensor | None:
+    """The samples [n] that stay: those `held`, which are marked as faulty, and those with no steps left."""
+    active = None if steps is None or step is None else steps > step
+    if held is not None and faulty is not None:
+        faulty.masked_fill_(held if active is None else held & active, 1)
+    if active is None or held is None:
+        return held if active is None else ~active
+    return held | ~active
 
 
 def _step_in_box(x_adv: Tensor, grad: Tensor, clean: Tensor, step_size: Tensor, width: float | Tensor) -> Tensor:
@@ -181,93 +187,128 @@ def launch_linf(
     step: Tensor | None = None,
     faulty: Tensor | None = None,
 ) -> None:
-    """`pgd_linf_step_` as one launch. The images are dense: `_kernel_takes(x_adv)`."""
-    from bt_fast.kernels.pgd_step import pgd_linf_step_fwd_kernel
+    """`pgd_linf_step_` as one launch, or for long samples two. The images are dense: `kernel_takes(x_adv)`."""
+    from bt_fast.kernels import pgd_step as kernels
 
     if x_adv.numel() == 0:
         return
-    memory_format = _memory_format(x_adv) or torch.contiguous_format
-    grad, clean = (t.contiguous(memory_format=memory_format) for t in (grad, clean))
-    interleaved = limits is not None and memory_format != torch.contiguous_format
-    channels = 1 if limits is None else limits.shape[1]
-    rows = 1 if interleaved else channels
-    length = x_adv[0].numel() // rows
-    block = linf_block(x_adv.dtype, limits is not None)
-    blocks = -(-length // block)
+    at = Layout.of(x_adv, limits)
+    grad, clean = (t.contiguous(memory_format=at.memory_format) for t in (grad, clean))
+    images = (x_adv, grad, clean, step_size.contiguous())
+    counts = (contiguous(steps), step)
+    numbers = (rounded(epsilon, x_adv.dtype), float(lower), float(upper), at.channels, at.rows)
+    limits = contiguous(limits)
     with torch.cuda.device_of(x_adv):
-        pgd_linf_step_fwd_kernel[(len(x_adv) * rows * blocks,)](
-            x_adv,
+        if (block := at.sample_block()) is not None:
+            kernels.pgd_linf_sample_fwd_kernel[(len(x_adv),)](
+                *images,
+                *counts,
+                limits,
+                faulty,
+                at.length,
+                *numbers,
+                ROWS=at.padded_rows,
+                BLOCK=block // at.padded_rows,
+                num_warps=sample_warps(block),
+                enable_fp_fusion=False,
+            )
+            return
+        held = torch.empty(len(x_adv), dtype=torch.int32, device=x_adv.device)
+        kernels.pgd_held_fwd_kernel[(len(x_adv),)](
             grad,
-            clean,
-            step_size.contiguous(),
-            _contiguous(steps),
-            step,
-            _contiguous(limits),
+            *counts,
+            held,
             faulty,
-            length,
+            at.rows * at.length,
+            BLOCK=LONG_BLOCK,
+            num_warps=sample_warps(LONG_BLOCK),
+            enable_fp_fusion=False,
+        )
+        block = part_block(x_adv.dtype, limits is not None)
+        blocks = -(-at.length // block)
+        kernels.pgd_linf_step_fwd_kernel[(len(x_adv) * at.rows * blocks,)](
+            *images,
+            *counts,
+            limits,
+            held,
+            at.length,
             blocks,
-            _rounded(epsilon, x_adv.dtype),
-            float(lower),
-            float(upper),
-            channels,
-            rows,
+            *numbers,
             BLOCK=block,
-            INTERLEAVED=interleaved,
-            num_warps=WARPS,
+            INTERLEAVED=at.interleaved,
+            num_warps=PART_WARPS,
             enable_fp_fusion=False,
         )
 
 
-def linf_block(dtype: torch.dtype, limits: bool) -> int:
+@dataclass(frozen=True)
+class Layout:
+    """How dense images lie: `rows` a sample, each `length` elements; a row is a channel where limits need it so."""
+
+    memory_format: torch.memory_format
+    interleaved: bool  # limits of each channel, and the channel is the fastest index
+    channels: int
+    rows: int
+    length: int
+
+    @classmethod
+    def of(cls, x: Tensor, limits: Tensor | None) -> Layout:
+        """The layout of images [n, C, ...] with `limits` [..., C] or without."""
+        memory_format = dense_format(x) or torch.contiguous_format
+        interleaved = limits is not None and memory_format != torch.contiguous_format
+        channels = 1 if limits is None else limits.shape[1]
+        rows = 1 if interleaved else channels
+        return cls(memory_format, interleaved, channels, rows, x[0].numel() // rows)
+
+    @property
+    def padded_rows(self) -> int:
+        """The rows of a sample's block."""
+        return 1 if self.rows == 1 else 4
+
+    def sample_block(self) -> int | None:
+        """The elements of a block that holds a whole sample, None where none does.
+
+        A thread has 8 elements of each tensor at the most, 4 where accesses are narrow: more would take registers from
+        a quarter of the threads, and so would each element's own limits.
+        """
+        if self.interleaved or self.rows > self.padded_rows:
+            return None
+        sizes = (1024, 4096 if self.length % 16 == 0 else 2048)
+        return next((size for size in sizes if self.length * self.padded_rows <= size), None)
+
+
+def sample_warps(block: int) -> int:
+    """At least one 128-bit access of float32 a thread, at most 16 warps."""
+    return min(block // 128, 16)
+
+
+def part_block(dtype: torch.dtype, limits: bool) -> int:
     """One 128-bit access a thread and tensor; half that in 16 bits with limits, whose values need registers too."""
-    return WARPS * 32 * (4 if dtype == torch.float32 or limits else 8)
+    return PART_WARPS * 32 * (4 if dtype == torch.float32 or limits else 8)
 
 
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
-def _kernel_takes(x_adv: Tensor) -> bool:
+def kernel_takes(x_adv: Tensor) -> bool:
+    """Whether there is a kernel for these images."""
     return (
         x_adv.is_cuda
         and x_adv.dtype in KERNEL_DTYPES
-        and _memory_format(x_adv) is not None
+        and dense_format(x_adv) is not None
         and 0 < x_adv[:1].numel() < MOST_INT32
         and x_adv.numel() // 128 < MOST_INT32
-        and _has_triton()
+        and has_triton()
     )
-
-
-def _memory_format(x: Tensor) -> torch.memory_format | None:
-    """The dense format of `x` with the sample outermost; None where it is not dense, or permuted in another way."""
-    formats = [torch.contiguous_format]
-    formats += {4: [torch.channels_last], 5: [torch.channels_last_3d]}.get(x.dim(), [])
-    return next((f for f in formats if x.is_contiguous(memory_format=f)), None)
-
-
-def _contiguous(values: Tensor | None) -> Tensor | None:
-    return None if values is None else values.contiguous()
-
-
-def _rounded(value: float, dtype: torch.dtype) -> float:
-    """A number as it is in `dtype`: torch subtracts it so from 16-bit tensors on the CPU, but not on CUDA."""
-    return torch.tensor(value, dtype=dtype).item() if dtype.itemsize == 2 else float(value)
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _active(steps: Tensor | None, step: Tensor | None) -> Tensor | None:
-    return None if steps is None or step is None else steps > step
+def rows_of(x: Tensor) -> Tensor:
+    """[n, ...] as [n, elements], also where n is 0."""
+    return x.reshape(len(x), math.prod(x.shape[1:]))
 
 
-def _mark(faulty: Tensor, found: Tensor, active: Tensor | None) -> None:
-    faulty.copy_(torch.where(found if active is None else found & active, 1, faulty))
-
-
-def _check(
+def check_step(
     x_adv: Tensor,
     grad: Tensor,
     clean: Tensor,
@@ -278,63 +319,24 @@ def _check(
     step: Tensor | None,
     faulty: Tensor | None,
 ) -> None:
+    """Raise TypeError or ValueError unless everything fits `x_adv`; the limits have so many rows."""
     if not x_adv.is_floating_point():
         raise TypeError(f"x_adv must be floating point, got {x_adv.dtype}")
     if x_adv.dim() < 1:
         raise ValueError("x_adv must have shape [n, ...], got a 0-dim tensor")
     n, numbers = x_adv.shape[:1], (_compute_dtype(x_adv),)
-    _fits("grad", grad, x_adv, x_adv.shape, (x_adv.dtype,))
-    _fits("clean", clean, x_adv, x_adv.shape, (x_adv.dtype,))
-    _fits("step_size", step_size, x_adv, n, (x_adv.dtype, *numbers))
+    check("grad", grad, x_adv.shape, (x_adv.dtype,), x_adv.device)
+    check("clean", clean, x_adv.shape, (x_adv.dtype,), x_adv.device)
+    check("step_size", step_size, n, (x_adv.dtype, *numbers), x_adv.device)
     if (steps is None) != (step is None):
         raise ValueError("steps and step must be given together")
     counts = (torch.int32, torch.int64)
-    _fits("steps", steps, x_adv, n, counts)
-    _fits("step", step, x_adv, (), counts)
-    _fits("faulty", faulty, x_adv, n, (torch.int32,))
+    check("steps", steps, n, counts, x_adv.device)
+    check("step", step, (), counts, x_adv.device)
+    check("faulty", faulty, n, (torch.int32,), x_adv.device)
     if faulty is not None and not faulty.is_contiguous():
         raise ValueError("faulty must be contiguous")
     if limits is not None:
         if x_adv.dim() < 2:
             raise ValueError(f"limits need x_adv of shape [n, C, ...], got {list(x_adv.shape)}")
-        _fits("limits", limits, x_adv, (limit_rows, x_adv.shape[1]), numbers)
-
-
-def _fits(name: str, values: Tensor | None, x: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> None:
-    if values is None:
-        return
-    if values.dtype not in dtypes:
-        raise TypeError(f"{name} must be {' or '.join(str(d) for d in dict.fromkeys(dtypes))}, got {values.dtype}")
-    if values.shape != shape:
-        raise ValueError(f"{name} must have shape {list(shape)}, got {list(values.shape)}")
-    if values.device != x.device:
-        raise ValueError(f"{name} must be on {x.device} as x_adv, got {values.device}")
-
-
-def l2_step_(
-    x_adv: Tensor,
-    grad: Tensor,
-    clean: Tensor,
-    step_size: Tensor,
-    epsilon: float,
-    lower: float,
-    upper: float,
-    stand_in: Tensor,
-) -> None:
-    """One projected step of steepest ascent in ℓ2, in place: `x' ← x + renorm(clip(x' + α_i·g/‖g‖, lower, upper) - x)`.
-
-    Args:
-        x_adv: [n, ...] floating point, changed in place.
-        grad: [n, ...].
-        clean: [n, ...], x.
-        step_size: [n], α of each sample, in the images' dtype.
-        epsilon: ε, the largest ℓ2 norm of a perturbation.
-        lower: the least pixel value, upper: the greatest.
-        stand_in: [n, ...], the direction to take where a sample's gradient is exactly 0 (not normalised).
-    """
-    wide_grad, wide_clean = wide(grad), wide(clean)
-    norm = per_sample(wide_grad.flatten(1).norm(dim=1), grad)
-    direction = torch.where(norm == 0, wide(stand_in), wide_grad / norm)
-    moved = (wide(x_adv) + direction * per_sample(step_size, grad)).clamp_(lower, upper)
-    delta = (moved - wide_clean).renorm_(p=2, dim=0, maxnorm=epsilon)
-    x_adv.copy_((wide_clean + delta).clamp_(lower, upper))
+        check("limits", limits, (limit_rows, x_adv.shape[1]), numbers, x_adv.device)

@@ -1,21 +1,120 @@
-"""The moving fraction of robust samples."""
+"""The moving fraction of robust samples: a fused kernel on CUDA, plain torch elsewhere."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from bt_fast.ops import rows
+from bt_fast.ops.launch import check
 
-def update_fraction(robust_fraction: Tensor, logits: Tensor, labels: Tensor, gamma: float, momentum: float) -> Tensor:
-    """`F_R ← p·F_R + (1-p)·γ·mean_i[argmax z'_i = y_i]` (Eq. 5).
+# what one program counts by itself: 8192 rows of up to 1024 classes
+MOST_ROWS, MOST_LOGITS = 2**13, 2**23
+ELEMENTS, WARPS = 8192, 16  # that a program holds at once
+PROGRAMS = 256  # that count larger batches: a power of two
+
+
+@torch.library.custom_op("bt_fast::update_fraction_", mutates_args=("robust_fraction", "unreported_faults"))
+def update_fraction_(
+    robust_fraction: Tensor, unreported_faults: Tensor, logits: Tensor, labels: Tensor, gamma: float, momentum: float
+) -> None:
+    """`F_R ← p·F_R + (1-p)·γ·mean_i[argmax z'_i = y_i]` (Eq. 5), in place; the first maximum wins a tie.
+
+    A batch with a row that has no softmax (NaN, +Inf, or nothing but -Inf) or a label outside 0..K-1 leaves F_R as it
+    is and adds 1 to `unreported_faults`.
+
+    Counted in integers and averaged in float64 as `p·F_R + ((1-p)·γ)·(hits/m)`: the same to the bit everywhere. On CUDA
+    one kernel, which reads the logits once (two beyond 8192 rows or 2^23 logits; where triton is installed, and not for
+    float64), compiled anew for every K, γ and p. Never waits for the device. Logits whose classes do not lie side by
+    side are copied first.
 
     Args:
-        robust_fraction: 0-dim floating point, F_R.
-        logits: [m, K], m ≥ 1, of the corrupted samples.
+        robust_fraction: 0-dim float64, F_R, changed in place.
+        unreported_faults: 0-dim int64, changed in place.
+        logits: [m, K] floating point, m ≥ 1, K ≥ 2, of the corrupted samples; rows any stride apart.
         labels: [m] int64.
         gamma: γ, momentum: p.
 
-    Returns:
-        The new F_R, 0-dim, of F_R's dtype.
+    Raises:
+        TypeError or ValueError: a dtype, shape or device does not fit; the message names the argument. Nothing has
+            changed.
     """
-    hits = (logits.argmax(dim=1) == labels).sum().to(robust_fraction.dtype)
-    return momentum * robust_fraction + (1.0 - momentum) * gamma * (hits / len(labels))
+    _check(robust_fraction, unreported_faults, logits, labels)
+    run = launch_update_fraction if rows.kernel_takes(logits) else update_fraction_reference
+    run(robust_fraction, unreported_faults, logits, labels, gamma, momentum)
+
+
+@update_fraction_.register_fake
+def _(
+    robust_fraction: Tensor, unreported_faults: Tensor, logits: Tensor, labels: Tensor, gamma: float, momentum: float
+) -> None:
+    _check(robust_fraction, unreported_faults, logits, labels)
+
+
+def update_fraction_reference(
+    robust_fraction: Tensor, unreported_faults: Tensor, logits: Tensor, labels: Tensor, gamma: float, momentum: float
+) -> None:
+    """`update_fraction_` in plain torch: what the kernel is held against, and what runs where there is none."""
+    faulty = (~rows.has_softmax(logits) | rows.labels_outside(labels, logits.shape[1])).any()
+    hits = (logits.argmax(dim=1) == labels).sum()
+    moved = momentum * robust_fraction + (1.0 - momentum) * gamma * (hits.double() / len(labels))
+    robust_fraction.copy_(torch.where(faulty, robust_fraction, moved))
+    unreported_faults += faulty
+
+
+def launch_update_fraction(
+    robust_fraction: Tensor, unreported_faults: Tensor, logits: Tensor, labels: Tensor, gamma: float, momentum: float
+) -> None:
+    """`update_fraction_` as one launch, or two for a large batch, of logits that `rows.kernel_takes`."""
+    from bt_fast.kernels.update_fraction import update_fraction_finish_kernel, update_fraction_fwd_kernel
+
+    m, k = logits.shape
+    logits, stride = rows.rows_apart(logits)
+    each, block = block_of(k)
+    alone = m <= MOST_ROWS and m * k <= MOST_LOGITS
+    # a workspace of each call, and no atomics: nothing to reset, and nothing for two streams to share
+    tallies = None if alone else torch.empty(2, PROGRAMS, dtype=torch.int32, device=logits.device)
+    weight = (1.0 - momentum) * gamma
+    with torch.cuda.device_of(logits):
+        update_fraction_fwd_kernel[(1 if alone else PROGRAMS,)](
+            robust_fraction,
+            unreported_faults,
+            logits,
+            labels.contiguous(),
+            tallies,
+            m,
+            -(-m // each),
+            stride,
+            MOMENTUM=momentum,
+            WEIGHT=weight,
+            K=k,
+            ROWS=each,
+            BLOCK=block,
+            num_warps=WARPS,
+            enable_fp_fusion=False,
+        )
+        if not alone:
+            update_fraction_finish_kernel[(1,)](
+                robust_fraction,
+                unreported_faults,
+                tallies,
+                m,
+                MOMENTUM=momentum,
+                WEIGHT=weight,
+                PROGRAMS=PROGRAMS,
+                num_warps=4,
+                enable_fp_fusion=False,
+            )
+
+
+def block_of(classes: int) -> tuple[int, int]:
+    """Rows and classes that a program holds at once."""
+    block = min(1 << (classes - 1).bit_length(), ELEMENTS)
+    return ELEMENTS // block, block
+
+
+def _check(robust_fraction: Tensor, unreported_faults: Tensor, logits: Tensor, labels: Tensor) -> None:
+    rows.check_logits("logits", logits, least=1)
+    check("labels", labels, logits.shape[:1], (torch.int64,), logits.device)
+    check("robust_fraction", robust_fraction, (), (torch.float64,), logits.device)
+    check("unreported_faults", unreported_faults, (), (torch.int64,), logits.device)

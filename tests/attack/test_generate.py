@@ -6,7 +6,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from pretended_device import DEVICE, pretended_device
-from small_models import CLASSES, SHAPE, Dead, assert_unchanged, batch, build, snapshot
+from small_models import CLASSES, SHAPE, Dead, Undefined, assert_unchanged, batch, build, snapshot, with_bright
 from tolerances import DTYPES, TOLERANCES, assert_near
 from torch import nn
 
@@ -171,12 +171,27 @@ def test_a_tiny_gradient_survives_a_16_bit_body(dtype):
     torch.manual_seed(0)
     model, (x, _) = HalfBody(dtype), batch(dtype=torch.float32)
     logits = model(x).detach()
-    target = logits.softmax(dim=1)
+    target = logits.double().softmax(dim=1).float()  # rounded as the op rounds its own
     target[:, 0] += 1e-7
     target[:, 1] -= 1e-7
     grad = input_gradient(model, x, target)
     expected = (model.body.weight[1] - model.body.weight[0]).float().sign().view(1, *SHAPE)
     assert (grad.sign() == expected).float().mean() > 0.95
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_samples_whose_gradient_holds_nan_stay_and_are_marked(norm):
+    model, (x, _) = build(Undefined), with_bright([0, 3, 4])
+    target = model.eval()(x).detach().flip(1).softmax(dim=1)
+    schedule, faulty = Schedule.from_steps(STEPS, sizes_of(8)), torch.zeros(8, dtype=torch.int32)
+    rows = [schedule.sort(t) for t in (x, x, target)]
+    found = generate(model, *rows, schedule, ThreatModel(EPSILON[norm], norm), faulty=faulty)
+    marked = torch.tensor([1, 0, 0, 1, 0, 0, 0, 0], dtype=torch.bool)  # sample 4 takes no step
+    assert torch.equal(faulty.bool(), marked[schedule.order])
+    stays = (found == rows[0]).flatten(1).all(dim=1)
+    assert torch.equal(stays, (marked | (STEPS == 0))[schedule.order])
+    with pytest.raises(ValueError, match=r"faulty must have shape \[8\], got \[7\]"):
+        generate(model, *rows, schedule, ThreatModel(0.03), faulty=faulty[1:])
 
 
 # What it costs

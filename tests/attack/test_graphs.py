@@ -43,8 +43,9 @@ class Training:
         for clean, target, schedule in self.batches:
             x_adv, clean, target = clean + 0.001, clean.clone(), target.clone()
             with attack_model(self.model, frozen, clean) as view:
-                runner(view, x_adv, clean, target, schedule, THREAT, None)
-            found.append(x_adv.clone())
+                faulty = torch.zeros(len(x_adv), dtype=torch.int32)
+                runner(view, x_adv, clean, target, schedule, THREAT, None, faulty)
+            found += [x_adv.clone(), faulty.clone()]
             for memory in (x_adv, clean, target):
                 memory.fill_(float("nan"))  # the caller is done with it
             with torch.no_grad():

@@ -17,19 +17,17 @@ from bt_fast import kernels
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_kernel_uses_registers_alone_and_wide_accesses(name):
-    variant = VARIANTS[name]
-    for sm in kernel_report.targets(variant):
-        compiled = kernel_report.compiled(name, sm)
-        assert compiled.spills == compiled.stack == 0, sm
-        assert compiled.load_bits >= variant.load_bits, sm
-        assert compiled.store_bits >= variant.store_bits, sm
-        assert kernel_report.occupancy(sm, compiled.registers, variant.warps) >= variant.occupancy, sm
+    for sm in kernel_report.targets(VARIANTS[name]):
+        assert kernel_report.broken_rules(name, sm) == [], sm
 
 
 def test_a_step_in_single_precision_divisible_by_16_takes_128_bits():
     steps = [v for v in VARIANTS.values() if v.types.get("grad") == "*fp32" and "length" in v.divisible]
     assert steps
-    assert all(v.load_bits == v.store_bits == 128 for v in steps)
+    assert all(v.load_bits == 128 for v in steps)
+    writing = [v for v in steps if v.store_bits]  # the others find out about the gradient
+    assert writing
+    assert all(v.store_bits == 128 for v in writing)
 
 
 def test_no_kernel_is_left_out():

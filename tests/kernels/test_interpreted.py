@@ -1,6 +1,7 @@
 """The kernels under Triton's interpreter. It is chosen when triton is imported: each file has a process of its own."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,18 @@ pytest.importorskip("triton")
 HERE = Path(__file__).parent / "interpreted"
 KERNELS = Path(__file__).parents[2] / "kernels"
 # for each op: where its kernels widen an offset to 64 bits, and what would leave it in 32
-WIDENED = {"pgd_step": ("tl.cast(i_r, tl.int64)", "i_r")}
+WIDENED = {
+    "gather_start": ("tl.cast(i_n, tl.int64)", "i_n"),
+    "ascent_direction": ("tl.cast(i_n, tl.int64)", "i_n"),
+    "pgd_step": ("tl.cast(i_r, tl.int64)", "i_r"),
+    "signed_variance": ("tl.cast(i_m, tl.int64)", "i_m"),
+    "update_fraction": ("tl.cast(i_b, tl.int64)", "i_b"),
+    "divergence": ("tl.cast(tl.program_id(0), tl.int64)", "tl.program_id(0)"),
+}
+# one script for several kernels shows that it would see each of them
+SEVERAL = [
+    (op, name) for op in ["pgd_step"] for name in re.findall(r"def (\w+_kernel)", (KERNELS / f"{op}.py").read_text())
+]
 
 
 def interpreted(*command, fails=False):
@@ -31,9 +43,9 @@ def test_offsets_beyond_2_to_the_31(op):
     interpreted(str(HERE / f"{op}_int64.py"), str(KERNELS / f"{op}.py"))
 
 
-@pytest.mark.parametrize("op", WIDENED)
-def test_offsets_in_32_bits_are_caught(op, tmp_path):
+@pytest.mark.parametrize(("op", "kernel"), [*((op, ()) for op in WIDENED if op not in dict(SEVERAL)), *SEVERAL])
+def test_offsets_in_32_bits_are_caught(op, kernel, tmp_path):
     source, (widened, planted) = (KERNELS / f"{op}.py").read_text(), WIDENED[op]
     assert widened in source
     (tmp_path / "planted.py").write_text(source.replace(widened, planted))
-    interpreted(str(HERE / f"{op}_int64.py"), str(tmp_path / "planted.py"), fails=True)
+    interpreted(str(HERE / f"{op}_int64.py"), str(tmp_path / "planted.py"), *([kernel] if kernel else []), fails=True)

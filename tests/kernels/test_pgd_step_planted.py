@@ -12,52 +12,104 @@ import ptxrun
 from compiled_kernel import compiled_kernels, planted
 
 from bt_fast.kernels import pgd_step as kernels
-from bt_fast.ops import pgd_step as ops
+from bt_fast.ops import pgd_l2_step, pgd_step
 
 FULL = {"counts": True, "flags": True}
 # what is planted: a name, the text, and its replacement
 LINF = [
-    ("a mask that ends too late", "m_x = o_x < length", "m_x = o_x <= length"),
+    ("a mask that ends too late", "(o_x < length)", "(o_x <= length)"),
     ("a mask that ends too early", "m_x = o_x < length", "m_x = o_x < length - 1"),
     ("no upper ε", "b_x + b_step, b_c - b_epsilon, b_c + b_epsilon", 'b_x + b_step, b_c - b_epsilon, float("inf")'),
-    ("no bounds", "b_moved = _clip(b_moved, b_lower, b_upper)", "b_moved = b_moved"),
-    ("swapped bounds", "_clip(b_moved, b_lower, b_upper)", "_clip(b_moved, b_upper, b_lower)"),
-    ("bounds before ε", "b_c - b_epsilon, b_c + b_epsilon)", "b_lower, b_upper)"),
+    ("no bounds", "return _clip(b_moved, _limit(", "return b_moved; _clip(b_moved, _limit("),
+    ("swapped bounds", "_limit(limits, 1, channels, o_c, lower)", "_limit(limits, 1, channels, o_c, upper)"),
     ("another sample's α", "tl.load(step_size + i_n)", "tl.load(step_size + i_n * 0)"),
     ("descent", "tl.where(b_g > 0, b_alpha", "tl.where(b_g <= 0, b_alpha"),
     ("a zero gradient moves", "tl.where(b_g < 0, -b_alpha", "tl.where(b_g <= 0, -b_alpha"),
     ("one step too many", "> tl.load(step)", ">= tl.load(step)"),
-    ("another channel's limits", "(i_r % channels)", "((i_r + 1) % channels)"),
-    ("limits out of order", "2 * channels", "1 * channels"),
+    ("another channel's limits in a sample", "channels, o_r, epsilon", "channels, (o_r + 1) % rows, epsilon"),
+    ("another channel's limits in a part", "else (i_r % rows)", "else ((i_r + 1) % rows)"),
+    ("limits out of order", "k * channels", "(k // 2) * channels"),
     ("channels not interleaved", "o_x % channels", "o_x // channels % channels"),
-    ("NaN moves", "tl.where(b_nan, b_x, b_moved)", "b_moved"),
-    ("NaN is not counted", "nan_seen > 0", "nan_seen > 1"),
-    ("NaN of another sample", "tl.atomic_max(faulty + i_n", "tl.atomic_max(faulty + i_n * 0"),
+    ("NaN moves a sample", "tl.where(top > INFINITY, False, m_x)", "m_x"),
+    ("infinite gradients stay", "tl.where(top > INFINITY, False, m_x)", "tl.where(top >= INFINITY, False, m_x)"),
+    ("NaN is not counted", "faulty + i_n, 1, mask=top > INFINITY", "faulty + i_n, 0, mask=top > INFINITY"),
+    ("NaN of another sample", "faulty + i_n, 1, mask=top > INFINITY", "faulty + 0, 1, mask=top > INFINITY"),
+    ("a long sample with NaN moves", "tl.load(held + i_n) != 0", "tl.load(held + i_n) < 0"),
+    ("only the last part is searched for NaN", "b_top = tl.maximum(b_top, _magnitude(b_g))", "b_top = _magnitude(b_g)"),
     ("NaN is dropped", "tl.maximum(b_v, b_low, propagate_nan=tl.PropagateNan.ALL)", "tl.maximum(b_v, b_low)"),
     ("the wrong row", "i_r = i_x // blocks", "i_r = i_x % blocks"),
 ]
-CASES = [
-    pgd_cases.case(3, (3, 15, 37), torch.float32, 0, **FULL),
-    pgd_cases.case(3, (3, 15, 37), torch.float32, 0, channel_limits=True, **FULL),
-    pgd_cases.case(3, (3, 4, 5), torch.float32, 1, channel_limits=True, last=True, **FULL),
+L2 = [
+    ("squares overflow or vanish in a sample", "b_g * _power_of_two(-_exponent(top))", "b_g * 1.0"),
+    (
+        "scales of lanes are not brought together",
+        "norm = tl.sqrt(tl.sum(b_sum * b_ratio * b_ratio",
+        "norm = tl.sqrt(tl.sum(b_sum",
+    ),
+    ("a lane's sum keeps its old scale", "b_sum * b_ratio * b_ratio + b_scaled", "b_sum + b_scaled"),
+    ("the perturbation does not shrink", "tl.where(size > epsilon", "tl.where(size > 2 * epsilon"),
+    ("every perturbation is stretched", "tl.where(size > epsilon", "tl.where(size > 0"),
+    ("padding counts in a perturbation's length", "tl.where(m_x, b_delta, 0.0)", "b_delta + 0.0"),
+    ("Inf moves a sample", "(top > 0) & (top < INFINITY)", "(top > 0) & (top <= INFINITY)"),
+    ("a zero gradient is forgotten", "tl.store(flat + i_n, (top == 0)", "tl.store(flat + i_n, (top < 0)"),
+    ("everyone is moved by noise", "tl.load(flat + i_n) == 0", "tl.load(flat + i_n) < 0"),
+    ("all samples' noise is the same", "o_x, i_n, 0, 0)", "o_x, i_n * 0, 0, 0)"),
+    ("noise without its centre", "b_sum.to(tl.int32) - 2040", "b_sum.to(tl.int32) - 2048"),
+    ("a long sample without direction moves", "if shrink < 0", "if shrink < -2"),
+    (
+        "a channel's lower bound for all",
+        "_limit(limits, 0, channels, o_c, lower)",
+        "_limit(limits, 0, channels, o_c * 0, lower)",
+    ),
+    ("Inf is not counted", "mask=top >= INFINITY", "mask=top > INFINITY"),
 ]
+NORMS = {
+    "linf": (
+        pgd_step.launch_linf,
+        pgd_step.linf_reference,
+        [
+            pgd_cases.case(3, (3, 15, 17), torch.float32, 0, **FULL),
+            pgd_cases.case(3, (3, 15, 20), torch.float32, 1, channel_limits=True, **FULL),
+            pgd_cases.case(3, (3, 4, 5), torch.float32, 0, channel_limits=True, last=True, **FULL),
+            pgd_cases.case(3, (3, 37, 39), torch.float32, 3, channel_limits=True, **FULL),
+        ],
+    ),
+    "l2": (
+        pgd_l2_step.launch_l2,
+        pgd_l2_step.l2_reference,
+        [
+            pgd_cases.l2_case(7, (3, 15, 17), torch.float32, 1, seeded=True, flags=True).but(lower=0.1),
+            pgd_cases.l2_case(7, (3, 4, 5), torch.float32, 1, channel_limits=True, **FULL),
+            pgd_cases.l2_case(7, (3, 37, 39), torch.float32, 5, seeded=True, flags=True).but(lower=0.1),
+        ],
+    ),
+}
 
 
-def caught(module):
+def caught(module, norm):
     """Whether a case comes out wrong, or faults, with the kernels of this module."""
+    launch, reference, cases = NORMS[norm]
     with mock.patch.multiple(kernels, **compiled_kernels(module, 80)):
-        for case in CASES:
+        for case in cases:
             try:
-                pgd_cases.assert_same(case.run(ops.launch_linf), case.run(ops.linf_reference))
+                pgd_cases.assert_near(case.run(launch), case.run(reference))
             except (AssertionError, ptxrun.FaultError):
                 return True
     return False
 
 
-def test_the_kernel_as_it_is_passes():
-    assert not caught(kernels)
+@pytest.mark.parametrize("norm", NORMS)
+def test_the_kernels_as_they_are_pass(norm):
+    assert not caught(kernels, norm)
 
 
-@pytest.mark.parametrize(("text", "instead"), [pytest.param(*bug[1:], id=bug[0]) for bug in LINF])
-def test_a_planted_bug_is_caught(text, instead, tmp_path):
-    assert caught(planted(kernels, text, instead, tmp_path / "planted.py"))
+@pytest.mark.parametrize(
+    ("norm", "text", "instead"),
+    [
+        pytest.param(norm, *bug[1:], id=f"{norm}: {bug[0]}")
+        for norm, bugs in (("linf", LINF), ("l2", L2))
+        for bug in bugs
+    ],
+)
+def test_a_planted_bug_is_caught(norm, text, instead, tmp_path):
+    assert caught(planted(kernels, text, instead, tmp_path / "planted.py"), norm)

@@ -11,10 +11,12 @@ pytest.importorskip("triton")
 from compiled_kernel import compiled_kernels
 
 from bt_fast.kernels import pgd_step as kernels
-from bt_fast.ops import pgd_step as ops
+from bt_fast.ops import pgd_l2_step, pgd_step
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 BARE, FULL = {}, {"counts": True, "flags": True}
+LIMITS, LAST = FULL | {"channel_limits": True}, FULL | {"channel_limits": True, "last": True}
+SMALL = ("step_size", "steps", "step", "limits", "faulty", "held", "flat", "measured", "stand_in")
 
 
 @pytest.fixture(params=[80, 90])
@@ -25,36 +27,80 @@ def compiled(request):
         yield stand_ins
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+def moved(kernel):
+    """Bytes of images that a kernel's latest launch loaded and stored, by argument."""
+    names = dict(enumerate(kernel.function.arg_names))
+    return [
+        {names[k]: v for k, v in kernel.statistics.get(f"{how}.parameter", {}).items() if names[k] not in SMALL}
+        for how in ("load", "store")
+    ]
+
+
 @pytest.mark.parametrize(
-    ("n", "shape", "options"),
+    ("n", "shape", "dtype", "options"),
     [
-        (3, (3, 16, 16), FULL),
-        (2, (2, 15, 37), FULL | {"channel_limits": True}),
-        (3, (3, 16, 16), FULL | {"channel_limits": True, "last": True}),
-        (2, (7,), BARE),
-        (3, (1,), FULL),
+        (3, (3, 32, 32), torch.float32, FULL),
+        (2, (3, 20, 20), torch.bfloat16, LIMITS),
+        (3, (1, 28, 28), torch.float16, FULL),
+        (2, (2, 15, 37), torch.float32, LIMITS),
+        (3, (1,), torch.float32, FULL),
+        (2, (7,), torch.bfloat16, BARE),
+        (3, (2, 47, 47), torch.float32, FULL),
+        (3, (1, 64, 68), torch.float16, FULL),
+        (3, (3, 16, 16), torch.float32, LAST),
+        (2, (5, 15, 37), torch.bfloat16, LIMITS),
     ],
 )
 def test_linf(compiled, n, shape, dtype, options):
     case = pgd_cases.case(n, shape, dtype, 0, **options)
-    pgd_cases.assert_same(case.run(ops.launch_linf), case.run(ops.linf_reference))
+    pgd_cases.assert_same(case.run(pgd_step.launch_linf), case.run(pgd_step.linf_reference))
+
+
+@pytest.mark.parametrize(
+    ("n", "shape", "dtype", "options"),
+    [
+        (5, (3, 32, 32), torch.float32, FULL),
+        (7, (1, 28, 28), torch.float16, FULL | {"seeded": True}),
+        (7, (7,), torch.bfloat16, {"seeded": True}),
+        (7, (1,), torch.float32, FULL),
+        (7, (1, 64, 68), torch.float32, FULL | {"seeded": True}),
+        (7, (2, 47, 47), torch.bfloat16, {"flags": True}),
+        (7, (3, 15, 37), torch.float16, LIMITS | {"seeded": True}),
+        (7, (3, 16, 16), torch.float32, LAST),
+    ],
+)
+def test_l2(compiled, n, shape, dtype, options):
+    case = pgd_cases.l2_case(n, shape, dtype, 0, **options)
+    pgd_cases.assert_near(case.run(pgd_l2_step.launch_l2), case.run(pgd_l2_step.l2_reference))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_linf_reads_three_tensors_and_writes_one(compiled, dtype):
-    case = pgd_cases.case(3, (3, 15, 20), dtype, 0)
+@pytest.mark.parametrize(
+    ("launch", "arrange", "kernel"),
+    [
+        (pgd_step.launch_linf, pgd_cases.case, "pgd_linf_sample_fwd_kernel"),
+        (pgd_l2_step.launch_l2, pgd_cases.l2_case, "pgd_l2_sample_fwd_kernel"),
+    ],
+)
+def test_a_step_reads_three_tensors_and_writes_one(compiled, launch, arrange, kernel, dtype):
+    case = arrange(3, (3, 32, 32), dtype, 2, flags=True)  # in ℓ2 no zero gradient
+    case = case.but(grad=case.arguments["grad"].nan_to_num(0, 1, -1) + 1)
     case = case.but(steps=torch.tensor([1, 0, 3]), step=torch.tensor(0))
-    case.run(ops.launch_linf)
-    kernel = compiled["pgd_linf_step_fwd_kernel"]
-    moving = 2 * 900 * dtype.itemsize
-    names = dict(enumerate(kernel.function.arg_names))
-    loads, stores = (
-        {names[k]: v for k, v in kernel.statistics[f"{how}.parameter"].items() if names[k] not in SMALL}
-        for how in ("load", "store")
-    )
-    assert loads == {"x_adv": moving, "grad": moving, "clean": moving}
-    assert stores == {"x_adv": moving}
+    case.run(launch)
+    each = 2 * 3072 * dtype.itemsize
+    assert moved(compiled[kernel]) == [{"x_adv": each, "grad": each, "clean": each}, {"x_adv": each}]
+    if "l2" in kernel:
+        assert moved(compiled["pgd_l2_stand_in_fwd_kernel"]) == [{}, {}]
 
 
-SMALL = ("step_size", "steps", "step", "limits", "faulty")
+def test_a_long_sample_is_read_once_more_in_linf_and_four_times_more_in_l2(compiled):
+    each = 2 * 4352 * 4
+    case = pgd_cases.case(2, (1, 64, 68), torch.float32, 0, special=False)
+    case.run(pgd_step.launch_linf)
+    assert moved(compiled["pgd_held_fwd_kernel"]) == [{"grad": each}, {}]
+    step = [{"x_adv": each, "grad": each, "clean": each}, {"x_adv": each}]
+    assert moved(compiled["pgd_linf_step_fwd_kernel"]) == step
+    case = pgd_cases.l2_case(2, (1, 64, 68), torch.float32, 2)
+    case.run(pgd_l2_step.launch_l2)
+    assert moved(compiled["pgd_l2_measure_fwd_kernel"]) == [{"x_adv": each, "grad": 2 * each, "clean": each}, {}]
+    assert moved(compiled["pgd_l2_step_fwd_kernel"]) == step

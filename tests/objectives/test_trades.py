@@ -16,17 +16,19 @@ from small_models import (
     SHAPE,
     Dead,
     Frozen,
+    Undefined,
     assert_unchanged,
     batch,
     build,
     gradients,
     snapshot,
+    with_bright,
 )
 from tolerances import UPDATES, assert_near, assert_near_nested
 from torch import nn
 
-from bt_fast import BulletTrain, trades_loss
-from bt_fast.objectives import trades
+from bt_fast import BulletTrain, ops, trades_loss
+from bt_fast.objectives.trades import random_state
 from bt_fast.ops import GROUPS
 
 DISTANCES = ["l_inf", "l_2"]
@@ -152,6 +154,18 @@ def test_a_generator_replaces_the_global_random_numbers():
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_a_seeded_script_repeats_its_numbers_with_bullettrain():
+    x, y = batch()
+    found = []
+    for seed in (1, 1, 2):
+        model = build("conv_bn", 0)
+        torch.manual_seed(seed)
+        found.append([trades_loss(model, x, y, None, bullet=BulletTrain()).item() for _ in range(2)])
+    assert found[0] == found[1]
+    assert found[0][0] != found[0][1]
+    assert found[0] != found[2]
+
+
 # With BulletTrain: Algorithm 2
 
 
@@ -209,8 +223,13 @@ def assert_same_update(models, loss, ours):
     assert_near_nested(models[1].state_dict(), models[0].state_dict(), UPDATES)
 
 
-def fixed_noise(monkeypatch, noise):
-    monkeypatch.setattr(trades, "normal_noise", lambda x, generator, *, on_cpu=False: noise[: len(x)])
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def noise_of(x, generator):
+    """What `trades_loss` adds to each sample with this generator, in the batch's own order."""
+    return ops.gather_start(torch.zeros_like(x), None, None, random_state(x, generator), "normal", 0.001)[1]
 
 
 @pytest.mark.parametrize("distance", DISTANCES)
@@ -228,7 +247,7 @@ def fixed_noise(monkeypatch, noise):
     ],
 )
 @pytest.mark.parametrize("start", [0.0, 0.4, 1.0])
-def test_updates_are_algorithm_2(monkeypatch, distance, policy, unperturbed, start):
+def test_updates_are_algorithm_2(distance, policy, unperturbed, start):
     models = [confident(), confident()]
     optimizers = [sgd(m) for m in models]
     bullet = BulletTrain(*policy)
@@ -238,11 +257,12 @@ def test_updates_are_algorithm_2(monkeypatch, distance, policy, unperturbed, sta
     for k in range(3):
         x, _ = batch(9, seed=k)
         y = own_labels(models[0], x)
-        noise = 0.001 * torch.randn(x.shape, generator=torch.Generator().manual_seed(k), dtype=x.dtype)
-        fixed_noise(monkeypatch, noise)
+        noise = noise_of(x, seeded(k))
+        assert 0.0005 < noise.std() < 0.0015
         skip = unperturbed == "skip"
         loss, f_r, groups, _ = algorithm_2(models[0], x, y, optimizers[0], noise, f_r, policy, skip, options)
-        ours = trades_loss(models[1], x, y, optimizers[1], **options, bullet=bullet, unperturbed=unperturbed)
+        drawn = {"bullet": bullet, "unperturbed": unperturbed, "generator": seeded(k)}
+        ours = trades_loss(models[1], x, y, optimizers[1], **options, **drawn)
         assert_same_update(models, loss, ours)
         assert_near(bullet.robust_fraction, f_r)
         for optimizer in optimizers:
@@ -259,12 +279,10 @@ def test_any_batch_and_policy(m, f_r, policy, skip, seed):
     bullet = BulletTrain(*policy)
     bullet.robust_fraction.fill_(f_r)
     options = OPTIONS["l_inf"] | {"perturb_steps": policy[0]}
-    noise = 0.001 * torch.randn(x.shape, generator=torch.Generator().manual_seed(seed), dtype=x.dtype)
+    noise = noise_of(x, seeded(seed))
     loss, moved, *_ = algorithm_2(models[0], x, y, sgd(models[0]), noise, f_r, policy, skip, options)
-    unperturbed = "skip" if skip else "keep"
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        fixed_noise(monkeypatch, noise)
-        ours = trades_loss(models[1], x, y, None, **options, bullet=bullet, unperturbed=unperturbed)
+    drawn = {"bullet": bullet, "unperturbed": "skip" if skip else "keep", "generator": seeded(seed)}
+    ours = trades_loss(models[1], x, y, None, **options, **drawn)
     assert_same_update(models, loss, ours)
     assert_near(bullet.robust_fraction, moved)
 
@@ -468,13 +486,15 @@ def test_a_model_in_half_precision(bullet, dtype, distance):
     model, (x, _) = confident(dtype=dtype), batch(dtype=dtype)
     y = own_labels(model, x, wrong=0)
     forwards = recorded(model)
+    torch.manual_seed(0)
     loss = trades_loss(model, x, y, None, 0.02, 0.1, 3, distance=distance, bullet=copy.deepcopy(bullet))
     loss.backward()
     assert loss.isfinite()
     assert all(p.grad.isfinite().all() for p in model.parameters())
     clean, corrupted = forwards[True]
     moved = (clean - corrupted).abs().flatten(1).amax(dim=1)
-    assert (moved > 0.01).all()
+    # bfloat16 rounds most of the start's noise away, so that now and then a sample stays at x, where no gradient is
+    assert (moved > 0.01).double().mean() >= (0.5 if dtype == torch.bfloat16 else 1)
 
 
 # The host waits once
@@ -482,14 +502,15 @@ def test_a_model_in_half_precision(bullet, dtype, distance):
 
 @BULLETS
 @pytest.mark.parametrize("distance", DISTANCES)
-def test_one_read_a_call_on_a_device(bullet, distance):
+def test_one_read_a_call_on_a_device_and_one_more_without_bullettrain(bullet, distance):
+    """Without state there is no later call that could raise what is wrong with an attack's gradients."""
     model = build("conv_bn", dtype=torch.float32).to(DEVICE)
     x = torch.empty(8, *SHAPE, device=DEVICE)
     y = torch.zeros(8, dtype=torch.int64, device=DEVICE)
     bullet = bullet and copy.deepcopy(bullet).to(DEVICE)
     with pretended_device(plan=[5, 2, 2, 3, 2, 3] if bullet else []) as reads:
         loss = trades_loss(model, x, y, sgd(model), perturb_steps=3, bullet=bullet, distance=distance)
-        assert (reads.started, reads.waited) == (1, 1)
+        assert reads.started == reads.waited == (1 if bullet else 2)
         loss.backward()
     assert loss.device == DEVICE
 
@@ -502,10 +523,10 @@ def test_buffers_that_never_change_are_compared_on_the_first_call_only():
     x, y = x.to(DEVICE), y.to(DEVICE)
     with pretended_device() as reads:
         trades_loss(model, x, y, None, perturb_steps=3)
-    assert (reads.started, reads.waited) == (1, 1)
+    assert (reads.started, reads.waited) == (2, 2)
 
 
-@pytest.mark.parametrize(("bullet", "reads"), [(None, 1), (BulletTrain(3, 1, 0), 2)])
+@pytest.mark.parametrize(("bullet", "reads"), [(None, 2), (BulletTrain(3, 1, 0), 2)])
 def test_reads_on_the_cpu(bullet, reads):
     """On the CPU a read costs nothing, and BulletTrain's update checks its logits at once."""
     with counted_waits() as waits:
@@ -608,6 +629,28 @@ def test_bad_combinations_of_options():
     with pytest.raises(ValueError, match=r"BulletTrain is on meta.*cpu"):
         trades_loss(model, X, Y, None, bullet=BulletTrain().to(DEVICE))
     assert_unchanged(before, model, bullet)
+
+
+@BULLETS
+@pytest.mark.parametrize("distance", DISTANCES)
+def test_a_gradient_with_nan_is_an_error_that_counts_the_samples(bullet, distance):
+    model, bullet = build(Undefined), copy.deepcopy(bullet)
+    bright = [1, 4, 5]
+    x, y = with_bright(bright)
+    count = 3
+    if bullet:
+        y = own_labels(model, x)
+        steps = copy.deepcopy(bullet).assign(model.eval()(x), y).steps
+        count = int((steps[bright] > 0).sum())
+        assert count
+        model.train()
+    state = [model] if bullet is None else [model, bullet]
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    before = snapshot(*state)
+    with pytest.raises(ValueError, match=f"input gradient must be finite, but held NaN for {count} of 8 samples"):
+        trades_loss(model, x, y, sgd(model), perturb_steps=3, distance=distance, bullet=bullet)
+    assert_unchanged(before, *state)
 
 
 def test_nan_logits_of_the_corrupted_batch_leave_the_fraction_alone():

@@ -1,7 +1,7 @@
-"""Elements beyond the 2^31st, by an interpreted kernel, in memory that is reserved and hardly touched.
+"""Elements beyond the 2^31st, by interpreted kernels, in memory that is reserved and hardly touched.
 
 Runs with TRITON_INTERPRET=1 as a script of its own, since a kernel that computes offsets in int32 writes elsewhere. Its
-argument is the file of the kernels.
+arguments are the file of the kernels and, if not all are to run, the names of some.
 """
 
 import runpy
@@ -9,26 +9,94 @@ import sys
 
 import torch
 
-pgd_linf_step_fwd_kernel = runpy.run_path(sys.argv[1])["pgd_linf_step_fwd_kernel"]
+kernels = runpy.run_path(sys.argv[1])
 
-LENGTH, ROWS = 2**30, 3
+# rows so long that the third begins at 2^31, and of whose elements a block takes the first; or so many that it is the
+# last, for kernels that go over the whole row
+LENGTH, ROWS, BLOCK = 2**30, 3, 4
+MANY, SHORT, LONG_BLOCK = 2**11 + 1, 2**20, 2**17
 STARTS = range(0, LENGTH * ROWS, LENGTH)
+NONE_LEFT = torch.zeros(MANY, dtype=torch.int64)
+NONE_LEFT[-1] = 1
+COUNTS = (NONE_LEFT, torch.tensor(0))
 
 
 def images(*firsts):
     x = torch.empty(LENGTH * ROWS, dtype=torch.int8)
     for start, first in zip(STARTS, firsts, strict=True):
-        x[start : start + 4] = first
+        x[start : start + BLOCK] = first
     return x
 
 
-def linf():
+def last(value, dtype=torch.int8):
+    """Images whose last row, [2^31, 2^31 + 2^20), holds the value at its last place and 0 elsewhere."""
+    x = torch.empty(MANY * SHORT, dtype=dtype)
+    x[-SHORT:] = 0
+    x[-1] = value
+    return x
+
+
+def linf(name, found):
     x, grad, clean = images(10, 20, 30), images(1, -1, 1), images(10, 20, 30)
-    pgd_linf_step_fwd_kernel[(ROWS,)](
-        x, grad, clean, torch.full((ROWS,), 7.0), None, None, None, None,
-        LENGTH, 1, 5.0, 0.0, 100.0, 1, 1, BLOCK=4, INTERLEAVED=False,
+    kernels[name][(ROWS,)](
+        x, grad, clean, torch.full((ROWS,), 7.0), None, None, None, *found,
+        5.0, 0.0, 100.0, 1, 1,
+        BLOCK=BLOCK, **({"ROWS": 1} if "sample" in name else {"INTERLEAVED": False}),
     )  # fmt: skip
-    assert [x[s : s + 4].tolist() for s in STARTS] == [[15] * 4, [15] * 4, [35] * 4]
+    assert [x[s : s + BLOCK].tolist() for s in STARTS] == [[15] * 4, [15] * 4, [35] * 4]
 
 
-linf()
+def pgd_linf_sample_fwd_kernel(name):
+    linf(name, (None, LENGTH))
+
+
+def pgd_linf_step_fwd_kernel(name):
+    linf(name, (torch.zeros(ROWS, dtype=torch.int32), LENGTH, 1))
+
+
+def pgd_held_fwd_kernel(name):
+    grad, held = last(float("nan"), torch.float16), torch.zeros(MANY, dtype=torch.int32)
+    kernels[name][(MANY,)](grad, *COUNTS, held, None, SHORT, BLOCK=LONG_BLOCK)
+    assert held[-1] == 1
+
+
+def pgd_l2_sample_fwd_kernel(name):
+    x, grad, clean = images(10, 20, 30), images(1, -1, 1), images(10, 20, 30)
+    flat = torch.full((ROWS,), -1, dtype=torch.int32)
+    kernels[name][(ROWS,)](
+        x, grad, clean, torch.full((ROWS,), 16.0), None, None, flat, None, LENGTH, 100.0, 0.0, 100.0, BLOCK=BLOCK
+    )  # fmt: skip
+    assert [x[s : s + BLOCK].tolist() for s in STARTS] == [[18] * 4, [12] * 4, [38] * 4]
+    assert flat.tolist() == [0, 0, 0]
+
+
+def pgd_l2_measure_fwd_kernel(name):
+    measured, flat = torch.zeros(3, MANY), torch.full((MANY,), -1, dtype=torch.int32)
+    kernels[name][(MANY,)](
+        last(2), last(-4), last(1), torch.full((MANY,), 3.0), *COUNTS, None, measured, flat, None,
+        MANY, SHORT, 0.5, -100.0, 100.0, 1, 1, BLOCK=LONG_BLOCK, INTERLEAVED=False,
+    )  # fmt: skip
+    assert flat[-1] == 0
+    torch.testing.assert_close(measured[:, -1], torch.tensor([0.25, 3.0, 0.25]))  # 2 - 3 - 1 = -2 shrinks to 0.5
+
+
+def pgd_l2_step_fwd_kernel(name):
+    x, grad, clean = images(10, 20, 30), images(1, -1, 1), images(8, 16, 24)
+    measured = torch.tensor([[1.0], [4.0], [0.5]]).repeat(1, ROWS)
+    kernels[name][(ROWS,)](
+        x, grad, clean, None, None, None, measured, ROWS, LENGTH, 1, 0.0, 100.0, 1, 1, BLOCK=BLOCK, INTERLEAVED=False
+    )  # fmt: skip
+    assert [x[s : s + BLOCK].tolist() for s in STARTS] == [[11] * 4, [16] * 4, [29] * 4]
+
+
+def pgd_l2_stand_in_fwd_kernel(name):
+    x, flat = last(2), torch.ones(MANY, dtype=torch.int32)
+    kernels[name][(MANY,)](
+        x, last(1), torch.full((MANY,), 3.0), *COUNTS, None, last(5), flat, SHORT, 4.0, -100.0, 100.0, 1, 1,
+        BLOCK=LONG_BLOCK, INTERLEAVED=False,
+    )  # fmt: skip
+    assert x[-1] == 5  # 2 + 15 - 1 = 16 shrinks to 4
+
+
+for kernel in sys.argv[2:] or [name for name in globals() if name.startswith("pgd_") and name in kernels]:
+    globals()[kernel](kernel)

@@ -1,0 +1,46 @@
+"""The losses of the update: TRADES' KL, MART and Jensen-Shannon."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from benchmarks.kernel_variants import DTYPES, Variant, arguments, pointers
+from bt_fast.kernels import divergence as kernels
+from bt_fast.ops import divergence as ops
+
+WHOLE = {"trades_kl": 2, "mart_loss": 2, "js_divergence": 3}  # by loss, the logits that it takes
+
+
+def loss(name: str, dtype: str, tile: tuple[int, int, int], *, main: bool = False, **types: Any) -> Variant:
+    """A loss's kernel of whole rows, or for the tile `LOOPED` the other one."""
+    block, rows, warps = tile
+    looped = tile == ops.LOOPED
+    function = getattr(kernels, f"{name}_looped_fwd_kernel" if looped else f"{name}_fwd_kernel")
+    given: dict[str, Any] = {argument: f"*{dtype}" for argument in function.arg_names}
+    given |= {argument: "i32" for argument in function.arg_names if "stride" in argument}
+    given |= {"labels": "*i64", "loss": "*fp32", "beta": "fp32", "n": "i32", "classes": "i32"}
+    ordered = arguments(function, given | {"ROWS": rows, "BLOCK": block} | types)
+    size, logits = DTYPES[dtype].itemsize, WHOLE[name]
+    note = [f"{argument} {kind}" for argument, kind in types.items()]
+    return Variant(
+        name=", ".join([f"{name} {dtype}, {'blocks of' if looped else 'up to'} {block} classes", *note]),
+        function=function,
+        types=ordered,
+        divisible=pointers(ordered),
+        bytes_moved=(4 if looped else 2) * logits * size,
+        bytes_least=2 * logits * size,
+        load_bits=0,
+        store_bits=0,
+        occupancy=0.25,
+        main=main,
+        warps=warps,
+    )
+
+
+def variants() -> Iterator[Variant]:
+    """What a loss's launch can be."""
+    for name in WHOLE:
+        for dtype in DTYPES:
+            for tile in (*ops.TILES, ops.LOOPED):
+                yield loss(name, dtype, tile, main=dtype == "fp32" and tile == ops.TILES[0])

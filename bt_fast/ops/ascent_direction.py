@@ -1,0 +1,92 @@
+"""The gradient of the attack's loss with respect to the logits: a fused kernel on CUDA, plain torch elsewhere."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from bt_fast.ops import rows
+from bt_fast.ops.launch import check
+
+
+def ascent_direction(logits: Tensor, target: Tensor) -> Tensor:
+    """The inner loss's gradient with respect to the logits: `softmax(z') - target`, up to a power of two for each row.
+
+    It is the gradient of `KL(target ‖ softmax(z'))` (TRADES: the target is the clean distribution) and of the
+    cross-entropy (MART, PGD: the target is one-hot), finite however saturated either is. Each row is scaled so that its
+    largest entry is in [1, 2): near the clean point the difference is smaller than the smallest number of 16 bits, in
+    which the model may compute, and neither the sign nor the normalised direction of the image gradient cares.
+
+    The softmax is computed in float64 and rounded to float32, as `signed_variance` does it: against those probabilities
+    a row of the same logits is exactly 0. The scale is exact, at most 2^126 (so that a largest entry below 2^-126 stays
+    below 1). A row that has no softmax (NaN, +Inf, or nothing but -Inf), or whose target is not finite, is NaN.
+
+    On CUDA one kernel (where triton is installed, and not for float64), compiled anew for every K. Up to K = 8192 it
+    reads logits and target once and writes once; beyond, it reads the logits three times and the target twice. Logits
+    whose classes do not lie side by side are copied first.
+
+    Args:
+        logits: [n, K] floating point, K ≥ 2, rows any stride apart. n may be 0.
+        target: [n, K] floating point, probabilities; used in float32 (float64 for float64 logits).
+
+    Returns:
+        [n, K] in the logits' dtype.
+
+    Raises:
+        TypeError or ValueError: a dtype, shape or device does not fit; the message names the argument.
+    """
+    if not target.is_floating_point():
+        raise TypeError(f"target must be floating point, got {target.dtype}")
+    direction: Tensor = _ascent_direction(logits, target.to(rows.result_dtype(logits)))
+    return direction
+
+
+@torch.library.custom_op("bt_fast::ascent_direction", mutates_args=())
+def _ascent_direction(logits: Tensor, target: Tensor) -> Tensor:
+    _check(logits, target)
+    run = launch_ascent_direction if rows.kernel_takes(logits) else ascent_direction_reference
+    return run(logits, target)
+
+
+@_ascent_direction.register_fake
+def _(logits: Tensor, target: Tensor) -> Tensor:
+    _check(logits, target)
+    return logits.new_empty(logits.shape)
+
+
+def ascent_direction_reference(logits: Tensor, target: Tensor) -> Tensor:
+    """`ascent_direction` in plain torch: what the kernel is held against, and what runs where there is none."""
+    gap = rows.softmax(logits).to(target.dtype) - target
+    largest = gap.abs().amax(dim=1, keepdim=True)
+    exponent = (1 - torch.frexp(largest).exponent).clamp(-126, 126)
+    return torch.where(largest.isfinite(), torch.ldexp(gap, exponent), math.nan).to(logits.dtype)
+
+
+def launch_ascent_direction(logits: Tensor, target: Tensor) -> Tensor:
+    """`ascent_direction` as one launch, of logits that `rows.kernel_takes`."""
+    from bt_fast.kernels.ascent_direction import ascent_direction_fwd_kernel, ascent_direction_long_fwd_kernel
+
+    n, k = logits.shape
+    direction = logits.new_empty(logits.shape)
+    logits, stride = rows.rows_apart(logits)
+    given = (logits, target.contiguous(), direction)
+    with torch.cuda.device_of(logits):
+        if n == 0:
+            pass
+        elif k > rows.LONGEST_BLOCK:
+            ascent_direction_long_fwd_kernel[(n,)](
+                *given, stride, K=k, BLOCK=rows.LONG_BLOCK, num_warps=rows.LONG_WARPS, enable_fp_fusion=False
+            )
+        else:
+            each, block, warps = rows.block_of(k)
+            ascent_direction_fwd_kernel[(-(-n // each),)](
+                *given, n, stride, K=k, ROWS=each, BLOCK=block, num_warps=warps, enable_fp_fusion=False
+            )
+    return direction
+
+
+def _check(logits: Tensor, target: Tensor) -> None:
+    rows.check_logits("logits", logits)
+    check("target", target, logits.shape, (rows.result_dtype(logits),), logits.device)

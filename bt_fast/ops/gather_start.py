@@ -1,0 +1,254 @@
+"""The sorted clean batch and the attack's random start: a fused kernel on CUDA, plain torch elsewhere."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from bt_fast.ops.launch import KERNEL_DTYPES, MOST_INT32, check, contiguous, dense_format, has_triton, rounded
+from bt_fast.ops.numeric import per_sample, wide
+
+NOISES = ("normal", "uniform")
+WARPS = 4
+BLOCK = WARPS * 32 * 4  # a thread has the four elements of one Philox call: 128 bits of float32
+PHILOX_MULTIPLIERS, PHILOX_KEYS, PHILOX_ROUNDS = (0xD2511F53, 0xCD9E8D57), (0x9E3779B9, 0xBB67AE85), 10
+LOW = 0xFFFFFFFF
+# polynomials of the kernel, from the highest power: -2·ln(1 + g) / g to 4e-7, cos(½πt) and sin(½πt) / t of z = t²
+LOGARITHM = (0.3154916, -0.34222665, 0.3268116, -0.39590025, 0.5002408, -0.6667598, 0.99999756, -1.9999996)
+COSINE = (8.5819064e-4, -0.020810628, 0.25365075, -1.2336982, 0.99999994)
+SINE = (-0.0043331, 0.07943434, -0.64589286, 1.570791)
+
+
+@torch.library.custom_op("bt_fast::gather_start", mutates_args=("state",))
+def gather_start(
+    x: Tensor,
+    order: Tensor | None,
+    steps: Tensor | None,
+    state: Tensor,
+    noise: str,
+    scale: float,
+    lower: float | None = None,
+    upper: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The batch in sorted order, and where the attack on it starts: `clip(x + scale·noise, lower, upper)`.
+
+    Sorted row i is sample `order[i]`. A sample with no steps starts at x, to the bit, and is not clipped. On CUDA one
+    kernel, which reads each element once and writes two (where triton is installed, the images are dense, and not
+    float64), and a second of one number, for the offset. Never waits for the device. No gradient passes.
+
+    The noise is that of a counter, and the same to the bit on every device and in every dtype: element e of sample s,
+    counted in the order in which the sample lies in memory, has output `e mod 4` of Philox4x32-10 with the counter
+    `(e div 4, s, offset)` and the seed as key. So it depends neither on `order` nor on what else is in the batch, but
+    images in channels-last have it in other places than contiguous ones. 32 bits make a number in [-1, 1], or, two by
+    two, normal numbers of up to 6.8 (Box and Muller, 1958; logarithm, sine and cosine to 1e-6).
+
+    Args:
+        x: [m, ...] floating point.
+        order: [m] int64, a permutation or any indices of samples, or None: the batch's own order. Its values are not
+            checked (that would mean to wait for the device); one outside 0..m-1 reads memory that is not the images'.
+        steps: [m] int64 or int32, of the batch's own order: 0 where a sample does not move. None: all move.
+        state: [2] int64, seed and offset. The offset is moved on by one, on the device: a CUDA graph that holds this
+            op draws other noise in each replay.
+        noise: "normal" (standard) or "uniform" (in [-1, 1]).
+        scale: standard deviation, or ε (rounded to the images' dtype), in pixel units.
+        lower: the least pixel value, upper: the greatest; None: without bound.
+
+    Returns:
+        clean and start, both new, of x's shape and dtype, dense in x's memory format.
+
+    Raises:
+        TypeError or ValueError: a dtype, shape, device or name does not fit; the message names the argument.
+    """
+    _check(x, order, steps, state, noise)
+    run = launch_gather_start if _kernel_takes(x) else gather_start_reference
+    clean, start = run(x, order, steps, state, noise, scale, lower, upper)
+    state[1].add_(1)  # a launch of its own: while the other runs, all of it must see the old offset
+    return clean, start
+
+
+@gather_start.register_fake
+def _(
+    x: Tensor,
+    order: Tensor | None,
+    steps: Tensor | None,
+    state: Tensor,
+    noise: str,
+    scale: float,
+    lower: float | None = None,
+    upper: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    _check(x, order, steps, state, noise)
+    return _like(x), _like(x)
+
+
+def gather_start_reference(
+    x: Tensor,
+    order: Tensor | None,
+    steps: Tensor | None,
+    state: Tensor,
+    noise: str,
+    scale: float,
+    lower: float | None = None,
+    upper: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`gather_start` in plain torch, but for the offset, which stays."""
+    clean, start = _like(x), _like(x)
+    dense = x if dense_format(x) else x.contiguous()
+    rows = torch.arange(len(x), device=x.device) if order is None else order
+    flat = torch.index_select(_flat(dense), 0, rows, out=_flat(clean))
+    moved = unit_noise(rows, flat.shape[1], state, noise)
+    moved = moved.to(torch.promote_types(x.dtype, moved.dtype)).mul_(_scale(x, noise, scale)).add_(wide(flat))
+    if lower is not None or upper is not None:
+        moved.clamp_(lower, upper)
+    if steps is None:
+        _flat(start).copy_(moved)
+    else:
+        torch.where(per_sample(steps[rows] > 0, flat), moved.to(x.dtype), flat, out=_flat(start))
+    return clean, start
+
+
+def unit_noise(samples: Tensor, length: int, state: Tensor, noise: str) -> Tensor:
+    """`length` normal or uniform numbers for each of the samples [n], as `gather_start` says: [n, length], float32."""
+    calls = -(-length // 4)
+    offset = state[1]
+    call = torch.arange(calls, device=samples.device)
+    bits = philox(state[0], (call, samples[:, None] & LOW, offset & LOW, (offset >> 32) & LOW))
+    out = torch.empty(len(samples), calls, 4, device=samples.device)
+    if noise == "normal":
+        for pair, uniform, angle in ((out[..., :2], *bits[:2]), (out[..., 2:], *bits[2:])):
+            _normal_pair(uniform, angle, pair)
+    else:
+        for i, number in enumerate(bits):
+            out[..., i] = number.to(torch.int32)
+        out.mul_(2.0**-31)
+    return out.view(len(samples), 4 * calls)[:, :length]
+
+
+def philox(seed: Tensor, counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox4x32-10 (Salmon et al., 2011).
+
+    Args:
+        seed: 0-dim int64, the key's 64 bits.
+        counter: four int64 tensors in 0..2^32-1, of shapes that broadcast.
+
+    Returns:
+        Four int64 tensors in 0..2^32-1.
+    """
+    c0, c1, c2, c3 = counter
+    rounds = torch.arange(PHILOX_ROUNDS, device=seed.device)
+    keys = [(part + rounds * key) & LOW for part, key in zip((seed, seed >> 32), PHILOX_KEYS, strict=True)]
+    for k0, k1 in zip(*keys, strict=True):
+        p0, p1 = c0 * PHILOX_MULTIPLIERS[0], c2 * PHILOX_MULTIPLIERS[1]  # 64 bits, whatever the sign
+        c0, c1, c2, c3 = ((p1 >> 32) ^ c1 ^ k0) & LOW, p1, ((p0 >> 32) ^ c3 ^ k1) & LOW, p0
+    return c0, c1 & LOW, c2, c3 & LOW
+
+
+def _normal_pair(uniform: Tensor, angle: Tensor, out: Tensor) -> None:
+    """Two normal numbers [..., 2] of twice 32 random bits, operation by operation as the kernel computes them."""
+    mantissa = uniform.to(torch.float32).add_(0.5)
+    bits = mantissa.view(torch.int32)
+    exponent = (bits - 0x3F2AAAAB).bitwise_right_shift_(23)
+    bits.sub_(exponent << 23)
+    g = mantissa.sub_(1.0)
+    squared = _polynomial(g, LOGARITHM).mul_(g).add_((32 - exponent).to(torch.float32).mul_(1.3862944))
+    r = squared.double().sqrt_().float()  # torch's root in float32 is not always the nearest number
+    angle = angle.to(torch.int32)
+    r.view(torch.int32).bitwise_xor_(angle & -(2**31))
+    t = (angle << 1).to(torch.float32).mul_(2.0**-31)
+    z = t * t
+    torch.mul(r, _polynomial(z, COSINE), out=out[..., 0])
+    torch.mul(r, _polynomial(z, SINE).mul_(t), out=out[..., 1])
+
+
+def _polynomial(z: Tensor, coefficients: tuple[float, ...]) -> Tensor:
+    """Horner's scheme, from the highest power."""
+    total = z * coefficients[0]
+    for coefficient in coefficients[1:-1]:
+        total.add_(coefficient).mul_(z)
+    return total.add_(coefficients[-1])
+
+
+def launch_gather_start(
+    x: Tensor,
+    order: Tensor | None,
+    steps: Tensor | None,
+    state: Tensor,
+    noise: str,
+    scale: float,
+    lower: float | None = None,
+    upper: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`gather_start` as one launch, but for the offset, which stays. The images are dense: `_kernel_takes(x)`."""
+    from bt_fast.kernels.gather_start import gather_start_fwd_kernel
+
+    clean, start = _like(x), _like(x)
+    if x.numel() == 0:
+        return clean, start
+    length, blocks = x[0].numel(), _blocks(x)
+    with torch.cuda.device_of(x):
+        gather_start_fwd_kernel[(len(x) * blocks,)](
+            x,
+            clean,
+            start,
+            contiguous(order),
+            contiguous(steps),
+            state,
+            length,
+            blocks,
+            _scale(x, noise, scale),
+            -math.inf if lower is None else float(lower),
+            math.inf if upper is None else float(upper),
+            BLOCK=BLOCK,
+            NORMAL=noise == "normal",
+            num_warps=WARPS,
+            enable_fp_fusion=False,
+        )
+    return clean, start
+
+
+def _kernel_takes(x: Tensor) -> bool:
+    return (
+        x.is_cuda
+        and x.dtype in KERNEL_DTYPES
+        and dense_format(x) is not None
+        and x[:1].numel() < MOST_INT32
+        and len(x) * _blocks(x) < MOST_INT32
+        and has_triton()
+    )
+
+
+def _blocks(x: Tensor) -> int:
+    """Programs for each sample."""
+    return -(-math.prod(x.shape[1:]) // BLOCK)
+
+
+def _scale(x: Tensor, noise: str, scale: float) -> float:
+    """ε as the projection has it, so that no start lies outside."""
+    return rounded(scale, x.dtype) if noise == "uniform" else float(scale)
+
+
+def _like(x: Tensor) -> Tensor:
+    """An empty tensor, dense in the memory format of `x`; contiguous where that has none."""
+    return torch.empty_like(x, memory_format=dense_format(x) or torch.contiguous_format)
+
+
+def _flat(x: Tensor) -> Tensor:
+    """A dense tensor as [m, length], in the order in which it lies in memory."""
+    lies = x if x.is_contiguous() else x.movedim(1, -1)
+    return lies.view(len(x), math.prod(x.shape[1:]))
+
+
+def _check(x: Tensor, order: Tensor | None, steps: Tensor | None, state: Tensor, noise: str) -> None:
+    if not x.is_floating_point():
+        raise TypeError(f"x must be floating point, got {x.dtype}")
+    if x.dim() < 1:
+        raise ValueError("x must have shape [m, ...], got a 0-dim tensor")
+    check("order", order, (len(x),), (torch.int64,), x.device)
+    check("steps", steps, (len(x),), (torch.int64, torch.int32), x.device)
+    check("state", state, (2,), (torch.int64,), x.device)
+    if not state.is_contiguous():
+        raise ValueError("state must be contiguous")
+    if noise not in NOISES:
+        raise ValueError(f"noise must be one of {', '.join(map(repr, NOISES))}, got {noise!r}")

@@ -1,0 +1,102 @@
+"""The order of a ragged attack, from any step counts: a fused kernel on CUDA, plain torch elsewhere."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bt_fast.ops.launch import has_triton
+
+ONE_LAUNCH = 8192  # the most samples whose pairs one launch compares
+MOST_SAMPLES = 2**20
+MOST_CELLS = 2**24  # of the table of counts, of every number of steps in every block
+PAIRS = {"BLOCK_I": 32, "BLOCK_J": 128, "num_warps": 4}
+COUNT = {"BLOCK": 256, "num_warps": 4}
+PLACE = {"BLOCK": 256, "TILE": 32, "num_warps": 8}
+
+
+@torch.library.custom_op("bt_fast::order_by_steps", mutates_args=())
+def order_by_steps(steps: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """The stable order by descending step count, and how many samples are active at each step.
+
+    On CUDA one launch up to m = 8192, and six up to 2^20 while (most + 1)·⌈m/256⌉ is at most 2^24; plain torch beyond.
+    Never waits for the device.
+
+    Args:
+        steps: [m] integers in 0..most.
+        most: an upper bound on `steps`, known to the host.
+
+    Returns:
+        order [m] int64, so that `steps[order]` never increases and equal counts keep their places, and active [most]
+        int64, where `active[t]` counts the samples with more than t steps: the length of step t's prefix.
+
+    Raises:
+        TypeError or ValueError: a dtype, shape or value does not fit; the message names the argument.
+    """
+    _check(steps, most)
+    steps = steps.long()
+    if not (steps.is_cuda and has_triton() and 0 < len(steps) <= MOST_SAMPLES):
+        return order_reference(steps, most)
+    if len(steps) <= ONE_LAUNCH and (most + 2) * ONE_LAUNCH < 2**31:
+        return launch_order(steps, most)
+    if (most + 1) * -(-len(steps) // COUNT["BLOCK"]) <= MOST_CELLS:
+        return launch_order_in_blocks(steps, most)
+    return order_reference(steps, most)
+
+
+@order_by_steps.register_fake
+def _(steps: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    _check(steps, most)
+    return _results(steps, most)
+
+
+def order_reference(steps: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """`order_by_steps` in plain torch: what the kernels are held against, and what runs where there is none."""
+    ordered, order = steps.sort(descending=True, stable=True)
+    # how many come before a count of t; negated, since a search wants an ascending row
+    return order, torch.searchsorted(-ordered, -torch.arange(most, dtype=steps.dtype, device=steps.device))
+
+
+def launch_order(steps: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """`order_by_steps` as one launch, for 0 < m ≤ ONE_LAUNCH."""
+    from bt_fast.kernels.order_by_steps import order_by_steps_fwd_kernel
+
+    order, active = _results(steps, most)
+    m = len(steps)
+    with torch.cuda.device_of(steps):
+        order_by_steps_fwd_kernel[(-(-(m + most) // PAIRS["BLOCK_I"]),)](
+            steps.contiguous(), order, active, m, most, **PAIRS, enable_fp_fusion=False
+        )
+    return order, active
+
+
+def launch_order_in_blocks(steps: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """`order_by_steps` for any 0 < m ≤ MOST_SAMPLES: count in blocks, add up, place."""
+    from bt_fast.kernels.order_by_steps import count_steps_fwd_kernel, place_by_steps_fwd_kernel
+
+    m, steps = len(steps), steps.contiguous()
+    blocks = -(-m // COUNT["BLOCK"])
+    order = torch.empty(m, dtype=torch.int64, device=steps.device)
+    cells = torch.zeros((most + 1) * blocks + 1, dtype=torch.int32, device=steps.device)
+    with torch.cuda.device_of(steps):
+        count_steps_fwd_kernel[(blocks,)](steps, cells, m, most, blocks, **COUNT, enable_fp_fusion=False)
+        starts = cells.cumsum(0)
+        place_by_steps_fwd_kernel[(blocks,)](steps, starts, order, m, most, blocks, **PLACE, enable_fp_fusion=False)
+    # where the samples with t steps begin, there are all those with more
+    return order, starts[blocks:-1:blocks].flip(0)
+
+
+def _results(steps: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    return (
+        torch.empty(len(steps), dtype=torch.int64, device=steps.device),
+        torch.empty(most, dtype=torch.int64, device=steps.device),
+    )
+
+
+def _check(steps: Tensor, most: int) -> None:
+    if steps.is_floating_point() or steps.is_complex() or steps.dtype == torch.bool:
+        raise TypeError(f"steps must be integers, got {steps.dtype}")
+    if steps.dim() != 1:
+        raise ValueError(f"steps must have shape [m], got {list(steps.shape)}")
+    if most < 0:
+        raise ValueError(f"most must be at least 0, got {most}")

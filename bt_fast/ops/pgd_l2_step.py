@@ -1,0 +1,307 @@
+"""One projected-gradient step in ℓ2, in place: fused kernels on CUDA, plain torch elsewhere."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bt_fast.ops.launch import check, contiguous
+from bt_fast.ops.numeric import per_sample, wide
+from bt_fast.ops.pgd_step import (
+    LONG_BLOCK,
+    PART_WARPS,
+    Layout,
+    check_step,
+    hold,
+    kernel_takes,
+    part_block,
+    rows_of,
+    sample_warps,
+    stack_limits,
+)
+
+STAND_IN_BLOCK = 512  # one element a thread: making random numbers takes registers
+
+
+def l2_step_(
+    x_adv: Tensor,
+    grad: Tensor,
+    clean: Tensor,
+    step_size: Tensor,
+    epsilon: float,
+    lower: float | Tensor,
+    upper: float | Tensor,
+    stand_in: Tensor,
+    *,
+    steps: Tensor | None = None,
+    step: Tensor | None = None,
+    faulty: Tensor | None = None,
+) -> None:
+    """One projected step of steepest ascent in ℓ2, in place: `x' ← x + renorm(clip(x' + α_i·g/‖g‖, lower, upper) - x)`.
+
+    Clamped to the bounds once more, since rounding may leave them. Norms are those of a whole sample, of gradients of
+    any magnitude. A sample whose gradient holds NaN or Inf has no direction: it stays, and is marked in `faulty`.
+
+    On CUDA kernels (where triton is installed, the images are dense, and not float64). Samples of up to 4096 elements
+    with numbers for bounds: each of the three tensors is read once and one is written. Others: seven reads and one
+    write, in a launch more. A last small launch, which reads one number of each sample, moves those whose gradient
+    is 0. Never waits for the device. A gradient in another memory format than the images' is copied first.
+
+    Args:
+        x_adv: [n, ...] floating point, at least two dimensions, changed in place.
+        grad: [n, ...] of the same dtype.
+        clean: [n, ...] of the same dtype, x.
+        step_size: [n], α of each sample, in the images' dtype or float32.
+        epsilon: ε, the largest ℓ2 norm of a perturbation.
+        lower: the least pixel value, upper: the greatest; numbers, or tensors with one for each channel, [C].
+        stand_in: the direction to take where a sample's gradient is exactly 0 (not normalised): [n, ...] of the same
+            dtype; or a seed, 0-dim int64, of which standard normal numbers are made for those samples alone, other
+            ones for each sample, and the same ones by the kernel and without.
+        steps: [n] integers: only samples with `steps[i] > step` move. Without it, all do.
+        step: 0-dim integer on the device, t.
+        faulty: [n] int32, set to 1 for each sample with steps left whose gradient holds NaN or Inf.
+
+    Raises:
+        TypeError or ValueError: a dtype, shape or device does not fit; the message names the argument.
+    """
+    limits = None
+    if isinstance(lower, Tensor) or isinstance(upper, Tensor):
+        limits = stack_limits(x_adv, lower, upper)
+        lower = upper = 0.0
+    pgd_l2_step_(x_adv, grad, clean, step_size, epsilon, lower, upper, stand_in, limits, steps, step, faulty)
+
+
+@torch.library.custom_op("bt_fast::pgd_l2_step_", mutates_args=("x_adv", "faulty"))
+def pgd_l2_step_(
+    x_adv: Tensor,
+    grad: Tensor,
+    clean: Tensor,
+    step_size: Tensor,
+    epsilon: float,
+    lower: float,
+    upper: float,
+    stand_in: Tensor,
+    limits: Tensor | None = None,
+    steps: Tensor | None = None,
+    step: Tensor | None = None,
+    faulty: Tensor | None = None,
+) -> None:
+    """`l2_step_` as one op. `limits` [2, C], if given, holds lower and upper of each channel in their place."""
+    _check(x_adv, grad, clean, step_size, stand_in, limits, steps, step, faulty)
+    run = launch_l2 if kernel_takes(x_adv) else l2_reference
+    run(x_adv, grad, clean, step_size, epsilon, lower, upper, stand_in, limits, steps, step, faulty)
+
+
+@pgd_l2_step_.register_fake
+def _(
+    x_adv: Tensor,
+    grad: Tensor,
+    clean: Tensor,
+    step_size: Tensor,
+    epsilon: float,
+    lower: float,
+    upper: float,
+    stand_in: Tensor,
+    limits: Tensor | None = None,
+    steps: Tensor | None = None,
+    step: Tensor | None = None,
+    faulty: Tensor | None = None,
+) -> None:
+    _check(x_adv, grad, clean, step_size, stand_in, limits, steps, step, faulty)
+
+
+def l2_reference(
+    x_adv: Tensor,
+    grad: Tensor,
+    clean: Tensor,
+    step_size: Tensor,
+    epsilon: float,
+    lower: float,
+    upper: float,
+    stand_in: Tensor,
+    limits: Tensor | None = None,
+    steps: Tensor | None = None,
+    step: Tensor | None = None,
+    faulty: Tensor | None = None,
+) -> None:
+    """`pgd_l2_step_` in plain torch: what the kernels are held against, and what runs where there are none."""
+    if x_adv.numel() == 0:
+        return
+    wide_clean = wide(clean)
+    direction, held = _direction(wide(grad), stand_in, x_adv)
+    unmoved = hold(held, steps, step, faulty)
+    low: Any
+    high: Any
+    low, high = (lower, upper) if limits is None else limits.view(2, -1, *[1] * (x_adv.dim() - 2)).unbind()
+    moved = direction.mul_(per_sample(step_size, grad)).add_(x_adv).clamp_(low, high)
+    moved = moved.sub_(wide_clean).renorm_(p=2, dim=0, maxnorm=epsilon).add_(wide_clean).clamp_(low, high)
+    x_adv.copy_(moved if unmoved is None else torch.where(per_sample(unmoved, x_adv), x_adv, moved))
+
+
+def _direction(grad: Tensor, stand_in: Tensor, x_adv: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The direction of each sample's step, in a new tensor, and whether it has none [n]; None where all have."""
+    norm = rows_of(grad).norm(dim=1)
+    # on the CPU a look tells that no square overflowed or vanished; elsewhere to look would mean to wait
+    if grad.is_cpu and ((norm > 1e-15) & (norm < 1e15)).all():
+        return grad / per_sample(norm, grad), None
+    top = torch.linalg.vector_norm(rows_of(grad), math.inf, dim=1)
+    # a power of two, which brings the greatest number near 1
+    scale = (torch.frexp(top).mantissa / top).clamp(max=1 / torch.finfo(top.dtype).tiny)
+    scaled = grad * per_sample(scale, grad)
+    direction = scaled.div_(per_sample(rows_of(scaled).norm(dim=1), grad))
+    flat = top == 0
+    if not grad.is_cpu or flat.any():
+        other = seeded_normal(stand_in, x_adv) if _is_seed(stand_in) else stand_in
+        direction = torch.where(per_sample(flat, grad), other, direction)
+    return direction, ~top.isfinite()
+
+
+def seeded_normal(seed: Tensor, x: Tensor) -> Tensor:
+    """Standard normal numbers in the shape of `x` [n, ...]: sums of the 16 bytes of Philox-4x32-10, centred and scaled.
+
+    The counter is (place in the sample's memory, sample, 0, 0) and the key the seed: the kernel makes the same ones.
+    """
+    like = torch.empty_like(x)
+    place = torch.arange(x[0].numel(), device=x.device)
+    counter = [place.expand(len(x), -1), torch.arange(len(x), device=x.device)[:, None]]
+    c0, c1 = torch.broadcast_tensors(*counter)
+    c2 = c3 = torch.zeros_like(c0)
+    word = 0xFFFFFFFF
+    k0, k1 = seed & word, (seed >> 32) & word
+    for _ in range(10):
+        a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # 64 bits, unsigned: the shift below must not carry the sign
+        c0, c2 = ((b >> 32) & word) ^ c1 ^ k0, ((a >> 32) & word) ^ c3 ^ k1
+        c1, c3 = b & word, a & word
+        k0, k1 = (k0 + 0x9E3779B9) & word, (k1 + 0xBB67AE85) & word
+    bytes_of = ((c >> shift) & 0xFF for c in (c0, c1, c2, c3) for shift in (0, 8, 16, 24))
+    total = sum(bytes_of, torch.zeros_like(c0))
+    normal = (total - 2040).to(wide(like).dtype) * 0.003382939
+    return normal.as_strided(like.shape, like.stride())
+
+
+def launch_l2(
+    x_adv: Tensor,
+    grad: Tensor,
+    clean: Tensor,
+    step_size: Tensor,
+    epsilon: float,
+    lower: float,
+    upper: float,
+    stand_in: Tensor,
+    limits: Tensor | None = None,
+    steps: Tensor | None = None,
+    step: Tensor | None = None,
+    faulty: Tensor | None = None,
+) -> None:
+    """`pgd_l2_step_` as two launches, or for long samples three. The images are dense: `kernel_takes(x_adv)`."""
+    from bt_fast.kernels import pgd_step as kernels
+
+    if x_adv.numel() == 0:
+        return
+    n, at = len(x_adv), Layout.of(x_adv, limits)
+    grad, clean = (t.contiguous(memory_format=at.memory_format) for t in (grad, clean))
+    if not _is_seed(stand_in):
+        stand_in = stand_in.contiguous(memory_format=at.memory_format)
+    step_size, steps, limits = step_size.contiguous(), contiguous(steps), contiguous(limits)
+    images, counts = (x_adv, grad, clean), (steps, step)
+    epsilon, bounds = float(epsilon), (float(lower), float(upper))
+    flat = torch.empty(n, dtype=torch.int32, device=x_adv.device)
+    long_warps = sample_warps(LONG_BLOCK)
+    with torch.cuda.device_of(x_adv):
+        # limits of each channel would take too many registers
+        if limits is None and (block := at.sample_block()) is not None:
+            kernels.pgd_l2_sample_fwd_kernel[(n,)](
+                *images,
+                step_size,
+                *counts,
+                flat,
+                faulty,
+                at.length,
+                epsilon,
+                *bounds,
+                BLOCK=block,
+                num_warps=sample_warps(block),
+                enable_fp_fusion=False,
+            )
+        else:
+            measured = torch.empty(3, n, dtype=torch.float32, device=x_adv.device)
+            kernels.pgd_l2_measure_fwd_kernel[(n,)](
+                *images,
+                step_size,
+                *counts,
+                limits,
+                measured,
+                flat,
+                faulty,
+                n,
+                at.length,
+                epsilon,
+                *bounds,
+                at.channels,
+                at.rows,
+                BLOCK=LONG_BLOCK,
+                INTERLEAVED=at.interleaved,
+                num_warps=long_warps,
+                enable_fp_fusion=False,
+            )
+            block = part_block(x_adv.dtype, limits is not None)
+            blocks = -(-at.length // block)
+            kernels.pgd_l2_step_fwd_kernel[(n * at.rows * blocks,)](
+                *images,
+                *counts,
+                limits,
+                measured,
+                n,
+                at.length,
+                blocks,
+                *bounds,
+                at.channels,
+                at.rows,
+                BLOCK=block,
+                INTERLEAVED=at.interleaved,
+                num_warps=PART_WARPS,
+                enable_fp_fusion=False,
+            )
+        kernels.pgd_l2_stand_in_fwd_kernel[(n,)](
+            x_adv,
+            clean,
+            step_size,
+            *counts,
+            limits,
+            stand_in,
+            flat,
+            at.length,
+            epsilon,
+            *bounds,
+            at.channels,
+            at.rows,
+            BLOCK=STAND_IN_BLOCK,
+            INTERLEAVED=at.interleaved,
+            num_warps=long_warps,
+            enable_fp_fusion=False,
+        )
+
+
+def _is_seed(stand_in: Tensor) -> bool:
+    return stand_in.dtype == torch.int64
+
+
+def _check(
+    x_adv: Tensor,
+    grad: Tensor,
+    clean: Tensor,
+    step_size: Tensor,
+    stand_in: Tensor,
+    limits: Tensor | None,
+    steps: Tensor | None,
+    step: Tensor | None,
+    faulty: Tensor | None,
+) -> None:
+    if x_adv.dim() < 2:
+        raise ValueError(f"x_adv must have shape [n, ...] with at least two dimensions, got {list(x_adv.shape)}")
+    check_step(x_adv, grad, clean, step_size, limits, 2, steps, step, faulty)
+    shape = () if _is_seed(stand_in) else tuple(x_adv.shape)
+    check("stand_in", stand_in, shape, (x_adv.dtype, torch.int64), x_adv.device)

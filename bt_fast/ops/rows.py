@@ -1,0 +1,68 @@
+"""What the ops over rows of logits share: which rows have a softmax, what a kernel takes, how rows fill programs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bt_fast.ops.launch import KERNEL_DTYPES, MOST_INT32, has_triton
+
+LONGEST_BLOCK = 8192  # classes that a program holds at once
+LONG_BLOCK, LONG_WARPS = 4096, 16  # of rows that are longer
+
+
+def softmax(logits: Tensor) -> Tensor:
+    """The softmax of the rows of `logits` [m, K] in float64, as the kernels have it before they round it."""
+    return logits.double().softmax(dim=1)
+
+
+def has_softmax(logits: Tensor) -> Tensor:
+    """Bool [m]: whether a row of `logits` [m, K] has a softmax: its largest logit is finite.
+
+    So neither NaN nor +Inf stands in it, and not -Inf (a class that is ruled out) alone.
+    """
+    return logits.amax(dim=1).isfinite()
+
+
+def labels_outside(labels: Tensor, classes: int) -> Tensor:
+    """Bool [m]: whether a label (int64) lies outside 0..classes-1."""
+    return (labels < 0) | (labels >= classes)
+
+
+def result_dtype(logits: Tensor) -> torch.dtype:
+    """That of a result which is not rounded to the logits' own dtype."""
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def check_logits(name: str, logits: Tensor, least: int = 0) -> None:
+    """Raise TypeError or ValueError that names `name` unless `logits` are floating point [m, K], m ≥ least, K ≥ 2."""
+    if not logits.is_floating_point():
+        raise TypeError(f"{name} must be floating point, got {logits.dtype}")
+    if logits.dim() != 2 or logits.shape[0] < least or logits.shape[1] < 2:
+        raise ValueError(f"{name} must have shape [m, K] with m >= {least} and K >= 2, got {list(logits.shape)}")
+
+
+def kernel_takes(logits: Tensor) -> bool:
+    """Whether the kernels compute rows such as these [m, K]: on CUDA, with triton, not in float64."""
+    return (
+        logits.is_cuda
+        and logits.dtype in KERNEL_DTYPES
+        and logits.shape[0] < MOST_INT32
+        and logits.shape[1] < MOST_INT32
+        and has_triton()
+    )
+
+
+def rows_apart(logits: Tensor) -> tuple[Tensor, int | None]:
+    """`logits` [m, K] with K's stride 1 (copied if need be), and the rows' stride: None where they lie end to end."""
+    logits = logits if logits.stride(1) == 1 else logits.contiguous()
+    return logits, None if logits.is_contiguous() else logits.stride(0)
+
+
+def block_of(classes: int) -> tuple[int, int, int]:
+    """Rows of a program, its block of classes, and its warps, for rows that fit a block.
+
+    A thread has four elements, a 128-bit access in float32, of short rows, and up to sixteen of long ones.
+    """
+    block = 1 << (classes - 1).bit_length()
+    return max(512 // block, 1), block, min(max(block // 512, 4), 16)

@@ -1,0 +1,137 @@
+"""The gradient of the attack's loss with respect to the logits, each row scaled by a power of two, in one launch.
+
+Names as in flash-linear-attention: tensors `x`, block values `b_x`, masks `m_x`, offsets `o_x`, ids `i_x`. The softmax
+is computed in float64 and rounded to float32, as in kernels/signed_variance.py, which makes the target: at the clean
+point itself the difference is 0.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _exp(b_x):
+    """e^x in float64 for x ≤ 0, to some 1e-15; at least e^-200, which is 0 in float32, and that for NaN too.
+
+    Without a branch and in a third of the code of `tl.exp` in float64: x = n·ln2 + r, a Taylor polynomial in r, and n
+    added to its exponent. The same in every file here that needs it: none imports another.
+    """
+    b_x = tl.maximum(b_x, -200.0)
+    b_t = b_x * 1.4426950408889634 + 6755399441055744.0  # 1.5·2^52: the last bits of the sum are the nearest integer
+    b_n = b_t - 6755399441055744.0
+    b_r = b_x - b_n * 0.6931471805599453
+    b_y = b_r * (1.0 / 39916800) + 1.0 / 3628800
+    b_y = b_y * b_r + 1.0 / 362880
+    b_y = b_y * b_r + 1.0 / 40320
+    b_y = b_y * b_r + 1.0 / 5040
+    b_y = b_y * b_r + 1.0 / 720
+    b_y = b_y * b_r + 1.0 / 120
+    b_y = b_y * b_r + 1.0 / 24
+    b_y = b_y * b_r + 1.0 / 6
+    b_y = b_y * b_r + 0.5
+    b_y = b_y * b_r + 1.0
+    b_y = b_y * b_r + 1.0
+    b_exponent = b_t.to(tl.int64, bitcast=True) << 52
+    return (b_y.to(tl.int64, bitcast=True) + b_exponent).to(tl.float64, bitcast=True)
+
+
+@triton.jit
+def _load(logits, m_x):
+    """Logits in float32, -Inf where there are none. NaN becomes +Inf: neither has a softmax, and +Inf has an order."""
+    b_z = tl.load(logits, mask=m_x, other=float("-inf")).to(tl.float32)
+    return tl.where(b_z != b_z, float("inf"), b_z)
+
+
+@triton.jit
+def _reciprocal(b_sum, b_max):
+    """1 / sum, or NaN where the row has no softmax."""
+    b_fit = (b_max > float("-inf")) & (b_max < float("inf"))
+    return tl.where(b_fit, 1.0 / b_sum, float("nan"))
+
+
+@triton.jit
+def _gap(b_e, b_reciprocal, target, m_x):
+    """`softmax(z) - target` in float32, 0 where there is none."""
+    b_p = (b_e * b_reciprocal).to(tl.float32)
+    return tl.where(m_x, b_p - tl.load(target, mask=m_x, other=0.0), 0.0)
+
+
+@triton.jit
+def _magnitude(b_gap):
+    """The bits of |gap|: integers that are ordered as the numbers are, Inf and NaN above them all."""
+    return b_gap.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def _power_of_two(b_largest):
+    """The power that brings a float32 of these bits to [1, 2), in 2^±126; NaN for Inf and NaN."""
+    b_biased = b_largest >> 23  # 0 for 0 and below the normal numbers, 255 for Inf and NaN
+    b_power = (tl.minimum(tl.maximum(127 - b_biased, -126), 126) + 127) << 23
+    return tl.where(b_biased == 255, 0x7FC00000, b_power).to(tl.float32, bitcast=True)
+
+
+@triton.jit(do_not_specialize=["n"])
+def ascent_direction_fwd_kernel(
+    logits,  # [n, K], rows `stride` apart
+    target,  # [n, K] float32
+    direction,  # [n, K]
+    n,
+    stride,  # elements from row to row; None where they are contiguous
+    K: tl.constexpr,
+    ROWS: tl.constexpr,  # of a program
+    BLOCK: tl.constexpr,  # a power of two, at least K
+):
+    """`(softmax(z) - target) · 2^k`, of rows that fit a block. Grid: cdiv(n, ROWS)."""
+    i_n = tl.program_id(0)
+    o_n = tl.cast(i_n, tl.int64) * ROWS + tl.arange(0, ROWS)
+    o_k = tl.arange(0, BLOCK)
+    m_x = (o_n < n)[:, None] & (o_k < K)[None, :]
+    o_z = (o_n * (K if stride is None else stride))[:, None] + o_k[None, :]
+    o_x = (o_n * K)[:, None] + o_k[None, :]
+
+    b_z = _load(logits + o_z, m_x)
+    b_max = tl.max(b_z, axis=1)
+    b_e = _exp(b_z.to(tl.float64) - b_max.to(tl.float64)[:, None])
+    b_gap = _gap(b_e, _reciprocal(tl.sum(b_e, axis=1), b_max)[:, None], target + o_x, m_x)
+    b_power = _power_of_two(tl.max(_magnitude(b_gap), axis=1))
+    tl.store(direction + o_x, (b_gap * b_power[:, None]).to(direction.dtype.element_ty), mask=m_x)
+
+
+@triton.jit
+def ascent_direction_long_fwd_kernel(
+    logits,  # [n, K], rows `stride` apart
+    target,  # [n, K] float32
+    direction,  # [n, K]
+    stride,  # elements from row to row; None where they are contiguous
+    K: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The same of rows of several blocks: one pass for the sum, one for the largest gap, one that writes. Grid: n."""
+    i_n = tl.program_id(0)
+    o_n = tl.cast(i_n, tl.int64)
+    z = logits + o_n * (K if stride is None else stride)
+    p = target + o_n * K
+    o_k = tl.arange(0, BLOCK)
+
+    b_sum = tl.zeros([BLOCK], tl.float64)  # of e^(z - max), relative to the largest of all blocks so far
+    b_max = tl.full([], float("-inf"), tl.float32)
+    for o_b in range(0, K, BLOCK):
+        b_z = _load(z + o_b + o_k, o_b + o_k < K)
+        b_new = tl.maximum(b_max, tl.max(b_z, axis=0))
+        b_base = tl.where(b_new == float("-inf"), 0.0, b_new).to(tl.float64)
+        b_sum = b_sum * _exp(b_max.to(tl.float64) - b_base) + _exp(b_z.to(tl.float64) - b_base)
+        b_max = b_new
+    b_reciprocal = _reciprocal(tl.sum(b_sum, axis=0), b_max)
+
+    b_largest = tl.zeros([BLOCK], tl.int32)
+    for o_b in range(0, K, BLOCK):
+        m_k = o_b + o_k < K
+        b_e = _exp(_load(z + o_b + o_k, m_k).to(tl.float64) - b_max.to(tl.float64))
+        b_largest = tl.maximum(b_largest, _magnitude(_gap(b_e, b_reciprocal, p + o_b + o_k, m_k)))
+    b_power = _power_of_two(tl.max(b_largest, axis=0))
+
+    for o_b in range(0, K, BLOCK):
+        m_k = o_b + o_k < K
+        b_e = _exp(_load(z + o_b + o_k, m_k).to(tl.float64) - b_max.to(tl.float64))
+        b_gap = _gap(b_e, b_reciprocal, p + o_b + o_k, m_k)
+        tl.store(direction + o_n * K + o_b + o_k, (b_gap * b_power).to(direction.dtype.element_ty), mask=m_k)

@@ -1,0 +1,110 @@
+"""The sorted clean batch and the attack's random start, in one pass over the images.
+
+Names as in flash-linear-attention: tensors `x`, block values `b_x`, masks `m_x`, offsets `o_x`, ids `i_x`. Tensors of
+images are dense with the sample outermost, whatever the order of channels, height and width inside.
+
+The noise is made of additions, multiplications and square roots that IEEE 754 rounds in one way only, and of no
+library's logarithm or cosine: so it is the same to the bit wherever it is computed. (A library's cosine also needs
+local memory, for arguments that do not occur here.) Where a number below is changed, `bt_fast.ops.gather_start` must
+change with it.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _clip(b_v, low, high):
+    """`torch.clamp`: NaN stays NaN, and the upper bound wins."""
+    b_v = tl.maximum(b_v, low, propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(b_v, high, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _signed(b_u):
+    """32 random bits as a number in [-1, 1]."""
+    return b_u.to(tl.int32, bitcast=True).to(tl.float32) * 4.656612873077393e-10  # 2^-31
+
+
+@triton.jit
+def _normal_pair(b_u, b_v):
+    """Two normal numbers of twice 32 random bits: Box and Muller's, in half turns."""
+    # r² = -2·ln((u + ½) / 2^32): the mantissa is brought to [⅔, 4/3), and the logarithm there is a polynomial
+    b_f = b_u.to(tl.float32) + 0.5
+    b_bits = b_f.to(tl.int32, bitcast=True)
+    b_exponent = (b_bits - 0x3F2AAAAB) >> 23
+    b_g = (b_bits - (b_exponent << 23)).to(tl.float32, bitcast=True) - 1.0
+    b_p = b_g * 0.3154916 - 0.34222665
+    b_p = b_p * b_g + 0.3268116
+    b_p = b_p * b_g - 0.39590025
+    b_p = b_p * b_g + 0.5002408
+    b_p = b_p * b_g - 0.6667598
+    b_p = b_p * b_g + 0.99999756
+    b_p = b_p * b_g - 1.9999996
+    b_r = tl.sqrt_rn(b_p * b_g + (32 - b_exponent).to(tl.float32) * 1.3862944)
+    # the angle: the highest bit is its half turn, a sign, and the other bits are t, between a quarter turn each way
+    b_r = (b_r.to(tl.int32, bitcast=True) ^ (b_v.to(tl.int32, bitcast=True) & -0x80000000)).to(tl.float32, bitcast=True)
+    b_t = _signed(b_v << 1)
+    b_z = b_t * b_t
+    b_cos = b_z * 8.5819064e-4 - 0.020810628
+    b_cos = b_cos * b_z + 0.25365075
+    b_cos = b_cos * b_z - 1.2336982
+    b_cos = b_cos * b_z + 0.99999994
+    b_sin = b_z * -0.0043331 + 0.07943434
+    b_sin = b_sin * b_z - 0.64589286
+    b_sin = b_sin * b_z + 1.570791
+    return b_r * b_cos, b_r * (b_sin * b_t)
+
+
+@triton.jit(do_not_specialize=["blocks"])
+def gather_start_fwd_kernel(
+    x,  # [m, length]
+    clean,  # [m, length], x in sorted order
+    start,  # [m, length], clean with noise
+    order,  # [m] int64: sorted row i is sample order[i]; or None: i
+    steps,  # [m] integers, of sample i: 0 means no noise; or None: every sample takes steps
+    state,  # [2] int64: seed and offset
+    length,  # elements of a row
+    blocks,  # cdiv(length, BLOCK)
+    scale,  # standard deviation of the noise, or half its range
+    lower,
+    upper,
+    BLOCK: tl.constexpr,  # a multiple of 4
+    NORMAL: tl.constexpr,  # else uniform
+):
+    """`clean ← x[order]`, `start ← clip(clean + scale·noise, lower, upper)`, or x without steps. Grid: m · blocks.
+
+    Element e of sample s has output e mod 4 of Philox for the counter (e div 4, s, offset): not of its sorted row nor
+    of a program, and so its noise does not change with the order, the block or the dtype.
+    """
+    i_x = tl.program_id(0)
+    i_n = i_x // blocks
+    i_b = i_x % blocks
+    i_s = tl.cast(i_n, tl.int64)  # a batch may hold more than 2^31 elements
+    if order is not None:
+        i_s = tl.load(order + i_n)
+    moves = True
+    if steps is not None:
+        moves = tl.load(steps + i_s) > 0
+
+    o_x = i_b * BLOCK + tl.arange(0, BLOCK)
+    m_x = o_x < length
+    row = tl.cast(i_n, tl.int64) * length
+    b_x = tl.load(x + i_s * length + o_x, mask=m_x)
+    tl.store(clean + row + o_x, b_x, mask=m_x)
+    b_start = b_x
+    if moves:
+        offset = tl.load(state + 1)
+        o_g = i_b * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
+        b_0, b_1, b_2, b_3 = tl.philox(
+            tl.load(state), o_g, i_s.to(tl.int32), offset.to(tl.int32), (offset >> 32).to(tl.int32)
+        )
+        if NORMAL:
+            b_0, b_1 = _normal_pair(b_0, b_1)
+            b_2, b_3 = _normal_pair(b_2, b_3)
+        else:
+            b_0, b_1, b_2, b_3 = _signed(b_0), _signed(b_1), _signed(b_2), _signed(b_3)
+        # [BLOCK / 4, 2, 2], in which the last index is the lowest bit of an element's number
+        b_noise = tl.join(tl.join(b_0, b_2), tl.join(b_1, b_3)).reshape(BLOCK)
+        b_start = _clip(b_x.to(tl.float32) + b_noise * scale, lower, upper).to(b_x.dtype)
+    tl.store(start + row + o_x, b_start, mask=m_x)

@@ -1,0 +1,32 @@
+"""Elements beyond the 2^31st, by an interpreted kernel, in memory that is reserved and hardly touched.
+
+Runs with TRITON_INTERPRET=1 as a script of its own, since a kernel that computes offsets in int32 writes elsewhere. Its
+argument is the file of the kernels.
+"""
+
+import runpy
+import sys
+
+import torch
+
+kernels = runpy.run_path(sys.argv[1])
+STRIDE, ROWS, K = 2**30, 4, 4
+
+
+def far_apart():
+    """Rows of logits 2^30 elements apart, the first maxima of which are 0, 1, 2 and 3."""
+    z = torch.empty(STRIDE * (ROWS - 1) + K, dtype=torch.int8)
+    rows = z.as_strided((ROWS, K), (STRIDE, 1))
+    rows.copy_(torch.eye(K) * 3)
+    return rows
+
+
+def directed(kernel, grid, *sizes, **constants):
+    direction, target = torch.full((ROWS, K), 7.0), torch.eye(K)
+    kernels[kernel][grid](far_apart(), target, direction, *sizes, STRIDE, K=K, **constants)
+    gap = (torch.eye(K) * 3).softmax(dim=1) - target
+    assert torch.allclose(direction, gap * 8)  # the largest is 0.13
+
+
+directed("ascent_direction_fwd_kernel", (2,), ROWS, ROWS=2, BLOCK=4)
+directed("ascent_direction_long_fwd_kernel", (ROWS,), BLOCK=2)

@@ -1,0 +1,36 @@
+"""Elements beyond the 2^31st, by an interpreted kernel, in memory that is reserved and hardly touched.
+
+Runs with TRITON_INTERPRET=1 as a script of its own, since a kernel that computes offsets in int32 writes elsewhere. Its
+argument is the file of the kernels.
+"""
+
+import runpy
+import sys
+
+import torch
+
+gather_start_fwd_kernel = runpy.run_path(sys.argv[1])["gather_start_fwd_kernel"]
+
+LENGTH, ROWS = 2**30, 3
+STARTS = range(0, LENGTH * ROWS, LENGTH)
+
+
+def images(*firsts):
+    x = torch.empty(LENGTH * ROWS, dtype=torch.int8)
+    for start, first in zip(STARTS, firsts, strict=True):
+        x[start : start + 4] = first
+    return x
+
+
+def sorted_by(order, expected):
+    x, clean, start = images(10, 20, 30), images(0, 0, 0), images(0, 0, 0)
+    gather_start_fwd_kernel[(ROWS,)](
+        x, clean, start, order, None, torch.zeros(2, dtype=torch.int64),
+        LENGTH, 1, 0.0, 1.0, 25.0, BLOCK=4, NORMAL=True,
+    )  # fmt: skip
+    assert [clean[s : s + 4].tolist() for s in STARTS] == [[v] * 4 for v in expected]
+    assert [start[s : s + 4].tolist() for s in STARTS] == [[min(v, 25)] * 4 for v in expected]
+
+
+sorted_by(torch.tensor([2, 0, 1]), [30, 10, 20])
+sorted_by(None, [10, 20, 30])

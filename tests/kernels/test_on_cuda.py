@@ -1,0 +1,147 @@
+"""The kernels on a GPU, where there is one: what the other tests of this folder prove without. `pytest -m cuda`"""
+
+import importlib
+
+import assign_cases
+import divergence_cases
+import gather_start_cases
+import pgd_cases
+import pytest
+import rows_cases
+import torch
+from torch.utils._pytree import tree_leaves, tree_map
+
+from bt_fast import ops
+from bt_fast.ops import divergence
+from bt_fast.ops.ascent_direction import ascent_direction_reference
+from bt_fast.ops.order_by_steps import order_reference
+from bt_fast.ops.pgd_l2_step import l2_reference, pgd_l2_step_
+from bt_fast.ops.pgd_step import linf_reference, pgd_linf_step_
+from bt_fast.ops.signed_variance import signed_variance_reference
+from bt_fast.ops.update_fraction import update_fraction_reference
+
+pytest.importorskip("triton")
+DEVICE = "cuda"
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+SHAPES = [(3, 32, 32), (1, 28, 28), (3, 15, 37), (3, 96, 96), (7,)]
+assign = importlib.import_module("bt_fast.ops.assign_steps")  # the op of that name hides the file
+
+
+def on_device(run):
+    """`run` on the device, with arguments and results on the host; what it changes is changed there too."""
+
+    def there_and_back(*args, **kwargs):
+        given = tree_map(lambda v: v.to(DEVICE) if isinstance(v, torch.Tensor) else v, (args, kwargs))
+        out = run(*given[0], **given[1])
+        for here, there in zip(tree_leaves((args, kwargs)), tree_leaves(given), strict=True):
+            if isinstance(here, torch.Tensor) and not any(stride == 0 for stride in here.stride()):
+                here.copy_(there)
+        return tree_map(lambda v: v.cpu() if isinstance(v, torch.Tensor) else v, out)
+
+    return there_and_back
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("channel_limits", [False, True])
+def test_linf(shape, dtype, last, channel_limits):
+    case = pgd_cases.case(33, shape, dtype, 0, last=last, channel_limits=channel_limits, counts=True, flags=True)
+    pgd_cases.assert_same(case.run(on_device(pgd_linf_step_)), case.run(linf_reference))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("seeded", [False, True])
+def test_l2(shape, dtype, seeded):
+    case = pgd_cases.l2_case(33, shape, dtype, 0, counts=True, flags=True, seeded=seeded)
+    pgd_cases.assert_near(case.run(on_device(pgd_l2_step_)), case.run(l2_reference))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("noise", ["normal", "uniform"])
+def test_gather_start(shape, dtype, noise):
+    given = gather_start_cases.case(33, shape, dtype, 0, noise=noise, bounded=True).arguments
+    expected = gather_start_cases.op.gather_start_reference(**given)
+    state = given["state"].clone()
+    found = on_device(ops.gather_start)(**given | {"state": state})
+    gather_start_cases.assert_same(found, expected)
+    assert (state - given["state"]).tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("m", [0, 1, 128, 1025, 8192, 8193, 2**17, 2**20])
+@pytest.mark.parametrize("kind", assign_cases.VALUES)
+def test_assign_steps(m, kind):
+    case = assign_cases.case(m, 0, kind=kind, f_r=1 / 3, sound=True)
+    expected = assign_cases.run(assign.assign_reference, case)
+    assign_cases.assert_same(assign_cases.run(on_device(ops.assign_steps), case), expected)
+
+
+@pytest.mark.parametrize("m", [0, 1, 128, 8193, 2**20])
+def test_order_by_steps(m):
+    steps = torch.randint(0, 12, (m,), generator=torch.Generator().manual_seed(0))
+    for found, expected in zip(on_device(ops.order_by_steps)(steps, 12), order_reference(steps, 12), strict=True):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", rows_cases.LAYOUTS)
+@pytest.mark.parametrize(("m", "k"), [(128, 10), (128, 100), (33, 1000), (5, 100_000)])
+def test_rows_of_logits(m, k, layout, dtype):
+    z, y = rows_cases.batch(m, k, dtype, 0, layout=layout)
+    rows_cases.assert_same_mining(on_device(ops.signed_variance)(z, y), signed_variance_reference(z, y))
+    target = rows_cases.target_for(z, 0)
+    found = on_device(ops.ascent_direction)(z, target)
+    rows_cases.assert_same_direction(found, ascent_direction_reference(z, target), ulps=1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sound", [False, True])
+@pytest.mark.parametrize(("m", "k"), [(128, 10), (8193, 10), (300, 1000)])
+def test_update_fraction(m, k, sound, dtype):
+    z, y = rows_cases.batch(m, k, dtype, 0, faults=not sound, strays=not sound)
+    found, expected = rows_cases.state(), rows_cases.state()
+    on_device(ops.update_fraction_)(*found, z, y, 0.8, 0.9)
+    update_fraction_reference(*expected, z, y, 0.8, 0.9)
+    assert [v.item() for v in found] == [v.item() for v in expected]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", divergence_cases.LOSSES)
+@pytest.mark.parametrize(("n", "classes"), [(128, 10), (33, 1000), (3, 32_769)])
+def test_losses(name, n, classes, dtype):
+    case = divergence_cases.case(name, n, classes, dtype, 0, special=True)
+    run = on_device(getattr(divergence, f"{name}_rows"))
+    divergence_cases.assert_right(case, run(*case.arguments))
+
+
+def test_a_replayed_graph_draws_new_noise_and_moves_by_the_device_s_own_counter():
+    x = torch.rand(8, 3, 32, 32, device=DEVICE)
+    order, steps = torch.arange(8, device=DEVICE), torch.tensor([2, 2, 1, 1, 1, 0, 0, 0], device=DEVICE)
+    state, t = torch.tensor([5, 0], device=DEVICE), torch.zeros((), dtype=torch.int64, device=DEVICE)
+    grad, size = torch.ones_like(x), torch.full((8,), 0.01, device=DEVICE)
+    out = torch.empty_like(x)
+
+    def work():
+        clean, start = ops.gather_start(x, order, steps, state, "normal", 0.001)
+        ops.linf_step_(start, grad, clean, size, 0.03, 0.0, 1.0, steps=steps, step=t)
+        out.copy_(start)
+        t.add_(1)
+
+    work()  # launched once before a capture
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    found = []
+    for _ in range(2):
+        t.zero_()
+        graph.replay()
+        found.append(out.clone())
+    assert not torch.equal(found[0][:5], found[1][:5])
+    assert torch.equal(found[0][5:], x[5:])
+    assert state.tolist() == [5, 3]
