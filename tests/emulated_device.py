@@ -192,7 +192,7 @@ class EmulatedDevice(TorchDispatchMode):
                 self.memory_of(value)
             return call(*args, **kwargs)
         if torch.Tag.nondeterministic_seeded in call.tags:
-            raise NotImplementedError(f"{name}: to draw again in another order would give other numbers")
+            return self.drawn(call, args, kwargs)
         launch = (call, tuple((v.dtype, tuple(v.shape)) for v in inputs))
         if self.graph and launch not in self.launched:
             raise NotPermittedError(f"{name}: launched for the first time in a capture")
@@ -210,6 +210,15 @@ class EmulatedDevice(TorchDispatchMode):
             self.enqueue(work)
             if name in READS:
                 self.host_waits_for = self.stream.last
+        return out
+
+    def drawn(self, call, args, kwargs):
+        """Random numbers, which are the same in every order."""
+        if self.graph or changes_its_input(call):
+            raise NotImplementedError(f"{call}: random numbers in a capture or in place")
+        out = call(*args, **kwargs)
+        numbers = out.clone()
+        self.enqueue(Work(lambda: numbers, (), {}, [self.ref(out, new=True)]))
         return out
 
     @staticmethod

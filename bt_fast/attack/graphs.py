@@ -57,18 +57,39 @@ class GraphRunner:
         faulty: Tensor | None,
     ) -> None:
         """As `run_eager`."""
+        self.start(model, x_adv, clean, target, schedule, threat, generator, faulty)()
+
+    def start(
+        self,
+        model: Callable[[Tensor], Tensor],
+        x_adv: Tensor,
+        clean: Tensor,
+        target: Tensor,
+        schedule: Schedule,
+        threat: ThreatModel,
+        generator: torch.Generator | None,
+        faulty: Tensor | None,
+        *,
+        capacity: int = 0,
+    ) -> Callable[[], None]:
+        """Queue the attack beside whatever the caller queues next, until it calls what this returns: then that waits.
+
+        Args:
+            capacity: make room for so many samples, if that is more than there are.
+        """
         if reason := self._reasons.get(model) or _reason(model, x_adv):
             self._fall_back(model, reason)
             run_eager(model, x_adv, clean, target, schedule, threat, generator, faulty)
-            return
-        session = self._session(model, x_adv, clean, target, threat)
+            return _joined
+        session = self._session(model, x_adv, clean, target, threat, max(capacity, len(x_adv)))
         seeds = stand_in_seeds(x_adv, schedule, threat, generator)
         try:
-            session.run(model, x_adv, clean, target, schedule, seeds, faulty)
+            return session.start(model, x_adv, clean, target, schedule, seeds, faulty)
         except CaptureError as error:
             self._sessions.pop(model, None)
             self._fall_back(model, str(error))
             run_eager(model, x_adv, clean, target, schedule, threat, generator, faulty)
+            return _joined
 
     def _fall_back(self, model: Callable[[Tensor], Tensor], reason: str) -> None:
         if model not in self._reasons:
@@ -76,15 +97,21 @@ class GraphRunner:
             warnings.warn(f"the attack runs without graphs: {reason}", stacklevel=2)
 
     def _session(
-        self, model: Callable[[Tensor], Tensor], x: Tensor, clean: Tensor, target: Tensor, threat: ThreatModel
+        self,
+        model: Callable[[Tensor], Tensor],
+        x: Tensor,
+        clean: Tensor,
+        target: Tensor,
+        threat: ThreatModel,
+        capacity: int,
     ) -> _Session:
         key = _Key.of(model, x, clean, target, threat)
         sessions = self._sessions.setdefault(model, OrderedDict())
         for old in [k for k in sessions if k.addresses != key.addresses]:
             del sessions[old]  # its graphs read memory that is the model's no more
         session = sessions.get(key)
-        if session is None or session.capacity < len(x):
-            session = sessions[key] = _Session(x, clean, target, threat, self._bucket, model)
+        if session is None or session.capacity < capacity:
+            session = sessions[key] = _Session(x, clean, target, threat, self._bucket, model, capacity)
         sessions.move_to_end(key)
         while len(sessions) > 1 and sum(len(s.graphs) for s in sessions.values()) > self._most:
             sessions.popitem(last=False)
@@ -139,8 +166,9 @@ class _Session:
         threat: ThreatModel,
         bucket: int,
         model: Callable[[Tensor], Tensor],
+        capacity: int,
     ) -> None:
-        self.capacity = -(-len(x) // bucket) * bucket
+        self.capacity = -(-capacity // bucket) * bucket
         self.graphs: OrderedDict[int, device.Graph] = OrderedDict()
         self.most_graphs = 1
         self._bucket, self._threat = bucket, threat
@@ -156,7 +184,7 @@ class _Session:
         self._step, self._seed = (torch.zeros((), dtype=torch.int64, device=x.device) for _ in range(2))
         self._faulty = torch.zeros(self.capacity, dtype=torch.int32, device=x.device)
 
-    def run(
+    def start(
         self,
         model: Callable[[Tensor], Tensor],
         x_adv: Tensor,
@@ -165,8 +193,8 @@ class _Session:
         schedule: Schedule,
         seeds: Tensor | None,
         faulty: Tensor | None,
-    ) -> None:
-        """The whole attack. A CaptureError leaves `x_adv` as it was."""
+    ) -> Callable[[], None]:
+        """Queue the attack; what is returned makes the caller wait. A CaptureError leaves `x_adv` as it was."""
         m, caller = len(x_adv), device.current_stream(x_adv)
         self._stream.wait_stream(caller)
         try:
@@ -187,8 +215,10 @@ class _Session:
                 x_adv.copy_(self._x_adv[:m])
                 if faulty is not None:
                     torch.maximum(faulty, self._faulty[:m], out=faulty)
-        finally:
+        except BaseException:
             caller.wait_stream(self._stream)
+            raise
+        return lambda: caller.wait_stream(self._stream)
 
     def _advance(self, model: Callable[[Tensor], Tensor], n: int) -> None:
         """One step of the first n samples: replayed, or run where this size is new."""
@@ -227,6 +257,10 @@ class _Session:
             step=self._step,
         )
         self._step.add_(1)
+
+
+def _joined() -> None:
+    """What ran on the caller's stream needs no waiting."""
 
 
 def _reason(model: Callable[[Tensor], Tensor], x: Tensor) -> str | None:

@@ -1,4 +1,4 @@
-"""Replayed from graphs, the attack finds what it finds eagerly, in every order of work that CUDA permits."""
+"""From graphs and on streams the attack finds what it finds eagerly, in every order of work that CUDA permits."""
 
 import gc
 import importlib.util
@@ -15,22 +15,23 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from bt_fast import Frozen, Schedule, ThreatModel
-from bt_fast.attack import graphs
+from bt_fast.attack import graphs, streams
 from bt_fast.attack.folded import attack_model
 from bt_fast.attack.graphs import GraphRunner
 from bt_fast.attack.runners import run_eager
+from bt_fast.attack.streams import StreamRunner
 
 THREAT = ThreatModel(0.1)
-COUNTS = [[3, 3, 1, 0], [2, 3, 3, 0, 2], [2, 3, 0]]
+COUNTS = [[3, 3, 1, 0], [2, 3, 3, 0, 2], [0, 3, 2]]
 
 
 class Training:
     """An attack on each of several batches, and after each an update of the weights and of the batch's memory."""
 
-    def __init__(self, build, counts=COUNTS):
+    def __init__(self, build, counts=COUNTS, threat=THREAT):
         torch.manual_seed(0)
         self.model = build().double().eval()
-        self.batches = []
+        self.batches, self.threat = [], threat
         for steps in counts:
             steps = torch.tensor(steps)
             schedule = Schedule.from_steps(steps, torch.linspace(0.01, 0.03, len(steps)))
@@ -39,12 +40,12 @@ class Training:
             self.batches.append((clean, target, schedule))
 
     def run(self, runner, frozen=None):
-        found = []
+        found, generator = [], torch.Generator().manual_seed(0)
         for clean, target, schedule in self.batches:
             x_adv, clean, target = clean + 0.001, clean.clone(), target.clone()
             with attack_model(self.model, frozen, clean) as view:
                 faulty = torch.zeros(len(x_adv), dtype=torch.int32)
-                runner(view, x_adv, clean, target, schedule, THREAT, None, faulty)
+                runner(view, x_adv, clean, target, schedule, self.threat, generator, faulty)
             found += [x_adv.clone(), faulty.clone()]
             for memory in (x_adv, clean, target):
                 memory.fill_(float("nan"))  # the caller is done with it
@@ -62,26 +63,55 @@ def mlp():
     return nn.Sequential(nn.Flatten(), nn.Linear(36, 6), nn.ReLU(), nn.Linear(6, small_models.CLASSES))
 
 
+class Troubled(nn.Module):
+    """Its input gradient is 0 for the darker samples, and NaN for the brighter."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = mlp()
+
+    def forward(self, x):
+        level = x.flatten(1).mean(dim=1, keepdim=True)
+        logits = self.body(x)
+        logits = torch.where(level < 0.4, logits.detach(), logits)
+        return logits + 0.0 * torch.where(level > 0.535, level - level.detach(), 1.0).sqrt()
+
+
 @pytest.mark.parametrize(
-    ("model", "frozen", "orders"),
-    [(mlp, None, 1000), (small_models.conv_bn, None, 30), (small_models.conv_bn, Frozen(), 30)],
+    ("model", "frozen", "norm", "orders"),
+    [
+        (mlp, None, "l_inf", 1000),
+        (small_models.conv_bn, None, "l_inf", 20),
+        (small_models.conv_bn, Frozen(), "l_inf", 20),
+        (small_models.conv_bn, None, "l_2", 20),
+        (Troubled, None, "l_inf", 20),
+        (Troubled, None, "l_2", 20),
+    ],
 )
-def test_graphs_give_the_eager_result_in_any_order(model, frozen, orders):
-    expected = Training(model).run(run_eager, frozen)
-    training = Training(model)
+@pytest.mark.parametrize("runner", [GraphRunner, StreamRunner])
+def test_the_eager_result_in_any_order(runner, model, frozen, norm, orders):
+    threat = ThreatModel(0.1, norm)
+    expected = Training(model, threat=threat).run(run_eager, frozen)
+    training = Training(model, threat=threat)
     with EmulatedDevice() as emulated:
-        found = training.run(GraphRunner(bucket=2), frozen)
-    assert same(found, expected)
+        found = training.run(runner(bucket=2), frozen)
+    if norm == "l_inf":
+        assert same(found, expected)
+    else:  # where no sign hides it, the last bit of a library's result depends on the batch's size
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-14)
     assert emulated.captures > 1
     assert emulated.replays > emulated.captures
     for seed in range(orders):
-        assert same(emulated.shuffled(seed, found), expected), seed
+        assert same(emulated.shuffled(seed, found), found), seed
 
 
 # what is planted into the runner: a name, the text, its replacement
 BUGS = [
     ("it does not wait for the caller", "self._stream.wait_stream(caller)", "pass"),
-    ("the caller does not wait", "caller.wait_stream(self._stream)", "pass"),
+    ("the caller does not wait", "return lambda: caller.wait_stream(self._stream)", "return _joined"),
+    ("NaN is not reported", "torch.maximum(faulty, self._faulty[:m], out=faulty)", "pass"),
+    ("one pool for all chains", "self._pool = device.new_pool()", "self._pool = 'the only one'"),
     ("x' is not copied in", "self._x_adv[:m].copy_(x_adv)", "pass"),
     ("x is not copied in", "self._clean[:m].copy_(clean)", "pass"),
     ("the target is not copied in", "self._target[:m].copy_(target)", "pass"),
@@ -110,19 +140,23 @@ def planted(text, instead, path):
 
 def caught(module):
     """Whether an order of the work shows another result than the eager one, or a graph reads freed memory."""
-    expected, training = replaced_weights(Training(mlp), run_eager), Training(mlp)
-    with EmulatedDevice() as emulated:
+    return any(_caught(module, runner) for runner in (GraphRunner, StreamRunner))
+
+
+def _caught(module, runner):
+    expected, training = replaced_weights(Training(Troubled), run_eager), Training(Troubled)
+    with EmulatedDevice() as emulated, mock.patch.object(streams, "GraphRunner", module.GraphRunner):
         try:
-            found = replaced_weights(training, module.GraphRunner(bucket=2))
+            found = replaced_weights(training, (module.GraphRunner if runner is GraphRunner else runner)(bucket=2))
         except (NotPermittedError, KeyError):
             return True
-    return not all(same(emulated.shuffled(seed, found), expected) for seed in range(40))
+    return not all(same(emulated.shuffled(seed, found), expected) for seed in range(20))
 
 
 def replaced_weights(training, runner):
     """Two trainings, between which every weight is replaced by another tensor."""
     found = training.run(runner)
-    for layer in training.model:
+    for layer in training.model.body:
         if isinstance(layer, nn.Linear):
             layer.weight = nn.Parameter(layer.weight.detach() * 2)
     return found + training.run(runner)
