@@ -6,7 +6,9 @@ Algorithm and names follow "BulletTrain: Accelerating Robust Neural Network Trai
 
 from bt_fast.attack.folded import Frozen
 from bt_fast.attack.generate import generate
+from bt_fast.attack.graphs import GraphRunner
 from bt_fast.attack.schedule import Schedule
+from bt_fast.attack.streams import StreamRunner
 from bt_fast.attack.threat import ThreatModel
 from bt_fast.mining import Assignment, BulletTrain
 from bt_fast.objectives.trades import trades_loss
@@ -19,7 +21,9 @@ __all__ = [
     "BulletTrain",
     "Fractions",
     "Frozen",
+    "GraphRunner",
     "Schedule",
+    "StreamRunner",
     "ThreatModel",
     "generate",
     "theoretical_speedup",

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from bt_fast.attack.folded import Frozen, attack_model
-from bt_fast.attack.runners import run_eager
+from bt_fast.attack.runners import Runner, run_eager
 from bt_fast.attack.schedule import Schedule
 from bt_fast.attack.threat import ThreatModel
 
@@ -25,6 +25,7 @@ def generate(
     generator: torch.Generator | None = None,
     faulty: Tensor | None = None,
     frozen: Frozen | None = None,
+    runner: Runner = run_eager,
 ) -> Tensor:
     """Run the ragged attack: maximise the divergence of the model's output from `target`.
 
@@ -43,6 +44,7 @@ def generate(
             in some step, since its input gradient held NaN (in ℓ2: or Inf). `faults.gradients_without_direction` makes
             an error of it.
         frozen: a faster view of the model for the attack; without it the attack sees the model itself.
+        runner: how the schedule is executed: step by step, or by a `GraphRunner` or `StreamRunner`.
 
     Returns:
         [m, ...] in the schedule's order, without gradient.
@@ -60,7 +62,7 @@ def generate(
         memory_format = torch.channels_last if last else torch.preserve_format
         x_adv = start.detach().clone(memory_format=memory_format)
         x = clean.detach().contiguous(memory_format=memory_format) if last else clean.detach()
-        run_eager(view, x_adv, x, target.detach(), schedule, threat, generator, faulty)
+        runner(view, x_adv, x, target.detach(), schedule, threat, generator, faulty)
         return x_adv.contiguous() if last and start.is_contiguous() else x_adv
 
 

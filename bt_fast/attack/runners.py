@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -11,6 +12,23 @@ from bt_fast import ops
 from bt_fast.attack.frozen import logits_of
 from bt_fast.attack.schedule import Schedule
 from bt_fast.attack.threat import ThreatModel
+
+
+class Runner(Protocol):
+    """How a schedule is executed: `run_eager` is one, and every other gives its result."""
+
+    def __call__(
+        self,
+        model: Callable[[Tensor], Tensor],
+        x_adv: Tensor,
+        clean: Tensor,
+        target: Tensor,
+        schedule: Schedule,
+        threat: ThreatModel,
+        generator: torch.Generator | None,
+        faulty: Tensor | None,
+    ) -> None:
+        """Change `x_adv` as `run_eager` does."""
 
 
 def run_eager(

@@ -14,7 +14,7 @@ from emulated_device import EmulatedDevice, NotPermittedError
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from bt_fast import Frozen, Schedule, ThreatModel
+from bt_fast import BulletTrain, Frozen, Schedule, ThreatModel, trades_loss
 from bt_fast.attack import graphs, streams
 from bt_fast.attack.folded import attack_model
 from bt_fast.attack.graphs import GraphRunner
@@ -104,6 +104,24 @@ def test_the_eager_result_in_any_order(runner, model, frozen, norm, orders):
     assert emulated.replays > emulated.captures
     for seed in range(orders):
         assert same(emulated.shuffled(seed, found), found), seed
+
+
+@pytest.mark.parametrize("runner", [GraphRunner, StreamRunner])
+@pytest.mark.parametrize("bullet", [False, True])
+def test_the_training_loss_of_either_runner_is_the_eager_one(bullet, runner):
+    found = []
+    for run in (run_eager, runner(bucket=2)):
+        torch.manual_seed(0)
+        model = small_models.conv_bn().double()
+        x, y = torch.rand(6, *small_models.SHAPE, dtype=torch.float64), torch.arange(6) % small_models.CLASSES
+        mining = BulletTrain(3, 1, 0) if bullet else None
+        with EmulatedDevice() as emulated:
+            for _ in range(3):
+                options = {"generator": torch.Generator().manual_seed(1), "bullet": mining, "runner": run}
+                loss = trades_loss(model, x, y, None, perturb_steps=10 if bullet else 2, **options)
+        found.append([loss.detach(), *model.buffers()])
+    assert emulated.replays
+    assert same(*found)
 
 
 # what is planted into the runner: a name, the text, its replacement
