@@ -4,8 +4,11 @@ Algorithm and names follow "BulletTrain: Accelerating Robust Neural Network Trai
 (Hua et al., NeurIPS 2021).
 """
 
+from bt_fast.attack.folded import Frozen
 from bt_fast.attack.generate import generate
+from bt_fast.attack.graphs import GraphRunner
 from bt_fast.attack.schedule import Schedule
+from bt_fast.attack.streams import StreamRunner
 from bt_fast.attack.threat import ThreatModel
 from bt_fast.mining import Assignment, BulletTrain
 from bt_fast.objectives.trades import trades_loss
@@ -17,7 +20,10 @@ __all__ = [
     "Assignment",
     "BulletTrain",
     "Fractions",
+    "Frozen",
+    "GraphRunner",
     "Schedule",
+    "StreamRunner",
     "ThreatModel",
     "generate",
     "theoretical_speedup",

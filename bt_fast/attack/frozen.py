@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -35,7 +35,7 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def logits_of(model: nn.Module, x: Tensor) -> Tensor:
+def logits_of(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """`model(x)`, checked.
 
     Args:
@@ -59,7 +59,7 @@ def logits_of(model: nn.Module, x: Tensor) -> Tensor:
     return logits
 
 
-def clean_logits(model: nn.Module, x: Tensor) -> Tensor:
+def clean_logits(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """The logits of clean samples for the attack, without gradient: computed once, not in every step."""
     with torch.no_grad():
         return logits_of(model, x)

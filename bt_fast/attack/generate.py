@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from bt_fast.attack.frozen import eval_mode
-from bt_fast.attack.runners import run_eager
+from bt_fast.attack.folded import Frozen, attack_model
+from bt_fast.attack.runners import Runner, run_eager
 from bt_fast.attack.schedule import Schedule
 from bt_fast.attack.threat import ThreatModel
 
+COMPARED = 8  # samples on which a view of the model is held against it, once
 TRADES_NOISE = 0.001  # standard deviation of the random start
 
 
@@ -23,6 +24,8 @@ def generate(
     *,
     generator: torch.Generator | None = None,
     faulty: Tensor | None = None,
+    frozen: Frozen | None = None,
+    runner: Runner = run_eager,
 ) -> Tensor:
     """Run the ragged attack: maximise the divergence of the model's output from `target`.
 
@@ -40,6 +43,8 @@ def generate(
         faulty: [m] int32 in the schedule's order, on the images' device, set to 1 for each sample that could not move
             in some step, since its input gradient held NaN (in ℓ2: or Inf). `faults.gradients_without_direction` makes
             an error of it.
+        frozen: a faster view of the model for the attack; without it the attack sees the model itself.
+        runner: how the schedule is executed: step by step, or by a `GraphRunner` or `StreamRunner`.
 
     Returns:
         [m, ...] in the schedule's order, without gradient.
@@ -50,10 +55,15 @@ def generate(
             here (that would mean to wait for the device): `trades_loss` and `evaluate` check them.
     """
     _check(clean, start, target, schedule, faulty)
-    with torch.inference_mode(False), eval_mode(model):
-        x_adv = start.detach().clone(memory_format=torch.preserve_format)
-        run_eager(model, x_adv, clean.detach(), target.detach(), schedule, threat, generator, faulty)
-    return x_adv
+    if not schedule.active or schedule.active[0] == 0:
+        return start.detach().clone(memory_format=torch.preserve_format)
+    with torch.inference_mode(False), attack_model(model, frozen, clean[:COMPARED].detach()) as view:
+        last = frozen is not None and frozen.channels_last and clean.dim() == 4
+        memory_format = torch.channels_last if last else torch.preserve_format
+        x_adv = start.detach().clone(memory_format=memory_format)
+        x = clean.detach().contiguous(memory_format=memory_format) if last else clean.detach()
+        runner(view, x_adv, x, target.detach(), schedule, threat, generator, faulty)
+        return x_adv.contiguous() if last and start.is_contiguous() else x_adv
 
 
 def _check(clean: Tensor, start: Tensor, target: Tensor, schedule: Schedule, faulty: Tensor | None) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Protocol
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bt_fast import ops
 from bt_fast.attack.frozen import logits_of
@@ -11,8 +14,25 @@ from bt_fast.attack.schedule import Schedule
 from bt_fast.attack.threat import ThreatModel
 
 
+class Runner(Protocol):
+    """How a schedule is executed: `run_eager` is one, and every other gives its result."""
+
+    def __call__(
+        self,
+        model: Callable[[Tensor], Tensor],
+        x_adv: Tensor,
+        clean: Tensor,
+        target: Tensor,
+        schedule: Schedule,
+        threat: ThreatModel,
+        generator: torch.Generator | None,
+        faulty: Tensor | None,
+    ) -> None:
+        """Change `x_adv` as `run_eager` does."""
+
+
 def run_eager(
-    model: nn.Module,
+    model: Callable[[Tensor], Tensor],
     x_adv: Tensor,
     clean: Tensor,
     target: Tensor,
@@ -33,23 +53,52 @@ def run_eager(
         faulty: [m] int32, set to 1 for samples that stayed in some step, since their gradient held NaN (in ℓ2: or Inf).
     """
     step_size = schedule.step_size.to(x_adv.dtype)
-    box = (threat.epsilon, threat.lower, threat.upper)
-    seeds = None
-    if threat.norm == "l_2" and (x_adv.is_cuda or generator is not None):
-        seeds = torch.randint(2**63 - 1, (len(schedule.active),), device=x_adv.device, generator=generator)
+    seeds = stand_in_seeds(x_adv, schedule, threat, generator)
     for t, n in enumerate(schedule.active):
         if n == 0:
             break
-        grad = input_gradient(model, x_adv[:n], target[:n])
+        seed = None if seeds is None else seeds[t]
         found = None if faulty is None else faulty[:n]
-        if threat.norm == "l_inf":
-            ops.linf_step_(x_adv[:n], grad, clean[:n], step_size[:n], *box, faulty=found)
-        else:
-            stand_in = _as_authors(grad) if seeds is None else seeds[t]
-            ops.l2_step_(x_adv[:n], grad, clean[:n], step_size[:n], *box, stand_in, faulty=found)
+        take_step(model, x_adv[:n], clean[:n], target[:n], step_size[:n], threat, seed, found)
 
 
-def input_gradient(model: nn.Module, x: Tensor, target: Tensor) -> Tensor:
+def take_step(
+    model: Callable[[Tensor], Tensor],
+    x_adv: Tensor,
+    clean: Tensor,
+    target: Tensor,
+    step_size: Tensor,
+    threat: ThreatModel,
+    seed: Tensor | None,
+    faulty: Tensor | None,
+    steps: Tensor | None = None,
+    step: Tensor | None = None,
+) -> None:
+    """One step of these samples: forward, input gradient, projected step in place.
+
+    Args:
+        seed: for the direction where an ℓ2 gradient is 0; without it, as the TRADES code draws it on the CPU.
+        steps: [n] and step: 0-dim, the counter: only samples with more steps than it move.
+    """
+    grad = input_gradient(model, x_adv, target)
+    box = (threat.epsilon, threat.lower, threat.upper)
+    if threat.norm == "l_inf":
+        ops.linf_step_(x_adv, grad, clean, step_size, *box, steps=steps, step=step, faulty=faulty)
+    else:
+        stand_in = _as_authors(grad) if seed is None else seed
+        ops.l2_step_(x_adv, grad, clean, step_size, *box, stand_in, steps=steps, step=step, faulty=faulty)
+
+
+def stand_in_seeds(
+    x: Tensor, schedule: Schedule, threat: ThreatModel, generator: torch.Generator | None
+) -> Tensor | None:
+    """A seed for each step in ℓ2, drawn on the images' device; None where there is no need."""
+    if threat.norm == "l_inf" or (x.is_cpu and generator is None):
+        return None
+    return torch.randint(2**63 - 1, (len(schedule.active),), device=x.device, generator=generator)
+
+
+def input_gradient(model: Callable[[Tensor], Tensor], x: Tensor, target: Tensor) -> Tensor:
     """The inner loss's gradient with respect to `x` alone: no parameter's gradient is computed or touched."""
     x = x.detach().requires_grad_()
     with torch.enable_grad():

@@ -18,11 +18,13 @@ class Schedule:
 
     Attributes:
         order: [m] int64, or None where the batch already has the schedule's order: sorted row i is sample `order[i]`.
+        steps: [m] int64 in sorted order, never increasing.
         step_size: [m] floating point in sorted order, α of each sample in pixel units.
         active: for each step, the number of rows at work: rows [0, active[t]) take step t. Never increases.
     """
 
     order: Tensor | None
+    steps: Tensor
     step_size: Tensor
     active: tuple[int, ...]
 
@@ -36,7 +38,8 @@ class Schedule:
         m, steps = step_count("m", m), step_count("steps", steps)
         positive("step_size", step_size)
         sizes = torch.full((m,), step_size, dtype=torch.float64, device=device)
-        return cls(order=None, step_size=sizes, active=(m,) * steps)
+        counts = torch.full((m,), steps, dtype=torch.int64, device=device)
+        return cls(order=None, steps=counts, step_size=sizes, active=(m,) * steps)
 
     @classmethod
     def from_assignment(cls, assignment: Assignment) -> Schedule:
@@ -47,6 +50,7 @@ class Schedule:
         """
         return cls(
             order=assignment.order,
+            steps=assignment.steps[assignment.order],
             step_size=assignment.step_size[assignment.order],
             active=assignment.active_counts,
         )
@@ -86,8 +90,16 @@ class Schedule:
         most = max(counts, default=0)
         order, _ = ops.order_by_steps(steps, most)
         active = tuple(sum(n > t for n in counts) for t in range(most))
-        return cls(order=order, step_size=step_size[order], active=active)
+        return cls(order=order, steps=steps.long()[order], step_size=step_size[order], active=active)
 
     def sort(self, values: Tensor) -> Tensor:
         """`values` [m, ...] in sorted order."""
         return values if self.order is None else values[self.order]
+
+    def part(self, rows: slice) -> Schedule:
+        """The schedule of some sorted rows, which lie side by side, in their order."""
+        start, stop, _ = rows.indices(len(self.step_size))
+        active = [min(max(n - start, 0), stop - start) for n in self.active]
+        while active and active[-1] == 0:
+            active.pop()
+        return Schedule(None, self.steps[rows], self.step_size[rows], tuple(active))

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bt_fast import faults, ops
-from bt_fast.attack.frozen import clean_logits, eval_mode, logits_of, modes_restored
-from bt_fast.attack.generate import TRADES_NOISE, generate, normal_noise
+from bt_fast.attack.folded import Frozen, attack_model
+from bt_fast.attack.frozen import clean_logits, logits_of, modes_restored
+from bt_fast.attack.generate import COMPARED, TRADES_NOISE, generate, normal_noise
+from bt_fast.attack.runners import Runner, run_eager
 from bt_fast.attack.schedule import Schedule
 from bt_fast.attack.threat import ThreatModel
 from bt_fast.faults import CheckedRead, Fault
@@ -38,6 +40,8 @@ def trades_loss(
     bullet: BulletTrain | None = None,
     unperturbed: Unperturbed | None = None,
     generator: torch.Generator | None = None,
+    frozen: Frozen | None = None,
+    runner: Runner = run_eager,
 ) -> Tensor:
     """The TRADES loss `CE(h(x), y) + β/m · Σ KL(softmax h(x) ‖ softmax h(x'))`, ready for `backward()`.
 
@@ -72,6 +76,9 @@ def trades_loss(
         generator: on the images' device, for the random start. Without it and without `bullet`, images on the CPU
             draw as the authors' code does, so that a seeded script repeats its numbers. With `bullet`, only a seed is
             drawn, from this generator or the device's own: a sample's noise is that of `ops.gather_start`.
+        frozen: a faster view of the model for the attack, `Frozen()`: the same up to rounding. Without it the attack
+            sees the model itself.
+        runner: how the attack is executed: step by step, or by a `GraphRunner` or `StreamRunner` (on CUDA).
 
     Returns:
         0-dim loss with gradient to the model's parameters.
@@ -84,11 +91,13 @@ def trades_loss(
             in an input gradient is known after those forwards, and with `bullet` raised by the next call.
     """
     threat = ThreatModel(epsilon, distance)
-    _check(x_natural, y, optimizer, step_size, perturb_steps, beta, bullet, unperturbed, generator)
+    _check(x_natural, y, optimizer, step_size, perturb_steps, beta, bullet, unperturbed, generator, frozen, runner)
     x = x_natural.detach()
     pixels = faults.pixels_outside(x, threat.lower, threat.upper, "x_natural")
     if bullet is None:
-        x_adv, attacked = _uniform_attack(model, x, y, step_size, perturb_steps, threat, generator, pixels)
+        x_adv, attacked = _uniform_attack(
+            model, x, y, step_size, perturb_steps, threat, generator, frozen, runner, pixels
+        )
         if not x.is_cuda:
             attacked.wait()
         with _update_modes(model):
@@ -97,7 +106,7 @@ def trades_loss(
             attacked.wait()
         _zero_grad(optimizer)
         return loss
-    schedule, clean, x_adv = _ragged_attack(model, x, y, step_size, threat, bullet, generator, pixels)
+    schedule, clean, x_adv = _ragged_attack(model, x, y, step_size, threat, bullet, generator, frozen, runner, pixels)
     labels = schedule.sort(y).long()
     keep = unperturbed == "keep" if unperturbed else (bullet.robust_steps or bullet.outlier_steps)
     moving = schedule.active[0] if schedule.active else 0
@@ -115,6 +124,8 @@ def _uniform_attack(
     steps: int,
     threat: ThreatModel,
     generator: torch.Generator | None,
+    frozen: Frozen | None,
+    runner: Runner,
     pixels: Fault,
 ) -> tuple[Tensor, CheckedRead]:
     """The authors' attack, in which every sample takes `steps` steps: x', and the read of its gradients' faults."""
@@ -124,8 +135,8 @@ def _uniform_attack(
         if as_authors:  # the TRADES code draws once more and uses the second
             start = x + normal_noise(x, generator, on_cpu=True)
         step_size = 2.0 * threat.epsilon / steps
-    with eval_mode(model):
-        logits = clean_logits(model, x)
+    with attack_model(model, frozen, x[:COMPARED]) as view:
+        logits = clean_logits(view, x)
     target = logits.double().softmax(dim=1).to(ops.wide(logits).dtype)  # rounded once, as the ops' own softmax
     found = [
         pixels,
@@ -135,7 +146,10 @@ def _uniform_attack(
     read = faults.read(found)
     schedule = Schedule.uniform(len(x), steps, step_size, x.device)
     faulty = _none_faulty(x)
-    x_adv = generate(model, x, start.to(x.dtype), target, schedule, threat, generator=generator, faulty=faulty)
+    start = start.to(x.dtype)
+    x_adv = generate(
+        model, x, start, target, schedule, threat, generator=generator, faulty=faulty, frozen=frozen, runner=runner
+    )
     attacked = faults.read([faults.gradients_without_direction(faulty)])
     read.wait()
     return x_adv, attacked
@@ -149,11 +163,13 @@ def _ragged_attack(
     threat: ThreatModel,
     bullet: BulletTrain,
     generator: torch.Generator | None,
+    frozen: Frozen | None,
+    runner: Runner,
     pixels: Fault,
 ) -> tuple[Schedule, Tensor, Tensor]:
     """Algorithm 2's attack: the schedule, and x and x' in its order."""
-    with eval_mode(model):
-        logits = clean_logits(model, x)
+    with attack_model(model, frozen, x[:COMPARED]) as view:
+        logits = clean_logits(view, x)
     if threat.norm == "l_2":
         step_size = 2.0 * threat.epsilon / max(bullet.boundary_steps, 1)
     assignment = bullet.start_assignment(
@@ -164,7 +180,9 @@ def _ragged_attack(
     schedule = Schedule.from_assignment(assignment)
     target = schedule.sort(assignment.probabilities)
     faulty = _none_faulty(x)
-    x_adv = generate(model, clean, start, target, schedule, threat, generator=generator, faulty=faulty)
+    x_adv = generate(
+        model, clean, start, target, schedule, threat, generator=generator, faulty=faulty, frozen=frozen, runner=runner
+    )
     bullet.report_attack(assignment, faulty)
     return schedule, clean, x_adv
 
@@ -232,6 +250,8 @@ def _check(
     bullet: BulletTrain | None,
     unperturbed: Unperturbed | None,
     generator: torch.Generator | None,
+    frozen: Frozen | None,
+    runner: Runner,
 ) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"x_natural must be a tensor of images, got {type(x).__name__}")
@@ -251,6 +271,10 @@ def _check(
         raise TypeError(f"generator must be a torch.Generator or None, got {type(generator).__name__}")
     if generator is not None and generator.device.type != x.device.type:
         raise ValueError(f"generator must be on {x.device} like the images, but is on {generator.device}")
+    if frozen is not None and not isinstance(frozen, Frozen):
+        raise TypeError(f"frozen must be a Frozen or None, got {type(frozen).__name__}")
+    if not callable(runner):
+        raise TypeError(f"runner must be a runner such as GraphRunner(), got {type(runner).__name__}")
     if unperturbed not in (None, "keep", "skip"):
         raise ValueError(f"unperturbed must be 'keep', 'skip' or None, got {unperturbed!r}")
     step_count("perturb_steps", perturb_steps, least=1 if bullet is None else 0)

@@ -219,7 +219,7 @@ def test_no_parameter_gradient_is_computed():
 @pytest.mark.parametrize("norm", NORMS)
 def test_an_attack_waits_for_nothing_on_a_device(norm):
     model, x, start, target = (t.to(DEVICE) for t in case())
-    schedule = Schedule(None, torch.full((8,), 0.01, device=DEVICE), (8, 8, 3, 1))
+    schedule = Schedule(None, torch.ones(8, device=DEVICE).long(), torch.full((8,), 0.01, device=DEVICE), (8, 8, 3, 1))
     with pretended_device() as reads:
         found = generate(model, x, start, target, schedule, ThreatModel(0.031, norm))
     assert found.device == DEVICE

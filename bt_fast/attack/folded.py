@@ -1,0 +1,285 @@
+"""A faster view of the model for the attack, during which the weights stand still.
+
+In eval mode batch norm is `s·x + t` for each channel, so that behind a convolution or a linear layer it can be folded
+into that layer's weights: `bn(conv(x, W, b)) = conv(x, s·W, s·b + t)`. The view runs the model's own computation,
+traced once, on such folded weights, which `refresh` writes anew in place after the optimiser moved the model.
+
+What is not folded: a norm that does not directly follow one layer. In a pre-activation block that is the first norm,
+since the sum before it is also the skip connection. (Its scale could pass through the relu into the next convolution,
+but only while every scale is positive, and to know that is to wait for the device.)
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+from weakref import WeakKeyDictionary, ref
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from bt_fast.attack.frozen import eval_mode
+
+_LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+AGREEMENT = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """How the attack may see the model: each choice moves x' by rounding only.
+
+    Attributes:
+        fold: batch norm becomes part of the layer before it.
+        channels_last: images and convolution weights with the channel as the fastest index.
+        autocast: torch.bfloat16 or torch.float16, in which the attack's forwards and backwards then run; None for the
+            model's own precision.
+        compile: `torch.compile` of the view (takes tens of seconds once; batch sizes are dynamic).
+
+    Raises:
+        TypeError: autocast is neither of the two dtypes nor None.
+    """
+
+    fold: bool = True
+    channels_last: bool = True
+    autocast: torch.dtype | None = None
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        if self.autocast not in (None, torch.bfloat16, torch.float16):
+            raise TypeError(f"autocast must be torch.bfloat16, torch.float16 or None, got {self.autocast}")
+
+
+class _FrozenLayer(nn.Module):
+    """A convolution or a linear layer on weights of its own, without gradients, and with a norm folded in if given."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, layer: nn.Module, norm: nn.Module | None, channels_last: bool) -> None:
+        super().__init__()
+        self._source = (layer, norm)  # in a tuple, so that they are not submodules of the view
+        weight, bias = cast(Tensor, layer.weight).detach(), cast("Tensor | None", layer.bias)
+        last = channels_last and weight.dim() == 4
+        self.register_buffer(
+            "weight", weight.clone(memory_format=torch.channels_last if last else torch.preserve_format)
+        )
+        has_bias = bias is not None or norm is not None
+        self.register_buffer("bias", weight.new_zeros(len(weight)) if has_bias else None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        layer = self._source[0]
+        if isinstance(layer, nn.Linear):
+            return F.linear(x, self.weight, self.bias)
+        return cast(Tensor, layer._conv_forward(x, self.weight, self.bias))  # type: ignore[operator]
+
+    def refresh(self) -> None:
+        """Take the weights as they are now."""
+        layer, norm = self._source
+        bias = cast("Tensor | None", layer.bias)
+        if norm is None:
+            self.weight.copy_(cast(Tensor, layer.weight))
+            if self.bias is not None and bias is not None:
+                self.bias.copy_(bias)
+            return
+        mean, variance = cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var)
+        scale = (variance + cast(float, norm.eps)).rsqrt_()
+        if norm.weight is not None:
+            scale *= cast(Tensor, norm.weight)
+        weight = cast(Tensor, layer.weight)
+        torch.mul(weight, scale.view(-1, *[1] * (weight.dim() - 1)), out=self.weight)
+        shift = -mean if bias is None else bias - mean
+        shift *= scale
+        cast(Tensor, self.bias).copy_(shift if norm.bias is None else shift.add_(cast(Tensor, norm.bias)))
+
+
+class _FrozenNorm(nn.Module):
+    """A norm that stays one, without gradients to its parameters."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self._source = (norm,)
+
+    def forward(self, x: Tensor) -> Tensor:
+        norm: Any = self._source[0]
+        weight, bias = (None if p is None else p.detach() for p in (norm.weight, norm.bias))
+        return F.batch_norm(x, norm.running_mean, norm.running_var, weight, bias, False, 0.0, norm.eps)
+
+
+class NotFoldedError(Exception):
+    """Why a model has no such view."""
+
+
+class FrozenModel:
+    """One model's view. Call it inside `eval_mode(model)`.
+
+    Attributes:
+        reason: why the model runs as it is, or None where it runs folded.
+    """
+
+    def __init__(self, model: nn.Module, recipe: Frozen, x: Tensor) -> None:
+        """Trace the model and compare the view with it on `x` [n, ...]: waits for the device, once."""
+        self._model = ref(model)
+        self._recipe = recipe
+        self._tensors = _tensors(model)
+        self._layers: list[_FrozenLayer] = []
+        self._folded: Callable[[Tensor], Tensor] | None = None
+        self.reason: str | None = None
+        if not recipe.fold:
+            self.reason = "not asked to fold"
+            return
+        try:
+            graph, self._layers = _traced(model, recipe.channels_last)
+            self.refresh()
+            _compare(model, graph, self._formatted(x))
+        except NotFoldedError as error:
+            self.reason = str(error)
+            self._layers = []
+            warnings.warn(f"the attack runs on the model as it is, not folded: {error}", stacklevel=2)
+        else:
+            self._folded = graph
+        if recipe.compile:
+            # the sizes of the prefixes are many
+            self._folded = torch.compile(model if self._folded is None else self._folded, dynamic=True)
+
+    @property
+    def model(self) -> nn.Module:
+        """The model of which this is a view."""
+        model = self._model()
+        assert model is not None, "the model is gone"
+        return model
+
+    def tensors(self) -> list[Tensor]:
+        """All that a call reads."""
+        frozen = [t for layer in self._layers for t in layer.buffers()]
+        return [*frozen, *(t for t in self._tensors if isinstance(t, Tensor))]
+
+    @property
+    def current(self) -> bool:
+        """Whether the model still consists of the tensors and modules that it was traced with, and has no hooks."""
+        model = self._model()
+        if model is None or (self._layers and hooked(model)):
+            return False
+        now = _tensors(model)
+        return len(now) == len(self._tensors) and all(a is b for a, b in zip(now, self._tensors, strict=True))
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Follow the model's weights and statistics, in place: nothing is traced or allocated for them."""
+        for layer in self._layers:
+            layer.refresh()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Logits [n, K] of x [n, ...]."""
+        run = self.model if self._folded is None else self._folded
+        x = self._formatted(x)
+        if self._recipe.autocast is None:
+            return run(x)
+        with torch.autocast(x.device.type, self._recipe.autocast):
+            return run(x)
+
+    def _formatted(self, x: Tensor) -> Tensor:
+        last = self._recipe.channels_last and x.dim() == 4
+        return x.contiguous(memory_format=torch.channels_last) if last else x
+
+
+_views: WeakKeyDictionary[nn.Module, dict[Frozen, FrozenModel]] = WeakKeyDictionary()
+
+
+@contextmanager
+def attack_model(model: nn.Module, recipe: Frozen | None, x: Tensor) -> Iterator[Callable[[Tensor], Tensor]]:
+    """The model in eval mode as the attack is to see it, up to date: the model itself without a recipe.
+
+    Args:
+        x: [n, ...], n ≥ 1, a batch to compare the view with, where the model is seen for the first time.
+    """
+    with eval_mode(model):
+        if recipe is None:
+            yield model
+            return
+        views = _views.setdefault(model, {})
+        view = views.get(recipe)
+        if view is None or not view.current:
+            view = views[recipe] = FrozenModel(model, recipe, x)
+        view.refresh()
+        yield view
+
+
+def _tensors(model: nn.Module) -> list[object]:
+    """What a trace holds on to. (A storage that moved needs no new trace: it is the same tensor.)"""
+    _, *inner = model.modules()
+    return [*inner, *model.parameters(), *model.buffers()]
+
+
+def _traced(model: nn.Module, channels_last: bool) -> tuple[fx.GraphModule, list[_FrozenLayer]]:
+    """The model's computation on frozen layers, and these."""
+    if name := hooked(model):
+        raise NotFoldedError(f"{name} has a hook, which a folded model would not run")
+    try:
+        graph = fx.symbolic_trace(model)
+    except Exception as error:  # whatever the model's own code raises on a proxy
+        raise NotFoldedError(f"it cannot be traced ({_first_line(error)})") from error
+    modules = dict(graph.named_modules(remove_duplicate=False))
+    layers: list[_FrozenLayer] = []
+    for node in list(graph.graph.nodes):
+        if node.op != "call_module":
+            continue
+        module = modules[node.target]
+        if type(module) in _LAYERS:
+            norm_node = _norm_after(node, modules)
+            norm = None if norm_node is None else modules[str(norm_node.target)]
+            layers.append(_FrozenLayer(module, norm, channels_last))
+            node.target = f"frozen_{len(layers)}"
+            graph.add_submodule(node.target, layers[-1])
+            if norm_node is not None:
+                norm_node.replace_all_uses_with(node)
+                graph.graph.erase_node(norm_node)
+        elif _has_statistics(module):
+            node.target = f"{node.name}_frozen"
+            graph.add_submodule(node.target, _FrozenNorm(module))
+    graph.delete_all_unused_submodules()
+    graph.recompile()
+    return graph.eval(), layers
+
+
+def hooked(model: nn.Module) -> str | None:
+    """The name of a module with a hook."""
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    modules = model.named_modules()
+    return next((name or "the model" for name, module in modules if any(getattr(module, k) for k in kinds)), None)
+
+
+def _norm_after(node: fx.Node, modules: dict[str, nn.Module]) -> fx.Node | None:
+    """The norm that is the only reader of a layer's output, if it can be folded into the layer."""
+    (reader, *others) = node.users or (None,)
+    if others or reader is None or reader.op != "call_module" or reader.args != (node,):
+        return None
+    norm, layer = modules.get(str(reader.target)), modules[str(node.target)]
+    # BatchNorm1d behind a linear layer that sees more than [n, features] is not what it folds to: `_compare` refuses it
+    same = isinstance(norm, nn.BatchNorm1d) == isinstance(layer, (nn.Linear, nn.Conv1d))
+    return reader if _has_statistics(norm) and same else None
+
+
+def _has_statistics(module: nn.Module | None) -> bool:
+    """Whether it is a batch norm that uses stored statistics in eval mode."""
+    return type(module) in _NORMS and module.running_mean is not None  # type: ignore[union-attr]
+
+
+@torch.no_grad()
+def _compare(model: nn.Module, graph: fx.GraphModule, x: Tensor) -> None:
+    expected = model(x)
+    try:
+        found = graph(x)
+    except Exception as error:
+        raise NotFoldedError(f"its trace does not run ({_first_line(error)})") from error
+    room = AGREEMENT.get(expected.dtype, 0.0) * max(1.0, float(expected.abs().nan_to_num(0.0, 0.0).max()))
+    if found.shape != expected.shape or not torch.allclose(found, expected, rtol=0.0, atol=room, equal_nan=True):
+        raise NotFoldedError("its traced computation gives other logits than the model itself")
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"

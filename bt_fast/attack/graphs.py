@@ -1,0 +1,286 @@
+"""Replay the ragged attack's step from CUDA graphs: one graph for each size of prefix, rounded up to a bucket.
+
+All buckets are prefixes of one set of static buffers, sorted by descending steps, so that their number is m / 8 and not
+that of the pairs of group sizes. The samples that pad a bucket have no steps left, and the step leaves those alone: the
+result is the eager one.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from bt_fast.attack import device
+from bt_fast.attack.folded import FrozenModel, hooked
+from bt_fast.attack.runners import run_eager, stand_in_seeds, take_step
+from bt_fast.attack.schedule import Schedule
+from bt_fast.attack.threat import ThreatModel
+from bt_fast.mining import step_count
+
+
+class GraphRunner:
+    """Runs schedules from graphs, captured when a prefix's size is met for the second time.
+
+    A model that cannot be captured runs eagerly, with one warning that says why: one with hooks (which run on the
+    host), one that waits for the device. Work is queued on a stream of the runner's own, which waits for the caller's
+    and which the caller's then waits for.
+
+    Args:
+        bucket: prefixes are rounded up to a multiple of it.
+        most_graphs: for each model; the least recently used are dropped beyond.
+
+    Raises:
+        TypeError or ValueError: a count is not an integer of at least 1.
+    """
+
+    def __init__(self, *, bucket: int = 8, most_graphs: int = 64) -> None:
+        self._bucket = step_count("bucket", bucket, least=1)
+        self._most = step_count("most_graphs", most_graphs, least=1)
+        self._sessions: WeakKeyDictionary[Callable[[Tensor], Tensor], OrderedDict[_Key, _Session]] = WeakKeyDictionary()
+        self._reasons: WeakKeyDictionary[Callable[[Tensor], Tensor], str] = WeakKeyDictionary()
+
+    def __call__(
+        self,
+        model: Callable[[Tensor], Tensor],
+        x_adv: Tensor,
+        clean: Tensor,
+        target: Tensor,
+        schedule: Schedule,
+        threat: ThreatModel,
+        generator: torch.Generator | None,
+        faulty: Tensor | None,
+    ) -> None:
+        """As `run_eager`."""
+        self.start(model, x_adv, clean, target, schedule, threat, generator, faulty)()
+
+    def start(
+        self,
+        model: Callable[[Tensor], Tensor],
+        x_adv: Tensor,
+        clean: Tensor,
+        target: Tensor,
+        schedule: Schedule,
+        threat: ThreatModel,
+        generator: torch.Generator | None,
+        faulty: Tensor | None,
+        *,
+        capacity: int = 0,
+    ) -> Callable[[], None]:
+        """Queue the attack beside whatever the caller queues next, until it calls what this returns: then that waits.
+
+        Args:
+            capacity: make room for so many samples, if that is more than there are.
+        """
+        if reason := self._reasons.get(model) or _reason(model, x_adv):
+            self._fall_back(model, reason)
+            run_eager(model, x_adv, clean, target, schedule, threat, generator, faulty)
+            return _joined
+        session = self._session(model, x_adv, clean, target, threat, max(capacity, len(x_adv)))
+        seeds = stand_in_seeds(x_adv, schedule, threat, generator)
+        try:
+            return session.start(model, x_adv, clean, target, schedule, seeds, faulty)
+        except CaptureError as error:
+            self._sessions.pop(model, None)
+            self._fall_back(model, str(error))
+            run_eager(model, x_adv, clean, target, schedule, threat, generator, faulty)
+            return _joined
+
+    def _fall_back(self, model: Callable[[Tensor], Tensor], reason: str) -> None:
+        if model not in self._reasons:
+            self._reasons[model] = reason
+            warnings.warn(f"the attack runs without graphs: {reason}", stacklevel=2)
+
+    def _session(
+        self,
+        model: Callable[[Tensor], Tensor],
+        x: Tensor,
+        clean: Tensor,
+        target: Tensor,
+        threat: ThreatModel,
+        capacity: int,
+    ) -> _Session:
+        key = _Key.of(model, x, clean, target, threat)
+        sessions = self._sessions.setdefault(model, OrderedDict())
+        for old in [k for k in sessions if k.addresses != key.addresses]:
+            del sessions[old]  # its graphs read memory that is the model's no more
+        session = sessions.get(key)
+        if session is None or session.capacity < capacity:
+            session = sessions[key] = _Session(x, clean, target, threat, self._bucket, model, capacity)
+        sessions.move_to_end(key)
+        while len(sessions) > 1 and sum(len(s.graphs) for s in sessions.values()) > self._most:
+            sessions.popitem(last=False)
+        session.most_graphs = self._most
+        return session
+
+
+class CaptureError(RuntimeError):
+    """Why a step could not be captured. Nothing ran."""
+
+
+@dataclass(frozen=True)
+class _Key:
+    """All that a captured step has fixed."""
+
+    shape: tuple[int, ...]
+    classes: int
+    dtypes: tuple[torch.dtype, ...]
+    strides: tuple[int, ...]
+    device: torch.device
+    threat: ThreatModel
+    autocast: tuple[bool, torch.dtype]
+    training: tuple[bool, ...]
+    addresses: tuple[int, ...]
+
+    @classmethod
+    def of(
+        cls, model: Callable[[Tensor], Tensor], x: Tensor, clean: Tensor, target: Tensor, threat: ThreatModel
+    ) -> _Key:
+        kind = x.device.type
+        return cls(
+            shape=tuple(x.shape[1:]),
+            classes=target.shape[1],
+            dtypes=(x.dtype, clean.dtype, target.dtype),
+            strides=x.stride(),
+            device=x.device,
+            threat=threat,
+            autocast=(torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)),
+            training=tuple(m.training for m in model.modules()) if isinstance(model, nn.Module) else (),
+            addresses=tuple(t.data_ptr() for t in _tensors(model)),
+        )
+
+
+class _Session:
+    """Static buffers for at most `capacity` samples, and the graphs that work on them."""
+
+    def __init__(
+        self,
+        x: Tensor,
+        clean: Tensor,
+        target: Tensor,
+        threat: ThreatModel,
+        bucket: int,
+        model: Callable[[Tensor], Tensor],
+        capacity: int,
+    ) -> None:
+        self.capacity = -(-capacity // bucket) * bucket
+        self.graphs: OrderedDict[int, device.Graph] = OrderedDict()
+        self.most_graphs = 1
+        self._bucket, self._threat = bucket, threat
+        # the graphs hold their addresses, which no other tensor must get
+        self._kept = [t.detach() for t in _tensors(model)]
+        self._warm: set[int] = set()
+        self._stream = device.new_stream(x)
+        self._pool = device.new_pool()
+        self._x_adv, self._clean = (_room(t, self.capacity) for t in (x, clean))
+        self._target = target.new_zeros(self.capacity, target.shape[1])
+        self._step_size = x.new_zeros(self.capacity)
+        self._steps = torch.zeros(self.capacity, dtype=torch.int64, device=x.device)
+        self._step, self._seed = (torch.zeros((), dtype=torch.int64, device=x.device) for _ in range(2))
+        self._faulty = torch.zeros(self.capacity, dtype=torch.int32, device=x.device)
+
+    def start(
+        self,
+        model: Callable[[Tensor], Tensor],
+        x_adv: Tensor,
+        clean: Tensor,
+        target: Tensor,
+        schedule: Schedule,
+        seeds: Tensor | None,
+        faulty: Tensor | None,
+    ) -> Callable[[], None]:
+        """Queue the attack; what is returned makes the caller wait. A CaptureError leaves `x_adv` as it was."""
+        m, caller = len(x_adv), device.current_stream(x_adv)
+        self._stream.wait_stream(caller)
+        try:
+            with device.on(self._stream):
+                self._x_adv[:m].copy_(x_adv)
+                self._clean[:m].copy_(clean)
+                self._target[:m].copy_(target)
+                self._step_size[:m].copy_(schedule.step_size)
+                self._steps[:m].copy_(schedule.steps)
+                self._steps[m:].zero_()  # what is left of a larger batch does not move
+                self._step.zero_()
+                self._faulty.zero_()
+                for t, n in enumerate(schedule.active):
+                    if seeds is not None:
+                        self._seed.copy_(seeds[t])
+                    if n:
+                        self._advance(model, -(-n // self._bucket) * self._bucket)
+                x_adv.copy_(self._x_adv[:m])
+                if faulty is not None:
+                    torch.maximum(faulty, self._faulty[:m], out=faulty)
+        except BaseException:
+            caller.wait_stream(self._stream)
+            raise
+        return lambda: caller.wait_stream(self._stream)
+
+    def _advance(self, model: Callable[[Tensor], Tensor], n: int) -> None:
+        """One step of the first n samples: replayed, or run where this size is new."""
+        graph = self.graphs.get(n)
+        if graph is None and n in self._warm:
+            graph = self._capture(model, n)
+        if graph is None:
+            self._take_step(model, n)
+            self._warm.add(n)
+        else:
+            self.graphs.move_to_end(n)
+            graph.replay()
+
+    def _capture(self, model: Callable[[Tensor], Tensor], n: int) -> device.Graph:
+        while len(self.graphs) >= self.most_graphs:
+            self.graphs.popitem(last=False)
+        try:
+            with device.capture(self._pool) as graph:
+                self._take_step(model, n)
+        except Exception as error:  # whatever the model or the driver raise: the eager run will tell which
+            raise CaptureError(f"capture failed ({type(error).__name__}: {error})") from error
+        self.graphs[n] = graph
+        return graph
+
+    def _take_step(self, model: Callable[[Tensor], Tensor], n: int) -> None:
+        take_step(
+            model,
+            self._x_adv[:n],
+            self._clean[:n],
+            self._target[:n],
+            self._step_size[:n],
+            self._threat,
+            self._seed,
+            self._faulty[:n],
+            steps=self._steps[:n],
+            step=self._step,
+        )
+        self._step.add_(1)
+
+
+def _joined() -> None:
+    """What ran on the caller's stream needs no waiting."""
+
+
+def _reason(model: Callable[[Tensor], Tensor], x: Tensor) -> str | None:
+    root = model.model if isinstance(model, FrozenModel) else model
+    if isinstance(root, nn.Module) and (name := hooked(root)):
+        return f"{name} has a hook, which a graph would not run"
+    return device.no_graphs_reason(x)
+
+
+def _tensors(model: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    if isinstance(model, FrozenModel):
+        return model.tensors()
+    return [*model.parameters(), *model.buffers()] if isinstance(model, nn.Module) else []
+
+
+def _room(x: Tensor, capacity: int) -> Tensor:
+    """Zeros for `capacity` samples like those of `x`, in its memory format."""
+    return torch.zeros_like(x[:1].expand(capacity, *x.shape[1:]), memory_format=_format(x))
+
+
+def _format(x: Tensor) -> torch.memory_format:
+    last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.channels_last if last else torch.contiguous_format

@@ -1,0 +1,302 @@
+"""The folded view of a model computes what the model computes, follows it, and says why where it cannot."""
+
+import copy
+import functools
+import gc
+import warnings
+import weakref
+from unittest import mock
+
+import pytest
+import small_models
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from bt_fast import BulletTrain, Frozen, Schedule, ThreatModel, generate, trades_loss
+from bt_fast.attack.folded import FrozenModel, attack_model
+from bt_fast.attack.runners import input_gradient
+from bt_fast.lab.models import build_model
+
+RECIPES = [Frozen(), Frozen(channels_last=False)]
+
+
+def trained(model):
+    """The model in double precision with norms and weights as after some training."""
+    torch.manual_seed(0)
+    model = model.double()
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            if module.running_mean is not None:
+                module.running_mean.normal_()
+                module.running_var.uniform_(0.1, 3.0)
+            if module.weight is not None:
+                nn.init.uniform_(module.weight, -0.5, 1.5)  # negative scales among them
+                nn.init.uniform_(module.bias, 0.0, 1.0)
+    return model
+
+
+class TwoReaders(nn.Module):
+    """A convolution that not only its norm reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.head = nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Linear(144, 5)
+
+    def forward(self, x):
+        out = self.conv(x)
+        return self.head((self.norm(out).relu() + out).flatten(1))
+
+
+class RunTwice(nn.Module):
+    """One convolution in front of two norms."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(1, 1, 3, padding=1, bias=False), nn.Linear(36, 5)
+        self.first, self.second = nn.BatchNorm2d(1), nn.BatchNorm2d(1, affine=False)
+
+    def forward(self, x):
+        x = self.first(self.conv(x)).relu()
+        return self.head(self.second(self.conv(x)).flatten(1))
+
+
+def strange_convolutions():
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3, padding=2, padding_mode="reflect", dilation=2),
+        nn.BatchNorm2d(4),
+        nn.Conv2d(4, 8, 3, groups=2, stride=2, padding="valid"),
+        nn.BatchNorm2d(8, eps=0.1),
+        nn.Flatten(),
+        nn.Linear(32, 6),
+        nn.BatchNorm1d(6),
+        nn.BatchNorm1d(6),
+        nn.ReLU(inplace=True),
+        nn.Linear(6, 5, bias=False),
+    )
+
+
+MODELS = {
+    "conv_bn": small_models.conv_bn,
+    "tied norm": small_models.TiedNorm,
+    "normalising": small_models.Normalising,
+    "own norm": small_models.OwnNorm,
+    "two readers": TwoReaders,
+    "run twice": RunTwice,
+    "strange convolutions": strange_convolutions,
+    "small-cnn": lambda: build_model("small-cnn", in_channels=1, image_size=16, num_classes=5),
+    "wrn-10-1": lambda: build_model("wrn-10-1", in_channels=1, image_size=8, num_classes=5),
+    "preactresnet-18": lambda: build_model("preactresnet-18", in_channels=1, image_size=8, num_classes=5),
+}
+SIDES = {"small-cnn": 16, "wrn-10-1": 8, "preactresnet-18": 8}
+
+
+def images(name, n=5):
+    return torch.rand(n, 1, *[SIDES.get(name, 6)] * 2, dtype=torch.float64)
+
+
+def view_of(model, x, recipe=RECIPES[0]):
+    with attack_model(model, recipe, x) as view:
+        return view
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_and_input_gradient_are_the_models(name, recipe):
+    model, x = trained(MODELS[name]()), images(name)
+    target = torch.rand(5, 5, dtype=torch.float64).softmax(dim=1)
+    with attack_model(model, recipe, x) as view:
+        assert isinstance(view, FrozenModel)
+        assert view.reason is None
+        torch.testing.assert_close(view(x), model(x), rtol=0, atol=1e-9)
+        found, expected = (input_gradient(m, x, target) for m in (view, model))
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("name", "norms"),
+    [("conv_bn", 0), ("two readers", 1), ("run twice", 0), ("strange convolutions", 1), ("wrn-10-1", 4)],
+)
+def test_every_norm_directly_behind_one_layer_is_folded(name, norms):
+    model = trained(MODELS[name]())
+    view = view_of(model, images(name))
+    with mock.patch("torch.nn.functional.batch_norm", wraps=F.batch_norm) as batch_norm:
+        view(images(name))
+    assert batch_norm.call_count == norms
+
+
+def test_it_follows_the_model_without_being_traced_again():
+    model, x = trained(small_models.conv_bn()), images("conv_bn")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    first = view_of(model, x)
+    for _ in range(2):
+        model.train()
+        F.cross_entropy(model(x), torch.arange(5)).backward()  # moves the statistics
+        optimizer.step()
+        with attack_model(model, RECIPES[0], x) as view:
+            assert view is first
+            torch.testing.assert_close(view(x), model(x), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("change", ["parameter", "module", "dtype"])
+def test_a_model_that_was_rebuilt_is_traced_again(change):
+    model, x = trained(small_models.conv_bn()), images("conv_bn")
+    view_of(model, x)
+    if change == "parameter":
+        model[0].weight = nn.Parameter(model[0].weight.detach() + 1.0)
+    elif change == "module":
+        model[8] = nn.Linear(16, 5).double()
+    else:
+        model.float()
+        x = x.float()
+    with attack_model(model, RECIPES[0], x) as view:
+        torch.testing.assert_close(view(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_parameter_whose_storage_moved_is_followed():
+    model, x = trained(small_models.conv_bn()), images("conv_bn")
+    view_of(model, x)
+    with torch.no_grad():
+        model[0].weight.data = model[0].weight.data * 2
+    with attack_model(model, RECIPES[0], x) as view:
+        torch.testing.assert_close(view(x), model(x), rtol=0, atol=1e-9)
+
+
+class Branching(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = small_models.conv_bn()
+
+    def forward(self, x):
+        return self.body(x if x.sum() > 0 else -x)
+
+
+class Drawing(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = small_models.conv_bn()
+
+    def forward(self, x):
+        return self.body(F.dropout(x, 0.5, training=True))
+
+
+def hooked():
+    model = small_models.conv_bn()
+    model[2].register_forward_hook(lambda module, given, out: out * 2)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("build", "reason"),
+    [(Branching, "cannot be traced"), (Drawing, "gives other logits"), (hooked, "2 has a hook")],
+)
+def test_a_model_that_cannot_be_folded_runs_as_it_is_and_says_why_once(build, reason):
+    model, x = trained(build()), images("conv_bn")
+    with pytest.warns(UserWarning, match=reason), attack_model(model, RECIPES[0], x) as view:
+        pass
+    assert reason in view.reason
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with attack_model(model, RECIPES[0], x) as view:
+            torch.manual_seed(1)
+            found = view(x)
+            torch.manual_seed(1)
+            assert torch.equal(found, model(x))
+
+
+def test_a_hook_that_came_later_is_run():
+    model, x = trained(small_models.conv_bn()), images("conv_bn")
+    view_of(model, x)
+    model[2].register_forward_hook(lambda module, given, out: out * 2)
+    with pytest.warns(UserWarning, match="hook"), attack_model(model, RECIPES[0], x) as view:
+        assert torch.equal(view(x), model(x))
+
+
+def test_what_the_model_raises_reaches_the_caller():
+    model = small_models.conv_bn()
+    with pytest.raises(RuntimeError, match="channels"), attack_model(model, RECIPES[0], torch.rand(2, 3, 6, 6)):
+        pass
+    assert model.training
+
+
+def test_nan_pixels_are_no_reason_to_give_up_folding():
+    model, x = trained(small_models.conv_bn()), images("conv_bn")
+    x[0] = float("nan")
+    assert view_of(model, x).reason is None
+
+
+def test_a_view_does_not_keep_its_model_alive():
+    model = trained(small_models.conv_bn())
+    view_of(model, images("conv_bn"))
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+
+
+def test_modes_parameters_and_gradients_are_left_alone():
+    model, x = trained(small_models.conv_bn(dropout=0.5)).train(), images("conv_bn")
+    model[1].eval()
+    before = copy.deepcopy(model.state_dict())
+    with attack_model(model, RECIPES[0], x) as view:
+        input_gradient(view, x, torch.zeros(5, 5, dtype=torch.float64))
+    assert [m.training for m in model] == [i != 1 for i in range(9)]
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
+
+
+def attack(model, x, frozen, norm="l_inf"):
+    threat = ThreatModel(0.1 if norm == "l_inf" else 1.0, norm)
+    schedule = Schedule.from_steps(torch.tensor([3, 0, 1, 3, 2]), torch.full((5,), 0.03))
+    clean, target = schedule.sort(x), torch.eye(5, dtype=x.dtype)
+    return generate(model, clean, clean, target, schedule, threat, frozen=frozen)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("norm", ["l_inf", "l_2"])
+def test_the_attack_finds_the_same_perturbation(norm, recipe):
+    model, x = trained(small_models.conv_bn()), images("conv_bn")
+    found, expected = attack(model, x, recipe, norm), attack(model, x, None, norm)
+    assert found.is_contiguous()
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_16_bits_no_gradient_is_lost(dtype):
+    model, x = trained(small_models.conv_bn()).float(), images("conv_bn").float()
+    with attack_model(model, Frozen(autocast=dtype), x) as view:
+        start = x + 1e-6 * torch.randn_like(x)
+        found, expected = (input_gradient(m, start, model(x).softmax(dim=1).detach()) for m in (view, model))
+    assert found.dtype == torch.float32
+    assert found.isfinite().all()
+    assert (found.flatten(1).abs().amax(dim=1) > 0).all()
+    assert expected.shape == found.shape
+
+
+def test_the_training_loss_with_and_without_a_view_is_the_same():
+    found, x, original = [], images("conv_bn"), trained(small_models.conv_bn()).train()
+    for frozen in (None, Frozen()):
+        model = copy.deepcopy(original)
+        bullet, generator = BulletTrain(3, 1, 0), torch.Generator().manual_seed(0)
+        bullet.robust_fraction.fill_(0.5)
+        loss = trades_loss(model, x, torch.arange(5), None, bullet=bullet, generator=generator, frozen=frozen, beta=6.0)
+        loss.backward()
+        found.append([loss.detach(), *(p.grad for p in model.parameters()), *model.buffers()])
+    for ours, exact in zip(*found, strict=True):
+        torch.testing.assert_close(ours, exact, rtol=0, atol=1e-8)
+
+
+def test_compiled_it_finds_the_same_perturbation():
+    model, x = trained(small_models.conv_bn()), images("conv_bn")
+    with mock.patch("torch.compile", functools.partial(torch.compile, backend="aot_eager")):
+        found, expected = attack(model, x, Frozen(compile=True)), attack(model, x, None)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
+
+
+def test_a_wrong_recipe_is_refused():
+    with pytest.raises(TypeError, match="autocast"):
+        Frozen(autocast=torch.float32)
+    with pytest.raises(TypeError, match="frozen"):
+        trades_loss(nn.Linear(4, 2), torch.rand(3, 4), torch.zeros(3, dtype=torch.int64), None, frozen=True)
+    with pytest.raises(TypeError, match="runner"):
+        trades_loss(nn.Linear(4, 2), torch.rand(3, 4), torch.zeros(3, dtype=torch.int64), None, runner="graphs")
