@@ -17,7 +17,7 @@ from conftest import median_ratio
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from bt_fast import BulletTrain, trades_loss
+from bt_fast import BulletTrain, Frozen, trades_loss
 from bt_fast.attack.frozen import clean_logits, eval_mode
 from bt_fast.baselines.trades_reference import trades_reference_loss
 from bt_fast.lab.models import build_model
@@ -56,13 +56,15 @@ class Workload:
             "optimised": lambda: self._finish(trades_loss(*self._arguments(), **SETTING)),
             "bullet, keep": lambda: self._finish(self._bullet("keep")),
             "bullet, skip": lambda: self._finish(self._bullet("skip")),
+            "bullet, skip, frozen": lambda: self._finish(self._bullet("skip", Frozen())),
         }
 
     def _arguments(self) -> tuple[Any, ...]:
         return self.model, self.x, self.y, self.optimizer
 
-    def _bullet(self, unperturbed: Any) -> torch.Tensor:
-        return trades_loss(*self._arguments(), **SETTING, bullet=self.bullet, unperturbed=unperturbed)
+    def _bullet(self, unperturbed: Any, frozen: Frozen | None = None) -> torch.Tensor:
+        mode = {"bullet": self.bullet, "unperturbed": unperturbed, "frozen": frozen}
+        return trades_loss(*self._arguments(), **SETTING, **mode)
 
     def _finish(self, loss: torch.Tensor) -> None:
         loss.backward()
@@ -121,7 +123,11 @@ def test_trades_iteration(name: str, interleaved: Any, benchmark: Any, device: t
         info[f"{variant}: GFLOP"] = round(flops[variant] / 1e9, 1)
     for slower, faster in (
         ("reference", "optimised"),
-        *((slower, f"bullet, {mode}") for slower in ("reference", "optimised") for mode in ("keep", "skip")),
+        *(
+            (slower, f"bullet, {mode}")
+            for slower in ("reference", "optimised")
+            for mode in ("keep", "skip", "skip, frozen")
+        ),
     ):
         speedup, limit = median_ratio(seconds[slower], seconds[faster]), flops[slower] / flops[faster]
         info[f"{faster} over {slower}"] = f"{speedup:.2f}x, {speedup / limit:.2f} of the FLOP limit {limit:.2f}x"
