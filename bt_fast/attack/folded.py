@@ -128,23 +128,24 @@ class FrozenModel:
         self._tensors = _tensors(model)
         self._layers: list[_FrozenLayer] = []
         self._folded: Callable[[Tensor], Tensor] | None = None
-        self.reason: str | None = None
-        if not recipe.fold:
-            self.reason = "not asked to fold"
-            return
-        try:
-            graph, self._layers = _traced(model, recipe.channels_last)
-            self.refresh()
-            _compare(model, graph, self._formatted(x))
-        except NotFoldedError as error:
-            self.reason = str(error)
-            self._layers = []
-            warnings.warn(f"the attack runs on the model as it is, not folded: {error}", stacklevel=2)
-        else:
-            self._folded = graph
+        self._kinds = _kinds(self._tensors)
+        self.reason = self._fold(model, x) if recipe.fold else "not asked to fold"
         if recipe.compile:
             # the sizes of the prefixes are many
             self._folded = torch.compile(model if self._folded is None else self._folded, dynamic=True)
+
+    def _fold(self, model: nn.Module, x: Tensor) -> str | None:
+        """Trace the model; or why that cannot be."""
+        try:
+            graph, self._layers = _traced(model, self._recipe.channels_last)
+            self.refresh()
+            _compare(model, graph, self._formatted(x))
+        except NotFoldedError as error:
+            self._layers = []
+            warnings.warn(f"the attack runs on the model as it is, not folded: {error}", stacklevel=2)
+            return str(error)
+        self._folded = graph
+        return None
 
     @property
     def model(self) -> nn.Module:
@@ -160,12 +161,13 @@ class FrozenModel:
 
     @property
     def current(self) -> bool:
-        """Whether the model still consists of the tensors and modules that it was traced with, and has no hooks."""
+        """Whether the model still consists of what it was traced with, of the same kinds, and has no hooks."""
         model = self._model()
         if model is None or (self._layers and hooked(model)):
             return False
         now = _tensors(model)
-        return len(now) == len(self._tensors) and all(a is b for a, b in zip(now, self._tensors, strict=True))
+        same = len(now) == len(self._tensors) and all(a is b for a, b in zip(now, self._tensors, strict=True))
+        return same and _kinds(now) == self._kinds
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -213,6 +215,11 @@ def _tensors(model: nn.Module) -> list[object]:
     """What a trace holds on to. (A storage that moved needs no new trace: it is the same tensor.)"""
     _, *inner = model.modules()
     return [*inner, *model.parameters(), *model.buffers()]
+
+
+def _kinds(held: list[object]) -> list[tuple[torch.dtype, torch.device]]:
+    """A parameter stays the same tensor when its module is cast or moved."""
+    return [(t.dtype, t.device) for t in held if isinstance(t, Tensor)]
 
 
 def _traced(model: nn.Module, channels_last: bool) -> tuple[fx.GraphModule, list[_FrozenLayer]]:

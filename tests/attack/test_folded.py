@@ -153,6 +153,14 @@ def test_a_model_that_was_rebuilt_is_traced_again(change):
         torch.testing.assert_close(view(x), model(x), rtol=1e-5, atol=1e-5)
 
 
+def test_a_model_without_buffers_that_was_cast_is_traced_again():
+    model, x = trained(MODELS["small-cnn"]()), images("small-cnn")
+    view_of(model, x)
+    model.float()
+    with attack_model(model, RECIPES[0], x.float()) as view:
+        torch.testing.assert_close(view(x.float()), model(x.float()), rtol=1e-5, atol=1e-5)
+
+
 def test_a_parameter_whose_storage_moved_is_followed():
     model, x = trained(small_models.conv_bn()), images("conv_bn")
     view_of(model, x)
@@ -288,9 +296,12 @@ def test_the_training_loss_with_and_without_a_view_is_the_same():
 
 def test_compiled_it_finds_the_same_perturbation():
     model, x = trained(small_models.conv_bn()), images("conv_bn")
-    with mock.patch("torch.compile", functools.partial(torch.compile, backend="aot_eager")):
-        found, expected = attack(model, x, Frozen(compile=True)), attack(model, x, None)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
+    expected = attack(model, x, None)
+    for fold in (True, False):
+        with mock.patch("torch.compile", side_effect=functools.partial(torch.compile, backend="aot_eager")) as compiled:
+            found = attack(model, x, Frozen(fold=fold, compile=True))
+        assert compiled.call_count == 1
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
 
 
 def test_a_wrong_recipe_is_refused():
