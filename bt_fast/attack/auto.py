@@ -1,0 +1,101 @@
+"""Choose how the attack is executed by trying."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from bt_fast.attack import device
+from bt_fast.attack.graphs import GraphRunner
+from bt_fast.attack.runners import Runner, run_eager
+from bt_fast.attack.schedule import Schedule
+from bt_fast.attack.streams import StreamRunner
+from bt_fast.attack.threat import ThreatModel
+from bt_fast.device import synchronize
+
+WARM, ROUNDS = 3, 5  # a graph is captured when its size is met again, and replayed from then on
+
+
+class AutoRunner:
+    """Times the candidates on the first minibatch of each configuration (model, images, threat) and keeps the fastest.
+
+    The measurement waits for the device, attacks copies, draws from a generator of its own, and interleaves the
+    candidates. Where there are no graphs (on the CPU) there is nothing to choose: it runs eagerly.
+
+    Args:
+        candidates: runners by name; eager, graphs and streams if not given.
+
+    Attributes:
+        reasons: a line for each configuration: what was measured, and what is used.
+
+    Raises:
+        ValueError: there is no candidate.
+    """
+
+    def __init__(self, candidates: Mapping[str, Runner] | None = None) -> None:
+        if candidates is None:
+            candidates = {"eager": run_eager, "graphs": GraphRunner(), "streams": StreamRunner()}
+        if not candidates:
+            raise ValueError("candidates must hold at least 1 runner, got none")
+        self._candidates = dict(candidates)
+        self._chosen: WeakKeyDictionary[Callable[[Tensor], Tensor], dict[object, Runner]] = WeakKeyDictionary()
+        self.reasons: list[str] = []
+
+    def __call__(
+        self,
+        model: Callable[[Tensor], Tensor],
+        x_adv: Tensor,
+        clean: Tensor,
+        target: Tensor,
+        schedule: Schedule,
+        threat: ThreatModel,
+        generator: torch.Generator | None,
+        faulty: Tensor | None,
+    ) -> None:
+        """As `run_eager`."""
+        kind = x_adv.device.type
+        autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
+        configuration = (x_adv.shape[1:], target.shape[1], x_adv.dtype, x_adv.device, threat, autocast)
+        chosen = self._chosen.setdefault(model, {})
+        if configuration not in chosen:
+            chosen[configuration] = self._choose(model, x_adv, clean, target, schedule, threat)
+        chosen[configuration](model, x_adv, clean, target, schedule, threat, generator, faulty)
+
+    def _choose(
+        self,
+        model: Callable[[Tensor], Tensor],
+        x_adv: Tensor,
+        clean: Tensor,
+        target: Tensor,
+        schedule: Schedule,
+        threat: ThreatModel,
+    ) -> Runner:
+        what = f"{len(x_adv)} x {list(x_adv.shape[1:])} {x_adv.dtype}"
+        if reason := device.no_graphs_reason(x_adv):
+            self.reasons.append(f"{what}: eager, since {reason}")
+            return run_eager
+        generator = torch.Generator(x_adv.device).manual_seed(0)
+
+        def seconds(run: Runner) -> float:
+            attacked = x_adv.clone()
+            start = now(x_adv)
+            run(model, attacked, clean, target, schedule, threat, generator, None)
+            return now(x_adv) - start
+
+        rounds = [{name: seconds(run) for name, run in self._candidates.items()} for _ in range(WARM + ROUNDS)]
+        medians = {name: statistics.median(times[name] for times in rounds[WARM:]) for name in self._candidates}
+        fastest = min(medians, key=lambda name: medians[name])
+        measured = ", ".join(f"{name} {1e3 * median:.3g} ms" for name, median in medians.items())
+        self.reasons.append(f"{what}: {fastest}, since {measured}")
+        return self._candidates[fastest]
+
+
+def now(x: Tensor) -> float:
+    """The time, once the device of `x` has done all that it was given."""
+    synchronize(x.device)
+    return time.perf_counter()

@@ -1,0 +1,88 @@
+"""The runner that tries: it keeps the fastest, leaves no trace of the trying, and says why."""
+
+import copy
+from unittest import mock
+
+import pytest
+import small_models
+import torch
+from emulated_device import EmulatedDevice
+
+from bt_fast import AutoRunner, BulletTrain, Schedule, ThreatModel, trades_loss
+from bt_fast.attack import auto
+from bt_fast.attack.runners import run_eager
+
+THREAT = ThreatModel(0.1)
+
+
+class Slow:
+    """Runs eagerly, and says that it took so many seconds."""
+
+    def __init__(self, seconds, clock):
+        self.seconds, self.clock, self.runs = seconds, clock, 0
+
+    def __call__(self, *arguments):
+        self.runs += 1
+        self.clock[0] += self.seconds
+        run_eager(*arguments)
+
+
+def attack(runner, model, n=4, threat=THREAT):
+    torch.manual_seed(0)
+    clean = torch.rand(n, *small_models.SHAPE, dtype=torch.float64)
+    schedule = Schedule.from_steps(torch.tensor([3, 1, 0, 2])[:n], torch.full((n,), 0.02))
+    x_adv, faulty = clean + 0.001, torch.zeros(n, dtype=torch.int32)
+    target = torch.eye(small_models.CLASSES, dtype=torch.float64)[:n]
+    with EmulatedDevice():
+        runner(model, x_adv, clean, target, schedule, threat, torch.Generator().manual_seed(3), faulty)
+    return x_adv
+
+
+@pytest.fixture
+def candidates():
+    clock = [0.0]
+    found = {"one": Slow(0.3, clock), "two": Slow(0.1, clock), "three": Slow(0.2, clock)}
+    with mock.patch.object(auto, "now", side_effect=lambda x: clock[0]):
+        yield found
+
+
+@pytest.mark.parametrize("norm", ["l_inf", "l_2"])
+def test_the_fastest_is_kept_and_the_result_is_the_eager_one(candidates, norm):
+    model, runner = small_models.conv_bn().double().eval(), AutoRunner(candidates)
+    found = [attack(runner, model, threat=ThreatModel(0.1, norm)) for _ in range(2)]
+    assert all(torch.equal(x, attack(run_eager, model, threat=ThreatModel(0.1, norm))) for x in found)
+    tried = auto.WARM + auto.ROUNDS
+    assert [run.runs for run in candidates.values()] == [tried, tried + 2, tried]
+    assert runner.reasons == ["4 x [1, 6, 6] torch.float64: two, since one 300 ms, two 100 ms, three 200 ms"]
+
+
+def test_each_configuration_is_tried_once(candidates):
+    model, runner = small_models.conv_bn().double().eval(), AutoRunner(candidates)
+    for _ in range(2):
+        attack(runner, model)
+        attack(runner, model, n=3)  # a last batch that is smaller is no other configuration
+        attack(runner, model, threat=ThreatModel(0.2))
+    attack(runner, small_models.conv_bn().double().eval())
+    assert len(runner.reasons) == 3
+
+
+def test_without_candidates_of_one_s_own_graphs_and_streams_are_tried():
+    model = small_models.conv_bn().double().eval()
+    runner = AutoRunner()
+    assert torch.equal(attack(runner, model), attack(run_eager, model))
+    assert all(name in runner.reasons[0] for name in ("eager", "graphs", "streams"))
+
+
+def test_on_the_cpu_it_runs_eagerly_and_says_so():
+    original, found = small_models.conv_bn(), []
+    x, y = torch.rand(6, *small_models.SHAPE), torch.arange(6) % small_models.CLASSES
+    for runner in (run_eager, AutoRunner()):
+        options = {"bullet": BulletTrain(2, 1, 0), "generator": torch.Generator().manual_seed(0)}
+        found.append(trades_loss(copy.deepcopy(original), x, y, None, runner=runner, **options).detach())
+    assert torch.equal(*found)
+    assert "eager, since the images are on cpu" in runner.reasons[0]
+
+
+def test_no_candidate_is_refused():
+    with pytest.raises(ValueError, match="candidates"):
+        AutoRunner({})
