@@ -70,7 +70,7 @@ def assign_steps(
     """
     _check(svar, correct, robust_fraction, group_steps, group_step_sizes, unfit, faults, group_counts)
     run = assign_reference
-    if svar.is_cuda and svar.dtype == torch.float32 and len(svar) <= MOST_SAMPLES and has_triton():
+    if _kernel_takes(svar):
         run = launch_assign if len(svar) <= max(WARPS) else launch_assign_in_blocks
     return run(svar, correct, robust_fraction, group_steps, group_step_sizes, unfit, faults, group_counts)
 
@@ -252,6 +252,10 @@ def launch_assign_in_blocks(
             BLOCKS=BLOCKS,
         )
     return results
+
+
+def _kernel_takes(svar: Tensor) -> bool:
+    return svar.is_cuda and svar.dtype == torch.float32 and len(svar) <= MOST_SAMPLES and has_triton()
 
 
 def _results(svar: Tensor, group_steps: Sequence[int], faults: Tensor | None) -> Assigned:

@@ -35,7 +35,7 @@ def order_by_steps(steps: Tensor, most: int) -> tuple[Tensor, Tensor]:
     """
     _check(steps, most)
     steps = steps.long()
-    if not (steps.is_cuda and has_triton() and 0 < len(steps) <= MOST_SAMPLES):
+    if not _kernel_takes(steps):
         return order_reference(steps, most)
     if len(steps) <= ONE_LAUNCH and (most + 2) * ONE_LAUNCH < 2**31:
         return launch_order(steps, most)
@@ -48,6 +48,10 @@ def order_by_steps(steps: Tensor, most: int) -> tuple[Tensor, Tensor]:
 def _(steps: Tensor, most: int) -> tuple[Tensor, Tensor]:
     _check(steps, most)
     return _results(steps, most)
+
+
+def _kernel_takes(steps: Tensor) -> bool:
+    return steps.is_cuda and has_triton() and 0 < len(steps) <= MOST_SAMPLES
 
 
 def order_reference(steps: Tensor, most: int) -> tuple[Tensor, Tensor]:
