@@ -22,7 +22,7 @@ from bt_fast.attack.runners import run_eager
 from bt_fast.attack.streams import StreamRunner
 
 THREAT = ThreatModel(0.1)
-COUNTS = [[3, 3, 1, 0], [2, 3, 3, 0, 2], [0, 3, 2]]
+COUNTS = [[3, 3, 1, 0], [2, 3, 2, 1, 3], [0, 3, 2], [1, 2, 1, 0, 1]]
 
 
 class Training:
@@ -74,7 +74,7 @@ class Troubled(nn.Module):
         level = x.flatten(1).mean(dim=1, keepdim=True)
         logits = self.body(x)
         logits = torch.where(level < 0.4, logits.detach(), logits)
-        return logits + 0.0 * torch.where(level > 0.535, level - level.detach(), 1.0).sqrt()
+        return logits + 0.0 * torch.where(level > 0.51, level - level.detach(), 1.0).sqrt()
 
 
 @pytest.mark.parametrize(
@@ -136,6 +136,7 @@ BUGS = [
     ("step sizes are not copied in", "self._step_size[:m].copy_(schedule.step_size)", "pass"),
     ("steps are not copied in", "self._steps[:m].copy_(schedule.steps)", "pass"),
     ("x' is not copied out", "x_adv.copy_(self._x_adv[:m])", "pass"),
+    ("flags of an earlier attack", "self._faulty.zero_()", "pass"),
     ("the counter does not start again", "self._step.zero_()", "pass"),
     ("the counter stands still", "self._step.add_(1)", "pass"),
     ("padding moves", "steps=self._steps[:n],", "steps=self._steps[:n] + 9,"),
@@ -187,6 +188,16 @@ def test_the_runner_as_it_is_passes():
 @pytest.mark.parametrize(("text", "instead"), [pytest.param(*bug[1:], id=bug[0]) for bug in BUGS])
 def test_a_planted_bug_is_caught(text, instead, tmp_path):
     assert caught(planted(text, instead, tmp_path / "planted.py"))
+
+
+def test_a_seed_that_is_not_copied_in_is_caught(tmp_path):
+    threat, found = ThreatModel(0.1, "l_2"), []
+    for module in (graphs, planted("self._seed.copy_(seeds[t])", "pass", tmp_path / "planted.py")):
+        training = Training(Troubled, threat=threat)
+        with EmulatedDevice():
+            found.append(training.run(module.GraphRunner(bucket=2)))
+    apart = [(a - b).abs().max() for a, b in zip(*found, strict=True)]
+    assert max(apart) > 1e-3
 
 
 # Models that cannot be captured, and faults
