@@ -10,7 +10,7 @@ from bt_fast.ops.launch import check
 
 # what one program counts by itself: 8192 rows of up to 1024 classes
 MOST_ROWS, MOST_LOGITS = 2**13, 2**23
-ELEMENTS, WARPS = 8192, 16  # that a program holds at once
+ELEMENTS, WARPS = 4096, 16  # that a program holds at once
 PROGRAMS = 256  # that count larger batches: a power of two
 
 
