@@ -8,7 +8,7 @@ from torch import Tensor
 from bt_fast.ops.launch import KERNEL_DTYPES, MOST_INT32, has_triton
 
 LONGEST_BLOCK = 8192  # classes that a program holds at once
-LONG_BLOCK, LONG_WARPS = 4096, 16  # of rows that are longer
+LONG_BLOCK, LONG_WARPS = 2048, 8  # of rows that are longer
 
 
 def softmax(logits: Tensor) -> Tensor:
