@@ -22,6 +22,7 @@ from bt_fast.attack.runners import run_eager, stand_in_seeds, take_step
 from bt_fast.attack.schedule import Schedule
 from bt_fast.attack.threat import ThreatModel
 from bt_fast.mining import step_count
+from bt_fast.ops.launch import dense_format
 
 
 class GraphRunner:
@@ -278,9 +279,6 @@ def _tensors(model: Callable[[Tensor], Tensor]) -> list[Tensor]:
 
 def _room(x: Tensor, capacity: int) -> Tensor:
     """Zeros for `capacity` samples like those of `x`, in its memory format."""
-    return torch.zeros_like(x[:1].expand(capacity, *x.shape[1:]), memory_format=_format(x))
-
-
-def _format(x: Tensor) -> torch.memory_format:
-    last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    return torch.channels_last if last else torch.contiguous_format
+    return torch.zeros_like(
+        x[:1].expand(capacity, *x.shape[1:]), memory_format=dense_format(x) or torch.contiguous_format
+    )

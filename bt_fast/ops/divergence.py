@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bt_fast.ops.launch import KERNEL_DTYPES, MOST_INT32, has_triton
+from bt_fast.ops.launch import MOST_INT32
 from bt_fast.ops.numeric import wide
+from bt_fast.ops.rows import kernel_takes
 
 # the most classes of which a block holds whole rows, its rows and its warps
 TILES = ((32, 4, 4), (1024, 1, 8))
@@ -99,7 +100,7 @@ def js_divergence(
 def trades_kl_rows(adversarial_logits: Tensor, clean_logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """`trades_kl` of every row, [n], and its gradients in the order of the arguments."""
     _check(adversarial_logits=adversarial_logits, clean_logits=clean_logits)
-    run = launch_trades_kl if _kernel_takes(clean_logits) else trades_kl_reference
+    run = launch_trades_kl if kernel_takes(clean_logits) else trades_kl_reference
     return run(adversarial_logits, clean_logits)
 
 
@@ -139,7 +140,7 @@ def mart_loss_rows(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`n·mart_loss` of every row, [n], and its gradients with respect to the logits, in their order."""
     _check_mart(clean_logits, adversarial_logits, labels)
-    run = launch_mart_loss if _kernel_takes(clean_logits) else mart_loss_reference
+    run = launch_mart_loss if kernel_takes(clean_logits) else mart_loss_reference
     return run(clean_logits, adversarial_logits, labels, beta)
 
 
@@ -207,7 +208,7 @@ def js_divergence_rows(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`js_divergence` of every row, [n], and its gradients in the order of the arguments."""
     _check(clean_logits=clean_logits, first_logits=first_logits, second_logits=second_logits)
-    run = launch_js_divergence if _kernel_takes(clean_logits) else js_divergence_reference
+    run = launch_js_divergence if kernel_takes(clean_logits) else js_divergence_reference
     return run(clean_logits, first_logits, second_logits)
 
 
@@ -295,10 +296,6 @@ def _empty_results(*logits: Tensor) -> tuple[Tensor, ...]:
     z = logits[0]
     loss = torch.empty(z.shape[0], dtype=torch.promote_types(z.dtype, torch.float32), device=z.device)
     return loss, *(torch.empty(z.shape, dtype=z.dtype, device=z.device) for z in logits)
-
-
-def _kernel_takes(logits: Tensor) -> bool:
-    return logits.is_cuda and logits.dtype in KERNEL_DTYPES and max(logits.shape) < MOST_INT32 and has_triton()
 
 
 def _times_gap(p: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:

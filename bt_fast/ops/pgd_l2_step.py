@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bt_fast.ops.gather_start import philox
 from bt_fast.ops.launch import check, contiguous
 from bt_fast.ops.numeric import per_sample, wide
 from bt_fast.ops.pgd_step import (
@@ -167,17 +168,10 @@ def seeded_normal(seed: Tensor, x: Tensor) -> Tensor:
     like = torch.empty_like(x)
     place = torch.arange(x[0].numel(), device=x.device)
     counter = [place.expand(len(x), -1), torch.arange(len(x), device=x.device)[:, None]]
-    c0, c1 = torch.broadcast_tensors(*counter)
-    c2 = c3 = torch.zeros_like(c0)
-    word = 0xFFFFFFFF
-    k0, k1 = seed & word, (seed >> 32) & word
-    for _ in range(10):
-        a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # 64 bits, unsigned: the shift below must not carry the sign
-        c0, c2 = ((b >> 32) & word) ^ c1 ^ k0, ((a >> 32) & word) ^ c3 ^ k1
-        c1, c3 = b & word, a & word
-        k0, k1 = (k0 + 0x9E3779B9) & word, (k1 + 0xBB67AE85) & word
-    bytes_of = ((c >> shift) & 0xFF for c in (c0, c1, c2, c3) for shift in (0, 8, 16, 24))
-    total = sum(bytes_of, torch.zeros_like(c0))
+    zero = torch.zeros((), dtype=torch.int64, device=x.device)
+    words = torch.broadcast_tensors(*philox(seed, (counter[0], counter[1], zero, zero)))
+    bytes_of = ((c >> shift) & 0xFF for c in words for shift in (0, 8, 16, 24))
+    total = sum(bytes_of, torch.zeros_like(words[0]))
     normal = (total - 2040).to(wide(like).dtype) * 0.003382939
     return normal.as_strided(like.shape, like.stride())
 

@@ -274,11 +274,10 @@ def test_in_16_bits_no_gradient_is_lost(dtype):
     model, x = trained(small_models.conv_bn()).float(), images("conv_bn").float()
     with attack_model(model, Frozen(autocast=dtype), x) as view:
         start = x + 1e-6 * torch.randn_like(x)
-        found, expected = (input_gradient(m, start, model(x).softmax(dim=1).detach()) for m in (view, model))
+        found = input_gradient(view, start, model(x).softmax(dim=1).detach())
     assert found.dtype == torch.float32
     assert found.isfinite().all()
     assert (found.flatten(1).abs().amax(dim=1) > 0).all()
-    assert expected.shape == found.shape
 
 
 def test_the_training_loss_with_and_without_a_view_is_the_same():
