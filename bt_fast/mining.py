@@ -103,7 +103,7 @@ class BulletTrain(nn.Module):
         self.register_buffer("robust_fraction", torch.zeros((), dtype=torch.float64))
         self.register_buffer("group_counts", torch.zeros(3, dtype=torch.int64))
         self.register_buffer("unreported_faults", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("unreported_gradients", torch.zeros((), dtype=torch.int64), persistent=False)
+        self.register_buffer("unreported_gradients", torch.zeros((), dtype=torch.int64))
 
     def _apply(self, fn: Any, recurse: bool = True) -> BulletTrain:
         """Follow the moves of the module that holds this one, not its casts: in 16 bits F_R would stand still."""
