@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from bt_fast.attack import device
 from bt_fast.attack.folded import FrozenModel, hooked
-from bt_fast.attack.runners import run_eager, stand_in_seeds, take_step
+from bt_fast.attack.runners import joined, run_eager, stand_in_seeds, take_step
 from bt_fast.attack.schedule import Schedule
 from bt_fast.attack.threat import ThreatModel
 from bt_fast.mining import step_count
@@ -81,7 +81,7 @@ class GraphRunner:
         if reason := self._reasons.get(model) or _reason(model, x_adv):
             self._fall_back(model, reason)
             run_eager(model, x_adv, clean, target, schedule, threat, generator, faulty)
-            return _joined
+            return joined
         session = self._session(model, x_adv, clean, target, threat, max(capacity, len(x_adv)))
         seeds = stand_in_seeds(x_adv, schedule, threat, generator)
         try:
@@ -90,7 +90,7 @@ class GraphRunner:
             self._sessions.pop(model, None)
             self._fall_back(model, str(error))
             run_eager(model, x_adv, clean, target, schedule, threat, generator, faulty)
-            return _joined
+            return joined
 
     def _fall_back(self, model: Callable[[Tensor], Tensor], reason: str) -> None:
         if model not in self._reasons:
@@ -258,10 +258,6 @@ class _Session:
             step=self._step,
         )
         self._step.add_(1)
-
-
-def _joined() -> None:
-    """What ran on the caller's stream needs no waiting."""
 
 
 def _reason(model: Callable[[Tensor], Tensor], x: Tensor) -> str | None:

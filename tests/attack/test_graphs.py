@@ -127,7 +127,7 @@ def test_the_training_loss_of_either_runner_is_the_eager_one(bullet, runner):
 # what is planted into the runner: a name, the text, its replacement
 BUGS = [
     ("it does not wait for the caller", "self._stream.wait_stream(caller)", "pass"),
-    ("the caller does not wait", "return lambda: caller.wait_stream(self._stream)", "return _joined"),
+    ("the caller does not wait", "return lambda: caller.wait_stream(self._stream)", "return joined"),
     ("NaN is not reported", "torch.maximum(faulty, self._faulty[:m], out=faulty)", "pass"),
     ("one pool for all chains", "self._pool = device.new_pool()", "self._pool = 'the only one'"),
     ("x' is not copied in", "self._x_adv[:m].copy_(x_adv)", "pass"),
