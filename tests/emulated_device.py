@@ -27,13 +27,18 @@ from unittest import mock
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _get_current_dispatch_mode_stack
 from torch.utils._pytree import tree_map
 
 from bt_fast.attack import device
 
 READS = {"_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select"}
 FROM_HOST = {"lift_fresh", "lift_fresh_copy"}
+
+
+def capturing():
+    """Whether work is recorded by a capture now."""
+    return any(isinstance(mode, EmulatedDevice) and mode.graph for mode in _get_current_dispatch_mode_stack())
 
 
 class NotPermittedError(RuntimeError):
@@ -90,6 +95,8 @@ class Graph:
 
     def capture_begin(self, pool=None, capture_error_mode="global", check_input_liveness=False):
         assert self.emulated.graph is None
+        if self.emulated.stream is self.emulated.default:
+            raise NotPermittedError("a capture must be on another than the default stream")
         self.memory_pool = object() if pool is None else pool
         self.emulated.graph = self
 
@@ -108,7 +115,7 @@ class Graph:
 class EmulatedDevice(TorchDispatchMode):
     def __init__(self):
         super().__init__()
-        self.stream = Stream(self)
+        self.stream = self.default = Stream(self)
         self.work, self.graph, self.host_waits_for = [], None, {}
         self.known, self.sizes, self.initial = (
             {},
