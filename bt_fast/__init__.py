@@ -13,6 +13,7 @@ from bt_fast.attack.streams import StreamRunner
 from bt_fast.attack.threat import ThreatModel
 from bt_fast.mining import Assignment, BulletTrain
 from bt_fast.objectives.trades import trades_loss
+from bt_fast.objectives.update import Update
 from bt_fast.speedup import Fractions, theoretical_speedup, theoretical_speedup_augmix
 
 __version__ = "0.1.0"
@@ -27,6 +28,7 @@ __all__ = [
     "Schedule",
     "StreamRunner",
     "ThreatModel",
+    "Update",
     "generate",
     "theoretical_speedup",
     "theoretical_speedup_augmix",

@@ -1,4 +1,6 @@
-"""CUDA's streams, events, graphs and memory pools on the CPU, to test what uses them through `bt_fast.attack.device`.
+"""CUDA's streams, events, graphs and memory pools on the CPU, in the place of `torch.cuda`'s own.
+
+What is tested is all that is above them: the package, and torch's `torch.cuda.graph` and `make_graphed_callables`.
 
     with EmulatedDevice() as emulated:
         run_the_engine(x)                       # runs eagerly, in the order in which it was enqueued, and is recorded
@@ -10,26 +12,33 @@ else. Memory comes from a pool for each stream and for each graph pool, and a fr
 next request from the same pool, as CUDA's allocator does: work on another stream may then find other bytes in it. What
 the allocator hands out holds garbage. Work that is not ordered is permuted whole operation by whole operation.
 
-A capture records instead of running. It refuses what CUDA refuses: to read a value, to bring one from the host, and to
-launch for the first time. A replay refuses memory that was freed outside the graph.
+A capture records instead of running. It refuses what CUDA refuses: to read a value, to bring one from the host, to wait
+for the device, and to launch for the first time; it is invalid then, and its end raises. A replay refuses memory that
+was freed outside the graph. Random numbers come from the CPU's default generator, which stands for the device's: those
+of a graph are drawn when it is replayed.
 """
 
 import functools
 import random
 from collections import deque
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from unittest import mock
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _get_current_dispatch_mode_stack
 from torch.utils._pytree import tree_map
 
 from bt_fast.attack import device
 
 READS = {"_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select"}
 FROM_HOST = {"lift_fresh", "lift_fresh_copy"}
+
+
+def capturing():
+    """Whether work is recorded by a capture now."""
+    return any(isinstance(mode, EmulatedDevice) and mode.graph for mode in _get_current_dispatch_mode_stack())
 
 
 class NotPermittedError(RuntimeError):
@@ -50,7 +59,7 @@ class Ref:
         return torch.empty(0, dtype=self.dtype).set_(storage, self.offset, self.size, self.stride)
 
 
-@dataclass
+@dataclass(eq=False)
 class Stream:
     """A queue: `last` is its latest work, `awaited` what its next work has to wait for."""
 
@@ -72,26 +81,42 @@ class Work:
     results: list  # of Ref: new tensors
     stream: Stream = None
     after: tuple = ()
+    draws: bool = False
 
 
 @dataclass(eq=False)
 class Graph:
+    """In the place of torch.cuda.CUDAGraph."""
+
     emulated: "EmulatedDevice"
-    pool: object
+    memory_pool: object = None
     work: list = field(default_factory=list)
-    inside: set = field(default_factory=set)  # memory of its own
-    scratch: dict = field(default_factory=dict)
+    invalid: bool = False
+
+    def capture_begin(self, pool=None, capture_error_mode="global", check_input_liveness=False):
+        assert self.emulated.graph is None
+        if self.emulated.stream is self.emulated.default:
+            raise NotPermittedError("a capture must be on another than the default stream")
+        self.memory_pool = object() if pool is None else pool
+        self.emulated.graph = self
+
+    def capture_end(self):
+        self.emulated.graph = None
+        if self.invalid:
+            raise RuntimeError("operation failed due to a previous error during capture")
+        self.emulated.captures += 1
 
     def replay(self):
+        self.emulated.replays += 1
         for work in self.work:
-            self.emulated.run_again(work, self)
+            self.emulated.run_again(work)
 
 
 class EmulatedDevice(TorchDispatchMode):
     def __init__(self):
         super().__init__()
-        self.stream = Stream(self)
-        self.work, self.graph, self.host_waits_for = [], None, None
+        self.stream = self.default = Stream(self)
+        self.work, self.graph, self.host_waits_for = [], None, {}
         self.known, self.sizes, self.initial = (
             {},
             {},
@@ -99,23 +124,39 @@ class EmulatedDevice(TorchDispatchMode):
         )  # by address; bytes; contents if older
         self.blocks, self.block_sizes, self.free = {}, [], {}  # memory's block; bytes of each; (pool -> free blocks)
         self.owner, self.launched, self.captures, self.replays = {}, set(), 0, 0
+        self.lasts, self.scratch = {}, {}  # each stream's latest work; memory of graphs that no tensor holds any more
+        self.of_graphs = set()  # memory that captures took
 
     def __enter__(self):
+        self._patches = ExitStack()
         stand_ins = {
-            "no_graphs_reason": lambda x: "the caller is capturing a graph" if self.graph else None,
-            "current_stream": lambda x: self.stream,
-            "new_stream": lambda x: Stream(self),
-            "on": self.on,
-            "new_pool": object,
-            "capture": self.capture,
+            "current_stream": lambda device=None: self.stream,
+            "Stream": lambda device=None: Stream(self),
+            "stream": self.on,
+            "graph_pool_handle": object,
+            "CUDAGraph": lambda: Graph(self),
+            "is_current_stream_capturing": lambda: self.graph is not None,
+            "synchronize": self.synchronize,
+            "empty_cache": lambda: None,
         }
-        self._patch = mock.patch.multiple(device, **stand_ins)
-        self._patch.start()
+        self._patches.enter_context(mock.patch.multiple(torch.cuda, **stand_ins))
+        self._patches.enter_context(mock.patch.object(torch._C, "_host_emptyCache", create=True, return_value=None))
+        self._patches.enter_context(mock.patch.object(torch.cuda.graphs.graph, "default_capture_stream", None))
+        self._patches.enter_context(mock.patch.object(device, "has_graphs", return_value=True))
         return super().__enter__()
 
     def __exit__(self, *error):
-        self._patch.stop()
+        self._patches.close()
         return super().__exit__(*error)
+
+    def synchronize(self, device=None):
+        self.permitted(self.graph is None, "synchronize")
+        self.host_waits_for.update(self.lasts)
+
+    def permitted(self, permitted, name):
+        if not permitted:
+            self.graph.invalid = True
+            raise NotPermittedError(f"{name}: operation not permitted when stream is capturing")
 
     @contextmanager
     def on(self, stream):
@@ -124,16 +165,6 @@ class EmulatedDevice(TorchDispatchMode):
             yield
         finally:
             self.stream = before
-
-    @contextmanager
-    def capture(self, pool):
-        assert self.graph is None
-        self.graph = Graph(self, pool)
-        try:
-            yield self.graph
-        finally:
-            self.graph = None
-        self.captures += 1
 
     # Memory
 
@@ -148,9 +179,9 @@ class EmulatedDevice(TorchDispatchMode):
         self.sizes[number] = storage.nbytes()
         pool = None
         if new:
-            pool = self.graph.pool if self.graph else self.stream.pool
+            pool = self.graph.memory_pool if self.graph else self.stream.pool
             if self.graph:
-                self.graph.inside.add(number)
+                self.of_graphs.add(number)
         else:
             self.initial[number] = torch.tensor([], dtype=torch.uint8).set_(storage).clone()
         self.owner[number] = pool
@@ -185,75 +216,70 @@ class EmulatedDevice(TorchDispatchMode):
         name = call._schema.name.split("::")[1]
         self.collect()
         inputs = [v for v in flat((args, kwargs)) if isinstance(v, torch.Tensor)]
-        if self.graph and (name in READS or name in FROM_HOST):
-            raise NotPermittedError(f"{name}: operation not permitted when stream is capturing")
+        self.permitted(not self.graph or (name not in READS and name not in FROM_HOST), name)
         if is_view(call) or name in ("detach", "alias"):
             for value in inputs:
                 self.memory_of(value)
             return call(*args, **kwargs)
-        if torch.Tag.nondeterministic_seeded in call.tags:
-            return self.drawn(call, args, kwargs)
         launch = (call, tuple((v.dtype, tuple(v.shape)) for v in inputs))
-        if self.graph and launch not in self.launched:
-            raise NotPermittedError(f"{name}: launched for the first time in a capture")
+        self.permitted(not self.graph or launch in self.launched, f"{name}, launched for the first time")
         self.launched.add(launch)
+        draws = torch.Tag.nondeterministic_seeded in call.tags
         given = self.refs(args), self.refs(kwargs)
         out = self.without_effect(call, args, kwargs) if self.graph else call(*args, **kwargs)
         results = [] if changes_its_input(call) else [v for v in flat(out) if isinstance(v, torch.Tensor)]
-        work = Work(call, *given, [self.ref(v, new=True) for v in results])
+        work = Work(call, *given, [self.ref(v, new=True) for v in results], draws=draws)
         if self.graph:
             for value in results:
-                if self.memory_of(value) in self.graph.inside:
+                if self.memory_of(value) in self.of_graphs:
                     spoil(value)
             self.graph.work.append(work)
         else:
-            self.enqueue(work)
+            self.enqueue(drawn(work, args, results) if draws else work)
             if name in READS:
-                self.host_waits_for = self.stream.last
-        return out
-
-    def drawn(self, call, args, kwargs):
-        """Random numbers, which are the same in every order."""
-        if self.graph or changes_its_input(call):
-            raise NotImplementedError(f"{call}: random numbers in a capture or in place")
-        out = call(*args, **kwargs)
-        numbers = out.clone()
-        self.enqueue(Work(lambda: numbers, (), {}, [self.ref(out, new=True)]))
+                self.host_waits_for[self.stream] = self.stream.last
         return out
 
     @staticmethod
     def without_effect(call, args, kwargs):
+        """What a call gives, all that it changes (buffers too, of which schemas say nothing) and draws left alone."""
         if not changes_its_input(call):
-            return call(*args, **kwargs)
+            state = torch.get_rng_state()
+            args, kwargs = tree_map(lambda v: v.clone() if isinstance(v, torch.Tensor) else v, (args, kwargs))
+            out = call(*args, **kwargs)
+            torch.set_rng_state(state)
+            return out
         written = [a for a, spec in zip(args, call._schema.arguments, strict=False) if is_written(spec)]
         written += [kwargs[s.name] for s in call._schema.arguments if is_written(s) and s.name in kwargs]
         return None if not call._schema.returns else written[0] if len(call._schema.returns) == 1 else tuple(written)
 
     def enqueue(self, work):
         stream = self.stream
-        after = [*stream.awaited, stream.last, self.host_waits_for]
+        after = [*stream.awaited, stream.last, *self.host_waits_for.values()]
         stream.awaited = []
         work.stream, work.after = stream, tuple(w for w in after if w is not None)
         self.work.append(work)
-        stream.last = len(self.work) - 1
+        stream.last = self.lasts[stream] = len(self.work) - 1
 
-    def run_again(self, work, graph):
+    def run_again(self, work):
         """Work of a graph: now, on the memory that it was captured with."""
-        self.replays += work is graph.work[0]
         live = {number: address for address, (number, weak) in self.known.items() if not weak.expired()}
 
         def tensor(ref):
-            if ref.memory in graph.inside:
-                if ref.memory not in graph.scratch:
-                    graph.scratch[ref.memory] = torch.UntypedStorage(self.sizes[ref.memory])
-                return ref.on(graph.scratch[ref.memory])
-            if ref.memory not in live:
+            if ref.memory in live:
+                return ref.on(torch.UntypedStorage._new_with_weak_ptr(live[ref.memory]))
+            if ref.memory not in self.of_graphs:
                 raise NotPermittedError("a graph works on memory that was freed")
-            return ref.on(torch.UntypedStorage._new_with_weak_ptr(live[ref.memory]))
+            if ref.memory not in self.scratch:
+                self.scratch[ref.memory] = torch.UntypedStorage(self.sizes[ref.memory])
+            return ref.on(self.scratch[ref.memory])
 
         again = Work(work.call, work.args, work.kwargs, work.results)
-        with _disable_current_modes():
-            run_step(*placed(again, tensor))
+        with _disable_current_modes(), torch.no_grad():
+            call, args, kwargs, results = placed(again, tensor)
+            run_step(call, args, kwargs, results)
+            if work.draws:
+                again = drawn(again, args, results)
         self.enqueue(again)
 
     # Permuting
@@ -289,6 +315,15 @@ class EmulatedDevice(TorchDispatchMode):
         self.bytes = [torch.tensor([], dtype=torch.uint8).set_(storage) for storage in memory]
         tensor = functools.cache(lambda ref: ref.on(memory[self.blocks[ref.memory]]))
         return tensor, [placed(work, tensor) for work in self.work]
+
+
+def drawn(work, args, results):
+    """The work of having drawn these numbers, which are the same in every order."""
+    if results:
+        numbers = [v.clone() for v in results]
+        return Work(lambda: tuple(numbers), (), {}, work.results)
+    numbers = args[0].clone()
+    return Work(lambda out: out.copy_(numbers), (work.args[0],), {}, [])
 
 
 def placed(work, tensor):

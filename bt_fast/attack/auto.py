@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bt_fast.attack import device
 from bt_fast.attack.graphs import GraphRunner
-from bt_fast.attack.runners import Runner, run_eager
+from bt_fast.attack.runners import Runner, run_eager, start_of
 from bt_fast.attack.schedule import Schedule
 from bt_fast.attack.streams import StreamRunner
 from bt_fast.attack.threat import ThreatModel
@@ -58,13 +58,28 @@ class AutoRunner:
         faulty: Tensor | None,
     ) -> None:
         """As `run_eager`."""
+        self.start(model, x_adv, clean, target, schedule, threat, generator, faulty)()
+
+    def start(
+        self,
+        model: Callable[[Tensor], Tensor],
+        x_adv: Tensor,
+        clean: Tensor,
+        target: Tensor,
+        schedule: Schedule,
+        threat: ThreatModel,
+        generator: torch.Generator | None,
+        faulty: Tensor | None,
+    ) -> Callable[[], None]:
+        """Queue the attack as the chosen runner does; what this returns makes the caller's stream wait for it."""
         kind = x_adv.device.type
         autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
         configuration = (x_adv.shape[1:], target.shape[1], x_adv.dtype, x_adv.device, threat, autocast)
         chosen = self._chosen.setdefault(model, {})
         if configuration not in chosen:
             chosen[configuration] = self._choose(model, x_adv, clean, target, schedule, threat)
-        chosen[configuration](model, x_adv, clean, target, schedule, threat, generator, faulty)
+        begin = start_of(chosen[configuration])
+        return begin(model, x_adv, clean, target, schedule, threat, generator, faulty)
 
     def _choose(
         self,

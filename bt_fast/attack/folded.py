@@ -78,6 +78,11 @@ class _FrozenLayer(nn.Module):
             return F.linear(x, self.weight, self.bias)
         return cast(Tensor, layer._conv_forward(x, self.weight, self.bias))  # type: ignore[operator]
 
+    @property
+    def norm(self) -> nn.Module | None:
+        """The norm that is folded in."""
+        return self._source[1]
+
     def refresh(self) -> None:
         """Take the weights as they are now."""
         layer, norm = self._source
@@ -196,6 +201,17 @@ class FrozenModel:
         assert model is not None, "the model is gone"
         return model
 
+    @property
+    def channels_last(self) -> bool:
+        """Whether images are best given with the channel as the fastest index."""
+        return self._recipe.channels_last
+
+    @property
+    def independent(self) -> bool:
+        """Whether a call reads no buffer of the model, so that a training forward may run beside it."""
+        folded = {id(b) for layer in self._layers if layer.norm is not None for b in layer.norm.buffers()}
+        return bool(self._layers) and all(id(b) in folded for b in self.model.buffers())
+
     def tensors(self) -> list[Tensor]:
         """All that a call reads."""
         frozen = [t for layer in self._layers for t in layer.buffers()]
@@ -229,6 +245,11 @@ class FrozenModel:
     def _formatted(self, x: Tensor) -> Tensor:
         last = self._recipe.channels_last and x.dim() == 4
         return x.contiguous(memory_format=torch.channels_last) if last else x
+
+
+def independent(view: Callable[[Tensor], Tensor]) -> bool:
+    """Whether a training forward of the model may run beside calls of this view of it."""
+    return isinstance(view, FrozenModel) and view.independent
 
 
 _views: WeakKeyDictionary[nn.Module, dict[Frozen, FrozenModel]] = WeakKeyDictionary()

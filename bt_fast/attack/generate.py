@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
-from bt_fast.attack.folded import Frozen, attack_model
-from bt_fast.attack.runners import Runner, run_eager
+from bt_fast.attack.folded import Frozen, FrozenModel, attack_model
+from bt_fast.attack.runners import Runner, joined, run_eager, start_of
 from bt_fast.attack.schedule import Schedule
 from bt_fast.attack.threat import ThreatModel
 
@@ -55,15 +57,61 @@ def generate(
             here (that would mean to wait for the device): `trades_loss` and `evaluate` check them.
     """
     _check(clean, start, target, schedule, faulty)
-    if not schedule.active or schedule.active[0] == 0:
-        return start.detach().clone(memory_format=torch.preserve_format)
     with torch.inference_mode(False), attack_model(model, frozen, clean[:COMPARED].detach()) as view:
-        last = frozen is not None and frozen.channels_last and clean.dim() == 4
-        memory_format = torch.channels_last if last else torch.preserve_format
-        x_adv = start.detach().clone(memory_format=memory_format)
-        x = clean.detach().contiguous(memory_format=memory_format) if last else clean.detach()
-        runner(view, x_adv, x, target.detach(), schedule, threat, generator, faulty)
-        return x_adv.contiguous() if last and start.is_contiguous() else x_adv
+        return start_attack(view, clean, start, target, schedule, threat, generator, faulty, runner).finish()
+
+
+class StartedAttack:
+    """An attack whose steps are queued, perhaps on streams of its own. A `with` block leaves with it joined."""
+
+    def __init__(self, x_adv: Tensor, join: Callable[[], None], contiguous: bool) -> None:
+        self._x_adv, self._join, self._contiguous = x_adv, join, contiguous
+
+    @property
+    def beside(self) -> bool:
+        """Whether what the caller queues now runs beside the attack."""
+        return self._join is not joined
+
+    def __enter__(self) -> StartedAttack:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._join()
+
+    def finish(self) -> Tensor:
+        """x' [m, ...], once the caller's stream waits for the steps."""
+        self._join()
+        return self._x_adv.contiguous() if self._contiguous else self._x_adv
+
+
+def start_attack(
+    view: Callable[[Tensor], Tensor],
+    clean: Tensor,
+    start: Tensor,
+    target: Tensor,
+    schedule: Schedule,
+    threat: ThreatModel,
+    generator: torch.Generator | None,
+    faulty: Tensor | None,
+    runner: Runner,
+) -> StartedAttack:
+    """Queue the attack on a view of the model, as `attack_model` gives it and inside its `with` block.
+
+    Where the runner has streams of its own, what the caller queues before `finish` runs beside the attack.
+    """
+    if not schedule.active or schedule.active[0] == 0:
+        return StartedAttack(start.detach().clone(memory_format=torch.preserve_format), joined, False)
+    with torch.inference_mode(False):
+        last = isinstance(view, FrozenModel) and view.channels_last and clean.dim() == 4
+        x = clean.detach()
+        if last:
+            x_adv = start.detach().clone(memory_format=torch.channels_last)
+            x = x.contiguous(memory_format=torch.channels_last)
+        else:
+            x_adv = start.detach().clone(memory_format=torch.preserve_format)
+        begin = start_of(runner)
+        join = begin(view, x_adv, x, target.detach(), schedule, threat, generator, faulty)
+        return StartedAttack(x_adv, join, last and start.is_contiguous())
 
 
 def _check(clean: Tensor, start: Tensor, target: Tensor, schedule: Schedule, faulty: Tensor | None) -> None:

@@ -1,8 +1,8 @@
 """Replay the ragged attack's step from CUDA graphs: one graph for each size of prefix, rounded up to a bucket.
 
 All buckets are prefixes of one set of static buffers, sorted by descending steps, so that their number is m / 8 and not
-that of the pairs of group sizes. The samples that pad a bucket have no steps left, and the step leaves those alone: the
-result is the eager one.
+that of the pairs of group sizes. The samples that pad a bucket have no steps left, and the step leaves those alone (or
+are rows of an earlier, larger batch, that nobody reads): the result is the eager one.
 """
 
 from __future__ import annotations
@@ -11,14 +11,16 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from bt_fast.attack import device
+from bt_fast.attack.device import RandomStates
 from bt_fast.attack.folded import FrozenModel, hooked
-from bt_fast.attack.runners import run_eager, stand_in_seeds, take_step
+from bt_fast.attack.runners import joined, run_eager, stand_in_seeds, take_step
 from bt_fast.attack.schedule import Schedule
 from bt_fast.attack.threat import ThreatModel
 from bt_fast.mining import step_count
@@ -28,9 +30,11 @@ from bt_fast.ops.launch import dense_format
 class GraphRunner:
     """Runs schedules from graphs, captured when a prefix's size is met for the second time.
 
+    Work is queued on a stream of the runner's own, which waits for the caller's and which the caller's then waits for.
     A model that cannot be captured runs eagerly, with one warning that says why: one with hooks (which run on the
-    host), one that waits for the device. Work is queued on a stream of the runner's own, which waits for the caller's
-    and which the caller's then waits for.
+    host), one that waits for the device, one that draws random numbers (the rows that pad a bucket would draw some,
+    too). Where a capture fails, or memory runs out, the runner frees all graphs and buffers that it holds and runs that
+    model eagerly from then on: all graphs of a model share one pool, so that fewer of them would hardly need less.
 
     Args:
         bucket: prefixes are rounded up to a multiple of it.
@@ -44,7 +48,8 @@ class GraphRunner:
         self._bucket = step_count("bucket", bucket, least=1)
         self._most = step_count("most_graphs", most_graphs, least=1)
         self._sessions: WeakKeyDictionary[Callable[[Tensor], Tensor], OrderedDict[_Key, _Session]] = WeakKeyDictionary()
-        self._reasons: WeakKeyDictionary[Callable[[Tensor], Tensor], str] = WeakKeyDictionary()
+        self._failed: WeakKeyDictionary[Callable[[Tensor], Tensor], str] = WeakKeyDictionary()
+        self._said: WeakKeyDictionary[Callable[[Tensor], Tensor], set[str]] = WeakKeyDictionary()
 
     def __call__(
         self,
@@ -70,32 +75,57 @@ class GraphRunner:
         threat: ThreatModel,
         generator: torch.Generator | None,
         faulty: Tensor | None,
-        *,
-        capacity: int = 0,
     ) -> Callable[[], None]:
         """Queue the attack beside whatever the caller queues next, until it calls what this returns: then that waits.
+
+        An exception leaves the caller's stream waiting for what was queued, and `x_adv` as it was.
+        """
+        join = self.queued(model, x_adv, clean, target, schedule, threat, generator, faulty)
+        if join is None:
+            run_eager(model, x_adv, clean, target, schedule, threat, generator, faulty)
+            return joined
+        return join
+
+    def queued(
+        self,
+        model: Callable[[Tensor], Tensor],
+        x_adv: Tensor,
+        clean: Tensor,
+        target: Tensor,
+        schedule: Schedule,
+        threat: ThreatModel,
+        generator: torch.Generator | None,
+        faulty: Tensor | None,
+        *,
+        capacity: int = 0,
+    ) -> Callable[[], None] | None:
+        """As `start`, but None where the model cannot run from graphs: it was said why, and nothing has been done.
 
         Args:
             capacity: make room for so many samples, if that is more than there are.
         """
-        if reason := self._reasons.get(model) or _reason(model, x_adv):
-            self._fall_back(model, reason)
-            run_eager(model, x_adv, clean, target, schedule, threat, generator, faulty)
-            return _joined
-        session = self._session(model, x_adv, clean, target, threat, max(capacity, len(x_adv)))
-        seeds = stand_in_seeds(x_adv, schedule, threat, generator)
-        try:
-            return session.start(model, x_adv, clean, target, schedule, seeds, faulty)
-        except CaptureError as error:
-            self._sessions.pop(model, None)
-            self._fall_back(model, str(error))
-            run_eager(model, x_adv, clean, target, schedule, threat, generator, faulty)
-            return _joined
-
-    def _fall_back(self, model: Callable[[Tensor], Tensor], reason: str) -> None:
-        if model not in self._reasons:
-            self._reasons[model] = reason
+        reason = self._failed.get(model) or _reason(model, x_adv)
+        if reason is None:
+            where = x_adv.device
+            random = RandomStates(device.host_generator(where), device.device_generator(where), generator)
+            session: _Session | None = None
+            try:
+                session = self._session(model, x_adv, clean, target, threat, max(capacity, len(x_adv)))
+                seeds = stand_in_seeds(x_adv, schedule, threat, generator)
+                return session.start(model, x_adv, clean, target, schedule, seeds, faulty)
+            except device.CaptureError as error:
+                reason = str(error)
+            except torch.OutOfMemoryError as error:
+                reason = f"out of memory ({error})"
+            del session  # with the error gone too, no frame holds its memory when the attack runs eagerly
+            self._sessions.clear()
+            random.restore()
+            self._failed[model] = reason
+        said = self._said.setdefault(model, set())
+        if reason not in said:
+            said.add(reason)
             warnings.warn(f"the attack runs without graphs: {reason}", stacklevel=2)
+        return None
 
     def _session(
         self,
@@ -118,10 +148,6 @@ class GraphRunner:
             sessions.popitem(last=False)
         session.most_graphs = self._most
         return session
-
-
-class CaptureError(RuntimeError):
-    """Why a step could not be captured. Nothing ran."""
 
 
 @dataclass(frozen=True)
@@ -195,7 +221,7 @@ class _Session:
         seeds: Tensor | None,
         faulty: Tensor | None,
     ) -> Callable[[], None]:
-        """Queue the attack; what is returned makes the caller wait. A CaptureError leaves `x_adv` as it was."""
+        """Queue the attack; what is returned makes the caller wait. An exception leaves `x_adv` as it was."""
         m, caller = len(x_adv), device.current_stream(x_adv)
         self._stream.wait_stream(caller)
         try:
@@ -205,7 +231,6 @@ class _Session:
                 self._target[:m].copy_(target)
                 self._step_size[:m].copy_(schedule.step_size)
                 self._steps[:m].copy_(schedule.steps)
-                self._steps[m:].zero_()  # what is left of a larger batch does not move
                 self._step.zero_()
                 self._faulty.zero_()
                 for t, n in enumerate(schedule.active):
@@ -217,9 +242,10 @@ class _Session:
                 if faulty is not None:
                     torch.maximum(faulty, self._faulty[:m], out=faulty)
         except BaseException:
-            caller.wait_stream(self._stream)
+            caller.wait_stream(self._stream)  # whose buffers may be freed next, for the caller to use
             raise
-        return lambda: caller.wait_stream(self._stream)
+        # until then the caller's stream must be given none of the memory that this one works on
+        return partial(_join, caller, self._stream, (self, x_adv, clean, target, schedule, seeds, faulty))
 
     def _advance(self, model: Callable[[Tensor], Tensor], n: int) -> None:
         """One step of the first n samples: replayed, or run where this size is new."""
@@ -227,7 +253,11 @@ class _Session:
         if graph is None and n in self._warm:
             graph = self._capture(model, n)
         if graph is None:
+            where = self._x_adv.device
+            random = RandomStates(device.host_generator(where), device.device_generator(where))
             self._take_step(model, n)
+            if random.moved:
+                raise device.CaptureError("the model draws random numbers, of which padding would take some")
             self._warm.add(n)
         else:
             self.graphs.move_to_end(n)
@@ -240,7 +270,7 @@ class _Session:
             with device.capture(self._pool) as graph:
                 self._take_step(model, n)
         except Exception as error:  # whatever the model or the driver raise: the eager run will tell which
-            raise CaptureError(f"capture failed ({type(error).__name__}: {error})") from error
+            raise device.CaptureError(f"capture failed ({type(error).__name__}: {error})") from error
         self.graphs[n] = graph
         return graph
 
@@ -260,8 +290,8 @@ class _Session:
         self._step.add_(1)
 
 
-def _joined() -> None:
-    """What ran on the caller's stream needs no waiting."""
+def _join(caller: device.Stream, stream: device.Stream, kept: tuple[object, ...]) -> None:
+    caller.wait_stream(stream)
 
 
 def _reason(model: Callable[[Tensor], Tensor], x: Tensor) -> str | None:

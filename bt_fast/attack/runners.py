@@ -31,6 +31,52 @@ class Runner(Protocol):
         """Change `x_adv` as `run_eager` does."""
 
 
+class Start(Protocol):
+    """A runner's `start`: it queues the attack, and what it returns makes the caller's stream wait for it.
+
+    Until then nothing may be done with the attack's tensors. Calling it again does no harm.
+    """
+
+    def __call__(
+        self,
+        model: Callable[[Tensor], Tensor],
+        x_adv: Tensor,
+        clean: Tensor,
+        target: Tensor,
+        schedule: Schedule,
+        threat: ThreatModel,
+        generator: torch.Generator | None,
+        faulty: Tensor | None,
+    ) -> Callable[[], None]:
+        """Change `x_adv` as `run_eager` does, at the latest when what is returned is called."""
+
+
+def start_of(runner: Runner) -> Start:
+    """The runner's own `start`, or its whole run."""
+    start: Start | None = getattr(runner, "start", None)
+    if start is not None:
+        return start
+
+    def run(
+        model: Callable[[Tensor], Tensor],
+        x_adv: Tensor,
+        clean: Tensor,
+        target: Tensor,
+        schedule: Schedule,
+        threat: ThreatModel,
+        generator: torch.Generator | None,
+        faulty: Tensor | None,
+    ) -> Callable[[], None]:
+        runner(model, x_adv, clean, target, schedule, threat, generator, faulty)
+        return joined
+
+    return run
+
+
+def joined() -> None:
+    """What ran on the caller's stream needs no waiting."""
+
+
 def run_eager(
     model: Callable[[Tensor], Tensor],
     x_adv: Tensor,

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from bt_fast.attack.graphs import GraphRunner
+from bt_fast.attack.runners import joined, run_eager
 from bt_fast.attack.schedule import Schedule
 from bt_fast.attack.threat import ThreatModel
 
@@ -43,18 +45,43 @@ class StreamRunner:
         faulty: Tensor | None,
     ) -> None:
         """As `run_eager`."""
+        self.start(model, x_adv, clean, target, schedule, threat, generator, faulty)()
+
+    def start(
+        self,
+        model: Callable[[Tensor], Tensor],
+        x_adv: Tensor,
+        clean: Tensor,
+        target: Tensor,
+        schedule: Schedule,
+        threat: ThreatModel,
+        generator: torch.Generator | None,
+        faulty: Tensor | None,
+    ) -> Callable[[], None]:
+        """Queue all chains; what this returns makes the caller's stream wait for them."""
         groups = groups_of(schedule) if threat.norm == "l_inf" else [slice(None)]
         self._chains += [GraphRunner(**self._options) for _ in groups[len(self._chains) :]]
-        joins = []
+        joins: list[Callable[[], None]] = []
         try:
-            for run, rows in zip(self._chains, groups, strict=False):
+            for chain, rows in zip(self._chains, groups, strict=False):
                 found = None if faulty is None else faulty[rows]
-                images = (x_adv[rows], clean[rows], target[rows])
-                part = schedule.part(rows)
-                joins.append(run.start(model, *images, part, threat, generator, found, capacity=len(x_adv)))
-        finally:
-            for join in joins:
-                join()
+                part = (x_adv[rows], clean[rows], target[rows], schedule.part(rows), threat, generator, found)
+                join = chain.queued(model, *part, capacity=len(x_adv))
+                if join is None and not joins:  # whole, as a model that draws random numbers has to run
+                    run_eager(model, x_adv, clean, target, schedule, threat, generator, faulty)
+                    return joined
+                if join is None:
+                    run_eager(model, *part)
+                joins.append(join or joined)
+        except BaseException:
+            _join_all(joins)
+            raise
+        return partial(_join_all, joins)
+
+
+def _join_all(joins: list[Callable[[], None]]) -> None:
+    for join in joins:
+        join()
 
 
 def groups_of(schedule: Schedule) -> list[slice]:

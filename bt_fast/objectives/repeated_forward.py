@@ -15,6 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from bt_fast.attack.device import RandomStates, device_generator, host_generator
+from bt_fast.ops import wide
+
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 _BATCH_NORM_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
 
@@ -25,18 +28,16 @@ _leaves_alone: WeakKeyDictionary[nn.Module, dict[_Modes, bool]] = WeakKeyDiction
 
 @dataclass(frozen=True, eq=False)
 class _Statistics:
-    """One batch norm's buffers at some moment; `updates` is num_batches_tracked's version, known to the host."""
+    """One batch norm's buffers at some moment."""
 
     layer: _BatchNorm
     mean: Tensor
     variance: Tensor
     seen: Tensor
-    updates: int
 
     @classmethod
     def of(cls, layer: _BatchNorm) -> _Statistics:
-        mean, variance, seen = (cast(Tensor, getattr(layer, name)) for name in _BUFFERS)
-        return cls(layer, mean.clone(), variance.clone(), seen.clone(), seen._version)
+        return cls(layer, *(cast(Tensor, getattr(layer, name)).clone() for name in _BUFFERS))
 
 
 class RepeatedForward:
@@ -52,48 +53,70 @@ class RepeatedForward:
     Randomness is seen in torch's default generators and state in the model's buffers: a training forward that uses a
     generator of its own, or keeps state elsewhere, is not recognised. The first time that a model is seen in its
     current modes, its other buffers are compared by value, which on a GPU waits for the device; later nothing does.
+
+    Args:
+        replayable: the answer, where it is known. Nothing is looked at on the host then, so that all that is left can
+            be captured in a graph.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device) -> None:
-        self._model = model
-        self._device = device
-        self._before = [_Statistics.of(m) for m in model.modules() if _is_tracking_batch_norm(m)]
+    def __init__(self, model: nn.Module, device: torch.device, replayable: bool | None = None) -> None:
+        self.replayable = bool(replayable)
+        layers = [] if replayable is False else [m for m in model.modules() if _is_tracking_batch_norm(m)]
+        self._before = [_Statistics.of(layer) for layer in layers]
         self._after: list[_Statistics] = []
-        means = [id(before.layer.running_mean) for before in self._before]
-        self._shared = len(means) > len(set(means))  # layers that move one tensor in turn
-        self._modes = tuple(m.training for m in model.modules())
-        self._versions = self._other_versions()
-        known = _leaves_alone.setdefault(model, {})
-        self._values = None if self._modes in known else {k: b.clone() for k, b in self._other_buffers().items()}
-        self._random = _random_states(device)
-        self.replayable = False
+        self._watch = _Watch(model, device, layers) if replayable is None else None
 
     def first_done(self) -> None:
         """Note what the first forward did."""
         self._after = [_Statistics.of(before.layer) for before in self._before]
-        drew = any(not torch.equal(a, b) for a, b in zip(self._random, _random_states(self._device), strict=True))
+        if self._watch is not None:
+            self.replayable = self._watch.repeatable()
+
+    def replay(self) -> None:
+        """Move the batch-norm buffers as the same forward would move them again. Never waits for the device."""
+        for before, after in zip(self._before, self._after, strict=True):
+            _replay(before, after)
+
+
+class _Watch:
+    """What the host can see of a forward that does more than move the buffers of `layers`."""
+
+    def __init__(self, model: nn.Module, device: torch.device, layers: list[_BatchNorm]) -> None:
+        self._model = model
+        self._moved = {id(getattr(layer, name)) for layer in layers for name in _BUFFERS}
+        means = [id(layer.running_mean) for layer in layers]
+        self._shared = len(means) > len(set(means))  # layers that move one tensor in turn
+        self._modes = _modes(model)
+        self._versions = self._other_versions()
+        known = _leaves_alone.setdefault(model, {})
+        self._values = None if self._modes in known else {k: b.clone() for k, b in self._other_buffers().items()}
+        self._random = RandomStates(host_generator(device), device_generator(device))
+
+    def repeatable(self) -> bool:
+        """Whether the forward since did nothing that a replay would leave out."""
         known = _leaves_alone[self._model]
         if self._values is not None:
             others = self._other_buffers()
             known[self._modes] = all(_same(others.get(name), value) for name, value in self._values.items())
         unchanged = known[self._modes] and self._other_versions() == self._versions
-        self.replayable = unchanged and not drew and not self._shared
+        return unchanged and not self._random.moved and not self._shared
 
     def _other_buffers(self) -> dict[str, Tensor]:
         """All buffers but those that `replay` moves."""
-        moved = {id(getattr(before.layer, name)) for before in self._before for name in _BUFFERS}
-        return {name: b for name, b in self._model.named_buffers() if id(b) not in moved}
+        return {name: b for name, b in self._model.named_buffers() if id(b) not in self._moved}
 
     def _other_versions(self) -> dict[str, tuple[int, int]]:
         """Which tensor each other buffer is, and its version: what the host can see of a change."""
         return {name: (id(b), b._version) for name, b in self._other_buffers().items()}
 
-    def replay(self) -> None:
-        """Move the batch-norm buffers as the same forward would move them again."""
-        for before, after in zip(self._before, self._after, strict=True):
-            updates = after.updates - before.updates
-            if updates:
-                _replay(before, after, updates)
+
+def moves_batch_norm_alone(model: nn.Module) -> bool:
+    """Whether a forward in the current modes is known to move no buffers but those of torch's batch norms."""
+    return _leaves_alone.get(model, {}).get(_modes(model), False)
+
+
+def _modes(model: nn.Module) -> _Modes:
+    return tuple(m.training for m in model.modules())
 
 
 def _is_tracking_batch_norm(module: nn.Module) -> TypeGuard[_BatchNorm]:
@@ -111,27 +134,20 @@ def _same(now: Tensor | None, before: Tensor) -> bool:
     return now is not None and now.shape == before.shape and bool(torch.equal(now, before))
 
 
-def _replay(before: _Statistics, after: _Statistics, updates: int) -> None:
+def _replay(before: _Statistics, after: _Statistics) -> None:
     # .data: autograd saved these buffers in the forward, and batch norm itself moves them without a new version
     layer = after.layer
     mean, variance, seen = (cast(Tensor, getattr(layer, name)) for name in _BUFFERS)
-    if layer.momentum is None:
-        # cumulative average over n batches: r·n is their sum, to which the first forward added its own part
-        # (in float64, since n exceeds what 16 bits hold)
-        n_before, n_after, n_now = before.seen.double(), after.seen.double(), seen.double()
-        for now, was, then in ((mean, before.mean, after.mean), (variance, before.variance, after.variance)):
-            added = then.double() * n_after - was.double() * n_before
-            now.data.copy_((now.double() * n_now + added) / (n_now + updates))
-    else:
-        # k updates with momentum μ: r ← (1-μ)^k·r + b, and b is what the first forward added
-        keep = (1.0 - layer.momentum) ** updates
-        for now, was, then in ((mean, before.mean, after.mean), (variance, before.variance, after.variance)):
-            now.data.mul_(keep).add_(then - keep * was)
+    updates = after.seen - before.seen  # a norm may be used several times in a forward, or not at all
+    for now, was, then in ((mean, before.mean, after.mean), (variance, before.variance, after.variance)):
+        if layer.momentum is None:
+            # cumulative average over n batches: r·n is their sum, to which the first forward added its own part
+            # (in float64, since n exceeds what 16 bits hold)
+            added = then.double() * after.seen.double() - was.double() * before.seen.double()
+            moved = (now.double() * seen.double() + added) / (seen + updates).double()
+            now.data.copy_(torch.where(updates > 0, moved, now.double()))
+        else:
+            # k updates with momentum μ: r ← (1-μ)^k·r + b, and b is what the first forward added
+            keep = torch.pow(1.0 - layer.momentum, updates.double())
+            now.data.copy_(keep * wide(now) + (wide(then) - keep * wide(was)))
     seen.add_(updates)
-
-
-def _random_states(device: torch.device) -> list[Tensor]:
-    states = [torch.get_rng_state()]
-    if device.type == "cuda":
-        states.append(torch.cuda.get_rng_state(device))
-    return states

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -13,15 +14,16 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bt_fast import faults, ops
-from bt_fast.attack.folded import Frozen, attack_model
+from bt_fast.attack.folded import Frozen, attack_model, independent
 from bt_fast.attack.frozen import clean_logits, logits_of, modes_restored
-from bt_fast.attack.generate import COMPARED, TRADES_NOISE, generate, normal_noise
+from bt_fast.attack.generate import COMPARED, TRADES_NOISE, StartedAttack, normal_noise, start_attack
 from bt_fast.attack.runners import Runner, run_eager
 from bt_fast.attack.schedule import Schedule
 from bt_fast.attack.threat import ThreatModel
 from bt_fast.faults import CheckedRead, Fault
 from bt_fast.mining import BulletTrain, check_labels, positive, real, step_count
-from bt_fast.objectives.repeated_forward import RepeatedForward
+from bt_fast.objectives.repeated_forward import RepeatedForward, moves_batch_norm_alone
+from bt_fast.objectives.update import Terms, Update, run_update
 
 Unperturbed = Literal["keep", "skip"]
 
@@ -42,6 +44,7 @@ def trades_loss(
     generator: torch.Generator | None = None,
     frozen: Frozen | None = None,
     runner: Runner = run_eager,
+    update: Update | None = None,
 ) -> Tensor:
     """The TRADES loss `CE(h(x), y) + β/m · Σ KL(softmax h(x) ‖ softmax h(x'))`, ready for `backward()`.
 
@@ -78,7 +81,11 @@ def trades_loss(
             drawn, from this generator or the device's own: a sample's noise is that of `ops.gather_start`.
         frozen: a faster view of the model for the attack, `Frozen()`: the same up to rounding. Without it the attack
             sees the model itself.
-        runner: how the attack is executed: step by step, or by a `GraphRunner` or `StreamRunner` (on CUDA).
+        runner: how the attack is executed: step by step, or by a `GraphRunner` or `StreamRunner` (on CUDA). These queue
+            it on streams of their own; the update's clean forward then runs beside it where that changes nothing: with
+            a `frozen` view that reads no buffer of the model, and where a forward is known to move no buffers but those
+            of batch norm.
+        update: how the update is executed, `Update()`: the same up to rounding. Without it as the authors' code does.
 
     Returns:
         0-dim loss with gradient to the model's parameters.
@@ -88,35 +95,54 @@ def trades_loss(
         ValueError: a shape, device, option or value does not fit (pixels outside [0, 1], labels out of range, NaN
             logits, NaN in the input gradient). Nothing has been changed then: no buffer, no gradient, no F_R. Only what
             goes wrong in the update's own forwards, after a sound attack, leaves batch-norm buffers moved. On a GPU NaN
-            in an input gradient is known after those forwards, and with `bullet` raised by the next call.
+            in an input gradient is known after those forwards, and with `bullet` raised by the next call. What the
+            attack itself raises (the model's own exceptions, out of memory) comes before them, beside it or not.
     """
     threat = ThreatModel(epsilon, distance)
-    _check(x_natural, y, optimizer, step_size, perturb_steps, beta, bullet, unperturbed, generator, frozen, runner)
+    _check(
+        x_natural, y, optimizer, step_size, perturb_steps, beta, bullet, unperturbed, generator, frozen, runner, update
+    )
     x = x_natural.detach()
     pixels = faults.pixels_outside(x, threat.lower, threat.upper, "x_natural")
+    options = (threat, generator, frozen, runner, pixels)
     if bullet is None:
-        x_adv, attacked = _uniform_attack(
-            model, x, y, step_size, perturb_steps, threat, generator, frozen, runner, pixels
-        )
-        if not x.is_cuda:
-            attacked.wait()
-        with _update_modes(model):
-            loss = _update_twice(model, x, x_adv, y.long(), beta)
-        if x.is_cuda:  # not before: the device has the update's forwards to do meanwhile
-            attacked.wait()
-        _zero_grad(optimizer)
-        return loss
-    schedule, clean, x_adv = _ragged_attack(model, x, y, step_size, threat, bullet, generator, frozen, runner, pixels)
-    labels = schedule.sort(y).long()
-    keep = unperturbed == "keep" if unperturbed else (bullet.robust_steps or bullet.outlier_steps)
-    moving = schedule.active[0] if schedule.active else 0
-    with _update_modes(model):
-        loss = _update_once(model, clean, x_adv, len(x) if keep else moving, labels, beta, bullet)
+        attack = _start_uniform(model, x, y, step_size, perturb_steps, *options)
+        corrupted = len(x)
+    else:
+        attack = _start_ragged(model, x, y, step_size, bullet, *options)
+        keep = unperturbed == "keep" if unperturbed else (bullet.robust_steps or bullet.outlier_steps)
+        corrupted = len(x) if keep else attack.moving
+    computation = _Computation(corrupted, bullet is None, update is not None and update.channels_last)
+    natural, robust, judged = _update(model, attack, computation, update)
+    if bullet is not None:
+        bullet.update(judged, attack.y)
     _zero_grad(optimizer)
-    return loss
+    return natural + beta / len(x) * robust
 
 
-def _uniform_attack(
+@dataclass(frozen=True, eq=False)
+class _Attack:
+    """An attack at work.
+
+    Attributes:
+        x: [m, ...] and y: [m] int64, in the schedule's order.
+        started: what gives x'.
+        moving: the number of samples with steps.
+        independent: a training forward may run beside it.
+        inputs: the read of what is wrong with the input, if it has not been waited for.
+        report: to be called when it has finished; a read to be waited for when the device has work again.
+    """
+
+    x: Tensor
+    y: Tensor
+    started: StartedAttack
+    moving: int
+    independent: bool
+    inputs: CheckedRead | None
+    report: Callable[[], CheckedRead | None]
+
+
+def _start_uniform(
     model: nn.Module,
     x: Tensor,
     y: Tensor,
@@ -127,8 +153,8 @@ def _uniform_attack(
     frozen: Frozen | None,
     runner: Runner,
     pixels: Fault,
-) -> tuple[Tensor, CheckedRead]:
-    """The authors' attack, in which every sample takes `steps` steps: x', and the read of its gradients' faults."""
+) -> _Attack:
+    """The authors' attack, in which every sample takes `steps` steps."""
     as_authors = generator is None and not x.is_cuda
     start = x + normal_noise(x, generator, on_cpu=as_authors)
     if threat.norm == "l_2":
@@ -137,54 +163,137 @@ def _uniform_attack(
         step_size = 2.0 * threat.epsilon / steps
     with attack_model(model, frozen, x[:COMPARED]) as view:
         logits = clean_logits(view, x)
-    target = logits.double().softmax(dim=1).to(ops.wide(logits).dtype)  # rounded once, as the ops' own softmax
-    found = [
-        pixels,
-        faults.labels_outside(y, logits.shape[1], "y"),
-        faults.rows_without_number(logits, "the model's logits"),
-    ]
-    read = faults.read(found)
-    schedule = Schedule.uniform(len(x), steps, step_size, x.device)
-    faulty = _none_faulty(x)
-    start = start.to(x.dtype)
-    x_adv = generate(
-        model, x, start, target, schedule, threat, generator=generator, faulty=faulty, frozen=frozen, runner=runner
-    )
-    attacked = faults.read([faults.gradients_without_direction(faulty)])
-    read.wait()
-    return x_adv, attacked
+        target = logits.double().softmax(dim=1).to(ops.wide(logits).dtype)  # rounded once, as the ops' own softmax
+        found = [
+            pixels,
+            faults.labels_outside(y, logits.shape[1], "y"),
+            faults.rows_without_number(logits, "the model's logits"),
+        ]
+        inputs = faults.read(found)
+        schedule = Schedule.uniform(len(x), steps, step_size, x.device)
+        faulty = _none_faulty(x)
+        start = start.to(x.dtype)
+        started = start_attack(view, x, start, target, schedule, threat, generator, faulty, runner)
+
+    def report() -> CheckedRead | None:
+        gradients = faults.read([faults.gradients_without_direction(faulty)])
+        if x.is_cuda:  # the device has the update's forwards to do before
+            return gradients
+        gradients.wait()
+        return None
+
+    return _Attack(x, y.long(), started, len(x), independent(view), inputs, report)
 
 
-def _ragged_attack(
+def _start_ragged(
     model: nn.Module,
     x: Tensor,
     y: Tensor,
     step_size: float,
-    threat: ThreatModel,
     bullet: BulletTrain,
+    threat: ThreatModel,
     generator: torch.Generator | None,
     frozen: Frozen | None,
     runner: Runner,
     pixels: Fault,
-) -> tuple[Schedule, Tensor, Tensor]:
-    """Algorithm 2's attack: the schedule, and x and x' in its order."""
-    with attack_model(model, frozen, x[:COMPARED]) as view:
-        logits = clean_logits(view, x)
+) -> _Attack:
+    """Algorithm 2's attack. Waits for the counts: what is wrong with the input is raised here."""
     if threat.norm == "l_2":
         step_size = 2.0 * threat.epsilon / max(bullet.boundary_steps, 1)
-    assignment = bullet.start_assignment(
-        logits, y, epsilon=threat.epsilon, step_size=step_size, inputs=[pixels], names=("the model's logits", "y")
-    )
-    state = random_state(x, generator)
-    clean, start = ops.gather_start(x, assignment.order, assignment.steps, state, "normal", TRADES_NOISE)
-    schedule = Schedule.from_assignment(assignment)
-    target = schedule.sort(assignment.probabilities)
-    faulty = _none_faulty(x)
-    x_adv = generate(
-        model, clean, start, target, schedule, threat, generator=generator, faulty=faulty, frozen=frozen, runner=runner
-    )
-    bullet.report_attack(assignment, faulty)
-    return schedule, clean, x_adv
+    with attack_model(model, frozen, x[:COMPARED]) as view:
+        logits = clean_logits(view, x)
+        assignment = bullet.start_assignment(
+            logits, y, epsilon=threat.epsilon, step_size=step_size, inputs=[pixels], names=("the model's logits", "y")
+        )
+        state = random_state(x, generator)
+        clean, start = ops.gather_start(x, assignment.order, assignment.steps, state, "normal", TRADES_NOISE)
+        schedule = Schedule.from_assignment(assignment)
+        target = schedule.sort(assignment.probabilities)
+        faulty = _none_faulty(x)
+        started = start_attack(view, clean, start, target, schedule, threat, generator, faulty, runner)
+
+    def report() -> None:
+        bullet.report_attack(assignment, faulty)
+
+    moving = schedule.active[0] if schedule.active else 0
+    return _Attack(clean, schedule.sort(y).long(), started, moving, independent(view), None, report)
+
+
+def _update(model: nn.Module, attack: _Attack, computation: _Computation, update: Update | None) -> Terms:
+    """The update's terms, its clean forward beside the attack where that is the same."""
+    with attack.started as started:
+        if attack.inputs is not None:
+            attack.inputs.wait()
+        with _update_modes(model):
+            clean = None
+            graphs = update is not None and update.graphs
+            if started.beside and attack.independent and not graphs and moves_batch_norm_alone(model):
+                clean = computation.clean(model, attack.x)
+            x_adv = started.finish()
+            late = attack.report()
+            if clean is None:
+                terms = run_update(update, model, computation, attack.x, x_adv, attack.y)
+            else:
+                terms, _ = computation.corrupted_half(model, clean, attack.x, x_adv, attack.y)
+    if late is not None:
+        late.wait()
+    return terms
+
+
+@dataclass(frozen=True)
+class _Computation:
+    """The update's forwards and the terms of its loss.
+
+    Attributes:
+        corrupted: the number of rows that run a corrupted forward.
+        rerun: a clean forward that cannot be replayed runs again and gives the target, as in the authors' code.
+        channels_last: the format of 4-d images.
+    """
+
+    corrupted: int
+    rerun: bool
+    channels_last: bool
+
+    def steady(self, m: int) -> bool:
+        """Whether every batch of m samples has the same shapes throughout."""
+        return self.corrupted == m
+
+    def __call__(
+        self, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, replayable: bool | None = None
+    ) -> tuple[Terms, bool]:
+        """The natural and the robust term, the logits of all corrupted samples, and whether x's forward repeats."""
+        return self.corrupted_half(model, self.clean(model, x, replayable), x, x_adv, y)
+
+    def clean(self, model: nn.Module, x: Tensor, replayable: bool | None = None) -> tuple[Tensor, RepeatedForward]:
+        """The forward of x, and what it did to the buffers."""
+        repeat = RepeatedForward(model, x.device, replayable)
+        logits = logits_of(model, self._formatted(x))
+        repeat.first_done()
+        return logits, repeat
+
+    def corrupted_half(
+        self, model: nn.Module, clean: tuple[Tensor, RepeatedForward], x: Tensor, x_adv: Tensor, y: Tensor
+    ) -> tuple[Terms, bool]:
+        """All that follows it."""
+        logits, repeat = clean
+        rows = self.corrupted
+        if rows == 1 and any(isinstance(module, _BatchNorm) for module in model.modules()):
+            rows = min(2, len(x))  # batch norm cannot train on one row: an unperturbed one joins its statistics
+        adversarial = logits[:0]
+        if rows:
+            adversarial = logits_of(model, self._formatted(x_adv[:rows]))[: self.corrupted]
+        target = logits[: self.corrupted]
+        if repeat.replayable:
+            repeat.replay()
+        elif self.rerun:
+            target = logits_of(model, self._formatted(x))
+        judged = adversarial.detach()
+        if self.corrupted < len(x):
+            judged = torch.cat([judged, logits[self.corrupted :].detach()])
+        return (F.cross_entropy(logits, y), ops.trades_kl(adversarial, target), judged), repeat.replayable
+
+    def _formatted(self, x: Tensor) -> Tensor:
+        return x.contiguous(memory_format=torch.channels_last) if self.channels_last and x.dim() == 4 else x
 
 
 def _none_faulty(x: Tensor) -> Tensor:
@@ -194,37 +303,6 @@ def _none_faulty(x: Tensor) -> Tensor:
 def random_state(x: Tensor, generator: torch.Generator | None) -> Tensor:
     """A seed and an offset for `ops.gather_start`, drawn where the images are."""
     return torch.randint(torch.iinfo(torch.int64).max, (2,), device=x.device, generator=generator)
-
-
-def _update_twice(model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, beta: float) -> Tensor:
-    """The authors' update: forwards of x, x' and x again, the last one replayed where that gives the same."""
-    repeat = RepeatedForward(model, x.device)
-    logits = logits_of(model, x)
-    repeat.first_done()
-    adversarial = logits_of(model, x_adv)
-    if repeat.replayable:
-        repeat.replay()
-        target = logits
-    else:
-        target = logits_of(model, x)
-    return F.cross_entropy(logits, y) + beta / len(x) * ops.trades_kl(adversarial, target)
-
-
-def _update_once(
-    model: nn.Module, x: Tensor, x_adv: Tensor, corrupted: int, y: Tensor, beta: float, bullet: BulletTrain
-) -> Tensor:
-    """The update with BulletTrain, on sorted rows: the first `corrupted` of them run a corrupted forward."""
-    repeat = RepeatedForward(model, x.device)
-    logits = logits_of(model, x)
-    repeat.first_done()
-    rows = corrupted
-    if rows == 1 and any(isinstance(module, _BatchNorm) for module in model.modules()):
-        rows = min(2, len(x))  # batch norm cannot train on one row: an unperturbed one joins its statistics
-    adversarial = logits_of(model, x_adv[:rows])[:corrupted] if rows else logits[:0]
-    if repeat.replayable:
-        repeat.replay()
-    bullet.update(torch.cat([adversarial.detach(), logits[corrupted:].detach()]), y)
-    return F.cross_entropy(logits, y) + beta / len(x) * ops.trades_kl(adversarial, logits[:corrupted])
 
 
 @contextmanager
@@ -252,6 +330,7 @@ def _check(
     generator: torch.Generator | None,
     frozen: Frozen | None,
     runner: Runner,
+    update: Update | None,
 ) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"x_natural must be a tensor of images, got {type(x).__name__}")
@@ -275,6 +354,8 @@ def _check(
         raise TypeError(f"frozen must be a Frozen or None, got {type(frozen).__name__}")
     if not callable(runner):
         raise TypeError(f"runner must be a runner such as GraphRunner(), got {type(runner).__name__}")
+    if update is not None and not isinstance(update, Update):
+        raise TypeError(f"update must be an Update or None, got {type(update).__name__}")
     if unperturbed not in (None, "keep", "skip"):
         raise ValueError(f"unperturbed must be 'keep', 'skip' or None, got {unperturbed!r}")
     step_count("perturb_steps", perturb_steps, least=1 if bullet is None else 0)

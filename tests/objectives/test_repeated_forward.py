@@ -82,3 +82,31 @@ def test_a_backward_through_all_forwards_still_works():
     repeat.replay()
     loss.backward()
     assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_a_norm_that_no_forward_uses_stays_as_it_is(momentum):
+    model, x = build("conv_bn"), batch()[0]
+    model.idle = torch.nn.BatchNorm2d(4, momentum=momentum).double()
+    forward = torch.nn.Sequential(*list(model)[:-1])  # the same layers without it
+    model.forward = forward.forward
+    before = copy.deepcopy(model.idle.state_dict())
+    repeat = repeated(model, x, x)[1]
+    repeat.replay()
+    assert_near_nested(model.idle.state_dict(), before)
+
+
+def test_where_the_answer_is_known_nothing_is_looked_at_and_the_buffers_move_alike():
+    first, between = (batch(seed=k)[0] for k in (0, 1))
+    states = []
+    for known in (None, True):
+        model = build("conv_bn")
+        repeat = RepeatedForward(model, first.device, known)
+        model(first)
+        torch.rand(1)  # a watched forward would have drawn it
+        repeat.first_done()
+        assert repeat.replayable == bool(known)
+        model(between)
+        repeat.replay()
+        states.append(model.state_dict())
+    assert_near_nested(*states)

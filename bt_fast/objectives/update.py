@@ -1,0 +1,318 @@
+"""How the update (its forwards, its loss and its backward) is executed.
+
+`torch.cuda.make_graphed_callables` captures the whole update as one function, so that its two forwards do not share
+static buffers. All captured updates of a model share one memory pool: a forward replayed between another's forward and
+backward would overwrite what that one has saved. So an update runs eagerly while an earlier loss awaits its backward.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+from weakref import WeakKeyDictionary, ref
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from bt_fast.attack import device
+from bt_fast.attack.device import RandomStates
+from bt_fast.attack.folded import hooked
+
+MOST_CAPTURED = 8  # of one model: each keeps gradients of the model's size
+MOST_MET = 64
+OFTEN = 8  # a capture costs as much as several updates, and sizes that vary do not all come again
+
+Terms = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Update:
+    """How the update is executed; the attack has `Frozen` and runners.
+
+    Attributes:
+        channels_last: 4-d images enter the update's forwards with the channel as the fastest index: the same gradients
+            up to rounding.
+        graphs: forwards, loss and backward are replayed from CUDA graphs: the eager result, exactly. An update is
+            captured when it is met for the second time with the same shapes, modes and weights' addresses; one whose
+            number of corrupted rows varies (`unperturbed="skip"`) when that number is met for the eighth time. The 8
+            used last are kept for each model. A change of anything that a graph has fixed is met anew: a parameter
+            replaced, moved, or no longer trained, a mode, a Python number of a module (a norm's momentum, say), the
+            caller's autocast, whose cast weights are not cached then. The loss is differentiable once. It runs eagerly,
+            with one warning that says why: not on CUDA, a hook, DistributedDataParallel, a model that replaces its
+            buffers or draws from the host's generator, a capture that failed (for good: out of memory, say; the graphs
+            are freed), and while an earlier loss awaits its backward. A forward that keeps other state of its own in
+            Python is not recognised.
+
+    Raises:
+        TypeError: an option is not a bool.
+    """
+
+    channels_last: bool = True
+    graphs: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("channels_last", "graphs"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
+class Computation(Hashable, Protocol):
+    """An objective's update: equal to another where it computes the same."""
+
+    def steady(self, m: int) -> bool:
+        """Whether every batch of m samples has the same shapes throughout."""
+
+    def __call__(
+        self, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, replayable: bool | None = None
+    ) -> tuple[Terms, bool]:
+        """Terms, of which the first has a gradient, and whether `RepeatedForward` found its forward replayable."""
+
+
+def run_update(
+    update: Update | None, model: nn.Module, computation: Computation, x: Tensor, x_adv: Tensor, y: Tensor
+) -> Terms:
+    """The computation's terms. Those from a graph are static memory: use them before the next update."""
+    if update is None or not update.graphs:
+        return computation(model, x, x_adv, y)[0]
+    return _graphs.setdefault(model, _Graphs())(model, computation, x, x_adv, y)
+
+
+@dataclass(eq=False)
+class _Met:
+    """How often an update was met, and whether its clean forward can be replayed on the buffers."""
+
+    times: int = 0
+    replayable: bool = False
+
+
+@dataclass(frozen=True)
+class _Key:
+    """All that a captured update has fixed."""
+
+    computation: Hashable
+    given: tuple[object, ...]
+    autocast: tuple[bool, torch.dtype]
+    values: tuple[object, ...]
+    tensors: tuple[object, ...]
+
+    @classmethod
+    def of(cls, model: nn.Module, computation: Computation, *given: Tensor) -> _Key:
+        kind = given[0].device.type
+        return cls(
+            computation=computation,
+            given=tuple((t.shape, t.stride(), t.dtype, t.device) for t in given),
+            autocast=(torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)),
+            values=tuple(item for m in model.modules() for item in vars(m).items() if type(item[1]) in _PLAIN),
+            tensors=tuple((t.data_ptr(), t.shape, t.stride(), t.dtype, t.requires_grad) for t in _tensors(model)),
+        )
+
+
+_PLAIN = (bool, int, float, str, type(None))
+
+
+class _Graphs:
+    """One model's captured updates."""
+
+    def __init__(self) -> None:
+        self._pool: object = None
+        self._met: OrderedDict[_Key, _Met] = OrderedDict()
+        self._captured: OrderedDict[_Key, _Captured] = OrderedDict()
+        self._latest: Callable[[], _Replay | None] = lambda: None
+        self._stream: device.Stream | None = None  # on which the latest replay was queued
+        self._failed: str | None = None
+        self._said: set[str] = set()
+        self._new = 0  # updates in a row that had not been met
+
+    def __call__(self, model: nn.Module, computation: Computation, x: Tensor, x_adv: Tensor, y: Tensor) -> Terms:
+        if reason := self._failed or _reason(model, x) or self._awaited():
+            self._say(reason)
+            return _eagerly(model, computation, x, x_adv, y)[0]
+        key = _Key.of(model, computation, x, x_adv, y)
+        for old in [k for k in self._captured if k.tensors != key.tensors]:
+            del self._captured[old]  # it works on memory that is the model's no more
+        met = self._met.setdefault(key, _Met())
+        self._met.move_to_end(key)
+        if key not in self._captured:
+            met.times += 1
+            if met.times < (2 if computation.steady(len(x)) else OFTEN):
+                return self._meet(met, model, computation, x, x_adv, y)
+            self._failed = self._capture(key, met, model, computation, x, x_adv, y)
+            if self._failed:
+                self._say(self._failed)
+                return _eagerly(model, computation, x, x_adv, y)[0]
+        return self._replay(key, model, x, x_adv, y)
+
+    def _awaited(self) -> str | None:
+        replay = self._latest()
+        if replay is None or replay.done:
+            return None
+        return "an earlier loss still awaits its backward, for which the graphs' memory is kept"
+
+    def _say(self, reason: str) -> None:
+        if reason not in self._said:
+            self._said.add(reason)
+            warnings.warn(f"the update runs without graphs: {reason}", stacklevel=2)
+
+    def _meet(
+        self, met: _Met, model: nn.Module, computation: Computation, x: Tensor, x_adv: Tensor, y: Tensor
+    ) -> Terms:
+        """An eager update, of which it is noted what a graph would leave out."""
+        while len(self._met) > MOST_MET:
+            self._met.popitem(last=False)
+        self._new = self._new + 1 if met.times == 1 else 0
+        before, host = _tensors(model), RandomStates(device.host_generator(x.device))
+        terms, met.replayable = _eagerly(model, computation, x, x_adv, y)
+        after = _tensors(model)
+        if len(before) != len(after) or any(a is not b for a, b in zip(before, after, strict=True)):
+            self._failed = "the model's forward replaces its parameters or buffers"
+        elif host.moved:
+            self._failed = "the model's forward draws from the host's generator, whose numbers a graph would repeat"
+        elif self._new > MOST_MET:
+            self._failed = f"each of the last {MOST_MET} updates was another one: does the model count its forwards?"
+        if self._failed:
+            self._say(self._failed)
+        return terms
+
+    def _capture(
+        self, key: _Key, met: _Met, model: nn.Module, computation: Computation, x: Tensor, x_adv: Tensor, y: Tensor
+    ) -> str | None:
+        """Capture the update, or say why that failed and free all graphs. The model is as it was."""
+        while len(self._captured) >= MOST_CAPTURED:
+            self._captured.popitem(last=False)
+        self._pool = self._pool or device.new_pool()
+        buffers = [(b, b.detach().clone()) for b in model.buffers()]
+        random = RandomStates(device.host_generator(x.device), device.device_generator(x.device))
+        try:
+            self._captured[key] = _Captured(model, computation, met.replayable, (x, x_adv, y), self._pool)
+        except device.CaptureError as error:
+            self._captured.clear()
+            self._pool = None
+            return f"capture failed ({error})"
+        finally:
+            random.restore()
+            for buffer, value in buffers:
+                buffer.data.copy_(value)  # .data: an eager loss may still await its backward
+        return None
+
+    def _replay(self, key: _Key, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor) -> Terms:
+        self._captured.move_to_end(key)
+        stream = device.current_stream(x)
+        if self._stream is not None:
+            stream.wait_stream(self._stream)
+        self._stream = stream
+        replay = _Replay(self)
+        self._latest = ref(replay)
+        terms = self._captured[key].graphed(x, x_adv, y, *_Parameters.apply(*_trained(model)))  # type: ignore[no-untyped-call]
+        cast(Any, terms[0].grad_fn).register_prehook(replay.begin_backward)
+        return terms
+
+    def latest_is(self, replay: _Replay) -> bool:
+        """Whether the graphs' memory still holds what that one has saved."""
+        return self._latest() is replay
+
+
+class _Captured:
+    """One update as a graphed function of (x, x', y, trained parameters)."""
+
+    def __init__(
+        self, model: nn.Module, computation: Computation, replayable: bool, given: tuple[Tensor, ...], pool: object
+    ) -> None:
+        self._kept = [t.detach() for t in _tensors(model)]  # the graphs hold their addresses, which no other may get
+        of = ref(model)  # what is kept for a model must not keep it alive
+
+        def terms(x: Tensor, x_adv: Tensor, y: Tensor, *parameters: Tensor) -> Terms:
+            return computation(cast(nn.Module, of()), x, x_adv, y, replayable)[0]
+
+        static = tuple(t.clone(memory_format=torch.preserve_format) for t in given)
+        with _uncached(given[0]):
+            self.graphed = device.graphed(terms, (*static, *_trained(model)), pool)
+
+
+class _Replay:
+    """One replayed forward: what it has saved lasts until its backward, or until it is gone."""
+
+    def __init__(self, graphs: _Graphs) -> None:
+        self._graphs = graphs
+        self.done = False
+
+    def begin_backward(self, gradients: object) -> None:
+        """Before the backward's replay.
+
+        Raises:
+            RuntimeError: a second backward, after another update.
+        """
+        if not self._graphs.latest_is(self):
+            raise RuntimeError(
+                "this loss came from a graph whose memory a later update has overwritten: "
+                "do all of a loss's backwards before the next trades_loss, or leave graphs=True out"
+            )
+        self.done = True
+
+
+class _Parameters(torch.autograd.Function):
+    """The parameters on their way into a graph, and their gradients on the way out of its static memory.
+
+    (Autograd would make that memory a parameter's `.grad`, which the next replay would overwrite.)
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *parameters: Tensor) -> tuple[Tensor, ...]:
+        """Aliases, whose addresses are those that were captured."""
+        ctx.save_for_backward(*parameters)
+        ctx.set_materialize_grads(False)
+        return tuple(p.detach() for p in parameters)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Copies. Raises, as autograd does, where a parameter was changed in place since the forward."""
+        copies = [None if g is None else torch.empty_like(p) for p, g in zip(ctx.saved_tensors, gradients, strict=True)]
+        torch._foreach_copy_([c for c in copies if c is not None], [g for g in gradients if g is not None])
+        return tuple(copies)
+
+
+def _eagerly(model: nn.Module, computation: Computation, x: Tensor, x_adv: Tensor, y: Tensor) -> tuple[Terms, bool]:
+    with _uncached(x):
+        return computation(model, x, x_adv, y)
+
+
+def _uncached(x: Tensor) -> AbstractContextManager[object]:
+    """The caller's autocast without its cache of cast weights, whose lifetime a graph cannot share."""
+    kind = x.device.type
+    if not torch.is_autocast_enabled(kind):
+        return nullcontext()
+    return torch.autocast(kind, torch.get_autocast_dtype(kind), cache_enabled=False)
+
+
+def _reason(model: nn.Module, x: Tensor) -> str | None:
+    """Why an update of this model cannot be captured now."""
+    if reason := device.no_graphs_reason(x):
+        return reason
+    if name := hooked(model):
+        return f"{name} has a hook, which a graph would not run"
+    for name, p in model.named_parameters():
+        if p._backward_hooks:
+            return f"parameter {name} has a hook, which a graph would run a second time"
+    if any(isinstance(m, (nn.parallel.DistributedDataParallel, nn.DataParallel)) for m in model.modules()):
+        return "the model is spread over devices"
+    if not torch.is_grad_enabled() or not _trained(model):
+        return "there is no gradient to take"
+    if any(b.requires_grad for b in model.buffers()):
+        return "a buffer requires a gradient"
+    return None
+
+
+def _tensors(model: nn.Module) -> list[Tensor]:
+    return [*model.parameters(), *model.buffers()]
+
+
+def _trained(model: nn.Module) -> list[Tensor]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+_graphs: WeakKeyDictionary[nn.Module, _Graphs] = WeakKeyDictionary()
