@@ -78,11 +78,6 @@ class _FrozenLayer(nn.Module):
             return F.linear(x, self.weight, self.bias)
         return cast(Tensor, layer._conv_forward(x, self.weight, self.bias))  # type: ignore[operator]
 
-    @property
-    def norm(self) -> nn.Module | None:
-        """The norm that is folded in."""
-        return self._source[1]
-
     def refresh(self) -> None:
         """Take the weights as they are now."""
         layer, norm = self._source
@@ -205,12 +200,6 @@ class FrozenModel:
     def channels_last(self) -> bool:
         """Whether images are best given with the channel as the fastest index."""
         return self._recipe.channels_last
-
-    @property
-    def independent(self) -> bool:
-        """Whether a call reads no buffer of the model, so that a training forward may run beside it."""
-        folded = {id(b) for layer in self._layers if layer.norm is not None for b in layer.norm.buffers()}
-        return bool(self._layers) and all(id(b) in folded for b in self.model.buffers())
 
     def tensors(self) -> list[Tensor]:
         """All that a call reads."""
