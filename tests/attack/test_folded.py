@@ -348,4 +348,4 @@ def test_a_wrong_recipe_is_refused():
     with pytest.raises(TypeError, match="frozen"):
         trades_loss(nn.Linear(4, 2), torch.rand(3, 4), torch.zeros(3, dtype=torch.int64), None, frozen=True)
     with pytest.raises(TypeError, match="runner"):
-        trades_loss(nn.Linear(4, 2), torch.rand(3, 4), torch.zeros(3, dtype=torch.int64), None, runner="graphs")
+        trades_loss(nn.Linear(4, 2), torch.rand(3, 4), torch.zeros(3, dtype=torch.int64), None, runner=3)
