@@ -21,7 +21,7 @@ of a graph are drawn when it is replayed.
 import functools
 import random
 from collections import deque
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from unittest import mock
 
@@ -71,6 +71,20 @@ class Stream:
     def wait_stream(self, other):
         if other.last is not None:
             self.awaited.append(other.last)
+
+
+@dataclass
+class On:
+    """In the place of torch.cuda.StreamContext, which nobody leaves where the end of a capture raises."""
+
+    emulated: "EmulatedDevice"
+    stream: Stream
+
+    def __enter__(self):
+        self.before, self.emulated.stream = self.emulated.stream, self.stream
+
+    def __exit__(self, *error):
+        self.emulated.stream = self.before
 
 
 @dataclass(eq=False)
@@ -132,7 +146,7 @@ class EmulatedDevice(TorchDispatchMode):
         stand_ins = {
             "current_stream": lambda device=None: self.stream,
             "Stream": lambda device=None: Stream(self),
-            "stream": self.on,
+            "stream": lambda stream: On(self, stream),
             "graph_pool_handle": object,
             "CUDAGraph": lambda: Graph(self),
             "is_current_stream_capturing": lambda: self.graph is not None,
@@ -157,14 +171,6 @@ class EmulatedDevice(TorchDispatchMode):
         if not permitted:
             self.graph.invalid = True
             raise NotPermittedError(f"{name}: operation not permitted when stream is capturing")
-
-    @contextmanager
-    def on(self, stream):
-        before, self.stream = self.stream, stream
-        try:
-            yield
-        finally:
-            self.stream = before
 
     # Memory
 

@@ -42,7 +42,7 @@ class Update:
             number of corrupted rows varies (`unperturbed="skip"`) when that number is met for the eighth time. The 8
             used last are kept for each model. A change of anything that a graph has fixed is met anew: a parameter
             replaced, moved, or no longer trained, a mode, a Python number of a module (a norm's momentum, say), the
-            caller's autocast, whose cast weights are not cached then. The loss is differentiable once. It runs eagerly,
+            caller's autocast, whose cast weights are not cached then. The loss has one backward. It runs eagerly,
             with one warning that says why: not on CUDA, a hook, DistributedDataParallel, a model that replaces its
             buffers or draws from the host's generator, a capture that failed (for good: out of memory, say; the graphs
             are freed), and while an earlier loss awaits its backward. A forward that keeps other state of its own in
@@ -205,15 +205,11 @@ class _Graphs:
         if self._stream is not None:
             stream.wait_stream(self._stream)
         self._stream = stream
-        replay = _Replay(self)
+        replay = _Replay()
         self._latest = ref(replay)
         terms = self._captured[key].graphed(x, x_adv, y, *_Parameters.apply(*_trained(model)))  # type: ignore[no-untyped-call]
         cast(Any, terms[0].grad_fn).register_prehook(replay.begin_backward)
         return terms
-
-    def latest_is(self, replay: _Replay) -> bool:
-        """Whether the graphs' memory still holds what that one has saved."""
-        return self._latest() is replay
 
 
 class _Captured:
@@ -236,20 +232,19 @@ class _Captured:
 class _Replay:
     """One replayed forward: what it has saved lasts until its backward, or until it is gone."""
 
-    def __init__(self, graphs: _Graphs) -> None:
-        self._graphs = graphs
+    def __init__(self) -> None:
         self.done = False
 
     def begin_backward(self, gradients: object) -> None:
-        """Before the backward's replay.
+        """Before the backward's replay, which overwrites what it no longer needs.
 
         Raises:
-            RuntimeError: a second backward, after another update.
+            RuntimeError: it is the second one.
         """
-        if not self._graphs.latest_is(self):
+        if self.done:
             raise RuntimeError(
-                "this loss came from a graph whose memory a later update has overwritten: "
-                "do all of a loss's backwards before the next trades_loss, or leave graphs=True out"
+                "a loss from graphs has one backward, with retain_graph=True too: its memory has been used since. "
+                "For more than one leave graphs=True out"
             )
         self.done = True
 

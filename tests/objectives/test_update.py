@@ -1,49 +1,57 @@
 """The update from graphs is the eager one, to the bit, in every order of work that CUDA permits."""
 
+import functools
+import gc
+import warnings
+import weakref
+from contextlib import ExitStack, nullcontext
+from unittest import mock
+
 import pytest
 import small_models
 import torch
-from emulated_device import EmulatedDevice
+from emulated_device import EmulatedDevice, capturing
+from planted import Bug, left_out, planted
+from tolerances import assert_near_nested
+from torch import nn
 
-from bt_fast import BulletTrain, Update, trades_loss
+from bt_fast import BulletTrain, Frozen, GraphRunner, Update, trades_loss
+from bt_fast.attack import device
+from bt_fast.attack.runners import run_eager
+from bt_fast.objectives import trades, update
 
-EAGER, GRAPHS = Update(channels_last=False), Update(channels_last=False, graphs=True)
+EAGER = {"channels_last": False}
+GRAPHS = {"channels_last": False, "graphs": True}
 BULLETS = {"uniform": lambda: None, "bullet": lambda: BulletTrain(1, 1, 0)}
-SIZES = (6, 6, 6, 4, 6, 4, 4, 6)
+SIZES = (6, 6, 4, 6, 4, 4, 6)
 
 
 class Training:
     """Updates on batches whose memory is spoilt afterwards; `found` holds all that they give."""
 
-    def __init__(self, build="conv_bn", bullet=None, seed=0):
+    def __init__(self, options, build="conv_bn", bullet=None, seed=0):
         self.model, self.bullet = small_models.build(build, seed), bullet
+        self.update = trades.Update(**options)
         self.found, self.given, self.steps = [], [], 0
 
-    def loss(self, update, m=6, **options):
-        x, y = small_models.batch(m, seed=self.steps)
+    def loss(self, m=6, batch=None, **options):
+        x, y = small_models.batch(m, seed=self.steps) if batch is None else batch
         options = {"perturb_steps": 1, "generator": torch.Generator().manual_seed(self.steps), **options}
         self.steps += 1
-        loss = trades_loss(self.model, x, y, None, bullet=self.bullet, update=update, **options)
+        loss = trades_loss(self.model, x, y, None, bullet=self.bullet, update=self.update, **options)
         self.given += [x, y]
         return loss
 
-    def step(self, update, m=6, **options):
-        loss = self.loss(update, m, **options)
+    def step(self, m=6, **options):
+        loss = self.loss(m, **options)
         loss.backward()
-        self.note(loss)
-        self.descend()
+        self.finish(loss)
 
-    def run(self, update, sizes=(6,) * 4, **options):
-        for m in sizes:
-            self.step(update, m, **options)
-        return self.found
-
-    def note(self, *values):
+    def finish(self, *values):
+        """Note them and all state; descend along the gradients."""
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         state = [] if self.bullet is None else [self.bullet.robust_fraction]
         self.found += [v.detach().clone() for v in (*values, *gradients, *self.model.buffers(), *state)]
-
-    def descend(self):
         for memory in self.given:
             memory.fill_(-1)  # the caller is done with it
         self.given = []
@@ -52,6 +60,11 @@ class Training:
                 if p.grad is not None:
                     p.sub_(0.1 * p.grad)
                     p.grad = None
+
+    def run(self, sizes=(6,) * 3, **options):
+        for m in sizes:
+            self.step(m, **options)
+        return self.found
 
 
 def same(found, expected):
@@ -68,14 +81,14 @@ NOT_CAPTURED = {
 @pytest.mark.parametrize("bullet", BULLETS)
 @pytest.mark.parametrize("model", sorted(small_models.MODELS.keys() - NOT_CAPTURED.keys()))
 def test_the_eager_result_in_any_order(model, bullet):
-    expected, training = (Training(model, BULLETS[bullet]()) for _ in range(2))
+    expected, training = (Training(options, model, BULLETS[bullet]()) for options in (EAGER, GRAPHS))
     torch.manual_seed(0)
-    expected.run(EAGER, SIZES)
+    expected.run(SIZES)
     torch.manual_seed(0)
     with EmulatedDevice() as emulated:
-        training.run(GRAPHS, SIZES)
+        training.run(SIZES)
     assert same(training.found, expected.found)
-    assert emulated.replays >= 2 * (len(SIZES) - 4)
+    assert emulated.replays == 2 * (len(SIZES) - 2)
     for seed in range(3):
         assert same(emulated.shuffled(seed, training.found), expected.found), seed
 
@@ -83,12 +96,552 @@ def test_the_eager_result_in_any_order(model, bullet):
 @pytest.mark.parametrize("bullet", BULLETS)
 @pytest.mark.parametrize("model", NOT_CAPTURED)
 def test_what_cannot_be_captured_runs_eagerly_says_why_once_and_gives_the_same(model, bullet):
-    expected, training = (Training(model, BULLETS[bullet]()) for _ in range(2))
-    expected.run(EAGER)
+    expected, training = (Training(options, model, BULLETS[bullet]()) for options in (EAGER, GRAPHS))
+    expected.run()
     with EmulatedDevice() as emulated, pytest.warns(UserWarning, match=NOT_CAPTURED[model]) as warned:
-        training.run(GRAPHS)
+        training.run()
     assert [str(w.message).startswith("the update runs without graphs: ") for w in warned] == [True]
     assert emulated.replays == 0
     assert same(training.found, expected.found)
     for seed in range(20):
         assert same(emulated.shuffled(seed, training.found), expected.found), seed
+
+
+# What a caller may do between updates. A scenario takes the update's options and gives what was found
+
+
+def epochs(options):
+    return Training(options, bullet=BulletTrain(1, 1, 0)).run((6, 6, 4, 6, 6, 4, 6, 4))
+
+
+def same_batches(options):
+    """Batches that stay in memory and come again."""
+    training = Training(options)
+    batches = [small_models.batch(6, seed) for seed in range(2)]
+    for _ in range(3):
+        for x, y in batches:
+            loss = trades_loss(training.model, x, y, None, perturb_steps=1, update=training.update)
+            loss.backward()
+            training.finish(loss, x)
+    return training.found
+
+
+def skipped_rows(options):
+    """Three rows run a corrupted forward, of batches of two sizes."""
+    training = Training(options, bullet=BulletTrain(1, 0, 0))
+    for m in [6] * 9 + [5]:
+        x, y = small_models.batch(m, training.steps)
+        with torch.no_grad():
+            y = training.model.eval()(x).argmax(dim=1)
+        training.model.train()
+        y[3:] = (y[3:] + 1) % small_models.CLASSES
+        training.step(batch=(x, y))
+    return training.found
+
+
+def dropout(options):
+    torch.manual_seed(0)
+    return [*Training(options, "dropout").run(), torch.rand(3)]
+
+
+def accumulation(options):
+    """Gradients of two losses in `.grad`, and those of an earlier one kept by the caller."""
+    training = Training(options)
+    for _ in range(3):
+        training.loss().backward()
+        kept = [p.grad for p in training.model.parameters()]
+        for p in training.model.parameters():
+            p.grad = None
+        for _ in range(2):
+            training.loss().backward()
+        training.finish(*kept)
+    return training.found
+
+
+def two_losses(options):
+    """Two losses, of different sizes, before their backwards."""
+    training = Training(options)
+    training.run((6, 6, 4, 4))
+    losses = [training.loss(6), training.loss(4)]
+    for loss in losses:
+        loss.backward()
+    training.finish(*losses)
+    return training.run((6,))
+
+
+def two_models(options):
+    first, second = Training(options), Training(options, seed=1)
+    first.run(), second.run()
+    losses = [first.loss(), second.loss()]
+    for training, loss in zip((first, second), losses, strict=True):
+        loss.backward()
+        training.finish(loss)
+    return first.found + second.found
+
+
+def second_backward(options):
+    """A second backward of a loss: from graphs it is an error, and changes nothing."""
+    training = Training(options)
+    training.run()
+    loss = training.loss()
+    loss.backward(retain_graph=True)
+    if "graphs" in options:
+        before = [p.grad.clone() for p in training.model.parameters()]
+        with pytest.raises(RuntimeError, match="one backward"):
+            loss.backward()
+        assert same([p.grad for p in training.model.parameters()], before)
+    training.finish(loss)
+    return training.run()
+
+
+def changed_before_the_backward(options):
+    """An error, as autograd makes it."""
+    training = Training(options)
+    training.run()
+    loss = training.loss()
+    with torch.no_grad():
+        training.model[4].weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    return training.run()
+
+
+def replaced_parameter(options):
+    training = Training(options)
+    training.run()
+    training.model[0].weight = nn.Parameter(training.model[0].weight.detach() * 2)
+    training.run()
+    training.model[4].weight.data = training.model[4].weight.data.clone()
+    return training.run()
+
+
+def replaced_before_the_backward(options):
+    """A weight that is not trained is replaced by another between a loss and its backward."""
+    training = Training(options)
+    training.model[4].weight.requires_grad_(False)
+    training.run()
+    loss = training.loss()
+    training.model[4].weight = nn.Parameter(torch.zeros(4, 4, 3, 3, dtype=torch.float64), requires_grad=False)
+    others = [torch.full((4, 4, 3, 3), 9.0, dtype=torch.float64) for _ in range(3)]
+    loss.backward()
+    training.finish(loss, *others)
+    return training.found
+
+
+def other_numbers(options):
+    """A norm's momentum, and then its mode."""
+    training = Training(options)
+    training.run()
+    training.model[1].momentum = 0.5
+    training.run()
+    training.model[1].eval()
+    return training.run()
+
+
+def fewer_trained(options):
+    training = Training(options)
+    training.run()
+    training.model[0].weight.requires_grad_(False)
+    training.run()
+    training.model[0].weight.requires_grad_(True)
+    return training.run()
+
+
+def idle_parameter(options):
+    """One that no forward uses has no gradient, not zeros."""
+    training = Training(options)
+    training.model.register_parameter("idle", nn.Parameter(torch.ones(2)))
+    training.run()
+    assert training.model.idle.grad is None
+    return training.found
+
+
+def casts(options):
+    """Under the caller's autocast and without it."""
+    training = Training(options)
+    training.model.float()
+    with mock.patch.object(small_models.batch, "__defaults__", (8, 0, torch.float32)):
+        for enabled in (False, True, True, True, False, True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled, cache_enabled=False):
+                training.step()
+    return training.found
+
+
+def both_ways(options):
+    """Unperturbed samples kept and skipped, one like the other with rows of the same number."""
+    training = Training(options, bullet=BulletTrain(1, 1, 1))
+    training.run()
+    training.bullet = None
+    training.run()
+    training.bullet = BulletTrain(1, 1, 1)
+    return training.run()
+
+
+def on_streams(options):
+    """Two updates on streams that do not wait for each other."""
+    training, streams = Training(options, mlp), [None, None]
+    training.run()
+    if torch.cuda.CUDAGraph is not torch.cuda.graphs.CUDAGraph:  # emulated
+        streams = [torch.cuda.Stream() for _ in range(2)]
+        for stream in streams:
+            stream.wait_stream(torch.cuda.current_stream())
+    losses = []
+    for stream in streams:
+        with torch.cuda.stream(stream) if stream else nullcontext():
+            for p in training.model.parameters():
+                p.grad = None
+            loss = training.loss()
+            loss.backward()
+            losses.append(loss.detach())
+            losses += [p.grad for p in training.model.parameters()]
+    for stream in streams:
+        if stream:
+            torch.cuda.current_stream().wait_stream(stream)
+    training.finish(*losses)
+    return training.found
+
+
+def mlp():
+    return nn.Sequential(nn.Flatten(), nn.Linear(36, 8), nn.ReLU(), nn.Linear(8, small_models.CLASSES))
+
+
+class Breaking(nn.Module):
+    """Raises at its nth training forward, or in a capture; or waits for the device there, where it has no error."""
+
+    def __init__(self, n=-1, error=ArithmeticError):
+        super().__init__()
+        self.body, self.error = small_models.conv_bn(dropout=0.3), error
+        self.left = [n]
+
+    def forward(self, x):
+        if self.training:
+            self.left[0] -= 1
+            total = x.sum()
+            if self.left[0] < -100 and capturing() and self.error is None:
+                total.item()
+            if self.left[0] == 0 or (self.left[0] < -100 and capturing()):
+                self.left[0] = -1
+                raise self.error("the model's own")
+        return self.body(x)
+
+
+def broken(options, n, error=ArithmeticError):
+    """A capture breaks off: in its nth warm-up forward, or while it records."""
+    torch.manual_seed(0)
+    training = Training(options, lambda: Breaking(error=error))
+    training.step()
+    training.model.left[0] = n if "graphs" in options else -1
+    training.step()
+    return training.run()
+
+
+broken_warmup = functools.partial(broken, n=2)
+broken_recording = functools.partial(broken, n=-100)
+waiting = functools.partial(broken, n=-100, error=None)
+out_of_memory = functools.partial(broken, n=-100, error=torch.OutOfMemoryError)
+SCENARIOS = {  # and how many replays
+    epochs: 12,
+    same_batches: 10,
+    skipped_rows: 2,
+    dropout: 4,
+    accumulation: 16,
+    two_losses: 8,
+    two_models: 12,
+    second_backward: 12,
+    changed_before_the_backward: 12,
+    replaced_parameter: 12,
+    replaced_before_the_backward: 6,
+    other_numbers: 12,
+    fewer_trained: 14,
+    idle_parameter: 4,
+    casts: 8,
+    both_ways: 14,
+    on_streams: 8,
+    broken_warmup: 0,
+    broken_recording: 0,
+    waiting: 0,
+    out_of_memory: 0,
+}
+WARNED = {
+    two_losses: "awaits its backward",
+    broken_warmup: "capture failed (ArithmeticError: the model's own)",
+    broken_recording: "capture failed (ArithmeticError: the model's own)",
+    waiting: "capture failed (NotPermittedError: _local_scalar_dense",
+    out_of_memory: "capture failed (OutOfMemoryError: the model's own)",
+}
+
+
+def name(scenario):
+    known = {v: k for k, v in globals().items() if callable(v) and not isinstance(v, type)}
+    return known[scenario]
+
+
+@functools.cache
+def eager(scenario):
+    return scenario(EAGER)
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=name)
+def test_whatever_a_caller_does_the_result_is_the_eager_one(scenario):
+    with EmulatedDevice() as emulated, warnings.catch_warnings(record=True) as warned:
+        found = scenario(GRAPHS)
+    assert same(found, eager(scenario))
+    assert [WARNED.get(scenario, "unexpected") in str(w.message) for w in warned] == [True] * (scenario in WARNED)
+    assert emulated.replays == SCENARIOS[scenario]
+    assert emulated.stream is emulated.default
+    for seed in range(5):
+        assert same(emulated.shuffled(seed, found), eager(scenario)), seed
+
+
+# Planted bugs
+
+
+IN_UPDATE = [
+    Bug("buffers are not restored", "buffer.data.copy_(value)"),
+    Bug("buffers are restored to what they are", "b.detach().clone()", "b.detach()"),
+    Bug("generators are not restored", "random.restore()", scenario=dropout),
+    Bug("the caller's memory becomes static", "t.clone(memory_format=torch.preserve_format)", "t", same_batches),
+    Bug("gradients are not copied", "torch._foreach_copy_(", "zip("),
+    Bug("gradients alias static memory", "return tuple(copies)", "return gradients", accumulation),
+    Bug("a parameter that was changed goes unnoticed", "ctx.saved_tensors", "gradients", changed_before_the_backward),
+    Bug("gradients of what was not used", "ctx.set_materialize_grads(False)", scenario=idle_parameter),
+    Bug("one pool for all models", "device.new_pool()", "'the only one'", two_models),
+    Bug("it does not wait for another stream", "stream.wait_stream(self._stream)", scenario=on_streams),
+    Bug("nothing is captured", "device.graphed(terms, (*static, *_trained(model)), pool)", "terms"),
+    Bug("arguments change places", ".graphed(x, x_adv, y,", ".graphed(x_adv, x, y,"),
+    Bug("an earlier loss is overwritten", "if replay is None or replay.done:", "if True:", two_losses),
+    Bug("a second backward", "if self.done:", "if False:", second_backward),
+    Bug("weights are not kept", "[t.detach() for t in _tensors(model)]", "[]", replaced_before_the_backward),
+    Bug("one graph for all computations", "computation=computation", "computation=0", both_ways),
+    Bug(
+        "one graph for all sizes",
+        "(t.shape, t.stride(), t.dtype, t.device) for t in given",
+        "0 for t in given",
+        skipped_rows,
+    ),
+    Bug("one graph with and without autocast", "torch.is_autocast_enabled(kind), torch.get", "False, torch.get", casts),
+    Bug("one graph for all modes", "if type(item[1]) in _PLAIN", "if False", other_numbers),
+    Bug("graphs of weights that are gone", "(t.data_ptr(), t.shape", "(t.shape", replaced_parameter),
+    Bug("one graph whatever is trained", "t.dtype, t.requires_grad)", "t.dtype)", fewer_trained),
+    Bug("replayed where it must run again", "met.replayable, (x", "True, (x", dropout),
+    Bug("the cast weights are cached", "cache_enabled=False", "cache_enabled=True", casts),
+]
+IN_DEVICE = [
+    Bug("no wait for a broken warm-up", "torch.cuda.synchronize()", scenario=broken_warmup),
+    Bug("the capture's stream stays", ", on(current_stream(samples[0])):", ":", waiting),
+]
+
+
+def caught(changed, scenario):
+    """Whether some order of the work gives another result than the eager one, or something raises."""
+    with ExitStack() as patches:
+        for module, attributes in ((trades, ("Update", "run_update")), (device, ("graphed", "CaptureError"))):
+            for attribute in attributes:
+                if attribute in vars(changed):
+                    patches.enter_context(mock.patch.object(module, attribute, vars(changed)[attribute]))
+        emulated = patches.enter_context(EmulatedDevice())
+        patches.enter_context(warnings.catch_warnings(record=True))
+        try:
+            found = scenario(GRAPHS)
+        except (Exception, pytest.fail.Exception):
+            return True
+    if emulated.replays != SCENARIOS[scenario] or emulated.stream is not emulated.default:
+        return True
+    return any(not same(emulated.shuffled(seed, found), eager(scenario)) for seed in range(20))
+
+
+@pytest.mark.parametrize("bug", IN_UPDATE, ids=str)
+def test_a_bug_planted_into_the_update_is_caught(bug, tmp_path):
+    assert caught(planted(update, bug, tmp_path), bug.scenario or epochs)
+
+
+@pytest.mark.parametrize("bug", IN_DEVICE, ids=str)
+def test_a_bug_planted_into_the_device_is_caught(bug, tmp_path):
+    assert caught(planted(device, bug, tmp_path), bug.scenario)
+
+
+@pytest.mark.parametrize(("module", "bugs"), [(update, IN_UPDATE), (device, IN_DEVICE)])
+def test_no_call_that_orders_work_is_without_a_planted_bug(module, bugs):
+    assert left_out(module, bugs) == []
+
+
+# What cannot be captured
+
+
+def with_hook(training):
+    training.model[2].register_forward_hook(lambda module, given, out: out * 2)
+
+
+def with_parameter_hook(training):
+    training.model[4].weight.register_hook(lambda gradient: gradient * 0.5)
+
+
+def with_a_trained_buffer(training):
+    training.model.register_buffer("offset", torch.zeros(2, requires_grad=True))
+
+
+def spread(training):
+    training.model = nn.DataParallel(training.model)
+
+
+def drawing_on_the_host(training):
+    training.model.append(HostDrawing())
+
+
+class HostDrawing(nn.Module):
+    """Decides by the host's random numbers."""
+
+    generator = torch.Generator()
+
+    def forward(self, x):
+        return x * (1.5 if self.training and torch.rand(1, generator=self.generator) < 0.5 else 1.0)
+
+
+@pytest.mark.parametrize(
+    ("prepare", "reason"),
+    [
+        (with_hook, "2 has a hook"),
+        (with_parameter_hook, "parameter 4.weight has a hook"),
+        (with_a_trained_buffer, "a buffer requires a gradient"),
+        (spread, "spread over devices"),
+        (drawing_on_the_host, "draws from the host's generator"),
+    ],
+)
+def test_what_a_graph_would_leave_out_is_named_once_and_runs_eagerly(prepare, reason):
+    found = []
+    for options in (EAGER, GRAPHS):
+        HostDrawing.generator.manual_seed(0)
+        training = Training(options)
+        prepare(training)
+        with (
+            EmulatedDevice() as emulated,
+            mock.patch.object(device, "host_generator", return_value=HostDrawing.generator),
+            warnings.catch_warnings(record=True) as warned,
+        ):
+            found.append(training.run())
+    assert [reason in str(w.message) for w in warned] == [True]
+    assert emulated.replays == 0
+    assert same(*found)
+
+
+def test_without_a_gradient_to_take_it_runs_eagerly():
+    training = Training(GRAPHS)
+    training.model.requires_grad_(False)
+    with EmulatedDevice() as emulated, pytest.warns(UserWarning, match="no gradient") as warned:
+        losses = [training.loss() for _ in range(3)]
+    assert not any(loss.requires_grad for loss in losses)
+    assert len(warned) == 1
+    assert emulated.replays == 0
+
+
+def test_on_the_cpu_it_runs_eagerly_and_says_so_once():
+    expected, training = Training(EAGER), Training(GRAPHS)
+    with pytest.warns(UserWarning, match="on cpu") as warned:
+        training.run()
+    assert len(warned) == 1
+    assert same(training.found, expected.run())
+
+
+def test_a_model_that_counts_its_forwards_in_python_is_named():
+    class Counting(nn.Sequential):
+        calls = 0
+
+        def forward(self, x):
+            self.calls += 1
+            return super().forward(x)
+
+    training = Training(GRAPHS, lambda: Counting(*small_models.conv_bn()))
+    with (
+        EmulatedDevice() as emulated,
+        mock.patch.object(update, "MOST_MET", 3),
+        pytest.warns(UserWarning, match="does the model count its forwards"),
+    ):
+        training.run((6,) * 5)
+    assert emulated.replays == 0
+
+
+def test_a_failed_capture_frees_all_graphs_before_the_update_goes_on_eagerly():
+    training, alive = Training(GRAPHS, lambda: Breaking(error=torch.OutOfMemoryError)), []
+    with EmulatedDevice():
+        training.run()
+        (captured,) = map(weakref.ref, update._graphs[training.model]._captured.values())
+        assert captured() is not None
+        training.model.left[0] = -1000
+        training.step(4)
+        with (
+            pytest.warns(UserWarning, match="OutOfMemoryError"),
+            mock.patch.object(update, "_eagerly", lambda *given: alive.append(captured()) or update_eagerly(*given)),
+        ):
+            training.step(4)
+    assert alive == [None]
+
+
+update_eagerly = update._eagerly
+
+
+def test_the_graphs_of_a_model_are_bounded():
+    training = Training(GRAPHS)
+    with EmulatedDevice(), mock.patch.object(update, "MOST_CAPTURED", 2):
+        training.run((6, 6, 4, 4, 5, 5, 6))
+        sizes = [key.given[0][0][0] for key in update._graphs[training.model]._captured]
+    assert sizes == [5, 6]
+
+
+def test_graphs_do_not_keep_the_model_alive():
+    training = Training(GRAPHS)
+    with EmulatedDevice() as emulated:
+        training.run()
+    assert emulated.replays
+    gone = weakref.ref(training.model)
+    training.model = None
+    gc.collect()
+    assert gone() is None
+
+
+# Options
+
+
+def colourful():
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 5))
+
+
+@pytest.mark.parametrize("bullet", BULLETS)
+def test_channels_last_is_the_format_of_the_update_and_moves_gradients_by_rounding(bullet):
+    x, y = torch.rand(6, 3, 6, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64), torch.arange(6) % 5
+    found, formats = [], []
+    for option in (None, Update()):
+        model = small_models.build(colourful)
+        model.register_forward_pre_hook(
+            lambda m, given: formats.append((m.training, given[0].is_contiguous(memory_format=torch.channels_last)))
+        )
+        generator = torch.Generator().manual_seed(0)
+        trades_loss(model, x, y, None, bullet=BULLETS[bullet](), generator=generator, update=option).backward()
+        found.append(small_models.gradients(model))
+    assert_near_nested(*found)
+    halves = formats[: len(formats) // 2], formats[len(formats) // 2 :]
+    assert [{last for training, last in half if training} for half in halves] == [{False}, {True}]
+
+
+def test_everything_together():
+    found = []
+    for runner, how in ((run_eager, Update()), (GraphRunner(bucket=2), Update(graphs=True))):
+        model, bullet = small_models.build("conv_bn"), BulletTrain(2, 1, 0)
+        x, y = small_models.batch(6)
+        with EmulatedDevice() as emulated:
+            for k in range(4):
+                options = {"bullet": bullet, "frozen": Frozen(), "generator": torch.Generator().manual_seed(k)}
+                loss = trades_loss(model, x, y, None, **options, runner=runner, update=how)
+                loss.backward()
+        found.append([loss.detach(), *(p.grad for p in model.parameters()), *model.buffers(), bullet.robust_fraction])
+    assert emulated.captures > 2
+    assert same(*found)
+    for seed in range(10):
+        assert same(emulated.shuffled(seed, found[1]), found[0]), seed
+
+
+@pytest.mark.parametrize("option", ["channels_last", "graphs"])
+def test_wrong_options_are_refused(option):
+    with pytest.raises(TypeError, match=f"{option} must be True or False, got 1"):
+        Update(**{option: 1})
+    with pytest.raises(TypeError, match="update must be an Update or None, got str"):
+        trades_loss(small_models.build(), *small_models.batch(), None, update="graphs")
