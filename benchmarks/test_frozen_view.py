@@ -24,6 +24,7 @@ from bt_fast.attack.frozen import clean_logits, eval_mode
 from bt_fast.attack.runners import input_gradient
 from bt_fast.lab.data import images, load_dataset, minibatches
 from bt_fast.lab.models import build_model
+from bt_fast.lab.report import machine
 
 MOST_SHARE = 0.01  # of an iteration, for the refresh
 EPSILON, STEP_SIZE, STEPS = 0.2, 0.04, 10
@@ -83,7 +84,7 @@ def test_where_a_step_of_the_attack_goes(name: str, view: str, benchmark: Any, d
     info = {kind: f"{100 * us / total:.1f} %" for kind, us in sorted(spent.items(), key=lambda i: -i[1])}
     info["rate"] = f"{rate:.0f} GFLOP/s in convolutions and products; a 2048 x 2048 product runs at {peak:.0f}"
     benchmark.pedantic(lambda: None)
-    benchmark.extra_info["processor"] = device.type
+    benchmark.extra_info.update(machine(device))
     report(benchmark, f"a step of {name}, {view}, batch {len(x)}", info)
 
 
@@ -142,5 +143,5 @@ def test_what_rounding_does_to_the_attack(iterations: int, benchmark: Any, devic
         kl, robust = reached(x_adv)
         info[name] = f"{100 * differing:.2f} % of pixels elsewhere, KL {kl:.5f}, robust {100 * robust:.1f} %"
     benchmark.pedantic(lambda: None)
-    benchmark.extra_info["processor"] = device.type
+    benchmark.extra_info.update(machine(device))
     report(benchmark, f"x' after {STEPS} steps, small-cnn after {iterations} iterations, {len(x)} test digits", info)
