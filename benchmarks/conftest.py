@@ -56,6 +56,14 @@ def median_ratio(slower: list[float], faster: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(slower, faster, strict=True))
 
 
+def report(benchmark: Any, title: str, info: dict[str, Any]) -> None:
+    """Put the findings into the result file, and print them."""
+    benchmark.extra_info.update(info)
+    print(f"\n{title}, {benchmark.extra_info['processor']}")
+    for key, value in info.items():
+        print(f"  {key:<28} {value}")
+
+
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
     """A result file says what it was measured on, not whose machine that was."""
     machine_info.pop("node", None)

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import median_ratio
+from conftest import median_ratio, report
 from launches import launches
-from test_training_iteration import BATCH, Workload
+from test_training_iteration import CASES, Workload
 
 from bt_fast import BulletTrain, ops
 from bt_fast.ops.assign_steps import assign_reference
@@ -55,25 +55,18 @@ def test_time_against_m(interleaved: Any, benchmark: Any, device: torch.device) 
     info["growth"] = f"{median[last] / median[first]:.0f}x from {first} to {last}; m log m grows {allowed:.0f}x"
     info["launches"] = ", ".join(launches(batches[first].mine))
     info["launches in plain torch"] = len(launches(batches[first].eager))
-    _report(benchmark, "mining", info)
+    report(benchmark, "mining", info)
     if benchmark.enabled:
         assert median[last] / median[first] <= allowed
 
 
 @pytest.mark.parametrize("name", ["small-cnn"])
 def test_share_of_an_iteration(name: str, interleaved: Any, benchmark: Any, device: torch.device) -> None:
-    workload, batch = Workload(name, device), Batch(BATCH, device)
-    work = {"mining": batch.mine, "iteration": workload.variants()["bullet, skip"]}
+    workload, batch = Workload(CASES[name], device), Batch(CASES[name].batch, device)
+    work = {"mining": batch.mine, "iteration": workload.variants()["bullet"]}
     seconds = interleaved(work, workload.prepare, rounds=15)
     share = median_ratio(seconds["mining"], seconds["iteration"])
     info = {f"{variant}: ms": round(1e3 * statistics.median(times), 3) for variant, times in seconds.items()}
-    _report(benchmark, f"{name}, batch {BATCH}", info | {"share": f"{100 * share:.2f} %"})
+    report(benchmark, f"{name}, batch {CASES[name].batch}", info | {"share": f"{100 * share:.2f} %"})
     if benchmark.enabled:
         assert share <= MOST_SHARE
-
-
-def _report(benchmark: Any, title: str, info: dict[str, Any]) -> None:
-    benchmark.extra_info.update(info)
-    print(f"\n{title}, {benchmark.extra_info['processor']}")
-    for key, value in info.items():
-        print(f"  {key:<28} {value}")

@@ -1,45 +1,71 @@
 """One training iteration of TRADES: its authors' computation, ours with the same result, and with BulletTrain.
 
-At the paper's fractions (.28 / .54 / .18, with 10 / 2 / 0 steps) and batch 128. Speedups are medians of the ratios of
-interleaved pairs; each is also given as a share of the FLOP limit, the ratio of the operations counted.
+At the paper's fractions (.28 / .54 / .18, with 10 / 2 / 0 steps). Speedups are medians of the ratios of interleaved
+pairs; each is also given as a share of the FLOP limit, the ratio of the operations counted. "frozen" and "bf16" are the
+engineering of fast-pytorch-adversarial-training (an attack on a folded, channels-last view without parameter gradients,
+in half precision or not), here with and without BulletTrain. Peak memory is what an iteration holds at its worst beside
+weights, momentum, images and the view's copy of the weights, as torch allocated it. To record:
+
+python -m pytest benchmarks/test_training_iteration.py -s --benchmark-json benchmarks/results/training-iteration.json
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 import statistics
 from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import pytest
 import torch
-from conftest import median_ratio
+from conftest import median_ratio, report
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from bt_fast import BulletTrain, Frozen, trades_loss
+from bt_fast import BulletTrain, Frozen, Update, trades_loss
 from bt_fast.attack.frozen import clean_logits, eval_mode
 from bt_fast.baselines.trades_reference import trades_reference_loss
 from bt_fast.lab.models import build_model
 
-BATCH = 128
-OUTLIERS, ROBUST_FRACTION = round(0.18 * BATCH), 0.54
+ROBUST_FRACTION = 0.54
 SETTING = {"step_size": 0.007, "epsilon": 0.031, "beta": 6.0}
-MODELS = {"small-cnn": (1, 28), "wrn-16-2": (3, 32)}  # channels and size of the images
-ROUNDS = {"small-cnn": 15, "wrn-16-2": 5}
+BASELINES = ("reference", "optimised")
+VIEWS = {"frozen": Frozen(), "bf16": Frozen(autocast=torch.bfloat16), "compiled": Frozen(compile=True)}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network, the channels and size of its images, the batch, and how often it is timed."""
+
+    model: str
+    channels: int
+    size: int
+    batch: int
+    rounds: int
+
+
+CASES = {
+    "small-cnn": Case("small-cnn", 1, 28, 128, 15),
+    "wrn-16-2": Case("wrn-16-2", 3, 32, 128, 5),
+    "wrn-28-4": Case("wrn-28-4", 3, 32, 64, 3),
+}
 
 
 class Workload:
     """A model and a minibatch whose groups have the paper's sizes at every call of `prepare`."""
 
-    def __init__(self, name: str, device: torch.device) -> None:
+    def __init__(self, case: Case, device: torch.device) -> None:
         torch.manual_seed(0)
-        channels, size = MODELS[name]
-        self.model = build_model(name, in_channels=channels, image_size=size, num_classes=10).to(device)
+        self.model = build_model(case.model, in_channels=case.channels, image_size=case.size, num_classes=10).to(device)
         last = list(self.model.modules())[-1]
         torch.nn.init.normal_(last.weight, std=0.3)  # SmallCNN starts with logits that are all 0
-        self.x = torch.rand(BATCH, channels, size, size, device=device)
-        self.y = torch.zeros(BATCH, dtype=torch.int64, device=device)
+        self.x = torch.rand(case.batch, case.channels, case.size, case.size, device=device)
+        self.y = torch.zeros(case.batch, dtype=torch.int64, device=device)
+        self.outliers = round(0.18 * case.batch)
         # lr = 0: the optimiser's work is timed, the weights stay
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.0, momentum=0.9, weight_decay=2e-4)
         self.bullet = BulletTrain(10, 2, 0).to(device)
@@ -47,27 +73,24 @@ class Workload:
     def prepare(self) -> None:
         with eval_mode(self.model):
             self.y = clean_logits(self.model, self.x).argmax(dim=1)
-        self.y[:OUTLIERS] = (self.y[:OUTLIERS] + 1) % 10
+        self.y[: self.outliers] = (self.y[: self.outliers] + 1) % 10
         self.bullet.robust_fraction.fill_(ROBUST_FRACTION)
 
     def variants(self) -> dict[str, Callable[[], None]]:
-        return {
-            "reference": lambda: self._finish(trades_reference_loss(*self._arguments(), **SETTING)),
-            "optimised": lambda: self._finish(trades_loss(*self._arguments(), **SETTING)),
-            "bullet, keep": lambda: self._finish(self._bullet("keep")),
-            "bullet, skip": lambda: self._finish(self._bullet("skip")),
-            "bullet, skip, frozen": lambda: self._finish(self._bullet("skip", Frozen())),
+        skip = {"bullet": self.bullet, "unperturbed": "skip"}
+        views = {name: {"frozen": view, "update": Update()} for name, view in VIEWS.items()}
+        options = {
+            "optimised": {},
+            **{f"optimised, {name}": views[name] for name in ("frozen", "bf16")},
+            "bullet, keep": {**skip, "unperturbed": "keep"},
+            "bullet": skip,
+            **{f"bullet, {name}": {**skip, **view} for name, view in views.items()},
         }
+        ours = {name: functools.partial(self._iterate, trades_loss, **given) for name, given in options.items()}
+        return {"reference": functools.partial(self._iterate, trades_reference_loss), **ours}
 
-    def _arguments(self) -> tuple[Any, ...]:
-        return self.model, self.x, self.y, self.optimizer
-
-    def _bullet(self, unperturbed: Any, frozen: Frozen | None = None) -> torch.Tensor:
-        mode = {"bullet": self.bullet, "unperturbed": unperturbed, "frozen": frozen}
-        return trades_loss(*self._arguments(), **SETTING, **mode)
-
-    def _finish(self, loss: torch.Tensor) -> None:
-        loss.backward()
+    def _iterate(self, loss_of: Callable[..., torch.Tensor], **options: Any) -> None:
+        loss_of(self.model, self.x, self.y, self.optimizer, **SETTING, **options).backward()
         self.optimizer.step()
 
 
@@ -103,35 +126,46 @@ def count_flops(work: Callable[[], None]) -> int:
     return counter.total
 
 
-@pytest.mark.parametrize("name", MODELS)
+def peak_bytes(work: Callable[[], None]) -> int:
+    """The most that `work` holds at a time of what torch allocates for it."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        work()
+    events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return max(accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
+
+
+@pytest.mark.parametrize("name", CASES)
 def test_trades_iteration(name: str, interleaved: Any, benchmark: Any, device: torch.device) -> None:
-    workload = Workload(name, device)
+    workload = Workload(CASES[name], device)
     workload.prepare()
     check_exactness(workload)
     variants = workload.variants()
-    flops = {}
+    flops, peaks = {}, {}
     for variant, work in variants.items():
         workload.prepare()
-        flops[variant] = count_flops(work)
+        work()  # a view is traced, and compiled, at its first use
+        flops[variant] = (
+            count_flops(work) if "compiled" not in variant else flops[variant.replace("compiled", "frozen")]
+        )
+        workload.optimizer.zero_grad()
+        peaks[variant] = peak_bytes(work)
     workload.bullet.reset_fractions()
-    seconds = interleaved(variants, workload.prepare, rounds=ROUNDS[name])
+    seconds = interleaved(variants, workload.prepare, rounds=CASES[name].rounds)
 
     fractions = workload.bullet.fractions
     info = {"fractions (B/R/O)": f"{fractions.boundary:.3f} / {fractions.robust:.3f} / {fractions.outlier:.3f}"}
     for variant, times in seconds.items():
-        info[f"{variant}: ms"] = round(1e3 * statistics.median(times), 1)
-        info[f"{variant}: GFLOP"] = round(flops[variant] / 1e9, 1)
-    for slower, faster in (
-        ("reference", "optimised"),
-        *(
-            (slower, f"bullet, {mode}")
-            for slower in ("reference", "optimised")
-            for mode in ("keep", "skip", "skip, frozen")
-        ),
-    ):
-        speedup, limit = median_ratio(seconds[slower], seconds[faster]), flops[slower] / flops[faster]
-        info[f"{faster} over {slower}"] = f"{speedup:.2f}x, {speedup / limit:.2f} of the FLOP limit {limit:.2f}x"
-    benchmark.extra_info.update(info)
-    print(f"\n{name}, batch {BATCH}, {benchmark.extra_info['processor']}")
-    for key, value in info.items():
-        print(f"  {key:<28} {value}")
+        ratios = []
+        for slower in BASELINES:
+            speedup, limit = median_ratio(seconds[slower], times), flops[slower] / flops[variant]
+            ratios.append(f"{speedup:.2f}x over {slower} ({speedup / limit:.2f} of the FLOP limit {limit:.2f}x)")
+        info[variant] = (
+            f"{1e3 * statistics.median(times):.1f} ms, {flops[variant] / 1e9:.1f} GFLOP, "
+            f"peak {peaks[variant] / 2**20:.0f} MiB; {', '.join(ratios)}"
+        )
+    report(benchmark, f"{name}, batch {CASES[name].batch}", info)

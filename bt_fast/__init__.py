@@ -4,7 +4,7 @@ Algorithm and names follow "BulletTrain: Accelerating Robust Neural Network Trai
 (Hua et al., NeurIPS 2021).
 """
 
-from bt_fast.attack.auto import AutoRunner
+from bt_fast.attack.auto import RUNNERS, AutoRunner
 from bt_fast.attack.folded import Frozen
 from bt_fast.attack.generate import generate
 from bt_fast.attack.graphs import GraphRunner
@@ -19,6 +19,7 @@ from bt_fast.speedup import Fractions, theoretical_speedup, theoretical_speedup_
 __version__ = "0.1.0"
 
 __all__ = [
+    "RUNNERS",
     "Assignment",
     "AutoRunner",
     "BulletTrain",

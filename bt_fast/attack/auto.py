@@ -114,3 +114,28 @@ def now(x: Tensor) -> float:
     """The time, once the device of `x` has done all that it was given."""
     synchronize(x.device)
     return time.perf_counter()
+
+
+# one of each for every caller: they keep what they captured by model, and hold no model alive
+RUNNERS: dict[str, Runner] = {
+    "eager": run_eager,
+    "graphs": GraphRunner(),
+    "streams": StreamRunner(),
+    "auto": AutoRunner(),
+}
+
+
+def runner_of(runner: Runner | str) -> Runner:
+    """The runner itself, or the one of that name.
+
+    Raises:
+        TypeError: it is neither a runner nor a name.
+        ValueError: there is none of that name.
+    """
+    if isinstance(runner, str):
+        if runner not in RUNNERS:
+            raise ValueError(f"runner must be a runner or one of {', '.join(RUNNERS)}, got {runner!r}")
+        return RUNNERS[runner]
+    if not callable(runner):
+        raise TypeError(f"runner must be a runner or its name, got {type(runner).__name__}")
+    return runner

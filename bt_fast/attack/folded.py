@@ -15,12 +15,13 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 from weakref import WeakKeyDictionary, ref
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from bt_fast.attack.frozen import eval_mode
 
@@ -77,11 +78,6 @@ class _FrozenLayer(nn.Module):
             return F.linear(x, self.weight, self.bias)
         return cast(Tensor, layer._conv_forward(x, self.weight, self.bias))  # type: ignore[operator]
 
-    @property
-    def norm(self) -> nn.Module | None:
-        """The norm that is folded in."""
-        return self._source[1]
-
     def refresh(self) -> None:
         """Take the weights as they are now."""
         layer, norm = self._source
@@ -91,28 +87,45 @@ class _FrozenLayer(nn.Module):
             if self.bias is not None and bias is not None:
                 self.bias.copy_(bias)
             return
-        mean, variance = cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var)
-        scale = (variance + cast(float, norm.eps)).rsqrt_()
-        if norm.weight is not None:
-            scale *= cast(Tensor, norm.weight)
+        scale, shift = _affine(norm)
         weight = cast(Tensor, layer.weight)
         torch.mul(weight, scale.view(-1, *[1] * (weight.dim() - 1)), out=self.weight)
-        shift = -mean if bias is None else bias - mean
-        shift *= scale
-        cast(Tensor, self.bias).copy_(shift if norm.bias is None else shift.add_(cast(Tensor, norm.bias)))
+        cast(Tensor, self.bias).copy_(shift if bias is None else shift.addcmul_(bias, scale))
 
 
 class _FrozenNorm(nn.Module):
-    """A norm that stays one, without gradients to its parameters."""
+    """A norm that stays one, `s·x + t` with numbers of its own, without gradients to its parameters."""
+
+    scale: Tensor
+    shift: Tensor
+    mean: Tensor
+    variance: Tensor
 
     def __init__(self, norm: nn.Module) -> None:
         super().__init__()
         self._source = (norm,)
+        statistics = cast(Tensor, norm.running_mean)
+        for name, value in (("scale", 1.0), ("shift", 0.0), ("mean", 0.0), ("variance", 1.0)):
+            self.register_buffer(name, torch.full_like(statistics, value))
 
     def forward(self, x: Tensor) -> Tensor:
-        norm: Any = self._source[0]
-        weight, bias = (None if p is None else p.detach() for p in (norm.weight, norm.bias))
-        return F.batch_norm(x, norm.running_mean, norm.running_var, weight, bias, False, 0.0, norm.eps)
+        return F.batch_norm(x, self.mean, self.variance, self.scale, self.shift, False, 0.0, 0.0)
+
+    def refresh(self) -> None:
+        """Take the statistics and parameters as they are now."""
+        scale, shift = _affine(self._source[0])
+        self.scale.copy_(scale)
+        self.shift.copy_(shift)
+
+
+def _affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """The norm in eval mode as `s·x + t`: s and t, new tensors [channels]."""
+    mean, variance = cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var)
+    scale = (variance + cast(float, norm.eps)).rsqrt_()
+    if norm.weight is not None:
+        scale = scale * cast(Tensor, norm.weight)
+    shift = -mean * scale
+    return scale, shift if norm.bias is None else shift.add_(cast(Tensor, norm.bias))
 
 
 class NotFoldedError(Exception):
@@ -124,6 +137,8 @@ class FrozenModel:
 
     Attributes:
         reason: why the model runs as it is, or None where it runs folded.
+        independent: whether it reads no statistics of the model's own norms, so that a training forward of the model
+            may move these while an attack runs on the view.
     """
 
     def __init__(self, model: nn.Module, recipe: Frozen, x: Tensor) -> None:
@@ -131,13 +146,13 @@ class FrozenModel:
         self._model = ref(model)
         self._recipe = recipe
         self._tensors = _tensors(model)
-        self._layers: list[_FrozenLayer] = []
+        self._layers: list[_FrozenLayer | _FrozenNorm] = []
         self._folded: Callable[[Tensor], Tensor] | None = None
         self._kinds = _kinds(self._tensors)
+        self.independent = False
         self.reason = self._fold(model, x) if recipe.fold else "not asked to fold"
         if recipe.compile:
-            # the sizes of the prefixes are many
-            self._folded = torch.compile(model if self._folded is None else self._folded, dynamic=True)
+            self._compile(model, x)
 
     def _fold(self, model: nn.Module, x: Tensor) -> str | None:
         """Trace the model; or why that cannot be."""
@@ -149,8 +164,30 @@ class FrozenModel:
             self._layers = []
             warnings.warn(f"the attack runs on the model as it is, not folded: {error}", stacklevel=2)
             return str(error)
+        for layer in self._layers:
+            if isinstance(layer, _FrozenLayer) and layer.weight.dtype != torch.float64:  # which autocast leaves alone
+                layer.to(self._recipe.autocast)  # once here instead of in every step
         self._folded = graph
+        read = {id(buffer) for buffer in graph.buffers()}
+        norms = (m for m in model.modules() if isinstance(m, _NormBase))
+        self.independent = not any(id(buffer) in read for norm in norms for buffer in norm.buffers())
         return None
+
+    def _compile(self, model: nn.Module, x: Tensor) -> None:
+        """Compile forward and backward now, so that what cannot be compiled is known now."""
+        plain = self._folded
+        # the sizes of the prefixes are many
+        self._folded = torch.compile(model if plain is None else plain, dynamic=True)
+        leaf = x.detach().clone().requires_grad_()
+        try:
+            with torch.enable_grad():
+                torch.autograd.grad(self(leaf).float().sum(), leaf)
+        except Exception as error:  # whatever the compiler raises, or its C++ compiler that is not there
+            why = " ".join(str(error).splitlines()[:2])  # the second line names what the backend raised
+            warnings.warn(
+                f"the attack's view of the model is not compiled: {type(error).__name__}: {why}", stacklevel=2
+            )
+            self._folded = plain
 
     @property
     def model(self) -> nn.Module:
@@ -163,12 +200,6 @@ class FrozenModel:
     def channels_last(self) -> bool:
         """Whether images are best given with the channel as the fastest index."""
         return self._recipe.channels_last
-
-    @property
-    def independent(self) -> bool:
-        """Whether a call reads no buffer of the model, so that a training forward may run beside it."""
-        folded = {id(b) for layer in self._layers if layer.norm is not None for b in layer.norm.buffers()}
-        return bool(self._layers) and all(id(b) in folded for b in self.model.buffers())
 
     def tensors(self) -> list[Tensor]:
         """All that a call reads."""
@@ -243,7 +274,7 @@ def _kinds(held: list[object]) -> list[tuple[torch.dtype, torch.device]]:
     return [(t.dtype, t.device) for t in held if isinstance(t, Tensor)]
 
 
-def _traced(model: nn.Module, channels_last: bool) -> tuple[fx.GraphModule, list[_FrozenLayer]]:
+def _traced(model: nn.Module, channels_last: bool) -> tuple[fx.GraphModule, list[_FrozenLayer | _FrozenNorm]]:
     """The model's computation on frozen layers, and these."""
     if name := hooked(model):
         raise NotFoldedError(f"{name} has a hook, which a folded model would not run")
@@ -252,8 +283,8 @@ def _traced(model: nn.Module, channels_last: bool) -> tuple[fx.GraphModule, list
     except Exception as error:  # whatever the model's own code raises on a proxy
         raise NotFoldedError(f"it cannot be traced ({_first_line(error)})") from error
     modules = dict(graph.named_modules(remove_duplicate=False))
-    layers: list[_FrozenLayer] = []
-    for node in list(graph.graph.nodes):
+    layers: list[_FrozenLayer | _FrozenNorm] = []
+    for node in graph.graph.nodes:  # without those that the loop erases
         if node.op != "call_module":
             continue
         module = modules[node.target]
@@ -267,8 +298,9 @@ def _traced(model: nn.Module, channels_last: bool) -> tuple[fx.GraphModule, list
                 norm_node.replace_all_uses_with(node)
                 graph.graph.erase_node(norm_node)
         elif _has_statistics(module):
-            node.target = f"{node.name}_frozen"
-            graph.add_submodule(node.target, _FrozenNorm(module))
+            layers.append(_FrozenNorm(module))
+            node.target = f"frozen_{len(layers)}"
+            graph.add_submodule(node.target, layers[-1])
     graph.delete_all_unused_submodules()
     graph.recompile()
     return graph.eval(), layers

@@ -7,8 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from bt_fast.attack.auto import runner_of
 from bt_fast.attack.folded import Frozen, FrozenModel, attack_model
-from bt_fast.attack.runners import Runner, joined, run_eager, start_of
+from bt_fast.attack.runners import Runner, joined, start_of
 from bt_fast.attack.schedule import Schedule
 from bt_fast.attack.threat import ThreatModel
 
@@ -27,7 +28,7 @@ def generate(
     generator: torch.Generator | None = None,
     faulty: Tensor | None = None,
     frozen: Frozen | None = None,
-    runner: Runner = run_eager,
+    runner: Runner | str = "eager",
 ) -> Tensor:
     """Run the ragged attack: maximise the divergence of the model's output from `target`.
 
@@ -46,7 +47,7 @@ def generate(
             in some step, since its input gradient held NaN (in ℓ2: or Inf). `faults.gradients_without_direction` makes
             an error of it.
         frozen: a faster view of the model for the attack; without it the attack sees the model itself.
-        runner: how the schedule is executed: step by step, or by a `GraphRunner` or `StreamRunner`.
+        runner: how the schedule is executed: "eager", "graphs", "streams" or "auto", or a runner of one's own.
 
     Returns:
         [m, ...] in the schedule's order, without gradient.
@@ -58,7 +59,7 @@ def generate(
     """
     _check(clean, start, target, schedule, faulty)
     with torch.inference_mode(False), attack_model(model, frozen, clean[:COMPARED].detach()) as view:
-        return start_attack(view, clean, start, target, schedule, threat, generator, faulty, runner).finish()
+        return start_attack(view, clean, start, target, schedule, threat, generator, faulty, runner_of(runner)).finish()
 
 
 class StartedAttack:

@@ -22,7 +22,7 @@ from bt_fast.attack.threat import ThreatModel
 from bt_fast.evaluation import evaluate as evaluate_model
 from bt_fast.lab import report
 from bt_fast.lab.checkpoint import load_checkpoint
-from bt_fast.lab.config import METHODS, PRESETS, RunConfig
+from bt_fast.lab.config import COMPARED, METHODS, PRESETS, RunConfig
 from bt_fast.lab.data import ImageDataset, load_dataset
 from bt_fast.lab.models import build_model, load_published
 from bt_fast.lab.training import Run, evaluation_batches, median_speedup
@@ -133,11 +133,25 @@ def cli() -> None:
 
 
 @cli.command()
+@click.option(
+    "--method",
+    "methods",
+    type=click.Choice(METHODS),
+    multiple=True,
+    help=f"What to compare with each other (repeatable). [{', '.join(COMPARED)}]",
+)
 @_with_options([*_RUN_OPTIONS, *_PLACE_OPTIONS])
 @_one_line_errors
-def compare(data_dir: Path, device: str | None, out: Path | None, resume: Path | None, **given: Any) -> None:
+def compare(
+    methods: tuple[str, ...], data_dir: Path, device: str | None, out: Path | None, resume: Path | None, **given: Any
+) -> None:
     """Train TRADES, TRADES optimised and TRADES + BulletTrain on the same minibatches and compare them."""
-    _run(METHODS, data_dir, device, out, resume, given)
+    twice = [method for method in methods if methods.count(method) > 1]
+    if twice:
+        raise ValueError(f"--method {twice[0]} is given twice: each method is trained once")
+    if not methods and resume is None:
+        methods = COMPARED
+    _run(methods or None, data_dir, device, out, resume, given)
 
 
 @cli.command()

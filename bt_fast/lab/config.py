@@ -6,7 +6,8 @@ import dataclasses
 import json
 from dataclasses import dataclass
 
-METHODS = ("reference", "optimised", "bullet")
+COMPARED = ("reference", "optimised", "bullet")
+METHODS = (*COMPARED, *(f"{method}-{view}" for method in COMPARED[1:] for view in ("frozen", "bf16")))
 
 
 @dataclass(frozen=True)
@@ -15,7 +16,8 @@ class RunConfig:
 
     Attributes:
         methods: which of "reference" (TRADES as its authors wrote it), "optimised" (same result, fewer passes) and
-            "bullet" (TRADES with BulletTrain) are trained, in lockstep on the same minibatches.
+            "bullet" (TRADES with BulletTrain) are trained, in lockstep on the same minibatches; the latter two also as
+            "-frozen", attacked on a frozen view of the model, or "-bf16", on one in bfloat16.
         data: as `load_dataset`'s source. train_size, test_size: how many images of it; None is all.
         model: as `build_model`'s name. width: of small-cnn.
         augment: random crops with 4 pixels of padding, and horizontal flips.
@@ -85,7 +87,7 @@ class RunConfig:
 
 
 _DIGITS = RunConfig(
-    methods=METHODS,
+    methods=COMPARED,
     data="digits",
     train_size=None,
     test_size=None,

@@ -31,8 +31,20 @@ LABELS = {
     "reference": "TRADES, authors'",
     "optimised": "TRADES, ours",
     "bullet": "+ BulletTrain",
+    "optimised-frozen": "TRADES, frozen",
+    "optimised-bf16": "TRADES, bf16",
+    "bullet-frozen": "+ BT, frozen",
+    "bullet-bf16": "+ BT, bf16",
 }
-COLOURS = {"reference": "#7a7a7a", "optimised": "#1f77b4", "bullet": "#d62728"}
+COLOURS = {
+    "reference": "#7a7a7a",
+    "optimised": "#1f77b4",
+    "bullet": "#d62728",
+    "optimised-frozen": "#17becf",
+    "optimised-bf16": "#9467bd",
+    "bullet-frozen": "#ff7f0e",
+    "bullet-bf16": "#e377c2",
+}
 GROUP_COLOURS = {"boundary": "#d62728", "robust": "#2ca02c", "outlier": "#7a7a7a"}
 
 
@@ -145,8 +157,8 @@ def plot(run: Run) -> list[Path]:
     records = run.records()
     paths = [_plot_accuracy(run, [r for r in records if r["kind"] == "epoch"])]
     fractions = [r for r in records if r["kind"] == "fractions"]
-    if fractions:
-        paths.append(_plot_fractions(run, fractions))
+    if fractions:  # of one method: what the others' attack rounds away does not show
+        paths.append(_plot_fractions(run, [r for r in fractions if r["method"] == fractions[0]["method"]]))
     return paths
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bt_fast.attack.folded import Frozen
 from bt_fast.attack.threat import ThreatModel
 from bt_fast.baselines.trades_reference import trades_reference_loss
 from bt_fast.device import synchronize
@@ -32,6 +33,7 @@ from bt_fast.ops import GROUPS
 EVALUATION_BATCH = 250
 CHECKPOINT_SECONDS = 60.0
 FRACTIONS_EVERY = 10  # iterations; each look waits for the device
+VIEWS = {"": None, "frozen": Frozen(), "bf16": Frozen(autocast=torch.bfloat16)}  # by what follows a method's name
 WARM_UP = 3  # iterations left out of the ratios: first calls compile and allocate
 
 
@@ -54,7 +56,10 @@ class Contestant:
             momentum=config.sgd_momentum,
             weight_decay=config.weight_decay,
         )
-        self.bullet = _bullet(config).to(device) if method == "bullet" else None
+        objective, _, view = method.partition("-")
+        self.bullet = _bullet(config).to(device) if objective == "bullet" else None
+        self.counted = torch.zeros(3, dtype=torch.int64, device=device)  # samples by group, at the last record
+        self._frozen = VIEWS[view]
         self.seconds: list[float] = []
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
         self._random = _random_state(device)
@@ -77,8 +82,8 @@ class Contestant:
         if self.method == "reference":
             return trades_reference_loss(*arguments, perturb_steps=c.steps, beta=c.beta)
         if self.bullet is None:
-            return trades_loss(*arguments, perturb_steps=c.steps, beta=c.beta)
-        return trades_loss(*arguments, beta=c.beta, bullet=self.bullet)
+            return trades_loss(*arguments, perturb_steps=c.steps, beta=c.beta, frozen=self._frozen)
+        return trades_loss(*arguments, beta=c.beta, bullet=self.bullet, frozen=self._frozen)
 
     @contextmanager
     def _own_random_stream(self) -> Iterator[None]:
@@ -96,6 +101,7 @@ class Contestant:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "bullet": None if self.bullet is None else self.bullet.state_dict(),
+            "counted": self.counted,
             "random": self._random,
             "seconds": torch.tensor(self.seconds, dtype=torch.float64),
             "loss_sum": self.loss_sum,
@@ -107,6 +113,7 @@ class Contestant:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.bullet is not None:
             self.bullet.load_state_dict(state["bullet"])
+        self.counted = state["counted"].to(self.device)
         self._random = state["random"]
         self.seconds = state["seconds"].tolist()
         self.loss_sum = state["loss_sum"].to(self.device)
@@ -151,7 +158,6 @@ class Run:
         self.contestants = [Contestant(method, config, dataset, device) for method in config.methods]
         self.checkpoint_path = folder / "checkpoint.pt"
         self._metrics_path = folder / "metrics.jsonl"
-        self._counted: Tensor | None = None
         if resume:
             self._restore()
         elif self.checkpoint_path.exists() or self._metrics_path.exists():
@@ -194,7 +200,6 @@ class Run:
         """Write the checkpoint."""
         state = {
             "iteration": self.iteration,
-            "counted": self._counted,
             "contestants": {c.method: c.state() for c in self.contestants},
         }
         save_checkpoint(self.checkpoint_path, self.config, state)
@@ -244,11 +249,11 @@ class Run:
             if contestant.bullet is None:
                 continue
             counts = contestant.bullet.group_counts.clone()
-            recent = counts if self._counted is None else counts - self._counted
-            self._counted = counts
+            recent, contestant.counted = counts - contestant.counted, counts
             shares = (recent.double() / recent.sum()).tolist()
             self._append(
                 kind="fractions",
+                method=contestant.method,
                 **dict(zip(GROUPS, shares, strict=True)),
                 robust_fraction=float(contestant.bullet.robust_fraction),
             )
@@ -285,7 +290,6 @@ class Run:
             for contestant in self.contestants:
                 contestant.load(state["contestants"][contestant.method])
             self.iteration = state["iteration"]
-            self._counted = None if state["counted"] is None else state["counted"].to(self.device)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"{self.checkpoint_path}: does not fit this run ({error})") from error
         # what was recorded after the checkpoint will be recorded again

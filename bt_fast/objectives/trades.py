@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bt_fast import faults, ops
+from bt_fast.attack.auto import runner_of
 from bt_fast.attack.folded import Frozen, attack_model, independent
 from bt_fast.attack.frozen import clean_logits, logits_of, modes_restored
 from bt_fast.attack.generate import COMPARED, TRADES_NOISE, StartedAttack, normal_noise, start_attack
-from bt_fast.attack.runners import Runner, run_eager
+from bt_fast.attack.runners import Runner
 from bt_fast.attack.schedule import Schedule
 from bt_fast.attack.threat import ThreatModel
 from bt_fast.faults import CheckedRead, Fault
@@ -43,7 +44,7 @@ def trades_loss(
     unperturbed: Unperturbed | None = None,
     generator: torch.Generator | None = None,
     frozen: Frozen | None = None,
-    runner: Runner = run_eager,
+    runner: Runner | str = "eager",
     update: Update | None = None,
 ) -> Tensor:
     """The TRADES loss `CE(h(x), y) + β/m · Σ KL(softmax h(x) ‖ softmax h(x'))`, ready for `backward()`.
@@ -81,10 +82,11 @@ def trades_loss(
             drawn, from this generator or the device's own: a sample's noise is that of `ops.gather_start`.
         frozen: a faster view of the model for the attack, `Frozen()`: the same up to rounding. Without it the attack
             sees the model itself.
-        runner: how the attack is executed: step by step, or by a `GraphRunner` or `StreamRunner` (on CUDA). These queue
-            it on streams of their own; the update's clean forward then runs beside it where that changes nothing: with
-            a `frozen` view that reads no buffer of the model, and where a forward is known to move no buffers but those
-            of batch norm.
+        runner: how the attack is executed: "eager", step by step; from CUDA "graphs"; on "streams"; "auto", the fastest
+            of these, tried once (`RUNNERS["auto"].reasons` says why); or a runner of one's own, such as
+            `GraphRunner(bucket=16)`. Graphs and streams queue it on streams of their own; the update's clean forward
+            then runs beside it where that changes nothing: with a `frozen` view that reads no statistics of the model's
+            norms, and where a forward is known to move no buffers but those of batch norm.
         update: how the update is executed, `Update()`: the same up to rounding. Without it as the authors' code does.
 
     Returns:
@@ -99,12 +101,11 @@ def trades_loss(
             attack itself raises (the model's own exceptions, out of memory) comes before them, beside it or not.
     """
     threat = ThreatModel(epsilon, distance)
-    _check(
-        x_natural, y, optimizer, step_size, perturb_steps, beta, bullet, unperturbed, generator, frozen, runner, update
-    )
+    _check(x_natural, y, optimizer, step_size, perturb_steps, beta, bullet, unperturbed, generator, frozen, update)
+    run = runner_of(runner)
     x = x_natural.detach()
     pixels = faults.pixels_outside(x, threat.lower, threat.upper, "x_natural")
-    options = (threat, generator, frozen, runner, pixels)
+    options = (threat, generator, frozen, run, pixels)
     if bullet is None:
         attack = _start_uniform(model, x, y, step_size, perturb_steps, *options)
         corrupted = len(x)
@@ -329,7 +330,6 @@ def _check(
     unperturbed: Unperturbed | None,
     generator: torch.Generator | None,
     frozen: Frozen | None,
-    runner: Runner,
     update: Update | None,
 ) -> None:
     if not isinstance(x, Tensor):
@@ -352,8 +352,6 @@ def _check(
         raise ValueError(f"generator must be on {x.device} like the images, but is on {generator.device}")
     if frozen is not None and not isinstance(frozen, Frozen):
         raise TypeError(f"frozen must be a Frozen or None, got {type(frozen).__name__}")
-    if not callable(runner):
-        raise TypeError(f"runner must be a runner such as GraphRunner(), got {type(runner).__name__}")
     if update is not None and not isinstance(update, Update):
         raise TypeError(f"update must be an Update or None, got {type(update).__name__}")
     if unperturbed not in (None, "keep", "skip"):

@@ -8,7 +8,7 @@ import small_models
 import torch
 from emulated_device import EmulatedDevice
 
-from bt_fast import AutoRunner, BulletTrain, Schedule, ThreatModel, trades_loss
+from bt_fast import RUNNERS, AutoRunner, BulletTrain, Schedule, ThreatModel, trades_loss
 from bt_fast.attack import auto
 from bt_fast.attack.runners import run_eager
 
@@ -86,3 +86,34 @@ def test_on_the_cpu_it_runs_eagerly_and_says_so():
 def test_no_candidate_is_refused():
     with pytest.raises(ValueError, match="candidates"):
         AutoRunner({})
+
+
+@pytest.mark.parametrize("name", RUNNERS)
+def test_a_name_stands_for_a_runner_shared_by_all(name):
+    x, y = torch.rand(6, *small_models.SHAPE, dtype=torch.float64), torch.arange(6) % small_models.CLASSES
+    original, found = small_models.conv_bn().double(), []
+    for runner in ("eager", name):
+        model, bullet = copy.deepcopy(original), BulletTrain(2, 1, 0)
+        with EmulatedDevice() as emulated:
+            for _ in range(3):
+                options = {"bullet": bullet, "generator": torch.Generator().manual_seed(0)}
+                loss = trades_loss(model, x, y, None, runner=runner, **options)
+        found.append([loss.detach(), *model.buffers()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert bool(emulated.captures) == (name != "eager")
+
+
+def test_the_runner_that_chooses_by_itself_says_why():
+    before = len(RUNNERS["auto"].reasons)
+    x, y = torch.rand(6, *small_models.SHAPE), torch.arange(6) % small_models.CLASSES
+    trades_loss(small_models.conv_bn(), x, y, None, runner="auto")
+    assert RUNNERS["auto"].reasons[before:] == [
+        "6 x [1, 6, 6] torch.float32: eager, since the images are on cpu, and graphs are CUDA's"
+    ]
+
+
+@pytest.mark.parametrize(("runner", "error"), [("fast", ValueError), (True, TypeError), (None, TypeError)])
+def test_what_is_no_runner_is_refused(runner, error):
+    x, y = torch.rand(6, *small_models.SHAPE), torch.arange(6) % small_models.CLASSES
+    with pytest.raises(error, match="runner must be a runner or"):
+        trades_loss(small_models.conv_bn(), x, y, None, runner=runner)

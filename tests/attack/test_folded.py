@@ -15,6 +15,7 @@ from torch import nn
 
 from bt_fast import BulletTrain, Frozen, Schedule, ThreatModel, generate, trades_loss
 from bt_fast.attack.folded import FrozenModel, attack_model
+from bt_fast.attack.frozen import eval_mode
 from bt_fast.attack.runners import input_gradient
 from bt_fast.lab.models import build_model
 
@@ -84,6 +85,7 @@ MODELS = {
     "two readers": TwoReaders,
     "run twice": RunTwice,
     "strange convolutions": strange_convolutions,
+    "instance norm": small_models.instance_norm,
     "small-cnn": lambda: build_model("small-cnn", in_channels=1, image_size=16, num_classes=5),
     "wrn-10-1": lambda: build_model("wrn-10-1", in_channels=1, image_size=8, num_classes=5),
     "preactresnet-18": lambda: build_model("preactresnet-18", in_channels=1, image_size=8, num_classes=5),
@@ -273,6 +275,7 @@ def test_the_attack_finds_the_same_perturbation(norm, recipe):
 def test_in_16_bits_no_gradient_is_lost(dtype):
     model, x = trained(small_models.conv_bn()).float(), images("conv_bn").float()
     with attack_model(model, Frozen(autocast=dtype), x) as view:
+        assert {b.dtype for layer in view._layers for b in layer.buffers()} == {dtype}
         start = x + 1e-6 * torch.randn_like(x)
         found = input_gradient(view, start, model(x).softmax(dim=1).detach())
     assert found.dtype == torch.float32
@@ -303,10 +306,46 @@ def test_compiled_it_finds_the_same_perturbation():
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
 
 
+def test_what_cannot_be_compiled_runs_uncompiled_and_says_why_once():
+    model, x = trained(small_models.conv_bn()), images("conv_bn")
+    expected = attack(model, x, None)
+
+    def failing(*_):
+        raise RuntimeError("no compiler")
+
+    broken = functools.partial(torch.compile, backend=failing)
+    with mock.patch("torch.compile", side_effect=broken), pytest.warns(UserWarning, match="no compiler") as warned:
+        found = [attack(model, x, Frozen(compile=True)) for _ in range(2)]
+    assert len(warned) == 1
+    for x_adv in found:
+        torch.testing.assert_close(x_adv, expected, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("name", "recipe", "independent"),
+    [
+        ("conv_bn", Frozen(), True),
+        ("wrn-10-1", Frozen(), True),  # the norms that stay have numbers of their own
+        ("normalising", Frozen(), True),  # reads buffers, but not a norm's
+        ("instance norm", Frozen(), False),
+        ("conv_bn", Frozen(fold=False), False),
+    ],
+)
+def test_it_knows_whether_it_reads_statistics_that_a_training_forward_moves(name, recipe, independent):
+    model, x = trained(MODELS[name]()), images(name)
+    view = view_of(model, x, recipe)
+    assert view.independent == independent
+    with eval_mode(model):
+        before = view(x)
+    model.train()(x)
+    with eval_mode(model):
+        assert torch.equal(view(x), before) == independent
+
+
 def test_a_wrong_recipe_is_refused():
     with pytest.raises(TypeError, match="autocast"):
         Frozen(autocast=torch.float32)
     with pytest.raises(TypeError, match="frozen"):
         trades_loss(nn.Linear(4, 2), torch.rand(3, 4), torch.zeros(3, dtype=torch.int64), None, frozen=True)
     with pytest.raises(TypeError, match="runner"):
-        trades_loss(nn.Linear(4, 2), torch.rand(3, 4), torch.zeros(3, dtype=torch.int64), None, runner="graphs")
+        trades_loss(nn.Linear(4, 2), torch.rand(3, 4), torch.zeros(3, dtype=torch.int64), None, runner=3)

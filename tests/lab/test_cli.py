@@ -116,6 +116,18 @@ def test_evaluate_on_data_that_the_network_does_not_fit_is_refused(compared, tmp
     assert "does not fit the data" in error
 
 
+def test_compare_takes_the_methods_that_it_is_told(data, tmp_path):
+    options = ["--data", data, "--out", tmp_path / "run", *SMALL]
+    result = bt_fast("compare", "--method", "bullet", "--method", "bullet-bf16", *options)
+    assert result.exit_code == 0, result.output
+    assert re.search(
+        r"\+ BT, bf16\s+[\d.]+%\s+[\d.]+%\s+[\d.]+/[\d.]+/[\d.]+\s+[\d.]+x\s+[\d.]+F\s+[\d.]+x", result.output
+    )
+    assert set(json.loads((tmp_path / "run" / "summary.json").read_text())["methods"]) == {"bullet", "bullet-bf16"}
+    error = one_line(bt_fast("compare", "--method", "bullet", "--method", "bullet", *options))
+    assert "--method bullet is given twice" in error
+
+
 def test_train_trains_one_method_with_bullettrain_as_the_default(data, tmp_path):
     assert bt_fast("train", "--data", data, "--out", tmp_path / "a", *SMALL).exit_code == 0
     assert list(load_checkpoint(tmp_path / "a" / "checkpoint.pt")[1]["contestants"]) == ["bullet"]

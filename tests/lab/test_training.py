@@ -4,6 +4,7 @@ import json
 import pytest
 import torch
 
+from bt_fast import Frozen
 from bt_fast.lab.checkpoint import load_checkpoint, save_checkpoint
 from bt_fast.lab.config import METHODS, PRESETS, RunConfig
 from bt_fast.lab.data import ImageDataset
@@ -24,6 +25,7 @@ def blobs(train=40, test=12):
 
 CONFIG = dataclasses.replace(
     PRESETS["digits"],
+    methods=METHODS,
     data="blobs",
     width=2,
     epochs=2,
@@ -98,10 +100,30 @@ def test_the_fractions_recorded_are_the_shares_of_each_group(tmp_path):
     run = run_to_the_end(tmp_path / "run", config)
     (record,) = (r for r in run.records() if r["kind"] == "fractions")
     assert record["iteration"] == 10
-    counted = dict(zip(("outlier", "boundary", "robust"), run._counted.tolist(), strict=True))
+    counted = dict(zip(("outlier", "boundary", "robust"), run.contestants[0].counted.tolist(), strict=True))
     total = sum(counted.values())
     assert total == 3 * 40 + 16
     assert {group: record[group] for group in counted} == {group: n / total for group, n in counted.items()}
+
+
+def test_each_method_attacks_on_the_view_that_its_name_says(finished):
+    views = {c.method: c._frozen for c in finished.contestants}
+    for objective in ("optimised", "bullet"):
+        assert views[objective] is None
+        assert views[f"{objective}-frozen"] == Frozen()
+        assert views[f"{objective}-bf16"] == Frozen(autocast=torch.bfloat16)
+
+
+def test_a_frozen_view_moves_the_weights_by_rounding_only(finished):
+    for objective, view, most in (("optimised", "frozen", 1e-3), ("bullet", "frozen", 1e-3), ("bullet", "bf16", 0.05)):
+        for name, exact in weights(finished)[objective].items():
+            found = weights(finished)[f"{objective}-{view}"][name]
+            torch.testing.assert_close(found, exact, rtol=0, atol=most)
+    assert not torch.equal(weights(finished)["bullet-bf16"]["classifier.fc1.weight"], exact_fc1(finished))
+
+
+def exact_fc1(run):
+    return weights(run)["bullet"]["classifier.fc1.weight"]
 
 
 @pytest.mark.parametrize("stop_after", range(1, 6))
