@@ -208,7 +208,7 @@ IN_TRADES = [
 IN_GENERATE = [
     Bug("it does not wait for the steps", "self._join()\n        return", "return", beside),
     Bug("it does not join after an exception", f"{LEFT}self._join()", f"{LEFT}pass", failing_forward),
-    Bug("nothing is waited for", ", runner).finish()", ", runner)._x_adv", own_attack),
+    Bug("nothing is waited for", ")).finish()", "))._x_adv", own_attack),
     Bug("it changes the start", f"{CLONE}preserve_format)", "start.detach()", own_attack),
     Bug("it changes a start with channels last", f"{CLONE}channels_last)", "start.detach()", own_attack),
 ]
