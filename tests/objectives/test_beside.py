@@ -1,0 +1,261 @@
+"""The clean forward of the update runs beside the attack where nothing can tell, and all that is queued is joined."""
+
+import functools
+import gc
+import importlib
+from contextlib import ExitStack, suppress
+from unittest import mock
+
+import pytest
+import small_models
+import torch
+from emulated_device import EmulatedDevice
+from planted import Bug, left_out, planted
+from pretended_device import DEVICE, pretended_device
+from torch import nn
+
+from bt_fast import AutoRunner, BulletTrain, Frozen, GraphRunner, Schedule, StreamRunner, ThreatModel
+from bt_fast.attack import folded
+from bt_fast.attack.runners import run_eager
+from bt_fast.objectives import trades
+
+generate = importlib.import_module("bt_fast.attack.generate")
+BULLETS = {"uniform": lambda: None, "bullet": lambda: BulletTrain(2, 1, 0)}
+VIEW = Frozen(channels_last=False)
+
+
+def same(found, expected):
+    return len(found) == len(expected) and all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def training(runner, bullet=lambda: None, frozen=VIEW, build="conv_bn", steps=3):
+    """Losses, gradients and buffers of some updates; batches are spoilt when they are done with."""
+    torch.manual_seed(0)
+    model, bullet, found = small_models.build(build), bullet(), []
+    for k in range(steps):
+        x, y = small_models.batch(6, seed=k)
+        options = {"generator": torch.Generator().manual_seed(k), "bullet": bullet, "frozen": frozen, "runner": runner}
+        loss = trades.trades_loss(model, x, y, None, perturb_steps=2, **options)
+        loss.backward()
+        found += [v.detach().clone() for v in (loss, *(p.grad for p in model.parameters()), *model.buffers())]
+        x.fill_(-1), y.fill_(-1)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.sub_(0.1 * p.grad)
+                p.grad = None
+    return found
+
+
+RUNNERS = {
+    "graphs": lambda: GraphRunner(bucket=2),
+    "streams": lambda: StreamRunner(bucket=2),
+    "chosen": lambda: AutoRunner({"graphs": GraphRunner(bucket=2)}),
+}
+
+
+@pytest.mark.parametrize(
+    ("model", "bullet", "runner"),
+    [
+        *(("conv_bn", bullet, runner) for bullet in BULLETS for runner in RUNNERS),
+        *((model, "bullet", "graphs") for model in ("dropout", "frozen norm", "tied norm", "normalising")),
+    ],
+)
+def test_the_result_is_that_of_one_after_the_other_in_any_order(model, bullet, runner):
+    expected = training(run_eager, BULLETS[bullet], build=model)
+    with EmulatedDevice() as emulated:
+        found = training(RUNNERS[runner](), BULLETS[bullet], build=model)
+    assert emulated.replays
+    assert same(found, expected)
+    for seed in range(5):
+        assert same(emulated.shuffled(seed, found), expected), seed
+
+
+def order(**options):
+    """What came first, the clean forward of each update or the end of its attack."""
+    events, clean, finish = [], trades._Computation.clean, generate.StartedAttack.finish
+    with (
+        mock.patch.object(
+            trades._Computation, "clean", lambda *given: events.append("clean") or clean(*given), create=True
+        ),
+        mock.patch.object(generate.StartedAttack, "finish", lambda *given: events.append("attack") or finish(*given)),
+        EmulatedDevice(),
+    ):
+        training(**options)
+    return events
+
+
+def test_it_runs_beside_the_attack_once_its_forward_is_known():
+    assert order(runner=GraphRunner(bucket=2)) == ["attack", "clean", *["clean", "attack"] * 2]
+
+
+AFTER = ["attack", "clean"] * 3
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"runner": run_eager},
+        {"runner": GraphRunner(), "frozen": None},
+        {"runner": GraphRunner(), "build": "counter in place"},
+        {"runner": GraphRunner(), "build": "own norm"},
+    ],
+    ids=["no streams", "no view", "a view of a buffer that moves", "a norm that is not torch's"],
+)
+def test_it_runs_after_the_attack_where_that_could_be_told(options):
+    assert order(**options) == AFTER
+
+
+def test_a_loss_refreshes_the_view_once():
+    with mock.patch.object(
+        folded.FrozenModel, "refresh", autospec=True, side_effect=folded.FrozenModel.refresh
+    ) as refresh:
+        training(run_eager)
+        assert refresh.call_count == 1 + 3  # the first when it is made
+        training(run_eager, BULLETS["bullet"])
+        assert refresh.call_count == 2 * (1 + 3)
+
+
+# Faults
+
+
+class FailingInTraining(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.fails = small_models.conv_bn(), False
+
+    def forward(self, x):
+        if self.training and self.fails:
+            raise ArithmeticError("the model's own")
+        return self.body(x)
+
+
+def failing_forward(runner):
+    """The clean forward raises beside the attack, and the caller takes memory for something else."""
+    torch.manual_seed(0)
+    model = small_models.build(FailingInTraining)
+    x, y = small_models.batch(6)
+    options = {"perturb_steps": 2, "generator": torch.Generator().manual_seed(0), "frozen": VIEW, "runner": runner}
+    for model.fails in (False, False, True):
+        with suppress(ArithmeticError):
+            trades.trades_loss(model, x, y, None, **options)
+    gc.collect()  # the error and its frames
+    others = [torch.full_like(x, 3.0) for _ in range(24)]
+    assert model.training
+    model.fails = False
+    loss = trades.trades_loss(model, x, y, None, **options)
+    return [*others, loss.detach(), *model.buffers()]
+
+
+def without_view(runner):
+    """The attack sees the model itself, whose statistics the update moves."""
+    return training(runner, frozen=None)
+
+
+def beside(runner):
+    return training(runner)
+
+
+def own_attack(runner):
+    """An attack by `generate`, which leaves its start alone."""
+    model = small_models.build("conv_bn").eval()
+    x, _ = small_models.batch(6)
+    start, target = x + 0.001, torch.eye(5, dtype=torch.float64)[torch.arange(6) % 5]
+    schedule = Schedule.uniform(6, 2, 0.01, x.device)
+    for frozen in (None, Frozen()):
+        found = generate.generate(model, x, start, target, schedule, ThreatModel(0.1), frozen=frozen, runner=runner)
+    idle = generate.generate(model, x, start, target, Schedule.uniform(6, 0, 0.01, x.device), ThreatModel(0.1))
+    idle.fill_(0.0)
+    return [found.clone(), start.clone()]
+
+
+def bad_pixels(runner):
+    x, y = small_models.batch(6)
+    with pytest.raises(ValueError, match="pixels outside"):
+        trades.trades_loss(small_models.build(), x + 1, y, None, runner=runner)
+    return []
+
+
+def bad_gradients(runner):
+    x, y = small_models.with_bright([1, 4])
+    with pytest.raises(ValueError, match="for 2 of 8 samples"):
+        trades.trades_loss(small_models.build(small_models.Undefined), x, y, None, runner=runner, perturb_steps=3)
+    return []
+
+
+def bad_gradients_on_a_device(runner):
+    model = small_models.build(dtype=torch.float32).to(DEVICE)
+    x, y = torch.empty(6, *small_models.SHAPE, device=DEVICE), torch.zeros(6, dtype=torch.int64, device=DEVICE)
+    with pretended_device(plan=[0, 0, 0]) as reads:
+        trades.trades_loss(model, x, y, None)
+    return [torch.tensor(reads.waited)]
+
+
+SCENARIOS = [
+    *(beside, without_view, failing_forward, own_attack),
+    *(bad_pixels, bad_gradients, bad_gradients_on_a_device),
+]
+LEFT = "object) -> None:\n        "
+CLONE = "start.detach().clone(memory_format=torch."
+IN_TRADES = [
+    Bug("x' is used before the attack has ended", "started.finish()", "started._x_adv", beside),
+    Bug("no join after an exception", "with attack.started as", "for started in [attack.started]:  #", failing_forward),
+    Bug("beside an attack on the model itself", "attack.independent and", "", without_view),
+    Bug("batch norm moves once too little", "repeat.replay()", "pass", beside),
+    Bug("bad input goes unnoticed", "attack.inputs.wait()", "pass", bad_pixels),
+    Bug("bad gradients go unnoticed", "gradients.wait()", "pass", bad_gradients),
+    Bug("bad gradients go unnoticed on a device", "late.wait()", "pass", bad_gradients_on_a_device),
+]
+IN_GENERATE = [
+    Bug("it does not wait for the steps", "self._join()\n        return", "return", beside),
+    Bug("it does not join after an exception", f"{LEFT}self._join()", f"{LEFT}pass", failing_forward),
+    Bug("nothing is waited for", ")).finish()", "))._x_adv", own_attack),
+    Bug("it changes the start", f"{CLONE}preserve_format)", "start.detach()", own_attack),
+    Bug("it changes a start with channels last", f"{CLONE}channels_last)", "start.detach()", own_attack),
+]
+
+
+@functools.cache
+def eager(scenario):
+    return scenario(run_eager)
+
+
+def caught(changed, scenario):
+    """Whether some order of the work gives another result than the eager one, or something raises."""
+    with ExitStack() as patches:
+        for module, attributes in (
+            (trades, ("trades_loss", "start_attack")),
+            (generate, ("generate", "StartedAttack")),
+        ):
+            for attribute in attributes:
+                if attribute in vars(changed):
+                    patches.enter_context(mock.patch.object(module, attribute, vars(changed)[attribute]))
+        if scenario is bad_gradients_on_a_device:
+            return not same(scenario(None), eager(scenario))
+        emulated = patches.enter_context(EmulatedDevice())
+        try:
+            found = scenario(GraphRunner(bucket=2))
+        except (Exception, pytest.fail.Exception):
+            return True
+    return any(not same(emulated.shuffled(seed, found), eager(scenario)) for seed in range(20))
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_the_loss_as_it_is_passes(scenario):
+    assert not caught(trades, scenario)
+
+
+@pytest.mark.parametrize("bug", IN_TRADES, ids=str)
+def test_a_bug_planted_into_the_loss_is_caught(bug, tmp_path):
+    eager(bug.scenario)
+    assert caught(planted(trades, bug, tmp_path), bug.scenario)
+
+
+@pytest.mark.parametrize("bug", IN_GENERATE, ids=str)
+def test_a_bug_planted_into_the_attack_is_caught(bug, tmp_path):
+    eager(bug.scenario)
+    assert caught(planted(generate, bug, tmp_path), bug.scenario)
+
+
+@pytest.mark.parametrize(("module", "bugs"), [(trades, IN_TRADES), (generate, IN_GENERATE)])
+def test_no_call_that_orders_work_is_without_a_planted_bug(module, bugs):
+    assert left_out(module, bugs) == []
