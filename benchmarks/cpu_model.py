@@ -1,0 +1,202 @@
+"""This machine's CPU as a device of the GPU model, its figures from layers and operations that are timed one by one.
+
+None of them is a layer of the networks whose iterations are then predicted. Their operands are not in the cache and
+their results are kept, as in an iteration: a loop over the same operands runs up to 1.4 times as fast.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.ops import aten
+
+from bt_fast.lab.gpu_model import PRODUCTS, Kernel, Tiles
+
+GRAIN = 32768  # elements: at::internal::GRAIN_SIZE, below which torch uses one core
+VECTOR = 16  # float32 in 512 bits: oneDNN pads channels to it
+REPEATS = 7
+AT_ONCE = 192 << 20  # bytes of operands and results that a round works on: several times what a cache holds
+
+Call = tuple[Callable[[], Any], int]  # an operation and the bytes that it reads and writes
+
+
+@dataclass(frozen=True)
+class Cpu:
+    """Each operation is done before the next one begins, on all cores.
+
+    A product takes the time of its FLOPs, of which those of padded channels are part, and that of one pass over its
+    operands, since oneDNN brings them into its blocked layout and back. All else takes that of its bytes.
+
+    Attributes:
+        flop_rates: FLOP/s by the kind of product.
+        byte_rates: bytes/s by kind of operation.
+        launch_seconds: the host's, for an operation on one number, layers and autograd included.
+        product_seconds: the same for a product, by its kind.
+    """
+
+    sms: int
+    flop_rates: dict[str, float]
+    byte_rates: dict[str, float]
+    launch_seconds: float
+    product_seconds: dict[str, float]
+    graph_seconds: float = 0.0
+    start_seconds: float = 0.0
+    node_seconds: float = 0.0
+    wait_seconds: float = 0.0
+    asynchronous: bool = False
+
+    def launch_seconds_of(self, kernel: Kernel) -> float:
+        return self.product_seconds.get(kernel.kind, self.launch_seconds)
+
+    def tiles(self, kernel: Kernel) -> Tiles:
+        if kernel.kind in PRODUCTS:
+            seconds = kernel.bytes / self.byte_rates["stream"] + padded_flops(kernel) / self.flop_rates[kernel.kind]
+            return Tiles(self.sms, seconds)
+        seconds = kernel.bytes / self.byte_rates[kernel.kind]
+        return Tiles(self.sms, seconds) if kernel.rows >= GRAIN else Tiles(1, self.sms * seconds)
+
+
+def padded_flops(kernel: Kernel) -> float:
+    """Those of a convolution whose result's channels are filled up to whole vectors."""
+    if kernel.kind == "matmul":
+        return kernel.flops
+    channels = kernel.rows if kernel.kind == "conv_weight" else kernel.columns
+    return kernel.flops * (-(-channels // VECTOR) * VECTOR) / channels
+
+
+def keep_memory() -> None:
+    """Have the C library keep freed memory, as CUDA's allocator does, so that no page is fetched anew."""
+    library = ctypes.CDLL(None)
+    if hasattr(library, "mallopt"):
+        library.mallopt(-4, 0)  # M_MMAP_MAX: no block of its own for a large tensor
+        library.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: nothing goes back
+
+
+def calibrate() -> Cpu:
+    """Time one layer or operation of each kind."""
+    byte_rates = {kind: moved / seconds for kind, make in STREAMS.items() for seconds, moved in [timed(make)]}
+    flop_rates, product_seconds = {}, {}
+    for kind, make in PRODUCTS_TIMED.items():
+        product_seconds[kind] = least(make(*TINY)[0])
+        seconds, moved = timed(lambda make=make: make(*LAYER))
+        flop_rates[kind] = PRODUCT_FLOPS[kind] / (seconds - product_seconds[kind] - moved / byte_rates["stream"])
+    return Cpu(torch.get_num_threads(), flop_rates, byte_rates, _launch_seconds(), product_seconds)
+
+
+def _launch_seconds() -> float:
+    """For one operation on one number: half of a layer's forward and backward."""
+    layers = torch.nn.Sequential(*(torch.nn.ReLU() for _ in range(500)))
+    one = torch.ones(1, requires_grad=True)
+    return min(_seconds(lambda: [torch.autograd.grad(layers(one), one)]) for _ in range(REPEATS)) / (2 * len(layers))
+
+
+def timed(make: Callable[[], Call]) -> tuple[float, int]:
+    """Seconds and bytes of a call, each on operands of its own; the least of several rounds, as others compute too."""
+    first, moved = make()
+    calls = [first, *(make()[0] for _ in range(AT_ONCE // moved))]
+    rounds = [_seconds(lambda: [call() for call in calls]) for _ in range(REPEATS + 1)]
+    return min(rounds[1:]) / len(calls), moved
+
+
+def least(call: Callable[[], Any], calls: int = 200) -> float:
+    """Seconds of a call that works on next to nothing."""
+    return min(_seconds(lambda: [call() for _ in range(calls)]) for _ in range(REPEATS)) / calls
+
+
+def _seconds(work: Callable[[], list[Any]]) -> float:
+    start = time.perf_counter()
+    kept = work()
+    seconds = time.perf_counter() - start
+    del kept
+    return seconds
+
+
+def _bytes(*tensors: torch.Tensor) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def _images() -> torch.Tensor:
+    return torch.rand(64, 24, 20, 20)
+
+
+def _add() -> Call:
+    x = _images()
+    return lambda: x + 1, 2 * _bytes(x)
+
+
+def _norm() -> Call:
+    x, s = _images(), torch.ones(24)
+    return lambda: aten.native_batch_norm(x, s, s, s, s, False, 0.1, 1e-5), 2 * _bytes(x)
+
+
+def _norm_backward() -> Call:
+    x, g, s = _images(), _images(), torch.ones(24)
+    mask = [True, True, True]
+    return lambda: aten.native_batch_norm_backward(g, x, s, s, s, s, s, False, 1e-5, mask), 3 * _bytes(x)
+
+
+def _pool() -> Call:
+    x = _images()
+    out, indices = aten.max_pool2d_with_indices(x, [2, 2])
+    return lambda: aten.max_pool2d_with_indices(x, [2, 2]), _bytes(x, out, indices)
+
+
+def _pool_backward() -> Call:
+    x = _images()
+    g, i = aten.max_pool2d_with_indices(x, [2, 2])
+    numbers = ([2, 2], [2, 2], [0, 0], [1, 1], False)
+    return lambda: aten.max_pool2d_with_indices_backward(g, x, *numbers, i), _bytes(x, x, g, i)
+
+
+STREAMS = {
+    "stream": _add,
+    "norm": _norm,
+    "norm_backward": _norm_backward,
+    "pool": _pool,
+    "pool_backward": _pool_backward,
+}
+
+
+LAYER, TINY = (32, 48, 24), (1, 16, 2)  # images, channels, side
+
+
+def _layer(images: int, channels: int, side: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    shape = (images, channels, side, side)
+    return torch.rand(shape), torch.rand(shape), torch.rand(channels, channels, 3, 3)
+
+
+def _convolution(images: int, channels: int, side: int) -> Call:
+    y, x, w = _layer(images, channels, side)
+    return lambda: torch.conv2d(x, w, padding=1), _bytes(y, x, w)
+
+
+def _convolution_backward(mask: list[bool], *layer: int) -> Call:
+    y, x, w = _layer(*layer)
+    numbers = ([1, 1], [1, 1], [1, 1], False, [0, 0], 1)
+    return lambda: aten.convolution_backward(y, x, w, None, *numbers, mask), _bytes(y, x, w)
+
+
+def _matmul(rows: int, columns: int, side: int) -> Call:
+    a, b = torch.rand(rows, side * side), torch.rand(side * side, columns)
+    return lambda: a @ b, _bytes(a, b) + 4 * rows * columns
+
+
+_CONVOLUTION_FLOPS = 2 * (32 * 48 * 24 * 24) * 48 * 9
+PRODUCT_FLOPS = {
+    "conv": _CONVOLUTION_FLOPS,
+    "conv_input": _CONVOLUTION_FLOPS,
+    "conv_weight": _CONVOLUTION_FLOPS,
+    "matmul": 2 * 32 * 48 * 24 * 24,
+}
+PRODUCTS_TIMED: dict[str, Callable[..., Call]] = {
+    "conv": _convolution,
+    "conv_input": functools.partial(_convolution_backward, [True, False, False]),
+    "conv_weight": functools.partial(_convolution_backward, [False, True, False]),
+    "matmul": _matmul,
+}

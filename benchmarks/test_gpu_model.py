@@ -1,0 +1,122 @@
+"""The model of the GPU's time: how well it tells what can be measured here, and what it predicts for three GPUs.
+
+The CPU takes the GPU's place: the same simulation, with the figures of `cpu_model.calibrate`, has to predict the time
+of iterations of which it has seen no layer, within 20 %. Writes `results/gpu-model.json`, and `results/
+gpu-model-predicted.json` and `.md`. Where there is a GPU there is nothing to predict: `bt-fast predict` measures.
+
+python -m pytest benchmarks/test_gpu_model.py -s
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import cpu_model
+import pytest
+import torch
+
+from bt_fast.lab.gpu_model import GPUS, simulate
+from bt_fast.lab.gpu_prediction import LABELS, Workload, as_dict, predict
+from bt_fast.lab.gpu_trace import trace_on_cpu
+from bt_fast.lab.report import machine
+
+RESULTS = Path(__file__).parent / "results"
+CPU = torch.device("cpu")
+CASES = {("small-cnn", 32): 7, ("small-cnn", 128): 5, ("wrn-16-2", 32): 5, ("wrn-16-2", 128): 3}  # rounds
+METHODS = ("reference", "optimised", "bullet")
+PERMITTED = 0.20
+SIZES = (32, 128, 512)
+MODELS = ("small-cnn", "wrn-16-2", "wrn-28-4", "wrn-34-10")
+WORDS = "PREDICTED by a simulation, nobody measured it"
+
+
+@pytest.fixture(scope="module")
+def cpu() -> cpu_model.Cpu:
+    cpu_model.keep_memory()
+    return cpu_model.calibrate()
+
+
+def test_the_model_predicts_the_cpus_iterations(cpu: cpu_model.Cpu) -> None:
+    cases = [compare(cpu, model, size, rounds) for (model, size), rounds in CASES.items()]
+    cases = [case for group in cases for case in group]
+    result = {"machine": machine(CPU), "permitted": PERMITTED, "cpu": vars(cpu), "cases": cases}
+    RESULTS.joinpath("gpu-model.json").write_text(json.dumps(result, indent=2) + "\n")
+    off = [case for case in cases if abs(case["error"]) > PERMITTED]
+    assert not off, off
+
+
+def compare(cpu: cpu_model.Cpu, model: str, size: int, rounds: int) -> list[dict[str, Any]]:
+    """Predictions, then measurements in alternation. The least round counts: others use the machine."""
+    workload = Workload(model, size, CPU)
+    variants = workload.variants()
+    predicted, seconds = {}, {name: [] for name in METHODS}
+    for name in METHODS:
+        variants[name]()  # oneDNN prepares each shape once
+        workload.prepare()
+        predicted[name] = simulate(trace_on_cpu(variants[name]), cpu).seconds
+    for _ in range(rounds):
+        for name in METHODS:
+            workload.prepare()
+            start = time.perf_counter()
+            variants[name]()
+            seconds[name].append(time.perf_counter() - start)
+    print(f"\n{model}, batch {size}: predicted and measured seconds")
+    cases = []
+    for name in METHODS:
+        error = predicted[name] / min(seconds[name]) - 1
+        print(f"  {LABELS[name]:<18} {predicted[name]:.3f} {min(seconds[name]):.3f}  {error:+.1%}")
+        cases.append(
+            {
+                "model": model,
+                "batch_size": size,
+                "method": name,
+                "predicted_seconds": predicted[name],
+                "measured_seconds": seconds[name],
+                "error": error,
+            }
+        )
+    for name in METHODS[1:]:
+        told = predicted["reference"] / predicted[name]
+        print(f"  {LABELS[name]:<18} speedup {told:.2f}x, {min(seconds['reference']) / min(seconds[name]):.2f}x")
+    return cases
+
+
+def test_predictions_for_three_gpus() -> None:
+    found = [predict(gpu, model, size) for model in MODELS for size in SIZES for gpu in GPUS.values()]
+    RESULTS.joinpath("gpu-model-predicted.json").write_text(
+        json.dumps(
+            {
+                "what": WORDS,
+                "assumptions": {name: vars(gpu) for name, gpu in GPUS.items()},
+                "iterations": [as_dict(f) for f in found],
+            },
+            indent=1,
+        )
+        + "\n"
+    )
+    lines = [
+        f"# One TRADES iteration on three GPUs: {WORDS}",
+        "",
+        "`bt_fast/lab/gpu_model.py` says how, and which of its figures are assumed. Written by "
+        "`pytest benchmarks/test_gpu_model.py`. PREDICTED milliseconds of a method, its PREDICTED speedup over the "
+        "authors' TRADES and over ours, and in brackets the share of the ratio of floating-point operations.",
+        "",
+        "| network | batch | GPU | authors' | ours | method | PREDICTED ms | over authors' | over ours | GPU busy |",
+        "| --- | ---: | --- | ---: | ---: | --- | ---: | ---: | ---: | ---: |",
+    ]
+    for iterations in found:
+        first = [iterations.model, str(iterations.batch_size), iterations.device.split()[0]]
+        first += [f"{1e3 * iterations.rows[name].seconds:.1f}" for name in METHODS[:2]]
+        for name in ("bullet", "bullet, graphs", "bullet, streams"):
+            row = iterations.rows[name]
+            speedups = []
+            for over in METHODS[:2]:
+                speedup = iterations.speedup(name, over)
+                speedups.append(f"{speedup:.2f}× ({speedup / iterations.limit(name, over):.0%})")
+            runner = name.partition(", ")[2] or "eager"
+            cells = [*first, runner, f"{1e3 * row.seconds:.1f}", *speedups, f"{row.busy:.0%}"]
+            lines.append("| " + " | ".join(cells) + " |")
+    RESULTS.joinpath("gpu-model-predicted.md").write_text("\n".join(lines) + "\n")
