@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,10 +17,11 @@ from typing import Any
 import torch
 from torch.ops import aten
 
-from bt_fast.lab.gpu_model import PRODUCTS, Kernel, Tiles
+from bt_fast.lab.gpu_model import Kernel, Tiles
 
 GRAIN = 32768  # elements: at::internal::GRAIN_SIZE, below which torch uses one core
 VECTOR = 16  # float32 in 512 bits: oneDNN pads channels to it
+COPY = 2  # a copy reads and writes
 REPEATS = 7
 AT_ONCE = 192 << 20  # bytes of operands and results that a round works on: several times what a cache holds
 
@@ -30,14 +32,16 @@ Call = tuple[Callable[[], Any], int]  # an operation and the bytes that it reads
 class Cpu:
     """Each operation is done before the next one begins, on all cores.
 
-    A product takes the time of its FLOPs, of which those of padded channels are part, and that of one pass over its
-    operands, since oneDNN brings them into its blocked layout and back. All else takes that of its bytes.
+    A convolution takes the time of its FLOPs, of which those of padded channels are part, and that of a copy of its
+    operands and result, since oneDNN brings them into its blocked layout and back. All else takes the time of its FLOPs
+    or that of its bytes, whichever is more.
 
     Attributes:
         flop_rates: FLOP/s by the kind of product.
         byte_rates: bytes/s by kind of operation.
         launch_seconds: the host's, for an operation on one number, layers and autograd included.
         product_seconds: the same for a product, by its kind.
+        op_seconds: the same for an op written in Python, without what it does.
     """
 
     sms: int
@@ -45,6 +49,7 @@ class Cpu:
     byte_rates: dict[str, float]
     launch_seconds: float
     product_seconds: dict[str, float]
+    op_seconds: float
     graph_seconds: float = 0.0
     start_seconds: float = 0.0
     node_seconds: float = 0.0
@@ -52,20 +57,23 @@ class Cpu:
     asynchronous: bool = False
 
     def launch_seconds_of(self, kernel: Kernel) -> float:
+        if kernel.fused:
+            return self.op_seconds
         return self.product_seconds.get(kernel.kind, self.launch_seconds)
 
     def tiles(self, kernel: Kernel) -> Tiles:
-        if kernel.kind in PRODUCTS:
-            seconds = kernel.bytes / self.byte_rates["stream"] + padded_flops(kernel) / self.flop_rates[kernel.kind]
-            return Tiles(self.sms, seconds)
+        if kernel.kind.startswith("conv"):
+            copies = COPY * kernel.bytes / self.byte_rates["stream"]
+            return Tiles(self.sms, padded_flops(kernel) / self.flop_rates[kernel.kind] + copies)
+        if kernel.kind == "matmul":
+            memory = kernel.bytes / self.byte_rates["stream"]
+            return Tiles(self.sms, max(kernel.flops / self.flop_rates["matmul"], memory))
         seconds = kernel.bytes / self.byte_rates[kernel.kind]
         return Tiles(self.sms, seconds) if kernel.rows >= GRAIN else Tiles(1, self.sms * seconds)
 
 
 def padded_flops(kernel: Kernel) -> float:
     """Those of a convolution whose result's channels are filled up to whole vectors."""
-    if kernel.kind == "matmul":
-        return kernel.flops
     channels = kernel.rows if kernel.kind == "conv_weight" else kernel.columns
     return kernel.flops * (-(-channels // VECTOR) * VECTOR) / channels
 
@@ -81,32 +89,41 @@ def keep_memory() -> None:
 def calibrate() -> Cpu:
     """Time one layer or operation of each kind."""
     byte_rates = {kind: moved / seconds for kind, make in STREAMS.items() for seconds, moved in [timed(make)]}
+    stream = byte_rates["stream"]
     flop_rates, product_seconds = {}, {}
-    for kind, make in PRODUCTS_TIMED.items():
-        product_seconds[kind] = least(make(*TINY)[0])
+    for kind, make in CONVOLUTIONS.items():
+        product_seconds[kind] = repeated(make(*TINY)[0])
         seconds, moved = timed(lambda make=make: make(*LAYER))
-        flop_rates[kind] = PRODUCT_FLOPS[kind] / (seconds - product_seconds[kind] - moved / byte_rates["stream"])
-    return Cpu(torch.get_num_threads(), flop_rates, byte_rates, _launch_seconds(), product_seconds)
+        flop_rates[kind] = LAYER_FLOPS / (seconds - product_seconds[kind] - COPY * moved / stream)
+    product_seconds["matmul"] = repeated(_matmul(1, 16, 16)[0])
+    flop_rates["matmul"] = 2 * 96 * 640 * 320 / timed(lambda: _matmul(96, 640, 320))[0]
+    nothing = torch.library.custom_op("benchmarks::nothing", _nothing, mutates_args=())
+    op_seconds = repeated(lambda: nothing(torch.empty(1)))
+    return Cpu(torch.get_num_threads(), flop_rates, byte_rates, _launch_seconds(), product_seconds, op_seconds)
+
+
+def _nothing(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(x)
 
 
 def _launch_seconds() -> float:
     """For one operation on one number: half of a layer's forward and backward."""
     layers = torch.nn.Sequential(*(torch.nn.ReLU() for _ in range(500)))
     one = torch.ones(1, requires_grad=True)
-    return min(_seconds(lambda: [torch.autograd.grad(layers(one), one)]) for _ in range(REPEATS)) / (2 * len(layers))
+    return repeated(lambda: torch.autograd.grad(layers(one), one), 1) / (2 * len(layers))
 
 
 def timed(make: Callable[[], Call]) -> tuple[float, int]:
-    """Seconds and bytes of a call, each on operands of its own; the least of several rounds, as others compute too."""
+    """Seconds and bytes of a call, each on operands of its own; the median of several rounds."""
     first, moved = make()
     calls = [first, *(make()[0] for _ in range(AT_ONCE // moved))]
     rounds = [_seconds(lambda: [call() for call in calls]) for _ in range(REPEATS + 1)]
-    return min(rounds[1:]) / len(calls), moved
+    return statistics.median(rounds[1:]) / len(calls), moved
 
 
-def least(call: Callable[[], Any], calls: int = 200) -> float:
+def repeated(call: Callable[[], Any], calls: int = 200) -> float:
     """Seconds of a call that works on next to nothing."""
-    return min(_seconds(lambda: [call() for _ in range(calls)]) for _ in range(REPEATS)) / calls
+    return statistics.median(_seconds(lambda: [call() for _ in range(calls)]) for _ in range(REPEATS)) / calls
 
 
 def _seconds(work: Callable[[], list[Any]]) -> float:
@@ -164,6 +181,7 @@ STREAMS = {
 
 
 LAYER, TINY = (32, 48, 24), (1, 16, 2)  # images, channels, side
+LAYER_FLOPS = 2 * (32 * 48 * 24 * 24) * (48 * 3 * 3)
 
 
 def _layer(images: int, channels: int, side: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -182,21 +200,13 @@ def _convolution_backward(mask: list[bool], *layer: int) -> Call:
     return lambda: aten.convolution_backward(y, x, w, None, *numbers, mask), _bytes(y, x, w)
 
 
-def _matmul(rows: int, columns: int, side: int) -> Call:
-    a, b = torch.rand(rows, side * side), torch.rand(side * side, columns)
+def _matmul(rows: int, depth: int, columns: int) -> Call:
+    a, b = torch.rand(rows, depth), torch.rand(depth, columns)
     return lambda: a @ b, _bytes(a, b) + 4 * rows * columns
 
 
-_CONVOLUTION_FLOPS = 2 * (32 * 48 * 24 * 24) * 48 * 9
-PRODUCT_FLOPS = {
-    "conv": _CONVOLUTION_FLOPS,
-    "conv_input": _CONVOLUTION_FLOPS,
-    "conv_weight": _CONVOLUTION_FLOPS,
-    "matmul": 2 * 32 * 48 * 24 * 24,
-}
-PRODUCTS_TIMED: dict[str, Callable[..., Call]] = {
+CONVOLUTIONS: dict[str, Callable[..., Call]] = {
     "conv": _convolution,
     "conv_input": functools.partial(_convolution_backward, [True, False, False]),
     "conv_weight": functools.partial(_convolution_backward, [False, True, False]),
-    "matmul": _matmul,
 }

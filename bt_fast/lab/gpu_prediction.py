@@ -31,7 +31,6 @@ from bt_fast.speedup import Fractions, theoretical_speedup
 
 PAPER = Fractions(boundary=0.28, robust=0.54, outlier=0.18)
 STEPS = (10, 2, 0)  # boundary, robust, outlier
-WARM, ROUNDS = 3, 10
 LABELS = {
     "reference": "TRADES, authors'",
     "optimised": "TRADES, ours",
@@ -174,7 +173,7 @@ def predict(gpu: Gpu, model: str, batch_size: int) -> Iterations:
     return Iterations(gpu.name, model, batch_size, True, rows)
 
 
-def measure(device: torch.device, model: str, batch_size: int, *, rounds: int = ROUNDS, warm: int = WARM) -> Iterations:
+def measure(device: torch.device, model: str, batch_size: int, *, rounds: int = 10, warm: int = 3) -> Iterations:
     """By the clock: medians of rounds in which the methods alternate. Where there are no graphs, all run eagerly.
 
     Raises:
