@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +25,11 @@ GRAIN = 32768  # elements: at::internal::GRAIN_SIZE, below which torch uses one 
 VECTOR = 16  # float32 in 512 bits: oneDNN pads channels to it
 COPY = 2  # a copy reads and writes
 REPEATS = 7
+ATTEMPTS = 100
+OTHERS, SLACK = (
+    0.05,
+    0.03,
+)  # of the machine's time, and seconds, that other processes may take: its clock ticks at 10 ms
 AT_ONCE = 192 << 20  # bytes of operands and results that a round works on: several times what a cache holds
 
 Call = tuple[Callable[[], Any], int]  # an operation and the bytes that it reads and writes
@@ -117,21 +124,41 @@ def timed(make: Callable[[], Call]) -> tuple[float, int]:
     """Seconds and bytes of a call, each on operands of its own; the median of several rounds."""
     first, moved = make()
     calls = [first, *(make()[0] for _ in range(AT_ONCE // moved))]
-    rounds = [_seconds(lambda: [call() for call in calls]) for _ in range(REPEATS + 1)]
+    rounds = [quiet_seconds(lambda: [call() for call in calls]) for _ in range(REPEATS + 1)]
     return statistics.median(rounds[1:]) / len(calls), moved
 
 
 def repeated(call: Callable[[], Any], calls: int = 200) -> float:
     """Seconds of a call that works on next to nothing."""
-    return statistics.median(_seconds(lambda: [call() for _ in range(calls)]) for _ in range(REPEATS)) / calls
+    return statistics.median(quiet_seconds(lambda: [call() for _ in range(calls)]) for _ in range(REPEATS)) / calls
 
 
-def _seconds(work: Callable[[], list[Any]]) -> float:
-    start = time.perf_counter()
-    kept = work()
-    seconds = time.perf_counter() - start
-    del kept
-    return seconds
+def quiet_seconds(work: Callable[[], Any], prepare: Callable[[], Any] = lambda: None) -> float:
+    """Seconds of `work()`, taken again while other processes use the machine: two of them slow each other tenfold.
+
+    Raises:
+        RuntimeError: the machine does not become quiet.
+    """
+    for _ in range(ATTEMPTS):
+        prepare()
+        others, start = _others_seconds(), time.perf_counter()
+        kept = work()
+        seconds, others = time.perf_counter() - start, _others_seconds() - others
+        del kept
+        if others < OTHERS * seconds + SLACK:
+            return seconds
+        time.sleep(0.5)
+    raise RuntimeError("other processes use this machine: nothing can be timed")
+
+
+def _others_seconds() -> float:
+    """Processor time that other processes have used since the start, where the system tells."""
+    try:
+        user, nice, system, _, _, *interrupts = map(int, Path("/proc/stat").read_text().split("\n")[0].split()[1:9])
+    except (OSError, ValueError):
+        return 0.0
+    own = os.times()
+    return (user + nice + system + sum(interrupts)) / os.sysconf("SC_CLK_TCK") - own.user - own.system
 
 
 def _bytes(*tensors: torch.Tensor) -> int:

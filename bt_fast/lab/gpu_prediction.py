@@ -215,7 +215,7 @@ def table(found: Iterations) -> Table:
     view = Table(
         title=f"{title}: one TRADES iteration,\n{found.model}, batch {found.batch_size}, {found.device}",
         caption=(
-            f"Speedup / ratio of the FLOPs (share of it reached). Fractions {PAPER.boundary:.2f}/{PAPER.robust:.2f}/"
+            f"Speedup / ratio of the FLOPs, and the share of it. Fractions {PAPER.boundary:.2f}/{PAPER.robust:.2f}/"
             f"{PAPER.outlier:.2f}, steps 10/2/0: Eq. 7 gives {eq7():.2f}x."
         ),
         box=box.SIMPLE_HEAD,
@@ -234,7 +234,7 @@ def table(found: Iterations) -> Table:
             cells.append(f"{row.busy:.0%}")
         for over in ("reference", "optimised"):
             speedup, limit = found.speedup(name, over), found.limit(name, over)
-            cells.append(f"{speedup:.2f}/{limit:.2f}x ({speedup / limit:.0%})")
+            cells.append(f"{speedup:.2f}/{limit:.2f} {speedup / limit:.0%}")
         view.add_row(*cells)
     return view
 
