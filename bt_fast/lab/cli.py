@@ -1,4 +1,4 @@
-"""The `bt-fast` command: compare, train, evaluate."""
+"""The `bt-fast` command: compare, train, evaluate, predict."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from bt_fast.attack.threat import ThreatModel
 from bt_fast.evaluation import evaluate as evaluate_model
-from bt_fast.lab import report
+from bt_fast.lab import gpu_prediction, report
 from bt_fast.lab.checkpoint import load_checkpoint
 from bt_fast.lab.config import COMPARED, METHODS, PRESETS, RunConfig
 from bt_fast.lab.data import ImageDataset, load_dataset
+from bt_fast.lab.gpu_model import GPUS
 from bt_fast.lab.models import build_model, load_published
 from bt_fast.lab.training import Run, evaluation_batches, median_speedup
 
@@ -220,6 +221,23 @@ def evaluate(
             f"{name}: clean {100 * accuracy.clean:.2f} %, robust {100 * accuracy.robust:.2f} % "
             f"(PGD-{steps} x {restarts}, {distance}, eps = {threat.epsilon:g}, {accuracy.total} images)"
         )
+
+
+@cli.command()
+@click.option("--gpu", type=click.Choice(list(GPUS)), help="Whose data sheet to predict from. [h100]")
+@click.option("--model", metavar="NAME", default="wrn-34-10", show_default=True, help="small-cnn, wrn-D-K, ...")
+@click.option("--batch-size", type=_AT_LEAST_ONE, default=128, show_default=True)
+@_one_line_errors
+def predict(gpu: str | None, model: str, batch_size: int) -> None:
+    """Time of one TRADES iteration with each runner: measured on this machine's GPU, else PREDICTED by a model."""
+    where = gpu_prediction.measurable_device()
+    if where is None:
+        found = gpu_prediction.predict(GPUS[gpu or "h100"], model, batch_size)
+    elif gpu is not None:
+        raise ValueError(f"--gpu {gpu}: there is a GPU here, which is measured instead; leave --gpu away")
+    else:
+        found = gpu_prediction.measure(where, model, batch_size)
+    console.print(gpu_prediction.table(found))
 
 
 _ToEvaluate = tuple[dict[str, torch.nn.Module], ImageDataset, float]  # networks by name, their data, and ε

@@ -1,0 +1,240 @@
+"""This machine's CPU as a device of the GPU model, its figures from layers and operations that are timed one by one.
+
+None of them is a layer of the networks whose iterations are then predicted. Their operands are not in the cache and
+their results are kept, as in an iteration: a loop over the same operands runs up to 1.4 times as fast.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.ops import aten
+
+from bt_fast.lab.gpu_model import Kernel, Tiles
+
+GRAIN = 32768  # elements: at::internal::GRAIN_SIZE, below which torch uses one core
+VECTOR = 16  # float32 in 512 bits: oneDNN pads channels to it
+COPY = 2  # a copy reads and writes
+REPEATS = 7
+ATTEMPTS = 5
+OTHERS, SLACK = (
+    0.05,
+    0.03,
+)  # of the machine's time, and seconds, that other processes may take: its clock ticks at 10 ms
+AT_ONCE = 192 << 20  # bytes of operands and results that a round works on: several times what a cache holds
+
+Call = tuple[Callable[[], Any], int]  # an operation and the bytes that it reads and writes
+
+
+@dataclass(frozen=True)
+class Cpu:
+    """Each operation is done before the next one begins, on all cores.
+
+    A convolution takes the time of its FLOPs, of which those of padded channels are part, and that of a copy of its
+    operands and result, since oneDNN brings them into its blocked layout and back. All else takes the time of its FLOPs
+    or that of its bytes, whichever is more.
+
+    Attributes:
+        flop_rates: FLOP/s by the kind of product.
+        byte_rates: bytes/s by kind of operation.
+        launch_seconds: the host's, for an operation on one number, layers and autograd included.
+        product_seconds: the same for a product, by its kind.
+        op_seconds: the same for an op written in Python, without what it does.
+    """
+
+    sms: int
+    flop_rates: dict[str, float]
+    byte_rates: dict[str, float]
+    launch_seconds: float
+    product_seconds: dict[str, float]
+    op_seconds: float
+    graph_seconds: float = 0.0
+    start_seconds: float = 0.0
+    node_seconds: float = 0.0
+    wait_seconds: float = 0.0
+    asynchronous: bool = False
+
+    def launch_seconds_of(self, kernel: Kernel) -> float:
+        if kernel.fused:
+            return self.op_seconds
+        return self.product_seconds.get(kernel.kind, self.launch_seconds)
+
+    def tiles(self, kernel: Kernel) -> Tiles:
+        if kernel.kind.startswith("conv"):
+            copies = COPY * kernel.bytes / self.byte_rates["stream"]
+            return Tiles(self.sms, padded_flops(kernel) / self.flop_rates[kernel.kind] + copies)
+        if kernel.kind == "matmul":
+            memory = kernel.bytes / self.byte_rates["stream"]
+            return Tiles(self.sms, max(kernel.flops / self.flop_rates["matmul"], memory))
+        seconds = kernel.bytes / self.byte_rates[kernel.kind]
+        return Tiles(self.sms, seconds) if kernel.rows >= GRAIN else Tiles(1, self.sms * seconds)
+
+
+def padded_flops(kernel: Kernel) -> float:
+    """Those of a convolution whose result's channels are filled up to whole vectors."""
+    channels = kernel.rows if kernel.kind == "conv_weight" else kernel.columns
+    return kernel.flops * (-(-channels // VECTOR) * VECTOR) / channels
+
+
+def keep_memory() -> None:
+    """Have the C library keep freed memory, as CUDA's allocator does, so that no page is fetched anew."""
+    library = ctypes.CDLL(None)
+    if hasattr(library, "mallopt"):
+        library.mallopt(-4, 0)  # M_MMAP_MAX: no block of its own for a large tensor
+        library.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: nothing goes back
+
+
+def calibrate() -> Cpu:
+    """Time one layer or operation of each kind."""
+    byte_rates = {kind: moved / seconds for kind, make in STREAMS.items() for seconds, moved in [timed(make)]}
+    stream = byte_rates["stream"]
+    flop_rates, product_seconds = {}, {}
+    for kind, make in CONVOLUTIONS.items():
+        product_seconds[kind] = repeated(make(*TINY)[0])
+        seconds, moved = timed(lambda make=make: make(*LAYER))
+        flop_rates[kind] = LAYER_FLOPS / (seconds - product_seconds[kind] - COPY * moved / stream)
+    product_seconds["matmul"] = repeated(_matmul(1, 16, 16)[0])
+    flop_rates["matmul"] = 2 * 96 * 640 * 320 / timed(lambda: _matmul(96, 640, 320))[0]
+    nothing = torch.library.custom_op("benchmarks::nothing", _nothing, mutates_args=())
+    op_seconds = repeated(lambda: nothing(torch.empty(1)))
+    return Cpu(torch.get_num_threads(), flop_rates, byte_rates, _launch_seconds(), product_seconds, op_seconds)
+
+
+def _nothing(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+def _launch_seconds() -> float:
+    """For one operation on one number: half of a layer's forward and backward."""
+    layers = torch.nn.Sequential(*(torch.nn.ReLU() for _ in range(500)))
+    one = torch.ones(1, requires_grad=True)
+    return repeated(lambda: torch.autograd.grad(layers(one), one), 1) / (2 * len(layers))
+
+
+def timed(make: Callable[[], Call]) -> tuple[float, int]:
+    """Seconds and bytes of a call, each on operands of its own; the median of several rounds."""
+    first, moved = make()
+    calls = [first, *(make()[0] for _ in range(AT_ONCE // moved))]
+    rounds = [quiet_seconds(lambda: [call() for call in calls]) for _ in range(REPEATS + 1)]
+    return statistics.median(rounds[1:]) / len(calls), moved
+
+
+def repeated(call: Callable[[], Any], calls: int = 200) -> float:
+    """Seconds of a call that works on next to nothing."""
+    return statistics.median(quiet_seconds(lambda: [call() for _ in range(calls)]) for _ in range(REPEATS)) / calls
+
+
+def quiet_seconds(work: Callable[[], Any], prepare: Callable[[], Any] = lambda: None) -> float:
+    """Seconds of `work()`, taken again while other processes use the machine; if they go on, of the quietest attempt.
+
+    (Two processes with a thread on each core slow each other tenfold.)
+    """
+    attempts = []
+    for _ in range(ATTEMPTS):
+        prepare()
+        others, start = _others_seconds(), time.perf_counter()
+        kept = work()
+        seconds, others = time.perf_counter() - start, _others_seconds() - others
+        del kept
+        attempts.append((max(0.0, others - SLACK) / seconds, seconds))
+        if attempts[-1][0] < OTHERS:
+            return seconds
+        time.sleep(0.3)
+    return min(attempts)[1]
+
+
+def _others_seconds() -> float:
+    """Processor time that other processes have used since the start, where the system tells."""
+    try:
+        user, nice, system, _, _, *interrupts = map(int, Path("/proc/stat").read_text().split("\n")[0].split()[1:9])
+    except (OSError, ValueError):
+        return 0.0
+    own = os.times()
+    return (user + nice + system + sum(interrupts)) / os.sysconf("SC_CLK_TCK") - own.user - own.system
+
+
+def _bytes(*tensors: torch.Tensor) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def _images() -> torch.Tensor:
+    return torch.rand(64, 24, 20, 20)
+
+
+def _add() -> Call:
+    x = _images()
+    return lambda: x + 1, 2 * _bytes(x)
+
+
+def _norm() -> Call:
+    x, s = _images(), torch.ones(24)
+    return lambda: aten.native_batch_norm(x, s, s, s, s, False, 0.1, 1e-5), 2 * _bytes(x)
+
+
+def _norm_backward() -> Call:
+    x, g, s = _images(), _images(), torch.ones(24)
+    mask = [True, True, True]
+    return lambda: aten.native_batch_norm_backward(g, x, s, s, s, s, s, False, 1e-5, mask), 3 * _bytes(x)
+
+
+def _pool() -> Call:
+    x = _images()
+    out, indices = aten.max_pool2d_with_indices(x, [2, 2])
+    return lambda: aten.max_pool2d_with_indices(x, [2, 2]), _bytes(x, out, indices)
+
+
+def _pool_backward() -> Call:
+    x = _images()
+    g, i = aten.max_pool2d_with_indices(x, [2, 2])
+    numbers = ([2, 2], [2, 2], [0, 0], [1, 1], False)
+    return lambda: aten.max_pool2d_with_indices_backward(g, x, *numbers, i), _bytes(x, x, g, i)
+
+
+STREAMS = {
+    "stream": _add,
+    "norm": _norm,
+    "norm_backward": _norm_backward,
+    "pool": _pool,
+    "pool_backward": _pool_backward,
+}
+
+
+LAYER, TINY = (32, 48, 24), (1, 16, 2)  # images, channels, side
+LAYER_FLOPS = 2 * (32 * 48 * 24 * 24) * (48 * 3 * 3)
+
+
+def _layer(images: int, channels: int, side: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    shape = (images, channels, side, side)
+    return torch.rand(shape), torch.rand(shape), torch.rand(channels, channels, 3, 3)
+
+
+def _convolution(images: int, channels: int, side: int) -> Call:
+    y, x, w = _layer(images, channels, side)
+    return lambda: torch.conv2d(x, w, padding=1), _bytes(y, x, w)
+
+
+def _convolution_backward(mask: list[bool], *layer: int) -> Call:
+    y, x, w = _layer(*layer)
+    numbers = ([1, 1], [1, 1], [1, 1], False, [0, 0], 1)
+    return lambda: aten.convolution_backward(y, x, w, None, *numbers, mask), _bytes(y, x, w)
+
+
+def _matmul(rows: int, depth: int, columns: int) -> Call:
+    a, b = torch.rand(rows, depth), torch.rand(depth, columns)
+    return lambda: a @ b, _bytes(a, b) + 4 * rows * columns
+
+
+CONVOLUTIONS: dict[str, Callable[..., Call]] = {
+    "conv": _convolution,
+    "conv_input": functools.partial(_convolution_backward, [True, False, False]),
+    "conv_weight": functools.partial(_convolution_backward, [False, True, False]),
+}

@@ -1,0 +1,267 @@
+"""How long one TRADES iteration takes on a GPU: measured where there is one, PREDICTED by the model where not.
+
+The groups have the paper's sizes (Table 2: .28 boundary, .54 robust, .18 outlier; 10 / 2 / 0 steps).
+"""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich import box
+from rich.table import Table
+from torch import Tensor
+
+from bt_fast import BulletTrain, trades_loss
+from bt_fast.attack.auto import now
+from bt_fast.attack.frozen import clean_logits, eval_mode
+from bt_fast.attack.graphs import GraphRunner
+from bt_fast.attack.streams import StreamRunner
+from bt_fast.baselines.trades_reference import trades_reference_loss
+from bt_fast.lab.gpu_model import Action, Gpu, kernels_of, simulate
+from bt_fast.lab.gpu_trace import NOWHERE, trace
+from bt_fast.lab.models import build_model
+from bt_fast.mining import step_count
+from bt_fast.speedup import Fractions, theoretical_speedup
+
+PAPER = Fractions(boundary=0.28, robust=0.54, outlier=0.18)
+STEPS = (10, 2, 0)  # boundary, robust, outlier
+LABELS = {
+    "reference": "TRADES, authors'",
+    "optimised": "TRADES, ours",
+    "optimised, graphs": "TRADES, ours, graphs",
+    "bullet": "+ BulletTrain",
+    "bullet, graphs": "+ BulletTrain, graphs",
+    "bullet, streams": "+ BulletTrain, streams",
+}
+
+
+class Workload:
+    """A network, a minibatch, and one iteration of each method on them.
+
+    Args:
+        model: as `build_model`'s name. batch_size: m ≥ 1.
+        device: where it runs; on `NOWHERE` it can only be traced.
+
+    Raises:
+        TypeError or ValueError: there is no such network, or the batch size is no integer of at least 1.
+    """
+
+    def __init__(self, model: str, batch_size: int, device: torch.device) -> None:
+        m = step_count("batch_size", batch_size, least=1)
+        channels, size = (1, 28) if model == "small-cnn" else (3, 32)
+        with device:
+            self.model = build_model(model, in_channels=channels, image_size=size, num_classes=10)
+            last = list(self.model.modules())[-1]
+            if isinstance(last, torch.nn.Linear):
+                torch.nn.init.normal_(last.weight, std=0.3)  # SmallCNN starts with logits that are all 0
+            self.x = torch.rand(m, channels, size, size)
+            self.y = torch.zeros(m, dtype=torch.int64)
+        # lr = 0: its work is done, the weights stay. Grouped launches, as is the default on a GPU
+        self.optimizer = torch.optim.SGD(
+            self.model.parameters(), lr=0.0, momentum=0.9, weight_decay=2e-4, foreach=device.type != "cpu"
+        )
+        self.bullet = BulletTrain(*STEPS).to(device)
+        self.outliers = round(PAPER.outlier * m)
+        self.robust = round(PAPER.robust * m)
+        self.boundary = m - self.outliers - self.robust
+
+    def prepare(self) -> None:
+        """Give the groups their sizes again: they follow from the labels and F_R."""
+        with eval_mode(self.model):
+            self.y.copy_(clean_logits(self.model, self.x).argmax(dim=1))
+        self.y[: self.outliers] = (self.y[: self.outliers] + 1) % 10
+        self.bullet.robust_fraction.fill_(PAPER.robust)
+
+    def variants(self) -> dict[str, Callable[[], None]]:
+        """An iteration of each method, by the names of `LABELS`."""
+        arguments = (self.model, self.x, self.y, self.optimizer)
+        setting: dict[str, Any] = {"step_size": 0.007, "epsilon": 0.031, "beta": 6.0}
+
+        def iteration(loss_of: Callable[..., Tensor], **options: Any) -> Callable[[], None]:
+            def run() -> None:
+                loss_of(*arguments, **setting, **options).backward()
+                self.optimizer.step()
+
+            return run
+
+        return {
+            "reference": iteration(trades_reference_loss),
+            "optimised": iteration(trades_loss),
+            "optimised, graphs": iteration(trades_loss, runner=GraphRunner()),
+            "bullet": iteration(trades_loss, bullet=self.bullet),
+            "bullet, graphs": iteration(trades_loss, bullet=self.bullet, runner=GraphRunner()),
+            "bullet, streams": iteration(trades_loss, bullet=self.bullet, runner=StreamRunner()),
+        }
+
+    def counts(self) -> list[int]:
+        """What the device would answer to the read of the counts: those active at each step, then the group sizes."""
+        steps = (self.boundary, STEPS[0]), (self.robust, STEPS[1]), (self.outliers, STEPS[2])
+        active = [sum(size for size, count in steps if count > t) for t in range(max(STEPS))]
+        return [*active, self.outliers, self.boundary, self.robust]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method's iteration.
+
+    Attributes:
+        seconds: of the iteration.
+        flops: that it takes, without what graphs pad.
+        busy: the share of the time in which the device computed; None where it was measured.
+    """
+
+    seconds: float
+    flops: int
+    busy: float | None
+
+
+@dataclass(frozen=True)
+class Iterations:
+    """Each method's iteration on one device, by the names of `LABELS`.
+
+    Attributes:
+        predicted: whether by the model; else measured.
+    """
+
+    device: str
+    model: str
+    batch_size: int
+    predicted: bool
+    rows: dict[str, Row]
+
+    def speedup(self, name: str, over: str) -> float:
+        """How many times as fast as the method `over`."""
+        return self.rows[over].seconds / self.rows[name].seconds
+
+    def limit(self, name: str, over: str) -> float:
+        """The ratio of their floating-point operations."""
+        return self.rows[over].flops / self.rows[name].flops
+
+
+def eq7() -> float:
+    """The paper's theoretical speedup at its fractions."""
+    boundary, robust, outlier = STEPS
+    return theoretical_speedup(PAPER, boundary_steps=boundary, robust_steps=robust, outlier_steps=outlier)
+
+
+@functools.cache
+def programs(model: str, batch_size: int) -> dict[str, Sequence[Action]]:
+    """What each method's iteration would have a GPU do."""
+    workload = Workload(model, batch_size, NOWHERE)
+    reads = {"bullet": workload.counts()}
+    return {
+        name: tuple(trace(work, reads=reads.get(name.split(",")[0], ()))) for name, work in workload.variants().items()
+    }
+
+
+def predict(gpu: Gpu, model: str, batch_size: int) -> Iterations:
+    """By the model of `gpu`: nothing is measured.
+
+    Raises:
+        TypeError or ValueError: as `Workload`.
+    """
+    rows = {}
+    for name, program in programs(model, batch_size).items():
+        found = simulate(program, gpu)
+        rows[name] = Row(found.seconds, _flops(model, batch_size, name), found.device_seconds / found.seconds)
+    return Iterations(gpu.name, model, batch_size, True, rows)
+
+
+def measure(device: torch.device, model: str, batch_size: int, *, rounds: int = 10, warm: int = 3) -> Iterations:
+    """By the clock: medians of rounds in which the methods alternate. Where there are no graphs, all run eagerly.
+
+    Raises:
+        TypeError or ValueError: as `Workload`.
+    """
+    workload = Workload(model, batch_size, device)
+    seconds: dict[str, list[float]] = {name: [] for name in LABELS}
+    variants = workload.variants()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="the attack runs without graphs")
+        for _ in range(warm + rounds):
+            for name, work in variants.items():
+                workload.prepare()
+                start = now(workload.x)
+                work()
+                seconds[name].append(now(workload.x) - start)
+    rows = {
+        name: Row(statistics.median(times[warm:]), _flops(model, batch_size, name), None)
+        for name, times in seconds.items()
+    }
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return Iterations(name, model, batch_size, False, rows)
+
+
+def measurable_device() -> torch.device | None:
+    """The GPU to measure on, if there is one."""
+    return torch.device("cuda") if torch.cuda.is_available() else None
+
+
+def _flops(model: str, batch_size: int, name: str) -> int:
+    eagerly = programs(model, batch_size)[name.split(",")[0]]
+    return sum(kernel.flops for kernel in kernels_of(eagerly))
+
+
+def table(found: Iterations) -> Table:
+    """For the terminal."""
+    said = "PREDICTED" if found.predicted else "measured"
+    title = "PREDICTED, not measured" if found.predicted else "Measured"
+    view = Table(
+        title=f"{title}: one TRADES iteration,\n{found.model}, batch {found.batch_size}, {found.device}",
+        caption=(
+            f"Speedup / ratio of the FLOPs, and the share of it. Fractions {PAPER.boundary:.2f}/{PAPER.robust:.2f}/"
+            f"{PAPER.outlier:.2f}, steps 10/2/0: Eq. 7 gives {eq7():.2f}x."
+        ),
+        box=box.SIMPLE_HEAD,
+        padding=(0, 0, 0, 1),
+        pad_edge=False,
+    )
+    view.add_column("", no_wrap=True)
+    columns = ["ms", "vs authors'", "vs ours"]
+    if found.predicted:
+        columns.insert(1, "GPU busy")
+    for name in columns:
+        view.add_column(f"{said}\n{name}", justify="right", no_wrap=True)
+    for name, row in found.rows.items():
+        cells = [LABELS[name], f"{1e3 * row.seconds:.1f}"]
+        if row.busy is not None:
+            cells.append(f"{row.busy:.0%}")
+        for over in ("reference", "optimised"):
+            speedup, limit = found.speedup(name, over), found.limit(name, over)
+            cells.append(f"{speedup:.2f}/{limit:.2f} {speedup / limit:.0%}")
+        view.add_row(*cells)
+    return view
+
+
+def as_dict(found: Iterations) -> dict[str, Any]:
+    """For a result file: seconds, and each method's speedups, their limits and the shares of them that are reached."""
+    rows = {}
+    for name, row in found.rows.items():
+        rows[name] = {
+            "seconds": row.seconds,
+            "flops": row.flops,
+            "busy": row.busy,
+            **{
+                f"over {over}": {
+                    "speedup": found.speedup(name, over),
+                    "flop_limit": found.limit(name, over),
+                    "of_flop_limit": found.speedup(name, over) / found.limit(name, over),
+                    "of_eq7": found.speedup(name, over) / eq7(),
+                }
+                for over in ("reference", "optimised")
+            },
+        }
+    return {
+        "predicted": found.predicted,
+        "device": found.device,
+        "model": found.model,
+        "batch_size": found.batch_size,
+        "eq7": eq7(),
+        "methods": rows,
+    }
