@@ -12,6 +12,7 @@ from bt_fast.attack.schedule import Schedule
 from bt_fast.attack.streams import StreamRunner
 from bt_fast.attack.threat import ThreatModel
 from bt_fast.mining import Assignment, BulletTrain
+from bt_fast.objectives.augmix import augmix_loss
 from bt_fast.objectives.trades import trades_loss
 from bt_fast.speedup import Fractions, theoretical_speedup, theoretical_speedup_augmix
 
@@ -27,6 +28,7 @@ __all__ = [
     "Schedule",
     "StreamRunner",
     "ThreatModel",
+    "augmix_loss",
     "generate",
     "theoretical_speedup",
     "theoretical_speedup_augmix",
