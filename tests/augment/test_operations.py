@@ -5,7 +5,7 @@ import platform
 import pytest
 import reference_augmix
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 from pretended_device import DEVICE, pretended_device
@@ -83,9 +83,18 @@ def test_no_rotation_is_exactly_the_identity():
     assert affine.rotation(torch.zeros(1, dtype=torch.float64), 28, 31).tolist() == [[1, 0, 0, 0, 1, 0]]
 
 
-matrices = st.tuples(*[st.floats(-1.5, 1.5), st.floats(-1.5, 1.5), st.floats(-40, 40)] * 2)
+quarters = st.integers(-8, 8).map(lambda k: k / 4)  # coordinates that fall on edges and centres of pixels
 
 
+def number(most):
+    return st.floats(-most, most) | quarters
+
+
+matrices = st.tuples(*[number(1.5), number(1.5), number(40)] * 2)
+
+
+@example([(1.0, 0.0, 0.5, 0.0, 1.0, -0.5)], (3, 7, 12), 0)
+@example([(1.0, 0.0, -0.5, 0.0, 1.0, 0.5)], (3, 7, 12), 0)
 @settings(max_examples=60, deadline=None)
 @given(st.lists(matrices, min_size=1, max_size=4), st.sampled_from(SHAPES), st.integers(0, 99))
 def test_any_affine_map_is_pillows(rows, shape, seed):
