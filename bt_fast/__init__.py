@@ -12,6 +12,7 @@ from bt_fast.attack.schedule import Schedule
 from bt_fast.attack.streams import StreamRunner
 from bt_fast.attack.threat import ThreatModel
 from bt_fast.mining import Assignment, BulletTrain
+from bt_fast.objectives.augmix import augmix_loss
 from bt_fast.objectives.trades import trades_loss
 from bt_fast.objectives.update import Update
 from bt_fast.speedup import Fractions, theoretical_speedup, theoretical_speedup_augmix
@@ -30,6 +31,7 @@ __all__ = [
     "StreamRunner",
     "ThreatModel",
     "Update",
+    "augmix_loss",
     "generate",
     "theoretical_speedup",
     "theoretical_speedup_augmix",

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from bt_fast import faults, ops
 from bt_fast.faults import CheckedRead, Fault
-from bt_fast.speedup import Fractions, theoretical_speedup
+from bt_fast.speedup import Fractions, theoretical_speedup, theoretical_speedup_augmix
 
 STEP_FACTOR = 1.7  # α = 1.7 ε / N (section 3.1, Fig. 2)
 
@@ -271,6 +271,10 @@ class BulletTrain(nn.Module):
             outlier_steps=self.outlier_steps,
             baseline_steps=self.boundary_steps if baseline_steps is None else baseline_steps,
         )
+
+    def theoretical_speedup_augmix(self) -> float:
+        """`3 / (1 + 2·F_B)` at the measured F_B, what `augmix_loss` saves; NaN before the first assignment."""
+        return theoretical_speedup_augmix(self.fractions.boundary) if self.group_counts.any() else math.nan
 
     def _step_sizes(self, epsilon: float, step_size: float | None) -> tuple[float, float, float]:
         """α of (outlier, boundary, robust)."""

@@ -83,3 +83,12 @@ def trades_cost(mean_steps: float, corrupted_fraction: float = 1.0, clean_forwar
 def trades_reference_cost(steps: int) -> float:
     """One iteration of TRADES as its authors wrote it, in F: a clean forward in each step, three in the loss."""
     return 3.0 * steps + 9.0
+
+
+def augmix_cost(boundary_fraction: float = 1.0) -> float:
+    """One iteration of AugMix in F: `3 + 6·F_B`, the clean batch and two views of the boundary samples.
+
+    Args:
+        boundary_fraction: F_B; 1 without BulletTrain, 9 F.
+    """
+    return 3.0 + 6.0 * boundary_fraction

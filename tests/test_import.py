@@ -73,7 +73,7 @@ LAYERS = [
     ["bt_fast.kernels", "bt_fast.device", "bt_fast.speedup"],
     ["bt_fast.ops", "bt_fast.faults"],
     ["bt_fast.mining"],
-    ["bt_fast.attack"],
+    ["bt_fast.attack", "bt_fast.augment"],
     ["bt_fast.objectives"],
     ["bt_fast.baselines"],
     ["bt_fast"],

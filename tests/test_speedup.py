@@ -1,7 +1,7 @@
 import pytest
 
 from bt_fast import Fractions, theoretical_speedup, theoretical_speedup_augmix
-from bt_fast.speedup import trades_cost, trades_reference_cost
+from bt_fast.speedup import augmix_cost, trades_cost, trades_reference_cost
 
 PAPER = Fractions(boundary=0.28, robust=0.54, outlier=0.18)
 
@@ -54,3 +54,8 @@ def test_forward_pass_model():
 def test_fractions_that_are_none_are_refused(shares):
     with pytest.raises(ValueError, match="fractions must lie in"):
         Fractions(*shares)
+
+
+@pytest.mark.parametrize(("boundary", "cost"), [(1.0, 9.0), (0.35, 5.1), (0.0, 3.0)])
+def test_the_finer_model_of_augmix(boundary, cost):
+    assert augmix_cost(boundary) == pytest.approx(cost)

@@ -1,4 +1,4 @@
-"""The `bt-fast` command: compare, train, evaluate, predict."""
+"""The `bt-fast` command: compare, train, evaluate, corruptions, predict."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import functools
 import math
 import signal
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -23,8 +24,10 @@ from bt_fast.evaluation import evaluate as evaluate_model
 from bt_fast.lab import gpu_prediction, report
 from bt_fast.lab.checkpoint import load_checkpoint
 from bt_fast.lab.config import COMPARED, METHODS, PRESETS, RunConfig
+from bt_fast.lab.corruptions import CORRUPTIONS, CorruptedTestSet, corruption_errors
 from bt_fast.lab.data import ImageDataset, load_dataset
 from bt_fast.lab.gpu_model import GPUS
+from bt_fast.lab.make_corruptions import make_corruptions
 from bt_fast.lab.models import build_model, load_published
 from bt_fast.lab.training import Run, evaluation_batches, median_speedup
 
@@ -238,6 +241,62 @@ def predict(gpu: str | None, model: str, batch_size: int) -> None:
     else:
         found = gpu_prediction.measure(where, model, batch_size)
     console.print(gpu_prediction.table(found))
+
+
+@cli.command()
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option(
+    "--corruptions-dir",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="CIFAR-10-C, CIFAR-100-C or a like folder; one that is not there is made of the test set. [a temporary one]",
+)
+@click.option("--method", type=click.Choice(METHODS), help="Which model of a comparison. [the only one, or all]")
+@click.option("--model", metavar="NAME", help="Network of a published checkpoint: small-cnn, wrn-D-K, ...")
+@click.option("--data", metavar="digits|mnist|cifar10|PATH", help="Data set. [the checkpoint's]")
+@click.option("--data-dir", type=click.Path(path_type=Path), default=Path("data"), show_default=True)
+@click.option("--test-size", type=_AT_LEAST_ONE, help="Corrupt the first N test images. [the checkpoint's]")
+@click.option("--seed", type=_SEED, default=0, show_default=True, help="Of the corruptions that are made.")
+@click.option("--device", default=None)
+@_one_line_errors
+def corruptions(
+    checkpoint: Path,
+    corruptions_dir: Path | None,
+    method: str | None,
+    model: str | None,
+    data: str | None,
+    data_dir: Path,
+    test_size: int | None,
+    seed: int,
+    device: str | None,
+) -> None:
+    """Error of CHECKPOINT under fifteen corruptions at five severities."""
+    where = _device(device)
+    if model is None:
+        networks, dataset, _ = _own_networks(checkpoint, method, data, data_dir, test_size)
+    else:
+        networks, dataset, _ = _published_network(checkpoint, model, data, data_dir, test_size)
+    with tempfile.TemporaryDirectory() as temporary:
+        test_set = _corrupted_test_set(corruptions_dir or Path(temporary) / "made", dataset, seed)
+        for name, network in networks.items():
+            errors = {}
+            with _progress() as progress:
+                found = corruption_errors(network.to(where), test_set, where)
+                for corruption, of_severities in progress.track(found, total=len(CORRUPTIONS), description=name):
+                    errors[corruption] = of_severities
+            console.print(report.corruption_table(name, errors))
+
+
+def _corrupted_test_set(folder: Path, dataset: ImageDataset, seed: int) -> CorruptedTestSet:
+    """The test set in the folder, made of the data set's if there is none."""
+    if not folder.exists():
+        with _progress() as progress:
+            task = progress.add_task("corrupting the test set", total=len(CORRUPTIONS))
+            make_corruptions(dataset.x_test, dataset.y_test, folder, seed=seed, done=lambda _: progress.advance(task))
+    test_set = CorruptedTestSet(folder)
+    if list(test_set.image_shape) != list(dataset.x_test.shape[1:]):
+        found, expected = list(test_set.image_shape), list(dataset.x_test.shape[1:])
+        raise ValueError(f"{folder}: found images of {found}, expected {expected} as in {dataset.name}")
+    return test_set
 
 
 _ToEvaluate = tuple[dict[str, torch.nn.Module], ImageDataset, float]  # networks by name, their data, and ε

@@ -22,6 +22,7 @@ from rich.table import Table
 
 import bt_fast
 from bt_fast.evaluation import Accuracy
+from bt_fast.lab.corruptions import SEVERITIES, mean_corruption_error
 from bt_fast.lab.files import replacing, write_text
 from bt_fast.lab.training import Contestant, Run, median_speedup
 from bt_fast.objectives.repeated_forward import RepeatedForward
@@ -149,6 +150,18 @@ def table(summary: dict[str, Any]) -> Table:
             f"{entry['speedup'][first]:.2f}x" if method != first else "1.00x",
             f"{entry['seconds']:.0f} s",
         )
+    return view
+
+
+def corruption_table(name: str, errors: dict[str, list[float]]) -> Table:
+    """The errors of one network by corruption and severity, for the terminal."""
+    title = f"{name}: mean corruption error {100 * mean_corruption_error(errors):.2f}%"
+    view = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False)
+    for column in ("error at severity", *map(str, SEVERITIES), "mean"):
+        view.add_column(column, justify="left" if column == "error at severity" else "right", no_wrap=True)
+    for corruption, of_severities in errors.items():
+        mean = sum(of_severities) / len(of_severities)
+        view.add_row(corruption, *(f"{100 * error:.1f}%" for error in (*of_severities, mean)))
     return view
 
 

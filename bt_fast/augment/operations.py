@@ -1,0 +1,97 @@
+"""The nine operations of AugMix (Hendrycks et al., 2020), each sample with an operation and a strength of its own.
+
+Four change grey values and five are affine maps. So a batch of mixed operations takes one table and one map for every
+sample, the identity where it is not that kind's turn: nothing is sorted by operation, and nothing waits for the device.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bt_fast.augment import affine, tables
+
+OPERATIONS = (
+    "autocontrast",
+    "equalize",
+    "posterize",
+    "rotate",
+    "solarize",
+    "shear_x",
+    "shear_y",
+    "translate_x",
+    "translate_y",
+)
+NONE = -1  # in place of an operation: the image stays
+LEAST_LEVEL, MOST_LEVEL = 0.1, 10.0  # of an operation's strength
+
+
+def apply_operations(images: Tensor, operation: Tensor, level: Tensor, negative: Tensor) -> Tensor:
+    """One operation on each image, at the strength that the AugMix authors' code gives it at that level.
+
+    At level l: posterize keeps `4 - int(4l/10)` bits, rotate turns by `int(30l/10)` degrees, solarize inverts from
+    `256 - int(256l/10)` on, shear is by `0.3l/10`, and translate by `int(l/10 · size/3)` pixels (the authors' code has
+    size 32). Autocontrast and equalize have no strength.
+
+    Args:
+        images: [n, C, H, W] uint8.
+        operation: [n] int64, indices into `OPERATIONS`, or `NONE`.
+        level: [n] float64 in [0, 10].
+        negative: [n] bool: whether an affine map goes the other way.
+
+    Returns:
+        [n, C, H, W] uint8, as Pillow computes it.
+    """
+    mapped = affine.transform(images, _matrices(images, operation, level, negative))
+    return tables.apply_tables(mapped, _tables(images, operation, level))
+
+
+def _tables(images: Tensor, operation: Tensor, level: Tensor) -> Tensor:
+    """Each sample's table of grey values, [n, C, 256]; no change where its operation is an affine map."""
+    chosen = tables.unchanged(images).to(torch.uint8).expand(*images.shape[:2], -1)
+    for name, of_operation in (
+        ("autocontrast", tables.autocontrast(images)),
+        ("equalize", tables.equalize(images)),
+        ("posterize", tables.posterize(images, 4 - _whole(level, 4))),
+        ("solarize", tables.solarize(images, 256 - _whole(level, 256))),
+    ):
+        chosen = torch.where(_is(operation, name)[:, None, None], of_operation, chosen)
+    return chosen
+
+
+def _matrices(images: Tensor, operation: Tensor, level: Tensor, negative: Tensor) -> Tensor:
+    """Each sample's matrix, [n, 6]; the identity where its operation changes grey values."""
+    height, width = images.shape[2:]
+    sign = torch.where(negative, -1.0, 1.0)
+
+    def only(name: str, strength: Tensor) -> Tensor:
+        return torch.where(_is(operation, name), strength * sign, 0.0)
+
+    turn = affine.rotation(only("rotate", _whole(level, 30).double()), height, width)
+    shear, none = _scaled(level, 0.3), torch.zeros_like(level)
+    shift_x, shift_y = (_whole(level, size / 3).double() for size in (width, height))
+    # a sample has one operation, so that one of the two summands is the identity or 0
+    return turn + torch.stack(
+        [
+            none,
+            only("shear_x", shear),
+            only("translate_x", shift_x),
+            only("shear_y", shear),
+            none,
+            only("translate_y", shift_y),
+        ],
+        dim=1,
+    )
+
+
+def _is(operation: Tensor, name: str) -> Tensor:
+    return operation == OPERATIONS.index(name)
+
+
+def _scaled(level: Tensor, most: float) -> Tensor:
+    return level * most / MOST_LEVEL
+
+
+def _whole(level: Tensor, most: float) -> Tensor:
+    """The authors' `int_parameter`, int64."""
+    return _scaled(level, most).long()

@@ -1,0 +1,101 @@
+"""The fifteen corruptions of a test set at five severities, by the imagecorruptions library, in the published layout.
+
+The library has the severities of ImageNet-C, which are harder on small images than those of CIFAR-10-C: errors on what
+it makes compare models with each other, not with published figures.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from bt_fast.lab.corruptions import CORRUPTIONS, SEVERITIES
+
+LIBRARY = "imagecorruptions-imaug"  # the kept fork: the package it forks does not run with today's scikit-image
+LEAST_SIZE = 32  # that the library takes
+WITH_SEED = ("impulse_noise", "glass_blur")  # these do not draw from numpy's global generator
+
+_Image = npt.NDArray[np.uint8]
+
+
+def make_corruptions(
+    x: Tensor, y: Tensor, folder: Path, *, seed: int = 0, done: Callable[[str], object] = lambda _: None
+) -> None:
+    """Write `labels.npy` and a file for each corruption; the folder appears when all of them are whole.
+
+    An image's corruption depends on its pixels, its place and the seed alone; numpy's global random state is left as it
+    was. Images of fewer than 32 pixels a side are padded with their edge for the library, and cut again. A grey image
+    takes the first channel of what the library makes of it.
+
+    Args:
+        x: [n, C, H, W] uint8, C 1 or 3, n ≥ 1.
+        y: [n] int64.
+        folder: new, or empty.
+        seed: at least 0.
+        done: called with each corruption's name when it is written.
+
+    Raises:
+        ValueError: the library is not installed, the folder holds files, or the images do not fit.
+    """
+    corrupt = _library()
+    if x.dim() != 4 or x.shape[1] not in (1, 3) or len(x) == 0 or len(x) != len(y):
+        raise ValueError(f"x must be [n, C, H, W] with C 1 or 3 and one label an image, got {list(x.shape)}, {len(y)}")
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder}: found files, expected a new or empty folder")
+    part = folder.with_name(f"{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    images: _Image = np.ascontiguousarray(np.moveaxis(x.cpu().numpy(), 1, 3))
+    for name in CORRUPTIONS:
+        np.save(part / f"{name}.npy", _all_severities(corrupt, images, name, seed))
+        done(name)
+    np.save(part / "labels.npy", np.tile(y.cpu().numpy(), len(SEVERITIES)))
+    part.replace(folder)
+
+
+def _all_severities(corrupt: Callable[..., Any], images: _Image, name: str, seed: int) -> _Image:
+    """[5n, H, W, C]."""
+    state = np.random.get_state()
+    try:
+        corrupted = [
+            _corrupted(corrupt, image, name, severity, (seed, CORRUPTIONS.index(name), severity, place))
+            for severity in SEVERITIES
+            for place, image in enumerate(images)
+        ]
+    finally:
+        np.random.set_state(state)
+    return np.stack(corrupted)
+
+
+def _corrupted(
+    corrupt: Callable[..., Any], image: _Image, name: str, severity: int, key: tuple[int, int, int, int]
+) -> _Image:
+    """One image [H, W, C], its random numbers determined by the key."""
+    height, width, channels = image.shape
+    drawn = int(np.random.SeedSequence(key).generate_state(1)[0])
+    np.random.seed(drawn)  # the library's own generator
+    top, left = (max(0, LEAST_SIZE - size) // 2 for size in (height, width))
+    bottom, right = (max(0, LEAST_SIZE - size - before) for size, before in ((height, top), (width, left)))
+    padded = np.pad(image, ((top, bottom), (left, right), (0, 0)), mode="edge")
+    options = {"seed": drawn} if name in WITH_SEED else {}
+    made: _Image = corrupt(padded, corruption_name=name, severity=severity, **options)
+    return made[top : top + height, left : left + width, :channels]
+
+
+def _library() -> Callable[..., Any]:
+    try:
+        version(LIBRARY)
+        from imagecorruptions import corrupt
+    except (PackageNotFoundError, ImportError) as error:
+        raise ValueError(
+            f"making corruptions needs {LIBRARY} ({error}): install it with pip install 'bt-fast[corruptions]', or "
+            "give a folder in the layout of CIFAR-10-C"
+        ) from error
+    return corrupt  # type: ignore[no-any-return]

@@ -1,0 +1,176 @@
+"""AugMix (Hendrycks et al., 2020), with or without BulletTrain: robust training against common corruptions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bt_fast import faults, ops
+from bt_fast.attack.frozen import logits_of, modes_restored
+from bt_fast.augment.mix import SEVERITY, augment_and_mix, check_images, check_severity, draw_choices
+from bt_fast.faults import Fault
+from bt_fast.mining import BulletTrain, check_labels
+
+JSD_WEIGHT = 12.0
+BULLET_STEPS = (1, 0, 0)  # N_B, N_R, N_O (paper, section 4): a sample is augmented or it is not
+
+
+def augmix_loss(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    bullet: BulletTrain | None = None,
+    jsd: bool = True,
+    severity: float = SEVERITY,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """The AugMix loss `CE(h(x), y) + 12/m · Σ JS(h(x), h(x'), h(x''))`, ready for `backward()`.
+
+    x' and x'' are two AugMix views of each sample and JS is that of `ops.js_divergence`. Without `bullet` it is the
+    authors' loss, from one forward of the three views together: 9 forward-pass equivalents with backward. With `jsd`
+    off it is their `--no-jsd`, the paper's "AugMix − JSD": `CE(h(x'), y)` on one view, at 3.
+
+    With `bullet` it is Algorithm 2 of the BulletTrain paper at N_B = 1, N_R = N_O = 0: a clean forward, whose logits
+    both assign the groups and enter the loss (so it runs in train mode: a forward of its own would cost one more), then
+    only the boundary samples are augmented and run one forward of their two views, and JS is summed over them and
+    divided by m: 3 + 6·F_B. F_R moves by the accuracy, over all m samples, on the first view x', as in Eq. 5; where a
+    sample has no view, its z' is its clean z.
+
+    Batch norm sees the three views as one batch without `bullet`, and with it first the clean batch and then the views,
+    so its buffers are moved twice. The forwards run in the modes in which the model was found, module by module; a
+    model found in eval mode as a whole runs them in train mode, as the authors' code does. The modes are restored.
+
+    Args:
+        model: maps [m, C, H, W] to logits [m, K]. A normalisation belongs into it.
+        x: [m, C, H, W] floating point in [0, 1], m ≥ 1.
+        y: [m] integers in 0..K-1.
+        bullet: `BulletTrain(1, 0, 0)`, on the images' device.
+        jsd: whether there is a divergence term. Off, there is nothing for `bullet` to leave out, and it must be None.
+        severity: of the operations, in (0.1, 10]; 3 in the authors' code.
+        generator: on the images' device, for the augmentation; the device's default generator if not given. The number
+            of samples that are augmented with `bullet` decides how much is drawn.
+
+    Returns:
+        0-dim loss with gradient to the model's parameters. Gradients are not zeroed.
+
+    Raises:
+        TypeError: images are not floating point, labels not integers, or the model does not return a tensor.
+        ValueError: a shape, device, option or value does not fit (pixels outside [0, 1], labels out of range, NaN
+            logits). Nothing has been changed then: no buffer, no F_R, no count. On a GPU with `bullet`, NaN in the
+            views' logits is raised by the next call.
+    """
+    _check(x, y, bullet, jsd, severity, generator)
+    x = x.detach()
+    pixels = faults.pixels_outside(x, 0.0, 1.0, "x")
+    with _unchanged_by_errors(model, bullet), modes_restored(model):
+        if not model.training:
+            model.train()
+        if bullet is not None:
+            return _loss_of_boundary(model, x, y, pixels, bullet, severity, generator)
+        return _loss_of_all(model, x, y, pixels, jsd, severity, generator)
+
+
+def _loss_of_all(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    pixels: Fault,
+    jsd: bool,
+    severity: float,
+    generator: torch.Generator | None,
+) -> Tensor:
+    """The authors' loss. Its one read comes last, when all of the device's work is on its way."""
+    inputs = torch.cat([x, *_views(x, 2, severity, generator)]) if jsd else _views(x, 1, severity, generator)[0]
+    logits = logits_of(model, inputs)
+    classes = logits.shape[1]
+    read = faults.read(
+        [pixels, faults.labels_outside(y, classes, "y"), faults.rows_without_number(logits, "the model's logits")]
+    )
+    clean, *views = logits.split(len(x))
+    loss = F.cross_entropy(clean, y.long().clamp(0, classes - 1))  # a label out of range is a fault, not a crash
+    if jsd:
+        loss = loss + JSD_WEIGHT / len(x) * ops.js_divergence(clean, *views)
+    read.wait()
+    return loss
+
+
+def _loss_of_boundary(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    pixels: Fault,
+    bullet: BulletTrain,
+    severity: float,
+    generator: torch.Generator | None,
+) -> Tensor:
+    """The loss with BulletTrain. Its one read tells how many samples to augment."""
+    clean = logits_of(model, x)
+    assignment = bullet.start_assignment(clean, y, inputs=[pixels], names=("the model's logits", "y"))
+    boundary = assignment.order[: assignment.active_counts[0]]
+    first = second = clean[:0]
+    if len(boundary):
+        views = _views(x[boundary], 2, severity, generator)
+        first, second = logits_of(model, torch.cat(views)).chunk(2)
+    bullet.update(clean.detach().index_copy(0, boundary, first.detach()), y)
+    divergence = ops.js_divergence(clean[boundary], first, second)
+    return F.cross_entropy(clean, y.long()) + JSD_WEIGHT / len(x) * divergence
+
+
+def _views(x: Tensor, count: int, severity: float, generator: torch.Generator | None) -> tuple[Tensor, ...]:
+    """`count` AugMix views of each sample, drawn together."""
+    choices = draw_choices(count * len(x), x.device, severity=severity, generator=generator)
+    return augment_and_mix(x.repeat(count, 1, 1, 1), choices).chunk(count)
+
+
+@contextmanager
+def _unchanged_by_errors(model: nn.Module, bullet: BulletTrain | None) -> Iterator[None]:
+    """Give the model's buffers and the mining's counts their values back if an error leaves the block.
+
+    The first forward moves batch norm's buffers, and only its logits tell whether the input was sound.
+    """
+    found = [(m, name, b, b.clone()) for m in model.modules() for name, b in m.named_buffers(recurse=False)]
+    if bullet is not None:
+        found.append((bullet, "group_counts", bullet.group_counts, bullet.group_counts.clone()))
+    try:
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for module, name, buffer, value in found:
+                setattr(module, name, buffer.copy_(value))  # some modules put a new tensor in its place
+        raise
+
+
+def _check(
+    x: Tensor,
+    y: Tensor,
+    bullet: BulletTrain | None,
+    jsd: bool,
+    severity: float,
+    generator: torch.Generator | None,
+) -> None:
+    check_images(x, "x")
+    if len(x) == 0:
+        raise ValueError(f"x must hold at least 1 image, got shape {list(x.shape)}")
+    check_labels(y, len(x), x.device, "y")
+    check_severity(severity)
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator or None, got {type(generator).__name__}")
+    if generator is not None and generator.device.type != x.device.type:
+        raise ValueError(f"generator must be on {x.device} like the images, but is on {generator.device}")
+    if bullet is None:
+        return
+    if not isinstance(bullet, BulletTrain):
+        raise TypeError(f"bullet must be a BulletTrain or None, got {type(bullet).__name__}")
+    steps = (bullet.boundary_steps, bullet.robust_steps, bullet.outlier_steps)
+    if steps != BULLET_STEPS:
+        raise ValueError(
+            "bullet must be BulletTrain(1, 0, 0), boundary, robust and outlier steps: AugMix only turns the "
+            f"augmentation of a sample on or off. Got {steps}"
+        )
+    if not jsd:
+        raise ValueError("jsd=False trains on one view of every sample: it leaves nothing for bullet to save")

@@ -1,0 +1,157 @@
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+
+from bt_fast.lab import make_corruptions as module
+from bt_fast.lab.cli import cli
+from bt_fast.lab.corruptions import CORRUPTIONS, CorruptedTestSet
+from bt_fast.lab.make_corruptions import WITH_SEED, make_corruptions
+from bt_fast.lab.models import build_model
+
+
+def pictures(n=3, shape=(3, 32, 32)):
+    g = torch.Generator().manual_seed(0)
+    return torch.randint(256, (n, *shape), generator=g, dtype=torch.uint8), torch.arange(n) % 10
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """A library that adds a number from numpy's global generator, severity and channel, and records its calls."""
+    found = []
+
+    def corrupt(image, severity, corruption_name, seed=None):
+        found.append((image, severity, corruption_name, seed))
+        three = np.broadcast_to(image, (*image.shape[:2], 3))
+        return three ^ (np.random.randint(128) + severity * np.arange(3)).astype(np.uint8)
+
+    monkeypatch.setitem(sys.modules, "imagecorruptions", SimpleNamespace(corrupt=corrupt))
+    monkeypatch.setattr(module, "version", lambda _: "1.1.5")
+    return found
+
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_the_folder_is_one_that_is_read_and_holds_every_image_at_every_severity(calls, tmp_path):
+    x, y = pictures()
+    done = []
+    make_corruptions(x, y, tmp_path / "c", done=done.append)
+    assert done == list(CORRUPTIONS)
+    assert [path.name for path in tmp_path.iterdir()] == ["c"]
+    test_set = CorruptedTestSet(tmp_path / "c")
+    for severity in (1, 5):
+        images, labels = test_set.severity("snow", severity)
+        assert images.shape == x.shape
+        assert torch.equal(labels, y)
+    assert [(s, name) for _, s, name, _ in calls] == [(s, n) for n in CORRUPTIONS for s in range(1, 6) for _ in x]
+    assert all(np.array_equal(call[0], x[k % 3].permute(1, 2, 0).numpy()) for k, call in enumerate(calls))
+
+
+def test_the_seed_determines_the_files_and_numpys_own_state_stays(calls, tmp_path):
+    x, y = pictures()
+    state = np.random.get_state()[1].tolist()
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        make_corruptions(x, y, tmp_path / name, seed=seed)
+    assert files(tmp_path / "a") == files(tmp_path / "b")
+    assert files(tmp_path / "a")["fog.npy"] != files(tmp_path / "c")["fog.npy"]
+    assert np.random.get_state()[1].tolist() == state
+    seeds = {name: seed for _, _, name, seed in calls}
+    assert {name for name, seed in seeds.items() if seed is not None} == set(WITH_SEED)
+
+
+def test_an_images_corruption_does_not_depend_on_how_many_there_are(calls, tmp_path):
+    x, y = pictures(4)
+    make_corruptions(x, y, tmp_path / "four")
+    make_corruptions(x[:2], y[:2], tmp_path / "two")
+    for severity in (1, 4):
+        four, two = (CorruptedTestSet(tmp_path / d).severity("frost", severity)[0] for d in ("four", "two"))
+        assert torch.equal(four[:2], two)
+
+
+def test_small_images_are_padded_by_their_edge_for_the_library_and_cut_again(calls, tmp_path):
+    x, y = pictures(2, (1, 28, 31))
+    make_corruptions(x, y, tmp_path / "c")
+    padded = calls[0][0]
+    assert padded.shape == (32, 32, 1)
+    assert np.array_equal(padded[2:30, :31, 0], x[0, 0].numpy())
+    assert (padded[:2] == padded[2]).all()
+    assert (padded[:, 31] == padded[:, 30]).all()
+    images, _ = CorruptedTestSet(tmp_path / "c").severity("fog", 1)
+    difference = images ^ x
+    assert images.shape == x.shape
+    assert (difference == difference[:, :, :1, :1]).all()  # the first channel, in its place
+
+
+def test_what_was_left_of_an_interrupted_run_is_replaced(calls, tmp_path):
+    (tmp_path / "c.part").mkdir()
+    (tmp_path / "c.part" / "old.npy").write_bytes(b"")
+    x, y = pictures(1)
+
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        make_corruptions(x, y, tmp_path / "c", done=interrupted)
+    assert not (tmp_path / "c").exists()
+    make_corruptions(x, y, tmp_path / "c")
+    assert len(files(tmp_path / "c")) == 16
+
+
+def test_a_folder_with_files_is_left_alone(calls, tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(ValueError, match="found files, expected a new or empty folder"):
+        make_corruptions(*pictures(), tmp_path)
+    assert len(files(tmp_path)) == 1
+
+
+@pytest.mark.parametrize(("x", "y"), [((2, 4, 32, 32), 2), ((0, 3, 32, 32), 0), ((2, 3, 32, 32), 3), ((2, 32, 32), 2)])
+def test_images_that_do_not_fit_are_refused(calls, tmp_path, x, y):
+    with pytest.raises(ValueError, match=r"x must be \[n, C, H, W\] with C 1 or 3 and one label an image"):
+        make_corruptions(torch.zeros(x, dtype=torch.uint8), torch.zeros(y, dtype=torch.int64), tmp_path / "c")
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_the_library_it_says_what_to_install(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "imagecorruptions", None)
+    with pytest.raises(ValueError, match=r"imagecorruptions-imaug.*pip install 'bt-fast\[corruptions\]'"):
+        make_corruptions(*pictures(), tmp_path / "c")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command_makes_the_folder_that_is_not_there_and_reads_it_the_next_time(calls, tmp_path):
+    network = build_model("small-cnn", in_channels=1, image_size=28, num_classes=10)
+    torch.save(network.state_dict(), tmp_path / "model.pt")
+    command = ["corruptions", str(tmp_path / "model.pt"), "--model", "small-cnn", "--test-size", "6", "--device", "cpu"]
+    tables = []
+    for folder in (["--corruptions-dir", str(tmp_path / "c")],) * 2 + ([],):
+        result = CliRunner().invoke(cli, [*command, *folder])
+        assert result.exit_code == 0, result.output
+        tables.append([line for line in result.output.splitlines() if "%" in line])
+        assert len(calls) == 15 * 5 * 6 * (1 if len(tables) < 3 else 2)
+    assert tables[0] == tables[1] == tables[2]
+    assert len(tables[0]) == 16
+
+
+# The library itself, where it is installed
+
+
+@pytest.mark.parametrize("shape", [(1, 28, 28), (3, 32, 32)])
+def test_the_librarys_corruptions_repeat_and_change_the_images(shape, tmp_path):
+    pytest.importorskip("imagecorruptions")
+    x, y = pictures(2, shape)
+    x = (x // 4 + torch.arange(shape[2]) * 4).to(torch.uint8)
+    for name in ("a", "b"):
+        make_corruptions(x, y, tmp_path / name, seed=5)
+    assert files(tmp_path / "a") == files(tmp_path / "b")
+    test_set = CorruptedTestSet(tmp_path / "a")
+    for name in CORRUPTIONS:
+        mild, strong = ((test_set.severity(name, s)[0].int() - x).abs().float().mean().item() for s in (1, 5))
+        assert 0.3 < mild < 100, name
+        assert 0.3 < strong < 150, name
+        if name.endswith("noise"):
+            assert mild < strong
