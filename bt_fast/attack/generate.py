@@ -82,6 +82,7 @@ class StartedAttack:
     def finish(self) -> Tensor:
         """x' [m, ...], once the caller's stream waits for the steps."""
         self._join()
+        self._join = joined  # not once more at the end of the block
         return self._x_adv.contiguous() if self._contiguous else self._x_adv
 
 

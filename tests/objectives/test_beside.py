@@ -206,7 +206,7 @@ IN_TRADES = [
     Bug("bad gradients go unnoticed on a device", "late.wait()", "pass", bad_gradients_on_a_device),
 ]
 IN_GENERATE = [
-    Bug("it does not wait for the steps", "self._join()\n        return", "return", beside),
+    Bug("it does not wait for the steps", "self._join()\n        self._join", "self._join", beside),
     Bug("it does not join after an exception", f"{LEFT}self._join()", f"{LEFT}pass", failing_forward),
     Bug("nothing is waited for", ")).finish()", "))._x_adv", own_attack),
     Bug("it changes the start", f"{CLONE}preserve_format)", "start.detach()", own_attack),
