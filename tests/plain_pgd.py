@@ -26,13 +26,17 @@ def projected_step(x_adv, grad, x, threat, size):
     return moved.clamp(threat.lower, threat.upper)
 
 
-def plain_loop(model, x, y, threat, *, steps, step_size, restarts, loss, seed, gradient=torch.autograd.grad):
+def by_input(loss, x):
+    """The gradient with respect to the images alone."""
+    return torch.autograd.grad(loss, x)[0]
+
+
+def plain_loop(model, x, y, threat, *, steps, step_size, restarts, loss, seed, first=0, gradient=by_input):
     """In which restart and after how many steps each sample first was misclassified: 0, 0 clean, `STOOD` never.
 
-    The model is in eval mode, and all samples are one batch, of which `x` may be a part: then `seed` holds the numbers
-    of its samples too.
+    The model is in eval mode; the samples are the numbers `first` and up of those that share the seed.
     """
-    seed, numbers = seed if isinstance(seed, tuple) else (seed, torch.arange(len(y)))
+    numbers = torch.arange(first, first + len(y), device=x.device)
     with torch.no_grad():
         wrong = model(x).argmax(dim=1) != y
     restart, step = (torch.where(wrong, 0, STOOD) for _ in range(2))
@@ -45,6 +49,6 @@ def plain_loop(model, x, y, threat, *, steps, step_size, restarts, loss, seed, g
             falls = (restart == STOOD) & (logits.detach().argmax(dim=1) != y)
             restart[falls], step[falls] = r + 1, t
             if t < steps:
-                (grad,) = gradient(loss_of(loss, logits, y), [x_adv])
+                grad = gradient(loss_of(loss, logits, y), x_adv)
                 x_adv = projected_step(x_adv.detach(), grad, x, threat, step_size)
     return restart, step
