@@ -1,21 +1,23 @@
-"""Robust accuracy by projected gradient descent with restarts."""
+"""Clean accuracy, and accuracy under projected gradient descent with restarts: who falls, and when."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bt_fast import faults
-from bt_fast.attack.frozen import clean_logits, eval_mode
-from bt_fast.attack.generate import generate
-from bt_fast.attack.schedule import Schedule
+from bt_fast.attack.early_exit import STOOD, Attack, Samples, Verdicts, Waiting, WorkingBatch
+from bt_fast.attack.folded import Frozen, attack_model
+from bt_fast.attack.frozen import clean_logits
+from bt_fast.attack.generate import COMPARED
+from bt_fast.attack.losses import LOSSES
 from bt_fast.attack.threat import ThreatModel
-from bt_fast.faults import Fault
 from bt_fast.mining import check_labels, positive, step_count
+
+_Batch = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,26 @@ class Accuracy:
         return self.robust_correct / self.total
 
 
+@dataclass(frozen=True, eq=False)
+class Evaluation(Accuracy):
+    """An accuracy, and what became of each sample, in the order of the stream.
+
+    Attributes:
+        restart: [total] int64 on the host: 0 where the clean image is misclassified, r in 1..restarts where the sample
+            fell in the r-th, `STOOD` (-1) where it never fell.
+        step: [total] int64 on the host: the number of steps after which it fell, 0 at the random start or clean, and
+            `STOOD` where it never fell.
+    """
+
+    restart: Tensor = field(repr=False)
+    step: Tensor = field(repr=False)
+
+    @property
+    def robust_samples(self) -> Tensor:
+        """The numbers of the samples that never fell, ascending: [robust_correct] int64."""
+        return (self.restart == STOOD).nonzero().flatten()
+
+
 def evaluate(
     model: nn.Module,
     batches: Iterable[tuple[Tensor, Tensor]],
@@ -45,51 +67,68 @@ def evaluate(
     steps: int = 20,
     step_size: float | None = None,
     restarts: int = 1,
+    loss: str = "ce",
     generator: torch.Generator | None = None,
-) -> Accuracy:
-    """Clean accuracy, and accuracy under PGD-`steps` on the cross-entropy from `restarts` random starts.
+    frozen: Frozen | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Evaluation:
+    """Clean accuracy, and accuracy under PGD-`steps` from each of `restarts` random starts.
 
-    A sample counts as robust if it is classified correctly clean and after every attack. Samples that fell are not
-    attacked again. The model runs in eval mode and keeps its modes and gradients.
+    A sample is broken if the model misclassifies it clean, or at any iterate of any restart: the random start
+    (iterate 0) and the image after each of the `steps` steps, projections included. Iterates 0 to `steps - 1` are
+    judged by the logits of the forward pass that the next step needs anyway, the last one by a forward of its own.
+    A restart begins at a point drawn uniformly from the ε-ball and clamped to the pixel bounds; a sample whose input
+    gradient is exactly 0 stays where it is.
+
+    So the result of a sample is that of the plain loop which attacks all of them to the end. What a sample's own
+    result has settled is left out: it leaves as soon as it is broken, and one that waits takes its place, so that the
+    attack runs on full batches (of the first batch's size) wherever its samples come from. At most two batches are held
+    at a time; the stream is read as places become free. Random starts depend on the generator's next number, the
+    restart and the sample's number in the stream, and not on batch sizes or on who else stands.
 
     Args:
-        model: maps [n, ...] to logits [n, K].
-        batches: pairs of images [n, ...], floating point in the threat model's bounds, and labels [n], integers.
+        model: maps [n, ...] to logits [n, K]. It runs in eval mode and keeps its modes and gradients.
+        batches: pairs of images [n, ...], floating point in the threat model's bounds, and labels [n], integers; all
+            images of one size, dtype and device.
         threat: what a perturbation may be.
         steps: ≥ 1. step_size: > 0, in pixel units; `2ε/steps` if not given.
         restarts: ≥ 1.
-        generator: on the images' device, for the random starts (uniform in the ball).
+        loss: "ce", the cross-entropy, or "margin", the largest wrong logit minus the true one (Carlini and Wagner).
+        generator: on the images' device; one number is drawn from it, the seed of all random starts.
+        frozen: attack a faster view of the model, which also judges: its logits are the model's own up to rounding.
+        progress: told the number of samples decided so far, whenever it grew.
 
     Raises:
         TypeError: images are not floating point, labels not integers, or the model does not return such logits.
         ValueError: an argument is out of range, there are no samples, or a batch does not fit (shapes, devices, pixels
-            outside the threat model's bounds, labels out of range, NaN logits or input gradients).
+            outside the threat model's bounds, labels out of range, NaN logits, or an input gradient with NaN of a
+            sample that still stood).
     """
     step_count("steps", steps, least=1)
     step_count("restarts", restarts, least=1)
     size = 2.0 * threat.epsilon / steps if step_size is None else step_size
     positive("step_size", size)
-    clean = robust = total = 0
-    for x, y in batches:
-        _check_batch(x, y)
-        with eval_mode(model):
-            logits = clean_logits(model, x)
-            pixels = faults.pixels_outside(x, threat.lower, threat.upper, "the images")
-            standing = _correct(logits, y, [pixels, faults.labels_outside(y, logits.shape[1], "the labels")])
-            clean += len(standing)
-            target = F.one_hot(y.long(), logits.shape[1]).to(logits.dtype)
-            for _ in range(restarts):
-                if len(standing) == 0:
-                    break
-                faulty = torch.zeros(len(standing), dtype=torch.int32, device=x.device)
-                x_adv = _attack(model, x[standing], target[standing], threat, steps, size, generator, faulty)
-                found = [faults.gradients_without_direction(faulty)]
-                standing = standing[_correct(clean_logits(model, x_adv), y[standing], found)]
-        robust += len(standing)
-        total += len(y)
-    if total == 0:
+    if loss not in LOSSES:
+        raise ValueError(f"loss must be one of {', '.join(map(repr, LOSSES))}, got {loss!r}")
+    if frozen is not None and frozen.autocast is not None:
+        raise ValueError(f"frozen.autocast must be None, since the view judges too, got {frozen.autocast}")
+    stream = iter(batches)
+    first = next(stream, None)
+    if first is None:
         raise ValueError("batches must hold at least 1 sample, got none")
-    return Accuracy(clean, robust, total)
+    _check_batch(*first)
+    x, kind, verdicts = first[0].detach(), _kind(first[0]), Verdicts(progress)
+    with torch.inference_mode(False), attack_model(model, frozen, x[:COMPARED].clone()) as view:
+        seed = torch.randint(2**63 - 1, (), device=x.device, generator=generator)
+        attack = Attack(threat, loss, steps, size, restarts, seed)
+        working = WorkingBatch(attack, x, channels_last=frozen is not None and frozen.channels_last)
+        whole = _put_back([first], stream)
+        del first, x  # a batch is held no longer than until its samples are copied
+        correct = map(lambda batch: _correct(view, batch, kind, threat, verdicts), whole)
+        working.run(view, Waiting(correct), verdicts)
+    restart, step = verdicts.in_order()
+    clean, robust = int((restart != 0).sum()), int((restart == STOOD).sum())
+    return Evaluation(clean, robust, verdicts.seen, restart, step)
 
 
 def _check_batch(x: Tensor, y: Tensor) -> None:
@@ -100,38 +139,41 @@ def _check_batch(x: Tensor, y: Tensor) -> None:
     check_labels(y, len(x), x.device, "the labels")
 
 
-def _correct(logits: Tensor, y: Tensor, earlier: list[Fault]) -> Tensor:
-    """The indices of the rows that are classified as `y` [n]; raises for earlier faults and those of the logits."""
-    found = [*earlier, faults.rows_without_number(logits, "the model's logits")]
-    faults.read(found).wait()
-    return (logits.argmax(dim=1) == y.long()).nonzero().flatten()
+def _put_back(read: list[_Batch], stream: Iterator[_Batch]) -> Iterator[_Batch]:
+    """What was read, and what is still to come; lets go of each batch (`itertools.chain` does not)."""
+    while read:
+        yield read.pop(0)
+    yield from stream
 
 
-def _attack(
-    model: nn.Module,
-    x: Tensor,
-    target: Tensor,
+def _kind(x: Tensor) -> str:
+    return f"{list(x.shape[1:])} {x.dtype} on {x.device}"
+
+
+def _correct(
+    model: Callable[[Tensor], Tensor],
+    batch: _Batch,
+    kind: str,
     threat: ThreatModel,
-    steps: int,
-    step_size: float,
-    generator: torch.Generator | None,
-    faulty: Tensor,
-) -> Tensor:
-    """One attack from a random start."""
-    schedule = Schedule.uniform(len(x), steps, step_size, x.device)
-    start = uniform_start(x, threat, generator)
-    return generate(model, x, start, target, schedule, threat, generator=generator, faulty=faulty)
-
-
-def uniform_start(x: Tensor, threat: ThreatModel, generator: torch.Generator | None = None) -> Tensor:
-    """`x` [n, ...] moved to a point drawn uniformly from its ε-ball, then clamped to the pixel bounds."""
-    if threat.norm == "l_inf":
-        noise = torch.rand(x.shape, dtype=x.dtype, device=x.device, generator=generator)
-        delta = (2.0 * noise - 1.0) * threat.epsilon
-    else:
-        direction = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
-        norm = direction.flatten(1).norm(dim=1)
-        radius = torch.rand(len(x), dtype=x.dtype, device=x.device, generator=generator)
-        radius = threat.epsilon * radius ** (1.0 / x[0].numel())
-        delta = direction * (radius / norm).view(-1, *[1] * (x.dim() - 1))
-    return (x + delta).clamp(threat.lower, threat.upper)
+    verdicts: Verdicts,
+) -> Samples:
+    """The samples of a batch that are classified correctly; the others are recorded. Raises for all that is amiss."""
+    x, y = batch
+    _check_batch(x, y)
+    if _kind(x) != kind:
+        raise ValueError(f"the images must be alike in all batches, got {_kind(x)} after {kind}")
+    x, y = x.detach(), y.long()
+    logits = clean_logits(model, x)
+    found = [
+        faults.pixels_outside(x, threat.lower, threat.upper, "the images"),
+        faults.labels_outside(y, logits.shape[1], "the labels"),
+        faults.rows_without_number(logits, "the model's logits"),
+    ]
+    faults.read(found).wait()
+    correct = logits.argmax(dim=1) == y
+    on_host = correct.cpu()
+    numbers = verdicts.number(len(y))
+    wrong = numbers[~on_host]
+    verdicts.record(wrong, torch.zeros_like(wrong), torch.zeros_like(wrong))
+    rows = on_host.nonzero().flatten().to(x.device)
+    return Samples(x[rows], y[rows], numbers[on_host])

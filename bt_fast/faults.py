@@ -36,7 +36,12 @@ def labels_outside(labels: Tensor, classes: int, name: str) -> Fault:
 
 def rows_without_number(logits: Tensor, name: str) -> Fault:
     """The number of rows of `logits` [m, K] without a softmax. (-Inf beside a number is a class that is ruled out.)"""
-    return Fault((~has_softmax(logits)).sum(), _without_number_message(len(logits), name))
+    return marked_rows(~has_softmax(logits), name)
+
+
+def marked_rows(unfit: Tensor, name: str) -> Fault:
+    """The number of rows marked in `unfit` (bool [m]), in one forward or several, as rows without a softmax."""
+    return Fault(unfit.sum(), _without_number_message(len(unfit), name))
 
 
 def gradients_without_direction(faulty: Tensor) -> Fault:

@@ -17,8 +17,17 @@ from typing import Any, NoReturn, TypeVar
 import click
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
+from bt_fast.attack.losses import LOSSES
 from bt_fast.attack.threat import ThreatModel
 from bt_fast.evaluation import evaluate as evaluate_model
 from bt_fast.lab import gpu_prediction, report
@@ -180,6 +189,7 @@ def train(
 @click.option("--test-size", type=_AT_LEAST_ONE, help="Use the first N test images. [the checkpoint's]")
 @click.option("--epsilon", type=_POSITIVE, help="[the checkpoint's]")
 @click.option("--distance", type=click.Choice(["l_inf", "l_2"]), default="l_inf", show_default=True)
+@click.option("--loss", type=click.Choice(LOSSES), default="ce", show_default=True, help="What the attack ascends.")
 @click.option("--steps", type=_AT_LEAST_ONE, default=20, show_default=True)
 @click.option("--step-size", type=_POSITIVE, help="[2 epsilon / steps]")
 @click.option("--restarts", type=_AT_LEAST_ONE, default=1, show_default=True)
@@ -195,6 +205,7 @@ def evaluate(
     test_size: int | None,
     epsilon: float | None,
     distance: str,
+    loss: str,
     steps: int,
     step_size: float | None,
     restarts: int,
@@ -208,21 +219,24 @@ def evaluate(
     else:
         networks, dataset, default_epsilon = _published_network(checkpoint, model, data, data_dir, test_size)
     threat = ThreatModel(epsilon or default_epsilon, distance)
+    attacked = distance if loss == "ce" else f"{distance}, {loss} loss"
     for name, network in networks.items():
-        batches = list(evaluation_batches(dataset.x_test, dataset.y_test, where))
         with _progress() as progress:
+            decided = _follower(progress, progress.add_task(name, total=len(dataset.y_test)))
             accuracy = evaluate_model(
                 network.to(where),
-                progress.track(batches, description=name),
+                evaluation_batches(dataset.x_test, dataset.y_test, where),
                 threat,
                 steps=steps,
                 step_size=step_size,
                 restarts=restarts,
+                loss=loss,
                 generator=torch.Generator(where).manual_seed(seed),
+                progress=decided,
             )
         say(
             f"{name}: clean {100 * accuracy.clean:.2f} %, robust {100 * accuracy.robust:.2f} % "
-            f"(PGD-{steps} x {restarts}, {distance}, eps = {threat.epsilon:g}, {accuracy.total} images)"
+            f"(PGD-{steps} x {restarts}, {attacked}, eps = {threat.epsilon:g}, {accuracy.total} images)"
         )
 
 
@@ -447,6 +461,11 @@ def _device(name: str | None) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from error
     return device
+
+
+def _follower(progress: Progress, task: TaskID) -> Callable[[int], None]:
+    """Moves a task's bar to the count that it is told."""
+    return lambda count: progress.update(task, completed=count)
 
 
 def _progress() -> Progress:

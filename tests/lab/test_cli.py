@@ -92,6 +92,19 @@ def test_evaluate_reads_every_model_of_a_comparison(compared):
         assert re.search(line, result.output)
 
 
+def test_evaluate_ascends_the_loss_that_is_asked_for(compared):
+    arguments = ("evaluate", compared[0] / "checkpoint.pt", "--method", "bullet", "--steps", "2")
+    result = bt_fast(*arguments, "--loss", "margin")
+    assert result.exit_code == 0, result.output
+    assert "(PGD-2 x 1, l_inf, margin loss, eps = 0.2, 16 images)" in result.output
+    assert "--loss" in one_line(bt_fast(*arguments, "--loss", "kl"))
+
+
+def test_evaluate_shows_how_many_images_are_decided(compared):
+    result = bt_fast("evaluate", compared[0] / "checkpoint.pt", "--method", "bullet", "--steps", "2")
+    assert "16/16" in result.output
+
+
 def test_evaluate_agrees_with_the_summary(compared):
     folder, _ = compared
     summary = json.loads((folder / "summary.json").read_text())["methods"]["bullet"]

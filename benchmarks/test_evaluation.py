@@ -1,0 +1,157 @@
+"""Evaluation at 50 % robust accuracy: ours against the plain loop, which attacks every sample to the end.
+
+The network is a SmallCNN trained for a moment on the embedded digits, at the ε where half of the test images stand.
+The plain loop is taken twice: as the TRADES authors' evaluation has it, where `backward` also computes the gradients of
+the weights, and with the gradient of the images alone. The limit is the ratio of the passes over the second: the half
+that stands goes through everything in ours too, so that it is below 2, and further below with a single start.
+To record:
+
+python -m pytest benchmarks/test_evaluation.py -s --benchmark-json benchmarks/results/evaluation.json
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import statistics
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from conftest import median_ratio
+from plain_pgd import by_input, plain_loop
+from torch import Tensor, nn
+
+from bt_fast import BulletTrain, Frozen, ThreatModel, trades_loss
+from bt_fast.evaluation import Evaluation, evaluate
+from bt_fast.lab.data import images, load_dataset
+from bt_fast.lab.models import build_model
+
+BATCH, IMAGES, CHECKED, TRAINED = 64, 512, 64, 2000
+LEAST_SPEEDUP = 2.0
+ROUNDS = {(20, 1): 3, (20, 5): 2}
+
+
+class Trained:
+    """A network that is robust to some degree, test images, and the ε at which half of them stand."""
+
+    def __init__(self, device: torch.device) -> None:
+        torch.manual_seed(0)
+        data = load_dataset("digits")
+        self.model = build_model("small-cnn", in_channels=1, image_size=28, num_classes=10, width=16).to(device)
+        self.x, self.y = images(data.x_test[:IMAGES], device), data.y_test[:IMAGES].to(device)
+        self._train(images(data.x_train[:TRAINED], device), data.y_train[:TRAINED].to(device))
+        self.model.eval()
+        self.threat = self._half_standing()
+
+    def _train(self, x: Tensor, y: Tensor) -> None:
+        bullet = BulletTrain(5, 1, 0).to(x.device)
+        optimizer = torch.optim.SGD(self.model.parameters(), lr=0.05, momentum=0.9)
+        for rows in (torch.randperm(len(x), device=x.device) for _ in range(2)):
+            for some in rows.split(50):
+                setting = {"step_size": 0.05, "epsilon": 0.15, "perturb_steps": 5, "beta": 3.0}
+                trades_loss(self.model, x[some], y[some], optimizer, **setting, bullet=bullet).backward()
+                optimizer.step()
+        optimizer.zero_grad()
+
+    def _half_standing(self) -> ThreatModel:
+        low, high = 0.0, 0.5
+        for _ in range(8):
+            threat = ThreatModel((low + high) / 2)
+            found = evaluate(self.model, self.batches(), threat, steps=20, generator=self.generator())
+            low, high = (threat.epsilon, high) if found.robust > 0.5 else (low, threat.epsilon)
+        return threat
+
+    def batches(self, x: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        x = self.x if x is None else x
+        return zip(x.split(BATCH), self.y[: len(x)].split(BATCH), strict=True)
+
+    def generator(self) -> torch.Generator:
+        return torch.Generator(self.x.device).manual_seed(0)
+
+    def plain(self, steps: int, restarts: int, gradient: Any, model: nn.Module | None = None, x: Any = None) -> Tensor:
+        """Restart and step in which each sample fell: [2, n]."""
+        model, x = model or self.model, self.x if x is None else x
+        seed = torch.randint(2**63 - 1, (), device=x.device, generator=self.generator())
+        found = [
+            plain_loop(
+                model,
+                *batch,
+                self.threat,
+                steps=steps,
+                step_size=2 * self.threat.epsilon / steps,
+                restarts=restarts,
+                loss="ce",
+                seed=seed,
+                first=BATCH * i,
+                gradient=gradient,
+            )
+            for i, batch in enumerate(self.batches(x))
+        ]
+        return torch.cat([torch.stack(f) for f in found], dim=1).cpu()
+
+    def ours(self, steps: int, restarts: int, frozen: Frozen | None = None) -> Evaluation:
+        options = {"steps": steps, "restarts": restarts, "frozen": frozen}
+        return evaluate(self.model, self.batches(), self.threat, **options, generator=self.generator())
+
+    def check_exactness(self, steps: int, restarts: int) -> None:
+        """No speedup is reported of an evaluation that differs from the plain loop, sample by sample, in float64."""
+        model, x = copy.deepcopy(self.model).double(), self.x[:CHECKED].double()
+        expected = self.plain(steps, restarts, by_input, model, x)
+        for frozen in (None, Frozen()):
+            options = {"steps": steps, "restarts": restarts, "frozen": frozen}
+            found = evaluate(model, self.batches(x), self.threat, **options, generator=self.generator())
+            assert torch.equal(torch.stack([found.restart, found.step]), expected), f"{frozen} differs"
+
+
+def by_backward(loss: Tensor, x: Tensor) -> Tensor | None:
+    """As the TRADES authors' evaluation takes it: through the weights too."""
+    loss.backward()
+    return x.grad
+
+
+@pytest.fixture(scope="module")
+def trained(device: torch.device) -> Trained:
+    return Trained(device)
+
+
+@pytest.mark.parametrize(("steps", "restarts"), ROUNDS)
+def test_evaluation(trained: Trained, steps: int, restarts: int, interleaved: Any, benchmark: Any) -> None:
+    trained.check_exactness(steps, restarts)
+    variants = {
+        "plain, as the authors": functools.partial(trained.plain, steps, restarts, by_backward),
+        "plain": functools.partial(trained.plain, steps, restarts, by_input),
+        "ours": functools.partial(trained.ours, steps, restarts),
+        "ours, frozen": functools.partial(trained.ours, steps, restarts, Frozen()),
+    }
+    seconds = interleaved(variants, trained.model.zero_grad, ROUNDS[steps, restarts])
+    found, expected = trained.ours(steps, restarts), trained.plain(steps, restarts, by_input)
+    info: dict[str, Any] = {f"{name}: s": round(statistics.median(times), 2) for name, times in seconds.items()}
+    for name in ("ours", "ours, frozen"):
+        for other in ("plain, as the authors", "plain"):
+            info[f"{name} over {other}"] = round(median_ratio(seconds[other], seconds[name]), 2)
+    info["limit over plain"] = round(IMAGES * _passes(steps, restarts) / _passes_of(found, steps, restarts), 2)
+    info["clean, robust"] = f"{found.clean:.1%}, {found.robust:.1%} at eps = {trained.threat.epsilon:.3f}"
+    info["fates that differ in float32"] = int((torch.stack([found.restart, found.step]) != expected).any(0).sum())
+    benchmark.extra_info.update(info)
+    print(f"\nPGD-{steps} x {restarts}, {IMAGES} images, {benchmark.extra_info['processor']}")
+    for key, value in info.items():
+        print(f"  {key:<40} {value}")
+    if benchmark.enabled and restarts > 1:
+        assert info["ours, frozen over plain, as the authors"] >= LEAST_SPEEDUP
+
+
+def _passes(steps: int, restarts: int) -> int:
+    """Forward and backward passes of a sample that goes through everything."""
+    return 1 + restarts * (2 * steps + 1)
+
+
+def _passes_of(found: Evaluation, steps: int, restarts: int) -> int:
+    """Those that the fates of all samples take: the pass in which a sample falls is its last but for its backward."""
+    total = 0
+    for restart, step in zip(found.restart.tolist(), found.step.tolist(), strict=True):
+        if restart > 0:
+            total += (restart - 1) * (2 * steps + 1) + 2 * step + 1
+        total += _passes(steps, restarts) if restart < 0 else 1
+    return total

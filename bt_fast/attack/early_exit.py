@@ -1,0 +1,248 @@
+"""PGD with restarts that drops a sample as soon as it is broken and fills its place with the next one.
+
+The working batch is a prefix of fixed buffers, and each of its rows is at a restart and a step of its own. So it stays
+full as long as samples are waiting, wherever in the stream and in the attack they are, and the cost is that of the
+iterates which samples that still stand go through.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bt_fast import faults, ops
+from bt_fast.attack.frozen import logits_of
+from bt_fast.attack.losses import direction_of
+from bt_fast.attack.random_start import uniform_start
+from bt_fast.attack.threat import ThreatModel
+from bt_fast.faults import CheckedRead
+from bt_fast.ops.launch import dense_format
+from bt_fast.ops.rows import has_softmax
+
+STOOD = -1  # instead of the restart and the step in which a sample fell
+LONGEST_BURST = 8
+
+
+@dataclass(frozen=True)
+class Attack:
+    """What every sample is up against: `restarts` times `steps` steps of size `step_size` along a loss.
+
+    `seed` is a 0-dim int64 on the images' device.
+    """
+
+    threat: ThreatModel
+    loss: str
+    steps: int
+    step_size: float
+    restarts: int
+    seed: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """Images [n, ...] and labels [n] int64 on the device, and their numbers in the stream: [n] int64 on the host."""
+
+    x: Tensor
+    y: Tensor
+    number: Tensor
+
+    def __len__(self) -> int:
+        return len(self.number)
+
+    def split(self, n: int) -> tuple[Samples, Samples]:
+        """The first n, and the others."""
+        fields = (self.x, self.y, self.number)
+        return Samples(*(f[:n] for f in fields)), Samples(*(f[n:] for f in fields))
+
+
+class Verdicts:
+    """What became of each sample of the stream: in which restart and at which iterate it fell, if it did.
+
+    Args:
+        progress: told the number of samples decided so far, whenever it grew.
+    """
+
+    def __init__(self, progress: Callable[[int], None] | None = None) -> None:
+        self._progress = progress
+        self._found: list[Tensor] = []
+        self.seen = self.decided = 0
+
+    def number(self, n: int) -> Tensor:
+        """The numbers [n] int64 of the next n samples of the stream."""
+        self.seen += n
+        return torch.arange(self.seen - n, self.seen)
+
+    def record(self, numbers: Tensor, restart: Tensor, step: Tensor) -> None:
+        """Samples [n] that are decided: all int64, on the host."""
+        if len(numbers) == 0:
+            return
+        self._found.append(torch.stack([numbers, restart, step]))
+        self.decided += len(numbers)
+        if self._progress is not None:
+            self._progress(self.decided)
+
+    def in_order(self) -> tuple[Tensor, Tensor]:
+        """Restart and step of all samples, each [seen] int64; all must be decided."""
+        number, restart, step = torch.cat(self._found, dim=1)
+        order = number.argsort()
+        return restart[order], step[order]
+
+
+class Waiting:
+    """Samples that are not under attack yet: what is left of one batch of the stream, which is read on demand."""
+
+    def __init__(self, stream: Iterator[Samples]) -> None:
+        self._stream = stream
+        self._left: Samples | None = None
+
+    def take(self, most: int) -> Samples | None:
+        """Up to `most` samples, at least one; None where there are no more."""
+        while self._left is None or len(self._left) == 0:
+            self._left = None  # let go of a batch before the next is read
+            self._left = next(self._stream, None)
+            if self._left is None:
+                return None
+        taken, self._left = self._left.split(most)
+        return taken
+
+
+class WorkingBatch:
+    """The samples under attack, in rows [0, count) of buffers that hold `width` of them.
+
+    Args:
+        like: [width, ...] floating point, images of the size, dtype and device of all that come.
+        channels_last: hold images [n, C, H, W] with the channel as the fastest index; else as `like` does.
+    """
+
+    def __init__(self, attack: Attack, like: Tensor, *, channels_last: bool = False) -> None:
+        width, device = len(like), like.device
+        last = channels_last and like.dim() == 4
+        memory_format = torch.channels_last if last else dense_format(like) or torch.contiguous_format
+        self._attack = attack
+        self._burst = burst_length(attack.steps, like)
+        self._x, self._clean = (torch.empty_like(like, memory_format=memory_format) for _ in range(2))
+        self._labels, self._left = (torch.zeros(width, dtype=torch.int64, device=device) for _ in range(2))
+        self._step_size = torch.full((width,), attack.step_size, dtype=like.dtype, device=device)
+        self._still = torch.zeros_like(self._x) if attack.threat.norm == "l_2" else None
+        self._counter = torch.arange(self._burst, device=device)
+        # what the host knows without asking: a row moves in every step until it falls
+        self._number, self._restart, self._step = (torch.zeros(width, dtype=torch.int64) for _ in range(3))
+        self._count = 0
+
+    @torch.no_grad()
+    def run(self, model: Callable[[Tensor], Tensor], waiting: Waiting, verdicts: Verdicts) -> None:
+        """Attack all that wait, and record what becomes of them.
+
+        Raises:
+            ValueError: the model's logits or input gradients hold NaN for a sample that still stood.
+        """
+        leaving = torch.zeros(0, dtype=torch.bool)
+        while True:
+            self._replace(leaving, waiting)
+            if self._count == 0:
+                return
+            leaving = self._settle(self._advance(model), verdicts)
+
+    def _advance(self, model: Callable[[Tensor], Tensor]) -> Tensor:
+        """A burst of steps; the step of the burst at whose start a row fell, or STOOD: [count] int64 on the host.
+
+        Step j first looks at the logits of iterate j, which its forward pass gives for nothing. A row moves until it
+        falls or its restart ends.
+        """
+        n, attack = self._count, self._attack
+        x, labels, left = self._x[:n], self._labels[:n], self._left[:n]
+        fell = torch.full_like(left, STOOD)
+        unfit = torch.zeros_like(left, dtype=torch.bool)
+        faulty = torch.zeros_like(left, dtype=torch.int32)
+        most = attack.steps - int(self._step[:n].min())
+        for j in range(min(self._burst, most + 1)):
+            moves = j < most  # else all are at their last iterate, which only has to be looked at
+            probe = x.detach().requires_grad_(moves)
+            with torch.set_grad_enabled(moves):
+                logits = logits_of(model, probe)
+            seen = logits.detach()
+            standing = left >= j
+            unfit |= standing & ~has_softmax(seen)
+            falls = standing & (seen.argmax(dim=1) != labels)
+            fell.masked_fill_(falls, j)
+            left.masked_fill_(falls, 0)
+            if moves:
+                (grad,) = torch.autograd.grad(logits, probe, direction_of(attack.loss, seen, labels))
+                self._move(grad, self._counter[j], faulty)
+        found = [faults.marked_rows(unfit, "the model's logits"), faults.gradients_without_direction(faulty)]
+        numbers = torch.cat([fell, faults.counts_of(found)])
+        return torch.tensor(CheckedRead(numbers, [fault.message for fault in found]).wait())
+
+    def _move(self, grad: Tensor, step: Tensor, faulty: Tensor) -> None:
+        """One projected step of the rows that have more than `step` steps left."""
+        n, threat = self._count, self._attack.threat
+        images = (self._x[:n], grad, self._clean[:n], self._step_size[:n])
+        box = (threat.epsilon, threat.lower, threat.upper)
+        if self._still is None:
+            ops.linf_step_(*images, *box, steps=self._left[:n], step=step, faulty=faulty)
+        else:
+            ops.l2_step_(*images, *box, self._still[:n], steps=self._left[:n], step=step, faulty=faulty)
+
+    def _settle(self, fell: Tensor, verdicts: Verdicts) -> Tensor:
+        """Record those that fell or stood to the end, and begin the next restarts; which rows leave: [count] bool."""
+        n, attack = self._count, self._attack
+        number, restart, step = self._number[:n], self._restart[:n], self._step[:n]
+        falls = fell != STOOD
+        ended = ~falls & (step + self._burst > attack.steps)
+        leaving = falls | (ended & (restart + 1 == attack.restarts))
+        restarts, steps = torch.where(falls, restart + 1, STOOD), torch.where(falls, step + fell, STOOD)
+        verdicts.record(number[leaving], restarts[leaving], steps[leaving])
+        step += self._burst
+        self._left[:n] -= self._burst
+        again = (ended & ~leaving).nonzero().flatten()
+        restart[again] += 1
+        self._begin(again)
+        return leaving
+
+    def _replace(self, leaving: Tensor, waiting: Waiting) -> None:
+        """Fill the rows that leave, and those beyond the prefix, with waiting samples; close the gaps that remain."""
+        n = self._count
+        free = torch.cat([leaving.nonzero().flatten(), torch.arange(n, len(self._x))])
+        self._count -= int(leaving.sum())
+        while len(free) and (arriving := waiting.take(len(free))) is not None:
+            rows, free = free[: len(arriving)], free[len(arriving) :]
+            at = rows.to(self._x.device)
+            self._clean[at], self._labels[at] = arriving.x, arriving.y
+            self._number[rows], self._restart[rows] = arriving.number, 0
+            self._begin(rows)
+            self._count += len(rows)
+        gaps, kept = free[free < self._count], (~leaving).nonzero().flatten()
+        self._copy_rows(kept[kept >= self._count], gaps)
+
+    def _begin(self, rows: Tensor) -> None:
+        """Put rows (int64 on the host) at the random starts of their restarts."""
+        self._step[rows] = 0
+        for restart in self._restart[rows].unique().tolist():
+            some = rows[self._restart[rows] == restart]
+            at, numbers = (t.to(self._x.device) for t in (some, self._number[some]))
+            self._x[at] = uniform_start(self._clean[at], numbers, restart, self._attack.threat, self._attack.seed)
+            self._left[at] = self._attack.steps
+
+    def _copy_rows(self, source: Tensor, target: Tensor) -> None:
+        if len(source) == 0:
+            return
+        for values in (self._number, self._restart, self._step):
+            values[target] = values[source]
+        source, target = source.to(self._x.device), target.to(self._x.device)
+        for values in (self._x, self._clean, self._labels, self._left):
+            values[target] = values[source]
+
+
+def burst_length(steps: int, x: Tensor) -> int:
+    """How many steps are taken before the host looks who fell.
+
+    On the CPU one, since to look costs nothing there. On a GPU the host would wait in each step, so up to eight: a
+    broken row stays, unmoved, for less than a burst. A restart's `steps + 1` iterates are shared out evenly.
+    """
+    if x.is_cpu:
+        return 1
+    bursts = -(-(steps + 1) // LONGEST_BURST)
+    return -(-(steps + 1) // bursts)

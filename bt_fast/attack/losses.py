@@ -1,0 +1,31 @@
+"""What PGD ascends when it is to break a classification: the gradient with respect to the logits."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from bt_fast import ops
+
+LOSSES = ("ce", "margin")
+
+
+def direction_of(loss: str, logits: Tensor, labels: Tensor) -> Tensor:
+    """The loss's gradient with respect to the logits, each row up to a positive factor.
+
+    Args:
+        loss: "ce", the cross-entropy; or "margin", the largest wrong logit minus the true one (Carlini and Wagner's
+            f_6 without confidence): 1 at the first largest wrong logit and -1 at the label.
+        logits: [n, K] floating point, K ≥ 2.
+        labels: [n] int64 in 0..K-1.
+
+    Returns:
+        [n, K] in the logits' dtype.
+    """
+    at = labels[:, None]
+    if loss == "ce":
+        return ops.ascent_direction(logits, torch.zeros_like(logits).scatter_(1, at, 1.0))
+    wrong = logits.scatter(1, at, -math.inf).argmax(dim=1, keepdim=True)
+    return torch.zeros_like(logits).scatter_(1, wrong, 1.0).scatter_(1, at, -1.0)

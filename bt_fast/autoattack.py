@@ -1,0 +1,125 @@
+"""AutoAttack (Croce and Hein, 2020), where its package is installed, and a model as that package wants it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from bt_fast import faults
+from bt_fast.attack.frozen import clean_logits, eval_mode, logits_of
+from bt_fast.attack.threat import ThreatModel
+from bt_fast.evaluation import Accuracy
+from bt_fast.mining import check_labels, step_count
+
+INSTALL = "pip install git+https://github.com/fra31/auto-attack"
+VERSIONS = ("standard", "plus", "rand")
+_NORMS = {"l_inf": "Linf", "l_2": "L2"}
+
+
+@dataclass(frozen=True, eq=False)
+class AutoAttacked(Accuracy):
+    """An accuracy, and what AutoAttack made of each sample.
+
+    Attributes:
+        x_adv: [total, ...] the images: attacked where the sample fell, clean where it stood.
+        stood: [total] bool, classified correctly whatever AutoAttack tried.
+    """
+
+    x_adv: Tensor = field(repr=False)
+    stood: Tensor = field(repr=False)
+
+
+@contextmanager
+def for_autoattack(model: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
+    """The model as AutoAttack (or any other attack) takes it: a callable from images [n, C, H, W] to logits [n, K].
+
+    Inside the block the model is in eval mode and its parameters need no gradient, so that an attack that calls
+    `backward` accumulates none and pays for none. At the end every submodule has its own mode again, and every
+    parameter its own `requires_grad`. The callable raises TypeError or ValueError for a model that returns no logits.
+    """
+    held = [p for p in model.parameters() if p.requires_grad]
+    with eval_mode(model):
+        for p in held:
+            p.requires_grad_(False)
+        try:
+            yield lambda x: logits_of(model, x)
+        finally:
+            for p in held:
+                p.requires_grad_(True)
+
+
+def autoattack(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    threat: ThreatModel,
+    *,
+    version: str = "standard",
+    batch_size: int = 250,
+    seed: int = 0,
+    verbose: bool = False,
+) -> AutoAttacked:
+    """Accuracy under AutoAttack, run by its authors' package. torch's default random generators are left as they were.
+
+    Args:
+        model: maps [n, C, H, W] to logits [n, K]. It runs in eval mode and keeps its modes and gradients.
+        x: [total, C, H, W] floating point in [0, 1]. y: [total] integers.
+        threat: with the bounds 0 and 1, as AutoAttack has them.
+        version: "standard", "plus", or "rand" for randomised defences.
+        batch_size: ≥ 1. seed: of AutoAttack's random numbers. verbose: let it print its progress.
+
+    Raises:
+        ImportError: the package is not installed; the message says how to install it.
+        TypeError or ValueError: an argument does not fit; nothing has been run.
+    """
+    _check(x, y, threat, version)
+    step_count("batch_size", batch_size, least=1)
+    step_count("seed", seed)
+    try:
+        from autoattack import AutoAttack
+    except ImportError as error:
+        raise ImportError(f"AutoAttack is not installed: {INSTALL}") from error
+    x, y = x.detach(), y.long()
+    devices = [x.device] if x.is_cuda else []
+    with torch.inference_mode(False), torch.random.fork_rng(devices), for_autoattack(model) as classifier:
+        clean = _correct(classifier, x, y, batch_size)
+        adversary = AutoAttack(
+            classifier,
+            norm=_NORMS[threat.norm],
+            eps=threat.epsilon,
+            seed=seed,
+            version=version,
+            verbose=verbose,
+            device=str(x.device),
+        )
+        x_adv: Tensor = adversary.run_standard_evaluation(x, y, bs=batch_size)
+        stood = clean & _correct(classifier, x_adv, y, batch_size)
+    return AutoAttacked(int(clean.sum()), int(stood.sum()), len(y), x_adv, stood)
+
+
+def _check(x: Tensor, y: Tensor, threat: ThreatModel, version: str) -> None:
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        raise TypeError(f"x must be floating-point images, got {getattr(x, 'dtype', type(x).__name__)}")
+    if x.dim() != 4 or x.numel() == 0:
+        raise ValueError(f"x must have shape [total, C, H, W] with at least 1 image, got {list(x.shape)}")
+    check_labels(y, len(x), x.device, "y")
+    if (threat.lower, threat.upper) != (0.0, 1.0):
+        raise ValueError(f"threat must have AutoAttack's bounds 0 and 1, got {threat.lower:g} and {threat.upper:g}")
+    if version not in VERSIONS:
+        raise ValueError(f"version must be one of {', '.join(map(repr, VERSIONS))}, got {version!r}")
+    faults.read([faults.pixels_outside(x, 0.0, 1.0, "x")]).wait()
+
+
+def _correct(model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, batch_size: int) -> Tensor:
+    """Which images are classified as `y`: [total] bool."""
+    found = []
+    for images, labels in zip(x.split(batch_size), y.split(batch_size), strict=True):
+        logits = clean_logits(model, images)
+        outside = faults.labels_outside(labels, logits.shape[1], "y")
+        faults.read([outside, faults.rows_without_number(logits, "the model's logits")]).wait()
+        found.append(logits.argmax(dim=1) == labels)
+    return torch.cat(found)

@@ -1,0 +1,54 @@
+"""The plain loop that an evaluation is held against: every sample goes through all steps of all restarts."""
+
+import torch
+import torch.nn.functional as F
+
+from bt_fast.attack.random_start import uniform_start
+
+STOOD = -1
+
+
+def loss_of(loss, logits, labels):
+    if loss == "ce":
+        return F.cross_entropy(logits, labels, reduction="sum")
+    wrong = logits.scatter(1, labels[:, None], -torch.inf).max(dim=1).values
+    return (wrong - logits.gather(1, labels[:, None]).squeeze(1)).sum()
+
+
+def projected_step(x_adv, grad, x, threat, size):
+    if threat.norm == "l_inf":
+        moved = x_adv + size * grad.sign()
+        moved = torch.minimum(torch.maximum(moved, x - threat.epsilon), x + threat.epsilon)
+    else:
+        norm = grad.flatten(1).norm(dim=1).clamp(min=1e-300).view(-1, 1, 1, 1)
+        moved = (x_adv + size * (grad / norm)).clamp(threat.lower, threat.upper)
+        moved = x + (moved - x).renorm(p=2, dim=0, maxnorm=threat.epsilon)
+    return moved.clamp(threat.lower, threat.upper)
+
+
+def by_input(loss, x):
+    """The gradient with respect to the images alone."""
+    return torch.autograd.grad(loss, x)[0]
+
+
+def plain_loop(model, x, y, threat, *, steps, step_size, restarts, loss, seed, first=0, gradient=by_input):
+    """In which restart and after how many steps each sample first was misclassified: 0, 0 clean, `STOOD` never.
+
+    The model is in eval mode; the samples are the numbers `first` and up of those that share the seed.
+    """
+    numbers = torch.arange(first, first + len(y), device=x.device)
+    with torch.no_grad():
+        wrong = model(x).argmax(dim=1) != y
+    restart, step = (torch.where(wrong, 0, STOOD) for _ in range(2))
+    for r in range(restarts):
+        x_adv = uniform_start(x, numbers, r, threat, seed)
+        for t in range(steps + 1):
+            x_adv.requires_grad_(t < steps)
+            with torch.set_grad_enabled(t < steps):
+                logits = model(x_adv)
+            falls = (restart == STOOD) & (logits.detach().argmax(dim=1) != y)
+            restart[falls], step[falls] = r + 1, t
+            if t < steps:
+                grad = gradient(loss_of(loss, logits, y), x_adv)
+                x_adv = projected_step(x_adv.detach(), grad, x, threat, step_size)
+    return restart, step
