@@ -22,13 +22,13 @@ def device() -> torch.device:
 
 @pytest.fixture
 def interleaved(benchmark: Any, device: torch.device) -> Callable[..., dict[str, list[float]]]:
-    """Time variants in alternation: one benchmark round runs each of them once, in rotating order.
+    """Time variants in alternation: one benchmark round runs each of them once, in rotating order, prepared by name.
 
     Returns each variant's seconds by round, so that ratios can be taken pair by pair.
     """
 
     def run(
-        variants: dict[str, Callable[[], object]], prepare: Callable[[], object], rounds: int
+        variants: dict[str, Callable[[], object]], prepare: Callable[[str], object], rounds: int
     ) -> dict[str, list[float]]:
         names = list(variants)
         seconds: dict[str, list[float]] = {name: [] for name in names}
@@ -36,7 +36,7 @@ def interleaved(benchmark: Any, device: torch.device) -> Callable[..., dict[str,
         def one_round() -> None:
             turn = len(seconds[names[0]]) % len(names)
             for name in names[turn:] + names[:turn]:
-                prepare()
+                prepare(name)
                 synchronize(device)
                 start = time.perf_counter()
                 variants[name]()

@@ -7,6 +7,7 @@ their results are kept, as in an iteration: a loop over the same operands runs u
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import functools
 import os
 import statistics
@@ -19,7 +20,9 @@ from typing import Any
 import torch
 from torch.ops import aten
 
-from bt_fast.lab.gpu_model import Kernel, Tiles
+from bt_fast import BulletTrain, trades_loss
+from bt_fast.lab.gpu_model import Kernel, Tiles, simulate
+from bt_fast.lab.gpu_trace import trace_on_cpu
 
 GRAIN = 32768  # elements: at::internal::GRAIN_SIZE, below which torch uses one core
 VECTOR = 16  # float32 in 512 bits: oneDNN pads channels to it
@@ -46,7 +49,7 @@ class Cpu:
     Attributes:
         flop_rates: FLOP/s by the kind of product.
         byte_rates: bytes/s by kind of operation.
-        launch_seconds: the host's, for an operation on one number, layers and autograd included.
+        launch_seconds: the host's, for an operation on one number, with layers, autograd and the iteration's Python.
         product_seconds: the same for a product, by its kind.
         op_seconds: the same for an op written in Python, without what it does.
     """
@@ -106,7 +109,31 @@ def calibrate() -> Cpu:
     flop_rates["matmul"] = 2 * 96 * 640 * 320 / timed(lambda: _matmul(96, 640, 320))[0]
     nothing = torch.library.custom_op("benchmarks::nothing", _nothing, mutates_args=())
     op_seconds = repeated(lambda: nothing(torch.empty(1)))
-    return Cpu(torch.get_num_threads(), flop_rates, byte_rates, _launch_seconds(), product_seconds, op_seconds)
+    cpu = Cpu(torch.get_num_threads(), flop_rates, byte_rates, _launch_seconds(), product_seconds, op_seconds)
+    return _with_host(cpu)
+
+
+def _with_host(cpu: Cpu) -> Cpu:
+    """The host's times of all operations longer by what an iteration's own Python adds: on a layer of four pixels."""
+    model, x, y = (
+        torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 10)),
+        torch.rand(4, 1, 2, 2),
+        torch.arange(4),
+    )
+    optimizer, bullet = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9, foreach=False), BulletTrain()
+
+    def iteration() -> None:
+        trades_loss(model, x, y, optimizer, bullet=bullet).backward()
+        optimizer.step()
+
+    iteration()
+    longer = repeated(iteration, 20) / simulate(trace_on_cpu(iteration), cpu).seconds
+    return dataclasses.replace(
+        cpu,
+        launch_seconds=longer * cpu.launch_seconds,
+        product_seconds={kind: longer * seconds for kind, seconds in cpu.product_seconds.items()},
+        op_seconds=longer * cpu.op_seconds,
+    )
 
 
 def _nothing(x: torch.Tensor) -> torch.Tensor:

@@ -24,11 +24,7 @@ def test_time_per_sample(name: str, variant: str, interleaved: Any, benchmark: A
     workloads = {m: Workload(dataclasses.replace(CASES[name], batch=m), device) for m in SIZES}
     work = {str(m): workload.variants()[variant] for m, workload in workloads.items()}
 
-    def prepare() -> None:
-        for workload in workloads.values():
-            workload.prepare()
-
-    seconds = interleaved(work, prepare, rounds=ROUNDS[name])
+    seconds = interleaved(work, lambda m: workloads[int(m)].prepare(), rounds=ROUNDS[name])
     each = {m: 1e3 * statistics.median(seconds[str(m)]) / m for m in SIZES}
     middle = statistics.median(each.values())
     info = {

@@ -125,7 +125,7 @@ def test_evaluation(trained: Trained, steps: int, restarts: int, interleaved: An
         "ours": functools.partial(trained.ours, steps, restarts),
         "ours, frozen": functools.partial(trained.ours, steps, restarts, Frozen()),
     }
-    seconds = interleaved(variants, trained.model.zero_grad, ROUNDS[steps, restarts])
+    seconds = interleaved(variants, lambda _: trained.model.zero_grad(), ROUNDS[steps, restarts])
     found, expected = trained.ours(steps, restarts), trained.plain(steps, restarts, by_input)
     info: dict[str, Any] = {f"{name}: s": round(statistics.median(times), 2) for name, times in seconds.items()}
     for name in ("ours", "ours, frozen"):

@@ -49,7 +49,7 @@ def test_the_refresh_is_a_small_share_of_an_iteration(
     workload = Workload(CASES[name], device)
     with attack_model(workload.model, Frozen(), workload.x[:8]) as view:
         work = {"refresh": view.refresh, "iteration": workload.variants()["bullet, bf16"]}
-        seconds = interleaved(work, workload.prepare, rounds=CASES[name].rounds)
+        seconds = interleaved(work, lambda _: workload.prepare(), rounds=CASES[name].rounds)
     share = median_ratio(seconds["refresh"], seconds["iteration"])
     info = {f"{variant}: ms": round(1e3 * statistics.median(times), 3) for variant, times in seconds.items()}
     report(benchmark, f"refresh, {name}, batch {CASES[name].batch}", info | {"share": f"{100 * share:.2f} %"})

@@ -4,8 +4,8 @@ The CPU takes the GPU's place: the same simulation, with the figures of `cpu_mod
 of iterations of which it has seen no layer, within 20 %. Writes `results/gpu-model.json`, and `results/
 gpu-model-predicted.json` and `.md`. Where there is a GPU there is nothing to predict: `bt-fast predict` measures.
 
-In the stored run 11 of 12 cases are within it, and BulletTrain's small CNN at batch 32 is 20.1 % too fast. Most of its
-steps work on 9 images, which two cores cannot share evenly; the model lets them.
+All predictions of the stored run are too fast. The method was refined on four of the cases (the small CNN and WRN-16-2
+at batches of 32 and 128); the small CNN at batch 64 was tried when it stood.
 
 python -m pytest benchmarks/test_gpu_model.py -s
 """
@@ -27,7 +27,13 @@ from bt_fast.lab.report import machine
 
 RESULTS = Path(__file__).parent / "results"
 CPU = torch.device("cpu")
-CASES = {("small-cnn", 32): 4, ("small-cnn", 128): 3, ("wrn-16-2", 32): 2, ("wrn-16-2", 128): 1}  # half the rounds
+CASES = {
+    ("small-cnn", 32): 4,
+    ("small-cnn", 64): 3,
+    ("small-cnn", 128): 3,
+    ("wrn-16-2", 32): 2,
+    ("wrn-16-2", 128): 1,
+}  # half the rounds
 METHODS = ("reference", "optimised", "bullet")
 PERMITTED = 0.20
 SIZES = (32, 128, 512)

@@ -47,7 +47,7 @@ class Batch:
 
 def test_time_against_m(interleaved: Any, benchmark: Any, device: torch.device) -> None:
     batches = {m: Batch(m, device) for m in SIZES}
-    seconds = interleaved({str(m): batch.mine for m, batch in batches.items()}, lambda: None, rounds=9)
+    seconds = interleaved({str(m): batch.mine for m, batch in batches.items()}, lambda _: None, rounds=9)
     median = {m: statistics.median(seconds[str(m)]) for m in SIZES}
     first, last = SIZES[0], SIZES[-1]
     allowed = last * math.log(last) / (first * math.log(first))
@@ -64,7 +64,7 @@ def test_time_against_m(interleaved: Any, benchmark: Any, device: torch.device) 
 def test_share_of_an_iteration(name: str, interleaved: Any, benchmark: Any, device: torch.device) -> None:
     workload, batch = Workload(CASES[name], device), Batch(CASES[name].batch, device)
     work = {"mining": batch.mine, "iteration": workload.variants()["bullet"]}
-    seconds = interleaved(work, workload.prepare, rounds=15)
+    seconds = interleaved(work, lambda _: workload.prepare(), rounds=15)
     share = median_ratio(seconds["mining"], seconds["iteration"])
     info = {f"{variant}: ms": round(1e3 * statistics.median(times), 3) for variant, times in seconds.items()}
     report(benchmark, f"{name}, batch {CASES[name].batch}", info | {"share": f"{100 * share:.2f} %"})

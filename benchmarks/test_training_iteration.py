@@ -155,7 +155,7 @@ def test_trades_iteration(name: str, interleaved: Any, benchmark: Any, device: t
         workload.optimizer.zero_grad()
         peaks[variant] = peak_bytes(work)
     workload.bullet.reset_fractions()
-    seconds = interleaved(variants, workload.prepare, rounds=CASES[name].rounds)
+    seconds = interleaved(variants, lambda _: workload.prepare(), rounds=CASES[name].rounds)
 
     fractions = workload.bullet.fractions
     info = {"fractions (B/R/O)": f"{fractions.boundary:.3f} / {fractions.robust:.3f} / {fractions.outlier:.3f}"}
