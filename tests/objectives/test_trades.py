@@ -28,7 +28,7 @@ from tolerances import UPDATES, assert_near, assert_near_nested
 from torch import nn
 
 from bt_fast import BulletTrain, ops, trades_loss
-from bt_fast.objectives.trades import random_state
+from bt_fast.attack.start import random_state
 from bt_fast.ops import GROUPS
 
 DISTANCES = ["l_inf", "l_2"]

@@ -18,7 +18,7 @@ from torch import nn
 from bt_fast import BulletTrain, Frozen, GraphRunner, Update, trades_loss
 from bt_fast.attack import device
 from bt_fast.attack.runners import run_eager
-from bt_fast.objectives import trades, update
+from bt_fast.objectives import adversarial, update
 
 EAGER = {"channels_last": False}
 GRAPHS = {"channels_last": False, "graphs": True}
@@ -31,7 +31,7 @@ class Training:
 
     def __init__(self, options, build="conv_bn", bullet=None, seed=0):
         self.model, self.bullet = small_models.build(build, seed), bullet
-        self.update = trades.Update(**options)
+        self.update = adversarial.Update(**options)
         self.found, self.given, self.steps = [], [], 0
 
     def loss(self, m=6, batch=None, **options):
@@ -435,7 +435,7 @@ IN_DEVICE = [
 def caught(changed, scenario):
     """Whether some order of the work gives another result than the eager one, or something raises."""
     with ExitStack() as patches:
-        for module, attributes in ((trades, ("Update", "run_update")), (device, ("graphed", "CaptureError"))):
+        for module, attributes in ((adversarial, ("Update", "run_update")), (device, ("graphed", "CaptureError"))):
             for attribute in attributes:
                 if attribute in vars(changed):
                     patches.enter_context(mock.patch.object(module, attribute, vars(changed)[attribute]))
