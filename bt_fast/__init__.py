@@ -12,6 +12,8 @@ from bt_fast.attack.schedule import Schedule
 from bt_fast.attack.streams import StreamRunner
 from bt_fast.attack.threat import ThreatModel
 from bt_fast.mining import Assignment, BulletTrain
+from bt_fast.objectives.mart import mart_loss
+from bt_fast.objectives.pgd import pgd_loss
 from bt_fast.objectives.trades import trades_loss
 from bt_fast.objectives.update import Update
 from bt_fast.speedup import Fractions, theoretical_speedup, theoretical_speedup_augmix
@@ -31,6 +33,8 @@ __all__ = [
     "ThreatModel",
     "Update",
     "generate",
+    "mart_loss",
+    "pgd_loss",
     "theoretical_speedup",
     "theoretical_speedup_augmix",
     "trades_loss",
