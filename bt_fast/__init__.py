@@ -13,6 +13,8 @@ from bt_fast.attack.streams import StreamRunner
 from bt_fast.attack.threat import ThreatModel
 from bt_fast.mining import Assignment, BulletTrain
 from bt_fast.objectives.augmix import augmix_loss
+from bt_fast.objectives.mart import mart_loss
+from bt_fast.objectives.pgd import pgd_loss
 from bt_fast.objectives.trades import trades_loss
 from bt_fast.objectives.update import Update
 from bt_fast.speedup import Fractions, theoretical_speedup, theoretical_speedup_augmix
@@ -33,6 +35,8 @@ __all__ = [
     "Update",
     "augmix_loss",
     "generate",
+    "mart_loss",
+    "pgd_loss",
     "theoretical_speedup",
     "theoretical_speedup_augmix",
     "trades_loss",

@@ -30,8 +30,8 @@ for name in ("triton", "click", "rich", "matplotlib", "pynvml"):
 import torch
 import bt_fast
 model = torch.nn.Linear(4, 3)
-loss = bt_fast.trades_loss(model, torch.rand(2, 4), torch.tensor([0, 2]), None, bullet=bt_fast.BulletTrain())
-loss.backward()
+for loss_of in (bt_fast.trades_loss, bt_fast.mart_loss, bt_fast.pgd_loss):
+    loss_of(model, torch.rand(2, 4), torch.tensor([0, 2]), None, bullet=bt_fast.BulletTrain()).backward()
 """
 
 

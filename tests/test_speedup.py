@@ -1,7 +1,7 @@
 import pytest
 
 from bt_fast import Fractions, theoretical_speedup, theoretical_speedup_augmix
-from bt_fast.speedup import augmix_cost, trades_cost, trades_reference_cost
+from bt_fast.speedup import augmix_cost, mart_cost, pgd_cost, trades_cost, trades_reference_cost
 
 PAPER = Fractions(boundary=0.28, robust=0.54, outlier=0.18)
 
@@ -48,6 +48,16 @@ def test_forward_pass_model():
     assert trades_cost(10, clean_forwards=2) == 30
     assert trades_cost(mean_steps) == pytest.approx(14.8, abs=0.05)
     assert trades_cost(mean_steps, corrupted_fraction=1 - PAPER.outlier) == pytest.approx(14.2, abs=0.05)
+
+
+def test_forward_passes_of_mart_and_pgd():
+    papers = Fractions(boundary=0.29, robust=0.44, outlier=0.27)  # MART, N_R = 1
+    mean_steps = papers.mean_steps(10, 1, 0)
+    assert mart_cost(10, mining=False) == 26  # 10 · 2 + 2 · 3
+    assert mart_cost(mean_steps) == pytest.approx(13.7, abs=0.05)
+    assert mart_cost(papers.mean_steps(10, 0, 0), papers.boundary) == pytest.approx(1 + 5.8 + 3 + 3 * 0.29)
+    assert pgd_cost(10, mining=False) == 23  # 10 · 2 + 3
+    assert pgd_cost(mean_steps) == pytest.approx(1 + 2 * 3.34 + 3)
 
 
 @pytest.mark.parametrize("shares", [(-0.1, 0.0, 0.0), (2.0, 2.0, 2.0), (0.6, 0.6, 0.0), (float("nan"), 0.0, 0.0)])

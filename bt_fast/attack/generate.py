@@ -14,7 +14,6 @@ from bt_fast.attack.schedule import Schedule
 from bt_fast.attack.threat import ThreatModel
 
 COMPARED = 8  # samples on which a view of the model is held against it, once
-TRADES_NOISE = 0.001  # standard deviation of the random start
 
 
 def generate(
@@ -129,16 +128,3 @@ def _check(clean: Tensor, start: Tensor, target: Tensor, schedule: Schedule, fau
         raise ValueError(f"target must have shape [{m}, K], got {list(target.shape)}")
     if faulty is not None and faulty.shape != (m,):
         raise ValueError(f"faulty must have shape [{m}], got {list(faulty.shape)}")
-
-
-def normal_noise(x: Tensor, generator: torch.Generator | None, *, on_cpu: bool = False) -> Tensor:
-    """The TRADES start's `0.001·N(0, 1)`, in the shape of `x`.
-
-    Args:
-        generator: on the images' device.
-        on_cpu: draw as the TRADES code does, in the default dtype from the CPU's default generator, so that a seeded
-            script repeats its own numbers.
-    """
-    if on_cpu:
-        return TRADES_NOISE * torch.randn(x.shape)
-    return TRADES_NOISE * torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)

@@ -32,7 +32,7 @@ from bt_fast.attack.threat import ThreatModel
 from bt_fast.evaluation import evaluate as evaluate_model
 from bt_fast.lab import gpu_prediction, report
 from bt_fast.lab.checkpoint import load_checkpoint
-from bt_fast.lab.config import COMPARED, METHODS, PRESETS, RunConfig
+from bt_fast.lab.config import COMPARED, METHODS, OBJECTIVES, PRESETS, RunConfig
 from bt_fast.lab.corruptions import CORRUPTIONS, CorruptedTestSet, corruption_errors
 from bt_fast.lab.data import ImageDataset, load_dataset
 from bt_fast.lab.gpu_model import GPUS
@@ -99,7 +99,7 @@ _RUN_OPTIONS = [
     click.option("--model", metavar="NAME", help="small-cnn, preactresnet-18 or wrn-D-K."),
     click.option("--width", type=_AT_LEAST_ONE, help="Channels of small-cnn's first layer."),
     click.option("--augment/--no-augment", default=None, help="Random crops and flips."),
-    click.option("--loss", type=click.Choice(["trades"]), help="Objective. [trades]"),
+    click.option("--loss", type=click.Choice(OBJECTIVES), help="Objective. [trades]"),
     click.option("--epochs", type=_AT_LEAST_ONE),
     click.option("--batch-size", type=_AT_LEAST_ONE),
     click.option("--lr", type=_POSITIVE, help="SGD learning rate."),
@@ -110,8 +110,8 @@ _RUN_OPTIONS = [
     ),
     click.option("--epsilon", type=_POSITIVE, help="Radius of the l_inf ball, in [0, 1] pixel units."),
     click.option("--step-size", type=_POSITIVE, help="Step size of the attack."),
-    click.option("--steps", type=_AT_LEAST_ONE, help="Attack steps N of TRADES. [10]"),
-    click.option("--beta", type=_Finite(min=0), help="Weight of the robust term."),
+    click.option("--steps", type=_AT_LEAST_ONE, help="Attack steps N without BulletTrain. [10]"),
+    click.option("--beta", type=_Finite(min=0), help="Weight of the robust term (not of pgd)."),
     click.option("--boundary-steps", type=_COUNT, help="N_B of BulletTrain. [--steps]"),
     click.option("--robust-steps", type=_COUNT, help="N_R of BulletTrain. [2]"),
     click.option("--outlier-steps", type=_COUNT, help="N_O of BulletTrain. [0]"),
@@ -158,7 +158,7 @@ def cli() -> None:
 def compare(
     methods: tuple[str, ...], data_dir: Path, device: str | None, out: Path | None, resume: Path | None, **given: Any
 ) -> None:
-    """Train TRADES, TRADES optimised and TRADES + BulletTrain on the same minibatches and compare them."""
+    """Train an objective as its authors wrote it, ours and ours + BulletTrain on the same minibatches and compare."""
     twice = [method for method in methods if methods.count(method) > 1]
     if twice:
         raise ValueError(f"--method {twice[0]} is given twice: each method is trained once")

@@ -6,6 +6,7 @@ import dataclasses
 import json
 from dataclasses import dataclass
 
+OBJECTIVES = ("trades", "mart", "pgd")
 COMPARED = ("reference", "optimised", "bullet")
 METHODS = (*COMPARED, *(f"{method}-{view}" for method in COMPARED[1:] for view in ("frozen", "bf16")))
 
@@ -15,14 +16,15 @@ class RunConfig:
     """What a run trains and how. Step sizes, ε and pixels are in [0, 1] units.
 
     Attributes:
-        methods: which of "reference" (TRADES as its authors wrote it), "optimised" (same result, fewer passes) and
-            "bullet" (TRADES with BulletTrain) are trained, in lockstep on the same minibatches; the latter two also as
+        methods: which of "reference" (the objective as its authors wrote it), "optimised" (ours, the same result) and
+            "bullet" (ours with BulletTrain) are trained, in lockstep on the same minibatches; the latter two also as
             "-frozen", attacked on a frozen view of the model, or "-bf16", on one in bfloat16.
+        loss: the objective, one of `OBJECTIVES`.
         data: as `load_dataset`'s source. train_size, test_size: how many images of it; None is all.
         model: as `build_model`'s name. width: of small-cnn.
         augment: random crops with 4 pixels of padding, and horizontal flips.
         epochs, batch_size, lr, sgd_momentum, weight_decay: SGD. lr falls tenfold after each of `decay_epochs`.
-        epsilon, step_size, steps: the attack. beta: the weight of TRADES' robust term.
+        epsilon, step_size, steps: the attack. beta: the weight of the robust term, which PGD has not.
         boundary_steps, robust_steps, outlier_steps, gamma, fraction_momentum: BulletTrain's.
         eval_steps, eval_restarts: PGD for the final robust accuracy.
         curve_size: test images for the accuracy after each epoch (PGD-`eval_steps`, one start).
@@ -78,6 +80,10 @@ class RunConfig:
             value = getattr(config, name)
             if (isinstance(value, bool) and bool not in kinds) or not isinstance(value, kinds):
                 raise ValueError(f"{name} in the run configuration has the wrong kind of value: {value!r}")
+        if config.loss not in OBJECTIVES:
+            raise ValueError(
+                f"loss in the run configuration must be one of {', '.join(OBJECTIVES)}, got {config.loss!r}"
+            )
         return config
 
     def differences(self, other: RunConfig) -> list[str]:

@@ -26,14 +26,15 @@ from bt_fast.lab.corruptions import SEVERITIES, mean_corruption_error
 from bt_fast.lab.files import replacing, write_text
 from bt_fast.lab.training import Contestant, Run, median_speedup
 from bt_fast.objectives.repeated_forward import RepeatedForward
-from bt_fast.speedup import trades_cost, trades_reference_cost
+from bt_fast.speedup import mart_cost, pgd_cost, trades_cost, trades_reference_cost
 
-LABELS = {
-    "reference": "TRADES, authors'",
-    "optimised": "TRADES, ours",
+OBJECTIVE_NAMES = {"trades": "TRADES", "mart": "MART", "pgd": "PGD"}
+LABELS = {  # of a method; {} is the objective
+    "reference": "{}, authors'",
+    "optimised": "{}, ours",
     "bullet": "+ BulletTrain",
-    "optimised-frozen": "TRADES, frozen",
-    "optimised-bf16": "TRADES, bf16",
+    "optimised-frozen": "{}, frozen",
+    "optimised-bf16": "{}, bf16",
     "bullet-frozen": "+ BT, frozen",
     "bullet-bf16": "+ BT, bf16",
 }
@@ -47,6 +48,13 @@ COLOURS = {
     "bullet-bf16": "#e377c2",
 }
 GROUP_COLOURS = {"boundary": "#d62728", "robust": "#2ca02c", "outlier": "#7a7a7a"}
+
+
+def label(method: str, loss: str) -> str:
+    """A method's name in tables and plots."""
+    if (loss, method) == ("pgd", "reference"):
+        return "PGD, plain"  # there is no one code of its authors in this form
+    return LABELS[method].format(OBJECTIVE_NAMES[loss])
 
 
 def summarise(run: Run, evaluated: Callable[[str], None]) -> dict[str, Any]:
@@ -105,16 +113,20 @@ def _method_summary(run: Run, contestant: Contestant, accuracy: Accuracy) -> dic
 
 def _cost(contestant: Contestant) -> float:
     """Forward-pass equivalents of an iteration, by arithmetic."""
-    config = contestant.config
-    if contestant.method == "reference":
+    config, mining = contestant.config, contestant.bullet is not None
+    if contestant.method == "reference" and config.loss == "trades":
         return trades_reference_cost(config.steps)
-    if contestant.bullet is None:
-        return trades_cost(config.steps, clean_forwards=1 if _repeats_itself(contestant) else 2)
-    fractions = contestant.bullet.fractions
-    steps = (config.boundary_steps, config.robust_steps, config.outlier_steps)
-    keeps_all = config.robust_steps > 0 or config.outlier_steps > 0
-    moving = fractions.boundary if config.boundary_steps else 0.0
-    return trades_cost(fractions.mean_steps(*steps), 1.0 if keeps_all else moving)
+    mean_steps, corrupted = float(config.steps), 1.0
+    if contestant.bullet is not None:
+        fractions = contestant.bullet.fractions
+        mean_steps = fractions.mean_steps(config.boundary_steps, config.robust_steps, config.outlier_steps)
+        if not (config.robust_steps or config.outlier_steps):
+            corrupted = fractions.boundary if config.boundary_steps else 0.0
+    if config.loss == "mart":
+        return mart_cost(mean_steps, corrupted, mining=mining)
+    if config.loss == "pgd":
+        return pgd_cost(mean_steps, mining=mining)
+    return trades_cost(mean_steps, corrupted, clean_forwards=1 if mining or _repeats_itself(contestant) else 2)
 
 
 def _repeats_itself(contestant: Contestant) -> bool:
@@ -141,7 +153,7 @@ def table(summary: dict[str, Any]) -> Table:
     for method, entry in methods.items():
         fractions = entry.get("fractions")
         view.add_row(
-            LABELS[method],
+            label(method, summary["config"]["loss"]),
             f"{100 * entry['clean']:.1f}%",
             f"{100 * entry['robust']:.1f}%",
             "/".join(f"{fractions[g]:.2f}".lstrip("0") for g in GROUP_COLOURS) if fractions else "1/0/0",
@@ -182,8 +194,8 @@ def _plot_accuracy(run: Run, records: list[dict[str, Any]]) -> Path:
         seconds = [r["seconds"] for r in mine]
         for accuracy, line in (("robust", "o-"), ("clean", "o:")):
             percent = [100 * r[accuracy] for r in mine]
-            label = f"{LABELS[method]}: {accuracy}"
-            axes.plot(seconds, percent, line, color=COLOURS[method], markersize=3, label=label)
+            name = f"{label(method, run.config.loss)}: {accuracy}"
+            axes.plot(seconds, percent, line, color=COLOURS[method], markersize=3, label=name)
     axes.set(
         xlabel="training time (s)",
         ylabel="accuracy (%)",

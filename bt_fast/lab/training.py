@@ -6,7 +6,7 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,8 @@ from torch import Tensor
 
 from bt_fast.attack.folded import Frozen
 from bt_fast.attack.threat import ThreatModel
+from bt_fast.baselines.mart_reference import mart_reference_loss
+from bt_fast.baselines.pgd_reference import pgd_reference_loss
 from bt_fast.baselines.trades_reference import trades_reference_loss
 from bt_fast.device import synchronize
 from bt_fast.evaluation import Accuracy, evaluate
@@ -27,6 +29,8 @@ from bt_fast.lab.data import ImageDataset, images, minibatches
 from bt_fast.lab.files import write_text
 from bt_fast.lab.models import build_model
 from bt_fast.mining import BulletTrain
+from bt_fast.objectives.mart import mart_loss
+from bt_fast.objectives.pgd import pgd_loss
 from bt_fast.objectives.trades import trades_loss
 from bt_fast.ops import GROUPS
 
@@ -34,6 +38,11 @@ EVALUATION_BATCH = 250
 CHECKPOINT_SECONDS = 60.0
 FRACTIONS_EVERY = 10  # iterations; each look waits for the device
 VIEWS = {"": None, "frozen": Frozen(), "bf16": Frozen(autocast=torch.bfloat16)}  # by what follows a method's name
+OBJECTIVES: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {  # the authors' and ours
+    "trades": (trades_reference_loss, trades_loss),
+    "mart": (mart_reference_loss, mart_loss),
+    "pgd": (pgd_reference_loss, pgd_loss),
+}
 WARM_UP = 3  # iterations left out of the ratios: first calls compile and allocate
 
 
@@ -79,11 +88,13 @@ class Contestant:
     def _loss(self, x: Tensor, y: Tensor) -> Tensor:
         c = self.config
         arguments = (self.model, x, y, self.optimizer, c.step_size, c.epsilon)
+        weight = {} if c.loss == "pgd" else {"beta": c.beta}
+        reference_loss, our_loss = OBJECTIVES[c.loss]
         if self.method == "reference":
-            return trades_reference_loss(*arguments, perturb_steps=c.steps, beta=c.beta)
+            return reference_loss(*arguments, perturb_steps=c.steps, **weight)
         if self.bullet is None:
-            return trades_loss(*arguments, perturb_steps=c.steps, beta=c.beta, frozen=self._frozen)
-        return trades_loss(*arguments, beta=c.beta, bullet=self.bullet, frozen=self._frozen)
+            return our_loss(*arguments, perturb_steps=c.steps, **weight, frozen=self._frozen)
+        return our_loss(*arguments, **weight, bullet=self.bullet, frozen=self._frozen)
 
     @contextmanager
     def _own_random_stream(self) -> Iterator[None]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bt_fast.attack.device import RandomStates, device_generator, host_generator
+from bt_fast.attack.frozen import logits_of
 from bt_fast.ops import wide
 
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
@@ -108,6 +109,16 @@ class _Watch:
     def _other_versions(self) -> dict[str, tuple[int, int]]:
         """Which tensor each other buffer is, and its version: what the host can see of a change."""
         return {name: (id(b), b._version) for name, b in self._other_buffers().items()}
+
+
+def watched_forward(model: nn.Module, x: Tensor) -> Tensor:
+    """The checked logits of `x`. Where it is not known yet, `moves_batch_norm_alone` knows the answer afterwards."""
+    if _modes(model) in _leaves_alone.get(model, {}):
+        return logits_of(model, x)
+    watch = RepeatedForward(model, x.device)
+    logits = logits_of(model, x)
+    watch.first_done()
+    return logits
 
 
 def moves_batch_norm_alone(model: nn.Module) -> bool:

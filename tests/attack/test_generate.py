@@ -11,7 +11,6 @@ from tolerances import DTYPES, TOLERANCES, assert_near
 from torch import nn
 
 from bt_fast import Schedule, ThreatModel, generate
-from bt_fast.attack.generate import normal_noise
 from bt_fast.attack.runners import input_gradient
 
 NORMS = ["l_inf", "l_2"]
@@ -316,19 +315,6 @@ def test_no_number_is_drawn_where_no_gradient_is_0(norm):
     state = torch.get_rng_state()
     attack(*inputs, STEPS, sizes_of(8), norm)
     assert torch.equal(torch.get_rng_state(), state)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_normal_noise(dtype):
-    x = torch.zeros(100, 100, dtype=dtype)
-    noise = normal_noise(x, torch.Generator().manual_seed(0))
-    assert noise.dtype == dtype
-    assert noise.double().std().item() == pytest.approx(0.001, rel=0.05)
-    assert torch.equal(noise, normal_noise(x, torch.Generator().manual_seed(0)))
-    torch.manual_seed(3)
-    as_authors = normal_noise(x, None, on_cpu=True)
-    torch.manual_seed(3)
-    assert torch.equal(as_authors, 0.001 * torch.randn(x.shape))
 
 
 @pytest.mark.parametrize(

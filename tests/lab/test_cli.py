@@ -141,6 +141,22 @@ def test_compare_takes_the_methods_that_it_is_told(data, tmp_path):
     assert "--method bullet is given twice" in error
 
 
+@pytest.mark.parametrize(
+    ("loss", "first", "second", "passes"),
+    [("mart", "MART, authors'", "MART, ours", "12"), ("pgd", "PGD, plain", "PGD, ours", "9")],
+)
+def test_compare_takes_another_objective(data, tmp_path, loss, first, second, passes):
+    result = bt_fast("compare", "--loss", loss, "--data", data, "--out", tmp_path / "run", *SMALL)
+    assert result.exit_code == 0, result.output
+    for label in (first, second):
+        assert re.search(rf"{label}\s+[\d.]+%\s+[\d.]+%\s+1/0/0\s+1\.00x\s+{passes}\.0F\s+[\d.]+x", result.output)
+    assert "TRADES" not in result.output
+    methods = json.loads((tmp_path / "run" / "summary.json").read_text())["methods"]
+    boundary, robust = (methods["bullet"]["fractions"][group] for group in ("boundary", "robust"))
+    expected = 1 + 2 * (3 * boundary + 2 * robust) + (6 if loss == "mart" else 3)
+    assert methods["bullet"]["forward_passes"] == pytest.approx(expected)
+
+
 def test_train_trains_one_method_with_bullettrain_as_the_default(data, tmp_path):
     assert bt_fast("train", "--data", data, "--out", tmp_path / "a", *SMALL).exit_code == 0
     assert list(load_checkpoint(tmp_path / "a" / "checkpoint.pt")[1]["contestants"]) == ["bullet"]

@@ -234,6 +234,27 @@ def test_a_file_that_is_another_thing_is_refused(tmp_path, content, message):
         load_checkpoint(path)
 
 
+def test_a_configuration_with_an_unknown_objective_is_refused():
+    with pytest.raises(ValueError, match="loss in the run configuration must be one of trades, mart, pgd, got 'free'"):
+        RunConfig.from_json(dataclasses.replace(CONFIG, loss="free").to_json())
+
+
+@pytest.mark.parametrize("loss", ["mart", "pgd"])
+def test_of_another_objective_reference_and_ours_take_the_same_first_step(tmp_path, loss):
+    config = dataclasses.replace(CONFIG, loss=loss, methods=("reference", "optimised"))
+    run = Run(tmp_path / "run", config, blobs(), CPU)
+    for contestant in run.contestants:  # without MART's runner-up among equals: this network starts with logits of 0
+        torch.manual_seed(0)
+        torch.nn.init.normal_(list(contestant.model.double().parameters())[-2], std=0.3)
+    x, y = run.dataset.x_train[:8].double() / 255, run.dataset.y_train[:8]
+    for contestant in run.contestants:
+        contestant.step(x, y)
+    reference, ours = run.contestants
+    assert ours.loss_sum.item() == pytest.approx(reference.loss_sum.item(), rel=1e-9)
+    for name, value in weights(run)["reference"].items():
+        torch.testing.assert_close(weights(run)["optimised"][name], value, rtol=1e-8, atol=1e-9)
+
+
 def test_a_missing_checkpoint_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"nothing\.pt: no such checkpoint"):
         load_checkpoint(tmp_path / "nothing.pt")

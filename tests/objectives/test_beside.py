@@ -17,7 +17,7 @@ from torch import nn
 from bt_fast import AutoRunner, BulletTrain, Frozen, GraphRunner, Schedule, StreamRunner, ThreatModel
 from bt_fast.attack import folded
 from bt_fast.attack.runners import run_eager
-from bt_fast.objectives import trades
+from bt_fast.objectives import adversarial, mart, pgd, trades
 
 generate = importlib.import_module("bt_fast.attack.generate")
 BULLETS = {"uniform": lambda: None, "bullet": lambda: BulletTrain(2, 1, 0)}
@@ -197,10 +197,12 @@ SCENARIOS = [
 LEFT = "object) -> None:\n        "
 CLONE = "start.detach().clone(memory_format=torch."
 IN_TRADES = [
+    Bug("batch norm moves once too little", "repeat.replay()", "pass", beside),
+]
+IN_ADVERSARIAL = [
     Bug("x' is used before the attack has ended", "started.finish()", "started._x_adv", beside),
     Bug("no join after an exception", "with attack.started as", "for started in [attack.started]:  #", failing_forward),
     Bug("beside an attack on the model itself", "attack.independent and", "", without_view),
-    Bug("batch norm moves once too little", "repeat.replay()", "pass", beside),
     Bug("bad input goes unnoticed", "attack.inputs.wait()", "pass", bad_pixels),
     Bug("bad gradients go unnoticed", "gradients.wait()", "pass", bad_gradients),
     Bug("bad gradients go unnoticed on a device", "late.wait()", "pass", bad_gradients_on_a_device),
@@ -219,16 +221,22 @@ def eager(scenario):
     return scenario(run_eager)
 
 
+PLACES = [
+    (trades, ("trades_loss",)),
+    (adversarial, ("start", "run", "start_attack")),
+    (generate, ("generate", "StartedAttack")),
+]
+
+
 def caught(changed, scenario):
     """Whether some order of the work gives another result than the eager one, or something raises."""
     with ExitStack() as patches:
-        for module, attributes in (
-            (trades, ("trades_loss", "start_attack")),
-            (generate, ("generate", "StartedAttack")),
-        ):
+        for module, attributes in PLACES:
             for attribute in attributes:
                 if attribute in vars(changed):
                     patches.enter_context(mock.patch.object(module, attribute, vars(changed)[attribute]))
+        if "CleanFirst" in vars(changed):  # of which the losses are
+            patches.enter_context(mock.patch.object(changed, "CleanFirst", adversarial.CleanFirst))
         if scenario is bad_gradients_on_a_device:
             return not same(scenario(None), eager(scenario))
         emulated = patches.enter_context(EmulatedDevice())
@@ -241,21 +249,20 @@ def caught(changed, scenario):
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_the_loss_as_it_is_passes(scenario):
-    assert not caught(trades, scenario)
+    assert not any(caught(module, scenario) for module in (trades, adversarial))
 
 
-@pytest.mark.parametrize("bug", IN_TRADES, ids=str)
-def test_a_bug_planted_into_the_loss_is_caught(bug, tmp_path):
+BUGS = {trades: IN_TRADES, adversarial: IN_ADVERSARIAL, generate: IN_GENERATE, mart: [], pgd: []}
+
+
+@pytest.mark.parametrize(
+    ("module", "bug"), [pytest.param(module, bug, id=bug.name) for module, bugs in BUGS.items() for bug in bugs]
+)
+def test_a_planted_bug_is_caught(module, bug, tmp_path):
     eager(bug.scenario)
-    assert caught(planted(trades, bug, tmp_path), bug.scenario)
+    assert caught(planted(module, bug, tmp_path), bug.scenario)
 
 
-@pytest.mark.parametrize("bug", IN_GENERATE, ids=str)
-def test_a_bug_planted_into_the_attack_is_caught(bug, tmp_path):
-    eager(bug.scenario)
-    assert caught(planted(generate, bug, tmp_path), bug.scenario)
-
-
-@pytest.mark.parametrize(("module", "bugs"), [(trades, IN_TRADES), (generate, IN_GENERATE)])
-def test_no_call_that_orders_work_is_without_a_planted_bug(module, bugs):
-    assert left_out(module, bugs) == []
+@pytest.mark.parametrize("module", BUGS)
+def test_no_call_that_orders_work_is_without_a_planted_bug(module):
+    assert left_out(module, BUGS[module]) == []

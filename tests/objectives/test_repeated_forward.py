@@ -5,7 +5,7 @@ import torch
 from small_models import MODELS, batch, build
 from tolerances import assert_near, assert_near_nested
 
-from bt_fast.objectives.repeated_forward import RepeatedForward
+from bt_fast.objectives.repeated_forward import RepeatedForward, moves_batch_norm_alone, watched_forward
 
 REPLAYABLE = {
     "conv_bn",
@@ -110,3 +110,16 @@ def test_where_the_answer_is_known_nothing_is_looked_at_and_the_buffers_move_ali
         repeat.replay()
         states.append(model.state_dict())
     assert_near_nested(*states)
+
+
+@pytest.mark.parametrize(
+    ("name", "alone"), [("conv_bn", True), ("normalising", True), ("counter in place", False), ("own norm", False)]
+)
+def test_a_watched_forward_is_the_forward_and_knows_what_it_moves_from_the_first_time_on(name, alone):
+    model, (x, _) = build(name), batch()
+    plain = copy.deepcopy(model)
+    assert not moves_batch_norm_alone(model)
+    for _ in range(2):
+        assert torch.equal(watched_forward(model, x), plain(x))
+        assert moves_batch_norm_alone(model) == alone
+    assert_near_nested(model.state_dict(), plain.state_dict())

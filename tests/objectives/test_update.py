@@ -15,10 +15,10 @@ from planted import Bug, left_out, planted
 from tolerances import assert_near_nested
 from torch import nn
 
-from bt_fast import BulletTrain, Frozen, GraphRunner, Update, trades_loss
+from bt_fast import BulletTrain, Frozen, GraphRunner, StreamRunner, Update, mart_loss, pgd_loss, trades_loss
 from bt_fast.attack import device
 from bt_fast.attack.runners import run_eager
-from bt_fast.objectives import trades, update
+from bt_fast.objectives import adversarial, update
 
 EAGER = {"channels_last": False}
 GRAPHS = {"channels_last": False, "graphs": True}
@@ -29,16 +29,17 @@ SIZES = (6, 6, 4, 6, 4, 4, 6)
 class Training:
     """Updates on batches whose memory is spoilt afterwards; `found` holds all that they give."""
 
-    def __init__(self, options, build="conv_bn", bullet=None, seed=0):
+    def __init__(self, options, build="conv_bn", bullet=None, seed=0, loss_of=trades_loss):
+        self.loss_of = loss_of
         self.model, self.bullet = small_models.build(build, seed), bullet
-        self.update = trades.Update(**options)
+        self.update = adversarial.Update(**options)
         self.found, self.given, self.steps = [], [], 0
 
     def loss(self, m=6, batch=None, **options):
         x, y = small_models.batch(m, seed=self.steps) if batch is None else batch
         options = {"perturb_steps": 1, "generator": torch.Generator().manual_seed(self.steps), **options}
         self.steps += 1
-        loss = trades_loss(self.model, x, y, None, bullet=self.bullet, update=self.update, **options)
+        loss = self.loss_of(self.model, x, y, None, bullet=self.bullet, update=self.update, **options)
         self.given += [x, y]
         return loss
 
@@ -87,6 +88,21 @@ NOT_CAPTURED = {
 )
 def test_the_eager_result_in_any_order(model, bullet):
     expected, training = (Training(options, model, BULLETS[bullet]()) for options in (EAGER, GRAPHS))
+    torch.manual_seed(0)
+    expected.run(SIZES)
+    torch.manual_seed(0)
+    with EmulatedDevice() as emulated:
+        training.run(SIZES)
+    assert same(training.found, expected.found)
+    assert emulated.replays == 2 * (len(SIZES) - 2)
+    for seed in range(3):
+        assert same(emulated.shuffled(seed, training.found), expected.found), seed
+
+
+@pytest.mark.parametrize("bullet", BULLETS)
+@pytest.mark.parametrize("loss_of", [mart_loss, pgd_loss])
+def test_of_the_other_objectives_too(loss_of, bullet):
+    expected, training = (Training(how, "dropout", BULLETS[bullet](), loss_of=loss_of) for how in (EAGER, GRAPHS))
     torch.manual_seed(0)
     expected.run(SIZES)
     torch.manual_seed(0)
@@ -439,7 +455,7 @@ IN_DEVICE = [
 def caught(changed, scenario):
     """Whether some order of the work gives another result than the eager one, or something raises."""
     with ExitStack() as patches:
-        for module, attributes in ((trades, ("Update", "run_update")), (device, ("graphed", "CaptureError"))):
+        for module, attributes in ((adversarial, ("Update", "run_update")), (device, ("graphed", "CaptureError"))):
             for attribute in attributes:
                 if attribute in vars(changed):
                     patches.enter_context(mock.patch.object(module, attribute, vars(changed)[attribute]))
@@ -626,18 +642,34 @@ def test_channels_last_is_the_format_of_the_update_and_moves_gradients_by_roundi
     assert [{last for training, last in half if training} for half in halves] == [{False}, {True}]
 
 
-def test_everything_together():
+def test_of_mart_each_weight_of_the_robust_term_has_its_own_graph():
+    expected, training = (Training(how, loss_of=mart_loss) for how in (EAGER, GRAPHS))
+    with EmulatedDevice() as emulated:
+        for beta in (1.0, 1.0, 2.0, 2.0, 1.0):
+            training.step(beta=beta)
+    for beta in (1.0, 1.0, 2.0, 2.0, 1.0):
+        expected.step(beta=beta)
+    assert same(training.found, expected.found)
+    assert emulated.replays == 6
+
+
+@pytest.mark.parametrize("loss_of", [trades_loss, mart_loss, pgd_loss])
+@pytest.mark.parametrize(
+    "fast", [(GraphRunner, Update(graphs=True)), (StreamRunner, Update())], ids=["graphs", "streams"]
+)
+def test_everything_together(loss_of, fast):
+    """The clean forward of the update runs beside the attack where the update is not from graphs."""
     found = []
-    for runner, how in ((run_eager, Update()), (GraphRunner(bucket=2), Update(graphs=True))):
+    for runner, how in ((run_eager, Update()), (fast[0](bucket=2), fast[1])):
         model, bullet = small_models.build("conv_bn"), BulletTrain(2, 1, 0)
         x, y = small_models.batch(6)
         with EmulatedDevice() as emulated:
             for k in range(4):
                 options = {"bullet": bullet, "frozen": Frozen(), "generator": torch.Generator().manual_seed(k)}
-                loss = trades_loss(model, x, y, None, **options, runner=runner, update=how)
+                loss = loss_of(model, x, y, None, **options, runner=runner, update=how)
                 loss.backward()
         found.append([loss.detach(), *(p.grad for p in model.parameters()), *model.buffers(), bullet.robust_fraction])
-    assert emulated.captures > 2
+    assert emulated.captures >= (3 if how.graphs else 2)
     assert same(*found)
     for seed in range(10):
         assert same(emulated.shuffled(seed, found[1]), found[0]), seed

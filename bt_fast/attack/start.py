@@ -1,0 +1,98 @@
+"""Where an attack begins: at the clean image and a little noise, or anywhere in the ball."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from bt_fast import ops
+from bt_fast.attack.threat import ThreatModel
+from bt_fast.ops.gather_start import unit_noise
+from bt_fast.ops.numeric import per_sample
+
+Noise = Literal["normal", "uniform"]
+TRADES_NOISE = 0.001  # standard deviation of the normal start
+
+
+def normal_noise(x: Tensor, generator: torch.Generator | None, *, on_cpu: bool = False) -> Tensor:
+    """The TRADES start's `0.001·N(0, 1)`, in the shape of `x`.
+
+    Args:
+        generator: on the images' device.
+        on_cpu: draw as the TRADES code does, in the default dtype from the CPU's default generator, so that a seeded
+            script repeats its own numbers.
+    """
+    if on_cpu:
+        return TRADES_NOISE * torch.randn(x.shape)
+    return TRADES_NOISE * torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
+
+
+def ball_start(x: Tensor, threat: ThreatModel, generator: torch.Generator | None = None) -> Tensor:
+    """`x` [n, ...] moved to a point drawn uniformly from its ε-ball, then clamped to the pixel bounds."""
+    given: dict[str, Any] = {"dtype": x.dtype, "device": x.device, "generator": generator}
+    if threat.norm == "l_inf":
+        moved = x + (2.0 * torch.rand(x.shape, **given) - 1.0) * threat.epsilon
+    else:
+        direction = torch.randn(x.shape, **given)
+        moved = x + _in_l2_ball(direction, torch.rand(len(x), **given), threat.epsilon)
+    return moved.clamp(threat.lower, threat.upper).to(x.dtype)
+
+
+def random_state(x: Tensor, generator: torch.Generator | None) -> Tensor:
+    """A seed and an offset for `sorted_start`, drawn where the images are."""
+    return torch.randint(torch.iinfo(torch.int64).max, (2,), device=x.device, generator=generator)
+
+
+def sorted_start(
+    x: Tensor, order: Tensor | None, steps: Tensor | None, state: Tensor, noise: Noise, threat: ThreatModel
+) -> tuple[Tensor, Tensor]:
+    """The batch in sorted order, and where the attack on it starts: each sample's noise is that of a counter.
+
+    A sample without steps starts at x, to the bit. So the noise of a sample depends neither on the order nor on what
+    else is in the batch. Never waits for the device.
+
+    Args:
+        x: [m, ...], order: [m], steps: [m], state: [2]; as `ops.gather_start`, which makes the noise.
+        noise: "normal" as TRADES, without a bound, or "uniform" in the ε-ball and clamped to the pixel bounds; in ℓ2
+            from a normal direction and a radius, which is drawn at the next offset (`state` moves on by two).
+
+    Returns:
+        clean and start, both new, of x's shape and dtype.
+    """
+    if noise == "normal":
+        clean, start = ops.gather_start(x, order, steps, state, "normal", TRADES_NOISE)
+    elif threat.norm == "l_inf":
+        box = (threat.lower, threat.upper)
+        clean, start = ops.gather_start(x, order, steps, state, "uniform", threat.epsilon, *box)
+    else:
+        clean, start = _sorted_l2_start(x, order, steps, state, threat)
+    return clean, start
+
+
+def _sorted_l2_start(
+    x: Tensor, order: Tensor | None, steps: Tensor | None, state: Tensor, threat: ThreatModel
+) -> tuple[Tensor, Tensor]:
+    _, direction = ops.gather_start(torch.zeros_like(x), order, None, state, "normal", 1.0)
+    rows = torch.arange(len(x), device=x.device) if order is None else order
+    share = unit_noise(rows, 1, state, "uniform")[:, 0].abs()
+    state[1].add_(1)
+    clean = x if order is None else x[order]
+    moved = ops.wide(clean) + _in_l2_ball(direction, share, threat.epsilon)
+    moved = moved.clamp(threat.lower, threat.upper).to(x.dtype)
+    if steps is None:
+        return clean.clone(), moved
+    return clean, torch.where(per_sample(steps[rows] > 0, x), moved, clean)
+
+
+def _in_l2_ball(direction: Tensor, share: Tensor, epsilon: float) -> Tensor:
+    """A uniform point of the ball of d dimensions: its radius is ε·u^(1/d).
+
+    Args:
+        direction: [n, ...] normal numbers; share: [n], u, uniform in [0, 1].
+    """
+    direction = ops.wide(direction)
+    radius = epsilon * ops.wide(share).to(direction.dtype) ** (1.0 / direction[0].numel())
+    norms = direction.flatten(1).norm(dim=1).clamp_min(torch.finfo(direction.dtype).tiny)
+    return direction * per_sample(radius / norms, direction)

@@ -1,0 +1,337 @@
+"""The attack on a minibatch, with or without BulletTrain, and the update that may start beside it.
+
+Everything that TRADES, MART and PGD adversarial training share: all but their losses.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Generic, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from bt_fast import faults, ops
+from bt_fast.attack.folded import Frozen, attack_model, independent
+from bt_fast.attack.frozen import clean_logits, logits_of, modes_restored
+from bt_fast.attack.generate import COMPARED, StartedAttack, start_attack
+from bt_fast.attack.runners import Runner
+from bt_fast.attack.schedule import Schedule
+from bt_fast.attack.start import Noise, ball_start, normal_noise, random_state, sorted_start
+from bt_fast.attack.threat import ThreatModel
+from bt_fast.faults import CheckedRead, Fault
+from bt_fast.mining import BulletTrain, check_labels, positive, real, step_count
+from bt_fast.objectives.repeated_forward import moves_batch_norm_alone
+from bt_fast.objectives.update import Computation, Terms, Update, run_update
+
+InnerLoss = Literal["kl", "cross_entropy"]
+Unperturbed = Literal["keep", "skip"]
+
+
+@dataclass(frozen=True, eq=False)
+class Adversary:
+    """How a minibatch is attacked.
+
+    Attributes:
+        threat: what a perturbation may be.
+        step_size: α > 0, in pixel units; with BulletTrain of the boundary samples.
+        steps: N ≥ 1; not used with BulletTrain, which has its own.
+        noise: of the start: "normal" as TRADES, or "uniform" in the ball.
+        inner: the loss that grows: "kl" away from the clean distribution, or "cross_entropy" away from the label.
+        generator: on the images' device; for the start, and for the stand-in of a zero ℓ2 gradient.
+        frozen: the view of the model that the attack sees; runner: how it is executed.
+    """
+
+    threat: ThreatModel
+    step_size: float
+    steps: int
+    noise: Noise
+    inner: InnerLoss
+    generator: torch.Generator | None
+    frozen: Frozen | None
+    runner: Runner
+
+    @classmethod
+    def of_trades(
+        cls,
+        threat: ThreatModel,
+        step_size: float,
+        steps: int,
+        inner: InnerLoss,
+        bullet: BulletTrain | None,
+        generator: torch.Generator | None,
+        frozen: Frozen | None,
+        runner: Runner,
+    ) -> Adversary:
+        """The generator of the TRADES code, which MART took over: its start, and in ℓ2 its step, 2ε/N."""
+        if threat.norm == "l_2":
+            step_size = 2.0 * threat.epsilon / (steps if bullet is None else max(bullet.boundary_steps, 1))
+        return cls(threat, step_size, steps, "normal", inner, generator, frozen, runner)
+
+
+@dataclass(frozen=True, eq=False)
+class Attack:
+    """An attack at work.
+
+    Attributes:
+        x: [m, ...] and y: [m] int64, in the schedule's order.
+        started: what gives x'.
+        moving: the number of samples with steps.
+        independent: a training forward may run beside it.
+        inputs: the read of what is wrong with the input, if it has not been waited for.
+        report: to be called when it has finished; a read to be waited for when the device has work again.
+    """
+
+    x: Tensor
+    y: Tensor
+    started: StartedAttack
+    moving: int
+    independent: bool
+    inputs: CheckedRead | None
+    report: Callable[[], CheckedRead | None]
+
+
+def start(model: nn.Module, x_natural: Tensor, y: Tensor, adversary: Adversary, bullet: BulletTrain | None) -> Attack:
+    """Start the attack on checked arguments. With `bullet` what is wrong with their values is raised here."""
+    x = x_natural.detach()
+    pixels = faults.pixels_outside(x, adversary.threat.lower, adversary.threat.upper, "x_natural")
+    if bullet is None:
+        return _start_uniform(model, x, y, adversary, pixels)
+    return _start_ragged(model, x, y, adversary, bullet, pixels)
+
+
+def _start_uniform(model: nn.Module, x: Tensor, y: Tensor, adversary: Adversary, pixels: Fault) -> Attack:
+    """The authors' attack, in which every sample takes `steps` steps."""
+    a = adversary
+    begin = _uniform_start(x, a)
+    with attack_model(model, a.frozen, x[:COMPARED]) as view:
+        if a.inner == "kl":
+            logits, whose = clean_logits(view, x), "the model's logits"
+            target = logits.double().softmax(dim=1).to(ops.wide(logits).dtype)  # rounded once, as the ops' own softmax
+        else:  # one row of the model itself tells the number of classes: a compiled view would be compiled anew for it
+            logits, whose = clean_logits(model, x[:1]), "the model's logits of the first sample"
+            target = _one_hot(y, ops.wide(logits))
+        found = [pixels, faults.labels_outside(y, logits.shape[1], "y"), faults.rows_without_number(logits, whose)]
+        inputs = faults.read(found)
+        schedule = Schedule.uniform(len(x), a.steps, a.step_size, x.device)
+        faulty = _none_faulty(x)
+        started = start_attack(view, x, begin, target, schedule, a.threat, a.generator, faulty, a.runner)
+
+    def report() -> CheckedRead | None:
+        gradients = faults.read([faults.gradients_without_direction(faulty)])
+        if x.is_cuda:  # the device has the update's forwards to do before
+            return gradients
+        gradients.wait()
+        return None
+
+    return Attack(x, y.long(), started, len(x), independent(view), inputs, report)
+
+
+def _uniform_start(x: Tensor, adversary: Adversary) -> Tensor:
+    if adversary.noise == "uniform":
+        return ball_start(x, adversary.threat, adversary.generator)
+    as_authors = adversary.generator is None and not x.is_cuda
+    noise = normal_noise(x, adversary.generator, on_cpu=as_authors)
+    if as_authors and adversary.threat.norm == "l_2":  # the TRADES code draws once more and uses the second
+        noise = normal_noise(x, None, on_cpu=True)
+    return (x + noise).to(x.dtype)
+
+
+def _start_ragged(
+    model: nn.Module, x: Tensor, y: Tensor, adversary: Adversary, bullet: BulletTrain, pixels: Fault
+) -> Attack:
+    """Algorithm 2's attack. Waits for the counts: what is wrong with the input is raised here."""
+    a = adversary
+    names = ("the model's logits", "y")
+    with attack_model(model, a.frozen, x[:COMPARED]) as view:
+        logits = clean_logits(view, x)
+        assignment = bullet.start_assignment(
+            logits, y, epsilon=a.threat.epsilon, step_size=a.step_size, inputs=[pixels], names=names
+        )
+        state = random_state(x, a.generator)
+        clean, begin = sorted_start(x, assignment.order, assignment.steps, state, a.noise, a.threat)
+        schedule = Schedule.from_assignment(assignment)
+        labels = schedule.sort(y).long()
+        probabilities = assignment.probabilities
+        target = schedule.sort(probabilities) if a.inner == "kl" else _one_hot(labels, probabilities)
+        faulty = _none_faulty(x)
+        started = start_attack(view, clean, begin, target, schedule, a.threat, a.generator, faulty, a.runner)
+
+    def report() -> None:
+        bullet.report_attack(assignment, faulty)
+
+    moving = schedule.active[0] if schedule.active else 0
+    return Attack(clean, labels, started, moving, independent(view), None, report)
+
+
+def _one_hot(y: Tensor, like: Tensor) -> Tensor:
+    """[m, K] with the columns and dtype of `like`; no row has a 1 for a label out of range, which is told later."""
+    return (torch.arange(like.shape[1], device=y.device) == y.long()[:, None]).to(like.dtype)
+
+
+def _none_faulty(x: Tensor) -> Tensor:
+    return torch.zeros(len(x), dtype=torch.int32, device=x.device)
+
+
+# The update
+
+
+_Clean = TypeVar("_Clean")
+
+
+@dataclass(frozen=True)
+class CleanFirst(ABC, Generic[_Clean]):
+    """An update whose clean forward comes first, and may run beside the attack.
+
+    Attributes:
+        corrupted: the number of rows that run a corrupted forward.
+        channels_last: the format of 4-d images.
+    """
+
+    corrupted: int
+    channels_last: bool
+
+    def steady(self, m: int) -> bool:
+        """Whether every batch of m samples has the same shapes throughout."""
+        return self.corrupted == m
+
+    def __call__(
+        self, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, replayable: bool | None = None
+    ) -> tuple[Terms, bool]:
+        """As `Computation` says."""
+        return self.corrupted_half(model, self.clean(model, x, replayable), x, x_adv, y)
+
+    @abstractmethod
+    def clean(self, model: nn.Module, x: Tensor, replayable: bool | None = None) -> _Clean:
+        """The forward of x."""
+
+    @abstractmethod
+    def corrupted_half(
+        self, model: nn.Module, clean: _Clean, x: Tensor, x_adv: Tensor, y: Tensor
+    ) -> tuple[Terms, bool]:
+        """All that follows it."""
+
+    def corrupted_logits(self, model: nn.Module, x_adv: Tensor, clean: Tensor) -> Tensor:
+        """z' [corrupted, K]; like the clean logits where no row is corrupted."""
+        rows = self.corrupted
+        if rows == 0:
+            return clean[:0]
+        if rows == 1 and any(isinstance(module, _BatchNorm) for module in model.modules()):
+            rows = min(2, len(x_adv))  # batch norm cannot train on one row: an unperturbed one joins its statistics
+        return logits_of(model, formatted(x_adv[:rows], self.channels_last))[: self.corrupted]
+
+
+def formatted(x: Tensor, channels_last: bool) -> Tensor:
+    """4-d images with the channel as the fastest index, if so."""
+    return x.contiguous(memory_format=torch.channels_last) if channels_last and x.dim() == 4 else x
+
+
+def filled_up(adversarial: Tensor, clean: Tensor) -> Tensor:
+    """z' [m, K] of all samples: where a corrupted forward was left out, it is z."""
+    left_out = clean[len(adversarial) :]
+    return torch.cat([adversarial, left_out]) if len(left_out) else adversarial
+
+
+def run(model: nn.Module, attack: Attack, computation: Computation, update: Update | None) -> Terms:
+    """The update's terms, its clean forward beside the attack where that is the same."""
+    with attack.started as started:
+        if attack.inputs is not None:
+            attack.inputs.wait()
+        with _update_modes(model):
+            beside = started.beside and attack.independent and not (update is not None and update.graphs)
+            if beside and isinstance(computation, CleanFirst) and moves_batch_norm_alone(model):
+                clean = computation.clean(model, attack.x)
+                x_adv = started.finish()
+                late = attack.report()
+                terms, _ = computation.corrupted_half(model, clean, attack.x, x_adv, attack.y)
+            else:
+                x_adv = started.finish()
+                late = attack.report()
+                terms = run_update(update, model, computation, attack.x, x_adv, attack.y)
+    if late is not None:
+        late.wait()
+    return terms
+
+
+def corrupted_rows(attack: Attack, bullet: BulletTrain | None, unperturbed: Unperturbed | None) -> int:
+    """How many rows, from the first, run a corrupted forward."""
+    if bullet is None:
+        return len(attack.x)
+    keep = unperturbed == "keep" if unperturbed else (bullet.robust_steps or bullet.outlier_steps)
+    return len(attack.x) if keep else attack.moving
+
+
+@contextmanager
+def _update_modes(model: nn.Module) -> Iterator[None]:
+    with modes_restored(model):
+        if not model.training:
+            model.train()
+        yield
+
+
+def conclude(
+    optimizer: torch.optim.Optimizer | None, bullet: BulletTrain | None, judged: Tensor, attack: Attack
+) -> None:
+    """What follows the forwards: F_R moves by z' of all samples, and the optimizer's gradients are zeroed."""
+    if bullet is not None:
+        bullet.update(judged, attack.y)
+    if optimizer is not None:
+        optimizer.zero_grad()
+
+
+# Arguments
+
+
+def check(
+    x: Tensor,
+    y: Tensor,
+    optimizer: torch.optim.Optimizer | None,
+    step_size: float,
+    perturb_steps: int,
+    bullet: BulletTrain | None,
+    generator: torch.Generator | None,
+    frozen: Frozen | None,
+    update: Update | None,
+) -> None:
+    """Raise TypeError or ValueError, which names the argument, for what the host can see of the objectives' own."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x_natural must be a tensor of images, got {type(x).__name__}")
+    if not x.is_floating_point():
+        raise TypeError(f"x_natural must be floating-point images, got {x.dtype}")
+    if x.dim() < 2 or x.numel() == 0:
+        raise ValueError(f"x_natural must have shape [m, ...] with m >= 1, got {list(x.shape)}")
+    check_labels(y, len(x), x.device, "y")
+    positive("step_size", step_size)
+    if optimizer is not None and not hasattr(optimizer, "zero_grad"):
+        raise TypeError(f"optimizer must be an optimizer or None, got {type(optimizer).__name__}")
+    if bullet is not None and not isinstance(bullet, BulletTrain):
+        raise TypeError(f"bullet must be a BulletTrain or None, got {type(bullet).__name__}")
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator or None, got {type(generator).__name__}")
+    if generator is not None and generator.device.type != x.device.type:
+        raise ValueError(f"generator must be on {x.device} like the images, but is on {generator.device}")
+    if frozen is not None and not isinstance(frozen, Frozen):
+        raise TypeError(f"frozen must be a Frozen or None, got {type(frozen).__name__}")
+    if update is not None and not isinstance(update, Update):
+        raise TypeError(f"update must be an Update or None, got {type(update).__name__}")
+    step_count("perturb_steps", perturb_steps, least=1 if bullet is None else 0)
+    if bullet is not None and perturb_steps not in (10, bullet.boundary_steps):
+        raise ValueError(
+            f"perturb_steps is {perturb_steps}, but bullet takes {bullet.boundary_steps} boundary steps: "
+            "leave perturb_steps out or make them equal"
+        )
+
+
+def check_robust_term(beta: float, unperturbed: Unperturbed | None, bullet: BulletTrain | None) -> None:
+    """Raise TypeError or ValueError unless the options of a loss with a robust term fit."""
+    if not (real("beta", beta) >= 0 and math.isfinite(beta)):
+        raise ValueError(f"beta must be a finite number of at least 0, got {beta}")
+    if unperturbed not in (None, "keep", "skip"):
+        raise ValueError(f"unperturbed must be 'keep', 'skip' or None, got {unperturbed!r}")
+    if unperturbed is not None and bullet is None:
+        raise ValueError("unperturbed is an option of BulletTrain: it needs bullet=")
