@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from bt_fast.attack.random_start import uniform_start
+from bt_fast.attack.start import uniform_start
 
 STOOD = -1
 

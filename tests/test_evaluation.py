@@ -13,7 +13,7 @@ from small_models import Undefined, assert_unchanged, batch, build, snapshot, wi
 
 from bt_fast import Frozen, ThreatModel
 from bt_fast.attack import early_exit
-from bt_fast.attack.random_start import uniform_start
+from bt_fast.attack.start import uniform_start
 from bt_fast.evaluation import evaluate
 
 LINF, L2 = ThreatModel(0.1), ThreatModel(0.5, "l_2")

@@ -16,7 +16,7 @@ from torch import Tensor
 from bt_fast import faults, ops
 from bt_fast.attack.frozen import logits_of
 from bt_fast.attack.losses import direction_of
-from bt_fast.attack.random_start import uniform_start
+from bt_fast.attack.start import uniform_start
 from bt_fast.attack.threat import ThreatModel
 from bt_fast.faults import CheckedRead
 from bt_fast.ops.launch import dense_format

@@ -3,7 +3,7 @@ import torch
 from small_models import batch
 
 from bt_fast import ThreatModel
-from bt_fast.attack.random_start import uniform_start
+from bt_fast.attack.start import uniform_start
 from bt_fast.ops.gather_start import unit_noise
 
 LINF, L2 = ThreatModel(0.1), ThreatModel(0.5, "l_2")
