@@ -32,7 +32,10 @@ AGREEMENT = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.1, torc
 
 @dataclass(frozen=True)
 class Frozen:
-    """How the attack may see the model: each choice moves x' by rounding only.
+    """How the attack may see the model: each choice changes its gradients by rounding only.
+
+    In the model's own precision that moves next to no pixel of x'. In 16 bits it turns the signs of many small
+    gradients: x' is another one, found by an attack of the same strength (the README has the figures).
 
     Attributes:
         fold: batch norm becomes part of the layer before it.

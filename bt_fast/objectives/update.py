@@ -41,12 +41,12 @@ class Update:
             captured when it is met for the second time with the same shapes, modes and weights' addresses; one whose
             number of corrupted rows varies (`unperturbed="skip"`) when that number is met for the eighth time. The 8
             used last are kept for each model. A change of anything that a graph has fixed is met anew: a parameter
-            replaced, moved, or no longer trained, a mode, a Python number of a module (a norm's momentum, say), the
-            caller's autocast, whose cast weights are not cached then. The loss has one backward. It runs eagerly,
-            with one warning that says why: not on CUDA, a hook, DistributedDataParallel, a model that replaces its
-            buffers or draws from the host's generator, a capture that failed (for good: out of memory, say; the graphs
-            are freed), and while an earlier loss awaits its backward. A forward that keeps other state of its own in
-            Python is not recognised.
+            replaced, moved, or no longer trained, a mode, a Python number of a module (a norm's momentum, say), MART's
+            β, the caller's autocast, whose cast weights are not cached then. The loss has one backward. It runs
+            eagerly, with one warning that says why: not on CUDA, a hook, DistributedDataParallel, a model that replaces
+            its buffers or draws from the host's generator, a capture that failed (for good: out of memory, say; the
+            graphs are freed), and while an earlier loss awaits its backward. A forward that keeps other state of its
+            own in Python is not recognised.
 
     Raises:
         TypeError: an option is not a bool.
