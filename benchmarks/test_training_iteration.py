@@ -26,12 +26,10 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from bt_fast import BulletTrain, Frozen, Update, trades_loss
-from bt_fast.attack.frozen import clean_logits, eval_mode
+from bt_fast import Frozen, Update, trades_loss
 from bt_fast.baselines.trades_reference import trades_reference_loss
-from bt_fast.lab.models import build_model
+from bt_fast.lab import gpu_prediction
 
-ROBUST_FRACTION = 0.54
 SETTING = {"step_size": 0.007, "epsilon": 0.031, "beta": 6.0}
 BASELINES = ("reference", "optimised")
 VIEWS = {"frozen": Frozen(), "bf16": Frozen(autocast=torch.bfloat16), "compiled": Frozen(compile=True)}
@@ -39,43 +37,27 @@ VIEWS = {"frozen": Frozen(), "bf16": Frozen(autocast=torch.bfloat16), "compiled"
 
 @dataclass(frozen=True)
 class Case:
-    """A network, the channels and size of its images, the batch, and how often it is timed."""
+    """A network, the batch, and how often it is timed."""
 
     model: str
-    channels: int
-    size: int
     batch: int
     rounds: int
 
 
 CASES = {
-    "small-cnn": Case("small-cnn", 1, 28, 128, 15),
-    "wrn-16-2": Case("wrn-16-2", 3, 32, 128, 5),
-    "wrn-28-4": Case("wrn-28-4", 3, 32, 64, 2),
+    "small-cnn": Case("small-cnn", 128, 15),
+    "wrn-16-2": Case("wrn-16-2", 128, 5),
+    "wrn-28-4": Case("wrn-28-4", 64, 2),
 }
 
 
-class Workload:
+class Workload(gpu_prediction.Workload):
     """A model and a minibatch whose groups have the paper's sizes at every call of `prepare`."""
 
     def __init__(self, case: Case, device: torch.device) -> None:
         torch.manual_seed(0)
-        self.model = build_model(case.model, in_channels=case.channels, image_size=case.size, num_classes=10).to(device)
-        last = list(self.model.modules())[-1]
-        torch.nn.init.normal_(last.weight, std=0.3)  # SmallCNN starts with logits that are all 0
-        self.x = torch.rand(case.batch, case.channels, case.size, case.size, device=device)
+        super().__init__(case.model, case.batch, device)
         _set_statistics(self.model, self.x)
-        self.y = torch.zeros(case.batch, dtype=torch.int64, device=device)
-        self.outliers = round(0.18 * case.batch)
-        # lr = 0: the optimiser's work is timed, the weights stay
-        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.0, momentum=0.9, weight_decay=2e-4)
-        self.bullet = BulletTrain(10, 2, 0).to(device)
-
-    def prepare(self) -> None:
-        with eval_mode(self.model):
-            self.y = clean_logits(self.model, self.x).argmax(dim=1)
-        self.y[: self.outliers] = (self.y[: self.outliers] + 1) % 10
-        self.bullet.robust_fraction.fill_(ROBUST_FRACTION)
 
     def variants(self) -> dict[str, Callable[[], None]]:
         skip = {"bullet": self.bullet, "unperturbed": "skip"}

@@ -417,7 +417,9 @@ def test_predict_says_that_it_predicts(gpu, name):
 def test_predict_measures_where_there_is_a_gpu(monkeypatch):
     monkeypatch.setattr(gpu_prediction, "measurable_device", lambda: torch.device("cpu"))
     monkeypatch.setattr(gpu_prediction, "measure", functools.partial(measure, rounds=1, warm=0))
-    result = bt_fast("predict", "--model", "small-cnn", "--batch-size", 4)
+    with pytest.warns(UserWarning, match="runs without graphs") as warned:
+        result = bt_fast("predict", "--model", "small-cnn", "--batch-size", 4)
+    assert len(warned) == 3  # of each row that calls itself one from graphs or on streams
     assert result.exit_code == 0, result.output
     assert "Measured" in result.output
     assert "predicted" not in result.output.lower()
