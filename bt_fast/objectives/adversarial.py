@@ -62,16 +62,17 @@ class Adversary:
         threat: ThreatModel,
         step_size: float,
         steps: int,
+        noise: Noise,
         inner: InnerLoss,
         bullet: BulletTrain | None,
         generator: torch.Generator | None,
         frozen: Frozen | None,
         runner: Runner,
     ) -> Adversary:
-        """The generator of the TRADES code, which MART took over: its start, and in ℓ2 its step, 2ε/N."""
+        """The generator of the TRADES code, which MART took over: in ℓ2 its step is 2ε/N."""
         if threat.norm == "l_2":
             step_size = 2.0 * threat.epsilon / (steps if bullet is None else max(bullet.boundary_steps, 1))
-        return cls(threat, step_size, steps, "normal", inner, generator, frozen, runner)
+        return cls(threat, step_size, steps, noise, inner, generator, frozen, runner)
 
 
 @dataclass(frozen=True, eq=False)
@@ -325,6 +326,13 @@ def check(
             f"perturb_steps is {perturb_steps}, but bullet takes {bullet.boundary_steps} boundary steps: "
             "leave perturb_steps out or make them equal"
         )
+
+
+def noise_of(start: Noise | None, default: Noise) -> Noise:
+    """The noise of the option `start`, or ValueError."""
+    if start not in (None, "normal", "uniform"):
+        raise ValueError(f"start must be 'normal', 'uniform' or None, got {start!r}")
+    return start or default
 
 
 def check_robust_term(beta: float, unperturbed: Unperturbed | None, bullet: BulletTrain | None) -> None:
