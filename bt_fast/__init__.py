@@ -4,6 +4,7 @@ Algorithm and names follow "BulletTrain: Accelerating Robust Neural Network Trai
 (Hua et al., NeurIPS 2021).
 """
 
+from bt_fast.allocation import METRICS, POLICIES, Gaussian, Judged, Oracle
 from bt_fast.attack.auto import RUNNERS, AutoRunner
 from bt_fast.attack.folded import Frozen
 from bt_fast.attack.generate import generate
@@ -22,13 +23,18 @@ from bt_fast.speedup import Fractions, theoretical_speedup, theoretical_speedup_
 __version__ = "0.1.0"
 
 __all__ = [
+    "METRICS",
+    "POLICIES",
     "RUNNERS",
     "Assignment",
     "AutoRunner",
     "BulletTrain",
     "Fractions",
     "Frozen",
+    "Gaussian",
     "GraphRunner",
+    "Judged",
+    "Oracle",
     "Schedule",
     "StreamRunner",
     "ThreatModel",

@@ -12,9 +12,10 @@ from typing import Any, SupportsIndex
 import torch
 from torch import Tensor, nn
 
-from bt_fast import faults, ops
+from bt_fast import allocation, faults, ops
+from bt_fast.allocation import METRICS, POLICIES, Judged, Metric, Oracle, Policy
 from bt_fast.faults import CheckedRead, Fault
-from bt_fast.speedup import Fractions, theoretical_speedup, theoretical_speedup_augmix
+from bt_fast.speedup import Fractions, theoretical_speedup_augmix
 
 STEP_FACTOR = 1.7  # α = 1.7 ε / N (section 3.1, Fig. 2)
 
@@ -30,6 +31,7 @@ class Assignment:
         order: [m] int64, the stable order by descending steps.
         threshold: 0-dim float64, T of Eq. 6.
         svar: [m] float32 (float64 for float64 logits), signed prediction variance.
+        certainty: [m] of the same dtype, what the metric gave; `svar` itself by default.
         probabilities: [m, K] of the same dtype, softmax of the clean logits.
         counts: the numbers that the host needs, on their way to it; `assign` has waited for them.
     """
@@ -40,6 +42,7 @@ class Assignment:
     order: Tensor
     threshold: Tensor
     svar: Tensor
+    certainty: Tensor
     probabilities: Tensor
     counts: CheckedRead
 
@@ -56,28 +59,40 @@ class Assignment:
 
 
 class BulletTrain(nn.Module):
-    """The three-group compute allocation of BulletTrain (Eq. 5, Eq. 6, Algorithm 2) and its moving state.
+    """The compute allocation of BulletTrain (Eq. 5, Eq. 6, Algorithm 2) and its moving state.
 
     A module without parameters: its state is in buffers, so that it moves, saves and loads with everything else.
+
+    A sample of n steps has the size 1.7·ε/n, but a boundary sample the `step_size` of the assignment. A policy other
+    than the three groups decides counts, not groups: with it whoever takes N_B steps has `step_size`.
 
     Args:
         boundary_steps: N_B, robust_steps: N_R, outlier_steps: N_O; each at least 0.
         gamma: γ in (0, 1], scales the measured robust accuracy.
         momentum: p in [0, 1), of the moving average.
+        metric: how sure the model is of a sample, in place of SVar in Eq. 6: a name in `allocation.METRICS`, or a
+            function of (logits [m, K] in float32 or float64, labels [m] int64) that returns [m] floating point: the
+            surer, the greater, at least 0 where correct and less where misclassified. Whether a sample is an outlier
+            is decided by its logits, not by this sign. NaN of sound logits is an error, ±Inf the largest float32.
+        policy: how many steps a sample takes: a name in `allocation.POLICIES`, or a function of `allocation.Judged`
+            that returns [m] integers in 0..max(N_B, N_R, N_O); other values are an error.
 
     Attributes:
         robust_fraction: 0-dim float64 buffer, F_R; starts at 0.
         group_counts: [3] int64 buffer, samples assigned so far to (outlier, boundary, robust).
+        steps_assigned: 0-dim int64 buffer, attack steps assigned so far; None with the policy of three groups, whose
+            `group_counts` tell. Where a loaded state lacks it, those tell too.
         unreported_faults: 0-dim int64 buffer, updates that met NaN logits since the last read; raised by the next.
         unreported_gradients: 0-dim int64 buffer, samples whose input gradient held NaN in an attack; raised so too.
 
     Raises:
-        TypeError: a step count is not an integer.
-        ValueError: a step count is negative, or γ or p out of range.
+        TypeError: a step count is not an integer, or the metric or policy neither a name nor a function.
+        ValueError: a step count is negative, γ or p out of range, or the name of a metric or policy not known.
     """
 
     robust_fraction: Tensor
     group_counts: Tensor
+    steps_assigned: Tensor | None
     unreported_faults: Tensor
     unreported_gradients: Tensor
 
@@ -89,6 +104,8 @@ class BulletTrain(nn.Module):
         *,
         gamma: float = 0.8,
         momentum: float = 0.9,
+        metric: str | Metric = "signed_variance",
+        policy: str | Policy = "three_groups",
     ) -> None:
         super().__init__()
         self.boundary_steps = step_count("boundary_steps", boundary_steps)
@@ -100,8 +117,12 @@ class BulletTrain(nn.Module):
             raise ValueError(f"momentum must lie in [0, 1), got {momentum}")
         self.gamma = float(gamma)
         self.momentum = float(momentum)
+        self.metric = allocation.rule_of("metric", metric, METRICS)
+        self.policy = allocation.rule_of("policy", policy, POLICIES)
+        by_group = self.policy is allocation.three_groups
         self.register_buffer("robust_fraction", torch.zeros((), dtype=torch.float64))
         self.register_buffer("group_counts", torch.zeros(3, dtype=torch.int64))
+        self.register_buffer("steps_assigned", None if by_group else torch.zeros((), dtype=torch.int64))
         self.register_buffer("unreported_faults", torch.zeros((), dtype=torch.int64))
         self.register_buffer("unreported_gradients", torch.zeros((), dtype=torch.int64))
 
@@ -115,13 +136,31 @@ class BulletTrain(nn.Module):
 
     def extra_repr(self) -> str:
         """The configuration, as it would be written."""
+        rules = ""
+        if self.metric is not allocation.signed_variance:
+            rules += f", metric={allocation.name_of(self.metric, METRICS)}"
+        if self.policy is not allocation.three_groups:
+            rules += f", policy={allocation.name_of(self.policy, POLICIES)}"
         return (
             f"{self.boundary_steps}, {self.robust_steps}, {self.outlier_steps}, "
-            f"gamma={self.gamma:g}, momentum={self.momentum:g}"
+            f"gamma={self.gamma:g}, momentum={self.momentum:g}{rules}"
         )
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Load a state that was saved before there were policies, or with that of three groups."""
+        name, counts = f"{prefix}steps_assigned", state_dict.get(f"{prefix}group_counts")
+        if self.steps_assigned is not None and name not in state_dict and counts is not None:
+            state_dict[name] = sum(n * count for n, count in zip(self._group_steps, counts, strict=True))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def assign(
-        self, logits: Tensor, labels: Tensor, *, epsilon: float = 0.031, step_size: float | None = None
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        *,
+        epsilon: float = 0.031,
+        step_size: float | None = None,
+        attacked_logits: Tensor | None = None,
     ) -> Assignment:
         """Sort a minibatch into groups by its clean logits (Eq. 6) and give each sample its steps.
 
@@ -129,13 +168,20 @@ class BulletTrain(nn.Module):
             logits: [m, K] floating point, K ≥ 2, of the clean samples in the attack's (eval) mode. m may be 0.
             labels: [m] integers in 0..K-1, on the logits' device.
             epsilon: ε > 0, in pixel units; sets `1.7·ε/N` for robust samples and outliers.
-            step_size: α_B > 0 of the boundary samples, in pixel units; `1.7·ε/N_B` if not given.
+            step_size: α_B > 0 of the boundary samples, in pixel units; `1.7·ε/N_B` if not given. With a policy other
+                than that of three groups: of whoever takes N_B steps.
+            attacked_logits: [m, K] floating point, of the attacked samples in the same mode: for the policy `Oracle`,
+                and only for it. (The objectives see to it themselves.)
 
         Raises:
-            TypeError: logits are not floating point or labels not integers.
-            ValueError: a shape, device or value does not fit; the module is unchanged.
+            TypeError: logits are not floating point, labels not integers, or the metric or policy returned no such
+                tensor.
+            ValueError: a shape, device or value does not fit, of what the metric or policy returned too; the module is
+                unchanged.
         """
-        assignment = self.start_assignment(logits, labels, epsilon=epsilon, step_size=step_size)
+        assignment = self.start_assignment(
+            logits, labels, epsilon=epsilon, step_size=step_size, attacked_logits=attacked_logits
+        )
         assignment.counts.wait()
         return assignment
 
@@ -148,15 +194,19 @@ class BulletTrain(nn.Module):
         step_size: float | None = None,
         inputs: Sequence[Fault] = (),
         names: tuple[str, str] = ("logits", "labels"),
+        attacked_logits: Tensor | None = None,
+        of_attack: Sequence[Fault] = (),
     ) -> Assignment:
         """`assign` without waiting for its counts: faults are raised by the first use of a count.
 
         Args:
             inputs: further faults of this minibatch to be raised with the counts (pixels out of range, say).
             names: what error messages call the logits and the labels.
+            of_attack: faults of the oracle's attack, which are told if nothing else is wrong.
         """
         check_logits_and_labels(logits, labels)
         self._check_device(logits)
+        self._check_attacked(logits, attacked_logits)
         positive("epsilon", epsilon)
         if step_size is not None:
             positive("step_size", step_size)
@@ -174,29 +224,66 @@ class BulletTrain(nn.Module):
             ),
             *inputs,
         ]
-        threshold, group, steps, sizes, order, counts = ops.assign_steps(
-            svar,
+        certainty = svar
+        if self.metric is not allocation.signed_variance:
+            certainty = allocation.certainty_of(self.metric, logits, labels)
+            found.append(_without_certainty(certainty, unfit))
+        sizes = self._step_sizes(epsilon, step_size)
+        by_group = self.policy is allocation.three_groups
+        threshold, group, steps, step_sizes, order, counts = ops.assign_steps(
+            certainty,
             correct,
             self.robust_fraction,
-            (self.outlier_steps, self.boundary_steps, self.robust_steps),
-            self._step_sizes(epsilon, step_size),
+            self._group_steps,
+            sizes,
             unfit,
             faults.counts_of(found),
-            self.group_counts,
+            self.group_counts if by_group else None,
         )
+        messages = [*(fault.message for fault in found), *faults.unfit_messages(logits, names)]
+        if not by_group:
+            late = list(of_attack)
+            if isinstance(self.policy, Oracle) and attacked_logits is not None:
+                attacked = ops.signed_variance(attacked_logits.detach(), labels)
+                group = self.policy.groups(correct, attacked.correct)
+                late.append(faults.marked_rows(attacked.unfit & 1, "attacked_logits"))
+            judged = Judged(certainty, correct, group, threshold, self.robust_fraction, self._group_steps)
+            steps, outside = self._allot(judged)
+            step_sizes = self._sizes_by_count(steps, epsilon, sizes[ops.BOUNDARY])
+            order, active = ops.order_by_steps(steps, max(self._group_steps))
+            late.append(outside)
+            wrong = torch.cat([counts[-len(messages) :], faults.counts_of(late)])
+            messages += [fault.message for fault in late]
+            counts = torch.cat([active, self._count(group, steps, wrong), wrong])
         self.unreported_faults.zero_()
         self.unreported_gradients.zero_()
-        messages = [*(fault.message for fault in found), *faults.unfit_messages(logits, names)]
         return Assignment(
             group=group,
             steps=steps,
-            step_size=sizes,
+            step_size=step_sizes,
             order=order,
             threshold=threshold,
             svar=svar,
+            certainty=certainty,
             probabilities=probabilities,
             counts=CheckedRead(counts, messages),
         )
+
+    def _allot(self, judged: Judged) -> tuple[Tensor, Fault]:
+        """The policy's steps [m], moved into the range that the order has room for, and how many were outside."""
+        steps, most = allocation.steps_of(self.policy, judged), max(self._group_steps)
+        outside = ((steps < 0) | (steps > most)).sum()
+        message = f"policy must return steps in 0..{most}, but {{count}} of {len(steps)} are not"
+        return steps.clamp(0, most), Fault(outside, message)
+
+    def _count(self, group: Tensor, steps: Tensor, wrong: Tensor) -> Tensor:
+        """The group sizes [3]; they and the steps are added to what has been assigned unless something is wrong."""
+        sizes = (group == torch.arange(3, device=group.device)[:, None]).sum(dim=1)
+        sound = ~wrong.any()
+        self.group_counts += sizes * sound
+        assert self.steps_assigned is not None  # it is there for these policies
+        self.steps_assigned += steps.sum() * sound
+        return sizes
 
     def report_attack(self, assignment: Assignment, faulty: Tensor) -> None:
         """Take note of the samples that could not move in the attack on an assignment, since their gradient held NaN.
@@ -215,6 +302,8 @@ class BulletTrain(nn.Module):
             self.unreported_gradients += fault.count
         elif fault.count:
             self.group_counts -= torch.tensor(assignment.group_sizes)
+            if self.steps_assigned is not None:
+                self.steps_assigned -= sum(assignment.active_counts)
             faults.read([fault]).wait()
 
     def update(self, adversarial_logits: Tensor, labels: Tensor) -> None:
@@ -253,28 +342,47 @@ class BulletTrain(nn.Module):
         return Fractions(boundary=boundary / total, robust=robust / total, outlier=outlier / total)
 
     def reset_fractions(self) -> None:
-        """Start the measured fractions anew; F_R, which steers the assignment, stays."""
+        """Start the measured fractions and `mean_steps` anew; F_R, which steers the assignment, stays."""
         self.group_counts.zero_()
+        if self.steps_assigned is not None:
+            self.steps_assigned.zero_()
+
+    @property
+    def mean_steps(self) -> float:
+        """Attack steps per sample, over all samples assigned since the start or `reset_fractions`; at first NaN."""
+        total = int(self.group_counts.sum())
+        if total == 0:
+            return math.nan
+        if self.steps_assigned is None:
+            return self.fractions.mean_steps(self.boundary_steps, self.robust_steps, self.outlier_steps)
+        return int(self.steps_assigned) / total
 
     def theoretical_speedup(self, baseline_steps: int | None = None) -> float:
-        """Eq. 7 at the measured fractions; NaN before the first assignment.
+        """Eq. 7, `(N + 1) / (mean_steps + 1)`; NaN before the first assignment.
 
         Args:
             baseline_steps: N of the training it is compared with; N_B if not given, as in the paper.
+
+        Raises:
+            TypeError or ValueError: it is not an integer of at least 0.
+        """
+        baseline = self.boundary_steps if baseline_steps is None else step_count("baseline_steps", baseline_steps)
+        return (baseline + 1) / (self.mean_steps + 1)
+
+    def theoretical_speedup_augmix(self) -> float:
+        """`3 / (1 + 2·F)`, what `augmix_loss` saves; NaN before the first assignment.
+
+        F is the measured share of samples that it augments: F_B, or with another policy `mean_steps` (at N_B = 1).
         """
         if not self.group_counts.any():
             return math.nan
-        return theoretical_speedup(
-            self.fractions,
-            boundary_steps=self.boundary_steps,
-            robust_steps=self.robust_steps,
-            outlier_steps=self.outlier_steps,
-            baseline_steps=self.boundary_steps if baseline_steps is None else baseline_steps,
-        )
+        share = self.fractions.boundary if self.steps_assigned is None else self.mean_steps
+        return theoretical_speedup_augmix(share)
 
-    def theoretical_speedup_augmix(self) -> float:
-        """`3 / (1 + 2·F_B)` at the measured F_B, what `augmix_loss` saves; NaN before the first assignment."""
-        return theoretical_speedup_augmix(self.fractions.boundary) if self.group_counts.any() else math.nan
+    @property
+    def _group_steps(self) -> tuple[int, int, int]:
+        """(N_O, N_B, N_R), as the ops number the groups."""
+        return self.outlier_steps, self.boundary_steps, self.robust_steps
 
     def _step_sizes(self, epsilon: float, step_size: float | None) -> tuple[float, float, float]:
         """α of (outlier, boundary, robust)."""
@@ -282,6 +390,34 @@ class BulletTrain(nn.Module):
         if self.boundary_steps and step_size is not None:
             boundary = step_size
         return _step_size(epsilon, self.outlier_steps), boundary, _step_size(epsilon, self.robust_steps)
+
+    def _sizes_by_count(self, steps: Tensor, epsilon: float, boundary: float) -> Tensor:
+        """α [m] float64 of any counts: `boundary` at N_B, 1.7·ε/n at any other n, and 0 at 0."""
+        travel = torch.full((), STEP_FACTOR * epsilon, dtype=torch.float64, device=steps.device)
+        sizes = torch.where(steps == self.boundary_steps, boundary, travel / steps.clamp(min=1))
+        return sizes.masked_fill_(steps == 0, 0.0)
+
+    def _check_attacked(self, logits: Tensor, attacked: Tensor | None) -> None:
+        if not isinstance(self.policy, Oracle):
+            if attacked is not None:
+                raise ValueError("attacked_logits are for the policy 'oracle' alone, but the policy is another")
+            return
+        if attacked is None:
+            raise ValueError(
+                "policy is an Oracle, whose groups need attacked_logits=, the model's logits of attacked samples: "
+                "the objectives run that attack, `assign` alone cannot"
+            )
+        if not isinstance(attacked, Tensor) or not attacked.is_floating_point():
+            kind = attacked.dtype if isinstance(attacked, Tensor) else type(attacked).__name__
+            raise TypeError(f"attacked_logits must be a floating-point tensor, got {kind}")
+        if attacked.shape != logits.shape:
+            raise ValueError(
+                f"attacked_logits must have the logits' shape {list(logits.shape)}, got {list(attacked.shape)}"
+            )
+        if attacked.device != logits.device:
+            raise ValueError(
+                f"attacked_logits must be on {logits.device} like the logits, but are on {attacked.device}"
+            )
 
     def _check_device(self, logits: Tensor) -> None:
         if self.robust_fraction.device != logits.device:
@@ -321,6 +457,12 @@ def step_count(name: str, value: SupportsIndex, least: int = 0) -> int:
     if (count := operator.index(value)) < least:
         raise ValueError(f"{name} must be at least {least}, got {count}")
     return count
+
+
+def _without_certainty(certainty: Tensor, unfit: Tensor) -> Fault:
+    """The number of sound samples of which the metric does not say anything."""
+    count = (certainty.isnan() & (unfit == 0)).sum()
+    return Fault(count, f"metric must return numbers, but gave NaN for {{count}} of {len(certainty)} samples")
 
 
 def _step_size(epsilon: float, steps: int) -> float:

@@ -72,6 +72,7 @@ def test_works_without_triton_and_the_extras():
 LAYERS = [
     ["bt_fast.kernels", "bt_fast.device", "bt_fast.speedup"],
     ["bt_fast.ops", "bt_fast.faults"],
+    ["bt_fast.allocation"],
     ["bt_fast.mining"],
     ["bt_fast.attack", "bt_fast.augment"],
     ["bt_fast.objectives"],

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bt_fast import faults, ops
+from bt_fast.allocation import Oracle
 from bt_fast.attack.folded import Frozen, attack_model, independent
 from bt_fast.attack.frozen import clean_logits, logits_of, modes_restored
 from bt_fast.attack.generate import COMPARED, StartedAttack, start_attack
@@ -25,7 +26,7 @@ from bt_fast.attack.schedule import Schedule
 from bt_fast.attack.start import Noise, ball_start, normal_noise, random_state, sorted_start
 from bt_fast.attack.threat import ThreatModel
 from bt_fast.faults import CheckedRead, Fault
-from bt_fast.mining import BulletTrain, check_labels, positive, real, step_count
+from bt_fast.mining import STEP_FACTOR, BulletTrain, check_labels, positive, real, step_count
 from bt_fast.objectives.repeated_forward import moves_batch_norm_alone
 from bt_fast.objectives.update import Computation, Terms, Update, run_update
 
@@ -151,8 +152,19 @@ def _start_ragged(
     names = ("the model's logits", "y")
     with attack_model(model, a.frozen, x[:COMPARED]) as view:
         logits = clean_logits(view, x)
+        attacked, of_attack = None, []
+        if isinstance(bullet.policy, Oracle):
+            attacked, gradients = _attacked_logits(view, x, y, logits, a, bullet.policy.steps)
+            of_attack = [gradients]
         assignment = bullet.start_assignment(
-            logits, y, epsilon=a.threat.epsilon, step_size=a.step_size, inputs=[pixels], names=names
+            logits,
+            y,
+            epsilon=a.threat.epsilon,
+            step_size=a.step_size,
+            inputs=[pixels],
+            names=names,
+            attacked_logits=attacked,
+            of_attack=of_attack,
         )
         state = random_state(x, a.generator)
         clean, begin = sorted_start(x, assignment.order, assignment.steps, state, a.noise, a.threat)
@@ -168,6 +180,24 @@ def _start_ragged(
 
     moving = schedule.active[0] if schedule.active else 0
     return Attack(clean, labels, started, moving, independent(view), None, report)
+
+
+def _attacked_logits(
+    view: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, logits: Tensor, adversary: Adversary, steps: int
+) -> tuple[Tensor, Fault]:
+    """What the oracle's groups are told by: logits [m, K] after uniform steps of 1.7·ε/steps, and the attack's fault.
+
+    It is the objective's own attack but for its steps. Its random numbers are drawn before those of the training's.
+    """
+    a = adversary
+    state, faulty = random_state(x, a.generator), _none_faulty(x)
+    clean, begin = sorted_start(x, None, None, state, a.noise, a.threat)
+    probabilities = logits.double().softmax(dim=1).to(ops.wide(logits).dtype)
+    target = probabilities if a.inner == "kl" else _one_hot(y, probabilities)
+    schedule = Schedule.uniform(len(x), steps, STEP_FACTOR * a.threat.epsilon / steps, x.device)
+    with start_attack(view, clean, begin, target, schedule, a.threat, a.generator, faulty, a.runner) as started:
+        attacked = clean_logits(view, started.finish())
+    return attacked, faults.gradients_without_direction(faulty)
 
 
 def _one_hot(y: Tensor, like: Tensor) -> Tensor:
@@ -260,7 +290,10 @@ def run(model: nn.Module, attack: Attack, computation: Computation, update: Upda
 
 
 def corrupted_rows(attack: Attack, bullet: BulletTrain | None, unperturbed: Unperturbed | None) -> int:
-    """How many rows, from the first, run a corrupted forward."""
+    """How many rows, from the first, run a corrupted forward.
+
+    The default of `unperturbed` is that of N_R and N_O for every policy, whatever counts it gives.
+    """
     if bullet is None:
         return len(attack.x)
     keep = unperturbed == "keep" if unperturbed else (bullet.robust_steps or bullet.outlier_steps)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bt_fast import faults, ops
+from bt_fast.allocation import Oracle
 from bt_fast.attack.frozen import logits_of, modes_restored
 from bt_fast.augment.mix import SEVERITY, augment_and_mix, check_images, check_severity, draw_choices
 from bt_fast.faults import Fault
@@ -49,7 +50,8 @@ def augmix_loss(
         model: maps [m, C, H, W] to logits [m, K]. A normalisation belongs into it.
         x: [m, C, H, W] floating point in [0, 1], m ≥ 1.
         y: [m] integers in 0..K-1.
-        bullet: `BulletTrain(1, 0, 0)`, on the images' device.
+        bullet: `BulletTrain(1, 0, 0)`, on the images' device, with any metric and any policy but the oracle: a sample
+            with a step is augmented ("uniform" augments all).
         jsd: whether there is a divergence term. Off, there is nothing for `bullet` to leave out, and it must be None.
         severity: of the operations, in (0.1, 10]; 3 in the authors' code.
         generator: on the images' device, for the augmentation; the device's default generator if not given. The number
@@ -135,7 +137,8 @@ def _unchanged_by_errors(model: nn.Module, bullet: BulletTrain | None) -> Iterat
     """
     found = [(m, name, b, b.clone()) for m in model.modules() for name, b in m.named_buffers(recurse=False)]
     if bullet is not None:
-        found.append((bullet, "group_counts", bullet.group_counts, bullet.group_counts.clone()))
+        counted = {"group_counts": bullet.group_counts, "steps_assigned": bullet.steps_assigned}
+        found += [(bullet, name, b, b.clone()) for name, b in counted.items() if b is not None]
     try:
         yield
     except BaseException:
@@ -172,5 +175,7 @@ def _check(
             "bullet must be BulletTrain(1, 0, 0), boundary, robust and outlier steps: AugMix only turns the "
             f"augmentation of a sample on or off. Got {steps}"
         )
+    if isinstance(bullet.policy, Oracle):
+        raise ValueError("bullet's policy must not be an Oracle: AugMix runs no attack that could tell it the groups")
     if not jsd:
         raise ValueError("jsd=False trains on one view of every sample: it leaves nothing for bullet to save")

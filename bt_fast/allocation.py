@@ -1,0 +1,266 @@
+"""How sure the model is of a sample, and how many attack steps that earns it: metrics and policies (section 3.2).
+
+A metric is one small function of (logits [m, K], labels [m]) that returns a certainty [m]; a policy is one small
+function of what is then known of a minibatch, `Judged`, that returns steps [m]. A metric or policy of one's own is any
+such callable: `BulletTrain(metric=lambda z, y: ..., policy=lambda judged: ...)`. Nothing here waits for the device.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from bt_fast import ops
+from bt_fast.ops import BOUNDARY, OUTLIER, ROBUST
+from bt_fast.ops.rows import result_dtype
+
+LARGEST = torch.finfo(torch.float32).max  # an infinite certainty counts as this: the percentile interpolates
+
+# Metrics: correct samples are at 0 or above, since Eq. 6 asks for T = max(0, percentile), and misclassified ones below
+
+Metric = Callable[[Tensor, Tensor], Tensor]
+
+
+def signed_variance(logits: Tensor, labels: Tensor) -> Tensor:
+    """SVar, the paper's (Eq. 4): `±Var_k[softmax(z)]`. The default, for which the fused op's own value is used."""
+    return ops.signed_variance(logits, labels).svar
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """`exp(-CE) = p_y` of a correct sample, in [1/K, 1]; `p_y - 1` of a misclassified one, in [-1, -1/2]."""
+    p = _of_label(logits.softmax(dim=1), labels)
+    return torch.where(_correct(logits, labels), p, p - 1.0)
+
+
+def margin(logits: Tensor, labels: Tensor) -> Tensor:
+    """The true logit minus the largest wrong one, in any range. Of a tie it is 0, misclassified or not."""
+    wrong = logits.scatter(1, labels[:, None], -math.inf).amax(dim=1)
+    return _of_label(logits, labels) - wrong
+
+
+def gradient_norm(logits: Tensor, labels: Tensor) -> Tensor:
+    """From `g = ‖softmax(z) - onehot(y)‖₂`, the norm of the cross-entropy's gradient at the last layer.
+
+    With it Katharopoulos and Fleuret (2018) bound a sample's gradient from above. g lies in [0, √2] and is large
+    where the model is unsure or wrong: a correct sample has `√2 - g`, a misclassified one `-g`.
+    """
+    p, at = logits.softmax(dim=1), labels[:, None]
+    g = p.scatter(1, at, p.gather(1, at) - 1.0).norm(dim=1)
+    return torch.where(_correct(logits, labels), math.sqrt(2.0) - g, -g)
+
+
+METRICS: dict[str, Metric] = {
+    "signed_variance": signed_variance,
+    "cross_entropy": cross_entropy,
+    "margin": margin,
+    "gradient_norm": gradient_norm,
+}
+
+
+def _of_label(values: Tensor, labels: Tensor) -> Tensor:
+    return values.gather(1, labels[:, None])[:, 0]
+
+
+def _correct(logits: Tensor, labels: Tensor) -> Tensor:
+    return logits.argmax(dim=1) == labels  # the first maximum wins
+
+
+# Policies
+
+
+@dataclass(frozen=True, eq=False)
+class Judged:
+    """What is known of m samples before their steps are decided. Tensors are on the logits' device.
+
+    Attributes:
+        certainty: [m] float32 (float64 for float64 logits), what the metric gave.
+        correct: [m] bool, whether the clean sample is classified correctly.
+        group: [m] int64, one of `ops.OUTLIER`, `ops.BOUNDARY`, `ops.ROBUST`: by Eq. 6, or the oracle's.
+        threshold: 0-dim float64, T of Eq. 6.
+        robust_fraction: 0-dim float64, F_R; the module's own buffer, not to be changed.
+        group_steps: (N_O, N_B, N_R). Steps may lie in 0..max(group_steps).
+    """
+
+    certainty: Tensor
+    correct: Tensor
+    group: Tensor
+    threshold: Tensor
+    robust_fraction: Tensor
+    group_steps: tuple[int, int, int]
+
+
+Policy = Callable[[Judged], Tensor]
+
+
+def three_groups(judged: Judged) -> Tensor:
+    """N_O, N_B or N_R by the sample's group: the paper's. The default, which the fused op computes."""
+    steps = torch.full_like(judged.group, judged.group_steps[OUTLIER])
+    for member in (BOUNDARY, ROBUST):
+        steps.masked_fill_(judged.group == member, judged.group_steps[member])
+    return steps
+
+
+def uniform(judged: Judged) -> Tensor:
+    """N_B for every sample: the baseline without BulletTrain."""
+    return torch.full_like(judged.group, judged.group_steps[BOUNDARY])
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """A quantised Gaussian over the certainty: what the closing remark of section 3.2 suggests.
+
+    `n_i = max(least_i, round(N_B · exp(-(c_i - μ)² / (2·(w·σ)²))))`, where μ and σ are the mean and the (biased)
+    standard deviation of the boundary samples' own certainties c, and halves round to even. `least_i` is N_R for a
+    correct sample and N_O for a misclassified one, and is what all get where no sample is boundary. Where σ is less
+    than 1e-6·|μ|, which is rounding, it counts as that: a single boundary sample takes N_B.
+
+    Boundary samples that spread evenly over [0, T) take 0.22·N_B steps at either end, at w = 1.
+
+    Attributes:
+        width: w > 0.
+
+    Raises:
+        TypeError or ValueError: the width is not a finite number greater than 0.
+    """
+
+    width: float = 1.0
+
+    def __post_init__(self) -> None:
+        width: Any = self.width
+        if isinstance(width, bool) or not isinstance(width, numbers.Real):
+            raise TypeError(f"width must be a number, got {width!r}")
+        if not 0 < float(width) < math.inf:
+            raise ValueError(f"width must be a finite number greater than 0, got {width}")
+
+    def __call__(self, judged: Judged) -> Tensor:
+        """Steps [m] int64."""
+        outlier_steps, boundary_steps, robust_steps = judged.group_steps
+        boundary, certainty = judged.group == BOUNDARY, judged.certainty.double()
+        count = boundary.sum().clamp(min=1)
+        centre = torch.where(boundary, certainty, 0.0).sum() / count
+        variance = torch.where(boundary, certainty - centre, 0.0).square().sum() / count
+        sigma = self.width * torch.maximum(variance.sqrt(), 1e-6 * centre.abs())
+        away = (certainty - centre) / sigma.clamp_min(torch.finfo(torch.float64).tiny)  # all 0 at their centre: no 0/0
+        steps = (boundary_steps * (-away.square() / 2.0).exp()).round().long()
+        least = torch.where(judged.correct, robust_steps, outlier_steps)
+        return torch.where(boundary.any(), torch.maximum(steps, least), least)
+
+
+@dataclass(frozen=True)
+class Oracle:
+    """N_O, N_B or N_R by groups that an attack tells, not the certainty (Fig. 2 of the paper).
+
+    An outlier is misclassified before the attack, a boundary sample after it, a robust sample neither. The objectives
+    run the attack with `steps` uniform steps of 1.7·ε/steps, which costs what the allocation is to save: an upper bound
+    on what a metric can find, not a method.
+
+    Attributes:
+        steps: of that attack, at least 1.
+
+    Raises:
+        TypeError or ValueError: steps is not an integer of at least 1.
+    """
+
+    steps: int = 10
+
+    def __post_init__(self) -> None:
+        if isinstance(self.steps, bool) or not hasattr(self.steps, "__index__"):
+            raise TypeError(f"steps must be an integer, got {self.steps!r}")
+        if operator.index(self.steps) < 1:
+            raise ValueError(f"steps must be at least 1, got {self.steps}")
+
+    def groups(self, correct: Tensor, attacked_correct: Tensor) -> Tensor:
+        """The group [m] int64 of samples that are classified correctly (bool [m]) before and under the attack."""
+        return correct.long() + (correct & attacked_correct)  # OUTLIER, BOUNDARY, ROBUST are 0, 1, 2
+
+    def __call__(self, judged: Judged) -> Tensor:
+        """Steps [m] int64."""
+        return three_groups(judged)
+
+
+POLICIES: dict[str, Policy] = {
+    "three_groups": three_groups,
+    "uniform": uniform,
+    "gaussian": Gaussian(),
+    "oracle": Oracle(),
+}
+
+
+# By name or of one's own
+
+_Rule = TypeVar("_Rule", bound=Callable[..., Tensor])
+
+
+def rule_of(name: str, given: str | _Rule, known: Mapping[str, _Rule]) -> _Rule:
+    """The metric or policy that an argument called `name` asks for: a name in `known`, or a callable.
+
+    Raises:
+        TypeError: it is neither.
+        ValueError: it is a name that is not known.
+    """
+    if isinstance(given, str):
+        if given not in known:
+            raise ValueError(f"{name} must be one of {', '.join(map(repr, known))} or a function, got {given!r}")
+        return known[given]
+    if isinstance(given, type) or not callable(given):
+        raise TypeError(f"{name} must be one of {', '.join(map(repr, known))} or a function, got {given!r}")
+    return given
+
+
+def name_of(rule: _Rule, known: Mapping[str, _Rule]) -> str:
+    """The rule as it would be written."""
+    for name, other in known.items():
+        if rule == other:
+            return repr(name)
+    return getattr(rule, "__name__", repr(rule))
+
+
+def certainty_of(metric: Metric, logits: Tensor, labels: Tensor) -> Tensor:
+    """What the metric says, checked: [m] in SVar's dtype. NaN is passed on; ±Inf becomes the largest finite float32.
+
+    Args:
+        logits: [m, K] floating point; the metric sees 16-bit ones in float32.
+        labels: [m] int64; the metric sees one out of 0..K-1 as the nearest class, since it may look something up.
+
+    Raises:
+        TypeError or ValueError: what it returns is no floating-point tensor [m] on the logits' device.
+    """
+    found = metric(ops.wide(logits), labels.clamp(0, logits.shape[1] - 1))
+    if not isinstance(found, Tensor) or not found.is_floating_point():
+        raise TypeError(f"metric must return a floating-point tensor, got {_kind(found)}")
+    _check_placed("metric", found, len(logits), logits.device)
+    return found.detach().to(result_dtype(logits)).clamp(-LARGEST, LARGEST)
+
+
+def steps_of(policy: Policy, judged: Judged) -> Tensor:
+    """What the policy says, checked but for its values: [m] int64.
+
+    Raises:
+        TypeError or ValueError: what it returns is no tensor of integers [m] on the samples' device.
+    """
+    found = policy(judged)
+    integers = isinstance(found, Tensor) and not (
+        found.is_floating_point() or found.is_complex() or found.dtype == torch.bool
+    )
+    if not integers:
+        raise TypeError(f"policy must return a tensor of integers, got {_kind(found)}")
+    _check_placed("policy", found, len(judged.group), judged.group.device)
+    return found.long()
+
+
+def _kind(value: object) -> str:
+    return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
+
+
+def _check_placed(name: str, found: Tensor, m: int, device: torch.device) -> None:
+    if found.shape != (m,):
+        raise ValueError(f"{name} must return shape [{m}], one for each sample, got {list(found.shape)}")
+    if found.device != device:
+        raise ValueError(f"{name} must return a tensor on {device} like the samples, but it is on {found.device}")
