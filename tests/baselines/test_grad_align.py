@@ -3,7 +3,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from small_models import CLASSES, Dead, assert_unchanged, batch, build, gradients, snapshot
+from pretended_device import DEVICE, pretended_device
+from small_models import CLASSES, SHAPE, Dead, assert_unchanged, batch, build, gradients, snapshot
 from tolerances import assert_near, assert_near_nested
 from torch import nn
 
@@ -160,6 +161,15 @@ def test_a_generator_decides_eta():
         for seed in (1, 1, 2)
     ]
     assert terms[0] == terms[1] != terms[2]
+
+
+def test_the_host_waits_once():
+    model = build("conv_bn", dtype=torch.float32).to(DEVICE)
+    x = torch.empty(8, *SHAPE, device=DEVICE)
+    y = torch.zeros(8, dtype=torch.int64, device=DEVICE)
+    with pretended_device() as reads:
+        grad_align(model, x, y, epsilon=EPSILON).backward()
+    assert (reads.started, reads.waited) == (1, 1)
 
 
 def test_autocast():
