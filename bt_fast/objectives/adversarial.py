@@ -150,6 +150,7 @@ def _start_ragged(
     """Algorithm 2's attack. Waits for the counts: what is wrong with the input is raised here."""
     a = adversary
     names = ("the model's logits", "y")
+    state = random_state(x, a.generator)
     with attack_model(model, a.frozen, x[:COMPARED]) as view:
         logits = clean_logits(view, x)
         attacked, of_attack = None, []
@@ -166,7 +167,6 @@ def _start_ragged(
             attacked_logits=attacked,
             of_attack=of_attack,
         )
-        state = random_state(x, a.generator)
         clean, begin = sorted_start(x, assignment.order, assignment.steps, state, a.noise, a.threat)
         schedule = Schedule.from_assignment(assignment)
         labels = schedule.sort(y).long()
@@ -187,7 +187,7 @@ def _attacked_logits(
 ) -> tuple[Tensor, Fault]:
     """What the oracle's groups are told by: logits [m, K] after uniform steps of 1.7·ε/steps, and the attack's fault.
 
-    It is the objective's own attack but for its steps. Its random numbers are drawn before those of the training's.
+    It is the objective's own attack but for its steps. Its random numbers are drawn after the training start's state.
     """
     a = adversary
     state, faulty = random_state(x, a.generator), _none_faulty(x)
@@ -195,8 +195,8 @@ def _attacked_logits(
     probabilities = logits.double().softmax(dim=1).to(ops.wide(logits).dtype)
     target = probabilities if a.inner == "kl" else _one_hot(y, probabilities)
     schedule = Schedule.uniform(len(x), steps, STEP_FACTOR * a.threat.epsilon / steps, x.device)
-    with start_attack(view, clean, begin, target, schedule, a.threat, a.generator, faulty, a.runner) as started:
-        attacked = clean_logits(view, started.finish())
+    attack = start_attack(view, clean, begin, target, schedule, a.threat, a.generator, faulty, a.runner)
+    attacked = clean_logits(view, attack.finish())
     return attacked, faults.gradients_without_direction(faulty)
 
 

@@ -14,13 +14,18 @@ from planted import Bug, left_out, planted
 from pretended_device import DEVICE, pretended_device
 from torch import nn
 
-from bt_fast import AutoRunner, BulletTrain, Frozen, GraphRunner, Schedule, StreamRunner, ThreatModel
+from bt_fast import AutoRunner, BulletTrain, Frozen, GraphRunner, Oracle, Schedule, StreamRunner, ThreatModel
 from bt_fast.attack import folded
 from bt_fast.attack.runners import run_eager
 from bt_fast.objectives import adversarial, mart, pgd, trades
 
 generate = importlib.import_module("bt_fast.attack.generate")
-BULLETS = {"uniform": lambda: None, "bullet": lambda: BulletTrain(2, 1, 0)}
+BULLETS = {
+    "uniform": lambda: None,
+    "bullet": lambda: BulletTrain(2, 1, 0),
+    "oracle": lambda: BulletTrain(2, 1, 0, policy=Oracle(2)),
+    "own policy": lambda: BulletTrain(2, 1, 0, policy=lambda judged: torch.arange(len(judged.group)) % 3),
+}
 VIEW = Frozen(channels_last=False)
 
 
@@ -155,6 +160,19 @@ def beside(runner):
     return training(runner)
 
 
+def oracle(runner):
+    """The groups are told by an attack of its own, which changes them."""
+    model, bullet, found = small_models.build("conv_bn"), BULLETS["oracle"](), []
+    for k in range(3):
+        x, _ = small_models.batch(6, seed=k)
+        y = model.eval()(x).argmax(dim=1)
+        model.train()
+        options = {"generator": torch.Generator().manual_seed(k), "bullet": bullet, "frozen": VIEW, "runner": runner}
+        loss = trades.trades_loss(model, x, y, None, epsilon=0.3, **options)
+        found += [v.detach().clone() for v in (loss, bullet.group_counts)]
+    return found
+
+
 def own_attack(runner):
     """An attack by `generate`, which leaves its start alone."""
     model = small_models.build("conv_bn").eval()
@@ -191,7 +209,7 @@ def bad_gradients_on_a_device(runner):
 
 
 SCENARIOS = [
-    *(beside, without_view, failing_forward, own_attack),
+    *(beside, without_view, failing_forward, oracle, own_attack),
     *(bad_pixels, bad_gradients, bad_gradients_on_a_device),
 ]
 LEFT = "object) -> None:\n        "
@@ -203,6 +221,7 @@ IN_ADVERSARIAL = [
     Bug("x' is used before the attack has ended", "started.finish()", "started._x_adv", beside),
     Bug("no join after an exception", "with attack.started as", "for started in [attack.started]:  #", failing_forward),
     Bug("beside an attack on the model itself", "attack.independent and", "", without_view),
+    Bug("the oracle looks before its attack has ended", "attack.finish()", "attack._x_adv", oracle),
     Bug("bad input goes unnoticed", "attack.inputs.wait()", "pass", bad_pixels),
     Bug("bad gradients go unnoticed", "gradients.wait()", "pass", bad_gradients),
     Bug("bad gradients go unnoticed on a device", "late.wait()", "pass", bad_gradients_on_a_device),
