@@ -20,6 +20,7 @@ from bt_fast import faults, ops
 from bt_fast.attack.frozen import clean_logits, eval_mode, logits_of, modes_restored
 from bt_fast.attack.start import normal_noise
 from bt_fast.attack.threat import ThreatModel
+from bt_fast.baselines.values import check_values
 from bt_fast.mining import step_count
 from bt_fast.objectives import adversarial
 
@@ -174,7 +175,7 @@ def _checked_first(model: nn.Module, first: nn.Module | None, x: Tensor, y: Tens
     watched = [m for m in model.modules() if (m is first if first is not None else isinstance(m, _LAYERS))]
     hooks = [module.register_forward_hook(note) for module in watched]
     try:
-        adversarial.check_values(model, x, y)
+        check_values(model, x, y)
     finally:
         for hook in hooks:
             hook.remove()

@@ -1,0 +1,28 @@
+"""What is wrong with a batch's values, told before anything has changed."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from bt_fast import faults
+from bt_fast.attack.frozen import clean_logits, eval_mode
+
+
+def check_values(model: nn.Module, x: Tensor, y: Tensor) -> None:
+    """Run the model, in eval mode, on one row and wait for the device.
+
+    Args:
+        x: [m, ...] images, y: [m] integers.
+
+    Raises:
+        TypeError: the model does not return a tensor of logits.
+        ValueError: its logits do not fit or are not finite, or pixels or labels are out of range.
+    """
+    with eval_mode(model):
+        logits = clean_logits(model, x[:1])
+    found = [
+        faults.pixels_outside(x, 0.0, 1.0, "x_natural"),
+        faults.labels_outside(y, logits.shape[1], "y"),
+        faults.rows_without_number(logits, "the model's logits of the first sample"),
+    ]
+    faults.read(found).wait()
