@@ -109,7 +109,8 @@ class Contestant:
         if self.kind.algorithm == "yopo":
             m, n = self.kind.numbers
             options |= {"propagations": m, "layer_steps": n, "step_size": c.step_size, "objective": c.loss}
-            return yopo_loss(*batch, **options)
+            loss = yopo_loss(*batch, **options)
+            return loss / m if c.loss == "pgd" else loss  # of m summed gradients; the authors divide the learning rate
         options["frozen"] = self._frozen
         if self.kind.algorithm == "fast":
             own_size = c.step_size if "step_size" in self.kind.changes else None

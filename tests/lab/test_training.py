@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import math
 
 import pytest
 import torch
@@ -275,3 +276,10 @@ def test_checkpoint_and_configuration_come_back_as_they_were(tmp_path):
 def test_speedup_is_the_median_of_pairs_after_the_first_iterations():
     assert median_speedup([9.0, 9.0, 9.0, 2.0, 4.0, 6.0], [1.0, 1.0, 1.0, 1.0, 1.0, 2.0]) == 3.0
     assert median_speedup([2.0], [1.0]) == 2.0
+
+
+def test_yopo_of_plain_adversarial_training_takes_the_mean_of_its_propagations(tmp_path):
+    config = dataclasses.replace(CONFIG, loss="pgd", methods=("yopo-3-1",))
+    contestant = Run(tmp_path / "run", config, blobs(), CPU).contestants[0]
+    x, y = torch.rand(4, 1, 16, 16), torch.arange(4) % 3
+    assert float(contestant._loss(x, y).detach()) == pytest.approx(math.log(3))  # new networks have logits of 0
