@@ -282,6 +282,9 @@ def test_mean_steps_and_the_speedup_of_the_steps_as_they_were_given():
     assert bullet.mean_steps == (0 + 1 + 2 + 3 + 0 + 1) / 6
     assert bullet.theoretical_speedup() == 6 / (7 / 6 + 1)
     assert bullet.theoretical_speedup(10) == 11 / (7 / 6 + 1)
+    for baseline, error in ((-1, ValueError), (2.5, TypeError)):
+        with pytest.raises(error, match="baseline_steps must be"):
+            bullet.theoretical_speedup(baseline)
     bullet.reset_fractions()
     assert math.isnan(bullet.mean_steps)
     assert bullet.steps_assigned == 0
