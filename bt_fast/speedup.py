@@ -110,3 +110,24 @@ def mart_cost(mean_steps: float, corrupted_fraction: float = 1.0, *, mining: boo
 def pgd_cost(mean_steps: float, *, mining: bool = True) -> float:
     """One iteration of our PGD adversarial training, in F: as `mart_cost`, but with one forward in the update."""
     return mining + 2.0 * mean_steps + 3.0
+
+
+def yopo_cost(propagations: float, objective: str = "pgd") -> float:
+    """One iteration of YOPO-m-n, in F. The first layer's cost, in n steps too, is left out.
+
+    "pgd": three for each propagation, whose backward gives all gradients. "trades" and "mart": two for each, since the
+    weights' gradients are the update's, and the update's two forwards; TRADES adds its clean forward. 11 F for the
+    paper's TRADES + YOPO-2-5.
+
+    Args:
+        propagations: m.
+        objective: as of `yopo_loss`.
+
+    Raises:
+        ValueError: the objective is not known.
+    """
+    if objective not in ("pgd", "trades", "mart"):
+        raise ValueError(f"objective must be 'pgd', 'trades' or 'mart', got {objective!r}")
+    if objective == "pgd":
+        return 3.0 * propagations
+    return (objective == "trades") + 2.0 * propagations + 6.0

@@ -1,4 +1,4 @@
-"""The `bt-fast` command: compare, train, evaluate, corruptions, predict."""
+"""The `bt-fast` command: compare, train, evaluate, corruptions, study, predict."""
 
 from __future__ import annotations
 
@@ -27,17 +27,23 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from bt_fast.allocation import METRICS, POLICIES
 from bt_fast.attack.losses import LOSSES
 from bt_fast.attack.threat import ThreatModel
 from bt_fast.evaluation import evaluate as evaluate_model
 from bt_fast.lab import gpu_prediction, report
 from bt_fast.lab.checkpoint import load_checkpoint
-from bt_fast.lab.config import COMPARED, METHODS, OBJECTIVES, PRESETS, RunConfig
+from bt_fast.lab.config import OBJECTIVES, PRESETS, RunConfig
 from bt_fast.lab.corruptions import CORRUPTIONS, CorruptedTestSet, corruption_errors
 from bt_fast.lab.data import ImageDataset, load_dataset
 from bt_fast.lab.gpu_model import GPUS
 from bt_fast.lab.make_corruptions import make_corruptions
+from bt_fast.lab.methods import COMPARED, FORMS, Method
 from bt_fast.lab.models import build_model, load_published
+from bt_fast.lab.studies.catalogue import STUDIES
+from bt_fast.lab.studies.study import SCALES, open_run
+from bt_fast.lab.studies.study import conclude as conclude_study
+from bt_fast.lab.studies.study import write as write_study
 from bt_fast.lab.training import Run, evaluation_batches, median_speedup
 
 console = Console()
@@ -86,14 +92,25 @@ class _Finite(click.FloatRange):
         return number
 
 
+def _method_names(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
+    """The value of a --method option, one name or several, if `Method.parse` reads them."""
+    for name in value if isinstance(value, tuple) else [value] if value else []:
+        try:
+            Method.parse(name)
+        except ValueError as error:
+            raise click.ClickException(str(error)) from error
+    return value
+
+
 _COUNT = click.IntRange(min=0)
 _AT_LEAST_ONE = click.IntRange(min=1)
 _SEED = click.IntRange(min=0, max=2**32 - 1)  # torch's CPU generator keeps 32 bits
 _POSITIVE = _Finite(min=0, min_open=True)
 _SHARE = _Finite(min=0, max=1, max_open=True)
 
+_SOURCES = "digits|mnist|cifar10|cifar100|PATH"
 _RUN_OPTIONS = [
-    click.option("--data", metavar="digits|mnist|cifar10|PATH", help="Data set; PATH is an .npz or a folder. [digits]"),
+    click.option("--data", metavar=_SOURCES, help="Data set; PATH is an .npz or a folder. [digits]"),
     click.option("--train-size", type=_AT_LEAST_ONE, help="Use the first N training images. [all]"),
     click.option("--test-size", type=_AT_LEAST_ONE, help="Use the first N test images. [all]"),
     click.option("--model", metavar="NAME", help="small-cnn, preactresnet-18 or wrn-D-K."),
@@ -117,10 +134,13 @@ _RUN_OPTIONS = [
     click.option("--outlier-steps", type=_COUNT, help="N_O of BulletTrain. [0]"),
     click.option("--gamma", type=_Finite(min=0, max=1, min_open=True), help="Scale of F_R. [0.8]"),
     click.option("--fraction-momentum", type=_SHARE, help="p of F_R. [0.9]"),
+    click.option("--metric", type=click.Choice(list(METRICS)), help="Of a sample's certainty. [signed_variance]"),
+    click.option("--policy", type=click.Choice(list(POLICIES)), help="Certainty to steps. [three_groups]"),
+    click.option("--grad-align", type=_Finite(min=0), help="Weight of GradAlign's regulariser. [0]"),
     click.option("--eval-steps", type=_AT_LEAST_ONE, help="Steps of the final PGD. [20]"),
     click.option("--eval-restarts", type=_AT_LEAST_ONE, help="Restarts of the final PGD. [1]"),
     click.option("--curve-size", type=_AT_LEAST_ONE, help="Test images evaluated after each epoch."),
-    click.option("--seed", type=_SEED),
+    _SEED_OPTION := click.option("--seed", type=_SEED),
 ]
 _PLACE_OPTIONS = [
     click.option("--data-dir", type=click.Path(path_type=Path), default=Path("data"), show_default=True),
@@ -149,9 +169,11 @@ def cli() -> None:
 @click.option(
     "--method",
     "methods",
-    type=click.Choice(METHODS),
+    metavar="METHOD",
+    callback=_method_names,
     multiple=True,
-    help=f"What to compare with each other (repeatable). [{', '.join(COMPARED)}]",
+    help=f"What to compare with each other (repeatable): {FORMS}; also attacked on a faster view (bullet-frozen, "
+    f"bullet-bf16) and with options of its own (bullet,robust-steps=0). [{', '.join(COMPARED)}]",
 )
 @_with_options([*_RUN_OPTIONS, *_PLACE_OPTIONS])
 @_one_line_errors
@@ -163,12 +185,12 @@ def compare(
     if twice:
         raise ValueError(f"--method {twice[0]} is given twice: each method is trained once")
     if not methods and resume is None:
-        methods = COMPARED
+        methods = ("optimised", "bullet") if given["loss"] == "augmix" else COMPARED
     _run(methods or None, data_dir, device, out, resume, given)
 
 
 @cli.command()
-@click.option("--method", type=click.Choice(METHODS), help="What to train. [bullet]")
+@click.option("--method", metavar="METHOD", callback=_method_names, help="What to train. [bullet]")
 @_with_options([*_RUN_OPTIONS, *_PLACE_OPTIONS])
 @_one_line_errors
 def train(
@@ -182,9 +204,11 @@ def train(
 
 @cli.command()
 @click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.option("--method", type=click.Choice(METHODS), help="Which model of a comparison. [the only one, or all]")
+@click.option(
+    "--method", metavar="METHOD", callback=_method_names, help="Which model of a comparison. [the only one, or all]"
+)
 @click.option("--model", metavar="NAME", help="Network of a published checkpoint: small-cnn, wrn-D-K, ...")
-@click.option("--data", metavar="digits|mnist|cifar10|PATH", help="Data set. [the checkpoint's]")
+@click.option("--data", metavar=_SOURCES, help="Data set. [the checkpoint's]")
 @click.option("--data-dir", type=click.Path(path_type=Path), default=Path("data"), show_default=True)
 @click.option("--test-size", type=_AT_LEAST_ONE, help="Use the first N test images. [the checkpoint's]")
 @click.option("--epsilon", type=_POSITIVE, help="[the checkpoint's]")
@@ -241,6 +265,57 @@ def evaluate(
 
 
 @cli.command()
+@click.argument("name", type=click.Choice(list(STUDIES)), metavar="|".join(STUDIES))
+@click.option("--scale", type=click.Choice(SCALES), default="laptop", show_default=True, help="Network, data, epochs.")
+@click.option("--seed", "seeds", type=_SEED, multiple=True, help="One run for each (repeatable). [0]")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder; a study left there goes on. [studies/NAME]")
+@click.option(
+    "--corruptions-dir",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="For table1: CIFAR-10-C or a like folder; one that is not there is made of the test set. [OUT/corrupted]",
+)
+@click.option("--data-dir", type=click.Path(path_type=Path), default=Path("data"), show_default=True)
+@click.option("--device", default=None, help="cpu, cuda or cuda:N. [cuda where there is one]")
+@_with_options([option for option in _RUN_OPTIONS if option is not _SEED_OPTION])
+@_one_line_errors
+def study(
+    name: str,
+    scale: str,
+    seeds: tuple[int, ...],
+    out: Path | None,
+    corruptions_dir: Path | None,
+    data_dir: Path,
+    device: str | None,
+    **given: Any,
+) -> None:
+    """Run the study of a table or figure of the paper: NAME.json and NAME.png. The same command goes on with it.
+
+    Options other than the study's own (--data, --train-size, ...) replace those of the scale.
+    """
+    where, chosen = _device(device), STUDIES[name]
+    asked = {option: value for option, value in given.items() if value not in (None, ())}
+    preset = chosen.config(scale)
+    dataset = load_dataset(asked.get("data", preset.data), data_dir)
+    config, dataset = _adapt(preset, asked, dataset)
+    folder = out or Path("studies") / name
+    say(f"{chosen.title}\n{config.data}: {len(dataset.x_train)} training, {len(dataset.x_test)} test images; {folder}")
+    test_set = None
+    if chosen.corruptions:
+        test_set = _corrupted_test_set(corruptions_dir or folder / "corrupted", dataset, seed=0)
+    runs = []
+    for seed in dict.fromkeys(seeds or (0,)):
+        with _stop_signals() as stop:
+            run = open_run(chosen, dataclasses.replace(config, seed=seed), dataset, folder, where)
+            _train(run, stop, f"the same command goes on in {folder}")
+        with _progress() as progress:
+            task = progress.add_task(f"evaluation, seed {seed}", total=len(config.methods))
+            summary = conclude_study(run, test_set, _advancer(progress, task))
+        console.print(report.table(summary))
+        runs.append((run, summary))
+    say("wrote", ", ".join(str(path) for path in write_study(chosen, scale, runs, folder)))
+
+
+@cli.command()
 @click.option("--gpu", type=click.Choice(list(GPUS)), help="Whose data sheet to predict from. [h100]")
 @click.option("--model", metavar="NAME", default="wrn-34-10", show_default=True, help="small-cnn, wrn-D-K, ...")
 @click.option("--batch-size", type=_AT_LEAST_ONE, default=128, show_default=True)
@@ -264,9 +339,11 @@ def predict(gpu: str | None, model: str, batch_size: int) -> None:
     type=click.Path(path_type=Path, file_okay=False),
     help="CIFAR-10-C, CIFAR-100-C or a like folder; one that is not there is made of the test set. [a temporary one]",
 )
-@click.option("--method", type=click.Choice(METHODS), help="Which model of a comparison. [the only one, or all]")
+@click.option(
+    "--method", metavar="METHOD", callback=_method_names, help="Which model of a comparison. [the only one, or all]"
+)
 @click.option("--model", metavar="NAME", help="Network of a published checkpoint: small-cnn, wrn-D-K, ...")
-@click.option("--data", metavar="digits|mnist|cifar10|PATH", help="Data set. [the checkpoint's]")
+@click.option("--data", metavar=_SOURCES, help="Data set. [the checkpoint's]")
 @click.option("--data-dir", type=click.Path(path_type=Path), default=Path("data"), show_default=True)
 @click.option("--test-size", type=_AT_LEAST_ONE, help="Corrupt the first N test images. [the checkpoint's]")
 @click.option("--seed", type=_SEED, default=0, show_default=True, help="Of the corruptions that are made.")
@@ -305,7 +382,7 @@ def _corrupted_test_set(folder: Path, dataset: ImageDataset, seed: int) -> Corru
     if not folder.exists():
         with _progress() as progress:
             task = progress.add_task("corrupting the test set", total=len(CORRUPTIONS))
-            make_corruptions(dataset.x_test, dataset.y_test, folder, seed=seed, done=lambda _: progress.advance(task))
+            make_corruptions(dataset.x_test, dataset.y_test, folder, seed=seed, done=_advancer(progress, task))
     test_set = CorruptedTestSet(folder)
     if list(test_set.image_shape) != list(dataset.x_test.shape[1:]):
         found, expected = list(test_set.image_shape), list(dataset.x_test.shape[1:])
@@ -373,16 +450,16 @@ def _run(
     with _stop_signals() as stop:
         run = Run(folder, config, dataset, where, resume=resume is not None)
         say(f"{config.data}: {len(dataset.x_train)} training, {len(dataset.x_test)} test images; run folder {folder}")
-        _train(run, stop)
+        _train(run, stop, f"go on with --resume {run.folder}")
     with _progress() as progress:
         task = progress.add_task("final evaluation", total=len(config.methods))
-        summary = report.summarise(run, lambda _: progress.advance(task))
+        summary = report.summarise(run, _advancer(progress, task))
     paths = report.plot(run)
     console.print(report.table(summary))
     say("wrote", ", ".join(str(p) for p in [folder / "summary.json", folder / "metrics.jsonl", *paths]))
 
 
-def _train(run: Run, stop: list[int]) -> None:
+def _train(run: Run, stop: list[int], how_to_go_on: str) -> None:
     """Train to the end, or to the first iteration after a signal arrived in `stop`: then save and exit."""
     with _progress() as progress:
         task = progress.add_task("training", total=run.iterations, completed=run.iteration)
@@ -393,12 +470,15 @@ def _train(run: Run, stop: list[int]) -> None:
             if stop:
                 run.save()
                 progress.stop()
-                say(f"stopped and saved: go on with --resume {run.folder}")
+                say(f"stopped and saved: {how_to_go_on}")
                 sys.exit(128 + stop[0])
 
 
 def _epoch_line(run: Run) -> str:
     latest = run.records()[-len(run.contestants) :]
+    if run.config.loss == "augmix":
+        parts = [f"{r['method']} {r['clean']:.1%} in {r['seconds']:.0f} s" for r in latest]
+        return f"epoch {latest[0]['epoch']}, clean: " + ", ".join(parts)
     parts = [f"{r['method']} {r['clean']:.1%} / {r['robust']:.1%} in {r['seconds']:.0f} s" for r in latest]
     return f"epoch {latest[0]['epoch']}, clean / robust: " + ", ".join(parts)
 
@@ -425,12 +505,19 @@ def _stop_signals() -> Iterator[list[int]]:
 def _configure(asked: dict[str, Any], data_dir: Path) -> tuple[RunConfig, ImageDataset]:
     source = asked.get("data", "digits")
     dataset = load_dataset(source, data_dir)
-    preset = dataclasses.replace(_preset(source, dataset), data=source)
+    return _adapt(dataclasses.replace(_preset(source, dataset), data=source), asked, dataset)
+
+
+def _adapt(preset: RunConfig, asked: dict[str, Any], dataset: ImageDataset) -> tuple[RunConfig, ImageDataset]:
+    """A configuration with what was asked for, and the part of the data that it uses."""
     if "model" in asked and asked["model"] != "small-cnn":
         preset = dataclasses.replace(preset, width=None)
-    if "steps" in asked:
+    if asked.get("loss", preset.loss) == "augmix":  # a sample is augmented or it is not
+        asked = {"boundary_steps": 1, "robust_steps": 0, "outlier_steps": 0, **asked}
+    elif "steps" in asked:
         asked.setdefault("boundary_steps", asked["steps"])
     config = dataclasses.replace(preset, **asked)
+    config.check()
     dataset = dataset.take(config.train_size, config.test_size)
     return dataclasses.replace(config, curve_size=min(config.curve_size, len(dataset.x_test))), dataset
 
@@ -466,6 +553,11 @@ def _device(name: str | None) -> torch.device:
 def _follower(progress: Progress, task: TaskID) -> Callable[[int], None]:
     """Moves a task's bar to the count that it is told."""
     return lambda count: progress.update(task, completed=count)
+
+
+def _advancer(progress: Progress, task: TaskID) -> Callable[[str], None]:
+    """Moves a task's bar by one whenever it is told of something done."""
+    return lambda _: progress.advance(task)
 
 
 def _progress() -> Progress:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass
+from typing import Any
 
-OBJECTIVES = ("trades", "mart", "pgd")
-COMPARED = ("reference", "optimised", "bullet")
-METHODS = (*COMPARED, *(f"{method}-{view}" for method in COMPARED[1:] for view in ("frozen", "bf16")))
+from bt_fast.allocation import METRICS, POLICIES
+from bt_fast.lab.methods import COMPARED, Method
+
+OBJECTIVES = ("trades", "mart", "pgd", "augmix")
 
 
 @dataclass(frozen=True)
@@ -16,18 +18,20 @@ class RunConfig:
     """What a run trains and how. Step sizes, ε and pixels are in [0, 1] units.
 
     Attributes:
-        methods: which of "reference" (the objective as its authors wrote it), "optimised" (ours, the same result) and
-            "bullet" (ours with BulletTrain) are trained, in lockstep on the same minibatches; the latter two also as
-            "-frozen", attacked on a frozen view of the model, or "-bf16", on one in bfloat16.
+        methods: what is trained, in lockstep on the same minibatches; each as `Method.parse` reads it, with options of
+            its own where it has them.
         loss: the objective, one of `OBJECTIVES`.
         data: as `load_dataset`'s source. train_size, test_size: how many images of it; None is all.
         model: as `build_model`'s name. width: of small-cnn.
         augment: random crops with 4 pixels of padding, and horizontal flips.
         epochs, batch_size, lr, sgd_momentum, weight_decay: SGD. lr falls tenfold after each of `decay_epochs`.
         epsilon, step_size, steps: the attack. beta: the weight of the robust term, which PGD has not.
-        boundary_steps, robust_steps, outlier_steps, gamma, fraction_momentum: BulletTrain's.
+        boundary_steps, robust_steps, outlier_steps, gamma, fraction_momentum, metric, policy: BulletTrain's.
+        grad_align: the weight of GradAlign's regulariser, added to the loss.
         eval_steps, eval_restarts: PGD for the final robust accuracy.
         curve_size: test images for the accuracy after each epoch (PGD-`eval_steps`, one start).
+
+    A run with the objective "augmix" attacks nothing: it has no robust accuracy of its own.
     """
 
     methods: tuple[str, ...]
@@ -53,6 +57,9 @@ class RunConfig:
     outlier_steps: int
     gamma: float
     fraction_momentum: float
+    metric: str
+    policy: str
+    grad_align: float
     eval_steps: int
     eval_restarts: int
     curve_size: int
@@ -70,6 +77,8 @@ class RunConfig:
             ValueError: it is not one, or of another version.
         """
         fields = json.loads(text)
+        if isinstance(fields, dict):
+            fields = _ADDED | fields
         names = {field.name for field in dataclasses.fields(cls)}
         if not isinstance(fields, dict) or set(fields) != names:
             found = sorted(fields) if isinstance(fields, dict) else type(fields).__name__
@@ -80,11 +89,37 @@ class RunConfig:
             value = getattr(config, name)
             if (isinstance(value, bool) and bool not in kinds) or not isinstance(value, kinds):
                 raise ValueError(f"{name} in the run configuration has the wrong kind of value: {value!r}")
-        if config.loss not in OBJECTIVES:
-            raise ValueError(
-                f"loss in the run configuration must be one of {', '.join(OBJECTIVES)}, got {config.loss!r}"
-            )
+        config.check()
         return config
+
+    def check(self) -> None:
+        """Raise ValueError, which names the option, for a choice that there is not, or not for the objective."""
+        for name, value, choices in (
+            ("loss", self.loss, OBJECTIVES),
+            ("metric", self.metric, METRICS),
+            ("policy", self.policy, POLICIES),
+        ):
+            if value not in choices:
+                raise ValueError(f"{name} in the run configuration must be one of {', '.join(choices)}, got {value!r}")
+        if len(set(self.methods)) < len(self.methods) or not self.methods:
+            raise ValueError(f"methods must be at least one, each once, got {', '.join(self.methods) or 'none'}")
+        for name in self.methods:
+            self.of_method(name)
+
+    def of_method(self, name: str) -> tuple[Method, RunConfig]:
+        """The method of that name, and this configuration with what the method has for itself.
+
+        Raises:
+            ValueError: there is no such method, or not for this objective.
+        """
+        method = Method.parse(name)
+        taken = _OF_AUGMIX if self.loss == "augmix" else _OF_ATTACKS
+        if method.algorithm not in taken:
+            raise ValueError(f"--method {name}: {self.loss} has {', '.join(taken)}")
+        if method.view and self.loss == "augmix":
+            raise ValueError(f"--method {name}: augmix has no attack that could see another view (-{method.view})")
+        changes: dict[str, Any] = dict(method.changes)
+        return method, dataclasses.replace(self, **changes)
 
     def differences(self, other: RunConfig) -> list[str]:
         """`name: this value, other value` for every field in which the two differ."""
@@ -116,33 +151,45 @@ _DIGITS = RunConfig(
     outlier_steps=0,
     gamma=0.8,
     fraction_momentum=0.9,
+    metric="signed_variance",
+    policy="three_groups",
+    grad_align=0.0,
     eval_steps=20,
     eval_restarts=1,
     curve_size=250,
     seed=0,
 )
 
+# the scripts of TRADES, as the paper's Table 2 runs them
+_CIFAR = dataclasses.replace(
+    _DIGITS,
+    data="cifar10",
+    model="wrn-34-10",
+    width=None,
+    augment=True,
+    epochs=76,
+    batch_size=128,
+    lr=0.1,
+    weight_decay=2e-4,
+    decay_epochs=(75,),
+    epsilon=0.031,
+    step_size=0.007,
+    curve_size=500,
+)
+
 # The defaults for each data set. "digits" is chosen so that two CPU cores finish a comparison in minutes.
 PRESETS = {
     "digits": _DIGITS,
     "mnist": dataclasses.replace(_DIGITS, data="mnist", width=32, epochs=10, decay_epochs=(8,), curve_size=500),
-    # the scripts of TRADES, as the paper's Table 2 runs them
-    "cifar10": dataclasses.replace(
-        _DIGITS,
-        data="cifar10",
-        model="wrn-34-10",
-        width=None,
-        augment=True,
-        epochs=76,
-        batch_size=128,
-        lr=0.1,
-        weight_decay=2e-4,
-        decay_epochs=(75,),
-        epsilon=0.031,
-        step_size=0.007,
-        curve_size=500,
-    ),
+    "cifar10": _CIFAR,
+    "cifar100": dataclasses.replace(_CIFAR, data="cifar100"),
 }
+
+_OF_ATTACKS = (*COMPARED, "fast", "yopo")
+_OF_AUGMIX = ("optimised", "bullet", "no-jsd")
+
+# what configurations that were written before these options existed mean
+_ADDED = {"metric": "signed_variance", "policy": "three_groups", "grad_align": 0.0}
 
 _OPTIONAL = {"train_size", "test_size", "width"}
 

@@ -1,4 +1,4 @@
-"""Image data sets held in memory: MNIST, CIFAR-10, an npz of your own, and a part of MNIST in the package.
+"""Image data sets held in memory: MNIST, CIFAR-10 and -100, an npz of your own, and a part of MNIST in the package.
 
 Nothing is downloaded, nothing that is read can run code, and a file that is not what it should be is
 refused by name.
@@ -27,9 +27,24 @@ _Array = npt.NDArray[Any]
 _Split = tuple[Tensor, Tensor]  # images uint8 [n, C, H, W], labels int64 [n]
 _Place = tuple[Path, list[list[str]]]  # a folder and the files wanted there, each with its accepted spellings
 
-_CLASSES = 10  # of MNIST and of CIFAR-10
+_MNIST_CLASSES = 10
 _CIFAR_SHAPE = (3, 32, 32)
 _NPZ_KEYS = ("x_train", "y_train", "x_test", "y_test")
+
+
+@dataclass(frozen=True)
+class _Cifar:
+    """How one of the two is published: its folders, files (the last is the test half), classes and labels."""
+
+    folder: str
+    stems: tuple[str, ...]
+    classes: int
+    label_bytes: int  # before the pixels of a record of the binary version; the last is the label
+    labels_key: bytes  # in the python version
+
+
+_CIFAR10 = _Cifar("cifar-10-batches", (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"), 10, 1, b"labels")
+_CIFAR100 = _Cifar("cifar-100", ("train", "test"), 100, 2, b"fine_labels")
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,8 +124,8 @@ def load_dataset(source: str, data_dir: Path = Path("data")) -> ImageDataset:
       "digits"   5,000 training and 1,000 test images of MNIST that come with the package (see
                  MNIST_ATTRIBUTION.md beside this file)
       "mnist"    MNIST's four IDX files, plain or .gz, in data_dir, data_dir/MNIST/raw or data_dir/mnist
-      "cifar10"  CIFAR-10's binary or python version in data_dir or its usual folder below it
-      a path     to an .npz file, or to a directory that holds the files of MNIST or CIFAR-10 as above.
+      "cifar10", "cifar100"  the binary or python version in data_dir or its usual folder below it
+      a path     to an .npz file, or to a directory that holds the files of one of these as above.
 
     An .npz file has x_train, y_train, x_test and y_test. Images are [n, H, W], [n, H, W, C] or [n, C, H, W]
     with C = 1 or 3, as uint8, or as float32 or float64 in [0, 1] whose every value is some k/255. Labels are
@@ -124,16 +139,17 @@ def load_dataset(source: str, data_dir: Path = Path("data")) -> ImageDataset:
             return _load_npz(embedded, source)
     if source == "mnist":
         return _load_mnist(_locate(_mnist_places(data_dir)), source)
-    if source == "cifar10":
-        return _load_cifar10(_locate(_cifar10_places(data_dir)), source)
+    if source in ("cifar10", "cifar100"):
+        kind = _CIFAR10 if source == "cifar10" else _CIFAR100
+        return _load_cifar(_locate(_cifar_places(data_dir, kind)), source, kind)
     path = Path(source)
     if path.is_dir():
         return _load_directory(path)
     if path.suffix == ".npz" and path.is_file():
         return _load_npz(path, path.stem)
     raise ValueError(
-        f"{source}: found no such data, expected digits, mnist, cifar10, an existing .npz file, "
-        "or a directory with the files of MNIST or CIFAR-10"
+        f"{source}: found no such data, expected digits, mnist, cifar10, cifar100, an existing .npz file, "
+        "or a directory with the files of MNIST, CIFAR-10 or CIFAR-100"
     )
 
 
@@ -199,24 +215,27 @@ def _mnist_places(folder: Path) -> list[_Place]:
     return [(place, wanted) for place in (folder, folder / "MNIST" / "raw", folder / "mnist")]
 
 
-def _cifar10_places(folder: Path) -> list[_Place]:
-    stems = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
-    binary, python = [[f"{stem}.bin"] for stem in stems], [[stem] for stem in stems]
-    return [
-        (folder / "cifar-10-batches-bin", binary),
-        (folder / "cifar-10-batches-py", python),
-        (folder, binary),
-        (folder, python),
-    ]
+def _cifar_places(folder: Path, kind: _Cifar) -> list[_Place]:
+    binary, python = [[f"{stem}.bin"] for stem in kind.stems], [[stem] for stem in kind.stems]
+    suffixes = ("-bin", "-py") if kind is _CIFAR10 else ("-binary", "-python")
+    below = [folder / f"{kind.folder}{suffix}" for suffix in suffixes]
+    return [(below[0], binary), (below[1], python), (folder, binary), (folder, python)]
 
 
 def _load_directory(folder: Path) -> ImageDataset:
-    mnist, cifar10 = _mnist_places(folder), _cifar10_places(folder)
-    is_mnist, is_cifar10 = bool(_first_complete(mnist)), bool(_first_complete(cifar10))
-    if is_mnist and is_cifar10:
-        raise ValueError(f"{folder}: found the files of both MNIST and CIFAR-10, expected those of one")
-    load = _load_mnist if is_mnist else _load_cifar10
-    return load(_locate(mnist + cifar10), folder.resolve().name)
+    places = {
+        "MNIST": _mnist_places(folder),
+        "CIFAR-10": _cifar_places(folder, _CIFAR10),
+        "CIFAR-100": _cifar_places(folder, _CIFAR100),
+    }
+    found = [name for name, wanted in places.items() if _first_complete(wanted)]
+    if len(found) > 1:
+        raise ValueError(f"{folder}: found the files of {' and '.join(found)}, expected those of one")
+    files = _locate(places[found[0]] if found else [place for wanted in places.values() for place in wanted])
+    name = folder.resolve().name
+    if found == ["MNIST"]:
+        return _load_mnist(files, name)
+    return _load_cifar(files, name, _CIFAR10 if found == ["CIFAR-10"] else _CIFAR100)
 
 
 # MNIST
@@ -224,13 +243,13 @@ def _load_directory(folder: Path) -> ImageDataset:
 
 def _load_mnist(files: list[Path], name: str) -> ImageDataset:
     train, test = _read_idx_split(*files[:2]), _read_idx_split(*files[2:])
-    return ImageDataset(name, *train, *test, classes=_CLASSES)
+    return ImageDataset(name, *train, *test, classes=_MNIST_CLASSES)
 
 
 def _read_idx_split(images_path: Path, labels_path: Path) -> _Split:
     x = torch.from_numpy(_read_idx(images_path, 3)).unsqueeze(1)
     y = torch.from_numpy(_read_idx(labels_path, 1)).long()
-    _check_split((x, y), _CLASSES, str(images_path), str(labels_path))
+    _check_split((x, y), _MNIST_CLASSES, str(images_path), str(labels_path))
     return x, y
 
 
@@ -258,36 +277,37 @@ def _read_plain_or_gz(path: Path) -> bytes:
         return file.read()
 
 
-# CIFAR-10
+# CIFAR-10 and CIFAR-100
 
 
-def _load_cifar10(files: list[Path], name: str) -> ImageDataset:
+def _load_cifar(files: list[Path], name: str, kind: _Cifar) -> ImageDataset:
     read = _read_cifar_binary if files[0].suffix == ".bin" else _read_cifar_python
-    splits = [read(path) for path in files]
+    splits = [read(path, kind) for path in files]
     for split, path in zip(splits, files, strict=True):
-        _check_split(split, _CLASSES, str(path), str(path))
+        _check_split(split, kind.classes, str(path), str(path))
     x_train, y_train = (torch.cat(parts) for parts in zip(*splits[:-1], strict=True))
-    return ImageDataset(name, x_train, y_train, *splits[-1], classes=_CLASSES)
+    return ImageDataset(name, x_train, y_train, *splits[-1], classes=kind.classes)
 
 
-def _read_cifar_binary(path: Path) -> _Split:
-    content, record = np.fromfile(path, np.uint8), 1 + prod(_CIFAR_SHAPE)
+def _read_cifar_binary(path: Path, kind: _Cifar) -> _Split:
+    content, record = np.fromfile(path, np.uint8), kind.label_bytes + prod(_CIFAR_SHAPE)
     if content.size == 0 or content.size % record:
         raise ValueError(f"{path}: found {content.size} bytes, expected a positive multiple of {record}")
     records = torch.from_numpy(content).view(-1, record)
-    return records[:, 1:].reshape(-1, *_CIFAR_SHAPE), records[:, 0].long()
+    return records[:, kind.label_bytes :].reshape(-1, *_CIFAR_SHAPE), records[:, kind.label_bytes - 1].long()
 
 
-def _read_cifar_python(path: Path) -> _Split:
+def _read_cifar_python(path: Path, kind: _Cifar) -> _Split:
+    key, classes = kind.labels_key, kind.classes
     with _blaming(path, "a pickle of arrays and plain values"), path.open("rb") as file:
         batch = _ArrayUnpickler(file, encoding="bytes").load()
-    if not isinstance(batch, dict) or not {b"data", b"labels"} <= batch.keys():
+    if not isinstance(batch, dict) or not {b"data", key} <= batch.keys():
         found = f"keys {sorted(map(repr, batch))}" if isinstance(batch, dict) else type(batch).__name__
-        raise ValueError(f"{path}: found {found}, expected a dict with the keys b'data' and b'labels'")
-    x, labels = _unpickled_images(batch[b"data"], f"{path}: b'data'"), batch[b"labels"]
-    if not isinstance(labels, list) or any(type(y) is not int or not 0 <= y < _CLASSES for y in labels):
+        raise ValueError(f"{path}: found {found}, expected a dict with the keys b'data' and {key!r}")
+    x, labels = _unpickled_images(batch[b"data"], f"{path}: b'data'"), batch[key]
+    if not isinstance(labels, list) or any(type(y) is not int or not 0 <= y < classes for y in labels):
         raise ValueError(
-            f"{path}: b'labels': found {repr(labels)[:60]}, expected a list of integers within 0..{_CLASSES - 1}"
+            f"{path}: {key!r}: found {repr(labels)[:60]}, expected a list of integers within 0..{classes - 1}"
         )
     return x, torch.tensor(labels, dtype=torch.int64)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import json
 import platform
 from collections.abc import Callable
@@ -17,26 +18,36 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from rich import box
 from rich.table import Table
 
 import bt_fast
-from bt_fast.evaluation import Accuracy
 from bt_fast.lab.corruptions import SEVERITIES, mean_corruption_error
 from bt_fast.lab.files import replacing, write_text
+from bt_fast.lab.methods import Method
 from bt_fast.lab.training import Contestant, Run, median_speedup
 from bt_fast.objectives.repeated_forward import RepeatedForward
-from bt_fast.speedup import mart_cost, pgd_cost, trades_cost, trades_reference_cost
+from bt_fast.speedup import augmix_cost, mart_cost, pgd_cost, trades_cost, trades_reference_cost, yopo_cost
 
-OBJECTIVE_NAMES = {"trades": "TRADES", "mart": "MART", "pgd": "PGD"}
-LABELS = {  # of a method; {} is the objective
+OBJECTIVE_NAMES = {"trades": "TRADES", "mart": "MART", "pgd": "PGD", "augmix": "AugMix"}
+LABELS = {  # by algorithm; {} is the objective
     "reference": "{}, authors'",
     "optimised": "{}, ours",
     "bullet": "+ BulletTrain",
-    "optimised-frozen": "{}, frozen",
-    "optimised-bf16": "{}, bf16",
-    "bullet-frozen": "+ BT, frozen",
-    "bullet-bf16": "+ BT, bf16",
+    "fast": "+ FAST",
+    "yopo": "+ YOPO",
+    "no-jsd": "{} - JSD",
+}
+SYMBOLS = {  # of what a method has for itself
+    "step_size": "α",
+    "beta": "β",
+    "boundary_steps": "N_B",
+    "robust_steps": "N_R",
+    "outlier_steps": "N_O",
+    "gamma": "γ",
+    "fraction_momentum": "p",
+    "grad_align": "GradAlign",
 }
 COLOURS = {
     "reference": "#7a7a7a",
@@ -52,17 +63,25 @@ GROUP_COLOURS = {"boundary": "#d62728", "robust": "#2ca02c", "outlier": "#7a7a7a
 
 def label(method: str, loss: str) -> str:
     """A method's name in tables and plots."""
-    if (loss, method) == ("pgd", "reference"):
-        return "PGD, plain"  # there is no one code of its authors in this form
-    return LABELS[method].format(OBJECTIVE_NAMES[loss])
+    kind = Method.parse(method)
+    name = LABELS[kind.algorithm].format(OBJECTIVE_NAMES[loss])
+    if (loss, kind.algorithm) == ("pgd", "reference"):
+        name = "PGD, plain"  # there is no one code of its authors in this form
+    if (loss, kind.algorithm) == ("augmix", "optimised"):
+        name = "AugMix"
+    if kind.view and kind.algorithm == "bullet":
+        name = "+ BT"
+    if kind.numbers not in ((), (1,)):
+        name += "-" + "-".join(map(str, kind.numbers))
+    own = [f"{SYMBOLS[k]}={v:g}" if k in SYMBOLS else str(v) for k, v in kind.changes.items()]
+    return ", ".join([name, *([kind.view] if kind.view else []), *own])
 
 
 def summarise(run: Run, evaluated: Callable[[str], None]) -> dict[str, Any]:
     """Evaluate every method on all test images and write `summary.json`; `evaluated` is told each method done."""
     methods = {}
     for contestant in run.contestants:
-        accuracy = run.evaluate(contestant, None, run.config.eval_restarts)
-        methods[contestant.method] = _method_summary(run, contestant, accuracy)
+        methods[contestant.method] = _method_summary(run, contestant)
         evaluated(contestant.method)
     summary = {"config": dataclasses.asdict(run.config), "machine": machine(run.device), "methods": methods}
     write_text(run.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
@@ -90,14 +109,17 @@ def _processor() -> str:
         return platform.processor() or platform.machine()
 
 
-def _method_summary(run: Run, contestant: Contestant, accuracy: Accuracy) -> dict[str, Any]:
+def _method_summary(run: Run, contestant: Contestant) -> dict[str, Any]:
+    final = run.final(contestant)
     entry: dict[str, Any] = {
-        "clean": accuracy.clean,
-        "robust": accuracy.robust,
-        "images": accuracy.total,
+        "label": label(contestant.method, run.config.loss),
+        "clean": final["clean"],
+        "robust": final["robust"],
+        "images": final["images"],
         "attack": f"PGD-{run.config.eval_steps} x {run.config.eval_restarts}",
         "seconds": sum(contestant.seconds),
         "forward_passes": _cost(contestant),
+        "theoretical_speedup": _theoretical_speedup(contestant, run.config.steps),
         "speedup": {
             other.method: median_speedup(other.seconds, contestant.seconds)
             for other in run.contestants
@@ -106,22 +128,41 @@ def _method_summary(run: Run, contestant: Contestant, accuracy: Accuracy) -> dic
     }
     if contestant.bullet is not None:
         entry["fractions"] = dataclasses.asdict(contestant.bullet.fractions)
-        entry["theoretical_speedup"] = contestant.bullet.theoretical_speedup(run.config.steps)
         entry["robust_fraction"] = float(contestant.bullet.robust_fraction)
     return entry
 
 
+def _theoretical_speedup(contestant: Contestant, steps: int) -> float | None:
+    """Eq. 7 or its AugMix form, over the objective itself; None for YOPO, which has no attack steps of full cost."""
+    kind, bullet = contestant.kind, contestant.bullet
+    if contestant.config.loss == "augmix":
+        return (
+            {"optimised": 1.0, "no-jsd": 3.0}[kind.algorithm] if bullet is None else bullet.theoretical_speedup_augmix()
+        )
+    if kind.algorithm == "yopo":
+        return None
+    if bullet is not None:
+        return bullet.theoretical_speedup(steps)
+    return (steps + 1) / (kind.numbers[0] + 1) if kind.algorithm == "fast" else 1.0
+
+
 def _cost(contestant: Contestant) -> float:
-    """Forward-pass equivalents of an iteration, by arithmetic."""
-    config, mining = contestant.config, contestant.bullet is not None
-    if contestant.method == "reference" and config.loss == "trades":
+    """Forward-pass equivalents of an iteration, by arithmetic; GradAlign's are not among them."""
+    config, kind, bullet = contestant.config, contestant.kind, contestant.bullet
+    if config.loss == "augmix":
+        if kind.algorithm == "no-jsd":
+            return 3.0
+        return augmix_cost(1.0 if bullet is None else bullet.fractions.boundary)
+    if kind.algorithm == "yopo":
+        return yopo_cost(kind.numbers[0], config.loss)
+    if kind.algorithm == "reference" and config.loss == "trades":
         return trades_reference_cost(config.steps)
-    mean_steps, corrupted = float(config.steps), 1.0
-    if contestant.bullet is not None:
-        fractions = contestant.bullet.fractions
-        mean_steps = fractions.mean_steps(config.boundary_steps, config.robust_steps, config.outlier_steps)
+    mean_steps, corrupted = float(kind.numbers[0] if kind.algorithm == "fast" else config.steps), 1.0
+    if bullet is not None:
+        mean_steps = bullet.mean_steps
         if not (config.robust_steps or config.outlier_steps):
-            corrupted = fractions.boundary if config.boundary_steps else 0.0
+            corrupted = bullet.fractions.boundary if config.boundary_steps else 0.0
+    mining = bullet is not None
     if config.loss == "mart":
         return mart_cost(mean_steps, corrupted, mining=mining)
     if config.loss == "pgd":
@@ -145,9 +186,11 @@ def table(summary: dict[str, Any]) -> Table:
     methods: dict[str, Any] = summary["methods"]
     first = next(iter(methods))
     attack = methods[first]["attack"].removesuffix(" x 1")
-    title = f"{summary['config']['data']}, eps = {summary['config']['epsilon']:g}, {attack}"
+    title = summary["config"]["data"]
+    if summary["config"]["loss"] != "augmix":
+        title += f", eps = {summary['config']['epsilon']:g}, {attack}"
     view = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False)
-    view.add_column("", no_wrap=True)
+    view.add_column("")  # the only one that may wrap: methods with options of their own have long names
     for name in ("clean", "robust", "F_B/F_R/F_O", "theory", "passes", "clock", "time"):
         view.add_column(name, justify="right", no_wrap=True)
     for method, entry in methods.items():
@@ -155,9 +198,9 @@ def table(summary: dict[str, Any]) -> Table:
         view.add_row(
             label(method, summary["config"]["loss"]),
             f"{100 * entry['clean']:.1f}%",
-            f"{100 * entry['robust']:.1f}%",
+            "-" if entry["robust"] is None else f"{100 * entry['robust']:.1f}%",
             "/".join(f"{fractions[g]:.2f}".lstrip("0") for g in GROUP_COLOURS) if fractions else "1/0/0",
-            f"{entry.get('theoretical_speedup', 1.0):.2f}x",
+            "-" if entry["theoretical_speedup"] is None else f"{entry['theoretical_speedup']:.2f}x",
             f"{entry['forward_passes']:.1f}F",
             f"{entry['speedup'][first]:.2f}x" if method != first else "1.00x",
             f"{entry['seconds']:.0f} s",
@@ -189,21 +232,22 @@ def plot(run: Run) -> list[Path]:
 
 def _plot_accuracy(run: Run, records: list[dict[str, Any]]) -> Path:
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    measures = {"clean": "o:"} if run.config.loss == "augmix" else {"robust": "o-", "clean": "o:"}
+    spare = itertools.cycle(plt.colormaps["tab20"](range(20)))  # for methods with options of their own
     for method in run.config.methods:
+        colour = COLOURS.get(method) or next(spare)
         mine = [r for r in records if r["method"] == method]
         seconds = [r["seconds"] for r in mine]
-        for accuracy, line in (("robust", "o-"), ("clean", "o:")):
+        for accuracy, line in measures.items():
             percent = [100 * r[accuracy] for r in mine]
             name = f"{label(method, run.config.loss)}: {accuracy}"
-            axes.plot(seconds, percent, line, color=COLOURS[method], markersize=3, label=name)
-    axes.set(
-        xlabel="training time (s)",
-        ylabel="accuracy (%)",
-        title=f"Accuracy against time (PGD-{run.config.eval_steps}, {run.config.curve_size} test images)",
-    )
+            axes.plot(seconds, percent, line, color=colour, markersize=3, label=name)
+    attack = "" if run.config.loss == "augmix" else f"PGD-{run.config.eval_steps}, "
+    title = f"Accuracy against time ({attack}{run.config.curve_size} test images)"
+    axes.set(xlabel="training time (s)", ylabel="accuracy (%)", title=title)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    return _save(figure, run.folder / "accuracy.png")
+    return save_figure(figure, run.folder / "accuracy.png")
 
 
 def _plot_fractions(run: Run, records: list[dict[str, Any]]) -> Path:
@@ -216,10 +260,11 @@ def _plot_fractions(run: Run, records: list[dict[str, Any]]) -> Path:
     axes.set_ylim(0, 100)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    return _save(figure, run.folder / "fractions.png")
+    return save_figure(figure, run.folder / "fractions.png")
 
 
-def _save(figure: Any, path: Path) -> Path:
+def save_figure(figure: Figure, path: Path) -> Path:
+    """Write a PNG, replacing the file as a whole."""
     with replacing(path) as file:
         figure.savefig(file, format="png", dpi=130)
     plt.close(figure)

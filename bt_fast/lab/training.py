@@ -6,22 +6,26 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bt_fast.attack.folded import Frozen
+from bt_fast.attack.frozen import clean_logits, eval_mode
 from bt_fast.attack.threat import ThreatModel
+from bt_fast.baselines.fast import fast_loss
+from bt_fast.baselines.grad_align import grad_align
 from bt_fast.baselines.mart_reference import mart_reference_loss
 from bt_fast.baselines.pgd_reference import pgd_reference_loss
 from bt_fast.baselines.trades_reference import trades_reference_loss
+from bt_fast.baselines.yopo import yopo_loss
 from bt_fast.device import synchronize
-from bt_fast.evaluation import Accuracy, evaluate
+from bt_fast.evaluation import evaluate
 from bt_fast.lab.augment import crop_and_flip
 from bt_fast.lab.checkpoint import load_checkpoint, save_checkpoint
 from bt_fast.lab.config import RunConfig
@@ -29,6 +33,7 @@ from bt_fast.lab.data import ImageDataset, images, minibatches
 from bt_fast.lab.files import write_text
 from bt_fast.lab.models import build_model
 from bt_fast.mining import BulletTrain
+from bt_fast.objectives.augmix import augmix_loss
 from bt_fast.objectives.mart import mart_loss
 from bt_fast.objectives.pgd import pgd_loss
 from bt_fast.objectives.trades import trades_loss
@@ -36,8 +41,8 @@ from bt_fast.ops import GROUPS
 
 EVALUATION_BATCH = 250
 CHECKPOINT_SECONDS = 60.0
-FRACTIONS_EVERY = 10  # iterations; each look waits for the device
-VIEWS = {"": None, "frozen": Frozen(), "bf16": Frozen(autocast=torch.bfloat16)}  # by what follows a method's name
+RECORD_EVERY = 10  # iterations; each look waits for the device
+VIEWS = {"": None, "frozen": Frozen(), "bf16": Frozen(autocast=torch.bfloat16)}
 OBJECTIVES: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {  # the authors' and ours
     "trades": (trades_reference_loss, trades_loss),
     "mart": (mart_reference_loss, mart_loss),
@@ -51,7 +56,7 @@ class Contestant:
 
     def __init__(self, method: str, config: RunConfig, dataset: ImageDataset, device: torch.device) -> None:
         self.method = method
-        self.config = config
+        self.kind, self.config = config.of_method(method)
         self.device = device
         torch.manual_seed(config.seed)
         self.image_shape = dataset.x_train.shape[1:]
@@ -65,10 +70,9 @@ class Contestant:
             momentum=config.sgd_momentum,
             weight_decay=config.weight_decay,
         )
-        objective, _, view = method.partition("-")
-        self.bullet = _bullet(config).to(device) if objective == "bullet" else None
+        self.bullet = _bullet(self.config).to(device) if self.kind.algorithm == "bullet" else None
         self.counted = torch.zeros(3, dtype=torch.int64, device=device)  # samples by group, at the last record
-        self._frozen = VIEWS[view]
+        self._frozen = VIEWS[self.kind.view]
         self.seconds: list[float] = []
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
         self._random = _random_state(device)
@@ -86,15 +90,33 @@ class Contestant:
         self.loss_sum += loss.detach()
 
     def _loss(self, x: Tensor, y: Tensor) -> Tensor:
+        loss = self._augmix(x, y) if self.config.loss == "augmix" else self._adversarial(x, y)
+        if self.config.grad_align:
+            loss = loss + self.config.grad_align * grad_align(self.model, x, y, epsilon=self.config.epsilon)
+        return loss
+
+    def _augmix(self, x: Tensor, y: Tensor) -> Tensor:
+        self.optimizer.zero_grad()
+        return augmix_loss(self.model, x, y, bullet=self.bullet, jsd=self.kind.algorithm != "no-jsd")
+
+    def _adversarial(self, x: Tensor, y: Tensor) -> Tensor:
         c = self.config
-        arguments = (self.model, x, y, self.optimizer, c.step_size, c.epsilon)
-        weight = {} if c.loss == "pgd" else {"beta": c.beta}
+        batch = (self.model, x, y, self.optimizer)
+        options: dict[str, Any] = {"epsilon": c.epsilon} | ({} if c.loss == "pgd" else {"beta": c.beta})
         reference_loss, our_loss = OBJECTIVES[c.loss]
-        if self.method == "reference":
-            return reference_loss(*arguments, perturb_steps=c.steps, **weight)
+        if self.kind.algorithm == "reference":
+            return reference_loss(*batch, c.step_size, perturb_steps=c.steps, **options)
+        if self.kind.algorithm == "yopo":
+            m, n = self.kind.numbers
+            options |= {"propagations": m, "layer_steps": n, "step_size": c.step_size, "objective": c.loss}
+            return yopo_loss(*batch, **options)
+        options["frozen"] = self._frozen
+        if self.kind.algorithm == "fast":
+            own_size = c.step_size if "step_size" in self.kind.changes else None
+            return fast_loss(our_loss, *batch, steps=self.kind.numbers[0], step_size=own_size, **options)
         if self.bullet is None:
-            return our_loss(*arguments, perturb_steps=c.steps, **weight, frozen=self._frozen)
-        return our_loss(*arguments, **weight, bullet=self.bullet, frozen=self._frozen)
+            return our_loss(*batch, c.step_size, perturb_steps=c.steps, **options)
+        return our_loss(*batch, c.step_size, bullet=self.bullet, **options)
 
     @contextmanager
     def _own_random_stream(self) -> Iterator[None]:
@@ -147,6 +169,11 @@ class Run:
     Args:
         folder: made if it is not there.
         resume: go on from the folder's checkpoint, with its configuration.
+        observe: called with the run after every tenth iteration, to `append` records of its own. It leaves models and
+            random numbers as they are.
+
+    Attributes:
+        minibatch: the images and labels of the last iteration.
 
     Raises:
         ValueError: the folder already holds a run and `resume` is not set, or the checkpoint does not fit.
@@ -160,12 +187,15 @@ class Run:
         device: torch.device,
         *,
         resume: bool = False,
+        observe: Observe | None = None,
     ) -> None:
         self.folder = folder
         self.config = config
         self.dataset = dataset
         self.device = device
         self.iteration = 0
+        self.minibatch: tuple[Tensor, Tensor]
+        self._observe = observe
         self.contestants = [Contestant(method, config, dataset, device) for method in config.methods]
         self.checkpoint_path = folder / "checkpoint.pt"
         self._metrics_path = folder / "metrics.jsonl"
@@ -215,17 +245,37 @@ class Run:
         }
         save_checkpoint(self.checkpoint_path, self.config, state)
 
-    def evaluate(self, contestant: Contestant, size: int | None, restarts: int) -> Accuracy:
-        """Clean and PGD accuracy on the first `size` test images (None: all); the same random starts each time."""
+    def evaluate(self, contestant: Contestant, size: int | None, restarts: int) -> dict[str, Any]:
+        """Accuracy on the first `size` test images (None: all), the same random starts each time.
+
+        Returns:
+            `clean` and `robust` in [0, 1], and `images`, their number. AugMix, which defends against no attack, has
+            None for `robust`: `corruptions.corruption_errors` is its measure.
+        """
         x, y = self.dataset.x_test[:size], self.dataset.y_test[:size]
-        return evaluate(
+        batches = evaluation_batches(x, y, self.device)
+        if self.config.loss == "augmix":
+            return {"clean": clean_accuracy(contestant.model, batches), "robust": None, "images": len(y)}
+        found = evaluate(
             contestant.model,
-            evaluation_batches(x, y, self.device),
+            batches,
             ThreatModel(self.config.epsilon),
             steps=self.config.eval_steps,
             restarts=restarts,
             generator=torch.Generator(self.device).manual_seed(self.config.seed),
+            frozen=Frozen(),
         )
+        return {"clean": found.clean, "robust": found.robust, "images": found.total}
+
+    def final(self, contestant: Contestant) -> dict[str, Any]:
+        """What a trained method came to on all test images; evaluated once and then kept among the records."""
+        for record in self.records():
+            if record["kind"] == "final" and record["method"] == contestant.method:
+                return record
+        self.append(
+            kind="final", method=contestant.method, **self.evaluate(contestant, None, self.config.eval_restarts)
+        )
+        return self.records()[-1]
 
     def records(self) -> list[dict[str, Any]]:
         """What metrics.jsonl holds, but for a last line that was cut off while it was written.
@@ -251,8 +301,11 @@ class Run:
         for contestant in self.contestants[turn:] + self.contestants[:turn]:
             contestant.step(x, y)
         self.iteration += 1
-        if self.iteration % FRACTIONS_EVERY == 0:
+        self.minibatch = (x, y)
+        if self.iteration % RECORD_EVERY == 0:
             self._record_fractions()
+            if self._observe is not None:
+                self._observe(self)
 
     def _record_fractions(self) -> None:
         """Shares of the groups since the last record (Fig. 3)."""
@@ -262,7 +315,7 @@ class Run:
             counts = contestant.bullet.group_counts.clone()
             recent, contestant.counted = counts - contestant.counted, counts
             shares = (recent.double() / recent.sum()).tolist()
-            self._append(
+            self.append(
                 kind="fractions",
                 method=contestant.method,
                 **dict(zip(GROUPS, shares, strict=True)),
@@ -271,20 +324,18 @@ class Run:
 
     def _end_epoch(self, epoch: int) -> None:
         for contestant in self.contestants:
-            accuracy = self.evaluate(contestant, self.config.curve_size, restarts=1)
-            self._append(
+            self.append(
                 kind="epoch",
                 epoch=epoch + 1,
                 method=contestant.method,
-                clean=accuracy.clean,
-                robust=accuracy.robust,
-                images=accuracy.total,
+                **self.evaluate(contestant, self.config.curve_size, restarts=1),
                 loss=float(contestant.loss_sum) / self.iterations_per_epoch,
                 seconds=sum(contestant.seconds),
             )
             contestant.loss_sum.zero_()
 
-    def _append(self, **record: object) -> None:
+    def append(self, **record: object) -> None:
+        """Write a record of this iteration to metrics.jsonl."""
         with open(self._metrics_path, "a", encoding="utf-8") as file:
             file.write(json.dumps({"iteration": self.iteration, **record}) + "\n")
             file.flush()
@@ -308,11 +359,24 @@ class Run:
         write_text(self._metrics_path, "".join(line + "\n" for line in kept))
 
 
+Observe = Callable[[Run], None]
+
+
 def evaluation_batches(x: Tensor, y: Tensor, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
     """Images uint8 [n, C, H, W] and labels [n] as float minibatches on the device."""
     for start in range(0, len(y), EVALUATION_BATCH):
         end = start + EVALUATION_BATCH
         yield images(x[start:end], device), y[start:end].to(device)
+
+
+def clean_accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """The share of the images that the model classifies correctly, in eval mode."""
+    right = total = 0
+    with eval_mode(model):
+        for x, y in batches:
+            right += int((clean_logits(model, x).argmax(dim=1) == y).sum())
+            total += len(y)
+    return right / total
 
 
 def median_speedup(slower: list[float], faster: list[float]) -> float:
@@ -328,6 +392,8 @@ def _bullet(config: RunConfig) -> BulletTrain:
         config.outlier_steps,
         gamma=config.gamma,
         momentum=config.fraction_momentum,
+        metric=config.metric,
+        policy=config.policy,
     )
 
 

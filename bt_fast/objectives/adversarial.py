@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from bt_fast import faults, ops
 from bt_fast.allocation import Oracle
 from bt_fast.attack.folded import Frozen, attack_model, independent
-from bt_fast.attack.frozen import clean_logits, logits_of, modes_restored
+from bt_fast.attack.frozen import clean_logits, eval_mode, logits_of, modes_restored
 from bt_fast.attack.generate import COMPARED, StartedAttack, start_attack
 from bt_fast.attack.runners import Runner
 from bt_fast.attack.schedule import Schedule
@@ -63,16 +63,17 @@ class Adversary:
         threat: ThreatModel,
         step_size: float,
         steps: int,
+        noise: Noise,
         inner: InnerLoss,
         bullet: BulletTrain | None,
         generator: torch.Generator | None,
         frozen: Frozen | None,
         runner: Runner,
     ) -> Adversary:
-        """The generator of the TRADES code, which MART took over: its start, and in ℓ2 its step, 2ε/N."""
+        """The generator of the TRADES code, which MART took over: in ℓ2 its step is 2ε/N."""
         if threat.norm == "l_2":
             step_size = 2.0 * threat.epsilon / (steps if bullet is None else max(bullet.boundary_steps, 1))
-        return cls(threat, step_size, steps, "normal", inner, generator, frozen, runner)
+        return cls(threat, step_size, steps, noise, inner, generator, frozen, runner)
 
 
 @dataclass(frozen=True, eq=False)
@@ -358,6 +359,28 @@ def check(
             f"perturb_steps is {perturb_steps}, but bullet takes {bullet.boundary_steps} boundary steps: "
             "leave perturb_steps out or make them equal"
         )
+
+
+def check_values(model: nn.Module, x: Tensor, y: Tensor) -> None:
+    """Raise ValueError for pixels or labels out of range, with the forward of one row. Waits for the device.
+
+    (Or, as `logits_of`, for what the model returns.)
+    """
+    with eval_mode(model):
+        logits = clean_logits(model, x[:1])
+    found = [
+        faults.pixels_outside(x, 0.0, 1.0, "x_natural"),
+        faults.labels_outside(y, logits.shape[1], "y"),
+        faults.rows_without_number(logits, "the model's logits of the first sample"),
+    ]
+    faults.read(found).wait()
+
+
+def noise_of(start: Noise | None, default: Noise) -> Noise:
+    """The noise of the option `start`, or ValueError."""
+    if start not in (None, "normal", "uniform"):
+        raise ValueError(f"start must be 'normal', 'uniform' or None, got {start!r}")
+    return start or default
 
 
 def check_robust_term(beta: float, unperturbed: Unperturbed | None, bullet: BulletTrain | None) -> None:

@@ -11,6 +11,7 @@ from bt_fast import ops
 from bt_fast.attack.auto import runner_of
 from bt_fast.attack.folded import Frozen
 from bt_fast.attack.runners import Runner
+from bt_fast.attack.start import Noise
 from bt_fast.attack.threat import ThreatModel
 from bt_fast.mining import BulletTrain
 from bt_fast.objectives import adversarial
@@ -32,6 +33,7 @@ def mart_loss(
     *,
     bullet: BulletTrain | None = None,
     unperturbed: Unperturbed | None = None,
+    start: Noise | None = None,
     generator: torch.Generator | None = None,
     frozen: Frozen | None = None,
     runner: Runner | str = "eager",
@@ -68,6 +70,8 @@ def mart_loss(
             they do. "skip": they do not, and their z' is their z: in all terms of the loss, with gradient through
             both (a single moving sample takes one along for batch norm's sake). The default is "skip" where
             N_R = N_O = 0 and "keep" elsewhere.
+        start: where the attack begins: "normal", at x and 0.001·N(0, 1), as the authors' code does, the default; or
+            "uniform", anywhere in the ε-ball, clamped to [0, 1].
         generator: on the images' device, for the random start. Without it and without `bullet`, images on the CPU
             draw as the authors' code does, so that a seeded script repeats its numbers. With `bullet`, only a seed is
             drawn, from this generator or the device's own.
@@ -87,8 +91,9 @@ def mart_loss(
     threat = ThreatModel(epsilon, distance)
     adversarial.check(x_natural, y, optimizer, step_size, perturb_steps, bullet, generator, frozen, update)
     adversarial.check_robust_term(beta, unperturbed, bullet)
+    noise = adversarial.noise_of(start, "normal")
     adversary = Adversary.of_trades(
-        threat, step_size, perturb_steps, "cross_entropy", bullet, generator, frozen, runner_of(runner)
+        threat, step_size, perturb_steps, noise, "cross_entropy", bullet, generator, frozen, runner_of(runner)
     )
     attack = adversarial.start(model, x_natural, y, adversary, bullet)
     computation = _Computation(

@@ -12,6 +12,7 @@ from bt_fast.attack.auto import runner_of
 from bt_fast.attack.folded import Frozen
 from bt_fast.attack.frozen import logits_of
 from bt_fast.attack.runners import Runner
+from bt_fast.attack.start import Noise
 from bt_fast.attack.threat import ThreatModel
 from bt_fast.mining import BulletTrain
 from bt_fast.objectives import adversarial
@@ -30,6 +31,7 @@ def pgd_loss(
     distance: str = "l_inf",
     *,
     bullet: BulletTrain | None = None,
+    start: Noise | None = None,
     generator: torch.Generator | None = None,
     frozen: Frozen | None = None,
     runner: Runner | str = "eager",
@@ -55,6 +57,8 @@ def pgd_loss(
             error.
         distance: "l_inf" or "l_2".
         bullet: the mining state, on the images' device.
+        start: where the attack begins: "uniform", anywhere in the ε-ball, clamped to [0, 1], the default; or "normal",
+            at x and 0.001·N(0, 1), as TRADES does.
         generator: on the images' device, for the random start; without it the device's own. With `bullet`, only a
             seed is drawn: a sample's start is that of a counter.
         frozen: a faster view of the model for the attack; runner: how it is executed; update: how the update is
@@ -72,8 +76,8 @@ def pgd_loss(
     """
     threat = ThreatModel(epsilon, distance)
     adversarial.check(x_natural, y, optimizer, step_size, perturb_steps, bullet, generator, frozen, update)
-    run = runner_of(runner)
-    adversary = Adversary(threat, step_size, perturb_steps, "uniform", "cross_entropy", generator, frozen, run)
+    noise, run = adversarial.noise_of(start, "uniform"), runner_of(runner)
+    adversary = Adversary(threat, step_size, perturb_steps, noise, "cross_entropy", generator, frozen, run)
     attack = adversarial.start(model, x_natural, y, adversary, bullet)
     computation = _Computation(update is not None and update.channels_last)
     loss, judged = adversarial.run(model, attack, computation, update)

@@ -294,3 +294,42 @@ def test_without_the_extra_the_command_says_what_to_install():
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 1
     assert result.stderr.strip() == "bt-fast: the command line needs click: pip install 'bt-fast[lab]'"
+
+
+def test_a_method_that_there_is_not_is_refused_with_those_there_are(data, tmp_path):
+    error = one_line(bt_fast("compare", "--method", "free", "--data", data, "--out", tmp_path / "run"))
+    assert "--method free: no such method; there are reference, optimised, bullet, fast" in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_compare_takes_baselines_and_methods_with_options_of_their_own(data, tmp_path):
+    methods = [
+        "fast-2",
+        "yopo-2-3",
+        "bullet,robust-steps=0",
+        "bullet,policy=gaussian,metric=margin",
+        "fast,grad-align=1",
+    ]
+    options = [argument for method in methods for argument in ("--method", method)]
+    result = bt_fast("compare", *options, "--data", data, "--out", tmp_path / "run", *SMALL)
+    assert result.exit_code == 0, result.output
+    assert re.search(r"\+ FAST-2\s+[\d.]+%\s+[\d.]+%\s+1/0/0\s+1\.33x", result.output)
+    assert re.search(r"\+ YOPO-2-3\s+[\d.]+%\s+[\d.]+%\s+1/0/0\s+-", result.output)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())["methods"]
+    assert list(summary) == methods
+    assert summary["fast-2"]["theoretical_speedup"] == 4 / 3
+    assert summary["yopo-2-3"]["theoretical_speedup"] is None
+
+
+def test_augmix_is_compared_without_its_divergence_and_with_bullettrain(data, tmp_path):
+    methods = ["--method", "optimised", "--method", "no-jsd", "--method", "bullet"]
+    result = bt_fast("compare", "--loss", "augmix", *methods, "--data", data, "--out", tmp_path / "run", *SMALL)
+    assert result.exit_code == 0, result.output
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())["methods"]
+    passes = {name: entry["forward_passes"] for name, entry in summary.items()}
+    boundary = summary["bullet"]["fractions"]["boundary"]
+    assert passes == {"optimised": 9.0, "no-jsd": 3.0, "bullet": pytest.approx(3 + 6 * boundary)}
+    assert summary["bullet"]["theoretical_speedup"] == pytest.approx(3 / (1 + 2 * boundary))
+    assert all(entry["robust"] is None for entry in summary.values())
+    bt_fast("compare", "--loss", "augmix", "--data", data, "--out", tmp_path / "default", *SMALL)
+    assert set(json.loads((tmp_path / "default" / "summary.json").read_text())["methods"]) == {"optimised", "bullet"}

@@ -227,6 +227,54 @@ def test_the_python_version_of_cifar10_is_read_exactly(tmp_path, below, pickled)
     assert_holds_cifar(load_dataset("cifar10", tmp_path), batches)
 
 
+def cifar100_halves(n=3):
+    rng = np.random.default_rng(2)
+    fine = {half: [0, 99, *rng.integers(0, 100, n - 2).tolist()] for half in ("train", "test")}
+    return {half: (rng.integers(0, 256, (n, 3072), dtype=np.uint8), labels) for half, labels in fine.items()}
+
+
+def assert_holds_cifar100(dataset, halves):
+    assert dataset.classes == 100
+    for half, (data, labels) in halves.items():
+        assert torch.equal(getattr(dataset, f"x_{half}"), torch.from_numpy(data.reshape(-1, 3, 32, 32)))
+        assert getattr(dataset, f"y_{half}").tolist() == labels
+
+
+@pytest.mark.parametrize("below", ["", "cifar-100-binary"])
+def test_the_binary_version_of_cifar100_is_read_exactly_with_its_fine_labels(tmp_path, below):
+    halves, folder = cifar100_halves(), tmp_path / below
+    folder.mkdir(exist_ok=True)
+    for half, (data, labels) in halves.items():
+        coarse, fine = np.full((len(data), 1), 7, np.uint8), np.array(labels, np.uint8)[:, None]
+        (folder / f"{half}.bin").write_bytes(np.concatenate([coarse, fine, data], axis=1).tobytes())
+    assert_holds_cifar100(load_dataset("cifar100", tmp_path), halves)
+    assert_holds_cifar100(load_dataset(str(tmp_path)), halves)
+
+
+@pytest.mark.parametrize("below", ["", "cifar-100-python"])
+def test_the_python_version_of_cifar100_is_read_exactly_with_its_fine_labels(tmp_path, below):
+    halves, folder = cifar100_halves(), tmp_path / below
+    folder.mkdir(exist_ok=True)
+    for half, (data, labels) in halves.items():
+        content = {b"data": data, b"fine_labels": labels, b"coarse_labels": [7] * len(data)}
+        (folder / half).write_bytes(pickle.dumps(content, protocol=2))
+    assert_holds_cifar100(load_dataset("cifar100", tmp_path), halves)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ({b"data": np.zeros((1, 3072), np.uint8), b"labels": [1]}, r"expected a dict with the keys .* b'fine_labels'"),
+        ({b"data": np.zeros((1, 3072), np.uint8), b"fine_labels": [100]}, r"b'fine_labels': found \[100\].* 0..99"),
+    ],
+)
+def test_a_cifar100_pickle_with_wrong_content_is_named_in_the_error(tmp_path, content, said):
+    for half in ("train", "test"):
+        (tmp_path / half).write_bytes(pickle.dumps(content, protocol=2))
+    with pytest.raises(ValueError, match=said):
+        load_dataset("cifar100", tmp_path)
+
+
 def test_missing_cifar10_files_are_listed_with_the_folders_searched(tmp_path):
     write_cifar_binary(tmp_path / "cifar-10-batches-bin", cifar_batches())
     (tmp_path / "cifar-10-batches-bin" / "data_batch_3.bin").unlink()
@@ -474,7 +522,7 @@ def test_a_directory_is_recognised_by_its_files_and_gives_its_name(tmp_path):
 def test_a_directory_with_two_data_sets_is_refused(tmp_path):
     write_idx(tmp_path, made_up())
     write_cifar_python(tmp_path, cifar_batches())
-    assert f"{tmp_path}: found the files of both MNIST and CIFAR-10" in error_of(tmp_path)
+    assert f"{tmp_path}: found the files of MNIST and CIFAR-10" in error_of(tmp_path)
 
 
 def test_a_directory_without_data_lists_what_was_looked_for(tmp_path):
@@ -487,7 +535,7 @@ def test_a_directory_without_data_lists_what_was_looked_for(tmp_path):
 def test_an_unknown_source_is_told_what_there_is(tmp_path, monkeypatch, source):
     monkeypatch.chdir(tmp_path)
     Path("present.txt").touch()
-    assert f"{source}: found no such data, expected digits, mnist, cifar10" in error_of(source)
+    assert f"{source}: found no such data, expected digits, mnist, cifar10, cifar100" in error_of(source)
 
 
 # The embedded subset

@@ -1,0 +1,83 @@
+"""FAST (Wong et al., 2020) and its multi-step form: few steps for every sample, from a uniform random start."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bt_fast.mining import STEP_FACTOR, positive, step_count
+from bt_fast.objectives.mart import mart_loss
+from bt_fast.objectives.pgd import pgd_loss
+from bt_fast.objectives.trades import trades_loss
+
+SINGLE_STEP_FACTOR = 1.25  # α/ε of Wong et al.
+
+_OBJECTIVES: tuple[Callable[..., Tensor], ...] = (trades_loss, mart_loss, pgd_loss)
+
+
+def fast_loss(
+    objective: Callable[..., Tensor],
+    model: nn.Module,
+    x_natural: Tensor,
+    y: Tensor,
+    optimizer: torch.optim.Optimizer | None,
+    *,
+    epsilon: float,
+    steps: int = 1,
+    step_size: float | None = None,
+    **options: Any,
+) -> Tensor:
+    """The objective's loss on images that FAST has found: a uniform start in the ε-ball, then `steps` equal steps.
+
+    `fast_loss(pgd_loss, ...)` is the method of Wong et al.; with `trades_loss` and `mart_loss` it is the rows "+ FAST"
+    of the BulletTrain paper's Tables 2 and 3, with `steps` > 1 the multi-step variant of its Table 4. The attack runs
+    in eval mode, as everywhere here. (The authors' attack runs in train mode and moves batch-norm buffers too.)
+
+    Args:
+        objective: `trades_loss`, `mart_loss` or `pgd_loss`.
+        model, x_natural, y, optimizer: as for the objective.
+        epsilon: ε > 0, in pixel units.
+        steps: N ≥ 1.
+        step_size: α > 0, in pixel units. Without it 1.25·ε for one step, and for more 1.7·ε/N: the paper gives none
+            for Table 4, but this one for all its other attacks. In ℓ2 `pgd_loss` takes it as a step's length, and the
+            other two have a step of their own, 2ε/N.
+        options: the objective's other keywords, such as `beta`, `distance` or `generator`.
+
+    Returns:
+        0-dim loss with gradient to the model's parameters.
+
+    Raises:
+        TypeError, ValueError: as the objective; or it is not one of the three, or an option contradicts FAST
+            (`bullet`, which spends its steps unequally, `start`, `perturb_steps`, or a `step_size` that the objective
+            would not use). Nothing has been changed then.
+    """
+    if objective not in _OBJECTIVES:
+        raise ValueError(f"objective must be trades_loss, mart_loss or pgd_loss of bt_fast, got {objective!r}")
+    positive("epsilon", epsilon)
+    steps = step_count("steps", steps, least=1)
+    if options.get("bullet") is not None:
+        raise ValueError(
+            "bullet cannot be combined with fast_loss, which spends equal steps on all samples: for BulletTrain from "
+            "FAST's start call the objective with start='uniform'"
+        )
+    for name, instead in (("start", "which is 'uniform' here"), ("perturb_steps", "whose name is steps here")):
+        if name in options:
+            raise TypeError(f"{name} is no option of fast_loss, {instead}")
+    if step_size is None:
+        step_size = epsilon * (SINGLE_STEP_FACTOR if steps == 1 else STEP_FACTOR / steps)
+    elif options.get("distance") == "l_2" and objective is not pgd_loss:
+        raise ValueError("step_size is not used by this objective in l_2, where the step is 2ε/N: leave it out")
+    return objective(
+        model,
+        x_natural,
+        y,
+        optimizer,
+        step_size=step_size,
+        epsilon=epsilon,
+        perturb_steps=steps,
+        start="uniform",
+        **options,
+    )

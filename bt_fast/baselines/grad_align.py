@@ -1,0 +1,82 @@
+"""GradAlign (Andriushchenko and Flammarion, 2020): a term that keeps input gradients aligned within the ball."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bt_fast import ops
+from bt_fast.attack.frozen import logits_of, modes_restored
+from bt_fast.attack.threat import ThreatModel
+from bt_fast.objectives import adversarial
+
+
+def grad_align(
+    model: nn.Module,
+    x_natural: Tensor,
+    y: Tensor,
+    *,
+    epsilon: float,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """`1 - mean cos(∇ₓ CE(x), ∇ₓ CE(x + η))`, to be added to a loss: `fast_loss(...) + 0.2 * grad_align(...)`. ℓ∞ only.
+
+    As in the authors' code: η is uniform in [-ε, ε] and x + η is not clamped to the pixel bounds; the gradient at x is
+    a constant, and that at x + η is differentiated once more, to the parameters; samples of which a gradient is exactly
+    0 are left out of the mean. (Where all are, the term is 0 and so is its gradient; theirs is NaN.) The authors take
+    weights from 0.03 to 2, growing with ε: 0.2 for ε = 8/255.
+
+    Both forwards run in train mode as the update of `trades_loss` does, and batch norm sees both batches. (In the
+    authors' code the first of them is the attack's own.)
+
+    Args:
+        model: maps [m, ...] to logits [m, K]; twice differentiable.
+        x_natural: [m, ...] floating point in [0, 1], m ≥ 1.
+        y: [m] integers in 0..K-1.
+        epsilon: ε > 0, in pixel units.
+        generator: on the images' device, for η; without it the device's own.
+
+    Returns:
+        0-dim term in 0..2 with gradient to the model's parameters, whose `.grad` is left alone; in the images' dtype,
+        or float32 where that is wider.
+
+    Raises:
+        TypeError: images are not floating point, labels not integers, or the model does not return a tensor.
+        ValueError: a shape, device or value does not fit. Nothing has been changed then.
+    """
+    ThreatModel(epsilon)
+    adversarial.check(x_natural, y, None, epsilon, 1, None, generator, None, None)
+    x, labels = x_natural.detach(), y.long()
+    adversarial.check_values(model, x, labels)
+    with modes_restored(model):
+        if not model.training:
+            model.train()
+        fixed = _input_gradient(model, x, labels, differentiable=False)
+        noise = torch.rand(x.shape, dtype=x.dtype, device=x.device, generator=generator)
+        moved = _input_gradient(model, x + (2.0 * noise - 1.0) * epsilon, labels, differentiable=True)
+    return _misalignment(ops.wide(fixed).flatten(1), ops.wide(moved).flatten(1))
+
+
+def _input_gradient(model: nn.Module, x: Tensor, y: Tensor, *, differentiable: bool) -> Tensor:
+    """[m, ...] gradient of the mean cross-entropy with respect to x."""
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        loss = F.cross_entropy(logits_of(model, x), y)
+        return torch.autograd.grad(loss, x, create_graph=differentiable)[0]
+
+
+def _misalignment(fixed: Tensor, moved: Tensor) -> Tensor:
+    """1 minus the mean cosine of the rows [m, d], without those that are 0."""
+    counts = (fixed != 0).any(dim=1) & (moved != 0).any(dim=1)
+    # a norm's derivative at 0 is NaN, times 0 too: those rows become 1 before it is taken
+    ones = torch.ones_like(fixed)
+    a, b = (torch.where(counts[:, None], g / _scale(g), ones) for g in (fixed, moved))
+    cosines = (a * b).sum(dim=1) / (a.norm(dim=1) * b.norm(dim=1))
+    return torch.where(counts, 1.0 - cosines, 0.0).sum() / counts.sum().clamp_min(1)
+
+
+def _scale(gradients: Tensor) -> Tensor:
+    """Of each row its largest entry, or 1: the squares of what a mean loss leaves underflow in float32."""
+    largest = gradients.detach().abs().amax(dim=1, keepdim=True)
+    return torch.where(largest > 0, largest, 1.0)

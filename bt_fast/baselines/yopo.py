@@ -1,0 +1,326 @@
+"""YOPO-m-n (Zhang et al., 2019a): the attack moves against the first layer alone, m times n steps for m propagations.
+
+The gradient p with respect to the first layer's output comes with each full propagation. While it is held fixed, the
+image climbs `H = Σ f₀(x + η)·p`, which takes the first layer f₀ alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from bt_fast import faults, ops
+from bt_fast.attack.frozen import clean_logits, eval_mode, logits_of, modes_restored
+from bt_fast.attack.start import normal_noise
+from bt_fast.attack.threat import ThreatModel
+from bt_fast.mining import step_count
+from bt_fast.objectives import adversarial
+
+YopoObjective = Literal["pgd", "trades", "mart"]
+
+_BETA = {"trades": 1.0, "mart": 6.0}
+_LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+
+
+def yopo_loss(
+    model: nn.Module,
+    x_natural: Tensor,
+    y: Tensor,
+    optimizer: torch.optim.Optimizer | None,
+    *,
+    propagations: int,
+    layer_steps: int,
+    objective: YopoObjective = "pgd",
+    step_size: float = 0.007,
+    epsilon: float = 0.031,
+    beta: float | None = None,
+    first: nn.Module | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """The loss of YOPO-m-n, ready for `backward()`; the authors' YOPO-5-3 is `propagations=5, layer_steps=3`. ℓ∞ only.
+
+    "pgd", from the authors' CIFAR-10 and MNIST code: η starts uniform in [-ε, ε], at first not clipped to the pixel
+    bounds. Each of the m propagations runs forward and backward on x + η; the backward gives the parameters' gradient
+    of the cross-entropy and p at once; n steps `η + α·sign ∂H/∂η` follow, each clipped to ε and to the pixel bounds;
+    then f₀ gets the gradient of H at the new η too, beside that of the cross-entropy. (One of their scripts means to
+    take the latter back, but puts back the tensor to which it has been added.) The loss is the sum of the m
+    cross-entropies, and its gradient the sum of all of these gradients: the authors divide their learning rate by m.
+    (So f₀'s gradient is not that of the loss's value.) The gradients are computed within this call, with the memory of
+    one propagation, and `backward()` adds them, times its own gradient; a gradient scaler does not scale what is
+    computed here. The propagations run in train mode as the update of `trades_loss` does, and batch norm sees m
+    batches. (The authors run one forward more, to report its accuracy.)
+
+    "trades", from their TRADES code: only x' is found by YOPO, in eval mode, from x and 0.001·N(0, 1) on the KL
+    divergence from the clean distribution. The update is `CE(h(x), y) + β · mean KL(softmax h(x) ‖ softmax h(x'))` of
+    two forwards in train mode: batch norm sees each batch once, where the TRADES code shows it the clean one twice.
+    "mart", of which they have none, is built likewise: x' from the cross-entropy, and MART's loss.
+
+    Args:
+        model: maps [m, ...] to logits [m, K]. Not spread over devices (DistributedDataParallel), and not compiled.
+        x_natural: [m, ...] floating point in [0, 1], m ≥ 1.
+        y: [m] integers in 0..K-1.
+        optimizer: its `zero_grad()` is called; None leaves the gradients as they are, for gradient accumulation.
+        propagations: m ≥ 1, full propagations. layer_steps: n ≥ 1, steps against the first layer after each.
+        objective: "pgd", "trades" or "mart".
+        step_size: α > 0, in pixel units; the authors take 0.007 with ε = 0.031 for TRADES, 2/255 with 8/255 for PGD.
+        epsilon: ε > 0, in pixel units.
+        beta: β ≥ 0, the weight of the robust term of "trades" (by default 1, the authors') and of "mart" (6).
+        first: the layer whose output ends f₀; what the model does before it (scaling its images, say) belongs to f₀.
+            By default the first convolution or linear layer that the forward reaches. A layer with buffers of its
+            own, or one behind such layers, moves them in each of its forwards.
+        generator: on the images' device, for the start; without it the device's own (for "trades" and "mart" on the
+            CPU as `trades_loss`).
+
+    Returns:
+        0-dim loss with gradient to the model's parameters.
+
+    Raises:
+        TypeError: images are not floating point, labels not integers, or the model does not return a tensor.
+        ValueError: a shape, device, option or value does not fit, or `first` is no layer of the model's that is called
+            exactly once in a forward. Nothing has been changed then, neither a buffer nor a gradient. NaN in the input
+            gradient is an error after the attack; with "pgd" batch-norm buffers have moved by then.
+    """
+    threat = ThreatModel(epsilon)
+    adversarial.check(x_natural, y, optimizer, step_size, 1, None, generator, None, None)
+    m, n = step_count("propagations", propagations, least=1), step_count("layer_steps", layer_steps, least=1)
+    if objective not in ("pgd", "trades", "mart"):
+        raise ValueError(f"objective must be 'pgd', 'trades' or 'mart', got {objective!r}")
+    if objective == "pgd" and beta is not None:
+        raise ValueError(f"beta is an option of 'trades' and 'mart', not of 'pgd', got {beta!r}")
+    weight = _BETA.get(objective, 0.0) if beta is None else beta
+    adversarial.check_robust_term(weight, None, None)
+    x, labels = x_natural.detach(), y.long()
+    with torch.inference_mode(False):
+        split = _Split(model, _checked_first(model, first, x, y))
+        faulty = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        attack = _Attack(split, x, threat, float(step_size), n, faulty)
+        if objective == "pgd":
+            loss = _propagations(attack, labels, m, generator)
+        else:
+            x_adv = _attacked(attack, labels, objective == "trades", m, generator)
+            loss = _update(model, x, x_adv, labels, objective == "trades", float(weight))
+    if optimizer is not None:
+        optimizer.zero_grad()
+    return loss
+
+
+# The first layer
+
+
+class _ReachedError(Exception):
+    """Ends a forward at the first layer's output."""
+
+    def __init__(self, output: Tensor) -> None:
+        self.output = output
+
+
+@dataclass(frozen=True, eq=False)
+class _Split:
+    """A model, and the layer whose output ends f₀."""
+
+    model: nn.Module
+    first: nn.Module
+
+    def whole(self, x: Tensor) -> tuple[Tensor, GradientEdge]:
+        """The logits, and where the gradient of the first layer's output will arrive: before any change in place."""
+        edges: list[GradientEdge] = []
+        hook = self.first.register_forward_hook(lambda _, __, output: edges.append(get_gradient_edge(output)))
+        try:
+            logits = logits_of(self.model, x)
+        finally:
+            hook.remove()
+        _check_once(len(edges))
+        return logits, edges[0]
+
+    def alone(self, x: Tensor) -> Tensor:
+        """f₀(x): the model's forward, left at the first layer's output."""
+
+        def leave(_: nn.Module, __: object, output: Tensor) -> None:
+            raise _ReachedError(output)
+
+        hook = self.first.register_forward_hook(leave)
+        try:
+            self.model(x)
+        except _ReachedError as reached:
+            return reached.output
+        finally:
+            hook.remove()
+        raise _not_once(0)
+
+
+def _checked_first(model: nn.Module, first: nn.Module | None, x: Tensor, y: Tensor) -> nn.Module:
+    """The first layer, found or checked on the forward of one row, with which the values are checked too."""
+    if first is not None and not isinstance(first, nn.Module):
+        raise TypeError(f"first must be a module or None, got {type(first).__name__}")
+    if first is not None and all(module is not first for module in model.modules()):
+        raise ValueError("first must be a layer of the model, but is none of its modules")
+    for module in model.modules():
+        if isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            raise ValueError("model must not be spread over devices: its first layer could not be reached")
+    called: list[nn.Module] = []
+    outputs: list[object] = []
+
+    def note(module: nn.Module, _: object, output: object) -> None:
+        called.append(module)
+        outputs.append(output)
+
+    watched = [m for m in model.modules() if (m is first if first is not None else isinstance(m, _LAYERS))]
+    hooks = [module.register_forward_hook(note) for module in watched]
+    try:
+        adversarial.check_values(model, x, y)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if first is None and not called:
+        raise ValueError("first must be given: the model's forward reaches no convolution or linear layer")
+    found = called[0] if first is None else first
+    _check_once(sum(module is found for module in called))
+    if not isinstance(outputs[0], Tensor) or not outputs[0].is_floating_point():
+        raise TypeError(f"first must return a floating-point tensor, got {type(outputs[0]).__name__}")
+    return found
+
+
+def _check_once(calls: int) -> None:
+    if calls != 1:
+        raise _not_once(calls)
+
+
+def _not_once(calls: int) -> ValueError:
+    return ValueError(f"first must be called exactly once in a forward, but was called {calls} times")
+
+
+# The attack
+
+
+@dataclass(frozen=True, eq=False)
+class _Attack:
+    """The steps against the first layer.
+
+    Attributes:
+        x: [m, ...], clean.
+        step_size: α; steps: n.
+        faulty: [m] bool, set for each sample that could not move in some step, since its gradient held NaN.
+    """
+
+    split: _Split
+    x: Tensor
+    threat: ThreatModel
+    step_size: float
+    steps: int
+    faulty: Tensor
+
+    def images(self, eta: Tensor) -> Tensor:
+        """x + η within the pixel bounds."""
+        return (self.x + eta).clamp(self.threat.lower, self.threat.upper)
+
+    def hamiltonian(self, eta: Tensor, p: Tensor) -> Tensor:
+        """H = Σ f₀(x + η)·p."""
+        return (self.split.alone(self.images(eta)) * p).sum()
+
+    def moved(self, eta: Tensor, p: Tensor) -> Tensor:
+        """η after n steps up H."""
+        for _ in range(self.steps):
+            eta = eta.detach().requires_grad_()
+            (gradient,) = torch.autograd.grad(self.hamiltonian(eta, p), eta)
+            self.faulty.logical_or_(gradient.isnan().flatten(1).any(dim=1))
+            eta = eta.detach() + self.step_size * gradient.sign()
+            eta = self.images(eta.clamp(-self.threat.epsilon, self.threat.epsilon)) - self.x
+        return eta
+
+    def propagated(self, eta: Tensor) -> tuple[Tensor, GradientEdge]:
+        """The full forward of x + η, which at the start may lie outside the pixel bounds, as in the authors' code."""
+        return self.split.whole((self.x + eta).detach().requires_grad_())
+
+    def check(self) -> None:
+        """Raise ValueError if a sample could not move."""
+        faults.read([faults.gradients_without_direction(self.faulty)]).wait()
+
+
+def _attacked(attack: _Attack, y: Tensor, divergence: bool, m: int, generator: torch.Generator | None) -> Tensor:
+    """x' of a model in eval mode, which climbs the divergence from the clean distribution, or the cross-entropy."""
+    x, model = attack.x, attack.split.model
+    with torch.enable_grad(), eval_mode(model):
+        target = clean_logits(model, x).softmax(dim=1) if divergence else None
+        eta = normal_noise(x, generator, on_cpu=generator is None and not x.is_cuda).to(x.dtype)
+        for _ in range(m):
+            logits, edge = attack.propagated(eta)
+            if target is None:
+                inner = F.cross_entropy(logits, y)
+            else:
+                inner = F.kl_div(logits.log_softmax(dim=1), target, reduction="sum")
+            (p,) = torch.autograd.grad(inner, [edge])
+            eta = attack.moved(eta, p)
+    attack.check()
+    return attack.images(eta)
+
+
+# The update
+
+
+def _update(model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, divergence: bool, beta: float) -> Tensor:
+    """The loss of TRADES or MART on x' found before."""
+    with modes_restored(model):
+        if not model.training:
+            model.train()
+        clean, corrupted = logits_of(model, x), logits_of(model, x_adv)
+    if divergence:
+        return F.cross_entropy(clean, y) + beta / len(x) * ops.trades_kl(corrupted, clean)
+    return ops.mart_loss(clean, corrupted, y, beta)
+
+
+def _propagations(attack: _Attack, y: Tensor, m: int, generator: torch.Generator | None) -> Tensor:
+    """The sum of m cross-entropies, whose gradient is that of the propagations and of the first layer's H."""
+    x, model = attack.x, attack.split.model
+    trained = [p for p in model.parameters() if p.requires_grad]
+    sums: list[Tensor | None] = [None] * len(trained)
+    losses = []
+    with torch.enable_grad(), modes_restored(model):
+        if not model.training:
+            model.train()
+        noise = torch.rand(x.shape, dtype=x.dtype, device=x.device, generator=generator)
+        eta = (2.0 * noise - 1.0) * attack.threat.epsilon
+        for _ in range(m):
+            logits, edge = attack.propagated(eta)
+            loss = F.cross_entropy(logits, y)
+            wanted: Any = [edge, *trained]  # torch's annotation knows lists of one kind only
+            p, *gradients = torch.autograd.grad(loss, wanted, allow_unused=True)
+            sums = _added(sums, gradients)
+            eta = attack.moved(eta, p)
+            hamiltonian = attack.hamiltonian(eta, p)
+            if trained and hamiltonian.requires_grad:
+                sums = _added(sums, torch.autograd.grad(hamiltonian, trained, allow_unused=True))
+            losses.append(loss.detach())
+    attack.check()
+    given = [(p, g) for p, g in zip(trained, sums, strict=True) if g is not None]
+    total: Tensor = _Carrier.apply(
+        torch.stack(losses).sum(), len(given), *(g for _, g in given), *(p for p, _ in given)
+    )  # type: ignore[no-untyped-call]
+    return total
+
+
+def _added(sums: Sequence[Tensor | None], gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+    return [g if s is None else s if g is None else s + g for s, g in zip(sums, gradients, strict=True)]
+
+
+class _Carrier(torch.autograd.Function):
+    """A value whose gradients with respect to the parameters are already there."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, count: int, *gradients_and_parameters: Tensor) -> Tensor:
+        """The value; of what follows the first `count` are gradients, the others their parameters."""
+        ctx.save_for_backward(*gradients_and_parameters[:count])
+        return value.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients, times that of the value."""
+        gradients = ctx.saved_tensors
+        return None, None, *(None for _ in gradients), *(g * gradient.to(g.dtype) for g in gradients)

@@ -1,0 +1,85 @@
+"""What a run trains, as one writes it: `bullet`, `optimised-bf16`, `fast-2`, `bullet-frozen,robust-steps=0`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+COMPARED = ("reference", "optimised", "bullet")
+FORMS = "reference, optimised, bullet, fast, fast-N, yopo-M-N and no-jsd"
+VIEWS = ("frozen", "bf16")
+CHANGES = {  # options of a run that a method may have for itself, and their kinds
+    "step-size": float,
+    "beta": float,
+    "boundary-steps": int,
+    "robust-steps": int,
+    "outlier-steps": int,
+    "gamma": float,
+    "fraction-momentum": float,
+    "metric": str,
+    "policy": str,
+    "grad-align": float,
+}
+_FORM = re.compile(r"(reference|optimised|bullet|fast(?:-\d+)?|yopo-\d+-\d+|no-jsd)(?:-(frozen|bf16))?")
+
+
+@dataclass(frozen=True)
+class Method:
+    """An algorithm, the view of the model that its attack sees, and what it has for itself of the run's options.
+
+    Attributes:
+        name: as it was written.
+        algorithm: "reference" (the objective as its authors wrote it), "optimised" (ours, the same result), "bullet"
+            (ours with BulletTrain), "fast" (`steps` steps from a uniform start), "yopo" (YOPO-`propagations`-
+            `layer_steps`) or "no-jsd" (AugMix without its divergence).
+        view: "", "frozen" or "bf16".
+        numbers: (N,) of fast, (m, n) of yopo, else empty.
+        changes: values by the names of `RunConfig`'s fields.
+    """
+
+    name: str
+    algorithm: str
+    view: str = ""
+    numbers: tuple[int, ...] = ()
+    changes: Mapping[str, float | int | str] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, name: str) -> Method:
+        """The method of that name.
+
+        Raises:
+            ValueError: there is none; the message says what there is.
+        """
+        form, *options = name.split(",")
+        found = _FORM.fullmatch(form)
+        if not found:
+            raise ValueError(
+                f"--method {name}: no such method; there are {FORMS}, each but reference also with -frozen or -bf16 "
+                f"behind it, and then NAME=VALUE after a comma for {', '.join(CHANGES)}"
+            )
+        algorithm, *digits = found[1].split("-") if found[1] != "no-jsd" else ["no-jsd"]
+        numbers = tuple(int(n) for n in digits) or ((1,) if algorithm == "fast" else ())
+        view = found[2] or ""
+        if 0 in numbers:
+            raise ValueError(f"--method {name}: counts must be at least 1")
+        if view and algorithm in ("reference", "yopo", "no-jsd"):
+            raise ValueError(f"--method {name}: {algorithm} has no attack that could see another view (-{view})")
+        changes = dict(_change(name, option) for option in options)
+        if len(changes) < len(options):
+            raise ValueError(f"--method {name}: an option is given twice")
+        return cls(name, algorithm, view, numbers, changes)
+
+
+def _change(name: str, option: str) -> tuple[str, float | int | str]:
+    key, equals, text = option.partition("=")
+    kind = CHANGES.get(key)
+    if kind is None or not equals:
+        raise ValueError(f"--method {name}: expected NAME=VALUE with a name of {', '.join(CHANGES)}, got {option!r}")
+    try:
+        return key.replace("-", "_"), kind(text)
+    except ValueError as error:
+        raise ValueError(f"--method {name}: {key} must be {_KINDS[kind]}, got {text!r}") from error
+
+
+_KINDS = {int: "an integer", float: "a number", str: "a name"}

@@ -1,0 +1,241 @@
+"""Figures 3, 4 and 5: who is boundary, robust and outlier, and whether the signed prediction variance tells."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from bt_fast import ops
+from bt_fast.attack.frozen import clean_logits, eval_mode
+from bt_fast.attack.generate import generate
+from bt_fast.attack.schedule import Schedule
+from bt_fast.attack.start import ball_start
+from bt_fast.attack.threat import ThreatModel
+from bt_fast.lab.config import PRESETS
+from bt_fast.lab.report import GROUP_COLOURS
+from bt_fast.lab.studies.study import LAPTOP, Findings, Study
+from bt_fast.lab.training import Run
+from bt_fast.mining import STEP_FACTOR
+
+ORACLE_STEPS = 10  # of the attack that tells the groups, as in section 3.1
+_PGD_STEPS = 7
+_EPSILON = 0.3
+
+
+def oracle_groups(run: Run, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """The groups of Eq. 1 to 3 by a ten-step attack on the first method's model, and the signed variances.
+
+    Args:
+        x: [m, C, H, W] in [0, 1]; y: [m] int64.
+
+    Returns:
+        [m] int64 of `ops.OUTLIER`, `ops.BOUNDARY`, `ops.ROBUST`, and [m] SVar.
+    """
+    model, threat = run.contestants[0].model, ThreatModel(run.config.epsilon)
+    generator = torch.Generator(run.device).manual_seed(run.iteration)
+    with eval_mode(model):
+        logits = clean_logits(model, x)
+        svar, correct, _, _ = ops.signed_variance(logits, y)
+        target = torch.nn.functional.one_hot(y, logits.shape[1]).to(logits.dtype)
+        size = STEP_FACTOR * threat.epsilon / ORACLE_STEPS
+        schedule = Schedule.uniform(len(x), ORACLE_STEPS, size, x.device)
+        x_adv = generate(model, x, ball_start(x, threat, generator), target, schedule, threat)
+        stands = clean_logits(model, x_adv).argmax(dim=1) == y
+    return correct.long() + (correct & stands), svar
+
+
+def _observe(run: Run) -> None:
+    """Record the groups of the minibatch just trained on, and the SVar of each; at the end also every sample's."""
+    x, y = run.minibatch
+    group, svar = oracle_groups(run, x, y)
+    members = {name: svar[group == number] for number, name in enumerate(ops.GROUPS)}
+    run.append(
+        kind="groups",
+        shares={name: len(values) / len(svar) for name, values in members.items()},
+        svar={name: float(values.mean()) if len(values) else None for name, values in members.items()},
+        boundary_below_robust=_chance_below(members["boundary"], members["robust"]),
+    )
+    bullet = run.contestants[0].bullet
+    if bullet is not None and run.iteration // 10 == run.iterations // 10:
+        _record_allocation(run, x, y)
+
+
+def _chance_below(low: Tensor, high: Tensor) -> float | None:
+    """The chance that a value of `low` lies below one of `high`, ties by half: 1 where SVar separates perfectly."""
+    if not len(low) or not len(high):
+        return None
+    difference = high[:, None] - low
+    return float(((difference > 0).double() + 0.5 * (difference == 0)).mean())
+
+
+def _record_allocation(run: Run, x: Tensor, y: Tensor) -> None:
+    contestant = run.contestants[0]
+    bullet = contestant.bullet
+    assert bullet is not None
+    counted = bullet.state_dict()
+    counted = {name: value.clone() for name, value in counted.items()}
+    with eval_mode(contestant.model):
+        found = bullet.assign(clean_logits(contestant.model, x), y, epsilon=run.config.epsilon)
+    bullet.load_state_dict(counted)  # as if nobody had looked
+    run.append(
+        kind="allocation",
+        svar=found.svar.tolist(),
+        steps=found.steps.tolist(),
+        threshold=float(found.threshold),
+    )
+
+
+def _of_kind(records: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
+    return [record for record in records if record["kind"] == kind]
+
+
+# Figure 3
+
+
+def _answer_fig3(found: Findings) -> dict[str, Any]:
+    """Each group's share in the first and in the last fifth of training."""
+    answers: dict[str, Any] = {}
+    for group in GROUP_COLOURS:
+        series = _series(found, "shares", group)
+        fifth = max(1, series.shape[1] // 5)
+        first, last = float(series[:, :fifth].mean()), float(series[:, -fifth:].mean())
+        answers[group] = {"first fifth": first, "last fifth": last, "rises": last > first}
+    return answers
+
+
+def _draw_fig3(found: Findings) -> Figure:
+    figure, axes = _axes(found)
+    for group, colour in GROUP_COLOURS.items():
+        axes.plot(_epochs(found), 100 * _series(found, "shares", group).mean(axis=0), color=colour, label=group)
+    axes.set(xlabel="epoch", ylabel="share of the minibatch (%)", ylim=(0, 100))
+    axes.legend()
+    return figure
+
+
+def _series(found: Findings, key: str, group: str) -> np.ndarray[Any, Any]:
+    """[seeds, observations]; NaN where there was none of the group."""
+    rows = [[record[key][group] for record in _of_kind(records, "groups")] for records in found.records]
+    return np.array(rows, dtype=float)
+
+
+def _epochs(found: Findings) -> np.ndarray[Any, Any]:
+    iterations = np.array([record["iteration"] for record in _of_kind(found.records[0], "groups")])
+    last = max(record["iteration"] for record in found.records[0])
+    epochs: np.ndarray[Any, Any] = iterations / last * found.config["epochs"]
+    return epochs
+
+
+def _axes(found: Findings) -> tuple[Figure, Any]:
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    axes.set_title(found.title, fontsize=10)
+    axes.grid(alpha=0.3)
+    return figure, axes
+
+
+# Figure 4
+
+
+def _answer_fig4(found: Findings) -> dict[str, Any]:
+    """How often the groups' mean SVar are in the paper's order, and how well SVar tells boundary from robust."""
+    outlier, boundary, robust = (_series(found, "svar", group) for group in ops.GROUPS)
+    whole = ~np.isnan(outlier + boundary + robust)
+    ordered = (outlier <= boundary) & (boundary <= robust)
+    chances = [
+        record["boundary_below_robust"]
+        for records in found.records
+        for record in _of_kind(records, "groups")
+        if record["boundary_below_robust"] is not None
+    ]
+    return {
+        "observations with all three groups": int(whole.sum()),
+        "share in the order outlier <= boundary <= robust": float(ordered[whole].mean()) if whole.any() else None,
+        "chance that a boundary sample's SVar is below a robust one's": float(np.mean(chances)) if chances else None,
+    }
+
+
+def _draw_fig4(found: Findings) -> Figure:
+    figure, axes = _axes(found)
+    for group, colour in GROUP_COLOURS.items():
+        values = _series(found, "svar", group)[0]
+        axes.plot(_epochs(found), values, ".", color=colour, label=group, markersize=4)
+    axes.set(xlabel="epoch", ylabel="mean signed prediction variance")
+    axes.legend()
+    return figure
+
+
+# Figure 5
+
+
+def _answer_fig5(found: Findings) -> dict[str, Any]:
+    """The last minibatch's threshold, and how many samples took how many steps."""
+    answers = []
+    for records in found.records:
+        last = _of_kind(records, "allocation")[-1]
+        counts = {str(n): last["steps"].count(n) for n in sorted(set(last["steps"]))}
+        answers.append({"threshold": last["threshold"], "samples by steps": counts})
+    return {"of each seed": answers}
+
+
+def _draw_fig5(found: Findings) -> Figure:
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
+    taken = [record for records in found.records for record in _of_kind(records, "allocation")]
+    svar = np.concatenate([record["svar"] for record in taken])
+    last = taken[-1]
+    left.hist(svar, bins=40, color="#1f77b4")
+    left.axvline(0, color="#7a7a7a")
+    left.axvline(last["threshold"], color="#2ca02c", label="threshold T")
+    left.set(xlabel="signed prediction variance", ylabel="samples", title="(a) distribution")
+    left.legend()
+    order = np.argsort(last["svar"])
+    right.step(np.array(last["svar"])[order], np.array(last["steps"])[order], where="mid", color="#7a7a7a")
+    right.plot(np.array(last["svar"])[order], np.array(last["steps"])[order], ".", color="#1f77b4")
+    right.set(xlabel="signed prediction variance", ylabel="attack steps", title="(b) steps assigned")
+    figure.suptitle(found.title, fontsize=10)
+    return figure
+
+
+_OPTIONS: dict[str, Any] = {
+    "loss": "pgd",
+    "epsilon": _EPSILON,
+    "steps": _PGD_STEPS,
+    "step_size": STEP_FACTOR * _EPSILON / _PGD_STEPS,
+    "boundary_steps": _PGD_STEPS,
+}
+_BASELINE = {"methods": ("optimised-frozen",), **_OPTIONS}
+_BULLET = {"methods": ("bullet-frozen",), **_OPTIONS}
+
+FIG3 = Study(
+    "fig3",
+    "Figure 3: shares of boundary, robust and outlier samples over PGD training",
+    dataclasses.replace(LAPTOP, **_BASELINE),
+    dataclasses.replace(PRESETS["mnist"], **_BASELINE),
+    _draw_fig3,
+    _answer_fig3,
+    observe=_observe,
+)
+FIG4 = Study(
+    "fig4",
+    "Figure 4: mean signed prediction variance of each group over PGD training",
+    FIG3.laptop,
+    FIG3.paper,
+    _draw_fig4,
+    _answer_fig4,
+    observe=_observe,
+)
+FIG5 = Study(
+    "fig5",
+    "Figure 5: signed prediction variance in the last minibatches of PGD + BulletTrain, and the steps assigned",
+    dataclasses.replace(LAPTOP, **_BULLET),
+    dataclasses.replace(PRESETS["mnist"], **_BULLET),
+    _draw_fig5,
+    _answer_fig5,
+    observe=_observe,
+)
+GROUP_STUDIES: Sequence[Study] = (FIG3, FIG4, FIG5)

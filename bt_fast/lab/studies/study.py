@@ -1,0 +1,143 @@
+"""What a study is, and what it leaves behind: a run folder for each seed, NAME.json and NAME.png."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+
+from bt_fast.lab import report
+from bt_fast.lab.config import PRESETS, RunConfig
+from bt_fast.lab.corruptions import CorruptedTestSet, corruption_errors, mean_corruption_error
+from bt_fast.lab.data import ImageDataset
+from bt_fast.lab.files import write_text
+from bt_fast.lab.training import Contestant, Observe, Run
+
+SCALES = ("laptop", "paper")
+# for two cores, in minutes; with --data and --train-size for more than the embedded digits
+LAPTOP = dataclasses.replace(PRESETS["digits"], epochs=5, decay_epochs=(4,), width=16)
+PAPER = PRESETS["cifar10"]
+
+
+@dataclass(frozen=True)
+class Study:
+    """One table or figure of the paper.
+
+    Attributes:
+        name: as on the command line; title: what it asks, in a line.
+        laptop, paper: the configuration of a run at either scale; the seed is set for each run.
+        picture: draws the findings.
+        answers: what the findings say, in numbers.
+        observe: called with the run after every tenth iteration.
+        corruptions: robust accuracy is that on a corrupted test set.
+    """
+
+    name: str
+    title: str
+    laptop: RunConfig
+    paper: RunConfig
+    picture: Callable[[Findings], Figure]
+    answers: Callable[[Findings], dict[str, Any]]
+    observe: Observe | None = None
+    corruptions: bool = False
+
+    def config(self, scale: str) -> RunConfig:
+        """The configuration at a scale."""
+        return self.laptop if scale == "laptop" else self.paper
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What the runs of a study came to.
+
+    Attributes:
+        summaries: of each seed's run, as `report.summarise` returns it.
+        records: of each seed's run.
+    """
+
+    study: str
+    title: str
+    scale: str
+    summaries: Sequence[dict[str, Any]]
+    records: Sequence[list[dict[str, Any]]]
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The first run's."""
+        found: dict[str, Any] = self.summaries[0]["config"]
+        return found
+
+    @property
+    def methods(self) -> list[str]:
+        """Their names, in the order in which they were trained."""
+        return list(self.summaries[0]["methods"])
+
+    def values(self, method: str, key: str) -> list[Any]:
+        """An entry of a method's summary, for each seed."""
+        return [summary["methods"][method][key] for summary in self.summaries]
+
+    def mean(self, method: str, key: str) -> float:
+        """Its mean over the seeds."""
+        values = self.values(method, key)
+        return float(sum(values) / len(values))
+
+    def label(self, method: str) -> str:
+        """A method's name in tables and pictures."""
+        return str(self.values(method, "label")[0])
+
+    def clock(self, method: str, over: str) -> float:
+        """The speedup over another method by the clock, the mean over the seeds of the median ratios of iterations."""
+        if method == over:
+            return 1.0
+        ratios = [summary["methods"][method]["speedup"][over] for summary in self.summaries]
+        return float(sum(ratios) / len(ratios))
+
+
+def open_run(study: Study, config: RunConfig, dataset: ImageDataset, folder: Path, device: torch.device) -> Run:
+    """The run of the configuration's seed: begun, or gone on with where it was left."""
+    place = folder / f"seed{config.seed}"
+    return Run(place, config, dataset, device, resume=(place / "checkpoint.pt").exists(), observe=study.observe)
+
+
+def conclude(run: Run, test_set: CorruptedTestSet | None, evaluated: Callable[[str], None]) -> dict[str, Any]:
+    """A finished run's summary; with a corrupted test set, `robust` is each method's accuracy on it."""
+    summary = report.summarise(run, evaluated)
+    if test_set is not None:
+        for contestant in run.contestants:
+            found = _under_corruption(run, contestant, test_set)
+            summary["methods"][contestant.method] |= {"robust": found["robust"], "errors": found["errors"]}
+    return summary
+
+
+def _under_corruption(run: Run, contestant: Contestant, test_set: CorruptedTestSet) -> dict[str, Any]:
+    """The record of a method's accuracy under corruption; measured once."""
+    for record in run.records():
+        if record["kind"] == "corruptions" and record["method"] == contestant.method:
+            return record
+    errors = dict(corruption_errors(contestant.model, test_set, run.device))
+    robust = 1.0 - mean_corruption_error(errors)
+    run.append(kind="corruptions", method=contestant.method, robust=robust, errors=errors)
+    return run.records()[-1]
+
+
+def write(study: Study, scale: str, runs: Sequence[tuple[Run, dict[str, Any]]], folder: Path) -> list[Path]:
+    """Write NAME.json and NAME.png; returns their paths."""
+    summaries, records = [summary for _, summary in runs], [run.records() for run, _ in runs]
+    findings = Findings(study.name, study.title, scale, summaries, records)
+    content = {
+        "study": study.name,
+        "title": study.title,
+        "scale": scale,
+        "seeds": [run.config.seed for run, _ in runs],
+        "answers": study.answers(findings),
+        "runs": summaries,
+    }
+    path = folder / f"{study.name}.json"
+    write_text(path, json.dumps(content, indent=2) + "\n")
+    return [path, report.save_figure(study.picture(findings), folder / f"{study.name}.png")]

@@ -1,0 +1,117 @@
+import dataclasses
+import json
+
+import pytest
+
+from bt_fast.lab.config import PRESETS, RunConfig
+from bt_fast.lab.methods import CHANGES, Method
+from bt_fast.lab.report import label
+
+DIGITS = PRESETS["digits"]
+
+
+@pytest.mark.parametrize(
+    ("name", "algorithm", "view", "numbers", "changes"),
+    [
+        ("reference", "reference", "", (), {}),
+        ("optimised-bf16", "optimised", "bf16", (), {}),
+        ("bullet-frozen,robust-steps=0", "bullet", "frozen", (), {"robust_steps": 0}),
+        ("bullet,gamma=0.7,policy=gaussian", "bullet", "", (), {"gamma": 0.7, "policy": "gaussian"}),
+        ("fast", "fast", "", (1,), {}),
+        ("fast-3-frozen,step-size=0.1", "fast", "frozen", (3,), {"step_size": 0.1}),
+        ("yopo-2-5,beta=1", "yopo", "", (2, 5), {"beta": 1.0}),
+        ("no-jsd", "no-jsd", "", (), {}),
+    ],
+)
+def test_a_name_says_algorithm_view_and_options(name, algorithm, view, numbers, changes):
+    assert Method.parse(name) == Method(name, algorithm, view, numbers, changes)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("trades", "no such method; there are reference, optimised, bullet, fast"),
+        ("", "no such method"),
+        ("fast-", "no such method"),
+        ("yopo-2", "no such method"),
+        ("bullet-fp8", "no such method"),
+        ("fast-0", "counts must be at least 1"),
+        ("yopo-5-0", "counts must be at least 1"),
+        ("reference-frozen", "reference has no attack that could see another view"),
+        ("yopo-2-5-bf16", "yopo has no attack that could see another view"),
+        ("bullet,robust-steps", "expected NAME=VALUE with a name of step-size"),
+        ("bullet,epsilon=0.1", "expected NAME=VALUE"),
+        ("bullet,robust-steps=two", "robust-steps must be an integer, got 'two'"),
+        ("bullet,gamma=", "gamma must be a number, got ''"),
+        ("bullet,gamma=0.7,gamma=0.8", "an option is given twice"),
+    ],
+)
+def test_a_name_that_is_none_says_why(name, message):
+    with pytest.raises(ValueError, match=message) as error:
+        Method.parse(name)
+    assert str(error.value).startswith(f"--method {name}: ")
+
+
+def test_what_a_method_may_have_for_itself_are_options_of_a_run():
+    fields = {field.name for field in dataclasses.fields(RunConfig)}
+    assert {name.replace("-", "_") for name in CHANGES} <= fields
+
+
+def test_a_methods_options_replace_those_of_the_run_for_it_alone():
+    config = dataclasses.replace(DIGITS, methods=("bullet", "bullet,gamma=0.5"))
+    assert config.of_method("bullet")[1] == config
+    assert config.of_method("bullet,gamma=0.5")[1] == dataclasses.replace(config, gamma=0.5)
+
+
+@pytest.mark.parametrize(
+    ("loss", "method", "message"),
+    [
+        ("augmix", "reference", "augmix has optimised, bullet, no-jsd"),
+        ("augmix", "bullet-frozen", "augmix has no attack that could see another view"),
+        ("trades", "no-jsd", "trades has reference, optimised, bullet, fast, yopo"),
+    ],
+)
+def test_a_method_that_the_objective_has_not_is_refused(loss, method, message):
+    config = dataclasses.replace(DIGITS, loss=loss, methods=(method,))
+    with pytest.raises(ValueError, match=message):
+        RunConfig.from_json(config.to_json())
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"metric": "entropy"}, "metric in the run configuration must be one of signed_variance"),
+        ({"policy": "all"}, "policy in the run configuration must be one of three_groups"),
+        ({"methods": ("bullet", "bullet")}, "methods must be at least one, each once"),
+        ({"methods": ()}, "methods must be at least one"),
+    ],
+)
+def test_a_choice_that_there_is_not_is_refused(changed, message):
+    with pytest.raises(ValueError, match=message):
+        RunConfig.from_json(dataclasses.replace(DIGITS, **changed).to_json())
+
+
+def test_a_configuration_from_before_the_policies_means_what_it_meant():
+    fields = dataclasses.asdict(DIGITS)
+    old = {name: value for name, value in fields.items() if name not in ("metric", "policy", "grad_align")}
+    assert RunConfig.from_json(json.dumps(old)) == DIGITS
+
+
+@pytest.mark.parametrize(
+    ("loss", "method", "name"),
+    [
+        ("trades", "reference", "TRADES, authors'"),
+        ("pgd", "reference", "PGD, plain"),
+        ("mart", "optimised-frozen", "MART, ours, frozen"),
+        ("trades", "bullet", "+ BulletTrain"),
+        ("trades", "bullet-frozen,robust-steps=0", "+ BT, frozen, N_R=0"),
+        ("trades", "fast", "+ FAST"),
+        ("trades", "fast-3", "+ FAST-3"),
+        ("trades", "yopo-2-5,beta=1", "+ YOPO-2-5, β=1"),
+        ("pgd", "bullet,policy=oracle", "+ BulletTrain, oracle"),
+        ("augmix", "optimised", "AugMix"),
+        ("augmix", "no-jsd", "AugMix - JSD"),
+    ],
+)
+def test_a_method_has_a_name_for_readers(loss, method, name):
+    assert label(method, loss) == name
