@@ -146,7 +146,7 @@ def judged_of(certainty, correct, f_r, steps):
 @st.composite
 def judged(draw):
     m = draw(st.integers(0, 12))
-    values = st.one_of(st.sampled_from([0.0, 0.1, 0.25]), st.floats(0, 1), st.floats(0, 1e-8))
+    values = st.one_of(st.sampled_from([0.0, 0.1, 0.25]), st.floats(1e-30, 1), st.floats(1e-30, 1e-8))
     certainty = draw(st.lists(values, min_size=m, max_size=m))
     correct = draw(st.lists(st.booleans(), min_size=m, max_size=m))
     signed = [c if right else -c for c, right in zip(certainty, correct, strict=True)]
