@@ -158,8 +158,9 @@ class Oracle:
     """N_O, N_B or N_R by groups that an attack tells, not the certainty (Fig. 2 of the paper).
 
     An outlier is misclassified before the attack, a boundary sample after it, a robust sample neither. The objectives
-    run the attack with `steps` uniform steps of 1.7·ε/steps, which costs what the allocation is to save: an upper bound
-    on what a metric can find, not a method.
+    run the attack, their own but for its `steps` uniform steps of 1.7·ε/steps, which costs what the allocation is to
+    save: an upper bound on what a metric can find, not a method. They draw the training start's seed first, then the
+    oracle's, from the same generator.
 
     Attributes:
         steps: of that attack, at least 1.

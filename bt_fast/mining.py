@@ -148,9 +148,9 @@ class BulletTrain(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Load a state that was saved before there were policies, or with that of three groups."""
-        name, counts = f"{prefix}steps_assigned", state_dict.get(f"{prefix}group_counts")
-        if self.steps_assigned is not None and name not in state_dict and counts is not None:
-            state_dict[name] = sum(n * count for n, count in zip(self._group_steps, counts, strict=True))
+        name, counts = f"{prefix}steps_assigned", state_dict.get(f"{prefix}group_counts", ())
+        if self.steps_assigned is not None and name not in state_dict and getattr(counts, "shape", None) == (3,):
+            state_dict[name] = sum(n * counts[group] for group, n in enumerate(self._group_steps))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def assign(
@@ -248,13 +248,9 @@ class BulletTrain(nn.Module):
                 group = self.policy.groups(correct, attacked.correct)
                 late.append(faults.marked_rows(attacked.unfit & 1, "attacked_logits"))
             judged = Judged(certainty, correct, group, threshold, self.robust_fraction, self._group_steps)
-            steps, outside = self._allot(judged)
+            steps, order, counts, late = self._by_policy(judged, counts[-len(messages) :], late)
             step_sizes = self._sizes_by_count(steps, epsilon, sizes[ops.BOUNDARY])
-            order, active = ops.order_by_steps(steps, max(self._group_steps))
-            late.append(outside)
-            wrong = torch.cat([counts[-len(messages) :], faults.counts_of(late)])
             messages += [fault.message for fault in late]
-            counts = torch.cat([active, self._count(group, steps, wrong), wrong])
         self.unreported_faults.zero_()
         self.unreported_gradients.zero_()
         return Assignment(
@@ -269,21 +265,29 @@ class BulletTrain(nn.Module):
             counts=CheckedRead(counts, messages),
         )
 
-    def _allot(self, judged: Judged) -> tuple[Tensor, Fault]:
-        """The policy's steps [m], moved into the range that the order has room for, and how many were outside."""
+    def _by_policy(
+        self, judged: Judged, wrong: Tensor, late: Sequence[Fault]
+    ) -> tuple[Tensor, Tensor, Tensor, list[Fault]]:
+        """What `ops.assign_steps` does for three groups, by a policy: steps [m], order [m], counts, the late faults.
+
+        The groups' sizes and the steps are added to what has been assigned unless something is wrong.
+
+        Args:
+            wrong: [f] int64, the counts of the faults that are told first; late: those behind them.
+        """
         steps, most = allocation.steps_of(self.policy, judged), max(self._group_steps)
         outside = ((steps < 0) | (steps > most)).sum()
         message = f"policy must return steps in 0..{most}, but {{count}} of {len(steps)} are not"
-        return steps.clamp(0, most), Fault(outside, message)
-
-    def _count(self, group: Tensor, steps: Tensor, wrong: Tensor) -> Tensor:
-        """The group sizes [3]; they and the steps are added to what has been assigned unless something is wrong."""
-        sizes = (group == torch.arange(3, device=group.device)[:, None]).sum(dim=1)
+        late = [*late, Fault(outside, message)]
+        steps = steps.clamp(0, most)  # the order has room for no others
+        order, active = ops.order_by_steps(steps, most)
+        sizes = (judged.group == torch.arange(3, device=steps.device)[:, None]).sum(dim=1)
+        wrong = torch.cat([wrong, faults.counts_of(late)])
         sound = ~wrong.any()
         self.group_counts += sizes * sound
-        assert self.steps_assigned is not None  # it is there for these policies
-        self.steps_assigned += steps.sum() * sound
-        return sizes
+        if self.steps_assigned is not None:  # as it is for these policies
+            self.steps_assigned += steps.sum() * sound
+        return steps, order, torch.cat([active, sizes, wrong]), late
 
     def report_attack(self, assignment: Assignment, faulty: Tensor) -> None:
         """Take note of the samples that could not move in the attack on an assignment, since their gradient held NaN.

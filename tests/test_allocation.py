@@ -146,7 +146,7 @@ def judged_of(certainty, correct, f_r, steps):
 @st.composite
 def judged(draw):
     m = draw(st.integers(0, 12))
-    values = st.one_of(st.sampled_from([0.0, 0.1, 0.25]), st.floats(0, 1), st.floats(0, 1e-8))
+    values = st.one_of(st.sampled_from([0.0, 0.1, 0.25]), st.floats(1e-30, 1), st.floats(1e-30, 1e-8))
     certainty = draw(st.lists(values, min_size=m, max_size=m))
     correct = draw(st.lists(st.booleans(), min_size=m, max_size=m))
     signed = [c if right else -c for c, right in zip(certainty, correct, strict=True)]
@@ -282,6 +282,9 @@ def test_mean_steps_and_the_speedup_of_the_steps_as_they_were_given():
     assert bullet.mean_steps == (0 + 1 + 2 + 3 + 0 + 1) / 6
     assert bullet.theoretical_speedup() == 6 / (7 / 6 + 1)
     assert bullet.theoretical_speedup(10) == 11 / (7 / 6 + 1)
+    for baseline, error in ((-1, ValueError), (2.5, TypeError)):
+        with pytest.raises(error, match="baseline_steps must be"):
+            bullet.theoretical_speedup(baseline)
     bullet.reset_fractions()
     assert math.isnan(bullet.mean_steps)
     assert bullet.steps_assigned == 0

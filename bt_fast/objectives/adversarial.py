@@ -150,9 +150,9 @@ def _start_ragged(
     """Algorithm 2's attack. Waits for the counts: what is wrong with the input is raised here."""
     a = adversary
     names = ("the model's logits", "y")
-    state = random_state(x, a.generator)
     with attack_model(model, a.frozen, x[:COMPARED]) as view:
         logits = clean_logits(view, x)
+        state = random_state(x, a.generator)
         attacked, of_attack = None, []
         if isinstance(bullet.policy, Oracle):
             attacked, gradients = _attacked_logits(view, x, y, logits, a, bullet.policy.steps)

@@ -23,6 +23,10 @@ from bt_fast.objectives import adversarial, update
 EAGER = {"channels_last": False}
 GRAPHS = {"channels_last": False, "graphs": True}
 BULLETS = {"uniform": lambda: None, "bullet": lambda: BulletTrain(1, 1, 0)}
+POLICIES = {
+    "oracle": lambda: BulletTrain(1, 1, 0, policy="oracle"),
+    "own rules": lambda: BulletTrain(1, 1, 0, metric="margin", policy=lambda judged: 1 - judged.group % 2),
+}
 SIZES = (6, 6, 4, 6, 4, 4, 6)
 
 
@@ -84,10 +88,12 @@ NOT_CAPTURED = {
     [
         *((model, "uniform") for model in sorted(small_models.MODELS.keys() - NOT_CAPTURED.keys())),
         *((model, "bullet") for model in ("conv_bn", "dropout", "tied norm")),
+        *(("conv_bn", name) for name in POLICIES),
     ],
 )
 def test_the_eager_result_in_any_order(model, bullet):
-    expected, training = (Training(options, model, BULLETS[bullet]()) for options in (EAGER, GRAPHS))
+    make = (BULLETS | POLICIES)[bullet]
+    expected, training = (Training(options, model, make()) for options in (EAGER, GRAPHS))
     torch.manual_seed(0)
     expected.run(SIZES)
     torch.manual_seed(0)
