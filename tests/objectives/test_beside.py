@@ -193,14 +193,6 @@ def bad_pixels(runner):
     return []
 
 
-def bad_values(runner):
-    """The check of those who attack in other ways."""
-    x, y = small_models.batch(6)
-    with pytest.raises(ValueError, match="pixels outside"):
-        adversarial.check_values(small_models.build(), x + 1, y)
-    return []
-
-
 def bad_gradients(runner):
     x, y = small_models.with_bright([1, 4])
     with pytest.raises(ValueError, match="for 2 of 8 samples"):
@@ -218,7 +210,7 @@ def bad_gradients_on_a_device(runner):
 
 SCENARIOS = [
     *(beside, without_view, failing_forward, oracle, own_attack),
-    *(bad_pixels, bad_values, bad_gradients, bad_gradients_on_a_device),
+    *(bad_pixels, bad_gradients, bad_gradients_on_a_device),
 ]
 LEFT = "object) -> None:\n        "
 CLONE = "start.detach().clone(memory_format=torch."
@@ -231,7 +223,6 @@ IN_ADVERSARIAL = [
     Bug("beside an attack on the model itself", "attack.independent and", "", without_view),
     Bug("the oracle looks before its attack has ended", "attack.finish()", "attack._x_adv", oracle),
     Bug("bad input goes unnoticed", "attack.inputs.wait()", "pass", bad_pixels),
-    Bug("bad values go unnoticed", "faults.read(found).wait()", "pass", bad_values),
     Bug("bad gradients go unnoticed", "gradients.wait()", "pass", bad_gradients),
     Bug("bad gradients go unnoticed on a device", "late.wait()", "pass", bad_gradients_on_a_device),
 ]
@@ -251,7 +242,7 @@ def eager(scenario):
 
 PLACES = [
     (trades, ("trades_loss",)),
-    (adversarial, ("start", "run", "start_attack", "check_values")),
+    (adversarial, ("start", "run", "start_attack")),
     (generate, ("generate", "StartedAttack")),
 ]
 
