@@ -370,8 +370,9 @@ def _row(check: Check, where: torch.device, done: list[str | float], left: int, 
     wrong = [d for d in done if isinstance(d, str)]
     rest = f"; {left} skipped, since {why_left}" if left else ""
     if wrong:
-        cuda, cpu = check.tests
-        tests = f"-m cuda tests/kernels -k {cuda}" if where.type == "cuda" else cpu
+        tests = (
+            f"-m cuda tests/kernels -k {check.cuda_test}" if where.type == "cuda" else f"tests/test_{check.tests}.py"
+        )
         return Finding("self-check", check.op, "FAILED", "; ".join(wrong) + rest, f"python -m pytest {tests}")
     if not done:
         return Finding("self-check", check.op, "skipped", why_left)
@@ -384,7 +385,11 @@ def training_steps(steps: Sequence[StepCheck], where: torch.device, lost: str = 
     found = []
     reason: str | None = None
     for step in steps:
-        status, command = "ok", None
+        status, command, tests = (
+            "ok",
+            None,
+            "-m cuda tests/test_engine_on_cuda.py" if step.graphs else "tests/objectives",
+        )
         try:
             if lost or (reason := skip_reason(step, where)):
                 status, text = "skipped", lost or f"{reason}"
@@ -393,9 +398,7 @@ def training_steps(steps: Sequence[StepCheck], where: torch.device, lost: str = 
         except Exception as error:
             status, text = "FAILED", str(error) if isinstance(error, AssertionError) else said(error)
             lost = "the device was lost" if lost_by(text) else ""
-            command = (
-                f"python -m pytest {'-m cuda tests/test_engine_on_cuda.py' if step.graphs else 'tests/objectives'}"
-            )
+            command = f"python -m pytest {tests}"
         found.append(Finding("a training step", step.name, status, text, command))
     return found
 

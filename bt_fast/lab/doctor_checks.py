@@ -43,30 +43,33 @@ class Check:
     Attributes:
         op: its name in `bt_fast.ops`.
         fused: what its kernel takes; anything else runs in plain torch.
-        run: the public op; all that it returns or changes, by name.
-        reference: the same in plain torch, of the same arguments in float64.
+        results: calls what it is given first with the other arguments; all that this returns or changes, by name.
+        reference: the same in plain torch.
         cases: arguments on the CPU, by the case's name.
         tolerance: relative and absolute, of results in float32 or wider; 16 bits have two units in the last place more.
-        tests: the full check's name for `pytest -m cuda tests/kernels -k`, and the file of tests that need no GPU.
+        cuda_test: the full check in tests/kernels/test_on_cuda.py. tests: of the file in tests that needs no GPU.
     """
 
     op: str
     fused: str
-    run: Callable[..., Outputs]
-    reference: Callable[..., Outputs]
+    results: Callable[..., Outputs]
+    reference: Callable[..., Any]
     cases: Callable[[], Mapping[str, Given]]
     tolerance: float
-    tests: tuple[str, str]
+    cuda_test: str
+    tests: str
 
 
 def largest_difference(check: Check, given: Given, device: torch.device) -> float:
-    """The largest absolute difference of one case on the device, if all results are as they should be.
+    """The largest absolute difference of one case, of the op on the device from the reference in float64 on the CPU.
 
     Raises:
-        AssertionError: a result is not; the message says which, by how much or in how many places.
+        AssertionError: a result is not as it should be; the message says which, by how much or in how many places.
     """
-    found = check.run(**{name: _copied(value, device) for name, value in given.items()})
-    expected = check.reference(**{name: _widened(value) for name, value in given.items()})
+    # looked up at every call; of a loss the op is that of its rows
+    run = getattr(divergence, f"{check.op}_rows", None) or getattr(ops, check.op)
+    found = check.results(run, **{name: _copied(value, device) for name, value in given.items()})
+    expected = check.results(check.reference, **{name: _widened(value) for name, value in given.items()})
     return compare({name: value.cpu() for name, value in found.items()}, expected, check.tolerance)
 
 
@@ -144,7 +147,7 @@ def _direction_case(z: Tensor) -> Given:
     return {"logits": z, "target": far}
 
 
-def _directed(run: Callable[..., Tensor], **given: Any) -> Outputs:
+def _directed(run: Callable[..., Any], **given: Any) -> Outputs:
     """The direction scaled to 1, and whether it is within its own scale: a power of two, that the last bit can move."""
     direction = run(**given)
     largest = direction.double().abs().amax(dim=1, keepdim=True)
@@ -198,14 +201,15 @@ def _order_cases() -> dict[str, Given]:
     return {k: {"steps": torch.randint(0, 12, (m,), generator=_generator()), "most": 12} for k, m in sizes.items()}
 
 
-def _order_stated(steps: Tensor, most: int) -> Outputs:
+def _ordered(run: Callable[..., Any], **given: Any) -> Outputs:
+    return dict(zip(("order", "active"), run(**given), strict=True))
+
+
+def _order_stated(steps: Tensor, most: int) -> tuple[Tensor, Tensor]:
     """The order in Python's words."""
     counts = steps.tolist()
     order = sorted(range(len(counts)), key=lambda i: -counts[i])
-    return {
-        "order": torch.tensor(order).long(),
-        "active": torch.tensor([sum(n > t for n in counts) for t in range(most)]),
-    }
+    return torch.tensor(order).long(), torch.tensor([sum(n > t for n in counts) for t in range(most)])
 
 
 def _images() -> dict[str, tuple[tuple[int, ...], torch.dtype, bool]]:
@@ -258,117 +262,127 @@ def _start_cases() -> dict[str, Given]:
     return found
 
 
-def _started(run: Callable[..., tuple[Tensor, Tensor]], **given: Any) -> Outputs:
+def _started(run: Callable[..., Any], **given: Any) -> Outputs:
     clean, start = run(**given)
     return {"clean": clean, "start": start, "state": given["state"]}
 
 
-def _start_stated(**given: Any) -> Outputs:
-    found = _started(gather_start_reference, **given)
-    return {**found, "state": found["state"] + torch.tensor([0, 1])}
+def _start_stated(**given: Any) -> tuple[Tensor, Tensor]:
+    found = gather_start_reference(**given)
+    given["state"][1] += 1
+    return found
 
 
-def _losses(run: Callable[..., tuple[Tensor, ...]], *given: Any) -> Outputs:
-    loss, *gradients = run(*given)
+def _losses(run: Callable[..., Any], **given: Any) -> Outputs:
+    loss, *gradients = run(*given.values())
     return {"loss": loss, **{f"gradient {i}": g for i, g in enumerate(gradients)}}
 
 
-def _losses_stated(reference: Callable[..., tuple[Tensor, ...]], *given: Any) -> Outputs:
-    """The loss, and autograd's gradients of it: nothing of what the reference derives by hand."""
-    logits = [a.requires_grad_() for a in given if isinstance(a, Tensor) and a.is_floating_point()]
-    loss = reference(*given)[0]
-    gradients = torch.autograd.grad(loss.sum(), logits)
-    return {"loss": loss.detach(), **{f"gradient {i}": g for i, g in enumerate(gradients)}}
+def _graded(op: str) -> Callable[..., tuple[Tensor, ...]]:
+    """The reference's loss, and autograd's gradients of it: nothing that it derives by hand."""
+
+    def reference(*given: Any) -> tuple[Tensor, ...]:
+        logits = [a.requires_grad_() for a in given if isinstance(a, Tensor) and a.is_floating_point()]
+        loss = getattr(divergence, f"{op}_reference")(*given)[0]
+        return loss.detach(), *torch.autograd.grad(loss.sum(), logits)
+
+    return reference
 
 
-def _loss_check(op: str, of: Callable[..., Given], logits: int, tolerance: float) -> Check:
-    return Check(
-        op,
-        LOGITS,
-        lambda **given: _losses(getattr(divergence, f"{op}_rows"), *given.values()),
-        lambda **given: _losses_stated(getattr(divergence, f"{op}_reference"), *given.values()),
-        lambda: _rows(of, logits),
-        tolerance,
-        ("test_losses", "tests/test_divergence.py"),
-    )
+def _mining_case(z: Tensor) -> Given:
+    return {"logits": z, "labels": _labels(z)}
 
 
+def _trades_case(a: Tensor, b: Tensor) -> Given:
+    return {"adversarial": a, "clean": b}
+
+
+def _mart_case(a: Tensor, b: Tensor) -> Given:
+    return {"clean": a, "adversarial": b, "labels": _labels(a), "beta": 6.0}
+
+
+def _js_case(a: Tensor, b: Tensor, c: Tensor) -> Given:
+    return {"clean": a, "first": b, "second": c}
+
+
+SAMPLES = "up to 2^20 samples"
 CHECKS = (
     Check(
         "signed_variance",
         LOGITS,
-        lambda **given: _mined(ops.signed_variance, **given),
-        partial(_mined, signed_variance_reference),
-        lambda: _rows(lambda z: {"logits": z, "labels": _labels(z)}),
+        _mined,
+        signed_variance_reference,
+        partial(_rows, _mining_case),
         2e-6,
-        ("test_rows_of_logits", "tests/test_signed_variance.py"),
+        "test_rows_of_logits",
+        "signed_variance",
     ),
     Check(
         "assign_steps",
-        "float32, up to 2^20 samples",
-        lambda **given: _assigned(ops.assign_steps, **given),
-        partial(_assigned, assign_reference),
+        f"SVar in float32, {SAMPLES}",
+        _assigned,
+        assign_reference,
         _assign_cases,
         1e-12,
-        ("test_assign_steps", "tests/test_assign_steps.py"),
+        "test_assign_steps",
+        "assign_steps",
     ),
     Check(
-        "order_by_steps",
-        "up to 2^20 samples",
-        lambda **given: dict(zip(("order", "active"), ops.order_by_steps(**given), strict=True)),
-        _order_stated,
-        _order_cases,
-        0.0,
-        ("test_order_by_steps", "tests/test_order_by_steps.py"),
+        "order_by_steps", SAMPLES, _ordered, _order_stated, _order_cases, 0.0, "test_order_by_steps", "order_by_steps"
     ),
-    Check(
-        "gather_start",
-        IMAGES,
-        lambda **given: _started(ops.gather_start, **given),
-        _start_stated,
-        _start_cases,
-        2e-6,
-        ("test_gather_start", "tests/test_gather_start.py"),
-    ),
+    Check("gather_start", IMAGES, _started, _start_stated, _start_cases, 2e-6, "test_gather_start", "gather_start"),
     Check(
         "ascent_direction",
         LOGITS,
-        lambda **given: _directed(ops.ascent_direction, **given),
-        partial(_directed, ascent_direction_reference),
-        lambda: _rows(_direction_case),
+        _directed,
+        ascent_direction_reference,
+        partial(_rows, _direction_case),
         4e-6,
-        ("test_rows_of_logits", "tests/test_ascent_direction.py"),
+        "test_rows_of_logits",
+        "ascent_direction",
     ),
-    Check(
-        "linf_step_",
-        IMAGES,
-        lambda **given: _stepped(ops.linf_step_, **given),
-        partial(_stepped, linf_reference),
-        lambda: _step_cases("l_inf"),
-        1e-6,
-        ("test_linf", "tests/test_pgd_step.py"),
-    ),
-    Check(
-        "l2_step_",
-        IMAGES,
-        lambda **given: _stepped(ops.l2_step_, **given),
-        partial(_stepped, l2_reference),
-        lambda: _step_cases("l_2"),
-        4e-6,
-        ("test_l2", "tests/test_pgd_l2_step.py"),
-    ),
+    Check("linf_step_", IMAGES, _stepped, linf_reference, partial(_step_cases, "l_inf"), 1e-6, "test_linf", "pgd_step"),
+    Check("l2_step_", IMAGES, _stepped, l2_reference, partial(_step_cases, "l_2"), 4e-6, "test_l2", "pgd_l2_step"),
     Check(
         "update_fraction_",
         LOGITS,
-        lambda **given: _moved(ops.update_fraction_, **given),
-        partial(_moved, update_fraction_reference),
-        lambda: _rows(_fraction_case),
+        _moved,
+        update_fraction_reference,
+        partial(_rows, _fraction_case),
         1e-15,
-        ("test_update_fraction", "tests/test_update_fraction.py"),
+        "test_update_fraction",
+        "update_fraction",
     ),
-    _loss_check("trades_kl", lambda a, b: {"adversarial": a, "clean": b}, 2, 2e-5),
-    _loss_check("mart_loss", lambda a, b: {"clean": a, "adversarial": b, "labels": _labels(a), "beta": 6.0}, 2, 1e-4),
-    _loss_check("js_divergence", lambda a, b, c: {"clean": a, "first": b, "second": c}, 3, 2e-5),
+    Check(
+        "trades_kl",
+        LOGITS,
+        _losses,
+        _graded("trades_kl"),
+        partial(_rows, _trades_case, 2),
+        2e-5,
+        "test_losses",
+        "divergence",
+    ),
+    Check(
+        "mart_loss",
+        LOGITS,
+        _losses,
+        _graded("mart_loss"),
+        partial(_rows, _mart_case, 2),
+        1e-4,
+        "test_losses",
+        "divergence",
+    ),
+    Check(
+        "js_divergence",
+        LOGITS,
+        _losses,
+        _graded("js_divergence"),
+        partial(_rows, _js_case, 3),
+        2e-5,
+        "test_losses",
+        "divergence",
+    ),
 )
 
 # A whole step
@@ -376,11 +390,13 @@ CHECKS = (
 
 @dataclass(frozen=True)
 class StepCheck:
-    """`trades_loss` with BulletTrain, executed in one way, against the eager steps in float64 on the same device.
+    """`trades_loss` with BulletTrain, executed in one way, against eager steps in float64 on the same device.
 
     Attributes:
         options: makes the arguments of `trades_loss` that differ.
-        graphs: whether it needs CUDA graphs. base: makes the options of what it is held against.
+        dtype: of the network and the images.
+        tolerance: relative and absolute. In float32 signs differ where a gradient is next to 0, in float64 hardly any.
+        graphs: whether it needs CUDA graphs.
     """
 
     name: str
@@ -388,10 +404,8 @@ class StepCheck:
     dtype: torch.dtype
     tolerance: float
     graphs: bool = True
-    base: Callable[[], Given] = dict
 
 
-# In float32 the attack's signs may differ where a gradient is next to 0; in float64 graphs move next to none
 LOOSE, TIGHT = 2e-2, 1e-6
 STEPS = (
     StepCheck("eager, float32", dict, torch.float32, LOOSE, graphs=False),
@@ -399,13 +413,7 @@ STEPS = (
     StepCheck("graphs, float32", lambda: {"runner": GraphRunner()}, torch.float32, LOOSE),
     StepCheck("streams, float64", lambda: {"runner": StreamRunner()}, torch.float64, TIGHT),
     StepCheck("auto, float32", lambda: {"runner": AutoRunner()}, torch.float32, LOOSE),
-    StepCheck(
-        "update from graphs, float64",
-        lambda: {"update": Update(graphs=True)},
-        torch.float64,
-        TIGHT,
-        base=lambda: {"update": Update()},
-    ),
+    StepCheck("update from graphs, float64", lambda: {"update": Update(graphs=True)}, torch.float64, TIGHT),
 )
 
 
@@ -420,7 +428,7 @@ def step_difference(check: StepCheck, device: torch.device) -> float:
     Raises:
         AssertionError: it is beyond the tolerance, or the step fell back to another way (the message says why).
     """
-    expected = _updates(device, torch.float64, check.base())
+    expected = _updates(device, torch.float64, {})
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         found = _updates(device, check.dtype, check.options())
