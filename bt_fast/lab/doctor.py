@@ -208,6 +208,11 @@ def describe(properties: Any) -> str:
 def why_none(cuda: TorchCuda, nvml: Nvml, pci: int, visible: str | None, index: int) -> tuple[str, str]:
     """Why torch cannot use the GPU of that index, and the command that helps."""
     there = len(nvml.gpus) or pci
+    if visible is not None and cuda.built_for and cuda.count <= index < len(nvml.gpus):
+        reason = f"CUDA_VISIBLE_DEVICES={visible} hides it: torch sees {cuda.count} of {there}"
+        return reason, "env -u CUDA_VISIBLE_DEVICES bt-fast doctor"
+    if cuda.count:
+        return f"there is no cuda:{index}: torch sees {cuda.count}", "bt-fast doctor --device cuda:0"
     if cuda.built_for is None:
         also = f", but there is a GPU ({', '.join(nvml.gpus) or 'on the bus'})" if there else ""
         return f"torch is a build without CUDA{also}", "python -m pip install --force-reinstall torch"
@@ -225,11 +230,6 @@ def why_none(cuda: TorchCuda, nvml: Nvml, pci: int, visible: str | None, index: 
         return f"driver {nvml.driver} is too old: up to CUDA {newest}, torch needs {cuda.built_for}", INSTALL_DRIVER
     if not there:
         return "there is a driver", "nvidia-smi"
-    if visible is not None and index < len(nvml.gpus):
-        reason = f"CUDA_VISIBLE_DEVICES={visible} hides it: torch sees {cuda.count} of {len(nvml.gpus)}"
-        return reason, "env -u CUDA_VISIBLE_DEVICES bt-fast doctor"
-    if cuda.count:
-        return f"there is no cuda:{index}: torch sees {cuda.count}", "bt-fast doctor --device cuda:0"
     return f"torch cannot use it ({cuda.error or 'no device'})", "python -c 'import torch; torch.cuda.init()'"
 
 
@@ -376,8 +376,9 @@ def _row(check: Check, where: torch.device, done: list[str | float], left: int, 
         return Finding("self-check", check.op, "FAILED", "; ".join(wrong) + rest, f"python -m pytest {tests}")
     if not done:
         return Finding("self-check", check.op, "skipped", why_left)
+    count = "1 case" if len(done) == 1 else f"{len(done)} cases"
     largest = max(d for d in done if not isinstance(d, str))
-    return Finding("self-check", check.op, "ok", f"{len(done)} cases, largest difference {largest:.1g}{rest}")
+    return Finding("self-check", check.op, "ok", f"{count}, largest difference {largest:.1g}{rest}")
 
 
 def training_steps(steps: Sequence[StepCheck], where: torch.device, lost: str = "") -> list[Finding]:
