@@ -371,7 +371,7 @@ def _row(check: Check, where: torch.device, done: list[str | float], left: int, 
     rest = f"; {left} skipped, since {why_left}" if left else ""
     if wrong:
         tests = (
-            f"-m cuda tests/kernels -k {check.cuda_test}" if where.type == "cuda" else f"tests/test_{check.tests}.py"
+            f"-m cuda tests/kernels -k {check.cuda_tests}" if where.type == "cuda" else f"tests/test_{check.tests}.py"
         )
         return Finding("self-check", check.op, "FAILED", "; ".join(wrong) + rest, f"python -m pytest {tests}")
     if not done:

@@ -2,6 +2,8 @@ import dataclasses
 import importlib
 import importlib.metadata
 import json
+import re
+from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
@@ -310,6 +312,14 @@ def test_an_op_that_is_wrong_in_one_of_its_cases_is_caught_and_the_case_named():
     assert found.text == "bfloat16, 100 classes: correct differs in 33 of 33 places"
 
 
+@pytest.mark.parametrize("check", CHECKS, ids=OPS)
+def test_the_command_after_a_failure_names_tests_that_exist(check):
+    tests = Path(__file__).parents[1]
+    on_cuda = re.findall(r"def (test_\w+)", (tests / "kernels" / "test_on_cuda.py").read_text())
+    assert [name for name in on_cuda if check.cuda_tests in name]
+    assert (tests / f"test_{check.tests}.py").is_file()
+
+
 def test_after_an_error_that_loses_the_device_nothing_else_is_blamed():
     lost = mock.Mock(side_effect=RuntimeError("CUDA error: an illegal memory access was encountered"))
     with mock.patch.object(ops, "signed_variance", lost):
@@ -363,8 +373,9 @@ def test_a_step_from_graphs_is_compared_where_there_are_graphs():
     assert captured.called
 
 
+@pytest.mark.parametrize("name", ["graphs, float64", "graphs, float32"])
 @pytest.mark.parametrize("kind", ["wrong", "raises", "falls back"])
-def test_a_runner_that_is_wrong_or_falls_back_fails(kind):
+def test_a_runner_that_is_wrong_or_falls_back_fails(kind, name):
     def runner(model, x_adv, clean, *rest):
         if kind == "raises":
             raise ValueError("no stream")
@@ -374,7 +385,7 @@ def test_a_runner_that_is_wrong_or_falls_back_fails(kind):
         if kind == "wrong":
             x_adv.copy_(clean)
 
-    check = dataclasses.replace(step("graphs, float64"), graphs=False, options=lambda: {"runner": runner})
+    check = dataclasses.replace(step(name), graphs=False, options=lambda: {"runner": runner})
     found = only(doctor.training_steps([check], CPU))
     assert found.status == "FAILED"
     words = {"wrong": "differs by up to", "raises": "ValueError: no stream", "falls back": "without graphs: no memory"}
