@@ -28,6 +28,7 @@ from bt_fast.ops.launch import has_triton
 
 PACKAGES = ("triton", "numpy", "nvidia-ml-py", "click", "rich", "matplotlib")
 SECTIONS = ("versions", "device", "triton", "fused or plain", "self-check", "a training step")
+GRAPHS = "CUDA graphs and streams"
 SECONDS = 10.0  # of the self-check; a first run also compiles the kernels
 INSTALL_DRIVER = "sudo ubuntu-drivers install"
 WITHOUT_KERNELS = "python -m pip uninstall triton"
@@ -61,7 +62,7 @@ def examine(wanted: torch.device | None) -> list[Finding]:
     usable = where.type == "cpu" or (where.index or 0) < cuda.count
     launches = where.type == "cuda" and usable and has_triton()
     if usable:
-        found += probe("device", "CUDA graphs and streams", lambda: graphs(where))
+        found += probe("device", GRAPHS, lambda: graphs(where))
     if has_triton():
         found += probe("triton", "import", lambda: imported("triton", importlib.import_module, launches))
     found += probe("triton", "C compiler", lambda: compiler(shutil.which, python_header(), launches))
@@ -237,7 +238,7 @@ def graphs(where: torch.device) -> list[Finding]:
     """Whether a graph can be captured and replayed on a stream of its own."""
     x = torch.zeros(1, device=where)
     if reason := engine.no_graphs_reason(x):
-        return [Finding("device", "CUDA graphs and streams", "note", f"attacks run eagerly: {reason}")]
+        return [Finding("device", GRAPHS, "note", f"attacks run eagerly: {reason}")]
     stream = engine.new_stream(x)
     stream.wait_stream(engine.current_stream(x))
     with engine.on(stream):
@@ -248,7 +249,7 @@ def graphs(where: torch.device) -> list[Finding]:
     engine.current_stream(x).wait_stream(stream)
     if (value := x.item()) != 2:
         raise AssertionError(f"a replayed graph gave {value:g}, expected 2")
-    return [Finding("device", "CUDA graphs and streams", "ok", "a graph was captured and replayed on a stream")]
+    return [Finding("device", GRAPHS, "ok", "a graph was captured and replayed on a stream")]
 
 
 # What triton needs
@@ -429,7 +430,7 @@ def lines(findings: Sequence[Finding]) -> list[str]:
     out += [f"next: {command}" for command in dict.fromkeys(f.next for f in failed or findings if f.next)]
     if _fused(findings) and any(f.section == "self-check" for f in failed):
         out.append(f"to go on in plain torch, without kernels: {WITHOUT_KERNELS}")
-    if any(f.section == "a training step" and "graphs" in f.name + f.text for f in failed):
+    if any(f.name == GRAPHS or (f.section == SECTIONS[-1] and not f.name.startswith("eager")) for f in failed):
         out.append('to go on without graphs: runner="eager", and no update=Update(graphs=True)')
     return out
 

@@ -179,6 +179,10 @@ def test_graphs_are_tried_where_there_are_any():
     assert only(doctor.graphs(CPU)).status == "note"
     with EmulatedDevice():
         assert only(doctor.graphs(CPU)).status == "ok"
+    with EmulatedDevice(), mock.patch.object(engine, "capture", side_effect=RuntimeError("no memory")):
+        broken = only(doctor.probe("device", doctor.GRAPHS, lambda: doctor.graphs(CPU)))
+    assert (broken.status, broken.text) == ("FAILED", "RuntimeError: no memory")
+    assert any(line.startswith("to go on without graphs") for line in doctor.lines([broken]))
 
 
 # Versions and what triton needs
