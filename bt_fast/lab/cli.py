@@ -1,9 +1,10 @@
-"""The `bt-fast` command: compare, train, evaluate, corruptions, study, predict."""
+"""The `bt-fast` command: compare, train, evaluate, corruptions, study, predict, doctor."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import math
 import signal
 import sys
@@ -31,11 +32,13 @@ from bt_fast.allocation import METRICS, POLICIES
 from bt_fast.attack.losses import LOSSES
 from bt_fast.attack.threat import ThreatModel
 from bt_fast.evaluation import evaluate as evaluate_model
+from bt_fast.lab import doctor as examination
 from bt_fast.lab import gpu_prediction, report
 from bt_fast.lab.checkpoint import load_checkpoint
 from bt_fast.lab.config import OBJECTIVES, PRESETS, RunConfig
 from bt_fast.lab.corruptions import CORRUPTIONS, CorruptedTestSet, corruption_errors
 from bt_fast.lab.data import ImageDataset, load_dataset
+from bt_fast.lab.files import write_text
 from bt_fast.lab.gpu_model import GPUS
 from bt_fast.lab.make_corruptions import make_corruptions
 from bt_fast.lab.methods import COMPARED, FORMS, Method
@@ -569,3 +572,32 @@ def _progress() -> Progress:
         TimeRemainingColumn(),
         console=console,
     )
+
+
+@cli.command()
+@click.option("--device", default=None, help="cpu, cuda or cuda:N. [cuda where it can be used]")
+@click.option(
+    "--json", "path", type=click.Path(path_type=Path, dir_okay=False), help="Write the same for a bug report."
+)
+@_one_line_errors
+def doctor(device: str | None, path: Path | None) -> int:
+    """What is installed, what runs fused, and whether it computes what it should; exit code 1 if something fails."""
+    found = examination.examine(_named(device))
+    for line in examination.lines(found):
+        say(line, markup=False)
+    if path is not None:
+        write_text(path, json.dumps(examination.as_json(found), indent=2) + "\n")
+    return 0 if examination.verdict(found)[0] else 1
+
+
+def _named(name: str | None) -> torch.device | None:
+    """The device of that name, which need not be there."""
+    if name is None:
+        return None
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device {name}: expected cpu, cuda or cuda:N")
+    return device

@@ -1,0 +1,446 @@
+"""`bt-fast doctor`: what is installed, what runs fused or does not and why, and whether it computes what it should.
+
+Each probe is given what it looks at, and says of a part that is broken what it said itself: no probe breaks another.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.metadata
+import os
+import shutil
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bt_fast.attack import device as engine
+from bt_fast.lab import report
+from bt_fast.lab.doctor_checks import CHECKS, STEPS, Check, StepCheck, largest_difference, skip_reason, step_difference
+from bt_fast.ops.launch import has_triton
+
+PACKAGES = ("triton", "numpy", "nvidia-ml-py", "click", "rich", "matplotlib")
+SECTIONS = ("versions", "device", "triton", "fused or plain", "self-check", "a training step")
+GRAPHS = "CUDA graphs and streams"
+SECONDS = 10.0  # of the self-check; a first run also compiles the kernels
+INSTALL_DRIVER = "sudo ubuntu-drivers install"
+WITHOUT_KERNELS = "python -m pip uninstall triton"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A row of the report.
+
+    Attributes:
+        section: one of SECTIONS.
+        status: "ok", "note" (worth knowing; nothing that should work here fails), "FAILED" or "skipped".
+        next: the command to run, where something can be done.
+    """
+
+    section: str
+    name: str
+    status: str
+    text: str
+    next: str | None = None
+
+
+def examine(wanted: torch.device | None) -> list[Finding]:
+    """All findings about this machine; of `wanted`, or of the GPU if it can be used, else of the CPU."""
+    cuda = torch_cuda()
+    where = wanted or torch.device("cuda" if cuda.count else "cpu")
+    found = [*probe("versions", "packages", lambda: versions(importlib.metadata.version))]
+    nvml = read_nvml(lambda: importlib.import_module("pynvml"))
+    visible, pci = os.environ.get("CUDA_VISIBLE_DEVICES"), pci_gpus(Path("/sys/bus/pci/devices"))
+    found += probe("device", "GPU", lambda: gpu(cuda, nvml, pci, visible, wanted, torch.cuda.get_device_properties))
+    usable = where.type == "cpu" or (where.index or 0) < cuda.count
+    launches = where.type == "cuda" and usable and has_triton()
+    if usable:
+        found += probe("device", GRAPHS, lambda: graphs(where))
+    if has_triton():
+        found += probe("triton", "import", lambda: imported("triton", importlib.import_module, launches))
+    found += probe("triton", "C compiler", lambda: compiler(shutil.which, python_header(), launches))
+    found += probe("triton", "cache", lambda: cache(triton_cache(os.environ), launches))
+    if usable:
+        found += fused(CHECKS, where, has_triton())
+        with one_thread():
+            found += self_check(CHECKS, where)
+            lost = any(f.status == "FAILED" and lost_by(f.text) for f in found)
+            found += training_steps(STEPS, where, "the device was lost in the self-check" if lost else "")
+    else:
+        found += [Finding(s, "all", "skipped", f"{where} cannot be used") for s in SECTIONS[-2:]]
+    return found
+
+
+def probe(section: str, name: str, look: Callable[[], Sequence[Finding]]) -> Sequence[Finding]:
+    """What `look` finds; an exception of its own is a finding too."""
+    try:
+        return look()
+    except Exception as error:  # whatever is broken there, the others go on
+        return [Finding(section, name, "FAILED", said(error))]
+
+
+def said(error: BaseException) -> str:
+    """Type and first line of the message."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or ['no message'])[0]}"
+
+
+def versions(version_of: Callable[[str], str]) -> list[Finding]:
+    """What is installed; `version_of` raises PackageNotFoundError as that of importlib.metadata."""
+    built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "a build without CUDA"
+    found = {k: str(v) for k, v in report.machine(torch.device("cpu")).items() if k != "device"}
+    found["torch"] += f", {built}"
+    rows = [Finding("versions", name, "ok", text) for name, text in found.items()]
+    for name in PACKAGES:
+        try:
+            rows.append(Finding("versions", name, "ok", version_of(name)))
+        except importlib.metadata.PackageNotFoundError:
+            rows.append(Finding("versions", name, "note", "not installed"))
+    return rows
+
+
+# The GPU
+
+
+@dataclass(frozen=True)
+class TorchCuda:
+    """What torch says of CUDA: the version that it is built for, how many devices it can use, and why none."""
+
+    built_for: str | None
+    count: int
+    error: str | None = None
+
+
+def torch_cuda() -> TorchCuda:
+    """What this torch says."""
+    try:
+        torch.cuda.init()
+        return TorchCuda(torch.version.cuda, torch.cuda.device_count())
+    except Exception as error:  # no driver, one that is too old, ...: each has a type and words of its own
+        return TorchCuda(torch.version.cuda, 0, said(error))
+
+
+@dataclass(frozen=True)
+class Nvml:
+    """What the driver's own library says, which hides nothing: its version, the newest CUDA, and the GPUs' names.
+
+    Attributes:
+        error: why there is nothing to say: NVML's words, and `kind` the type of its exception.
+    """
+
+    driver: str | None = None
+    cuda: tuple[int, int] | None = None
+    gpus: tuple[str, ...] = ()
+    error: str | None = None
+    kind: str = ""
+
+
+def read_nvml(load: Callable[[], Any]) -> Nvml:
+    """What the module that `load` returns (pynvml) says. Raises nothing."""
+    try:
+        nvml = load()
+        nvml.nvmlInit()
+        try:
+            version, cuda = nvml.nvmlSystemGetDriverVersion(), int(nvml.nvmlSystemGetCudaDriverVersion_v2())
+            handles = [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
+            names = tuple(_text(nvml.nvmlDeviceGetName(handle)) for handle in handles)
+            return Nvml(_text(version), (cuda // 1000, cuda % 1000 // 10), names)
+        finally:
+            nvml.nvmlShutdown()
+    except Exception as error:
+        return Nvml(error=said(error), kind=type(error).__name__)
+
+
+def _text(value: str | bytes) -> str:
+    return value.decode() if isinstance(value, bytes) else value
+
+
+def pci_gpus(root: Path) -> int:
+    """How many display controllers of NVIDIA's are on the bus, with a driver or without."""
+    count = 0
+    for folder in root.glob("*"):
+        with contextlib.suppress(OSError):
+            vendor, kind = ((folder / name).read_text().strip() for name in ("vendor", "class"))
+            count += vendor == "0x10de" and kind.startswith("0x03")
+    return count
+
+
+def gpu(
+    cuda: TorchCuda,
+    nvml: Nvml,
+    pci: int,
+    visible: str | None,
+    wanted: torch.device | None,
+    properties: Callable[[int], Any],
+) -> list[Finding]:
+    """The driver, and the GPU or why there is none. That fails if one was asked for, or is in the machine, unused.
+
+    Args:
+        pci: how many the bus has. visible: CUDA_VISIBLE_DEVICES. wanted: None if no device was asked for.
+        properties: of the device of an index, as torch has them.
+    """
+    driver = f"{nvml.driver}, up to CUDA {'.'.join(map(str, nvml.cuda or ()))}" if nvml.driver else f"{nvml.error}"
+    found = [Finding("device", "driver", "ok" if nvml.driver else "note", driver)]
+    if wanted is not None and wanted.type == "cpu":
+        return [*found, Finding("device", "GPU", "note", "not looked for: --device cpu")]
+    index = (wanted.index or 0) if wanted else 0
+    if index < cuda.count:
+        return [*found, Finding("device", "GPU", "ok", describe(properties(index)))]
+    reason, command = why_none(cuda, nvml, pci, visible, index)
+    if not (nvml.gpus or pci or cuda.count):  # nothing to repair
+        reason, command = f"{reason}; no GPU is in this machine", "bt-fast doctor --device cpu"
+        if wanted is None:
+            return [*found, Finding("device", "GPU", "note", reason)]
+    return [*found, Finding("device", "GPU", "FAILED", reason, command)]
+
+
+def describe(properties: Any) -> str:
+    """Name, compute capability and memory."""
+    capability = f"{properties.major}.{properties.minor}"
+    return f"{properties.name}, compute capability {capability}, {properties.total_memory / 2**30:.1f} GiB"
+
+
+def why_none(cuda: TorchCuda, nvml: Nvml, pci: int, visible: str | None, index: int) -> tuple[str, str]:
+    """Why torch cannot use the GPU of that index, and the command that helps."""
+    there = len(nvml.gpus) or pci
+    if visible is not None and cuda.built_for and cuda.count <= index < len(nvml.gpus):
+        reason = f"CUDA_VISIBLE_DEVICES={visible} hides it: torch sees {cuda.count} of {there}"
+        return reason, "env -u CUDA_VISIBLE_DEVICES bt-fast doctor"
+    if cuda.count:
+        return f"there is no cuda:{index}: torch sees {cuda.count}", "bt-fast doctor --device cuda:0"
+    if cuda.built_for is None:
+        also = f", but there is a GPU ({', '.join(nvml.gpus) or 'on the bus'})" if there else ""
+        return f"torch is a build without CUDA{also}", "python -m pip install --force-reinstall torch"
+    if nvml.error is not None:
+        commands = {
+            "NVMLError_LibraryNotFound": ("no NVIDIA driver is installed", INSTALL_DRIVER),
+            "NVMLError_DriverNotLoaded": ("the NVIDIA driver is not loaded", "sudo modprobe nvidia"),
+            "NVMLError_LibRmVersionMismatch": ("the loaded driver is not the installed one", "sudo reboot"),
+            "ModuleNotFoundError": ("nvidia-ml-py is missing", "python -m pip install nvidia-ml-py"),
+        }
+        reason, command = commands.get(nvml.kind, ("the driver does not answer", "nvidia-smi"))
+        return f"{reason} ({nvml.error}; torch: {cuda.error or 'no device'})", command
+    if nvml.cuda is not None and nvml.cuda[0] < int(cuda.built_for.split(".")[0]):
+        newest = ".".join(map(str, nvml.cuda))
+        return f"driver {nvml.driver} is too old: up to CUDA {newest}, torch needs {cuda.built_for}", INSTALL_DRIVER
+    if not there:
+        return "there is a driver", "nvidia-smi"
+    return f"torch cannot use it ({cuda.error or 'no device'})", "python -c 'import torch; torch.cuda.init()'"
+
+
+def graphs(where: torch.device) -> list[Finding]:
+    """Whether a graph can be captured and replayed on a stream of its own."""
+    x = torch.zeros(1, device=where)
+    if reason := engine.no_graphs_reason(x):
+        return [Finding("device", GRAPHS, "note", f"attacks run eagerly: {reason}")]
+    stream = engine.new_stream(x)
+    stream.wait_stream(engine.current_stream(x))
+    with engine.on(stream):
+        x.add_(1)  # launched once before a capture
+        with engine.capture(engine.new_pool()) as graph:
+            x.add_(1)
+        graph.replay()
+    engine.current_stream(x).wait_stream(stream)
+    if (value := x.item()) != 2:
+        raise AssertionError(f"a replayed graph gave {value:g}, expected 2")
+    return [Finding("device", GRAPHS, "ok", "a graph was captured and replayed on a stream")]
+
+
+# What triton needs
+
+
+def python_header() -> Path:
+    """Python's own header file, which the launcher of a kernel includes."""
+    return Path(sysconfig.get_paths()["include"]) / "Python.h"
+
+
+def compiler(which: Callable[[str], str | None], header: Path, needed: bool) -> list[Finding]:
+    """The C compiler and the header with which triton builds the launcher of a kernel."""
+    asked = os.environ.get("CC")
+    found = next((path for name in ([asked] if asked else ["gcc", "clang"]) if (path := which(name))), None)
+    if found is None:
+        text = f"CC={asked} is not there" if asked else "neither gcc nor clang is there"
+        return [missing("C compiler", text, "unset CC" if asked else "sudo apt-get install gcc", needed)]
+    if not header.is_file():
+        package = f"python{sys.version_info.major}.{sys.version_info.minor}-dev"
+        return [missing("C compiler", f"{found}, but no {header.name}", f"sudo apt-get install {package}", needed)]
+    return [Finding("triton", "C compiler", "ok", found)]
+
+
+def missing(name: str, text: str, command: str, needed: bool) -> Finding:
+    """What triton lacks: a failure where kernels would run, and worth a note elsewhere."""
+    if needed:
+        return Finding("triton", name, "FAILED", text, command)
+    return Finding("triton", name, "note", f"{text}; nothing here needs it")
+
+
+def imported(name: str, load: Callable[[str], Any], needed: bool) -> list[Finding]:
+    """Whether the package can be imported."""
+    try:
+        load(name)
+    except Exception as error:
+        return [missing("import", said(error), f"python -m pip install --force-reinstall {name}", needed)]
+    return [Finding("triton", "import", "ok", "can be imported")]
+
+
+def triton_cache(environment: Mapping[str, str]) -> Path:
+    """Where triton keeps compiled kernels."""
+    home = environment.get("TRITON_HOME") or Path.home()
+    return Path(environment.get("TRITON_CACHE_DIR") or Path(home) / ".triton" / "cache")
+
+
+def cache(folder: Path, needed: bool) -> list[Finding]:
+    """Whether compiled kernels can be kept in the folder, or in one that is made there."""
+    place = next(p for p in (folder, *folder.absolute().parents) if os.path.exists(p))
+    try:
+        with tempfile.TemporaryFile(dir=place) as file:
+            file.write(b"kernel")
+    except OSError as error:
+        command = f"export TRITON_CACHE_DIR={Path(tempfile.gettempdir()) / 'triton'}"
+        return [missing("cache", f"{folder} cannot be written ({said(error)})", command, needed)]
+    return [Finding("triton", "cache", "ok", f"{folder}")]
+
+
+# What runs
+
+
+def why_plain(where: torch.device, triton: bool) -> str | None:
+    """Why no kernel runs on the device, or None."""
+    if where.type != "cuda":
+        return f"kernels are CUDA's, and the device is {where}"
+    return None if triton else "triton is not installed"
+
+
+def fused(checks: Sequence[Check], where: torch.device, triton: bool) -> list[Finding]:
+    """One row for each op: the fused kernel or plain torch, and why."""
+    reason = why_plain(where, triton)
+    if reason is None:
+        text = "fused kernel for {}; anything else, float64 too, in plain torch"
+        return [Finding("fused or plain", c.op, "ok", text.format(c.fused)) for c in checks]
+    command = "python -m pip install triton" if where.type == "cuda" else None
+    return [Finding("fused or plain", c.op, "note", f"plain torch: {reason}", command) for c in checks]
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """The cases are so small that to hand work to a second thread costs more than it saves."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def self_check(checks: Sequence[Check], where: torch.device, seconds: float = SECONDS) -> list[Finding]:
+    """One row for each op: its cases on the device. The first of each always runs, the others while there is time."""
+    start, lost = time.perf_counter(), ""
+    done: dict[str, list[str | float]] = {c.op: [] for c in checks}  # a difference, or what is wrong
+    left = dict.fromkeys(done, 0)
+    for number, check, name in _in_turn(checks):
+        if lost or (number and time.perf_counter() - start > seconds):
+            left[check.op] += 1
+            continue
+        try:
+            done[check.op].append(largest_difference(check, check.cases()[name], where))
+        except Exception as error:
+            done[check.op].append(f"{name}: {error if isinstance(error, AssertionError) else said(error)}")
+            if lost_by(str(error)):
+                lost = f"the device was lost in {check.op}"
+    return [_row(c, where, done[c.op], left[c.op], lost or f"{seconds:g} s were up: run it again") for c in checks]
+
+
+def lost_by(message: str) -> bool:
+    """Whether an error is one after which every launch of the process fails."""
+    return "CUDA error" in message or "illegal memory access" in message
+
+
+def _in_turn(checks: Sequence[Check]) -> Iterator[tuple[int, Check, str]]:
+    """The first case of every op, the second of every op, ..."""
+    named = [(number, check, name) for check in checks for number, name in enumerate(check.cases())]
+    return iter(sorted(named, key=lambda item: item[0]))
+
+
+def _row(check: Check, where: torch.device, done: list[str | float], left: int, why_left: str) -> Finding:
+    wrong = [d for d in done if isinstance(d, str)]
+    rest = f"; {left} skipped, since {why_left}" if left else ""
+    if wrong:
+        tests = (
+            f"-m cuda tests/kernels -k {check.cuda_tests}" if where.type == "cuda" else f"tests/test_{check.tests}.py"
+        )
+        return Finding("self-check", check.op, "FAILED", "; ".join(wrong) + rest, f"python -m pytest {tests}")
+    if not done:
+        return Finding("self-check", check.op, "skipped", why_left)
+    count = "1 case" if len(done) == 1 else f"{len(done)} cases"
+    largest = max(d for d in done if not isinstance(d, str))
+    return Finding("self-check", check.op, "ok", f"{count}, largest difference {largest:.1g}{rest}")
+
+
+def training_steps(steps: Sequence[StepCheck], where: torch.device, lost: str = "") -> list[Finding]:
+    """One row for each way to execute a step of `trades_loss` with BulletTrain; none runs on a device that was lost."""
+    found = []
+    reason: str | None = None
+    for step in steps:
+        status, command, tests = (
+            "ok",
+            None,
+            "-m cuda tests/test_engine_on_cuda.py" if step.graphs else "tests/objectives",
+        )
+        try:
+            if lost or (reason := skip_reason(step, where)):
+                status, text = "skipped", lost or f"{reason}"
+            else:
+                text = f"3 updates, largest difference {step_difference(step, where):.1g}"
+        except Exception as error:
+            status, text = "FAILED", str(error) if isinstance(error, AssertionError) else said(error)
+            lost = "the device was lost" if lost_by(text) else ""
+            command = f"python -m pytest {tests}"
+        found.append(Finding("a training step", step.name, status, text, command))
+    return found
+
+
+# The report
+
+
+def verdict(findings: Sequence[Finding]) -> tuple[bool, str]:
+    """Whether all that should work here works, and a sentence that says so."""
+    wrong = [f"{f.section}: {f.name}" for f in findings if f.status == "FAILED"]
+    if wrong:
+        return False, f"{len(wrong)} of {len(findings)} FAILED ({', '.join(wrong)})"
+    if _fused(findings):
+        return True, "all works, with fused kernels; the full check is python -m pytest -m cuda"
+    plain = next((f.text for f in findings if f.section == "fused or plain"), "no op was looked at")
+    return True, f"all that should work here works; nothing fused ran ({plain})"
+
+
+def lines(findings: Sequence[Finding]) -> list[str]:
+    """The report: its sections, the verdict, and what to run next."""
+    out, width = [], max(len(f.name) for f in findings)
+    for section in SECTIONS:
+        out.append(section)
+        out += [f"  {f.name:<{width}}  {f.status:<7}  {f.text}" for f in findings if f.section == section]
+    failed = [f for f in findings if f.status == "FAILED"]
+    out += ["", verdict(findings)[1]]
+    out += [f"next: {command}" for command in dict.fromkeys(f.next for f in failed or findings if f.next)]
+    if _fused(findings) and any(f.section == "self-check" for f in failed):
+        out.append(f"to go on in plain torch, without kernels: {WITHOUT_KERNELS}")
+    if any(f.name == GRAPHS or (f.section == SECTIONS[-1] and not f.name.startswith("eager")) for f in failed):
+        out.append('to go on without graphs: runner="eager", and no update=Update(graphs=True)')
+    return out
+
+
+def _fused(findings: Sequence[Finding]) -> bool:
+    """Whether kernels run here."""
+    return any(f.section == "fused or plain" and f.status == "ok" for f in findings)
+
+
+def as_json(findings: Sequence[Finding]) -> dict[str, Any]:
+    """The same for a bug report."""
+    works, sentence = verdict(findings)
+    return {"works": works, "verdict": sentence, "findings": [asdict(f) for f in findings]}

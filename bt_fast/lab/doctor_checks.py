@@ -1,0 +1,402 @@
+"""What `bt-fast doctor` runs: every op on a device against its reference in float64 on the CPU, and a whole step.
+
+`pytest -m cuda` is the full check. Here one case stands for each of a kernel's ways: short and long rows, one sample,
+NaN, 16 bits, channels-last. In float64 on the CPU neither a kernel nor the op's own dtype has a part in a reference, so
+that a check can fail on the CPU too.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bt_fast import BulletTrain, GraphRunner, StreamRunner, Update, ops, trades_loss
+from bt_fast.attack.auto import AutoRunner
+from bt_fast.attack.device import no_graphs_reason
+from bt_fast.lab.models import build_model
+from bt_fast.ops import divergence
+from bt_fast.ops.ascent_direction import ascent_direction_reference
+from bt_fast.ops.assign_steps import assign_reference
+from bt_fast.ops.gather_start import gather_start_reference
+from bt_fast.ops.pgd_l2_step import l2_reference
+from bt_fast.ops.pgd_step import linf_reference
+from bt_fast.ops.signed_variance import signed_variance_reference
+from bt_fast.ops.update_fraction import update_fraction_reference
+
+Outputs = Mapping[str, Tensor]
+Given = dict[str, Any]
+
+LOGITS = "float32, float16, bfloat16"
+IMAGES = f"dense images in {LOGITS}"
+SAMPLES = "up to 2^20 samples"
+SVAR = f"SVar in float32 of {SAMPLES}"
+
+
+@dataclass(frozen=True)
+class Check:
+    """An op and what it is held against.
+
+    Attributes:
+        op: its name in `bt_fast.ops`.
+        results: calls what it is given first with the other arguments; all that this returns or changes, by name.
+        reference: the same in plain torch.
+        cases: arguments on the CPU, by the case's name.
+        tolerance: relative and absolute, of results in float32 or wider; 16 bits have two units in the last place more.
+        cuda_tests: a word of its full check's name in tests/kernels/test_on_cuda.py.
+        tests: of the file in tests that needs no GPU.
+        fused: what its kernel takes; anything else runs in plain torch.
+    """
+
+    op: str
+    results: Callable[..., Outputs]
+    reference: Callable[..., Any]
+    cases: Callable[[], Mapping[str, Given]]
+    tolerance: float
+    cuda_tests: str
+    tests: str
+    fused: str = LOGITS
+
+
+def largest_difference(check: Check, given: Given, device: torch.device) -> float:
+    """The largest absolute difference of one case, of the op on the device from the reference in float64 on the CPU.
+
+    Raises:
+        AssertionError: a result is not as it should be; the message says which, by how much or in how many places.
+    """
+    # looked up at every call; of a loss the op is that of its rows
+    run = getattr(divergence, f"{check.op}_rows", None) or getattr(ops, check.op)
+    found = check.results(run, **{name: _copied(value, device) for name, value in given.items()})
+    expected = check.results(check.reference, **{name: _widened(value) for name, value in given.items()})
+    return compare({name: value.cpu() for name, value in found.items()}, expected, check.tolerance)
+
+
+def _copied(value: Any, device: torch.device) -> Any:
+    return value.clone().to(device) if isinstance(value, Tensor) else value
+
+
+def _widened(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    return value.double() if value.is_floating_point() and value.dtype != torch.float64 else value.clone()
+
+
+def compare(found: Outputs, expected: Outputs, tolerance: float) -> float:
+    """The largest absolute difference of floating-point results within `tolerance` (both relative and absolute).
+
+    Integers and signs must be equal, and NaN stand in the same places.
+
+    Raises:
+        AssertionError: they are not; the message names the result.
+    """
+    largest = 0.0
+    for name, wanted in expected.items():
+        value = found[name]
+        if value.shape != wanted.shape:
+            raise AssertionError(f"{name} has shape {list(value.shape)}, expected {list(wanted.shape)}")
+        if not value.is_floating_point():
+            if places := int((value != wanted).sum()):
+                raise AssertionError(f"{name} differs in {places} of {value.numel()} places")
+            continue
+        if places := int((value.isnan() != wanted.isnan()).sum()):
+            raise AssertionError(f"{name} is NaN in other places than it should ({places} of {value.numel()})")
+        gap = torch.where(value.double() == wanted, 0.0, (value.double() - wanted).abs()).nan_to_num(0.0, torch.inf)
+        most = float(gap.max()) if gap.numel() else 0.0
+        bound = tolerance + (2 * torch.finfo(value.dtype).eps if value.dtype.itemsize == 2 else 0.0)
+        if bool((gap > bound * (1 + wanted.abs().nan_to_num(0.0))).any()):
+            raise AssertionError(f"{name} differs by up to {most:.2g} (allowed: {bound:.2g})")
+        largest = max(largest, most)
+    return largest
+
+
+def _generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def _logits(m: int, k: int, dtype: torch.dtype, faults: bool, count: int = 1) -> list[Tensor]:
+    """As many batches [m, k]; with `faults` every fourth row holds NaN in all."""
+    z = 3 * torch.randn(count, m, k, generator=_generator())
+    if faults:
+        z[:, ::4, 1] = torch.nan
+    return list(z.to(dtype))
+
+
+def _labels(z: Tensor) -> Tensor:
+    """Int64 [m]: right for two rows of three."""
+    best = z.float().argmax(dim=1)
+    return torch.where(torch.arange(len(z)) % 3 == 0, (best + 1) % z.shape[1], best)
+
+
+ROWS = {
+    "128 x 10": (128, 10, torch.float32, False),
+    "one row": (1, 10, torch.float32, False),
+    "NaN rows": (33, 10, torch.float32, True),
+    "bfloat16, 100 classes": (33, 100, torch.bfloat16, False),
+    "float16, 9000 classes": (5, 9000, torch.float16, True),
+}
+IMAGE_BATCHES = {
+    "16 x 3 x 32 x 32": ((16, 3, 32, 32), torch.float32, False),
+    "one sample": ((1, 1, 28, 28), torch.float32, False),
+    "NaN, float16, channels-last": ((5, 3, 15, 37), torch.float16, True),
+    "bfloat16, long samples": ((4, 3, 64, 64), torch.bfloat16, False),
+}
+
+
+def _rows(of: Callable[..., Given], count: int = 1) -> Callable[[], dict[str, Given]]:
+    """Cases of ops over rows of logits, from `of(*logits)`, when they are wanted."""
+    return lambda: {name: of(*_logits(*kind, count)) for name, kind in ROWS.items()}
+
+
+def _way_case(z: Tensor) -> Given:
+    far = torch.randn(z.shape, generator=_generator().manual_seed(1)).softmax(dim=1)
+    far[::2] = torch.nn.functional.one_hot(_labels(z), z.shape[1]).float()[::2]
+    return {"logits": z, "target": far}
+
+
+def _directed(run: Callable[..., Any], **given: Any) -> Outputs:
+    """The direction scaled to 1, and whether it is within its own scale: a power of two, that the last bit can move."""
+    direction = run(**given)
+    largest = direction.double().abs().amax(dim=1, keepdim=True)
+    return {"direction": (direction / largest).to(direction.dtype), "scale": (largest >= 1) & (largest <= 2)}
+
+
+def _mined(run: Callable[..., Any], logits: Tensor, labels: Tensor) -> Outputs:
+    svar, correct, probabilities, unfit = run(logits, labels)
+    scaled = svar * logits.shape[1] ** 2  # Var can be far below 1
+    signs = svar.nan_to_num().signbit()
+    return {"svar": scaled, "sign": signs, "correct": correct, "probabilities": probabilities, "unfit": unfit}
+
+
+def _fraction_case(z: Tensor) -> Given:
+    state = {"robust_fraction": torch.tensor(0.3, dtype=torch.float64), "unreported_faults": torch.tensor(2)}
+    return {**state, "logits": z, "labels": _labels(z), "gamma": 0.8, "momentum": 0.9}
+
+
+def _moved(run: Callable[..., None], **given: Any) -> Outputs:
+    run(**given)
+    return {name: given[name] for name in ("robust_fraction", "unreported_faults")}
+
+
+def _assign_cases() -> dict[str, Given]:
+    found = {}
+    for m, kind in ((128, "plain"), (1, "one sample"), (0, "no sample"), (33, "NaN"), (300, "ties"), (10_000, "many")):
+        g = _generator()
+        svar = torch.randn(m, generator=g) * 0.1
+        svar = svar.mul(20).round() / 20 if kind == "ties" else svar
+        if kind == "NaN":
+            svar[::5] = torch.nan
+        found[kind] = {
+            "svar": svar,
+            "correct": torch.rand(m, generator=g) < 0.7,
+            "robust_fraction": torch.tensor(1 / 3, dtype=torch.float64),
+            "group_steps": (0, 10, 2),
+            "group_step_sizes": (0.1, 0.007, 0.017),
+            "unfit": torch.arange(m).eq(3).to(torch.uint8) if kind == "NaN" else None,
+            "group_counts": torch.tensor([5, 6, 7]),
+        }
+    return found
+
+
+def _assigned(run: Callable[..., Any], **given: Any) -> Outputs:
+    names = ("threshold", "group", "steps", "step_size", "order", "counts")
+    return {**dict(zip(names, run(**given), strict=True)), "group_counts": given["group_counts"]}
+
+
+def _order_cases() -> dict[str, Given]:
+    sizes = {"128": 128, "one sample": 1, "no sample": 0, "many": 10_000}
+    return {k: {"steps": torch.randint(0, 12, (m,), generator=_generator()), "most": 12} for k, m in sizes.items()}
+
+
+def _ordered(run: Callable[..., Any], **given: Any) -> Outputs:
+    return dict(zip(("order", "active"), run(**given), strict=True))
+
+
+def _order_stated(steps: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """The order in Python's words."""
+    counts = steps.tolist()
+    order = sorted(range(len(counts)), key=lambda i: -counts[i])
+    return torch.tensor(order).long(), torch.tensor([sum(n > t for n in counts) for t in range(most)])
+
+
+def _step_cases(norm: str) -> dict[str, Given]:
+    found = {}
+    for name, (shape, dtype, faults) in IMAGE_BATCHES.items():
+        g = _generator()
+        clean, grad = torch.rand(shape, generator=g), torch.randn(shape, generator=g)
+        x_adv = clean + 0.1 * torch.randn(shape, generator=g)
+        grad[:, :, 0] = 0.0
+        if faults:
+            grad[1, 0, 3, 4] = torch.nan
+        size, n = 1.0 if norm == "l_inf" else clean[0].numel() ** 0.5, len(clean)
+        images = {"x_adv": x_adv, "grad": grad, "clean": clean}
+        given: Given = {k: v.to(dtype, memory_format=_format(faults)) for k, v in images.items()}
+        given |= {"step_size": torch.full((n,), 0.125 * size), "epsilon": 0.25 * size, "lower": 0.0, "upper": 1.0}
+        given |= {"steps": torch.tensor([2, 2, 1, 3, 0] * n)[:n], "step": torch.tensor(1)}
+        if norm == "l_2":
+            given["stand_in"] = torch.tensor(5)  # a seed, for the sample whose gradient is 0
+            given["grad"][0].mul_(float(dtype != torch.bfloat16))
+        found[name] = {**given, "faulty": torch.zeros(n, dtype=torch.int32)}
+    return found
+
+
+def _format(last: bool) -> torch.memory_format:
+    return torch.channels_last if last else torch.contiguous_format
+
+
+def _stepped(run: Callable[..., None], **given: Any) -> Outputs:
+    run(**given)
+    return {name: given[name] for name in ("x_adv", "faulty")}
+
+
+def _start_cases() -> dict[str, Given]:
+    found = {}
+    for name, (shape, dtype, faults) in IMAGE_BATCHES.items():
+        m, g = shape[0], _generator()
+        given: Given = {"x": torch.rand(shape, generator=g).to(dtype, memory_format=_format(faults))}
+        given |= {"order": torch.randperm(m, generator=g), "steps": torch.tensor([2, 0, 3, 1] * m)[:m]}
+        given |= {"state": torch.tensor([2**40 + 7, 11]), "noise": "uniform" if faults else "normal", "scale": 0.25}
+        found[name] = {**given, "lower": 0.0, "upper": 1.0}
+    return found
+
+
+def _started(run: Callable[..., Any], **given: Any) -> Outputs:
+    clean, start = run(**given)
+    return {"clean": clean, "start": start, "state": given["state"]}
+
+
+def _start_stated(**given: Any) -> tuple[Tensor, Tensor]:
+    found = gather_start_reference(**given)
+    given["state"][1] += 1
+    return found
+
+
+def _losses(run: Callable[..., Any], **given: Any) -> Outputs:
+    loss, *gradients = run(*given.values())
+    return {"loss": loss, **{f"gradient {i}": g for i, g in enumerate(gradients)}}
+
+
+def _graded(op: str) -> Callable[..., tuple[Tensor, ...]]:
+    """The reference's loss, and autograd's gradients of it: nothing that it derives by hand."""
+
+    def reference(*given: Any) -> tuple[Tensor, ...]:
+        logits = [a.requires_grad_() for a in given if isinstance(a, Tensor) and a.is_floating_point()]
+        loss = getattr(divergence, f"{op}_reference")(*given)[0]
+        return loss.detach(), *torch.autograd.grad(loss.sum(), logits)
+
+    return reference
+
+
+def _mining_case(z: Tensor) -> Given:
+    return {"logits": z, "labels": _labels(z)}
+
+
+def _trades_case(a: Tensor, b: Tensor) -> Given:
+    return {"adversarial": a, "clean": b}
+
+
+def _mart_case(a: Tensor, b: Tensor) -> Given:
+    return {"clean": a, "adversarial": b, "labels": _labels(a), "beta": 6.0}
+
+
+def _js_case(a: Tensor, b: Tensor, c: Tensor) -> Given:
+    return {"clean": a, "first": b, "second": c}
+
+
+CHECKS = (
+    Check("signed_variance", _mined, signed_variance_reference, _rows(_mining_case), 2e-6, "rows", "signed_variance"),
+    Check("assign_steps", _assigned, assign_reference, _assign_cases, 1e-12, "assign", "assign_steps", SVAR),
+    Check("order_by_steps", _ordered, _order_stated, _order_cases, 0.0, "order", "order_by_steps", SAMPLES),
+    Check("gather_start", _started, _start_stated, _start_cases, 2e-6, "gather", "gather_start", IMAGES),
+    Check(
+        "ascent_direction", _directed, ascent_direction_reference, _rows(_way_case), 4e-6, "rows", "ascent_direction"
+    ),
+    Check("linf_step_", _stepped, linf_reference, partial(_step_cases, "l_inf"), 1e-6, "linf", "pgd_step", IMAGES),
+    Check("l2_step_", _stepped, l2_reference, partial(_step_cases, "l_2"), 4e-6, "l2", "pgd_l2_step", IMAGES),
+    Check(
+        "update_fraction_", _moved, update_fraction_reference, _rows(_fraction_case), 1e-15, "update", "update_fraction"
+    ),
+    Check("trades_kl", _losses, _graded("trades_kl"), _rows(_trades_case, 2), 2e-5, "losses", "divergence"),
+    Check("mart_loss", _losses, _graded("mart_loss"), _rows(_mart_case, 2), 1e-4, "losses", "divergence"),
+    Check("js_divergence", _losses, _graded("js_divergence"), _rows(_js_case, 3), 2e-5, "losses", "divergence"),
+)
+
+# A whole step
+
+
+@dataclass(frozen=True)
+class StepCheck:
+    """`trades_loss` with BulletTrain, executed in one way, against eager steps in float64 on the same device.
+
+    Attributes:
+        options: makes the arguments of `trades_loss` that differ.
+        dtype: of the network and the images.
+        tolerance: relative and absolute. In float32 signs differ where a gradient is next to 0, in float64 hardly any.
+        graphs: whether it needs CUDA graphs.
+    """
+
+    name: str
+    options: Callable[[], Given]
+    dtype: torch.dtype
+    tolerance: float
+    graphs: bool = True
+
+
+SHARPER = 10.0  # than a new network's: without its attack an update's loss is another by a third
+LOOSE, TIGHT = 0.1, 1e-6  # a GPU's float32 may be TF32
+STEPS = (
+    StepCheck("eager, float32", dict, torch.float32, LOOSE, graphs=False),
+    StepCheck("graphs, float64", lambda: {"runner": GraphRunner()}, torch.float64, TIGHT),
+    StepCheck("graphs, float32", lambda: {"runner": GraphRunner()}, torch.float32, LOOSE),
+    StepCheck("streams, float64", lambda: {"runner": StreamRunner()}, torch.float64, TIGHT),
+    StepCheck("auto, float32", lambda: {"runner": AutoRunner()}, torch.float32, LOOSE),
+    StepCheck("update from graphs, float64", lambda: {"update": Update(graphs=True)}, torch.float64, TIGHT),
+)
+
+
+def skip_reason(check: StepCheck, device: torch.device) -> str | None:
+    """Why the step cannot run so on this device, or None."""
+    return no_graphs_reason(torch.empty(0, device=device)) if check.graphs else None
+
+
+def step_difference(check: StepCheck, device: torch.device) -> float:
+    """The largest difference of the losses and fractions F_R of some updates.
+
+    Raises:
+        AssertionError: it is beyond the tolerance, or the step fell back to another way (the message says why).
+    """
+    expected = _updates(device, torch.float64, {})
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        found = _updates(device, check.dtype, check.options())
+    if fallen := [str(w.message) for w in said if "without graphs" in str(w.message)]:
+        raise AssertionError(fallen[0])
+    if not all(bool(v.isfinite().all()) for v in expected.values()):
+        raise AssertionError("a loss or a gradient of the eager step is not finite")
+    return compare(found, expected, check.tolerance)
+
+
+def _updates(device: torch.device, dtype: torch.dtype, options: Given, updates: int = 3) -> Outputs:
+    """Loss and size of the gradient of each update, and F_R at the end, on the CPU."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = build_model("wrn-10-1", in_channels=3, image_size=16, num_classes=10).double()
+        list(network.parameters())[-2].data *= SHARPER
+        x = torch.rand(16, 3, 16, 16).double()
+        y = _labels(network.eval()(x).detach()).to(device)
+    model, x = network.train().to(device, dtype), x.to(device, dtype)
+    mining, noise = BulletTrain(3, 2, 1).to(device), torch.Generator(device).manual_seed(0)
+    losses, sizes = [], []
+    for _ in range(updates):
+        model.zero_grad()
+        loss = trades_loss(model, x, y, None, 0.02, 0.1, 3, 6.0, bullet=mining, generator=noise, **options)
+        loss.backward()
+        losses.append(loss.detach().clone())
+        gradients = [p.grad.double().norm() for p in model.parameters() if p.grad is not None]
+        sizes.append(torch.stack(gradients).norm())
+    found = {"losses": torch.stack(losses), "gradients": torch.stack(sizes), "F_R": mining.robust_fraction}
+    return {name: value.detach().cpu() for name, value in found.items()}
