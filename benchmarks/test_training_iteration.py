@@ -1,10 +1,12 @@
-"""One training iteration of TRADES: its authors' computation, ours with the same result, and with BulletTrain.
+"""One training iteration: the authors' computation, ours with the same result, and with BulletTrain.
 
-At the paper's fractions (.28 / .54 / .18, with 10 / 2 / 0 steps). Speedups are medians of the ratios of interleaved
-pairs; each is also given as a share of the FLOP limit, the ratio of the operations counted. "frozen" and "bf16" are the
-engineering of fast-pytorch-adversarial-training (an attack on a folded, channels-last view without parameter gradients,
-in half precision or not), here with and without BulletTrain. Peak memory is what an iteration holds at its worst beside
-weights, momentum, images and the view's copy of the weights, as torch allocated it. To record:
+Of TRADES, MART and PGD at the paper's fractions for TRADES (.28 / .54 / .18, with 10 / 2 / 0 steps), of AugMix at its
+.35 boundary samples; AugMix has no computation of its authors here, since ours is theirs at the same cost. Speedups are
+medians of the ratios of interleaved pairs; each is also given as a share of the FLOP limit, the ratio of the operations
+counted. "frozen" and "bf16" are the engineering of fast-pytorch-adversarial-training (an attack on a folded,
+channels-last view without parameter gradients, in half precision or not), here with and without BulletTrain. Peak
+memory is what an iteration holds at its worst beside weights, momentum, images and the view's copy of the weights, as
+torch allocated it. To record:
 
 python -m pytest benchmarks/test_training_iteration.py -s --benchmark-json benchmarks/results/training-iteration.json
 """
@@ -26,11 +28,15 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from bt_fast import Frozen, Update, trades_loss
+from bt_fast import BulletTrain, Frozen, Update, augmix_loss, mart_loss, pgd_loss, trades_loss
+from bt_fast.augment.mix import SEVERITY, augment_and_mix, draw_choices
+from bt_fast.baselines.mart_reference import mart_reference_loss
+from bt_fast.baselines.pgd_reference import pgd_reference_loss
 from bt_fast.baselines.trades_reference import trades_reference_loss
 from bt_fast.lab import gpu_prediction
 
-SETTING = {"step_size": 0.007, "epsilon": 0.031, "beta": 6.0}
+SETTING = {"step_size": 0.007, "epsilon": 0.031}
+AUGMIX_BOUNDARY = 0.35  # the paper's F_B for CIFAR-10
 BASELINES = ("reference", "optimised")
 VIEWS = {"frozen": Frozen(), "bf16": Frozen(autocast=torch.bfloat16), "compiled": Frozen(compile=True)}
 
@@ -44,6 +50,22 @@ class Case:
     rounds: int
 
 
+@dataclass(frozen=True)
+class Objective:
+    """The authors' loss, ours, and what they are called with; whether samples without steps can be left out."""
+
+    reference: Callable[..., torch.Tensor]
+    ours: Callable[..., torch.Tensor]
+    options: dict[str, Any]
+    robust_term: bool
+
+
+TRADES = Objective(trades_reference_loss, trades_loss, {**SETTING, "beta": 6.0}, True)
+OBJECTIVES = {
+    "trades": TRADES,
+    "mart": Objective(mart_reference_loss, mart_loss, {**SETTING, "beta": 6.0}, True),
+    "pgd": Objective(pgd_reference_loss, pgd_loss, SETTING, False),
+}
 CASES = {
     "small-cnn": Case("small-cnn", 128, 15),
     "wrn-16-2": Case("wrn-16-2", 128, 5),
@@ -59,21 +81,22 @@ class Workload(gpu_prediction.Workload):
         super().__init__(case.model, case.batch, device)
         _set_statistics(self.model, self.x)
 
-    def variants(self) -> dict[str, Callable[[], None]]:
-        skip = {"bullet": self.bullet, "unperturbed": "skip"}
+    def variants(self, objective: Objective = TRADES) -> dict[str, Callable[[], None]]:
+        skip = {"bullet": self.bullet, **({"unperturbed": "skip"} if objective.robust_term else {})}
         views = {name: {"frozen": view, "update": Update()} for name, view in VIEWS.items()}
         options = {
             "optimised": {},
             **{f"optimised, {name}": views[name] for name in ("frozen", "bf16")},
-            "bullet, keep": {**skip, "unperturbed": "keep"},
+            **({"bullet, keep": {**skip, "unperturbed": "keep"}} if objective.robust_term else {}),
             "bullet": skip,
             **{f"bullet, {name}": {**skip, **view} for name, view in views.items()},
         }
-        ours = {name: functools.partial(self._iterate, trades_loss, **given) for name, given in options.items()}
-        return {"reference": functools.partial(self._iterate, trades_reference_loss), **ours}
+        run = functools.partial(functools.partial, self._iterate)
+        ours = {name: run(objective.ours, **objective.options, **given) for name, given in options.items()}
+        return {"reference": run(objective.reference, **objective.options), **ours}
 
     def _iterate(self, loss_of: Callable[..., torch.Tensor], **options: Any) -> None:
-        loss_of(self.model, self.x, self.y, self.optimizer, **SETTING, **options).backward()
+        loss_of(self.model, self.x, self.y, self.optimizer, **options).backward()
         self.optimizer.step()
 
 
@@ -89,14 +112,14 @@ def _set_statistics(model: torch.nn.Module, x: torch.Tensor) -> None:
         norm.momentum = momentum
 
 
-def check_exactness(workload: Workload) -> None:
+def check_exactness(workload: Workload, objective: Objective = TRADES) -> None:
     """No speedup is reported of a path whose result differs from the reference's."""
     results = []
-    for loss_of in (trades_reference_loss, trades_loss):
+    for loss_of in (objective.reference, objective.ours):
         model = copy.deepcopy(workload.model).double()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         torch.manual_seed(1)
-        loss = loss_of(model, workload.x[:4].double(), workload.y[:4], optimizer, **SETTING)
+        loss = loss_of(model, workload.x[:4].double(), workload.y[:4], optimizer, **objective.options)
         loss.backward()
         results.append([loss.detach(), *(p.grad for p in model.parameters()), *model.buffers()])
     for ours, theirs in zip(*results, strict=True):
@@ -134,34 +157,98 @@ def peak_bytes(work: Callable[[], None]) -> int:
     return max(accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
 
 
+@pytest.mark.parametrize("loss", OBJECTIVES)
 @pytest.mark.parametrize("name", CASES)
-def test_trades_iteration(name: str, interleaved: Any, benchmark: Any, device: torch.device) -> None:
+def test_iteration(name: str, loss: str, interleaved: Any, benchmark: Any, device: torch.device) -> None:
     workload = Workload(CASES[name], device)
     workload.prepare()
-    check_exactness(workload)
-    variants = workload.variants()
+    check_exactness(workload, OBJECTIVES[loss])
+    variants = workload.variants(OBJECTIVES[loss])
+    flops, peaks = costs(variants, workload)
+    workload.bullet.reset_fractions()
+    seconds = interleaved(variants, lambda _: workload.prepare(), rounds=CASES[name].rounds)
+    fractions = workload.bullet.fractions
+    info = {"fractions (B/R/O)": f"{fractions.boundary:.3f} / {fractions.robust:.3f} / {fractions.outlier:.3f}"}
+    info |= compared(seconds, flops, peaks, BASELINES)
+    report(benchmark, f"{loss}, {name}, batch {CASES[name].batch}", info)
+
+
+def check_augmix(workload: Workload) -> None:
+    """The loss without BulletTrain is the authors' on the same views."""
+    model, x, y = copy.deepcopy(workload.model).double(), workload.x[:4].double(), workload.y[:4]
+    first, second = (torch.Generator(x.device).manual_seed(1) for _ in range(2))
+    found = augmix_loss(copy.deepcopy(model), x, y, generator=first)
+    views = augment_and_mix(x.repeat(2, 1, 1, 1), draw_choices(8, x.device, severity=SEVERITY, generator=second))
+    torch.manual_seed(0)
+    logits = model.train()(torch.cat([x, views]))
+    clean, *others = logits.softmax(dim=1).split(4)
+    mixture = ((clean + sum(others)) / 3).clamp(1e-7, 1).log()
+    kl = functools.partial(torch.nn.functional.kl_div, mixture, reduction="batchmean")
+    expected = torch.nn.functional.cross_entropy(logits[:4], y) + 12 * sum(map(kl, (clean, *others))) / 3
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_augmix_iteration(name: str, interleaved: Any, benchmark: Any, device: torch.device) -> None:
+    workload = Workload(CASES[name], device)
+    for module in workload.model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0  # the check compares two forwards
+    bullet = BulletTrain(1, 0, 0).to(device)
+
+    def prepare() -> None:
+        workload.prepare()
+        bullet.robust_fraction.fill_(1.0 - AUGMIX_BOUNDARY - workload.outliers / len(workload.y))
+
+    def iterate(**options: Any) -> Callable[[], None]:
+        def run() -> None:
+            workload.optimizer.zero_grad()
+            augmix_loss(workload.model, workload.x, workload.y, **options).backward()
+            workload.optimizer.step()
+
+        return run
+
+    prepare()
+    check_augmix(workload)
+    variants = {"optimised": iterate(), "no-jsd": iterate(jsd=False), "bullet": iterate(bullet=bullet)}
+    flops, peaks = costs(variants, workload, prepare)
+    bullet.reset_fractions()
+    seconds = interleaved(variants, lambda _: prepare(), rounds=CASES[name].rounds)
+    info = {"boundary": f"{bullet.fractions.boundary:.3f}", "theory": f"{bullet.theoretical_speedup_augmix():.2f}x"}
+    info |= compared(seconds, flops, peaks, ("optimised",))
+    report(benchmark, f"augmix, {name}, batch {CASES[name].batch}", info)
+
+
+def costs(
+    variants: dict[str, Callable[[], None]], workload: Workload, prepare: Callable[[], None] | None = None
+) -> tuple[dict[str, int], dict[str, int]]:
+    """FLOPs and peak bytes of each variant."""
+    prepare = prepare or workload.prepare
     flops, peaks = {}, {}
     for variant, work in variants.items():
-        workload.prepare()
+        prepare()
         work()  # a view is traced, and compiled, at its first use
-        workload.prepare()
+        prepare()
         workload.optimizer.zero_grad()
         with FlopCounter() as counter:
             peaks[variant] = peak_bytes(work)
         # what is compiled hides its operations
         flops[variant] = counter.total if "compiled" not in variant else flops[variant.replace("compiled", "frozen")]
-    workload.bullet.reset_fractions()
-    seconds = interleaved(variants, lambda _: workload.prepare(), rounds=CASES[name].rounds)
+    return flops, peaks
 
-    fractions = workload.bullet.fractions
-    info = {"fractions (B/R/O)": f"{fractions.boundary:.3f} / {fractions.robust:.3f} / {fractions.outlier:.3f}"}
+
+def compared(
+    seconds: dict[str, list[float]], flops: dict[str, int], peaks: dict[str, int], baselines: tuple[str, ...]
+) -> dict[str, str]:
+    """What each variant came to, over the baselines and as a share of the FLOP limit."""
+    found = {}
     for variant, times in seconds.items():
         ratios = []
-        for slower in BASELINES:
+        for slower in baselines:
             speedup, limit = median_ratio(seconds[slower], times), flops[slower] / flops[variant]
             ratios.append(f"{speedup:.2f}x over {slower} ({speedup / limit:.2f} of the FLOP limit {limit:.2f}x)")
-        info[variant] = (
+        found[variant] = (
             f"{1e3 * statistics.median(times):.1f} ms, {flops[variant] / 1e9:.1f} GFLOP, "
             f"peak {peaks[variant] / 2**20:.0f} MiB; {', '.join(ratios)}"
         )
-    report(benchmark, f"{name}, batch {CASES[name].batch}", info)
+    return found
