@@ -7,7 +7,7 @@
      mig UUID PARENT          a MIG instance of the GPU PARENT
      GETTER VALUE...          what successive calls give: a number, or !CODE for an error. The last one repeats, or
                               grows with each call where the line ends with +STEP, and wraps where it has %MODULUS
-     lost_after N             the Nth and later calls of this device's getters return GPU_IS_LOST
+     lost_after N             the Nth call of the getters that this device has and all later ones return GPU_IS_LOST
 
    A getter that the script does not name is not supported. */
 
@@ -96,7 +96,7 @@ static int told(struct device *d, int getter, unsigned long long *value) {
     int code = SUCCESS;
     pthread_mutex_lock(&lock);
     if (!references) code = UNINITIALIZED;
-    else if (d->lost_after && ++d->calls >= d->lost_after) code = LOST;
+    else if (d->lost_after && (d->calls += s->count > 0) >= d->lost_after) code = LOST;
     else if (!s->count) code = NOT_SUPPORTED;
     else {
         int last = s->next == s->count - 1;
