@@ -95,6 +95,17 @@ def measured_in_a_thread():
     return told(monitor), inside, thread.daemon, thread.is_alive(), threading.active_count() - before
 
 
+def measured_in_threads_twice():
+    monitor, found = PowerMonitor([A], interval=0.001), []
+    for _ in range(2):
+        with monitor:
+            deadline = time.monotonic() + 10
+            while len(monitor.samples) < 5 and time.monotonic() < deadline:
+                time.sleep(0.001)
+            found.append(len(monitor.samples))
+    return found
+
+
 def measured_twice():
     monitor = PowerMonitor([A], interval=NEVER)
     found = []
@@ -294,6 +305,10 @@ def test_spans_share_the_sample_at_their_mark_and_sum_to_the_whole(run):
 
 def test_a_new_block_begins_anew(run):
     assert run(f"device {A}\nenergy 0 +1000", measured_twice) == [(5, ("0", "1", "2")), (3, ("0",))]
+
+
+def test_the_thread_samples_a_second_block_too(run):
+    assert min(run(EVERYTHING, measured_in_threads_twice)) >= 5
 
 
 def test_misuse_is_an_error_that_says_so(run):
