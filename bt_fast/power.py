@@ -441,7 +441,7 @@ class _Gpu:
             except self._gone as error:
                 self.lost = str(error)
                 return
-            except self._nvml.NVMLError:
+            except (self._nvml.NVMLError, AttributeError):  # an older nvidia-ml-py lacks the newer functions
                 continue
             self._readers.append(reader)
             if fields == ("power",):
@@ -479,8 +479,8 @@ def _readers(nvml: ModuleType, physical: Any, own: Any) -> dict[tuple[str, ...],
         rates = nvml.nvmlDeviceGetUtilizationRates(physical)
         return {"sm_utilisation": rates.gpu / 100, "memory_utilisation": rates.memory / 100}
 
-    def events(read: Callable[[Any], int]) -> Reader:
-        return lambda: {"throttle": reason_names(nvml, read(physical))}
+    def events(name: str) -> Reader:
+        return lambda: {"throttle": reason_names(getattr(nvml, name)(physical))}
 
     sensor = nvml.NVML_TEMPERATURE_GPU
     return {
@@ -500,35 +500,33 @@ def _readers(nvml: ModuleType, physical: Any, own: Any) -> dict[tuple[str, ...],
             "old": lambda: {"temperature": nvml.nvmlDeviceGetTemperature(physical, sensor)},
         },
         ("throttle",): {
-            "new": events(nvml.nvmlDeviceGetCurrentClocksEventReasons),
-            "old": events(nvml.nvmlDeviceGetCurrentClocksThrottleReasons),
+            "new": events("nvmlDeviceGetCurrentClocksEventReasons"),
+            "old": events("nvmlDeviceGetCurrentClocksThrottleReasons"),
         },
         ("memory_used",): {"info": lambda: {"memory_used": int(nvml.nvmlDeviceGetMemoryInfo(own).used)}},
     }
 
 
-REASONS = {  # NVML's bits, by the ends of their names there
-    "gpu_idle": "GpuIdle",
-    "applications_clocks_setting": "ApplicationsClocksSetting",
-    "sw_power_cap": "SwPowerCap",
-    "hw_slowdown": "HwSlowdown",
-    "sync_boost": "SyncBoost",
-    "sw_thermal_slowdown": "SwThermalSlowdown",
-    "hw_thermal_slowdown": "HwThermalSlowdown",
-    "hw_power_brake_slowdown": "HwPowerBrakeSlowdown",
-    "display_clock_setting": "DisplayClockSetting",
+REASONS = {  # nvmlClocksEventReasons, of which older versions of nvidia-ml-py know fewer
+    0x1: "gpu_idle",
+    0x2: "applications_clocks_setting",
+    0x4: "sw_power_cap",
+    0x8: "hw_slowdown",
+    0x10: "sync_boost",
+    0x20: "sw_thermal_slowdown",
+    0x40: "hw_thermal_slowdown",
+    0x80: "hw_power_brake_slowdown",
+    0x100: "display_clock_setting",
+    0x200: "board_limit",
+    0x400: "reliability",
 }
 
 
-def reason_names(nvml: ModuleType, bits: int) -> tuple[str, ...]:
+def reason_names(bits: int) -> tuple[str, ...]:
     """The names of the reasons for which clocks are held back, and bits without a name as "0x..."."""
-    names = []
-    for name, end in REASONS.items():
-        bit = getattr(nvml, f"nvmlClocksEventReason{end}")
-        if bits & bit:
-            names.append(name)
-            bits &= ~bit
-    return (*names, hex(bits)) if bits else tuple(names)
+    names = [name for bit, name in REASONS.items() if bits & bit]
+    unnamed = bits & ~sum(REASONS)
+    return (*names, hex(unnamed)) if unnamed else tuple(names)
 
 
 # Summaries

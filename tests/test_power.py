@@ -28,6 +28,7 @@ memory_util 20 40
 sm_clock 1500 1700
 memory_clock 2600
 temperature_v 60 71 65
+temperature 60 71 65
 events 4 0 68
 memory 1000 9000 5000
 """
@@ -205,12 +206,12 @@ def test_an_older_driver_is_asked_by_its_older_names(run):
 
 
 def test_a_reason_without_a_name_is_told_as_its_bit(run):
-    (sample, *_) = run(f"device {A}\nevents 4100", measured, [A]).samples
-    assert sample.throttle == ("sw_power_cap", "0x1000")
+    (sample, *_) = run(f"device {A}\nevents {0x1 + 0x4 + 0x200 + 0x3000}", measured, [A]).samples
+    assert sample.throttle == ("gpu_idle", "sw_power_cap", "board_limit", "0x3000")
 
 
 def test_what_is_not_supported_is_none_and_never_0(run):
-    found = run(f"device {A}\ntemperature_v 40", measured, [A])
+    found = run(f"device {A}\ntemperature_v 40\ntemperature 40", measured, [A])
     (summary,) = found.summaries[None]
     assert found.available
     assert found.samples[0] == Sample(A, found.samples[0].time, temperature=40)

@@ -137,4 +137,6 @@ def test_a_range_without_a_profiler_costs_microseconds_at_most():
         with range_(ATTACK_STEP):
             pass
 
-    assert min(timeit.repeat(one, number=1000, repeat=5)) / 1000 < 20e-6  # measured: 0.3e-6
+    assert (
+        min(timeit.repeat(one, number=1000, repeat=5)) / 1000 < 20e-6
+    )  # measured: 0.3e-6, and 2e-6 on a machine as busy as can be
