@@ -154,10 +154,15 @@ class PowerMonitor:
             self.reason = self._open()
         self._began, self._ended = time.monotonic(), float("inf")
         if self.available:
-            self._read()
-            self._stop.clear()
-            self._thread = threading.Thread(target=self._run, name="bt_fast.PowerMonitor", daemon=True)
-            self._thread.start()
+            try:
+                self._read()
+                self._stop.clear()
+                thread = threading.Thread(target=self._run, name="bt_fast.PowerMonitor", daemon=True)
+                thread.start()
+            except BaseException:  # there may be no room for a thread
+                self.__exit__()
+                raise
+            self._thread = thread
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -132,6 +132,15 @@ def a_block_that_raises():
         return len(monitor.samples), [t.name for t in threading.enumerate() if t.name == "bt_fast.PowerMonitor"]
 
 
+def without_room_for_a_thread():
+    with mock.patch.object(threading.Thread, "start", side_effect=RuntimeError("can't start new thread")):
+        try:
+            with PowerMonitor([A]):
+                return "not reached"
+        except RuntimeError as error:
+            return str(error)
+
+
 def misused():
     """The errors of a second block inside the first, and of marks."""
     monitor, errors = PowerMonitor([A], interval=NEVER), []
@@ -339,6 +348,10 @@ def test_a_block_that_raises_is_left_as_any_other(run):
     samples, threads = run(EVERYTHING, a_block_that_raises)
     assert samples >= 2
     assert threads == []
+
+
+def test_a_block_that_cannot_begin_gives_the_library_back(run):
+    assert run(EVERYTHING, without_room_for_a_thread) == "can't start new thread"
 
 
 def test_monitors_count_their_uses_of_the_library(run):
