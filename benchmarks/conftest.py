@@ -5,12 +5,13 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 
+from bt_fast import PowerMonitor
 from bt_fast.device import synchronize
 from bt_fast.lab.report import machine
 
@@ -49,6 +50,21 @@ def interleaved(benchmark: Any, device: torch.device) -> Callable[..., dict[str,
         return {name: times[-rounds:] for name, times in seconds.items()}
 
     return run
+
+
+@pytest.fixture
+def power(benchmark: Any, device: torch.device) -> Iterator[PowerMonitor]:
+    """Put the GPU's joules during the test, warm-up included, into its result: None, and why, where they are not told.
+
+    A test that calls `power.mark(name)` has the joules of its spans there, too.
+    """
+    with PowerMonitor(device) as monitor:
+        yield monitor
+    benchmark.extra_info["joules"] = monitor.joules()
+    benchmark.extra_info["joules_by_span"] = {name: monitor.joules(name) for name in monitor.labels}
+    benchmark.extra_info["joules_over_seconds"] = monitor.seconds
+    lost = [s.lost for s in monitor.summary() if s.lost]
+    benchmark.extra_info["joules_reason"] = monitor.reason or ", ".join(lost) or None
 
 
 def median_ratio(slower: list[float], faster: list[float]) -> float:

@@ -18,6 +18,7 @@ from bt_fast.objectives.mart import mart_loss
 from bt_fast.objectives.pgd import pgd_loss
 from bt_fast.objectives.trades import trades_loss
 from bt_fast.objectives.update import Update
+from bt_fast.power import PowerMonitor
 from bt_fast.speedup import Fractions, theoretical_speedup, theoretical_speedup_augmix
 
 __version__ = "0.1.0"
@@ -35,6 +36,7 @@ __all__ = [
     "GraphRunner",
     "Judged",
     "Oracle",
+    "PowerMonitor",
     "Schedule",
     "StreamRunner",
     "ThreatModel",

@@ -25,6 +25,7 @@ from bt_fast.attack.schedule import Schedule
 from bt_fast.attack.threat import ThreatModel
 from bt_fast.mining import step_count
 from bt_fast.ops.launch import dense_format
+from bt_fast.ranges import ATTACK_STEP, range_
 
 
 class GraphRunner:
@@ -237,7 +238,8 @@ class _Session:
                     if seeds is not None:
                         self._seed.copy_(seeds[t])
                     if n:
-                        self._advance(model, -(-n // self._bucket) * self._bucket)
+                        with range_(ATTACK_STEP):
+                            self._advance(model, -(-n // self._bucket) * self._bucket)
                 x_adv.copy_(self._x_adv[:m])
                 if faulty is not None:
                     torch.maximum(faulty, self._faulty[:m], out=faulty)

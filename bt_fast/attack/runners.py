@@ -12,6 +12,7 @@ from bt_fast import ops
 from bt_fast.attack.frozen import logits_of
 from bt_fast.attack.schedule import Schedule
 from bt_fast.attack.threat import ThreatModel
+from bt_fast.ranges import ATTACK_STEP, range_
 
 
 class Runner(Protocol):
@@ -105,7 +106,8 @@ def run_eager(
             break
         seed = None if seeds is None else seeds[t]
         found = None if faulty is None else faulty[:n]
-        take_step(model, x_adv[:n], clean[:n], target[:n], step_size[:n], threat, seed, found)
+        with range_(ATTACK_STEP):
+            take_step(model, x_adv[:n], clean[:n], target[:n], step_size[:n], threat, seed, found)
 
 
 def take_step(

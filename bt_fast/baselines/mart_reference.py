@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bt_fast.baselines.pgd_reference import cross_entropy_attack
+from bt_fast.ranges import UPDATE, range_
 
 
 def mart_reference_loss(
@@ -28,13 +29,14 @@ def mart_reference_loss(
     x_adv = cross_entropy_attack(model, x_natural, y, start, step_size, epsilon, perturb_steps)
     model.train()
     optimizer.zero_grad()
-    logits = model(x_natural)
-    logits_adv = model(x_adv)
-    adv_probs = F.softmax(logits_adv, dim=1)
-    largest = torch.argsort(adv_probs, dim=1)[:, -2:]
-    runner_up = torch.where(largest[:, -1] == y, largest[:, -2], largest[:, -1])
-    adversarial = F.cross_entropy(logits_adv, y) + F.nll_loss(torch.log(1.0001 - adv_probs + 1e-12), runner_up)
-    nat_probs = F.softmax(logits, dim=1)
-    true_probs = torch.gather(nat_probs, 1, y.unsqueeze(1)).squeeze(1)
-    kl = F.kl_div(torch.log(adv_probs + 1e-12), nat_probs, reduction="none").sum(dim=1)
-    return adversarial + beta * (kl * (1.0000001 - true_probs)).sum() / len(x_natural)
+    with range_(UPDATE):
+        logits = model(x_natural)
+        logits_adv = model(x_adv)
+        adv_probs = F.softmax(logits_adv, dim=1)
+        largest = torch.argsort(adv_probs, dim=1)[:, -2:]
+        runner_up = torch.where(largest[:, -1] == y, largest[:, -2], largest[:, -1])
+        adversarial = F.cross_entropy(logits_adv, y) + F.nll_loss(torch.log(1.0001 - adv_probs + 1e-12), runner_up)
+        nat_probs = F.softmax(logits, dim=1)
+        true_probs = torch.gather(nat_probs, 1, y.unsqueeze(1)).squeeze(1)
+        kl = F.kl_div(torch.log(adv_probs + 1e-12), nat_probs, reduction="none").sum(dim=1)
+        return adversarial + beta * (kl * (1.0000001 - true_probs)).sum() / len(x_natural)

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bt_fast.ranges import ATTACK_STEP, UPDATE, range_
+
 
 def pgd_reference_loss(
     model: nn.Module,
@@ -26,7 +28,8 @@ def pgd_reference_loss(
     x_adv = cross_entropy_attack(model, x_natural, y, start, step_size, epsilon, perturb_steps)
     model.train()
     optimizer.zero_grad()
-    return F.cross_entropy(model(x_adv), y)
+    with range_(UPDATE):
+        return F.cross_entropy(model(x_adv), y)
 
 
 def cross_entropy_attack(
@@ -35,10 +38,11 @@ def cross_entropy_attack(
     """ℓ∞ gradient ascent on the cross-entropy from `start`, projected; the model is in eval mode."""
     x_adv = start
     for _ in range(steps):
-        x_adv.requires_grad_()
-        with torch.enable_grad():
-            inner = F.cross_entropy(model(x_adv), y)
-        (grad,) = torch.autograd.grad(inner, [x_adv])
-        x_adv = x_adv.detach() + step_size * grad.sign()
-        x_adv = torch.min(torch.max(x_adv, x - epsilon), x + epsilon).clamp(0.0, 1.0)
+        with range_(ATTACK_STEP):
+            x_adv.requires_grad_()
+            with torch.enable_grad():
+                inner = F.cross_entropy(model(x_adv), y)
+            (grad,) = torch.autograd.grad(inner, [x_adv])
+            x_adv = x_adv.detach() + step_size * grad.sign()
+            x_adv = torch.min(torch.max(x_adv, x - epsilon), x + epsilon).clamp(0.0, 1.0)
     return x_adv

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bt_fast.ranges import ATTACK_STEP, UPDATE, range_
+
 
 def trades_reference_loss(
     model: nn.Module,
@@ -25,17 +27,19 @@ def trades_reference_loss(
     model.eval()
     x_adv = x_natural.detach() + 0.001 * torch.randn(x_natural.shape).to(x_natural.device)
     for _ in range(perturb_steps):
-        x_adv.requires_grad_()
-        with torch.enable_grad():
-            inner = _kl_sum(model(x_adv), model(x_natural))
-        (grad,) = torch.autograd.grad(inner, [x_adv])
-        x_adv = x_adv.detach() + step_size * grad.sign()
-        x_adv = torch.min(torch.max(x_adv, x_natural - epsilon), x_natural + epsilon).clamp(0.0, 1.0)
+        with range_(ATTACK_STEP):
+            x_adv.requires_grad_()
+            with torch.enable_grad():
+                inner = _kl_sum(model(x_adv), model(x_natural))
+            (grad,) = torch.autograd.grad(inner, [x_adv])
+            x_adv = x_adv.detach() + step_size * grad.sign()
+            x_adv = torch.min(torch.max(x_adv, x_natural - epsilon), x_natural + epsilon).clamp(0.0, 1.0)
     model.train()
     optimizer.zero_grad()
-    natural = F.cross_entropy(model(x_natural), y)
-    robust = _kl_sum(model(x_adv), model(x_natural)) / len(x_natural)
-    return natural + beta * robust
+    with range_(UPDATE):
+        natural = F.cross_entropy(model(x_natural), y)
+        robust = _kl_sum(model(x_adv), model(x_natural)) / len(x_natural)
+        return natural + beta * robust
 
 
 def _kl_sum(logits: Tensor, target_logits: Tensor) -> Tensor:

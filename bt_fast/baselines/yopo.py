@@ -23,6 +23,7 @@ from bt_fast.attack.threat import ThreatModel
 from bt_fast.baselines.values import check_values
 from bt_fast.mining import step_count
 from bt_fast.objectives import adversarial
+from bt_fast.ranges import ATTACK_STEP, UPDATE, range_
 
 YopoObjective = Literal["pgd", "trades", "mart"]
 
@@ -228,11 +229,12 @@ class _Attack:
     def moved(self, eta: Tensor, p: Tensor) -> Tensor:
         """η after n steps up H."""
         for _ in range(self.steps):
-            eta = eta.detach().requires_grad_()
-            (gradient,) = torch.autograd.grad(self.hamiltonian(eta, p), eta)
-            self.faulty.logical_or_(gradient.isnan().flatten(1).any(dim=1))
-            eta = eta.detach() + self.step_size * gradient.sign()
-            eta = self.images(eta.clamp(-self.threat.epsilon, self.threat.epsilon)) - self.x
+            with range_(ATTACK_STEP):
+                eta = eta.detach().requires_grad_()
+                (gradient,) = torch.autograd.grad(self.hamiltonian(eta, p), eta)
+                self.faulty.logical_or_(gradient.isnan().flatten(1).any(dim=1))
+                eta = eta.detach() + self.step_size * gradient.sign()
+                eta = self.images(eta.clamp(-self.threat.epsilon, self.threat.epsilon)) - self.x
         return eta
 
     def propagated(self, eta: Tensor) -> tuple[Tensor, GradientEdge]:
@@ -267,13 +269,14 @@ def _attacked(attack: _Attack, y: Tensor, divergence: bool, m: int, generator: t
 
 def _update(model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, divergence: bool, beta: float) -> Tensor:
     """The loss of TRADES or MART on x' found before."""
-    with modes_restored(model):
-        if not model.training:
-            model.train()
-        clean, corrupted = logits_of(model, x), logits_of(model, x_adv)
-    if divergence:
-        return F.cross_entropy(clean, y) + beta / len(x) * ops.trades_kl(corrupted, clean)
-    return ops.mart_loss(clean, corrupted, y, beta)
+    with range_(UPDATE):
+        with modes_restored(model):
+            if not model.training:
+                model.train()
+            clean, corrupted = logits_of(model, x), logits_of(model, x_adv)
+        if divergence:
+            return F.cross_entropy(clean, y) + beta / len(x) * ops.trades_kl(corrupted, clean)
+        return ops.mart_loss(clean, corrupted, y, beta)
 
 
 def _propagations(attack: _Attack, y: Tensor, m: int, generator: torch.Generator | None) -> Tensor:

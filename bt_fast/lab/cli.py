@@ -1,4 +1,4 @@
-"""The `bt-fast` command: compare, train, evaluate, corruptions, study, predict, doctor."""
+"""The `bt-fast` command: compare, train, evaluate, corruptions, study, predict, profile, doctor."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ from bt_fast.attack.threat import ThreatModel
 from bt_fast.evaluation import evaluate as evaluate_model
 from bt_fast.lab import doctor as examination
 from bt_fast.lab import gpu_prediction, report
+from bt_fast.lab import profile as profiling
 from bt_fast.lab.checkpoint import load_checkpoint
 from bt_fast.lab.config import OBJECTIVES, PRESETS, RunConfig
 from bt_fast.lab.corruptions import CORRUPTIONS, CorruptedTestSet, corruption_errors
@@ -378,6 +379,27 @@ def corruptions(
                 for corruption, of_severities in progress.track(found, total=len(CORRUPTIONS), description=name):
                     errors[corruption] = of_severities
             console.print(report.corruption_table(name, errors))
+
+
+@cli.command()
+@click.option("--method", metavar="METHOD", callback=_method_names, default="bullet", show_default=True)
+@click.option("--iterations", type=_AT_LEAST_ONE, default=10, show_default=True, help="Timed ones, for the energy too.")
+@_with_options(_RUN_OPTIONS)
+@click.option("--data-dir", type=click.Path(path_type=Path), default=Path("data"), show_default=True)
+@click.option("--device", default=None, help="cpu, cuda or cuda:N. [cuda where there is one]")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder of trace.json. [profiles/DATE-TIME]")
+@_one_line_errors
+def profile(method: str, iterations: int, data_dir: Path, device: str | None, out: Path | None, **given: Any) -> None:
+    """Time of a few iterations phase by phase, their energy by NVML, and a trace for Perfetto or chrome://tracing."""
+    where = _device(device)
+    asked = {name: value for name, value in given.items() if value not in (None, ())}
+    config, dataset = _configure(asked | {"methods": (method,)}, data_dir)
+    folder = out or Path("profiles") / datetime.now().strftime("%Y%m%d-%H%M%S")
+    found = profiling.profile(config, dataset, where, folder, iterations)
+    console.print(profiling.table(found))
+    for line in profiling.lines(found):
+        say(line)
+    say(f"wrote {folder / 'profile.json'}, and {folder / 'trace.json'}, which ui.perfetto.dev shows")
 
 
 def _corrupted_test_set(folder: Path, dataset: ImageDataset, seed: int) -> CorruptedTestSet:

@@ -38,6 +38,7 @@ from bt_fast.objectives.mart import mart_loss
 from bt_fast.objectives.pgd import pgd_loss
 from bt_fast.objectives.trades import trades_loss
 from bt_fast.ops import GROUPS
+from bt_fast.ranges import BACKWARD, range_
 
 EVALUATION_BATCH = 250
 CHECKPOINT_SECONDS = 60.0
@@ -83,8 +84,9 @@ class Contestant:
             synchronize(self.device)
             start = time.perf_counter()
             loss = self._loss(x, y)
-            loss.backward()
-            self.optimizer.step()
+            with range_(BACKWARD):
+                loss.backward()
+                self.optimizer.step()
             synchronize(self.device)
             self.seconds.append(time.perf_counter() - start)
         self.loss_sum += loss.detach()

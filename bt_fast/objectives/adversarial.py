@@ -29,6 +29,7 @@ from bt_fast.faults import CheckedRead, Fault
 from bt_fast.mining import STEP_FACTOR, BulletTrain, check_labels, positive, real, step_count
 from bt_fast.objectives.repeated_forward import moves_batch_norm_alone
 from bt_fast.objectives.update import Computation, Terms, Update, run_update
+from bt_fast.ranges import MINING, UPDATE, range_
 
 InnerLoss = Literal["kl", "cross_entropy"]
 Unperturbed = Literal["keep", "skip"]
@@ -151,24 +152,25 @@ def _start_ragged(
     a = adversary
     names = ("the model's logits", "y")
     with attack_model(model, a.frozen, x[:COMPARED]) as view:
-        logits = clean_logits(view, x)
-        state = random_state(x, a.generator)
-        attacked, of_attack = None, []
-        if isinstance(bullet.policy, Oracle):
-            attacked, gradients = _attacked_logits(view, x, y, logits, a, bullet.policy.steps)
-            of_attack = [gradients]
-        assignment = bullet.start_assignment(
-            logits,
-            y,
-            epsilon=a.threat.epsilon,
-            step_size=a.step_size,
-            inputs=[pixels],
-            names=names,
-            attacked_logits=attacked,
-            of_attack=of_attack,
-        )
-        clean, begin = sorted_start(x, assignment.order, assignment.steps, state, a.noise, a.threat)
-        schedule = Schedule.from_assignment(assignment)
+        with range_(MINING):  # to the end of the wait for the counts
+            logits = clean_logits(view, x)
+            state = random_state(x, a.generator)
+            attacked, of_attack = None, []
+            if isinstance(bullet.policy, Oracle):
+                attacked, gradients = _attacked_logits(view, x, y, logits, a, bullet.policy.steps)
+                of_attack = [gradients]
+            assignment = bullet.start_assignment(
+                logits,
+                y,
+                epsilon=a.threat.epsilon,
+                step_size=a.step_size,
+                inputs=[pixels],
+                names=names,
+                attacked_logits=attacked,
+                of_attack=of_attack,
+            )
+            clean, begin = sorted_start(x, assignment.order, assignment.steps, state, a.noise, a.threat)
+            schedule = Schedule.from_assignment(assignment)
         labels = schedule.sort(y).long()
         probabilities = assignment.probabilities
         target = schedule.sort(probabilities) if a.inner == "kl" else _one_hot(labels, probabilities)
@@ -273,7 +275,7 @@ def run(model: nn.Module, attack: Attack, computation: Computation, update: Upda
     with attack.started as started:
         if attack.inputs is not None:
             attack.inputs.wait()
-        with _update_modes(model):
+        with range_(UPDATE), _update_modes(model):
             beside = started.beside and attack.independent and not (update is not None and update.graphs)
             if beside and isinstance(computation, CleanFirst) and moves_batch_norm_alone(model):
                 clean = computation.clean(model, attack.x)

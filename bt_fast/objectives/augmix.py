@@ -15,6 +15,7 @@ from bt_fast.attack.frozen import logits_of, modes_restored
 from bt_fast.augment.mix import SEVERITY, augment_and_mix, check_images, check_severity, draw_choices
 from bt_fast.faults import Fault
 from bt_fast.mining import BulletTrain, check_labels
+from bt_fast.ranges import MINING, UPDATE, range_
 
 JSD_WEIGHT = 12.0
 BULLET_STEPS = (1, 0, 0)  # N_B, N_R, N_O (paper, section 4): a sample is augmented or it is not
@@ -88,17 +89,18 @@ def _loss_of_all(
 ) -> Tensor:
     """The authors' loss. Its one read comes last, when all of the device's work is on its way."""
     inputs = torch.cat([x, *_views(x, 2, severity, generator)]) if jsd else _views(x, 1, severity, generator)[0]
-    logits = logits_of(model, inputs)
-    classes = logits.shape[1]
-    read = faults.read(
-        [pixels, faults.labels_outside(y, classes, "y"), faults.rows_without_number(logits, "the model's logits")]
-    )
-    clean, *views = logits.split(len(x))
-    loss = F.cross_entropy(clean, y.long().clamp(0, classes - 1))  # a label out of range is a fault, not a crash
-    if jsd:
-        loss = loss + JSD_WEIGHT / len(x) * ops.js_divergence(clean, *views)
-    read.wait()
-    return loss
+    with range_(UPDATE):
+        logits = logits_of(model, inputs)
+        classes = logits.shape[1]
+        read = faults.read(
+            [pixels, faults.labels_outside(y, classes, "y"), faults.rows_without_number(logits, "the model's logits")]
+        )
+        clean, *views = logits.split(len(x))
+        loss = F.cross_entropy(clean, y.long().clamp(0, classes - 1))  # a label out of range is a fault, not a crash
+        if jsd:
+            loss = loss + JSD_WEIGHT / len(x) * ops.js_divergence(clean, *views)
+        read.wait()
+        return loss
 
 
 def _loss_of_boundary(
@@ -111,16 +113,19 @@ def _loss_of_boundary(
     generator: torch.Generator | None,
 ) -> Tensor:
     """The loss with BulletTrain. Its one read tells how many samples to augment."""
-    clean = logits_of(model, x)
-    assignment = bullet.start_assignment(clean, y, inputs=[pixels], names=("the model's logits", "y"))
-    boundary = assignment.order[: assignment.active_counts[0]]
+    with range_(MINING):
+        clean = logits_of(model, x)
+        assignment = bullet.start_assignment(clean, y, inputs=[pixels], names=("the model's logits", "y"))
+        boundary = assignment.order[: assignment.active_counts[0]]
     first = second = clean[:0]
     if len(boundary):
         views = _views(x[boundary], 2, severity, generator)
-        first, second = logits_of(model, torch.cat(views)).chunk(2)
-    bullet.update(clean.detach().index_copy(0, boundary, first.detach()), y)
-    divergence = ops.js_divergence(clean[boundary], first, second)
-    return F.cross_entropy(clean, y.long()) + JSD_WEIGHT / len(x) * divergence
+        with range_(UPDATE):
+            first, second = logits_of(model, torch.cat(views)).chunk(2)
+    with range_(UPDATE):
+        bullet.update(clean.detach().index_copy(0, boundary, first.detach()), y)
+        divergence = ops.js_divergence(clean[boundary], first, second)
+        return F.cross_entropy(clean, y.long()) + JSD_WEIGHT / len(x) * divergence
 
 
 def _views(x: Tensor, count: int, severity: float, generator: torch.Generator | None) -> tuple[Tensor, ...]:
