@@ -1,4 +1,4 @@
-"""The `bt-fast` command: compare, train, evaluate, corruptions, study, predict."""
+"""The `bt-fast` command: compare, train, evaluate, corruptions, study, predict, report."""
 
 from __future__ import annotations
 
@@ -37,6 +37,9 @@ from bt_fast.lab.config import OBJECTIVES, PRESETS, RunConfig
 from bt_fast.lab.corruptions import CORRUPTIONS, CorruptedTestSet, corruption_errors
 from bt_fast.lab.data import ImageDataset, load_dataset
 from bt_fast.lab.gpu_model import GPUS
+from bt_fast.lab.html_report.loading import load_runs
+from bt_fast.lab.html_report.page import write_page
+from bt_fast.lab.html_report.scalars import write_scalars
 from bt_fast.lab.make_corruptions import make_corruptions
 from bt_fast.lab.methods import COMPARED, FORMS, Method
 from bt_fast.lab.models import build_model, load_published
@@ -569,3 +572,17 @@ def _progress() -> Progress:
         TimeRemainingColumn(),
         console=console,
     )
+
+
+@cli.command("report")
+@click.argument("runs", metavar="RUN...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), default=Path("report.html"), show_default=True)
+@click.option("--tensorboard", type=click.Path(path_type=Path), help="Also write TensorBoard scalars into this folder.")
+@_one_line_errors
+def html_report(runs: tuple[Path, ...], out: Path, tensorboard: Path | None) -> None:
+    """Write one HTML page about the runs in run folders or study folders RUN, side by side. It needs no network."""
+    found = load_runs(runs)
+    if tensorboard is not None:
+        write_scalars(found, tensorboard)
+    write_page(found, out)
+    say("wrote", ", ".join(str(path) for path in (out, tensorboard) if path is not None))
