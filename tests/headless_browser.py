@@ -3,12 +3,14 @@
 import base64
 import json
 import os
+import select
 import shutil
 import subprocess
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 _OPTIONS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run")
 _OPTIONS += ("--disable-background-networking", "--disable-component-update", "--remote-debugging-pipe")
+_PATIENCE = 60  # seconds for an answer
 
 
 class Browser:
@@ -20,9 +22,7 @@ class Browser:
         script = f'exec "$0" "$@" 3<&{to_browser} 4>&{from_browser}'
         command = ["bash", "-c", script, BROWSER, *_OPTIONS, f"--user-data-dir={profile}", "about:blank"]
         passed = (to_browser, from_browser)
-        self._process = subprocess.Popen(
-            command, pass_fds=passed, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
+        self._process = subprocess.Popen(command, pass_fds=passed, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         for end in passed:
             os.close(end)
         self._buffer, self._number, self.events = b"", 0, []
@@ -61,18 +61,17 @@ class Browser:
 
     def _receive(self):
         while b"\0" not in self._buffer:
-            read = os.read(self._in, 1 << 16)
+            ready, _, _ = select.select([self._in], [], [], _PATIENCE)
+            read = os.read(self._in, 1 << 16) if ready else b""
             if not read:
-                raise RuntimeError("the browser has gone")
+                raise RuntimeError("the browser has gone, or does not answer")
             self._buffer += read
         message, self._buffer = self._buffer.split(b"\0", 1)
         return json.loads(message)
 
     def open(self, path, width, height=900, scheme="light"):
         """Open a file in a window of that width, in CSS pixels, and that colour scheme, and wait until it is there."""
-        self.send(
-            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False
-        )
+        self.send("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
         self.send("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
         self.events.clear()
         self.send("Page.navigate", url=path.resolve().as_uri())
@@ -85,10 +84,11 @@ class Browser:
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
 
-    def press(self, key, code):
-        """Press and release a key."""
+    def press(self, key, code, text=""):
+        """Press and release a key that types the text."""
         for kind in ("keyDown", "keyUp"):
-            self.send("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code)
+            typed = {"text": text} if text and kind == "keyDown" else {}
+            self.send("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code, **typed)
 
     def screenshot(self, path, **clip):
         """Write a PNG of the page from top to bottom."""

@@ -16,6 +16,7 @@ DRAWN = 8  # methods in a chart, or charts of a run: more cannot be told apart; 
 HEIGHT = 320
 _BINS = 24
 _LABELLED = 40  # points of the trade-off
+_COMPARABLE = ("data", "test_size", "loss", "epsilon", "eval_steps", "eval_restarts")
 _GROUPS = {"boundary": Style(2, 0), "robust": Style(1, 1, DASHES[1]), "outlier": Style(0, 2, DASHES[2])}
 _ROBUST_FRACTION = Style(4, 3, DASHES[3], hollow=True)
 
@@ -67,7 +68,7 @@ def _accuracy(run: LoadedRun, styles: Styles, low: float, end: float) -> list[Ht
     records = {result.name: run.of_kind("epoch", result.name) for result in run.results}
     if not any(records.values()) or not (end > 0 and math.isfinite(end)):
         return [note("metrics.jsonl has no accuracy of any epoch.")]
-    unit, name = (60.0, "minutes") if end > 600 else (1.0, "seconds")
+    unit, name = (3600.0, "hours") if end > 3600 else (1.0, "seconds")
     x = drawing.x_scale(0, end / unit * 1.02)
     y = drawing.y_scale(low, 100, TOP, HEIGHT - BOTTOM)
     drawn, legend = [drawing.axes(x, y, f"training time ({name})", "accuracy (%)")], []
@@ -116,7 +117,16 @@ def _heading(run: LoadedRun) -> str:
 
 
 def trade_off(runs: Sequence[LoadedRun], styles: Styles) -> list[Html]:
-    """One chart of all methods of all runs."""
+    """A chart for each set of runs whose accuracies can be compared: on the same data, against the same attack."""
+    alike: dict[str, list[LoadedRun]] = {}
+    for run in runs:
+        alike.setdefault(", ".join(f"{key} {run.config.get(key)}" for key in _COMPARABLE), []).append(run)
+    return [_trade_off(same, styles) for same in alike.values()]
+
+
+def _trade_off(runs: Sequence[LoadedRun], styles: Styles) -> Html:
+    letters = ", ".join(run.letter for run in runs)
+    heading = f"{runs[0].config.get('data')}: {'run' if len(runs) == 1 else 'runs'} {letters}"
     found = [
         (row_name(run, result), result, 100 * result.clean, 100 * result.robust)
         for run in runs
@@ -124,7 +134,7 @@ def trade_off(runs: Sequence[LoadedRun], styles: Styles) -> list[Html]:
         if result.robust is not None and math.isfinite(result.clean + result.robust)
     ]
     if not found:
-        return [note("No method of these runs has a robust accuracy.")]
+        return panel(heading, note("No method has a robust accuracy."))
     x = drawing.x_scale(*drawing.spread([clean for _, _, clean, _ in found], 2.0))
     y = drawing.y_scale(*drawing.spread([robust for *_, robust in found], 2.0), TOP, HEIGHT - BOTTOM)
     drawn = [drawing.axes(x, y, "clean accuracy (%)", "robust accuracy (%)")]
@@ -134,14 +144,15 @@ def trade_off(runs: Sequence[LoadedRun], styles: Styles) -> list[Html]:
         drawn += _labels(places, [name for name, *_ in found])
     named = {result.name: result.label for _, result, *_ in found}
     shown = list(named.items())[: 2 * DRAWN]
-    legend = [drawing.key(styles[name], label) for name, label in shown]
-    title = "Clean and robust accuracy after training"
+    legend = [drawing.key(styles[name], label, lined=False) for name, label in shown]
+    title = f"Clean and robust accuracy after training, {heading}"
     rows = [[name, r.label, percent(r.clean), percent(r.robust), r.attack] for name, r, *_ in found]
     best = max(found, key=lambda item: item[3])
     text = "Up is more robust, right is more accurate. Points are named as rows of the first table. Most robust: "
     text += f"{best[0]}, {best[1].label}, {percent(best[1].robust)} at {percent(best[1].clean)} clean."
     numbers = table(title, ["point", "method", "clean", "robust", "against"], rows)
-    return [panel("All runs", drawing.figure("trade-off", title, text, HEIGHT, drawn, legend, [numbers]))]
+    name = f"trade-off-{runs[0].letter}"
+    return panel(heading, drawing.figure(name, title, text, HEIGHT, drawn, legend, [numbers]))
 
 
 def _labels(places: list[Point], names: list[str]) -> list[Html]:

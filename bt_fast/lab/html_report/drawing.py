@@ -148,10 +148,10 @@ def mark(point: Point, style: Style) -> Html:
     return element("path", d=_SHAPES[style.shape], class_=class_, transform=f"translate({x:.1f} {y:.1f})")
 
 
-def key(style: Style, text: str) -> Html:
-    """An entry of a legend: a piece of the series' line with its mark, and its name."""
+def key(style: Style, text: str, *, lined: bool = True) -> Html:
+    """An entry of a legend: a piece of the series' line, where it has one, with its mark, and its name."""
     piece = element("path", d="M1 8L33 8", class_=f"line s{style.colour}", stroke_dasharray=style.dash)
-    drawn = [piece, mark((17.0, 8.0), style)]
+    drawn = [*([piece] if lined else []), mark((17.0, 8.0), style)]
     swatch = element("svg", *drawn, viewBox="0 0 34 16", aria_hidden="true", focusable="false")
     return element("li", swatch, element("span", text))
 

@@ -6,6 +6,7 @@ import html
 import re
 
 _VOID = {"meta", "br"}
+_NUMBER = re.compile(r"[−+]?\d|–$|not a number$")
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 
 
@@ -51,12 +52,14 @@ def table(caption: str, header: list[str], rows: list[list[str]], marked: frozen
     Args:
         marked: the rows that stand out, by their index; say in words why.
     """
-    head = element("tr", *(element("th", text, scope="col") for text in header))
+    numeric = [all(_NUMBER.match(row[i]) for row in rows) for i in range(len(header))]
+    sides = ["number" if n and i else None for i, n in enumerate(numeric)]
+    head = element("tr", *(element("th", t, scope="col", class_=s) for t, s in zip(header, sides, strict=True)))
     body = [
         element(
             "tr",
             element("th", row[0], scope="row"),
-            *(element("td", text) for text in row[1:]),
+            *(element("td", text, class_=side) for text, side in zip(row[1:], sides[1:], strict=True)),
             class_="marked" if i in marked else None,
         )
         for i, row in enumerate(rows)

@@ -116,7 +116,7 @@ def _methods(runs: Sequence[LoadedRun]) -> list[Html]:
         "of all training."
     )
     found = [about, table("All methods of all runs", header, rows), *_over_seeds(runs)]
-    missing = [text for run in runs for text in _missing(run)]
+    missing = _missing(runs)
     if missing:
         told = [element("li", text) for text in missing]
         found += [note("Not in the summaries, which an older version wrote:"), element("ul", *told, class_="note")]
@@ -145,9 +145,14 @@ def _clock(run: LoadedRun, result: Result) -> float | None:
     return 1.0 if result is first else result.speedup.get(first.name)
 
 
-def _missing(run: LoadedRun) -> list[str]:
-    keys = dict.fromkeys(key for result in run.results for key in result.missing)
-    return [f"run {run.letter}: {key} of {', '.join(r.name for r in run.results if key in r.missing)}" for key in keys]
+def _missing(runs: Sequence[LoadedRun]) -> list[str]:
+    """For each entry that a summary lacks, of which rows."""
+    lacking: dict[str, list[str]] = {}
+    for run in runs:
+        for result in run.results:
+            for key in result.missing:
+                lacking.setdefault(key, []).append(row_name(run, result))
+    return [f"{key} of {', '.join(rows)}" for key, rows in lacking.items()]
 
 
 def _over_seeds(runs: Sequence[LoadedRun]) -> list[Html]:
@@ -196,8 +201,9 @@ def _mean(values: Sequence[float | None], write: Callable[[float | None], str]) 
 def _about_time() -> Html:
     return note(
         "From the objective as its authors wrote it to ours, each optimisation one bar, as far as the run has the "
-        "methods. The marks are where the attack steps alone (Eq. 7) and the forward passes alone (FLOP) would have "
-        "the time of that row: what lies right of them is overhead."
+        "methods. The marks are where the time would be if each attack step and the update took alike (Eq. 7), and if "
+        "each forward pass took as long as in the first row (FLOP). A bar that ends right of a mark has overhead that "
+        "the mark does not count; one that ends left of it saves what the mark does not count."
     )
 
 

@@ -65,7 +65,7 @@ nav ul{display:flex;flex-wrap:wrap;gap:.2rem 1.2rem;list-style:none;padding:0}
 .panel{background:var(--panel);border:1px solid var(--grid);border-radius:6px;padding:.8rem;max-width:36rem;min-width:0}
 figure{margin:0}
 svg.chart{display:block;width:100%;height:auto;overflow:visible}
-svg text{fill:var(--text);font:13px system-ui,sans-serif}
+svg text{fill:var(--text);font:13px system-ui,sans-serif;paint-order:stroke;stroke:var(--panel);stroke-width:3px}
 svg .faint{fill:var(--muted)}
 .axis{stroke:var(--rule);fill:none}
 .grid{stroke:var(--grid);fill:none}
@@ -86,8 +86,9 @@ summary{cursor:pointer;color:var(--link)}
 .scroll{overflow-x:auto;max-width:100%}
 table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums}
 caption{text-align:left;color:var(--muted);padding:.3rem 0}
-th,td{text-align:right;padding:.25rem .6rem;border-bottom:1px solid var(--grid)}
-th[scope=row],thead th:first-child{text-align:left;font-weight:600}
+th,td{text-align:left;white-space:nowrap;padding:.25rem .6rem;border-bottom:1px solid var(--grid)}
+th{font-weight:600}
+.number{text-align:right}
 thead th{border-bottom:1px solid var(--rule);vertical-align:bottom}
 tr.marked>*{background:var(--marked)}
 """

@@ -154,7 +154,7 @@ def _shape(path: str, x: float, y: float) -> Html:
 
 def _whole(index: int, last: Stage, x: drawing.Scale) -> list[Html]:
     top = index * _ROW
-    text = f"= {last.result.label}: {percent(last.time)} of the first, {times(1 / last.time)} as fast"
+    text = f"In all: {percent(last.time)} of the first, {times(1 / last.time)} as fast"
     bar = drawing.bar(x(0), top + 23, x(100 * last.time), top + 23 + _BAR, "whole")
     return [drawing.words(8, top + 16, text, class_=None), bar, *_limits(last, top + 23 + _BAR / 2, x)]
 
@@ -167,7 +167,7 @@ def _swatch(kind: str, text: str) -> Html:
 def _told(found: list[Stage]) -> str:
     steps = [f"{s.step} {_points(s.time - b.time)}" for b, s in itertools.pairwise(found)]
     last = found[-1]
-    text = f"100 % is {found[0].result.label}. {'; '.join(steps)}. In all {times(1 / last.time)}"
+    text = f"100 % is {found[0].result.label}; {', '.join(steps)}. In all {times(1 / last.time)}"
     limits = [
         f"{name} allows {times(1 / share)}"
         for name, share in (("Eq. 7", last.equation_7), ("the forward passes", last.forward_passes))
