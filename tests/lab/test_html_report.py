@@ -316,6 +316,15 @@ def test_results_of_this_repository_can_be_reported():
     reader = Reader(page(runs, NOW))
     assert len(cells(reader, "All methods")) == 1 + 4 * 3
     assert [len(stages(run.results)) for run in runs] == [3] * 4
+    figures = [e.attributes["id"] for e in reader.all("figure")]
+    assert [name for name in figures if name.startswith("fractions")] == [f"fractions-{run}3" for run in "ABCD"]
+
+
+def test_older_fractions_that_name_no_method_are_of_bullettrain(tmp_path):
+    lines = [{k: v for k, v in r.items() if k != "method"} for r in records() if r["kind"] == "fractions"]
+    reader = Reader(page_of(write_run(tmp_path / "run", lines=lines)))
+    assert reader.with_id("fractions-A3")
+    assert "Shares of the groups in training, A3" in [t.text for t in reader.all("title")][-1]
 
 
 def test_energy_that_nobody_measured_is_no_zero(folders, tmp_path):
@@ -377,7 +386,7 @@ def test_many_methods_are_all_in_the_tables_and_the_rest_of_the_charts_is_named(
 
 def test_each_optimisation_is_a_stage_with_its_time_and_its_limits(folders):
     found = stages(load_runs(folders)[1].results)
-    assert [s.step for s in found] == ["", "our implementation", "BulletTrain", "frozen view"]
+    assert [s.step for s in found] == ["", "our code", "BulletTrain", "frozen view"]
     assert [s.time for s in found] == pytest.approx([1.0, 0.8, 0.5, 1 / 1.8])
     assert [s.equation_7 for s in found] == pytest.approx([1.0, 1.0, 1 / 2.1, 1 / 2.1])
     assert [s.forward_passes for s in found] == pytest.approx([1.0, 30 / 39, 15.4 / 39, 15.4 / 39])
@@ -396,7 +405,7 @@ def results_of(tmp_path, **methods):
 def test_optimisations_that_a_run_does_not_tell_apart_share_a_stage(tmp_path):
     methods = {"reference": entry(), "bullet-bf16": bullet(3.0)}
     _, last = stages(results_of(tmp_path, **methods))
-    assert last.step == "our implementation + BulletTrain + frozen view + 16 bits"
+    assert last.step == "our code + BulletTrain + frozen view + 16 bits"
 
 
 def test_a_method_with_options_of_its_own_is_no_stage(tmp_path):
@@ -408,7 +417,7 @@ def test_a_method_with_options_of_its_own_is_no_stage(tmp_path):
 def test_without_bullettrain_the_views_of_ours_are_the_stages(tmp_path):
     faster = {"optimised-frozen": entry(speedup={"reference": 1.5}), "optimised": entry(speedup={"reference": 1.2})}
     assert [s.step for s in stages(results_of(tmp_path, reference=entry(), **faster))][1:] == [
-        "our implementation",
+        "our code",
         "frozen view",
     ]
 
@@ -566,6 +575,7 @@ def test_what_is_wrong_with_a_summary_is_said(tmp_path, content, said):
             '{"kind": "epoch", "iteration": 1, "epoch": 1, "clean": "x", "seconds": 1}',
             "clean must be a number, got 'x'",
         ),
+        ('{"kind": "epoch", "iteration": 1, "epoch": 1, "clean": 1, "seconds": 1}', "line 2: no method"),
         ('{"kind": "x", "iteration": 1, "method": 5}', "method must be a name, got 5"),
         (
             '{"kind": "allocation", "iteration": 1, "threshold": 0, "svar": [1], "steps": []}',

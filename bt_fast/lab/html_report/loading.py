@@ -78,9 +78,9 @@ class LoadedRun:
     records: Sequence[Record]
 
     def of_kind(self, kind: str, method: str) -> list[Record]:
-        """A method's records of that kind; those that name no method are the first one's."""
-        first = self.results[0].name
-        return [r for r in self.records if r["kind"] == kind and r.get("method", first) == method]
+        """A method's records of that kind; older ones that name no method are of the first with BulletTrain."""
+        bullet = next((r.name for r in self.results if r.algorithm == "bullet"), self.results[0].name)
+        return [r for r in self.records if r["kind"] == kind and r.get("method", bullet) == method]
 
 
 def load_runs(paths: Sequence[Path]) -> list[LoadedRun]:
@@ -217,7 +217,10 @@ def _record(line: str, where: str) -> Record:
     for key in ("iteration", *_NUMBERS.get(record["kind"], ())):
         _number(record, key, where)
     if record["kind"] == "epoch":
-        _optional(record, "robust", where)
+        for key in ("robust", "loss"):
+            _optional(record, key, where)
+        if "method" not in record:
+            raise ValueError(f"{where}: no method")
     if record["kind"] == "allocation":
         _check_allocation(record, where)
     if not isinstance(record.get("method", ""), str):

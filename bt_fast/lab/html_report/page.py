@@ -100,6 +100,8 @@ def _value(found: Mapping[str, Any], key: str) -> str:
     if key not in found:
         return "not recorded"
     value = found[key]
+    if isinstance(value, list) and all(isinstance(each, str) for each in value):
+        return ", ".join(value)
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 

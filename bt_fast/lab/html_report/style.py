@@ -91,6 +91,7 @@ th{font-weight:600}
 .number{text-align:right}
 thead th{border-bottom:1px solid var(--rule);vertical-align:bottom}
 tr.marked>*{background:var(--marked)}
+@media (max-width:32rem){svg.chart text{font-size:16px}.panel{padding:.6rem .4rem}}
 """
 
 

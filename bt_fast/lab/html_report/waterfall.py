@@ -13,7 +13,7 @@ from bt_fast.lab.html_report.loading import LoadedRun, Result
 from bt_fast.lab.html_report.markup import Html, element, table
 from bt_fast.lab.html_report.numbers import UNKNOWN, duration, percent, times
 
-_ROW, _BAR = 54, 20  # heights
+_ROW, _BAR, _ABOVE = 72, 20, 42  # heights: of a row, of its bar, and of the two lines of text above the bar
 _PARTS = {  # by (algorithm, view): what is in it, each an optimisation of its own
     ("reference", ""): (),
     ("optimised", ""): ("ours",),
@@ -23,7 +23,8 @@ _PARTS = {  # by (algorithm, view): what is in it, each an optimisation of its o
     ("bullet", "frozen"): ("ours", "BulletTrain", "frozen view"),
     ("bullet", "bf16"): ("ours", "BulletTrain", "frozen view", "16 bits"),
 }
-_NAMES = {"ours": "our implementation"}
+_NAMES = {"ours": "our code"}
+_LONGEST = 48  # characters that fit into a line
 
 
 @dataclass(frozen=True)
@@ -92,10 +93,8 @@ def _waterfall(run: LoadedRun) -> Html:
     longest = max(max(s.time, s.equation_7 or 0, s.forward_passes or 0) for s in found)
     x = drawing.Scale(0, 100 * longest * 1.04, 8, drawing.WIDTH - drawing.RIGHT)
     height = _ROW * (len(found) + 1) + drawing.BOTTOM
-    drawn = [_axis(x, height - drawing.BOTTOM)]
-    for i, stage in enumerate(found):
-        drawn += _row(i, stage, found[i - 1].time if i else 0.0, x)
-    drawn += _whole(len(found), found[-1], x)
+    rows = [_row(i, stage, found[i - 1].time if i else 0.0, x) for i, stage in enumerate(found)]
+    drawn = [_axis(x, height - drawing.BOTTOM), *itertools.chain(*rows), *_whole(len(found), found[-1], x)]
     title = f"From {found[0].result.label} to {found[-1].result.label}, run {run.letter}"
     legend = [
         _swatch("whole", "a whole iteration"),
@@ -122,16 +121,21 @@ def _row(index: int, stage: Stage, before: float, x: drawing.Scale) -> list[Html
     top = index * _ROW
     name = f"+ {stage.step}" if index else stage.result.label
     kind = "whole" if not index else "gain" if stage.time <= before else "loss"
-    change = f": {_points(stage.time - before)} of the first" if index else ""
-    milliseconds = stage.result.iteration_seconds
-    measured = f", median {duration(milliseconds)}" if milliseconds is not None else ""
+    change = f"{_points(stage.time - before)} of the first" if index else "100 %"
+    median = stage.result.iteration_seconds
+    measured = f"; {duration(median)} an iteration" if median is not None else ""
+    end, upper, lower = x(100 * stage.time), top + _ABOVE, top + _ABOVE + _BAR
     drawn = [
-        drawing.words(8, top + 16, f"{name}{change}{measured}", class_=None),
-        drawing.bar(x(100 * before), top + 23, x(100 * stage.time), top + 23 + _BAR, kind),
+        drawing.bar(x(100 * before), upper, end, lower, kind),
+        element("line", x1=end, y1=upper, x2=end, y2=lower + _ROW, class_="axis"),
+        *_two_lines(top, name, f"{change}{measured}"),
     ]
-    end = x(100 * stage.time)
-    drawn.append(element("line", x1=end, y1=top + 23, x2=end, y2=top + _ROW + 23 + _BAR, class_="axis"))
-    return drawn + (_limits(stage, top + 23 + _BAR / 2, x) if index else [])
+    return drawn + (_limits(stage, (upper + lower) / 2, x) if index else [])
+
+
+def _two_lines(top: float, name: str, told: str) -> list[Html]:
+    short = name if len(name) <= _LONGEST else f"{name[: _LONGEST - 1]}…"
+    return [drawing.words(8, top + 17, short, class_=None), drawing.words(8, top + 35, told)]
 
 
 def _points(change: float) -> str:
@@ -154,9 +158,9 @@ def _shape(path: str, x: float, y: float) -> Html:
 
 def _whole(index: int, last: Stage, x: drawing.Scale) -> list[Html]:
     top = index * _ROW
-    text = f"In all: {percent(last.time)} of the first, {times(1 / last.time)} as fast"
-    bar = drawing.bar(x(0), top + 23, x(100 * last.time), top + 23 + _BAR, "whole")
-    return [drawing.words(8, top + 16, text, class_=None), bar, *_limits(last, top + 23 + _BAR / 2, x)]
+    told = f"{percent(last.time)} of the first, {times(1 / last.time)} as fast"
+    bar = drawing.bar(x(0), top + _ABOVE, x(100 * last.time), top + _ABOVE + _BAR, "whole")
+    return [bar, *_two_lines(top, "In all", told), *_limits(last, top + _ABOVE + _BAR / 2, x)]
 
 
 def _swatch(kind: str, text: str) -> Html:
