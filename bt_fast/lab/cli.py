@@ -38,7 +38,7 @@ from bt_fast.lab.corruptions import CORRUPTIONS, CorruptedTestSet, corruption_er
 from bt_fast.lab.data import ImageDataset, load_dataset
 from bt_fast.lab.gpu_model import GPUS
 from bt_fast.lab.html_report.loading import load_runs
-from bt_fast.lab.html_report.page import write_page
+from bt_fast.lab.html_report.page import check_path, write_page
 from bt_fast.lab.html_report.scalars import write_scalars
 from bt_fast.lab.make_corruptions import make_corruptions
 from bt_fast.lab.methods import COMPARED, FORMS, Method
@@ -582,6 +582,7 @@ def _progress() -> Progress:
 def html_report(runs: tuple[Path, ...], out: Path, tensorboard: Path | None) -> None:
     """Write one HTML page about the runs in run folders or study folders RUN, side by side. It needs no network."""
     found = load_runs(runs)
+    check_path(out)
     if tensorboard is not None:
         write_scalars(found, tensorboard)
     write_page(found, out)

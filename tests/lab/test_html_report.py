@@ -361,6 +361,27 @@ def test_a_loss_that_is_not_a_number_breaks_nothing(tmp_path):
         assert not [v for k, v in found.attributes.items() if k in ("d", "x", "cx", "transform") and "nan" in str(v)]
 
 
+@pytest.mark.parametrize("accuracy", [0.0, 1.0])
+def test_accuracies_at_either_end_are_drawn(tmp_path, accuracy):
+    lines = [r | {"clean": accuracy, "robust": accuracy} if r["kind"] == "epoch" else r for r in records()]
+    methods = {"reference": entry(accuracy, accuracy), "bullet": bullet(2.0, clean=accuracy, robust=accuracy)}
+    reader = Reader(page_of(write_run(tmp_path / "run", summary(methods=methods), lines)))
+    for name in ("accuracy-A", "trade-off-A"):
+        inside = [e for e in reader.elements if reader.with_id(name) in e.ancestors]
+        heights = [float(e.attributes["cy"]) for e in inside if "cy" in e.attributes and "cx" in e.attributes]
+        assert heights
+        assert all(0 <= height <= 320 for height in heights)
+
+
+def test_of_a_long_run_some_fractions_are_shown_and_the_last(tmp_path):
+    lines = [r | {"iteration": 10 * n} for n in range(1, 1001) for r in records() if r["kind"] == "fractions"]
+    reader = Reader(page_of(write_run(tmp_path / "run", lines=lines[::2])))
+    rows = cells(reader, "Shares of the groups")[1:]
+    assert len(rows) == 250
+    assert rows[-1][0] == "10000"
+    assert "Each 4th record is shown." in reader.with_id("fractions-A3-desc").text
+
+
 def test_a_run_of_augmix_shows_its_accuracy_under_corruptions(tmp_path):
     methods = {"optimised": entry(robust=None), "bullet": bullet(1.5, robust=None)}
     run = summary(config=CONFIG | {"loss": "augmix"}, methods=methods)
@@ -583,8 +604,10 @@ def test_what_is_wrong_with_a_summary_is_said(tmp_path, content, said):
         ),
         (
             '{"kind": "allocation", "iteration": 1, "threshold": 0, "svar": [NaN], "steps": [1]}',
-            "svar must hold finite numbers, got nan",
+            "svar must hold numbers in -1..1, got nan",
         ),
+        ('{"kind": "x", "iteration": Infinity}', "iteration must be finite, got inf"),
+        (f'{{"kind": "x", "iteration": 1{400 * "0"}}}', "iteration must be a number, got one of 401 digits"),
     ],
 )
 def test_a_foreign_line_among_the_metrics_is_named(tmp_path, line, said):
@@ -604,7 +627,8 @@ def test_a_last_record_cut_off_while_it_was_written_is_left_out(tmp_path):
 
 def test_a_page_that_cannot_be_written_is_said_before_anything_else(folders, tmp_path):
     assert "there is no folder" in error_of(folders[0], "--out", tmp_path / "none" / "out.html")
-    assert "it is a folder" in error_of(folders[0], "--out", tmp_path)
+    assert "it is a folder" in error_of(folders[0], "--out", tmp_path, "--tensorboard", tmp_path / "events")
+    assert not list(tmp_path.iterdir())
 
 
 # TensorBoard

@@ -15,6 +15,7 @@ from bt_fast.lab.html_report.numbers import UNKNOWN, duration, percent, plain
 DRAWN = 8  # methods in a chart, or charts of a run: more cannot be told apart; tables have all
 HEIGHT = 320
 _BINS = 24
+_RECORDS = 300  # of fractions in a chart
 _LABELLED = 40  # points of the trade-off
 _COMPARABLE = ("data", "test_size", "loss", "epsilon", "eval_steps", "eval_restarts")
 _GROUPS = {"boundary": Style(2, 0), "robust": Style(1, 1, DASHES[1]), "outlier": Style(0, 2, DASHES[2])}
@@ -51,9 +52,9 @@ def row_name(run: LoadedRun, result: Result) -> str:
 def accuracy(runs: Sequence[LoadedRun], styles: Styles) -> list[Html]:
     """A panel for each run, with the same axis of accuracy; that of time too, where the runs took alike."""
     records = {run.letter: [r for x in run.results for r in run.of_kind("epoch", x.name)] for run in runs}
-    every = [100 * r[key] for found in records.values() for r in found for key in ("clean", "robust") if r.get(key)]
-    finite = [v for v in every if math.isfinite(v)]
-    low = 10 * math.floor(min(finite) / 10) if finite else 0.0
+    every = [r.get(key) for found in records.values() for r in found for key in ("clean", "robust")]
+    finite = [100 * v for v in every if v is not None and math.isfinite(v)]
+    low = min(10 * math.floor(min(finite) / 10), 90) if finite else 0.0
     last = {letter: max((r["seconds"] for r in found), default=0.0) for letter, found in records.items()}
     ends = [seconds for seconds in last.values() if seconds > 0 and math.isfinite(seconds)]
     alike = ends and max(ends) <= 4 * min(ends)
@@ -144,12 +145,13 @@ def _trade_off(runs: Sequence[LoadedRun], styles: Styles) -> Html:
         drawn += _labels(places, [name for name, *_ in found])
     named = {result.name: result.label for _, result, *_ in found}
     shown = list(named.items())[: 2 * DRAWN]
+    more = f" The legend names {len(shown)} of {len(named)} methods." if len(shown) < len(named) else ""
     legend = [drawing.key(styles[name], label, lined=False) for name, label in shown]
     title = f"Clean and robust accuracy after training, {heading}"
     rows = [[name, r.label, percent(r.clean), percent(r.robust), r.attack] for name, r, *_ in found]
     best = max(found, key=lambda item: item[3])
     text = "Up is more robust, right is more accurate. Points are named as rows of the first table. Most robust: "
-    text += f"{best[0]}, {best[1].label}, {percent(best[1].robust)} at {percent(best[1].clean)} clean."
+    text += f"{best[0]}, {best[1].label}, {percent(best[1].robust)} at {percent(best[1].clean)} clean.{more}"
     numbers = table(title, ["point", "method", "clean", "robust", "against"], rows)
     name = f"trade-off-{runs[0].letter}"
     return panel(heading, drawing.figure(name, title, text, HEIGHT, drawn, legend, [numbers]))
@@ -205,6 +207,8 @@ def _first_of_each_run(found: list[_Recorded]) -> tuple[list[_Recorded], list[Ht
 
 
 def _fractions(run: LoadedRun, result: Result, records: list[Record]) -> Html:
+    every = math.ceil(len(records) / _RECORDS)
+    records = records[-1::-every][::-1]  # with the last
     x = drawing.x_scale(0, max(max(r["iteration"] for r in records), 1))
     y = drawing.y_scale(0, 100, TOP, HEIGHT - BOTTOM)
     drawn, legend = [drawing.axes(x, y, "iteration", "share of the minibatches (%)")], []
@@ -216,6 +220,7 @@ def _fractions(run: LoadedRun, result: Result, records: list[Record]) -> Html:
     last = records[-1]
     ends = ", ".join(f"{group} {percent(last[group])}" for group in _GROUPS)
     text = f"In the last minibatches: {ends}; F_R {percent(last['robust_fraction'])} (compare Fig. 3)."
+    text += f" Each {every}th record is shown." if every > 1 else ""
     keys = [*_GROUPS, "robust_fraction"]
     rows = [[str(r["iteration"]), *(percent(r[key]) for key in keys)] for r in records]
     numbers = table(title, ["iteration", *_GROUPS, "F_R"], rows)
@@ -238,7 +243,7 @@ def allocations(runs: Sequence[LoadedRun]) -> list[Html]:
 def _allocation(run: LoadedRun, result: Result, records: list[Record]) -> Html:
     last = records[-1]
     svar, steps, threshold = last["svar"], last["steps"], last["threshold"]
-    low, high = drawing.spread([*svar, 0.0, threshold], 0.02)
+    low, high = drawing.spread([*svar, 0.0, threshold], 0.001)
     x = drawing.x_scale(low, high)
     bins = _histogram(svar, steps, low, high)
     upper = drawing.y_scale(0, max(sum(b.values()) for b in bins) * 1.05, TOP, 150)

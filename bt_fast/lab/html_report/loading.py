@@ -182,7 +182,10 @@ def _number(entry: Mapping[str, Any], key: str, where: str) -> float:
     value = entry.get(key)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ValueError(f"{where}: {key} must be a number, got {value!r}" if key in entry else f"{where}: no {key}")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError as error:
+        raise ValueError(f"{where}: {key} must be a number, got one of {len(str(value))} digits") from error
 
 
 def _optional(entry: Mapping[str, Any], key: str, where: str) -> float | None:
@@ -215,7 +218,8 @@ def _record(line: str, where: str) -> Record:
     if not isinstance(record, dict) or not isinstance(record.get("kind"), str):
         raise ValueError(f"{where}: not a record: expected an object with a kind, got {line[:80]!r}")
     for key in ("iteration", *_NUMBERS.get(record["kind"], ())):
-        _number(record, key, where)
+        if not math.isfinite(_number(record, key, where)) and key == "iteration":
+            raise ValueError(f"{where}: iteration must be finite, got {record[key]}")
     if record["kind"] == "epoch":
         for key in ("robust", "loss"):
             _optional(record, key, where)
@@ -232,7 +236,7 @@ def _check_allocation(record: Record, where: str) -> None:
     lists = [record.get(key) for key in ("svar", "steps")]
     if not all(isinstance(values, list) for values in lists) or len(lists[0] or ()) != len(lists[1] or ()):
         raise ValueError(f"{where}: svar and steps must be lists of the same length")
-    for key in ("svar", "steps"):
+    for key, low, high in (("svar", -1, 1), ("steps", 0, 2**63)):  # a variance of probabilities is below 1/4
         for value in record[key]:
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-                raise ValueError(f"{where}: {key} must hold finite numbers, got {value!r}")
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+                raise ValueError(f"{where}: {key} must hold numbers in {low}..{high}, got {value!r}")

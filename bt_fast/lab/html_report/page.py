@@ -27,12 +27,17 @@ def write_page(runs: Sequence[LoadedRun], path: Path) -> None:
     """Write the report of at least one run, replacing the file as a whole.
 
     Raises:
-        ValueError: the file's folder does not exist, or the path is a folder.
+        ValueError: as of `check_path`.
     """
+    check_path(path)
+    write_text(path, page(runs, datetime.now(timezone.utc)))
+
+
+def check_path(path: Path) -> None:
+    """Raise ValueError if a report cannot be written there: without its folder, or where a folder is."""
     if not path.parent.is_dir() or path.is_dir():
         what = "it is a folder" if path.is_dir() else f"there is no folder {path.parent}"
         raise ValueError(f"--out {path}: {what}; expected a file to write")
-    write_text(path, page(runs, datetime.now(timezone.utc)))
 
 
 def page(runs: Sequence[LoadedRun], now: datetime) -> str:
@@ -221,7 +226,8 @@ def _energy(runs: Sequence[LoadedRun]) -> list[Html]:
         found.append(table("Energy of training", ["", "method", "energy", "mean power"], rows))
     if untold:
         which = "any method" if not told else ", ".join(untold)
-        found.append(note(f"Not measured: the summaries have no energy (joules) of {which}."))
+        why = "It takes a GPU whose energy is read during training."
+        found.append(note(f"Not measured: the summaries have no energy (joules) of {which}. {why}"))
     return found
 
 

@@ -173,8 +173,11 @@ def _told(found: list[Stage]) -> str:
     last = found[-1]
     text = f"100 % is {found[0].result.label}; {', '.join(steps)}. In all {times(1 / last.time)}"
     limits = [
-        f"{name} allows {times(1 / share)}"
-        for name, share in (("Eq. 7", last.equation_7), ("the forward passes", last.forward_passes))
+        f"{name} {times(1 / share)}"
+        for name, share in (
+            ("Eq. 7 alone gives", last.equation_7),
+            ("the forward passes alone give", last.forward_passes),
+        )
         if share
     ]
     return f"{text}{'; ' if limits else ''}{', '.join(limits)}. Times are medians of the ratios of paired iterations."
