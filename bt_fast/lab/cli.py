@@ -1,4 +1,4 @@
-"""The `bt-fast` command: compare, train, evaluate, corruptions, study, predict, profile, doctor."""
+"""The `bt-fast` command: compare, train, evaluate, corruptions, study, report, predict, profile, doctor."""
 
 from __future__ import annotations
 
@@ -41,6 +41,9 @@ from bt_fast.lab.corruptions import CORRUPTIONS, CorruptedTestSet, corruption_er
 from bt_fast.lab.data import ImageDataset, load_dataset
 from bt_fast.lab.files import write_text
 from bt_fast.lab.gpu_model import GPUS
+from bt_fast.lab.html_report.loading import load_runs
+from bt_fast.lab.html_report.page import check_path, write_page
+from bt_fast.lab.html_report.scalars import write_scalars
 from bt_fast.lab.make_corruptions import make_corruptions
 from bt_fast.lab.methods import COMPARED, FORMS, Method
 from bt_fast.lab.models import build_model, load_published
@@ -623,3 +626,18 @@ def _named(name: str | None) -> torch.device | None:
     if device is None or device.type not in ("cpu", "cuda"):
         raise ValueError(f"--device {name}: expected cpu, cuda or cuda:N")
     return device
+
+
+@cli.command("report")
+@click.argument("runs", metavar="RUN...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), default=Path("report.html"), show_default=True)
+@click.option("--tensorboard", type=click.Path(path_type=Path), help="Also write TensorBoard scalars into this folder.")
+@_one_line_errors
+def html_report(runs: tuple[Path, ...], out: Path, tensorboard: Path | None) -> None:
+    """Write one HTML page about the runs in run folders or study folders RUN, side by side. It needs no network."""
+    found = load_runs(runs)
+    check_path(out)
+    if tensorboard is not None:
+        write_scalars(found, tensorboard)
+    write_page(found, out)
+    say("wrote", ", ".join(str(path) for path in (out, tensorboard) if path is not None))

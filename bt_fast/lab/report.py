@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import json
 import platform
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ import bt_fast
 from bt_fast.lab.corruptions import SEVERITIES, mean_corruption_error
 from bt_fast.lab.files import replacing, write_text
 from bt_fast.lab.methods import Method
-from bt_fast.lab.training import Contestant, Run, median_speedup
+from bt_fast.lab.training import WARM_UP, Contestant, Run, median_speedup
 from bt_fast.objectives.repeated_forward import RepeatedForward
 from bt_fast.speedup import augmix_cost, mart_cost, pgd_cost, trades_cost, trades_reference_cost, yopo_cost
 
@@ -118,6 +119,7 @@ def _method_summary(run: Run, contestant: Contestant) -> dict[str, Any]:
         "images": final["images"],
         "attack": f"PGD-{run.config.eval_steps} x {run.config.eval_restarts}",
         "seconds": sum(contestant.seconds),
+        "iteration_seconds": statistics.median(contestant.seconds[WARM_UP:] or contestant.seconds),
         "forward_passes": _cost(contestant),
         "theoretical_speedup": _theoretical_speedup(contestant, run.config.steps),
         "speedup": {

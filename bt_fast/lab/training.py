@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import statistics
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bt_fast.allocation import Oracle
 from bt_fast.attack.folded import Frozen
 from bt_fast.attack.frozen import clean_logits, eval_mode
 from bt_fast.attack.threat import ThreatModel
@@ -234,6 +236,7 @@ class Run:
                 self._step(batch)
                 ended = self.iteration % self.iterations_per_epoch == 0
                 if ended:
+                    self._record_allocations()
                     self._end_epoch(epoch)
                 if ended or time.monotonic() - saved > CHECKPOINT_SECONDS:
                     self.save()
@@ -323,6 +326,23 @@ class Run:
                 method=contestant.method,
                 **dict(zip(GROUPS, shares, strict=True)),
                 robust_fraction=float(contestant.bullet.robust_fraction),
+            )
+
+    def _record_allocations(self) -> None:
+        """Each sample's SVar and steps in the minibatch just trained on (Fig. 5), as if nobody had looked."""
+        x, y = self.minibatch
+        for contestant in self.contestants:
+            if contestant.bullet is None or isinstance(contestant.bullet.policy, Oracle):  # it must attack to tell
+                continue
+            bullet = copy.deepcopy(contestant.bullet)
+            with eval_mode(contestant.model):
+                found = bullet.assign(clean_logits(contestant.model, x), y, epsilon=contestant.config.epsilon)
+            self.append(
+                kind="allocation",
+                method=contestant.method,
+                svar=found.svar.tolist(),
+                steps=found.steps.tolist(),
+                threshold=float(found.threshold),
             )
 
     def _end_epoch(self, epoch: int) -> None:

@@ -75,6 +75,8 @@ def test_compare_writes_a_run_folder(compared):
     assert set(summary["methods"]) == {"reference", "optimised", "bullet"}
     assert summary["methods"]["bullet"]["speedup"].keys() == {"reference", "optimised"}
     assert sum(summary["methods"]["bullet"]["fractions"].values()) == pytest.approx(1)
+    for entry in summary["methods"].values():
+        assert 0 < entry["iteration_seconds"] < entry["seconds"]
     assert {"torch", "python", "processor", "device"} <= summary["machine"].keys()
     for name in ("accuracy.png", "fractions.png"):
         if (folder / name).exists():

@@ -108,6 +108,21 @@ def test_the_fractions_recorded_are_the_shares_of_each_group(tmp_path):
     assert {group: record[group] for group in counted} == {group: n / total for group, n in counted.items()}
 
 
+def test_after_each_epoch_the_steps_of_each_sample_are_recorded(finished):
+    found = [r for r in finished.records() if r["kind"] == "allocation"]
+    assert [r["method"] for r in found] == ["bullet", "bullet-frozen", "bullet-bf16"] * 2
+    for record in found:
+        assert len(record["svar"]) == len(record["steps"]) == 40 % 16
+        for svar, steps in zip(record["svar"], record["steps"], strict=True):
+            assert steps == (0 if svar < 0 else 3 if svar <= record["threshold"] else 1)
+
+
+def test_an_oracles_steps_are_not_recorded_for_they_take_an_attack(tmp_path):
+    methods = ("bullet,policy=oracle", "bullet")
+    run = run_to_the_end(tmp_path / "run", dataclasses.replace(CONFIG, epochs=1, methods=methods))
+    assert [r["method"] for r in run.records() if r["kind"] == "allocation"] == ["bullet"]
+
+
 def test_each_method_attacks_on_the_view_that_its_name_says(finished):
     views = {c.method: c._frozen for c in finished.contestants}
     for objective in ("optimised", "bullet"):

@@ -52,7 +52,7 @@ def oracle_groups(run: Run, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _observe(run: Run) -> None:
-    """Record the groups of the minibatch just trained on, and the SVar of each; at the end also every sample's."""
+    """Record the groups of the minibatch just trained on, and the mean SVar of each."""
     x, y = run.minibatch
     group, svar = oracle_groups(run, x, y)
     members = {name: svar[group == number] for number, name in enumerate(ops.GROUPS)}
@@ -62,9 +62,6 @@ def _observe(run: Run) -> None:
         svar={name: float(values.mean()) if len(values) else None for name, values in members.items()},
         boundary_below_robust=_chance_below(members["boundary"], members["robust"]),
     )
-    bullet = run.contestants[0].bullet
-    if bullet is not None and run.iteration // 10 == run.iterations // 10:
-        _record_allocation(run, x, y)
 
 
 def _chance_below(low: Tensor, high: Tensor) -> float | None:
@@ -73,23 +70,6 @@ def _chance_below(low: Tensor, high: Tensor) -> float | None:
         return None
     difference = high[:, None] - low
     return float(((difference > 0).double() + 0.5 * (difference == 0)).mean())
-
-
-def _record_allocation(run: Run, x: Tensor, y: Tensor) -> None:
-    contestant = run.contestants[0]
-    bullet = contestant.bullet
-    assert bullet is not None
-    counted = bullet.state_dict()
-    counted = {name: value.clone() for name, value in counted.items()}
-    with eval_mode(contestant.model):
-        found = bullet.assign(clean_logits(contestant.model, x), y, epsilon=run.config.epsilon)
-    bullet.load_state_dict(counted)  # as if nobody had looked
-    run.append(
-        kind="allocation",
-        svar=found.svar.tolist(),
-        steps=found.steps.tolist(),
-        threshold=float(found.threshold),
-    )
 
 
 def _of_kind(records: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
@@ -185,7 +165,7 @@ def _answer_fig5(found: Findings) -> dict[str, Any]:
 
 def _draw_fig5(found: Findings) -> Figure:
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
-    taken = [record for records in found.records for record in _of_kind(records, "allocation")]
+    taken = [_of_kind(records, "allocation")[-1] for records in found.records]
     svar = np.concatenate([record["svar"] for record in taken])
     last = taken[-1]
     left.hist(svar, bins=40, color="#1f77b4")

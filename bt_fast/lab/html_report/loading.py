@@ -1,0 +1,242 @@
+"""What run folders hold, checked: a report names what is missing or foreign instead of drawing it."""
+
+from __future__ import annotations
+
+import json
+import math
+import string
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bt_fast.lab.methods import Method
+from bt_fast.lab.report import label
+
+Record = dict[str, Any]
+
+_BY_DEFINITION = {"reference": 1.0, "optimised": 1.0}  # Eq. 7 of the objective itself; older summaries leave it out
+_NUMBERS = {  # of a record by its kind; what a report does not draw is not looked at
+    "epoch": ("epoch", "clean", "seconds"),
+    "fractions": ("boundary", "robust", "outlier", "robust_fraction"),
+    "allocation": ("threshold",),
+    "corruptions": ("robust",),
+}
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a method came to; None is what the summary does not tell.
+
+    Attributes:
+        name: as on the command line; label: as in tables.
+        algorithm, view: as of `Method`; "" where the name is none of this version.
+        own: whether the method has options of its own.
+        clean, robust: accuracies in [0, 1], and `attack`, what `robust` stands against.
+        seconds: of training. iteration_seconds: the median of an iteration.
+        forward_passes: F of an iteration. theoretical_speedup: Eq. 7.
+        speedup: over the other methods by name, the median of the ratios of paired iterations.
+        fractions: of `boundary`, `robust`, `outlier`; None without BulletTrain.
+        joules: of training.
+        missing: the names of what an older version did not write.
+    """
+
+    name: str
+    label: str
+    algorithm: str
+    view: str
+    own: bool
+    clean: float
+    robust: float | None
+    attack: str
+    seconds: float
+    iteration_seconds: float | None
+    forward_passes: float | None
+    theoretical_speedup: float | None
+    speedup: Mapping[str, float]
+    fractions: Mapping[str, float] | None
+    joules: float | None
+    missing: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """A finished run.
+
+    Attributes:
+        letter: stands for it in the report, "A" for the first.
+        title: its folder as it was given. written: when its summary was, in seconds since 1970.
+        records: of metrics.jsonl.
+    """
+
+    letter: str
+    title: str
+    written: float
+    config: dict[str, Any]
+    machine: dict[str, Any]
+    results: Sequence[Result]
+    records: Sequence[Record]
+
+    def of_kind(self, kind: str, method: str) -> list[Record]:
+        """A method's records of that kind; older ones that name no method are of the first with BulletTrain."""
+        bullet = next((r.name for r in self.results if r.algorithm == "bullet"), self.results[0].name)
+        return [r for r in self.records if r["kind"] == kind and r.get("method", bullet) == method]
+
+
+def load_runs(paths: Sequence[Path]) -> list[LoadedRun]:
+    """The runs in run folders, and in folders of run folders such as a study's.
+
+    Raises:
+        ValueError: a folder holds no finished run or is given twice, or a file in it is cut off or another thing.
+    """
+    folders = [folder for path in paths for folder in _run_folders(path)]
+    resolved = [folder.resolve() for folder in folders]
+    for folder, place in zip(folders, resolved, strict=True):
+        if resolved.count(place) > 1:
+            raise ValueError(f"{folder}: given twice; each run is reported once")
+    return [_load(_letter(i), folder) for i, folder in enumerate(folders)]
+
+
+def _run_folders(path: Path) -> list[Path]:
+    if not path.is_dir():
+        raise ValueError(f"{path}: {'a file' if path.exists() else 'no such folder'}, expected a run or study folder")
+    if (path / "summary.json").exists():
+        return [path]
+    inner = [path, *sorted(child for child in path.iterdir() if child.is_dir())]
+    for folder in inner:
+        if (folder / "checkpoint.pt").exists() and not (folder / "summary.json").exists():
+            raise ValueError(f"{folder}: a run without a summary.json, so not finished; go on with it, or leave it out")
+    found = [folder for folder in inner if (folder / "summary.json").exists()]
+    if not found:
+        raise ValueError(f"{path}: no run folder: there is no summary.json in it or in a folder in it")
+    return found
+
+
+def _letter(index: int) -> str:
+    letters = string.ascii_uppercase
+    return (_letter(index // 26 - 1) if index >= 26 else "") + letters[index % 26]
+
+
+def _load(letter: str, folder: Path) -> LoadedRun:
+    path = folder / "summary.json"
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # also of text that is not UTF-8
+        raise ValueError(f"{path}: cut off, or not a summary ({error})") from error
+    parts = summary if isinstance(summary, dict) else {}
+    for name in ("config", "machine", "methods"):
+        if not isinstance(parts.get(name), dict):
+            raise ValueError(f"{path}: not a summary of a run: {name} must be an object, got {parts.get(name)!r}")
+    if not parts["methods"]:
+        raise ValueError(f"{path}: not a summary of a run: methods is empty")
+    records = _records(folder / "metrics.jsonl")
+    loss = str(parts["config"].get("loss"))
+    corrupted = {r.get("method"): r["robust"] for r in records if r["kind"] == "corruptions"}
+    results = [_result(path, name, entry, loss, corrupted.get(name)) for name, entry in parts["methods"].items()]
+    return LoadedRun(letter, str(folder), path.stat().st_mtime, parts["config"], parts["machine"], results, records)
+
+
+def _result(path: Path, name: str, entry: Any, loss: str, corrupted: float | None) -> Result:
+    where = f"{path}, method {name}"
+    if not isinstance(entry, dict):
+        raise ValueError(f"{where}: expected an object, got {entry!r}")
+    try:
+        kind, made = Method.parse(name), label(name, loss)
+    except (ValueError, KeyError):  # of another version
+        kind, made = Method(name, ""), name
+    speedup = _object_of_numbers(entry, "speedup", where)
+    fractions = _object_of_numbers(entry, "fractions", where)
+    for group in ("boundary", "robust", "outlier") if fractions is not None else ():
+        _number(fractions or {}, group, f"{where}, fractions")
+    theory = _optional(entry, "theoretical_speedup", where)
+    if "theoretical_speedup" not in entry:
+        theory = _BY_DEFINITION.get(kind.algorithm)
+    attack = str(entry.get("attack", "an attack that the summary does not name"))
+    robust = _optional(entry, "robust", where)
+    if corrupted is not None:
+        robust, attack = corrupted, "corruptions"
+    told = {"theoretical_speedup": theory is not None or "theoretical_speedup" in entry}
+    told |= {key: key in entry for key in ("attack", "iteration_seconds", "forward_passes", "speedup")}
+    told |= {"fractions": fractions is not None} if kind.algorithm == "bullet" else {}
+    return Result(
+        name=name,
+        label=str(entry.get("label", made)),
+        algorithm=kind.algorithm,
+        view=kind.view,
+        own=bool(kind.changes),
+        clean=_number(entry, "clean", where),
+        robust=robust,
+        attack=attack,
+        seconds=_number(entry, "seconds", where),
+        iteration_seconds=_optional(entry, "iteration_seconds", where),
+        forward_passes=_optional(entry, "forward_passes", where),
+        theoretical_speedup=theory,
+        speedup=speedup or {},
+        fractions=fractions,
+        joules=_optional(entry, "joules", where),
+        missing=tuple(key for key, there in told.items() if not there),
+    )
+
+
+def _number(entry: Mapping[str, Any], key: str, where: str) -> float:
+    value = entry.get(key)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"{where}: {key} must be a number, got {value!r}" if key in entry else f"{where}: no {key}")
+    try:
+        return float(value)
+    except OverflowError as error:
+        raise ValueError(f"{where}: {key} must be a number, got one of {len(str(value))} digits") from error
+
+
+def _optional(entry: Mapping[str, Any], key: str, where: str) -> float | None:
+    return None if entry.get(key) is None else _number(entry, key, where)
+
+
+def _object_of_numbers(entry: Mapping[str, Any], key: str, where: str) -> dict[str, float] | None:
+    value = entry.get(key)
+    if value is None:
+        return None
+    if not isinstance(value, dict):
+        raise ValueError(f"{where}: {key} must be an object, got {value!r}")
+    return {name: _number(value, name, f"{where}, {key}") for name in value}
+
+
+def _records(path: Path) -> list[Record]:
+    """The records, but for a last line that was cut off while it was written."""
+    if not path.exists():
+        return []
+    text = path.read_text(encoding="utf-8", errors="replace")
+    whole = text[: text.rfind("\n") + 1].split("\n")[:-1]
+    return [_record(line, f"{path}, line {n}") for n, line in enumerate(whole, start=1)]
+
+
+def _record(line: str, where: str) -> Record:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{where}: not a record ({error})") from error
+    if not isinstance(record, dict) or not isinstance(record.get("kind"), str):
+        raise ValueError(f"{where}: not a record: expected an object with a kind, got {line[:80]!r}")
+    for key in ("iteration", *_NUMBERS.get(record["kind"], ())):
+        if not math.isfinite(_number(record, key, where)) and key == "iteration":
+            raise ValueError(f"{where}: iteration must be finite, got {record[key]}")
+    if record["kind"] == "epoch":
+        for key in ("robust", "loss"):
+            _optional(record, key, where)
+        if "method" not in record:
+            raise ValueError(f"{where}: no method")
+    if record["kind"] == "allocation":
+        _check_allocation(record, where)
+    if not isinstance(record.get("method", ""), str):
+        raise ValueError(f"{where}: method must be a name, got {record['method']!r}")
+    return record
+
+
+def _check_allocation(record: Record, where: str) -> None:
+    lists = [record.get(key) for key in ("svar", "steps")]
+    if not all(isinstance(values, list) for values in lists) or len(lists[0] or ()) != len(lists[1] or ()):
+        raise ValueError(f"{where}: svar and steps must be lists of the same length")
+    for key, low, high in (("svar", -1, 1), ("steps", 0, 2**63)):  # a variance of probabilities is below 1/4
+        for value in record[key]:
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+                raise ValueError(f"{where}: {key} must hold numbers in {low}..{high}, got {value!r}")

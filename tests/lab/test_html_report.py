@@ -1,0 +1,740 @@
+import collections
+import copy
+import dataclasses
+import html.parser
+import itertools
+import json
+import os
+import re
+import sys
+from datetime import datetime, timezone
+from pathlib import Path
+
+import pytest
+import test_training
+from click.testing import CliRunner
+from headless_browser import BROWSER, Browser
+
+from bt_fast.lab import report
+from bt_fast.lab.cli import cli
+from bt_fast.lab.html_report import drawing, style
+from bt_fast.lab.html_report.charts import styles_of
+from bt_fast.lab.html_report.loading import load_runs
+from bt_fast.lab.html_report.markup import element, escape
+from bt_fast.lab.html_report.numbers import duration, plain
+from bt_fast.lab.html_report.page import page
+from bt_fast.lab.html_report.waterfall import stages
+
+NOW = datetime(2026, 1, 2, 3, 4, tzinfo=timezone.utc)
+CONFIG = {"loss": "trades", "data": "digits", "model": "small-cnn", "steps": 10, "epsilon": 0.2, "seed": 0}
+MACHINE = {"torch": "2.13.0", "device": "cpu"}
+
+
+def entry(clean=0.9, robust=0.7, seconds=40.0, theory=1.0, passes=39.0, **more):
+    found = {"label": "a label", "clean": clean, "robust": robust, "attack": "PGD-20 x 1", "seconds": seconds}
+    found |= {"iteration_seconds": seconds / 100, "theoretical_speedup": theory, "forward_passes": passes}
+    return found | {"speedup": {}} | more
+
+
+def bullet(speedup, **more):
+    fractions = {"boundary": 0.3, "robust": 0.5, "outlier": 0.2}
+    return entry(seconds=20.0, theory=2.1, passes=15.4, fractions=fractions, speedup={"reference": speedup}, **more)
+
+
+def summary(**changes):
+    methods = {
+        "reference": entry(),
+        "optimised": entry(0.91, 0.71, 32.0, 1.0, 30.0, speedup={"reference": 1.25}),
+        "bullet": bullet(2.0),
+    }
+    return {"config": CONFIG, "machine": MACHINE, "methods": methods} | changes
+
+
+def records():
+    for epoch in (1, 2):
+        at = {"iteration": 10 * epoch}
+        accuracies = {"clean": 0.8 + epoch / 20, "robust": 0.5 + epoch / 20, "loss": 1 / epoch}
+        for method, seconds in (("reference", 20.0), ("optimised", 16.0), ("bullet", 12.0)):
+            of_epoch = {"kind": "epoch", "epoch": epoch, "method": method, "seconds": epoch * seconds}
+            yield at | of_epoch | accuracies
+        shares = {"outlier": 0.2, "boundary": 0.3, "robust": 0.5, "robust_fraction": 0.6}
+        yield at | {"kind": "fractions", "method": "bullet"} | shares
+        steps = {"svar": [-0.05, 0.0, 0.02, 0.08], "steps": [0, 10, 10, 2], "threshold": 0.05}
+        yield at | {"kind": "allocation", "method": "bullet"} | steps
+    yield {"iteration": 20, "kind": "groups", "shares": {}}  # of a study, not drawn
+
+
+def write_run(folder, content=None, lines=None):
+    folder.mkdir(parents=True)
+    (folder / "summary.json").write_text(json.dumps(summary() if content is None else content))
+    text = "".join(json.dumps(record) + "\n" for record in (records() if lines is None else lines))
+    (folder / "metrics.jsonl").write_text(text)
+    return folder
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(cli, ["report", *map(str, arguments)])
+
+
+def error_of(*arguments):
+    """The error of a command that failed as a user's mistake should: one line, exit code 2."""
+    result = invoke(*arguments)
+    assert result.exit_code == 2, result.output
+    line = result.stderr.strip()
+    assert "\n" not in line
+    assert line.startswith("bt-fast: ")
+    return line
+
+
+def page_of(*folders):
+    return page(load_runs(folders), NOW)
+
+
+# What a page is made of
+
+VOID = {"meta", "br", "link", "img", "input", "hr"}
+
+
+class Reader(html.parser.HTMLParser):
+    """A page as a list of elements; each has its name, attributes, ancestors and text."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.elements, self._open = [], []
+        self.feed(text)
+        self.close()
+        assert not self._open, f"never closed: {[e.name for e in self._open]}"
+
+    def handle_starttag(self, tag, attrs):
+        assert len(dict(attrs)) == len(attrs), f"an attribute twice: {tag} {attrs}"
+        found = Element(tag, dict(attrs), tuple(self._open), [])
+        self.elements.append(found)
+        if tag not in VOID:
+            self._open.append(found)
+
+    def handle_endtag(self, tag):
+        assert self._open, f"closed, but not open: {tag}"
+        assert self._open.pop().name == tag
+
+    def handle_data(self, data):
+        for found in self._open:
+            found.texts.append(data)
+
+    def all(self, *names):
+        return [e for e in self.elements if e.name in names]
+
+    def with_id(self, name):
+        (found,) = (e for e in self.elements if e.attributes.get("id") == name)
+        return found
+
+
+@dataclasses.dataclass(eq=False)
+class Element:
+    name: str
+    attributes: dict
+    ancestors: tuple
+    texts: list
+
+    @property
+    def text(self):
+        return "".join(self.texts)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("reported")
+    other = summary(config=CONFIG | {"seed": 1, "epsilon": 0.1})
+    other["methods"]["bullet-frozen"] = bullet(1.8)  # slower than bullet: time added
+    return [write_run(root / "one"), write_run(root / "two", other)]
+
+
+@pytest.fixture(scope="module")
+def reader(folders):
+    return Reader(page_of(*folders))
+
+
+def test_ids_are_unique_and_references_lead_somewhere(reader):
+    ids = [e.attributes["id"] for e in reader.elements if "id" in e.attributes]
+    assert [name for name, n in collections.Counter(ids).items() if n > 1] == []
+    for found in reader.elements:
+        for name in found.attributes.get("aria-labelledby", "").split():
+            assert name in ids
+        if found.name == "a":
+            assert found.attributes["href"].removeprefix("#") in ids
+
+
+def test_every_chart_has_a_title_a_description_and_its_numbers(reader):
+    charts = [svg for svg in reader.all("svg") if svg.attributes.get("role") == "img"]
+    assert len(charts) == 2 + 2 + 2 + 2 + 2  # of two runs: accuracy, trade-off, waterfall, fractions, SVar
+    for chart in charts:
+        title, description = map(reader.with_id, chart.attributes["aria-labelledby"].split())
+        assert (title.name, description.name) == ("title", "desc")
+        assert title.text
+        assert description.text
+        figure = next(e for e in reversed(chart.ancestors) if e.name == "figure")
+        numbers = [t for t in reader.all("table") if figure in t.ancestors]
+        assert numbers
+        for each in numbers:
+            assert any(e.name == "details" for e in each.ancestors)
+    titles = [reader.with_id(chart.attributes["aria-labelledby"].split()[0]).text for chart in charts]
+    assert len(set(titles)) == len(titles)
+
+
+def test_svgs_that_are_no_charts_are_hidden_from_screen_readers(reader):
+    for svg in reader.all("svg"):
+        assert svg.attributes.get("role") == "img" or svg.attributes["aria-hidden"] == "true"
+
+
+def test_headings_are_in_order(reader):
+    levels = [int(e.name[1]) for e in reader.all("h1", "h2", "h3", "h4", "h5", "h6")]
+    assert levels[0] == 1
+    assert levels.count(1) == 1
+    assert all(after <= before + 1 for before, after in itertools.pairwise(levels))
+
+
+def test_tables_have_captions_and_headers_and_scroll_with_the_keyboard(reader):
+    assert reader.all("table")
+    for found in reader.all("table"):
+        inside = [e for e in reader.elements if found in e.ancestors]
+        assert [e.text for e in inside if e.name == "caption"] != [""]
+        assert {"col", "row"} == {e.attributes["scope"] for e in inside if e.name == "th"}
+        assert found.ancestors[-1].attributes["tabindex"] == "0"
+        assert found.ancestors[-1].attributes["aria-label"]
+        rows = [[e for e in inside if e.ancestors[-1] is row] for row in inside if row.name == "tr"]
+        assert len({len(row) for row in rows}) == 1
+
+
+def test_a_page_names_its_language_and_can_be_skipped_through(reader):
+    assert reader.all("html")[0].attributes["lang"] == "en"
+    assert reader.all("a")[0].attributes["href"] == f"#{reader.all('main')[0].attributes['id']}"
+
+
+def test_a_page_takes_nothing_from_elsewhere_and_runs_nothing(folders, reader):
+    text = page_of(*folders)
+    assert "http:" not in text
+    assert "https:" not in text
+    assert "url(" not in text
+    assert "@import" not in text
+    assert not reader.all("script", "link", "img", "iframe", "object", "embed", "form", "base")
+    for found in reader.elements:
+        assert not [name for name in found.attributes if name.startswith("on") or name in ("src", "style")]
+    (policy,) = (e for e in reader.all("meta") if "http-equiv" in e.attributes)
+    assert policy.attributes["content"].startswith("default-src 'none'")
+
+
+# Colours
+
+
+def luminance(colour):
+    """Relative luminance of `#rrggbb` by WCAG 2."""
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def contrast(one, other):
+    dark, light = sorted((luminance(one), luminance(other)))
+    return (light + 0.05) / (dark + 0.05)
+
+
+def test_contrast_is_that_of_wcag():
+    assert contrast("#000000", "#ffffff") == pytest.approx(21.0)
+    assert contrast("#777777", "#ffffff") == pytest.approx(4.48, abs=0.005)
+
+
+@pytest.mark.parametrize("palette", [style.LIGHT, style.DARK], ids=["light", "dark"])
+def test_text_and_lines_stand_out_from_what_is_behind_them(palette):
+    for behind in ("page", "panel"):
+        for name in ("text", "muted", "link"):
+            assert contrast(palette[name], palette[behind]) >= 4.5, (name, behind)
+        for name in ("rule", "gain", "loss", *(f"s{i}" for i in range(style.SERIES))):
+            assert contrast(palette[name], palette[behind]) >= 3.0, (name, behind)
+    assert contrast(palette["text"], palette["marked"]) >= 4.5
+
+
+def test_both_palettes_have_a_colour_for_everything_that_the_style_sheet_uses():
+    used = set(re.findall(r"var\(--(\w+)\)", style.style_sheet()))
+    assert used <= set(style.LIGHT) == set(style.DARK)
+
+
+def test_series_differ_in_shape_as_well_as_in_colour():
+    styles = [drawing.Style.of(i) for i in range(64)]
+    assert len(set(styles)) == 64
+    assert len({s.shape for s in styles[: style.SERIES]}) == style.SERIES
+
+
+def test_a_method_looks_the_same_in_every_run(folders):
+    styles = styles_of(load_runs(folders[::-1]))
+    assert list(styles) == ["reference", "optimised", "bullet", "bullet-frozen"]
+
+
+# What it says
+
+
+def cells(reader, caption):
+    """The table of that caption, row by row."""
+    (found,) = (t for t in reader.all("table") if t.texts and t.text.startswith(caption))
+    rows = [e for e in reader.all("tr") if found in e.ancestors]
+    return [[e.text for e in reader.all("th", "td") if e.ancestors[-1] is row] for row in rows]
+
+
+def test_the_first_table_has_every_method_of_every_run(reader):
+    header, *rows = cells(reader, "All methods")
+    assert [row[0] for row in rows] == ["A1", "A2", "A3", "B1", "B2", "B3", "B4"]
+    third = dict(zip(header, rows[2], strict=True))
+    assert (third["clean"], third["robust"], third["against"]) == ("90.0 %", "70.0 %", "PGD-20 x 1")
+    assert third["F_B / F_R / F_O"] == "0.30 / 0.50 / 0.20"
+    assert (third["theory"], third["passes"], third["clock"]) == ("2.10×", "15.4 F", "2.00×")
+    assert (third["iteration"], third["time"]) == ("200 ms", "20.0 s")
+
+
+def test_differences_of_configuration_are_said_in_words(reader):
+    _, *rows = cells(reader, "Configuration")
+    told = {row[0]: row[1:] for row in rows}
+    assert told["epsilon"] == ["0.2", "0.1", "differ"]
+    assert told["steps"] == ["10", "10", "agree"]
+
+
+def test_an_older_summary_is_read_and_what_it_lacks_is_named(tmp_path):
+    old = summary()
+    for method in old["methods"].values():
+        for key in ("label", "theoretical_speedup", "iteration_seconds", "attack"):
+            del method[key]
+    reader = Reader(page_of(write_run(tmp_path / "old", old)))
+    _, *rows = cells(reader, "All methods")
+    assert [row[2] for row in rows] == ["TRADES, authors'", "TRADES, ours", "+ BulletTrain"]
+    assert [row[7] for row in rows] == ["1.00×", "1.00×", "–"]
+    told = [e.text for e in reader.all("li")]
+    assert "theoretical_speedup of A3" in told
+    assert "iteration_seconds of A1, A2, A3" in told
+    assert "attack of A1, A2, A3" in told
+
+
+def test_results_of_this_repository_can_be_reported():
+    results = Path(__file__).parents[2] / "benchmarks" / "results"
+    runs = load_runs([results / "compare-digits", results / "mnist-10000"])
+    reader = Reader(page(runs, NOW))
+    assert len(cells(reader, "All methods")) == 1 + 4 * 3
+    assert [len(stages(run.results)) for run in runs] == [3] * 4
+    figures = [e.attributes["id"] for e in reader.all("figure")]
+    assert [name for name in figures if name.startswith("fractions")] == [f"fractions-{run}3" for run in "ABCD"]
+
+
+def test_older_fractions_that_name_no_method_are_of_bullettrain(tmp_path):
+    lines = [{k: v for k, v in r.items() if k != "method"} for r in records() if r["kind"] == "fractions"]
+    reader = Reader(page_of(write_run(tmp_path / "run", lines=lines)))
+    assert reader.with_id("fractions-A3")
+    assert "Shares of the groups in training, A3" in [t.text for t in reader.all("title")][-1]
+
+
+def test_energy_that_nobody_measured_is_no_zero(folders, tmp_path):
+    assert "Not measured: the summaries have no energy (joules) of any method." in page_of(*folders)
+    measured = summary()
+    measured["methods"]["bullet"]["joules"] = 3000.0
+    text = page_of(write_run(tmp_path / "run", measured))
+    assert cells(Reader(text), "Energy")[1] == ["A3", "a label", "3000 J", "150 W"]
+    assert "no energy (joules) of A1, A2." in text
+
+
+def test_seeds_are_averaged_where_nothing_else_differs(folders, tmp_path):
+    assert "Means over the seeds" not in page_of(*folders)
+    second = summary(config=CONFIG | {"seed": 1})
+    second["methods"]["bullet"]["clean"] = 0.92
+    text = page_of(write_run(tmp_path / "a"), write_run(tmp_path / "b", second))
+    assert cells(Reader(text), "Means over the seeds (runs A, B)")[3][1] == "91.0 % (90.0 % to 92.0 %)"
+
+
+def test_without_any_records_the_page_says_so(tmp_path):
+    text = page_of(write_run(tmp_path / "run", lines=[]))
+    Reader(text)
+    for said in ("no accuracy of any epoch", "No method of these runs recorded fractions", "Not recorded"):
+        assert said in text
+
+
+def test_a_loss_that_is_not_a_number_breaks_nothing(tmp_path):
+    broken = summary()
+    broken["methods"]["optimised"] |= {"clean": float("nan"), "seconds": float("inf")}
+    lines = [r | {"clean": float("nan")} if r["kind"] == "epoch" else r for r in records()]
+    text = page_of(write_run(tmp_path / "run", broken, lines))
+    assert "not a number" in text
+    for found in Reader(text).elements:
+        assert not [v for k, v in found.attributes.items() if k in ("d", "x", "cx", "transform") and "nan" in str(v)]
+
+
+@pytest.mark.parametrize("accuracy", [0.0, 1.0])
+def test_accuracies_at_either_end_are_drawn(tmp_path, accuracy):
+    lines = [r | {"clean": accuracy, "robust": accuracy} if r["kind"] == "epoch" else r for r in records()]
+    methods = {"reference": entry(accuracy, accuracy), "bullet": bullet(2.0, clean=accuracy, robust=accuracy)}
+    reader = Reader(page_of(write_run(tmp_path / "run", summary(methods=methods), lines)))
+    for name in ("accuracy-A", "trade-off-A"):
+        inside = [e for e in reader.elements if reader.with_id(name) in e.ancestors]
+        heights = [float(e.attributes["cy"]) for e in inside if "cy" in e.attributes and "cx" in e.attributes]
+        assert heights
+        assert all(0 <= height <= 320 for height in heights)
+
+
+def test_of_a_long_run_some_fractions_are_shown_and_the_last(tmp_path):
+    lines = [r | {"iteration": 10 * n} for n in range(1, 1001) for r in records() if r["kind"] == "fractions"]
+    reader = Reader(page_of(write_run(tmp_path / "run", lines=lines[::2])))
+    rows = cells(reader, "Shares of the groups")[1:]
+    assert len(rows) == 250
+    assert rows[-1][0] == "10000"
+    assert "Each 4th record is shown." in reader.with_id("fractions-A3-desc").text
+
+
+def test_a_run_of_augmix_shows_its_accuracy_under_corruptions(tmp_path):
+    methods = {"optimised": entry(robust=None), "bullet": bullet(1.5, robust=None)}
+    run = summary(config=CONFIG | {"loss": "augmix"}, methods=methods)
+    assert "No method has a robust accuracy" in page_of(write_run(tmp_path / "plain", run))
+    lines = [{"iteration": 9, "kind": "corruptions", "method": m, "robust": 0.6, "errors": {}} for m in methods]
+    _, first, _ = cells(Reader(page_of(write_run(tmp_path / "corrupted", run, lines))), "All methods")
+    assert first[4:6] == ["60.0 %", "corruptions"]
+
+
+def test_many_methods_are_all_in_the_tables_and_the_rest_of_the_charts_is_named(tmp_path):
+    names = [f"bullet,gamma=0.{n}" for n in range(10, 30)]
+    lines = [r | {"method": n} for n in names for r in records() if r.get("method") == "bullet"]
+    text = page_of(write_run(tmp_path / "run", summary(methods={n: bullet(1.0) for n in names}), lines))
+    reader = Reader(text)
+    assert len(cells(reader, "All methods")) == 21
+    assert len(cells(reader, "Accuracy against")) == 41
+    assert "the table has 12 more" in text
+    assert "not drawn: A9, A10" in text
+
+
+# The way from the reference to ours
+
+
+def test_each_optimisation_is_a_stage_with_its_time_and_its_limits(folders):
+    found = stages(load_runs(folders)[1].results)
+    assert [s.step for s in found] == ["", "our code", "BulletTrain", "frozen view"]
+    assert [s.time for s in found] == pytest.approx([1.0, 0.8, 0.5, 1 / 1.8])
+    assert [s.equation_7 for s in found] == pytest.approx([1.0, 1.0, 1 / 2.1, 1 / 2.1])
+    assert [s.forward_passes for s in found] == pytest.approx([1.0, 30 / 39, 15.4 / 39, 15.4 / 39])
+
+
+def test_time_added_is_drawn_in_another_way_than_time_saved(reader):
+    figure = reader.with_id("waterfall-B")
+    bars = [e.attributes.get("class") for e in reader.all("rect") if figure in e.ancestors]
+    assert bars[:5] == ["whole", "gain", "gain", "loss", "whole"]
+
+
+def results_of(tmp_path, **methods):
+    return load_runs([write_run(tmp_path / "run", summary(methods=methods), [])])[0].results
+
+
+def test_optimisations_that_a_run_does_not_tell_apart_share_a_stage(tmp_path):
+    methods = {"reference": entry(), "bullet-bf16": bullet(3.0)}
+    _, last = stages(results_of(tmp_path, **methods))
+    assert last.step == "our code + BulletTrain + frozen view + 16 bits"
+
+
+def test_a_method_with_options_of_its_own_is_no_stage(tmp_path):
+    methods = {"reference": entry(), "bullet,gamma=0.5": bullet(3.0)}
+    assert stages(results_of(tmp_path, **methods)) == []
+    assert "No steps to draw" in page_of(tmp_path / "run")
+
+
+def test_without_bullettrain_the_views_of_ours_are_the_stages(tmp_path):
+    faster = {"optimised-frozen": entry(speedup={"reference": 1.5}), "optimised": entry(speedup={"reference": 1.2})}
+    assert [s.step for s in stages(results_of(tmp_path, reference=entry(), **faster))][1:] == [
+        "our code",
+        "frozen view",
+    ]
+
+
+def test_a_limit_that_the_summary_does_not_tell_is_not_drawn(tmp_path):
+    methods = {"reference": entry(), "bullet": bullet(2.0)}
+    del methods["bullet"]["theoretical_speedup"], methods["reference"]["forward_passes"]
+    last = stages(results_of(tmp_path, **methods))[-1]
+    assert (last.equation_7, last.forward_passes) == (None, None)
+
+
+# Scales and numbers
+
+
+def test_ticks_are_round_and_within_the_scale():
+    assert drawing.x_scale(0, 100).ticks() == [0, 20, 40, 60, 80, 100]
+    assert drawing.x_scale(0, 0.013).ticks() == pytest.approx([0, 0.005, 0.01])
+    assert drawing.x_scale(93.7, 97.1).ticks() == [94, 95, 96, 97]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"), [(0.0123, "12.3 ms"), (45.63, "45.6 s"), (1234.5, "1234 s"), (0, "0 ms"), (None, "–")]
+)
+def test_durations_have_three_digits(seconds, said):
+    assert duration(seconds) == said
+
+
+def test_numbers_that_are_none_are_said_to_be():
+    assert plain(float("nan")) == "not a number"
+    assert plain(-0.00123) == "−0.00123"
+
+
+# Text from files is text
+
+
+def test_a_folder_and_names_made_of_markup_are_harmless(tmp_path):
+    evil = "<script>alert(1)</script>"
+    hostile = summary(config=CONFIG | {"data": f'"{evil}', evil: evil}, machine={"torch": f"'{evil}", evil: [evil]})
+    hostile["methods"]["bullet"]["label"] = f"</title>{evil}"
+    hostile["methods"][f'" onload="{evil}'] = entry(attack=f"<!--{evil}")
+    folder = write_run(tmp_path / "<script>" / "<img src=x onerror=alert(1)>", hostile)
+    text = page_of(folder)
+    assert "<script" not in text
+    reader = Reader(text)
+    assert not reader.all("script", "img")
+    assert not [k for e in reader.elements for k in e.attributes if k.startswith("on")]
+    assert evil in "".join(e.text for e in reader.all("h3", "td"))
+
+
+def test_names_that_are_no_unicode_can_be_written(tmp_path):
+    try:
+        folder = write_run(tmp_path / os.fsdecode(b"run\xff\x01"))
+    except OSError as error:
+        pytest.skip(f"this file system takes no such name ({error})")
+    assert invoke(folder, "--out", tmp_path / "out.html").exit_code == 0
+    assert "run?\ufffd" in (tmp_path / "out.html").read_text(encoding="utf-8")
+
+
+def test_markup_escapes_text_and_attributes_once():
+    assert escape("a<b&'\"") == "a&lt;b&amp;&#x27;&quot;"
+    assert element("p", "<", element("b", "&"), title='"', data_x=1.25, hidden=True, lang=None) == (
+        '<p title="&quot;" data-x="1.2" hidden>&lt;<b>&amp;</b></p>'
+    )
+
+
+# The command
+
+
+def test_the_command_writes_the_page_and_says_where(folders, tmp_path):
+    out = tmp_path / "page.html"
+    result = invoke(*folders, "--out", out)
+    assert result.exit_code == 0, result.output
+    assert str(out) in result.output
+    assert "Of 2 runs" in Reader(out.read_text(encoding="utf-8")).all("header")[0].text
+    assert [p.name for p in tmp_path.iterdir()] == ["page.html"]
+
+
+def test_a_folder_of_runs_is_all_of_them(tmp_path):
+    for seed in (0, 1):
+        write_run(tmp_path / "study" / f"seed{seed}")
+    (tmp_path / "study" / "corrupted").mkdir()
+    assert [run.title[-5:] for run in load_runs([tmp_path / "study"])] == ["seed0", "seed1"]
+
+
+def test_a_run_of_this_version_is_reported_whole(tmp_path):
+    methods = ("reference", "optimised", "bullet", "bullet-frozen")
+    config = dataclasses.replace(test_training.CONFIG, methods=methods, epochs=1, batch_size=4, decay_epochs=())
+    run = test_training.run_to_the_end(tmp_path / "run", config)
+    report.summarise(run, lambda _: None)
+    (loaded,) = load_runs([tmp_path / "run"])
+    assert [result.missing for result in loaded.results] == [()] * 4
+    assert len(stages(loaded.results)) == 4
+    reader = Reader(page([loaded], NOW))
+    names = [e.attributes["id"] for e in reader.all("figure")]
+    drawn = [f"{chart}-A{n}" for chart in ("fractions", "svar") for n in (3, 4)]
+    assert names == ["accuracy-A", "trade-off-A", "waterfall-A", *drawn]
+
+
+def test_a_folder_that_is_no_run_is_named(folders, tmp_path):
+    out = tmp_path / "out.html"
+    assert f"{tmp_path}: no run folder" in error_of(tmp_path, "--out", out)
+    assert "no such folder" in error_of(tmp_path / "none", "--out", out)
+    assert "a file, expected a run" in error_of(folders[0] / "summary.json", "--out", out)
+    assert "given twice" in error_of(folders[0], folders[0].parent, "--out", out)
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "checkpoint.pt").touch()
+    assert "begun: a run without a summary.json, so not finished" in error_of(tmp_path, "--out", out)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("cut", [0, 1, 50, -1])
+def test_a_summary_that_was_cut_off_is_named(tmp_path, cut):
+    folder = write_run(tmp_path / "run")
+    path = folder / "summary.json"
+    path.write_text(path.read_text()[:cut])
+    assert "summary.json: cut off, or not a summary" in error_of(folder, "--out", tmp_path / "out.html")
+
+
+def change(where, value):
+    """A summary with one entry replaced."""
+    found = copy.deepcopy(summary())
+    *path, last = where
+    inner = found
+    for key in path:
+        inner = inner[key]
+    inner[last] = value
+    return found
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ([], "config must be an object, got None"),
+        (change(["methods"], {}), "methods is empty"),
+        (change(["methods"], [1]), "methods must be an object, got [1]"),
+        (change(["methods", "bullet"], 3), "method bullet: expected an object, got 3"),
+        (change(["methods", "bullet", "clean"], "high"), "method bullet: clean must be a number, got 'high'"),
+        (change(["methods", "bullet", "clean"], True), "clean must be a number, got True"),
+        (change(["methods", "bullet", "speedup"], 2), "speedup must be an object, got 2"),
+        (change(["methods", "bullet", "fractions"], {"boundary": 1}), "method bullet, fractions: no robust"),
+    ],
+)
+def test_what_is_wrong_with_a_summary_is_said(tmp_path, content, said):
+    assert said in error_of(write_run(tmp_path / "run", content), "--out", tmp_path / "out.html")
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("no record", "line 2: not a record (Expecting value"),
+        ("5", "line 2: not a record: expected an object with a kind, got '5'"),
+        ('{"iteration": 1}', "expected an object with a kind"),
+        ('{"kind": "epoch"}', "line 2: no iteration"),
+        (
+            '{"kind": "epoch", "iteration": 1, "epoch": 1, "clean": "x", "seconds": 1}',
+            "clean must be a number, got 'x'",
+        ),
+        ('{"kind": "epoch", "iteration": 1, "epoch": 1, "clean": 1, "seconds": 1}', "line 2: no method"),
+        ('{"kind": "x", "iteration": 1, "method": 5}', "method must be a name, got 5"),
+        (
+            '{"kind": "allocation", "iteration": 1, "threshold": 0, "svar": [1], "steps": []}',
+            "svar and steps must be lists of the same length",
+        ),
+        (
+            '{"kind": "allocation", "iteration": 1, "threshold": 0, "svar": [NaN], "steps": [1]}',
+            "svar must hold numbers in -1..1, got nan",
+        ),
+        ('{"kind": "x", "iteration": Infinity}', "iteration must be finite, got inf"),
+        (f'{{"kind": "x", "iteration": 1{400 * "0"}}}', "iteration must be a number, got one of 401 digits"),
+    ],
+)
+def test_a_foreign_line_among_the_metrics_is_named(tmp_path, line, said):
+    folder = write_run(tmp_path / "run")
+    (folder / "metrics.jsonl").write_text(f"{json.dumps(next(records()))}\n{line}\n")
+    error = error_of(folder, "--out", tmp_path / "out.html")
+    assert "metrics.jsonl, line 2" in error
+    assert said in error
+
+
+def test_a_last_record_cut_off_while_it_was_written_is_left_out(tmp_path):
+    folder = write_run(tmp_path / "run")
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write('{"iteration": 30, "ki')
+    assert len(load_runs([folder])[0].records) == len(list(records()))
+
+
+def test_a_page_that_cannot_be_written_is_said_before_anything_else(folders, tmp_path):
+    assert "there is no folder" in error_of(folders[0], "--out", tmp_path / "none" / "out.html")
+    assert "it is a folder" in error_of(folders[0], "--out", tmp_path, "--tensorboard", tmp_path / "events")
+    assert not list(tmp_path.iterdir())
+
+
+# TensorBoard
+
+
+def test_without_tensorboard_the_error_says_what_to_install(folders, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    out = tmp_path / "out.html"
+    error = error_of(folders[0], "--out", out, "--tensorboard", tmp_path / "events")
+    assert "pip install 'bt-fast[tensorboard]'" in error
+    assert not out.exists()
+
+
+def test_scalars_are_those_of_the_records(folders, tmp_path):
+    module = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    arguments = (folders[0], "--out", tmp_path / "out.html", "--tensorboard", tmp_path / "events")
+    assert invoke(*arguments).exit_code == 0
+    names = sorted(p.name for p in (tmp_path / "events").iterdir())
+    assert names == ["A1-reference", "A2-optimised", "A3-bullet"]
+    events = module.EventAccumulator(str(tmp_path / "events" / "A3-bullet")).Reload()
+    tags = {"accuracy/clean", "accuracy/robust", "loss"}
+    tags |= {f"fractions/{key}" for key in ("boundary", "robust", "outlier", "robust_fraction")}
+    assert set(events.Tags()["scalars"]) == tags
+    first, second = events.Scalars("accuracy/robust")
+    assert (first.step, second.step) == (10, 20)
+    assert (first.value, second.value) == pytest.approx((0.55, 0.6))
+    assert second.wall_time - first.wall_time == pytest.approx(12.0, abs=1e-3)  # seconds of training
+    assert "not an empty folder" in error_of(*arguments)
+
+
+# In a browser
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    if BROWSER is None:
+        pytest.skip("needs chromium (apt-get install chromium)")
+    with Browser(tmp_path_factory.mktemp("profile")) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def written(folders, tmp_path_factory):
+    path = tmp_path_factory.mktemp("page") / "report.html"
+    path.write_text(page_of(*folders), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 400])
+def test_a_browser_shows_all_charts_without_errors_requests_or_overflow(browser, written, width, scheme):
+    browser.open(written, width, scheme=scheme)
+    size = browser.evaluate("[document.documentElement.scrollWidth, document.documentElement.clientWidth]")
+    assert size[0] <= size[1] <= width
+    boxes = browser.evaluate(
+        "[...document.querySelectorAll('svg.chart')].map(e => e.getBoundingClientRect())"
+        ".map(b => [b.width, b.height, b.left, b.right])"
+    )
+    assert len(boxes) == 10
+    for wide, high, left, right in boxes:
+        assert wide >= 300
+        assert high >= 150
+        assert 0 <= left < right <= width
+    behind = browser.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert behind == ("rgb(255, 255, 255)" if scheme == "light" else "rgb(20, 23, 28)")
+    told = [e for e in browser.events if e["method"] in ("Log.entryAdded", "Runtime.consoleAPICalled")]
+    told += [e for e in browser.events if e["method"] == "Runtime.exceptionThrown"]
+    assert told == []
+    asked = [e["params"]["request"]["url"] for e in browser.events if e["method"] == "Network.requestWillBeSent"]
+    assert asked == [written.resolve().as_uri()]
+
+
+def test_words_in_charts_stay_inside_them(browser, written):
+    browser.open(written, 1280)
+    outside = browser.evaluate(
+        "[...document.querySelectorAll('svg.chart text')].filter(t => {"
+        "const a = t.getBoundingClientRect(), b = t.closest('.panel').getBoundingClientRect();"
+        "return a.left < b.left || a.right > b.right || a.bottom > b.bottom}).map(t => t.textContent)"
+    )
+    assert outside == []
+
+
+def test_the_keyboard_reaches_the_skip_link_the_tables_and_the_numbers(browser, written):
+    browser.open(written, 1280)
+    here = "(e => [e.tagName, e.textContent.slice(0, 20), getComputedStyle(e).outlineStyle])(document.activeElement)"
+    seen = []
+    while not seen or seen[-1][0] != "BODY":  # where the page ends
+        browser.press("Tab", 9)
+        seen.append(browser.evaluate(here))
+    del seen[-1]
+    assert seen[0][:2] == ["A", "Skip to the results"]
+    assert [e for e in seen if e[2] != "solid"] == []  # focus can be seen
+    names = {name for name, *_ in seen}
+    assert names == {"A", "DIV", "SUMMARY"}
+    assert [name for name, *_ in seen].count("SUMMARY") == 10
+    browser.evaluate("document.querySelector('summary').focus()")
+    browser.press("Enter", 13, "\r")
+    assert browser.evaluate("document.querySelector('details').open")
+
+
+def test_a_screen_reader_is_told_what_each_chart_shows(browser, written):
+    browser.open(written, 1280)
+    nodes = browser.send("Accessibility.getFullAXTree")["nodes"]
+    images = [n for n in nodes if n.get("role", {}).get("value") in ("image", "img") and not n.get("ignored")]
+    names = [n["name"]["value"] for n in images]
+    assert len(names) == 10
+    assert all("run" in name or "A3" in name or "B3" in name for name in names)
+    headings = [n for n in nodes if n.get("role", {}).get("value") == "heading"]
+    assert len(headings) == 1 + 9 + 10
