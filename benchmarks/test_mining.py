@@ -2,7 +2,7 @@
 
 Its time against m, its launches, and its share of a training iteration of the SmallCNN at batch 128. To record:
 
-python -m pytest benchmarks/test_mining.py --benchmark-json benchmarks/results/mining.json
+python -m pytest benchmarks/test_mining.py --full --benchmark-json benchmarks/results/mining.json
 """
 
 from __future__ import annotations

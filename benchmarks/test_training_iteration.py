@@ -8,7 +8,7 @@ channels-last view without parameter gradients, in half precision or not), here 
 memory is what an iteration holds at its worst beside weights, momentum, images and the view's copy of the weights, as
 torch allocated it. To record:
 
-python -m pytest benchmarks/test_training_iteration.py -s --benchmark-json benchmarks/results/training-iteration.json
+pytest benchmarks/test_training_iteration.py --full -s --benchmark-json benchmarks/results/training-iteration.json
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import median_ratio, report
+from conftest import median_ratio, quick_and_full, report
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
@@ -158,7 +158,7 @@ def peak_bytes(work: Callable[[], None]) -> int:
 
 
 @pytest.mark.parametrize("loss", OBJECTIVES)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", quick_and_full(["small-cnn"], CASES))
 def test_iteration(name: str, loss: str, interleaved: Any, benchmark: Any, device: torch.device) -> None:
     workload = Workload(CASES[name], device)
     workload.prepare()
@@ -188,7 +188,7 @@ def check_augmix(workload: Workload) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", quick_and_full(["small-cnn"], CASES))
 def test_augmix_iteration(name: str, interleaved: Any, benchmark: Any, device: torch.device) -> None:
     workload = Workload(CASES[name], device)
     for module in workload.model.modules():
