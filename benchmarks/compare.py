@@ -218,10 +218,14 @@ def compare(old: Mapping[str, Benchmark], new: Mapping[str, Benchmark], noise: f
 def _machines(old: Mapping[str, Benchmark], new: Mapping[str, Benchmark], common: list[str]) -> Iterator[str]:
     """A warning for everything that differs."""
     for key in MACHINE:
-        pairs = {(str(old[name].machine[key]), str(new[name].machine[key])) for name in common}
+        pairs = {tuple(_told(file[name].machine[key]) for file in (old, new)) for name in common}
         for before, after in sorted(pairs):
             if before != after:
                 yield f"warning: {key} was {before}, is {after}"
+
+
+def _told(value: Any) -> str:
+    return "not told" if value is None else str(value)
 
 
 def _one(old: Benchmark, new: Benchmark, noise: float, verdicts: dict[str, int]) -> Iterator[str]:

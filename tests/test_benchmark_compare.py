@@ -130,12 +130,13 @@ def test_what_is_in_one_file_only_is_listed(compared):
 
 
 def test_a_different_machine_is_warned_of_once(compared):
-    old = [entry(name=name, torch="2.6", threads=2, device="cpu") for name in "ab"]
-    new = [entry(name=name, torch="2.13", threads=1, device="cpu") for name in "ab"]
+    old = [entry(name=name, torch="2.6", threads=2) for name in "ab"]
+    new = [entry(name=name, torch="2.13", threads=1, device="cpu", driver=None) for name in "ab"]
     lines = compared(old, new)[1].splitlines()
     assert [line for line in lines if "warning" in line] == [
         "warning: torch was 2.6, is 2.13",
         "warning: threads was 2, is 1",
+        "warning: device was not told, is cpu",
     ]
 
 
