@@ -1,11 +1,15 @@
-"""What every benchmark shares: the machine in each result, and rounds in which the compared variants alternate."""
+"""What every benchmark shares: the machine in each result, and rounds in which the compared variants alternate.
+
+`pytest benchmarks` takes about 5 minutes on 2 cores: the cases that are not marked `full`, in at most QUICK_ROUNDS
+rounds. `pytest benchmarks --full` takes all of them, in all their rounds, as the stored results were.
+"""
 
 from __future__ import annotations
 
 import gc
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import pytest
@@ -15,6 +19,30 @@ from bt_fast import PowerMonitor
 from bt_fast.device import synchronize
 from bt_fast.lab.report import machine
 
+QUICK_ROUNDS = 5
+ENERGY_SECONDS = 2.0  # for each variant
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="all benchmarks, in all their rounds: takes hours on a CPU")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "full: only with --full")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--full"):
+        return
+    left_out = [item for item in items if item.get_closest_marker("full")]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
+
+
+def quick_and_full(quick: Collection[str], cases: Iterable[str]) -> list[Any]:
+    """The names of cases as a test's parameters: those that are not quick only with --full."""
+    return [case if case in quick else pytest.param(case, marks=pytest.mark.full) for case in cases]
+
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:
@@ -22,10 +50,13 @@ def device() -> torch.device:
 
 
 @pytest.fixture
-def interleaved(benchmark: Any, device: torch.device) -> Callable[..., dict[str, list[float]]]:
+def interleaved(
+    benchmark: Any, device: torch.device, request: pytest.FixtureRequest
+) -> Callable[..., dict[str, list[float]]]:
     """Time variants in alternation: one benchmark round runs each of them once, in rotating order, prepared by name.
 
-    Returns each variant's seconds by round, so that ratios can be taken pair by pair.
+    Returns each variant's seconds by round, so that ratios can be taken pair by pair. The result file has them as
+    `seconds`, for `benchmarks.compare`, and the joules of an iteration of each.
     """
 
     def run(
@@ -33,6 +64,8 @@ def interleaved(benchmark: Any, device: torch.device) -> Callable[..., dict[str,
     ) -> dict[str, list[float]]:
         names = list(variants)
         seconds: dict[str, list[float]] = {name: [] for name in names}
+        if not request.config.getoption("--full"):
+            rounds = min(rounds, QUICK_ROUNDS)
 
         def one_round() -> None:
             turn = len(seconds[names[0]]) % len(names)
@@ -46,25 +79,35 @@ def interleaved(benchmark: Any, device: torch.device) -> Callable[..., dict[str,
 
         gc.collect()
         benchmark.pedantic(one_round, rounds=rounds, iterations=1, warmup_rounds=1)
-        benchmark.extra_info.update(machine(device))
-        return {name: times[-rounds:] for name, times in seconds.items()}
+        taken = {name: times[-rounds:] for name, times in seconds.items()}
+        benchmark.extra_info.update(machine(device), seconds=taken)
+        if benchmark.enabled:
+            benchmark.extra_info.update(energy(variants, prepare, device))
+        return taken
 
     return run
 
 
-@pytest.fixture
-def power(benchmark: Any, device: torch.device) -> Iterator[PowerMonitor]:
-    """Put the GPU's joules during the test, warm-up included, into its result: None, and why, where they are not told.
+def energy(
+    variants: dict[str, Callable[[], object]], prepare: Callable[[str], object], device: torch.device
+) -> dict[str, Any]:
+    """The GPU's joules for each variant's iteration with its preparation; None, and why, where they are not told.
 
-    A test that calls `power.mark(name)` has the joules of its spans there, too.
+    Apart from the timed rounds, which reading the GPU would disturb, and for long enough that its counter moves often.
     """
+    calls = dict.fromkeys(variants, 0)
     with PowerMonitor(device) as monitor:
-        yield monitor
-    benchmark.extra_info["joules"] = monitor.joules()
-    benchmark.extra_info["joules_by_span"] = {name: monitor.joules(name) for name in monitor.labels}
-    benchmark.extra_info["joules_over_seconds"] = monitor.seconds
+        for name in variants if monitor.available else ():
+            monitor.mark(name)
+            end = time.monotonic() + ENERGY_SECONDS
+            while not calls[name] or time.monotonic() < end:
+                prepare(name)
+                variants[name]()
+                synchronize(device)
+                calls[name] += 1
+    joules = {name: monitor.joules_per_sample(calls[name], name) for name in monitor.labels}
     lost = [s.lost for s in monitor.summary() if s.lost]
-    benchmark.extra_info["joules_reason"] = monitor.reason or ", ".join(lost) or None
+    return {"joules": joules or None, "joules_reason": monitor.reason or ", ".join(lost) or None}
 
 
 def median_ratio(slower: list[float], faster: list[float]) -> float:

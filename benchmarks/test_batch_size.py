@@ -1,6 +1,6 @@
 """Time per sample of a TRADES iteration with BulletTrain, against the batch size.
 
-python -m pytest benchmarks/test_batch_size.py -s --benchmark-json benchmarks/results/batch-size.json
+python -m pytest benchmarks/test_batch_size.py --full -s --benchmark-json benchmarks/results/batch-size.json
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import report
+from conftest import quick_and_full, report
 from test_training_iteration import CASES, Workload
 
 SIZES = (32, 64, 128, 256, 512)
@@ -19,7 +19,7 @@ ROUNDS = {"small-cnn": 15, "wrn-16-2": 5}
 
 
 @pytest.mark.parametrize("variant", ["bullet", "bullet, bf16"])
-@pytest.mark.parametrize("name", ROUNDS)
+@pytest.mark.parametrize("name", quick_and_full(["small-cnn"], ROUNDS))
 def test_time_per_sample(name: str, variant: str, interleaved: Any, benchmark: Any, device: torch.device) -> None:
     workloads = {m: Workload(dataclasses.replace(CASES[name], batch=m), device) for m in SIZES}
     work = {str(m): workload.variants()[variant] for m, workload in workloads.items()}

@@ -6,7 +6,7 @@ the weights, and with the gradient of the images alone. The limit is the ratio o
 that stands goes through everything in ours too, so that it is below 2, and further below with a single start.
 To record:
 
-python -m pytest benchmarks/test_evaluation.py -s --benchmark-json benchmarks/results/evaluation.json
+python -m pytest benchmarks/test_evaluation.py --full -s --benchmark-json benchmarks/results/evaluation.json
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def trained(device: torch.device) -> Trained:
     return Trained(device)
 
 
-@pytest.mark.parametrize(("steps", "restarts"), ROUNDS)
+@pytest.mark.parametrize(("steps", "restarts"), [(20, 1), pytest.param(20, 5, marks=pytest.mark.full)])
 def test_evaluation(trained: Trained, steps: int, restarts: int, interleaved: Any, benchmark: Any) -> None:
     trained.check_exactness(steps, restarts)
     variants = {

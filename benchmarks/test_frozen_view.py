@@ -1,6 +1,6 @@
 """The frozen view of the model: what it costs to keep it up to date, and what its rounding does to the attack.
 
-python -m pytest benchmarks/test_frozen_view.py -s --benchmark-json benchmarks/results/frozen-view.json
+python -m pytest benchmarks/test_frozen_view.py --full -s --benchmark-json benchmarks/results/frozen-view.json
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import median_ratio, report
+from conftest import median_ratio, quick_and_full, report
 from test_training_iteration import CASES, Workload, count_flops
 from torch.profiler import profile
 
@@ -42,7 +42,7 @@ VIEWS = {
 }
 
 
-@pytest.mark.parametrize("name", ["small-cnn", "wrn-16-2"])
+@pytest.mark.parametrize("name", quick_and_full(["small-cnn"], ["small-cnn", "wrn-16-2"]))
 def test_the_refresh_is_a_small_share_of_an_iteration(
     name: str, interleaved: Any, benchmark: Any, device: torch.device
 ) -> None:
@@ -58,7 +58,7 @@ def test_the_refresh_is_a_small_share_of_an_iteration(
 
 
 @pytest.mark.parametrize("view", ["frozen", "bf16"])
-@pytest.mark.parametrize("name", ["small-cnn", "wrn-16-2"])
+@pytest.mark.parametrize("name", quick_and_full(["small-cnn"], ["small-cnn", "wrn-16-2"]))
 def test_where_a_step_of_the_attack_goes(name: str, view: str, benchmark: Any, device: torch.device) -> None:
     """Shares of a step's time, and the rate of its convolutions beside that of a large matrix product."""
     workload = Workload(CASES[name], device)
@@ -117,6 +117,7 @@ def attacked(model: torch.nn.Module, x: torch.Tensor, frozen: Frozen | None) -> 
     return generate(model, x, start, target, schedule, ThreatModel(EPSILON), frozen=frozen)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("iterations", [300])
 def test_what_rounding_does_to_the_attack(iterations: int, benchmark: Any, device: torch.device) -> None:
     model, x, y = trained_on_digits(device, iterations if benchmark.enabled else 5)

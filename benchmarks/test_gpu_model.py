@@ -7,7 +7,7 @@ gpu-model-predicted.json` and `.md`. Where there is a GPU there is nothing to pr
 The 15 predictions of the stored run are within 9 %. The method was refined on four of the cases (the small CNN and
 WRN-16-2 at batches of 32 and 128); the small CNN at batch 64 was tried when it stood.
 
-python -m pytest benchmarks/test_gpu_model.py -s
+python -m pytest benchmarks/test_gpu_model.py --full -s
 """
 
 from __future__ import annotations
@@ -18,12 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import cpu_model
+import pytest
 import torch
 
 from bt_fast.lab.gpu_model import GPUS, simulate
 from bt_fast.lab.gpu_prediction import LABELS, Workload, as_dict, predict
 from bt_fast.lab.gpu_trace import trace_on_cpu
 from bt_fast.lab.report import machine
+
+pytestmark = pytest.mark.full  # it writes stored results
 
 RESULTS = Path(__file__).parent / "results"
 CPU = torch.device("cpu")
@@ -107,8 +110,8 @@ def test_predictions_for_three_gpus() -> None:
         f"# One TRADES iteration on three GPUs: {WORDS}",
         "",
         "`bt_fast/lab/gpu_model.py` says how, and which of its figures are assumed. Written by "
-        "`pytest benchmarks/test_gpu_model.py`. PREDICTED milliseconds of a method, its PREDICTED speedup over the "
-        "authors' TRADES and over ours, and in brackets the share of the ratio of floating-point operations.",
+        "`pytest benchmarks/test_gpu_model.py --full`. PREDICTED milliseconds of a method, its PREDICTED speedup over "
+        "the authors' TRADES and over ours, and in brackets the share of the ratio of floating-point operations.",
         "",
         "| network | batch | GPU | authors' | ours | method | PREDICTED ms | over authors' | over ours | GPU busy |",
         "| --- | ---: | --- | ---: | ---: | --- | ---: | ---: | ---: | ---: |",

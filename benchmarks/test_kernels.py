@@ -7,7 +7,7 @@ What a fused kernel moves is what its compiled code was seen to load and store (
 are then a launch for the sum of a loss's rows, one for the offset of the random numbers, and one for each gradient that
 backward scales. To record:
 
-python -m pytest benchmarks/test_kernels.py --benchmark-json benchmarks/results/kernels.json
+pytest benchmarks/test_kernels.py --benchmark-json benchmarks/results/kernels.json
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from launches import Traffic, traffic
 
 from bt_fast.device import synchronize
+from bt_fast.lab.report import machine
 from bt_fast.ops import divergence
 from bt_fast.ops.ascent_direction import launch_ascent_direction
 from bt_fast.ops.assign_steps import assign_reference, launch_assign
@@ -213,7 +214,7 @@ def test_op(name: str, benchmark: Any, device: torch.device) -> None:
     arguments = on(device, op.arguments())
     run = op.fused if device.type == "cuda" else op.eager
     benchmark.pedantic(lambda: (run(*arguments), synchronize(device)), rounds=20, warmup_rounds=3)
-    benchmark.extra_info.update(info)
+    benchmark.extra_info.update(machine(device) | info)
     print(f"\n{name}: " + ", ".join(f"{key} {value}" for key, value in info.items()))
     assert fused.launches < eager.launches
 

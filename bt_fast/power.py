@@ -383,6 +383,19 @@ def _shut(nvml: ModuleType) -> None:
         return
 
 
+def driver_version() -> str | None:
+    """Of NVIDIA's driver; None where NVML does not tell."""
+    nvml = _initialised()
+    if isinstance(nvml, str):
+        return None
+    try:
+        return str(nvml.nvmlSystemGetDriverVersion())
+    except nvml.NVMLError:
+        return None
+    finally:
+        _shut(nvml)
+
+
 def _known(nvml: ModuleType, name: str) -> str:
     """The UUID as NVML writes it.
 

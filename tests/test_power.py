@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bt_fast import PowerMonitor
-from bt_fast.power import Sample, counted_energy, energy_of, integrated_power
+from bt_fast.power import Sample, counted_energy, driver_version, energy_of, integrated_power
 
 A, B, MIG = "GPU-aaaaaaaa-0000", "GPU-bbbbbbbb-0000", "MIG-cccccccc-0000"
 NEVER = 3600.0  # an interval in which the thread reads nothing: there are the samples that marks take
@@ -452,6 +452,11 @@ def test_without_nvidia_ml_py_it_does_nothing_and_says_so(monkeypatch):
 def test_a_driver_that_does_not_start_is_told(run):
     reason = run(f"init 9\ndevice {A}", constructed, [A])
     assert reason.startswith("NVML does not start: ")
+
+
+def test_the_driver_tells_its_version_unless_it_does_not_start(run):
+    assert run(f"device {A}", driver_version) == "570.26"
+    assert run("init 9", driver_version) is None
 
 
 def test_a_driver_that_torch_does_not_use_is_told(run):

@@ -94,7 +94,7 @@ def said(error: BaseException) -> str:
 def versions(version_of: Callable[[str], str]) -> list[Finding]:
     """What is installed; `version_of` raises PackageNotFoundError as that of importlib.metadata."""
     built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "a build without CUDA"
-    found = {k: str(v) for k, v in report.machine(torch.device("cpu")).items() if k != "device"}
+    found = {k: str(v) for k, v in report.machine(torch.device("cpu")).items() if k not in ("device", "driver")}
     found["torch"] += f", {built}"
     rows = [Finding("versions", name, "ok", text) for name, text in found.items()]
     for name in PACKAGES:

@@ -29,6 +29,7 @@ from bt_fast.lab.files import replacing, write_text
 from bt_fast.lab.methods import Method
 from bt_fast.lab.training import WARM_UP, Contestant, Run, median_speedup
 from bt_fast.objectives.repeated_forward import RepeatedForward
+from bt_fast.power import driver_version
 from bt_fast.speedup import augmix_cost, mart_cost, pgd_cost, trades_cost, trades_reference_cost, yopo_cost
 
 OBJECTIVE_NAMES = {"trades": "TRADES", "mart": "MART", "pgd": "PGD", "augmix": "AugMix"}
@@ -90,7 +91,7 @@ def summarise(run: Run, evaluated: Callable[[str], None]) -> dict[str, Any]:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """Versions and hardware that a figure depends on."""
+    """Versions and hardware that a figure depends on; the driver is None on the CPU, and where NVML does not tell."""
     return {
         "bt_fast": bt_fast.__version__,
         "torch": torch.__version__,
@@ -99,6 +100,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         "processor": _processor(),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "driver": driver_version() if device.type == "cuda" else None,
     }
 
 

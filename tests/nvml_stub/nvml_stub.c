@@ -138,6 +138,12 @@ int nvmlShutdown(void) {
     return code;
 }
 
+int nvmlSystemGetDriverVersion(char *out, unsigned length) {
+    if (!references) return UNINITIALIZED;
+    snprintf(out, length, "570.26");
+    return SUCCESS;
+}
+
 const char *nvmlErrorString(int code) {
     switch (code) {
         case NOT_SUPPORTED: return "Not Supported";
