@@ -1,6 +1,6 @@
 """What every benchmark shares: the machine in each result, and rounds in which the compared variants alternate.
 
-`pytest benchmarks` is meant for about 5 minutes on 2 cores: the cases that are not marked `full`, in at most
+`pytest benchmarks` takes 4 to 5 minutes on 2 cores: the cases that are not marked `full`, in at most
 QUICK_ROUNDS rounds. `pytest benchmarks --full` takes all of them, in all their rounds, as the stored results were.
 """
 
