@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from bt_fast import ops
+from bt_fast.allocation import Oracle
 from bt_fast.attack.frozen import clean_logits, eval_mode
 from bt_fast.attack.generate import generate
 from bt_fast.attack.schedule import Schedule
@@ -24,7 +25,7 @@ from bt_fast.lab.studies.study import LAPTOP, Findings, Study
 from bt_fast.lab.training import Run
 from bt_fast.mining import STEP_FACTOR
 
-ORACLE_STEPS = 10  # of the attack that tells the groups, as in section 3.1
+ORACLE = Oracle()  # its ten-step attack tells the groups, as in section 3.1
 _PGD_STEPS = 7
 _EPSILON = 0.3
 
@@ -44,11 +45,11 @@ def oracle_groups(run: Run, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         logits = clean_logits(model, x)
         svar, correct, _, _ = ops.signed_variance(logits, y)
         target = torch.nn.functional.one_hot(y, logits.shape[1]).to(logits.dtype)
-        size = STEP_FACTOR * threat.epsilon / ORACLE_STEPS
-        schedule = Schedule.uniform(len(x), ORACLE_STEPS, size, x.device)
+        size = STEP_FACTOR * threat.epsilon / ORACLE.steps
+        schedule = Schedule.uniform(len(x), ORACLE.steps, size, x.device)
         x_adv = generate(model, x, ball_start(x, threat, generator), target, schedule, threat)
         stands = clean_logits(model, x_adv).argmax(dim=1) == y
-    return correct.long() + (correct & stands), svar
+    return ORACLE.groups(correct, stands), svar
 
 
 def _observe(run: Run) -> None:
