@@ -41,7 +41,18 @@ class Case:
 
 
 def case(
-    m, shape, dtype, seed, *, last=False, ordered=True, counted=True, numbered=False, noise="normal", bounded=False, special=True
+    m,
+    shape,
+    dtype,
+    seed,
+    *,
+    last=False,
+    ordered=True,
+    counted=True,
+    numbered=False,
+    noise="normal",
+    bounded=False,
+    special=True,
 ) -> Case:
     """m samples of the shape; an eighth of the pixels are NaN, ±Inf and the like if `special`.
 

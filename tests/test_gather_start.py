@@ -99,7 +99,8 @@ def literally(x, order, steps, state, noise, scale, lower, upper, samples):
     st.sampled_from(DTYPES),
     st.integers(0, 2**31),
     st.fixed_dictionaries(
-        {name: flag for name in ("last", "ordered", "counted", "numbered", "bounded")} | {"noise": st.sampled_from(NOISES)}
+        {name: flag for name in ("last", "ordered", "counted", "numbered", "bounded")}
+        | {"noise": st.sampled_from(NOISES)}
     ),
 )
 def test_it_is_its_definition(m, shape, dtype, seed, options):
