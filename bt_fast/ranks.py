@@ -19,7 +19,7 @@ STATE = slice(1, 3)
 FAULTS = 3
 
 # its name until torch 2.12
-_all_gather = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
+_all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
 
 
 @dataclass(frozen=True, eq=False)
