@@ -38,7 +38,7 @@ def run_ranks(count, function, *arguments):
                 process.kill()
         failures = [error.read_text() for error in sorted(Path(folder).glob("*.error"))]
         codes = [process.exitcode for process in processes]
-        if failures or any(codes):
+        if failures or any(code != 0 for code in codes):
             raise RankError(f"exit codes {codes}\n" + "\n".join(failures))
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(count)]
 
