@@ -18,7 +18,7 @@ SIZE = 0  # of the header: the rank's number of samples; behind it the random st
 STATE = slice(1, 3)
 FAULTS = 3
 
-# its name until torch 2.12
+# the second is its older name
 _all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
 
 
