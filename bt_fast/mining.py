@@ -19,6 +19,8 @@ from bt_fast.faults import CheckedRead, Fault
 from bt_fast.ranks import OfRanks, Ranks, Together
 from bt_fast.speedup import Fractions, theoretical_speedup_augmix
 
+EARLIER = 2  # kinds of faults that an earlier update left to be told
+MOVED_BY_UPDATES = ("robust_fraction", "unreported_faults", "unreported_gradients")
 STEP_FACTOR = 1.7  # α = 1.7 ε / N (section 3.1, Fig. 2)
 
 
@@ -76,7 +78,8 @@ class _Seen:
 
     Attributes:
         certainty, correct, unfit: [m], as the metric and `ops.signed_variance` say.
-        wrong: [f] int64, how often anything else was wrong; messages: of these, and of the two kinds of unfit rows.
+        wrong: [f] int64, how often anything else was wrong, the first two in earlier updates; messages: of these, and
+            of the two kinds of unfit rows.
         epsilon: ε; sizes: α of (outlier, boundary, robust).
     """
 
@@ -176,6 +179,7 @@ class BulletTrain(nn.Module):
         self.policy = allocation.rule_of("policy", policy, POLICIES)
         self.ranks = _ranks_of(process_group, self.policy)
         self._unsettled: Callable[[], Tensor] | None = None  # the sum over the ranks by which F_R is about to move
+        self._faulty_gradients: Tensor | None = None  # of this rank's attack, to be told with the next update
         by_group = self.policy is allocation.three_groups
         self.register_buffer("robust_fraction", torch.zeros((), dtype=torch.float64))
         self.register_buffer("group_counts", torch.zeros(3, dtype=torch.int64))
@@ -184,7 +188,7 @@ class BulletTrain(nn.Module):
         self.register_buffer("unreported_gradients", torch.zeros((), dtype=torch.int64))
 
     def __getattr__(self, name: str) -> Any:
-        if name == "robust_fraction":
+        if name in MOVED_BY_UPDATES:
             self._settle()
         return super().__getattr__(name)
 
@@ -381,7 +385,7 @@ class BulletTrain(nn.Module):
     def _decide_together(self, seen: _Seen, ranks: Ranks, state: Tensor | None) -> _Decided:
         """The same of all ranks' samples, on every rank; of it this rank's share."""
         state = seen.wrong.new_zeros(2) if state is None else state
-        all_of_them = ranks.gather(seen.certainty, seen.correct, seen.unfit, state, seen.wrong)
+        all_of_them = ranks.gather(seen.certainty, seen.correct, seen.unfit, state, seen.wrong[EARLIER:])
         there = all_of_them.there
         threshold = ops.robust_threshold(all_of_them.certainty, self.robust_fraction, there.sum())
         group = self._groups(all_of_them.certainty, all_of_them.correct, threshold)
@@ -391,7 +395,8 @@ class BulletTrain(nn.Module):
         steps, outside = self._steps_of_policy(judged, there)
         unfit = torch.stack([(all_of_them.unfit & bit > 0).view(ranks.count, -1).sum(dim=1) for bit in (1, 2)], dim=1)
         of_ranks = torch.cat([all_of_them.faults, unfit, all_of_them.too_many[:, None]], dim=1)
-        wrong = torch.cat([of_ranks.flatten(), outside.count.reshape(1)])
+        earlier = seen.wrong[:EARLIER]  # which every rank knows already
+        wrong = torch.cat([of_ranks.flatten(), earlier, outside.count.reshape(1)])
         self._count(_sizes_of(group, there), (steps * there).sum(), ~wrong.any())
 
         own_group, own_steps = all_of_them.own(group), all_of_them.own(steps)
@@ -416,7 +421,7 @@ class BulletTrain(nn.Module):
             step_size,
             order,
             torch.cat([active, _sizes_of(own_group), spread, wrong]),
-            OfRanks([*seen.messages, too_many], ranks.count, [outside.message]),
+            OfRanks([*seen.messages[EARLIER:], too_many], ranks.count, [*seen.messages[:EARLIER], outside.message]),
             all_of_them,
         )
 
@@ -453,7 +458,9 @@ class BulletTrain(nn.Module):
             ValueError: on the CPU, if there are any.
         """
         fault = faults.gradients_without_direction(faulty)
-        if faulty.is_cuda or self.ranks is not None:
+        if self.ranks is not None:
+            self._faulty_gradients = fault.count  # told to all with the update
+        elif faulty.is_cuda:
             self.unreported_gradients += fault.count
         elif fault.count:
             self.group_counts -= torch.tensor(assignment.group_sizes)
@@ -484,8 +491,9 @@ class BulletTrain(nn.Module):
         if self.ranks is not None:
             self._settle()
             hits, faulty = ops.adversarial_hits(logits, labels)
-            self.unreported_faults += faulty
-            self._unsettled = self.ranks.start_sum(torch.stack([hits, hits.new_full((), len(labels)), faulty.long()]))
+            m, gradients = hits.new_full((), len(labels)), self._faulty_gradients
+            told = [hits, m, faulty.long(), hits.new_zeros(()) if gradients is None else gradients.long()]
+            self._faulty_gradients, self._unsettled = None, self.ranks.start_sum(torch.stack(told))
             return
         if not logits.is_cuda:
             found = [
@@ -500,8 +508,10 @@ class BulletTrain(nn.Module):
         """Let F_R move by the sum over the ranks that the last update started."""
         finish, self._unsettled = self._unsettled, None
         if finish is not None:
-            hits, m, faulty = finish().unbind()
+            hits, m, faulty, gradients = finish().unbind()
             ops.move_fraction_(self.robust_fraction, hits, m, faulty > 0, self.gamma, self.momentum)
+            self.unreported_faults += faulty > 0
+            self.unreported_gradients += gradients
 
     @property
     def fractions(self) -> Fractions:

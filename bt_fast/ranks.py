@@ -154,5 +154,7 @@ class OfRanks(Sequence[str]):
         return self._count * len(self._messages) + len(self._others)
 
     def __getitem__(self, i: Any) -> Any:
-        rank, k = divmod(i, len(self._messages))
-        return f"rank {rank}: {self._messages[k]}" if rank < self._count else self._others[k]
+        each = len(self._messages)
+        if i < self._count * each:
+            return f"rank {i // each}: {self._messages[i % each]}"
+        return self._others[i - self._count * each]

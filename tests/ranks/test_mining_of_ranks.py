@@ -7,8 +7,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from gloo_ranks import RankError, run_ranks
+from small_models import Undefined, build, with_bright
 
-from bt_fast import BulletTrain, Gaussian, Schedule
+from bt_fast import BulletTrain, Gaussian, Schedule, trades_loss
 
 EPSILON = 0.1
 RULES = {
@@ -130,7 +131,7 @@ def with_a_fault(where, rank_of_fault):
     [
         ("logits", 1, "rank 1: logits must be finite, but 1 of 4 rows"),
         ("labels", 1, "rank 1: labels must lie in 0..4, but 1 of 4 do not"),
-        ("corrupted logits", 2, "rank 1: an earlier update met NaN logits"),
+        ("corrupted logits", 2, "an earlier update met NaN logits"),
         ("too many", 1, "rank 1: minibatches must have at most 4 samples"),
     ],
 )
@@ -180,3 +181,24 @@ def with_an_oracle():
 def test_an_oracle_has_no_group():
     with pytest.raises(RankError, match="policy must not be an Oracle in a process group"):
         run_ranks(1, with_an_oracle)
+
+
+def with_a_gradient_of_nan():
+    """What the losses of three minibatches raise; in the second rank 1 has images without a gradient."""
+    model, messages = build(Undefined), []
+    bullet = BulletTrain(2, 1, 0, process_group=dist.group.WORLD)
+    for step in range(3):
+        x, y = with_bright([1, 2] if dist.get_rank() == 1 and step == 1 else [])
+        try:
+            trades_loss(model, x, y, None, 0.02, 0.05, bullet=bullet)
+            messages.append(None)
+        except ValueError as error:
+            messages.append(str(error))
+    return messages
+
+
+def test_gradients_of_nan_on_one_rank_are_raised_on_all_by_the_next_minibatch():
+    first, second = run_ranks(2, with_a_gradient_of_nan)
+    assert first == second
+    assert first[:2] == [None, None]
+    assert first[2].startswith("the model's input gradient must be finite, but held NaN for ")
