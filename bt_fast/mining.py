@@ -177,7 +177,7 @@ class BulletTrain(nn.Module):
         self.momentum = float(momentum)
         self.metric = allocation.rule_of("metric", metric, METRICS)
         self.policy = allocation.rule_of("policy", policy, POLICIES)
-        self.ranks = _ranks_of(process_group, self.policy)
+        self.process_group = process_group
         self._unsettled: Callable[[], Tensor] | None = None  # the sum over the ranks by which F_R is about to move
         self._faulty_gradients: Tensor | None = None  # of this rank's attack, to be told with the next update
         by_group = self.policy is allocation.three_groups
@@ -186,6 +186,15 @@ class BulletTrain(nn.Module):
         self.register_buffer("steps_assigned", None if by_group else torch.zeros((), dtype=torch.int64))
         self.register_buffer("unreported_faults", torch.zeros((), dtype=torch.int64))
         self.register_buffer("unreported_gradients", torch.zeros((), dtype=torch.int64))
+
+    @property
+    def process_group(self) -> dist.ProcessGroup | None:
+        """The group whose ranks mine together; may be set where it is not there yet at construction."""
+        return None if self.ranks is None else self.ranks.group
+
+    @process_group.setter
+    def process_group(self, group: dist.ProcessGroup | None) -> None:
+        self.ranks = _ranks_of(group, self.policy)
 
     def __getattr__(self, name: str) -> Any:
         if name in MOVED_BY_UPDATES:

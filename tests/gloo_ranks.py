@@ -2,6 +2,7 @@
 
 import multiprocessing
 import tempfile
+import time
 import traceback
 from pathlib import Path
 
@@ -12,6 +13,7 @@ CONTEXT = multiprocessing.get_context("forkserver")
 # what an op imports when it runs first, too
 CONTEXT.set_forkserver_preload(["torch", "torch._dynamo", "pytest", "bt_fast", "small_models"])
 LIMIT = 120.0  # seconds, for all ranks together
+GRACE = 20.0  # for the others, once one has failed
 
 
 class RankError(AssertionError):
@@ -31,8 +33,7 @@ def run_ranks(count, function, *arguments):
         for process in processes:
             process.start()
         try:
-            for process in processes:
-                process.join(LIMIT)
+            _wait_for(processes)
         finally:
             for process in processes:
                 process.kill()
@@ -41,6 +42,15 @@ def run_ranks(count, function, *arguments):
         if failures or any(code != 0 for code in codes):
             raise RankError(f"exit codes {codes}\n" + "\n".join(failures))
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(count)]
+
+
+def _wait_for(processes):
+    """Until all have ended, or one badly and the others have had time to tell what they see."""
+    end = time.monotonic() + LIMIT
+    while any(process.is_alive() for process in processes) and time.monotonic() < end:
+        if any(process.exitcode for process in processes):
+            end = min(end, time.monotonic() + GRACE)
+        time.sleep(0.005)
 
 
 def _run(rank, count, folder, function, arguments):
