@@ -170,8 +170,11 @@ def test_no_exchange_never_pays():
 
 @pytest.mark.parametrize(
     ("changed", "message"),
-    [({"row_seconds": -1.0}, "row_seconds.*-1"), ({"bytes_per_second": 0.0}, "bytes_per_second.*above 0")]
-    + [({"latency_seconds": float("nan")}, "latency_seconds.*nan")],
+    [
+        ({"row_seconds": -1.0}, "row_seconds.*-1"),
+        ({"bytes_per_second": 0.0}, "bytes_per_second.*above 0"),
+        ({"latency_seconds": float("nan")}, "latency_seconds.*nan"),
+    ],
 )
 def test_bad_costs_are_told(changed, message):
     with pytest.raises(ValueError, match=message):
@@ -262,47 +265,59 @@ def in_processes(work, ranks, folder):
 def joined(rank, ranks, meeting, work):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=ranks)
-    work(rank)
+    work()
     dist.destroy_process_group()
 
 
-def all_is_as_if_nobody_had_helped(rank):
-    for counts in counts_of(dist.get_world_size()):
+def test_each_rank_gets_what_it_would_have_got_itself(tmp_path):
+    in_processes(exchange_among_four_and_in_pairs, 4, tmp_path)
+
+
+def exchange_among_four_and_in_pairs():
+    all_is_as_if_nobody_had_helped(None)
+    pairs = [dist.new_group(ranks) for ranks in ([0, 1], [2, 3])]
+    pair = pairs[dist.get_rank() // 2]
+    all_is_as_if_nobody_had_helped(pair)
+    the_attack_of_a_network_is_the_same(pair)
+    what_does_not_fit_is_told(pair)
+
+
+def all_is_as_if_nobody_had_helped(group):
+    rank = dist.get_rank(group)
+    for counts in counts_of(dist.get_world_size(group)):
         exchange = plan(counts, ranks_per_node=2)
         assert len(exchange.number)
         for dtype in (torch.float32, torch.float64, torch.bfloat16):
             for memory_format in (torch.contiguous_format, torch.channels_last):
                 clean, start, target, schedule = samples(rank, counts[rank], dtype, memory_format)
-                expected, flags = exact_attack(clean, start, target, schedule)
                 before = [t.clone() for t in (clean, start, target)]
-                there = send_out(clean, start, target, schedule.step_size, exchange)
-                assert torch.equal(there.schedule.steps, by_descending(exchange.quotas[rank]))
-                assert there.schedule.active == Schedule.from_steps(there.schedule.steps, there.schedule.step_size).active
+                there = send_out(clean, start, target, schedule.step_size, exchange, group)
+                assert there.schedule.steps.tolist() == by_descending(exchange.quotas[rank])
+                again = Schedule.from_steps(there.schedule.steps, there.schedule.step_size)
+                assert there.schedule.active == again.active
                 assert there.clean.dtype == there.start.dtype == dtype
-                assert there.clean.is_contiguous(memory_format=memory_format) or len(there.clean) < 2
-                x_adv, faulty = exact_attack(there.clean, there.start, there.target, there.schedule)
-                found, found_flags = there.bring_home(x_adv, faulty)
-                assert found.is_contiguous(memory_format=memory_format)
+                assert there.clean.is_contiguous(memory_format=memory_format)
+                found, flags = there.bring_home(*exact_attack(there.clean, there.start, there.target, there.schedule))
+                expected, expected_flags = exact_attack(clean, start, target, schedule)
                 assert torch.equal(found, expected)
-                assert torch.equal(found_flags, flags)
-                for given, kept in zip((clean, start, target), before, strict=True):
-                    assert torch.equal(given, kept)
-    the_attack_of_a_network_is_the_same(rank)
-    what_does_not_fit_is_told(rank)
+                assert torch.equal(flags, expected_flags)
+                assert found.is_contiguous(memory_format=memory_format)
+                assert all(torch.equal(a, b) for a, b in zip((clean, start, target), before, strict=True))
 
 
 def by_descending(quotas):
-    return torch.arange(len(quotas)).flip(0)[:-1].repeat_interleave(quotas.flip(0)[:-1])
+    """The step counts above 0 of quotas [n+1]."""
+    return [k for k in range(len(quotas) - 1, 0, -1) for _ in range(int(quotas[k]))]
 
 
-def the_attack_of_a_network_is_the_same(rank):
-    counts = counts_of(dist.get_world_size())[0]
+def the_attack_of_a_network_is_the_same(group):
+    counts, rank = counts_of(dist.get_world_size(group))[0], dist.get_rank(group)
     clean, start, target, schedule = samples(rank, counts[rank], torch.float64, torch.contiguous_format)
     torch.manual_seed(5)
     model = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(36, 4)).double()
     target, threat = target.softmax(dim=1), ThreatModel(epsilon=0.05)
     expected = generate(model, clean, start, target, schedule, threat)
-    there = send_out(clean, start, target, schedule.step_size, plan(counts), dist.group.WORLD)
+    there = send_out(clean, start, target, schedule.step_size, plan(counts), group)
     faulty = torch.zeros(len(there.clean), dtype=torch.int32)
     x_adv = generate(model, there.clean, there.start, there.target, there.schedule, threat, faulty=faulty)
     found, flags = there.bring_home(x_adv, faulty)
@@ -310,21 +325,16 @@ def the_attack_of_a_network_is_the_same(rank):
     assert not flags.any()
 
 
-def what_does_not_fit_is_told(rank):
-    ranks = dist.get_world_size()
+def what_does_not_fit_is_told(group):
+    ranks, rank = dist.get_world_size(group), dist.get_rank(group)
     counts = counts_of(ranks)[0]
     clean, start, target, schedule = samples(rank, counts[rank], torch.float32, torch.contiguous_format)
     with pytest.raises(ValueError, match=rf"exchange.*{ranks} ranks.*{ranks - 1}"):
-        send_out(clean, start, target, schedule.step_size, plan(counts[1:]))
+        send_out(clean, start, target, schedule.step_size, plan(counts[1:]), group)
     with pytest.raises(ValueError, match=f"target.*{len(clean)} samples"):
-        send_out(clean, start, target[1:], schedule.step_size, plan(counts))
-    there = send_out(clean, start, target, schedule.step_size, plan(counts))
-    with pytest.raises(ValueError, match="x_adv.*float32.*float64"):
+        send_out(clean, start, target[1:], schedule.step_size, plan(counts), group)
+    there = send_out(clean, start, target, schedule.step_size, plan(counts), group)
+    with pytest.raises(ValueError, match=r"x_adv.*float32.*float64"):
         there.bring_home(there.start.double(), torch.zeros(len(there.start), dtype=torch.int32))
-    with pytest.raises(ValueError, match="faulty.*int32.*int64"):
+    with pytest.raises(ValueError, match=r"faulty.*int32.*int64"):
         there.bring_home(there.start, torch.zeros(len(there.start), dtype=torch.int64))
-
-
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_each_rank_gets_what_it_would_have_got_itself(ranks, tmp_path):
-    in_processes(all_is_as_if_nobody_had_helped, ranks, tmp_path)
