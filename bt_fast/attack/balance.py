@@ -46,6 +46,12 @@ class Exchange:
         """N."""
         return len(self.counts)
 
+    @property
+    def busiest(self) -> int:
+        """The most samples that one rank sends, or receives."""
+        ends = (self.source.numpy(), self.target.numpy())
+        return max((int(np.bincount(end, self.number.numpy()).max()) for end in ends if len(end)), default=0)
+
     def outgoing(self, rank: int) -> Tensor:
         """[N, n+1] int64: how many samples of each step count a rank sends to each other."""
         return self._moves_of(self.source == rank, self.target)
@@ -180,9 +186,7 @@ class Costs:
         """There and back: two all-to-alls, as long as the rank with the most samples to send or to receive takes."""
         if len(exchange.number) == 0:
             return 0.0
-        ends = (exchange.source.numpy(), exchange.target.numpy())
-        busiest = max(int(np.bincount(end, exchange.number.numpy()).max()) for end in ends)
-        return 2 * self.latency_seconds + busiest * self.sample_bytes / self.bytes_per_second
+        return 2 * self.latency_seconds + exchange.busiest * self.sample_bytes / self.bytes_per_second
 
 
 def pays(exchange: Exchange, costs: Costs) -> bool:
