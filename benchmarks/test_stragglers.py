@@ -94,7 +94,7 @@ def heading(worst_fit: float, overdispersion: float) -> list[str]:
         f"iteration. ASSUMED for the network: {NETWORK.bytes_per_second / 1e9:.0f} GB/s out and in for each rank, "
         f"{1e3 * NETWORK.latency_seconds:.1f} ms for each collective besides. Minibatches vary by a binomial's "
         f"variance times {overdispersion:.2f}, as measured, where it does not say by chance alone. Global threshold: "
-        "the robust samples are those above one percentile of all ranks; own: above each rank's, which pins their share. "
-        "The loss with balancing holds the gather of the counts, the plan and both all-to-alls. `a collective may "
-        f"take`: the latency at which {LOST_GOAL:.0%} would be lost.",
+        "the robust samples are those above one percentile of all ranks; own: above each rank's, which pins their "
+        "share. The loss with balancing holds the gather of the counts, the plan and both all-to-alls. `a collective "
+        f"may take`: the latency at which {LOST_GOAL:.0%} would be lost.",
     ]

@@ -8,7 +8,8 @@ attack and perturbed ones after it, each in one all-to-all whose sizes the plan 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import statistics
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,9 +17,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from bt_fast.attack.auto import ROUNDS, WARM, now
 from bt_fast.attack.schedule import Schedule
 from bt_fast.mining import step_count
 from bt_fast.ops.launch import dense_format
+
+PARCEL = 32  # samples, about what the busiest rank sends
 
 # The plan
 
@@ -203,6 +207,48 @@ def sample_bytes(clean: Tensor, target: Tensor) -> int:
     """
     image = math.prod(clean.shape[1:]) * clean.element_size()
     return 3 * image + target.shape[1] * target.element_size() + 8 + 4
+
+
+def measured_costs(
+    attack: Callable[[int], object], rows: int, clean: Tensor, target: Tensor, group: dist.ProcessGroup | None = None
+) -> Costs:
+    """By the clock: the same on all ranks, since they take the mean of theirs. Every rank of the group must call it.
+
+    For once before a training: it waits for the device. The bytes per second hold the latency too, and so are too few.
+
+    Args:
+        attack: `attack(n)` takes one attack step on n samples.
+        rows: ≥ 2, of the usual minibatch.
+        clean: [m, ...] images, target: [m, K], like those of the training and on its device.
+
+    Raises:
+        TypeError or ValueError: rows is no integer of at least 2.
+    """
+    few, many = max(1, step_count("rows", rows, least=2) // 4), rows
+    size, ranks = sample_bytes(clean, target), dist.get_world_size(group)
+    parcel = torch.zeros(PARCEL, size, dtype=torch.uint8, device=clean.device)
+    to_next, from_last = ([0] * ranks for _ in range(2))
+    to_next[(dist.get_rank(group) + 1) % ranks] = from_last[dist.get_rank(group) - 1] = PARCEL
+    works: list[Callable[[], object]] = [
+        lambda: attack(few),
+        lambda: attack(many),
+        lambda: dist.all_to_all_single(parcel[:0].clone(), parcel[:0], [0] * ranks, [0] * ranks, group=group),
+        lambda: dist.all_to_all_single(parcel.clone(), parcel, from_last, to_next, group=group),
+    ]
+    seconds: list[list[float]] = [[] for _ in works]
+    for _ in range(WARM + ROUNDS):
+        for work, times in zip(works, seconds, strict=True):
+            dist.barrier(group)  # or the wait for a slower rank would be measured
+            began = now(clean)
+            work()
+            times.append(now(clean) - began)
+    mine = torch.tensor([statistics.median(t[WARM:]) for t in seconds], dtype=torch.float64, device=clean.device)
+    of_all = [torch.empty_like(mine) for _ in range(ranks)]
+    dist.all_gather(of_all, mine, group=group)
+    of_few, of_many, of_nothing, of_parcel = torch.stack(of_all).cpu().mean(dim=0).tolist()
+    per_row = max(0.0, (of_many - of_few) / (many - few))
+    per_step = max(0.0, of_few - few * per_row)
+    return Costs(per_row, per_step, size, of_nothing, PARCEL * size / of_parcel)
 
 
 # The exchange

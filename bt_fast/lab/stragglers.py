@@ -223,7 +223,7 @@ def straggling(
     )
     plan_seconds = statistics.median(planning)
     whole = balanced + statistics.mean(f.exchange for f in found) + network.latency_seconds + plan_seconds
-    exchanged = statistics.mean(f.paid for f in found)
+    exchanged = statistics.mean(float(f.paid) for f in found)
     room = mean / (1 - LOST_GOAL) - whole
     return Straggling(
         ranks=ranks,

@@ -1,5 +1,7 @@
 """The plan is pure and tried on any counts; the exchange runs in real processes, joined by gloo."""
 
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from hypothesis.extra import numpy as arrays
 from torch import nn
 
 from bt_fast import Schedule, ThreatModel
-from bt_fast.attack.balance import Costs, pays, plan, routes, sample_bytes, send_out
+from bt_fast.attack.balance import Costs, measured_costs, pays, plan, routes, sample_bytes, send_out
 from bt_fast.attack.generate import generate
 
 SHAPES = st.tuples(st.integers(1, 13), st.integers(1, 6))
@@ -280,6 +282,7 @@ def exchange_among_four_and_in_pairs():
     all_is_as_if_nobody_had_helped(pair)
     the_attack_of_a_network_is_the_same(pair)
     what_does_not_fit_is_told(pair)
+    measured_costs_are_those_of_all_ranks()
 
 
 def all_is_as_if_nobody_had_helped(group):
@@ -338,3 +341,25 @@ def what_does_not_fit_is_told(group):
         there.bring_home(there.start.double(), torch.zeros(len(there.start), dtype=torch.int32))
     with pytest.raises(ValueError, match=r"faulty.*int32.*int64"):
         there.bring_home(there.start, torch.zeros(len(there.start), dtype=torch.int64))
+
+
+def measured_costs_are_those_of_all_ranks():
+    rank, sizes = dist.get_rank(), set()
+
+    def attack(n):
+        sizes.add(n)
+        time.sleep(0.002 + 1e-4 * n * (1 + rank))  # ranks differ: 2.5e-4 for a sample in the mean
+
+    clean, target = torch.empty(1, 3, 8, 8), torch.empty(1, 4)
+    found = measured_costs(attack, 64, clean, target)
+    of_all = [None] * 4
+    dist.all_gather_object(of_all, found)
+    assert of_all == [found] * 4
+    assert sizes == {16, 64}
+    assert found.row_seconds == pytest.approx(2.5e-4, rel=0.5)
+    assert 0 <= found.step_seconds < 0.02
+    assert found.sample_bytes == sample_bytes(clean, target)
+    assert found.latency_seconds > 0
+    assert found.bytes_per_second > 0
+    with pytest.raises(ValueError, match="rows"):
+        measured_costs(attack, 1, clean, target)
