@@ -39,7 +39,7 @@ def test_the_others_are_told_within_the_limit(how, tmp_path):
     step, seconds, error = (tmp_path / "told").read_text().split(maxsplit=2)
     assert step == "2"
     assert float(seconds) < TIMEOUT.seconds + 10
-    assert "connection" in error.lower() if how == "dies" else "timed out" in error.lower()
+    assert any(word in error.lower() for word in ("connection", "timed out", "timeout")), error
 
 
 def set_later():
