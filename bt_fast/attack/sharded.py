@@ -7,21 +7,19 @@ must fit into one device's memory.)
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
-try:
-    from torch.distributed.fsdp import FSDPModule
-except ImportError:  # a torch without torch.distributed
-    FSDPModule = None  # type: ignore[assignment, misc]
-
 
 def sharded_parts(model: nn.Module) -> list[Any]:
     """The modules whose parameters `fully_shard` has spread, the outermost first."""
-    return [] if FSDPModule is None else [module for module in model.modules() if isinstance(module, FSDPModule)]
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # whoever has sharded a model has imported it; it takes a second
+    kind = getattr(fsdp, "FSDPModule", None)
+    return [] if kind is None else [module for module in model.modules() if isinstance(module, kind)]
 
 
 @contextmanager
