@@ -19,10 +19,11 @@ from torch import Tensor
 
 from bt_fast.attack.auto import ROUNDS, WARM, now
 from bt_fast.attack.schedule import Schedule
-from bt_fast.mining import step_count
+from bt_fast.mining import real, step_count
 from bt_fast.ops.launch import dense_format
 
-PARCEL = 32  # samples, about what the busiest rank sends
+PARCEL = 32  # samples, some more than the busiest rank sends in `benchmarks/results/stragglers.md`
+
 
 # The plan
 
@@ -75,7 +76,7 @@ def plan(counts: Tensor, ranks_per_node: int = 1) -> Exchange:
 
     Where that leaves a choice, the rank with the least work so far gets one more, so that the sums over all steps are
     near each other, too. No rank attacks more samples than it has where all have as many. Samples move within a node
-    first. The same counts give the same plan, on every rank. At 1,024 ranks it takes half a millisecond.
+    first. The same counts give the same plan, on every rank; `benchmarks/results/stragglers.md` says how fast.
 
     Args:
         counts: [N, n+1] int64 on the CPU: counts[r, k] samples of rank r take exactly k steps.
@@ -164,7 +165,7 @@ class Costs:
         bytes_per_second: that a rank sends while it receives as many.
 
     Raises:
-        ValueError: a number is not finite or negative, or bytes_per_second is 0.
+        TypeError or ValueError: a value is no finite number of at least 0, or bytes_per_second is 0.
     """
 
     row_seconds: float
@@ -175,7 +176,7 @@ class Costs:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if not (math.isfinite(value) and value >= 0):
+            if not (math.isfinite(real(name, value)) and value >= 0):
                 raise ValueError(f"{name} must be a finite number of at least 0, got {value}")
         if self.bytes_per_second == 0:
             raise ValueError("bytes_per_second must be above 0")
