@@ -129,9 +129,9 @@ def _quotas(counts: np.ndarray) -> np.ndarray:
 
 def _moves(surplus: np.ndarray, ranks_per_node: int) -> tuple[np.ndarray, ...]:
     """Source, target, step count and number of moves that take each rank's surplus [N, n+1] (or need, below 0) to 0."""
-    ranks, levels = surplus.shape
-    nodes = -(-ranks // ranks_per_node)
-    by_level = surplus.T.ravel()
+    ranks, used = len(surplus), np.flatnonzero(surplus.any(axis=0))[::-1]  # from the most steps down
+    nodes, levels = -(-ranks // ranks_per_node), len(used)
+    by_level = surplus.T[used].ravel()
     cells = np.arange(len(by_level))  # of (step count, rank)
     giving, taking = (np.repeat(cells, np.maximum(s, 0)) for s in (by_level, -by_level))  # one for each sample
     homes = [cell // ranks * nodes + cell % ranks // ranks_per_node for cell in (giving, taking)]  # (step count, node)
@@ -143,11 +143,10 @@ def _moves(surplus: np.ndarray, ranks_per_node: int) -> tuple[np.ndarray, ...]:
         near.append(place < within[home])
     source = np.concatenate([giving[near[0]], giving[~near[0]]])
     target = np.concatenate([taking[near[1]], taking[~near[1]]])
-    level = source // ranks
-    key = ((source % ranks) * ranks + target % ranks) * levels + (levels - 1 - level)
+    key = ((source % ranks) * ranks + target % ranks) * levels + source // ranks
     key, number = np.unique(key, return_counts=True)
-    pair, level = key // levels, levels - 1 - key % levels
-    return pair // ranks, pair % ranks, level, number
+    pair = key // max(levels, 1)
+    return pair // ranks, pair % ranks, used[key - pair * levels], number
 
 
 # The decision
