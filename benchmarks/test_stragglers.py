@@ -1,6 +1,7 @@
 """How long ranks wait for the slowest one, without and with balanced raggedness: SIMULATED, nobody had so many GPUs.
 
-Writes `results/stragglers.json` and `.md`. At most 3 % of an iteration may be lost at 1,024 ranks of 128 samples.
+Writes `results/stragglers.json` and `.md`. At 1,024 ranks of 128 samples at most 3 % of an iteration may be lost, and
+the plan may take 5 ms.
 
 python -m pytest benchmarks/test_stragglers.py --full -s
 """
@@ -36,6 +37,7 @@ RESULTS = Path(__file__).parent / "results"
 RECORDS = sorted(RESULTS.glob("mart-batch-128/seed*/metrics.jsonl"))  # 3 trainings with minibatches of 128
 GPU, MODEL, BATCH_SIZE = "h100", "wrn-34-10", 128
 RECORDED = 10 * BATCH_SIZE  # samples in a record
+PLAN_SECONDS = 5e-3  # at 1,024 ranks: every rank makes it in every iteration
 RANKS = (8, 64, 256, 1024, 4096)
 # ASSUMED: 400 Gb/s of InfiniBand for each GPU, of which an exchange reaches half, also within a node, where NVLink is
 # faster; 0.2 ms for a collective that carries little, whatever the number of ranks
@@ -80,8 +82,9 @@ def test_at_most_three_percent_are_lost_at_1024_ranks() -> None:
     }
     write_text(RESULTS / "stragglers.json", json.dumps(result, indent=1) + "\n")
     write_text(RESULTS / "stragglers.md", "\n".join(lines) + "\n")
-    at_goal = [case["lost_balanced"] for case in stored if case["ranks"] == 1024]
-    assert max(at_goal) <= LOST_GOAL
+    at_goal = [case for case in stored if case["ranks"] == 1024]
+    assert max(case["lost_balanced"] for case in at_goal) <= LOST_GOAL
+    assert max(case["plan_seconds"] for case in at_goal) < PLAN_SECONDS
 
 
 def heading(worst_fit: float, overdispersion: float) -> list[str]:

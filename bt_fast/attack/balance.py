@@ -19,10 +19,11 @@ from torch import Tensor
 
 from bt_fast.attack.auto import ROUNDS, WARM, now
 from bt_fast.attack.schedule import Schedule
-from bt_fast.mining import step_count
+from bt_fast.mining import real, step_count
 from bt_fast.ops.launch import dense_format
 
-PARCEL = 32  # samples, about what the busiest rank sends
+PARCEL = 32  # samples, some more than the busiest rank sends in `benchmarks/results/stragglers.md`
+
 
 # The plan
 
@@ -75,7 +76,7 @@ def plan(counts: Tensor, ranks_per_node: int = 1) -> Exchange:
 
     Where that leaves a choice, the rank with the least work so far gets one more, so that the sums over all steps are
     near each other, too. No rank attacks more samples than it has where all have as many. Samples move within a node
-    first. The same counts give the same plan, on every rank. At 1,024 ranks it takes half a millisecond.
+    first. The same counts give the same plan, on every rank; `benchmarks/results/stragglers.md` says how fast.
 
     Args:
         counts: [N, n+1] int64 on the CPU: counts[r, k] samples of rank r take exactly k steps.
@@ -128,9 +129,9 @@ def _quotas(counts: np.ndarray) -> np.ndarray:
 
 def _moves(surplus: np.ndarray, ranks_per_node: int) -> tuple[np.ndarray, ...]:
     """Source, target, step count and number of moves that take each rank's surplus [N, n+1] (or need, below 0) to 0."""
-    ranks, levels = surplus.shape
-    nodes = -(-ranks // ranks_per_node)
-    by_level = surplus.T.ravel()
+    ranks, used = len(surplus), np.flatnonzero(surplus.any(axis=0))[::-1]  # from the most steps down
+    nodes, levels = -(-ranks // ranks_per_node), len(used)
+    by_level = surplus.T[used].ravel()
     cells = np.arange(len(by_level))  # of (step count, rank)
     giving, taking = (np.repeat(cells, np.maximum(s, 0)) for s in (by_level, -by_level))  # one for each sample
     homes = [cell // ranks * nodes + cell % ranks // ranks_per_node for cell in (giving, taking)]  # (step count, node)
@@ -142,11 +143,10 @@ def _moves(surplus: np.ndarray, ranks_per_node: int) -> tuple[np.ndarray, ...]:
         near.append(place < within[home])
     source = np.concatenate([giving[near[0]], giving[~near[0]]])
     target = np.concatenate([taking[near[1]], taking[~near[1]]])
-    level = source // ranks
-    key = ((source % ranks) * ranks + target % ranks) * levels + (levels - 1 - level)
+    key = ((source % ranks) * ranks + target % ranks) * levels + source // ranks
     key, number = np.unique(key, return_counts=True)
-    pair, level = key // levels, levels - 1 - key % levels
-    return pair // ranks, pair % ranks, level, number
+    pair = key // max(levels, 1)
+    return pair // ranks, pair % ranks, used[key - pair * levels], number
 
 
 # The decision
@@ -164,7 +164,7 @@ class Costs:
         bytes_per_second: that a rank sends while it receives as many.
 
     Raises:
-        ValueError: a number is not finite or negative, or bytes_per_second is 0.
+        TypeError or ValueError: a value is no finite number of at least 0, or bytes_per_second is 0.
     """
 
     row_seconds: float
@@ -175,7 +175,7 @@ class Costs:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if not (math.isfinite(value) and value >= 0):
+            if not (math.isfinite(real(name, value)) and value >= 0):
                 raise ValueError(f"{name} must be a finite number of at least 0, got {value}")
         if self.bytes_per_second == 0:
             raise ValueError("bytes_per_second must be above 0")

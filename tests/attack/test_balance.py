@@ -1,5 +1,6 @@
 """The plan is pure and tried on any counts; the exchange runs in real processes, joined by gloo."""
 
+import itertools
 import time
 
 import numpy as np
@@ -94,8 +95,8 @@ def test_the_same_counts_give_the_same_plan_however_they_lie_in_memory(counts):
 
 def test_a_rank_with_one_more_boundary_sample_gets_fewer_robust_ones():
     counts = torch.zeros(2, 11, dtype=torch.int64)
-    counts[0, 10], counts[0, 2] = 3, 3
-    assert plan(counts).quotas[:, [10, 2]].tolist() == [[2, 1], [1, 2]]
+    counts[:, 10], counts[:, 2] = torch.tensor([2, 1]), torch.tensor([3, 1])
+    assert plan(counts).quotas[:, [10, 2]].tolist() == [[2, 1], [1, 3]]
 
 
 def test_all_samples_on_one_rank_are_dealt_out():
@@ -176,10 +177,11 @@ def test_no_exchange_never_pays():
         ({"row_seconds": -1.0}, "row_seconds.*-1"),
         ({"bytes_per_second": 0.0}, "bytes_per_second.*above 0"),
         ({"latency_seconds": float("nan")}, "latency_seconds.*nan"),
+        ({"step_seconds": "1"}, "step_seconds.*'1'"),
     ],
 )
 def test_bad_costs_are_told(changed, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         Costs(**FREE | changed)
 
 
@@ -201,12 +203,13 @@ def test_the_routes_lead_out_and_home_again(counts):
     for rank, batch in enumerate(attacked):
         taken = [(-steps[source][i], source != rank, source, i) for source, i in batch]
         assert taken == sorted(taken)  # by descending steps; first the rank's own, then those of others by rank
-        assert all(taken[i][0] < 0 for i in range(len(taken)))
         found = [sum(steps[source][i] == k for source, i in batch) for k in range(1, counts.shape[1])]
         assert found == exchange.quotas[rank, 1:].tolist()
-    assert sum(len(batch) for batch in attacked) == counts[:, 1:].sum()
-    behind = [batch + starts for batch, starts in zip(attacked, rows, strict=True)]
-    assert carried([home for _, home in ways], behind) == rows
+    moving = [(rank, i) for rank, i in itertools.chain(*rows) if steps[rank][i]]
+    assert sorted(itertools.chain(*attacked)) == moving
+    behind = [[(*sample, "x'") for sample in batch] + own for batch, own in zip(attacked, rows, strict=True)]
+    expected = [[(rank, i, "x'") if steps[rank][i] else (rank, i) for rank, i in own] for own in rows]
+    assert carried([home for _, home in ways], behind) == expected
 
 
 def carried(ways, batches):
