@@ -125,6 +125,7 @@ class BulletTrain(nn.Module):
         self.register_buffer("steps_assigned", None if by_group else torch.zeros((), dtype=torch.int64))
         self.register_buffer("unreported_faults", torch.zeros((), dtype=torch.int64))
         self.register_buffer("unreported_gradients", torch.zeros((), dtype=torch.int64))
+        self._last_attack = (torch.empty(0), torch.empty(0, dtype=torch.int64))  # who was faulty, and who is who
 
     def _apply(self, fn: Any, recurse: bool = True) -> BulletTrain:
         """Follow the moves of the module that holds this one, not its casts: in 16 bits F_R would stand still."""
@@ -217,10 +218,14 @@ class BulletTrain(nn.Module):
             Fault(
                 self.unreported_faults,
                 "an earlier update met NaN logits or labels out of range: F_R was not moved by it",
+                lambda: torch.empty(0, dtype=torch.int64),
+                earlier=True,
             ),
             Fault(
                 self.unreported_gradients,
                 "the model's input gradient must be finite, but held NaN for {count} samples of earlier attacks",
+                lambda: faults.marked(*self._last_attack),
+                earlier=True,
             ),
             *inputs,
         ]
@@ -240,7 +245,7 @@ class BulletTrain(nn.Module):
             faults.counts_of(found),
             self.group_counts if by_group else None,
         )
-        messages = [*(fault.message for fault in found), *faults.unfit_messages(logits, names)]
+        read = [*found, *faults.unfit_faults(unfit, counts[-2:], logits.shape[1], names)]
         if not by_group:
             late = list(of_attack)
             if isinstance(self.policy, Oracle) and attacked_logits is not None:
@@ -248,9 +253,9 @@ class BulletTrain(nn.Module):
                 group = self.policy.groups(correct, attacked.correct)
                 late.append(faults.marked_rows(attacked.unfit & 1, "attacked_logits"))
             judged = Judged(certainty, correct, group, threshold, self.robust_fraction, self._group_steps)
-            steps, order, counts, late = self._by_policy(judged, counts[-len(messages) :], late)
+            steps, order, counts, late = self._by_policy(judged, counts[-len(read) :], late)
             step_sizes = self._sizes_by_count(steps, epsilon, sizes[ops.BOUNDARY])
-            messages += [fault.message for fault in late]
+            read += late
         self.unreported_faults.zero_()
         self.unreported_gradients.zero_()
         return Assignment(
@@ -262,7 +267,7 @@ class BulletTrain(nn.Module):
             svar=svar,
             certainty=certainty,
             probabilities=probabilities,
-            counts=CheckedRead(counts, messages),
+            counts=CheckedRead(counts, read),
         )
 
     def _by_policy(
@@ -301,16 +306,17 @@ class BulletTrain(nn.Module):
         Raises:
             ValueError: on the CPU, if there are any.
         """
-        fault = faults.gradients_without_direction(faulty)
+        fault = faults.gradients_without_direction(faulty, assignment.order)
         if faulty.is_cuda:
             self.unreported_gradients += fault.count
+            self._last_attack = (faulty, assignment.order)
         elif fault.count:
             self.group_counts -= torch.tensor(assignment.group_sizes)
             if self.steps_assigned is not None:
                 self.steps_assigned -= sum(assignment.active_counts)
             faults.read([fault]).wait()
 
-    def update(self, adversarial_logits: Tensor, labels: Tensor) -> None:
+    def update(self, adversarial_logits: Tensor, labels: Tensor, *, order: Tensor | None = None) -> None:
         """Move F_R by the share of corrupted samples that are still classified correctly (Eq. 5).
 
         Logits with NaN leave F_R unchanged. On the CPU they raise at once; on a GPU, where that would mean to wait for
@@ -319,6 +325,7 @@ class BulletTrain(nn.Module):
         Args:
             adversarial_logits: [m, K] floating point, m ≥ 1, of all m corrupted samples.
             labels: [m] integers in 0..K-1.
+            order: [m] int64, which sample of the minibatch each row is, for the error that tells them.
 
         Raises:
             TypeError: logits are not floating point or labels not integers.
@@ -332,7 +339,7 @@ class BulletTrain(nn.Module):
         if not logits.is_cuda:
             found = [
                 faults.labels_outside(labels, logits.shape[1], "labels"),
-                faults.rows_without_number(logits, "adversarial_logits"),
+                faults.rows_without_number(logits, "adversarial_logits", order),
             ]
             faults.read(found).wait()
         state = (self.robust_fraction, self.unreported_faults)
