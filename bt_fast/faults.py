@@ -11,7 +11,6 @@ from torch import Tensor
 from bt_fast.device import HostRead
 from bt_fast.ops.rows import has_softmax
 
-
 SHOWN = 8  # samples that a message lists
 
 

@@ -1,4 +1,4 @@
-"""The optimizer's step, taken only where the loss and the gradients are finite: NaN is raised or skipped, not learnt."""
+"""The optimizer's step, taken only where the loss and the gradients are finite: NaN is raised or skipped."""
 
 from __future__ import annotations
 
@@ -71,8 +71,8 @@ class Guard:
     with `torch.amp.GradScaler`; on the CPU there is nothing to wait for. What an objective with `bullet` tells on a GPU
     one call late (`NonFiniteError.earlier`) costs the minibatch of that call.
 
-    With a `GradScaler` do not use `step`, since Inf in scaled gradients is how it finds its scale: its own `step` leaves
-    faulty ones out. `minibatch` still takes what the objectives raise, and restores the buffers then.
+    With a `GradScaler` do not use `step`, since Inf in scaled gradients is how it finds its scale: `scaler.step` leaves
+    faulty ones out itself. `minibatch` still takes what the objectives raise, and gives the buffers back then.
 
     Args:
         optimizer: any whose `step()` takes no closure.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -72,10 +72,8 @@ def _remove_leftovers(path: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    try:
+    with suppress(OSError):  # what keeps it from being removed is told by the write itself, or was told
         path.unlink(missing_ok=True)
-    except OSError:  # what keeps it from being removed is told by the write itself, or was told
-        pass
 
 
 def _runs(pid: int) -> bool:
