@@ -124,7 +124,7 @@ def test_a_skipped_minibatch_leaves_the_mining_and_the_statistics_alone():
 
 
 def misclassified_first(model):
-    """Images of which 1, 4 and 5 are bright, and labels that are wrong for the first four: the schedule has them last."""
+    """Images of which 1, 4 and 5 are bright; the first four have wrong labels, so that the schedule has them last."""
     x, _ = with_bright([1, 4, 5])
     y = copy.deepcopy(model).eval()(x).argmax(dim=1)
     y[:4] = (y[:4] + 1) % 5
