@@ -143,10 +143,10 @@ def _processor() -> str:
 def _revision() -> str | None:
     """The commit of the package's repository, with `-dirty` behind it if files were changed."""
     root = Path(bt_fast.__file__).parents[1]
-    if not (root / ".git").exists():
-        return None
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
+        if not (root / ".git").exists():
+            return None
         found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
