@@ -14,6 +14,8 @@ from bt_fast.attack.graphs import GraphRunner
 from bt_fast.attack.schedule import Schedule
 from bt_fast.attack.streams import StreamRunner
 from bt_fast.attack.threat import ThreatModel
+from bt_fast.faults import NonFiniteError
+from bt_fast.guard import Guard, Skipped
 from bt_fast.mining import Assignment, BulletTrain
 from bt_fast.objectives.augmix import augmix_loss
 from bt_fast.objectives.mart import mart_loss
@@ -38,10 +40,13 @@ __all__ = [
     "Frozen",
     "Gaussian",
     "GraphRunner",
+    "Guard",
     "Judged",
+    "NonFiniteError",
     "Oracle",
     "PowerMonitor",
     "Schedule",
+    "Skipped",
     "StreamRunner",
     "ThreatModel",
     "Update",

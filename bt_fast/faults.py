@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,13 +12,52 @@ from torch import Tensor
 from bt_fast.device import HostRead
 from bt_fast.ops.rows import has_softmax
 
+SHOWN = 8  # samples that a message lists
+
+
+class NonFiniteError(ValueError):
+    """NaN or Inf in logits, an input gradient, the loss or a parameter's gradient.
+
+    Attributes:
+        samples: which samples of the minibatch, as indices into it; empty where that cannot be told (the loss and the
+            parameters' gradients are of all of them).
+        earlier: it happened in the minibatch before the one of the call that raises: on a GPU some are told so late.
+    """
+
+    def __init__(self, message: str, samples: Sequence[int] = (), *, earlier: bool = False) -> None:
+        super().__init__(message)
+        self.samples = tuple(samples)
+        self.earlier = earlier
+
 
 @dataclass(frozen=True, eq=False)
 class Fault:
-    """How often something is wrong (int64, 0-dim, on the device) and the sentence that says what."""
+    """How often something is wrong (int64, 0-dim, on the device) and the sentence that says what.
+
+    Attributes:
+        samples: gives the indices of the samples of a `NonFiniteError` (int64 [n], on the device), and is asked only
+            when the fault is told. Without it the fault is a plain ValueError.
+        earlier: as in `NonFiniteError`.
+    """
 
     count: Tensor
     message: str
+    samples: Callable[[], Tensor] | None = None
+    earlier: bool = False
+
+    def error(self, count: int) -> ValueError:
+        """What to raise."""
+        message = self.message.format(count=count)
+        if self.samples is None:
+            return ValueError(message)
+        samples = self.samples().tolist()
+        return NonFiniteError(message + told(samples), samples, earlier=self.earlier)
+
+
+def told(samples: Sequence[int], name: str = "samples") -> str:
+    """`: samples 3, 5`, at most the first few; nothing where there are none."""
+    shown = ", ".join(map(str, samples[:SHOWN])) + (", ..." if len(samples) > SHOWN else "")
+    return f": {name} {shown}" if shown else ""
 
 
 def pixels_outside(x: Tensor, lower: float, upper: float, name: str) -> Fault:
@@ -34,27 +74,55 @@ def labels_outside(labels: Tensor, classes: int, name: str) -> Fault:
     return Fault(outside.sum(), _outside_message(len(labels), classes, name))
 
 
-def rows_without_number(logits: Tensor, name: str) -> Fault:
-    """The number of rows of `logits` [m, K] without a softmax. (-Inf beside a number is a class that is ruled out.)"""
-    return marked_rows(~has_softmax(logits), name)
+def rows_without_number(logits: Tensor, name: str, order: Tensor | None = None) -> Fault:
+    """The number of rows of `logits` [m, K] without a softmax. (-Inf beside a number is a class that is ruled out.)
+
+    Args:
+        order: [m] int64, which sample each row is of; its own place if not given.
+    """
+    return marked_rows(~has_softmax(logits), name, order)
 
 
-def marked_rows(unfit: Tensor, name: str) -> Fault:
-    """The number of rows marked in `unfit` (bool [m]), in one forward or several, as rows without a softmax."""
-    return Fault(unfit.sum(), _without_number_message(len(unfit), name))
+def marked_rows(unfit: Tensor, name: str, order: Tensor | None = None) -> Fault:
+    """The number of rows marked in `unfit` (bool [m]), in one forward or several, as rows without a softmax.
+
+    Args:
+        order: [m] int64, which sample each row is of; its own place if not given.
+    """
+    return Fault(unfit.sum(), _without_number_message(len(unfit), name), lambda: marked(unfit, order))
 
 
-def gradients_without_direction(faulty: Tensor) -> Fault:
-    """The number of samples marked in `faulty` [m] by an attack, as `generate` fills it."""
+def gradients_without_direction(faulty: Tensor, order: Tensor | None = None) -> Fault:
+    """The number of samples marked in `faulty` [m] by an attack, as `generate` fills it.
+
+    Args:
+        order: [m] int64, which sample of the minibatch each of these is; their own places if not given.
+    """
     return Fault(
-        faulty.sum(), f"the model's input gradient must be finite, but held NaN for {{count}} of {len(faulty)} samples"
+        faulty.sum(),
+        f"the model's input gradient must be finite, but held NaN for {{count}} of {len(faulty)} samples",
+        lambda: marked(faulty, order),
     )
 
 
-def unfit_messages(logits: Tensor, names: tuple[str, str]) -> tuple[str, str]:
-    """What to say of `ops.assign_steps`' two counts of unfit rows; `names` of the logits and the labels."""
-    m, classes = logits.shape
-    return _without_number_message(m, names[0]), _outside_message(m, classes, names[1])
+def marked(unfit: Tensor, order: Tensor | None = None) -> Tensor:
+    """The places of what is not 0 in `unfit` [m], or what `order` [m] has there, ascending. Waits for the device."""
+    places = unfit.nonzero().flatten()
+    return places if order is None else order[places.to(order.device)].unique()
+
+
+def unfit_faults(unfit: Tensor, counts: Tensor, classes: int, names: tuple[str, str]) -> tuple[Fault, Fault]:
+    """What is wrong with the rows of `ops.assign_steps`.
+
+    Args:
+        unfit: [m] uint8, as `ops.signed_variance` returns it; counts: the op's two counts of it.
+        names: of the logits and the labels.
+    """
+    m = len(unfit)
+    return (
+        Fault(counts[0], _without_number_message(m, names[0]), lambda: marked(unfit & 1)),
+        Fault(counts[1], _outside_message(m, classes, names[1])),
+    )
 
 
 def _outside_message(m: int, classes: int, name: str) -> str:
@@ -72,28 +140,53 @@ def counts_of(faults: Sequence[Fault]) -> Tensor:
 
 def read(faults: Sequence[Fault]) -> CheckedRead:
     """A read of the faults' counts alone."""
-    return CheckedRead(counts_of(faults), [fault.message for fault in faults])
+    return CheckedRead(counts_of(faults), faults)
 
 
 class CheckedRead:
     """One read of `numbers` (int64 [n + f]): n values, and behind them how often each of f faults occurred.
 
-    `wait` returns the values, or raises ValueError with the first fault's message.
+    `wait` returns the values, or raises the first fault's error.
     """
 
-    def __init__(self, numbers: Tensor, messages: Sequence[str]) -> None:
-        self._messages = messages
+    def __init__(self, numbers: Tensor, faults: Sequence[Fault]) -> None:
+        self._faults = faults
         self._read = HostRead(numbers)
 
     def wait(self) -> list[int]:
         """The values as Python integers.
 
         Raises:
-            ValueError: a fault was counted.
+            ValueError: a fault was counted; a `NonFiniteError` with the samples, if it is one.
         """
         numbers = self._read.wait()
-        split = len(numbers) - len(self._messages)
-        for count, message in zip(numbers[split:], self._messages, strict=True):
+        split = len(numbers) - len(self._faults)
+        for count, fault in zip(numbers[split:], self._faults, strict=True):
             if count:
-                raise ValueError(message.format(count=count))
+                raise fault.error(count)
         return numbers[:split]
+
+
+class OfRanks(Sequence[Fault]):
+    """`own` faults as each of `count` ranks may have them, rank by rank, then those of all; made when one is told.
+
+    Every rank raises the same, but only the one whose minibatch it is can name the samples.
+    """
+
+    def __init__(self, own: Sequence[Fault], rank: int, count: int, of_all: Sequence[Fault]) -> None:
+        self._own, self._rank, self._count, self._of_all = own, rank, count, of_all
+
+    def __len__(self) -> int:
+        return self._count * len(self._own) + len(self._of_all)
+
+    def __getitem__(self, i: Any) -> Any:
+        each = len(self._own)
+        if i >= self._count * each:
+            return self._of_all[i - self._count * each]
+        rank, fault = i // each, self._own[i % each]
+        samples = fault.samples if rank == self._rank or fault.samples is None else _nobody
+        return Fault(fault.count, f"rank {rank}: {fault.message}", samples, fault.earlier)
+
+
+def _nobody() -> Tensor:
+    return torch.empty(0, dtype=torch.int64)

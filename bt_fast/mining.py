@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from bt_fast import allocation, faults, ops
 from bt_fast.allocation import METRICS, POLICIES, Judged, Metric, Oracle, Policy
 from bt_fast.faults import CheckedRead, Fault
-from bt_fast.ranks import OfRanks, Ranks, Together
+from bt_fast.ranks import Ranks, Together
 from bt_fast.speedup import Fractions, theoretical_speedup_augmix
 
 EARLIER = 2  # kinds of faults that an earlier update left to be told
@@ -78,16 +78,16 @@ class _Seen:
 
     Attributes:
         certainty, correct, unfit: [m], as the metric and `ops.signed_variance` say.
-        wrong: [f] int64, how often anything else was wrong, the first two in earlier updates; messages: of these, and
-            of the two kinds of unfit rows.
+        found: what else was wrong, the first two in earlier updates.
+        unfit_faults: from the counts [2] of unfit rows, what is to be told of them.
         epsilon: ε; sizes: α of (outlier, boundary, robust).
     """
 
     certainty: Tensor
     correct: Tensor
     unfit: Tensor
-    wrong: Tensor
-    messages: list[str]
+    found: list[Fault]
+    unfit_faults: Callable[[Tensor], Sequence[Fault]]
     epsilon: float
     sizes: tuple[float, float, float]
 
@@ -102,7 +102,7 @@ class _Decided:
     step_size: Tensor
     order: Tensor
     counts: Tensor
-    messages: Sequence[str]
+    faults: Sequence[Fault]
     ranks: Together | None = None
 
 
@@ -186,6 +186,7 @@ class BulletTrain(nn.Module):
         self.register_buffer("steps_assigned", None if by_group else torch.zeros((), dtype=torch.int64))
         self.register_buffer("unreported_faults", torch.zeros((), dtype=torch.int64))
         self.register_buffer("unreported_gradients", torch.zeros((), dtype=torch.int64))
+        self._last_attack = (torch.empty(0), torch.empty(0, dtype=torch.int64))  # who was faulty, and who is who
 
     @property
     def process_group(self) -> dist.ProcessGroup | None:
@@ -303,10 +304,14 @@ class BulletTrain(nn.Module):
             Fault(
                 self.unreported_faults,
                 "an earlier update met NaN logits or labels out of range: F_R was not moved by it",
+                lambda: torch.empty(0, dtype=torch.int64),
+                earlier=True,
             ),
             Fault(
                 self.unreported_gradients,
                 "the model's input gradient must be finite, but held NaN for {count} samples of earlier attacks",
+                lambda: faults.marked(*self._last_attack),
+                earlier=True,
             ),
             *inputs,
         ]
@@ -318,8 +323,8 @@ class BulletTrain(nn.Module):
             certainty=certainty,
             correct=correct,
             unfit=unfit,
-            wrong=faults.counts_of(found),
-            messages=[*(fault.message for fault in found), *faults.unfit_messages(logits, names)],
+            found=found,
+            unfit_faults=lambda counts: faults.unfit_faults(unfit, counts, logits.shape[1], names),
             epsilon=epsilon,
             sizes=self._step_sizes(epsilon, step_size),
         )
@@ -341,7 +346,7 @@ class BulletTrain(nn.Module):
             svar=svar,
             certainty=certainty,
             probabilities=probabilities,
-            counts=CheckedRead(decided.counts, decided.messages),
+            counts=CheckedRead(decided.counts, decided.faults),
             most_steps=max(self._group_steps),
             ranks=decided.ranks,
         )
@@ -355,10 +360,11 @@ class BulletTrain(nn.Module):
             self._group_steps,
             seen.sizes,
             seen.unfit,
-            seen.wrong,
+            faults.counts_of(seen.found),
             self.group_counts,
         )
-        return _Decided(threshold, group, steps, step_size, order, counts, seen.messages)
+        told = [*seen.found, *seen.unfit_faults(counts[-2:])]
+        return _Decided(threshold, group, steps, step_size, order, counts, told)
 
     def _decide_by_policy(
         self, seen: _Seen, attacked: ops.SignedVariance | None, of_attack: Sequence[Fault]
@@ -375,9 +381,9 @@ class BulletTrain(nn.Module):
             late.append(faults.marked_rows(attacked.unfit & 1, "attacked_logits"))
         judged = Judged(seen.certainty, seen.correct, group, threshold, self.robust_fraction, self._group_steps)
         steps, outside = self._steps_of_policy(judged)
-        late.append(outside)
         unfit = torch.stack([(seen.unfit & bit > 0).sum() for bit in (1, 2)])
-        wrong = torch.cat([seen.wrong, unfit, faults.counts_of(late)])
+        told = [*seen.found, *seen.unfit_faults(unfit), *late, outside]
+        wrong = faults.counts_of(told)
         order, active = ops.order_by_steps(steps, max(self._group_steps))
         sizes = _sizes_of(group)
         self._count(sizes, steps.sum(), ~wrong.any())
@@ -388,13 +394,15 @@ class BulletTrain(nn.Module):
             self._sizes_by_count(steps, seen),
             order,
             torch.cat([active, sizes, wrong]),
-            [*seen.messages, *(fault.message for fault in late)],
+            told,
         )
 
     def _decide_together(self, seen: _Seen, ranks: Ranks, state: Tensor | None) -> _Decided:
         """The same of all ranks' samples, on every rank; of it this rank's share."""
-        state = seen.wrong.new_zeros(2) if state is None else state
-        all_of_them = ranks.gather(seen.certainty, seen.correct, seen.unfit, state, seen.wrong[EARLIER:])
+        state = self.group_counts.new_zeros(2) if state is None else state
+        earlier, found = seen.found[:EARLIER], seen.found[EARLIER:]  # every rank knows the earlier ones already
+        counted = faults.counts_of(found) if found else state[:0]
+        all_of_them = ranks.gather(seen.certainty, seen.correct, seen.unfit, state, counted)
         there = all_of_them.there
         threshold = ops.robust_threshold(all_of_them.certainty, self.robust_fraction, there.sum())
         group = self._groups(all_of_them.certainty, all_of_them.correct, threshold)
@@ -404,8 +412,8 @@ class BulletTrain(nn.Module):
         steps, outside = self._steps_of_policy(judged, there)
         unfit = torch.stack([(all_of_them.unfit & bit > 0).view(ranks.count, -1).sum(dim=1) for bit in (1, 2)], dim=1)
         of_ranks = torch.cat([all_of_them.faults, unfit, all_of_them.too_many[:, None]], dim=1)
-        earlier = seen.wrong[:EARLIER]  # which every rank knows already
-        wrong = torch.cat([of_ranks.flatten(), earlier, outside.count.reshape(1)])
+        of_all = [*earlier, outside]
+        wrong = torch.cat([of_ranks.flatten(), faults.counts_of(of_all)])
         self._count(_sizes_of(group, there), (steps * there).sum(), ~wrong.any())
 
         own_group, own_steps = all_of_them.own(group), all_of_them.own(steps)
@@ -420,9 +428,11 @@ class BulletTrain(nn.Module):
         spread = torch.zeros(ranks.count * (most + 1), dtype=torch.int64, device=steps.device)
         place = torch.arange(len(steps), device=steps.device) // max(len(steps) // ranks.count, 1)
         spread.scatter_add_(0, place * (most + 1) + steps, there.long())
-        too_many = (
-            f"minibatches must have at most {ranks.rows} samples, the most of the group's first, but one has more"
+        too_many = Fault(
+            all_of_them.too_many,
+            f"minibatches must have at most {ranks.rows} samples, the most of the group's first, but one has more",
         )
+        own = [*found, *seen.unfit_faults(unfit[ranks.rank]), too_many]
         return _Decided(
             threshold,
             own_group,
@@ -430,7 +440,7 @@ class BulletTrain(nn.Module):
             step_size,
             order,
             torch.cat([active, _sizes_of(own_group), spread, wrong]),
-            OfRanks([*seen.messages[EARLIER:], too_many], ranks.count, [*seen.messages[:EARLIER], outside.message]),
+            faults.OfRanks(own, ranks.rank, ranks.count, of_all),
             all_of_them,
         )
 
@@ -466,7 +476,8 @@ class BulletTrain(nn.Module):
         Raises:
             ValueError: on the CPU, if there are any.
         """
-        fault = faults.gradients_without_direction(faulty)
+        fault = faults.gradients_without_direction(faulty, assignment.order)
+        self._last_attack = (faulty, assignment.order)
         if self.ranks is not None:
             self._faulty_gradients = fault.count  # told to all with the update
         elif faulty.is_cuda:
@@ -477,7 +488,7 @@ class BulletTrain(nn.Module):
                 self.steps_assigned -= sum(assignment.active_counts)
             faults.read([fault]).wait()
 
-    def update(self, adversarial_logits: Tensor, labels: Tensor) -> None:
+    def update(self, adversarial_logits: Tensor, labels: Tensor, *, order: Tensor | None = None) -> None:
         """Move F_R by the share of corrupted samples that are still classified correctly (Eq. 5).
 
         Logits with NaN leave F_R unchanged. On the CPU they raise at once; on a GPU, where that would mean to wait for
@@ -487,6 +498,7 @@ class BulletTrain(nn.Module):
         Args:
             adversarial_logits: [m, K] floating point, m ≥ 1, of all m corrupted samples.
             labels: [m] integers in 0..K-1.
+            order: [m] int64, which sample of the minibatch each row is, for the error that tells them.
 
         Raises:
             TypeError: logits are not floating point or labels not integers.
@@ -507,7 +519,7 @@ class BulletTrain(nn.Module):
         if not logits.is_cuda:
             found = [
                 faults.labels_outside(labels, logits.shape[1], "labels"),
-                faults.rows_without_number(logits, "adversarial_logits"),
+                faults.rows_without_number(logits, "adversarial_logits", order),
             ]
             faults.read(found).wait()
         state = (self.robust_fraction, self.unreported_faults)

@@ -6,7 +6,7 @@ the whole minibatch. So every rank gets what all ranks know, 16 bytes a sample, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -142,19 +142,3 @@ class Ranks:
         most = torch.full((1,), m, dtype=torch.int64, device=device)
         dist.all_reduce(most, dist.ReduceOp.MAX, self.group)
         return int(most)
-
-
-class OfRanks(Sequence[str]):
-    """`messages` for each of `count` ranks, rank by rank, then `others` of no rank; made when one is needed."""
-
-    def __init__(self, messages: Sequence[str], count: int, others: Sequence[str]) -> None:
-        self._messages, self._count, self._others = messages, count, others
-
-    def __len__(self) -> int:
-        return self._count * len(self._messages) + len(self._others)
-
-    def __getitem__(self, i: Any) -> Any:
-        each = len(self._messages)
-        if i < self._count * each:
-            return f"rank {i // each}: {self._messages[i % each]}"
-        return self._others[i - self._count * each]

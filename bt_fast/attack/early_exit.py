@@ -172,9 +172,13 @@ class WorkingBatch:
             if moves:
                 (grad,) = torch.autograd.grad(logits, probe, direction_of(attack.loss, seen, labels))
                 self._move(grad, self._counter[j], faulty)
-        found = [faults.marked_rows(unfit, "the model's logits"), faults.gradients_without_direction(faulty)]
+        number = self._number[:n]
+        found = [
+            faults.marked_rows(unfit, "the model's logits", number),
+            faults.gradients_without_direction(faulty, number),
+        ]
         numbers = torch.cat([fell, faults.counts_of(found)])
-        return torch.tensor(CheckedRead(numbers, [fault.message for fault in found]).wait())
+        return torch.tensor(CheckedRead(numbers, found).wait())
 
     def _move(self, grad: Tensor, step: Tensor, faulty: Tensor) -> None:
         """One projected step of the rows that have more than `step` steps left."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,10 @@ def load_checkpoint(path: Path) -> tuple[RunConfig, dict[str, Any]]:
     content = read_tensors(path)
     if not isinstance(content, dict) or content.get("bt_fast") != FORMAT:
         found = content.get("bt_fast", "none") if isinstance(content, dict) else type(content).__name__
+        if isinstance(found, int) and found > FORMAT:
+            raise ValueError(
+                f"{path}: written by a newer version of bt_fast: found format {found}, expected {FORMAT}; upgrade to it"
+            )
         raise ValueError(f"{path}: not a checkpoint of this package: found format {found}, expected {FORMAT}")
     try:
         config, state = RunConfig.from_json(content["config"]), content["state"]
@@ -49,11 +54,29 @@ def read_tensors(path: Path) -> Any:
     if not path.is_file():
         raise ValueError(f"{path}: no such checkpoint file")
     try:
+        if zipfile.is_zipfile(path):  # else of the form before torch 1.6, in which some networks were published
+            _check_archive(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of foreign pickles that it then refuses
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a dozen kinds on a damaged file
         raise ValueError(f"{path}: not a readable checkpoint ({_first_line(error)})") from error
+
+
+def _check_archive(path: Path) -> None:
+    """Raise ValueError or BadZipFile unless the archive is as `torch.save` writes one, bit for bit.
+
+    torch itself does not look at the checksums, and would inflate whatever a foreign archive says.
+    """
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+        if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+            raise ValueError("an archive with compressed parts, which torch does not write")
+        if sum(member.file_size for member in members) > path.stat().st_size:
+            raise ValueError("an archive whose parts are larger than the file")
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise ValueError(f"damaged: the checksum of its part {damaged} is wrong")
 
 
 def _first_line(error: Exception) -> str:

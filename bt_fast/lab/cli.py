@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import math
+import os
 import signal
 import sys
 import tempfile
@@ -32,6 +33,7 @@ from bt_fast.allocation import METRICS, POLICIES
 from bt_fast.attack.losses import LOSSES
 from bt_fast.attack.threat import ThreatModel
 from bt_fast.evaluation import evaluate as evaluate_model
+from bt_fast.guard import NON_FINITE
 from bt_fast.lab import doctor as examination
 from bt_fast.lab import gpu_prediction, report
 from bt_fast.lab import profile as profiling
@@ -47,6 +49,7 @@ from bt_fast.lab.html_report.scalars import write_scalars
 from bt_fast.lab.make_corruptions import make_corruptions
 from bt_fast.lab.methods import COMPARED, FORMS, Method
 from bt_fast.lab.models import build_model, load_published
+from bt_fast.lab.provenance import Provenance, check_data, fingerprint
 from bt_fast.lab.studies.catalogue import STUDIES
 from bt_fast.lab.studies.study import SCALES, open_run
 from bt_fast.lab.studies.study import conclude as conclude_study
@@ -144,6 +147,7 @@ _RUN_OPTIONS = [
     click.option("--metric", type=click.Choice(list(METRICS)), help="Of a sample's certainty. [signed_variance]"),
     click.option("--policy", type=click.Choice(list(POLICIES)), help="Certainty to steps. [three_groups]"),
     click.option("--grad-align", type=_Finite(min=0), help="Weight of GradAlign's regulariser. [0]"),
+    click.option("--non-finite", type=click.Choice(NON_FINITE), help="A minibatch with NaN or Inf. [raise]"),
     click.option("--eval-steps", type=_AT_LEAST_ONE, help="Steps of the final PGD. [20]"),
     click.option("--eval-restarts", type=_AT_LEAST_ONE, help="Restarts of the final PGD. [1]"),
     click.option("--curve-size", type=_AT_LEAST_ONE, help="Test images evaluated after each epoch."),
@@ -155,6 +159,9 @@ _PLACE_OPTIONS = [
     click.option("--out", type=click.Path(path_type=Path), help="Run folder. [runs/DATE-TIME]"),
     click.option("--resume", type=click.Path(path_type=Path), help="Go on with the run in this folder."),
 ]
+_REPEAT_OPTION = click.option(
+    "--repeat", type=click.Path(path_type=Path), help="Begin the run in this folder anew, in another, on the same data."
+)
 
 
 def _with_options(options: list[Callable[[Any], Any]]) -> Callable[[Any], Any]:
@@ -182,31 +189,51 @@ def cli() -> None:
     help=f"What to compare with each other (repeatable): {FORMS}; also attacked on a faster view (bullet-frozen, "
     f"bullet-bf16) and with options of its own (bullet,robust-steps=0). [{', '.join(COMPARED)}]",
 )
-@_with_options([*_RUN_OPTIONS, *_PLACE_OPTIONS])
+@_with_options([*_RUN_OPTIONS, *_PLACE_OPTIONS, _REPEAT_OPTION])
 @_one_line_errors
 def compare(
-    methods: tuple[str, ...], data_dir: Path, device: str | None, out: Path | None, resume: Path | None, **given: Any
+    methods: tuple[str, ...],
+    data_dir: Path,
+    device: str | None,
+    out: Path | None,
+    resume: Path | None,
+    repeat: Path | None,
+    **given: Any,
 ) -> None:
-    """Train an objective as its authors wrote it, ours and ours + BulletTrain on the same minibatches and compare."""
+    """Train an objective as its authors wrote it, ours and ours + BulletTrain on the same minibatches and compare.
+
+    Interrupted or terminated, it finishes the iteration, saves and exits with 130 or 143; a second time it exits at
+    once. --resume goes on from there, and from the last checkpoint after a kill.
+    """
     twice = [method for method in methods if methods.count(method) > 1]
     if twice:
         raise ValueError(f"--method {twice[0]} is given twice: each method is trained once")
-    if not methods and resume is None:
+    if not methods and resume is None and repeat is None:
         methods = ("optimised", "bullet") if given["loss"] == "augmix" else COMPARED
-    _run(methods or None, data_dir, device, out, resume, given)
+    _run(methods or None, data_dir, device, out, resume, repeat, given)
 
 
 @cli.command()
 @click.option("--method", metavar="METHOD", callback=_method_names, help="What to train. [bullet]")
-@_with_options([*_RUN_OPTIONS, *_PLACE_OPTIONS])
+@_with_options([*_RUN_OPTIONS, *_PLACE_OPTIONS, _REPEAT_OPTION])
 @_one_line_errors
 def train(
-    method: str | None, data_dir: Path, device: str | None, out: Path | None, resume: Path | None, **given: Any
+    method: str | None,
+    data_dir: Path,
+    device: str | None,
+    out: Path | None,
+    resume: Path | None,
+    repeat: Path | None,
+    **given: Any,
 ) -> None:
-    """Train one model."""
-    if method is None and resume is None:
+    """Train one model.
+
+    Interrupted or terminated, it finishes the iteration, saves and exits with 130 or 143; a second time it exits at
+    once. --resume goes on from there, and from the last checkpoint after a kill.
+    """
+    if method is None and resume is None and repeat is None:
         method = "bullet"
-    _run((method,) if method else None, data_dir, device, out, resume, given)
+    _run((method,) if method else None, data_dir, device, out, resume, repeat, given)
 
 
 @cli.command()
@@ -459,6 +486,7 @@ def _run(
     device: str | None,
     out: Path | None,
     resume: Path | None,
+    repeat: Path | None,
     given: dict[str, Any],
 ) -> None:
     where = _device(device)
@@ -467,11 +495,16 @@ def _run(
         asked["methods"] = methods
     if resume is not None:
         resume = resume.parent if resume.name == "checkpoint.pt" else resume
-        if out is not None:
-            raise ValueError("--out: a resumed run stays in its folder; leave --out or --resume away")
+        if out is not None or repeat is not None:
+            other = "--out" if out is not None else "--repeat"
+            raise ValueError(f"{other}: a resumed run stays in its folder; leave {other} or --resume away")
+        if resume.is_dir() and not (resume / "checkpoint.pt").exists():
+            raise ValueError(f"{resume}: has no checkpoint.pt, so nothing was saved yet: start it with --out instead")
         stored, _ = load_checkpoint(resume / "checkpoint.pt")
         config = dataclasses.replace(stored, **asked)
         dataset = _load(config, data_dir)
+    elif repeat is not None:
+        config, dataset = _repeated(repeat, asked, data_dir)
     else:
         config, dataset = _configure(asked, data_dir)
     folder = resume or out or Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")
@@ -484,22 +517,42 @@ def _run(
         summary = report.summarise(run, _advancer(progress, task))
     paths = report.plot(run)
     console.print(report.table(summary))
+    for method, entry in summary["methods"].items():
+        if entry.get("skipped"):
+            say(f"{method}: {entry['skipped']} minibatches skipped for NaN or Inf; metrics.jsonl tells which and why")
     say("wrote", ", ".join(str(p) for p in [folder / "summary.json", folder / "metrics.jsonl", *paths]))
+
+
+def _repeated(folder: Path, asked: dict[str, Any], data_dir: Path) -> tuple[RunConfig, ImageDataset]:
+    """The configuration of the run in the folder, and its data; only where they lie may be another place."""
+    path = folder / "run.json"
+    told = Provenance.read(path)
+    others = sorted(set(asked) - {"data"})
+    if others:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in others)
+        raise ValueError(f"{names}: --repeat {folder} takes the options of that run; leave away what is to be another")
+    config = dataclasses.replace(told.config, **asked)
+    dataset = _load(config, data_dir)
+    check_data(dataset, fingerprint(dataset), told.data["sha256"], path)
+    return config, dataset
 
 
 def _train(run: Run, stop: list[int], how_to_go_on: str) -> None:
     """Train to the end, or to the first iteration after a signal arrived in `stop`: then save and exit."""
     with _progress() as progress:
         task = progress.add_task("training", total=run.iterations, completed=run.iteration)
-        for at in run.train():
-            progress.update(task, completed=at.iteration, description=_ratios(run))
-            if at.epoch_ended:
-                say(_epoch_line(run))
-            if stop:
-                run.save()
-                progress.stop()
-                say(f"stopped and saved: {how_to_go_on}")
-                sys.exit(128 + stop[0])
+        try:
+            for at in run.train():
+                progress.update(task, completed=at.iteration, description=_ratios(run))
+                if at.epoch_ended:
+                    say(_epoch_line(run))
+                if stop:
+                    run.save()
+                    progress.stop()
+                    say(f"stopped and saved: {how_to_go_on}")
+                    sys.exit(128 + stop[0])
+        except OSError as error:
+            raise OSError(f"{error}; what was saved before is whole: {how_to_go_on}") from error
 
 
 def _epoch_line(run: Run) -> str:
@@ -519,10 +572,17 @@ def _ratios(run: Run) -> str:
 
 @contextmanager
 def _stop_signals() -> Iterator[list[int]]:
-    """A list that receives the number of an interrupt or termination signal instead of dying of it."""
+    """A list that receives the number of an interrupt or termination signal; a second one exits at once."""
     received: list[int] = []
+
+    def take(number: int, _: object) -> None:
+        received.append(number)
+        if len(received) > 1:
+            sys.exit(128 + number)
+        os.write(2, b"bt-fast: stopping after this iteration; once more to stop at once\n")  # safe in a handler
+
     watched = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, lambda n, _: received.append(n)) for number in watched]
+    before = [signal.signal(number, take) for number in watched]
     try:
         yield received
     finally:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bt_fast.allocation import METRICS, POLICIES
+from bt_fast.guard import NON_FINITE
 from bt_fast.lab.methods import COMPARED, Method
 
 OBJECTIVES = ("trades", "mart", "pgd", "augmix")
@@ -27,6 +28,7 @@ class RunConfig:
         epochs, batch_size, lr, sgd_momentum, weight_decay: SGD. lr falls tenfold after each of `decay_epochs`.
         epsilon, step_size, steps: the attack. beta: the weight of the robust term, which PGD has not.
         boundary_steps, robust_steps, outlier_steps, gamma, fraction_momentum, metric, policy: BulletTrain's.
+        non_finite: what becomes of a minibatch with NaN or Inf, one of `guard.NON_FINITE`.
         grad_align: the weight of GradAlign's regulariser, added to the loss.
         eval_steps, eval_restarts: PGD for the final robust accuracy.
         curve_size: test images for the accuracy after each epoch (PGD-`eval_steps`, one start).
@@ -60,6 +62,7 @@ class RunConfig:
     metric: str
     policy: str
     grad_align: float
+    non_finite: str
     eval_steps: int
     eval_restarts: int
     curve_size: int
@@ -98,6 +101,7 @@ class RunConfig:
             ("loss", self.loss, OBJECTIVES),
             ("metric", self.metric, METRICS),
             ("policy", self.policy, POLICIES),
+            ("non_finite", self.non_finite, NON_FINITE),
         ):
             if value not in choices:
                 raise ValueError(f"{name} in the run configuration must be one of {', '.join(choices)}, got {value!r}")
@@ -154,6 +158,7 @@ _DIGITS = RunConfig(
     metric="signed_variance",
     policy="three_groups",
     grad_align=0.0,
+    non_finite="raise",
     eval_steps=20,
     eval_restarts=1,
     curve_size=250,
@@ -189,7 +194,7 @@ _OF_ATTACKS = (*COMPARED, "fast", "yopo")
 _OF_AUGMIX = ("optimised", "bullet", "no-jsd")
 
 # what configurations that were written before these options existed mean
-_ADDED = {"metric": "signed_variance", "policy": "three_groups", "grad_align": 0.0}
+_ADDED = {"metric": "signed_variance", "policy": "three_groups", "grad_align": 0.0, "non_finite": "raise"}
 
 _OPTIONAL = {"train_size", "test_size", "width"}
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from bt_fast.attack import device as engine
-from bt_fast.lab import report
+from bt_fast.lab import provenance
 from bt_fast.lab.doctor_checks import CHECKS, STEPS, Check, StepCheck, largest_difference, skip_reason, step_difference
 from bt_fast.ops.launch import has_triton
 
@@ -94,7 +94,7 @@ def said(error: BaseException) -> str:
 def versions(version_of: Callable[[str], str]) -> list[Finding]:
     """What is installed; `version_of` raises PackageNotFoundError as that of importlib.metadata."""
     built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "a build without CUDA"
-    found = {k: str(v) for k, v in report.machine(torch.device("cpu")).items() if k not in ("device", "driver")}
+    found = {k: str(v) for k, v in provenance.machine(torch.device("cpu")).items() if k not in ("device", "driver")}
     found["torch"] += f", {built}"
     rows = [Finding("versions", name, "ok", text) for name, text in found.items()]
     for name in PACKAGES:

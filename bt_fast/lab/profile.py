@@ -23,7 +23,8 @@ from bt_fast.lab.augment import crop_and_flip
 from bt_fast.lab.config import RunConfig
 from bt_fast.lab.data import ImageDataset, images, minibatches
 from bt_fast.lab.files import write_text
-from bt_fast.lab.report import label, machine
+from bt_fast.lab.provenance import machine
+from bt_fast.lab.report import label
 from bt_fast.lab.training import WARM_UP, Contestant
 from bt_fast.power import PowerMonitor, Summary
 from bt_fast.ranges import PHASES

@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import itertools
 import json
-import platform
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -23,13 +22,12 @@ from matplotlib.figure import Figure
 from rich import box
 from rich.table import Table
 
-import bt_fast
 from bt_fast.lab.corruptions import SEVERITIES, mean_corruption_error
 from bt_fast.lab.files import replacing, write_text
 from bt_fast.lab.methods import Method
+from bt_fast.lab.provenance import machine
 from bt_fast.lab.training import WARM_UP, Contestant, Run, median_speedup
 from bt_fast.objectives.repeated_forward import RepeatedForward
-from bt_fast.power import driver_version
 from bt_fast.speedup import augmix_cost, mart_cost, pgd_cost, trades_cost, trades_reference_cost, yopo_cost
 
 OBJECTIVE_NAMES = {"trades": "TRADES", "mart": "MART", "pgd": "PGD", "augmix": "AugMix"}
@@ -90,28 +88,6 @@ def summarise(run: Run, evaluated: Callable[[str], None]) -> dict[str, Any]:
     return summary
 
 
-def machine(device: torch.device) -> dict[str, Any]:
-    """Versions and hardware that a figure depends on; the driver is None on the CPU, and where NVML does not tell."""
-    return {
-        "bt_fast": bt_fast.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "system": platform.platform(terse=True),
-        "processor": _processor(),
-        "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "driver": driver_version() if device.type == "cuda" else None,
-    }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
 def _method_summary(run: Run, contestant: Contestant) -> dict[str, Any]:
     final = run.final(contestant)
     entry: dict[str, Any] = {
@@ -130,6 +106,8 @@ def _method_summary(run: Run, contestant: Contestant) -> dict[str, Any]:
             if other is not contestant
         },
     }
+    if run.config.non_finite == "skip":
+        entry["skipped"] = sum(r["kind"] == "skipped" and r["method"] == contestant.method for r in run.records())
     if contestant.bullet is not None:
         entry["fractions"] = dataclasses.asdict(contestant.bullet.fractions)
         entry["robust_fraction"] = float(contestant.bullet.robust_fraction)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-import os
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -28,12 +28,15 @@ from bt_fast.baselines.trades_reference import trades_reference_loss
 from bt_fast.baselines.yopo import yopo_loss
 from bt_fast.device import synchronize
 from bt_fast.evaluation import evaluate
+from bt_fast.faults import NonFiniteError
+from bt_fast.guard import Guard, Skipped
 from bt_fast.lab.augment import crop_and_flip
 from bt_fast.lab.checkpoint import load_checkpoint, save_checkpoint
 from bt_fast.lab.config import RunConfig
 from bt_fast.lab.data import ImageDataset, images, minibatches
-from bt_fast.lab.files import write_text
+from bt_fast.lab.files import append_line, write_text
 from bt_fast.lab.models import build_model
+from bt_fast.lab.provenance import Provenance, check_data, described, fingerprint, this_start
 from bt_fast.mining import BulletTrain
 from bt_fast.objectives.augmix import augmix_loss
 from bt_fast.objectives.mart import mart_loss
@@ -72,26 +75,47 @@ class Contestant:
             lr=config.lr,
             momentum=config.sgd_momentum,
             weight_decay=config.weight_decay,
+            fused=device.type == "cuda" or None,  # it leaves a faulty step out on the device
         )
         self.bullet = _bullet(self.config).to(device) if self.kind.algorithm == "bullet" else None
+        modules = [self.model] if self.bullet is None else [self.model, self.bullet]
+        self.guard = Guard(self.optimizer, *modules, non_finite=config.non_finite)  # type: ignore[arg-type]
+        self.left_out = 0  # minibatches of this epoch that were skipped
         self.counted = torch.zeros(3, dtype=torch.int64, device=device)  # samples by group, at the last record
         self._frozen = VIEWS[self.kind.view]
         self.seconds: list[float] = []
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
         self._random = _random_state(device)
 
-    def step(self, x: Tensor, y: Tensor) -> None:
-        """One iteration on images [m, C, H, W] in [0, 1] and labels [m], timed."""
+    def step(self, x: Tensor, y: Tensor, indices: Tensor | None = None) -> Skipped | None:
+        """One iteration on images [m, C, H, W] in [0, 1] and labels [m], timed.
+
+        Args:
+            indices: [m] int64, which training images these are, for reports.
+
+        Returns:
+            What was wrong, if it was skipped.
+
+        Raises:
+            NonFiniteError: something was, and is to be raised.
+        """
+        skipped, loss = len(self.guard.skipped), torch.zeros((), device=self.device)
         with self._own_random_stream():
             synchronize(self.device)
-            start = time.perf_counter()
-            loss = self._loss(x, y)
-            with range_(BACKWARD):
-                loss.backward()
-                self.optimizer.step()
+            began = time.perf_counter()
+            with self.guard.minibatch(indices):
+                loss = self._loss(x, y)
+                with range_(BACKWARD):
+                    loss.backward()
+                    self.guard.step(loss)
             synchronize(self.device)
-            self.seconds.append(time.perf_counter() - start)
+            self.seconds.append(time.perf_counter() - began)
+        self.guard.settle()  # known since the device was waited for
+        if len(self.guard.skipped) > skipped:
+            self.left_out += 1
+            return self.guard.skipped[-1]
         self.loss_sum += loss.detach()
+        return None
 
     def _loss(self, x: Tensor, y: Tensor) -> Tensor:
         loss = self._augmix(x, y) if self.config.loss == "augmix" else self._adversarial(x, y)
@@ -143,10 +167,12 @@ class Contestant:
             "random": self._random,
             "seconds": torch.tensor(self.seconds, dtype=torch.float64),
             "loss_sum": self.loss_sum,
+            "guard": self.guard.state_dict(),
+            "left_out": self.left_out,
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        """Take on what `state` returned."""
+        """Take on what `state` returned, or did before there was a guard."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.bullet is not None:
@@ -155,6 +181,10 @@ class Contestant:
         self._random = state["random"]
         self.seconds = state["seconds"].tolist()
         self.loss_sum = state["loss_sum"].to(self.device)
+        self.guard.load_state_dict(state.get("guard", {"minibatches": len(self.seconds), "in_a_row": 0}))
+        self.left_out = state.get("left_out", 0)
+        with self._own_random_stream():  # that it is one
+            pass
 
 
 @dataclass(frozen=True)
@@ -169,7 +199,8 @@ class Progress:
 class Run:
     """A run folder and the training that fills it.
 
-    `metrics.jsonl` has one record a line, `checkpoint.pt` everything needed to go on.
+    `metrics.jsonl` has one record a line, `checkpoint.pt` everything needed to go on, and `run.json` what the run is
+    made of (`provenance.Provenance`).
 
     Args:
         folder: made if it is not there.
@@ -181,7 +212,9 @@ class Run:
         minibatch: the images and labels of the last iteration.
 
     Raises:
-        ValueError: the folder already holds a run and `resume` is not set, or the checkpoint does not fit.
+        ValueError: the folder already holds a run and `resume` is not set, or the checkpoint does not fit the
+            configuration or the data.
+        OSError: the folder cannot be written.
     """
 
     def __init__(
@@ -204,12 +237,20 @@ class Run:
         self.contestants = [Contestant(method, config, dataset, device) for method in config.methods]
         self.checkpoint_path = folder / "checkpoint.pt"
         self._metrics_path = folder / "metrics.jsonl"
+        self._provenance_path = folder / "run.json"
+        self._fingerprint = fingerprint(dataset)
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"{folder}: a file, expected a folder for the run")
         if resume:
             self._restore()
+            if self.iteration < self.iterations:
+                self._tell_start()
         elif self.checkpoint_path.exists() or self._metrics_path.exists():
             raise ValueError(f"{folder}: already holds a run; resume it, or name another folder")
         else:
             folder.mkdir(parents=True, exist_ok=True)
+            self._provenance_path.unlink(missing_ok=True)  # of a run that was killed before its first checkpoint
+            self._tell_start()
             self.save()  # so that a run killed at any moment can be resumed
 
     @property
@@ -223,7 +264,12 @@ class Run:
         return self.config.epochs * self.iterations_per_epoch
 
     def train(self) -> Iterator[Progress]:
-        """Train to the end, yielding after every iteration; the run can be left at any yield and saved."""
+        """Train to the end, yielding after every iteration; the run can be left at any yield and saved.
+
+        Raises:
+            NonFiniteError: NaN or Inf in a minibatch, or in too many one after the other if they are skipped.
+            OSError: a record or checkpoint cannot be written; what was written before is whole, and the run resumes.
+        """
         saved = time.monotonic()
         while self.iteration < self.iterations:
             epoch, first = divmod(self.iteration, self.iterations_per_epoch)
@@ -247,6 +293,7 @@ class Run:
         """Write the checkpoint."""
         state = {
             "iteration": self.iteration,
+            "data": self._fingerprint,
             "contestants": {c.method: c.state() for c in self.contestants},
         }
         save_checkpoint(self.checkpoint_path, self.config, state)
@@ -294,9 +341,13 @@ class Run:
         text = self._metrics_path.read_text(encoding="utf-8", errors="replace")
         lines = text[: text.rfind("\n") + 1].splitlines()
         try:
-            return [json.loads(line) for line in lines]
+            found = [json.loads(line) for line in lines]
         except json.JSONDecodeError as error:
             raise ValueError(f"{self._metrics_path}: a line is not a record ({error})") from error
+        for record in found:
+            if not isinstance(record, dict) or type(record.get("iteration")) is not int or "kind" not in record:
+                raise ValueError(f"{self._metrics_path}: a line is not a record ({json.dumps(record)[:80]})")
+        return found
 
     def _step(self, batch: Tensor) -> None:
         x = images(self.dataset.x_train[batch], self.device)
@@ -304,14 +355,33 @@ class Run:
         if self.config.augment:
             x = crop_and_flip(x, seed=self.config.seed, iteration=self.iteration)
         turn = self.iteration % len(self.contestants)
+        skipped = {}
         for contestant in self.contestants[turn:] + self.contestants[:turn]:
-            contestant.step(x, y)
+            try:
+                skipped[contestant.method] = contestant.step(x, y, batch)
+            except NonFiniteError as error:
+                message = f"{contestant.method}, {error}"
+                raise NonFiniteError(message, error.samples, earlier=error.earlier) from error
         self.iteration += 1
+        self._record_skipped(skipped)
         self.minibatch = (x, y)
         if self.iteration % RECORD_EVERY == 0:
             self._record_fractions()
             if self._observe is not None:
                 self._observe(self)
+
+    def _record_skipped(self, found: dict[str, Skipped | None]) -> None:
+        """What each method did not learn from in this iteration: the training images by their numbers."""
+        for contestant in self.contestants:
+            if (one := found[contestant.method]) is not None:
+                blamed = list(one.blamed) if one.samples else []
+                self.append(
+                    kind="skipped",
+                    method=contestant.method,
+                    reason=one.reason,
+                    images=list(one.indices),
+                    blamed=blamed,
+                )
 
     def _record_fractions(self) -> None:
         """Shares of the groups since the last record (Fig. 3)."""
@@ -319,8 +389,10 @@ class Run:
             if contestant.bullet is None:
                 continue
             counts = contestant.bullet.group_counts.clone()
-            recent, contestant.counted = counts - contestant.counted, counts
-            shares = (recent.double() / recent.sum()).tolist()
+            recent, contestant.counted = (counts - contestant.counted).double(), counts
+            shares = (recent / recent.sum()).tolist()
+            if math.isnan(shares[0]):  # all of them were skipped
+                continue
             self.append(
                 kind="fractions",
                 method=contestant.method,
@@ -335,8 +407,11 @@ class Run:
             if contestant.bullet is None or isinstance(contestant.bullet.policy, Oracle):  # it must attack to tell
                 continue
             bullet = copy.deepcopy(contestant.bullet)
-            with eval_mode(contestant.model):
-                found = bullet.assign(clean_logits(contestant.model, x), y, epsilon=contestant.config.epsilon)
+            try:
+                with eval_mode(contestant.model):
+                    found = bullet.assign(clean_logits(contestant.model, x), y, epsilon=contestant.config.epsilon)
+            except NonFiniteError:  # a minibatch that was skipped has no steps
+                continue
             self.append(
                 kind="allocation",
                 method=contestant.method,
@@ -347,22 +422,21 @@ class Run:
 
     def _end_epoch(self, epoch: int) -> None:
         for contestant in self.contestants:
+            learnt = self.iterations_per_epoch - contestant.left_out
             self.append(
                 kind="epoch",
                 epoch=epoch + 1,
                 method=contestant.method,
                 **self.evaluate(contestant, self.config.curve_size, restarts=1),
-                loss=float(contestant.loss_sum) / self.iterations_per_epoch,
+                loss=float(contestant.loss_sum) / learnt if learnt else None,
                 seconds=sum(contestant.seconds),
             )
             contestant.loss_sum.zero_()
+            contestant.left_out = 0
 
     def append(self, **record: object) -> None:
         """Write a record of this iteration to metrics.jsonl."""
-        with open(self._metrics_path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"iteration": self.iteration, **record}) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        append_line(self._metrics_path, json.dumps({"iteration": self.iteration, **record}))
 
     def _restore(self) -> None:
         config, state = load_checkpoint(self.checkpoint_path)
@@ -371,15 +445,27 @@ class Run:
             raise ValueError(
                 f"{self.checkpoint_path}: of another configuration ({'; '.join(differences)}, as asked and as stored)"
             )
+        check_data(self.dataset, self._fingerprint, str(state.get("data", self._fingerprint)), self.checkpoint_path)
         try:
             for contestant in self.contestants:
                 contestant.load(state["contestants"][contestant.method])
+            if type(state["iteration"]) is not int or not 0 <= state["iteration"] <= self.iterations:
+                raise ValueError(f"iteration {state['iteration']} of {self.iterations}")
             self.iteration = state["iteration"]
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
             raise ValueError(f"{self.checkpoint_path}: does not fit this run ({error})") from error
         # what was recorded after the checkpoint will be recorded again
         kept = [json.dumps(record) for record in self.records() if record["iteration"] <= self.iteration]
         write_text(self._metrics_path, "".join(line + "\n" for line in kept))
+
+    def _tell_start(self) -> None:
+        """Write into run.json that this process goes on with the run; begun with what it is made of."""
+        if self._provenance_path.exists():
+            told = Provenance.read(self._provenance_path)
+        else:
+            told = described(self.config, self.dataset, self._fingerprint)
+        told.starts.append(this_start(self.iteration, self.device))
+        told.write(self._provenance_path)
 
 
 Observe = Callable[[Run], None]

@@ -96,6 +96,7 @@ class Attack:
         independent: a training forward may run beside it.
         inputs: the read of what is wrong with the input, if it has not been waited for.
         report: to be called when it has finished; a read to be waited for when the device has work again.
+        order: [m] int64, which sample of the minibatch each is; None where they are in its own order.
     """
 
     x: Tensor
@@ -105,6 +106,7 @@ class Attack:
     independent: bool
     inputs: CheckedRead | None
     report: Callable[[], CheckedRead | None]
+    order: Tensor | None = None
 
 
 def start(model: nn.Module, x_natural: Tensor, y: Tensor, adversary: Adversary, bullet: BulletTrain | None) -> Attack:
@@ -203,7 +205,7 @@ def _start_ragged(
         bullet.report_attack(assignment, faulty)
 
     moving = schedule.active[0] if schedule.active else 0
-    return Attack(clean, labels, started, moving, independent(view), None, report)
+    return Attack(clean, labels, started, moving, independent(view), None, report, assignment.order)
 
 
 def _attacked_logits(
@@ -340,7 +342,7 @@ def conclude(
 ) -> None:
     """What follows the forwards: F_R moves by z' of all samples, and the optimizer's gradients are zeroed."""
     if bullet is not None:
-        bullet.update(judged, attack.y)
+        bullet.update(judged, attack.y, order=attack.order)
     if optimizer is not None:
         optimizer.zero_grad()
 

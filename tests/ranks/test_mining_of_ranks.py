@@ -137,7 +137,8 @@ def with_a_fault(where, rank_of_fault):
 )
 def test_a_fault_of_one_rank_is_raised_on_all_and_the_next_minibatch_is_sound(where, step, message):
     (first, f_r), (second, same) = run_ranks(2, with_a_fault, where, 1)
-    assert first == second
+    assert [found and found.split(": samples")[0] for found in second] == first
+    assert (where == "logits") == str(second[step]).endswith(": samples 2")  # as only the rank itself knows
     assert f_r == same
     assert [found is not None for found in first] == [k == step for k in range(3)]
     assert first[step].startswith(message)
@@ -199,6 +200,6 @@ def with_a_gradient_of_nan():
 
 def test_gradients_of_nan_on_one_rank_are_raised_on_all_by_the_next_minibatch():
     first, second = run_ranks(2, with_a_gradient_of_nan)
-    assert first == second
-    assert first[:2] == [None, None]
+    assert first[:2] == second[:2] == [None, None]
+    assert second[2] == f"{first[2]}: samples 2"
     assert first[2].startswith("the model's input gradient must be finite, but held NaN for ")

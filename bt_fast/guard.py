@@ -1,0 +1,246 @@
+"""The optimizer's step, taken only where the loss and the gradients are finite: NaN is raised or skipped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
+
+from bt_fast.device import HostRead
+from bt_fast.faults import NonFiniteError, told
+
+NON_FINITE = ("raise", "skip")
+MOST_IN_A_ROW = 100  # skipped minibatches; then it is no accident
+Indices = Tensor | Sequence[int] | None
+REASONS = ("the loss is NaN or infinite", "the gradients of the parameters hold NaN or Inf")
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A minibatch that the weights have not learnt from.
+
+    Attributes:
+        minibatch: its number, from 0.
+        reason: what was wrong, as an error would say it.
+        indices: what the samples are in the data set, if the guard was told; of the minibatch before, where the reason
+            is of that one (`NonFiniteError.earlier`).
+        samples: which of them are to blame, as places in their minibatch; empty where that cannot be told.
+    """
+
+    minibatch: int
+    reason: str
+    indices: tuple[int, ...]
+    samples: tuple[int, ...]
+
+    @property
+    def blamed(self) -> tuple[int, ...]:
+        """What those to blame are in the data set; all of the minibatch where that cannot be told."""
+        return tuple(self.indices[i] for i in self.samples if i < len(self.indices)) or self.indices
+
+    def __str__(self) -> str:
+        return f"minibatch {self.minibatch}: {self.reason}{told(self.blamed, 'of the data')}"
+
+
+class Guard:
+    """Takes an optimizer's steps, but not those of a minibatch with NaN or Inf in logits, gradients or loss.
+
+    ```python
+    guard = Guard(optimizer, model, bullet, non_finite="skip")
+    for indices, x, y in loader:
+        with guard.minibatch(indices):
+            loss = trades_loss(model, x, y, optimizer, bullet=bullet)
+            loss.backward()
+            guard.step(loss)
+    guard.settle()
+    ```
+
+    The loss and the gradients are looked at on their device (two small operations over the gradients). Of a faulty
+    minibatch nothing stays: not its step, in the weights or in the optimizer's state, and not what its forwards left in
+    the buffers of `modules` (batch norm's statistics, F_R and the counts of a `BulletTrain`), which are copied at the
+    start of each minibatch for that. The random stream has moved on. A `NonFiniteError` of an objective, in the `with`
+    block, counts as a fault of the minibatch too.
+
+    An optimizer with `fused=True` (SGD, Adam, AdamW) leaves a faulty step out on the device itself. Then the host does
+    not wait: a fault becomes known, and is raised, in the `step` after, or in `settle`. (But for the first step, in
+    which fused SGD would begin with a momentum of no value.) Any other optimizer waits for the answer in `step`, as
+    with `torch.amp.GradScaler`; on the CPU there is nothing to wait for. What an objective with `bullet` tells on a GPU
+    one call late (`NonFiniteError.earlier`) costs the minibatch of that call.
+
+    With a `GradScaler` do not use `step`, since Inf in scaled gradients is how it finds its scale: `scaler.step` leaves
+    faulty ones out itself. `minibatch` still takes what the objectives raise, and gives the buffers back then.
+
+    Args:
+        optimizer: any whose `step()` takes no closure.
+        modules: those whose buffers are given back, e.g. the model and its `BulletTrain`.
+        non_finite: "raise", or "skip" and go on with the next minibatch.
+
+    Attributes:
+        skipped: what has been skipped so far; complete after `settle`.
+
+    Raises:
+        TypeError: the optimizer is none, or a module is none.
+        ValueError: `non_finite` is neither.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        *modules: nn.Module,
+        non_finite: Literal["raise", "skip"] = "raise",
+    ) -> None:
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        for module in modules:
+            if not isinstance(module, nn.Module):
+                raise TypeError(f"modules must be torch.nn.Module, got {type(module).__name__}")
+        if non_finite not in NON_FINITE:
+            raise ValueError(f"non_finite must be 'raise' or 'skip', got {non_finite!r}")
+        self.skipped: list[Skipped] = []
+        self._optimizer = optimizer
+        self._modules = modules
+        self._skips = non_finite == "skip"
+        self._minibatches = 0
+        self._in_a_row = 0
+        self._indices: Indices = None
+        self._indices_before: Indices = None
+        self._kept: list[tuple[nn.Module, str, Tensor]] | None = None  # None outside of a minibatch
+        self._has_stepped = False
+        self._unread: tuple[HostRead, int, Indices] | None = None
+        self._raised: NonFiniteError | None = None
+
+    @contextmanager
+    def minibatch(self, indices: Indices = None) -> Iterator[None]:
+        """The forwards, the backward and the step of one minibatch.
+
+        Args:
+            indices: [m] integers, what its samples are in the data set: for reports alone.
+
+        Raises:
+            NonFiniteError: an objective raised it, and faults are raised; the buffers have been given back.
+        """
+        self._indices_before, self._indices = self._indices, indices
+        self._kept = [(m, name, b.clone()) for m, name, b in self._buffers()]
+        try:
+            yield
+        except NonFiniteError as error:
+            self._give_back()
+            if error is self._raised:  # by `step`
+                raise
+            self.settle()  # what comes first is told first
+            faulty = self._indices_before if error.earlier else indices
+            self._tell(self._minibatches, str(error), faulty, error)
+        finally:
+            self._kept = None
+            self._minibatches += 1
+
+    @torch.no_grad()
+    def step(self, loss: Tensor) -> None:
+        """`optimizer.step()`, unless the loss or a gradient is NaN or infinite. Inside of `minibatch`.
+
+        Args:
+            loss: of the minibatch, one number; only whether it is finite matters.
+
+        Raises:
+            RuntimeError: outside of `minibatch`.
+            TypeError or ValueError: the loss is not one floating-point number; nothing has changed.
+            NonFiniteError: faults are raised and there is one, in this minibatch or, from a fused optimizer on a GPU,
+                in the one before.
+        """
+        if self._kept is None:
+            raise RuntimeError("step belongs into the block of `with guard.minibatch():`")
+        if not isinstance(loss, Tensor) or not loss.is_floating_point():
+            raise TypeError(f"loss must be a floating-point tensor, got {getattr(loss, 'dtype', type(loss).__name__)}")
+        if loss.numel() != 1:
+            raise ValueError(f"loss must be one number, got shape {list(loss.shape)}")
+        self.settle()
+        faulty = self._faulty(loss)
+        if self._has_stepped and getattr(self._optimizer, "_step_supports_amp_scaling", False):
+            self._step_on_device(faulty.any())
+            self._unread = (HostRead(faulty.long()), self._minibatches, self._indices)
+            if not faulty.is_cuda:
+                self.settle()
+            return
+        found = HostRead(faulty.long()).wait()
+        if any(found):
+            self._give_back()
+        else:
+            self._optimizer.step()
+            self._has_stepped = True
+        self._conclude(found, self._minibatches, self._indices)
+
+    def settle(self) -> None:
+        """Wait until it is known what became of the last step: before a checkpoint, an evaluation or the end.
+
+        Raises:
+            NonFiniteError: faults are raised, and it was one; the weights are those before it.
+        """
+        if self._unread is not None:
+            (read, number, indices), self._unread = self._unread, None
+            self._conclude(read.wait(), number, indices)
+
+    def state_dict(self) -> dict[str, Any]:
+        """How many minibatches there were and how many of the last were skipped; settles first."""
+        self.settle()
+        return {"minibatches": self._minibatches, "in_a_row": self._in_a_row}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state_dict` was; what was `skipped` before is not kept."""
+        self._minibatches, self._in_a_row = int(state["minibatches"]), int(state["in_a_row"])
+
+    def _faulty(self, loss: Tensor) -> Tensor:
+        """Whether the loss and whether a gradient is not finite: bool [2], on the loss's device."""
+        gradients = [p.grad for group in self._optimizer.param_groups for p in group["params"] if p.grad is not None]
+        gradients = [gradient for gradient in gradients if gradient.numel()]  # the maximum of nothing is an error
+        largest = get_total_norm(gradients, torch.inf).to(loss.device) if gradients else torch.zeros_like(loss)
+        return ~torch.stack([loss.detach().reshape(()).isfinite(), largest.reshape(()).isfinite()])
+
+    def _step_on_device(self, faulty: Tensor) -> None:
+        """As `GradScaler` lets such an optimizer do it."""
+        optimizer: Any = self._optimizer
+        optimizer.grad_scale, optimizer.found_inf = None, faulty.float()
+        try:
+            optimizer.step()
+        finally:
+            del optimizer.grad_scale, optimizer.found_inf
+        for module, name, kept in self._kept or ():
+            buffer = getattr(module, name)
+            buffer.copy_(torch.where(faulty.to(buffer.device), kept, buffer))
+
+    def _conclude(self, found: list[int], number: int, indices: Indices) -> None:
+        if any(found):
+            self._tell(number, REASONS[found.index(1)], indices)
+        else:
+            self._in_a_row = 0
+
+    def _tell(self, number: int, reason: str, indices: Indices, cause: NonFiniteError | None = None) -> None:
+        """Take note of a skipped minibatch, or raise."""
+        listed = indices.tolist() if isinstance(indices, Tensor) else indices or ()
+        found = Skipped(number, reason, tuple(listed), cause.samples if cause else ())
+        message = str(found)
+        if self._skips:
+            self.skipped.append(found)
+            self._in_a_row += 1
+            if self._in_a_row < MOST_IN_A_ROW:
+                return
+            message = f"{MOST_IN_A_ROW} minibatches in a row had to be skipped; the last is {message}"
+        earlier = cause.earlier if cause else number < self._minibatches
+        self._raised = NonFiniteError(message, found.samples, earlier=earlier)
+        raise self._raised from cause
+
+    def _buffers(self) -> Iterator[tuple[nn.Module, str, Tensor]]:
+        for top in self._modules:
+            for module in top.modules():
+                for name, buffer in module.named_buffers(recurse=False):
+                    yield module, name, buffer
+
+    @torch.no_grad()
+    def _give_back(self) -> None:
+        for module, name, kept in self._kept or ():
+            buffer = getattr(module, name)
+            same = buffer is not None and buffer.shape == kept.shape  # some modules put a new tensor in its place
+            setattr(module, name, buffer.copy_(kept) if same else kept)

@@ -1,0 +1,153 @@
+"""What a run is made of, so that it can be repeated: `run.json` in its folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import platform
+import subprocess
+import sys
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import bt_fast
+from bt_fast.lab.config import RunConfig
+from bt_fast.lab.data import ImageDataset
+from bt_fast.lab.files import write_text
+from bt_fast.power import driver_version
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """A run's configuration, its data and its starts.
+
+    Attributes:
+        data: `sha256`, as `fingerprint` returns it, and for people the name and the numbers of images and classes.
+        starts: one for the run and one for each time that it was resumed: `iteration`, `time`, `command`, `machine`,
+            `settings` of torch, and `revision` of the package, as git tells it, where it lies in a repository.
+    """
+
+    config: RunConfig
+    data: dict[str, Any]
+    starts: list[dict[str, Any]]
+
+    def write(self, path: Path) -> None:
+        """Replace the file as a whole."""
+        content = {
+            "format": FORMAT,
+            "config": dataclasses.asdict(self.config),
+            "data": self.data,
+            "starts": self.starts,
+        }
+        write_text(path, json.dumps(content, indent=2) + "\n")
+
+    @classmethod
+    def read(cls, path: Path) -> Provenance:
+        """What `write` wrote.
+
+        Raises:
+            ValueError: there is no such file, or it is another thing; the message names it.
+        """
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if content["format"] != FORMAT:
+                raise ValueError(f"found format {content['format']}, expected {FORMAT}")
+            found = cls(RunConfig.from_json(json.dumps(content["config"])), content["data"], content["starts"])
+            if not isinstance(found.starts, list) or not isinstance(found.data["sha256"], str):
+                raise TypeError("starts must be a list, and data.sha256 a text")
+        except FileNotFoundError as error:
+            raise ValueError(f"{path}: no such file, which tells what the run is made of") from error
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}: not the description of a run ({error!r})") from error
+        return found
+
+
+def described(config: RunConfig, dataset: ImageDataset, sha256: str) -> Provenance:
+    """A run that has not been started."""
+    data = {
+        "name": dataset.name,
+        "sha256": sha256,
+        "training_images": len(dataset.x_train),
+        "test_images": len(dataset.x_test),
+        "classes": dataset.classes,
+    }
+    return Provenance(config, data, [])
+
+
+def this_start(iteration: int, device: torch.device) -> dict[str, Any]:
+    """This process, as one of `Provenance.starts`."""
+    return {
+        "iteration": iteration,
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "machine": machine(device),
+        "settings": {
+            "numpy": np.__version__,
+            "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
+            "float32_matmul_precision": torch.get_float32_matmul_precision(),
+            "cudnn_benchmark": torch.backends.cudnn.benchmark,
+            "cudnn_allow_tf32": torch.backends.cudnn.allow_tf32,
+        },
+        "revision": _revision(),
+    }
+
+
+def fingerprint(dataset: ImageDataset) -> str:
+    """SHA-256 of the arrays, their shapes and the number of classes, in hexadecimal."""
+    digest = hashlib.sha256(str(dataset.classes).encode())
+    for array in (dataset.x_train, dataset.y_train, dataset.x_test, dataset.y_test):
+        digest.update(f"{array.dtype}{list(array.shape)}".encode())
+        digest.update(array.contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+def check_data(dataset: ImageDataset, sha256: str, expected: str, path: Path) -> None:
+    """Raise ValueError, which names `path`, unless the data are those of the run that is described there."""
+    if sha256 != expected:
+        raise ValueError(
+            f"{path}: of a run on other data than {dataset.name}: its images or labels have the SHA-256 "
+            f"{expected[:12]}..., those given {sha256[:12]}..."
+        )
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """Versions and hardware that a figure depends on; the driver is None on the CPU, and where NVML does not tell."""
+    return {
+        "bt_fast": bt_fast.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": platform.platform(terse=True),
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "driver": driver_version() if device.type == "cuda" else None,
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _revision() -> str | None:
+    """The commit of the package's repository, with `-dirty` behind it if files were changed."""
+    root = Path(bt_fast.__file__).parents[1]
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        if not (root / ".git").exists():
+            return None
+        found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip()

@@ -1,0 +1,294 @@
+"""Runs that are killed (SIGKILL) at random moments, and in the middle of file operations; each must resume to one end.
+
+    python tests/killed_runs.py --moments 50 --out benchmarks/results/killed-runs.json
+
+The process that starts and kills the runs has torch loaded, and each run is a fork of it: it begins with the command
+line, not with seconds of imports. Exit code 1 if a run does not resume, or not to the same bits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from bt_fast.lab import files, training
+from bt_fast.lab.checkpoint import load_checkpoint
+from bt_fast.lab.cli import cli
+from bt_fast.lab.files import write_text
+from bt_fast.lab.provenance import machine
+
+OPTIONS = ["--width=2", "--batch-size=16", "--curve-size=8", "--eval-steps=2", "--steps=3", "--non-finite=skip"]
+METHODS = ["--method", "bullet", "--method", "optimised"]
+LIMIT = 120.0  # seconds for a run to end
+
+
+def write_data(path):
+    """Two classes, black and white with noise."""
+    rng = np.random.default_rng(0)
+    y = np.arange(64) % 2
+    x = np.clip(y[:, None, None] * 255 + rng.normal(0, 60, (64, 16, 16)), 0, 255).astype(np.uint8)
+    np.savez(path, x_train=x[:48], y_train=y[:48], x_test=x[48:], y_test=y[48:])
+
+
+# File operations
+
+
+class Operations:
+    """Counts the file operations of a run, as (kind, file), and dies in one of them.
+
+    A write is cut off in the middle; a sync and a rename are preceded by death, and "renamed" follows the rename.
+    """
+
+    def __init__(self, dies_at=None):
+        self.dies_at, self.seen, self.file = dies_at, [], None
+        self._fsync, self._replace = os.fsync, os.replace
+
+    def install(self):
+        files.open = self._open
+        os.fsync, os.replace = self._counted_fsync, self._counted_replace
+
+    def _open(self, path, *arguments, **options):
+        self.file = Path(path).name.removesuffix(".part").split(f".{os.getpid()}")[0].lstrip(".")
+        return _File(open(path, *arguments, **options), self)
+
+    def reached(self, kind):
+        self.seen.append((kind, self.file))
+        return len(self.seen) - 1 == self.dies_at
+
+    def _counted_fsync(self, descriptor):
+        if self.reached("fsync"):
+            die()
+        self._fsync(descriptor)
+
+    def _counted_replace(self, source, target):
+        if self.reached("rename"):
+            die()
+        self._replace(source, target)
+        if self.reached("renamed"):
+            die()
+
+
+class _File:
+    def __init__(self, file, operations):
+        self._file, self._operations = file, operations
+
+    def write(self, content):
+        if self._operations.reached("write"):
+            self._file.write(content[: len(content) // 2])
+            self._file.flush()
+            die()
+        return self._file.write(content)
+
+    def __getattr__(self, name):
+        return getattr(self._file, name)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self._file.close()
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+# Runs
+
+
+def start(arguments, log, every_iteration, operations=None):
+    """The id of a process that runs the command line; told are its operations, if it lives to tell them."""
+    process = os.fork()
+    if process:
+        return process
+    try:
+        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        if every_iteration:
+            training.CHECKPOINT_SECONDS = 0.0
+        if operations is not None:
+            operations.install()
+        try:
+            cli.main(args=[str(a) for a in arguments])
+        except SystemExit as end:
+            if operations is not None:
+                log.with_suffix(".operations").write_text(json.dumps(operations.seen))
+            os._exit(end.code or 0)
+    except BaseException:
+        traceback.print_exc()
+    os._exit(70)
+
+
+def wait(process, seconds):
+    """The exit code, minus the signal's number where it died of one; None where it still runs after these seconds."""
+    end = time.monotonic() + seconds
+    while True:
+        found, status = os.waitpid(process, os.WNOHANG)
+        if found:
+            return os.waitstatus_to_exitcode(status)
+        if time.monotonic() > end:
+            return None
+        time.sleep(0.001)
+
+
+def to_the_end(arguments, log, every_iteration, operations=None):
+    process = start(arguments, log, every_iteration, operations)
+    code = wait(process, LIMIT)
+    if code is None:
+        os.kill(process, signal.SIGKILL)
+        os.waitpid(process, 0)
+    return code
+
+
+def command(data, folder, epochs):
+    """What a user, or a cluster, types again after a kill."""
+    if (folder / "checkpoint.pt").exists():
+        return ["compare", "--resume", folder]
+    return ["compare", *METHODS, "--data", data, "--out", folder, "--epochs", epochs, *OPTIONS]
+
+
+def outcome(folder):
+    """All that a run must end with, bit for bit: its state without clocks, and its records."""
+    state = load_checkpoint(folder / "checkpoint.pt")[1]
+    for contestant in state["contestants"].values():
+        del contestant["seconds"]
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return state, [{k: v for k, v in record.items() if k != "seconds"} for record in records]
+
+
+def same(one, other):
+    if isinstance(one, torch.Tensor):
+        return isinstance(other, torch.Tensor) and one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(same(a, b) for a, b in zip(one, other, strict=True))
+    return one == other
+
+
+class Trial:
+    """One run that is killed, and what came of it.
+
+    Attributes:
+        whole: the outcome of the run that nobody kills.
+    """
+
+    def __init__(self, place, data, epochs, whole, every_iteration):
+        self.folder, self.log, self.epochs = place / "run", place / "log", epochs
+        self.data, self.whole, self.every_iteration = data, whole, every_iteration
+        place.mkdir()
+
+    def _start(self, operations=None):
+        return start(command(self.data, self.folder, self.epochs), self.log, self.every_iteration, operations)
+
+    def killed_after(self, seconds):
+        process = self._start()
+        if wait(process, seconds) is None:
+            os.kill(process, signal.SIGKILL)
+            os.waitpid(process, 0)
+        return self._resume({"moment_s": round(seconds, 4)})
+
+    def killed_in(self, number, operation):
+        process = self._start(Operations(number))
+        code = wait(process, LIMIT)
+        return self._resume({"operation": " ".join(operation), "died": code == -signal.SIGKILL})
+
+    def killed_again_and_again(self, seconds):
+        """Killed after these seconds and again, each life a little longer, until it comes to its end."""
+        kills = 0
+        while wait(process := self._start(), seconds * 1.1**kills) is None:
+            os.kill(process, signal.SIGKILL)
+            os.waitpid(process, 0)
+            kills += 1
+        return self._resume({"moment_s": round(seconds, 4), "kills": kills})
+
+    def _resume(self, found):
+        left = sorted(path.name for path in self.folder.iterdir()) if self.folder.exists() else []
+        found["half_written_temporary_file"] = any(name.endswith(".part") for name in left)
+        found["checkpoint"] = None
+        if "checkpoint.pt" in left:
+            found["checkpoint"] = load_checkpoint(self.folder / "checkpoint.pt")[1]["iteration"]
+        again = command(self.data, self.folder, self.epochs)
+        found["exit_code"] = to_the_end(again, self.log, self.every_iteration)
+        found["identical"] = found["exit_code"] == 0 and same(outcome(self.folder), self.whole)
+        found["nothing_left"] = not list(self.folder.glob(".*"))
+        found["ok"] = found["identical"] and found["nothing_left"] and found.get("died", True)
+        return found
+
+
+def pick(operations, count, only, rng):
+    """Numbers of operations: each kind of operation on each file in turn (or only some), anywhere in the run."""
+    kinds = {}
+    for number, operation in enumerate(operations):
+        kinds.setdefault(" ".join(operation), []).append(number)
+    order = list(only) or sorted(kinds)
+    return [rng.choice(kinds[order[i % len(order)]]) for i in range(count)]
+
+
+def trials(place, epochs, moments, operations, only, seed):
+    """What became of each killed run, one after the other."""
+    rng = random.Random(seed)
+    data = place / "data.npz"
+    write_data(data)
+    whole, seconds, seen = {}, {}, {}
+    for every_iteration in (False, True) if moments else (False,):
+        home = place / f"whole{every_iteration}"
+        home.mkdir()
+        began = time.monotonic()
+        code = to_the_end(command(data, home / "run", epochs), home / "log", every_iteration, Operations())
+        seconds[every_iteration] = time.monotonic() - began
+        assert code == 0, (home / "log").read_text()
+        whole[every_iteration] = outcome(home / "run")
+        seen[every_iteration] = json.loads((home / "log.operations").read_text())
+    for i in range(moments):
+        often = i % 2 == 1  # with a checkpoint after every iteration, so that many are killed while they save
+        trial = Trial(place / f"moment{i}", data, epochs, whole[often], often)
+        yield trial.killed_after(rng.uniform(0, seconds[often]))
+    if moments:
+        yield Trial(place / "again", data, epochs, whole[True], True).killed_again_and_again(0.3 * seconds[True])
+    for i, number in enumerate(pick(seen[False], operations, only, rng)):
+        trial = Trial(place / f"operation{i}", data, epochs, whole[False], False)
+        yield trial.killed_in(number, seen[False][number])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--moments", type=int, default=50, help="runs killed at a random moment")
+    parser.add_argument("--operations", type=int, default=50, help="runs killed in the middle of a file operation")
+    parser.add_argument("--only", action="append", default=[], help='such as "write checkpoint.pt" (repeatable)')
+    parser.add_argument("--epochs", type=int, default=16, help="of three iterations each")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="JSON file for the results")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    found = []
+    with tempfile.TemporaryDirectory() as place:
+        which = (given.epochs, given.moments, given.operations, given.only, given.seed)
+        for result in trials(Path(place), *which):
+            found.append(result)
+            print(json.dumps(result), flush=True)
+            if not result["ok"]:
+                home = max(Path(place).iterdir(), key=lambda path: path.stat().st_mtime)
+                print((home / "log").read_text()[-2000:], file=sys.stderr)
+    failed = sum(not result["ok"] for result in found)
+    print(f"{len(found)} runs killed, {failed} failed")
+    if given.out:
+        content = {"machine": machine(torch.device("cpu")), "seed": given.seed, "failed": failed, "runs": found}
+        write_text(given.out, json.dumps(content, indent=1) + "\n")
+    sys.exit(1 if failed or not found else 0)
+
+
+if __name__ == "__main__":
+    main()
