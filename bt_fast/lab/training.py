@@ -32,6 +32,7 @@ from bt_fast.lab.augment import crop_and_flip
 from bt_fast.lab.checkpoint import load_checkpoint, save_checkpoint
 from bt_fast.lab.config import RunConfig
 from bt_fast.lab.data import ImageDataset, images, minibatches
+from bt_fast.lab.energy import TrainingEnergy
 from bt_fast.lab.files import write_text
 from bt_fast.lab.models import build_model
 from bt_fast.mining import BulletTrain
@@ -80,8 +81,8 @@ class Contestant:
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
         self._random = _random_state(device)
 
-    def step(self, x: Tensor, y: Tensor) -> None:
-        """One iteration on images [m, C, H, W] in [0, 1] and labels [m], timed."""
+    def step(self, x: Tensor, y: Tensor) -> tuple[float, float]:
+        """One iteration on images [m, C, H, W] in [0, 1] and labels [m]: when it began and ended on the clock."""
         with self._own_random_stream():
             synchronize(self.device)
             start = time.perf_counter()
@@ -90,8 +91,10 @@ class Contestant:
                 loss.backward()
                 self.optimizer.step()
             synchronize(self.device)
-            self.seconds.append(time.perf_counter() - start)
+            end = time.perf_counter()
+            self.seconds.append(end - start)
         self.loss_sum += loss.detach()
+        return start, end
 
     def _loss(self, x: Tensor, y: Tensor) -> Tensor:
         loss = self._augmix(x, y) if self.config.loss == "augmix" else self._adversarial(x, y)
@@ -202,6 +205,7 @@ class Run:
         self.minibatch: tuple[Tensor, Tensor]
         self._observe = observe
         self.contestants = [Contestant(method, config, dataset, device) for method in config.methods]
+        self.energy = TrainingEnergy(device, config.methods)
         self.checkpoint_path = folder / "checkpoint.pt"
         self._metrics_path = folder / "metrics.jsonl"
         if resume:
@@ -224,6 +228,10 @@ class Run:
 
     def train(self) -> Iterator[Progress]:
         """Train to the end, yielding after every iteration; the run can be left at any yield and saved."""
+        with self.energy:
+            yield from self._train()
+
+    def _train(self) -> Iterator[Progress]:
         saved = time.monotonic()
         while self.iteration < self.iterations:
             epoch, first = divmod(self.iteration, self.iterations_per_epoch)
@@ -248,6 +256,7 @@ class Run:
         state = {
             "iteration": self.iteration,
             "contestants": {c.method: c.state() for c in self.contestants},
+            "energy": self.energy.state(),
         }
         save_checkpoint(self.checkpoint_path, self.config, state)
 
@@ -305,7 +314,7 @@ class Run:
             x = crop_and_flip(x, seed=self.config.seed, iteration=self.iteration)
         turn = self.iteration % len(self.contestants)
         for contestant in self.contestants[turn:] + self.contestants[:turn]:
-            contestant.step(x, y)
+            self.energy.add(contestant.method, contestant.step(x, y))
         self.iteration += 1
         self.minibatch = (x, y)
         if self.iteration % RECORD_EVERY == 0:
@@ -346,6 +355,7 @@ class Run:
             )
 
     def _end_epoch(self, epoch: int) -> None:
+        self.energy.settle()
         for contestant in self.contestants:
             self.append(
                 kind="epoch",
@@ -354,6 +364,7 @@ class Run:
                 **self.evaluate(contestant, self.config.curve_size, restarts=1),
                 loss=float(contestant.loss_sum) / self.iterations_per_epoch,
                 seconds=sum(contestant.seconds),
+                joules=self.energy.joules(contestant.method),
             )
             contestant.loss_sum.zero_()
 
@@ -374,6 +385,7 @@ class Run:
         try:
             for contestant in self.contestants:
                 contestant.load(state["contestants"][contestant.method])
+            self.energy.load(state.get("energy"))
             self.iteration = state["iteration"]
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"{self.checkpoint_path}: does not fit this run ({error})") from error

@@ -1,0 +1,115 @@
+"""The joules of methods that are trained in lockstep: the GPU's power over the time of each one's steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from bt_fast.power import PowerMonitor
+
+INTERVAL = 0.05  # seconds between samples: an instant power is renewed every 0.1 s (arXiv:2312.02741)
+SHORTEST = 0.2  # seconds of a mean step: of shorter ones too many renewals belong to another method
+
+Interval = tuple[float, float]
+
+
+class TrainingEnergy:
+    """Measures in its `with` block, and adds up over any number of blocks and resumed runs.
+
+    A sum of which a part is unknown is unknown. Of several methods nothing is told where the device's power is an
+    average over a second, or their steps are short: it would be shared out by chance.
+
+    Args:
+        device: that of training, or its UUID.
+        methods: whose steps `add` is told.
+    """
+
+    def __init__(self, device: torch.device | str, methods: Sequence[str]) -> None:
+        self._monitor = PowerMonitor(device, INTERVAL)
+        self._unknown = self._monitor.reason
+        self._steps: dict[str, list[Interval]] = {method: [] for method in methods}  # since samples were added up
+        self._joules = dict.fromkeys(methods, 0.0)
+        self._seconds = dict.fromkeys(methods, 0.0)
+        self._counts = dict.fromkeys(methods, 0)
+
+    @property
+    def reason(self) -> str | None:
+        """Why the joules are unknown, or None."""
+        if self._unknown is not None or len(self._counts) == 1:
+            return self._unknown
+        shortest = min((self._seconds[m] / n for m, n in self._counts.items() if n), default=SHORTEST)
+        if shortest >= SHORTEST:
+            return None
+        return (
+            f"steps of {shortest:.2g} s in turn: power is renewed too rarely to tell methods apart below {SHORTEST} s"
+        )
+
+    def joules(self, method: str) -> float | None:
+        """Of the method's steps up to the last `settle` or end of a block; None where `reason` says why."""
+        return None if self.reason is not None else self._joules[method]
+
+    def __enter__(self) -> TrainingEnergy:
+        if self._unknown is None:
+            self._monitor.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._unknown is None:
+            self._monitor.__exit__()
+            self._add_up()
+
+    def add(self, method: str, step: Interval) -> None:
+        """A step of the method, from when to when, in seconds of `time.perf_counter`."""
+        if self._unknown is None:
+            self._steps[method].append(step)
+
+    def settle(self) -> None:
+        """Add up what was measured and forget the samples, so that memory stays the same over days."""
+        if any(self._steps.values()):
+            self.__exit__()
+            self.__enter__()
+
+    def _add_up(self) -> None:
+        if not any(self._steps.values()):
+            return
+        for method, steps in self._steps.items():
+            used = self._monitor.joules_during(steps)
+            if used is None or self._monitor.reason is not None:
+                self._unknown = self._why_unknown()
+                return
+            self._joules[method] += used
+            self._seconds[method] += sum(end - begin for begin, end in steps)
+            self._counts[method] += len(steps)
+        self._steps = {method: [] for method in self._steps}
+        (told,) = self._monitor.summary()
+        if told.shared is not None:
+            self._unknown = told.shared
+        elif told.power_source == "average" and len(self._steps) > 1:
+            self._unknown = "the GPU tells its power as an average over a second, in which several methods take steps"
+
+    def _why_unknown(self) -> str:
+        if self._monitor.reason is not None:
+            return self._monitor.reason
+        told = self._monitor.summary()
+        if not told:
+            return "the GPU was lost"
+        return f"the GPU was lost ({told[0].lost})" if told[0].lost else "the GPU did not tell its power all the time"
+
+    def state(self) -> dict[str, Any]:
+        """What `load` takes."""
+        self.settle()
+        return {"unknown": self._unknown, **{name: dict(of_methods) for name, of_methods in self._sums().items()}}
+
+    def load(self, state: dict[str, Any] | None) -> None:
+        """Go on from what `state` returned; None is of a version that measured nothing."""
+        if state is None:
+            self._unknown = self._unknown or "the run was begun by a version that did not measure it"
+            return
+        self._unknown = self._unknown or state["unknown"]
+        for name, of_methods in self._sums().items():
+            of_methods.update({method: state[name][method] for method in of_methods})
+
+    def _sums(self) -> dict[str, dict[str, Any]]:
+        return {"joules": self._joules, "seconds": self._seconds, "counts": self._counts}
