@@ -5,18 +5,22 @@ from __future__ import annotations
 import math
 import numbers
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, SupportsIndex
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from bt_fast import allocation, faults, ops
 from bt_fast.allocation import METRICS, POLICIES, Judged, Metric, Oracle, Policy
 from bt_fast.faults import CheckedRead, Fault
+from bt_fast.ranks import OfRanks, Ranks, Together
 from bt_fast.speedup import Fractions, theoretical_speedup_augmix
 
+EARLIER = 2  # kinds of faults that an earlier update left to be told
+MOVED_BY_UPDATES = ("robust_fraction", "unreported_faults", "unreported_gradients")
 STEP_FACTOR = 1.7  # α = 1.7 ε / N (section 3.1, Fig. 2)
 
 
@@ -34,6 +38,8 @@ class Assignment:
         certainty: [m] of the same dtype, what the metric gave; `svar` itself by default.
         probabilities: [m, K] of the same dtype, softmax of the clean logits.
         counts: the numbers that the host needs, on their way to it; `assign` has waited for them.
+        most_steps: no sample has more.
+        ranks: what the process group's ranks told each other, if there is one.
     """
 
     group: Tensor
@@ -45,17 +51,59 @@ class Assignment:
     certainty: Tensor
     probabilities: Tensor
     counts: CheckedRead
+    most_steps: int
+    ranks: Together | None = None
 
     @property
     def active_counts(self) -> tuple[int, ...]:
         """For each step t, how many samples have more than t steps: step t works on `order[:active_counts[t]]`."""
-        return tuple(self.counts.wait()[:-3])
+        return tuple(self.counts.wait()[: self.most_steps])
 
     @property
     def group_sizes(self) -> tuple[int, int, int]:
         """Samples in (outlier, boundary, robust)."""
-        outlier, boundary, robust = self.counts.wait()[-3:]
+        outlier, boundary, robust = self.counts.wait()[self.most_steps : self.most_steps + 3]
         return outlier, boundary, robust
+
+    @property
+    def steps_of_ranks(self) -> Tensor:
+        """[N, most_steps + 1] int64 on the host: how many samples of each rank have 0, 1, ... steps."""
+        spread = self.counts.wait()[self.most_steps + 3 :]
+        return torch.tensor(spread, dtype=torch.int64).view(-1, self.most_steps + 1)
+
+
+@dataclass(frozen=True, eq=False)
+class _Seen:
+    """What is known of a minibatch's m samples before anything is decided.
+
+    Attributes:
+        certainty, correct, unfit: [m], as the metric and `ops.signed_variance` say.
+        wrong: [f] int64, how often anything else was wrong, the first two in earlier updates; messages: of these, and
+            of the two kinds of unfit rows.
+        epsilon: ε; sizes: α of (outlier, boundary, robust).
+    """
+
+    certainty: Tensor
+    correct: Tensor
+    unfit: Tensor
+    wrong: Tensor
+    messages: list[str]
+    epsilon: float
+    sizes: tuple[float, float, float]
+
+
+@dataclass(frozen=True, eq=False)
+class _Decided:
+    """What follows from it; `counts` as `Assignment` and `CheckedRead` read them, faults last."""
+
+    threshold: Tensor
+    group: Tensor
+    steps: Tensor
+    step_size: Tensor
+    order: Tensor
+    counts: Tensor
+    messages: Sequence[str]
+    ranks: Together | None = None
 
 
 class BulletTrain(nn.Module):
@@ -76,6 +124,13 @@ class BulletTrain(nn.Module):
             is decided by its logits, not by this sign. NaN of sound logits is an error, ±Inf the largest float32.
         policy: how many steps a sample takes: a name in `allocation.POLICIES`, or a function of `allocation.Judged`
             that returns [m] integers in 0..max(N_B, N_R, N_O); other values are an error.
+        process_group: of data parallel training, `torch.distributed.group.WORLD` say. F_R, the percentile of Eq. 6 and
+            the counts are then those of all ranks' minibatches together, and the same on every rank: N ranks with m
+            samples each sort them into the groups of one process with N·m. A policy judges all of them, rank by rank;
+            rows that fill up smaller minibatches are outliers of certainty NaN there, and what it says of them is not
+            used. What is wrong on one rank is raised on all. Random starts are those
+            of rank 0's generator, by a sample's place among all ranks'. Every rank must call the same methods in order.
+            No minibatch may be larger than the largest of the group's first. None: each process mines for itself.
 
     Attributes:
         robust_fraction: 0-dim float64 buffer, F_R; starts at 0.
@@ -86,8 +141,10 @@ class BulletTrain(nn.Module):
         unreported_gradients: 0-dim int64 buffer, samples whose input gradient held NaN in an attack; raised so too.
 
     Raises:
-        TypeError: a step count is not an integer, or the metric or policy neither a name nor a function.
-        ValueError: a step count is negative, γ or p out of range, or the name of a metric or policy not known.
+        TypeError: a step count is not an integer, the metric or policy neither a name nor a function, or the process
+            group none.
+        ValueError: a step count is negative, γ or p out of range, the name of a metric or policy not known, or the
+            policy an Oracle in a process group.
     """
 
     robust_fraction: Tensor
@@ -106,6 +163,7 @@ class BulletTrain(nn.Module):
         momentum: float = 0.9,
         metric: str | Metric = "signed_variance",
         policy: str | Policy = "three_groups",
+        process_group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__()
         self.boundary_steps = step_count("boundary_steps", boundary_steps)
@@ -119,12 +177,37 @@ class BulletTrain(nn.Module):
         self.momentum = float(momentum)
         self.metric = allocation.rule_of("metric", metric, METRICS)
         self.policy = allocation.rule_of("policy", policy, POLICIES)
+        self.process_group = process_group
+        self._unsettled: Callable[[], Tensor] | None = None  # the sum over the ranks by which F_R is about to move
+        self._faulty_gradients: Tensor | None = None  # of this rank's attack, to be told with the next update
         by_group = self.policy is allocation.three_groups
         self.register_buffer("robust_fraction", torch.zeros((), dtype=torch.float64))
         self.register_buffer("group_counts", torch.zeros(3, dtype=torch.int64))
         self.register_buffer("steps_assigned", None if by_group else torch.zeros((), dtype=torch.int64))
         self.register_buffer("unreported_faults", torch.zeros((), dtype=torch.int64))
         self.register_buffer("unreported_gradients", torch.zeros((), dtype=torch.int64))
+
+    @property
+    def process_group(self) -> dist.ProcessGroup | None:
+        """The group whose ranks mine together; may be set where it is not there yet at construction."""
+        return None if self.ranks is None else self.ranks.group
+
+    @process_group.setter
+    def process_group(self, group: dist.ProcessGroup | None) -> None:
+        self.ranks = _ranks_of(group, self.policy)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in MOVED_BY_UPDATES:
+            self._settle()
+        return super().__getattr__(name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._settle()
+        return self.__dict__
+
+    def _save_to_state_dict(self, *args: Any) -> None:
+        self._settle()
+        super()._save_to_state_dict(*args)
 
     def _apply(self, fn: Any, recurse: bool = True) -> BulletTrain:
         """Follow the moves of the module that holds this one, not its casts: in 16 bits F_R would stand still."""
@@ -148,6 +231,7 @@ class BulletTrain(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Load a state that was saved before there were policies, or with that of three groups."""
+        self._settle()
         name, counts = f"{prefix}steps_assigned", state_dict.get(f"{prefix}group_counts", ())
         if self.steps_assigned is not None and name not in state_dict and getattr(counts, "shape", None) == (3,):
             state_dict[name] = sum(n * counts[group] for group, n in enumerate(self._group_steps))
@@ -196,10 +280,12 @@ class BulletTrain(nn.Module):
         names: tuple[str, str] = ("logits", "labels"),
         attacked_logits: Tensor | None = None,
         of_attack: Sequence[Fault] = (),
+        state: Tensor | None = None,
     ) -> Assignment:
         """`assign` without waiting for its counts: faults are raised by the first use of a count.
 
         Args:
+            state: [2] int64, a random state to be told to the ranks of the process group, which take rank 0's.
             inputs: further faults of this minibatch to be raised with the counts (pixels out of range, say).
             names: what error messages call the logits and the labels.
             of_attack: faults of the oracle's attack, which are told if nothing else is wrong.
@@ -228,72 +314,151 @@ class BulletTrain(nn.Module):
         if self.metric is not allocation.signed_variance:
             certainty = allocation.certainty_of(self.metric, logits, labels)
             found.append(_without_certainty(certainty, unfit))
-        sizes = self._step_sizes(epsilon, step_size)
-        by_group = self.policy is allocation.three_groups
-        threshold, group, steps, step_sizes, order, counts = ops.assign_steps(
-            certainty,
-            correct,
-            self.robust_fraction,
-            self._group_steps,
-            sizes,
-            unfit,
-            faults.counts_of(found),
-            self.group_counts if by_group else None,
+        seen = _Seen(
+            certainty=certainty,
+            correct=correct,
+            unfit=unfit,
+            wrong=faults.counts_of(found),
+            messages=[*(fault.message for fault in found), *faults.unfit_messages(logits, names)],
+            epsilon=epsilon,
+            sizes=self._step_sizes(epsilon, step_size),
         )
-        messages = [*(fault.message for fault in found), *faults.unfit_messages(logits, names)]
-        if not by_group:
-            late = list(of_attack)
-            if isinstance(self.policy, Oracle) and attacked_logits is not None:
-                attacked = ops.signed_variance(attacked_logits.detach(), labels)
-                group = self.policy.groups(correct, attacked.correct)
-                late.append(faults.marked_rows(attacked.unfit & 1, "attacked_logits"))
-            judged = Judged(certainty, correct, group, threshold, self.robust_fraction, self._group_steps)
-            steps, order, counts, late = self._by_policy(judged, counts[-len(messages) :], late)
-            step_sizes = self._sizes_by_count(steps, epsilon, sizes[ops.BOUNDARY])
-            messages += [fault.message for fault in late]
+        if self.ranks is not None:
+            decided = self._decide_together(seen, self.ranks, state)
+        elif self.policy is allocation.three_groups:
+            decided = self._decide_by_group(seen)
+        else:
+            attacked = None if attacked_logits is None else ops.signed_variance(attacked_logits.detach(), labels)
+            decided = self._decide_by_policy(seen, attacked, of_attack)
         self.unreported_faults.zero_()
         self.unreported_gradients.zero_()
         return Assignment(
-            group=group,
-            steps=steps,
-            step_size=step_sizes,
-            order=order,
-            threshold=threshold,
+            group=decided.group,
+            steps=decided.steps,
+            step_size=decided.step_size,
+            order=decided.order,
+            threshold=decided.threshold,
             svar=svar,
             certainty=certainty,
             probabilities=probabilities,
-            counts=CheckedRead(counts, messages),
+            counts=CheckedRead(decided.counts, decided.messages),
+            most_steps=max(self._group_steps),
+            ranks=decided.ranks,
         )
 
-    def _by_policy(
-        self, judged: Judged, wrong: Tensor, late: Sequence[Fault]
-    ) -> tuple[Tensor, Tensor, Tensor, list[Fault]]:
-        """What `ops.assign_steps` does for three groups, by a policy: steps [m], order [m], counts, the late faults.
+    def _decide_by_group(self, seen: _Seen) -> _Decided:
+        """The paper's rule, for this process alone: one op."""
+        threshold, group, steps, step_size, order, counts = ops.assign_steps(
+            seen.certainty,
+            seen.correct,
+            self.robust_fraction,
+            self._group_steps,
+            seen.sizes,
+            seen.unfit,
+            seen.wrong,
+            self.group_counts,
+        )
+        return _Decided(threshold, group, steps, step_size, order, counts, seen.messages)
 
-        The groups' sizes and the steps are added to what has been assigned unless something is wrong.
+    def _decide_by_policy(
+        self, seen: _Seen, attacked: ops.SignedVariance | None, of_attack: Sequence[Fault]
+    ) -> _Decided:
+        """What `ops.assign_steps` does for three groups, by a policy.
 
         Args:
-            wrong: [f] int64, the counts of the faults that are told first; late: those behind them.
+            attacked: of the attacked logits, for an Oracle; of_attack: the faults of its attack, told last.
         """
+        threshold = ops.robust_threshold(seen.certainty, self.robust_fraction)
+        group, late = self._groups(seen.certainty, seen.correct, threshold), list(of_attack)
+        if isinstance(self.policy, Oracle) and attacked is not None:
+            group = self.policy.groups(seen.correct, attacked.correct)
+            late.append(faults.marked_rows(attacked.unfit & 1, "attacked_logits"))
+        judged = Judged(seen.certainty, seen.correct, group, threshold, self.robust_fraction, self._group_steps)
+        steps, outside = self._steps_of_policy(judged)
+        late.append(outside)
+        unfit = torch.stack([(seen.unfit & bit > 0).sum() for bit in (1, 2)])
+        wrong = torch.cat([seen.wrong, unfit, faults.counts_of(late)])
+        order, active = ops.order_by_steps(steps, max(self._group_steps))
+        sizes = _sizes_of(group)
+        self._count(sizes, steps.sum(), ~wrong.any())
+        return _Decided(
+            threshold,
+            group,
+            steps,
+            self._sizes_by_count(steps, seen),
+            order,
+            torch.cat([active, sizes, wrong]),
+            [*seen.messages, *(fault.message for fault in late)],
+        )
+
+    def _decide_together(self, seen: _Seen, ranks: Ranks, state: Tensor | None) -> _Decided:
+        """The same of all ranks' samples, on every rank; of it this rank's share."""
+        state = seen.wrong.new_zeros(2) if state is None else state
+        all_of_them = ranks.gather(seen.certainty, seen.correct, seen.unfit, state, seen.wrong[EARLIER:])
+        there = all_of_them.there
+        threshold = ops.robust_threshold(all_of_them.certainty, self.robust_fraction, there.sum())
+        group = self._groups(all_of_them.certainty, all_of_them.correct, threshold)
+        judged = Judged(
+            all_of_them.certainty, all_of_them.correct, group, threshold, self.robust_fraction, self._group_steps
+        )
+        steps, outside = self._steps_of_policy(judged, there)
+        unfit = torch.stack([(all_of_them.unfit & bit > 0).view(ranks.count, -1).sum(dim=1) for bit in (1, 2)], dim=1)
+        of_ranks = torch.cat([all_of_them.faults, unfit, all_of_them.too_many[:, None]], dim=1)
+        earlier = seen.wrong[:EARLIER]  # which every rank knows already
+        wrong = torch.cat([of_ranks.flatten(), earlier, outside.count.reshape(1)])
+        self._count(_sizes_of(group, there), (steps * there).sum(), ~wrong.any())
+
+        own_group, own_steps = all_of_them.own(group), all_of_them.own(steps)
+        most = max(self._group_steps)
+        order, active = ops.order_by_steps(own_steps, most)
+        if self.policy is allocation.three_groups:
+            step_size = torch.full_like(own_steps, seen.sizes[ops.OUTLIER], dtype=torch.float64)
+            for member in (ops.BOUNDARY, ops.ROBUST):
+                step_size.masked_fill_(own_group == member, seen.sizes[member])
+        else:
+            step_size = self._sizes_by_count(own_steps, seen)
+        spread = torch.zeros(ranks.count * (most + 1), dtype=torch.int64, device=steps.device)
+        place = torch.arange(len(steps), device=steps.device) // max(len(steps) // ranks.count, 1)
+        spread.scatter_add_(0, place * (most + 1) + steps, there.long())
+        too_many = (
+            f"minibatches must have at most {ranks.rows} samples, the most of the group's first, but one has more"
+        )
+        return _Decided(
+            threshold,
+            own_group,
+            own_steps,
+            step_size,
+            order,
+            torch.cat([active, _sizes_of(own_group), spread, wrong]),
+            OfRanks([*seen.messages[EARLIER:], too_many], ranks.count, [*seen.messages[:EARLIER], outside.message]),
+            all_of_them,
+        )
+
+    def _groups(self, certainty: Tensor, correct: Tensor, threshold: Tensor) -> Tensor:
+        """Eq. 6: [m] int64."""
+        robust = (certainty.double() >= threshold) & (self.robust_fraction > 0)
+        return correct.long() + (correct & robust)  # OUTLIER, BOUNDARY, ROBUST are 0, 1, 2
+
+    def _steps_of_policy(self, judged: Judged, there: Tensor | None = None) -> tuple[Tensor, Fault]:
+        """[m] int64 in 0..max(group_steps), and whether the policy said something else of a sample."""
         steps, most = allocation.steps_of(self.policy, judged), max(self._group_steps)
-        outside = ((steps < 0) | (steps > most)).sum()
+        outside = (steps < 0) | (steps > most)
+        if there is not None:
+            outside &= there
         message = f"policy must return steps in 0..{most}, but {{count}} of {len(steps)} are not"
-        late = [*late, Fault(outside, message)]
-        steps = steps.clamp(0, most)  # the order has room for no others
-        order, active = ops.order_by_steps(steps, most)
-        sizes = (judged.group == torch.arange(3, device=steps.device)[:, None]).sum(dim=1)
-        wrong = torch.cat([wrong, faults.counts_of(late)])
-        sound = ~wrong.any()
+        return steps.clamp(0, most), Fault(outside.sum(), message)  # the order has room for no others
+
+    def _count(self, sizes: Tensor, steps: Tensor, sound: Tensor) -> None:
+        """Add a minibatch's groups [3] and steps to what has been assigned, unless something is wrong."""
         self.group_counts += sizes * sound
-        if self.steps_assigned is not None:  # as it is for these policies
-            self.steps_assigned += steps.sum() * sound
-        return steps, order, torch.cat([active, sizes, wrong]), late
+        if self.steps_assigned is not None:
+            self.steps_assigned += steps * sound
 
     def report_attack(self, assignment: Assignment, faulty: Tensor) -> None:
         """Take note of the samples that could not move in the attack on an assignment, since their gradient held NaN.
 
         On the CPU they raise at once, and the assignment does not count; on a GPU, where that would mean to wait for
-        the device, they raise with the next assignment's read.
+        the device, and in a process group, where all ranks are to raise, they raise with the next assignment's read.
 
         Args:
             faulty: [m] int32 as `generate` fills it.
@@ -302,7 +467,9 @@ class BulletTrain(nn.Module):
             ValueError: on the CPU, if there are any.
         """
         fault = faults.gradients_without_direction(faulty)
-        if faulty.is_cuda:
+        if self.ranks is not None:
+            self._faulty_gradients = fault.count  # told to all with the update
+        elif faulty.is_cuda:
             self.unreported_gradients += fault.count
         elif fault.count:
             self.group_counts -= torch.tensor(assignment.group_sizes)
@@ -314,7 +481,8 @@ class BulletTrain(nn.Module):
         """Move F_R by the share of corrupted samples that are still classified correctly (Eq. 5).
 
         Logits with NaN leave F_R unchanged. On the CPU they raise at once; on a GPU, where that would mean to wait for
-        the device, they raise with the next assignment's read.
+        the device, and in a process group, they raise with the next assignment's read. The ranks' sum is on its way
+        while the backward runs, and F_R moves when it is read.
 
         Args:
             adversarial_logits: [m, K] floating point, m ≥ 1, of all m corrupted samples.
@@ -329,6 +497,13 @@ class BulletTrain(nn.Module):
         if len(labels) == 0:
             raise ValueError("adversarial_logits must have at least 1 row, got 0")
         logits, labels = adversarial_logits.detach(), labels.long()
+        if self.ranks is not None:
+            self._settle()
+            hits, faulty = ops.adversarial_hits(logits, labels)
+            m, gradients = hits.new_full((), len(labels)), self._faulty_gradients
+            told = [hits, m, faulty.long(), hits.new_zeros(()) if gradients is None else gradients.long()]
+            self._faulty_gradients, self._unsettled = None, self.ranks.start_sum(torch.stack(told))
+            return
         if not logits.is_cuda:
             found = [
                 faults.labels_outside(labels, logits.shape[1], "labels"),
@@ -337,6 +512,15 @@ class BulletTrain(nn.Module):
             faults.read(found).wait()
         state = (self.robust_fraction, self.unreported_faults)
         ops.update_fraction_(*state, logits, labels, self.gamma, self.momentum)
+
+    def _settle(self) -> None:
+        """Let F_R move by the sum over the ranks that the last update started."""
+        finish, self._unsettled = self._unsettled, None
+        if finish is not None:
+            hits, m, faulty, gradients = finish().unbind()
+            ops.move_fraction_(self.robust_fraction, hits, m, faulty > 0, self.gamma, self.momentum)
+            self.unreported_faults += faulty > 0
+            self.unreported_gradients += gradients
 
     @property
     def fractions(self) -> Fractions:
@@ -395,9 +579,10 @@ class BulletTrain(nn.Module):
             boundary = step_size
         return _step_size(epsilon, self.outlier_steps), boundary, _step_size(epsilon, self.robust_steps)
 
-    def _sizes_by_count(self, steps: Tensor, epsilon: float, boundary: float) -> Tensor:
-        """α [m] float64 of any counts: `boundary` at N_B, 1.7·ε/n at any other n, and 0 at 0."""
-        travel = torch.full((), STEP_FACTOR * epsilon, dtype=torch.float64, device=steps.device)
+    def _sizes_by_count(self, steps: Tensor, seen: _Seen) -> Tensor:
+        """α [m] float64 of any counts: that of boundary samples at N_B, 1.7·ε/n at any other n, and 0 at 0."""
+        travel = torch.full((), STEP_FACTOR * seen.epsilon, dtype=torch.float64, device=steps.device)
+        boundary = seen.sizes[ops.BOUNDARY]
         sizes = torch.where(steps == self.boundary_steps, boundary, travel / steps.clamp(min=1))
         return sizes.masked_fill_(steps == 0, 0.0)
 
@@ -467,6 +652,25 @@ def _without_certainty(certainty: Tensor, unfit: Tensor) -> Fault:
     """The number of sound samples of which the metric does not say anything."""
     count = (certainty.isnan() & (unfit == 0)).sum()
     return Fault(count, f"metric must return numbers, but gave NaN for {{count}} of {len(certainty)} samples")
+
+
+def _sizes_of(group: Tensor, there: Tensor | None = None) -> Tensor:
+    """Samples in (outlier, boundary, robust), of those that are there: [3] int64."""
+    members = group == torch.arange(3, device=group.device)[:, None]
+    return (members if there is None else members & there).sum(dim=1)
+
+
+def _ranks_of(group: Any, policy: Policy) -> Ranks | None:
+    """The process group as the mining sees it, checked."""
+    if group is None:
+        return None
+    if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"process_group must be a torch.distributed.ProcessGroup or None, got {group!r}")
+    if isinstance(policy, Oracle):
+        raise ValueError(
+            "policy must not be an Oracle in a process group: its attack would need the ranks' random state"
+        )
+    return Ranks(group)
 
 
 def _step_size(epsilon: float, steps: int) -> float:

@@ -63,6 +63,7 @@ def gather_start_fwd_kernel(
     start,  # [m, length], clean with noise
     order,  # [m] int64: sorted row i is sample order[i]; or None: i
     steps,  # [m] integers, of sample i: 0 means no noise; or None: every sample takes steps
+    samples,  # [m] int64, the number of sample i for its noise; or None: i
     state,  # [2] int64: seed and offset
     length,  # elements of a row
     blocks,  # cdiv(length, BLOCK)
@@ -75,7 +76,8 @@ def gather_start_fwd_kernel(
     """`clean ← x[order]`, `start ← clip(clean + scale·noise, lower, upper)`, or x without steps. Grid: m · blocks.
 
     Element e of sample s has output e mod 4 of Philox for the counter (e div 4, s, offset): not of its sorted row nor
-    of a program, and so its noise does not change with the order, the block or the dtype.
+    of a program, and so its noise does not change with the order, the block or the dtype. Nor, with `samples`, with
+    the batch.
     """
     i_x = tl.program_id(0)
     i_n = i_x // blocks
@@ -94,10 +96,13 @@ def gather_start_fwd_kernel(
     tl.store(clean + row + o_x, b_x, mask=m_x)
     b_start = b_x
     if moves:
+        i_c = i_s
+        if samples is not None:
+            i_c = tl.load(samples + i_s)
         offset = tl.load(state + 1)
         o_g = i_b * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
         b_0, b_1, b_2, b_3 = tl.philox(
-            tl.load(state), o_g, i_s.to(tl.int32), offset.to(tl.int32), (offset >> 32).to(tl.int32)
+            tl.load(state), o_g, i_c.to(tl.int32), offset.to(tl.int32), (offset >> 32).to(tl.int32)
         )
         if NORMAL:
             b_0, b_1 = _normal_pair(b_0, b_1)

@@ -41,13 +41,24 @@ class Case:
 
 
 def case(
-    m, shape, dtype, seed, *, last=False, ordered=True, counted=True, noise="normal", bounded=False, special=True
+    m,
+    shape,
+    dtype,
+    seed,
+    *,
+    last=False,
+    ordered=True,
+    counted=True,
+    numbered=False,
+    noise="normal",
+    bounded=False,
+    special=True,
 ) -> Case:
     """m samples of the shape; an eighth of the pixels are NaN, ±Inf and the like if `special`.
 
     Args:
         last: the channels are the fastest index.
-        ordered: there is an order, counted: there are steps, some of them 0.
+        ordered: there is an order, counted: there are steps, some of them 0, numbered: samples have numbers.
         bounded: the start is clipped to [0.1, 0.9].
     """
     g = torch.Generator().manual_seed(seed)
@@ -66,6 +77,7 @@ def case(
             "scale": 0.03,
             "lower": 0.1 if bounded else None,
             "upper": 0.9 if bounded else None,
+            "samples": torch.randint(2**32, (m,), generator=g) if numbered else None,
         }
     )
 

@@ -71,7 +71,7 @@ def unit_noise_literally(sample, length, seed, offset, noise):
     return numbers[:length]
 
 
-def literally(x, order, steps, state, noise, scale, lower, upper):
+def literally(x, order, steps, state, noise, scale, lower, upper, samples):
     """The op, one sample at a time, in double precision."""
     seed, offset = state.tolist()
     clean, start = torch.empty_like(x), torch.empty_like(x)
@@ -80,7 +80,8 @@ def literally(x, order, steps, state, noise, scale, lower, upper):
         clean[i] = start[i] = x[s]
         if steps is None or steps[s] > 0:
             lies = x.movedim(1, -1) if not x.is_contiguous() else x
-            drawn = unit_noise_literally(s, lies[s].numel(), seed, offset, noise)
+            number = s if samples is None else samples[s].item()
+            drawn = unit_noise_literally(number, lies[s].numel(), seed, offset, noise)
             drawn = torch.tensor(drawn, dtype=torch.float64).view(lies.shape[1:])
             drawn = drawn.movedim(-1, 0) if lies is not x else drawn
             if noise == "uniform":
@@ -98,7 +99,8 @@ def literally(x, order, steps, state, noise, scale, lower, upper):
     st.sampled_from(DTYPES),
     st.integers(0, 2**31),
     st.fixed_dictionaries(
-        {name: flag for name in ("last", "ordered", "counted", "bounded")} | {"noise": st.sampled_from(NOISES)}
+        {name: flag for name in ("last", "ordered", "counted", "numbered", "bounded")}
+        | {"noise": st.sampled_from(NOISES)}
     ),
 )
 def test_it_is_its_definition(m, shape, dtype, seed, options):
@@ -165,6 +167,15 @@ def test_a_samples_noise_is_its_own(noise):
     last = start(x.contiguous(memory_format=torch.channels_last), noise=noise)
     assert last.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(last.movedim(1, -1).flatten(1), whole.flatten(1))
+
+
+@pytest.mark.parametrize("noise", NOISES)
+def test_a_numbered_samples_noise_goes_with_it_into_any_batch(noise):
+    x = torch.zeros(6, 9)
+    whole = start(x, noise=noise)
+    picked = torch.tensor([4, 1, 5])
+    found = ops.gather_start(x[picked], torch.tensor([2, 0, 1]), None, torch.tensor([1, 2]), noise, 1.0, samples=picked)
+    assert torch.equal(found[1], whole[picked][[2, 0, 1]])
 
 
 @pytest.mark.parametrize("noise", NOISES)
@@ -321,6 +332,8 @@ WRONG = [
     ("order", torch.arange(3, device="meta"), ValueError),
     ("steps", torch.rand(3), TypeError),
     ("steps", torch.ones(3, 1, dtype=torch.int64), ValueError),
+    ("samples", torch.arange(3).int(), TypeError),
+    ("samples", torch.arange(2), ValueError),
     ("state", torch.zeros(2), TypeError),
     ("state", torch.zeros(3, dtype=torch.int64), ValueError),
     ("state", torch.zeros(4, dtype=torch.int64)[::2], ValueError),

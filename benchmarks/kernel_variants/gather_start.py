@@ -14,7 +14,7 @@ def gather_start(noise: str, dtype: str, *, aligned: bool = True, main: bool = F
     """`gather_start_fwd_kernel`; noise: "normal" or "uniform"."""
     size = DTYPES[dtype].itemsize
     given = {name: f"*{dtype}" for name in ("x", "clean", "start")}
-    given |= {name: "*i64" for name in ("order", "steps", "state")}
+    given |= {name: "*i64" for name in ("order", "steps", "state")} | {"samples": None}
     given |= {name: "i32" for name in ("length", "blocks")}
     given |= {name: "fp32" for name in ("scale", "lower", "upper")}
     ordered = arguments(gather_start_fwd_kernel, given | {"BLOCK": BLOCK, "NORMAL": noise == "normal"} | types)
@@ -46,4 +46,6 @@ def variants() -> Iterator[Variant]:
     yield gather_start("normal", "fp32", steps=None)
     yield gather_start("normal", "fp32", order=None, steps=None)
     yield gather_start("normal", "fp32", steps="*i32")
+    for noise in ("normal", "uniform"):
+        yield gather_start(noise, "fp32", samples="*i64")
     yield gather_start("normal", "fp32", aligned=False, length=1)

@@ -24,6 +24,8 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from bt_fast.attack.frozen import eval_mode
+from bt_fast.attack.sharded import gathered
+from bt_fast.attack.wrapped import unwrapped
 
 _LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -254,7 +256,8 @@ def attack_model(model: nn.Module, recipe: Frozen | None, x: Tensor) -> Iterator
     Args:
         x: [n, ...], n ≥ 1, a batch to compare the view with, where the model is seen for the first time.
     """
-    with eval_mode(model):
+    model = unwrapped(model)
+    with eval_mode(model), gathered(model):
         if recipe is None:
             yield model
             return

@@ -46,8 +46,25 @@ def random_state(x: Tensor, generator: torch.Generator | None) -> Tensor:
     return torch.randint(torch.iinfo(torch.int64).max, (2,), device=x.device, generator=generator)
 
 
+def state_of_seed(x: Tensor, generator: torch.Generator | None, offset: int = 0) -> Tensor:
+    """The seed that the generator (or the device's own) was given last, and an offset: nothing is drawn."""
+    if generator is not None:
+        seed = generator.initial_seed()
+    else:
+        seed = torch.cuda.initial_seed() if x.is_cuda else torch.initial_seed()
+    state = torch.full((2,), offset, dtype=torch.int64, device=x.device)
+    state[0].fill_(seed - 2**64 if seed >= 2**63 else seed)
+    return state
+
+
 def sorted_start(
-    x: Tensor, order: Tensor | None, steps: Tensor | None, state: Tensor, noise: Noise, threat: ThreatModel
+    x: Tensor,
+    order: Tensor | None,
+    steps: Tensor | None,
+    state: Tensor,
+    noise: Noise,
+    threat: ThreatModel,
+    samples: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The batch in sorted order, and where the attack on it starts: each sample's noise is that of a counter.
 
@@ -55,7 +72,7 @@ def sorted_start(
     else is in the batch. Never waits for the device.
 
     Args:
-        x: [m, ...], order: [m], steps: [m], state: [2]; as `ops.gather_start`, which makes the noise.
+        x: [m, ...], order: [m], steps: [m], state: [2], samples: [m]; as `ops.gather_start`, which makes the noise.
         noise: "normal" as TRADES, without a bound, or "uniform" in the ε-ball and clamped to the pixel bounds; in ℓ2
             from a normal direction and a radius, which is drawn at the next offset (`state` moves on by two).
 
@@ -63,21 +80,26 @@ def sorted_start(
         clean and start, both new, of x's shape and dtype.
     """
     if noise == "normal":
-        clean, start = ops.gather_start(x, order, steps, state, "normal", TRADES_NOISE)
+        clean, start = ops.gather_start(x, order, steps, state, "normal", TRADES_NOISE, samples=samples)
     elif threat.norm == "l_inf":
         box = (threat.lower, threat.upper)
-        clean, start = ops.gather_start(x, order, steps, state, "uniform", threat.epsilon, *box)
+        clean, start = ops.gather_start(x, order, steps, state, "uniform", threat.epsilon, *box, samples)
     else:
-        clean, start = _sorted_l2_start(x, order, steps, state, threat)
+        clean, start = _sorted_l2_start(x, order, steps, state, threat, samples)
     return clean, start
 
 
 def _sorted_l2_start(
-    x: Tensor, order: Tensor | None, steps: Tensor | None, state: Tensor, threat: ThreatModel
+    x: Tensor,
+    order: Tensor | None,
+    steps: Tensor | None,
+    state: Tensor,
+    threat: ThreatModel,
+    samples: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    _, direction = ops.gather_start(torch.zeros_like(x), order, None, state, "normal", 1.0)
+    _, direction = ops.gather_start(torch.zeros_like(x), order, None, state, "normal", 1.0, samples=samples)
     rows = torch.arange(len(x), device=x.device) if order is None else order
-    share = unit_noise(rows, 1, state, "uniform")[:, 0].abs()
+    share = unit_noise(rows if samples is None else samples[rows], 1, state, "uniform")[:, 0].abs()
     state[1].add_(1)
     clean = x if order is None else x[order]
     moved = ops.wide(clean) + _in_l2_ball(direction, share, threat.epsilon)

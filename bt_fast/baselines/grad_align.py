@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from bt_fast import ops
 from bt_fast.attack.frozen import logits_of, modes_restored
 from bt_fast.attack.threat import ThreatModel
+from bt_fast.attack.wrapped import unwrapped
 from bt_fast.baselines.values import check_values
 from bt_fast.objectives import adversarial
 
@@ -48,7 +49,7 @@ def grad_align(
     """
     ThreatModel(epsilon)
     adversarial.check(x_natural, y, None, epsilon, 1, None, generator, None, None)
-    x, labels = x_natural.detach(), y.long()
+    model, x, labels = unwrapped(model), x_natural.detach(), y.long()
     check_values(model, x, labels)
     with modes_restored(model):
         if not model.training:

@@ -23,8 +23,9 @@ from bt_fast.attack.frozen import clean_logits, logits_of, modes_restored
 from bt_fast.attack.generate import COMPARED, StartedAttack, start_attack
 from bt_fast.attack.runners import Runner
 from bt_fast.attack.schedule import Schedule
-from bt_fast.attack.start import Noise, ball_start, normal_noise, random_state, sorted_start
+from bt_fast.attack.start import Noise, ball_start, normal_noise, random_state, sorted_start, state_of_seed
 from bt_fast.attack.threat import ThreatModel
+from bt_fast.attack.wrapped import unwrapped
 from bt_fast.faults import CheckedRead, Fault
 from bt_fast.mining import STEP_FACTOR, BulletTrain, check_labels, positive, real, step_count
 from bt_fast.objectives.repeated_forward import moves_batch_norm_alone
@@ -47,6 +48,7 @@ class Adversary:
         inner: the loss that grows: "kl" away from the clean distribution, or "cross_entropy" away from the label.
         generator: on the images' device; for the start, and for the stand-in of a zero ℓ2 gradient.
         frozen: the view of the model that the attack sees; runner: how it is executed.
+        samples: [m] int64, the samples' numbers, where their starts are to be decided by these and the seed alone.
     """
 
     threat: ThreatModel
@@ -57,6 +59,7 @@ class Adversary:
     generator: torch.Generator | None
     frozen: Frozen | None
     runner: Runner
+    samples: Tensor | None
 
     @classmethod
     def of_trades(
@@ -70,11 +73,12 @@ class Adversary:
         generator: torch.Generator | None,
         frozen: Frozen | None,
         runner: Runner,
+        samples: Tensor | None,
     ) -> Adversary:
         """The generator of the TRADES code, which MART took over: in ℓ2 its step is 2ε/N."""
         if threat.norm == "l_2":
             step_size = 2.0 * threat.epsilon / (steps if bullet is None else max(bullet.boundary_steps, 1))
-        return cls(threat, step_size, steps, noise, inner, generator, frozen, runner)
+        return cls(threat, step_size, steps, noise, inner, generator, frozen, runner, samples)
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,6 +107,7 @@ def start(model: nn.Module, x_natural: Tensor, y: Tensor, adversary: Adversary, 
     """Start the attack on checked arguments. With `bullet` what is wrong with their values is raised here."""
     x = x_natural.detach()
     pixels = faults.pixels_outside(x, adversary.threat.lower, adversary.threat.upper, "x_natural")
+    model = unwrapped(model)
     if bullet is None:
         return _start_uniform(model, x, y, adversary, pixels)
     return _start_ragged(model, x, y, adversary, bullet, pixels)
@@ -136,6 +141,9 @@ def _start_uniform(model: nn.Module, x: Tensor, y: Tensor, adversary: Adversary,
 
 
 def _uniform_start(x: Tensor, adversary: Adversary) -> Tensor:
+    if adversary.samples is not None:
+        state = state_of_seed(x, adversary.generator)
+        return sorted_start(x, None, None, state, adversary.noise, adversary.threat, adversary.samples)[1]
     if adversary.noise == "uniform":
         return ball_start(x, adversary.threat, adversary.generator)
     as_authors = adversary.generator is None and not x.is_cuda
@@ -154,7 +162,7 @@ def _start_ragged(
     with attack_model(model, a.frozen, x[:COMPARED]) as view:
         with range_(MINING):  # to the end of the wait for the counts
             logits = clean_logits(view, x)
-            state = random_state(x, a.generator)
+            state = random_state(x, a.generator) if a.samples is None else state_of_seed(x, a.generator)
             attacked, of_attack = None, []
             if isinstance(bullet.policy, Oracle):
                 attacked, gradients = _attacked_logits(view, x, y, logits, a, bullet.policy.steps)
@@ -168,8 +176,13 @@ def _start_ragged(
                 names=names,
                 attacked_logits=attacked,
                 of_attack=of_attack,
+                state=state,
             )
-            clean, begin = sorted_start(x, assignment.order, assignment.steps, state, a.noise, a.threat)
+            samples = a.samples
+            if assignment.ranks is not None:
+                state, first = assignment.ranks.state, assignment.ranks.first
+                samples = torch.arange(len(x), device=x.device) + first if samples is None else samples
+            clean, begin = sorted_start(x, assignment.order, assignment.steps, state, a.noise, a.threat, samples)
             schedule = Schedule.from_assignment(assignment)
         labels = schedule.sort(y).long()
         probabilities = assignment.probabilities
@@ -192,8 +205,10 @@ def _attacked_logits(
     It is the objective's own attack but for its steps. Its random numbers are drawn after the training start's state.
     """
     a = adversary
-    state, faulty = random_state(x, a.generator), _none_faulty(x)
-    clean, begin = sorted_start(x, None, None, state, a.noise, a.threat)
+    # offsets 0 and 1 are those of the training start
+    state = random_state(x, a.generator) if a.samples is None else state_of_seed(x, a.generator, offset=2)
+    faulty = _none_faulty(x)
+    clean, begin = sorted_start(x, None, None, state, a.noise, a.threat, a.samples)
     probabilities = logits.double().softmax(dim=1).to(ops.wide(logits).dtype)
     target = probabilities if a.inner == "kl" else _one_hot(y, probabilities)
     schedule = Schedule.uniform(len(x), steps, STEP_FACTOR * a.threat.epsilon / steps, x.device)
@@ -237,7 +252,7 @@ class CleanFirst(ABC, Generic[_Clean]):
         self, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, replayable: bool | None = None
     ) -> tuple[Terms, bool]:
         """As `Computation` says."""
-        return self.corrupted_half(model, self.clean(model, x, replayable), x, x_adv, y)
+        return self.corrupted_half(unwrapped(model), self.clean(model, x, replayable), x, x_adv, y)
 
     @abstractmethod
     def clean(self, model: nn.Module, x: Tensor, replayable: bool | None = None) -> _Clean:
@@ -252,9 +267,10 @@ class CleanFirst(ABC, Generic[_Clean]):
     def corrupted_logits(self, model: nn.Module, x_adv: Tensor, clean: Tensor) -> Tensor:
         """z' [corrupted, K]; like the clean logits where no row is corrupted."""
         rows = self.corrupted
-        if rows == 0:
+        together = any(isinstance(module, nn.SyncBatchNorm) for module in model.modules())
+        if rows == 0 and not together:  # other ranks may have rows, and their norm waits for this one
             return clean[:0]
-        if rows == 1 and any(isinstance(module, _BatchNorm) for module in model.modules()):
+        if rows == 1 and not together and any(isinstance(module, _BatchNorm) for module in model.modules()):
             rows = min(2, len(x_adv))  # batch norm cannot train on one row: an unperturbed one joins its statistics
         return logits_of(model, formatted(x_adv[:rows], self.channels_last))[: self.corrupted]
 
@@ -281,7 +297,7 @@ def run(model: nn.Module, attack: Attack, computation: Computation, update: Upda
                 clean = computation.clean(model, attack.x)
                 x_adv = started.finish()
                 late = attack.report()
-                terms, _ = computation.corrupted_half(model, clean, attack.x, x_adv, attack.y)
+                terms, _ = computation.corrupted_half(unwrapped(model), clean, attack.x, x_adv, attack.y)
             else:
                 x_adv = started.finish()
                 late = attack.report()
@@ -333,6 +349,7 @@ def check(
     generator: torch.Generator | None,
     frozen: Frozen | None,
     update: Update | None,
+    samples: Tensor | None = None,
 ) -> None:
     """Raise TypeError or ValueError, which names the argument, for what the host can see of the objectives' own."""
     if not isinstance(x, Tensor):
@@ -342,6 +359,8 @@ def check(
     if x.dim() < 2 or x.numel() == 0:
         raise ValueError(f"x_natural must have shape [m, ...] with m >= 1, got {list(x.shape)}")
     check_labels(y, len(x), x.device, "y")
+    if samples is not None:
+        check_labels(samples, len(x), x.device, "samples")
     positive("step_size", step_size)
     if optimizer is not None and not hasattr(optimizer, "zero_grad"):
         raise TypeError(f"optimizer must be an optimizer or None, got {type(optimizer).__name__}")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from bt_fast import faults, ops
 from bt_fast.allocation import Oracle
 from bt_fast.attack.frozen import logits_of, modes_restored
+from bt_fast.attack.wrapped import unwrapped
 from bt_fast.augment.mix import SEVERITY, augment_and_mix, check_images, check_severity, draw_choices
 from bt_fast.faults import Fault
 from bt_fast.mining import BulletTrain, check_labels
@@ -121,7 +122,7 @@ def _loss_of_boundary(
     if len(boundary):
         views = _views(x[boundary], 2, severity, generator)
         with range_(UPDATE):
-            first, second = logits_of(model, torch.cat(views)).chunk(2)
+            first, second = logits_of(unwrapped(model), torch.cat(views)).chunk(2)
     with range_(UPDATE):
         bullet.update(clean.detach().index_copy(0, boundary, first.detach()), y)
         divergence = ops.js_divergence(clean[boundary], first, second)

@@ -38,6 +38,7 @@ def mart_loss(
     frozen: Frozen | None = None,
     runner: Runner | str = "eager",
     update: Update | None = None,
+    samples: Tensor | None = None,
 ) -> Tensor:
     """The MART loss `1/m Σ -log q_y - log(1.0001 - q_r + 1e-12) + β·KL(p ‖ q + 1e-12)·(1.0000001 - p_y)`.
 
@@ -76,7 +77,7 @@ def mart_loss(
             draw as the authors' code does, so that a seeded script repeats its numbers. With `bullet`, only a seed is
             drawn, from this generator or the device's own.
         frozen: a faster view of the model for the attack; runner: how it is executed; update: how the update is
-            executed; all as for `trades_loss`.
+            executed; samples: their numbers; all as for `trades_loss`.
 
     Returns:
         0-dim loss with gradient to the model's parameters.
@@ -89,11 +90,11 @@ def mart_loss(
             another as NaN in its input gradient.
     """
     threat = ThreatModel(epsilon, distance)
-    adversarial.check(x_natural, y, optimizer, step_size, perturb_steps, bullet, generator, frozen, update)
+    adversarial.check(x_natural, y, optimizer, step_size, perturb_steps, bullet, generator, frozen, update, samples)
     adversarial.check_robust_term(beta, unperturbed, bullet)
     noise = adversarial.noise_of(start, "normal")
     adversary = Adversary.of_trades(
-        threat, step_size, perturb_steps, noise, "cross_entropy", bullet, generator, frozen, runner_of(runner)
+        threat, step_size, perturb_steps, noise, "cross_entropy", bullet, generator, frozen, runner_of(runner), samples
     )
     attack = adversarial.start(model, x_natural, y, adversary, bullet)
     computation = _Computation(

@@ -36,6 +36,7 @@ def pgd_loss(
     frozen: Frozen | None = None,
     runner: Runner | str = "eager",
     update: Update | None = None,
+    samples: Tensor | None = None,
 ) -> Tensor:
     """The cross-entropy `CE(h(x'), y)` of adversarial training, ready for `backward()`.
 
@@ -62,7 +63,7 @@ def pgd_loss(
         generator: on the images' device, for the random start; without it the device's own. With `bullet`, only a
             seed is drawn: a sample's start is that of a counter.
         frozen: a faster view of the model for the attack; runner: how it is executed; update: how the update is
-            executed; all as for `trades_loss`.
+            executed; samples: their numbers; all as for `trades_loss`.
 
     Returns:
         0-dim loss with gradient to the model's parameters.
@@ -75,9 +76,9 @@ def pgd_loss(
             another as NaN in its input gradient.
     """
     threat = ThreatModel(epsilon, distance)
-    adversarial.check(x_natural, y, optimizer, step_size, perturb_steps, bullet, generator, frozen, update)
+    adversarial.check(x_natural, y, optimizer, step_size, perturb_steps, bullet, generator, frozen, update, samples)
     noise, run = adversarial.noise_of(start, "uniform"), runner_of(runner)
-    adversary = Adversary(threat, step_size, perturb_steps, noise, "cross_entropy", generator, frozen, run)
+    adversary = Adversary(threat, step_size, perturb_steps, noise, "cross_entropy", generator, frozen, run, samples)
     attack = adversarial.start(model, x_natural, y, adversary, bullet)
     computation = _Computation(update is not None and update.channels_last)
     loss, judged = adversarial.run(model, attack, computation, update)

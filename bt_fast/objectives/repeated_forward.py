@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from bt_fast.attack.device import RandomStates, device_generator, host_generator
 from bt_fast.attack.frozen import logits_of
+from bt_fast.attack.wrapped import unwrapped
 from bt_fast.ops import wide
 
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
@@ -61,6 +62,7 @@ class RepeatedForward:
     """
 
     def __init__(self, model: nn.Module, device: torch.device, replayable: bool | None = None) -> None:
+        model = unwrapped(model)
         self.replayable = bool(replayable)
         layers = [] if replayable is False else [m for m in model.modules() if _is_tracking_batch_norm(m)]
         self._before = [_Statistics.of(layer) for layer in layers]
@@ -113,7 +115,8 @@ class _Watch:
 
 def watched_forward(model: nn.Module, x: Tensor) -> Tensor:
     """The checked logits of `x`. Where it is not known yet, `moves_batch_norm_alone` knows the answer afterwards."""
-    if _modes(model) in _leaves_alone.get(model, {}):
+    inner = unwrapped(model)
+    if _modes(inner) in _leaves_alone.get(inner, {}):
         return logits_of(model, x)
     watch = RepeatedForward(model, x.device)
     logits = logits_of(model, x)
@@ -123,6 +126,7 @@ def watched_forward(model: nn.Module, x: Tensor) -> Tensor:
 
 def moves_batch_norm_alone(model: nn.Module) -> bool:
     """Whether a forward in the current modes is known to move no buffers but those of torch's batch norms."""
+    model = unwrapped(model)
     return _leaves_alone.get(model, {}).get(_modes(model), False)
 
 

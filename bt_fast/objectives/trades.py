@@ -40,6 +40,7 @@ def trades_loss(
     frozen: Frozen | None = None,
     runner: Runner | str = "eager",
     update: Update | None = None,
+    samples: Tensor | None = None,
 ) -> Tensor:
     """The TRADES loss `CE(h(x), y) + β/m · Σ KL(softmax h(x) ‖ softmax h(x'))`, ready for `backward()`.
 
@@ -84,6 +85,9 @@ def trades_loss(
             then runs beside it where that changes nothing: with a `frozen` view that reads no statistics of the model's
             norms, and where a forward is known to move no buffers but those of batch norm.
         update: how the update is executed, `Update()`: the same up to rounding. Without it as the authors' code does.
+        samples: [m] integers in 0..2^32-1, each sample's number, in its data set say. Its start is then that of this
+            number and of the seed that `generator` (or the device's own) was given last, from which nothing is drawn:
+            the same in whatever batch and on whatever rank it is. Give the generator a new seed in each epoch.
 
     Returns:
         0-dim loss with gradient to the model's parameters.
@@ -97,11 +101,11 @@ def trades_loss(
             attack itself raises (the model's own exceptions, out of memory) comes before them, beside it or not.
     """
     threat = ThreatModel(epsilon, distance)
-    adversarial.check(x_natural, y, optimizer, step_size, perturb_steps, bullet, generator, frozen, update)
+    adversarial.check(x_natural, y, optimizer, step_size, perturb_steps, bullet, generator, frozen, update, samples)
     adversarial.check_robust_term(beta, unperturbed, bullet)
     noise = adversarial.noise_of(start, "normal")
     adversary = Adversary.of_trades(
-        threat, step_size, perturb_steps, noise, "kl", bullet, generator, frozen, runner_of(runner)
+        threat, step_size, perturb_steps, noise, "kl", bullet, generator, frozen, runner_of(runner), samples
     )
     attack = adversarial.start(model, x_natural, y, adversary, bullet)
     computation = _Computation(

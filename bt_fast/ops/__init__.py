@@ -10,6 +10,7 @@ from bt_fast.ops.assign_steps import (
     OUTLIER,
     ROBUST,
     assign_steps,
+    robust_threshold,
 )
 from bt_fast.ops.divergence import js_divergence, mart_loss, trades_kl
 from bt_fast.ops.gather_start import gather_start
@@ -18,7 +19,7 @@ from bt_fast.ops.order_by_steps import order_by_steps
 from bt_fast.ops.pgd_l2_step import l2_step_
 from bt_fast.ops.pgd_step import linf_step_
 from bt_fast.ops.signed_variance import SignedVariance, signed_variance
-from bt_fast.ops.update_fraction import update_fraction_
+from bt_fast.ops.update_fraction import adversarial_hits, move_fraction_, update_fraction_
 
 __all__ = [
     "BOUNDARY",
@@ -26,6 +27,7 @@ __all__ = [
     "OUTLIER",
     "ROBUST",
     "SignedVariance",
+    "adversarial_hits",
     "ascent_direction",
     "assign_steps",
     "gather_start",
@@ -33,7 +35,9 @@ __all__ = [
     "l2_step_",
     "linf_step_",
     "mart_loss",
+    "move_fraction_",
     "order_by_steps",
+    "robust_threshold",
     "signed_variance",
     "trades_kl",
     "update_fraction_",

@@ -124,12 +124,13 @@ def assign_reference(
     return threshold, group, steps, step_size, order, torch.cat([active, sizes, wrong])
 
 
-def robust_threshold(svar: Tensor, robust_fraction: Tensor) -> Tensor:
+def robust_threshold(svar: Tensor, robust_fraction: Tensor, count: Tensor | None = None) -> Tensor:
     """`T = max(0, Percentile(SVar, 1 - F_R))` (Eq. 6), interpolated between order statistics as `numpy.quantile`.
 
     Args:
         svar: [m] floating point, m ≥ 0; NaN is the largest.
         robust_fraction: 0-dim, F_R in [0, 1].
+        count: 0-dim int64 in 1..m, how many of these are samples; the others are NaN. None: all.
 
     Returns:
         0-dim float64; 0 for an empty batch.
@@ -138,10 +139,11 @@ def robust_threshold(svar: Tensor, robust_fraction: Tensor) -> Tensor:
     if m == 0:
         return torch.zeros((), dtype=torch.float64, device=svar.device)
     ordered = svar.sort().values.double()
-    rank = (1.0 - robust_fraction.double()) * (m - 1)
+    last = torch.full((), m, dtype=torch.int64, device=svar.device) - 1 if count is None else count - 1
+    rank = (1.0 - robust_fraction.double()) * last
     below = rank.floor().clamp(0, m - 1).nan_to_num()  # no index is out of range, whatever F_R was loaded
     t = rank - below
-    pair = torch.stack([below, (below + 1).clamp(max=m - 1)]).long()
+    pair = torch.stack([below, torch.minimum(below + 1, last)]).long()
     low, high = ordered[pair].unbind()
     # numpy's form: from the nearer end, so that the result is monotone and exact at both
     percentile = torch.where(t < 0.5, low + (high - low) * t, high - (high - low) * (1.0 - t))

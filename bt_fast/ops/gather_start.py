@@ -31,6 +31,7 @@ def gather_start(
     scale: float,
     lower: float | None = None,
     upper: float | None = None,
+    samples: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The batch in sorted order, and where the attack on it starts: `clip(x + scale·noise, lower, upper)`.
 
@@ -40,8 +41,9 @@ def gather_start(
 
     The noise is that of a counter, and the same to the bit on every device and in every dtype: element e of sample s,
     counted in the order in which the sample lies in memory, has output `e mod 4` of Philox4x32-10 with the counter
-    `(e div 4, s, offset)` and the seed as key. So it depends neither on `order` nor on what else is in the batch, but
-    images in channels-last have it in other places than contiguous ones. 32 bits make a number in [-1, 1], or, two by
+    `(e div 4, s, offset)` and the seed as key; s is the sample's place in the batch, or what `samples` says. So it
+    depends neither on `order` nor on what else is in the batch, but images in channels-last have it in other places
+    than contiguous ones. 32 bits make a number in [-1, 1], or, two by
     two, normal numbers of up to 6.8 (Box and Muller, 1958; logarithm, sine and cosine to 1e-6).
 
     Args:
@@ -54,6 +56,7 @@ def gather_start(
         noise: "normal" (standard) or "uniform" (in [-1, 1]).
         scale: standard deviation, or ε (rounded to the images' dtype), in pixel units.
         lower: the least pixel value, upper: the greatest; None: without bound.
+        samples: [m] int64 in 0..2^32-1, of the batch's own order: each sample's number for the noise. None: its place.
 
     Returns:
         clean and start, both new, of x's shape and dtype, dense in x's memory format.
@@ -61,9 +64,9 @@ def gather_start(
     Raises:
         TypeError or ValueError: a dtype, shape, device or name does not fit; the message names the argument.
     """
-    _check(x, order, steps, state, noise)
+    _check(x, order, steps, state, noise, samples)
     run = launch_gather_start if _kernel_takes(x) else gather_start_reference
-    clean, start = run(x, order, steps, state, noise, scale, lower, upper)
+    clean, start = run(x, order, steps, state, noise, scale, lower, upper, samples)
     state[1].add_(1)  # a launch of its own: while the other runs, all of it must see the old offset
     return clean, start
 
@@ -78,8 +81,9 @@ def _(
     scale: float,
     lower: float | None = None,
     upper: float | None = None,
+    samples: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    _check(x, order, steps, state, noise)
+    _check(x, order, steps, state, noise, samples)
     return _like(x), _like(x)
 
 
@@ -92,13 +96,14 @@ def gather_start_reference(
     scale: float,
     lower: float | None = None,
     upper: float | None = None,
+    samples: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`gather_start` in plain torch, but for the offset, which stays."""
     clean, start = _like(x), _like(x)
     dense = x if dense_format(x) else x.contiguous()
     rows = torch.arange(len(x), device=x.device) if order is None else order
     flat = torch.index_select(_flat(dense), 0, rows, out=_flat(clean))
-    moved = unit_noise(rows, flat.shape[1], state, noise)
+    moved = unit_noise(rows if samples is None else samples[rows], flat.shape[1], state, noise)
     moved = moved.to(torch.promote_types(x.dtype, moved.dtype)).mul_(_scale(x, noise, scale)).add_(wide(flat))
     if lower is not None or upper is not None:
         moved.clamp_(lower, upper)
@@ -179,6 +184,7 @@ def launch_gather_start(
     scale: float,
     lower: float | None = None,
     upper: float | None = None,
+    samples: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`gather_start` as one launch, but for the offset, which stays. The images are dense: `_kernel_takes(x)`."""
     from bt_fast.kernels.gather_start import gather_start_fwd_kernel
@@ -194,6 +200,7 @@ def launch_gather_start(
             start,
             contiguous(order),
             contiguous(steps),
+            contiguous(samples),
             state,
             length,
             blocks,
@@ -240,13 +247,16 @@ def _flat(x: Tensor) -> Tensor:
     return lies.view(len(x), math.prod(x.shape[1:]))
 
 
-def _check(x: Tensor, order: Tensor | None, steps: Tensor | None, state: Tensor, noise: str) -> None:
+def _check(
+    x: Tensor, order: Tensor | None, steps: Tensor | None, state: Tensor, noise: str, samples: Tensor | None
+) -> None:
     if not x.is_floating_point():
         raise TypeError(f"x must be floating point, got {x.dtype}")
     if x.dim() < 1:
         raise ValueError("x must have shape [m, ...], got a 0-dim tensor")
     check("order", order, (len(x),), (torch.int64,), x.device)
     check("steps", steps, (len(x),), (torch.int64, torch.int32), x.device)
+    check("samples", samples, (len(x),), (torch.int64,), x.device)
     check("state", state, (2,), (torch.int64,), x.device)
     if not state.is_contiguous():
         raise ValueError("state must be contiguous")

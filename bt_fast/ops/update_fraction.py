@@ -55,11 +55,23 @@ def update_fraction_reference(
     robust_fraction: Tensor, unreported_faults: Tensor, logits: Tensor, labels: Tensor, gamma: float, momentum: float
 ) -> None:
     """`update_fraction_` in plain torch: what the kernel is held against, and what runs where there is none."""
-    faulty = (~rows.has_softmax(logits) | rows.labels_outside(labels, logits.shape[1])).any()
-    hits = (logits.argmax(dim=1) == labels).sum()
-    moved = momentum * robust_fraction + (1.0 - momentum) * gamma * (hits.double() / len(labels))
-    robust_fraction.copy_(torch.where(faulty, robust_fraction, moved))
+    hits, faulty = adversarial_hits(logits, labels)
+    move_fraction_(robust_fraction, hits, torch.full_like(hits, len(labels)), faulty, gamma, momentum)
     unreported_faults += faulty
+
+
+def adversarial_hits(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """How many of the corrupted samples are classified correctly (0-dim int64), and whether one is unfit (bool)."""
+    faulty = (~rows.has_softmax(logits) | rows.labels_outside(labels, logits.shape[1])).any()
+    return (logits.argmax(dim=1) == labels).sum(), faulty
+
+
+def move_fraction_(
+    robust_fraction: Tensor, hits: Tensor, m: Tensor, faulty: Tensor, gamma: float, momentum: float
+) -> None:
+    """Eq. 5 in place, from `hits` of `m` samples (0-dim int64) unless `faulty` (0-dim bool)."""
+    moved = momentum * robust_fraction + (1.0 - momentum) * gamma * (hits.double() / m)
+    robust_fraction.copy_(torch.where(faulty, robust_fraction, moved))
 
 
 def launch_update_fraction(

@@ -7,7 +7,7 @@ import torch
 from tolerances import DTYPES
 
 from bt_fast import ThreatModel, ops
-from bt_fast.attack.start import ball_start, normal_noise, random_state, sorted_start
+from bt_fast.attack.start import ball_start, normal_noise, random_state, sorted_start, state_of_seed
 
 STEPS = torch.tensor([3, 0, 1, 2, 0, 3, 3, 1])
 ORDER = STEPS.argsort(descending=True, stable=True)
@@ -135,7 +135,29 @@ def test_a_channels_last_batch_keeps_its_format():
 def test_no_direction_is_no_move():
     x = torch.full((2, 3), 0.5)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ops, "gather_start", lambda zeros, *_: (zeros, zeros))
+        patch.setattr(ops, "gather_start", lambda zeros, *_, **__: (zeros, zeros))
         begin = of_a_counter(x, THREATS[1])
     assert torch.equal(begin, x)
     assert math.isfinite(begin.sum())
+
+
+@EACH_KIND
+def test_a_numbered_start_is_the_same_in_whatever_batch(noise, threat):
+    x, numbers, picked = images(), torch.arange(100, 108), torch.tensor([6, 1, 3])
+    _, whole = sorted_start(x, None, None, state(), noise, threat, numbers)
+    order, steps = torch.tensor([1, 2, 0]), torch.ones(3, dtype=torch.int64)
+    _, part = sorted_start(x[picked], order, steps, state(), noise, threat, numbers[picked])
+    assert torch.equal(part, whole[picked][order])
+    assert not torch.equal(whole, sorted_start(x, None, None, state(), noise, threat)[1])
+
+
+@pytest.mark.parametrize("seed", [0, 5, 2**64 - 1])
+def test_a_state_of_the_seed_draws_nothing(seed):
+    generator = torch.Generator().manual_seed(seed)
+    torch.rand(3, generator=generator)
+    before = generator.get_state()
+    found = state_of_seed(images(), generator)
+    assert [found[0].item() % 2**64, found[1].item()] == [seed, 0]
+    assert torch.equal(generator.get_state(), before)
+    torch.manual_seed(7)
+    assert state_of_seed(images(), None).tolist() == [7, 0]

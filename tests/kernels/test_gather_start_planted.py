@@ -20,7 +20,9 @@ BUGS = [
     ("no order", "i_s = tl.load(order + i_n)", "i_s = tl.load(order + i_n) * 0 + i_n"),
     ("another sample's steps", "tl.load(steps + i_s)", "tl.load(steps + i_n)"),
     ("noise without steps", "tl.load(steps + i_s) > 0", "tl.load(steps + i_s) >= 0"),
-    ("noise of the sorted row", "i_s.to(tl.int32), offset", "i_n, offset"),
+    ("noise of the sorted row", "i_c = i_s", "i_c = tl.cast(i_n, tl.int64)"),
+    ("another sample's number", "tl.load(samples + i_s)", "tl.load(samples + i_n)"),
+    ("no numbers", "tl.load(samples + i_s)", "tl.load(samples + i_s) * 0 + i_s"),
     ("noise repeated in each block", "o_g = i_b * (BLOCK // 4) +", "o_g ="),
     ("the seed as offset", "tl.load(state + 1)", "tl.load(state)"),
     ("half of the seed", "tl.load(state), o_g", "tl.load(state) & 0xFFFFFFFF, o_g"),
@@ -36,6 +38,7 @@ BUGS = [
 CASES = [
     cases.case(4, (2, 15, 37), torch.float32, 0, bounded=True),
     cases.case(4, (7,), torch.float32, 1, noise="uniform"),
+    cases.case(4, (7,), torch.float32, 1, numbered=True),
 ]
 
 

@@ -33,6 +33,8 @@ def compiled(request):
         *((2, (2, 15, 37), dtype, {"bounded": True}) for dtype in DTYPES),
         *((4, (3, 4, 4), dtype, {"noise": "uniform", "bounded": True, "last": True}) for dtype in DTYPES),
         (3, (7,), torch.float32, BARE),
+        (4, (48,), torch.float32, {"numbered": True}),
+        (3, (7,), torch.bfloat16, BARE | {"numbered": True}),
         (3, (1,), torch.float32, {}),
     ],
 )
@@ -65,7 +67,7 @@ def test_the_op_launches_it_and_moves_the_offset(compiled):
     assert compiled["gather_start_fwd_kernel"].statistics
 
 
-SMALL = ("order", "steps", "state")
+SMALL = ("order", "steps", "samples", "state")
 
 
 def test_single_precision_divisible_by_16_takes_128_bits():

@@ -794,3 +794,38 @@ def test_a_model_that_returns_something_else_in_train_mode_is_named_and_keeps_it
     with pytest.raises(TypeError, match="model must return a floating-point tensor of logits, got tuple"):
         objective.loss(model, X, Y, sgd(model), bullet=bullet)
     assert all(torch.equal(p.grad, torch.ones_like(p)) for p in model.parameters())
+
+
+@pytest.mark.parametrize("distance", DISTANCES)
+@pytest.mark.parametrize("start", ["normal", "uniform"])
+@pytest.mark.parametrize("bullet", [False, True])
+@EACH
+def test_a_numbered_sample_is_attacked_alike_in_any_batch(objective, bullet, start, distance):
+    """Of a network without batch norm, the whole batch's gradient is the mean of two halves', shuffled."""
+    x, y = batch(8)
+    numbers = torch.tensor([5, 2**32 - 1, 0, 7, 1, 2**31, 3, 4])
+    given = objective.options(distance) | {"start": start, "perturb_steps": 3}
+    parts = [torch.tensor([3, 0, 6, 5]), torch.tensor([1, 7, 4, 2])]
+
+    def gradient(rows):
+        model = nn.Sequential(nn.Flatten(), nn.Linear(36, 16), nn.Tanh(), nn.Linear(16, 5))
+        torch.manual_seed(0)
+        for p in model.double().parameters():
+            nn.init.normal_(p, std=0.5)
+        torch.manual_seed(4)  # the global generator is where ever it is
+        generator = torch.Generator().manual_seed(9)
+        torch.rand(len(rows), generator=generator)
+        options = given | {"bullet": BulletTrain(3, 1, 0, policy="uniform") if bullet else None}
+        loss = objective.loss(model, x[rows], y[rows], None, **options, generator=generator, samples=numbers[rows])
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
+
+    whole, *halves = (gradient(rows) for rows in (torch.arange(8), *parts))
+    torch.testing.assert_close(sum(halves) / 2, whole, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("samples", [torch.arange(7), torch.rand(8), [1] * 8])
+@EACH
+def test_numbers_that_fit_no_batch_are_named(objective, samples):
+    x, y = batch(8)
+    with pytest.raises((TypeError, ValueError), match="samples must"):
+        objective.loss(build(), x, y, None, samples=samples)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 flag = st.booleans()
 OPTIONS = {"noise": st.sampled_from(["normal", "uniform"])}
-OPTIONS |= {name: flag for name in ("last", "ordered", "counted", "bounded")}
+OPTIONS |= {name: flag for name in ("last", "ordered", "counted", "numbered", "bounded")}
 
 
 def ulps(dtype):

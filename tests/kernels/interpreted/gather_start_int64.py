@@ -25,7 +25,7 @@ def images(*firsts):
 def sorted_by(order, expected):
     x, clean, start = images(10, 20, 30), images(0, 0, 0), images(0, 0, 0)
     gather_start_fwd_kernel[(ROWS,)](
-        x, clean, start, order, None, torch.zeros(2, dtype=torch.int64),
+        x, clean, start, order, None, None, torch.zeros(2, dtype=torch.int64),
         LENGTH, 1, 0.0, 1.0, 25.0, BLOCK=4, NORMAL=True,
     )  # fmt: skip
     assert [clean[s : s + 4].tolist() for s in STARTS] == [[v] * 4 for v in expected]

@@ -1,0 +1,419 @@
+"""Balanced raggedness: ranks of a data-parallel training with much to attack hand samples to ranks with little.
+
+Each rank has its own samples by step count, and all wait for the last one when the gradients are reduced. From the
+counts of all ranks every rank makes the same plan on the host, without a word to the others; images travel before the
+attack and perturbed ones after it, each in one all-to-all whose sizes the plan tells.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from bt_fast.attack.auto import ROUNDS, WARM, now
+from bt_fast.attack.schedule import Schedule
+from bt_fast.mining import step_count
+from bt_fast.ops.launch import dense_format
+
+PARCEL = 32  # samples, about what the busiest rank sends
+
+# The plan
+
+
+@dataclass(frozen=True, eq=False)
+class Exchange:
+    """Who attacks how many samples of whom: N ranks, step counts 0..n. All tensors are int64 on the CPU.
+
+    Attributes:
+        counts: [N, n+1], the samples of rank r that take exactly k steps.
+        quotas: [N, n+1], those that rank r attacks. Samples without steps stay: column 0 is that of the counts.
+        source, target, level, number: [moves], `number` samples of `level` steps go from rank `source` to `target`.
+            Ascending in source, then in target; descending in level. No rank both sends and receives a level.
+    """
+
+    counts: Tensor
+    quotas: Tensor
+    source: Tensor
+    target: Tensor
+    level: Tensor
+    number: Tensor
+
+    @property
+    def ranks(self) -> int:
+        """N."""
+        return len(self.counts)
+
+    @property
+    def busiest(self) -> int:
+        """The most samples that one rank sends, or receives."""
+        ends = (self.source.numpy(), self.target.numpy())
+        return max((int(np.bincount(end, self.number.numpy()).max()) for end in ends if len(end)), default=0)
+
+    def outgoing(self, rank: int) -> Tensor:
+        """[N, n+1] int64: how many samples of each step count a rank sends to each other."""
+        return self._moves_of(self.source == rank, self.target)
+
+    def incoming(self, rank: int) -> Tensor:
+        """[N, n+1] int64: how many samples of each step count a rank receives from each other."""
+        return self._moves_of(self.target == rank, self.source)
+
+    def _moves_of(self, mine: Tensor, other: Tensor) -> Tensor:
+        found = torch.zeros_like(self.counts)
+        found[other[mine], self.level[mine]] = self.number[mine]
+        return found
+
+
+def plan(counts: Tensor, ranks_per_node: int = 1) -> Exchange:
+    """Even out the attack: at each step t the ranks' numbers of samples with more than t steps differ by at most 1.
+
+    Where that leaves a choice, the rank with the least work so far gets one more, so that the sums over all steps are
+    near each other, too. No rank attacks more samples than it has where all have as many. Samples move within a node
+    first. The same counts give the same plan, on every rank. At 1,024 ranks it takes half a millisecond.
+
+    Args:
+        counts: [N, n+1] int64 on the CPU: counts[r, k] samples of rank r take exactly k steps.
+        ranks_per_node: ranks r with the same `r // ranks_per_node` are near each other.
+
+    Raises:
+        TypeError: counts is no tensor of int64, or ranks_per_node no integer.
+        ValueError: counts is not [N, n+1] with N ≥ 1, is not on the CPU, or holds a negative number; or ranks_per_node
+            is less than 1.
+    """
+    if not isinstance(counts, Tensor) or counts.dtype != torch.int64:
+        raise TypeError(f"counts must be a tensor of int64, got {getattr(counts, 'dtype', type(counts).__name__)}")
+    if not counts.is_cpu:
+        raise ValueError(f"counts must be on the CPU, but is on {counts.device}")
+    if counts.dim() != 2 or 0 in counts.shape:
+        raise ValueError(f"counts must have shape [N, n+1] with N >= 1, got {list(counts.shape)}")
+    near = step_count("ranks_per_node", ranks_per_node, least=1)
+    have = counts.numpy()
+    if have.min() < 0:
+        raise ValueError(f"counts must be at least 0, got {have.min()}")
+    quotas = _quotas(have)
+    return Exchange(counts, torch.from_numpy(quotas), *map(torch.from_numpy, _moves(have - quotas, near)))
+
+
+def _quotas(counts: np.ndarray) -> np.ndarray:
+    """How many samples of each step count each rank attacks: [N, n+1].
+
+    From the most steps down: of the samples with at least k steps each rank gets the same number, and some get one
+    more. Those that had one more than that already must be among them; then come those with the least work so far,
+    then those with the most samples of their own to spare, which then need not travel.
+    """
+    ranks, most = counts.shape[0], counts.shape[1] - 1
+    quotas: np.ndarray = counts.copy()
+    active = np.zeros(ranks, dtype=np.int64)  # samples with more than k steps
+    work = np.zeros(ranks, dtype=np.int64)  # their steps beyond k
+    total = 0
+    for k in range(most, 0, -1):
+        level = counts[:, k]
+        if level.any():
+            total += int(level.sum())
+            least, extra = divmod(total, ranks)
+            order = np.lexsort((active - level, work, active <= least))
+            share = np.full(ranks, least)
+            share[order[:extra]] += 1
+            quotas[:, k] = share - active
+            active = share
+        work += active
+    return quotas
+
+
+def _moves(surplus: np.ndarray, ranks_per_node: int) -> tuple[np.ndarray, ...]:
+    """Source, target, step count and number of moves that take each rank's surplus [N, n+1] (or need, below 0) to 0."""
+    ranks, levels = surplus.shape
+    nodes = -(-ranks // ranks_per_node)
+    by_level = surplus.T.ravel()
+    cells = np.arange(len(by_level))  # of (step count, rank)
+    giving, taking = (np.repeat(cells, np.maximum(s, 0)) for s in (by_level, -by_level))  # one for each sample
+    homes = [cell // ranks * nodes + cell % ranks // ranks_per_node for cell in (giving, taking)]  # (step count, node)
+    offers, needs = (np.bincount(home, minlength=levels * nodes) for home in homes)
+    within = np.minimum(offers, needs)
+    near = []
+    for home, totals in zip(homes, (offers, needs), strict=True):
+        place = np.arange(len(home)) - (totals.cumsum() - totals)[home]
+        near.append(place < within[home])
+    source = np.concatenate([giving[near[0]], giving[~near[0]]])
+    target = np.concatenate([taking[near[1]], taking[~near[1]]])
+    level = source // ranks
+    key = ((source % ranks) * ranks + target % ranks) * levels + (levels - 1 - level)
+    key, number = np.unique(key, return_counts=True)
+    pair, level = key // levels, levels - 1 - key % levels
+    return pair // ranks, pair % ranks, level, number
+
+
+# The decision
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What attack and exchange take. The same on all ranks, or some would wait for an exchange that others leave out.
+
+    Attributes:
+        row_seconds: for one sample in one attack step.
+        step_seconds: for an attack step, however many samples take it.
+        sample_bytes: of one sample that is attacked elsewhere, there and back (`sample_bytes`).
+        latency_seconds: of one all-to-all, however little it carries; an exchange has two.
+        bytes_per_second: that a rank sends while it receives as many.
+
+    Raises:
+        ValueError: a number is not finite or negative, or bytes_per_second is 0.
+    """
+
+    row_seconds: float
+    step_seconds: float
+    sample_bytes: float
+    latency_seconds: float
+    bytes_per_second: float
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name} must be a finite number of at least 0, got {value}")
+        if self.bytes_per_second == 0:
+            raise ValueError("bytes_per_second must be above 0")
+
+    def attack_seconds(self, counts: Tensor) -> Tensor:
+        """[N] float64: each rank's attack on counts [N, n+1] of samples; a step that no sample takes costs nothing."""
+        levels = torch.arange(counts.shape[1])
+        longest = (levels * (counts > 0)).amax(dim=1)
+        return self.row_seconds * (counts * levels).sum(dim=1).double() + self.step_seconds * longest.double()
+
+    def exchange_seconds(self, exchange: Exchange) -> float:
+        """There and back: two all-to-alls, as long as the rank with the most samples to send or to receive takes."""
+        if len(exchange.number) == 0:
+            return 0.0
+        return 2 * self.latency_seconds + exchange.busiest * self.sample_bytes / self.bytes_per_second
+
+
+def pays(exchange: Exchange, costs: Costs) -> bool:
+    """Whether the slowest rank's attack becomes shorter by more than the exchange takes."""
+    saved = costs.attack_seconds(exchange.counts).max() - costs.attack_seconds(exchange.quotas).max()
+    return float(saved) > costs.exchange_seconds(exchange)
+
+
+def sample_bytes(clean: Tensor, target: Tensor) -> int:
+    """What one sample that is attacked elsewhere carries: x, start, target and step size there, x' and its flag back.
+
+    Args:
+        clean: [m, ...] images, target: [m, K].
+    """
+    image = math.prod(clean.shape[1:]) * clean.element_size()
+    return 3 * image + target.shape[1] * target.element_size() + 8 + 4
+
+
+def measured_costs(
+    attack: Callable[[int], object], rows: int, clean: Tensor, target: Tensor, group: dist.ProcessGroup | None = None
+) -> Costs:
+    """By the clock: the same on all ranks, since they take the mean of theirs. Every rank of the group must call it.
+
+    For once before a training: it waits for the device. The bytes per second hold the latency too, and so are too few.
+
+    Args:
+        attack: `attack(n)` takes one attack step on n samples.
+        rows: ≥ 2, of the usual minibatch.
+        clean: [m, ...] images, target: [m, K], like those of the training and on its device.
+
+    Raises:
+        TypeError or ValueError: rows is no integer of at least 2.
+    """
+    few, many = max(1, step_count("rows", rows, least=2) // 4), rows
+    size, ranks = sample_bytes(clean, target), dist.get_world_size(group)
+    parcel = torch.zeros(PARCEL, size, dtype=torch.uint8, device=clean.device)
+    to_next, from_last = ([0] * ranks for _ in range(2))
+    to_next[(dist.get_rank(group) + 1) % ranks] = from_last[dist.get_rank(group) - 1] = PARCEL
+    works: list[Callable[[], object]] = [
+        lambda: attack(few),
+        lambda: attack(many),
+        lambda: dist.all_to_all_single(parcel[:0].clone(), parcel[:0], [0] * ranks, [0] * ranks, group=group),
+        lambda: dist.all_to_all_single(parcel.clone(), parcel, from_last, to_next, group=group),
+    ]
+    seconds: list[list[float]] = [[] for _ in works]
+    for _ in range(WARM + ROUNDS):
+        for work, times in zip(works, seconds, strict=True):
+            dist.barrier(group)  # or the wait for a slower rank would be measured
+            began = now(clean)
+            work()
+            times.append(now(clean) - began)
+    mine = torch.tensor([statistics.median(t[WARM:]) for t in seconds], dtype=torch.float64, device=clean.device)
+    of_all = [torch.empty_like(mine) for _ in range(ranks)]
+    dist.all_gather(of_all, mine, group=group)
+    of_few, of_many, of_nothing, of_parcel = torch.stack(of_all).cpu().mean(dim=0).tolist()
+    per_row = max(0.0, (of_many - of_few) / (many - few))
+    per_step = max(0.0, of_few - few * per_row)
+    return Costs(per_row, per_step, size, of_nothing, PARCEL * size / of_parcel)
+
+
+# The exchange
+
+
+@dataclass(frozen=True, eq=False)
+class Route:
+    """One all-to-all of a rank: which rows it sends, and where in its new batch they and others end up.
+
+    Attributes:
+        leaving: [sent] int64, rows of the old batch in the order of sending.
+        sent, received: rows to and from each of the N ranks.
+        order: [new] int64: new row i is row order[i] of the old batch and the received rows behind it.
+    """
+
+    leaving: Tensor
+    sent: list[int]
+    received: list[int]
+    order: Tensor
+
+    def carry(self, tensors: Sequence[Tensor], group: dist.ProcessGroup | None) -> list[Tensor]:
+        """Each tensor's new rows, in the tensors' own memory formats. Every rank of the group must call it.
+
+        Everything travels as bytes in one all-to-all, so that any dtype does, to the bit. The host waits for nothing
+        but for what the group's backend waits for.
+
+        Args:
+            tensors: [old, ...] each, on one device. On all ranks their shapes but for `old`, and their dtypes, agree.
+        """
+        device = tensors[0].device
+        leaving, order = (_to(index, device) for index in (self.leaving, self.order))
+        parcels = [_bytes_of(t.detach()[leaving]) for t in tensors]
+        parcel = torch.cat(parcels, dim=1)
+        arrived = parcel.new_empty(sum(self.received), parcel.shape[1])
+        dist.all_to_all_single(arrived, parcel, self.received, self.sent, group=group)
+        widths = [p.shape[1] for p in parcels]
+        news = []
+        for own, rows in zip(tensors, arrived.split(widths, dim=1), strict=True):
+            guests = rows.clone(memory_format=torch.contiguous_format).view(own.dtype).view(len(rows), *own.shape[1:])
+            new = torch.cat([own.detach(), guests])[order]
+            news.append(new.contiguous(memory_format=dense_format(own) or torch.contiguous_format))
+        return news
+
+
+def routes(exchange: Exchange, rank: int) -> tuple[Route, Route]:
+    """A rank's way out and its way home.
+
+    Out: from its samples in sorted order to those that it attacks, by descending steps, first its own and then those of
+    others by their ranks. Of each step count its last samples leave, to the lowest rank first. Samples without steps
+    are not attacked. Home: from what it attacked, followed by the starts of its own samples, to the x' of its own.
+    """
+    most = exchange.counts.shape[1] - 1
+    levels = np.arange(most, 0, -1)
+    have = exchange.counts[rank].numpy()[levels]
+    to, by = (moves.numpy()[:, levels] for moves in (exchange.outgoing(rank), exchange.incoming(rank)))
+    staying = have - to.sum(axis=0)
+    begin = have.cumsum() - have  # of each level in sorted order
+    # the j-th sample to go to rank r at level k lies behind those that stay and those that go to ranks below r
+    leaving = _ranges((begin + staying + to.cumsum(axis=0) - to).ravel(), to.ravel())
+    own = _ranges(begin, staying)
+    own_level, guest_level = np.repeat(levels, staying), np.repeat(np.tile(levels, len(by)), by.ravel())
+    order = np.argsort(-np.concatenate([own_level, guest_level]), kind="stable")
+    m, sent, received = int(exchange.counts[rank].sum()), to.sum(axis=1).tolist(), by.sum(axis=1).tolist()
+    attacked = len(order)
+    place = np.empty(attacked, dtype=np.int64)  # in the attacked batch, of own samples that stay and then of guests
+    place[order] = np.arange(attacked)
+    home = attacked + np.arange(m)  # the start, for those without steps
+    home[own] = place[: len(own)]
+    home[leaving] = attacked + m + np.arange(len(leaving))
+    there = Route(_index(leaving), sent, received, _index(np.concatenate([own, m + np.arange(sum(received))])[order]))
+    return there, Route(_index(place[len(own) :]), received, sent, _index(home))
+
+
+@dataclass(frozen=True, eq=False)
+class Rebalanced:
+    """What this rank attacks: its own samples with steps that stay, and those of others.
+
+    Attributes:
+        clean, start: [a, ...] and target: [a, K], in the schedule's order.
+        schedule: of these a samples; they need no reordering.
+    """
+
+    clean: Tensor
+    start: Tensor
+    target: Tensor
+    schedule: Schedule
+    _own_start: Tensor
+    _home: Route
+    _group: dist.ProcessGroup | None
+
+    def bring_home(self, x_adv: Tensor, faulty: Tensor) -> tuple[Tensor, Tensor]:
+        """x' [m, ...] and the flags [m] int32 of this rank's own samples, in its own sorted order.
+
+        Those without steps are as they started, and not faulty. Every rank of the group must call it.
+
+        Args:
+            x_adv: [a, ...] and faulty: [a] int32, of what this rank attacked.
+
+        Raises:
+            ValueError: a shape is not that, or a dtype.
+        """
+        for name, given, like in (("x_adv", x_adv, self.start), ("faulty", faulty, self.schedule.steps.int())):
+            if given.shape != like.shape or given.dtype != like.dtype:
+                raise ValueError(
+                    f"{name} must be {like.dtype} of shape {list(like.shape)}, "
+                    f"got {given.dtype} of shape {list(given.shape)}"
+                )
+        own = self._own_start
+        images = torch.cat([x_adv.detach(), own])
+        flags = torch.cat([faulty, faulty.new_zeros(len(own))])
+        x_home, faulty_home = self._home.carry([images, flags], self._group)
+        return x_home.contiguous(memory_format=dense_format(own) or torch.contiguous_format), faulty_home
+
+
+def send_out(
+    clean: Tensor,
+    start: Tensor,
+    target: Tensor,
+    step_size: Tensor,
+    exchange: Exchange,
+    group: dist.ProcessGroup | None = None,
+) -> Rebalanced:
+    """Hand this rank's surplus to others and take in theirs. Every rank of the group must call it with the same plan.
+
+    Args:
+        clean, start: [m, ...] this rank's images and starts in sorted order, that is by descending steps.
+        target: [m, K] and step_size: [m] float64 in the same order.
+        exchange: the plan, whose rank r is the group's.
+        group: the ranks; None for all.
+
+    Raises:
+        ValueError: the plan is not for so many ranks, or a tensor does not hold this rank's m samples.
+    """
+    ranks, rank = dist.get_world_size(group), dist.get_rank(group)
+    if exchange.ranks != ranks:
+        raise ValueError(f"exchange must be a plan for the group's {ranks} ranks, got one for {exchange.ranks}")
+    m = int(exchange.counts[rank].sum())
+    for name, values in (("clean", clean), ("start", start), ("target", target), ("step_size", step_size)):
+        if len(values) != m:
+            raise ValueError(f"{name} must hold the {m} samples that the plan counts, got shape {list(values.shape)}")
+    there, home = routes(exchange, rank)
+    x, begin, goal, sizes = there.carry([clean, start, target, step_size], group)
+    quota = exchange.quotas[rank].flip(0)[:-1]  # by descending steps, without those of 0
+    steps = torch.arange(len(quota), 0, -1).repeat_interleave(quota)
+    active = tuple(n for n in quota.cumsum(0).flip(0).tolist() if n)
+    schedule = Schedule(None, _to(steps, clean.device), sizes, active)
+    return Rebalanced(x, begin, goal, schedule, start.detach(), home, group)
+
+
+def _ranges(begin: np.ndarray, length: np.ndarray) -> np.ndarray:
+    """begin[0], begin[0]+1, ... so many as length[0]; then those of 1, and so on."""
+    before = length.cumsum() - length
+    return np.repeat(begin - before, length) + np.arange(int(length.sum()))
+
+
+def _index(values: np.ndarray) -> Tensor:
+    return torch.from_numpy(values.astype(np.int64, copy=False))
+
+
+def _to(index: Tensor, device: torch.device) -> Tensor:
+    """On the device; the host does not wait for the copy."""
+    return index.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else index.to(device)
+
+
+def _bytes_of(rows: Tensor) -> Tensor:
+    """[n, bytes of a row] uint8."""
+    width = math.prod(rows.shape[1:])
+    return rows.contiguous().view(len(rows), width).view(torch.uint8)

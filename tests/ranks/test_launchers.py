@@ -1,0 +1,70 @@
+"""What the README shows for Accelerate and Lightning, as it stands there, in two processes started by torchrun."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+README = Path(__file__).parents[2] / "README.md"
+BEFORE = """
+import json, sys
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+from small_models import batch, build
+from bt_fast import BulletTrain, trades_loss
+
+torch.set_num_threads(1)
+model = build(dtype=torch.float32)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+images, labels = batch(24, dtype=torch.float32)
+loader = DataLoader(TensorDataset(images, labels), batch_size=4)
+"""
+ACCELERATE = """
+import os
+os.environ["ACCELERATE_USE_CPU"] = "true"
+from accelerate import Accelerator
+"""
+LIGHTNING = "import lightning\n"
+FIT = """
+quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+trainer = lightning.Trainer(max_epochs=1, accelerator="cpu", devices=2, strategy="ddp", **quiet)
+classifier = RobustClassifier(model)
+trainer.fit(classifier, loader)
+bullet = classifier.bullet
+"""
+AFTER = """
+parameters = torch.cat([p.detach().flatten() for p in model.parameters()]).double()
+rank = torch.distributed.get_rank()
+found = [bullet.group_counts.tolist(), float(bullet.robust_fraction), float(parameters.sum())]
+open(f"{sys.argv[1]}/{rank}.json", "w").write(json.dumps(found))
+"""
+
+
+def shown(name):
+    """The README's Python block behind the comment of that name."""
+    text = README.read_text()
+    begin = text.index("```python\n", text.index(f"<!-- {name} -->")) + len("```python\n")
+    return text[begin : text.index("```\n", begin)]
+
+
+SCRIPTS = {
+    "accelerate": BEFORE + ACCELERATE + shown("accelerate") + AFTER,
+    "lightning": BEFORE + LIGHTNING + shown("lightning") + FIT + AFTER,
+}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_what_the_readme_shows_trains_on_two_ranks_together(name, tmp_path):
+    pytest.importorskip(name)
+    script = tmp_path / "script.py"
+    script.write_text(f"import sys\nsys.path.insert(0, {str(Path(__file__).parents[1])!r})\n{SCRIPTS[name]}")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run([*launch, str(script), str(tmp_path)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert first == second
+    counts, robust_fraction, _ = first
+    assert sum(counts) == 24
+    assert 0 < robust_fraction < 1

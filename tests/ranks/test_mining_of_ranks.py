@@ -1,0 +1,204 @@
+"""N ranks that mine together assign what one process would with all of their samples."""
+
+import copy
+import io
+
+import pytest
+import torch
+import torch.distributed as dist
+from gloo_ranks import RankError, run_ranks
+from small_models import Undefined, build, with_bright
+
+from bt_fast import BulletTrain, Gaussian, Schedule, trades_loss
+
+EPSILON = 0.1
+RULES = {
+    "the paper's": {},
+    "margin and Gaussian": {"metric": "margin", "policy": Gaussian(0.7)},
+    "uniform": {"policy": "uniform"},
+}
+
+
+def minibatches(sizes, seed, dtype=torch.float32):
+    """Clean and adversarial logits and labels of ranks with so many samples."""
+    g = torch.Generator().manual_seed(seed)
+    found = []
+    for m in sizes:
+        z, y = torch.randn(m, 5, generator=g, dtype=torch.float64).to(dtype) * 2, torch.randint(5, (m,), generator=g)
+        z = torch.where(torch.rand(m, 1, generator=g) < 0.6, z + 3 * torch.nn.functional.one_hot(y, 5), z)
+        found.append((z, z.flip(0), y))
+    return found
+
+
+def mined(bullet, z, z_adv, y):
+    """An assignment and an update, as plain values."""
+    a = bullet.assign(z, y, epsilon=EPSILON)
+    bullet.update(z_adv, y)
+    schedule = Schedule.from_assignment(a)
+    return {
+        "group": a.group,
+        "steps": a.steps,
+        "step_size": a.step_size,
+        "threshold": a.threshold,
+        "order": a.order,
+        "active": schedule.active,
+        "sizes": a.group_sizes,
+        "spread": a.steps_of_ranks,
+    }
+
+
+def states(bullet):
+    return {**{k: v.clone() for k, v in bullet.state_dict().items()}, "mean_steps": bullet.mean_steps}
+
+
+def together(rule, rounds, dtype):
+    bullet = BulletTrain(4, 2, 1, **RULES[rule], process_group=dist.group.WORLD)
+    found = []
+    for seed, sizes in enumerate(rounds):
+        own = minibatches(sizes, seed, dtype)[dist.get_rank()]
+        found.append(mined(bullet, *own) | states(bullet))
+    return found
+
+
+def alone(rule, rounds, dtype):
+    bullet = BulletTrain(4, 2, 1, **RULES[rule])
+    found = []
+    for seed, sizes in enumerate(rounds):
+        whole = [torch.cat(parts) for parts in zip(*minibatches(sizes, seed, dtype), strict=True)]
+        found.append(mined(bullet, *whole) | states(bullet))
+    return found
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(
+    ("rounds", "dtype"),
+    [
+        ([(8, 8)] * 5, torch.float32),
+        ([(7, 9), (9, 3), (1, 9)], torch.float64),
+        ([(6, 6, 6, 6)] * 3 + [(6, 1, 2, 5)], torch.float64),
+    ],
+    ids=["2 ranks", "2 uneven ranks", "4 ranks"],
+)
+def test_the_groups_are_those_of_one_process_with_all_samples(rule, rounds, dtype):
+    count = len(rounds[0])
+    of_ranks, expected = run_ranks(count, together, rule, rounds, dtype), alone(rule, rounds, dtype)
+    for step, one in enumerate(expected):
+        each = [of_rank[step] for of_rank in of_ranks]
+        for name in ("group", "steps", "step_size"):
+            assert torch.equal(torch.cat([e[name] for e in each]), one[name])
+        for e, m in zip(each, rounds[step], strict=True):
+            assert torch.equal(e["threshold"], one["threshold"])
+            assert torch.equal(e["order"], e["steps"].sort(descending=True, stable=True).indices)
+            assert e["active"] == tuple(int((e["steps"] > t).sum()) for t in range(4))
+            assert e["sizes"] == tuple(int((e["group"] == group).sum()) for group in range(3))
+            assert e["spread"].tolist() == [torch.bincount(other["steps"], minlength=5).tolist() for other in each]
+            assert e["spread"].sum(dim=1).tolist() == list(rounds[step])
+            assert m == len(e["group"])
+            for name in ("robust_fraction", "group_counts", "unreported_faults", "mean_steps"):
+                assert e[name] == one[name] if name == "mean_steps" else torch.equal(e[name], one[name])
+
+
+# What is wrong on one rank is told to all
+
+
+def with_a_fault(where, rank_of_fault):
+    """Messages of the errors of three assignments, of which the second is faulty on one rank."""
+    bullet, messages = BulletTrain(process_group=dist.group.WORLD), []
+    for step in range(3):
+        z, z_adv, y = minibatches((4, 4), step)[dist.get_rank()]
+        faulty = step == 1 and dist.get_rank() == rank_of_fault
+        if faulty and where == "logits":
+            z[2] = torch.nan
+        if faulty and where == "labels":
+            y[1] = 7
+        if faulty and where == "corrupted logits":
+            z_adv[0] = torch.nan
+        if faulty and where == "too many":
+            z, z_adv, y = (torch.cat([v, v]) for v in (z, z_adv, y))
+        before = states(bullet)
+        try:
+            bullet.assign(z, y)
+            messages.append(None)
+        except ValueError as error:
+            messages.append(str(error))
+            assert torch.equal(states(bullet)["group_counts"], before["group_counts"])
+        bullet.update(z_adv, y.clamp(max=4))
+    return messages, float(bullet.robust_fraction)
+
+
+@pytest.mark.parametrize(
+    ("where", "step", "message"),
+    [
+        ("logits", 1, "rank 1: logits must be finite, but 1 of 4 rows"),
+        ("labels", 1, "rank 1: labels must lie in 0..4, but 1 of 4 do not"),
+        ("corrupted logits", 2, "an earlier update met NaN logits"),
+        ("too many", 1, "rank 1: minibatches must have at most 4 samples"),
+    ],
+)
+def test_a_fault_of_one_rank_is_raised_on_all_and_the_next_minibatch_is_sound(where, step, message):
+    (first, f_r), (second, same) = run_ranks(2, with_a_fault, where, 1)
+    assert first == second
+    assert f_r == same
+    assert [found is not None for found in first] == [k == step for k in range(3)]
+    assert first[step].startswith(message)
+
+
+# Its state
+
+
+def saved_by_one_rank():
+    """Rank 0 alone saves, copies and prints while a sum is on its way; then both go on."""
+    bullet = BulletTrain(process_group=dist.group.WORLD)
+    z, z_adv, y = minibatches((4, 4), 0)[dist.get_rank()]
+    bullet.assign(z, y)
+    bullet.update(z_adv, y)
+    found = {}
+    if dist.get_rank() == 0:
+        file = io.BytesIO()
+        torch.save(bullet.state_dict(), file)
+        found["saved"] = torch.load(io.BytesIO(file.getvalue()), weights_only=True)["robust_fraction"]
+        twin = copy.deepcopy(bullet)
+        assert twin.ranks is bullet.ranks
+        found["copied"] = twin.robust_fraction.clone()
+    bullet.assign(z, y)
+    return found | {"robust_fraction": bullet.robust_fraction.clone()}
+
+
+def test_one_rank_saves_what_all_have():
+    first, second = run_ranks(2, saved_by_one_rank)
+    assert first["saved"] == first["copied"] == first["robust_fraction"] == second["robust_fraction"] > 0
+
+
+def test_what_is_no_process_group_is_refused():
+    with pytest.raises(TypeError, match="process_group must be"):
+        BulletTrain(process_group="world")
+
+
+def with_an_oracle():
+    BulletTrain(policy="oracle", process_group=dist.group.WORLD)
+
+
+def test_an_oracle_has_no_group():
+    with pytest.raises(RankError, match="policy must not be an Oracle in a process group"):
+        run_ranks(1, with_an_oracle)
+
+
+def with_a_gradient_of_nan():
+    """What the losses of three minibatches raise; in the second rank 1 has images without a gradient."""
+    model, messages = build(Undefined), []
+    bullet = BulletTrain(2, 1, 0, process_group=dist.group.WORLD)
+    for step in range(3):
+        x, y = with_bright([1, 2] if dist.get_rank() == 1 and step == 1 else [])
+        try:
+            trades_loss(model, x, y, None, 0.02, 0.05, bullet=bullet)
+            messages.append(None)
+        except ValueError as error:
+            messages.append(str(error))
+    return messages
+
+
+def test_gradients_of_nan_on_one_rank_are_raised_on_all_by_the_next_minibatch():
+    first, second = run_ranks(2, with_a_gradient_of_nan)
+    assert first == second
+    assert first[:2] == [None, None]
+    assert first[2].startswith("the model's input gradient must be finite, but held NaN for ")

@@ -1,0 +1,161 @@
+"""N ranks with m samples each train as one process with N·m."""
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.nn.functional as across
+from gloo_ranks import run_ranks
+from small_models import CLASSES, batch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from bt_fast import BulletTrain, Frozen, augmix_loss, mart_loss, pgd_loss, trades_loss
+from bt_fast.baselines.fast import fast_loss
+from bt_fast.baselines.grad_align import grad_align
+
+M = 12  # of the whole minibatch
+CLOSE = {"rtol": 0, "atol": 1e-10}
+
+
+class NormOfAll(nn.Module):
+    """A batch norm over all ranks' samples, with gradient: `SyncBatchNorm` wants a GPU."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
+        self.register_buffer("mean", torch.zeros(channels))
+        self.register_buffer("variance", torch.ones(channels))
+
+    def forward(self, x):
+        mean, variance = self.mean, self.variance
+        if self.training:
+            sums = torch.cat([x.sum((0, 2, 3)), x.square().sum((0, 2, 3)), x.new_full((1,), x.numel() / x.shape[1])])
+            if dist.is_initialized():
+                sums = across.all_reduce(sums)
+            mean, square = (sums[:-1] / sums[-1]).chunk(2)
+            variance = square - mean.square()
+            with torch.no_grad():
+                self.mean.lerp_(mean, 0.1)
+                self.variance.lerp_(variance, 0.1)
+        scale = (self.weight / (variance + 1e-5).sqrt()).view(-1, 1, 1)
+        return (x - mean.view(-1, 1, 1)) * scale + self.bias.view(-1, 1, 1)
+
+
+def convolutional(norm):
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3, padding=1), norm(4), nn.ReLU(), nn.Conv2d(4, 4, 3, stride=2), nn.ReLU(), nn.Flatten(),
+        nn.Linear(16, CLASSES),
+    ).double()  # fmt: skip
+
+
+def plain():
+    return convolutional(lambda channels: nn.GroupNorm(2, channels))
+
+
+def normed():
+    return convolutional(NormOfAll)
+
+
+OPTIONS = {"epsilon": 0.1, "step_size": 0.03}
+LOSSES = {
+    "trades": (trades_loss, {"beta": 6.0}),
+    "trades, skip": (trades_loss, {"unperturbed": "skip"}),
+    "trades, l_2 from a uniform start": (trades_loss, {"distance": "l_2", "epsilon": 0.5, "start": "uniform"}),
+    "mart": (mart_loss, {}),
+    "pgd, frozen": (pgd_loss, {"frozen": Frozen()}),
+}
+
+
+def trained(model, loss_of, x, y, numbers, bullet, generator, **options):
+    """Losses, gradients and states of three iterations of SGD. In ℓ2 the attack draws too: starts go by numbers."""
+    optimizer, found = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9), []
+    for step in range(3):
+        given = OPTIONS | {"bullet": bullet, "generator": generator} | options
+        if given.get("distance") == "l_2":
+            given["samples"] = numbers[step]
+        loss = loss_of(model, x[step], y[step], optimizer, **given)
+        loss.backward()
+        optimizer.step()
+        found.append(
+            {
+                "loss": loss.detach(),
+                "gradients": [p.grad.clone() for p in model.parameters()],
+                "parameters": [p.detach().clone() for p in model.parameters()],
+                "buffers": [b.clone() for b in model.buffers()],
+                "bullet": {k: v.clone() for k, v in bullet.state_dict().items()},
+            }
+        )
+    return found
+
+
+def data(count, rank):
+    """Three minibatches, and of them a rank's share."""
+    x, y = batch(3 * M, seed=3)
+    x, y = x.view(3, M, *x.shape[1:]), y.view(3, M)
+    each = M // count
+    own = slice(rank * each, rank * each + each)
+    return x[:, own], y[:, own], torch.arange(100, 100 + 3 * M).view(3, M)[:, own]
+
+
+def on_ranks(name, build):
+    loss_of, options = LOSSES[name]
+    model = DistributedDataParallel(build())
+    bullet = BulletTrain(3, 1, 0, gamma=1.0, momentum=0.5, process_group=dist.group.WORLD)
+    generator = torch.Generator().manual_seed(dist.get_rank())  # rank 0's is everyone's
+    return trained(model, loss_of, *data(dist.get_world_size(), dist.get_rank()), bullet, generator, **options)
+
+
+@pytest.mark.parametrize("build", [plain, normed])
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("count", [2, 4])
+def test_ranks_train_as_one_process(name, build, count):
+    if build is normed and "skip" in name:
+        pytest.skip("which ranks run a corrupted forward is a matter of each: only SyncBatchNorm itself is told")
+    loss_of, options = LOSSES[name]
+    bullet = BulletTrain(3, 1, 0, gamma=1.0, momentum=0.5)
+    expected = trained(build(), loss_of, *data(1, 0), bullet, torch.Generator().manual_seed(0), **options)
+    of_ranks = run_ranks(count, on_ranks, name, build)
+    assert bullet.group_counts.min() > 0
+    for step, one in enumerate(expected):
+        each = [found[step] for found in of_ranks]
+        torch.testing.assert_close(sum(e["loss"] for e in each) / count, one["loss"], **CLOSE)
+        for e in each:
+            torch.testing.assert_close(e["gradients"], one["gradients"], **CLOSE)
+            torch.testing.assert_close(e["parameters"], one["parameters"], **CLOSE)
+            torch.testing.assert_close(e["buffers"], one["buffers"], **CLOSE)
+            for key, value in one["bullet"].items():
+                assert torch.equal(e["bullet"][key], value), key
+
+
+def wrapped_losses(build, wrap):
+    """The objectives without BulletTrain or with their own, and GradAlign's term."""
+    torch.manual_seed(1)
+    model = build()
+    model = DistributedDataParallel(model, broadcast_buffers=True) if wrap else model
+    x, y = batch(8)
+    images = x.repeat(1, 1, 4, 4)[..., :16, :16].float()
+    found = []
+    for loss_of in (
+        lambda: trades_loss(model, x, y, None, **OPTIONS),
+        lambda: mart_loss(model, x, y, None, **OPTIONS),
+        lambda: pgd_loss(model, x, y, None, **OPTIONS),
+        lambda: fast_loss(pgd_loss, model, x, y, None, epsilon=0.1) + 0.2 * grad_align(model, x, y, epsilon=0.1),
+        lambda: augmix_loss(model.float(), images[..., :6, :6], y, bullet=BulletTrain(1, 0, 0)),
+    ):
+        loss = loss_of()
+        model.zero_grad()
+        loss.backward()
+        found.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
+    return found
+
+
+def batch_norm():
+    return convolutional(nn.BatchNorm2d)
+
+
+@pytest.mark.parametrize("build", [plain, batch_norm])
+def test_a_wrapped_model_of_one_rank_trains_as_the_model_itself(build):
+    (wrapped,) = run_ranks(1, wrapped_losses, build, True)
+    for found, expected in zip(wrapped, wrapped_losses(build, False), strict=True):
+        torch.testing.assert_close(found, expected, **CLOSE)
