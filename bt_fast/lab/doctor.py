@@ -87,8 +87,9 @@ def probe(section: str, name: str, look: Callable[[], Sequence[Finding]]) -> Seq
 
 
 def said(error: BaseException) -> str:
-    """Type and first line of the message."""
-    return f"{type(error).__name__}: {(str(error).splitlines() or ['no message'])[0]}"
+    """Type and first line of the message; of a check, which has words of its own, the message."""
+    line = (str(error).splitlines() or ["no message"])[0]
+    return line if isinstance(error, AssertionError) else f"{type(error).__name__}: {line}"
 
 
 def versions(version_of: Callable[[str], str]) -> list[Finding]:
@@ -149,16 +150,12 @@ def read_nvml(load: Callable[[], Any]) -> Nvml:
         try:
             version, cuda = nvml.nvmlSystemGetDriverVersion(), int(nvml.nvmlSystemGetCudaDriverVersion_v2())
             handles = [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
-            names = tuple(_text(nvml.nvmlDeviceGetName(handle)) for handle in handles)
-            return Nvml(_text(version), (cuda // 1000, cuda % 1000 // 10), names)
+            names = tuple(nvml.nvmlDeviceGetName(handle) for handle in handles)
+            return Nvml(version, (cuda // 1000, cuda % 1000 // 10), names)
         finally:
             nvml.nvmlShutdown()
     except Exception as error:
         return Nvml(error=said(error), kind=type(error).__name__)
-
-
-def _text(value: str | bytes) -> str:
-    return value.decode() if isinstance(value, bytes) else value
 
 
 def pci_gpus(root: Path) -> int:
@@ -350,7 +347,7 @@ def self_check(checks: Sequence[Check], where: torch.device, seconds: float = SE
         try:
             done[check.op].append(largest_difference(check, check.cases()[name], where))
         except Exception as error:
-            done[check.op].append(f"{name}: {error if isinstance(error, AssertionError) else said(error)}")
+            done[check.op].append(f"{name}: {said(error)}")
             if lost_by(str(error)):
                 lost = f"the device was lost in {check.op}"
     return [_row(c, where, done[c.op], left[c.op], lost or f"{seconds:g} s were up: run it again") for c in checks]
@@ -371,10 +368,10 @@ def _row(check: Check, where: torch.device, done: list[str | float], left: int, 
     wrong = [d for d in done if isinstance(d, str)]
     rest = f"; {left} skipped, since {why_left}" if left else ""
     if wrong:
-        tests = (
+        full = (
             f"-m cuda tests/kernels -k {check.cuda_tests}" if where.type == "cuda" else f"tests/test_{check.tests}.py"
         )
-        return Finding("self-check", check.op, "FAILED", "; ".join(wrong) + rest, f"python -m pytest {tests}")
+        return Finding("self-check", check.op, "FAILED", "; ".join(wrong) + rest, f"python -m pytest {full}")
     if not done:
         return Finding("self-check", check.op, "skipped", why_left)
     count = "1 case" if len(done) == 1 else f"{len(done)} cases"
@@ -385,24 +382,22 @@ def _row(check: Check, where: torch.device, done: list[str | float], left: int, 
 def training_steps(steps: Sequence[StepCheck], where: torch.device, lost: str = "") -> list[Finding]:
     """One row for each way to execute a step of `trades_loss` with BulletTrain; none runs on a device that was lost."""
     found = []
-    reason: str | None = None
     for step in steps:
-        status, command, tests = (
-            "ok",
-            None,
-            "-m cuda tests/test_engine_on_cuda.py" if step.graphs else "tests/objectives",
-        )
-        try:
-            if lost or (reason := skip_reason(step, where)):
-                status, text = "skipped", lost or f"{reason}"
-            else:
-                text = f"3 updates, largest difference {step_difference(step, where):.1g}"
-        except Exception as error:
-            status, text = "FAILED", str(error) if isinstance(error, AssertionError) else said(error)
-            lost = "the device was lost" if lost_by(text) else ""
-            command = f"python -m pytest {tests}"
-        found.append(Finding("a training step", step.name, status, text, command))
+        found.append(_training_step(step, where, lost))
+        if found[-1].status == "FAILED" and lost_by(found[-1].text):
+            lost = "the device was lost"
     return found
+
+
+def _training_step(step: StepCheck, where: torch.device, lost: str) -> Finding:
+    try:
+        if reason := lost or skip_reason(step, where):
+            return Finding(SECTIONS[-1], step.name, "skipped", reason)
+        text = f"3 updates, largest difference {step_difference(step, where):.1g}"
+        return Finding(SECTIONS[-1], step.name, "ok", text)
+    except Exception as error:
+        tests = "-m cuda tests/test_engine_on_cuda.py" if step.graphs else "tests/objectives"
+        return Finding(SECTIONS[-1], step.name, "FAILED", said(error), f"python -m pytest {tests}")
 
 
 # The report
