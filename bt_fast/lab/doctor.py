@@ -307,20 +307,14 @@ def cache(folder: Path, needed: bool) -> list[Finding]:
 # What runs
 
 
-def why_plain(where: torch.device, triton: bool) -> str | None:
-    """Why no kernel runs on the device, or None."""
-    if where.type != "cuda":
-        return f"kernels are CUDA's, and the device is {where}"
-    return None if triton else "triton is not installed"
-
-
 def fused(checks: Sequence[Check], where: torch.device, triton: bool) -> list[Finding]:
     """One row for each op: the fused kernel or plain torch, and why."""
-    reason = why_plain(where, triton)
-    if reason is None:
+    if where.type == "cuda" and triton:
         text = "fused kernel for {}; anything else, float64 too, in plain torch"
         return [Finding("fused or plain", c.op, "ok", text.format(c.fused)) for c in checks]
-    command = "python -m pip install triton" if where.type == "cuda" else None
+    reason, command = f"kernels are CUDA's, and the device is {where}", None
+    if where.type == "cuda":
+        reason, command = "triton is not installed", "python -m pip install triton"
     return [Finding("fused or plain", c.op, "note", f"plain torch: {reason}", command) for c in checks]
 
 

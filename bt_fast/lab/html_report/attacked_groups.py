@@ -6,10 +6,10 @@ import statistics
 from collections.abc import Callable, Sequence
 
 from bt_fast.lab.html_report import drawing
-from bt_fast.lab.html_report.charts import GROUP_STYLES, HEIGHT, SHARE, left_out, over_iterations, panel, thinned
+from bt_fast.lab.html_report.charts import GROUP_STYLES, HEIGHT, SHARE, left_out, over_iterations, thinned
 from bt_fast.lab.html_report.drawing import BOTTOM, TOP
 from bt_fast.lab.html_report.loading import LoadedRun, Record
-from bt_fast.lab.html_report.markup import Html, table
+from bt_fast.lab.html_report.markup import Html, panel, table
 from bt_fast.lab.html_report.numbers import percent, plain
 
 ABOUT_GROUPS = (

@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from bt_fast.lab.html_report import drawing
 from bt_fast.lab.html_report.drawing import BOTTOM, DASHES, TOP, WIDTH, Point, Style
 from bt_fast.lab.html_report.loading import LoadedRun, Record, Result
-from bt_fast.lab.html_report.markup import Html, element, table
-from bt_fast.lab.html_report.numbers import UNKNOWN, duration, percent, plain
+from bt_fast.lab.html_report.markup import Html, element, note, panel, table
+from bt_fast.lab.html_report.numbers import duration, percent, plain
 
 DRAWN = 8  # methods in a chart, or charts of a run: more cannot be told apart; tables have all
 HEIGHT = 320
@@ -23,23 +23,12 @@ SHARE = "share of the minibatches (%)"
 _ROBUST_FRACTION = Style(4, 3, DASHES[3], hollow=True)
 
 Styles = Mapping[str, Style]
-_Recorded = tuple[LoadedRun, Result, list[Record]]
 
 
 def styles_of(runs: Sequence[LoadedRun]) -> dict[str, Style]:
     """A style for each method, the same in all runs and charts."""
     names = dict.fromkeys(result.name for run in runs for result in run.results)
     return {name: Style.of(i) for i, name in enumerate(names)}
-
-
-def panel(heading: str, *content: Html) -> Html:
-    """One of several things side by side."""
-    return element("div", element("h3", heading), *content, class_="panel")
-
-
-def note(text: str) -> Html:
-    """A remark, for instance why there is no chart."""
-    return element("p", text, class_="note")
 
 
 def row_name(run: LoadedRun, result: Result) -> str:
@@ -189,24 +178,27 @@ def _outside(box: tuple[float, ...]) -> float:
 
 def fractions(runs: Sequence[LoadedRun]) -> list[Html]:
     """A panel for each method with BulletTrain."""
-    found = [(run, result, run.of_kind("fractions", result.name)) for run in runs for result in run.results]
-    found = [item for item in found if item[2]]
-    if not found:
-        return [note("No method of these runs recorded fractions: they are of BulletTrain, every ten iterations.")]
-    kept, rest = _first_of_each_run(found)
-    return [panel(f"{row_name(run, x)}: {x.label}", _fractions(run, x, records)) for run, x, records in kept] + rest
+    without = "No method of these runs recorded fractions: they are of BulletTrain, every ten iterations."
+    return _of_methods(runs, "fractions", _fractions, without)
 
 
-def _first_of_each_run(found: list[_Recorded]) -> tuple[list[_Recorded], list[Html]]:
-    """Those that are drawn, and a note on the others."""
-    count: collections.Counter[str] = collections.Counter()
-    kept: list[_Recorded] = []
-    left: list[_Recorded] = []
-    for item in found:
-        count[item[0].letter] += 1
-        (kept if count[item[0].letter] <= DRAWN else left).append(item)
-    names = ", ".join(row_name(run, result) for run, result, _ in left)
-    return kept, [note(f"Drawn are the first {DRAWN} of each run; not drawn: {names}.")] if left else []
+def _of_methods(
+    runs: Sequence[LoadedRun], kind: str, chart: Callable[[LoadedRun, Result, list[Record]], Html], without: str
+) -> list[Html]:
+    """A panel for each method with records of that kind, up to DRAWN of a run, and a note on the others; or a remark.
+
+    Args:
+        without: the remark, where there is no such record.
+    """
+    panels, left = [], []
+    for run in runs:
+        recorded = [(result, records) for result in run.results if (records := run.of_kind(kind, result.name))]
+        for result, records in recorded[:DRAWN]:
+            panels.append(panel(f"{row_name(run, result)}: {result.label}", chart(run, result, records)))
+        left += [row_name(run, result) for result, _ in recorded[DRAWN:]]
+    if left:
+        panels.append(note(f"Drawn are the first {DRAWN} of each run; not drawn: {', '.join(left)}."))
+    return panels or [note(without)]
 
 
 def _fractions(run: LoadedRun, result: Result, records: list[Record]) -> Html:
@@ -272,12 +264,8 @@ def over_iterations(
 
 def allocations(runs: Sequence[LoadedRun]) -> list[Html]:
     """A panel for each method whose runs recorded the steps of each sample."""
-    found = [(run, result, run.of_kind("allocation", result.name)) for run in runs for result in run.results]
-    found = [item for item in found if item[2] and item[2][-1]["svar"]]
-    if not found:
-        return [note("Not recorded: runs with BulletTrain of this version record it after each epoch.")]
-    kept, rest = _first_of_each_run(found)
-    return [panel(f"{row_name(run, x)}: {x.label}", _allocation(run, x, records)) for run, x, records in kept] + rest
+    without = "Not recorded: runs with BulletTrain of this version record it after each epoch."
+    return _of_methods(runs, "allocation", _allocation, without)
 
 
 def _allocation(run: LoadedRun, result: Result, records: list[Record]) -> Html:
@@ -334,7 +322,7 @@ def _bin_table(
 def _course_table(title: str, records: list[Record]) -> Html:
     steps = sorted({n for r in records for n in r["steps"]})
     rows = [
-        [str(r["iteration"]), plain(r["threshold"]), plain(sum(r["svar"]) / len(r["svar"])) if r["svar"] else UNKNOWN]
+        [str(r["iteration"]), plain(r["threshold"]), plain(sum(r["svar"]) / len(r["svar"]))]
         + [str(r["steps"].count(n)) for n in steps]
         for r in records
     ]

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 from bt_fast.lab.corruptions import SEVERITIES
 from bt_fast.lab.html_report import drawing
-from bt_fast.lab.html_report.charts import DRAWN, HEIGHT, Styles, panel, undrawn
+from bt_fast.lab.html_report.charts import DRAWN, HEIGHT, Styles, undrawn
 from bt_fast.lab.html_report.drawing import BOTTOM, TOP
 from bt_fast.lab.html_report.loading import LoadedRun, Result
-from bt_fast.lab.html_report.markup import Html, element, table
+from bt_fast.lab.html_report.markup import Html, element, panel, table
 from bt_fast.lab.html_report.numbers import percent
 
 ABOUT_ERRORS = (

@@ -239,8 +239,8 @@ def _record(line: str, where: str) -> Record:
 
 def _check_allocation(record: Record, where: str) -> None:
     lists = [record.get(key) for key in ("svar", "steps")]
-    if not all(isinstance(values, list) for values in lists) or len(lists[0] or ()) != len(lists[1] or ()):
-        raise ValueError(f"{where}: svar and steps must be lists of the same length")
+    if not all(isinstance(values, list) for values in lists) or not 0 < len(lists[0] or ()) == len(lists[1] or ()):
+        raise ValueError(f"{where}: svar and steps must be lists of the same length, of at least 1")
     for key, low, high in (("svar", -1, 1), ("steps", 0, 2**63)):  # a variance of probabilities is below 1/4
         for value in record[key]:
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:

@@ -14,19 +14,10 @@ from typing import Any
 import bt_fast
 from bt_fast.lab.files import write_text
 from bt_fast.lab.html_report.attacked_groups import ABOUT_GROUPS, attacked_groups
-from bt_fast.lab.html_report.charts import (
-    Styles,
-    accuracy,
-    allocations,
-    fractions,
-    note,
-    row_name,
-    styles_of,
-    trade_off,
-)
+from bt_fast.lab.html_report.charts import Styles, accuracy, allocations, fractions, row_name, styles_of, trade_off
 from bt_fast.lab.html_report.corruption_errors import ABOUT_ERRORS, corruption_errors
 from bt_fast.lab.html_report.loading import LoadedRun, Result
-from bt_fast.lab.html_report.markup import Html, element, join, table
+from bt_fast.lab.html_report.markup import Html, element, join, note, table
 from bt_fast.lab.html_report.numbers import UNKNOWN, duration, percent, plain, shares, times
 from bt_fast.lab.html_report.style import style_sheet
 from bt_fast.lab.html_report.waterfall import waterfalls

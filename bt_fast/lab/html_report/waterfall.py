@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bt_fast.lab.html_report import drawing
-from bt_fast.lab.html_report.charts import note, panel
 from bt_fast.lab.html_report.loading import LoadedRun, Result
-from bt_fast.lab.html_report.markup import Html, element, table
+from bt_fast.lab.html_report.markup import Html, element, note, panel, table
 from bt_fast.lab.html_report.numbers import UNKNOWN, duration, percent, times
 
 _ROW, _BAR, _ABOVE = 72, 20, 42  # heights: of a row, of its bar, and of the two lines of text above the bar
