@@ -28,7 +28,7 @@ class TrainingEnergy:
 
     def __init__(self, device: torch.device | str, methods: Sequence[str]) -> None:
         self._monitor = PowerMonitor(device, INTERVAL)
-        self._unknown = self._monitor.reason
+        self._unknown: str | None = None
         self._steps: dict[str, list[Interval]] = {method: [] for method in methods}  # since samples were added up
         self._joules = dict.fromkeys(methods, 0.0)
         self._seconds = dict.fromkeys(methods, 0.0)
@@ -62,6 +62,7 @@ class TrainingEnergy:
 
     def add(self, method: str, step: Interval) -> None:
         """A step of the method, from when to when, in seconds of `time.perf_counter`."""
+        self._unknown = self._unknown or self._monitor.reason
         if self._unknown is None:
             self._steps[method].append(step)
 
@@ -72,30 +73,27 @@ class TrainingEnergy:
             self.__enter__()
 
     def _add_up(self) -> None:
-        if not any(self._steps.values()):
-            return
-        for method, steps in self._steps.items():
-            used = self._monitor.joules_during(steps)
-            if used is None or self._monitor.reason is not None:
-                self._unknown = self._why_unknown()
-                return
-            self._joules[method] += used
-            self._seconds[method] += sum(end - begin for begin, end in steps)
-            self._counts[method] += len(steps)
-        self._steps = {method: [] for method in self._steps}
-        (told,) = self._monitor.summary()
-        if told.shared is not None:
-            self._unknown = told.shared
-        elif told.power_source == "average" and len(self._steps) > 1:
-            self._unknown = "the GPU tells its power as an average over a second, in which several methods take steps"
+        taken, self._steps = self._steps, {method: [] for method in self._steps}
+        used = {method: self._monitor.joules_during(steps) for method, steps in taken.items() if steps}
+        self._unknown = self._why_unknown(used)
+        for method, joules in used.items():
+            self._joules[method] += joules or 0.0
+            self._seconds[method] += sum(end - begin for begin, end in taken[method])
+            self._counts[method] += len(taken[method])
 
-    def _why_unknown(self) -> str:
-        if self._monitor.reason is not None:
-            return self._monitor.reason
+    def _why_unknown(self, used: dict[str, float | None]) -> str | None:
+        """Why the joules of these methods' last steps are not known, or None."""
         told = self._monitor.summary()
+        if not used:
+            return None
         if not told:
             return "the GPU was lost"
-        return f"the GPU was lost ({told[0].lost})" if told[0].lost else "the GPU did not tell its power all the time"
+        if None in used.values():
+            lost = told[0].lost
+            return "the GPU did not tell its power all the time" if lost is None else f"the GPU was lost ({lost})"
+        if told[0].power_source == "average" and len(self._counts) > 1:
+            return "the GPU tells its power as an average over a second, in which several methods take steps"
+        return told[0].shared
 
     def state(self) -> dict[str, Any]:
         """What `load` takes."""
@@ -105,9 +103,9 @@ class TrainingEnergy:
     def load(self, state: dict[str, Any] | None) -> None:
         """Go on from what `state` returned; None is of a version that measured nothing."""
         if state is None:
-            self._unknown = self._unknown or "the run was begun by a version that did not measure it"
+            self._unknown = "the run was begun by a version that did not measure it"
             return
-        self._unknown = self._unknown or state["unknown"]
+        self._unknown = state["unknown"]
         for name, of_methods in self._sums().items():
             of_methods.update({method: state[name][method] for method in of_methods})
 

@@ -82,7 +82,7 @@ class Contestant:
         self._random = _random_state(device)
 
     def step(self, x: Tensor, y: Tensor) -> tuple[float, float]:
-        """One iteration on images [m, C, H, W] in [0, 1] and labels [m]: when it began and ended on the clock."""
+        """One iteration on images [m, C, H, W] in [0, 1] and labels [m]; when it began and ended, in seconds."""
         with self._own_random_stream():
             synchronize(self.device)
             start = time.perf_counter()

@@ -88,10 +88,10 @@ def added(*steps, methods="ab", device=A, blocks=1):
     return [found.joules(method) for method in methods], found.reason
 
 
-def resumed_from(state):
-    found = TrainingEnergy(A, "a")
+def resumed_from(state, device=A):
+    found = TrainingEnergy(device, "a")
     found.load(state)
-    return found.reason
+    return found.reason, found.joules("a")
 
 
 # Through a whole run
@@ -189,8 +189,19 @@ def test_a_checkpoint_of_a_version_that_measured_nothing_is_gone_on_with(tmp_pat
     test_training.run_to_the_end(folder, ALONE, resume=True)
 
 
+SUMS = {"joules": {"a": 7.0}, "seconds": {"a": 0.5}, "counts": {"a": 1}}
+
+
 def test_what_was_not_measured_before_a_break_stays_unknown(run):
-    assert run(STEADY, resumed_from, None) == "the run was begun by a version that did not measure it"
-    sums = {"joules": {"a": 0.0}, "seconds": {"a": 0.0}, "counts": {"a": 0}}
-    assert run(STEADY, resumed_from, {"unknown": "no driver", **sums}) == "no driver"
-    assert run(STEADY, resumed_from, {"unknown": None, **sums}) is None
+    assert run(STEADY, resumed_from, None) == ("the run was begun by a version that did not measure it", None)
+    assert run(STEADY, resumed_from, {"unknown": "no driver", **SUMS}) == ("no driver", None)
+    assert run(STEADY, resumed_from, {"unknown": None, **SUMS}) == (None, 7.0)
+
+
+def test_what_was_measured_stays_known_elsewhere_until_a_step_is_taken_there():
+    found = TrainingEnergy(CPU, "a")
+    found.load({"unknown": None, **SUMS})
+    with found:
+        assert found.joules("a") == 7.0
+        found.add("a", (0.0, 1.0))
+    assert (found.joules("a"), found.reason) == (None, "the device is the CPU, of which NVML tells nothing")

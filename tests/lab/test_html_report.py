@@ -712,19 +712,22 @@ def test_without_tensorboard_the_error_says_what_to_install(folders, tmp_path, m
     assert not out.exists()
 
 
-def test_scalars_are_those_of_the_records(folders, tmp_path):
+def test_scalars_are_those_of_the_records(tmp_path):
     module = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    arguments = (folders[0], "--out", tmp_path / "out.html", "--tensorboard", tmp_path / "events")
+    lines = [r | {"joules": 50.0 * r["epoch"]} if r["kind"] == "epoch" else r for r in records()]
+    run = write_run(tmp_path / "run", lines=lines)
+    arguments = (run, "--out", tmp_path / "out.html", "--tensorboard", tmp_path / "events")
     assert invoke(*arguments).exit_code == 0
     names = sorted(p.name for p in (tmp_path / "events").iterdir())
     assert names == ["A1-reference", "A2-optimised", "A3-bullet"]
     events = module.EventAccumulator(str(tmp_path / "events" / "A3-bullet")).Reload()
-    tags = {"accuracy/clean", "accuracy/robust", "loss"}
+    tags = {"accuracy/clean", "accuracy/robust", "loss", "joules"}
     tags |= {f"fractions/{key}" for key in ("boundary", "robust", "outlier", "robust_fraction")}
     assert set(events.Tags()["scalars"]) == tags
     first, second = events.Scalars("accuracy/robust")
     assert (first.step, second.step) == (10, 20)
     assert (first.value, second.value) == pytest.approx((0.55, 0.6))
+    assert [e.value for e in events.Scalars("joules")] == [50.0, 100.0]
     assert second.wall_time - first.wall_time == pytest.approx(12.0, abs=1e-3)  # seconds of training
     assert "not an empty folder" in error_of(*arguments)
 

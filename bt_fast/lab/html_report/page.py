@@ -23,7 +23,6 @@ from bt_fast.lab.html_report.style import style_sheet
 from bt_fast.lab.html_report.waterfall import waterfalls
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"  # a browser that follows it fetches nothing at all
-
 _NO_REASON = "the summary has no joules, and does not say why"
 
 
