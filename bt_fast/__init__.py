@@ -6,6 +6,8 @@ Algorithm and names follow "BulletTrain: Accelerating Robust Neural Network Trai
 
 from bt_fast.allocation import METRICS, POLICIES, Gaussian, Judged, Oracle
 from bt_fast.attack.auto import RUNNERS, AutoRunner
+from bt_fast.attack.balance import Costs
+from bt_fast.attack.balanced import Balance
 from bt_fast.attack.folded import Frozen
 from bt_fast.attack.generate import generate
 from bt_fast.attack.graphs import GraphRunner
@@ -29,7 +31,9 @@ __all__ = [
     "RUNNERS",
     "Assignment",
     "AutoRunner",
+    "Balance",
     "BulletTrain",
+    "Costs",
     "Fractions",
     "Frozen",
     "Gaussian",

@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from bt_fast import faults, ops
 from bt_fast.allocation import Oracle
+from bt_fast.attack.balanced import Balance, start_balanced_attack
 from bt_fast.attack.folded import Frozen, attack_model, independent
 from bt_fast.attack.frozen import clean_logits, logits_of, modes_restored
 from bt_fast.attack.generate import COMPARED, StartedAttack, start_attack
@@ -49,6 +50,7 @@ class Adversary:
         generator: on the images' device; for the start, and for the stand-in of a zero ℓ2 gradient.
         frozen: the view of the model that the attack sees; runner: how it is executed.
         samples: [m] int64, the samples' numbers, where their starts are to be decided by these and the seed alone.
+        balance: how the ranks of BulletTrain's process group share the attack out, if they do.
     """
 
     threat: ThreatModel
@@ -60,6 +62,7 @@ class Adversary:
     frozen: Frozen | None
     runner: Runner
     samples: Tensor | None
+    balance: Balance | None
 
     @classmethod
     def of_trades(
@@ -74,11 +77,12 @@ class Adversary:
         frozen: Frozen | None,
         runner: Runner,
         samples: Tensor | None,
+        balance: Balance | None,
     ) -> Adversary:
         """The generator of the TRADES code, which MART took over: in ℓ2 its step is 2ε/N."""
         if threat.norm == "l_2":
             step_size = 2.0 * threat.epsilon / (steps if bullet is None else max(bullet.boundary_steps, 1))
-        return cls(threat, step_size, steps, noise, inner, generator, frozen, runner, samples)
+        return cls(threat, step_size, steps, noise, inner, generator, frozen, runner, samples, balance)
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,7 +192,12 @@ def _start_ragged(
         probabilities = assignment.probabilities
         target = schedule.sort(probabilities) if a.inner == "kl" else _one_hot(labels, probabilities)
         faulty = _none_faulty(x)
-        started = start_attack(view, clean, begin, target, schedule, a.threat, a.generator, faulty, a.runner)
+        how = (clean, begin, target, schedule, a.threat, a.generator, faulty, a.runner)
+        if a.balance is None or bullet.process_group is None:
+            started = start_attack(view, *how)
+        else:
+            spread = assignment.steps_of_ranks
+            started = start_balanced_attack(view, *how, a.balance, spread, bullet.process_group)
 
     def report() -> None:
         bullet.report_attack(assignment, faulty)
@@ -350,6 +359,7 @@ def check(
     frozen: Frozen | None,
     update: Update | None,
     samples: Tensor | None = None,
+    balance: Balance | None = None,
 ) -> None:
     """Raise TypeError or ValueError, which names the argument, for what the host can see of the objectives' own."""
     if not isinstance(x, Tensor):
@@ -374,6 +384,10 @@ def check(
         raise TypeError(f"frozen must be a Frozen or None, got {type(frozen).__name__}")
     if update is not None and not isinstance(update, Update):
         raise TypeError(f"update must be an Update or None, got {type(update).__name__}")
+    if balance is not None and not isinstance(balance, Balance):
+        raise TypeError(f"balance must be a Balance or None, got {type(balance).__name__}")
+    if balance is not None and (bullet is None or bullet.process_group is None):
+        raise ValueError("balance shares an attack out over ranks: it needs bullet=BulletTrain(process_group=...)")
     step_count("perturb_steps", perturb_steps, least=1 if bullet is None else 0)
     if bullet is not None and perturb_steps not in (10, bullet.boundary_steps):
         raise ValueError(

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from bt_fast import ops
 from bt_fast.attack.auto import runner_of
+from bt_fast.attack.balanced import Balance
 from bt_fast.attack.folded import Frozen
 from bt_fast.attack.runners import Runner
 from bt_fast.attack.start import Noise
@@ -39,6 +40,7 @@ def mart_loss(
     runner: Runner | str = "eager",
     update: Update | None = None,
     samples: Tensor | None = None,
+    balance: Balance | None = None,
 ) -> Tensor:
     """The MART loss `1/m Σ -log q_y - log(1.0001 - q_r + 1e-12) + β·KL(p ‖ q + 1e-12)·(1.0000001 - p_y)`.
 
@@ -77,7 +79,7 @@ def mart_loss(
             draw as the authors' code does, so that a seeded script repeats its numbers. With `bullet`, only a seed is
             drawn, from this generator or the device's own.
         frozen: a faster view of the model for the attack; runner: how it is executed; update: how the update is
-            executed; samples: their numbers; all as for `trades_loss`.
+            executed; samples: their numbers; balance: how ranks share the attack out; all as for `trades_loss`.
 
     Returns:
         0-dim loss with gradient to the model's parameters.
@@ -90,11 +92,23 @@ def mart_loss(
             another as NaN in its input gradient.
     """
     threat = ThreatModel(epsilon, distance)
-    adversarial.check(x_natural, y, optimizer, step_size, perturb_steps, bullet, generator, frozen, update, samples)
+    adversarial.check(
+        x_natural, y, optimizer, step_size, perturb_steps, bullet, generator, frozen, update, samples, balance
+    )
     adversarial.check_robust_term(beta, unperturbed, bullet)
     noise = adversarial.noise_of(start, "normal")
     adversary = Adversary.of_trades(
-        threat, step_size, perturb_steps, noise, "cross_entropy", bullet, generator, frozen, runner_of(runner), samples
+        threat,
+        step_size,
+        perturb_steps,
+        noise,
+        "cross_entropy",
+        bullet,
+        generator,
+        frozen,
+        runner_of(runner),
+        samples,
+        balance,
     )
     attack = adversarial.start(model, x_natural, y, adversary, bullet)
     computation = _Computation(

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bt_fast.attack.auto import runner_of
+from bt_fast.attack.balanced import Balance
 from bt_fast.attack.folded import Frozen
 from bt_fast.attack.frozen import logits_of
 from bt_fast.attack.runners import Runner
@@ -37,6 +38,7 @@ def pgd_loss(
     runner: Runner | str = "eager",
     update: Update | None = None,
     samples: Tensor | None = None,
+    balance: Balance | None = None,
 ) -> Tensor:
     """The cross-entropy `CE(h(x'), y)` of adversarial training, ready for `backward()`.
 
@@ -63,7 +65,7 @@ def pgd_loss(
         generator: on the images' device, for the random start; without it the device's own. With `bullet`, only a
             seed is drawn: a sample's start is that of a counter.
         frozen: a faster view of the model for the attack; runner: how it is executed; update: how the update is
-            executed; samples: their numbers; all as for `trades_loss`.
+            executed; samples: their numbers; balance: how ranks share the attack out; all as for `trades_loss`.
 
     Returns:
         0-dim loss with gradient to the model's parameters.
@@ -76,9 +78,13 @@ def pgd_loss(
             another as NaN in its input gradient.
     """
     threat = ThreatModel(epsilon, distance)
-    adversarial.check(x_natural, y, optimizer, step_size, perturb_steps, bullet, generator, frozen, update, samples)
+    adversarial.check(
+        x_natural, y, optimizer, step_size, perturb_steps, bullet, generator, frozen, update, samples, balance
+    )
     noise, run = adversarial.noise_of(start, "uniform"), runner_of(runner)
-    adversary = Adversary(threat, step_size, perturb_steps, noise, "cross_entropy", generator, frozen, run, samples)
+    adversary = Adversary(
+        threat, step_size, perturb_steps, noise, "cross_entropy", generator, frozen, run, samples, balance
+    )
     attack = adversarial.start(model, x_natural, y, adversary, bullet)
     computation = _Computation(update is not None and update.channels_last)
     loss, judged = adversarial.run(model, attack, computation, update)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from bt_fast import ops
 from bt_fast.attack.auto import runner_of
+from bt_fast.attack.balanced import Balance
 from bt_fast.attack.folded import Frozen
 from bt_fast.attack.frozen import logits_of
 from bt_fast.attack.runners import Runner
@@ -41,6 +42,7 @@ def trades_loss(
     runner: Runner | str = "eager",
     update: Update | None = None,
     samples: Tensor | None = None,
+    balance: Balance | None = None,
 ) -> Tensor:
     """The TRADES loss `CE(h(x), y) + β/m · Σ KL(softmax h(x) ‖ softmax h(x'))`, ready for `backward()`.
 
@@ -88,6 +90,8 @@ def trades_loss(
         samples: [m] integers in 0..2^32-1, each sample's number, in its data set say. Its start is then that of this
             number and of the seed that `generator` (or the device's own) was given last, from which nothing is drawn:
             the same in whatever batch and on whatever rank it is. Give the generator a new seed in each epoch.
+        balance: how the ranks of `bullet`'s process group share the attack out, `Balance()`: those with many boundary
+            samples hand some to those with few, where that is the shorter way. Without it each attacks its own.
 
     Returns:
         0-dim loss with gradient to the model's parameters.
@@ -101,11 +105,13 @@ def trades_loss(
             attack itself raises (the model's own exceptions, out of memory) comes before them, beside it or not.
     """
     threat = ThreatModel(epsilon, distance)
-    adversarial.check(x_natural, y, optimizer, step_size, perturb_steps, bullet, generator, frozen, update, samples)
+    adversarial.check(
+        x_natural, y, optimizer, step_size, perturb_steps, bullet, generator, frozen, update, samples, balance
+    )
     adversarial.check_robust_term(beta, unperturbed, bullet)
     noise = adversarial.noise_of(start, "normal")
     adversary = Adversary.of_trades(
-        threat, step_size, perturb_steps, noise, "kl", bullet, generator, frozen, runner_of(runner), samples
+        threat, step_size, perturb_steps, noise, "kl", bullet, generator, frozen, runner_of(runner), samples, balance
     )
     attack = adversarial.start(model, x_natural, y, adversary, bullet)
     computation = _Computation(

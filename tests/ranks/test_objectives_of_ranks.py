@@ -9,7 +9,8 @@ from small_models import CLASSES, batch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from bt_fast import BulletTrain, Frozen, augmix_loss, mart_loss, pgd_loss, trades_loss
+from bt_fast import Balance, BulletTrain, Costs, Frozen, augmix_loss, mart_loss, pgd_loss, trades_loss
+from bt_fast.attack import balanced
 from bt_fast.baselines.fast import fast_loss
 from bt_fast.baselines.grad_align import grad_align
 
@@ -58,6 +59,7 @@ def normed():
 
 
 OPTIONS = {"epsilon": 0.1, "step_size": 0.03}
+ALWAYS, NEVER = (Balance(Costs(seconds, 0.0, 1.0, 1e-9, 1e9)) for seconds in (1.0, 0.0))
 LOSSES = {
     "trades": (trades_loss, {"beta": 6.0}),
     "trades, skip": (trades_loss, {"unperturbed": "skip"}),
@@ -98,24 +100,31 @@ def data(count, rank):
     return x[:, own], y[:, own], torch.arange(100, 100 + 3 * M).view(3, M)[:, own]
 
 
-def on_ranks(name, build):
+def on_ranks(name, build, balance=None):
     loss_of, options = LOSSES[name]
+    options = options | {"balance": balance}
     model = DistributedDataParallel(build())
     bullet = BulletTrain(3, 1, 0, gamma=1.0, momentum=0.5, process_group=dist.group.WORLD)
     generator = torch.Generator().manual_seed(dist.get_rank())  # rank 0's is everyone's
     return trained(model, loss_of, *data(dist.get_world_size(), dist.get_rank()), bullet, generator, **options)
 
 
-@pytest.mark.parametrize("build", [plain, normed])
-@pytest.mark.parametrize("name", LOSSES)
-@pytest.mark.parametrize("count", [2, 4])
-def test_ranks_train_as_one_process(name, build, count):
-    if build is normed and "skip" in name:
-        pytest.skip("which ranks run a corrupted forward is a matter of each: only SyncBatchNorm itself is told")
+# which ranks run a corrupted forward is a matter of each, and only SyncBatchNorm itself is told
+BUILDS = [(name, build) for name in LOSSES for build in (plain, normed) if (name, build) != ("trades, skip", normed)]
+RANKS = [
+    *((name, build, 2, balance) for name, build in BUILDS for balance in (None, ALWAYS)),
+    ("trades", normed, 4, None),
+    ("trades, skip", plain, 4, ALWAYS),
+    ("pgd, frozen", plain, 4, Balance()),
+]
+
+
+@pytest.mark.parametrize(("name", "build", "count", "balance"), RANKS)
+def test_ranks_train_as_one_process(name, build, count, balance):
     loss_of, options = LOSSES[name]
     bullet = BulletTrain(3, 1, 0, gamma=1.0, momentum=0.5)
     expected = trained(build(), loss_of, *data(1, 0), bullet, torch.Generator().manual_seed(0), **options)
-    of_ranks = run_ranks(count, on_ranks, name, build)
+    of_ranks = run_ranks(count, on_ranks, name, build, balance)
     assert bullet.group_counts.min() > 0
     for step, one in enumerate(expected):
         each = [found[step] for found in of_ranks]
@@ -126,6 +135,65 @@ def test_ranks_train_as_one_process(name, build, count):
             torch.testing.assert_close(e["buffers"], one["buffers"], **CLOSE)
             for key, value in one["bullet"].items():
                 assert torch.equal(e["bullet"][key], value), key
+
+
+class Counted(nn.Module):
+    """Counts the rows of its forwards with input gradients in eval mode: those of an attack."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.rows = plain(), []
+
+    def forward(self, x):
+        if x.requires_grad and not self.training:
+            self.rows.append(len(x))
+        return self.body(x)
+
+
+def rows_attacked(balance):
+    """Rank 0's samples are all correct, and so boundary at first; rank 1's are outliers."""
+    model, (x, y) = Counted(), batch(8)
+    with torch.no_grad():
+        y = model(x).argmax(dim=1)
+    y = (y + dist.get_rank()) % CLASSES
+    bullet = BulletTrain(3, 1, 0, process_group=dist.group.WORLD)
+    trades_loss(model, x, y, None, 0.03, 0.1, bullet=bullet, balance=balance)
+    return model.rows
+
+
+@pytest.mark.parametrize(
+    ("balance", "rows"), [(ALWAYS, [[4] * 3] * 2), (NEVER, [[8] * 3, []]), (None, [[8] * 3, []])],
+)  # fmt: skip
+def test_an_exchange_that_pays_evens_out_the_attack(balance, rows):
+    assert run_ranks(2, rows_attacked, balance) == rows
+
+
+def test_costs_are_measured_once_on_all_ranks_alike():
+    costs = run_ranks(2, costs_measured)
+    assert costs[0] == costs[1]
+    assert all(value >= 0 for value in costs[0])
+
+
+def costs_measured():
+    model, (x, y) = Counted(), batch(8)
+    y = (model(x).argmax(dim=1) + dist.get_rank()) % CLASSES
+    bullet = BulletTrain(3, 1, 0, process_group=dist.group.WORLD)
+    for _ in range(2):
+        trades_loss(model, x, y, None, 0.03, 0.1, bullet=bullet, balance=Balance())
+    (costs,) = balanced._measured[model].values()
+    return list(vars(costs).values())
+
+
+@pytest.mark.parametrize("bullet", [None, BulletTrain()])
+def test_balance_needs_ranks(bullet):
+    with pytest.raises(ValueError, match=r"needs bullet=BulletTrain\(process_group"):
+        trades_loss(plain(), *batch(4), None, bullet=bullet, balance=Balance())
+
+
+@pytest.mark.parametrize("wrong", [{"costs": 3}, {"ranks_per_node": 0}, {"ranks_per_node": 1.5}])
+def test_a_balance_of_nonsense_is_refused(wrong):
+    with pytest.raises((TypeError, ValueError), match=next(iter(wrong))):
+        Balance(**wrong)
 
 
 def wrapped_losses(build, wrap):

@@ -1,0 +1,123 @@
+"""An attack of which ranks with much to do hand samples to ranks with little, where that is the shorter way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from bt_fast.attack.balance import Costs, Rebalanced, measured_costs, pays, plan, send_out
+from bt_fast.attack.generate import StartedAttack, start_attack
+from bt_fast.attack.runners import Runner, start_of
+from bt_fast.attack.schedule import Schedule
+from bt_fast.attack.threat import ThreatModel
+from bt_fast.mining import step_count
+
+
+@dataclass(frozen=True)
+class Balance:
+    """How ranks share an attack out.
+
+    Every sample's perturbation is what it would be at home, up to the rounding of another batch size.
+
+    Attributes:
+        costs: by which it is decided in each minibatch whether an exchange pays; the same on all ranks. None: measured
+            on the first minibatch of each model and kind of images, which waits for the device.
+        ranks_per_node: ranks r with the same `r // ranks_per_node` are near each other: samples go there first.
+
+    Raises:
+        TypeError or ValueError: costs are no `Costs`, or ranks_per_node is no integer of at least 1.
+    """
+
+    costs: Costs | None = None
+    ranks_per_node: int = 1
+
+    def __post_init__(self) -> None:
+        if self.costs is not None and not isinstance(self.costs, Costs):
+            raise TypeError(f"costs must be a Costs or None, got {type(self.costs).__name__}")
+        step_count("ranks_per_node", self.ranks_per_node, least=1)
+
+
+class _BalancedAttack(StartedAttack):
+    """An attack on samples of several ranks, whose results come home at the end."""
+
+    def __init__(self, away: StartedAttack, rebalanced: Rebalanced, faulty_away: Tensor, faulty: Tensor) -> None:
+        self._away, self._rebalanced = away, rebalanced
+        self._faulty_away, self._faulty = faulty_away, faulty
+
+    @property
+    def beside(self) -> bool:
+        """Whether what the caller queues now runs beside the attack."""
+        return self._away.beside
+
+    def __exit__(self, *error: object) -> None:
+        self._away.__exit__(*error)
+
+    def finish(self) -> Tensor:
+        """x' [m, ...] of this rank's own samples. Collective."""
+        x_adv, flags = self._rebalanced.bring_home(self._away.finish(), self._faulty_away)
+        self._faulty.copy_(flags)
+        return x_adv
+
+
+def start_balanced_attack(
+    view: Callable[[Tensor], Tensor],
+    clean: Tensor,
+    start: Tensor,
+    target: Tensor,
+    schedule: Schedule,
+    threat: ThreatModel,
+    generator: torch.Generator | None,
+    faulty: Tensor,
+    runner: Runner,
+    balance: Balance,
+    steps_of_ranks: Tensor,
+    group: dist.ProcessGroup,
+) -> StartedAttack:
+    """`start_attack` after an exchange, if that pays. Collective, and so is what is returned.
+
+    Args:
+        steps_of_ranks: [N, n+1] int64 on the host, how many samples of each rank of the group have 0, 1, ... steps.
+    """
+
+    def attack(x: Tensor, begin: Tensor, goal: Tensor, of: Schedule, flags: Tensor) -> StartedAttack:
+        return start_attack(view, x, begin, goal, of, threat, generator, flags, runner)
+
+    exchange = plan(steps_of_ranks, balance.ranks_per_node)
+    costs = balance.costs
+    if costs is None and len(exchange.number) and int(steps_of_ranks.sum(dim=1).min()) >= 2:
+        costs = _costs(view, clean, target, threat, runner, group)
+    if costs is None or not pays(exchange, costs):
+        return attack(clean, start, target, schedule, faulty)
+    there = send_out(clean, start, target, schedule.step_size, exchange, group)
+    flags = torch.zeros(len(there.clean), dtype=torch.int32, device=clean.device)
+    return _BalancedAttack(attack(there.clean, there.start, there.target, there.schedule, flags), there, flags, faulty)
+
+
+_measured: WeakKeyDictionary[Callable[[Tensor], Tensor], dict[tuple[object, ...], Costs]] = WeakKeyDictionary()
+
+
+def _costs(
+    view: Callable[[Tensor], Tensor],
+    clean: Tensor,
+    target: Tensor,
+    threat: ThreatModel,
+    runner: Runner,
+    group: dist.ProcessGroup,
+) -> Costs:
+    """Measured once. (All ranks meet the same kinds of images in the same order.)"""
+    known = _measured.setdefault(view, {})
+    kind = (clean.shape[1:], clean.dtype, target.shape[1], threat.norm)
+    if kind not in known:
+        begin, generator = start_of(runner), torch.Generator(clean.device).manual_seed(0)
+
+        def attack(n: int) -> None:
+            one = Schedule.uniform(n, 1, threat.epsilon, clean.device)
+            begin(view, clean[:n].clone(), clean[:n], target[:n], one, threat, generator, None)()
+
+        known[kind] = measured_costs(attack, len(clean), clean, target, group)
+    return known[kind]
