@@ -23,7 +23,16 @@ import torch
 
 from bt_fast.attack import device as engine
 from bt_fast.lab import report
-from bt_fast.lab.doctor_checks import CHECKS, STEPS, Check, StepCheck, largest_difference, skip_reason, step_difference
+from bt_fast.lab.doctor_checks import (
+    CHECKS,
+    STEPS,
+    Check,
+    Given,
+    StepCheck,
+    largest_difference,
+    skip_reason,
+    step_difference,
+)
 from bt_fast.ops.launch import has_triton
 
 PACKAGES = ("triton", "numpy", "nvidia-ml-py", "click", "rich", "matplotlib")
@@ -334,12 +343,12 @@ def self_check(checks: Sequence[Check], where: torch.device, seconds: float = SE
     start, lost = time.perf_counter(), ""
     done: dict[str, list[str | float]] = {c.op: [] for c in checks}  # a difference, or what is wrong
     left = dict.fromkeys(done, 0)
-    for number, check, name in _in_turn(checks):
+    for number, check, name, given in _in_turn(checks):
         if lost or (number and time.perf_counter() - start > seconds):
             left[check.op] += 1
             continue
         try:
-            done[check.op].append(largest_difference(check, check.cases()[name], where))
+            done[check.op].append(largest_difference(check, given, where))
         except Exception as error:
             done[check.op].append(f"{name}: {said(error)}")
             if lost_by(str(error)):
@@ -352,20 +361,19 @@ def lost_by(message: str) -> bool:
     return "CUDA error" in message or "illegal memory access" in message
 
 
-def _in_turn(checks: Sequence[Check]) -> Iterator[tuple[int, Check, str]]:
-    """The first case of every op, the second of every op, ..."""
-    named = [(number, check, name) for check in checks for number, name in enumerate(check.cases())]
-    return iter(sorted(named, key=lambda item: item[0]))
+def _in_turn(checks: Sequence[Check]) -> list[tuple[int, Check, str, Given]]:
+    """The first case of every op, the second of every op, ...: its number, op, name and arguments."""
+    cases = [(n, check, *case) for check in checks for n, case in enumerate(check.cases().items())]
+    return sorted(cases, key=lambda case: case[0])
 
 
 def _row(check: Check, where: torch.device, done: list[str | float], left: int, why_left: str) -> Finding:
     wrong = [d for d in done if isinstance(d, str)]
     rest = f"; {left} skipped, since {why_left}" if left else ""
     if wrong:
-        full = (
-            f"-m cuda tests/kernels -k {check.cuda_tests}" if where.type == "cuda" else f"tests/test_{check.tests}.py"
-        )
-        return Finding("self-check", check.op, "FAILED", "; ".join(wrong) + rest, f"python -m pytest {full}")
+        on_cuda, elsewhere = f"-m cuda tests/kernels -k {check.cuda_tests}", f"tests/test_{check.tests}.py"
+        command = f"python -m pytest {on_cuda if where.type == 'cuda' else elsewhere}"
+        return Finding("self-check", check.op, "FAILED", "; ".join(wrong) + rest, command)
     if not done:
         return Finding("self-check", check.op, "skipped", why_left)
     count = "1 case" if len(done) == 1 else f"{len(done)} cases"
@@ -386,12 +394,12 @@ def training_steps(steps: Sequence[StepCheck], where: torch.device, lost: str = 
 def _training_step(step: StepCheck, where: torch.device, lost: str) -> Finding:
     try:
         if reason := lost or skip_reason(step, where):
-            return Finding(SECTIONS[-1], step.name, "skipped", reason)
+            return Finding("a training step", step.name, "skipped", reason)
         text = f"3 updates, largest difference {step_difference(step, where):.1g}"
-        return Finding(SECTIONS[-1], step.name, "ok", text)
+        return Finding("a training step", step.name, "ok", text)
     except Exception as error:
         tests = "-m cuda tests/test_engine_on_cuda.py" if step.graphs else "tests/objectives"
-        return Finding(SECTIONS[-1], step.name, "FAILED", said(error), f"python -m pytest {tests}")
+        return Finding("a training step", step.name, "FAILED", said(error), f"python -m pytest {tests}")
 
 
 # The report
