@@ -88,8 +88,8 @@ def added(*steps, methods="ab", device=A, blocks=1):
     return [found.joules(method) for method in methods], found.reason
 
 
-def resumed_from(state, device=A):
-    found = TrainingEnergy(device, "a")
+def resumed_from(state):
+    found = TrainingEnergy(A, "a")
     found.load(state)
     return found.reason, found.joules("a")
 
@@ -104,6 +104,17 @@ def test_methods_in_lockstep_have_the_energy_of_their_own_steps(run, tmp_path):
         assert entry["joules_reason"] is None
     assert [r["joules"] for r in epochs] == [pytest.approx(100 * r["seconds"], rel=1e-9) for r in epochs]
     assert 0 < epochs[0]["joules"] < epochs[2]["joules"] == methods["optimised"]["joules"]
+
+
+def test_on_the_cpu_nothing_is_measured_and_the_summary_says_why(tmp_path):
+    config = dataclasses.replace(CONFIG, methods=("optimised",), epochs=1, decay_epochs=())
+    summary = report.summarise(test_training.run_to_the_end(tmp_path / "run", config), lambda _: None)
+    assert summary["methods"]["optimised"]["joules"] is None
+    assert summary["methods"]["optimised"]["joules_reason"] == "the device is the CPU, of which NVML tells nothing"
+    assert "energy" not in [column.header for column in report.table(summary).columns]
+    summary["methods"]["optimised"]["joules"] = 12_340.0
+    *_, last = report.table(summary).columns
+    assert (last.header, list(last.cells)) == ("energy", ["12.3 kJ"])
 
 
 def test_the_energy_before_a_break_is_kept(run, tmp_path):
@@ -130,14 +141,6 @@ def test_samples_are_forgotten_at_every_save(run, tmp_path):
 )
 def test_energy_of_which_a_part_is_unknown_is_none_and_says_why(run, script, why):
     assert run(script, added, ("a", 0.01), ("b", 0.01), blocks=2) == ([None, None], why)
-
-
-def test_on_the_cpu_nothing_is_measured_and_the_summary_says_why(tmp_path):
-    config = dataclasses.replace(CONFIG, methods=("optimised",), epochs=1, decay_epochs=())
-    methods, epochs = told(test_training.run_to_the_end(tmp_path / "run", config))
-    assert methods["optimised"]["joules"] is None
-    assert methods["optimised"]["joules_reason"] == "the device is the CPU, of which NVML tells nothing"
-    assert [r["joules"] for r in epochs] == [None]
 
 
 # What can be told apart
