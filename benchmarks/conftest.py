@@ -39,8 +39,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = [item for item in items if item not in left_out]
 
 
-def quick_and_full(quick: Collection[str], cases: Iterable[str]) -> list[Any]:
-    """The names of cases as a test's parameters: those that are not quick only with --full."""
+def quick_and_full(quick: Collection[Any], cases: Iterable[Any]) -> list[Any]:
+    """Cases, or their names, as a test's parameters: those that are not quick only with --full."""
     return [case if case in quick else pytest.param(case, marks=pytest.mark.full) for case in cases]
 
 

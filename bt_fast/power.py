@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import threading
 import time
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from types import ModuleType
 from typing import Any, Literal
 
@@ -33,7 +34,7 @@ class Sample:
 
     Attributes:
         device: UUID, "GPU-..." or "MIG-...".
-        time: seconds of `time.monotonic`.
+        time: seconds of `time.perf_counter`.
         power: watts.
         energy: millijoules, the counter since the driver was loaded: only differences mean something.
         sm_utilisation, memory_utilisation: in [0, 1]: the share of NVML's window in which some kernel ran, and in which
@@ -105,8 +106,9 @@ class PowerMonitor:
         print(monitor.joules_per_sample(50_000) if monitor.available else monitor.reason)
 
     Without a driver, or without a GPU that it could read, it does nothing and says why. It raises nothing in the block:
-    where a GPU is lost, what was measured until then stays, and the summary says so. A block begins anew. A sample
-    takes about 0.5 kB, so that a run of days wants an interval of a second.
+    where a GPU is lost, what was measured until then stays, and the summary says so; where one of several cannot be
+    opened, the others are measured. A block begins anew. A sample takes about 0.5 kB, so that a run of days wants an
+    interval of a second.
 
     Args:
         devices: one or several of torch's devices, their indices, or UUIDs as nvidia-smi -L prints them; the current
@@ -116,6 +118,7 @@ class PowerMonitor:
     Attributes:
         available: whether there is something to measure.
         reason: a sentence that says why not, or None.
+        missing: of several devices, those that could not be opened for the block, by UUID, and why.
 
     Raises:
         TypeError: a device is none of these, or the interval is not a number.
@@ -139,6 +142,7 @@ class PowerMonitor:
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._began = self._ended = 0.0
+        self.missing: Mapping[str, str] = {}
         self.reason = self._look()
 
     @property
@@ -149,10 +153,10 @@ class PowerMonitor:
     def __enter__(self) -> PowerMonitor:
         if self._thread is not None:
             raise RuntimeError("this PowerMonitor is in a block already: take another one")
-        self._gpus, self._samples, self._marks = [], [], {}
+        self._gpus, self._samples, self._marks, self.missing = [], [], {}, {}
         if self.available:
             self.reason = self._open()
-        self._began, self._ended = time.monotonic(), float("inf")
+        self._began, self._ended = time.perf_counter(), float("inf")
         if self.available:
             try:
                 self._read()
@@ -174,7 +178,7 @@ class PowerMonitor:
                 thread.join()
                 self._read()
         finally:
-            self._ended = time.monotonic()
+            self._ended = time.perf_counter()
             if nvml is not None:
                 _shut(nvml)
 
@@ -210,7 +214,7 @@ class PowerMonitor:
     @property
     def seconds(self) -> float:
         """How long the block has run, measured or not; 0 before it."""
-        return min(self._ended, time.monotonic()) - self._began
+        return min(self._ended, time.perf_counter()) - self._began
 
     def summary(self, label: str | None = None) -> tuple[Summary, ...]:
         """One for each device that was there, of the whole block or of a span; of what there is so far inside it.
@@ -227,10 +231,26 @@ class PowerMonitor:
         return tuple(found)
 
     def joules(self, label: str | None = None) -> float | None:
-        """What all devices used together; None where one does not tell, or was lost."""
+        """What all devices used together; None where one does not tell, was lost, or is missing."""
         found = self.summary(label)
         used = [s.joules for s in found if s.joules is not None and s.lost is None]
-        return sum(used) if found and len(used) == len(self._gpus) else None
+        return sum(used) if found and len(used) == len(self._uuids) else None
+
+    def joules_during(self, intervals: Sequence[tuple[float, float]]) -> float | None:
+        """What all devices used together in some intervals of the block, by their power.
+
+        Power is a straight line between samples. So a reading that is an average over a second (`power_source`) tells
+        nothing of shorter intervals, and an instant one, renewed every 0.1 s, nothing of much shorter ones.
+
+        Args:
+            intervals: begins and ends, in seconds of `time.perf_counter`.
+
+        Returns:
+            Joules; None where a device does not tell its power, was lost, or has no samples around an interval.
+        """
+        used = [power_within(samples, intervals) for samples in self._samples]
+        told = [joules for joules in used if joules is not None]
+        return sum(told) if told and len(told) == len(self._uuids) else None
 
     def joules_per_sample(self, n: int, label: str | None = None) -> float | None:
         """`joules` divided by n ≥ 1, the number of training samples in the block or span.
@@ -282,15 +302,19 @@ class PowerMonitor:
         nvml = _initialised()
         if isinstance(nvml, str):
             return nvml
-        try:
-            self._gpus = [_Gpu.of(nvml, uuid) for uuid in self._uuids]
-        except nvml.NVMLError as error:
+        missing: dict[str, str] = {}
+        for uuid in self._uuids:
+            try:
+                self._gpus.append(_Gpu.of(nvml, uuid))
+            except nvml.NVMLError as error:
+                missing[uuid] = str(error)
+            except BaseException:
+                _shut(nvml)
+                raise
+        if not self._gpus:
             _shut(nvml)
-            return f"NVML does not open the device: {error}"
-        except BaseException:
-            _shut(nvml)
-            raise
-        self._nvml = nvml
+            return f"NVML does not open the device: {'; '.join(missing.values())}"
+        self._nvml, self.missing = nvml, missing
         self._samples = [[] for _ in self._gpus]
         return None
 
@@ -408,6 +432,8 @@ def _known(nvml: ModuleType, name: str) -> str:
             nvml.nvmlDeviceGetHandleByUUID(candidate)
         except (nvml.NVMLError_NotFound, nvml.NVMLError_InvalidArgument):
             continue
+        except nvml.NVMLError:
+            pass  # it is there, but does not open: every block tries again
         return candidate
     found = []
     for index in range(nvml.nvmlDeviceGetCount()):
@@ -472,7 +498,7 @@ class _Gpu:
         if self.lost is not None:
             return None
         told: dict[str, Any] = {}
-        begin = time.monotonic()
+        begin = time.perf_counter()
         for reader in self._readers:
             try:
                 told |= reader()
@@ -613,6 +639,28 @@ def integrated_power(samples: Sequence[Sample]) -> tuple[float, float] | None:
     if not pairs or told[-1][0] <= told[0][0]:
         return None
     return sum((u - t) * (p + q) / 2 for (t, p), (u, q) in pairs), told[-1][0] - told[0][0]
+
+
+def power_within(samples: Sequence[Sample], intervals: Sequence[tuple[float, float]]) -> float | None:
+    """Joules in intervals of time: the integral of the straight lines between the samples' powers.
+
+    None without two readings, or where an interval is not between the first and the last of them.
+    """
+    told = [(s.time, s.power) for s in samples if s.power is not None]
+    if len(told) < 2 or not all(told[0][0] <= begin <= end <= told[-1][0] for begin, end in intervals):
+        return None
+    times = [t for t, _ in told]
+    until = list(accumulate(((u - t) * (p + q) / 2 for (t, p), (u, q) in pairwise(told)), initial=0.0))
+
+    def joules(at: float) -> float:
+        """From the first sample to this time."""
+        k = bisect_right(times, at) - 1
+        if k == len(told) - 1:
+            return until[k]
+        (t, p), (u, q) = told[k], told[k + 1]
+        return until[k] + (at - t) * (p + (q - p) * (at - t) / (u - t) / 2)
+
+    return sum(joules(end) - joules(begin) for begin, end in intervals)
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bt_fast import PowerMonitor
-from bt_fast.power import Sample, counted_energy, driver_version, energy_of, integrated_power
+from bt_fast.power import Sample, counted_energy, driver_version, energy_of, integrated_power, power_within
 
 A, B, MIG = "GPU-aaaaaaaa-0000", "GPU-bbbbbbbb-0000", "MIG-cccccccc-0000"
 NEVER = 3600.0  # an interval in which the thread reads nothing: there are the samples that marks take
@@ -59,6 +59,7 @@ def told(monitor):
     return SimpleNamespace(
         available=monitor.available,
         reason=monitor.reason,
+        missing=monitor.missing,
         samples=monitor.samples,
         summaries={label: monitor.summary(label) for label in spans},
         joules={label: monitor.joules(label) for label in spans},
@@ -105,6 +106,17 @@ def measured_in_threads_twice():
                 time.sleep(0.001)
             found.append(len(monitor.samples))
     return found
+
+
+def used_in_a_middle_third(devices):
+    """The joules of a third of a block, of intervals that reach beyond it, and how long the third is."""
+    with PowerMonitor(devices, interval=NEVER) as monitor:
+        pass
+    begin, end = monitor.samples[0].time, monitor.samples[-1].time
+    third = (end - begin) / 3
+    beyond = [[(begin - 1, end)], [(begin, end + 1)], [(begin, begin), (end, end + 1)]]
+    middle = monitor.joules_during([(begin + third, end - third)])
+    return middle, [monitor.joules_during(intervals) for intervals in beyond], third
 
 
 def measured_twice():
@@ -300,6 +312,45 @@ def test_power_that_changes_evenly_is_integrated_exactly(begin, slope, gaps):
     assert seconds == times[-1]
 
 
+@given(
+    st.floats(0, 1000),
+    st.floats(-1000, 1000),
+    st.lists(st.floats(0.001, 10), min_size=1, max_size=20),
+    st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), max_size=5),
+)
+def test_power_that_changes_evenly_is_integrated_exactly_in_every_interval(begin, slope, gaps, parts):
+    times = [0.0]
+    for gap in gaps:
+        times.append(times[-1] + gap)
+    intervals = [tuple(times[-1] * part for part in sorted(ends)) for ends in parts]
+    joules = power_within([Sample(A, t, power=begin + slope * t) for t in times], intervals)
+    exact = sum(begin * (v - u) + slope * (v * v - u * u) / 2 for u, v in intervals)
+    assert joules == pytest.approx(exact, rel=1e-9, abs=1e-9 * (1 + begin * times[-1] + 1000 * times[-1] ** 2))
+
+
+def test_intervals_have_the_power_between_the_samples_around_them():
+    samples = [Sample(A, t, power=p) for t, p in ((0.0, 100.0), (1.0, 100.0), (2.0, None), (3.0, 300.0), (4.0, 300.0))]
+    assert power_within(samples, [(0.5, 1.0)]) == 50.0
+    assert power_within(samples, [(1.0, 3.0)]) == 400.0
+    assert power_within(samples, [(1.0, 2.0)]) == 150.0
+    assert power_within(samples, [(0.0, 0.25), (2.5, 4.0)]) == 25.0 + 0.5 * 275.0 + 300.0
+    assert power_within(samples, [(4.0, 4.0)]) == 0.0
+    assert power_within(samples, []) == 0.0
+
+
+def test_energy_is_told_of_intervals_inside_the_block_alone(run):
+    middle, beyond, third = run(f"device {A}\npower 90000", used_in_a_middle_third, [A])
+    assert middle == pytest.approx(90 * third)
+    assert beyond == [None] * 3
+
+
+def test_energy_of_intervals_takes_the_power_of_every_device(run):
+    middle, _, third = run(f"device {A}\npower 90000\ndevice {B}\npower 10000", used_in_a_middle_third, [A, B])
+    assert middle == pytest.approx(100 * third)
+    for other in ("energy 0 +1000", "power 10000\nlost_after 2", "power 10000\nclosed 4"):
+        assert run(f"device {A}\npower 90000\ndevice {B}\n{other}", used_in_a_middle_third, [A, B])[0] is None
+
+
 def test_one_reading_tells_no_energy():
     assert energy_of([Sample(A, 0.0, power=100.0, energy=5), Sample(A, 1.0)]) == (None, None)
 
@@ -395,6 +446,20 @@ def test_without_one_of_several_devices_there_is_no_sum(run):
     found = run(TWO + f"device {B}2", measured, [A, f"{B}2"], 9)
     assert [s.joules for s in found.summaries[None]] == [10.0, None]
     assert found.joules[None] is None
+
+
+def test_the_others_are_measured_where_one_cannot_be_opened_and_it_is_named(run):
+    found = run(TWO + "closed 4", measured, [A, B], 9)
+    assert found.available
+    assert found.missing == {B: "Insufficient Permissions"}
+    assert [(s.device, s.joules) for s in found.summaries[None]] == [(A, 10.0)]
+    assert (found.joules[None], found.per_sample) == (None, None)  # not of all
+
+
+def test_where_none_can_be_opened_there_is_nothing_to_measure(run):
+    found = run(f"device {A}\nclosed 4\ndevice {B}\nclosed 15", measured, [A, B])
+    assert (found.available, found.missing, found.samples) == (False, {}, ())
+    assert found.reason == "NVML does not open the device: Insufficient Permissions; GPU is lost"
 
 
 @pytest.mark.parametrize("devices", [1, "cuda:1", torch.device("cuda", 1), [torch.device("cuda:1")], (1,)])

@@ -23,7 +23,16 @@ import torch
 
 from bt_fast.attack import device as engine
 from bt_fast.lab import provenance
-from bt_fast.lab.doctor_checks import CHECKS, STEPS, Check, StepCheck, largest_difference, skip_reason, step_difference
+from bt_fast.lab.doctor_checks import (
+    CHECKS,
+    STEPS,
+    Check,
+    Given,
+    StepCheck,
+    largest_difference,
+    skip_reason,
+    step_difference,
+)
 from bt_fast.ops.launch import has_triton
 
 PACKAGES = ("triton", "numpy", "nvidia-ml-py", "click", "rich", "matplotlib")
@@ -87,8 +96,9 @@ def probe(section: str, name: str, look: Callable[[], Sequence[Finding]]) -> Seq
 
 
 def said(error: BaseException) -> str:
-    """Type and first line of the message."""
-    return f"{type(error).__name__}: {(str(error).splitlines() or ['no message'])[0]}"
+    """Type and first line of the message; of a check, which has words of its own, the message."""
+    line = (str(error).splitlines() or ["no message"])[0]
+    return line if isinstance(error, AssertionError) else f"{type(error).__name__}: {line}"
 
 
 def versions(version_of: Callable[[str], str]) -> list[Finding]:
@@ -149,16 +159,12 @@ def read_nvml(load: Callable[[], Any]) -> Nvml:
         try:
             version, cuda = nvml.nvmlSystemGetDriverVersion(), int(nvml.nvmlSystemGetCudaDriverVersion_v2())
             handles = [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
-            names = tuple(_text(nvml.nvmlDeviceGetName(handle)) for handle in handles)
-            return Nvml(_text(version), (cuda // 1000, cuda % 1000 // 10), names)
+            names = tuple(nvml.nvmlDeviceGetName(handle) for handle in handles)
+            return Nvml(version, (cuda // 1000, cuda % 1000 // 10), names)
         finally:
             nvml.nvmlShutdown()
     except Exception as error:
         return Nvml(error=said(error), kind=type(error).__name__)
-
-
-def _text(value: str | bytes) -> str:
-    return value.decode() if isinstance(value, bytes) else value
 
 
 def pci_gpus(root: Path) -> int:
@@ -310,20 +316,14 @@ def cache(folder: Path, needed: bool) -> list[Finding]:
 # What runs
 
 
-def why_plain(where: torch.device, triton: bool) -> str | None:
-    """Why no kernel runs on the device, or None."""
-    if where.type != "cuda":
-        return f"kernels are CUDA's, and the device is {where}"
-    return None if triton else "triton is not installed"
-
-
 def fused(checks: Sequence[Check], where: torch.device, triton: bool) -> list[Finding]:
     """One row for each op: the fused kernel or plain torch, and why."""
-    reason = why_plain(where, triton)
-    if reason is None:
+    if where.type == "cuda" and triton:
         text = "fused kernel for {}; anything else, float64 too, in plain torch"
         return [Finding("fused or plain", c.op, "ok", text.format(c.fused)) for c in checks]
-    command = "python -m pip install triton" if where.type == "cuda" else None
+    reason, command = f"kernels are CUDA's, and the device is {where}", None
+    if where.type == "cuda":
+        reason, command = "triton is not installed", "python -m pip install triton"
     return [Finding("fused or plain", c.op, "note", f"plain torch: {reason}", command) for c in checks]
 
 
@@ -343,14 +343,14 @@ def self_check(checks: Sequence[Check], where: torch.device, seconds: float = SE
     start, lost = time.perf_counter(), ""
     done: dict[str, list[str | float]] = {c.op: [] for c in checks}  # a difference, or what is wrong
     left = dict.fromkeys(done, 0)
-    for number, check, name in _in_turn(checks):
+    for number, check, name, given in _in_turn(checks):
         if lost or (number and time.perf_counter() - start > seconds):
             left[check.op] += 1
             continue
         try:
-            done[check.op].append(largest_difference(check, check.cases()[name], where))
+            done[check.op].append(largest_difference(check, given, where))
         except Exception as error:
-            done[check.op].append(f"{name}: {error if isinstance(error, AssertionError) else said(error)}")
+            done[check.op].append(f"{name}: {said(error)}")
             if lost_by(str(error)):
                 lost = f"the device was lost in {check.op}"
     return [_row(c, where, done[c.op], left[c.op], lost or f"{seconds:g} s were up: run it again") for c in checks]
@@ -361,20 +361,19 @@ def lost_by(message: str) -> bool:
     return "CUDA error" in message or "illegal memory access" in message
 
 
-def _in_turn(checks: Sequence[Check]) -> Iterator[tuple[int, Check, str]]:
-    """The first case of every op, the second of every op, ..."""
-    named = [(number, check, name) for check in checks for number, name in enumerate(check.cases())]
-    return iter(sorted(named, key=lambda item: item[0]))
+def _in_turn(checks: Sequence[Check]) -> list[tuple[int, Check, str, Given]]:
+    """The first case of every op, the second of every op, ...: its number, op, name and arguments."""
+    cases = [(n, check, *case) for check in checks for n, case in enumerate(check.cases().items())]
+    return sorted(cases, key=lambda case: case[0])
 
 
 def _row(check: Check, where: torch.device, done: list[str | float], left: int, why_left: str) -> Finding:
     wrong = [d for d in done if isinstance(d, str)]
     rest = f"; {left} skipped, since {why_left}" if left else ""
     if wrong:
-        tests = (
-            f"-m cuda tests/kernels -k {check.cuda_tests}" if where.type == "cuda" else f"tests/test_{check.tests}.py"
-        )
-        return Finding("self-check", check.op, "FAILED", "; ".join(wrong) + rest, f"python -m pytest {tests}")
+        on_cuda, elsewhere = f"-m cuda tests/kernels -k {check.cuda_tests}", f"tests/test_{check.tests}.py"
+        command = f"python -m pytest {on_cuda if where.type == 'cuda' else elsewhere}"
+        return Finding("self-check", check.op, "FAILED", "; ".join(wrong) + rest, command)
     if not done:
         return Finding("self-check", check.op, "skipped", why_left)
     count = "1 case" if len(done) == 1 else f"{len(done)} cases"
@@ -385,24 +384,22 @@ def _row(check: Check, where: torch.device, done: list[str | float], left: int, 
 def training_steps(steps: Sequence[StepCheck], where: torch.device, lost: str = "") -> list[Finding]:
     """One row for each way to execute a step of `trades_loss` with BulletTrain; none runs on a device that was lost."""
     found = []
-    reason: str | None = None
     for step in steps:
-        status, command, tests = (
-            "ok",
-            None,
-            "-m cuda tests/test_engine_on_cuda.py" if step.graphs else "tests/objectives",
-        )
-        try:
-            if lost or (reason := skip_reason(step, where)):
-                status, text = "skipped", lost or f"{reason}"
-            else:
-                text = f"3 updates, largest difference {step_difference(step, where):.1g}"
-        except Exception as error:
-            status, text = "FAILED", str(error) if isinstance(error, AssertionError) else said(error)
-            lost = "the device was lost" if lost_by(text) else ""
-            command = f"python -m pytest {tests}"
-        found.append(Finding("a training step", step.name, status, text, command))
+        found.append(_training_step(step, where, lost))
+        if found[-1].status == "FAILED" and lost_by(found[-1].text):
+            lost = "the device was lost"
     return found
+
+
+def _training_step(step: StepCheck, where: torch.device, lost: str) -> Finding:
+    try:
+        if reason := lost or skip_reason(step, where):
+            return Finding("a training step", step.name, "skipped", reason)
+        text = f"3 updates, largest difference {step_difference(step, where):.1g}"
+        return Finding("a training step", step.name, "ok", text)
+    except Exception as error:
+        tests = "-m cuda tests/test_engine_on_cuda.py" if step.graphs else "tests/objectives"
+        return Finding("a training step", step.name, "FAILED", said(error), f"python -m pytest {tests}")
 
 
 # The report

@@ -8,7 +8,7 @@ that a check can fail on the CPU too.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -152,6 +152,16 @@ def _rows(of: Callable[..., Given], count: int = 1) -> Callable[[], dict[str, Gi
     return lambda: {name: of(*_logits(*kind, count)) for name, kind in ROWS.items()}
 
 
+def _outputs(returned: Sequence[str] = (), changed: Sequence[str] = ()) -> Callable[..., Outputs]:
+    """Calls an op: names for what it returns, and the names of the arguments that it changes."""
+
+    def results(run: Callable[..., Any], **given: Any) -> Outputs:
+        out = run(**given) or ()
+        return {**dict(zip(returned, out, strict=True)), **{name: given[name] for name in changed}}
+
+    return results
+
+
 def _way_case(z: Tensor) -> Given:
     far = torch.randn(z.shape, generator=_generator().manual_seed(1)).softmax(dim=1)
     far[::2] = torch.nn.functional.one_hot(_labels(z), z.shape[1]).float()[::2]
@@ -177,11 +187,6 @@ def _fraction_case(z: Tensor) -> Given:
     return {**state, "logits": z, "labels": _labels(z), "gamma": 0.8, "momentum": 0.9}
 
 
-def _moved(run: Callable[..., None], **given: Any) -> Outputs:
-    run(**given)
-    return {name: given[name] for name in ("robust_fraction", "unreported_faults")}
-
-
 def _assign_cases() -> dict[str, Given]:
     found = {}
     for m, kind in ((128, "plain"), (1, "one sample"), (0, "no sample"), (33, "NaN"), (300, "ties"), (10_000, "many")):
@@ -202,18 +207,9 @@ def _assign_cases() -> dict[str, Given]:
     return found
 
 
-def _assigned(run: Callable[..., Any], **given: Any) -> Outputs:
-    names = ("threshold", "group", "steps", "step_size", "order", "counts")
-    return {**dict(zip(names, run(**given), strict=True)), "group_counts": given["group_counts"]}
-
-
 def _order_cases() -> dict[str, Given]:
     sizes = {"128": 128, "one sample": 1, "no sample": 0, "many": 10_000}
     return {k: {"steps": torch.randint(0, 12, (m,), generator=_generator()), "most": 12} for k, m in sizes.items()}
-
-
-def _ordered(run: Callable[..., Any], **given: Any) -> Outputs:
-    return dict(zip(("order", "active"), run(**given), strict=True))
 
 
 def _order_stated(steps: Tensor, most: int) -> tuple[Tensor, Tensor]:
@@ -248,11 +244,6 @@ def _format(last: bool) -> torch.memory_format:
     return torch.channels_last if last else torch.contiguous_format
 
 
-def _stepped(run: Callable[..., None], **given: Any) -> Outputs:
-    run(**given)
-    return {name: given[name] for name in ("x_adv", "faulty")}
-
-
 def _start_cases() -> dict[str, Given]:
     found = {}
     for name, (shape, dtype, faults) in IMAGE_BATCHES.items():
@@ -262,11 +253,6 @@ def _start_cases() -> dict[str, Given]:
         given |= {"state": torch.tensor([2**40 + 7, 11]), "noise": "uniform" if faults else "normal", "scale": 0.25}
         found[name] = {**given, "lower": 0.0, "upper": 1.0}
     return found
-
-
-def _started(run: Callable[..., Any], **given: Any) -> Outputs:
-    clean, start = run(**given)
-    return {"clean": clean, "start": start, "state": given["state"]}
 
 
 def _start_stated(**given: Any) -> tuple[Tensor, Tensor]:
@@ -291,38 +277,31 @@ def _graded(op: str) -> Callable[..., tuple[Tensor, ...]]:
     return reference
 
 
-def _mining_case(z: Tensor) -> Given:
-    return {"logits": z, "labels": _labels(z)}
+_mined_cases = _rows(lambda z: {"logits": z, "labels": _labels(z)})
+_trades_cases = _rows(lambda a, b: {"adversarial": a, "clean": b}, 2)
+_mart_cases = _rows(lambda a, b: {"clean": a, "adversarial": b, "labels": _labels(a), "beta": 6.0}, 2)
+_js_cases = _rows(lambda a, b, c: {"clean": a, "first": b, "second": c}, 3)
+_way_cases, _fraction_cases = _rows(_way_case), _rows(_fraction_case)
+_linf_cases, _l2_cases = partial(_step_cases, "l_inf"), partial(_step_cases, "l_2")
 
-
-def _trades_case(a: Tensor, b: Tensor) -> Given:
-    return {"adversarial": a, "clean": b}
-
-
-def _mart_case(a: Tensor, b: Tensor) -> Given:
-    return {"clean": a, "adversarial": b, "labels": _labels(a), "beta": 6.0}
-
-
-def _js_case(a: Tensor, b: Tensor, c: Tensor) -> Given:
-    return {"clean": a, "first": b, "second": c}
-
+_assigned = _outputs(("threshold", "group", "steps", "step_size", "order", "counts"), ("group_counts",))
+_ordered = _outputs(("order", "active"))
+_started = _outputs(("clean", "start"), ("state",))
+_stepped = _outputs(changed=("x_adv", "faulty"))
+_moved = _outputs(changed=("robust_fraction", "unreported_faults"))
 
 CHECKS = (
-    Check("signed_variance", _mined, signed_variance_reference, _rows(_mining_case), 2e-6, "rows", "signed_variance"),
+    Check("signed_variance", _mined, signed_variance_reference, _mined_cases, 2e-6, "rows", "signed_variance"),
     Check("assign_steps", _assigned, assign_reference, _assign_cases, 1e-12, "assign", "assign_steps", SVAR),
     Check("order_by_steps", _ordered, _order_stated, _order_cases, 0.0, "order", "order_by_steps", SAMPLES),
     Check("gather_start", _started, _start_stated, _start_cases, 2e-6, "gather", "gather_start", IMAGES),
-    Check(
-        "ascent_direction", _directed, ascent_direction_reference, _rows(_way_case), 4e-6, "rows", "ascent_direction"
-    ),
-    Check("linf_step_", _stepped, linf_reference, partial(_step_cases, "l_inf"), 1e-6, "linf", "pgd_step", IMAGES),
-    Check("l2_step_", _stepped, l2_reference, partial(_step_cases, "l_2"), 4e-6, "l2", "pgd_l2_step", IMAGES),
-    Check(
-        "update_fraction_", _moved, update_fraction_reference, _rows(_fraction_case), 1e-15, "update", "update_fraction"
-    ),
-    Check("trades_kl", _losses, _graded("trades_kl"), _rows(_trades_case, 2), 2e-5, "losses", "divergence"),
-    Check("mart_loss", _losses, _graded("mart_loss"), _rows(_mart_case, 2), 1e-4, "losses", "divergence"),
-    Check("js_divergence", _losses, _graded("js_divergence"), _rows(_js_case, 3), 2e-5, "losses", "divergence"),
+    Check("ascent_direction", _directed, ascent_direction_reference, _way_cases, 4e-6, "rows", "ascent_direction"),
+    Check("linf_step_", _stepped, linf_reference, _linf_cases, 1e-6, "linf", "pgd_step", IMAGES),
+    Check("l2_step_", _stepped, l2_reference, _l2_cases, 4e-6, "l2", "pgd_l2_step", IMAGES),
+    Check("update_fraction_", _moved, update_fraction_reference, _fraction_cases, 1e-15, "update", "update_fraction"),
+    Check("trades_kl", _losses, _graded("trades_kl"), _trades_cases, 2e-5, "losses", "divergence"),
+    Check("mart_loss", _losses, _graded("mart_loss"), _mart_cases, 1e-4, "losses", "divergence"),
+    Check("js_divergence", _losses, _graded("js_divergence"), _js_cases, 2e-5, "losses", "divergence"),
 )
 
 # A whole step

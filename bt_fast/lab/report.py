@@ -97,6 +97,8 @@ def _method_summary(run: Run, contestant: Contestant) -> dict[str, Any]:
         "images": final["images"],
         "attack": f"PGD-{run.config.eval_steps} x {run.config.eval_restarts}",
         "seconds": sum(contestant.seconds),
+        "joules": run.energy.joules(contestant.method),
+        "joules_reason": run.energy.reason,
         "iteration_seconds": statistics.median(contestant.seconds[WARM_UP:] or contestant.seconds),
         "forward_passes": _cost(contestant),
         "theoretical_speedup": _theoretical_speedup(contestant, run.config.steps),
@@ -173,7 +175,8 @@ def table(summary: dict[str, Any]) -> Table:
         title += f", eps = {summary['config']['epsilon']:g}, {attack}"
     view = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False)
     view.add_column("")  # the only one that may wrap: methods with options of their own have long names
-    for name in ("clean", "robust", "F_B/F_R/F_O", "theory", "passes", "clock", "time"):
+    energy = ["energy"] if any(entry.get("joules") is not None for entry in methods.values()) else []
+    for name in ("clean", "robust", "F_B/F_R/F_O", "theory", "passes", "clock", "time", *energy):
         view.add_column(name, justify="right", no_wrap=True)
     for method, entry in methods.items():
         fractions = entry.get("fractions")
@@ -186,6 +189,7 @@ def table(summary: dict[str, Any]) -> Table:
             f"{entry['forward_passes']:.1f}F",
             f"{entry['speedup'][first]:.2f}x" if method != first else "1.00x",
             f"{entry['seconds']:.0f} s",
+            *(f"{entry['joules'] / 1000:.3g} kJ" for _ in energy),
         )
     return view
 

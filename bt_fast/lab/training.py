@@ -34,6 +34,7 @@ from bt_fast.lab.augment import crop_and_flip
 from bt_fast.lab.checkpoint import load_checkpoint, save_checkpoint
 from bt_fast.lab.config import RunConfig
 from bt_fast.lab.data import ImageDataset, images, minibatches
+from bt_fast.lab.energy import TrainingEnergy
 from bt_fast.lab.files import append_line, write_text
 from bt_fast.lab.models import build_model
 from bt_fast.lab.provenance import Provenance, check_data, described, fingerprint, this_start
@@ -84,6 +85,7 @@ class Contestant:
         self.counted = torch.zeros(3, dtype=torch.int64, device=device)  # samples by group, at the last record
         self._frozen = VIEWS[self.kind.view]
         self.seconds: list[float] = []
+        self.interval = (0.0, 0.0)  # of the last step, on `time.perf_counter`'s clock
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
         self._random = _random_state(device)
 
@@ -109,7 +111,9 @@ class Contestant:
                     loss.backward()
                     self.guard.step(loss)
             synchronize(self.device)
-            self.seconds.append(time.perf_counter() - began)
+            end = time.perf_counter()
+            self.seconds.append(end - began)
+            self.interval = (began, end)
         self.guard.settle()  # known since the device was waited for
         if len(self.guard.skipped) > skipped:
             self.left_out += 1
@@ -235,6 +239,7 @@ class Run:
         self.minibatch: tuple[Tensor, Tensor]
         self._observe = observe
         self.contestants = [Contestant(method, config, dataset, device) for method in config.methods]
+        self.energy = TrainingEnergy(device, config.methods)
         self.checkpoint_path = folder / "checkpoint.pt"
         self._metrics_path = folder / "metrics.jsonl"
         self._provenance_path = folder / "run.json"
@@ -270,6 +275,10 @@ class Run:
             NonFiniteError: NaN or Inf in a minibatch, or in too many one after the other if they are skipped.
             OSError: a record or checkpoint cannot be written; what was written before is whole, and the run resumes.
         """
+        with self.energy:
+            yield from self._train()
+
+    def _train(self) -> Iterator[Progress]:
         saved = time.monotonic()
         while self.iteration < self.iterations:
             epoch, first = divmod(self.iteration, self.iterations_per_epoch)
@@ -295,6 +304,7 @@ class Run:
             "iteration": self.iteration,
             "data": self._fingerprint,
             "contestants": {c.method: c.state() for c in self.contestants},
+            "energy": self.energy.state(),
         }
         save_checkpoint(self.checkpoint_path, self.config, state)
 
@@ -362,6 +372,7 @@ class Run:
             except NonFiniteError as error:
                 message = f"{contestant.method}, {error}"
                 raise NonFiniteError(message, error.samples, earlier=error.earlier) from error
+            self.energy.add(contestant.method, contestant.interval)
         self.iteration += 1
         self._record_skipped(skipped)
         self.minibatch = (x, y)
@@ -421,6 +432,7 @@ class Run:
             )
 
     def _end_epoch(self, epoch: int) -> None:
+        self.energy.settle()
         for contestant in self.contestants:
             learnt = self.iterations_per_epoch - contestant.left_out
             self.append(
@@ -430,6 +442,7 @@ class Run:
                 **self.evaluate(contestant, self.config.curve_size, restarts=1),
                 loss=float(contestant.loss_sum) / learnt if learnt else None,
                 seconds=sum(contestant.seconds),
+                joules=self.energy.joules(contestant.method),
             )
             contestant.loss_sum.zero_()
             contestant.left_out = 0
@@ -451,6 +464,7 @@ class Run:
                 contestant.load(state["contestants"][contestant.method])
             if type(state["iteration"]) is not int or not 0 <= state["iteration"] <= self.iterations:
                 raise ValueError(f"iteration {state['iteration']} of {self.iterations}")
+            self.energy.load(state.get("energy"))
             self.iteration = state["iteration"]
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
             raise ValueError(f"{self.checkpoint_path}: does not fit this run ({error})") from error

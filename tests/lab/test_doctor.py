@@ -155,7 +155,7 @@ def test_a_gpu_that_can_be_used_is_described():
 
 def test_nvml_is_read_and_its_own_error_kept():
     nvml = mock.Mock()
-    nvml.nvmlSystemGetDriverVersion.return_value = b"470.1"
+    nvml.nvmlSystemGetDriverVersion.return_value = "470.1"
     nvml.nvmlSystemGetCudaDriverVersion_v2.return_value = 11040
     nvml.nvmlDeviceGetCount.return_value = 2
     nvml.nvmlDeviceGetName.return_value = "T4"

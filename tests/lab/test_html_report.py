@@ -25,6 +25,7 @@ from bt_fast.lab.html_report.numbers import duration, plain
 from bt_fast.lab.html_report.page import page
 from bt_fast.lab.html_report.waterfall import stages
 
+CHARTS = 16  # of the page of `folders`
 NOW = datetime(2026, 1, 2, 3, 4, tzinfo=timezone.utc)
 CONFIG = {"loss": "trades", "data": "digits", "model": "small-cnn", "steps": 10, "epsilon": 0.2, "seed": 0}
 MACHINE = {"torch": "2.13.0", "device": "cpu"}
@@ -61,7 +62,20 @@ def records():
         yield at | {"kind": "fractions", "method": "bullet"} | shares
         steps = {"svar": [-0.05, 0.0, 0.02, 0.08], "steps": [0, 10, 10, 2], "threshold": 0.05}
         yield at | {"kind": "allocation", "method": "bullet"} | steps
-    yield {"iteration": 20, "kind": "groups", "shares": {}}  # of a study, not drawn
+    yield of_groups(10, (0.25, 0.75, 0.0), (-0.02, 0.01, None), None)
+    yield of_groups(20, (0.25, 0.25, 0.5), (-0.03, 0.02, 0.08), 0.875)
+
+
+def of_groups(iteration, shares, svar, chance):
+    names = ("outlier", "boundary", "robust")
+    values = {"shares": dict(zip(names, shares, strict=True)), "svar": dict(zip(names, svar, strict=True))}
+    return {"iteration": iteration, "kind": "groups", "boundary_below_robust": chance} | values
+
+
+def of_corruptions(method, fog=(0.1, 0.2, 0.3, 0.4, 0.5), others=(0.0, 0.0, 0.1, 0.1, 0.3)):
+    names = ("motion_blur", "zoom_blur", "snow", "frost", "contrast")
+    errors = {"fog": list(fog)} | {name: list(others) for name in names}
+    return {"iteration": 20, "kind": "corruptions", "method": method, "robust": 0.8, "errors": errors}
 
 
 def write_run(folder, content=None, lines=None):
@@ -145,7 +159,8 @@ def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("reported")
     other = summary(config=CONFIG | {"seed": 1, "epsilon": 0.1})
     other["methods"]["bullet-frozen"] = bullet(1.8)  # slower than bullet: time added
-    return [write_run(root / "one"), write_run(root / "two", other)]
+    lines = [*records(), of_corruptions("optimised"), of_corruptions("bullet", fog=[0.2] * 5)]
+    return [write_run(root / "one"), write_run(root / "two", other, lines)]
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +180,8 @@ def test_ids_are_unique_and_references_lead_somewhere(reader):
 
 def test_every_chart_has_a_title_a_description_and_its_numbers(reader):
     charts = [svg for svg in reader.all("svg") if svg.attributes.get("role") == "img"]
-    assert len(charts) == 2 + 2 + 2 + 2 + 2  # of two runs: accuracy, trade-off, waterfall, fractions, SVar
+    # of two runs: accuracy, trade-off, waterfall, fractions, SVar, and groups and their SVar; of one: corruptions
+    assert len(charts) == CHARTS == 7 * 2 + 2
     for chart in charts:
         title, description = map(reader.with_id, chart.attributes["aria-labelledby"].split())
         assert (title.name, description.name) == ("title", "desc")
@@ -327,13 +343,59 @@ def test_older_fractions_that_name_no_method_are_of_bullettrain(tmp_path):
     assert "Shares of the groups in training, A3" in [t.text for t in reader.all("title")][-1]
 
 
-def test_energy_that_nobody_measured_is_no_zero(folders, tmp_path):
-    assert "Not measured: the summaries have no energy (joules) of any method." in page_of(*folders)
+def test_energy_that_nobody_measured_is_no_zero_and_says_why(folders, tmp_path):
+    text = page_of(*folders)
+    assert "Not measured of A1, A2, A3, B1, B2, B3, B4: the summary has no joules, and does not say why." in text
     measured = summary()
     measured["methods"]["bullet"]["joules"] = 3000.0
-    text = page_of(write_run(tmp_path / "run", measured))
-    assert cells(Reader(text), "Energy")[1] == ["A3", "a label", "3000 J", "150 W"]
-    assert "no energy (joules) of A1, A2." in text
+    measured["methods"]["optimised"] |= {"joules": None, "joules_reason": "the GPU was lost"}
+    lines = [r | ({"joules": 100.0 * r["epoch"]} if r["kind"] == "epoch" else {}) for r in records()]
+    text = page_of(write_run(tmp_path / "run", measured, lines))
+    assert cells(Reader(text), "Energy")[1] == ["A3", "a label", "3000 J", "1500 J", "150 W"]
+    assert "Not measured of A2: the GPU was lost." in text
+    assert cells(Reader(text), "Accuracy against")[1:3] == [
+        ["a label", "1", "85.0 %", "55.0 %", "20.0 s", "100 J"],
+        ["a label", "2", "90.0 %", "60.0 %", "40.0 s", "200 J"],
+    ]
+
+
+def test_the_groups_that_a_study_records_are_drawn_and_told(folders):
+    reader = Reader(page_of(folders[0]))
+    assert cells(reader, "Shares of the groups as an attack") == [
+        ["iteration", "boundary", "robust", "outlier"],
+        ["10", "75.0 %", "0.0 %", "25.0 %"],
+        ["20", "25.0 %", "50.0 %", "25.0 %"],
+    ]
+    assert cells(reader, "Mean signed prediction variance of the groups")[1:] == [
+        ["10", "0.0100", "–", "−0.0200", "–"],
+        ["20", "0.0200", "0.0800", "−0.0300", "87.5 %"],
+    ]
+    assert "boundary 50.0 %, robust 25.0 %, outlier 25.0 %" in reader.with_id("groups-A-desc").text
+    assert "87.5 % in mean over 1 minibatches with both" in reader.with_id("groups-svar-A-desc").text
+
+
+def test_errors_under_corruptions_are_drawn_and_told(reader):
+    header, *rows = cells(reader, "Error by corruption, run B")
+    assert header == ["corruption", "method", *(f"severity {n}" for n in (1, 2, 3, 4, 5)), "mean"]
+    assert rows[0] == ["fog", "a label", "10.0 %", "20.0 %", "30.0 %", "40.0 %", "50.0 %", "30.0 %"]
+    assert [row[0] for row in rows[:3]] == ["fog", "fog", "motion blur"]
+    assert len(rows) == 2 * 6
+    by_severity = cells(reader, "Error by severity, run B")[2][1:]
+    assert by_severity == ["3.3 %", "3.3 %", "11.7 %", "11.7 %", "28.3 %", "11.7 %"]
+    assert "under fog, 30.0 %" in reader.with_id("corruptions-B-desc").text
+    assert "1.7 % to 33.3 %" in reader.with_id("severities-B-desc").text
+
+
+def test_what_studies_alone_record_has_no_section_in_another_run(tmp_path):
+    lines = [r for r in records() if r["kind"] != "groups"]
+    text = page_of(write_run(tmp_path / "run", lines=lines))
+    assert "section-groups" not in text
+    assert "section-corruptions" not in text
+
+
+def test_errors_of_0_are_drawn(tmp_path):
+    lines = [*records(), of_corruptions("bullet", [0.0] * 5, [0.0] * 5)]
+    assert Reader(page_of(write_run(tmp_path / "run", lines=lines))).with_id("severities-A")
 
 
 def test_seeds_are_averaged_where_nothing_else_differs(folders, tmp_path):
@@ -379,7 +441,7 @@ def test_of_a_long_run_some_fractions_are_shown_and_the_last(tmp_path):
     rows = cells(reader, "Shares of the groups")[1:]
     assert len(rows) == 250
     assert rows[-1][0] == "10000"
-    assert "Each 4th record is shown." in reader.with_id("fractions-A3-desc").text
+    assert "250 of 1000 records are shown." in reader.with_id("fractions-A3-desc").text
 
 
 def test_a_run_of_augmix_shows_its_accuracy_under_corruptions(tmp_path):
@@ -578,7 +640,7 @@ def change(where, value):
         (change(["methods", "bullet", "clean"], "high"), "method bullet: clean must be a number, got 'high'"),
         (change(["methods", "bullet", "clean"], True), "clean must be a number, got True"),
         (change(["methods", "bullet", "speedup"], 2), "speedup must be an object, got 2"),
-        (change(["methods", "bullet", "fractions"], {"boundary": 1}), "method bullet, fractions: no robust"),
+        (change(["methods", "bullet", "fractions"], {"boundary": 1}), "method bullet, fractions: no outlier"),
     ],
 )
 def test_what_is_wrong_with_a_summary_is_said(tmp_path, content, said):
@@ -606,6 +668,14 @@ def test_what_is_wrong_with_a_summary_is_said(tmp_path, content, said):
             '{"kind": "allocation", "iteration": 1, "threshold": 0, "svar": [NaN], "steps": [1]}',
             "svar must hold numbers in -1..1, got nan",
         ),
+        ('{"kind": "groups", "iteration": 1, "svar": {}}', "shares must be an object, got None"),
+        ('{"kind": "groups", "iteration": 1, "shares": {"outlier": 1}}', "line 2, shares: no boundary"),
+        (json.dumps(of_groups(1, (0, 1, 0), ("x", 0, 0), None)), "svar: outlier must be a number, got 'x'"),
+        (json.dumps(of_groups(1, (0, 1, 0), (0, 0, 0), [])), "boundary_below_robust must be a number, got []"),
+        ('{"kind": "corruptions", "iteration": 1, "robust": 1, "errors": 1}', "errors must be an object, got 1"),
+        (json.dumps(of_corruptions("a", fog=[0.5])), "errors of fog must be 5 numbers, got [0.5]"),
+        (json.dumps(of_corruptions("a", fog=[0, 0, 0, 0, 2])), "errors of fog must be in 0..1, got 2"),
+        (json.dumps(of_corruptions("a", fog=[0, 0, 0, 0, None])), "errors: fog must be a number, got None"),
         ('{"kind": "x", "iteration": Infinity}', "iteration must be finite, got inf"),
         (f'{{"kind": "x", "iteration": 1{400 * "0"}}}', "iteration must be a number, got one of 401 digits"),
     ],
@@ -642,19 +712,22 @@ def test_without_tensorboard_the_error_says_what_to_install(folders, tmp_path, m
     assert not out.exists()
 
 
-def test_scalars_are_those_of_the_records(folders, tmp_path):
+def test_scalars_are_those_of_the_records(tmp_path):
     module = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    arguments = (folders[0], "--out", tmp_path / "out.html", "--tensorboard", tmp_path / "events")
+    lines = [r | {"joules": 50.0 * r["epoch"]} if r["kind"] == "epoch" else r for r in records()]
+    run = write_run(tmp_path / "run", lines=lines)
+    arguments = (run, "--out", tmp_path / "out.html", "--tensorboard", tmp_path / "events")
     assert invoke(*arguments).exit_code == 0
     names = sorted(p.name for p in (tmp_path / "events").iterdir())
     assert names == ["A1-reference", "A2-optimised", "A3-bullet"]
     events = module.EventAccumulator(str(tmp_path / "events" / "A3-bullet")).Reload()
-    tags = {"accuracy/clean", "accuracy/robust", "loss"}
+    tags = {"accuracy/clean", "accuracy/robust", "loss", "joules"}
     tags |= {f"fractions/{key}" for key in ("boundary", "robust", "outlier", "robust_fraction")}
     assert set(events.Tags()["scalars"]) == tags
     first, second = events.Scalars("accuracy/robust")
     assert (first.step, second.step) == (10, 20)
     assert (first.value, second.value) == pytest.approx((0.55, 0.6))
+    assert [e.value for e in events.Scalars("joules")] == [50.0, 100.0]
     assert second.wall_time - first.wall_time == pytest.approx(12.0, abs=1e-3)  # seconds of training
     assert "not an empty folder" in error_of(*arguments)
 
@@ -687,7 +760,7 @@ def test_a_browser_shows_all_charts_without_errors_requests_or_overflow(browser,
         "[...document.querySelectorAll('svg.chart')].map(e => e.getBoundingClientRect())"
         ".map(b => [b.width, b.height, b.left, b.right])"
     )
-    assert len(boxes) == 10
+    assert len(boxes) == CHARTS
     for wide, high, left, right in boxes:
         assert wide >= 300
         assert high >= 150
@@ -723,7 +796,7 @@ def test_the_keyboard_reaches_the_skip_link_the_tables_and_the_numbers(browser, 
     assert [e for e in seen if e[2] != "solid"] == []  # focus can be seen
     names = {name for name, *_ in seen}
     assert names == {"A", "DIV", "SUMMARY"}
-    assert [name for name, *_ in seen].count("SUMMARY") == 10
+    assert [name for name, *_ in seen].count("SUMMARY") == CHARTS
     browser.evaluate("document.querySelector('summary').focus()")
     browser.press("Enter", 13, "\r")
     assert browser.evaluate("document.querySelector('details').open")
@@ -734,7 +807,7 @@ def test_a_screen_reader_is_told_what_each_chart_shows(browser, written):
     nodes = browser.send("Accessibility.getFullAXTree")["nodes"]
     images = [n for n in nodes if n.get("role", {}).get("value") in ("image", "img") and not n.get("ignored")]
     names = [n["name"]["value"] for n in images]
-    assert len(names) == 10
+    assert len(names) == CHARTS
     assert all("run" in name or "A3" in name or "B3" in name for name in names)
     headings = [n for n in nodes if n.get("role", {}).get("value") == "heading"]
-    assert len(headings) == 1 + 9 + 10
+    assert len(headings) == 1 + 11 + CHARTS

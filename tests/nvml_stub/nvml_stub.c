@@ -7,6 +7,7 @@
      mig UUID PARENT          a MIG instance of the GPU PARENT
      GETTER VALUE...          what successive calls give: a number, or !CODE for an error. The last one repeats, or
                               grows with each call where the line ends with +STEP, and wraps where it has %MODULUS
+     closed CODE              what asking for this device's handle returns
      lost_after N             the Nth call of the getters that this device has and all later ones return GPU_IS_LOST
 
    A getter that the script does not name is not supported. */
@@ -17,7 +18,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { SUCCESS = 0, UNINITIALIZED = 1, INVALID_ARGUMENT = 2, NOT_SUPPORTED = 3, NOT_FOUND = 6, LOST = 15 };
+enum { SUCCESS = 0, UNINITIALIZED = 1, INVALID_ARGUMENT = 2, NOT_SUPPORTED = 3, NO_PERMISSION = 4, NOT_FOUND = 6, LOST = 15 };
 enum { POWER_INSTANT = 186, CLOCK_SM = 1, MOST_VALUES = 64, MOST_DEVICES = 8 };
 
 static const char *const NAMES[] = {"energy",   "power",   "instant",     "sm_util",       "memory_util", "sm_clock",
@@ -36,7 +37,7 @@ struct device {
     char uuid[96];
     struct device *parent; /* of a MIG instance */
     struct series series[GETTERS];
-    int calls, lost_after;
+    int calls, lost_after, closed;
 };
 
 static struct device devices[MOST_DEVICES];
@@ -77,6 +78,7 @@ int stub_script(const char *text) {
             if (!strcmp(word, "mig") && !(devices[count].parent = by_uuid(strtok_r(NULL, " ", &rest)))) bad = number;
             count++;
         } else if (last && !strcmp(word, "lost_after")) last->lost_after = atoi(strtok_r(NULL, " ", &rest));
+        else if (last && !strcmp(word, "closed")) last->closed = atoi(strtok_r(NULL, " ", &rest));
         else {
             int g = 0;
             while (g < GETTERS && strcmp(word, NAMES[g])) g++;
@@ -147,6 +149,7 @@ int nvmlSystemGetDriverVersion(char *out, unsigned length) {
 const char *nvmlErrorString(int code) {
     switch (code) {
         case NOT_SUPPORTED: return "Not Supported";
+        case NO_PERMISSION: return "Insufficient Permissions";
         case LOST: return "GPU is lost";
         default: return "Another Error";
     }
@@ -169,7 +172,7 @@ int nvmlDeviceGetHandleByIndex_v2(unsigned index, struct device **out) {
 
 int nvmlDeviceGetHandleByUUID(const char *uuid, struct device **out) {
     if (!references) return UNINITIALIZED;
-    return (*out = by_uuid(uuid)) ? SUCCESS : NOT_FOUND;
+    return (*out = by_uuid(uuid)) ? (*out)->closed : NOT_FOUND;
 }
 
 int nvmlDeviceGetDeviceHandleFromMigDeviceHandle(struct device *d, struct device **out) {

@@ -4,41 +4,31 @@ from __future__ import annotations
 
 import collections
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from bt_fast.lab.html_report import drawing
 from bt_fast.lab.html_report.drawing import BOTTOM, DASHES, TOP, WIDTH, Point, Style
 from bt_fast.lab.html_report.loading import LoadedRun, Record, Result
-from bt_fast.lab.html_report.markup import Html, element, table
-from bt_fast.lab.html_report.numbers import UNKNOWN, duration, percent, plain
+from bt_fast.lab.html_report.markup import Html, element, note, panel, table
+from bt_fast.lab.html_report.numbers import duration, percent, plain
 
 DRAWN = 8  # methods in a chart, or charts of a run: more cannot be told apart; tables have all
 HEIGHT = 320
 _BINS = 24
-_RECORDS = 300  # of fractions in a chart
+_RECORDS = 300  # of a kind in a chart
 _LABELLED = 40  # points of the trade-off
 _COMPARABLE = ("data", "test_size", "loss", "epsilon", "eval_steps", "eval_restarts")
-_GROUPS = {"boundary": Style(2, 0), "robust": Style(1, 1, DASHES[1]), "outlier": Style(0, 2, DASHES[2])}
+GROUP_STYLES = {"boundary": Style(2, 0), "robust": Style(1, 1, DASHES[1]), "outlier": Style(0, 2, DASHES[2])}
+SHARE = "share of the minibatches (%)"
 _ROBUST_FRACTION = Style(4, 3, DASHES[3], hollow=True)
 
 Styles = Mapping[str, Style]
-_Recorded = tuple[LoadedRun, Result, list[Record]]
 
 
 def styles_of(runs: Sequence[LoadedRun]) -> dict[str, Style]:
     """A style for each method, the same in all runs and charts."""
     names = dict.fromkeys(result.name for run in runs for result in run.results)
     return {name: Style.of(i) for i, name in enumerate(names)}
-
-
-def panel(heading: str, *content: Html) -> Html:
-    """One of several things side by side."""
-    return element("div", element("h3", heading), *content, class_="panel")
-
-
-def note(text: str) -> Html:
-    """A remark, for instance why there is no chart."""
-    return element("p", text, class_="note")
 
 
 def row_name(run: LoadedRun, result: Result) -> str:
@@ -80,17 +70,18 @@ def _accuracy(run: LoadedRun, styles: Styles, low: float, end: float) -> list[Ht
             drawn.append(drawing.line(points, line_style))
         legend.append(drawing.key(style, result.label))
     legend.append(element("li", "filled, solid line: robust; hollow, dashed line: clean"))
-    rows = [
-        [result.label, str(r["epoch"]), duration(r["seconds"]), percent(r["clean"]), percent(r.get("robust"))]
-        for result in run.results
-        for r in records[result.name]
-    ]
-    header = ["method", "epoch", "time", "clean", "robust"]
+    rows = [[result.label, str(r["epoch"]), *_told(r)] for result in run.results for r in records[result.name]]
+    header = ["method", "epoch", "clean", "robust", "time", "energy"]
     title = f"Accuracy against training time, run {run.letter}"
     ended = "; ".join(_last(result, records[result.name]) for result in run.results[:DRAWN])
-    text = f"After the last epoch: {ended}.{_left_out(run)}"
+    text = f"After the last epoch: {ended}.{undrawn(len(run.results))}"
     name = f"accuracy-{run.letter}"
     return [drawing.figure(name, title, text, HEIGHT, drawn, legend, [table(title, header, rows)])]
+
+
+def _told(record: Record) -> tuple[str, ...]:
+    accuracies = percent(record["clean"]), percent(record.get("robust"))
+    return (*accuracies, duration(record["seconds"]), plain(record.get("joules"), "J"))
 
 
 def _clean(style: Style) -> Style:
@@ -105,8 +96,9 @@ def _last(result: Result, records: list[Record]) -> str:
     return f"{result.label}, clean {percent(last['clean'])}{robust} in {duration(last['seconds'])}"
 
 
-def _left_out(run: LoadedRun) -> str:
-    rest = len(run.results) - DRAWN
+def undrawn(methods: int) -> str:
+    """A sentence about the methods that are too many for a chart, where they are."""
+    rest = methods - DRAWN
     return f" The first {DRAWN} methods are drawn; the table has {rest} more." if rest > 0 else ""
 
 
@@ -186,45 +178,85 @@ def _outside(box: tuple[float, ...]) -> float:
 
 def fractions(runs: Sequence[LoadedRun]) -> list[Html]:
     """A panel for each method with BulletTrain."""
-    found = [(run, result, run.of_kind("fractions", result.name)) for run in runs for result in run.results]
-    found = [item for item in found if item[2]]
-    if not found:
-        return [note("No method of these runs recorded fractions: they are of BulletTrain, every ten iterations.")]
-    kept, rest = _first_of_each_run(found)
-    return [panel(f"{row_name(run, x)}: {x.label}", _fractions(run, x, records)) for run, x, records in kept] + rest
+    without = "No method of these runs recorded fractions: they are of BulletTrain, every ten iterations."
+    return _of_methods(runs, "fractions", _fractions, without)
 
 
-def _first_of_each_run(found: list[_Recorded]) -> tuple[list[_Recorded], list[Html]]:
-    """Those that are drawn, and a note on the others."""
-    count: collections.Counter[str] = collections.Counter()
-    kept: list[_Recorded] = []
-    left: list[_Recorded] = []
-    for item in found:
-        count[item[0].letter] += 1
-        (kept if count[item[0].letter] <= DRAWN else left).append(item)
-    names = ", ".join(row_name(run, result) for run, result, _ in left)
-    return kept, [note(f"Drawn are the first {DRAWN} of each run; not drawn: {names}.")] if left else []
+def _of_methods(
+    runs: Sequence[LoadedRun], kind: str, chart: Callable[[LoadedRun, Result, list[Record]], Html], without: str
+) -> list[Html]:
+    """A panel for each method with records of that kind, up to DRAWN of a run, and a note on the others; or a remark.
+
+    Args:
+        without: the remark, where there is no such record.
+    """
+    panels, left = [], []
+    for run in runs:
+        recorded = [(result, records) for result in run.results if (records := run.of_kind(kind, result.name))]
+        for result, records in recorded[:DRAWN]:
+            panels.append(panel(f"{row_name(run, result)}: {result.label}", chart(run, result, records)))
+        left += [row_name(run, result) for result, _ in recorded[DRAWN:]]
+    if left:
+        panels.append(note(f"Drawn are the first {DRAWN} of each run; not drawn: {', '.join(left)}."))
+    return panels or [note(without)]
 
 
 def _fractions(run: LoadedRun, result: Result, records: list[Record]) -> Html:
-    every = math.ceil(len(records) / _RECORDS)
-    records = records[-1::-every][::-1]  # with the last
-    x = drawing.x_scale(0, max(max(r["iteration"] for r in records), 1))
-    y = drawing.y_scale(0, 100, TOP, HEIGHT - BOTTOM)
-    drawn, legend = [drawing.axes(x, y, "iteration", "share of the minibatches (%)")], []
-    for key, style in [*_GROUPS.items(), ("robust_fraction", _ROBUST_FRACTION)]:
-        drawn.append(drawing.line([(x(r["iteration"]), y(100 * r[key])) for r in records], style, marks=8))
-        legend.append(drawing.key(style, "F_R, moving robust accuracy" if key == "robust_fraction" else key))
+    drawn = thinned(records)
+    series = {key: (style, key, _of(key)) for key, style in GROUP_STYLES.items()}
+    series["robust_fraction"] = (_ROBUST_FRACTION, "F_R, moving robust accuracy", _of("robust_fraction"))
     name = f"{row_name(run, result)}, {result.label}"
     title = f"Shares of the groups in training, {name}"
     last = records[-1]
-    ends = ", ".join(f"{group} {percent(last[group])}" for group in _GROUPS)
+    ends = ", ".join(f"{group} {percent(last[group])}" for group in GROUP_STYLES)
     text = f"In the last minibatches: {ends}; F_R {percent(last['robust_fraction'])} (compare Fig. 3)."
-    text += f" Each {every}th record is shown." if every > 1 else ""
-    keys = [*_GROUPS, "robust_fraction"]
-    rows = [[str(r["iteration"]), *(percent(r[key]) for key in keys)] for r in records]
-    numbers = table(title, ["iteration", *_GROUPS, "F_R"], rows)
-    return drawing.figure(f"fractions-{row_name(run, result)}", title, text, HEIGHT, drawn, legend, [numbers])
+    text += left_out(records, drawn)
+    rows = [[str(r["iteration"]), *(percent(r[key]) for key in series)] for r in drawn]
+    numbers = table(title, ["iteration", *GROUP_STYLES, "F_R"], rows)
+    name = f"fractions-{row_name(run, result)}"
+    y = drawing.y_scale(0, 100, TOP, HEIGHT - BOTTOM)
+    return over_iterations(name, title, text, drawn, (y, SHARE), list(series.values()), numbers)
+
+
+def _of(key: str) -> Callable[[Record], float | None]:
+    return lambda record: 100 * record[key]
+
+
+def thinned(records: list[Record]) -> list[Record]:
+    """As many of the records as a chart shows, evenly spread, the last among them."""
+    return records[-1 :: -math.ceil(len(records) / _RECORDS)][::-1]
+
+
+def left_out(records: list[Record], drawn: list[Record]) -> str:
+    """A sentence about the records that `thinned` has left out, where it has."""
+    return f" {len(drawn)} of {len(records)} records are shown." if len(drawn) < len(records) else ""
+
+
+def over_iterations(
+    name: str,
+    title: str,
+    text: str,
+    records: list[Record],
+    vertical: tuple[drawing.Scale, str],
+    series: list[tuple[Style, str, Callable[[Record], float | None]]],
+    numbers: Html,
+) -> Html:
+    """A line over the iterations for each series.
+
+    Args:
+        name, title, text: as of `drawing.figure`.
+        vertical: the axis and what it means.
+        series: how each looks, its name, and its value in a record; None where it has none.
+        numbers: the table.
+    """
+    y, meaning = vertical
+    x = drawing.x_scale(0, max(max(r["iteration"] for r in records), 1))
+    drawn, legend = [drawing.axes(x, y, "iteration", meaning)], []
+    for style, label, value in series:
+        known = [(r["iteration"], v) for r in records if (v := value(r)) is not None]
+        drawn.append(drawing.line([(x(at), y(v)) for at, v in known], style, marks=8))
+        legend.append(drawing.key(style, label))
+    return drawing.figure(name, title, text, HEIGHT, drawn, legend, [numbers])
 
 
 # Signed variances
@@ -232,12 +264,8 @@ def _fractions(run: LoadedRun, result: Result, records: list[Record]) -> Html:
 
 def allocations(runs: Sequence[LoadedRun]) -> list[Html]:
     """A panel for each method whose runs recorded the steps of each sample."""
-    found = [(run, result, run.of_kind("allocation", result.name)) for run in runs for result in run.results]
-    found = [item for item in found if item[2] and item[2][-1]["svar"]]
-    if not found:
-        return [note("Not recorded: runs with BulletTrain of this version record it after each epoch.")]
-    kept, rest = _first_of_each_run(found)
-    return [panel(f"{row_name(run, x)}: {x.label}", _allocation(run, x, records)) for run, x, records in kept] + rest
+    without = "Not recorded: runs with BulletTrain of this version record it after each epoch."
+    return _of_methods(runs, "allocation", _allocation, without)
 
 
 def _allocation(run: LoadedRun, result: Result, records: list[Record]) -> Html:
@@ -294,7 +322,7 @@ def _bin_table(
 def _course_table(title: str, records: list[Record]) -> Html:
     steps = sorted({n for r in records for n in r["steps"]})
     rows = [
-        [str(r["iteration"]), plain(r["threshold"]), plain(sum(r["svar"]) / len(r["svar"])) if r["svar"] else UNKNOWN]
+        [str(r["iteration"]), plain(r["threshold"]), plain(sum(r["svar"]) / len(r["svar"]))]
         + [str(r["steps"].count(n)) for n in steps]
         for r in records
     ]

@@ -10,7 +10,7 @@ from bt_fast.lab.html_report.markup import Html, element, join
 from bt_fast.lab.html_report.style import SERIES
 
 WIDTH = 460
-LEFT, RIGHT, TOP, BOTTOM = 58, 16, 12, 44  # margins around the area that is drawn on
+LEFT, RIGHT, TOP, BOTTOM = 64, 16, 12, 44  # margins around the area that is drawn on
 DASHES = (None, "6 4", "9 3 2 3", "2 3")
 
 Point = tuple[float, float]
@@ -72,9 +72,17 @@ def axes(x: Scale, y: Scale, x_label: str, y_label: str) -> Html:
     parts.append(words((x.start + x.end) / 2, y.start + 36, x_label, "middle"))
     middle = (y.start + y.end) / 2
     turned = element(
-        "text", y_label, class_="faint", text_anchor="middle", transform=f"translate(14 {middle:g}) rotate(-90)"
+        "text", y_label, class_="faint", text_anchor="middle", transform=f"translate(13 {middle:g}) rotate(-90)"
     )
     return join([*parts, turned])
+
+
+def upright_grid(x: Scale, bottom: float, label: str) -> Html:
+    """Vertical grid lines down to an axis at the bottom, for bars and marks that lie in rows."""
+    parts = []
+    for value in x.ticks():
+        parts += [_line(x(value), 0, x(value), bottom, "grid"), _text(x(value), bottom + 17, value, "middle")]
+    return join([*parts, words((x.start + x.end) / 2, bottom + 36, label, "middle")])
 
 
 def words(x: float, y: float, text: str, anchor: str = "start", class_: str | None = "faint") -> Html:

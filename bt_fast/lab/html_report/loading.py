@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bt_fast.lab.corruptions import SEVERITIES
 from bt_fast.lab.methods import Method
 from bt_fast.lab.report import label
+from bt_fast.ops import GROUPS
 
 Record = dict[str, Any]
 
@@ -37,7 +39,7 @@ class Result:
         forward_passes: F of an iteration. theoretical_speedup: Eq. 7.
         speedup: over the other methods by name, the median of the ratios of paired iterations.
         fractions: of `boundary`, `robust`, `outlier`; None without BulletTrain.
-        joules: of training.
+        joules: of training. joules_reason: why there are none, where the summary says it.
         missing: the names of what an older version did not write.
     """
 
@@ -56,6 +58,7 @@ class Result:
     speedup: Mapping[str, float]
     fractions: Mapping[str, float] | None
     joules: float | None
+    joules_reason: str | None
     missing: tuple[str, ...]
 
 
@@ -146,7 +149,7 @@ def _result(path: Path, name: str, entry: Any, loss: str, corrupted: float | Non
         kind, made = Method(name, ""), name
     speedup = _object_of_numbers(entry, "speedup", where)
     fractions = _object_of_numbers(entry, "fractions", where)
-    for group in ("boundary", "robust", "outlier") if fractions is not None else ():
+    for group in GROUPS if fractions is not None else ():
         _number(fractions or {}, group, f"{where}, fractions")
     theory = _optional(entry, "theoretical_speedup", where)
     if "theoretical_speedup" not in entry:
@@ -174,6 +177,7 @@ def _result(path: Path, name: str, entry: Any, loss: str, corrupted: float | Non
         speedup=speedup or {},
         fractions=fractions,
         joules=_optional(entry, "joules", where),
+        joules_reason=None if entry.get("joules_reason") is None else str(entry["joules_reason"]),
         missing=tuple(key for key, there in told.items() if not there),
     )
 
@@ -221,12 +225,13 @@ def _record(line: str, where: str) -> Record:
         if not math.isfinite(_number(record, key, where)) and key == "iteration":
             raise ValueError(f"{where}: iteration must be finite, got {record[key]}")
     if record["kind"] == "epoch":
-        for key in ("robust", "loss"):
+        for key in ("robust", "loss", "joules"):
             _optional(record, key, where)
         if "method" not in record:
             raise ValueError(f"{where}: no method")
-    if record["kind"] == "allocation":
-        _check_allocation(record, where)
+    for kind, check in (("allocation", _check_allocation), ("groups", _check_groups), ("corruptions", _check_errors)):
+        if record["kind"] == kind:
+            check(record, where)
     if not isinstance(record.get("method", ""), str):
         raise ValueError(f"{where}: method must be a name, got {record['method']!r}")
     return record
@@ -234,9 +239,31 @@ def _record(line: str, where: str) -> Record:
 
 def _check_allocation(record: Record, where: str) -> None:
     lists = [record.get(key) for key in ("svar", "steps")]
-    if not all(isinstance(values, list) for values in lists) or len(lists[0] or ()) != len(lists[1] or ()):
-        raise ValueError(f"{where}: svar and steps must be lists of the same length")
+    if not all(isinstance(values, list) for values in lists) or not 0 < len(lists[0] or ()) == len(lists[1] or ()):
+        raise ValueError(f"{where}: svar and steps must be lists of the same length, of at least 1")
     for key, low, high in (("svar", -1, 1), ("steps", 0, 2**63)):  # a variance of probabilities is below 1/4
         for value in record[key]:
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
                 raise ValueError(f"{where}: {key} must hold numbers in {low}..{high}, got {value!r}")
+
+
+def _check_groups(record: Record, where: str) -> None:
+    for key, number in (("shares", _number), ("svar", _optional)):
+        if not isinstance(record.get(key), dict):
+            raise ValueError(f"{where}: {key} must be an object, got {record.get(key)!r}")
+        for group in GROUPS:
+            number(record[key], group, f"{where}, {key}")
+    _optional(record, "boundary_below_robust", where)
+
+
+def _check_errors(record: Record, where: str) -> None:
+    """Of each corruption a share for each severity; a record without `errors` is one too."""
+    errors = record.get("errors", {})
+    if not isinstance(errors, dict):
+        raise ValueError(f"{where}: errors must be an object, got {errors!r}")
+    for name, of_severities in errors.items():
+        if not isinstance(of_severities, list) or len(of_severities) != len(SEVERITIES):
+            raise ValueError(f"{where}: errors of {name} must be {len(SEVERITIES)} numbers, got {of_severities!r}")
+        for value in of_severities:
+            if not 0 <= _number({name: value}, name, f"{where}, errors") <= 1:
+                raise ValueError(f"{where}: errors of {name} must be in 0..1, got {value!r}")

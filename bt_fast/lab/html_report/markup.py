@@ -66,3 +66,13 @@ def table(caption: str, header: list[str], rows: list[list[str]], marked: frozen
     ]
     whole = element("table", element("caption", caption), element("thead", head), element("tbody", *body))
     return element("div", whole, class_="scroll", role="region", aria_label=caption, tabindex="0")
+
+
+def panel(heading: str, *content: Html) -> Html:
+    """One of several things side by side."""
+    return element("div", element("h3", heading), *content, class_="panel")
+
+
+def note(text: str) -> Html:
+    """A remark, for instance why there is no chart."""
+    return element("p", text, class_="note")

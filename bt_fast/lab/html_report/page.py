@@ -13,14 +13,17 @@ from typing import Any
 
 import bt_fast
 from bt_fast.lab.files import write_text
-from bt_fast.lab.html_report.charts import accuracy, allocations, fractions, note, row_name, styles_of, trade_off
+from bt_fast.lab.html_report.attacked_groups import ABOUT_GROUPS, attacked_groups
+from bt_fast.lab.html_report.charts import Styles, accuracy, allocations, fractions, row_name, styles_of, trade_off
+from bt_fast.lab.html_report.corruption_errors import ABOUT_ERRORS, corruption_errors
 from bt_fast.lab.html_report.loading import LoadedRun, Result
-from bt_fast.lab.html_report.markup import Html, element, join, table
+from bt_fast.lab.html_report.markup import Html, element, join, note, table
 from bt_fast.lab.html_report.numbers import UNKNOWN, duration, percent, plain, shares, times
 from bt_fast.lab.html_report.style import style_sheet
 from bt_fast.lab.html_report.waterfall import waterfalls
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"  # a browser that follows it fetches nothing at all
+_NO_REASON = "the summary has no joules, and does not say why"
 
 
 def write_page(runs: Sequence[LoadedRun], path: Path) -> None:
@@ -50,6 +53,7 @@ def page(runs: Sequence[LoadedRun], now: datetime) -> str:
         _section("time", "Where an iteration's time goes", [_about_time(), _panels(waterfalls(runs))]),
         _section("fractions", "Fractions", [_panels(fractions(runs))]),
         _section("svar", "Signed variances and assigned steps", [_panels(allocations(runs))]),
+        *_of_studies(runs, styles),
         _section("energy", "Energy", _energy(runs)),
         _section("configuration", "Configuration", [_differences("Configuration", runs, lambda run: run.config)]),
         _section("versions", "Versions and machine", [_differences("Versions", runs, lambda run: run.machine)]),
@@ -78,6 +82,17 @@ def _section(id_: str, name: str, content: list[Html]) -> tuple[str, str, Html]:
     id_ = f"section-{id_}"
     whole = element("section", element("h2", name, id=f"{id_}-name"), *content, id=id_, aria_labelledby=f"{id_}-name")
     return id_, name, whole
+
+
+def _of_studies(runs: Sequence[LoadedRun], styles: Styles) -> list[tuple[str, str, Html]]:
+    """What studies alone record: there are no such sections without it."""
+    groups, errors = attacked_groups(runs), corruption_errors(runs, styles)
+    found = []
+    if groups:
+        found.append(_section("groups", "Groups as an attack tells them", [note(ABOUT_GROUPS), _panels(groups)]))
+    if errors:
+        found.append(_section("corruptions", "Errors under corruptions", [note(ABOUT_ERRORS), _panels(errors)]))
+    return found
 
 
 def _panels(found: list[Html]) -> Html:
@@ -215,20 +230,20 @@ def _about_time() -> Html:
 
 
 def _energy(runs: Sequence[LoadedRun]) -> list[Html]:
-    told = [(run, result) for run in runs for result in run.results if result.joules is not None]
-    untold = [row_name(run, result) for run in runs for result in run.results if result.joules is None]
-    found = []
-    if told:
-        rows = [
-            [row_name(run, r), r.label, plain(r.joules, "J"), plain(_ratio(r.joules, r.seconds), "W")]
-            for run, r in told
-        ]
-        found.append(table("Energy of training", ["", "method", "energy", "mean power"], rows))
-    if untold:
-        which = "any method" if not told else ", ".join(untold)
-        why = "It takes a GPU whose energy is read during training."
-        found.append(note(f"Not measured: the summaries have no energy (joules) of {which}. {why}"))
-    return found
+    rows: list[list[str]] = []
+    untold: dict[str, list[str]] = {}  # rows of the first table by why
+    for run in runs:
+        for result in run.results:
+            if result.joules is None:
+                untold.setdefault(result.joules_reason or _NO_REASON, []).append(row_name(run, result))
+                continue
+            epochs = len(run.of_kind("epoch", result.name))
+            of_epoch = result.joules / epochs if epochs else None
+            told = plain(result.joules, "J"), plain(of_epoch, "J"), plain(_ratio(result.joules, result.seconds), "W")
+            rows.append([row_name(run, result), result.label, *told])
+    header = ["", "method", "energy", "per epoch", "mean power"]
+    found = [table("Energy of training", header, rows)] if rows else []
+    return found + [note(f"Not measured of {', '.join(names)}: {why}.") for why, names in untold.items()]
 
 
 def _ratio(a: float | None, b: float) -> float | None:

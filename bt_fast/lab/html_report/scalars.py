@@ -13,9 +13,9 @@ INSTALL = "pip install 'bt-fast[tensorboard]'"
 
 
 def write_scalars(runs: Sequence[LoadedRun], folder: Path) -> None:
-    """Write a folder of events for each method of each run: accuracy, loss and fractions by iteration.
+    """Write a folder of events for each method of each run: accuracy, loss, joules and fractions by iteration.
 
-    The clock of accuracy and loss is the method's training time: TensorBoard's RELATIVE axis shows it.
+    The clock of all but the fractions is the method's training time: TensorBoard's RELATIVE axis shows it.
 
     Raises:
         ValueError: the tensorboard package is not installed, or the folder is not empty.
@@ -41,9 +41,9 @@ def _summary_writer() -> Any:
 def _write(writer: Any, run: LoadedRun, result: Result) -> None:
     started = run.written - result.seconds
     for record in run.of_kind("epoch", result.name):
-        for key in ("clean", "robust", "loss"):
+        for key in ("clean", "robust", "loss", "joules"):
             if record.get(key) is not None:
-                tag = "loss" if key == "loss" else f"accuracy/{key}"
+                tag = f"accuracy/{key}" if key in ("clean", "robust") else key
                 writer.add_scalar(tag, record[key], record["iteration"], walltime=started + record["seconds"])
     for record in run.of_kind("fractions", result.name):
         for key in ("boundary", "robust", "outlier", "robust_fraction"):

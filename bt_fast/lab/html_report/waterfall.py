@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bt_fast.lab.html_report import drawing
-from bt_fast.lab.html_report.charts import note, panel
 from bt_fast.lab.html_report.loading import LoadedRun, Result
-from bt_fast.lab.html_report.markup import Html, element, table
+from bt_fast.lab.html_report.markup import Html, element, note, panel, table
 from bt_fast.lab.html_report.numbers import UNKNOWN, duration, percent, times
 
 _ROW, _BAR, _ABOVE = 72, 20, 42  # heights: of a row, of its bar, and of the two lines of text above the bar
@@ -94,7 +93,8 @@ def _waterfall(run: LoadedRun) -> Html:
     x = drawing.Scale(0, 100 * longest * 1.04, 8, drawing.WIDTH - drawing.RIGHT)
     height = _ROW * (len(found) + 1) + drawing.BOTTOM
     rows = [_row(i, stage, found[i - 1].time if i else 0.0, x) for i, stage in enumerate(found)]
-    drawn = [_axis(x, height - drawing.BOTTOM), *itertools.chain(*rows), *_whole(len(found), found[-1], x)]
+    grid = drawing.upright_grid(x, height - drawing.BOTTOM, "time of an iteration (% of the first row's)")
+    drawn = [grid, *itertools.chain(*rows), *_whole(len(found), found[-1], x)]
     title = f"From {found[0].result.label} to {found[-1].result.label}, run {run.letter}"
     legend = [
         _swatch("whole", "a whole iteration"),
@@ -104,16 +104,6 @@ def _waterfall(run: LoadedRun) -> Html:
         element("li", "△ limit by forward passes (FLOP)"),
     ]
     return drawing.figure(f"waterfall-{run.letter}", title, _told(found), height, drawn, legend, [_table(title, found)])
-
-
-def _axis(x: drawing.Scale, bottom: float) -> Html:
-    parts = []
-    for value in x.ticks():
-        parts.append(element("line", x1=x(value), y1=0, x2=x(value), y2=bottom, class_="grid"))
-        parts.append(drawing.words(x(value), bottom + 17, f"{value:g}", "middle"))
-    middle = (x.start + x.end) / 2
-    parts.append(drawing.words(middle, bottom + 36, "time of an iteration (% of the first row's)", "middle"))
-    return element("g", *parts)
 
 
 def _row(index: int, stage: Stage, before: float, x: drawing.Scale) -> list[Html]:

@@ -1,0 +1,113 @@
+"""The joules of methods that are trained in lockstep: the GPU's power over the time of each one's steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from bt_fast.power import PowerMonitor
+
+INTERVAL = 0.05  # seconds between samples: an instant power is renewed every 0.1 s (arXiv:2312.02741)
+SHORTEST = 0.2  # seconds of a mean step: of shorter ones too many renewals belong to another method
+
+Interval = tuple[float, float]
+
+
+class TrainingEnergy:
+    """Measures in its `with` block, and adds up over any number of blocks and resumed runs.
+
+    A sum of which a part is unknown is unknown. Of several methods nothing is told where the device's power is an
+    average over a second, or their steps are short: it would be shared out by chance.
+
+    Args:
+        device: that of training, or its UUID.
+        methods: whose steps `add` is told.
+    """
+
+    def __init__(self, device: torch.device | str, methods: Sequence[str]) -> None:
+        self._monitor = PowerMonitor(device, INTERVAL)
+        self._unknown: str | None = None
+        self._steps: dict[str, list[Interval]] = {method: [] for method in methods}  # since samples were added up
+        self._joules = dict.fromkeys(methods, 0.0)
+        self._seconds = dict.fromkeys(methods, 0.0)
+        self._counts = dict.fromkeys(methods, 0)
+
+    @property
+    def reason(self) -> str | None:
+        """Why the joules are unknown, or None."""
+        if self._unknown is not None or len(self._counts) == 1:
+            return self._unknown
+        shortest = min((self._seconds[m] / n for m, n in self._counts.items() if n), default=SHORTEST)
+        if shortest >= SHORTEST:
+            return None
+        return (
+            f"steps of {shortest:.2g} s in turn: power is renewed too rarely to tell methods apart below {SHORTEST} s"
+        )
+
+    def joules(self, method: str) -> float | None:
+        """Of the method's steps up to the last `settle` or end of a block; None where `reason` says why."""
+        return None if self.reason is not None else self._joules[method]
+
+    def __enter__(self) -> TrainingEnergy:
+        if self._unknown is None:
+            self._monitor.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._unknown is None:
+            self._monitor.__exit__()
+            self._add_up()
+
+    def add(self, method: str, step: Interval) -> None:
+        """A step of the method, from when to when, in seconds of `time.perf_counter`."""
+        self._unknown = self._unknown or self._monitor.reason
+        if self._unknown is None:
+            self._steps[method].append(step)
+
+    def settle(self) -> None:
+        """Add up what was measured and forget the samples, so that memory stays the same over days."""
+        if any(self._steps.values()):
+            self.__exit__()
+            self.__enter__()
+
+    def _add_up(self) -> None:
+        taken, self._steps = self._steps, {method: [] for method in self._steps}
+        used = {method: self._monitor.joules_during(steps) for method, steps in taken.items() if steps}
+        self._unknown = self._why_unknown(used)
+        for method, joules in used.items():
+            self._joules[method] += joules or 0.0
+            self._seconds[method] += sum(end - begin for begin, end in taken[method])
+            self._counts[method] += len(taken[method])
+
+    def _why_unknown(self, used: dict[str, float | None]) -> str | None:
+        """Why the joules of these methods' last steps are not known, or None."""
+        told = self._monitor.summary()
+        if not used:
+            return None
+        if not told:
+            return "the GPU was lost"
+        if None in used.values():
+            lost = told[0].lost
+            return "the GPU did not tell its power all the time" if lost is None else f"the GPU was lost ({lost})"
+        if told[0].power_source == "average" and len(self._counts) > 1:
+            return "the GPU tells its power as an average over a second, in which several methods take steps"
+        return told[0].shared
+
+    def state(self) -> dict[str, Any]:
+        """What `load` takes."""
+        self.settle()
+        return {"unknown": self._unknown, **{name: dict(of_methods) for name, of_methods in self._sums().items()}}
+
+    def load(self, state: dict[str, Any] | None) -> None:
+        """Go on from what `state` returned; None is of a version that measured nothing."""
+        if state is None:
+            self._unknown = "the run was begun by a version that did not measure it"
+            return
+        self._unknown = state["unknown"]
+        for name, of_methods in self._sums().items():
+            of_methods.update({method: state[name][method] for method in of_methods})
+
+    def _sums(self) -> dict[str, dict[str, Any]]:
+        return {"joules": self._joules, "seconds": self._seconds, "counts": self._counts}
