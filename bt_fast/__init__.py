@@ -9,6 +9,7 @@ from bt_fast.attack.auto import RUNNERS, AutoRunner
 from bt_fast.attack.folded import Frozen
 from bt_fast.attack.generate import generate
 from bt_fast.attack.graphs import GraphRunner
+from bt_fast.attack.pixels import Normalization, Normalize
 from bt_fast.attack.schedule import Schedule
 from bt_fast.attack.streams import StreamRunner
 from bt_fast.attack.threat import ThreatModel
@@ -35,6 +36,8 @@ __all__ = [
     "Gaussian",
     "GraphRunner",
     "Judged",
+    "Normalization",
+    "Normalize",
     "Oracle",
     "PowerMonitor",
     "Schedule",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,11 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     with modes_restored(model):
         model.eval()
         yield
+
+
+def uncompiled() -> AbstractContextManager[object]:
+    """What `torch.compile` was given runs as it was written. (Without its compiler imported, nothing was given.)"""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 def logits_of(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

@@ -8,9 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bt_fast import ops
 from bt_fast.attack.auto import runner_of
 from bt_fast.attack.folded import Frozen
 from bt_fast.attack.frozen import logits_of
+from bt_fast.attack.pixels import Normalization, on_pixels
 from bt_fast.attack.runners import Runner
 from bt_fast.attack.start import Noise
 from bt_fast.attack.threat import ThreatModel
@@ -36,6 +38,7 @@ def pgd_loss(
     frozen: Frozen | None = None,
     runner: Runner | str = "eager",
     update: Update | None = None,
+    normalization: Normalization | None = None,
 ) -> Tensor:
     """The cross-entropy `CE(h(x'), y)` of adversarial training, ready for `backward()`.
 
@@ -63,6 +66,7 @@ def pgd_loss(
             seed is drawn: a sample's start is that of a counter.
         frozen: a faster view of the model for the attack; runner: how it is executed; update: how the update is
             executed; all as for `trades_loss`.
+        normalization: what the images' loader has done to the pixels, as for `trades_loss`.
 
     Returns:
         0-dim loss with gradient to the model's parameters.
@@ -78,9 +82,10 @@ def pgd_loss(
     adversarial.check(x_natural, y, optimizer, step_size, perturb_steps, bullet, generator, frozen, update)
     noise, run = adversarial.noise_of(start, "uniform"), runner_of(runner)
     adversary = Adversary(threat, step_size, perturb_steps, noise, "cross_entropy", generator, frozen, run)
-    attack = adversarial.start(model, x_natural, y, adversary, bullet)
-    computation = _Computation(update is not None and update.channels_last)
-    loss, judged = adversarial.run(model, attack, computation, update)
+    with on_pixels(model, x_natural, normalization) as (model, pixels):
+        attack = adversarial.start(model, pixels(x_natural), y, adversary, bullet)
+        computation = _Computation(update is not None and update.channels_last)
+        loss, judged = adversarial.run(model, attack, computation, update)
     adversarial.conclude(optimizer, bullet, judged, attack)
     return loss
 
@@ -104,4 +109,4 @@ class _Computation:
     ) -> tuple[Terms, bool]:
         """As `Computation` says."""
         logits = logits_of(model, adversarial.formatted(x_adv, self.channels_last))
-        return (F.cross_entropy(logits, y), logits.detach()), False
+        return (F.cross_entropy(ops.wide(logits), y), logits.detach()), False

@@ -12,6 +12,7 @@ from bt_fast import ops
 from bt_fast.attack.auto import runner_of
 from bt_fast.attack.folded import Frozen
 from bt_fast.attack.frozen import logits_of
+from bt_fast.attack.pixels import Normalization, on_pixels
 from bt_fast.attack.runners import Runner
 from bt_fast.attack.start import Noise
 from bt_fast.attack.threat import ThreatModel
@@ -40,6 +41,7 @@ def trades_loss(
     frozen: Frozen | None = None,
     runner: Runner | str = "eager",
     update: Update | None = None,
+    normalization: Normalization | None = None,
 ) -> Tensor:
     """The TRADES loss `CE(h(x), y) + β/m · Σ KL(softmax h(x) ‖ softmax h(x'))`, ready for `backward()`.
 
@@ -84,6 +86,8 @@ def trades_loss(
             then runs beside it where that changes nothing: with a `frozen` view that reads no statistics of the model's
             norms, and where a forward is known to move no buffers but those of batch norm.
         update: how the update is executed, `Update()`: the same up to rounding. Without it as the authors' code does.
+        normalization: what the images' loader has done to the pixels; without it they are pixels in [0, 1]. ε and step
+            sizes are in pixel units with it too, and pixels that it gives outside [0, 1] by rounding are moved onto it.
 
     Returns:
         0-dim loss with gradient to the model's parameters.
@@ -103,13 +107,14 @@ def trades_loss(
     adversary = Adversary.of_trades(
         threat, step_size, perturb_steps, noise, "kl", bullet, generator, frozen, runner_of(runner)
     )
-    attack = adversarial.start(model, x_natural, y, adversary, bullet)
-    computation = _Computation(
-        corrupted=adversarial.corrupted_rows(attack, bullet, unperturbed),
-        channels_last=update is not None and update.channels_last,
-        rerun=bullet is None,
-    )
-    natural, robust, judged = adversarial.run(model, attack, computation, update)
+    with on_pixels(model, x_natural, normalization) as (model, pixels):
+        attack = adversarial.start(model, pixels(x_natural), y, adversary, bullet)
+        computation = _Computation(
+            corrupted=adversarial.corrupted_rows(attack, bullet, unperturbed),
+            channels_last=update is not None and update.channels_last,
+            rerun=bullet is None,
+        )
+        natural, robust, judged = adversarial.run(model, attack, computation, update)
     adversarial.conclude(optimizer, bullet, judged, attack)
     return natural + beta / len(attack.x) * robust
 
@@ -143,4 +148,4 @@ class _Computation(CleanFirst[tuple[Tensor, RepeatedForward]]):
         elif self.rerun:
             target = logits_of(model, adversarial.formatted(x, self.channels_last))
         judged = adversarial.filled_up(corrupted.detach(), logits.detach())
-        return (F.cross_entropy(logits, y), ops.trades_kl(corrupted, target), judged), repeat.replayable
+        return (F.cross_entropy(ops.wide(logits), y), ops.trades_kl(corrupted, target), judged), repeat.replayable
