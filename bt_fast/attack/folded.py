@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from bt_fast.attack.frozen import eval_mode
+from bt_fast.attack.frozen import eval_mode, uncached
 
 _LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -164,7 +164,8 @@ class FrozenModel:
         try:
             graph, self._layers = _traced(model, self._recipe.channels_last)
             self.refresh()
-            _compare(model, graph, self._formatted(x))
+            with uncached(x):
+                _compare(model, graph, self._formatted(x))
         except NotFoldedError as error:
             self._layers = []
             warnings.warn(f"the attack runs on the model as it is, not folded: {error}", stacklevel=2)

@@ -305,7 +305,7 @@ def _propagations(attack: _Attack, y: Tensor, m: int, generator: torch.Generator
                 sums = _added(sums, torch.autograd.grad(hamiltonian, trained, allow_unused=True))
             losses.append(loss.detach())
     attack.check()
-    given = [(p, g / SCALE) for p, g in zip(trained, sums, strict=True) if g is not None]
+    given = [(p, g) for p, g in zip(trained, sums, strict=True) if g is not None]
     total: Tensor = _Carrier.apply(
         torch.stack(losses).sum(), len(given), *(g for _, g in given), *(p for p, _ in given)
     )  # type: ignore[no-untyped-call]
@@ -317,7 +317,7 @@ def _added(sums: Sequence[Tensor | None], gradients: Sequence[Tensor | None]) ->
 
 
 class _Carrier(torch.autograd.Function):
-    """A value whose gradients with respect to the parameters are already there."""
+    """A value of whose gradients with respect to the parameters `SCALE` times each is already there."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, count: int, *gradients_and_parameters: Tensor) -> Tensor:
@@ -329,5 +329,5 @@ class _Carrier(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients, times that of the value."""
-        gradients = ctx.saved_tensors
-        return None, None, *(None for _ in gradients), *(g * gradient.to(g.dtype) for g in gradients)
+        gradients, upstream = ctx.saved_tensors, gradient / SCALE
+        return None, None, *(None for _ in gradients), *(g * upstream.to(g.dtype) for g in gradients)
