@@ -12,6 +12,9 @@ DTYPES = tuple(TOLERANCES)
 # float64 after some updates, each of which passes rounding on through normalised directions and SGD
 UPDATES = "updates"
 TOLERANCES[UPDATES] = {"rtol": 1e-8, "atol": 1e-9}
+# float32 images that a loader has normalised, put back to pixels: a rounding of each pixel, through some attack steps
+NORMALISED = "normalised"
+TOLERANCES[NORMALISED] = {"rtol": 1e-3, "atol": 1e-5}
 
 
 def assert_near(actual, expected, kind=None, **options):

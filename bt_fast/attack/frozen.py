@@ -47,7 +47,7 @@ def uncached(x: Tensor) -> AbstractContextManager[object]:
     A graph cannot share the lifetime of what is cached, nor an update what was cast without gradient.
     """
     kind = x.device.type
-    if not torch.is_autocast_enabled(kind):
+    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
         return nullcontext()
     return torch.autocast(kind, torch.get_autocast_dtype(kind), cache_enabled=False)
 

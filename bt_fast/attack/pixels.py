@@ -101,13 +101,12 @@ class Normalize(nn.Module):
 class _OnPixels(nn.Module):
     """A model behind `Normalize`. It holds the model only while it is used: what is kept for a model must not keep it.
 
-    There is one for each model, so that what others keep for it (traced views, graphs) is found again.
+    There is one for each model and normalization: what others keep for it (traced views, graphs) is found again.
     """
 
-    def __init__(self, normalization: Normalization, x: Tensor) -> None:
+    def __init__(self, normalization: Normalization, dims: int) -> None:
         super().__init__()
-        normalize = Normalize(normalization.mean, normalization.std, x.dim())
-        self.normalize = normalize.to(x.device, x.dtype)
+        self.normalize = Normalize(normalization.mean, normalization.std, dims)
 
     def forward(self, x: Tensor) -> Tensor:
         """The model's output for pixels x [n, C, ...]."""
@@ -127,7 +126,7 @@ class _OnPixels(nn.Module):
                 self.model = outer
 
 
-_kept: WeakKeyDictionary[nn.Module, dict[object, _OnPixels]] = WeakKeyDictionary()
+_kept: WeakKeyDictionary[nn.Module, dict[tuple[Normalization, int], _OnPixels]] = WeakKeyDictionary()
 
 
 @contextmanager
@@ -153,11 +152,11 @@ def on_pixels(
         return
     _check(x, normalization, name)
     kept = _kept.setdefault(model, {})
-    key = (normalization, x.dim(), x.dtype, x.device)
-    if key not in kept:
-        with torch.inference_mode(False):
-            kept[key] = _OnPixels(normalization, x)
-    front = kept[key]
+    with torch.inference_mode(False):
+        front = kept.get((normalization, x.dim())) or _OnPixels(normalization, x.dim())
+        kept[normalization, x.dim()] = front
+        if (front.normalize.mean.dtype, front.normalize.mean.device) != (x.dtype, x.device):
+            front.normalize.to(x.device, x.dtype)
 
     def restored(images: Tensor) -> Tensor:
         return front.normalize.pixels(images.detach(), *bounds)
@@ -170,7 +169,7 @@ def _check(x: Tensor, normalization: Normalization, name: str) -> None:
     if not isinstance(normalization, Normalization):
         raise TypeError(f"normalization must be a Normalization or None, got {type(normalization).__name__}")
     channels = len(normalization.mean)
-    if x.shape[1] != channels:
+    if x.dim() < 2 or x.shape[1] != channels:
         raise ValueError(f"{name} must have {channels} channels as normalization has, got shape {list(x.shape)}")
 
 
