@@ -4,7 +4,8 @@ In eval mode batch norm is `s·x + t` for each channel, so that behind a convolu
 into that layer's weights: `bn(conv(x, W, b)) = conv(x, s·W, s·b + t)`. The view runs the model's own computation,
 traced once, on such folded weights, which `refresh` writes anew in place after the optimiser moved the model.
 
-A compiled model is traced as what it was compiled from: the view is compiled by `Frozen.compile`, or not.
+A compiled model is traced as what it was compiled from, and an average of models as a model. (Whether the view is
+compiled is `Frozen.compile`'s to say.)
 
 What is not folded: a norm that does not directly follow one layer. In a pre-activation block that is the first norm,
 since the sum before it is also the skip connection. (Its scale could pass through the relu into the next convolution,
@@ -24,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.optim.swa_utils import AveragedModel
 
 from bt_fast.attack.frozen import eval_mode, uncached
 
@@ -325,17 +327,20 @@ class _Tracer(fx.Tracer):
         self, m: nn.Module, forward: Callable[..., object], args: tuple[object, ...], kwargs: dict[str, object]
     ) -> object:
         """As `fx.Tracer`, but a compiled module is its own Python code."""
-        written = _as_written(m)
+        written = _as_written(m)  # which, if compiled in place, would call its compiled code
         if written is not m or m._compiled_call_impl is not None:
             forward = written._call_impl
         return super().call_module(written, forward, args, kwargs)
 
 
 def _as_written(module: nn.Module) -> nn.Module:
-    """What `torch.compile` was given. (To ask for its class would be to import the compiler.)"""
-    while isinstance(inner := getattr(module, "_orig_mod", None), nn.Module):
+    """What was given to `torch.compile` or to an `AveragedModel` (whose forward takes any arguments)."""
+    while True:
+        # to ask for the class of a compiled module would be to import the compiler
+        inner = module.module if type(module) is AveragedModel else getattr(module, "_orig_mod", None)
+        if not isinstance(inner, nn.Module):
+            return module
         module = inner
-    return module
 
 
 def hooked(model: nn.Module) -> str | None:

@@ -21,14 +21,13 @@ from bt_fast.attack.frozen import clean_logits, eval_mode, logits_of, modes_rest
 from bt_fast.attack.pixels import Normalization, on_pixels
 from bt_fast.attack.start import normal_noise
 from bt_fast.attack.threat import ThreatModel
-from bt_fast.baselines.values import check_values
+from bt_fast.baselines.values import SCALE, check_values
 from bt_fast.mining import step_count
 from bt_fast.objectives import adversarial
 from bt_fast.ranges import ATTACK_STEP, UPDATE, range_
 
 YopoObjective = Literal["pgd", "trades", "mart"]
 
-SCALE = 1024.0  # of the gradients within a call, exact: in 16 bits the smallest of a mean over a batch would be lost
 _BETA = {"trades": 1.0, "mart": 6.0}
 _LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
