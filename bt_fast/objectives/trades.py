@@ -54,8 +54,15 @@ def trades_loss(
     restored. A model that draws random numbers in its forward (dropout) runs the clean forward of the update twice
     without `bullet`, as the authors' code does, and once with it.
 
+    Under `torch.autocast` the attack runs in 16 bits too, with input gradients scaled row by row so that none is lost
+    in float16, and the loss is in single precision. A step that a `GradScaler` leaves out moves no weight, but F_R, its
+    counts and batch norm's buffers have moved by then, as they move in the forwards. Compile the model, not this
+    function: compiled it gives the same result, but in parts, since it reads counts on the host and differentiates
+    within (some 20 graph breaks). With several micro-batches for a step (`optimizer=None`) F_R moves in each, and T is
+    that of each.
+
     Args:
-        model: maps [m, ...] to logits [m, K].
+        model: maps [m, ...] to logits [m, K]; compiled by `torch.compile` or not.
         x_natural: [m, ...] floating point in [0, 1], m ≥ 1.
         y: [m] integers in 0..K-1.
         optimizer: its `zero_grad()` is called, as the authors' code does; None leaves the gradients as they are, for
