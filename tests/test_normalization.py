@@ -13,6 +13,7 @@ from pretended_device import DEVICE, pretended_device
 from small_models import assert_unchanged, build, snapshot
 from tolerances import assert_near, assert_near_nested
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from bt_fast import (
     BulletTrain,
@@ -167,6 +168,21 @@ def test_under_inference_mode_before_and_with_gradients_after(name):
     if name in LOSSES:
         LOSSES[name][0](model, loaded(x), y, None, normalization=IMAGENET).backward()
         assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize("normalization", [None, IMAGENET])
+def test_an_evaluation_holds_no_batch_longer_than_until_it_is_read(normalization):
+    model, (x, y) = model_of(), images(24)
+    memory = []
+
+    def stream():
+        for pixels, labels in zip(x.split(4), y.split(4), strict=True):
+            assert sum(not m.expired() for m in memory) <= 1  # the one before, which is let go of next
+            batch = pixels.clone() if normalization is None else loaded(pixels)
+            memory.append(StorageWeakRef(batch.untyped_storage()))
+            yield batch, labels
+
+    assert evaluate(model, stream(), ThreatModel(0.03), steps=1, normalization=normalization).total == 24
 
 
 # Pixels from images

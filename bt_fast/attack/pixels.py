@@ -148,6 +148,7 @@ def on_pixels(
         ValueError: x does not have its channels.
     """
     if normalization is None:
+        del x  # what is suspended here would hold it
         yield model, lambda images: images
         return
     _check(x, normalization, name)
@@ -157,6 +158,7 @@ def on_pixels(
         kept[normalization, x.dim()] = front
         if (front.normalize.mean.dtype, front.normalize.mean.device) != (x.dtype, x.device):
             front.normalize.to(x.device, x.dtype)
+    del x
 
     def restored(images: Tensor) -> Tensor:
         return front.normalize.pixels(images.detach(), *bounds)

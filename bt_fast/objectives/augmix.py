@@ -112,9 +112,8 @@ def _loss_of_all(
             [pixels, faults.labels_outside(y, classes, "y"), faults.rows_without_number(logits, "the model's logits")]
         )
         clean, *views = logits.split(len(x))
-        loss = F.cross_entropy(
-            ops.wide(clean), y.long().clamp(0, classes - 1)
-        )  # a label out of range is a fault, not a crash
+        labels = y.long().clamp(0, classes - 1)  # one out of range is a fault, not a crash
+        loss = F.cross_entropy(ops.wide(clean), labels)
         if jsd:
             loss = loss + JSD_WEIGHT / len(x) * ops.js_divergence(clean, *views)
         read.wait()
