@@ -11,6 +11,7 @@ from bt_fast.attack.balanced import Balance
 from bt_fast.attack.folded import Frozen
 from bt_fast.attack.generate import generate
 from bt_fast.attack.graphs import GraphRunner
+from bt_fast.attack.pixels import Normalization, Normalize
 from bt_fast.attack.schedule import Schedule
 from bt_fast.attack.streams import StreamRunner
 from bt_fast.attack.threat import ThreatModel
@@ -43,6 +44,8 @@ __all__ = [
     "Guard",
     "Judged",
     "NonFiniteError",
+    "Normalization",
+    "Normalize",
     "Oracle",
     "PowerMonitor",
     "Schedule",

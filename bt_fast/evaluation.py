@@ -14,6 +14,7 @@ from bt_fast.attack.folded import Frozen, attack_model
 from bt_fast.attack.frozen import clean_logits
 from bt_fast.attack.generate import COMPARED
 from bt_fast.attack.losses import LOSSES
+from bt_fast.attack.pixels import Normalization, on_pixels
 from bt_fast.attack.threat import ThreatModel
 from bt_fast.mining import check_labels, positive, step_count
 
@@ -70,6 +71,7 @@ def evaluate(
     loss: str = "ce",
     generator: torch.Generator | None = None,
     frozen: Frozen | None = None,
+    normalization: Normalization | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Evaluation:
     """Clean accuracy, and accuracy under PGD-`steps` from each of `restarts` random starts.
@@ -96,6 +98,8 @@ def evaluate(
         loss: "ce", the cross-entropy, or "margin", the largest wrong logit minus the true one (Carlini and Wagner).
         generator: on the images' device; one number is drawn from it, the seed of all random starts.
         frozen: attack a faster view of the model, which also judges: its logits are the model's own up to rounding.
+        normalization: what the images' loader has done to the pixels, as for `trades_loss`; ε, the step size and the
+            threat model's bounds are those of pixels.
         progress: told the number of samples decided so far, whenever it grew.
 
     Raises:
@@ -118,13 +122,18 @@ def evaluate(
         raise ValueError("batches must hold at least 1 sample, got none")
     _check_batch(*first)
     x, kind, verdicts = first[0].detach(), _kind(first[0]), Verdicts(progress)
-    with torch.inference_mode(False), attack_model(model, frozen, x[:COMPARED].clone()) as view:
+    bounds = (threat.lower, threat.upper)
+    with (
+        torch.inference_mode(False),
+        on_pixels(model, x, normalization, "the images", bounds) as (model, pixels),
+        attack_model(model, frozen, pixels(x[:COMPARED].clone())) as view,
+    ):
         seed = torch.randint(2**63 - 1, (), device=x.device, generator=generator)
         attack = Attack(threat, loss, steps, size, restarts, seed)
         working = WorkingBatch(attack, x, channels_last=frozen is not None and frozen.channels_last)
         whole = _put_back([first], stream)
         del first, x  # a batch is held no longer than until its samples are copied
-        correct = map(lambda batch: _correct(view, batch, kind, threat, verdicts), whole)
+        correct = map(lambda batch: _correct(view, batch, kind, pixels, threat, verdicts), whole)
         working.run(view, Waiting(correct), verdicts)
     restart, step = verdicts.in_order()
     clean, robust = int((restart != 0).sum()), int((restart == STOOD).sum())
@@ -154,6 +163,7 @@ def _correct(
     model: Callable[[Tensor], Tensor],
     batch: _Batch,
     kind: str,
+    pixels: Callable[[Tensor], Tensor],
     threat: ThreatModel,
     verdicts: Verdicts,
 ) -> Samples:
@@ -162,7 +172,7 @@ def _correct(
     _check_batch(x, y)
     if _kind(x) != kind:
         raise ValueError(f"the images must be alike in all batches, got {_kind(x)} after {kind}")
-    x, y = x.detach(), y.long()
+    x, y = pixels(x.detach()), y.long()
     logits = clean_logits(model, x)
     found = [
         faults.pixels_outside(x, threat.lower, threat.upper, "the images"),

@@ -12,6 +12,9 @@ DTYPES = tuple(TOLERANCES)
 # float64 after some updates, each of which passes rounding on through normalised directions and SGD
 UPDATES = "updates"
 TOLERANCES[UPDATES] = {"rtol": 1e-8, "atol": 1e-9}
+# float32 images that a loader has normalised, put back to pixels: a rounding of each pixel, through some attack steps
+NORMALISED = "normalised"
+TOLERANCES[NORMALISED] = {"rtol": 1e-3, "atol": 1e-5}
 
 
 def assert_near(actual, expected, kind=None, **options):
@@ -29,3 +32,8 @@ def assert_near_nested(actual, expected, kind=None):
             assert (value is other is None) or torch.equal(value, other), name
         else:
             assert_near(value, other, kind, msg=lambda text, name=name: f"{name}: {text}")
+
+
+# 16 bits by autocast beside single precision: how far a loss, gradient or step is off, as a share of its own length. Of
+# the tests' own models and images: where a sign of the attack or a unit turns in 16 bits, a gradient may be off by 0.2
+AUTOCAST = {torch.bfloat16: 5e-2, torch.float16: 1e-2}

@@ -4,6 +4,9 @@ In eval mode batch norm is `s·x + t` for each channel, so that behind a convolu
 into that layer's weights: `bn(conv(x, W, b)) = conv(x, s·W, s·b + t)`. The view runs the model's own computation,
 traced once, on such folded weights, which `refresh` writes anew in place after the optimiser moved the model.
 
+A compiled model is traced as what it was compiled from, and an average of models as a model. (Whether the view is
+compiled is `Frozen.compile`'s to say.)
+
 What is not folded: a norm that does not directly follow one layer. In a pre-activation block that is the first norm,
 since the sum before it is also the skip connection. (Its scale could pass through the relu into the next convolution,
 but only while every scale is positive, and to know that is to wait for the device.)
@@ -22,8 +25,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.optim.swa_utils import AveragedModel
 
-from bt_fast.attack.frozen import eval_mode
+from bt_fast.attack.frozen import eval_mode, uncached
 from bt_fast.attack.sharded import gathered
 from bt_fast.attack.wrapped import unwrapped
 
@@ -42,8 +46,8 @@ class Frozen:
     Attributes:
         fold: batch norm becomes part of the layer before it.
         channels_last: images and convolution weights with the channel as the fastest index.
-        autocast: torch.bfloat16 or torch.float16, in which the attack's forwards and backwards then run; None for the
-            model's own precision.
+        autocast: torch.bfloat16 or torch.float16, in which the attack's forwards and backwards then run, whatever the
+            caller's own autocast; None for the caller's, and without one the model's own precision.
         compile: `torch.compile` of the view (takes tens of seconds once; batch sizes are dynamic).
 
     Raises:
@@ -150,10 +154,10 @@ class FrozenModel:
         """Trace the model and compare the view with it on `x` [n, ...]: waits for the device, once."""
         self._model = ref(model)
         self._recipe = recipe
-        self._tensors = _tensors(model)
+        self._held = _held(model)
         self._layers: list[_FrozenLayer | _FrozenNorm] = []
         self._folded: Callable[[Tensor], Tensor] | None = None
-        self._kinds = _kinds(self._tensors)
+        self._kinds = _kinds(self._held)
         self.independent = False
         self.reason = self._fold(model, x) if recipe.fold else "not asked to fold"
         if recipe.compile:
@@ -164,7 +168,8 @@ class FrozenModel:
         try:
             graph, self._layers = _traced(model, self._recipe.channels_last)
             self.refresh()
-            _compare(model, graph, self._formatted(x))
+            with uncached(x):
+                _compare(model, graph, self._formatted(x))
         except NotFoldedError as error:
             self._layers = []
             warnings.warn(f"the attack runs on the model as it is, not folded: {error}", stacklevel=2)
@@ -209,7 +214,7 @@ class FrozenModel:
     def tensors(self) -> list[Tensor]:
         """All that a call reads."""
         frozen = [t for layer in self._layers for t in layer.buffers()]
-        return [*frozen, *(t for t in self._tensors if isinstance(t, Tensor))]
+        return [*frozen, *(t for t in self._held if isinstance(t, Tensor))]
 
     @property
     def current(self) -> bool:
@@ -217,8 +222,8 @@ class FrozenModel:
         model = self._model()
         if model is None or (self._layers and hooked(model)):
             return False
-        now = _tensors(model)
-        same = len(now) == len(self._tensors) and all(a is b for a, b in zip(now, self._tensors, strict=True))
+        now = _held(model)
+        same = len(now) == len(self._held) and all(a is b for a, b in zip(now, self._held, strict=True))
         return same and _kinds(now) == self._kinds
 
     @torch.no_grad()
@@ -233,7 +238,8 @@ class FrozenModel:
         x = self._formatted(x)
         if self._recipe.autocast is None:
             return run(x)
-        with torch.autocast(x.device.type, self._recipe.autocast):
+        # the cache of an outer autocast may hold the same weights cast to another dtype
+        with torch.autocast(x.device.type, self._recipe.autocast, cache_enabled=False):
             return run(x)
 
     def _formatted(self, x: Tensor) -> Tensor:
@@ -269,10 +275,13 @@ def attack_model(model: nn.Module, recipe: Frozen | None, x: Tensor) -> Iterator
         yield view
 
 
-def _tensors(model: nn.Module) -> list[object]:
-    """What a trace holds on to. (A storage that moved needs no new trace: it is the same tensor.)"""
+def _held(model: nn.Module) -> list[object]:
+    """What a trace is of. (A storage that moved needs no new trace: it is the same tensor.)
+
+    Modules by weak reference, of which a module has one: the model of a user may be one inside another.
+    """
     _, *inner = model.modules()
-    return [*inner, *model.parameters(), *model.buffers()]
+    return [*map(ref, inner), *model.parameters(), *model.buffers()]
 
 
 def _kinds(held: list[object]) -> list[tuple[torch.dtype, torch.device]]:
@@ -285,7 +294,9 @@ def _traced(model: nn.Module, channels_last: bool) -> tuple[fx.GraphModule, list
     if name := hooked(model):
         raise NotFoldedError(f"{name} has a hook, which a folded model would not run")
     try:
-        graph = fx.symbolic_trace(model)
+        tracer = _Tracer()
+        traced = tracer.trace(_as_written(model))
+        graph = fx.GraphModule(tracer.root, traced)
     except Exception as error:  # whatever the model's own code raises on a proxy
         raise NotFoldedError(f"it cannot be traced ({_first_line(error)})") from error
     modules = dict(graph.named_modules(remove_duplicate=False))
@@ -310,6 +321,29 @@ def _traced(model: nn.Module, channels_last: bool) -> tuple[fx.GraphModule, list
     graph.delete_all_unused_submodules()
     graph.recompile()
     return graph.eval(), layers
+
+
+class _Tracer(fx.Tracer):
+    """Looks into modules that were compiled."""
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., object], args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> object:
+        """As `fx.Tracer`, but a compiled module is its own Python code."""
+        written = _as_written(m)  # which, if compiled in place, would call its compiled code
+        if written is not m or m._compiled_call_impl is not None:
+            forward = written._call_impl
+        return super().call_module(written, forward, args, kwargs)
+
+
+def _as_written(module: nn.Module) -> nn.Module:
+    """What was given to `torch.compile` or to an `AveragedModel` (whose forward takes any arguments)."""
+    while True:
+        # to ask for the class of a compiled module would be to import the compiler
+        inner = module.module if type(module) is AveragedModel else getattr(module, "_orig_mod", None)
+        if not isinstance(inner, nn.Module):
+            return module
+        module = inner
 
 
 def hooked(model: nn.Module) -> str | None:

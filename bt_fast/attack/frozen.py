@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,22 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
         yield
 
 
+def uncompiled() -> AbstractContextManager[object]:
+    """What `torch.compile` was given runs as it was written. (Without its compiler imported, nothing was given.)"""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+
+
+def uncached(x: Tensor) -> AbstractContextManager[object]:
+    """The caller's autocast, on the device of x, without its cache of cast weights.
+
+    A graph cannot share the lifetime of what is cached, nor an update what was cast without gradient.
+    """
+    kind = x.device.type
+    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+        return nullcontext()
+    return torch.autocast(kind, torch.get_autocast_dtype(kind), cache_enabled=False)
+
+
 def logits_of(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """`model(x)`, checked.
 
@@ -61,5 +78,5 @@ def logits_of(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 def clean_logits(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """The logits of clean samples for the attack, without gradient: computed once, not in every step."""
-    with torch.no_grad():
+    with torch.no_grad(), uncached(x):
         return logits_of(model, x)

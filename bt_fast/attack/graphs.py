@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from bt_fast.attack import device
 from bt_fast.attack.device import RandomStates
 from bt_fast.attack.folded import FrozenModel, hooked
+from bt_fast.attack.frozen import uncached
 from bt_fast.attack.runners import joined, run_eager, stand_in_seeds, take_step
 from bt_fast.attack.schedule import Schedule
 from bt_fast.attack.threat import ThreatModel
@@ -113,7 +114,8 @@ class GraphRunner:
             try:
                 session = self._session(model, x_adv, clean, target, threat, max(capacity, len(x_adv)))
                 seeds = stand_in_seeds(x_adv, schedule, threat, generator)
-                return session.start(model, x_adv, clean, target, schedule, seeds, faulty)
+                with uncached(x_adv):
+                    return session.start(model, x_adv, clean, target, schedule, seeds, faulty)
             except device.CaptureError as error:
                 reason = str(error)
             except torch.OutOfMemoryError as error:

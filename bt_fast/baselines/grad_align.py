@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from bt_fast import ops
 from bt_fast.attack.frozen import logits_of, modes_restored
+from bt_fast.attack.pixels import Normalization, on_pixels
 from bt_fast.attack.threat import ThreatModel
 from bt_fast.attack.wrapped import unwrapped
-from bt_fast.baselines.values import check_values
+from bt_fast.baselines.values import SCALE, check_values
 from bt_fast.objectives import adversarial
 
 
@@ -21,6 +22,7 @@ def grad_align(
     *,
     epsilon: float,
     generator: torch.Generator | None = None,
+    normalization: Normalization | None = None,
 ) -> Tensor:
     """`1 - mean cos(∇ₓ CE(x), ∇ₓ CE(x + η))`, to be added to a loss: `fast_loss(...) + 0.2 * grad_align(...)`. ℓ∞ only.
 
@@ -38,6 +40,7 @@ def grad_align(
         y: [m] integers in 0..K-1.
         epsilon: ε > 0, in pixel units.
         generator: on the images' device, for η; without it the device's own.
+        normalization: what the images' loader has done to the pixels, as for `trades_loss`.
 
     Returns:
         0-dim term in 0..2 with gradient to the model's parameters, whose `.grad` is left alone; in the images' dtype,
@@ -49,22 +52,24 @@ def grad_align(
     """
     ThreatModel(epsilon)
     adversarial.check(x_natural, y, None, epsilon, 1, None, generator, None, None)
-    model, x, labels = unwrapped(model), x_natural.detach(), y.long()
-    check_values(model, x, labels)
-    with modes_restored(model):
-        if not model.training:
-            model.train()
-        fixed = _input_gradient(model, x, labels, differentiable=False)
-        noise = torch.rand(x.shape, dtype=x.dtype, device=x.device, generator=generator)
-        moved = _input_gradient(model, x + (2.0 * noise - 1.0) * epsilon, labels, differentiable=True)
+    labels = y.long()
+    with on_pixels(unwrapped(model), x_natural, normalization) as (model, pixels):
+        x = pixels(x_natural).detach()
+        check_values(model, x, labels)
+        with modes_restored(model):
+            if not model.training:
+                model.train()
+            fixed = _input_gradient(model, x, labels, differentiable=False)
+            noise = torch.rand(x.shape, dtype=x.dtype, device=x.device, generator=generator)
+            moved = _input_gradient(model, x + (2.0 * noise - 1.0) * epsilon, labels, differentiable=True)
     return _misalignment(ops.wide(fixed).flatten(1), ops.wide(moved).flatten(1))
 
 
 def _input_gradient(model: nn.Module, x: Tensor, y: Tensor, *, differentiable: bool) -> Tensor:
-    """[m, ...] gradient of the mean cross-entropy with respect to x."""
+    """[m, ...] gradient of the mean cross-entropy with respect to x, times `SCALE`: a cosine takes no notice."""
     with torch.enable_grad():
         x = x.detach().requires_grad_()
-        loss = F.cross_entropy(logits_of(model, x), y)
+        loss = SCALE * F.cross_entropy(ops.wide(logits_of(model, x)), y)
         return torch.autograd.grad(loss, x, create_graph=differentiable)[0]
 
 

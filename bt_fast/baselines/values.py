@@ -7,6 +7,10 @@ from torch import Tensor, nn
 from bt_fast import faults
 from bt_fast.attack.frozen import clean_logits, eval_mode
 
+# of a mean loss whose gradient is taken within a call, where no gradient scaler reaches it: a power of 2, so that in
+# higher precision nothing changes, below those at which scalers settle (tens of thousands)
+SCALE = 1024.0
+
 
 def check_values(model: nn.Module, x: Tensor, y: Tensor) -> None:
     """Run the model, in eval mode, on one row and wait for the device.

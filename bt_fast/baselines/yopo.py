@@ -17,10 +17,11 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from bt_fast import faults, ops
-from bt_fast.attack.frozen import clean_logits, eval_mode, logits_of, modes_restored
+from bt_fast.attack.frozen import clean_logits, eval_mode, logits_of, modes_restored, uncompiled
+from bt_fast.attack.pixels import Normalization, on_pixels
 from bt_fast.attack.start import normal_noise
 from bt_fast.attack.threat import ThreatModel
-from bt_fast.baselines.values import check_values
+from bt_fast.baselines.values import SCALE, check_values
 from bt_fast.mining import step_count
 from bt_fast.objectives import adversarial
 from bt_fast.ranges import ATTACK_STEP, UPDATE, range_
@@ -45,6 +46,7 @@ def yopo_loss(
     beta: float | None = None,
     first: nn.Module | None = None,
     generator: torch.Generator | None = None,
+    normalization: Normalization | None = None,
 ) -> Tensor:
     """The loss of YOPO-m-n, ready for `backward()`; the authors' YOPO-5-3 is `propagations=5, layer_steps=3`. ℓ∞ only.
 
@@ -52,12 +54,12 @@ def yopo_loss(
     bounds. Each of the m propagations runs forward and backward on x + η; the backward gives the parameters' gradient
     of the cross-entropy and p at once; n steps `η + α·sign ∂H/∂η` follow, each clipped to ε and to the pixel bounds;
     then f₀ gets the gradient of H at the new η too, beside that of the cross-entropy. (One of their scripts means to
-    take the latter back, but puts back the tensor to which it has been added.) The loss is the sum of the m
-    cross-entropies, and its gradient the sum of all of these gradients: the authors divide their learning rate by m.
-    (So f₀'s gradient is not that of the loss's value.) The gradients are computed within this call, with the memory of
-    one propagation, and `backward()` adds them, times its own gradient; a gradient scaler does not scale what is
-    computed here. The propagations run in train mode as the update of `trades_loss` does, and batch norm sees m
-    batches. (The authors run one forward more, to report its accuracy.)
+    take the latter back, but puts back the tensor to which it has been added.) The loss is the sum of the m cross-
+    entropies, and its gradient the sum of all of these gradients: the authors divide their learning rate by m. (So f₀'s
+    gradient is not that of the loss's value.) The gradients are computed within this call, with the memory of one
+    propagation, and `backward()` adds them, times its own gradient; a gradient scaler does not scale what is computed
+    here, but it is scaled by 1024 on its way. The propagations run in train mode as the update of `trades_loss` does,
+    and batch norm sees m batches. (The authors run one forward more, to report its accuracy.)
 
     "trades", from their TRADES code: only x' is found by YOPO, in eval mode, from x and 0.001·N(0, 1) on the KL
     divergence from the clean distribution. The update is `CE(h(x), y) + β · mean KL(softmax h(x) ‖ softmax h(x'))` of
@@ -65,7 +67,8 @@ def yopo_loss(
     "mart", of which they have none, is built likewise: x' from the cross-entropy, and MART's loss.
 
     Args:
-        model: maps [m, ...] to logits [m, K]. Not spread over devices (DistributedDataParallel), and not compiled.
+        model: maps [m, ...] to logits [m, K]. Not spread over devices (DistributedDataParallel). A compiled one runs as
+            it was written: its compiled code would pass over the first layer's hooks.
         x_natural: [m, ...] floating point in [0, 1], m ≥ 1.
         y: [m] integers in 0..K-1.
         optimizer: its `zero_grad()` is called; None leaves the gradients as they are, for gradient accumulation.
@@ -79,6 +82,7 @@ def yopo_loss(
             own, or one behind such layers, moves them in each of its forwards.
         generator: on the images' device, for the start; without it the device's own (for "trades" and "mart" on the
             CPU as `trades_loss`).
+        normalization: what the images' loader has done to the pixels, as for `trades_loss`.
 
     Returns:
         0-dim loss with gradient to the model's parameters.
@@ -98,8 +102,9 @@ def yopo_loss(
         raise ValueError(f"beta is an option of 'trades' and 'mart', not of 'pgd', got {beta!r}")
     weight = _BETA.get(objective, 0.0) if beta is None else beta
     adversarial.check_robust_term(weight, None, None)
-    x, labels = x_natural.detach(), y.long()
-    with torch.inference_mode(False):
+    labels = y.long()
+    with uncompiled(), torch.inference_mode(False), on_pixels(model, x_natural, normalization) as (model, pixels):
+        x = pixels(x_natural).detach()
         split = _Split(model, _checked_first(model, first, x, y))
         faulty = torch.zeros(len(x), dtype=torch.bool, device=x.device)
         attack = _Attack(split, x, threat, float(step_size), n, faulty)
@@ -250,15 +255,12 @@ def _attacked(attack: _Attack, y: Tensor, divergence: bool, m: int, generator: t
     """x' of a model in eval mode, which climbs the divergence from the clean distribution, or the cross-entropy."""
     x, model = attack.x, attack.split.model
     with torch.enable_grad(), eval_mode(model):
-        target = clean_logits(model, x).softmax(dim=1) if divergence else None
+        target = clean_logits(model, x).double().softmax(dim=1) if divergence else None
         eta = normal_noise(x, generator, on_cpu=generator is None and not x.is_cuda).to(x.dtype)
         for _ in range(m):
             logits, edge = attack.propagated(eta)
-            if target is None:
-                inner = F.cross_entropy(logits, y)
-            else:
-                inner = F.kl_div(logits.log_softmax(dim=1), target, reduction="sum")
-            (p,) = torch.autograd.grad(inner, [edge])
+            away_from = F.one_hot(y, logits.shape[1]).double() if target is None else target
+            (p,) = torch.autograd.grad(logits, [edge], ops.ascent_direction(logits.detach(), away_from))
             eta = attack.moved(eta, p)
     attack.check()
     return attack.images(eta)
@@ -275,7 +277,7 @@ def _update(model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, divergence: b
                 model.train()
             clean, corrupted = logits_of(model, x), logits_of(model, x_adv)
         if divergence:
-            return F.cross_entropy(clean, y) + beta / len(x) * ops.trades_kl(corrupted, clean)
+            return F.cross_entropy(ops.wide(clean), y) + beta / len(x) * ops.trades_kl(corrupted, clean)
         return ops.mart_loss(clean, corrupted, y, beta)
 
 
@@ -292,9 +294,9 @@ def _propagations(attack: _Attack, y: Tensor, m: int, generator: torch.Generator
         eta = (2.0 * noise - 1.0) * attack.threat.epsilon
         for _ in range(m):
             logits, edge = attack.propagated(eta)
-            loss = F.cross_entropy(logits, y)
+            loss = F.cross_entropy(ops.wide(logits), y)
             wanted: Any = [edge, *trained]  # torch's annotation knows lists of one kind only
-            p, *gradients = torch.autograd.grad(loss, wanted, allow_unused=True)
+            p, *gradients = torch.autograd.grad(SCALE * loss, wanted, allow_unused=True)
             sums = _added(sums, gradients)
             eta = attack.moved(eta, p)
             hamiltonian = attack.hamiltonian(eta, p)
@@ -314,7 +316,7 @@ def _added(sums: Sequence[Tensor | None], gradients: Sequence[Tensor | None]) ->
 
 
 class _Carrier(torch.autograd.Function):
-    """A value whose gradients with respect to the parameters are already there."""
+    """A value of whose gradients with respect to the parameters `SCALE` times each is already there."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, count: int, *gradients_and_parameters: Tensor) -> Tensor:
@@ -326,5 +328,5 @@ class _Carrier(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients, times that of the value."""
-        gradients = ctx.saved_tensors
-        return None, None, *(None for _ in gradients), *(g * gradient.to(g.dtype) for g in gradients)
+        gradients, upstream = ctx.saved_tensors, gradient / SCALE
+        return None, None, *(None for _ in gradients), *(g * upstream.to(g.dtype) for g in gradients)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from bt_fast import faults, ops
 from bt_fast.allocation import Oracle
 from bt_fast.attack.frozen import logits_of, modes_restored
+from bt_fast.attack.pixels import Normalization, on_pixels
 from bt_fast.attack.wrapped import unwrapped
 from bt_fast.augment.mix import SEVERITY, augment_and_mix, check_images, check_severity, draw_choices
 from bt_fast.faults import Fault
@@ -31,6 +32,7 @@ def augmix_loss(
     jsd: bool = True,
     severity: float = SEVERITY,
     generator: torch.Generator | None = None,
+    normalization: Normalization | None = None,
 ) -> Tensor:
     """The AugMix loss `CE(h(x), y) + 12/m · Σ JS(h(x), h(x'), h(x''))`, ready for `backward()`.
 
@@ -49,7 +51,7 @@ def augmix_loss(
     model found in eval mode as a whole runs them in train mode, as the authors' code does. The modes are restored.
 
     Args:
-        model: maps [m, C, H, W] to logits [m, K]. A normalisation belongs into it.
+        model: maps [m, C, H, W] to logits [m, K].
         x: [m, C, H, W] floating point in [0, 1], m ≥ 1.
         y: [m] integers in 0..K-1.
         bullet: `BulletTrain(1, 0, 0)`, on the images' device, with any metric and any policy but the oracle: a sample
@@ -58,6 +60,8 @@ def augmix_loss(
         severity: of the operations, in (0.1, 10]; 3 in the authors' code.
         generator: on the images' device, for the augmentation; the device's default generator if not given. The number
             of samples that are augmented with `bullet` decides how much is drawn.
+        normalization: what the images' loader has done to the pixels, as for `trades_loss`: it is the pixels that are
+            augmented.
 
     Returns:
         0-dim loss with gradient to the model's parameters. Gradients are not zeroed.
@@ -69,7 +73,19 @@ def augmix_loss(
             views' logits is raised by the next call.
     """
     _check(x, y, bullet, jsd, severity, generator)
-    x = x.detach()
+    with on_pixels(model, x, normalization, "x") as (model, pixels):
+        return _loss(model, pixels(x).detach(), y, bullet, jsd, severity, generator)
+
+
+def _loss(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    bullet: BulletTrain | None,
+    jsd: bool,
+    severity: float,
+    generator: torch.Generator | None,
+) -> Tensor:
     pixels = faults.pixels_outside(x, 0.0, 1.0, "x")
     with _unchanged_by_errors(model, bullet), modes_restored(model):
         if not model.training:
@@ -97,7 +113,8 @@ def _loss_of_all(
         unfit = faults.rows_without_number(logits, "the model's logits", samples)
         read = faults.read([pixels, faults.labels_outside(y, classes, "y"), unfit])
         clean, *views = logits.split(len(x))
-        loss = F.cross_entropy(clean, y.long().clamp(0, classes - 1))  # a label out of range is a fault, not a crash
+        labels = y.long().clamp(0, classes - 1)  # one out of range is a fault, not a crash
+        loss = F.cross_entropy(ops.wide(clean), labels)
         if jsd:
             loss = loss + JSD_WEIGHT / len(x) * ops.js_divergence(clean, *views)
         read.wait()
@@ -126,7 +143,7 @@ def _loss_of_boundary(
     with range_(UPDATE):
         bullet.update(clean.detach().index_copy(0, boundary, first.detach()), y)
         divergence = ops.js_divergence(clean[boundary], first, second)
-        return F.cross_entropy(clean, y.long()) + JSD_WEIGHT / len(x) * divergence
+        return F.cross_entropy(ops.wide(clean), y.long()) + JSD_WEIGHT / len(x) * divergence
 
 
 def _views(x: Tensor, count: int, severity: float, generator: torch.Generator | None) -> tuple[Tensor, ...]:

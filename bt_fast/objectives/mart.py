@@ -11,6 +11,7 @@ from bt_fast import ops
 from bt_fast.attack.auto import runner_of
 from bt_fast.attack.balanced import Balance
 from bt_fast.attack.folded import Frozen
+from bt_fast.attack.pixels import Normalization, on_pixels
 from bt_fast.attack.runners import Runner
 from bt_fast.attack.start import Noise
 from bt_fast.attack.threat import ThreatModel
@@ -41,6 +42,7 @@ def mart_loss(
     update: Update | None = None,
     samples: Tensor | None = None,
     balance: Balance | None = None,
+    normalization: Normalization | None = None,
 ) -> Tensor:
     """The MART loss `1/m Σ -log q_y - log(1.0001 - q_r + 1e-12) + β·KL(p ‖ q + 1e-12)·(1.0000001 - p_y)`.
 
@@ -80,6 +82,7 @@ def mart_loss(
             drawn, from this generator or the device's own.
         frozen: a faster view of the model for the attack; runner: how it is executed; update: how the update is
             executed; samples: their numbers; balance: how ranks share the attack out; all as for `trades_loss`.
+        normalization: what the images' loader has done to the pixels, as for `trades_loss`.
 
     Returns:
         0-dim loss with gradient to the model's parameters.
@@ -110,13 +113,14 @@ def mart_loss(
         samples,
         balance,
     )
-    attack = adversarial.start(model, x_natural, y, adversary, bullet)
-    computation = _Computation(
-        corrupted=adversarial.corrupted_rows(attack, bullet, unperturbed),
-        channels_last=update is not None and update.channels_last,
-        beta=float(beta),
-    )
-    loss, judged = adversarial.run(model, attack, computation, update)
+    with on_pixels(model, x_natural, normalization) as (model, pixels):
+        attack = adversarial.start(model, pixels(x_natural), y, adversary, bullet)
+        computation = _Computation(
+            corrupted=adversarial.corrupted_rows(attack, bullet, unperturbed),
+            channels_last=update is not None and update.channels_last,
+            beta=float(beta),
+        )
+        loss, judged = adversarial.run(model, attack, computation, update)
     adversarial.conclude(optimizer, bullet, judged, attack)
     return loss
 

@@ -8,10 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bt_fast import ops
 from bt_fast.attack.auto import runner_of
 from bt_fast.attack.balanced import Balance
 from bt_fast.attack.folded import Frozen
 from bt_fast.attack.frozen import logits_of
+from bt_fast.attack.pixels import Normalization, on_pixels
 from bt_fast.attack.runners import Runner
 from bt_fast.attack.start import Noise
 from bt_fast.attack.threat import ThreatModel
@@ -39,6 +41,7 @@ def pgd_loss(
     update: Update | None = None,
     samples: Tensor | None = None,
     balance: Balance | None = None,
+    normalization: Normalization | None = None,
 ) -> Tensor:
     """The cross-entropy `CE(h(x'), y)` of adversarial training, ready for `backward()`.
 
@@ -66,6 +69,7 @@ def pgd_loss(
             seed is drawn: a sample's start is that of a counter.
         frozen: a faster view of the model for the attack; runner: how it is executed; update: how the update is
             executed; samples: their numbers; balance: how ranks share the attack out; all as for `trades_loss`.
+        normalization: what the images' loader has done to the pixels, as for `trades_loss`.
 
     Returns:
         0-dim loss with gradient to the model's parameters.
@@ -85,9 +89,10 @@ def pgd_loss(
     adversary = Adversary(
         threat, step_size, perturb_steps, noise, "cross_entropy", generator, frozen, run, samples, balance
     )
-    attack = adversarial.start(model, x_natural, y, adversary, bullet)
-    computation = _Computation(update is not None and update.channels_last)
-    loss, judged = adversarial.run(model, attack, computation, update)
+    with on_pixels(model, x_natural, normalization) as (model, pixels):
+        attack = adversarial.start(model, pixels(x_natural), y, adversary, bullet)
+        computation = _Computation(update is not None and update.channels_last)
+        loss, judged = adversarial.run(model, attack, computation, update)
     adversarial.conclude(optimizer, bullet, judged, attack)
     return loss
 
@@ -111,4 +116,4 @@ class _Computation:
     ) -> tuple[Terms, bool]:
         """As `Computation` says."""
         logits = logits_of(model, adversarial.formatted(x_adv, self.channels_last))
-        return (F.cross_entropy(logits, y), logits.detach()), False
+        return (F.cross_entropy(ops.wide(logits), y), logits.detach()), False

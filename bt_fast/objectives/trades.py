@@ -13,6 +13,7 @@ from bt_fast.attack.auto import runner_of
 from bt_fast.attack.balanced import Balance
 from bt_fast.attack.folded import Frozen
 from bt_fast.attack.frozen import logits_of
+from bt_fast.attack.pixels import Normalization, on_pixels
 from bt_fast.attack.runners import Runner
 from bt_fast.attack.start import Noise
 from bt_fast.attack.threat import ThreatModel
@@ -43,6 +44,7 @@ def trades_loss(
     update: Update | None = None,
     samples: Tensor | None = None,
     balance: Balance | None = None,
+    normalization: Normalization | None = None,
 ) -> Tensor:
     """The TRADES loss `CE(h(x), y) + β/m · Σ KL(softmax h(x) ‖ softmax h(x'))`, ready for `backward()`.
 
@@ -55,8 +57,15 @@ def trades_loss(
     restored. A model that draws random numbers in its forward (dropout) runs the clean forward of the update twice
     without `bullet`, as the authors' code does, and once with it.
 
+    Under `torch.autocast` the attack runs in 16 bits too, with input gradients scaled row by row so that none is lost
+    in float16, and the loss is in single precision. A step that a `GradScaler` leaves out moves no weight, but F_R, its
+    counts and batch norm's buffers have moved by then, as they move in the forwards. Compile the model, not this
+    function: compiled it gives the same result, but in parts, since it reads counts on the host and differentiates
+    within (some 20 graph breaks). With several micro-batches for a step (`optimizer=None`) F_R moves in each, and T is
+    that of each.
+
     Args:
-        model: maps [m, ...] to logits [m, K].
+        model: maps [m, ...] to logits [m, K]; compiled by `torch.compile` or not.
         x_natural: [m, ...] floating point in [0, 1], m ≥ 1.
         y: [m] integers in 0..K-1.
         optimizer: its `zero_grad()` is called, as the authors' code does; None leaves the gradients as they are, for
@@ -92,6 +101,8 @@ def trades_loss(
             the same in whatever batch and on whatever rank it is. Give the generator a new seed in each epoch.
         balance: how the ranks of `bullet`'s process group share the attack out, `Balance()`: those with many boundary
             samples hand some to those with few, where that is the shorter way. Without it each attacks its own.
+        normalization: what the images' loader has done to the pixels; without it they are pixels in [0, 1]. ε and step
+            sizes are in pixel units with it too, and pixels that it gives outside [0, 1] by rounding are moved onto it.
 
     Returns:
         0-dim loss with gradient to the model's parameters.
@@ -113,13 +124,14 @@ def trades_loss(
     adversary = Adversary.of_trades(
         threat, step_size, perturb_steps, noise, "kl", bullet, generator, frozen, runner_of(runner), samples, balance
     )
-    attack = adversarial.start(model, x_natural, y, adversary, bullet)
-    computation = _Computation(
-        corrupted=adversarial.corrupted_rows(attack, bullet, unperturbed),
-        channels_last=update is not None and update.channels_last,
-        rerun=bullet is None,
-    )
-    natural, robust, judged = adversarial.run(model, attack, computation, update)
+    with on_pixels(model, x_natural, normalization) as (model, pixels):
+        attack = adversarial.start(model, pixels(x_natural), y, adversary, bullet)
+        computation = _Computation(
+            corrupted=adversarial.corrupted_rows(attack, bullet, unperturbed),
+            channels_last=update is not None and update.channels_last,
+            rerun=bullet is None,
+        )
+        natural, robust, judged = adversarial.run(model, attack, computation, update)
     adversarial.conclude(optimizer, bullet, judged, attack)
     return natural + beta / len(attack.x) * robust
 
@@ -153,4 +165,4 @@ class _Computation(CleanFirst[tuple[Tensor, RepeatedForward]]):
         elif self.rerun:
             target = logits_of(model, adversarial.formatted(x, self.channels_last))
         judged = adversarial.filled_up(corrupted.detach(), logits.detach())
-        return (F.cross_entropy(logits, y), ops.trades_kl(corrupted, target), judged), repeat.replayable
+        return (F.cross_entropy(ops.wide(logits), y), ops.trades_kl(corrupted, target), judged), repeat.replayable

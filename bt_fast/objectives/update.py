@@ -10,7 +10,6 @@ from __future__ import annotations
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 from weakref import WeakKeyDictionary, ref
@@ -22,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from bt_fast.attack import device
 from bt_fast.attack.device import RandomStates
 from bt_fast.attack.folded import hooked
+from bt_fast.attack.frozen import uncached
 
 MOST_CAPTURED = 8  # of one model: each keeps gradients of the model's size
 MOST_MET = 64
@@ -225,7 +225,7 @@ class _Captured:
             return computation(cast(nn.Module, of()), x, x_adv, y, replayable)[0]
 
         static = tuple(t.clone(memory_format=torch.preserve_format) for t in given)
-        with _uncached(given[0]):
+        with uncached(given[0]):
             self.graphed = device.graphed(terms, (*static, *_trained(model)), pool)
 
 
@@ -272,16 +272,8 @@ class _Parameters(torch.autograd.Function):
 
 
 def _eagerly(model: nn.Module, computation: Computation, x: Tensor, x_adv: Tensor, y: Tensor) -> tuple[Terms, bool]:
-    with _uncached(x):
+    with uncached(x):  # as the graphs
         return computation(model, x, x_adv, y)
-
-
-def _uncached(x: Tensor) -> AbstractContextManager[object]:
-    """The caller's autocast without its cache of cast weights, whose lifetime a graph cannot share."""
-    kind = x.device.type
-    if not torch.is_autocast_enabled(kind):
-        return nullcontext()
-    return torch.autocast(kind, torch.get_autocast_dtype(kind), cache_enabled=False)
 
 
 def _reason(model: nn.Module, x: Tensor) -> str | None:

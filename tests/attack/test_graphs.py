@@ -124,6 +124,27 @@ def test_the_training_loss_of_either_runner_is_the_eager_one(bullet, runner):
     assert same(*found)
 
 
+@pytest.mark.parametrize("runner", [GraphRunner, StreamRunner])
+def test_under_the_caller_s_autocast_a_graph_reads_the_weights_of_its_replay_not_casts_of_its_capture(runner):
+    """The cache of cast weights is freed where the autocast ends."""
+    found = []
+    for run in (run_eager, runner(bucket=2)):
+        torch.manual_seed(0)
+        model, x, y = mlp(), torch.rand(6, *small_models.SHAPE), torch.arange(6) % small_models.CLASSES
+        losses = []
+        with EmulatedDevice() as emulated:
+            for _ in range(3):
+                with torch.autocast("cpu", torch.bfloat16):
+                    generator = torch.Generator().manual_seed(1)
+                    loss = trades_loss(model, x, y, None, perturb_steps=2, generator=generator, runner=run)
+                losses.append(loss.detach())
+                with torch.no_grad():
+                    model[1].weight.mul_(1.3)
+        found.append(losses)
+    assert emulated.replays
+    assert same(*found)
+
+
 # Planted bugs
 
 

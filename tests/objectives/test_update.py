@@ -450,7 +450,12 @@ IN_UPDATE = [
     Bug("graphs of weights that are gone", "(t.data_ptr(), t.shape", "(t.shape", replaced_parameter),
     Bug("one graph whatever is trained", "t.dtype, t.requires_grad)", "t.dtype)", fewer_trained),
     Bug("replayed where it must run again", "met.replayable, (x", "True, (x", dropout),
-    Bug("the cast weights are cached", "cache_enabled=False", "cache_enabled=True", casts),
+    Bug(
+        "the cast weights are cached",
+        "from bt_fast.attack.frozen import uncached",
+        'def uncached(x): return torch.autocast("cpu", torch.bfloat16, torch.is_autocast_enabled("cpu"), True)',
+        casts,
+    ),
 ]
 IN_DEVICE = [
     Bug("no wait for a broken warm-up", "torch.cuda.synchronize()", scenario=broken_warmup),

@@ -9,7 +9,7 @@ from small_models import CLASSES, batch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from bt_fast import Balance, BulletTrain, Costs, Frozen, augmix_loss, mart_loss, pgd_loss, trades_loss
+from bt_fast import Balance, BulletTrain, Costs, Frozen, Normalization, augmix_loss, mart_loss, pgd_loss, trades_loss
 from bt_fast.attack import balanced
 from bt_fast.baselines.fast import fast_loss
 from bt_fast.baselines.grad_align import grad_align
@@ -66,6 +66,7 @@ LOSSES = {
     "trades, l_2 from a uniform start": (trades_loss, {"distance": "l_2", "epsilon": 0.5, "start": "uniform"}),
     "mart": (mart_loss, {}),
     "pgd, frozen": (pgd_loss, {"frozen": Frozen()}),
+    "trades, normalised": (trades_loss, {"normalization": Normalization([0.4], [0.3]), "frozen": Frozen()}),
 }
 
 
@@ -74,9 +75,10 @@ def trained(model, loss_of, x, y, numbers, bullet, generator, **options):
     optimizer, found = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9), []
     for step in range(3):
         given = OPTIONS | {"bullet": bullet, "generator": generator} | options
+        images = x[step] if "normalization" not in options else (x[step] - 0.4) / 0.3
         if given.get("distance") == "l_2":
             given["samples"] = numbers[step]
-        loss = loss_of(model, x[step], y[step], optimizer, **given)
+        loss = loss_of(model, images, y[step], optimizer, **given)
         loss.backward()
         optimizer.step()
         found.append(

@@ -1,0 +1,198 @@
+"""Images of which the loader has taken a mean and a standard deviation out, channel by channel.
+
+An attack's ε, its steps and its bounds are those of pixels in [0, 1]. So such images are put back to pixels first, and
+taking mean and deviation out becomes a part of the model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from bt_fast.attack.wrapped import Fronted, unwrapped
+from bt_fast.mining import real
+from bt_fast.ops import wide
+
+
+@dataclass(frozen=True)
+class Normalization:
+    """`(pixel - mean) / std` of each channel, as a loader that normalises its images has applied it.
+
+    `trades_loss(model, ..., normalization=Normalization(mean, std))` takes that loader's images. It gives what the same
+    call without it gives for `nn.Sequential(Normalize(mean, std), model)` and the pixels, up to their rounding: ε and
+    step sizes are in pixel units of [0, 1]. Two of the same numbers are the same: it may be built anew for each call.
+
+    Attributes:
+        mean: [C], std: [C] > 0, in pixel units; kept as tuples.
+
+    Raises:
+        TypeError: they are not sequences of numbers.
+        ValueError: their lengths differ or are 0, a number is not finite, or a deviation not above 0.
+    """
+
+    mean: Sequence[float]
+    std: Sequence[float]
+
+    def __post_init__(self) -> None:
+        for name in ("mean", "std"):
+            object.__setattr__(self, name, _numbers(name, getattr(self, name)))
+        if len(self.mean) != len(self.std) or not self.mean:
+            raise ValueError(f"mean and std must have one number for each channel, got {self.mean} and {self.std}")
+        if not all(s > 0 for s in self.std):
+            raise ValueError(f"std must hold numbers above 0, got {self.std}")
+
+
+class Normalize(nn.Module):
+    """`(x - mean) / std` of each channel, to stand in front of a model: `nn.Sequential(Normalize(mean, std), model)`.
+
+    It has no parameters, and its buffers are not saved.
+
+    Args:
+        mean: [C], std: [C] > 0.
+        dims: of a batch: 4 for images [n, C, H, W].
+
+    Raises:
+        TypeError or ValueError: as `Normalization`.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float], dims: int = 4) -> None:
+        super().__init__()
+        self._values, self._shape = Normalization(mean, std), (-1, *[1] * (dims - 2))
+        for name in ("mean", "std"):
+            self.register_buffer(name, torch.tensor(getattr(self._values, name)).view(self._shape), persistent=False)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Normalize:
+        """Follow moves and casts with the numbers as they were given: a cast would keep an earlier one's rounding."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name in ("mean", "std"):
+            buffer = getattr(self, name)
+            setattr(self, name, buffer.new_tensor(getattr(self._values, name)).view(self._shape))
+        return self
+
+    def extra_repr(self) -> str:
+        """The numbers."""
+        return f"mean={self._values.mean}, std={self._values.std}"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [n, C, ...] without mean and deviation."""
+        return (x - self.mean) / self.std
+
+    def pixels(self, x: Tensor, lower: float, upper: float) -> Tensor:
+        """What has become x [n, C, ...], in its dtype. Never waits for the device.
+
+        Pixels outside the bounds by no more than rounding (4 units in the last place, of x's dtype, of the larger
+        bound) are moved onto them. Others are left for the check of the bounds to tell.
+        """
+        found = wide(x) * self.std + self.mean
+        inside = found.clamp(lower, upper)
+        room = 4.0 * torch.finfo(x.dtype).eps * max(abs(lower), abs(upper))
+        return torch.where((found - inside).abs() <= room, inside, found).to(x.dtype)
+
+
+class _OnPixels(Fronted):
+    """A model behind `Normalize`. It holds the model only while it is used: what is kept for a model must not keep it.
+
+    There is one for each model and normalization: what others keep for it (traced views, graphs) is found again.
+    """
+
+    def __init__(self, normalization: Normalization, dims: int) -> None:
+        super().__init__()
+        self.normalize = Normalize(normalization.mean, normalization.std, dims)
+        self._unwrapped: tuple[nn.Module, ...] = ()  # in a tuple, so that it is no submodule
+
+    @property
+    def unwrapped(self) -> nn.Module:
+        """The same in front of the module inside, while the model is held."""
+        return self._unwrapped[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The model's output for pixels x [n, C, ...]."""
+        return cast(Tensor, self.model(self.normalize(x)))
+
+    @contextmanager
+    def holding(self, model: nn.Module, inside: nn.Module) -> Iterator[None]:
+        """Be this model's, in its mode; `inside` is what is in front of the module that it may wrap."""
+        outer, unwrapped_before = self._modules.get("model"), self._unwrapped
+        self.model, self._unwrapped = model, (inside,)
+        self.training = self.normalize.training = model.training
+        try:
+            yield
+        finally:
+            del self.model
+            self._unwrapped = unwrapped_before
+            if outer is not None:
+                self.model = outer
+
+
+_kept: WeakKeyDictionary[nn.Module, dict[tuple[Normalization, int], _OnPixels]] = WeakKeyDictionary()
+
+
+@contextmanager
+def on_pixels(
+    model: nn.Module,
+    x: Tensor,
+    normalization: Normalization | None,
+    name: str = "x_natural",
+    bounds: tuple[float, float] = (0.0, 1.0),
+) -> Iterator[tuple[nn.Module, Callable[[Tensor], Tensor]]]:
+    """The model as it is on pixels, and what makes pixels of images like x. Without `normalization` they are pixels.
+
+    Args:
+        x: [n, C, ...] floating point; `name` is its name in messages.
+        bounds: of a pixel.
+
+    Raises:
+        TypeError: normalization is no `Normalization`.
+        ValueError: x does not have its channels.
+    """
+    if normalization is None:
+        del x  # what is suspended here would hold it
+        yield model, lambda images: images
+        return
+    _check(x, normalization, name)
+    front, inside = (_front(m, x, normalization) for m in (model, unwrapped(model)))
+    del x
+
+    def restored(images: Tensor) -> Tensor:
+        return front.normalize.pixels(images.detach(), *bounds)
+
+    with inside.holding(unwrapped(model), inside), front.holding(model, inside):
+        yield front, restored
+
+
+def _front(model: nn.Module, x: Tensor, normalization: Normalization) -> _OnPixels:
+    """The one that is kept for this model, on the device and in the dtype of x."""
+    kept = _kept.setdefault(model, {})
+    with torch.inference_mode(False):
+        front = kept.get((normalization, x.dim())) or _OnPixels(normalization, x.dim())
+        kept[normalization, x.dim()] = front
+        if (front.normalize.mean.dtype, front.normalize.mean.device) != (x.dtype, x.device):
+            front.normalize.to(x.device, x.dtype)
+    return front
+
+
+def _check(x: Tensor, normalization: Normalization, name: str) -> None:
+    if not isinstance(normalization, Normalization):
+        raise TypeError(f"normalization must be a Normalization or None, got {type(normalization).__name__}")
+    channels = len(normalization.mean)
+    if x.dim() < 2 or x.shape[1] != channels:
+        raise ValueError(f"{name} must have {channels} channels as normalization has, got shape {list(x.shape)}")
+
+
+def _numbers(name: str, values: Any) -> tuple[float, ...]:
+    if isinstance(values, str) or not hasattr(values, "__iter__"):
+        raise TypeError(f"{name} must be a sequence of numbers, one for each channel, got {values!r}")
+    found = tuple(real(name, value.item() if isinstance(value, Tensor) else value) for value in values)
+    if not all(map(math.isfinite, found)):
+        raise ValueError(f"{name} must hold finite numbers, got {found}")
+    return found
