@@ -178,7 +178,12 @@ class Oracle:
             raise ValueError(f"steps must be at least 1, got {self.steps}")
 
     def groups(self, correct: Tensor, attacked_correct: Tensor) -> Tensor:
-        """The group [m] int64 of samples that are classified correctly (bool [m]) before and under the attack."""
+        """The group [m] int64 of each sample.
+
+        Args:
+            correct: [m] bool, whether it is classified correctly before the attack.
+            attacked_correct: [m] bool, whether it is under the attack.
+        """
         return correct.long() + (correct & attacked_correct)  # OUTLIER, BOUNDARY, ROBUST are 0, 1, 2
 
     def __call__(self, judged: Judged) -> Tensor:

@@ -22,7 +22,12 @@ _Batch = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Counts over `total` samples: classified correctly clean, and under every attack tried."""
+    """How many samples are classified correctly.
+
+    Attributes:
+        clean_correct: without an attack. robust_correct: under every attack tried, too.
+        total: the number of samples.
+    """
 
     clean_correct: int
     robust_correct: int

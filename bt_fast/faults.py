@@ -14,7 +14,12 @@ from bt_fast.ops.rows import has_softmax
 
 @dataclass(frozen=True, eq=False)
 class Fault:
-    """How often something is wrong (int64, 0-dim, on the device) and the sentence that says what."""
+    """Something that may be wrong.
+
+    Attributes:
+        count: 0-dim integer on the device, how often it is.
+        message: the sentence that says what; `{count}` in it stands for the number.
+    """
 
     count: Tensor
     message: str

@@ -200,6 +200,7 @@ class BulletTrain(nn.Module):
         """`assign` without waiting for its counts: faults are raised by the first use of a count.
 
         Args:
+            logits, labels, epsilon, step_size, attacked_logits: as for `assign`.
             inputs: further faults of this minibatch to be raised with the counts (pixels out of range, say).
             names: what error messages call the logits and the labels.
             of_attack: faults of the oracle's attack, which are told if nothing else is wrong.

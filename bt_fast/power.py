@@ -183,6 +183,9 @@ class PowerMonitor:
 
         It reads the devices at once: a few milliseconds for each.
 
+        Args:
+            label: the new span's name.
+
         Raises:
             ValueError: there is a span of that name.
             RuntimeError: the monitor is in no block.
@@ -215,6 +218,9 @@ class PowerMonitor:
     def summary(self, label: str | None = None) -> tuple[Summary, ...]:
         """One for each device that was there, of the whole block or of a span; of what there is so far inside it.
 
+        Args:
+            label: the span's name; the whole block if not given.
+
         Raises:
             ValueError: there is no such span.
         """
@@ -227,13 +233,24 @@ class PowerMonitor:
         return tuple(found)
 
     def joules(self, label: str | None = None) -> float | None:
-        """What all devices used together; None where one does not tell, or was lost."""
+        """What all devices used together, in joules; None where one does not tell, or was lost.
+
+        Args:
+            label: the span's name; the whole block if not given.
+
+        Raises:
+            ValueError: there is no such span.
+        """
         found = self.summary(label)
         used = [s.joules for s in found if s.joules is not None and s.lost is None]
         return sum(used) if found and len(used) == len(self._gpus) else None
 
     def joules_per_sample(self, n: int, label: str | None = None) -> float | None:
-        """`joules` divided by n ≥ 1, the number of training samples in the block or span.
+        """`joules` divided by the number of training samples in the block or span.
+
+        Args:
+            n: that number, at least 1.
+            label: the span's name; the whole block if not given.
 
         Raises:
             ValueError: n is not at least 1, or there is no such span.

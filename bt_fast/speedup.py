@@ -9,6 +9,9 @@ from dataclasses import dataclass
 class Fractions:
     """Shares of the samples in each group; they sum to 1, or are all 0 before the first assignment.
 
+    Attributes:
+        boundary: F_B, robust: F_R, outlier: F_O; each in [0, 1].
+
     Raises:
         ValueError: a share is outside [0, 1], or they sum to more than 1.
     """
@@ -23,7 +26,11 @@ class Fractions:
             raise ValueError(f"fractions must lie in [0, 1] and sum to at most 1, got {shares}")
 
     def mean_steps(self, boundary_steps: int, robust_steps: int, outlier_steps: int) -> float:
-        """`F_B·N_B + F_R·N_R + F_O·N_O`: attack steps per sample."""
+        """`F_B·N_B + F_R·N_R + F_O·N_O`: attack steps per sample.
+
+        Args:
+            boundary_steps: N_B, robust_steps: N_R, outlier_steps: N_O.
+        """
         return self.boundary * boundary_steps + self.robust * robust_steps + self.outlier * outlier_steps
 
 
@@ -81,7 +88,11 @@ def trades_cost(mean_steps: float, corrupted_fraction: float = 1.0, clean_forwar
 
 
 def trades_reference_cost(steps: int) -> float:
-    """One iteration of TRADES as its authors wrote it, in F: a clean forward in each step, three in the loss."""
+    """One iteration of TRADES as its authors wrote it, in F: a clean forward in each step, three in the loss.
+
+    Args:
+        steps: N, of the attack.
+    """
     return 3.0 * steps + 9.0
 
 
@@ -108,7 +119,12 @@ def mart_cost(mean_steps: float, corrupted_fraction: float = 1.0, *, mining: boo
 
 
 def pgd_cost(mean_steps: float, *, mining: bool = True) -> float:
-    """One iteration of our PGD adversarial training, in F: as `mart_cost`, but with one forward in the update."""
+    """One iteration of our PGD adversarial training, in F: as `mart_cost`, but with one forward in the update.
+
+    Args:
+        mean_steps: attack steps per sample.
+        mining: with BulletTrain.
+    """
     return mining + 2.0 * mean_steps + 3.0
 
 

@@ -32,6 +32,11 @@ class Schedule:
     def uniform(cls, m: int, steps: int, step_size: float, device: torch.device) -> Schedule:
         """Every one of m samples takes the same steps, and nothing is reordered.
 
+        Args:
+            m: ≥ 0. steps: N ≥ 0, of each sample.
+            step_size: α > 0, in pixel units.
+            device: of the schedule's tensors.
+
         Raises:
             TypeError or ValueError: m or steps is no integer of at least 0, or step_size no finite number above 0.
         """
