@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import numbers
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -13,6 +15,7 @@ class Fractions:
         boundary: F_B, robust: F_R, outlier: F_O; each in [0, 1].
 
     Raises:
+        TypeError: a share is not a number.
         ValueError: a share is outside [0, 1], or they sum to more than 1.
     """
 
@@ -22,6 +25,8 @@ class Fractions:
 
     def __post_init__(self) -> None:
         shares = (self.boundary, self.robust, self.outlier)
+        for name, share in zip(("boundary", "robust", "outlier"), shares, strict=True):
+            _check_number(name, share)
         if not (all(0.0 <= share <= 1.0 for share in shares) and sum(shares) <= 1.0 + 1e-9):
             raise ValueError(f"fractions must lie in [0, 1] and sum to at most 1, got {shares}")
 
@@ -50,16 +55,20 @@ def theoretical_speedup(
         baseline_steps: N of the training that it is compared with.
 
     Raises:
+        TypeError: the fractions are no `Fractions`, or a step count is not a number.
         ValueError: a step count is negative.
     """
+    if not isinstance(fractions, Fractions):
+        raise TypeError(f"fractions must be a Fractions, got {type(fractions).__name__}")
     for name, steps in (
         ("boundary_steps", boundary_steps),
         ("robust_steps", robust_steps),
         ("outlier_steps", outlier_steps),
         ("baseline_steps", baseline_steps),
     ):
-        if steps < 0:
-            raise ValueError(f"{name} must be at least 0, got {steps}")
+        _check_number(name, steps)
+        if not 0 <= steps < 2**63:
+            raise ValueError(f"{name} must be at least 0 and fit into 63 bits, got {steps}")
     return (baseline_steps + 1) / (fractions.mean_steps(boundary_steps, robust_steps, outlier_steps) + 1)
 
 
@@ -67,8 +76,10 @@ def theoretical_speedup_augmix(boundary_fraction: float) -> float:
     """The AugMix form of Eq. 7, `3 / (1 + 2·F_B)`: only boundary samples run their two augmented views.
 
     Raises:
+        TypeError: `boundary_fraction` is not a number.
         ValueError: `boundary_fraction` is outside [0, 1].
     """
+    _check_number("boundary_fraction", boundary_fraction)
     if not 0.0 <= boundary_fraction <= 1.0:
         raise ValueError(f"boundary_fraction must lie in [0, 1], got {boundary_fraction}")
     return 3.0 / (1.0 + 2.0 * boundary_fraction)
@@ -147,3 +158,8 @@ def yopo_cost(propagations: float, objective: str = "pgd") -> float:
     if objective == "pgd":
         return 3.0 * propagations
     return (objective == "trades") + 2.0 * propagations + 6.0
+
+
+def _check_number(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, got {value!r}")

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from bt_fast.attack.frozen import eval_mode
+from bt_fast.attack.frozen import eval_mode, logits_of
 
 _LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -253,7 +253,12 @@ def attack_model(model: nn.Module, recipe: Frozen | None, x: Tensor) -> Iterator
 
     Args:
         x: [n, ...], n ≥ 1, a batch to compare the view with, where the model is seen for the first time.
+
+    Raises:
+        TypeError: the recipe is no `Frozen`, the model no module, or what it returns no logits.
     """
+    if recipe is not None and not isinstance(recipe, Frozen):
+        raise TypeError(f"frozen must be a Frozen or None, got {type(recipe).__name__}")
     with eval_mode(model):
         if recipe is None:
             yield model
@@ -334,7 +339,7 @@ def _has_statistics(module: nn.Module | None) -> bool:
 
 @torch.no_grad()
 def _compare(model: nn.Module, graph: fx.GraphModule, x: Tensor) -> None:
-    expected = model(x)
+    expected = logits_of(model, x)
     try:
         found = graph(x)
     except Exception as error:

@@ -139,6 +139,8 @@ class _Split:
         finally:
             hook.remove()
         _check_once(len(edges))
+        if not logits.requires_grad:
+            raise ValueError("model must return logits with a gradient to its images, but gave logits without one")
         return logits, edges[0]
 
     def alone(self, x: Tensor) -> Tensor:
@@ -159,6 +161,8 @@ class _Split:
 
 def _checked_first(model: nn.Module, first: nn.Module | None, x: Tensor, y: Tensor) -> nn.Module:
     """The first layer, found or checked on the forward of one row, with which the values are checked too."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if first is not None and not isinstance(first, nn.Module):
         raise TypeError(f"first must be a module or None, got {type(first).__name__}")
     if first is not None and all(module is not first for module in model.modules()):

@@ -29,6 +29,7 @@ from bt_fast.faults import CheckedRead, Fault
 from bt_fast.mining import STEP_FACTOR, BulletTrain, check_labels, positive, real, step_count
 from bt_fast.objectives.repeated_forward import moves_batch_norm_alone
 from bt_fast.objectives.update import Computation, Terms, Update, run_update
+from bt_fast.ops.numeric import computable, kind_of
 from bt_fast.ranges import MINING, UPDATE, range_
 
 InnerLoss = Literal["kl", "cross_entropy"]
@@ -175,7 +176,11 @@ def _start_ragged(
         probabilities = assignment.probabilities
         target = schedule.sort(probabilities) if a.inner == "kl" else _one_hot(labels, probabilities)
         faulty = _none_faulty(x)
-        started = start_attack(view, clean, begin, target, schedule, a.threat, a.generator, faulty, a.runner)
+        try:
+            started = start_attack(view, clean, begin, target, schedule, a.threat, a.generator, faulty, a.runner)
+        except BaseException:
+            bullet.take_back(assignment)
+            raise
 
     def report() -> None:
         bullet.report_attack(assignment, faulty)
@@ -337,8 +342,8 @@ def check(
     """Raise TypeError or ValueError, which names the argument, for what the host can see of the objectives' own."""
     if not isinstance(x, Tensor):
         raise TypeError(f"x_natural must be a tensor of images, got {type(x).__name__}")
-    if not x.is_floating_point():
-        raise TypeError(f"x_natural must be floating-point images, got {x.dtype}")
+    if not computable(x):
+        raise TypeError(f"x_natural must be floating-point images, got {kind_of(x)}")
     if x.dim() < 2 or x.numel() == 0:
         raise ValueError(f"x_natural must have shape [m, ...] with m >= 1, got {list(x.shape)}")
     check_labels(y, len(x), x.device, "y")

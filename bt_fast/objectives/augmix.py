@@ -70,7 +70,7 @@ def augmix_loss(
     _check(x, y, bullet, jsd, severity, generator)
     x = x.detach()
     pixels = faults.pixels_outside(x, 0.0, 1.0, "x")
-    with _unchanged_by_errors(model, bullet), modes_restored(model):
+    with modes_restored(model), _unchanged_by_errors(model, bullet):
         if not model.training:
             model.train()
         if bullet is not None:
