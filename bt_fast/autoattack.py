@@ -111,7 +111,7 @@ def _check(x: Tensor, y: Tensor, threat: ThreatModel, version: str) -> None:
     check_threat(threat)
     if (threat.lower, threat.upper) != (0.0, 1.0):
         raise ValueError(f"threat must have AutoAttack's bounds 0 and 1, got {threat.lower:g} and {threat.upper:g}")
-    if version not in VERSIONS:
+    if not isinstance(version, str) or version not in VERSIONS:
         raise ValueError(f"version must be one of {', '.join(map(repr, VERSIONS))}, got {version!r}")
     faults.read([faults.pixels_outside(x, 0.0, 1.0, "x")]).wait()
 

@@ -116,7 +116,7 @@ def evaluate(
     check_threat(threat)
     size = 2.0 * threat.epsilon / steps if step_size is None else step_size
     positive("step_size", size)
-    if loss not in LOSSES:
+    if not isinstance(loss, str) or loss not in LOSSES:
         raise ValueError(f"loss must be one of {', '.join(map(repr, LOSSES))}, got {loss!r}")
     if frozen is not None and not isinstance(frozen, Frozen):
         raise TypeError(f"frozen must be a Frozen or None, got {type(frozen).__name__}")

@@ -34,6 +34,8 @@ class ThreatModel:
             raise ValueError(f"distance must be one of {', '.join(map(repr, NORMS))}, got {self.norm!r}")
         if not real("lower", self.lower) < real("upper", self.upper):
             raise ValueError(f"lower must be less than upper, got {self.lower} and {self.upper}")
+        for name in ("epsilon", "lower", "upper"):  # of a fraction, an integer of 64 bits, ... too
+            object.__setattr__(self, name, float(getattr(self, name)))
 
 
 def check_threat(threat: ThreatModel) -> None:

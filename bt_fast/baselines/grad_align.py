@@ -47,7 +47,7 @@ def grad_align(
         ValueError: a shape, device or value does not fit. Nothing has been changed then. Of the model's own values the
             first sample's logits are looked at: NaN elsewhere, or in a gradient, makes the term NaN.
     """
-    ThreatModel(epsilon)
+    epsilon = ThreatModel(epsilon).epsilon
     adversarial.check(x_natural, y, None, epsilon, 1, None, generator, None, None)
     x, labels = x_natural.detach(), y.long()
     check_values(model, x, labels)

@@ -92,7 +92,7 @@ def yopo_loss(
     threat = ThreatModel(epsilon)
     adversarial.check(x_natural, y, optimizer, step_size, 1, None, generator, None, None)
     m, n = step_count("propagations", propagations, least=1), step_count("layer_steps", layer_steps, least=1)
-    if objective not in ("pgd", "trades", "mart"):
+    if not isinstance(objective, str) or objective not in ("pgd", "trades", "mart"):
         raise ValueError(f"objective must be 'pgd', 'trades' or 'mart', got {objective!r}")
     if objective == "pgd" and beta is not None:
         raise ValueError(f"beta is an option of 'trades' and 'mart', not of 'pgd', got {beta!r}")

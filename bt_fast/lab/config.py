@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bt_fast.allocation import METRICS, POLICIES
+from bt_fast.lab.files import parse_json
 from bt_fast.lab.methods import COMPARED, Method
 
 OBJECTIVES = ("trades", "mart", "pgd", "augmix")
@@ -76,7 +77,10 @@ class RunConfig:
         Raises:
             ValueError: it is not one, or of another version.
         """
-        fields = json.loads(text)
+        try:
+            fields = parse_json(text)
+        except ValueError as error:
+            raise ValueError(f"not a run configuration: {error}") from error
         if isinstance(fields, dict):
             fields = _ADDED | fields
         names = {field.name for field in dataclasses.fields(cls)}

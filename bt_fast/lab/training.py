@@ -32,7 +32,7 @@ from bt_fast.lab.augment import crop_and_flip
 from bt_fast.lab.checkpoint import load_checkpoint, save_checkpoint
 from bt_fast.lab.config import RunConfig
 from bt_fast.lab.data import ImageDataset, images, minibatches
-from bt_fast.lab.files import write_text
+from bt_fast.lab.files import parse_json, write_text
 from bt_fast.lab.models import build_model
 from bt_fast.mining import BulletTrain
 from bt_fast.objectives.augmix import augmix_loss
@@ -294,9 +294,12 @@ class Run:
         text = self._metrics_path.read_text(encoding="utf-8", errors="replace")
         lines = text[: text.rfind("\n") + 1].splitlines()
         try:
-            return [json.loads(line) for line in lines]
-        except json.JSONDecodeError as error:
+            records = [parse_json(line) for line in lines]
+        except ValueError as error:
             raise ValueError(f"{self._metrics_path}: a line is not a record ({error})") from error
+        if not all(isinstance(record, dict) for record in records):
+            raise ValueError(f"{self._metrics_path}: a line is not a record (but other JSON than an object)")
+        return records
 
     def _step(self, batch: Tensor) -> None:
         x = images(self.dataset.x_train[batch], self.device)

@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import NoneType
 from typing import Generic, Literal, TypeVar
 
 import torch
@@ -370,7 +371,7 @@ def check(
 
 def noise_of(start: Noise | None, default: Noise) -> Noise:
     """The noise of the option `start`, or ValueError."""
-    if start not in (None, "normal", "uniform"):
+    if not isinstance(start, (str, NoneType)) or start not in (None, "normal", "uniform"):
         raise ValueError(f"start must be 'normal', 'uniform' or None, got {start!r}")
     return start or default
 
@@ -379,7 +380,7 @@ def check_robust_term(beta: float, unperturbed: Unperturbed | None, bullet: Bull
     """Raise TypeError or ValueError unless the options of a loss with a robust term fit."""
     if not (real("beta", beta) >= 0 and math.isfinite(beta)):
         raise ValueError(f"beta must be a finite number of at least 0, got {beta}")
-    if unperturbed not in (None, "keep", "skip"):
+    if not isinstance(unperturbed, (str, NoneType)) or unperturbed not in (None, "keep", "skip"):
         raise ValueError(f"unperturbed must be 'keep', 'skip' or None, got {unperturbed!r}")
     if unperturbed is not None and bullet is None:
         raise ValueError("unperturbed is an option of BulletTrain: it needs bullet=")

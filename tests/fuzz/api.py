@@ -225,7 +225,7 @@ def objective_case(draw, function, names, fixed=None, images_name="x_natural"):
             expect(0 <= float(bullet.robust_fraction) <= 1, "F_R is no share")
 
     # batch norm refuses a batch of one, and says so in words of its own; the model's logits are named as such
-    words = ("model", "the model's", "perturb_steps", "distance", "channel", "labels")
+    words = ("model", "the model's", "perturb_steps", "distance", "channel", "labels", "adversarial_logits")
     return call(
         function,
         arguments,
@@ -587,9 +587,10 @@ def theory(draw):
 def loaded_state(draw):
     """A state of one's own, loaded as torch loads one: its errors are torch's RuntimeError."""
     bullet = BulletTrain(2, 1, 0, policy=draw(st.sampled_from(["three_groups", "uniform"])))
-    state = dict(bullet.state_dict())
+    own = bullet.state_dict()
+    state = dict(own)
     for name in draw(st.lists(st.sampled_from([*state, "more"]), max_size=2)):
-        like = tensors(st.just(tuple(state[name].shape)), st.just(torch.float64)) if name in state else ANYTHING
+        like = tensors(st.just(tuple(own[name].shape)), st.just(torch.float64)) if name in own else ANYTHING
         state[name] = draw(mostly(like, WILD_TENSORS, 4))
     if draw(st.integers(0, 9)) == 0:
         state.pop(draw(st.sampled_from(list(state))))
