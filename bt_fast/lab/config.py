@@ -93,6 +93,10 @@ class RunConfig:
             value = getattr(config, name)
             if (isinstance(value, bool) and bool not in kinds) or not isinstance(value, kinds):
                 raise ValueError(f"{name} in the run configuration has the wrong kind of value: {value!r}")
+        for name, kind in (("methods", str), ("decay_epochs", int)):
+            values = getattr(config, name)
+            if any(type(value) is not kind for value in values):
+                raise ValueError(f"{name} in the run configuration has the wrong kind of values: {values!r}")
         config.check()
         return config
 

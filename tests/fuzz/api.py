@@ -163,7 +163,7 @@ def count_of(x):
 @st.composite
 def bullets(draw, steps=COUNTS):
     """A `BulletTrain`, whose own arguments are another target's."""
-    counts = [n if isinstance(n, int) and 0 <= n <= 30 else 1 for n in (draw(steps) for _ in range(3))]
+    counts = [n if type(n) is int and 0 <= n <= 30 else 1 for n in (draw(steps) for _ in range(3))]
     policy = draw(st.sampled_from(["three_groups", "three_groups", "uniform", "gaussian", "oracle"]))
     bullet = BulletTrain(*counts, metric=draw(st.sampled_from(list(allocation.METRICS))), policy=policy)
     bullet.robust_fraction.fill_(draw(SHARES))

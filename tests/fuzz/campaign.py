@@ -69,7 +69,11 @@ class Outcome:
         return f"{self.target:<28} {numbers} {sum(self.failures.values()):>5} failures {self.seconds:>7.1f} s"
 
 
-class HangError(BaseException):
+class UnlawfulError(BaseException):
+    """What no handler of the package may swallow."""
+
+
+class HangError(UnlawfulError):
     """A case took too long."""
 
 
@@ -89,7 +93,7 @@ class Run:
                 result = case.run()
                 case.check(result)
             self.outcome.accepted += 1
-        except (Exception, HangError) as error:
+        except (Exception, UnlawfulError) as error:
             self._judge(case, error, before)
         finally:
             case.reset()

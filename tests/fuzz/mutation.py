@@ -4,6 +4,7 @@ python -m tests.fuzz.mutation READER RUNS SEED OUT.json runs atheris on one read
 of its own.
 """
 
+import copy
 import importlib.util
 import json
 import random
@@ -12,6 +13,7 @@ import sys
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from tests.fuzz.campaign import Outcome, Run
 
@@ -50,13 +52,69 @@ def mutated(seed: bytes, others: list[bytes], random: random.Random) -> bytes:
     return bytes(data)
 
 
+VALUES = (
+    None,
+    True,
+    0,
+    -1,
+    1.5,
+    10**30,
+    10**400,
+    float("nan"),
+    float("inf"),
+    "",
+    "name",
+    "1",
+    [],
+    [1],
+    {},
+    {"a": 1},
+    [[1]],
+)
+
+
+def with_other_values(seed: bytes, random: random.Random) -> bytes | None:
+    """JSON, or lines of it, in which some values are others, are gone or are there twice; None if it is no JSON."""
+    lines = seed.decode(errors="replace").splitlines()
+    try:
+        content = [json.loads(line) for line in lines]
+    except (ValueError, RecursionError):
+        return None
+    for _ in range(random.choice((1, 1, 2, 4))):
+        places = [(holder, key) for line in content for holder, key in _places(line)]
+        if not places:
+            return None
+        holder, key = random.choice(places)
+        match random.randrange(5):
+            case 0:
+                del holder[key]
+            case 1 if isinstance(holder, list):
+                holder.insert(key, copy.deepcopy(holder[key]))
+            case 2 if isinstance(holder, dict):
+                holder[random.choice(["name", "", key + "s"])] = holder.pop(key)
+            case _:
+                holder[key] = copy.deepcopy(random.choice(VALUES))
+    return "".join(f"{line}\n" for line in map(json.dumps, content)).encode()
+
+
+def _places(content: object) -> list[tuple[Any, Any]]:
+    """Every place of a value in JSON, as what holds it and its key there."""
+    if not isinstance(content, dict | list):
+        return []
+    keys = list(content) if isinstance(content, dict) else range(len(content))
+    return [place for key in keys for place in ((content, key), *_places(content[key]))]
+
+
 def fuzz_bytes(name: str, count: int, seed: int, verbose: bool = False) -> Outcome:
     """The seeds themselves, and mutations of them."""
     from tests.fuzz.readers import READERS, case_of
 
     source, seeds, run = random.Random(f"{seed}, {name}"), READERS[name].seeds, Run(name, "mutation", verbose)
     for k in range(count):
-        data = seeds[k] if k < len(seeds) else mutated(source.choice(seeds), seeds, source)
+        data = seeds[k] if k < len(seeds) else source.choice(seeds)
+        if k >= len(seeds):
+            changed = with_other_values(data, source) if data[:1] == b"{" and source.random() < 0.7 else None
+            data = mutated(data, seeds, source) if changed is None else changed
         run(case_of(name, data))
     return run.outcome
 

@@ -27,7 +27,7 @@ from bt_fast.lab.html_report.loading import load_runs
 from bt_fast.lab.methods import Method
 from bt_fast.lab.models import load_published
 from bt_fast.lab.training import Run
-from tests.fuzz.campaign import Case
+from tests.fuzz.campaign import Case, UnlawfulError
 
 FORBIDDEN = ("os.system", "subprocess.Popen", "os.posix_spawn", "os.fork", "os.exec", "os.remove", "os.rename")
 FORBIDDEN += ("socket.connect", "shutil.rmtree", "os.mkdir", "pickle.find_class")
@@ -51,7 +51,7 @@ class Reader:
     names: tuple[str, ...]
 
 
-class ExecutedError(BaseException):
+class ExecutedError(UnlawfulError):
     """Something that a file holds was run."""
 
 
