@@ -150,7 +150,7 @@ def _check_batch(batch: _Batch) -> None:
     x, y = batch
     if not isinstance(x, Tensor) or not computable(x):
         raise TypeError(f"the images must be floating point, got {kind_of(x)}")
-    if x.numel() == 0:
+    if x.dim() == 0 or x.numel() == 0:
         raise ValueError(f"the images must be at least 1 in each batch, got shape {list(x.shape)}")
     check_labels(y, len(x), x.device, "the labels")
 

@@ -9,16 +9,15 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # torch 
 
 
 def computable(values: Tensor) -> bool:
-    """Whether torch computes with them on any device: dense numbers in one of `FLOATS`, which are there."""
-    return values.dtype in FLOATS and values.layout == torch.strided and not values.is_meta
+    """Whether torch computes with them: dense numbers in one of `FLOATS`."""
+    return values.dtype in FLOATS and values.layout == torch.strided
 
 
 def kind_of(values: object) -> str:
     """What an error says was given in place of computable numbers."""
     if not isinstance(values, Tensor):
         return type(values).__name__
-    layout = "" if values.layout == torch.strided else f", {values.layout}"
-    return f"{values.dtype}{layout}{', on meta' if values.is_meta else ''}"
+    return str(values.dtype) if values.layout == torch.strided else f"{values.dtype}, {values.layout}"
 
 
 def wide(values: Tensor) -> Tensor:

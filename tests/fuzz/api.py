@@ -225,7 +225,7 @@ def objective_case(draw, function, names, fixed=None, images_name="x_natural"):
             expect(0 <= float(bullet.robust_fraction) <= 1, "F_R is no share")
 
     # batch norm refuses a batch of one, and says so in words of its own; the model's logits are named as such
-    words = ("model", "the model's", "perturb_steps", "distance", "channel", "labels", "adversarial_logits")
+    words = ("model", "the model's", "perturb_steps", "distance", "channel", "labels", "adversarial_logits", "tensors")
     return call(
         function,
         arguments,
@@ -416,7 +416,7 @@ def generate(draw):
         check=check,
         state=lambda: state_of(model),
         reset=lambda: put_back(name),
-        names=("images", "logits"),
+        names=("images", "logits", "tensors"),
     )
 
 
@@ -449,7 +449,7 @@ def evaluation(draw):
         expect(len(found.robust_samples) == found.robust_correct, "the robust samples are others")
         expect(bool(((found.step == STOOD) == (found.restart == STOOD)).all()), "step and restart differ")
 
-    words = ("images", "labels", "samples", "logits", "gradient")
+    words = ("images", "labels", "samples", "logits", "gradient", "tensors")
     return call(
         evaluate, arguments, check=check, state=lambda: state_of(model), reset=lambda: put_back(name), names=words
     )
@@ -529,7 +529,13 @@ def assign(draw):
         expect(bool(((found.step_size > 0) == (found.steps > 0)).all()), "a size of 0, or of no step")
         expect(bool(((found.probabilities.sum(1) - 1).abs() < 1e-3).all()), "probabilities do not sum to 1")
 
-    return call(bullet.assign, arguments, check=check, state=lambda: state_of(bullet), names=("policy", "BulletTrain"))
+    return call(
+        bullet.assign,
+        arguments,
+        check=check,
+        state=lambda: state_of(bullet),
+        names=("policy", "BulletTrain", "tensors"),
+    )
 
 
 @target
