@@ -119,15 +119,17 @@ class PowerMonitor:
 
     Raises:
         TypeError: a device is none of these, or the interval is not a number.
-        ValueError: the interval is not greater than 0 or no clock waits so long, a device is given twice, or neither torch nor the driver knows
-            it.
+        ValueError: the interval is not greater than 0, or longer than a thread can wait, a device is given twice, or
+            neither torch nor the driver knows it.
     """
 
     def __init__(self, devices: Device | Iterable[Device] | None = None, interval: float = 0.02) -> None:
         if isinstance(interval, bool) or not isinstance(interval, (int, float)):
             raise TypeError(f"interval must be a number of seconds, got {interval!r}")
-        if not 0 < interval <= threading.TIMEOUT_MAX:
-            raise ValueError(f"interval must be a number of seconds above 0 that a clock can wait, got {interval}")
+        if not 0 < interval < float("inf"):
+            raise ValueError(f"interval must be a finite number of seconds greater than 0, got {interval}")
+        if interval > threading.TIMEOUT_MAX:
+            raise ValueError(f"interval must be at most {threading.TIMEOUT_MAX:g} seconds, got a longer one")
         self._interval = float(interval)
         self._asked = _listed(devices)
         self._uuids: list[str] = []

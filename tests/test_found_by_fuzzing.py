@@ -23,6 +23,7 @@ from bt_fast import (
     augmix_loss,
     generate,
     mart_loss,
+    ops,
     pgd_loss,
     theoretical_speedup,
     theoretical_speedup_augmix,
@@ -161,7 +162,8 @@ def test_a_model_without_a_gradient_to_its_images(parameter):
     for loss_of in (trades_loss, pgd_loss):
         refused(ValueError, "model must return logits with a gradient", loss_of, model, X, Y, None)
     refused(ValueError, "model must return logits with a gradient", grad_align, model, X, Y, epsilon=0.1)
-    refused(ValueError, "model must return logits with a gradient", evaluate, model, [(X, torch.full((M,), 4))], THREAT)
+    right = model(X).argmax(dim=1)  # those that are misclassified are not attacked
+    refused(ValueError, "model must return logits with a gradient", evaluate, model, [(X, right)], THREAT)
 
 
 @pytest.mark.parametrize("policy", ["three_groups", "uniform"])
@@ -185,8 +187,20 @@ def test_a_model_that_returns_no_logits_to_its_view():
     refused(TypeError, "model must return a floating-point tensor", trades_loss, Listed(), X, Y, None, frozen=Frozen())
 
 
-def test_a_step_size_of_64_bits():
-    assert grad_align(small_models.conv_bn(), X, Y, epsilon=2**63).isfinite()
+def test_numbers_of_other_kinds():
+    model = small_models.conv_bn()
+    assert grad_align(model, X, Y, epsilon=2**63).isfinite()
+    found = [evaluate(model, [(X, Y)], THREAT, steps=1, step_size=s).clean_correct for s in (Fraction(1, 2), 0.5)]
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_pixel_bounds_beyond_the_images_dtype(dtype):
+    x, alpha = torch.full((2, 3), 0.5, dtype=dtype), torch.full((2,), 0.25, dtype=dtype)
+    for step, more in ((ops.linf_step_, ()), (ops.l2_step_, (torch.ones_like(x),))):
+        x_adv = x.clone()
+        step(x_adv, torch.tensor([[1, 0, 0]], dtype=dtype).expand(2, 3), x, alpha, 1.0, -1e300, 1e300, *more)
+        assert torch.equal(x_adv, torch.tensor([[0.75, 0.5, 0.5]], dtype=dtype).expand(2, 3))
 
 
 # Files

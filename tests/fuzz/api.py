@@ -52,9 +52,9 @@ def target(cases):
     return cases
 
 
-def call(function, arguments, *, check=None, state=lambda: (), reset=lambda: None, names=(), copied=True):
-    """A case that calls a function by keywords; its arguments must be unchanged, too."""
-    given = [v for v in arguments.values() if isinstance(v, torch.Tensor)] if copied else []
+def call(function, arguments, *, check=None, state=lambda: (), reset=lambda: None, names=(), late=None):
+    """A case that calls a function by keywords; an error must leave its arguments unchanged, too."""
+    given = [v for v in arguments.values() if isinstance(v, torch.Tensor)]
     return Case(
         run=lambda: function(**arguments),
         names=(*arguments, *names),
@@ -62,6 +62,7 @@ def call(function, arguments, *, check=None, state=lambda: (), reset=lambda: Non
         check=lambda found: check(found) if check else None,
         state=lambda: (*given, *state()),
         reset=reset,
+        late=late,
     )
 
 
@@ -233,6 +234,7 @@ def objective_case(draw, function, names, fixed=None, images_name="x_natural"):
         state=lambda: state_of(model, bullet),
         reset=lambda: put_back(name),
         names=words,
+        late="adversarial_logits must be finite",  # told after the update's forwards, which is documented
     )
 
 
@@ -616,12 +618,7 @@ def loaded_state(draw):
     return Case(load, ("state_dict", "earlier", "BulletTrain", *state), told(state), check)
 
 
-# Operations
-
-
-def ops_case(function, arguments, state=None, check=None, names=()):
-    """Ops are called with tensors: torch itself refuses other things, by the names in their schemas."""
-    return call(function, arguments, check=check, names=names, copied=True)
+# Operations, which are called with tensors: torch itself refuses other things, by the names in their schemas
 
 
 def any_tensor(strategy):
@@ -634,7 +631,7 @@ def any_tensor(strategy):
 def rows_ops(draw):
     """What works on rows of logits."""
     z = draw(any_tensor(floats_of((draw(st.integers(0, 4)), draw(st.integers(0, 4))), CONTENTS, FLOATS)))
-    like = functools.partial(lambda: draw(any_tensor(floats_of(tuple(z.shape), CONTENTS, (z.dtype,)))))
+    like = lambda: draw(any_tensor(floats_of(tuple(z.shape), CONTENTS, (z.dtype,))))  # noqa: E731
     y = draw(any_tensor(labels_of(count_of(z), classes_of(z))))
     weights = (
         {"weights": draw(any_tensor(floats_of((count_of(z),), ("uniform",), (z.dtype,))))}
@@ -655,7 +652,7 @@ def rows_ops(draw):
         if function is ops.signed_variance:
             expect(found.svar.shape == (len(z),) and found.probabilities.shape == z.shape, "shapes")
 
-    return ops_case(function, calls[function], check=check)
+    return call(function, calls[function], check=check)
 
 
 @target
@@ -670,7 +667,7 @@ def update_fraction_op(draw):
         "gamma": 0.8,
         "momentum": 0.9,
     }
-    return ops_case(ops.update_fraction_, arguments)
+    return call(ops.update_fraction_, arguments)
 
 
 @target
@@ -696,7 +693,7 @@ def assign_op(draw):
             expect(sorted(order.tolist()) == list(range(m)), "the order is no permutation")
             expect(int(counts[max(arguments["group_steps"]) :][:3].sum()) == m, "the groups do not sum to m")
 
-    return ops_case(ops.assign_steps, arguments, check=check)
+    return call(ops.assign_steps, arguments, check=check)
 
 
 @target
@@ -705,7 +702,7 @@ def order_op(draw):
     m, most = draw(st.integers(0, 6)), draw(st.integers(-1, 5))
     inside = st.lists(st.integers(0, max(most, 0)), min_size=m, max_size=m).map(torch.tensor).map(torch.Tensor.long)
     arguments = {"steps": draw(any_tensor(mostly(inside, tensors(dtypes=st.sampled_from(FLOATS))))), "most": most}
-    return ops_case(ops.order_by_steps, arguments)
+    return call(ops.order_by_steps, arguments)
 
 
 @target
@@ -747,7 +744,7 @@ def step_ops(draw):
                 slack = 1e-2 * max(abs(low), abs(high), 1e-6) if dtype != torch.float64 else 1e-9
                 expect(bool((moved >= low - slack).all() and (moved <= high + slack).all()), "out of bounds")
 
-    return ops_case(function, arguments, check=check, names=("limit", "limits"))
+    return call(function, arguments, check=check, names=("limit", "limits"))
 
 
 @target
@@ -770,7 +767,7 @@ def gather_start_op(draw):
         clean, start = found
         expect(clean.shape == x.shape == start.shape and clean.dtype == x.dtype, "shapes")
 
-    return ops_case(ops.gather_start, arguments, check=check)
+    return call(ops.gather_start, arguments, check=check)
 
 
 # Augmentation, power, ranges
