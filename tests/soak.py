@@ -6,7 +6,7 @@ samples are kept until then). `--emulated N` also trains N times on the emulated
 
 After WARM_UP of the iterations the memory must be flat:
   - the resident set grows by at most MOST_KIB a thousand iterations. The slope is Theil and Sen's, the median of the
-    slopes between all pairs of samples: a single jump, or a page that the allocator gives back late, does not move it;
+    slopes between all pairs of samples: single samples that are off do not move it;
   - there are as many live tensors at the end as after the warm-up, and at most MOST_OBJECTS more objects a thousand
     iterations.
 Exit status: 1 if it is not.
