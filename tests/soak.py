@@ -136,7 +136,7 @@ class Emulated:
         torch.manual_seed(iteration)
         model = nn.Sequential(nn.Flatten(), nn.Linear(36, 6), nn.ReLU(), nn.Linear(6, CLASSES))
         runner = (GraphRunner, StreamRunner)[iteration % 2](bucket=2)
-        bullet = BulletTrain(3, 1, 0)
+        bullet = BulletTrain(3, 1, 1)  # every sample is attacked
         with EmulatedDevice() as emulated:
             for size in (4, 6, 4, 6):
                 x, y = torch.rand(size, *SHAPE), torch.arange(size) % CLASSES
@@ -198,7 +198,9 @@ def main(arguments=None):
     parser.add_argument("--out", type=Path)
     given = parser.parse_args(arguments)
     stub = with_stub()
-    found = {"training": result("training", Training(), given.iterations, monitored=stub)}
+    found = {}
+    if given.iterations:
+        found["training"] = result("training", Training(), given.iterations, monitored=stub)
     if given.emulated:
         found["emulated graphs and streams"] = result("emulated", Emulated(), given.emulated)
     if given.out:
