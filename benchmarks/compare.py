@@ -116,7 +116,7 @@ def read(path: Path) -> dict[str, Benchmark]:
         found = {entry["fullname"]: _benchmark(entry) for entry in entries}
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         what = " ".join(f"{type(error).__name__}: {error}".split())
         raise ValueError(f"{path}: found {what}; expected a result file of pytest-benchmark") from error
     if len(found) < len(entries):

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from bt_fast import ops
 from bt_fast.ops import BOUNDARY, OUTLIER, ROBUST
+from bt_fast.ops.numeric import computable, kind_of
 from bt_fast.ops.rows import result_dtype
 
 LARGEST = torch.finfo(torch.float32).max  # an infinite certainty counts as this: the percentile interpolates
@@ -178,7 +179,12 @@ class Oracle:
             raise ValueError(f"steps must be at least 1, got {self.steps}")
 
     def groups(self, correct: Tensor, attacked_correct: Tensor) -> Tensor:
-        """The group [m] int64 of samples that are classified correctly (bool [m]) before and under the attack."""
+        """The group [m] int64 of each sample.
+
+        Args:
+            correct: [m] bool, whether it is classified correctly before the attack.
+            attacked_correct: [m] bool, whether it is under the attack.
+        """
         return correct.long() + (correct & attacked_correct)  # OUTLIER, BOUNDARY, ROBUST are 0, 1, 2
 
     def __call__(self, judged: Judged) -> Tensor:
@@ -234,8 +240,8 @@ def certainty_of(metric: Metric, logits: Tensor, labels: Tensor) -> Tensor:
         TypeError or ValueError: what it returns is no floating-point tensor [m] on the logits' device.
     """
     found = metric(ops.wide(logits), labels.clamp(0, logits.shape[1] - 1))
-    if not isinstance(found, Tensor) or not found.is_floating_point():
-        raise TypeError(f"metric must return a floating-point tensor, got {_kind(found)}")
+    if not isinstance(found, Tensor) or not computable(found):
+        raise TypeError(f"metric must return a floating-point tensor, got {kind_of(found)}")
     _check_placed("metric", found, len(logits), logits.device)
     return found.detach().to(result_dtype(logits)).clamp(-LARGEST, LARGEST)
 
@@ -251,13 +257,9 @@ def steps_of(policy: Policy, judged: Judged) -> Tensor:
         found.is_floating_point() or found.is_complex() or found.dtype == torch.bool
     )
     if not integers:
-        raise TypeError(f"policy must return a tensor of integers, got {_kind(found)}")
+        raise TypeError(f"policy must return a tensor of integers, got {kind_of(found)}")
     _check_placed("policy", found, len(judged.group), judged.group.device)
     return found.long()
-
-
-def _kind(value: object) -> str:
-    return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
 
 
 def _check_placed(name: str, found: Tensor, m: int, device: torch.device) -> None:

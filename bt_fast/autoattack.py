@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from bt_fast import faults
 from bt_fast.attack.frozen import clean_logits, eval_mode, logits_of
-from bt_fast.attack.threat import ThreatModel
+from bt_fast.attack.threat import ThreatModel, check_threat
 from bt_fast.evaluation import Accuracy
 from bt_fast.mining import check_labels, step_count
+from bt_fast.ops.numeric import computable, kind_of
 
 INSTALL = "pip install git+https://github.com/fra31/auto-attack"
 VERSIONS = ("standard", "plus", "rand")
@@ -102,14 +103,15 @@ def autoattack(
 
 
 def _check(x: Tensor, y: Tensor, threat: ThreatModel, version: str) -> None:
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        raise TypeError(f"x must be floating-point images, got {getattr(x, 'dtype', type(x).__name__)}")
+    if not isinstance(x, Tensor) or not computable(x):
+        raise TypeError(f"x must be floating-point images, got {kind_of(x)}")
     if x.dim() != 4 or x.numel() == 0:
         raise ValueError(f"x must have shape [total, C, H, W] with at least 1 image, got {list(x.shape)}")
     check_labels(y, len(x), x.device, "y")
+    check_threat(threat)
     if (threat.lower, threat.upper) != (0.0, 1.0):
         raise ValueError(f"threat must have AutoAttack's bounds 0 and 1, got {threat.lower:g} and {threat.upper:g}")
-    if version not in VERSIONS:
+    if not isinstance(version, str) or version not in VERSIONS:
         raise ValueError(f"version must be one of {', '.join(map(repr, VERSIONS))}, got {version!r}")
     faults.read([faults.pixels_outside(x, 0.0, 1.0, "x")]).wait()
 

@@ -14,9 +14,14 @@ class HostRead:
 
     Args:
         values: int64 [n], on any device.
+
+    Raises:
+        ValueError: they are on the meta device, where there are none.
     """
 
     def __init__(self, values: Tensor) -> None:
+        if values.is_meta:
+            raise ValueError("tensors must hold values, but are on the meta device")
         self._arrived: torch.cuda.Event | None = None
         self._values = values
         if values.is_cuda:

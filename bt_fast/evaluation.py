@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,15 +16,21 @@ from bt_fast.attack.frozen import clean_logits
 from bt_fast.attack.generate import COMPARED
 from bt_fast.attack.losses import LOSSES
 from bt_fast.attack.pixels import Normalization, on_pixels
-from bt_fast.attack.threat import ThreatModel
+from bt_fast.attack.threat import ThreatModel, check_threat
 from bt_fast.mining import check_labels, positive, step_count
+from bt_fast.ops.numeric import computable, kind_of
 
 _Batch = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Counts over `total` samples: classified correctly clean, and under every attack tried."""
+    """How many samples are classified correctly.
+
+    Attributes:
+        clean_correct: without an attack. robust_correct: under every attack tried, too.
+        total: the number of samples.
+    """
 
     clean_correct: int
     robust_correct: int
@@ -110,17 +117,23 @@ def evaluate(
     """
     step_count("steps", steps, least=1)
     step_count("restarts", restarts, least=1)
+    check_threat(threat)
     size = 2.0 * threat.epsilon / steps if step_size is None else step_size
     positive("step_size", size)
-    if loss not in LOSSES:
+    size = float(size)  # of a fraction, too
+    if not isinstance(loss, str) or loss not in LOSSES:
         raise ValueError(f"loss must be one of {', '.join(map(repr, LOSSES))}, got {loss!r}")
+    if frozen is not None and not isinstance(frozen, Frozen):
+        raise TypeError(f"frozen must be a Frozen or None, got {type(frozen).__name__}")
     if frozen is not None and frozen.autocast is not None:
         raise ValueError(f"frozen.autocast must be None, since the view judges too, got {frozen.autocast}")
+    if not isinstance(batches, Iterable):
+        raise TypeError(f"batches must be iterable, got {type(batches).__name__}")
     stream = iter(batches)
     first = next(stream, None)
     if first is None:
         raise ValueError("batches must hold at least 1 sample, got none")
-    _check_batch(*first)
+    _check_batch(first)
     x, kind, verdicts = first[0].detach(), _kind(first[0]), Verdicts(progress)
     bounds = (threat.lower, threat.upper)
     with (
@@ -140,10 +153,14 @@ def evaluate(
     return Evaluation(clean, robust, verdicts.seen, restart, step)
 
 
-def _check_batch(x: Tensor, y: Tensor) -> None:
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        raise TypeError(f"the images must be floating point, got {getattr(x, 'dtype', type(x).__name__)}")
-    if x.numel() == 0:
+def _check_batch(batch: _Batch) -> None:
+    pair: Any = batch
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+        raise TypeError(f"batches must hold pairs of images and labels, got {type(batch).__name__}")
+    x, y = batch
+    if not isinstance(x, Tensor) or not computable(x):
+        raise TypeError(f"the images must be floating point, got {kind_of(x)}")
+    if x.dim() == 0 or x.numel() == 0:
         raise ValueError(f"the images must be at least 1 in each batch, got shape {list(x.shape)}")
     check_labels(y, len(x), x.device, "the labels")
 
@@ -168,8 +185,8 @@ def _correct(
     verdicts: Verdicts,
 ) -> Samples:
     """The samples of a batch that are classified correctly; the others are recorded. Raises for all that is amiss."""
+    _check_batch(batch)
     x, y = batch
-    _check_batch(x, y)
     if _kind(x) != kind:
         raise ValueError(f"the images must be alike in all batches, got {_kind(x)} after {kind}")
     x, y = pixels(x.detach()), y.long()

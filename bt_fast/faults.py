@@ -32,9 +32,11 @@ class NonFiniteError(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class Fault:
-    """How often something is wrong (int64, 0-dim, on the device) and the sentence that says what.
+    """Something that may be wrong.
 
     Attributes:
+        count: 0-dim integer on the device, how often it is.
+        message: the sentence that says what; `{count}` in it stands for the number.
         samples: gives the indices of the samples of a `NonFiniteError` (int64 [n], on the device), and is asked only
             when the fault is told. Without it the fault is a plain ValueError.
         earlier: as in `NonFiniteError`.

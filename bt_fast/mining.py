@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from bt_fast import allocation, faults, ops
 from bt_fast.allocation import METRICS, POLICIES, Judged, Metric, Oracle, Policy
 from bt_fast.faults import CheckedRead, Fault
+from bt_fast.ops.numeric import computable, kind_of
 from bt_fast.ranks import Ranks, Together
 from bt_fast.speedup import Fractions, theoretical_speedup_augmix
 
@@ -286,6 +287,7 @@ class BulletTrain(nn.Module):
         """`assign` without waiting for its counts: faults are raised by the first use of a count.
 
         Args:
+            logits, labels, epsilon, step_size, attacked_logits: as for `assign`.
             state: [2] int64, a random state to be told to the ranks of the process group, which take rank 0's.
             inputs: further faults of this minibatch to be raised with the counts (pixels out of range, say).
             names: what error messages call the logits and the labels.
@@ -483,10 +485,22 @@ class BulletTrain(nn.Module):
         elif faulty.is_cuda:
             self.unreported_gradients += fault.count
         elif fault.count:
-            self.group_counts -= torch.tensor(assignment.group_sizes)
-            if self.steps_assigned is not None:
-                self.steps_assigned -= sum(assignment.active_counts)
+            self.take_back(assignment)
             faults.read([fault]).wait()
+
+    def take_back(self, assignment: Assignment) -> None:
+        """Let an assignment not count in `group_counts` and `steps_assigned`: its attack could not be run.
+
+        In a process group it still counts, since the other ranks' attacks may have run, and all count the same.
+
+        Args:
+            assignment: one of this module's, which has counted.
+        """
+        if self.ranks is not None:
+            return
+        self.group_counts -= torch.tensor(assignment.group_sizes, device=self.group_counts.device)
+        if self.steps_assigned is not None:
+            self.steps_assigned -= sum(assignment.active_counts)
 
     def update(self, adversarial_logits: Tensor, labels: Tensor, *, order: Tensor | None = None) -> None:
         """Move F_R by the share of corrupted samples that are still classified correctly (Eq. 5).
@@ -608,9 +622,8 @@ class BulletTrain(nn.Module):
                 "policy is an Oracle, whose groups need attacked_logits=, the model's logits of attacked samples: "
                 "the objectives run that attack, `assign` alone cannot"
             )
-        if not isinstance(attacked, Tensor) or not attacked.is_floating_point():
-            kind = attacked.dtype if isinstance(attacked, Tensor) else type(attacked).__name__
-            raise TypeError(f"attacked_logits must be a floating-point tensor, got {kind}")
+        if not isinstance(attacked, Tensor) or not computable(attacked):
+            raise TypeError(f"attacked_logits must be a floating-point tensor, got {kind_of(attacked)}")
         if attacked.shape != logits.shape:
             raise ValueError(
                 f"attacked_logits must have the logits' shape {list(logits.shape)}, got {list(attacked.shape)}"
@@ -632,8 +645,8 @@ def check_logits_and_labels(logits: Tensor, labels: Tensor) -> None:
     """Raise TypeError or ValueError unless logits are floating point [m, K], K ≥ 2, and labels integers [m]."""
     if not isinstance(logits, Tensor):
         raise TypeError(f"logits must be a tensor, got {type(logits).__name__}")
-    if not logits.is_floating_point():
-        raise TypeError(f"logits must be floating point, got {logits.dtype}")
+    if not computable(logits):
+        raise TypeError(f"logits must be floating point, got {kind_of(logits)}")
     if logits.dim() != 2 or logits.shape[1] < 2:
         raise ValueError(f"logits must have shape [m, K] with K >= 2 classes, got {list(logits.shape)}")
     check_labels(labels, len(logits), logits.device)
@@ -655,7 +668,11 @@ def step_count(name: str, value: SupportsIndex, least: int = 0) -> int:
     """`value` as an int; TypeError or ValueError that names `name` unless it is an integer of at least `least`."""
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(f"{name} must be an integer, got {value!r}")
-    if (count := operator.index(value)) < least:
+    try:
+        count = operator.index(value)
+    except TypeError as error:  # of tensors and arrays
+        raise TypeError(f"{name} must be an integer, got {value!r}") from error
+    if count < least:
         raise ValueError(f"{name} must be at least {least}, got {count}")
     return count
 
@@ -690,10 +707,13 @@ def _step_size(epsilon: float, steps: int) -> float:
 
 
 def real(name: str, value: Any) -> float:
-    """`value`; TypeError that names `name` unless it is a real number."""
+    """`value` as a float; TypeError or ValueError that names `name` unless it is a real number that fits."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {value!r}")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError as error:  # of an integer or a fraction
+        raise ValueError(f"{name} must be a number that fits into a float, got a larger one") from error
 
 
 def positive(name: str, value: float) -> None:

@@ -122,8 +122,8 @@ class PowerMonitor:
 
     Raises:
         TypeError: a device is none of these, or the interval is not a number.
-        ValueError: the interval is not greater than 0, a device is given twice, or neither torch nor the driver knows
-            it.
+        ValueError: the interval is not greater than 0, or longer than a thread can wait, a device is given twice, or
+            neither torch nor the driver knows it.
     """
 
     def __init__(self, devices: Device | Iterable[Device] | None = None, interval: float = 0.02) -> None:
@@ -131,6 +131,8 @@ class PowerMonitor:
             raise TypeError(f"interval must be a number of seconds, got {interval!r}")
         if not 0 < interval < float("inf"):
             raise ValueError(f"interval must be a finite number of seconds greater than 0, got {interval}")
+        if interval > threading.TIMEOUT_MAX:
+            raise ValueError(f"interval must be at most {threading.TIMEOUT_MAX:g} seconds, got a longer one")
         self._interval = float(interval)
         self._asked = _listed(devices)
         self._uuids: list[str] = []
@@ -187,6 +189,9 @@ class PowerMonitor:
 
         It reads the devices at once: a few milliseconds for each.
 
+        Args:
+            label: the new span's name.
+
         Raises:
             ValueError: there is a span of that name.
             RuntimeError: the monitor is in no block.
@@ -219,6 +224,9 @@ class PowerMonitor:
     def summary(self, label: str | None = None) -> tuple[Summary, ...]:
         """One for each device that was there, of the whole block or of a span; of what there is so far inside it.
 
+        Args:
+            label: the span's name; the whole block if not given.
+
         Raises:
             ValueError: there is no such span.
         """
@@ -231,7 +239,14 @@ class PowerMonitor:
         return tuple(found)
 
     def joules(self, label: str | None = None) -> float | None:
-        """What all devices used together; None where one does not tell, was lost, or is missing."""
+        """What all devices used together, in joules; None where one does not tell, was lost, or is missing.
+
+        Args:
+            label: the span's name; the whole block if not given.
+
+        Raises:
+            ValueError: there is no such span.
+        """
         found = self.summary(label)
         used = [s.joules for s in found if s.joules is not None and s.lost is None]
         return sum(used) if found and len(used) == len(self._uuids) else None
@@ -253,7 +268,11 @@ class PowerMonitor:
         return sum(told) if told and len(told) == len(self._uuids) else None
 
     def joules_per_sample(self, n: int, label: str | None = None) -> float | None:
-        """`joules` divided by n ≥ 1, the number of training samples in the block or span.
+        """`joules` divided by the number of training samples in the block or span.
+
+        Args:
+            n: that number, at least 1.
+            label: the span's name; the whole block if not given.
 
         Raises:
             ValueError: n is not at least 1, or there is no such span.

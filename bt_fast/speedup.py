@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import numbers
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
 class Fractions:
     """Shares of the samples in each group; they sum to 1, or are all 0 before the first assignment.
 
+    Attributes:
+        boundary: F_B, robust: F_R, outlier: F_O; each in [0, 1].
+
     Raises:
+        TypeError: a share is not a number.
         ValueError: a share is outside [0, 1], or they sum to more than 1.
     """
 
@@ -19,11 +25,17 @@ class Fractions:
 
     def __post_init__(self) -> None:
         shares = (self.boundary, self.robust, self.outlier)
+        for name, share in zip(("boundary", "robust", "outlier"), shares, strict=True):
+            _check_number(name, share)
         if not (all(0.0 <= share <= 1.0 for share in shares) and sum(shares) <= 1.0 + 1e-9):
             raise ValueError(f"fractions must lie in [0, 1] and sum to at most 1, got {shares}")
 
     def mean_steps(self, boundary_steps: int, robust_steps: int, outlier_steps: int) -> float:
-        """`F_B·N_B + F_R·N_R + F_O·N_O`: attack steps per sample."""
+        """`F_B·N_B + F_R·N_R + F_O·N_O`: attack steps per sample.
+
+        Args:
+            boundary_steps: N_B, robust_steps: N_R, outlier_steps: N_O.
+        """
         return self.boundary * boundary_steps + self.robust * robust_steps + self.outlier * outlier_steps
 
 
@@ -43,16 +55,20 @@ def theoretical_speedup(
         baseline_steps: N of the training that it is compared with.
 
     Raises:
+        TypeError: the fractions are no `Fractions`, or a step count is not a number.
         ValueError: a step count is negative.
     """
+    if not isinstance(fractions, Fractions):
+        raise TypeError(f"fractions must be a Fractions, got {type(fractions).__name__}")
     for name, steps in (
         ("boundary_steps", boundary_steps),
         ("robust_steps", robust_steps),
         ("outlier_steps", outlier_steps),
         ("baseline_steps", baseline_steps),
     ):
-        if steps < 0:
-            raise ValueError(f"{name} must be at least 0, got {steps}")
+        _check_number(name, steps)
+        if not 0 <= steps < 2**63:
+            raise ValueError(f"{name} must be at least 0 and fit into 63 bits, got {steps}")
     return (baseline_steps + 1) / (fractions.mean_steps(boundary_steps, robust_steps, outlier_steps) + 1)
 
 
@@ -60,8 +76,10 @@ def theoretical_speedup_augmix(boundary_fraction: float) -> float:
     """The AugMix form of Eq. 7, `3 / (1 + 2·F_B)`: only boundary samples run their two augmented views.
 
     Raises:
+        TypeError: `boundary_fraction` is not a number.
         ValueError: `boundary_fraction` is outside [0, 1].
     """
+    _check_number("boundary_fraction", boundary_fraction)
     if not 0.0 <= boundary_fraction <= 1.0:
         raise ValueError(f"boundary_fraction must lie in [0, 1], got {boundary_fraction}")
     return 3.0 / (1.0 + 2.0 * boundary_fraction)
@@ -81,7 +99,11 @@ def trades_cost(mean_steps: float, corrupted_fraction: float = 1.0, clean_forwar
 
 
 def trades_reference_cost(steps: int) -> float:
-    """One iteration of TRADES as its authors wrote it, in F: a clean forward in each step, three in the loss."""
+    """One iteration of TRADES as its authors wrote it, in F: a clean forward in each step, three in the loss.
+
+    Args:
+        steps: N, of the attack.
+    """
     return 3.0 * steps + 9.0
 
 
@@ -108,7 +130,12 @@ def mart_cost(mean_steps: float, corrupted_fraction: float = 1.0, *, mining: boo
 
 
 def pgd_cost(mean_steps: float, *, mining: bool = True) -> float:
-    """One iteration of our PGD adversarial training, in F: as `mart_cost`, but with one forward in the update."""
+    """One iteration of our PGD adversarial training, in F: as `mart_cost`, but with one forward in the update.
+
+    Args:
+        mean_steps: attack steps per sample.
+        mining: with BulletTrain.
+    """
     return mining + 2.0 * mean_steps + 3.0
 
 
@@ -131,3 +158,8 @@ def yopo_cost(propagations: float, objective: str = "pgd") -> float:
     if objective == "pgd":
         return 3.0 * propagations
     return (objective == "trades") + 2.0 * propagations + 6.0
+
+
+def _check_number(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, got {value!r}")

@@ -136,6 +136,6 @@ def runner_of(runner: Runner | str) -> Runner:
         if runner not in RUNNERS:
             raise ValueError(f"runner must be a runner or one of {', '.join(RUNNERS)}, got {runner!r}")
         return RUNNERS[runner]
-    if not callable(runner):
+    if isinstance(runner, type) or not callable(runner):
         raise TypeError(f"runner must be a runner or its name, got {type(runner).__name__}")
     return runner

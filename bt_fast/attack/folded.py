@@ -27,7 +27,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim.swa_utils import AveragedModel
 
-from bt_fast.attack.frozen import eval_mode, uncached
+from bt_fast.attack.frozen import eval_mode, logits_of, uncached
 from bt_fast.attack.sharded import gathered
 from bt_fast.attack.wrapped import unwrapped
 
@@ -261,7 +261,12 @@ def attack_model(model: nn.Module, recipe: Frozen | None, x: Tensor) -> Iterator
 
     Args:
         x: [n, ...], n ≥ 1, a batch to compare the view with, where the model is seen for the first time.
+
+    Raises:
+        TypeError: the recipe is no `Frozen`, the model no module, or what it returns no logits.
     """
+    if recipe is not None and not isinstance(recipe, Frozen):
+        raise TypeError(f"frozen must be a Frozen or None, got {type(recipe).__name__}")
     model = unwrapped(model)
     with eval_mode(model), gathered(model):
         if recipe is None:
@@ -371,7 +376,7 @@ def _has_statistics(module: nn.Module | None) -> bool:
 
 @torch.no_grad()
 def _compare(model: nn.Module, graph: fx.GraphModule, x: Tensor) -> None:
-    expected = model(x)
+    expected = logits_of(model, x)
     try:
         found = graph(x)
     except Exception as error:

@@ -16,7 +16,12 @@ def modes_restored(model: nn.Module) -> Iterator[None]:
 
     By `train(mode)`, parents first, since some modules do work there (adapters merge and unmerge their weights); the
     flags are then set exactly, since others refuse.
+
+    Raises:
+        TypeError: the model is no module.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     found = [(module, module.training) for module in model.modules()]
     try:
         yield
@@ -74,6 +79,20 @@ def logits_of(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
             f"model must return logits of shape [{len(x)}, K] with K >= 2 classes, got {list(logits.shape)}"
         )
     return logits
+
+
+def gradient_of(outputs: Tensor, x: Tensor, weights: Tensor | None = None, *, create_graph: bool = False) -> Tensor:
+    """The gradient of the model's `outputs` (times `weights`, if they are no number) with respect to its images `x`.
+
+    Raises:
+        ValueError: the outputs do not depend on the images, or not by operations that have a gradient.
+    """
+    found = None
+    if outputs.requires_grad:
+        (found,) = torch.autograd.grad(outputs, x, weights, create_graph=create_graph, allow_unused=True)
+    if found is None:
+        raise ValueError("model must return logits with a gradient to its images, but gave logits without one")
+    return found
 
 
 def clean_logits(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

@@ -11,7 +11,8 @@ from bt_fast.attack.auto import runner_of
 from bt_fast.attack.folded import Frozen, FrozenModel, attack_model
 from bt_fast.attack.runners import Runner, joined, start_of
 from bt_fast.attack.schedule import Schedule
-from bt_fast.attack.threat import ThreatModel
+from bt_fast.attack.threat import ThreatModel, check_threat
+from bt_fast.ops.numeric import computable, kind_of
 
 COMPARED = 8  # samples on which a view of the model is held against it, once
 
@@ -57,6 +58,7 @@ def generate(
             here (that would mean to wait for the device): `trades_loss` and `evaluate` check them.
     """
     _check(clean, start, target, schedule, faulty)
+    check_threat(threat)
     with torch.inference_mode(False), attack_model(model, frozen, clean[:COMPARED].detach()) as view:
         return start_attack(view, clean, start, target, schedule, threat, generator, faulty, runner_of(runner)).finish()
 
@@ -116,11 +118,16 @@ def start_attack(
 
 
 def _check(clean: Tensor, start: Tensor, target: Tensor, schedule: Schedule, faulty: Tensor | None) -> None:
+    if not isinstance(schedule, Schedule):
+        raise TypeError(f"schedule must be a Schedule, got {type(schedule).__name__}")
+    for name, values in (("clean", clean), ("start", start), ("target", target)):
+        if not isinstance(values, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(values).__name__}")
     for name, images in (("clean", clean), ("start", start)):
-        if not images.is_floating_point():
-            raise TypeError(f"{name} must be floating-point images, got {images.dtype}")
+        if not computable(images):
+            raise TypeError(f"{name} must be floating-point images, got {kind_of(images)}")
     m = len(schedule.step_size)
-    if len(clean) != m:
+    if clean.dim() == 0 or len(clean) != m:
         raise ValueError(f"clean must hold the schedule's {m} samples, got shape {list(clean.shape)}")
     if start.shape != clean.shape:
         raise ValueError(f"start must have clean's shape {list(clean.shape)}, got {list(start.shape)}")

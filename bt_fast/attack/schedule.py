@@ -10,6 +10,7 @@ from torch import Tensor
 from bt_fast import ops
 from bt_fast.device import HostRead
 from bt_fast.mining import Assignment, positive, step_count
+from bt_fast.ops.numeric import computable, kind_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +32,11 @@ class Schedule:
     @classmethod
     def uniform(cls, m: int, steps: int, step_size: float, device: torch.device) -> Schedule:
         """Every one of m samples takes the same steps, and nothing is reordered.
+
+        Args:
+            m: ≥ 0. steps: N ≥ 0, of each sample.
+            step_size: α > 0, in pixel units.
+            device: of the schedule's tensors.
 
         Raises:
             TypeError or ValueError: m or steps is no integer of at least 0, or step_size no finite number above 0.
@@ -77,8 +83,8 @@ class Schedule:
             raise ValueError(
                 f"steps and step_size must both have shape [m], got {list(steps.shape)} and {list(step_size.shape)}"
             )
-        if not step_size.is_floating_point():
-            raise TypeError(f"step_size must be floating point, got {step_size.dtype}")
+        if not computable(step_size):
+            raise TypeError(f"step_size must be floating point, got {kind_of(step_size)}")
         if step_size.device != steps.device:
             raise ValueError(f"step_size must be on {steps.device} like the steps, but is on {step_size.device}")
         bad_sizes = ~((step_size > 0) & step_size.isfinite())

@@ -31,7 +31,13 @@ def normal_noise(x: Tensor, generator: torch.Generator | None, *, on_cpu: bool =
 
 
 def ball_start(x: Tensor, threat: ThreatModel, generator: torch.Generator | None = None) -> Tensor:
-    """`x` [n, ...] moved to a point drawn uniformly from its ε-ball, then clamped to the pixel bounds."""
+    """`x` [n, ...] moved to a point drawn uniformly from its ε-ball, then clamped to the pixel bounds.
+
+    Args:
+        x: floating point.
+        threat: the ball, and the pixel bounds.
+        generator: on the images' device, its default generator if not given.
+    """
     given: dict[str, Any] = {"dtype": x.dtype, "device": x.device, "generator": generator}
     if threat.norm == "l_inf":
         moved = x + (2.0 * torch.rand(x.shape, **given) - 1.0) * threat.epsilon

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bt_fast.mining import positive
+from bt_fast.mining import positive, real
 
 NORMS = ("l_inf", "l_2")
 
@@ -19,6 +19,7 @@ class ThreatModel:
         lower: the least pixel value, upper: the greatest.
 
     Raises:
+        TypeError: epsilon or a bound is not a number.
         ValueError: a value is out of range or the norm is not known.
     """
 
@@ -29,7 +30,15 @@ class ThreatModel:
 
     def __post_init__(self) -> None:
         positive("epsilon", self.epsilon)
-        if self.norm not in NORMS:
+        if not isinstance(self.norm, str) or self.norm not in NORMS:
             raise ValueError(f"distance must be one of {', '.join(map(repr, NORMS))}, got {self.norm!r}")
-        if not self.lower < self.upper:
+        if not real("lower", self.lower) < real("upper", self.upper):
             raise ValueError(f"lower must be less than upper, got {self.lower} and {self.upper}")
+        for name in ("epsilon", "lower", "upper"):  # of a fraction, an integer of 64 bits, ... too
+            object.__setattr__(self, name, float(getattr(self, name)))
+
+
+def check_threat(threat: ThreatModel) -> None:
+    """Raise TypeError unless it is a threat model."""
+    if not isinstance(threat, ThreatModel):
+        raise TypeError(f"threat must be a ThreatModel, got {type(threat).__name__}")

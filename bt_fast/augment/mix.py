@@ -9,6 +9,7 @@ from torch import Tensor
 
 from bt_fast.augment.operations import LEAST_LEVEL, MOST_LEVEL, NONE, OPERATIONS, apply_operations
 from bt_fast.mining import real, step_count
+from bt_fast.ops.numeric import computable, kind_of
 
 CHAINS, DEPTH = 3, 3  # the most operations of a chain
 SEVERITY = 3.0
@@ -108,8 +109,8 @@ def check_images(x: Tensor, name: str) -> None:
     """Raise TypeError or ValueError that names `name` unless x is floating-point images [n, C, H, W]."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor of images, got {type(x).__name__}")
-    if not x.is_floating_point():
-        raise TypeError(f"{name} must be floating-point images, got {x.dtype}")
+    if not computable(x):
+        raise TypeError(f"{name} must be floating-point images, got {kind_of(x)}")
     if x.dim() != 4 or 0 in x.shape[1:]:
         raise ValueError(f"{name} must have shape [n, C, H, W] with C, H, W >= 1, got {list(x.shape)}")
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bt_fast import ops
-from bt_fast.attack.frozen import logits_of, modes_restored
+from bt_fast.attack.frozen import gradient_of, logits_of, modes_restored
 from bt_fast.attack.pixels import Normalization, on_pixels
 from bt_fast.attack.threat import ThreatModel
 from bt_fast.attack.wrapped import unwrapped
@@ -48,9 +48,10 @@ def grad_align(
 
     Raises:
         TypeError: images are not floating point, labels not integers, or the model does not return a tensor.
-        ValueError: a shape, device or value does not fit. Nothing has been changed then.
+        ValueError: a shape, device or value does not fit. Nothing has been changed then. Of the model's own values the
+            first sample's logits are looked at: NaN elsewhere, or in a gradient, makes the term NaN.
     """
-    ThreatModel(epsilon)
+    epsilon = ThreatModel(epsilon).epsilon
     adversarial.check(x_natural, y, None, epsilon, 1, None, generator, None, None)
     labels = y.long()
     with on_pixels(unwrapped(model), x_natural, normalization) as (model, pixels):
@@ -70,7 +71,7 @@ def _input_gradient(model: nn.Module, x: Tensor, y: Tensor, *, differentiable: b
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         loss = SCALE * F.cross_entropy(ops.wide(logits_of(model, x)), y)
-        return torch.autograd.grad(loss, x, create_graph=differentiable)[0]
+        return gradient_of(loss, x, create_graph=differentiable)
 
 
 def _misalignment(fixed: Tensor, moved: Tensor) -> Tensor:

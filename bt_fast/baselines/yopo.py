@@ -96,7 +96,7 @@ def yopo_loss(
     threat = ThreatModel(epsilon)
     adversarial.check(x_natural, y, optimizer, step_size, 1, None, generator, None, None)
     m, n = step_count("propagations", propagations, least=1), step_count("layer_steps", layer_steps, least=1)
-    if objective not in ("pgd", "trades", "mart"):
+    if not isinstance(objective, str) or objective not in ("pgd", "trades", "mart"):
         raise ValueError(f"objective must be 'pgd', 'trades' or 'mart', got {objective!r}")
     if objective == "pgd" and beta is not None:
         raise ValueError(f"beta is an option of 'trades' and 'mart', not of 'pgd', got {beta!r}")
@@ -144,6 +144,8 @@ class _Split:
         finally:
             hook.remove()
         _check_once(len(edges))
+        if not logits.requires_grad:
+            raise ValueError("model must return logits with a gradient to its images, but gave logits without one")
         return logits, edges[0]
 
     def alone(self, x: Tensor) -> Tensor:
@@ -164,6 +166,8 @@ class _Split:
 
 def _checked_first(model: nn.Module, first: nn.Module | None, x: Tensor, y: Tensor) -> nn.Module:
     """The first layer, found or checked on the forward of one row, with which the values are checked too."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if first is not None and not isinstance(first, nn.Module):
         raise TypeError(f"first must be a module or None, got {type(first).__name__}")
     if first is not None and all(module is not first for module in model.modules()):

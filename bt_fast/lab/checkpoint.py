@@ -28,12 +28,13 @@ def load_checkpoint(path: Path) -> tuple[RunConfig, dict[str, Any]]:
         ValueError: there is no such file, or it is not a readable checkpoint of this version.
     """
     content = read_tensors(path)
-    if not isinstance(content, dict) or content.get("bt_fast") != FORMAT:
-        found = content.get("bt_fast", "none") if isinstance(content, dict) else type(content).__name__
-        if isinstance(found, int) and found > FORMAT:
+    version = content.get("bt_fast", "none") if isinstance(content, dict) else type(content).__name__
+    if type(version) is not int or version != FORMAT:  # it might be a tensor, which is not comparable
+        if type(version) is int and version > FORMAT:
             raise ValueError(
-                f"{path}: written by a newer version of bt_fast: found format {found}, expected {FORMAT}; upgrade to it"
+                f"{path}: written by a newer version of bt_fast: found format {version}, expected {FORMAT}; upgrade"
             )
+        found = version if isinstance(version, (int, str)) else type(version).__name__
         raise ValueError(f"{path}: not a checkpoint of this package: found format {found}, expected {FORMAT}")
     try:
         config, state = RunConfig.from_json(content["config"]), content["state"]

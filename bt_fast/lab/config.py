@@ -9,6 +9,7 @@ from typing import Any
 
 from bt_fast.allocation import METRICS, POLICIES
 from bt_fast.guard import NON_FINITE
+from bt_fast.lab.files import parse_json
 from bt_fast.lab.methods import COMPARED, Method
 
 OBJECTIVES = ("trades", "mart", "pgd", "augmix")
@@ -79,7 +80,10 @@ class RunConfig:
         Raises:
             ValueError: it is not one, or of another version.
         """
-        fields = json.loads(text)
+        try:
+            fields = parse_json(text)
+        except ValueError as error:
+            raise ValueError(f"not a run configuration: {error}") from error
         if isinstance(fields, dict):
             fields = _ADDED | fields
         names = {field.name for field in dataclasses.fields(cls)}
@@ -92,6 +96,10 @@ class RunConfig:
             value = getattr(config, name)
             if (isinstance(value, bool) and bool not in kinds) or not isinstance(value, kinds):
                 raise ValueError(f"{name} in the run configuration has the wrong kind of value: {value!r}")
+        for name, kind in (("methods", str), ("decay_epochs", int)):
+            values = getattr(config, name)
+            if any(type(value) is not kind for value in values):
+                raise ValueError(f"{name} in the run configuration has the wrong kind of values: {values!r}")
         config.check()
         return config
 

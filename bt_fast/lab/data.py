@@ -385,6 +385,9 @@ def _read_npz(path: Path) -> dict[str, _Array]:
         arrays = {key: archive[key] for key in _NPZ_KEYS if key in keys}
     if len(arrays) < len(_NPZ_KEYS):
         raise ValueError(f"{path}: found {', '.join(keys) or 'nothing'}, expected {', '.join(_NPZ_KEYS)}")
+    for key, array in arrays.items():
+        if not isinstance(array, np.ndarray):  # numpy gives the bytes of a member that is no .npy file
+            raise ValueError(f"{path}: {key}: found {len(array)} bytes, expected an array as numpy saves it")
     for key in ("y_train", "y_test"):
         if not np.issubdtype(arrays[key].dtype, np.integer):
             raise ValueError(f"{path}: {key}: found {arrays[key].dtype}, expected integer labels")

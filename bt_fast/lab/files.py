@@ -1,12 +1,13 @@
-"""Writing files so that a reader finds the old one or the new one, never half of one."""
+"""Writing files so that a reader finds the old one or the new one, never half of one; and reading JSON of anyone's."""
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 
 @contextmanager
@@ -41,6 +42,18 @@ def write_text(path: Path, text: str) -> None:
     """Replace the contents of `path`."""
     with replacing(path) as file:
         file.write(text.encode())
+
+
+def parse_json(text: str) -> Any:
+    """What the JSON text says.
+
+    Raises:
+        ValueError: it is no JSON, or nested more deeply than Python's parser goes.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("JSON that is nested too deeply") from error
 
 
 def append_line(path: Path, line: str) -> None:

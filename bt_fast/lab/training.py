@@ -35,7 +35,7 @@ from bt_fast.lab.checkpoint import load_checkpoint, save_checkpoint
 from bt_fast.lab.config import RunConfig
 from bt_fast.lab.data import ImageDataset, images, minibatches
 from bt_fast.lab.energy import TrainingEnergy
-from bt_fast.lab.files import append_line, write_text
+from bt_fast.lab.files import append_line, parse_json, write_text
 from bt_fast.lab.models import build_model
 from bt_fast.lab.provenance import Provenance, check_data, described, fingerprint, this_start
 from bt_fast.mining import BulletTrain
@@ -351,8 +351,8 @@ class Run:
         text = self._metrics_path.read_text(encoding="utf-8", errors="replace")
         lines = text[: text.rfind("\n") + 1].splitlines()
         try:
-            found = [json.loads(line) for line in lines]
-        except json.JSONDecodeError as error:
+            found = [parse_json(line) for line in lines]
+        except ValueError as error:
             raise ValueError(f"{self._metrics_path}: a line is not a record ({error})") from error
         for record in found:
             if not isinstance(record, dict) or type(record.get("iteration")) is not int or "kind" not in record:

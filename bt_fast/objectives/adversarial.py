@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import NoneType
 from typing import Generic, Literal, TypeVar
 
 import torch
@@ -31,6 +32,7 @@ from bt_fast.faults import CheckedRead, Fault
 from bt_fast.mining import STEP_FACTOR, BulletTrain, check_labels, positive, real, step_count
 from bt_fast.objectives.repeated_forward import moves_batch_norm_alone
 from bt_fast.objectives.update import Computation, Terms, Update, run_update
+from bt_fast.ops.numeric import computable, kind_of
 from bt_fast.ranges import MINING, UPDATE, range_
 
 InnerLoss = Literal["kl", "cross_entropy"]
@@ -195,11 +197,15 @@ def _start_ragged(
         target = schedule.sort(probabilities) if a.inner == "kl" else _one_hot(labels, probabilities)
         faulty = _none_faulty(x)
         how = (clean, begin, target, schedule, a.threat, a.generator, faulty, a.runner)
-        if a.balance is None or bullet.process_group is None:
-            started = start_attack(view, *how)
-        else:
-            spread = assignment.steps_of_ranks
-            started = start_balanced_attack(view, *how, a.balance, spread, bullet.process_group)
+        try:
+            if a.balance is None or bullet.process_group is None:
+                started = start_attack(view, *how)
+            else:
+                spread = assignment.steps_of_ranks
+                started = start_balanced_attack(view, *how, a.balance, spread, bullet.process_group)
+        except BaseException:
+            bullet.take_back(assignment)
+            raise
 
     def report() -> None:
         bullet.report_attack(assignment, faulty)
@@ -366,8 +372,8 @@ def check(
     """Raise TypeError or ValueError, which names the argument, for what the host can see of the objectives' own."""
     if not isinstance(x, Tensor):
         raise TypeError(f"x_natural must be a tensor of images, got {type(x).__name__}")
-    if not x.is_floating_point():
-        raise TypeError(f"x_natural must be floating-point images, got {x.dtype}")
+    if not computable(x):
+        raise TypeError(f"x_natural must be floating-point images, got {kind_of(x)}")
     if x.dim() < 2 or x.numel() == 0:
         raise ValueError(f"x_natural must have shape [m, ...] with m >= 1, got {list(x.shape)}")
     check_labels(y, len(x), x.device, "y")
@@ -400,7 +406,7 @@ def check(
 
 def noise_of(start: Noise | None, default: Noise) -> Noise:
     """The noise of the option `start`, or ValueError."""
-    if start not in (None, "normal", "uniform"):
+    if not isinstance(start, (str, NoneType)) or start not in (None, "normal", "uniform"):
         raise ValueError(f"start must be 'normal', 'uniform' or None, got {start!r}")
     return start or default
 
@@ -409,7 +415,7 @@ def check_robust_term(beta: float, unperturbed: Unperturbed | None, bullet: Bull
     """Raise TypeError or ValueError unless the options of a loss with a robust term fit."""
     if not (real("beta", beta) >= 0 and math.isfinite(beta)):
         raise ValueError(f"beta must be a finite number of at least 0, got {beta}")
-    if unperturbed not in (None, "keep", "skip"):
+    if not isinstance(unperturbed, (str, NoneType)) or unperturbed not in (None, "keep", "skip"):
         raise ValueError(f"unperturbed must be 'keep', 'skip' or None, got {unperturbed!r}")
     if unperturbed is not None and bullet is None:
         raise ValueError("unperturbed is an option of BulletTrain: it needs bullet=")

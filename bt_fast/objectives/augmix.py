@@ -87,7 +87,7 @@ def _loss(
     generator: torch.Generator | None,
 ) -> Tensor:
     pixels = faults.pixels_outside(x, 0.0, 1.0, "x")
-    with _unchanged_by_errors(model, bullet), modes_restored(model):
+    with modes_restored(model), _unchanged_by_errors(model, bullet):
         if not model.training:
             model.train()
         if bullet is not None:

@@ -111,9 +111,10 @@ def trades_loss(
         TypeError: images are not floating point, labels not integers, or the model does not return a tensor.
         ValueError: a shape, device, option or value does not fit (pixels outside [0, 1], labels out of range, NaN
             logits, NaN in the input gradient). Nothing has been changed then: no buffer, no gradient, no F_R. Only what
-            goes wrong in the update's own forwards, after a sound attack, leaves batch-norm buffers moved. On a GPU NaN
-            in an input gradient is known after those forwards, and with `bullet` raised by the next call. What the
-            attack itself raises (the model's own exceptions, out of memory) comes before them, beside it or not.
+            goes wrong in the update's own forwards, after a sound attack, leaves batch-norm buffers moved and the
+            batch counted in `bullet.group_counts`. On a GPU NaN in an input gradient is known after those forwards, and
+            with `bullet` raised by the next call. What the attack itself raises (the model's own exceptions, out of
+            memory) comes before them, beside it or not.
     """
     threat = ThreatModel(epsilon, distance)
     adversarial.check(

@@ -33,8 +33,11 @@ def contiguous(values: Tensor | None) -> Tensor | None:
 
 
 def rounded(value: float, dtype: torch.dtype) -> float:
-    """A number as it is in `dtype`: torch subtracts it so from 16-bit tensors on the CPU, but not on CUDA."""
-    return torch.tensor(value, dtype=dtype).item() if dtype.itemsize == 2 else float(value)
+    """A number as it is in `dtype`, infinite if it is too large for it.
+
+    torch subtracts it so from 16-bit tensors on the CPU, but not on CUDA; and it does not clamp at one too large.
+    """
+    return torch.tensor(value, dtype=dtype).item() if dtype.itemsize < 8 else float(value)
 
 
 def check(

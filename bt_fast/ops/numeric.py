@@ -5,6 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # torch only stores those of 8 bits
+
+
+def computable(values: Tensor) -> bool:
+    """Whether torch computes with them: dense numbers in one of `FLOATS`."""
+    return values.dtype in FLOATS and values.layout == torch.strided
+
+
+def kind_of(values: object) -> str:
+    """What an error says was given in place of computable numbers."""
+    if not isinstance(values, Tensor):
+        return type(values).__name__
+    return str(values.dtype) if values.layout == torch.strided else f"{values.dtype}, {values.layout}"
+
 
 def wide(values: Tensor) -> Tensor:
     """`values` in float32 at least: 16-bit numbers are only ever stored, never computed with."""

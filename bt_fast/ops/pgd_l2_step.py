@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bt_fast.ops.gather_start import philox
-from bt_fast.ops.launch import check, contiguous
+from bt_fast.ops.launch import check, contiguous, rounded
 from bt_fast.ops.numeric import per_sample, wide
 from bt_fast.ops.pgd_step import (
     LONG_BLOCK,
@@ -136,7 +136,10 @@ def l2_reference(
     unmoved = hold(held, steps, step, faulty)
     low: Any
     high: Any
-    low, high = (lower, upper) if limits is None else limits.view(2, -1, *[1] * (x_adv.dim() - 2)).unbind()
+    if limits is None:
+        low, high = (rounded(limit, direction.dtype) for limit in (lower, upper))
+    else:
+        low, high = limits.view(2, -1, *[1] * (x_adv.dim() - 2)).unbind()
     moved = direction.mul_(per_sample(step_size, grad)).add_(x_adv).clamp_(low, high)
     moved = moved.sub_(wide_clean).renorm_(p=2, dim=0, maxnorm=epsilon).add_(wide_clean).clamp_(low, high)
     x_adv.copy_(moved if unmoved is None else torch.where(per_sample(unmoved, x_adv), x_adv, moved))

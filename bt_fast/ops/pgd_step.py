@@ -146,7 +146,8 @@ def linf_reference(
         held = rows_of(grad).isnan().any(dim=1)
     unmoved = hold(held, steps, step, faulty)
     if limits is None:
-        moved = _step_in_box(x_adv, grad, clean, step_size, rounded(epsilon, clean.dtype)).clamp_(lower, upper)
+        epsilon, lower, upper = (rounded(limit, clean.dtype) for limit in (epsilon, lower, upper))
+        moved = _step_in_box(x_adv, grad, clean, step_size, epsilon).clamp_(lower, upper)
     else:
         width, low, high = limits.view(3, -1, *[1] * (x_adv.dim() - 2)).unbind()
         moved = _step_in_box(x_adv, grad, clean, step_size, width).clamp_(low, high)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from bt_fast.ops.launch import KERNEL_DTYPES, MOST_INT32, has_triton
+from bt_fast.ops.numeric import FLOATS
 
 LONGEST_BLOCK = 8192  # classes that a program holds at once
 LONG_BLOCK, LONG_WARPS = 2048, 8  # of rows that are longer
@@ -36,7 +37,7 @@ def result_dtype(logits: Tensor) -> torch.dtype:
 
 def check_logits(name: str, logits: Tensor, least: int = 0) -> None:
     """Raise TypeError or ValueError that names `name` unless `logits` are floating point [m, K], m ≥ least, K ≥ 2."""
-    if not logits.is_floating_point():
+    if logits.dtype not in FLOATS:
         raise TypeError(f"{name} must be floating point, got {logits.dtype}")
     if logits.dim() != 2 or logits.shape[0] < least or logits.shape[1] < 2:
         raise ValueError(f"{name} must have shape [m, K] with m >= {least} and K >= 2, got {list(logits.shape)}")

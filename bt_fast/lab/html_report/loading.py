@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import string
 from collections.abc import Mapping, Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bt_fast.lab.corruptions import SEVERITIES
+from bt_fast.lab.files import parse_json
 from bt_fast.lab.methods import Method
 from bt_fast.lab.report import label
 from bt_fast.ops import GROUPS
@@ -123,7 +123,7 @@ def _letter(index: int) -> str:
 def _load(letter: str, folder: Path) -> LoadedRun:
     path = folder / "summary.json"
     try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
+        summary = parse_json(path.read_text(encoding="utf-8"))
     except ValueError as error:  # also of text that is not UTF-8
         raise ValueError(f"{path}: cut off, or not a summary ({error})") from error
     parts = summary if isinstance(summary, dict) else {}
@@ -216,7 +216,7 @@ def _records(path: Path) -> list[Record]:
 
 def _record(line: str, where: str) -> Record:
     try:
-        record = json.loads(line)
+        record = parse_json(line)
     except ValueError as error:
         raise ValueError(f"{where}: not a record ({error})") from error
     if not isinstance(record, dict) or not isinstance(record.get("kind"), str):

@@ -1,0 +1,835 @@
+"""Targets: every public entry point."""
+
+import copy
+import functools
+import math
+
+import torch
+from hypothesis import strategies as st
+from torch import nn
+
+import bt_fast
+from bt_fast import BulletTrain, Frozen, Schedule, ThreatModel, Update, allocation, ops, speedup
+from bt_fast.augment.mix import augment_and_mix, draw_choices
+from bt_fast.autoattack import autoattack
+from bt_fast.baselines.fast import fast_loss
+from bt_fast.baselines.grad_align import grad_align
+from bt_fast.baselines.yopo import yopo_loss
+from bt_fast.evaluation import STOOD, evaluate
+from bt_fast.ranges import PHASES, range_
+from tests.fuzz.campaign import Case
+from tests.fuzz.values import (
+    ANYTHING,
+    CONTENTS,
+    FLOATS,
+    POSITIVE,
+    SEEDS,
+    WILD_TENSORS,
+    floats_of,
+    generators,
+    labels_of,
+    mostly,
+    tensors,
+    told,
+)
+
+CLASSES, SHAPE = 3, (1, 4, 4)
+TARGETS = {}
+COUNTS = mostly(st.integers(0, 4), st.one_of(st.integers(-3, 30), ANYTHING.filter(lambda n: not absurd(n))))
+STEPS = mostly(st.integers(1, 3), st.one_of(st.integers(-3, 10), ANYTHING.filter(lambda n: not absurd(n))))
+SIZES = mostly(POSITIVE)
+SHARES = st.floats(0, 1)
+
+
+def absurd(n):
+    """A count so large that it can only be waited for."""
+    return isinstance(n, int) and not isinstance(n, bool) and n > 100
+
+
+def target(cases):
+    """Take part in the campaign."""
+    TARGETS[cases.__name__] = cases()
+    return cases
+
+
+def call(function, arguments, *, check=None, state=lambda: (), reset=lambda: None, names=(), late=None):
+    """A case that calls a function by keywords; an error must leave its arguments unchanged, too."""
+    given = [v for v in arguments.values() if isinstance(v, torch.Tensor)]
+    return Case(
+        run=lambda: function(**arguments),
+        names=(*arguments, *names),
+        told=told(arguments),
+        check=lambda found: check(found) if check else None,
+        state=lambda: (*given, *state()),
+        reset=reset,
+        late=late,
+    )
+
+
+def expect(holds, what):
+    if not holds:
+        raise AssertionError(what)
+
+
+# Models
+
+
+class Bad(nn.Module):
+    """Returns what is no logits."""
+
+    def __init__(self, what):
+        super().__init__()
+        self.layer, self.what = nn.Linear(16, CLASSES), what
+
+    def forward(self, x):
+        z = self.layer(x.flatten(1))
+        match self.what:
+            case "none":
+                return None
+            case "list":
+                return [z]
+            case "integers":
+                return z.long()
+            case "one class":
+                return z[:, :1]
+            case "short":
+                return z[1:]
+            case "flat":
+                return z.flatten()
+            case "nan":
+                return z * math.nan
+            case "some nan":
+                return torch.where(z > 0, z, math.nan)
+            case "inf":
+                return z + math.inf
+            case "constant":
+                return torch.zeros_like(z)
+            case "detached":
+                return z.detach()
+            case "nan gradient":
+                return z + 0 * (x.flatten(1) - x.flatten(1).detach()).abs().sum(1, keepdim=True).sqrt()
+            case "raises":
+                raise KeyError("the model's own")
+
+
+def convolutional():
+    return nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU(), nn.Flatten(), nn.Linear(8, CLASSES))
+
+
+def linear():
+    return nn.Sequential(nn.Flatten(), nn.Linear(16, CLASSES))
+
+
+BADS = ["none", "list", "integers", "short", "flat", "nan", "inf", "constant", "detached", "raises"]
+BADS += ["one class", "some nan", "nan gradient"]
+
+
+@functools.cache
+def model_of(name):
+    """One of each, which is put back after each case; with the buffers that it had."""
+    torch.manual_seed(0)
+    build = {"convolutional": convolutional, "linear": linear, "double": lambda: linear().double()}
+    model = build[name]() if name in build else Bad(name)
+    return model, copy.deepcopy(model.state_dict())
+
+
+def put_back(name):
+    model, state = model_of(name)
+    model.load_state_dict(state)
+    model.zero_grad(set_to_none=True)
+    model.train()
+
+
+MODELS = mostly(st.sampled_from(["convolutional", "convolutional", "linear", "double"]), st.sampled_from(BADS), 10)
+
+
+def model_state(model):
+    gradients = [p.grad for p in model.parameters()]
+    return *model.state_dict().values(), *gradients, *(m.training for m in model.modules())
+
+
+# Options
+
+
+def images(draw, m=None, name="convolutional", shape=SHAPE):
+    m = draw(st.integers(1, 5)) if m is None else m
+    dtype = torch.float64 if name == "double" else torch.float32
+    return draw(floats_of((m, *shape), ("uniform", "uniform", "constant", "zero"), (dtype,)))
+
+
+def count_of(x):
+    return len(x) if isinstance(x, torch.Tensor) and x.dim() else 3
+
+
+@st.composite
+def bullets(draw, steps=COUNTS):
+    """A `BulletTrain`, whose own arguments are another target's."""
+    counts = [n if type(n) is int and 0 <= n <= 30 else 1 for n in (draw(steps) for _ in range(3))]
+    policy = draw(st.sampled_from(["three_groups", "three_groups", "uniform", "gaussian", "oracle"]))
+    bullet = BulletTrain(*counts, metric=draw(st.sampled_from(list(allocation.METRICS))), policy=policy)
+    bullet.robust_fraction.fill_(draw(SHARES))
+    return bullet
+
+
+def state_of(*holders):
+    """What errors must leave as it is."""
+    held = []
+    for holder in holders:
+        if isinstance(holder, BulletTrain):  # the faults of an earlier batch are told once
+            held += [b for name, b in holder.named_buffers() if not name.startswith("unreported")]
+        elif isinstance(holder, nn.Module):
+            held += model_state(holder)
+    return tuple(held)
+
+
+def objective_options(draw, x, *names):
+    """The keywords of those names, drawn."""
+    drawn = {
+        "optimizer": lambda: draw(mostly(st.none())),
+        "step_size": lambda: draw(SIZES),
+        "epsilon": lambda: draw(SIZES),
+        "perturb_steps": lambda: draw(STEPS),
+        "beta": lambda: draw(mostly(st.floats(0, 10))),
+        "distance": lambda: draw(mostly(st.sampled_from(["l_inf", "l_2"]))),
+        "bullet": lambda: draw(mostly(st.one_of(st.none(), bullets()))),
+        "unperturbed": lambda: draw(mostly(st.sampled_from([None, None, None, "keep", "skip"]))),
+        "start": lambda: draw(mostly(st.sampled_from([None, "normal", "uniform"]))),
+        "generator": lambda: draw(generators()),
+        "frozen": lambda: draw(mostly(st.sampled_from([None, None, Frozen(), Frozen(autocast=torch.bfloat16)]))),
+        "runner": lambda: draw(mostly(st.sampled_from(["eager", "graphs", "streams", "auto"]), share=20)),
+        "update": lambda: draw(mostly(st.sampled_from([None, None, Update(), Update(graphs=True)]))),
+    }
+    return {name: drawn[name]() for name in names if draw(st.integers(0, 3)) or name == "optimizer"}
+
+
+def objective_case(draw, function, names, fixed=None, images_name="x_natural"):
+    """A call of an objective, whose loss is finite and has a gradient."""
+    name = draw(MODELS)
+    model = model_of(name)[0]
+    x = images(draw, name=name)
+    y = draw(labels_of(count_of(x), CLASSES))
+    options = objective_options(draw, x, *names)
+    bullet = options.get("bullet")
+    if isinstance(bullet, BulletTrain) and draw(st.integers(0, 9)):
+        options.pop("perturb_steps", None)
+    model.train(draw(st.booleans()))
+    called = draw(mostly(st.just(model), share=100))
+    arguments = {"model": called, images_name: x, "y": y, **options, **(fixed(draw) if fixed else {})}
+
+    def check(loss):
+        expect(loss.dim() == 0 and (loss.requires_grad or name in ("detached", "constant")), "the loss has no gradient")
+        passed_on = function is grad_align and "nan" in name  # as is documented
+        expect(math.isfinite(loss.item()) or passed_on, "the loss is not finite")
+        expect(all(p.grad is None for p in model.parameters()), "a parameter's gradient was touched")
+        if isinstance(bullet, BulletTrain):
+            expect(int(bullet.group_counts.sum()) == len(x), "the groups do not sum to the batch")
+            expect(0 <= float(bullet.robust_fraction) <= 1, "F_R is no share")
+
+    # batch norm refuses a batch of one, and says so in words of its own; the model's logits are named as such
+    words = ("model", "the model's", "perturb_steps", "distance", "channel", "labels", "adversarial_logits", "tensors")
+    return call(
+        function,
+        arguments,
+        check=check,
+        state=lambda: state_of(model, bullet),
+        reset=lambda: put_back(name),
+        names=words,
+        late="adversarial_logits must be finite",  # told after the update's forwards, which is documented
+    )
+
+
+OF_PGD = ("optimizer", "step_size", "epsilon", "perturb_steps", "distance", "bullet", "start", "generator", "frozen")
+OF_PGD += ("runner", "update")
+OF_TRADES = (*OF_PGD, "beta", "unperturbed")
+
+
+@target
+@st.composite
+def trades_loss(draw):
+    return objective_case(draw, bt_fast.trades_loss, OF_TRADES)
+
+
+@target
+@st.composite
+def mart_loss(draw):
+    return objective_case(draw, bt_fast.mart_loss, OF_TRADES)
+
+
+@target
+@st.composite
+def pgd_loss(draw):
+    return objective_case(draw, bt_fast.pgd_loss, OF_PGD)
+
+
+@target
+@st.composite
+def fast(draw):
+    def fixed(draw):
+        losses = [bt_fast.trades_loss, bt_fast.mart_loss, bt_fast.pgd_loss]
+        return {"objective": draw(mostly(st.sampled_from(losses))), "epsilon": draw(SIZES), "steps": draw(STEPS)}
+
+    return objective_case(draw, fast_loss, ("optimizer", "step_size", "distance", "bullet", "generator"), fixed)
+
+
+@target
+@st.composite
+def yopo(draw):
+    def fixed(draw):
+        return {
+            "propagations": draw(STEPS),
+            "layer_steps": draw(STEPS),
+            "objective": draw(mostly(st.sampled_from(["pgd", "trades", "mart"]))),
+        } | ({"first": draw(ANYTHING)} if draw(st.integers(0, 19)) == 0 else {})
+
+    return objective_case(draw, yopo_loss, ("optimizer", "step_size", "epsilon", "beta", "generator"), fixed)
+
+
+@target
+@st.composite
+def grad_align_term(draw):
+    def fixed(draw):
+        return {"epsilon": draw(SIZES)}
+
+    return objective_case(draw, grad_align, ("generator",), fixed)
+
+
+@target
+@st.composite
+def augmix_loss(draw):
+    def fixed(draw):
+        options = {"severity": draw(mostly(st.floats(0.2, 10)))} if draw(st.booleans()) else {}
+        options |= {"jsd": draw(st.booleans())} if draw(st.integers(0, 3)) == 0 else {}
+        if draw(st.booleans()):
+            options["bullet"] = draw(mostly(bullets().map(lambda b: BulletTrain(1, 0, 0, metric=b.metric)), bullets()))
+        return options
+
+    return objective_case(draw, bt_fast.augmix_loss, ("generator",), fixed, "x")
+
+
+# The attack
+
+
+@st.composite
+def threats(draw):
+    return ThreatModel(draw(POSITIVE), draw(st.sampled_from(["l_inf", "l_2"])))
+
+
+@target
+@st.composite
+def threat_model(draw):
+    lower, upper = (mostly(st.floats(-2, 2)) for _ in range(2))
+    arguments = {"epsilon": draw(SIZES), "norm": draw(mostly(st.sampled_from(["l_inf", "l_2"])))}
+    arguments |= {"lower": draw(lower), "upper": draw(upper)} if draw(st.booleans()) else {}
+    return call(
+        ThreatModel,
+        arguments,
+        names=("distance",),
+        check=lambda t: expect(t.epsilon > 0 and t.lower < t.upper, "bounds"),
+    )
+
+
+@target
+@st.composite
+def options_of_the_attack(draw):
+    """Frozen, Update, Gaussian, Oracle, the runners."""
+    kinds = {
+        Frozen: {"autocast": mostly(st.sampled_from([None, torch.float16, torch.bfloat16]))},
+        Update: {"channels_last": st.booleans()},
+        allocation.Gaussian: {"width": SIZES},
+        allocation.Oracle: {"steps": STEPS},
+        bt_fast.GraphRunner: {"bucket": STEPS, "most_graphs": STEPS},
+        bt_fast.StreamRunner: {"bucket": STEPS, "most_graphs": STEPS},
+        bt_fast.AutoRunner: {"candidates": st.sampled_from([None, {}, {"eager": print}])},
+    }
+    kind = draw(st.sampled_from(list(kinds)))
+    return call(kind, {name: draw(values) for name, values in kinds[kind].items()}, check=repr)
+
+
+@target
+@st.composite
+def schedule_uniform(draw):
+    device = draw(mostly(st.sampled_from([torch.device("cpu"), "cpu", torch.device("meta")]), st.just("cpu")))
+    arguments = {"m": draw(COUNTS), "steps": draw(COUNTS), "step_size": draw(SIZES), "device": device}
+    return call(
+        Schedule.uniform, arguments, check=lambda s: expect(s.active == (len(s.step_size),) * len(s.active), "active")
+    )
+
+
+@target
+@st.composite
+def schedule_from_steps(draw):
+    m = draw(st.integers(0, 6))
+    steps = draw(mostly(tensors(st.just((m,)), st.sampled_from([torch.int64, torch.int32, torch.uint8])), WILD_TENSORS))
+    sizes = draw(floats_of((m,), ("uniform",), FLOATS))
+
+    def check(s):
+        expect(sorted(s.order.tolist()) == list(range(m)), "the order is no permutation")
+        expect(bool((s.steps.diff() <= 0).all()), "steps increase")
+        expect(sum(s.active) == int(s.steps.sum()), "active does not sum to the steps")
+        begin = draw_rows
+        part = s.part(slice(begin, begin + 2))
+        expect(sum(part.active) == int(part.steps.sum()), "a part's active does not sum to its steps")
+        expect(torch.equal(s.sort(torch.arange(m)), s.order), "sorted rows are not those of the order")
+
+    draw_rows = draw(st.integers(0, 6))
+    return call(Schedule.from_steps, {"steps": steps, "step_size": sizes}, check=check, names=("tensors",))
+
+
+@target
+@st.composite
+def generate(draw):
+    name = draw(MODELS)
+    model, m = model_of(name)[0], draw(st.integers(1, 5))
+    clean = images(draw, m, name)
+    start = clean if draw(st.integers(0, 3)) else images(draw, m, name)
+    # values are not checked here, as is documented: to look at them means to wait for the device
+    target = draw(floats_of((m, CLASSES), ("uniform",), (torch.float64 if name == "double" else torch.float32,)))
+    steps = torch.tensor(draw(st.lists(st.integers(0, 3), min_size=m, max_size=m)))
+    schedule = Schedule.from_steps(steps, torch.full((m,), draw(POSITIVE), dtype=torch.float64))
+    threat = draw(threats())
+    arguments = {
+        "model": draw(mostly(st.just(model))),
+        "clean": clean,
+        "start": start,
+        "target": target,
+        "schedule": draw(mostly(st.just(schedule))),
+        "threat": draw(mostly(st.just(threat))),
+        "generator": draw(generators()),
+        "frozen": draw(mostly(st.sampled_from([None, None, Frozen()]))),
+        "runner": draw(mostly(st.sampled_from(["eager", "graphs", "auto"]))),
+    }
+
+    def check(x_adv):
+        expect(x_adv.shape == clean.shape and not x_adv.requires_grad, "another shape, or a gradient")
+        active = schedule.active[0] if schedule.active else 0
+        if not (clean.isfinite().all() and start.isfinite().all() and clean.dtype in (torch.float32, torch.float64)):
+            return
+        expect(torch.equal(x_adv[active:], start[active:].detach()), "a sample without steps has moved")
+        moved = (x_adv[:active] - clean[:active]).detach().flatten(1)
+        inside = bool((clean >= 0).all() and (clean <= 1).all())
+        if inside and name in ("convolutional", "linear", "double") and active:
+            size = moved.abs().amax(1) if threat.norm == "l_inf" else moved.norm(dim=1)
+            expect(bool((size <= threat.epsilon * (1 + 1e-5) + 1e-6).all()), "x' is outside the ball")
+            expect(bool((x_adv[:active] >= 0).all() and (x_adv[:active] <= 1).all()), "pixels are out of bounds")
+
+    return call(
+        bt_fast.generate,
+        arguments,
+        check=check,
+        state=lambda: state_of(model),
+        reset=lambda: put_back(name),
+        names=("images", "logits", "tensors"),
+    )
+
+
+@target
+@st.composite
+def evaluation(draw):
+    name = draw(MODELS)
+    model, batches = model_of(name)[0], []
+    for _ in range(draw(st.integers(0, 3))):
+        x = images(draw, name=name)
+        batches.append((x, draw(labels_of(count_of(x), CLASSES))))
+    batches = draw(mostly(st.just(batches), st.one_of(st.just([1]), st.just([(1, 2)]), st.just([(1,)]), ANYTHING)))
+    arguments = {
+        "model": draw(mostly(st.just(model))),
+        "batches": batches,
+        "threat": draw(mostly(threats())),
+        "steps": draw(STEPS),
+        "restarts": draw(mostly(st.integers(1, 2))),
+        "loss": draw(mostly(st.sampled_from(["ce", "margin"]))),
+        "generator": draw(generators()),
+        "frozen": draw(mostly(st.sampled_from([None, None, Frozen(), Frozen(autocast=torch.float16)]))),
+    } | ({"step_size": draw(SIZES)} if draw(st.booleans()) else {})
+    if absurd(arguments["restarts"]):
+        arguments["restarts"] = 1
+
+    def check(found):
+        total = sum(len(x) for x, _ in batches)
+        expect(found.total == total == len(found.restart), "the samples do not sum to the total")
+        expect(found.robust_correct <= found.clean_correct <= total, "more robust than clean")
+        expect(len(found.robust_samples) == found.robust_correct, "the robust samples are others")
+        expect(bool(((found.step == STOOD) == (found.restart == STOOD)).all()), "step and restart differ")
+
+    words = ("images", "labels", "samples", "logits", "gradient", "tensors")
+    return call(
+        evaluate, arguments, check=check, state=lambda: state_of(model), reset=lambda: put_back(name), names=words
+    )
+
+
+@target
+@st.composite
+def auto_attack(draw):
+    """What is checked before the package, which is not installed here, is looked for."""
+    x = images(draw)
+    arguments = {
+        "model": model_of("linear")[0],
+        "x": x,
+        "y": draw(labels_of(count_of(x), CLASSES)),
+        "threat": draw(mostly(threats())),
+        "version": draw(mostly(st.sampled_from(["standard", "plus", "rand"]))),
+        "batch_size": draw(STEPS),
+        "seed": draw(COUNTS),
+    }
+
+    def attack(**given):
+        try:
+            return autoattack(**given)
+        except ImportError as error:
+            expect("pip install" in str(error), "does not say how to install it")
+
+    return call(attack, arguments)
+
+
+# Mining
+
+
+@target
+@st.composite
+def bullet_arguments(draw):
+    names = ("boundary_steps", "robust_steps", "outlier_steps")
+    arguments = {name: draw(mostly(st.integers(0, 20))) for name in names if draw(st.booleans())}
+    more = {"gamma": mostly(SHARES), "momentum": mostly(SHARES)}
+    more |= {"metric": mostly(st.sampled_from(list(allocation.METRICS)))}
+    more |= {"policy": mostly(st.sampled_from(list(allocation.POLICIES)))}
+    arguments |= {name: draw(values) for name, values in more.items() if draw(st.booleans())}
+
+    def check(bullet):
+        repr(bullet)
+        expect(bullet.fractions == speedup.Fractions(0, 0, 0) and math.isnan(bullet.mean_steps), "it has seen samples")
+
+    return call(BulletTrain, arguments, check=check)
+
+
+def logits_of(draw, m=None, classes=None, share=25):
+    m = draw(st.integers(0, 5)) if m is None else m
+    shape = (m, draw(st.integers(2, 5)) if classes is None else classes)
+    return draw(floats_of(shape, CONTENTS, FLOATS, share))
+
+
+def classes_of(z):
+    return z.shape[1] if isinstance(z, torch.Tensor) and z.dim() == 2 else CLASSES
+
+
+@target
+@st.composite
+def assign(draw):
+    bullet, logits = draw(bullets()), logits_of(draw)
+    arguments = {"logits": logits, "labels": draw(labels_of(count_of(logits), classes_of(logits)))}
+    arguments |= {"epsilon": draw(SIZES)} if draw(st.booleans()) else {}
+    arguments |= {"step_size": draw(SIZES)} if draw(st.booleans()) else {}
+    if isinstance(bullet.policy, allocation.Oracle) or draw(st.integers(0, 19)) == 0:
+        arguments["attacked_logits"] = logits_of(draw, count_of(logits), classes_of(logits))
+
+    def check(found):
+        m, most = len(logits), max(bullet.boundary_steps, bullet.robust_steps, bullet.outlier_steps)
+        expect(sum(found.group_sizes) == m == int(bullet.group_counts.sum()), "the groups do not sum to m")
+        expect(sorted(found.order.tolist()) == list(range(m)), "the order is no permutation")
+        expect(bool((found.steps[found.order].diff() <= 0).all()), "steps increase")
+        expect(bool(((found.steps >= 0) & (found.steps <= most)).all()), "steps out of range")
+        expect(sum(found.active_counts) == int(found.steps.sum()), "the counts do not sum to the steps")
+        expect(bool(((found.step_size > 0) == (found.steps > 0)).all()), "a size of 0, or of no step")
+        expect(bool(((found.probabilities.sum(1) - 1).abs() < 1e-3).all()), "probabilities do not sum to 1")
+
+    return call(
+        bullet.assign,
+        arguments,
+        check=check,
+        state=lambda: state_of(bullet),
+        names=("policy", "BulletTrain", "tensors"),
+    )
+
+
+@target
+@st.composite
+def update(draw):
+    bullet, logits = draw(bullets()), logits_of(draw)
+    arguments = {"adversarial_logits": logits, "labels": draw(labels_of(count_of(logits), classes_of(logits)))}
+
+    def check(_):
+        expect(0 <= float(bullet.robust_fraction) <= 1, "F_R is no share")
+
+    return call(bullet.update, arguments, check=check, state=lambda: state_of(bullet), names=("logits", "BulletTrain"))
+
+
+@target
+@st.composite
+def rules_of_ones_own(draw):
+    """Metrics and policies that return anything."""
+    m = draw(st.integers(1, 4))
+    integers = tensors(st.just((m,)), st.sampled_from([torch.int64, torch.int8, torch.uint8]))
+    metric = draw(st.booleans())
+    finite = floats_of((m,), ("uniform", "normal", "huge", "inf"), FLOATS)
+    right = finite if metric else st.lists(st.integers(0, 2), min_size=m, max_size=m).map(torch.tensor)
+    returned = draw(mostly(right, st.one_of(tensors(st.just((m,))), integers, WILD_TENSORS), 3))
+    rule = {"metric" if metric else "policy": lambda *_: returned}
+    bullet = BulletTrain(2, 1, 0, **rule)
+    arguments = {"logits": torch.randn(m, CLASSES), "labels": torch.zeros(m, dtype=torch.int64)}
+
+    def check(found):
+        expect(sum(found.active_counts) == int(found.steps.sum()), "the counts do not sum to the steps")
+
+    return call(bullet.assign, arguments, check=check, state=lambda: state_of(bullet), names=("metric", "policy"))
+
+
+@target
+@st.composite
+def theory(draw):
+    """The speedups of a `BulletTrain`, and the functions of `speedup`."""
+    share, count = mostly(st.floats(0, 0.4)), mostly(st.integers(0, 20))
+    functions = {
+        speedup.Fractions: {name: share for name in ("boundary", "robust", "outlier")},
+        speedup.theoretical_speedup: {"fractions": mostly(st.just(speedup.Fractions(0.3, 0.5, 0.2)))}
+        | {f"{name}_steps": count for name in ("boundary", "robust", "outlier", "baseline")},
+        speedup.theoretical_speedup_augmix: {"boundary_fraction": share},
+        draw(bullets()).theoretical_speedup: {"baseline_steps": count},
+        speedup.yopo_cost: {"propagations": st.integers(1, 5), "objective": mostly(st.just("trades"))},
+    }
+    function = draw(st.sampled_from(list(functions)))
+    arguments = {name: draw(values) for name, values in functions[function].items()}
+    return call(function, arguments, names=("fractions",), check=repr)
+
+
+@target
+@st.composite
+def loaded_state(draw):
+    """A state of one's own, loaded as torch loads one: its errors are torch's RuntimeError."""
+    bullet = BulletTrain(2, 1, 0, policy=draw(st.sampled_from(["three_groups", "uniform"])))
+    own = bullet.state_dict()
+    state = dict(own)
+    for name in draw(st.lists(st.sampled_from([*state, "more"]), max_size=2)):
+        like = tensors(st.just(tuple(own[name].shape)), st.just(torch.float64)) if name in own else ANYTHING
+        state[name] = draw(mostly(like, WILD_TENSORS, 4))
+    if draw(st.integers(0, 9)) == 0:
+        state.pop(draw(st.sampled_from(list(state))))
+
+    def load():
+        try:
+            bullet.load_state_dict(state)
+        except RuntimeError as error:
+            if "loading state_dict" not in str(error):
+                raise
+            raise ValueError("state_dict") from error
+        return bullet.assign(torch.randn(3, CLASSES), torch.tensor([0, 1, 2]))
+
+    def check(found):
+        expect(sum(found.group_sizes) == 3, "the groups do not sum to m")
+
+    return Case(load, ("state_dict", "earlier", "BulletTrain", *state), told(state), check)
+
+
+# Operations, which are called with tensors: torch itself refuses other things, by the names in their schemas
+
+
+def any_tensor(strategy):
+    """No value that is not a tensor."""
+    return strategy.filter(lambda x: isinstance(x, torch.Tensor))
+
+
+@target
+@st.composite
+def rows_ops(draw):
+    """What works on rows of logits."""
+    z = draw(any_tensor(floats_of((draw(st.integers(0, 4)), draw(st.integers(0, 4))), CONTENTS, FLOATS)))
+    like = lambda: draw(any_tensor(floats_of(tuple(z.shape), CONTENTS, (z.dtype,))))  # noqa: E731
+    y = draw(any_tensor(labels_of(count_of(z), classes_of(z))))
+    weights = (
+        {"weights": draw(any_tensor(floats_of((count_of(z),), ("uniform",), (z.dtype,))))}
+        if draw(st.booleans())
+        else {}
+    )
+    calls = {
+        ops.signed_variance: {"logits": z, "labels": y},
+        ops.ascent_direction: {"logits": z, "target": like()},
+        ops.trades_kl: {"adversarial_logits": z, "clean_logits": like(), **weights},
+        ops.mart_loss: {"clean_logits": z, "adversarial_logits": like(), "labels": y, "beta": 6.0, **weights},
+        ops.js_divergence: {"clean_logits": z, "first_logits": like(), "second_logits": like(), **weights},
+        ops.wide: {"values": z},
+    }
+    function = draw(st.sampled_from(list(calls)))
+
+    def check(found):
+        if function is ops.signed_variance:
+            expect(found.svar.shape == (len(z),) and found.probabilities.shape == z.shape, "shapes")
+
+    return call(function, calls[function], check=check)
+
+
+@target
+@st.composite
+def update_fraction_op(draw):
+    z = draw(any_tensor(floats_of((draw(st.integers(0, 4)), draw(st.integers(1, 4))), CONTENTS, FLOATS)))
+    arguments = {
+        "robust_fraction": draw(any_tensor(floats_of((), ("uniform",), (torch.float64,)))),
+        "unreported_faults": draw(any_tensor(mostly(st.just(torch.tensor(0)), WILD_TENSORS))).clone(),
+        "logits": z,
+        "labels": draw(any_tensor(labels_of(count_of(z), classes_of(z)))),
+        "gamma": 0.8,
+        "momentum": 0.9,
+    }
+    return call(ops.update_fraction_, arguments)
+
+
+@target
+@st.composite
+def assign_op(draw):
+    m = draw(st.integers(0, 6))
+    arguments = {
+        "svar": draw(any_tensor(floats_of((m,), CONTENTS, (torch.float32, torch.float64)))),
+        "correct": draw(any_tensor(mostly(tensors(st.just((m,)), st.just(torch.bool)), WILD_TENSORS))),
+        "robust_fraction": draw(any_tensor(floats_of((), ("uniform",), (torch.float64,)))),
+        "group_steps": draw(mostly(st.lists(st.integers(0, 5), min_size=3, max_size=3), st.lists(st.integers(-2, 5)))),
+        "group_step_sizes": draw(mostly(st.just([0.0, 0.1, 0.2]), st.lists(st.floats(), max_size=4))),
+    }
+    if draw(st.booleans()):
+        arguments["group_counts"] = draw(any_tensor(mostly(st.just(torch.zeros(3, dtype=torch.int64)), WILD_TENSORS)))
+        arguments["group_counts"] = arguments["group_counts"].clone()
+    if draw(st.booleans()):
+        arguments["unfit"] = draw(any_tensor(mostly(tensors(st.just((m,)), st.just(torch.uint8)), WILD_TENSORS)))
+
+    def check(found):
+        _, _, steps, _, order, counts = found
+        if not steps.is_meta:
+            expect(sorted(order.tolist()) == list(range(m)), "the order is no permutation")
+            expect(int(counts[max(arguments["group_steps"]) :][:3].sum()) == m, "the groups do not sum to m")
+
+    return call(ops.assign_steps, arguments, check=check)
+
+
+@target
+@st.composite
+def order_op(draw):
+    m, most = draw(st.integers(0, 6)), draw(st.integers(-1, 5))
+    inside = st.lists(st.integers(0, max(most, 0)), min_size=m, max_size=m).map(torch.tensor).map(torch.Tensor.long)
+    arguments = {"steps": draw(any_tensor(mostly(inside, tensors(dtypes=st.sampled_from(FLOATS))))), "most": most}
+    return call(ops.order_by_steps, arguments)
+
+
+@target
+@st.composite
+def step_ops(draw):
+    n, dtype = draw(st.integers(0, 3)), draw(st.sampled_from(FLOATS))
+    shape = (n, *draw(st.lists(st.integers(0, 3), max_size=3)))
+    kinds = ("uniform", "normal", "zero", "nan", "inf", "huge", "tiny")
+    x, g, c = (draw(any_tensor(floats_of(shape, kinds if k else ("uniform",), (dtype,), 40))) for k in range(3))
+    x_adv = x.detach().clone()
+    limit = mostly(st.floats(0, 1), st.one_of(st.floats(), tensors(st.sampled_from([(), (2,), (1,), (3,)]))))
+    arguments = {
+        "x_adv": x_adv,
+        "grad": g.detach(),
+        "clean": c.detach(),
+        "step_size": draw(any_tensor(floats_of((n,), ("uniform",), (dtype, torch.float32), 40))),
+        "epsilon": draw(limit),
+        "lower": draw(limit),
+        "upper": draw(limit),
+    }
+    function = ops.linf_step_
+    if draw(st.booleans()):
+        function = ops.l2_step_
+        if not isinstance(arguments["epsilon"], float):
+            arguments["epsilon"] = 0.1
+        arguments["stand_in"] = draw(any_tensor(floats_of(shape, ("normal",), (dtype,), 40)))
+    if draw(st.booleans()):
+        arguments |= {"steps": torch.ones(n, dtype=torch.int64), "step": torch.tensor(draw(st.integers(0, 2)))}
+    if draw(st.booleans()):
+        faulty = mostly(st.just(torch.zeros(n, dtype=torch.int32)), WILD_TENSORS)
+        arguments["faulty"] = draw(any_tensor(faulty)).clone()
+
+    def check(_):
+        e, low, high = (arguments[k] for k in ("epsilon", "lower", "upper"))
+        plain = all(isinstance(v, float) and v == v for v in (e, low, high)) and low <= high and e >= 0
+        if plain and function is ops.linf_step_ and not x_adv.is_meta and bool(c.isfinite().all()):
+            moved = x_adv[torch.isfinite(g).flatten(1).all(1)] if g.dim() > 1 else x_adv[:0]
+            if "steps" not in arguments and math.isfinite(low) and math.isfinite(high):
+                slack = 1e-2 * max(abs(low), abs(high), 1e-6) if dtype != torch.float64 else 1e-9
+                expect(bool((moved >= low - slack).all() and (moved <= high + slack).all()), "out of bounds")
+
+    return call(function, arguments, check=check, names=("limit", "limits"))
+
+
+@target
+@st.composite
+def gather_start_op(draw):
+    m = draw(st.integers(0, 4))
+    shape = (m, *draw(st.lists(st.integers(0, 3), max_size=3)))
+    x = draw(any_tensor(floats_of(shape, ("uniform", "normal"), FLOATS)))
+    order = torch.randperm(m, generator=torch.Generator().manual_seed(draw(SEEDS)))
+    arguments = {
+        "x": x,
+        "order": draw(st.sampled_from([None, order])),
+        "steps": draw(st.one_of(st.none(), any_tensor(mostly(st.just(order), tensors())))),
+        "state": draw(any_tensor(mostly(st.just(torch.tensor([1, 2])), WILD_TENSORS))).clone(),
+        "noise": draw(mostly(st.sampled_from(["normal", "uniform"]), st.text(max_size=3))),
+        "scale": draw(st.floats(0, 1)),
+    }
+
+    def check(found):
+        clean, start = found
+        expect(clean.shape == x.shape == start.shape and clean.dtype == x.dtype, "shapes")
+
+    return call(ops.gather_start, arguments, check=check)
+
+
+# Augmentation, power, ranges
+
+
+@target
+@st.composite
+def augmix_choices(draw):
+    arguments = {
+        "n": draw(COUNTS),
+        "device": torch.device("cpu"),
+        "severity": draw(mostly(st.floats(0.2, 10))),
+        "generator": draw(st.one_of(st.none(), SEEDS.map(lambda s: torch.Generator().manual_seed(s)))),
+    }
+
+    def check(found):
+        expect(bool(((found.weights.sum(1) - 1).abs() < 1e-9).all()), "weights do not sum to 1")
+
+    return call(draw_choices, arguments, check=check)
+
+
+@target
+@st.composite
+def augmix_images(draw):
+    n, shape = draw(st.integers(0, 3)), draw(st.tuples(*[st.integers(1, 5)] * 3))
+    x = draw(floats_of((n, *shape), ("uniform", "constant", "zero"), FLOATS, 10))
+    choices = draw_choices(draw(mostly(st.just(n), st.integers(0, 4))), torch.device("cpu"))
+
+    def check(found):
+        expect(found.shape == x.shape and found.dtype == x.dtype, "shapes")
+        if bool(((x >= 0) & (x <= 1)).all()):
+            expect(bool((found >= -1e-2).all() and (found <= 1 + 1e-2).all()), "out of bounds")
+
+    return call(augment_and_mix, {"x": x, "choices": choices}, check=check)
+
+
+@target
+@st.composite
+def power_monitor(draw):
+    uuid = "GPU-00000000-0000"
+    devices = [None, "cpu", torch.device("cpu"), 0, [0, 1], "cuda", "cuda:9", uuid, [uuid, uuid], ["cpu", 0]]
+    arguments = {
+        "devices": draw(mostly(st.sampled_from(devices), share=3)),
+        "interval": draw(mostly(POSITIVE, share=4)),
+    }
+    label = draw(mostly(st.sampled_from([None, "first"]), st.one_of(st.text(max_size=3), st.integers()), 5))
+
+    def block(**given):
+        with bt_fast.PowerMonitor(**given) as monitor:
+            monitor.mark("first")
+        expect(monitor.available or isinstance(monitor.reason, str), "no reason")
+        monitor.summary(), monitor.joules_per_sample(1), monitor.seconds
+        monitor.summary(label)
+
+    return call(block, arguments, names=("label",))
+
+
+@target
+@st.composite
+def ranges(draw):
+    def block(name):
+        with range_(name):
+            return None
+
+    return call(block, {"name": draw(st.sampled_from(PHASES))})

@@ -1,0 +1,115 @@
+"""A few cases of every target of `python -m tests.fuzz`, and that the campaign notices what it is there to notice."""
+
+import pickle
+
+import pytest
+import torch
+from hypothesis import strategies as st
+
+import bt_fast
+from bt_fast.lab import checkpoint
+from tests.fuzz import api, readers
+from tests.fuzz.campaign import Case, Run, fuzz
+from tests.fuzz.mutation import fuzz_bytes
+
+
+@pytest.fixture(scope="module", autouse=True)
+def folders():
+    yield
+    readers.clean_up()
+
+
+@pytest.mark.parametrize("name", api.TARGETS)
+def test_entry_points_accept_or_refuse_by_name(name):
+    outcome = fuzz(name, api.TARGETS[name], 20, seed=1)
+    assert outcome.accepted + outcome.rejected == outcome.cases > 0, outcome.failures
+
+
+@pytest.mark.parametrize("name", readers.READERS)
+def test_readers_accept_or_refuse_by_name(name):
+    outcome = fuzz_bytes(name, 60, seed=1)
+    assert outcome.accepted + outcome.rejected == outcome.cases, outcome.failures
+    assert outcome.accepted, "not even the valid file was read"
+
+
+# The campaign itself
+
+
+def failures_of(run, **given):
+    found = Run("planted")
+    found(Case(run, ("x",), **given))
+    return list(found.outcome.failures)
+
+
+def raising(error):
+    def run():
+        raise error
+
+    return run
+
+
+def test_an_error_that_names_its_argument_is_a_rejection():
+    assert not failures_of(raising(ValueError("x must be at least 0")))
+
+
+@pytest.mark.parametrize(
+    ("error", "how"),
+    [(ValueError("expected a number"), "names no argument"), (KeyError("x"), "raised"), (RuntimeError("x"), "raised")],
+)
+def test_other_errors_are_failures(error, how):
+    (failure,) = failures_of(raising(error))
+    assert failure.startswith(how)
+
+
+def test_a_change_before_an_error_is_a_failure():
+    state = torch.zeros(2)
+
+    def run():
+        state[0] = float("nan")
+        raise ValueError("x is bad")
+
+    (failure,) = failures_of(run, state=lambda: (state,))
+    assert failure.startswith("changed state")
+
+
+def test_a_broken_invariant_is_a_failure():
+    (failure,) = failures_of(lambda: 3, check=lambda found: api.expect(found == 2, "it is another"))
+    assert "it is another" in failure
+
+
+def test_a_case_without_end_is_a_failure(monkeypatch):
+    monkeypatch.setattr("tests.fuzz.campaign.SLOW", 0.05)
+
+    def run():
+        while True:
+            pass
+
+    (failure,) = failures_of(run)
+    assert "HangError" in failure
+
+
+def test_a_model_s_own_error_is_its_own():
+    assert not failures_of(lambda: api.Bad("raises")(torch.rand(1, 16)))
+
+
+def test_what_a_pickle_runs_is_a_failure(monkeypatch):
+    monkeypatch.setattr(checkpoint, "read_tensors", lambda path: pickle.loads(path.read_bytes()))
+    found = Run("load_checkpoint")
+    found(readers.case_of("load_checkpoint", readers.MALICIOUS))
+    (failure,) = found.outcome.failures
+    assert "ExecutedError" in failure
+
+
+def test_a_planted_bug_is_found(monkeypatch):
+    monkeypatch.setattr(bt_fast.mining, "positive", lambda *_: None)
+    outcome = fuzz("assign", api.TARGETS["assign"], 300, seed=0)
+    assert outcome.failures
+
+
+def test_cases_are_those_of_the_seed():
+    drawn = []
+    for seed in (0, 0, 1):
+        numbers = []
+        fuzz("numbers", st.integers().map(lambda n, to=numbers: Case(lambda: to.append(n), ())), 50, seed)
+        drawn.append(numbers)
+    assert drawn[0] == drawn[1] != drawn[2]

@@ -1,0 +1,88 @@
+"""What users may rely on: names, signatures, documentation, and types that a type checker sees."""
+
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from bt_fast import speedup
+from tests import public_api
+
+ROOT = Path(__file__).parents[1]
+MEANT = "If the change is meant: python -m tests.public_api --write, and say so to users in the commit."
+
+
+def difference(found, expected):
+    """Lines that are gone and lines that are new."""
+    gone = [f"- {line}" for line in expected if line not in found]
+    return "\n".join([*gone, *(f"+ {line}" for line in found if line not in expected)])
+
+
+def test_the_public_api_is_the_one_that_was_published():
+    found, expected = public_api.lines(), public_api.SNAPSHOT.read_text().splitlines()
+    assert found == expected, f"The public API changed:\n{difference(found, expected)}\n{MEANT}"
+
+
+def test_another_default_and_a_new_argument_are_changes(monkeypatch):
+    def trades_cost(mean_steps: float, corrupted_fraction: float = 0.5, *, more: int = 0) -> float:
+        return 0.0
+
+    monkeypatch.setattr(speedup, "trades_cost", trades_cost)
+    told = difference(public_api.lines(), public_api.SNAPSHOT.read_text().splitlines())
+    assert re.fullmatch(r"- bt_fast\.speedup\.trades_cost\(.*\n\+ .*fraction: float = 0\.5, \*, more: int = 0.*", told)
+
+
+def test_another_option_of_the_command_line_is_a_change(monkeypatch):
+    monkeypatch.setattr(public_api.cli.commands["train"].params[0], "opts", ["--means"])
+    told = difference(public_api.lines(), public_api.SNAPSHOT.read_text().splitlines())
+    assert "- bt-fast train --method" in told
+    assert "+ bt-fast train --means" in told
+
+
+@pytest.mark.parametrize("path", ["README.md", "docs/guide.md"])
+def test_what_the_documents_import_is_public(path):
+    public = {name for name, _ in public_api.public_objects()}
+    text = (ROOT / path).read_text()
+    imports = re.findall(r"from (bt_fast[\w.]*) import ([\w, ]+)", text)
+    imported = {f"{module}.{name.strip()}" for module, names in imports for name in names.split(",")}
+    used = set(re.findall(r"\b(bt_fast\.[A-Za-z_]\w*)\b(?=\()", text))
+    assert imported
+    assert not (imported | used) - public
+
+
+# Documentation
+
+
+# said once for all of a kind: of `run_eager`, in `allocation.Judged`, and at the head of the module
+OF_A_KIND = (
+    ["model", "x_adv", "clean", "target", "schedule", "threat", "generator", "faulty"],
+    ["logits", "labels"],
+    ["judged"],
+)
+
+
+def callables():
+    """`(name, its parameters, its documentation)` of all that is public and takes something."""
+    for name, value in public_api.public_objects():
+        if inspect.isclass(value):
+            yield name, value, "\n".join(c.__doc__ or "" for c in value.__mro__ if c.__module__.startswith("bt_fast"))
+            for member, of_class in public_api.members(value):
+                function = getattr(of_class, "__func__", of_class)
+                if inspect.isfunction(function) and not member.startswith("__"):
+                    yield f"{name}.{member}", function, function.__doc__
+        elif isinstance(value, torch._library.custom_ops.CustomOpDef):
+            yield name, value._init_fn, value._init_fn.__doc__
+        elif inspect.isroutine(value):
+            yield name, value, value.__doc__
+
+
+@pytest.mark.parametrize(("name", "function", "text"), [pytest.param(*c, id=c[0]) for c in callables()])
+def test_every_public_callable_says_what_it_takes(name, function, text):
+    assert text, f"{name} has no docstring"
+    assert not text.startswith(f"{function.__name__}("), f"{name} has only the docstring that dataclasses make"
+    taken = [p for p in inspect.signature(function).parameters if p not in ("self", "cls")]
+    common = next((kind for kind in OF_A_KIND if taken[: len(kind)] == kind), [])
+    untold = [p for p in taken[len(common) :] if not re.search(rf"\b{p}\b", text)]
+    assert not untold, f"{name} does not say what {', '.join(untold)} is"
