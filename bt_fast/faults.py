@@ -18,6 +18,9 @@ SHOWN = 8  # samples that a message lists
 class NonFiniteError(ValueError):
     """NaN or Inf in logits, an input gradient, the loss or a parameter's gradient.
 
+    Args:
+        message: the sentence that says what.
+
     Attributes:
         samples: which samples of the minibatch, as indices into it; empty where that cannot be told (the loss and the
             parameters' gradients are of all of them).
@@ -48,7 +51,11 @@ class Fault:
     earlier: bool = False
 
     def error(self, count: int) -> ValueError:
-        """What to raise."""
+        """What to raise.
+
+        Args:
+            count: how often it was, as the host has read it.
+        """
         message = self.message.format(count=count)
         if self.samples is None:
             return ValueError(message)

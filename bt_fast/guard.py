@@ -189,7 +189,11 @@ class Guard:
         return {"minibatches": self._minibatches, "in_a_row": self._in_a_row}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was; what was `skipped` before is not kept."""
+        """Go on where `state_dict` was; what was `skipped` before is not kept.
+
+        Args:
+            state: what it returned.
+        """
         self._minibatches, self._in_a_row = int(state["minibatches"]), int(state["in_a_row"])
 
     def _faulty(self, loss: Tensor) -> Tensor:

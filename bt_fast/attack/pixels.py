@@ -92,6 +92,9 @@ class Normalize(nn.Module):
 
         Pixels outside the bounds by no more than rounding (4 units in the last place, of x's dtype, of the larger
         bound) are moved onto them. Others are left for the check of the bounds to tell.
+
+        Args:
+            lower, upper: the bounds of a pixel.
         """
         found = wide(x) * self.std + self.mean
         inside = found.clamp(lower, upper)

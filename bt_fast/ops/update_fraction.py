@@ -69,7 +69,14 @@ def adversarial_hits(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 def move_fraction_(
     robust_fraction: Tensor, hits: Tensor, m: Tensor, faulty: Tensor, gamma: float, momentum: float
 ) -> None:
-    """Eq. 5 in place, from `hits` of `m` samples (0-dim int64) unless `faulty` (0-dim bool)."""
+    """`F_R ← p·F_R + (1-p)·γ·hits/m` (Eq. 5), in place. Never waits for the device.
+
+    Args:
+        robust_fraction: 0-dim float64, F_R.
+        hits: 0-dim int64, how many of `m` (0-dim int64) corrupted samples are classified correctly.
+        faulty: 0-dim bool: F_R stays as it is.
+        gamma: γ, momentum: p.
+    """
     moved = momentum * robust_fraction + (1.0 - momentum) * gamma * (hits.double() / m)
     robust_fraction.copy_(torch.where(faulty, robust_fraction, moved))
 

@@ -2,14 +2,17 @@
 
 import copy
 import io
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 from gloo_ranks import RankError, run_ranks
+from pretended_device import DEVICE, pretended_device
 from small_models import Undefined, build, with_bright
 
-from bt_fast import BulletTrain, Gaussian, Schedule, trades_loss
+from bt_fast import BulletTrain, Gaussian, Schedule, ranks, trades_loss
+from bt_fast.ranks import Ranks
 
 EPSILON = 0.1
 RULES = {
@@ -203,3 +206,35 @@ def test_gradients_of_nan_on_one_rank_are_raised_on_all_by_the_next_minibatch():
     assert first[:2] == second[:2] == [None, None]
     assert second[2] == f"{first[2]}: samples 2"
     assert first[2].startswith("the model's input gradient must be finite, but held NaN for ")
+
+
+# On a device the host waits for nothing but the counts
+
+
+class Told(Ranks):
+    """Two ranks of whom nobody is there: the collectives are queued and never looked at."""
+
+    def __init__(self):
+        self.group, self.rank, self.count, self.rows = None, 1, 2, 6
+
+    def start_sum(self, numbers):
+        return lambda: numbers
+
+
+@pytest.mark.parametrize("rules", RULES.values(), ids=RULES)
+def test_ranks_together_wait_for_their_device_once(rules):
+    bullet = BulletTrain(3, 2, 0, **rules).to(DEVICE)
+    bullet.ranks = Told()
+    z, y = torch.randn(6, 4, device=DEVICE), torch.zeros(6, dtype=torch.int64, device=DEVICE)
+    with mock.patch.object(ranks, "_all_gather"), pretended_device([4, 3, 1, 2, 3, 1]) as reads:
+        for count in (1, 2):
+            waited = reads.waited
+            started = bullet.start_assignment(z, y)
+            assert (reads.started, reads.waited) == (count, waited)
+            assert started.active_counts == (4, 3, 1)
+            assert started.group_sizes == (2, 3, 1)
+            bullet.report_attack(started, torch.zeros(6, dtype=torch.int32, device=DEVICE))
+            bullet.update(z, y)
+        bullet.update(z, y)
+    assert reads.started == 2
+    assert {t.device for t in (started.order, started.steps, started.step_size, started.threshold)} == {DEVICE}
