@@ -13,6 +13,7 @@ from torch.nn.utils import get_total_norm
 
 from bt_fast.device import HostRead
 from bt_fast.faults import NonFiniteError, told
+from bt_fast.ops.numeric import computable, kind_of
 
 NON_FINITE = ("raise", "skip")
 MOST_IN_A_ROW = 100  # skipped minibatches; then it is no accident
@@ -153,8 +154,8 @@ class Guard:
         """
         if self._kept is None:
             raise RuntimeError("step belongs into the block of `with guard.minibatch():`")
-        if not isinstance(loss, Tensor) or not loss.is_floating_point():
-            raise TypeError(f"loss must be a floating-point tensor, got {getattr(loss, 'dtype', type(loss).__name__)}")
+        if not isinstance(loss, Tensor) or not computable(loss):
+            raise TypeError(f"loss must be a floating-point tensor, got {kind_of(loss)}")
         if loss.numel() != 1:
             raise ValueError(f"loss must be one number, got shape {list(loss.shape)}")
         self.settle()

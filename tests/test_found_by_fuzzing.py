@@ -17,6 +17,8 @@ from bt_fast import (
     BulletTrain,
     Fractions,
     Frozen,
+    Guard,
+    Normalization,
     PowerMonitor,
     Schedule,
     ThreatModel,
@@ -246,3 +248,23 @@ def test_an_npz_with_a_member_that_is_no_array(tmp_path, member):
                 np.save(file, np.zeros((2, 2, 2) if name.startswith("x") else 2, np.uint8))
                 archive.writestr(f"{name}.npy", b"some text" if name == member else file.getvalue())
     refused(ValueError, f"a.npz: {member}: found 9 bytes", load_dataset, str(tmp_path / "a.npz"))
+
+
+@pytest.mark.parametrize("bullet", [None, BulletTrain()])
+def test_numbers_of_samples_may_be_of_any_integer_type(bullet):
+    x, y = small_models.batch(4)
+    for dtype in (torch.uint8, torch.int32):
+        pgd_loss(small_models.build(), x, y, None, bullet=bullet, samples=torch.arange(4, dtype=dtype))
+
+
+def test_a_sparse_loss_is_refused_before_the_step():
+    layer = torch.nn.Linear(2, 2)
+    guard = Guard(torch.optim.SGD(layer.parameters()))
+    with guard.minibatch(), pytest.raises(TypeError, match="loss must be a floating-point tensor"):
+        guard.step(torch.zeros(1).to_sparse())
+
+
+def test_a_model_that_is_none_is_named_with_normalised_images_too():
+    x, y = small_models.batch(4)
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got float"):
+        pgd_loss(3.0, x, y, None, normalization=Normalization([0.0], [1.0]))

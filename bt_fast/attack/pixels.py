@@ -155,13 +155,15 @@ def on_pixels(
         bounds: of a pixel.
 
     Raises:
-        TypeError: normalization is no `Normalization`.
+        TypeError: normalization is no `Normalization`, or the model no module.
         ValueError: x does not have its channels.
     """
     if normalization is None:
         del x  # what is suspended here would hold it
         yield model, lambda images: images
         return
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     _check(x, normalization, name)
     front, inside = (_front(m, x, normalization) for m in (model, unwrapped(model)))
     del x

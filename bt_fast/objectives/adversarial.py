@@ -51,7 +51,7 @@ class Adversary:
         inner: the loss that grows: "kl" away from the clean distribution, or "cross_entropy" away from the label.
         generator: on the images' device; for the start, and for the stand-in of a zero ℓ2 gradient.
         frozen: the view of the model that the attack sees; runner: how it is executed.
-        samples: [m] int64, the samples' numbers, where their starts are to be decided by these and the seed alone.
+        samples: [m] integers, the samples' numbers, where their starts are to be decided by these and the seed alone.
         balance: how the ranks of BulletTrain's process group share the attack out, if they do.
     """
 
@@ -65,6 +65,11 @@ class Adversary:
     runner: Runner
     samples: Tensor | None
     balance: Balance | None
+
+    @property
+    def numbers(self) -> Tensor | None:
+        """The samples' numbers as the ops take them."""
+        return None if self.samples is None else self.samples.long()
 
     @classmethod
     def of_trades(
@@ -151,7 +156,7 @@ def _start_uniform(model: nn.Module, x: Tensor, y: Tensor, adversary: Adversary,
 def _uniform_start(x: Tensor, adversary: Adversary) -> Tensor:
     if adversary.samples is not None:
         state = state_of_seed(x, adversary.generator)
-        return sorted_start(x, None, None, state, adversary.noise, adversary.threat, adversary.samples)[1]
+        return sorted_start(x, None, None, state, adversary.noise, adversary.threat, adversary.numbers)[1]
     if adversary.noise == "uniform":
         return ball_start(x, adversary.threat, adversary.generator)
     as_authors = adversary.generator is None and not x.is_cuda
@@ -186,7 +191,7 @@ def _start_ragged(
                 of_attack=of_attack,
                 state=state,
             )
-            samples = a.samples
+            samples = a.numbers
             if assignment.ranks is not None:
                 state, first = assignment.ranks.state, assignment.ranks.first
                 samples = torch.arange(len(x), device=x.device) + first if samples is None else samples
@@ -225,7 +230,7 @@ def _attacked_logits(
     # offsets 0 and 1 are those of the training start
     state = random_state(x, a.generator) if a.samples is None else state_of_seed(x, a.generator, offset=2)
     faulty = _none_faulty(x)
-    clean, begin = sorted_start(x, None, None, state, a.noise, a.threat, a.samples)
+    clean, begin = sorted_start(x, None, None, state, a.noise, a.threat, a.numbers)
     probabilities = logits.double().softmax(dim=1).to(ops.wide(logits).dtype)
     target = probabilities if a.inner == "kl" else _one_hot(y, probabilities)
     schedule = Schedule.uniform(len(x), steps, STEP_FACTOR * a.threat.epsilon / steps, x.device)

@@ -9,7 +9,22 @@ from hypothesis import strategies as st
 from torch import nn
 
 import bt_fast
-from bt_fast import BulletTrain, Frozen, Schedule, ThreatModel, Update, allocation, ops, speedup
+from bt_fast import (
+    Balance,
+    BulletTrain,
+    Costs,
+    Frozen,
+    Guard,
+    Normalization,
+    Normalize,
+    Schedule,
+    ThreatModel,
+    Update,
+    allocation,
+    ops,
+    speedup,
+)
+from bt_fast.attack import balance
 from bt_fast.augment.mix import augment_and_mix, draw_choices
 from bt_fast.autoattack import autoattack
 from bt_fast.baselines.fast import fast_loss
@@ -198,6 +213,9 @@ def objective_options(draw, x, *names):
         "frozen": lambda: draw(mostly(st.sampled_from([None, None, Frozen(), Frozen(autocast=torch.bfloat16)]))),
         "runner": lambda: draw(mostly(st.sampled_from(["eager", "graphs", "streams", "auto"]), share=20)),
         "update": lambda: draw(mostly(st.sampled_from([None, None, Update(), Update(graphs=True)]))),
+        "samples": lambda: draw(mostly(st.none(), labels_of(count_of(x), 2**32), 3)),
+        "normalization": lambda: draw(mostly(st.sampled_from([None, None, Normalization([0.0], [1.0])]))),
+        "balance": lambda: draw(mostly(st.none(), st.one_of(st.just(Balance()), ANYTHING))),
     }
     return {name: drawn[name]() for name in names if draw(st.integers(0, 3)) or name == "optimizer"}
 
@@ -219,6 +237,7 @@ def objective_case(draw, function, names, fixed=None, images_name="x_natural"):
     def check(loss):
         expect(loss.dim() == 0 and (loss.requires_grad or name in ("detached", "constant")), "the loss has no gradient")
         passed_on = function is grad_align and "nan" in name  # as is documented
+        passed_on |= options.get("beta", 0.0) > 1e30  # a term that is too large for float32
         expect(math.isfinite(loss.item()) or passed_on, "the loss is not finite")
         expect(all(p.grad is None for p in model.parameters()), "a parameter's gradient was touched")
         if isinstance(bullet, BulletTrain):
@@ -239,7 +258,7 @@ def objective_case(draw, function, names, fixed=None, images_name="x_natural"):
 
 
 OF_PGD = ("optimizer", "step_size", "epsilon", "perturb_steps", "distance", "bullet", "start", "generator", "frozen")
-OF_PGD += ("runner", "update")
+OF_PGD += ("runner", "update", "samples", "normalization", "balance")
 OF_TRADES = (*OF_PGD, "beta", "unperturbed")
 
 
@@ -479,6 +498,95 @@ def auto_attack(draw):
             expect("pip install" in str(error), "does not say how to install it")
 
     return call(attack, arguments)
+
+
+@target
+@st.composite
+def normalisation(draw):
+    """`Normalization`, and `Normalize` on images."""
+    numbers = mostly(st.lists(st.floats(0.1, 2.0), min_size=1, max_size=3))
+    arguments = {"mean": draw(numbers), "std": draw(numbers)}
+    if draw(st.booleans()):
+        return call(Normalization, arguments, check=repr)
+
+    def run(**given):
+        front = Normalize(**given)
+        x = torch.rand(2, len(given["mean"]), 3, 3)
+        return x, front.pixels(front(x), 0.0, 1.0)
+
+    return call(run, arguments, check=lambda found: expect(torch.allclose(*found, atol=1e-5), "other pixels"))
+
+
+# Several ranks
+
+
+@target
+@st.composite
+def plan_of_ranks(draw):
+    """Who attacks whose samples, and whether that pays."""
+    ranks, most = draw(st.integers(1, 9)), draw(st.integers(0, 4))
+    numbers = st.lists(st.integers(0, 9), min_size=ranks * (most + 1), max_size=ranks * (most + 1))
+    counts = numbers.map(lambda n: torch.tensor(n, dtype=torch.int64).view(ranks, most + 1))
+    arguments = {"counts": draw(mostly(counts, WILD_TENSORS)), "ranks_per_node": draw(STEPS)}
+    costs = Costs(draw(SHARES), draw(SHARES), draw(SHARES), draw(SHARES), draw(POSITIVE))
+
+    def check(exchange):
+        have, get = exchange.counts, exchange.quotas
+        expect(torch.equal(have.sum(0), get.sum(0)) and bool((get >= 0).all()), "samples were lost or made up")
+        active = get[:, 1:].flip(1).cumsum(1)
+        expect(not active.numel() or int((active.amax(0) - active.amin(0)).max()) <= 1, "ranks differ by more than 1")
+        expect(isinstance(balance.pays(exchange, costs), bool), "pays is no answer")
+
+    return call(balance.plan, arguments, check=check, names=("tensors",))
+
+
+@target
+@st.composite
+def costs_of_ranks(draw):
+    names = ("row_seconds", "step_seconds", "sample_bytes", "latency_seconds", "bytes_per_second")
+    arguments = {name: draw(SIZES) for name in names}
+    if draw(st.booleans()):
+        return call(Costs, arguments, check=repr)
+    return call(Balance, {"costs": draw(mostly(st.none())), "ranks_per_node": draw(STEPS)}, check=repr)
+
+
+# The guard
+
+
+@target
+@st.composite
+def guarded_step(draw):
+    """A step that is taken, left out or refused, and in the last two cases leaves the weights as they were."""
+    torch.manual_seed(0)
+    layer = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9, fused=draw(st.booleans()))
+    for p in layer.parameters():
+        p.grad = torch.full_like(p, draw(st.sampled_from([1.0, 0.0, math.nan, math.inf, 1e38])))
+    before = [p.detach().clone() for p in layer.parameters()]
+    finite = all(bool(p.grad.isfinite().all()) for p in layer.parameters())
+    loss = draw(mostly(st.floats(width=32).map(torch.tensor), st.one_of(WILD_TENSORS, ANYTHING), 4))
+    arguments = {
+        "optimizer": draw(mostly(st.just(optimizer))),
+        "module": draw(mostly(st.just(layer))),
+        "non_finite": draw(mostly(st.sampled_from(["raise", "skip"]))),
+        "loss": loss,
+    }
+
+    def run(optimizer, module, non_finite, loss):
+        guard = Guard(optimizer, module, non_finite=non_finite)
+        with guard.minibatch([4, 7]):
+            guard.step(loss)
+        return guard
+
+    def check(guard):
+        moved = not all(torch.equal(p, b) for p, b in zip(layer.parameters(), before, strict=True))
+        sound = finite and bool(torch.as_tensor(loss).isfinite().all())
+        expect(sound or (not moved and len(guard.skipped) == 1), "a faulty step was taken, or not told")
+        expect(not sound or not guard.skipped, "a sound step was left out")
+
+    # what is raised says what is wrong with the minibatch
+    words = ("modules", "minibatch", "tensors")
+    return call(run, arguments, check=check, state=lambda: list(layer.parameters()), names=words)
 
 
 # Mining
