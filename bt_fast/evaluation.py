@@ -119,7 +119,7 @@ def evaluate(
     step_count("restarts", restarts, least=1)
     check_threat(threat)
     size = 2.0 * threat.epsilon / steps if step_size is None else step_size
-    positive("step_size", size)
+    size = positive("step_size", size)
     size = float(size)  # of a fraction, too
     if not isinstance(loss, str) or loss not in LOSSES:
         raise ValueError(f"loss must be one of {', '.join(map(repr, LOSSES))}, got {loss!r}")

@@ -296,9 +296,9 @@ class BulletTrain(nn.Module):
         check_logits_and_labels(logits, labels)
         self._check_device(logits)
         self._check_attacked(logits, attacked_logits)
-        positive("epsilon", epsilon)
+        epsilon = positive("epsilon", epsilon)
         if step_size is not None:
-            positive("step_size", step_size)
+            step_size = positive("step_size", step_size)
         logits, labels = logits.detach(), labels.long()
 
         svar, correct, probabilities, unfit = ops.signed_variance(logits, labels)
@@ -716,7 +716,9 @@ def real(name: str, value: Any) -> float:
         raise ValueError(f"{name} must be a number that fits into a float, got a larger one") from error
 
 
-def positive(name: str, value: float) -> None:
-    """Raise TypeError or ValueError that names `name` unless `value` is a finite number greater than 0."""
-    if not (real(name, value) > 0 and math.isfinite(value)):
+def positive(name: str, value: float) -> float:
+    """`value` as a float; TypeError or ValueError that names `name` unless it is a finite number greater than 0."""
+    found = real(name, value)
+    if not (found > 0 and math.isfinite(found)):
         raise ValueError(f"{name} must be a finite number greater than 0, got {value}")
+    return found

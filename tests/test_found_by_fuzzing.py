@@ -170,7 +170,7 @@ def test_a_model_without_a_gradient_to_its_images(parameter):
 
 @pytest.mark.parametrize("policy", ["three_groups", "uniform"])
 def test_an_attack_that_fails_does_not_count(policy):
-    bullet = BulletTrain(2, 1, 0, policy=policy)
+    bullet = BulletTrain(2, 1, 1, policy=policy)  # all are attacked, whatever the model makes of them
 
     def fails(*_):
         raise OSError("no room")
@@ -250,11 +250,12 @@ def test_an_npz_with_a_member_that_is_no_array(tmp_path, member):
     refused(ValueError, f"a.npz: {member}: found 9 bytes", load_dataset, str(tmp_path / "a.npz"))
 
 
-@pytest.mark.parametrize("bullet", [None, BulletTrain()])
+@pytest.mark.parametrize("bullet", [False, True])
 def test_numbers_of_samples_may_be_of_any_integer_type(bullet):
     x, y = small_models.batch(4)
     for dtype in (torch.uint8, torch.int32):
-        pgd_loss(small_models.build(), x, y, None, bullet=bullet, samples=torch.arange(4, dtype=dtype))
+        numbers = torch.arange(4, dtype=dtype)
+        pgd_loss(small_models.build(), x, y, None, bullet=BulletTrain() if bullet else None, samples=numbers)
 
 
 def test_a_sparse_loss_is_refused_before_the_step():
@@ -268,3 +269,23 @@ def test_a_model_that_is_none_is_named_with_normalised_images_too():
     x, y = small_models.batch(4)
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got float"):
         pgd_loss(3.0, x, y, None, normalization=Normalization([0.0], [1.0]))
+
+
+@pytest.mark.parametrize("policy", [None, "three_groups", "gaussian"])
+@pytest.mark.parametrize("loss_of", [trades_loss, mart_loss, pgd_loss])
+def test_sizes_may_be_fractions(loss_of, policy):
+    x, y = small_models.batch(4)
+    fractional, floating = (
+        loss_of(
+            small_models.build(),
+            x,
+            y,
+            None,
+            size,
+            2 * size,
+            bullet=BulletTrain(policy=policy) if policy else None,
+            generator=torch.Generator(),
+        )
+        for size in (Fraction(1, 64), 1 / 64)
+    )
+    assert torch.equal(fractional, floating)

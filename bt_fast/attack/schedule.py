@@ -42,8 +42,7 @@ class Schedule:
             TypeError or ValueError: m or steps is no integer of at least 0, or step_size no finite number above 0.
         """
         m, steps = step_count("m", m), step_count("steps", steps)
-        positive("step_size", step_size)
-        sizes = torch.full((m,), step_size, dtype=torch.float64, device=device)
+        sizes = torch.full((m,), positive("step_size", step_size), dtype=torch.float64, device=device)
         counts = torch.full((m,), steps, dtype=torch.int64, device=device)
         return cls(order=None, steps=counts, step_size=sizes, active=(m,) * steps)
 

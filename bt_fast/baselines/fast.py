@@ -56,7 +56,7 @@ def fast_loss(
     """
     if objective not in _OBJECTIVES:
         raise ValueError(f"objective must be trades_loss, mart_loss or pgd_loss of bt_fast, got {objective!r}")
-    positive("epsilon", epsilon)
+    epsilon = positive("epsilon", epsilon)
     steps = step_count("steps", steps, least=1)
     if options.get("bullet") is not None:
         raise ValueError(
