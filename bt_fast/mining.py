@@ -129,9 +129,9 @@ class BulletTrain(nn.Module):
             the counts are then those of all ranks' minibatches together, and the same on every rank: N ranks with m
             samples each sort them into the groups of one process with N·m. A policy judges all of them, rank by rank;
             rows that fill up smaller minibatches are outliers of certainty NaN there, and what it says of them is not
-            used. What is wrong on one rank is raised on all. Random starts are those
-            of rank 0's generator, by a sample's place among all ranks'. Every rank must call the same methods in order.
-            No minibatch may be larger than the largest of the group's first. None: each process mines for itself.
+            used. What is wrong on one rank is raised on all. Random starts are those of rank 0's generator, by a
+            sample's place among all ranks'. Every rank must call the same methods in the same order, and no minibatch
+            may be larger than the largest of the group's first. None: each process mines for itself.
 
     Attributes:
         robust_fraction: 0-dim float64 buffer, F_R; starts at 0.
