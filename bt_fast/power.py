@@ -375,7 +375,8 @@ def _listed(devices: Device | Iterable[Device] | None) -> list[torch.device | in
     """What was asked for: torch's devices, indices and UUIDs. Empty: the current device."""
     if devices is None:
         return []
-    given: Iterable[object] = devices if isinstance(devices, Iterable) and not isinstance(devices, str) else [devices]
+    several = isinstance(devices, Iterable) and not isinstance(devices, (str, torch.Tensor))
+    given: Iterable[object] = devices if several else [devices]  # type: ignore[assignment]
     found = [_device(d) for d in given]
     if not found:
         raise ValueError("devices must name at least one, or be None for the current one")

@@ -289,3 +289,8 @@ def test_sizes_may_be_fractions(loss_of, policy):
         for size in (Fraction(1, 64), 1 / 64)
     )
     assert torch.equal(fractional, floating)
+
+
+@pytest.mark.parametrize("device", [torch.tensor(1), torch.tensor([0.5])])
+def test_a_tensor_is_no_device(device):
+    refused(TypeError, "devices must be", PowerMonitor, device)
