@@ -135,6 +135,9 @@ class World:
     def check(self, fault: NonFiniteError | None, share: Share) -> None:
         """Raise on all ranks what some met in their shares: a backward waits for all of them. Collective.
 
+        Where a rank met it before a forward in which the others wait for it (that of a synchronised batch norm, or of
+        the second minibatch, when DistributedDataParallel settles its buckets), it ends in the group's time limit.
+
         Raises:
             NonFiniteError: that of the first rank that can tell the samples, by their places in the whole minibatch.
         """
