@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import warnings
 from collections.abc import Iterator, Sequence
@@ -191,6 +192,7 @@ def joined(device: str | None, minutes: float) -> Iterator[tuple[World, str | No
     try:
         yield World(dist.get_rank(), dist.get_world_size(), dist.group.WORLD, per_node), place
     finally:
+        gc.collect()  # models in their wrappers hold the group, whose threads must end before Python does
         dist.destroy_process_group()
 
 
