@@ -63,7 +63,7 @@ class Evaluation(Accuracy):
 
     @property
     def robust_samples(self) -> Tensor:
-        """The numbers of the samples that never fell, ascending: [robust_correct] int64."""
+        """The places in the stream of the samples that never fell, ascending: [robust_correct] int64."""
         return (self.restart == STOOD).nonzero().flatten()
 
 
@@ -80,6 +80,7 @@ def evaluate(
     frozen: Frozen | None = None,
     normalization: Normalization | None = None,
     progress: Callable[[int], None] | None = None,
+    first: int = 0,
 ) -> Evaluation:
     """Clean accuracy, and accuracy under PGD-`steps` from each of `restarts` random starts.
 
@@ -108,6 +109,8 @@ def evaluate(
         normalization: what the images' loader has done to the pixels, as for `trades_loss`; ε, the step size and the
             threat model's bounds are those of pixels.
         progress: told the number of samples decided so far, whenever it grew.
+        first: ≥ 0, the number of the stream's first sample: evaluated in parts, each with its own `first` and a
+            generator of the same state, samples become of what they do in one evaluation.
 
     Raises:
         TypeError: images are not floating point, labels not integers, or the model does not return such logits.
@@ -117,10 +120,10 @@ def evaluate(
     """
     step_count("steps", steps, least=1)
     step_count("restarts", restarts, least=1)
+    step_count("first", first)
     check_threat(threat)
     size = 2.0 * threat.epsilon / steps if step_size is None else step_size
     size = positive("step_size", size)
-    size = float(size)  # of a fraction, too
     if not isinstance(loss, str) or loss not in LOSSES:
         raise ValueError(f"loss must be one of {', '.join(map(repr, LOSSES))}, got {loss!r}")
     if frozen is not None and not isinstance(frozen, Frozen):
@@ -130,11 +133,11 @@ def evaluate(
     if not isinstance(batches, Iterable):
         raise TypeError(f"batches must be iterable, got {type(batches).__name__}")
     stream = iter(batches)
-    first = next(stream, None)
-    if first is None:
+    begun = next(stream, None)
+    if begun is None:
         raise ValueError("batches must hold at least 1 sample, got none")
-    _check_batch(first)
-    x, kind, verdicts = first[0].detach(), _kind(first[0]), Verdicts(progress)
+    _check_batch(begun)
+    x, kind, verdicts = begun[0].detach(), _kind(begun[0]), Verdicts(progress, first)
     bounds = (threat.lower, threat.upper)
     with (
         torch.inference_mode(False),
@@ -144,8 +147,8 @@ def evaluate(
         seed = torch.randint(2**63 - 1, (), device=x.device, generator=generator)
         attack = Attack(threat, loss, steps, size, restarts, seed)
         working = WorkingBatch(attack, x, channels_last=frozen is not None and frozen.channels_last)
-        whole = _put_back([first], stream)
-        del first, x  # a batch is held no longer than until its samples are copied
+        whole = _put_back([begun], stream)
+        del begun, x  # a batch is held no longer than until its samples are copied
         correct = map(lambda batch: _correct(view, batch, kind, pixels, threat, verdicts), whole)
         working.run(view, Waiting(correct), verdicts)
     restart, step = verdicts.in_order()

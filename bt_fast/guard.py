@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
@@ -79,12 +80,15 @@ class Guard:
         optimizer: any whose `step()` takes no closure.
         modules: those whose buffers are given back, e.g. the model and its `BulletTrain`.
         non_finite: "raise", or "skip" and go on with the next minibatch.
+        process_group: of data parallel training: a fault of one rank's loss or gradients is one of all, so that all
+            skip the same minibatches. Every rank calls `step` in each, then; what an objective raises must be raised
+            on all ranks too (with a `BulletTrain` of the same group it is).
 
     Attributes:
         skipped: what has been skipped so far; complete after `settle`.
 
     Raises:
-        TypeError: the optimizer is none, or a module is none.
+        TypeError: the optimizer, a module or the process group is none.
         ValueError: `non_finite` is neither.
     """
 
@@ -93,6 +97,7 @@ class Guard:
         optimizer: torch.optim.Optimizer,
         *modules: nn.Module,
         non_finite: Literal["raise", "skip"] = "raise",
+        process_group: dist.ProcessGroup | None = None,
     ) -> None:
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
@@ -101,7 +106,10 @@ class Guard:
                 raise TypeError(f"modules must be torch.nn.Module, got {type(module).__name__}")
         if non_finite not in NON_FINITE:
             raise ValueError(f"non_finite must be 'raise' or 'skip', got {non_finite!r}")
+        if process_group is not None and not (dist.is_available() and isinstance(process_group, dist.ProcessGroup)):
+            raise TypeError(f"process_group must be a ProcessGroup or None, got {process_group!r}")
         self.skipped: list[Skipped] = []
+        self._group = process_group
         self._optimizer = optimizer
         self._modules = modules
         self._skips = non_finite == "skip"
@@ -198,11 +206,16 @@ class Guard:
         self._minibatches, self._in_a_row = int(state["minibatches"]), int(state["in_a_row"])
 
     def _faulty(self, loss: Tensor) -> Tensor:
-        """Whether the loss and whether a gradient is not finite: bool [2], on the loss's device."""
+        """Whether the loss and whether a gradient is not finite, on any rank: bool [2], on the loss's device."""
         gradients = [p.grad for group in self._optimizer.param_groups for p in group["params"] if p.grad is not None]
         gradients = [gradient for gradient in gradients if gradient.numel()]  # the maximum of nothing is an error
         largest = get_total_norm(gradients, torch.inf).to(loss.device) if gradients else torch.zeros_like(loss)
-        return ~torch.stack([loss.detach().reshape(()).isfinite(), largest.reshape(()).isfinite()])
+        faulty = ~torch.stack([loss.detach().reshape(()).isfinite(), largest.reshape(()).isfinite()])
+        if self._group is None:
+            return faulty
+        of_ranks = faulty.long()
+        dist.all_reduce(of_ranks, dist.ReduceOp.MAX, self._group)
+        return of_ranks > 0
 
     def _step_on_device(self, faulty: Tensor) -> None:
         """As `GradScaler` lets such an optimizer do it."""

@@ -63,17 +63,19 @@ class Verdicts:
 
     Args:
         progress: told the number of samples decided so far, whenever it grew.
+        first: the number of the first sample.
     """
 
-    def __init__(self, progress: Callable[[int], None] | None = None) -> None:
+    def __init__(self, progress: Callable[[int], None] | None = None, first: int = 0) -> None:
         self._progress = progress
+        self._first = first
         self._found: list[Tensor] = []
         self.seen = self.decided = 0
 
     def number(self, n: int) -> Tensor:
         """The numbers [n] int64 of the next n samples of the stream."""
         self.seen += n
-        return torch.arange(self.seen - n, self.seen)
+        return torch.arange(self.seen - n, self.seen) + self._first
 
     def record(self, numbers: Tensor, restart: Tensor, step: Tensor) -> None:
         """Samples [n] that are decided: all int64, on the host."""

@@ -6,24 +6,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bt_fast.lab.world import Share
+
 PADDING = 4
 
 
-def crop_and_flip(x: Tensor, *, seed: int, iteration: int) -> Tensor:
+def crop_and_flip(x: Tensor, *, seed: int, iteration: int, share: Share | None = None) -> Tensor:
     """Each image cropped at random from its zero-padded self and mirrored with probability 1/2.
 
     What is drawn depends on `seed` and `iteration` alone, so a resumed run repeats it.
 
     Args:
         x: [m, C, H, W] on any device.
+        share: which images of a larger minibatch they are: what is drawn for them is the same as in the whole of it.
 
     Returns:
         [m, C, H, W].
     """
     m, _, height, width = x.shape
+    share = Share(0, m, m) if share is None else share
     generator = torch.Generator().manual_seed(seed * 1_000_003 + iteration)
-    top, left = torch.randint(2 * PADDING + 1, (2, m, 1), generator=generator).to(x.device)
-    flip = (torch.rand(m, 1, generator=generator) < 0.5).to(x.device)
+    tops, lefts = torch.randint(2 * PADDING + 1, (2, share.of, 1), generator=generator)
+    flips = torch.rand(share.of, 1, generator=generator) < 0.5
+    top, left, flip = (share.own(drawn).to(x.device) for drawn in (tops, lefts, flips))
     rows = top + torch.arange(height, device=x.device)
     columns = torch.arange(width, device=x.device).expand(m, -1)
     columns = left + torch.where(flip, columns.flip(1), columns)

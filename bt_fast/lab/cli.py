@@ -30,6 +30,7 @@ from rich.progress import (
 )
 
 from bt_fast.allocation import METRICS, POLICIES
+from bt_fast.attack.balanced import Balance
 from bt_fast.attack.losses import LOSSES
 from bt_fast.attack.threat import ThreatModel
 from bt_fast.evaluation import evaluate as evaluate_model
@@ -55,6 +56,7 @@ from bt_fast.lab.studies.study import SCALES, open_run
 from bt_fast.lab.studies.study import conclude as conclude_study
 from bt_fast.lab.studies.study import write as write_study
 from bt_fast.lab.training import Run, evaluation_batches, median_speedup
+from bt_fast.lab.world import World, joined, norms_alone
 
 console = Console()
 say = functools.partial(console.print, soft_wrap=True, highlight=False)  # lines to copy from are not broken
@@ -159,6 +161,17 @@ _PLACE_OPTIONS = [
     click.option("--out", type=click.Path(path_type=Path), help="Run folder. [runs/DATE-TIME]"),
     click.option("--resume", type=click.Path(path_type=Path), help="Go on with the run in this folder."),
 ]
+_RANK_OPTIONS = [
+    click.option("--balance", is_flag=True, help="Ranks share BulletTrain's attack out, where that is quicker."),
+    click.option(
+        "--rank-timeout",
+        type=_POSITIVE,
+        default=10.0,
+        show_default=True,
+        metavar="MINUTES",
+        help="A rank that does not answer for so long is an error.",
+    ),
+]
 _REPEAT_OPTION = click.option(
     "--repeat", type=click.Path(path_type=Path), help="Begin the run in this folder anew, in another, on the same data."
 )
@@ -189,7 +202,7 @@ def cli() -> None:
     help=f"What to compare with each other (repeatable): {FORMS}; also attacked on a faster view (bullet-frozen, "
     f"bullet-bf16) and with options of its own (bullet,robust-steps=0). [{', '.join(COMPARED)}]",
 )
-@_with_options([*_RUN_OPTIONS, *_PLACE_OPTIONS, _REPEAT_OPTION])
+@_with_options([*_RUN_OPTIONS, *_PLACE_OPTIONS, _REPEAT_OPTION, *_RANK_OPTIONS])
 @_one_line_errors
 def compare(
     methods: tuple[str, ...],
@@ -198,24 +211,30 @@ def compare(
     out: Path | None,
     resume: Path | None,
     repeat: Path | None,
+    balance: bool,
+    rank_timeout: float,
     **given: Any,
 ) -> None:
     """Train an objective as its authors wrote it, ours and ours + BulletTrain on the same minibatches and compare.
 
     Interrupted or terminated, it finishes the iteration, saves and exits with 130 or 143; a second time it exits at
     once. --resume goes on from there, and from the last checkpoint after a kill.
+
+    Several GPUs: torchrun --nproc-per-node N -m bt_fast compare ...; --batch-size is that of the whole minibatch,
+    which the ranks share, so that any number of them trains the same.
     """
     twice = [method for method in methods if methods.count(method) > 1]
     if twice:
         raise ValueError(f"--method {twice[0]} is given twice: each method is trained once")
     if not methods and resume is None and repeat is None:
         methods = ("optimised", "bullet") if given["loss"] == "augmix" else COMPARED
-    _run(methods or None, data_dir, device, out, resume, repeat, given)
+    with _world(device, rank_timeout) as (world, where):
+        _run(methods or None, data_dir, where, out, resume, repeat, given, world, balance)
 
 
 @cli.command()
 @click.option("--method", metavar="METHOD", callback=_method_names, help="What to train. [bullet]")
-@_with_options([*_RUN_OPTIONS, *_PLACE_OPTIONS, _REPEAT_OPTION])
+@_with_options([*_RUN_OPTIONS, *_PLACE_OPTIONS, _REPEAT_OPTION, *_RANK_OPTIONS])
 @_one_line_errors
 def train(
     method: str | None,
@@ -224,16 +243,22 @@ def train(
     out: Path | None,
     resume: Path | None,
     repeat: Path | None,
+    balance: bool,
+    rank_timeout: float,
     **given: Any,
 ) -> None:
     """Train one model.
 
     Interrupted or terminated, it finishes the iteration, saves and exits with 130 or 143; a second time it exits at
     once. --resume goes on from there, and from the last checkpoint after a kill.
+
+    Several GPUs: torchrun --nproc-per-node N -m bt_fast train ...; --batch-size is that of the whole minibatch,
+    which the ranks share, so that any number of them trains the same.
     """
     if method is None and resume is None and repeat is None:
         method = "bullet"
-    _run((method,) if method else None, data_dir, device, out, resume, repeat, given)
+    with _world(device, rank_timeout) as (world, where):
+        _run((method,) if method else None, data_dir, where, out, resume, repeat, given, world, balance)
 
 
 @cli.command()
@@ -480,16 +505,30 @@ def _load_weights(network: torch.nn.Module, weights: dict[str, Any], path: Path)
         raise ValueError(f"{path}: its network does not fit the data ({error})") from error
 
 
+@contextmanager
+def _world(device: str | None, minutes: float) -> Iterator[tuple[World, torch.device]]:
+    """The ranks and this one's device; only the first has something to say."""
+    with joined(device, minutes) as (world, name):
+        quiet, console.quiet = console.quiet, not world.leads
+        try:
+            yield world, _device(name)
+        finally:
+            console.quiet = quiet
+
+
 def _run(
     methods: tuple[str, ...] | None,
     data_dir: Path,
-    device: str | None,
+    where: torch.device,
     out: Path | None,
     resume: Path | None,
     repeat: Path | None,
     given: dict[str, Any],
+    world: World,
+    balance: bool,
 ) -> None:
-    where = _device(device)
+    if balance and world.group is None:
+        raise ValueError("--balance shares an attack out over ranks: start several with torchrun")
     asked = {name: value for name, value in given.items() if value not in (None, ())}
     if methods is not None:
         asked["methods"] = methods
@@ -508,10 +547,19 @@ def _run(
     else:
         config, dataset = _configure(asked, data_dir)
     folder = resume or out or Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")
+    if balance and (config.loss == "augmix" or not any(m.startswith("bullet") for m in config.methods)):
+        raise ValueError("--balance shares BulletTrain's attack out: it needs a method bullet, and a loss but augmix")
+    shared = Balance(ranks_per_node=world.per_node) if balance else None
     with _stop_signals() as stop:
-        run = Run(folder, config, dataset, where, resume=resume is not None)
+        run = Run(folder, config, dataset, where, resume=resume is not None, world=world, balance=shared)
+        if world.group is not None and norms_alone(run.contestants[0].model):
+            say("batch norm: torch synchronises it on CUDA alone; here it sees each rank's own samples")
         say(f"{config.data}: {len(dataset.x_train)} training, {len(dataset.x_test)} test images; run folder {folder}")
         _train(run, stop, f"go on with --resume {run.folder}")
+    if not world.leads:
+        for contestant in run.contestants:
+            run.final(contestant)
+        return
     with _progress() as progress:
         task = progress.add_task("final evaluation", total=len(config.methods))
         summary = report.summarise(run, _advancer(progress, task))
@@ -538,19 +586,20 @@ def _repeated(folder: Path, asked: dict[str, Any], data_dir: Path) -> tuple[RunC
 
 
 def _train(run: Run, stop: list[int], how_to_go_on: str) -> None:
-    """Train to the end, or to the first iteration after a signal arrived in `stop`: then save and exit."""
+    """Train to the end, or to the first iteration after a signal arrived in any rank's `stop`: then save and exit."""
     with _progress() as progress:
         task = progress.add_task("training", total=run.iterations, completed=run.iteration)
         try:
             for at in run.train():
                 progress.update(task, completed=at.iteration, description=_ratios(run))
-                if at.epoch_ended:
+                if at.epoch_ended and run.world.leads:
                     say(_epoch_line(run))
-                if stop:
+                if number := run.world.most(stop[0] if stop else 0):
                     run.save()
+                    run.world.most(0)  # whose rank ends is followed by torchrun's signal to the others: not before
                     progress.stop()
                     say(f"stopped and saved: {how_to_go_on}")
-                    sys.exit(128 + stop[0])
+                    sys.exit(128 + number)
         except OSError as error:
             raise OSError(f"{error}; what was saved before is whole: {how_to_go_on}") from error
 

@@ -31,8 +31,9 @@ class Provenance:
 
     Attributes:
         data: `sha256`, as `fingerprint` returns it, and for people the name and the numbers of images and classes.
-        starts: one for the run and one for each time that it was resumed: `iteration`, `time`, `command`, `machine`,
-            `settings` of torch, and `revision` of the package, as git tells it, where it lies in a repository.
+        starts: one for the run and one for each time that it was resumed: `iteration`, `time`, `command`, `ranks`,
+            `machine`, `settings` of torch, and `revision` of the package, as git tells it, where it lies in a
+            repository.
     """
 
     config: RunConfig
@@ -82,12 +83,13 @@ def described(config: RunConfig, dataset: ImageDataset, sha256: str) -> Provenan
     return Provenance(config, data, [])
 
 
-def this_start(iteration: int, device: torch.device) -> dict[str, Any]:
-    """This process, as one of `Provenance.starts`."""
+def this_start(iteration: int, device: torch.device, ranks: int) -> dict[str, Any]:
+    """This process, the first of so many ranks, as one of `Provenance.starts`."""
     return {
         "iteration": iteration,
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "ranks": ranks,
         "machine": machine(device),
         "settings": {
             "numpy": np.__version__,

@@ -21,6 +21,7 @@ import torch
 from matplotlib.figure import Figure
 from rich import box
 from rich.table import Table
+from torch import nn
 
 from bt_fast.lab.corruptions import SEVERITIES, mean_corruption_error
 from bt_fast.lab.files import replacing, write_text
@@ -157,6 +158,9 @@ def _cost(contestant: Contestant) -> float:
 def _repeats_itself(contestant: Contestant) -> bool:
     """Whether a training forward can be replayed; not with dropout, say."""
     model = copy.deepcopy(contestant.model).train()
+    for module in model.modules():
+        if isinstance(module, nn.SyncBatchNorm):
+            module.eval()  # else it waits for other ranks, which are not asked
     x = torch.zeros(2, *contestant.image_shape, device=contestant.device)
     with torch.random.fork_rng([contestant.device] if contestant.device.type == "cuda" else []), torch.no_grad():
         repeat = RepeatedForward(model, contestant.device)

@@ -8,7 +8,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from bt_fast.allocation import Oracle
+from bt_fast.attack.balanced import Balance
 from bt_fast.attack.folded import Frozen
 from bt_fast.attack.frozen import clean_logits, eval_mode
 from bt_fast.attack.threat import ThreatModel
@@ -38,6 +39,7 @@ from bt_fast.lab.energy import TrainingEnergy
 from bt_fast.lab.files import append_line, parse_json, write_text
 from bt_fast.lab.models import build_model
 from bt_fast.lab.provenance import Provenance, check_data, described, fingerprint, this_start
+from bt_fast.lab.world import ALONE, Share, World
 from bt_fast.mining import BulletTrain
 from bt_fast.objectives.augmix import augmix_loss
 from bt_fast.objectives.mart import mart_loss
@@ -59,18 +61,35 @@ WARM_UP = 3  # iterations left out of the ratios: first calls compile and alloca
 
 
 class Contestant:
-    """One method: its model, optimiser, mining state, random stream and clock."""
+    """One method: its model, optimiser, mining state, random stream and clock; the same on each rank of a world.
 
-    def __init__(self, method: str, config: RunConfig, dataset: ImageDataset, device: torch.device) -> None:
+    Raises:
+        ValueError: the method does not run on several ranks.
+    """
+
+    def __init__(
+        self,
+        method: str,
+        config: RunConfig,
+        dataset: ImageDataset,
+        device: torch.device,
+        world: World = ALONE,
+        balance: Balance | None = None,
+    ) -> None:
         self.method = method
         self.kind, self.config = config.of_method(method)
+        if self.kind.algorithm == "yopo" and world.group is not None:
+            raise ValueError(f"--method {method}: YOPO's gradients bypass the sum over ranks; it runs on one alone")
+        self.world, self._balance = world, balance
         self.device = device
         torch.manual_seed(config.seed)
         self.image_shape = dataset.x_train.shape[1:]
         channels, size, _ = self.image_shape
-        self.model = build_model(
+        model = build_model(
             config.model, in_channels=channels, image_size=size, num_classes=dataset.classes, width=config.width
-        ).to(device)
+        )
+        self.model = world.together(model, device).to(device)
+        self._wrapped = world.wrap(self.model, device)
         self.optimizer = torch.optim.SGD(
             self.model.parameters(),
             lr=config.lr,
@@ -78,9 +97,10 @@ class Contestant:
             weight_decay=config.weight_decay,
             fused=device.type == "cuda" or None,  # it leaves a faulty step out on the device
         )
-        self.bullet = _bullet(self.config).to(device) if self.kind.algorithm == "bullet" else None
+        self.bullet = _bullet(self.config, world).to(device) if self.kind.algorithm == "bullet" else None
         modules = [self.model] if self.bullet is None else [self.model, self.bullet]
-        self.guard = Guard(self.optimizer, *modules, non_finite=config.non_finite)  # type: ignore[arg-type]
+        skip: Any = config.non_finite
+        self.guard = Guard(self.optimizer, *modules, non_finite=skip, process_group=world.group)
         self.left_out = 0  # minibatches of this epoch that were skipped
         self.counted = torch.zeros(3, dtype=torch.int64, device=device)  # samples by group, at the last record
         self._frozen = VIEWS[self.kind.view]
@@ -90,10 +110,12 @@ class Contestant:
         self._random = _random_state(device)
 
     def step(self, x: Tensor, y: Tensor, indices: Tensor | None = None) -> Skipped | None:
-        """One iteration on images [m, C, H, W] in [0, 1] and labels [m], timed.
+        """One iteration on images [m, C, H, W] in [0, 1] and labels [m], timed. Collective.
 
         Args:
-            indices: [m] int64, which training images these are, for reports.
+            x, y: this rank's share.
+            indices: int64, which training images the whole minibatch is: for reports, and, on several ranks, for the
+                size of the whole.
 
         Returns:
             What was wrong, if it was skipped.
@@ -102,14 +124,17 @@ class Contestant:
             NonFiniteError: something was, and is to be raised.
         """
         skipped, loss = len(self.guard.skipped), torch.zeros((), device=self.device)
+        share = self.world.share(len(x) if indices is None else len(indices))
         with self._own_random_stream():
             synchronize(self.device)
             began = time.perf_counter()
             with self.guard.minibatch(indices):
-                loss = self._loss(x, y)
+                loss = self._loss_of_share(x, y, share)
                 with range_(BACKWARD):
-                    loss.backward()
+                    # the mean of the ranks' gradients is that of the whole minibatch then
+                    (loss * (share.weight * self.world.count) if self.world.group else loss).backward()
                     self.guard.step(loss)
+            self.world.follow(self.model)
             synchronize(self.device)
             end = time.perf_counter()
             self.seconds.append(end - began)
@@ -118,22 +143,38 @@ class Contestant:
         if len(self.guard.skipped) > skipped:
             self.left_out += 1
             return self.guard.skipped[-1]
-        self.loss_sum += loss.detach()
+        self.loss_sum += self.world.mean(loss.detach(), share)
         return None
+
+    def _loss_of_share(self, x: Tensor, y: Tensor, share: Share) -> Tensor:
+        """The loss, its random numbers those of the whole minibatch; what is wrong with one share is raised on all."""
+        loss, fault = torch.zeros(()), None
+        try:
+            with self.world.draws(share) or nullcontext():
+                loss = self._loss(x, y)
+        except NonFiniteError as error:
+            fault = error
+        self.world.check(fault, share)
+        return loss
 
     def _loss(self, x: Tensor, y: Tensor) -> Tensor:
         loss = self._augmix(x, y) if self.config.loss == "augmix" else self._adversarial(x, y)
         if self.config.grad_align:
-            loss = loss + self.config.grad_align * grad_align(self.model, x, y, epsilon=self.config.epsilon)
+            loss = loss + self.config.grad_align * grad_align(self._wrapped, x, y, epsilon=self.config.epsilon)
         return loss
 
     def _augmix(self, x: Tensor, y: Tensor) -> Tensor:
         self.optimizer.zero_grad()
-        return augmix_loss(self.model, x, y, bullet=self.bullet, jsd=self.kind.algorithm != "no-jsd")
+        generator = None
+        if self.bullet is not None and self.world.group is not None:  # each rank draws for its own boundary samples
+            seed = (self.config.seed * 1_000_003 + len(self.seconds)) * self.world.count + self.world.rank
+            generator = torch.Generator(self.device).manual_seed(seed)
+        jsd = self.kind.algorithm != "no-jsd"
+        return augmix_loss(self._wrapped, x, y, bullet=self.bullet, jsd=jsd, generator=generator)
 
     def _adversarial(self, x: Tensor, y: Tensor) -> Tensor:
         c = self.config
-        batch = (self.model, x, y, self.optimizer)
+        batch = (self._wrapped, x, y, self.optimizer)
         options: dict[str, Any] = {"epsilon": c.epsilon} | ({} if c.loss == "pgd" else {"beta": c.beta})
         reference_loss, our_loss = OBJECTIVES[c.loss]
         if self.kind.algorithm == "reference":
@@ -149,7 +190,7 @@ class Contestant:
             return fast_loss(our_loss, *batch, steps=self.kind.numbers[0], step_size=own_size, **options)
         if self.bullet is None:
             return our_loss(*batch, c.step_size, perturb_steps=c.steps, **options)
-        return our_loss(*batch, c.step_size, bullet=self.bullet, **options)
+        return our_loss(*batch, c.step_size, bullet=self.bullet, balance=self._balance, **options)
 
     @contextmanager
     def _own_random_stream(self) -> Iterator[None]:
@@ -211,9 +252,12 @@ class Run:
         resume: go on from the folder's checkpoint, with its configuration.
         observe: called with the run after every tenth iteration, to `append` records of its own. It leaves models and
             random numbers as they are.
+        world: the ranks that train together. Each makes a run of the same arguments; what it does is collective, and
+            rank 0 writes.
+        balance: how the attacks of BulletTrain are shared out among them.
 
     Attributes:
-        minibatch: the images and labels of the last iteration.
+        minibatch: this rank's images and labels of the last iteration.
 
     Raises:
         ValueError: the folder already holds a run and `resume` is not set, or the checkpoint does not fit the
@@ -230,15 +274,19 @@ class Run:
         *,
         resume: bool = False,
         observe: Observe | None = None,
+        world: World = ALONE,
+        balance: Balance | None = None,
     ) -> None:
+        world.check_minibatches(len(dataset.x_train), config.batch_size)
         self.folder = folder
         self.config = config
         self.dataset = dataset
         self.device = device
+        self.world = world
         self.iteration = 0
         self.minibatch: tuple[Tensor, Tensor]
         self._observe = observe
-        self.contestants = [Contestant(method, config, dataset, device) for method in config.methods]
+        self.contestants = [Contestant(method, config, dataset, device, world, balance) for method in config.methods]
         self.energy = TrainingEnergy(device, config.methods)
         self.checkpoint_path = folder / "checkpoint.pt"
         self._metrics_path = folder / "metrics.jsonl"
@@ -250,6 +298,8 @@ class Run:
             self._restore()
             if self.iteration < self.iterations:
                 self._tell_start()
+        elif not world.leads:
+            return
         elif self.checkpoint_path.exists() or self._metrics_path.exists():
             raise ValueError(f"{folder}: already holds a run; resume it, or name another folder")
         else:
@@ -291,7 +341,7 @@ class Run:
                 self._step(batch)
                 ended = self.iteration % self.iterations_per_epoch == 0
                 if ended:
-                    self._record_allocations()
+                    self._record_allocations(batch)
                     self._end_epoch(epoch)
                 if ended or time.monotonic() - saved > CHECKPOINT_SECONDS:
                     self.save()
@@ -299,7 +349,9 @@ class Run:
                 yield Progress(self.iteration, self.iterations, ended)
 
     def save(self) -> None:
-        """Write the checkpoint."""
+        """Write the checkpoint, on rank 0."""
+        if not self.world.leads:
+            return
         state = {
             "iteration": self.iteration,
             "data": self._fingerprint,
@@ -309,36 +361,50 @@ class Run:
         save_checkpoint(self.checkpoint_path, self.config, state)
 
     def evaluate(self, contestant: Contestant, size: int | None, restarts: int) -> dict[str, Any]:
-        """Accuracy on the first `size` test images (None: all), the same random starts each time.
+        """Accuracy on the first `size` test images (None: all), the same random starts each time. Collective.
+
+        The ranks share the images out.
 
         Returns:
             `clean` and `robust` in [0, 1], and `images`, their number. AugMix, which defends against no attack, has
             None for `robust`: `corruptions.corruption_errors` is its measure.
         """
         x, y = self.dataset.x_test[:size], self.dataset.y_test[:size]
-        batches = evaluation_batches(x, y, self.device)
+        share = self.world.share(len(y))
+        batches = evaluation_batches(share.own(x), share.own(y), self.device)
         if self.config.loss == "augmix":
-            return {"clean": clean_accuracy(contestant.model, batches), "robust": None, "images": len(y)}
-        found = evaluate(
-            contestant.model,
-            batches,
-            ThreatModel(self.config.epsilon),
-            steps=self.config.eval_steps,
-            restarts=restarts,
-            generator=torch.Generator(self.device).manual_seed(self.config.seed),
-            frozen=Frozen(),
-        )
-        return {"clean": found.clean, "robust": found.robust, "images": found.total}
+            (clean,) = self.world.sums([clean_correct(contestant.model, batches)])
+            return {"clean": clean / len(y), "robust": None, "images": len(y)}
+        correct = [0, 0]
+        if len(share):
+            found = evaluate(
+                contestant.model,
+                batches,
+                ThreatModel(self.config.epsilon),
+                steps=self.config.eval_steps,
+                restarts=restarts,
+                generator=torch.Generator(self.device).manual_seed(self.config.seed),
+                frozen=Frozen(),
+                first=share.first,
+            )
+            correct = [found.clean_correct, found.robust_correct]
+        clean, robust = self.world.sums(correct)
+        return {"clean": clean / len(y), "robust": robust / len(y), "images": len(y)}
 
     def final(self, contestant: Contestant) -> dict[str, Any]:
-        """What a trained method came to on all test images; evaluated once and then kept among the records."""
-        for record in self.records():
+        """What a trained method came to on all test images; evaluated once and then kept among the records.
+
+        Collective; only rank 0 looks into the records, and returns all of one.
+        """
+        for record in self.records() if self.world.leads else ():
             if record["kind"] == "final" and record["method"] == contestant.method:
+                self.world.most(1)
                 return record
-        self.append(
-            kind="final", method=contestant.method, **self.evaluate(contestant, None, self.config.eval_restarts)
-        )
-        return self.records()[-1]
+        if self.world.most(0):
+            return {}
+        found = self.evaluate(contestant, None, self.config.eval_restarts)
+        self.append(kind="final", method=contestant.method, **found)
+        return self.records()[-1] if self.world.leads else found
 
     def records(self) -> list[dict[str, Any]]:
         """What metrics.jsonl holds, but for a last line that was cut off while it was written.
@@ -360,10 +426,7 @@ class Run:
         return found
 
     def _step(self, batch: Tensor) -> None:
-        x = images(self.dataset.x_train[batch], self.device)
-        y = self.dataset.y_train[batch].to(self.device)
-        if self.config.augment:
-            x = crop_and_flip(x, seed=self.config.seed, iteration=self.iteration)
+        x, y = self._images(batch, self.world.share(len(batch)), self.iteration)
         turn = self.iteration % len(self.contestants)
         skipped = {}
         for contestant in self.contestants[turn:] + self.contestants[:turn]:
@@ -380,6 +443,14 @@ class Run:
             self._record_fractions()
             if self._observe is not None:
                 self._observe(self)
+
+    def _images(self, batch: Tensor, share: Share, iteration: int) -> tuple[Tensor, Tensor]:
+        """Images and labels of a share of an iteration's minibatch, augmented."""
+        own = share.own(batch)
+        x, y = images(self.dataset.x_train[own], self.device), self.dataset.y_train[own].to(self.device)
+        if self.config.augment:
+            x = crop_and_flip(x, seed=self.config.seed, iteration=iteration, share=share)
+        return x, y
 
     def _record_skipped(self, found: dict[str, Skipped | None]) -> None:
         """What each method did not learn from in this iteration: the training images by their numbers."""
@@ -411,13 +482,16 @@ class Run:
                 robust_fraction=float(contestant.bullet.robust_fraction),
             )
 
-    def _record_allocations(self) -> None:
+    def _record_allocations(self, batch: Tensor) -> None:
         """Each sample's SVar and steps in the minibatch just trained on (Fig. 5), as if nobody had looked."""
-        x, y = self.minibatch
+        if not self.world.leads:
+            return
+        x, y = self._images(batch, ALONE.share(len(batch)), self.iteration - 1)
         for contestant in self.contestants:
             if contestant.bullet is None or isinstance(contestant.bullet.policy, Oracle):  # it must attack to tell
                 continue
             bullet = copy.deepcopy(contestant.bullet)
+            bullet.process_group = None
             try:
                 with eval_mode(contestant.model):
                     found = bullet.assign(clean_logits(contestant.model, x), y, epsilon=contestant.config.epsilon)
@@ -448,7 +522,9 @@ class Run:
             contestant.left_out = 0
 
     def append(self, **record: object) -> None:
-        """Write a record of this iteration to metrics.jsonl."""
+        """Write a record of this iteration to metrics.jsonl, on rank 0."""
+        if not self.world.leads:
+            return
         append_line(self._metrics_path, json.dumps({"iteration": self.iteration, **record}))
 
     def _restore(self) -> None:
@@ -468,17 +544,21 @@ class Run:
             self.iteration = state["iteration"]
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
             raise ValueError(f"{self.checkpoint_path}: does not fit this run ({error})") from error
+        if not self.world.leads:
+            return
         # what was recorded after the checkpoint will be recorded again
         kept = [json.dumps(record) for record in self.records() if record["iteration"] <= self.iteration]
         write_text(self._metrics_path, "".join(line + "\n" for line in kept))
 
     def _tell_start(self) -> None:
         """Write into run.json that this process goes on with the run; begun with what it is made of."""
+        if not self.world.leads:
+            return
         if self._provenance_path.exists():
             told = Provenance.read(self._provenance_path)
         else:
             told = described(self.config, self.dataset, self._fingerprint)
-        told.starts.append(this_start(self.iteration, self.device))
+        told.starts.append(this_start(self.iteration, self.device, self.world.count))
         told.write(self._provenance_path)
 
 
@@ -492,14 +572,13 @@ def evaluation_batches(x: Tensor, y: Tensor, device: torch.device) -> Iterator[t
         yield images(x[start:end], device), y[start:end].to(device)
 
 
-def clean_accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
-    """The share of the images that the model classifies correctly, in eval mode."""
-    right = total = 0
+def clean_correct(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> int:
+    """How many images the model classifies correctly, in eval mode."""
+    right = 0
     with eval_mode(model):
         for x, y in batches:
             right += int((clean_logits(model, x).argmax(dim=1) == y).sum())
-            total += len(y)
-    return right / total
+    return right
 
 
 def median_speedup(slower: list[float], faster: list[float]) -> float:
@@ -508,8 +587,8 @@ def median_speedup(slower: list[float], faster: list[float]) -> float:
     return statistics.median(a / b for a, b in pairs[WARM_UP:] or pairs)
 
 
-def _bullet(config: RunConfig) -> BulletTrain:
-    return BulletTrain(
+def _bullet(config: RunConfig, world: World) -> BulletTrain:
+    bullet = BulletTrain(
         config.boundary_steps,
         config.robust_steps,
         config.outlier_steps,
@@ -517,7 +596,11 @@ def _bullet(config: RunConfig) -> BulletTrain:
         momentum=config.fraction_momentum,
         metric=config.metric,
         policy=config.policy,
+        process_group=world.group,
     )
+    if bullet.ranks is not None:  # known beforehand: the first minibatch of a resumed run may be a small one
+        bullet.ranks.rows = world.most_in_a_share(config.batch_size)
+    return bullet
 
 
 def _set_learning_rate(optimizer: torch.optim.Optimizer, config: RunConfig, epoch: int) -> None:
