@@ -396,3 +396,19 @@ def test_batches_that_differ_are_named(other):
 def test_no_samples_are_an_error():
     with pytest.raises(ValueError, match="batches must hold at least 1 sample"):
         evaluate(Thresholds(), [], LINF)
+
+
+@pytest.mark.parametrize("threat", [LINF, L2], ids=NORMS)
+def test_parts_that_know_the_number_of_their_first_sample_fare_as_in_the_whole(threat):
+    model, x, y = classifier(23)
+    options = {"steps": 3, "step_size": 0.01, "restarts": 2}
+    whole = evaluate(model, [(x, y)], threat, generator=generator(), **options)
+    parts = [
+        evaluate(model, [(x[a:b], y[a:b])], threat, generator=generator(), first=a, **options)
+        for a, b in ((0, 9), (9, 10), (10, 23))
+    ]
+    assert torch.equal(torch.cat([part.restart for part in parts]), whole.restart)
+    assert torch.equal(torch.cat([part.step for part in parts]), whole.step)
+    assert len(set(whole.restart.tolist())) > 2
+    with pytest.raises(ValueError, match="first must be at least 0, got -1"):
+        evaluate(model, [(x, y)], threat, first=-1)

@@ -1,6 +1,7 @@
 import torch
 
 from bt_fast.lab.augment import PADDING, crop_and_flip
+from bt_fast.lab.world import World
 
 
 def test_every_result_is_a_crop_of_the_padded_image_or_of_its_mirror():
@@ -21,3 +22,11 @@ def test_it_depends_on_seed_and_iteration_alone():
     assert torch.equal(first, crop_and_flip(x, seed=1, iteration=2))
     assert not torch.equal(first, crop_and_flip(x, seed=1, iteration=3))
     assert not torch.equal(first, crop_and_flip(x, seed=2, iteration=2))
+
+
+def test_a_share_of_a_minibatch_is_augmented_as_in_the_whole_of_it():
+    x = torch.rand(7, 3, 8, 8)
+    whole = crop_and_flip(x, seed=3, iteration=7)
+    shares = [World(rank, 3).share(7) for rank in range(3)]
+    parts = [crop_and_flip(share.own(x), seed=3, iteration=7, share=share) for share in shares]
+    assert torch.equal(torch.cat(parts), whole)

@@ -328,6 +328,17 @@ def test_a_share_draws_what_the_whole_minibatch_draws_for_it(views):
         assert torch.equal(its_others, others)
 
 
+def test_of_fewer_rows_than_samples_each_rank_drops_others_and_draws_as_much():
+    masks, after = [], []
+    for rank in range(2):
+        torch.manual_seed(3)
+        with DrawsOfAll(4 * rank, 4, 8):
+            masks.append(nn.functional.dropout(torch.ones(3, 50)))
+        after.append(torch.rand(2))
+    assert not torch.equal(*masks)
+    assert torch.equal(*after)
+
+
 # Mistakes
 
 
