@@ -12,6 +12,7 @@ import small_models
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.functional import avg_pool2d
 
 from bt_fast import BulletTrain, Frozen, Schedule, ThreatModel, generate, trades_loss
 from bt_fast.attack.folded import FrozenModel, attack_model
@@ -138,6 +139,36 @@ def test_every_norm_directly_behind_one_layer_is_folded(name, folded, left):
             run(x)
         calls.append(batch_norm.call_count)
     assert calls == [left, folded + left]
+
+
+def pool_by_shape(x):
+    return F.avg_pool2d(x, x.shape[-2:])
+
+
+def pool_by_side(x):
+    return F.avg_pool2d(x, x.size(3))
+
+
+def pool_by_name(x):
+    return avg_pool2d(x, kernel_size=(x.size(2), x.size(3)))
+
+
+@pytest.mark.parametrize("pool", [pool_by_shape, pool_by_side, pool_by_name])
+def test_a_pool_over_whatever_size_is_traced(pool):
+    class Pooling(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4)), nn.Linear(4, 5)
+
+        def forward(self, x):
+            return self.head(pool(self.body(x)).flatten(1))
+
+    model = trained(Pooling())
+    view = view_of(model, images("conv_bn"))
+    assert view.reason is None
+    for side in (6, 9):
+        x = torch.rand(2, 1, side, side, dtype=torch.float64)
+        torch.testing.assert_close(view(x), model.eval()(x), rtol=0, atol=1e-9)
 
 
 def test_it_follows_the_model_without_being_traced_again():
