@@ -20,6 +20,7 @@ from bt_fast.device import synchronize
 from bt_fast.lab.report import machine
 
 QUICK_ROUNDS = 5
+COLUMNS = ["min", "median", "rounds"]  # of the table at the end; not in pyproject.toml, for pytest without its plugins
 ENERGY_SECONDS = 2.0  # for each variant
 
 
@@ -29,6 +30,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "full: only with --full")
+    if not any(argument.startswith("--benchmark-columns") for argument in config.invocation_params.args):
+        config.option.benchmark_columns = COLUMNS
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

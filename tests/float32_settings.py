@@ -62,10 +62,7 @@ ALLOWED = {"nothing": True, "old": False, "old, back": True}  # TF32 in convolut
 
 def holds():
     """What every operation computes in, and what the old API tells or refuses to."""
-    if NEW:
-        found = {names: torch._C._get_fp32_precision_getter(*names) for names in ABOVE + BELOW}
-    else:
-        found = {}
+    found = {names: torch._C._get_fp32_precision_getter(*names) for names in (ABOVE + BELOW if NEW else ())}
     for name, read in {
         "cudnn": lambda: CUDNN.allow_tf32,
         "cublas": lambda: MATMUL.allow_tf32,

