@@ -7,7 +7,6 @@ QUICK_ROUNDS rounds. `pytest benchmarks --full` takes all of them, in all their 
 from __future__ import annotations
 
 import gc
-import statistics
 import time
 from collections.abc import Callable, Collection, Iterable
 from typing import Any
@@ -111,11 +110,6 @@ def energy(
     joules = {name: monitor.joules_per_sample(calls[name], name) for name in monitor.labels}
     lost = [s.lost for s in monitor.summary() if s.lost]
     return {"joules": joules or None, "joules_reason": monitor.reason or ", ".join(lost) or None}
-
-
-def median_ratio(slower: list[float], faster: list[float]) -> float:
-    """The median of the pairwise ratios."""
-    return statistics.median(a / b for a, b in zip(slower, faster, strict=True))
 
 
 def report(benchmark: Any, title: str, info: dict[str, Any]) -> None:

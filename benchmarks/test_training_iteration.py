@@ -25,12 +25,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import median_ratio, quick_and_full, report
+from conftest import quick_and_full, report
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from benchmarks.exactness import check_same
+from benchmarks.work_ratio import median_ratio
 from bt_fast import RUNNERS, BulletTrain, Frozen, Update, augmix_loss, mart_loss, pgd_loss, trades_loss
 from bt_fast.augment.mix import SEVERITY, augment_and_mix, draw_choices
 from bt_fast.baselines.mart_reference import mart_reference_loss
