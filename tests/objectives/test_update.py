@@ -374,7 +374,7 @@ SCENARIOS = {  # and how many replays
     two_losses: 8,
     two_models: 12,
     second_backward: 12,
-    changed_before_the_backward: 12,
+    changed_before_the_backward: 11,  # without the backward that is refused
     replaced_parameter: 12,
     replaced_before_the_backward: 6,
     other_numbers: 12,
