@@ -320,7 +320,7 @@ class EmulatedDevice(TorchDispatchMode):
             for maker in makers or [None]:
                 self.wait(stream, self.stream_of(maker) if maker else caller)
             begin = functools.partial(self.begin_node, stream, makers, first, done)
-            end = functools.partial(self.end_node, node, done)
+            end = functools.partial(self.end_node, node, nodes, done)
             if not self.graph:  # all work of a capture is recorded in one sequence anyway
                 hooks.callback(node.register_prehook(begin).remove)
                 hooks.callback(node.register_hook(end).remove)
@@ -340,8 +340,12 @@ class EmulatedDevice(TorchDispatchMode):
         self.stream = stream
         stream.awaited += [work for work in [first, *(done.get(maker) for maker in makers)] if work is not None]
 
-    def end_node(self, node, done, *gradients):
+    def end_node(self, node, nodes, done, *gradients):
         done[node] = self.stream.last
+        taking = [n for n in following(node) if n in nodes]
+        if taking and done[node] is not None:  # which adds several gradients up on its own stream
+            self.stream = self.stream_of(taking[0])
+            self.stream.awaited.append(done[node])
 
     # Memory
 
