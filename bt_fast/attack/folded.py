@@ -33,6 +33,7 @@ from bt_fast.attack.wrapped import unwrapped
 
 _LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_POOLS = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)
 AGREEMENT = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
 
 
@@ -118,7 +119,9 @@ class _FrozenNorm(nn.Module):
             self.register_buffer(name, torch.full_like(statistics, value))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.batch_norm(x, self.mean, self.variance, self.scale, self.shift, False, 0.0, 0.0)
+        # without `F.batch_norm`, which in torch 2.11 refuses an eps of 0
+        on = torch.backends.cudnn.enabled
+        return torch.batch_norm(x, self.scale, self.shift, self.mean, self.variance, False, 0.0, 0.0, on)
 
     def refresh(self) -> None:
         """Take the statistics and parameters as they are now."""
@@ -301,6 +304,8 @@ def _traced(model: nn.Module, channels_last: bool) -> tuple[fx.GraphModule, list
     try:
         tracer = _Tracer()
         traced = tracer.trace(_as_written(model))
+        for node in traced.nodes:
+            node.meta.pop("is_wrapped", None)  # else the code would look for the pools by a name that is no module's
         graph = fx.GraphModule(tracer.root, traced)
     except Exception as error:  # whatever the model's own code raises on a proxy
         raise NotFoldedError(f"it cannot be traced ({_first_line(error)})") from error
@@ -329,7 +334,11 @@ def _traced(model: nn.Module, channels_last: bool) -> tuple[fx.GraphModule, list
 
 
 class _Tracer(fx.Tracer):
-    """Looks into modules that were compiled."""
+    """Looks into modules that were compiled, and lets a pool's size be one that is traced."""
+
+    def __init__(self) -> None:
+        super().__init__(autowrap_functions=_POOLS)
+        self._autowrap_search.append(F)  # torch 2.6 takes numbers only where they are called
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., object], args: tuple[object, ...], kwargs: dict[str, object]

@@ -12,6 +12,7 @@ import small_models
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.functional import avg_pool2d
 
 from bt_fast import BulletTrain, Frozen, Schedule, ThreatModel, generate, trades_loss
 from bt_fast.attack.folded import FrozenModel, attack_model
@@ -116,15 +117,58 @@ def test_logits_and_input_gradient_are_the_models(name, recipe):
 
 
 @pytest.mark.parametrize(
-    ("name", "norms"),
-    [("conv_bn", 0), ("two readers", 1), ("run twice", 0), ("strange convolutions", 1), ("wrn-10-1", 4)],
+    ("name", "folded", "left"),
+    [
+        ("conv_bn", 2, 0),
+        ("two readers", 0, 1),
+        ("run twice", 2, 0),
+        ("strange convolutions", 3, 1),
+        ("wrn-10-1", 3, 4),
+        ("preactresnet-18", 8, 8),
+    ],
 )
-def test_every_norm_directly_behind_one_layer_is_folded(name, norms):
-    model = trained(MODELS[name]())
-    view = view_of(model, images(name))
-    with mock.patch("torch.nn.functional.batch_norm", wraps=F.batch_norm) as batch_norm:
-        view(images(name))
-    assert batch_norm.call_count == norms
+def test_every_norm_directly_behind_one_layer_is_folded(name, folded, left):
+    model, x = trained(MODELS[name]()), images(name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        view = view_of(model, x)
+    assert view.reason is None
+    calls = []
+    for run in (view, model.eval()):
+        with mock.patch("torch.batch_norm", wraps=torch.batch_norm) as batch_norm:
+            run(x)
+        calls.append(batch_norm.call_count)
+    assert calls == [left, folded + left]
+
+
+def pool_by_shape(x):
+    return F.avg_pool2d(x, x.shape[-2:])
+
+
+def pool_by_side(x):
+    return F.avg_pool2d(x, x.size(3))
+
+
+def pool_by_name(x):
+    return avg_pool2d(x, kernel_size=(x.size(2), x.size(3)))
+
+
+@pytest.mark.parametrize("pool", [pool_by_shape, pool_by_side, pool_by_name])
+def test_a_pool_over_whatever_size_is_traced(pool):
+    class Pooling(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4)), nn.Linear(4, 5)
+
+        def forward(self, x):
+            return self.head(pool(self.body(x)).flatten(1))
+
+    model = trained(Pooling())
+    view = view_of(model, images("conv_bn"))
+    assert view.reason is None
+    for side in (6, 9):
+        x = torch.rand(2, 1, side, side, dtype=torch.float64)
+        torch.testing.assert_close(view(x), model.eval()(x), rtol=0, atol=1e-9)
 
 
 def test_it_follows_the_model_without_being_traced_again():
