@@ -10,7 +10,7 @@ from test_ops import batches, fractions
 
 from bt_fast import ops
 from bt_fast.ops import assign_steps
-from bt_fast.ops.assign_steps import robust_threshold
+from bt_fast.ops.assign_steps import _assign_steps, robust_threshold
 
 quick = settings(max_examples=60, deadline=None)
 
@@ -119,7 +119,7 @@ def test_minus_zero_is_an_outlier_and_plus_zero_is_not(f_r):
 
 @pytest.mark.parametrize("full", [False, True])
 def test_opcheck(full):
-    torch.library.opcheck(assign_steps, (), case(5, 0, full=full))
+    torch.library.opcheck(_assign_steps, (), case(5, 0, full=full))
 
 
 def test_a_compiled_assignment_is_one_op():

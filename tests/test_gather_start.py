@@ -281,7 +281,7 @@ def some(**options):
 
 @pytest.mark.parametrize("options", [{}, {"ordered": False, "counted": False, "noise": "uniform", "last": True}])
 def test_opcheck(options):
-    torch.library.opcheck(op.gather_start, (), some(**options).arguments)
+    torch.library.opcheck(op._gather_start, (), some(**options).arguments)
 
 
 def test_compiled_it_is_one_op():

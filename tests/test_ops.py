@@ -146,3 +146,20 @@ def test_trades_kl_of_nothing_and_of_equal_rows_is_0(dtype):
     z = torch.randn(3, 4).to(dtype).requires_grad_()
     assert ops.trades_kl(z[:0], z[:0]).item() == 0.0
     assert abs(ops.trades_kl(z, z.detach()).item()) <= TOLERANCES[dtype]["atol"]
+
+
+# Their registration
+
+
+REGISTERED = [n for n in torch._C._dispatch_get_all_op_names() if n.startswith("bt_fast::")]
+
+
+@pytest.mark.parametrize("name", REGISTERED)
+def test_no_registered_op_has_a_default(name):
+    """Some versions of torch leave such arguments out of the call, and then miss the one that the op changes."""
+    schema = getattr(torch.ops.bt_fast, name.removeprefix("bt_fast::")).default._schema
+    assert [a.name for a in schema.arguments if a.has_default_value()] == []
+
+
+def test_every_op_is_registered():
+    assert len(REGISTERED) == 11

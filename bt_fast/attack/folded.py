@@ -118,7 +118,9 @@ class _FrozenNorm(nn.Module):
             self.register_buffer(name, torch.full_like(statistics, value))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.batch_norm(x, self.mean, self.variance, self.scale, self.shift, False, 0.0, 0.0)
+        # without `F.batch_norm`, which in torch 2.11 refuses an eps of 0
+        on = torch.backends.cudnn.enabled
+        return torch.batch_norm(x, self.scale, self.shift, self.mean, self.variance, False, 0.0, 0.0, on)
 
     def refresh(self) -> None:
         """Take the statistics and parameters as they are now."""

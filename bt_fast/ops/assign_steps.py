@@ -24,7 +24,6 @@ BINS, DIGITS = 256, 4
 Assigned = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-@torch.library.custom_op("bt_fast::assign_steps", mutates_args=("group_counts",))
 def assign_steps(
     svar: Tensor,
     correct: Tensor,
@@ -68,6 +67,23 @@ def assign_steps(
     Raises:
         TypeError or ValueError: a dtype, shape, device or value does not fit; the message names the argument.
     """
+    assigned: Assigned = _assign_steps(
+        svar, correct, robust_fraction, group_steps, group_step_sizes, unfit, faults, group_counts
+    )
+    return assigned
+
+
+@torch.library.custom_op("bt_fast::assign_steps", mutates_args=("group_counts",))
+def _assign_steps(
+    svar: Tensor,
+    correct: Tensor,
+    robust_fraction: Tensor,
+    group_steps: Sequence[int],
+    group_step_sizes: Sequence[float],
+    unfit: Tensor | None,
+    faults: Tensor | None,
+    group_counts: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     _check(svar, correct, robust_fraction, group_steps, group_step_sizes, unfit, faults, group_counts)
     run = assign_reference
     if _kernel_takes(svar):
@@ -75,16 +91,16 @@ def assign_steps(
     return run(svar, correct, robust_fraction, group_steps, group_step_sizes, unfit, faults, group_counts)
 
 
-@assign_steps.register_fake
+@_assign_steps.register_fake
 def _(
     svar: Tensor,
     correct: Tensor,
     robust_fraction: Tensor,
     group_steps: Sequence[int],
     group_step_sizes: Sequence[float],
-    unfit: Tensor | None = None,
-    faults: Tensor | None = None,
-    group_counts: Tensor | None = None,
+    unfit: Tensor | None,
+    faults: Tensor | None,
+    group_counts: Tensor | None,
 ) -> Assigned:
     _check(svar, correct, robust_fraction, group_steps, group_step_sizes, unfit, faults, group_counts)
     return _results(svar, group_steps, faults)

@@ -21,7 +21,6 @@ COSINE = (8.5819064e-4, -0.020810628, 0.25365075, -1.2336982, 0.99999994)
 SINE = (-0.0043331, 0.07943434, -0.64589286, 1.570791)
 
 
-@torch.library.custom_op("bt_fast::gather_start", mutates_args=("state",))
 def gather_start(
     x: Tensor,
     order: Tensor | None,
@@ -64,6 +63,22 @@ def gather_start(
     Raises:
         TypeError or ValueError: a dtype, shape, device or name does not fit; the message names the argument.
     """
+    started: tuple[Tensor, Tensor] = _gather_start(x, order, steps, state, noise, scale, lower, upper, samples)
+    return started
+
+
+@torch.library.custom_op("bt_fast::gather_start", mutates_args=("state",))
+def _gather_start(
+    x: Tensor,
+    order: Tensor | None,
+    steps: Tensor | None,
+    state: Tensor,
+    noise: str,
+    scale: float,
+    lower: float | None,
+    upper: float | None,
+    samples: Tensor | None,
+) -> tuple[Tensor, Tensor]:
     _check(x, order, steps, state, noise, samples)
     run = launch_gather_start if _kernel_takes(x) else gather_start_reference
     clean, start = run(x, order, steps, state, noise, scale, lower, upper, samples)
@@ -71,7 +86,7 @@ def gather_start(
     return clean, start
 
 
-@gather_start.register_fake
+@_gather_start.register_fake
 def _(
     x: Tensor,
     order: Tensor | None,
@@ -79,9 +94,9 @@ def _(
     state: Tensor,
     noise: str,
     scale: float,
-    lower: float | None = None,
-    upper: float | None = None,
-    samples: Tensor | None = None,
+    lower: float | None,
+    upper: float | None,
+    samples: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     _check(x, order, steps, state, noise, samples)
     return _like(x), _like(x)

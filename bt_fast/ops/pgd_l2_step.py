@@ -85,10 +85,10 @@ def pgd_l2_step_(
     lower: float,
     upper: float,
     stand_in: Tensor,
-    limits: Tensor | None = None,
-    steps: Tensor | None = None,
-    step: Tensor | None = None,
-    faulty: Tensor | None = None,
+    limits: Tensor | None,
+    steps: Tensor | None,
+    step: Tensor | None,
+    faulty: Tensor | None,
 ) -> None:
     """`l2_step_` as one op. `limits` [2, C], if given, holds lower and upper of each channel in their place."""
     _check(x_adv, grad, clean, step_size, stand_in, limits, steps, step, faulty)
@@ -106,10 +106,10 @@ def _(
     lower: float,
     upper: float,
     stand_in: Tensor,
-    limits: Tensor | None = None,
-    steps: Tensor | None = None,
-    step: Tensor | None = None,
-    faulty: Tensor | None = None,
+    limits: Tensor | None,
+    steps: Tensor | None,
+    step: Tensor | None,
+    faulty: Tensor | None,
 ) -> None:
     _check(x_adv, grad, clean, step_size, stand_in, limits, steps, step, faulty)
 

@@ -94,10 +94,10 @@ def pgd_linf_step_(
     epsilon: float,
     lower: float,
     upper: float,
-    limits: Tensor | None = None,
-    steps: Tensor | None = None,
-    step: Tensor | None = None,
-    faulty: Tensor | None = None,
+    limits: Tensor | None,
+    steps: Tensor | None,
+    step: Tensor | None,
+    faulty: Tensor | None,
 ) -> None:
     """`linf_step_` as one op. `limits` [3, C], if given, holds ε, lower and upper of each channel in their place."""
     check_step(x_adv, grad, clean, step_size, limits, 3, steps, step, faulty)
@@ -114,10 +114,10 @@ def _(
     epsilon: float,
     lower: float,
     upper: float,
-    limits: Tensor | None = None,
-    steps: Tensor | None = None,
-    step: Tensor | None = None,
-    faulty: Tensor | None = None,
+    limits: Tensor | None,
+    steps: Tensor | None,
+    step: Tensor | None,
+    faulty: Tensor | None,
 ) -> None:
     check_step(x_adv, grad, clean, step_size, limits, 3, steps, step, faulty)
 

@@ -116,15 +116,28 @@ def test_logits_and_input_gradient_are_the_models(name, recipe):
 
 
 @pytest.mark.parametrize(
-    ("name", "norms"),
-    [("conv_bn", 0), ("two readers", 1), ("run twice", 0), ("strange convolutions", 1), ("wrn-10-1", 4)],
+    ("name", "folded", "left"),
+    [
+        ("conv_bn", 2, 0),
+        ("two readers", 0, 1),
+        ("run twice", 2, 0),
+        ("strange convolutions", 3, 1),
+        ("wrn-10-1", 3, 4),
+        ("preactresnet-18", 8, 8),
+    ],
 )
-def test_every_norm_directly_behind_one_layer_is_folded(name, norms):
-    model = trained(MODELS[name]())
-    view = view_of(model, images(name))
-    with mock.patch("torch.nn.functional.batch_norm", wraps=F.batch_norm) as batch_norm:
-        view(images(name))
-    assert batch_norm.call_count == norms
+def test_every_norm_directly_behind_one_layer_is_folded(name, folded, left):
+    model, x = trained(MODELS[name]()), images(name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        view = view_of(model, x)
+    assert view.reason is None
+    calls = []
+    for run in (view, model.eval()):
+        with mock.patch("torch.batch_norm", wraps=torch.batch_norm) as batch_norm:
+            run(x)
+        calls.append(batch_norm.call_count)
+    assert calls == [left, folded + left]
 
 
 def test_it_follows_the_model_without_being_traced_again():
