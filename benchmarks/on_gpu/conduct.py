@@ -39,6 +39,7 @@ from benchmarks.on_gpu.stage import (
 
 RESULTS, PAGE, LOG, TRACE = FILES = ("results.json", "page.md", "log.txt", "trace.json.gz")
 FORMAT = 1
+WITHIN = ("verdict", "trying")  # records that are for the conductor, or for a stage's own parts
 KEPT_FOR_WRITING = 4.0  # seconds of the time
 POLL = 0.2
 LOG_BYTES = 300_000  # of a stage
@@ -159,7 +160,7 @@ def stages_in_turn(session: Session) -> None:
             for other in (stage, *later):
                 if other.beside and other is not stage and other.name not in beside:
                     beside[other.name] = begin(session, other, session.left)
-        seconds = limit(stage, later, asked.seconds, session.left)
+        seconds = limit(stage, later, asked.seconds, session.left, asked.rehearsal)
         if seconds < SHORTEST:
             settle(session, stage, (NOT_RUN, "no time was left"), 0.0)
             continue
@@ -215,14 +216,14 @@ def judged(records: Sequence[dict[str, Any]], code: int | None, seconds: float) 
 
 def note(session: Session, stage: Stage, verdict: tuple[str, str], seconds: float) -> None:
     """Take what is known of a stage into the results."""
-    records = [r for r in read_records(records_file(session.scratch, stage.name)) if r["kind"] != "verdict"]
+    found = read_records(records_file(session.scratch, stage.name))
     session.content["stages"][stage.name] = {
         "letter": stage.letter,
         "title": stage.title,
         "verdict": verdict[0],
         "said": verdict[1],
         "seconds": round(seconds, 1),
-        "records": records,
+        "records": [record for record in found if record["kind"] not in WITHIN],
     }
 
 

@@ -17,7 +17,10 @@ AT_ONCE = 4
 SECONDS = 60.0  # for each test; emulated it takes longer
 LEAST = 5.0  # seconds: no test is begun with less
 TAIL = 3000  # characters of what a failed test printed
-REHEARSED = ("[GraphRunner-uniform-model]", "test_an_update_of_a_model_with_dropout_draws_from_graphs_what_it_draws_eagerly")
+REHEARSED = (
+    "[GraphRunner-uniform-model]",
+    "test_an_update_of_a_model_with_dropout_draws_from_graphs_what_it_draws_eagerly",
+)
 
 
 @dataclass(eq=False)

@@ -17,9 +17,7 @@ def run(context: Context) -> Verdict:
         return _compile(context)
     workers = 1 if context.rehearsal else WORKERS
     began, seconds = time.monotonic(), COMPILING * context.left
-    running = [
-        subprocess.Popen(context.part_command(f"{k}/{workers}", seconds), cwd=ROOT) for k in range(workers)
-    ]
+    running = [subprocess.Popen(context.part_command(f"{k}/{workers}", seconds), cwd=ROOT) for k in range(workers)]
     for process in running:
         try:
             process.wait(max(0.0, began + seconds - time.monotonic()))

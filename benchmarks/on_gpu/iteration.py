@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from benchmarks.on_gpu.rehearsal import device_of, stand_in
-from benchmarks.on_gpu.stage import CUT, FAILED, PASSED, Context, Verdict
+from benchmarks.on_gpu.stage import FAILED, PASSED, Context, Verdict
 from benchmarks.on_gpu.traces import busy, traced, work_of
 from benchmarks.on_gpu.variants import TOLERANCE, VARIANTS, Bench, Exactness, Variant, fallbacks
 from bt_fast import PowerMonitor
@@ -20,10 +20,13 @@ from bt_fast.device import HostRead, synchronize
 
 WARM, WARM_CAPTURED = 1, 3  # what is captured is captured when met again
 ROUNDS, MOST_ROUNDS = 3, 15
-WARM_SHARE = 0.5  # of the case's time, then no further variant is begun
+CHECK_SHARE, WARM_SHARE = 0.3, 0.5  # of the time that is left: then no further variant is begun
 HANGS = 45.0  # seconds in which a variant's first runs are done, or are not going to be
 JOULES_SECONDS = (0.3, 1.5)  # of each variant, at least and at most
 KEPT = 2.0  # seconds for the process's end
+
+# the baselines, and captures of each kind
+REHEARSED = tuple(v for v in VARIANTS if v.name in ("reference", "optimised", "bullet, streams, captured"))
 
 Work = dict[Variant, Callable[[], None]]
 
@@ -34,26 +37,29 @@ class LeftOutError(Exception):
 
 def measure(context: Context, model: str, precision: str, batch: int) -> Verdict:
     """Everything of a case that there is time for, the wanted most first."""
-    case, began = f"{model}/{precision}", time.monotonic()
+    case = f"{model}/{precision}"
     context.record("case", case=case, model=model, precision=precision, batch=batch)
     out = {r["variant"] for r in context.records("left_out") if r["case"] == case or r["variant"] in _inexact(context)}
     with stand_in(context):
-        bench = Bench(model, precision, batch, device_of(context))
+        bench = Bench(model, precision, batch, device_of(context), tiny=context.rehearsal)
         try:
-            check(context, case, bench, [v for v in VARIANTS if v.name not in out])
-            works = warm(context, case, bench, [v for v in VARIANTS if v.name not in out], began)
+            exact = check(context, case, bench, [v for v in variants_of(context) if v.name not in out])
+            works = warm(context, case, bench, exact)
         except LeftOutError as error:
             print(error)
             return FAILED, str(error)
-        if not works:
-            return CUT, "no variant was ready in time"
-        rounds(context, case, bench, works, ROUNDS)
+        rounds(context, case, bench, works, 1 if context.rehearsal else ROUNDS)
         count_flops(context, case, bench, works)
         peaks(context, case, bench, works)
         busy_times(context, case, bench, works)
         energy(context, case, bench, works)
-        rounds(context, case, bench, works, MOST_ROUNDS - ROUNDS)
+        rounds(context, case, bench, works, 0 if context.rehearsal else MOST_ROUNDS - ROUNDS)
     return PASSED, ""
+
+
+def variants_of(context: Context) -> tuple[Variant, ...]:
+    """All; in a rehearsal one of each kind."""
+    return REHEARSED if context.rehearsal else VARIANTS
 
 
 def _inexact(context: Context) -> set[str]:
@@ -64,7 +70,7 @@ def _inexact(context: Context) -> set[str]:
 def trying(context: Context, case: str, variant: Variant) -> Iterator[None]:
     """The first runs of a variant: if the process ends inside, or hangs, it is known of whom."""
     context.record("trying", case=case, variant=variant.name)
-    faulthandler.dump_traceback_later(min(HANGS, max(1.0, context.left)) if not context.rehearsal else HANGS * 10, exit=True)
+    faulthandler.dump_traceback_later(HANGS * (10 if context.rehearsal else 1), exit=True)
     try:
         with fallbacks() as said:
             yield
@@ -83,13 +89,17 @@ def _left_out(context: Context, case: str, variant: Variant, said: str, **more: 
     return LeftOutError(f"{variant.name}: {said}")
 
 
-def check(context: Context, case: str, bench: Bench, variants: list[Variant]) -> None:
-    """What is not exact is not timed. Once for each network: float64 is the same in every precision."""
+def check(context: Context, case: str, bench: Bench, variants: list[Variant]) -> list[Variant]:
+    """Those that are exact: what is not is not timed. Once for each network: float64 is the same in every precision."""
     model = case.split("/")[0]
     done = {r["variant"] for r in context.records("exact") if r["model"] == model}
-    exactness = None
+    exactness, exact, enough = None, [], (1 - CHECK_SHARE) * context.left
     for variant in variants:
         if variant.name in done or variant.name == "reference":
+            exact.append(variant)
+            continue
+        if context.left < enough and len(exact) > 2:
+            context.record("no_time", case=case, variant=variant.name)
             continue
         exactness = exactness or Exactness(bench)
         with trying(context, case, variant):
@@ -98,14 +108,16 @@ def check(context: Context, case: str, bench: Bench, variants: list[Variant]) ->
         if not difference <= TOLERANCE:
             said = f"not exact: an update in float64 differs by {difference:.2g} (allowed: {TOLERANCE:.0g})"
             raise _left_out(context, case, variant, said, inexact=True)
+        exact.append(variant)
+    return exact
 
 
-def warm(context: Context, case: str, bench: Bench, variants: list[Variant], began: float) -> Work:
+def warm(context: Context, case: str, bench: Bench, variants: list[Variant]) -> Work:
     """The iterations, captured where they are to be, of as many variants as there is time for."""
     works: Work = {}
-    whole = context.until - began
+    enough = (1 - WARM_SHARE) * context.left
     for variant in variants:
-        if works and time.monotonic() - began > WARM_SHARE * whole:
+        if context.left < enough and len(works) > 2:
             context.record("no_time", case=case, variant=variant.name)
             continue
         work = bench.iteration(variant)
@@ -200,7 +212,7 @@ def peaks(context: Context, case: str, bench: Bench, works: Work) -> None:
 def busy_times(context: Context, case: str, bench: Bench, works: Work) -> None:
     """For how long of an iteration the GPU works, by its own clock."""
     first = True
-    for variant, work in works.items():
+    for variant, work in list(works.items())[: 1 if context.rehearsal else None]:
         if context.left < KEPT + 2:
             return
         for _ in range(2 if first else 1):  # the profiler's first trace takes seconds, and may miss work

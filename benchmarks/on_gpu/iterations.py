@@ -57,7 +57,9 @@ def tried_last(context: Context, case: str) -> str | None:
 def verdict(context: Context) -> Verdict:
     """Failed where something is not exact, fell back or broke; cut where a case has no times."""
     records = [r for kind in ("round", "flops") for r in context.records(kind)]
-    wrong = [f"{r.get('variant') or r['case']}: {r['said']}" for kind in ("left_out", "broke") for r in context.records(kind)]
+    wrong = [
+        f"{r.get('variant') or r['case']}: {r['said']}" for kind in ("left_out", "broke") for r in context.records(kind)
+    ]
     found = cases_of(records)
     said = "; ".join([*(headline(case, rows) for case, rows in found.items()), *wrong]) or "nothing was measured"
     if wrong:

@@ -54,14 +54,15 @@ def chosen(text: str) -> tuple[Stage, ...]:
     return tuple(stage for stage in STAGES if {stage.letter, stage.name} & set(asked))
 
 
-def limit(stage: Stage, later: Sequence[Stage], whole: float, left: float) -> float:
+def limit(stage: Stage, later: Sequence[Stage], whole: float, left: float, rehearsal: bool = False) -> float:
     """The seconds that a stage gets: its share, as far as there is time beside the least of those after it.
 
     Args:
-        whole: all seconds. left: those that are left.
+        whole: all seconds. left: those that are left. rehearsal: no stage has a share, since CPUs differ.
     """
     kept = sum(other.least for other in later) * whole
-    return max(0.0, min(stage.share * whole, left - kept))
+    share = 1.0 if rehearsal else stage.share
+    return max(0.0, min(share * whole, left - kept))
 
 
 # What one iteration is measured of: network and precision, and its share of the stage's time; the wanted most first

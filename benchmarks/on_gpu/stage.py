@@ -67,7 +67,8 @@ class Context:
 
     def part_command(self, part: str, seconds: float) -> list[str]:
         """The command that runs a part of this stage in a process of its own, in this one's group."""
-        return command(dataclasses.replace(self, part=part, until=min(self.until, time.monotonic() + seconds)))
+        until = min(self.until, time.monotonic() + 0.95 * seconds)
+        return command(dataclasses.replace(self, part=part, until=until))
 
 
 def command(context: Context) -> list[str]:

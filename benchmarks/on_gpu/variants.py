@@ -92,12 +92,16 @@ class Bench:
 
     Args:
         precision: "float32", "tf32" or "bfloat16" (autocast around the loss).
+        tiny: three steps instead of ten, for a rehearsal.
     """
 
-    def __init__(self, model: str, precision: str, batch: int, device: torch.device) -> None:
+    def __init__(self, model: str, precision: str, batch: int, device: torch.device, *, tiny: bool = False) -> None:
         set_precision(precision)
         self.device, self.precision = device, precision
+        self.setting = SETTING | {"perturb_steps": 3} if tiny else SETTING
         self.workload = Workload(Case(model, batch, 0), device)
+        if tiny:
+            self.workload.bullet = BulletTrain(3, 1, 0).to(device)
         self.workload.prepare()
         self._buffers = list(self.workload.model.buffers())
         self._kept = [buffer.clone() for buffer in self._buffers]
@@ -116,7 +120,7 @@ class Bench:
 
         def run() -> None:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
-                loss = loss_of(w.model, w.x, w.y, w.optimizer, **SETTING, **options)
+                loss = loss_of(w.model, w.x, w.y, w.optimizer, **self.setting, **options)
             loss.backward()
             w.optimizer.step()
 
@@ -138,7 +142,7 @@ class Exactness:
     """
 
     def __init__(self, bench: Bench) -> None:
-        w = bench.workload
+        w, self._setting = bench.workload, bench.setting
         self._model = copy.deepcopy(w.model).double()
         rows = torch.linspace(0, len(w.y) - 1, CHECKED).long().to(w.y.device)
         self._x, self._y, self._bullet = w.x[rows].double(), w.y[rows], w.bullet
@@ -161,7 +165,7 @@ class Exactness:
         torch.manual_seed(1)
         for number in range(3):  # captured when met again, and replayed from then on
             with same_noise(self._x, number):
-                loss = loss_of(model, self._x, self._y, optimizer, **SETTING, **options)
+                loss = loss_of(model, self._x, self._y, optimizer, **self._setting, **options)
             loss.backward()
             found += [loss.detach().clone(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
             found += [b.double().clone() for b in model.buffers()]
