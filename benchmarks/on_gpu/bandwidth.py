@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from importlib import import_module
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ start = import_module("bt_fast.ops.gather_start")  # the op of that name hides t
 SIZES, REHEARSED_SIZES = (128, 8192, 65536), (2, 4, 8)
 SHAPE = (3, 32, 32)
 CACHES = 4.0  # times the cache that the sets together are larger
-LAUNCHES, REPEATS = 40, 5
+MOVED, REPEATS = 256 << 20, 5  # bytes of a run, at least; runs
 LEAST = 4.0  # seconds: no size is begun with less
 SIDE = 8192  # of the products that tell the card's own rate of FLOPs
 
@@ -47,9 +48,8 @@ def run(context: Context) -> Verdict:
                 context.record("kernel", name=name, m=m, dtype=str(dtype).removeprefix("torch."), **found)
                 if dtype == torch.float32:
                     share = found["copy_cold_seconds"] / found["cold_seconds"]
-                    said.append(
-                        f"{name} {m}: {share:.2f} of a copy's {found['bytes'] / found['copy_cold_seconds'] / 1e12:.2f} TB/s"
-                    )
+                    rate = found["bytes"] / found["copy_cold_seconds"] / 1e12
+                    said.append(f"{name} {m}: {share:.2f} of a copy's {rate:.2f} TB/s")
     return PASSED, "; ".join(said)
 
 
@@ -61,11 +61,18 @@ def measured(make: Callable[..., tuple[Call, int]], m: int, dtype: torch.dtype, 
     return {
         "bytes": moved,
         "sets": len(calls),
-        "cold_seconds": seconds(calls, device),
-        "warm_seconds": seconds(calls[:1], device),
-        "copy_cold_seconds": seconds(copies, device),
-        "copy_warm_seconds": seconds(copies[:1], device),
+        "cold_seconds": seconds(often(calls, moved, device), device),
+        "warm_seconds": seconds(often(calls[:1], moved, device), device),
+        "copy_cold_seconds": seconds(often(copies, moved, device), device),
+        "copy_warm_seconds": seconds(often(copies[:1], moved, device), device),
     }
+
+
+def often(calls: list[Call], moved: int, device: torch.device) -> list[Call]:
+    """The calls in turn until they have moved so much that the run is no matter of microseconds."""
+    if device.type != "cuda":
+        return calls
+    return calls * max(1, MOVED // (moved * len(calls)))
 
 
 def sets(moved: int, device: torch.device) -> int:
@@ -104,8 +111,7 @@ def copy(moved: int, device: torch.device) -> Call:
 
 
 def seconds(calls: list[Call], device: torch.device) -> float:
-    """Of one call: the least of several runs of all of them, often enough that a run is no matter of microseconds."""
-    calls = calls * max(1, LAUNCHES // len(calls)) if device.type == "cuda" else calls
+    """Of one call: the least of several runs of all of them, in a graph."""
     if device.type != "cuda":
         begin = time.perf_counter()
         for call in calls:
@@ -114,11 +120,13 @@ def seconds(calls: list[Call], device: torch.device) -> float:
     stream = torch.cuda.Stream(device)
     with torch.cuda.stream(stream):
         calls[0]()  # launched once before a capture
-        stream.synchronize()
         graph = torch.cuda.CUDAGraph()
+        kept = []
         with torch.cuda.graph(graph, stream=stream):
             for call in calls:
-                call()
+                result = call()
+                if calls[0] is not calls[-1]:  # several sets: no result takes the place of another in the cache
+                    kept.append(result)
         graph.replay()
         events = [torch.cuda.Event(enable_timing=True) for _ in range(REPEATS + 1)]
         events[0].record()
@@ -126,7 +134,8 @@ def seconds(calls: list[Call], device: torch.device) -> float:
             graph.replay()
             event.record()
         stream.synchronize()
-    return min(a.elapsed_time(b) for a, b in zip(events, events[1:], strict=False)) / 1e3 / len(calls)
+    kept.clear()
+    return min(a.elapsed_time(b) for a, b in pairwise(events)) / 1e3 / len(calls)
 
 
 def products(context: Context, device: torch.device) -> None:

@@ -73,34 +73,18 @@ def captured(bench: Bench, variant: Variant) -> dict[str, Any]:
 
 @contextmanager
 def counted() -> Iterator[list[float]]:
-    """The seconds of each capture that the package makes inside: of a step, or of an update with its backward."""
+    """The seconds of each capture that the package makes inside: of a step, or of an update's forward or backward."""
     seconds: list[float] = []
-    inside = False
+    capture = engine.capture
 
     @contextmanager
-    def one() -> Iterator[None]:
-        nonlocal inside
-        outermost, inside = not inside, True
+    def timed(*given: Any, **options: Any) -> Iterator[Any]:
         begin = time.perf_counter()
-        try:
-            yield
-        finally:
-            inside = not outermost
-            if outermost:
-                seconds.append(time.perf_counter() - begin)
-
-    capture, graphed = engine.capture, engine.graphed
-
-    @contextmanager
-    def timed_capture(*given: Any, **options: Any) -> Iterator[Any]:
-        with one(), capture(*given, **options) as graph:
+        with capture(*given, **options) as graph:
             yield graph
+        seconds.append(time.perf_counter() - begin)
 
-    def timed_graphed(*given: Any, **options: Any) -> Any:
-        with one():
-            return graphed(*given, **options)
-
-    with mock.patch.multiple(engine, capture=timed_capture, graphed=timed_graphed):
+    with mock.patch.object(engine, "capture", timed):
         yield seconds
 
 

@@ -39,7 +39,7 @@ from benchmarks.on_gpu.stage import (
 
 RESULTS, PAGE, LOG, TRACE = FILES = ("results.json", "page.md", "log.txt", "trace.json.gz")
 FORMAT = 1
-WITHIN = ("verdict", "trying")  # records that are for the conductor, or for a stage's own parts
+WITHIN = ("verdict", "part", "trying")  # records that are for the conductor, or for a stage's own parts
 KEPT_FOR_WRITING = 4.0  # seconds of the time
 POLL = 0.2
 LOG_BYTES = 300_000  # of a stage
@@ -198,17 +198,26 @@ def wait(session: Session, stage: Stage, job: jobs.Job, seconds: float) -> None:
             session.write()
     code = job.code
     session.end(job)
-    settle(session, stage, judged(read_records(path), code, seconds), time.monotonic() - began)
+    verdict = judged(read_records(path), code, seconds, last_line(session.scratch / f"{stage.name}.log"))
+    settle(session, stage, verdict, time.monotonic() - began)
 
 
-def judged(records: Sequence[dict[str, Any]], code: int | None, seconds: float) -> tuple[str, str]:
-    """A stage's own verdict, or what became of it."""
+def last_line(log: Path) -> str:
+    """The last that a stage printed, in brief."""
+    lines = log.read_text(errors="replace").split("\n") if log.exists() else []
+    return next((line.strip()[:200] for line in reversed(lines) if line.strip()), "")
+
+
+def judged(records: Sequence[dict[str, Any]], code: int | None, seconds: float, last: str) -> tuple[str, str]:
+    """A stage's own verdict, or what became of it; `last` is the last that it printed."""
     own = [(r["verdict"], r["said"]) for r in records if r["kind"] == "verdict"]
     if own:
         return own[-1]
     found = f"{len(records)} findings until then" if records else "nothing found until then"
     if code is None:
         return CUT, f"ended after its {seconds:.0f} s; {found}"
+    if last:
+        found = f"{found}; the last it printed: {last}"
     if code < 0:
         return FAILED, f"died of {signal.Signals(-code).name}; {found}"
     return FAILED, f"ended with {code} and no verdict; {found}"
@@ -336,7 +345,10 @@ def why_nothing(machine: dict[str, Any], rehearsal: bool) -> str:
 def environment() -> dict[str, str]:
     """The stages': one folder for compiled kernels, which a second call finds again."""
     cache = Path(tempfile.gettempdir()) / "on-gpu-triton"
-    return {"TRITON_CACHE_DIR": str(cache), **os.environ, "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
+    # a profiler that is torn down crashes where graphs were replayed (torch/profiler/profiler.py says so of its own)
+    profiler = {"TEARDOWN_CUPTI": "0", "DISABLE_CUPTI_LAZY_REINIT": "1"}
+    python = {"PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
+    return {"TRITON_CACHE_DIR": str(cache), **os.environ, **profiler, **python}
 
 
 def source_hash() -> str:

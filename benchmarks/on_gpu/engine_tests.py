@@ -7,7 +7,6 @@ import subprocess
 import tempfile
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import IO
 
 from benchmarks.on_gpu.pytest_runs import kernels_own, marked_files, pytest_command
@@ -17,10 +16,7 @@ AT_ONCE = 4
 SECONDS = 60.0  # for each test; emulated it takes longer
 LEAST = 5.0  # seconds: no test is begun with less
 TAIL = 3000  # characters of what a failed test printed
-REHEARSED = (
-    "[GraphRunner-uniform-model]",
-    "test_an_update_of_a_model_with_dropout_draws_from_graphs_what_it_draws_eagerly",
-)
+REHEARSED = re.compile(r"\[GraphRunner-uniform-model\]$|_with_dropout_draws_from_graphs_")
 
 
 @dataclass(eq=False)
@@ -33,7 +29,7 @@ class _Running:
 
 def run(context: Context) -> Verdict:
     """How many passed, and what those that failed printed."""
-    collected = collect(context)
+    collected, whole = collect(context)
     waiting, running, outcomes = list(collected), [], []
     while waiting or running:
         while waiting and len(running) < (2 if context.rehearsal else AT_ONCE) and context.left > LEAST:
@@ -50,13 +46,15 @@ def run(context: Context) -> Verdict:
         time.sleep(0.05)
     counts = {outcome: outcomes.count(outcome) for outcome in dict.fromkeys(sorted(outcomes))}
     said = ", ".join(f"{n} {outcome}" for outcome, n in counts.items()) + f" of {len(collected)}"
+    if not whole:
+        return FAILED, f"{said}; a file could not be collected"
     if set(outcomes) - {"passed"}:
         return FAILED, said
     return (CUT if waiting else PASSED), said
 
 
-def collect(context: Context) -> list[str]:
-    """The tests' names.
+def collect(context: Context) -> tuple[list[str], bool]:
+    """The tests' names, and whether every file could be read.
 
     Raises:
         RuntimeError: pytest finds none.
@@ -67,16 +65,16 @@ def collect(context: Context) -> list[str]:
     print(done.stdout, done.stderr)
     found = [line.strip() for line in done.stdout.splitlines() if line.startswith("tests/") and "::" in line]
     if context.rehearsal:
-        found = [name for name in found if name.endswith(REHEARSED)]
+        found = [name for name in found if REHEARSED.search(name)]
     if not found:
         said = (done.stdout + done.stderr).strip().splitlines() or ["nothing"]
         raise RuntimeError(f"pytest collected no test of {', '.join(files)}: {said[-1]}")
     context.record("collected", count=len(found), code=done.returncode)
-    return found
+    return found, done.returncode == 0
 
 
 def _start(context: Context, test: str) -> _Running:
-    output = tempfile.TemporaryFile("w+", dir=Path(context.scratch), errors="replace")
+    output = tempfile.TemporaryFile("w+", dir=context.scratch, errors="replace")  # noqa: SIM115 (closed in _said)
     process = subprocess.Popen(
         pytest_command(context, ["-q", test]), cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, text=True
     )

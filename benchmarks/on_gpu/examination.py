@@ -44,4 +44,5 @@ def _compile(context: Context) -> Verdict:
     k, workers = map(int, context.part.split("/"))
     checks = doctor.CHECKS[k::workers][: 1 if context.rehearsal else None]
     findings = doctor.self_check(checks, device_of(context), 0.9 * context.left)
-    return PASSED, "; ".join(f"{f.name}: {f.status}" for f in findings)
+    print(*(f"{f.name}: {f.status}: {f.text}" for f in findings), sep="\n")
+    return PASSED, ""

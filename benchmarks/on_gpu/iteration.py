@@ -23,6 +23,7 @@ ROUNDS, MOST_ROUNDS = 3, 15
 CHECK_SHARE, WARM_SHARE = 0.3, 0.5  # of the time that is left: then no further variant is begun
 HANGS = 45.0  # seconds in which a variant's first runs are done, or are not going to be
 JOULES_SECONDS = (0.3, 1.5)  # of each variant, at least and at most
+TRACE_SECONDS = 1.0  # to start, read and write one
 KEPT = 2.0  # seconds for the process's end
 
 # the baselines, and captures of each kind
@@ -51,9 +52,9 @@ def measure(context: Context, model: str, precision: str, batch: int) -> Verdict
         rounds(context, case, bench, works, 1 if context.rehearsal else ROUNDS)
         count_flops(context, case, bench, works)
         peaks(context, case, bench, works)
-        busy_times(context, case, bench, works)
         energy(context, case, bench, works)
-        rounds(context, case, bench, works, 0 if context.rehearsal else MOST_ROUNDS - ROUNDS)
+        rounds(context, case, bench, works, 0 if context.rehearsal else MOST_ROUNDS - ROUNDS, kept=traces_take(works))
+        busy_times(context, case, bench, works)  # last: what traces may slow down whatever follows
     return PASSED, ""
 
 
@@ -115,6 +116,9 @@ def check(context: Context, case: str, bench: Bench, variants: list[Variant]) ->
 def warm(context: Context, case: str, bench: Bench, variants: list[Variant]) -> Work:
     """The iterations, captured where they are to be, of as many variants as there is time for."""
     works: Work = {}
+    gc.collect()
+    if bench.device.type == "cuda":
+        torch.cuda.empty_cache()  # of the check's float64
     enough = (1 - WARM_SHARE) * context.left
     for variant in variants:
         if context.left < enough and len(works) > 2:
@@ -127,16 +131,16 @@ def warm(context: Context, case: str, bench: Bench, variants: list[Variant]) -> 
                 work()
                 synchronize(bench.device)
         works[variant] = work
-    gc.collect()
+    gc.collect()  # not while times are taken
     return works
 
 
-def rounds(context: Context, case: str, bench: Bench, works: Work, count: int) -> None:
-    """Times in alternation, in rotating order, as long as a further round fits."""
+def rounds(context: Context, case: str, bench: Bench, works: Work, count: int, kept: float = KEPT) -> None:
+    """Times in alternation, in rotating order, as long as a further round fits beside the seconds that are kept."""
     longest = 0.0
     variants = list(works)
     for number in range(count):
-        if context.left < KEPT + 1.2 * longest:
+        if context.left < kept + 1.2 * longest:
             return
         began = time.monotonic()
         seconds, host = {}, {}
@@ -209,6 +213,11 @@ def peaks(context: Context, case: str, bench: Bench, works: Work) -> None:
         context.record("memory", case=case, variant=variant.name, **found, reserved=torch.cuda.memory_reserved())
 
 
+def traces_take(works: Work) -> float:
+    """The seconds to keep for `busy_times`."""
+    return KEPT + (len(works) + 1) * TRACE_SECONDS
+
+
 def busy_times(context: Context, case: str, bench: Bench, works: Work) -> None:
     """For how long of an iteration the GPU works, by its own clock."""
     first = True
@@ -227,7 +236,7 @@ def busy_times(context: Context, case: str, bench: Bench, works: Work) -> None:
 def energy(context: Context, case: str, bench: Bench, works: Work) -> None:
     """The GPU's joules for an iteration of each variant, over as many as fit into a second or so."""
     least, most = JOULES_SECONDS
-    seconds = min(most, 0.6 * (context.left - KEPT) / len(works))
+    seconds = min(most, 0.6 * (context.left - traces_take(works)) / len(works))
     if seconds < least:
         context.record("joules", case=case, variant=None, reason="no time was left")
         return

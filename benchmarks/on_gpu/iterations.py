@@ -42,7 +42,7 @@ def _case(context: Context, model: str, precision: str, seconds: float) -> None:
             context.record("ended", case=case, said=f"cut after {left:.0f} s")
             return
         if blamed is None:
-            context.record("broke", case=case, said=f"its process ended with {code}")
+            context.record("broke", case=case, said=f"its process ended with {code}: {said_last(context, case)}")
             return
         if not any(r["variant"] == blamed for r in context.records("left_out")):
             context.record("left_out", case=case, variant=blamed, said=f"its process ended with {code} in it")
@@ -54,12 +54,17 @@ def tried_last(context: Context, case: str) -> str | None:
     return None if not tried or tried[-1]["variant"] is None else str(tried[-1]["variant"])
 
 
+def said_last(context: Context, case: str) -> str:
+    """What the case's last process said at its end, if it came to that."""
+    said = [r["said"] for r in context.records("part") if r["part"].startswith(case)]
+    return said[-1] if said else "it said nothing"
+
+
 def verdict(context: Context) -> Verdict:
     """Failed where something is not exact, fell back or broke; cut where a case has no times."""
     records = [r for kind in ("round", "flops") for r in context.records(kind)]
-    wrong = [
-        f"{r.get('variant') or r['case']}: {r['said']}" for kind in ("left_out", "broke") for r in context.records(kind)
-    ]
+    broken = [r for kind in ("left_out", "broke") for r in context.records(kind)]
+    wrong = [f"{r['case'].replace('/', ' ')}, {r.get('variant', 'the case')}: {r['said']}" for r in broken]
     found = cases_of(records)
     said = "; ".join([*(headline(case, rows) for case, rows in found.items()), *wrong]) or "nothing was measured"
     if wrong:

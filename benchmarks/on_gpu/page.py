@@ -17,7 +17,8 @@ def verdict_line(state: Mapping[str, Any], rehearsal: bool) -> str:
     said = state["said"]
     if rehearsal and state["verdict"] == "passed":
         said = "rehearsed, not measured"
-    return f"{state['letter']}  {state['title']}: {state['verdict'].upper()} ({state['seconds']:.0f} s){': ' if said else ''}{said}"
+    verdict = f"{state['letter']}  {state['title']}: {state['verdict'].upper()} ({state['seconds']:.0f} s)"
+    return f"{verdict}: {said}" if said else verdict
 
 
 def page(content: Mapping[str, Any]) -> str:
@@ -115,10 +116,8 @@ def iterations(records: Records, _: Any) -> list[str]:
             cells += [told("{:.0%}", idle(row)), told("{:.1f}", row.get("joules"))]
             body.append([*cells, told("{:.2f}", None if peak is None else peak / 2**30)])
         number = min(row["rounds"] for row in rows.values())
-        lines += [
-            f"{case.replace('/', ', ')}, batch {batch.get(case)}, {number} rounds; in brackets the share of the FLOP limit.",
-            "",
-        ]
+        said = f"{case.replace('/', ', ')}, batch {batch.get(case)}, {number} rounds"
+        lines += [f"{said}; in brackets the share of the FLOP limit.", ""]
         lines += [*table(head, body), ""]
     exact = of_kind(records, "exact")
     if exact:

@@ -125,8 +125,7 @@ def main() -> int:
     except Exception as error:
         traceback.print_exc()
         verdict, said = FAILED, f"{type(error).__name__}: {(str(error).splitlines() or ['no message'])[0]}"
-    if not context.part:
-        context.record("verdict", verdict=verdict, said=said)
+    context.record("part" if context.part else "verdict", verdict=verdict, said=said, part=context.part)
     return int(verdict == FAILED)
 
 
