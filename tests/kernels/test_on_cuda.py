@@ -5,11 +5,11 @@ import importlib
 import assign_cases
 import divergence_cases
 import gather_start_cases
+import on_device as elsewhere
 import pgd_cases
 import pytest
 import rows_cases
 import torch
-from on_device import on_device
 
 from bt_fast import ops
 from bt_fast.ops import divergence
@@ -29,6 +29,11 @@ pytestmark = [
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SHAPES = [(3, 32, 32), (1, 28, 28), (3, 15, 37), (3, 96, 96), (7,)]
 assign = importlib.import_module("bt_fast.ops.assign_steps")  # the op of that name hides the file
+
+
+def on_device(run):
+    """`run` on the GPU, with arguments and results on the host."""
+    return elsewhere.on_device(run, DEVICE)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
