@@ -34,6 +34,7 @@ from dataclasses import dataclass, field
 from unittest import mock
 
 import torch
+import torch._dynamo  # a registered op's first call imports it, which fails inside of a mode in torch 2.6
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _get_current_dispatch_mode_stack

@@ -6,10 +6,11 @@ import warnings
 import weakref
 from unittest import mock
 
+import ordinary_loops
 import pytest
 import small_models
 import torch
-from emulated_device import EmulatedDevice, NotPermittedError, capturing
+from emulated_device import UNWINDS, EmulatedDevice, NotPermittedError, capturing
 from planted import Bug, left_out, planted
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -143,6 +144,32 @@ def test_under_the_caller_s_autocast_a_graph_reads_the_weights_of_its_replay_not
         found.append(losses)
     assert emulated.replays
     assert same(*found)
+
+
+@pytest.mark.parametrize("runner", [GraphRunner, StreamRunner])
+@pytest.mark.parametrize("build", ["conv_bn", ordinary_loops.BesideALoader])
+def test_in_an_ordinary_loop_with_an_earlier_loss_alive_and_a_loader_at_work_it_is_captured(build, runner):
+    expected = ordinary_loops.iterations("cpu", build)
+    with EmulatedDevice() as emulated:
+        found = ordinary_loops.iterations("cpu", build, runner=runner(bucket=2))
+    assert emulated.replays == 7  # of 8 steps; the first is to be met before
+    assert all(same(*pair) for pair in zip(found, expected, strict=True))
+    for seed in range(5):
+        assert same(emulated.shuffled(seed, found[-1]), expected[-1]), seed
+
+
+@pytest.mark.parametrize("runner", [GraphRunner, StreamRunner])
+@pytest.mark.parametrize("as_torch", UNWINDS)
+def test_after_a_capture_that_broke_off_numbers_are_drawn_and_another_model_is_captured(as_torch, runner):
+    builds, run = (ordinary_loops.Waiting, "dropout"), runner(bucket=2)
+    expected = [ordinary_loops.iterations("cpu", build) for build in builds]
+    with EmulatedDevice(as_torch) as emulated, pytest.warns(UserWarning, match="_local_scalar_dense") as warned:
+        found = [ordinary_loops.iterations("cpu", build, runner=run) for build in builds]
+    assert len(warned) == 1
+    assert emulated.replays == 7
+    for mine, theirs in zip(found, expected, strict=True):
+        assert all(same(*pair) for pair in zip(mine, theirs, strict=True))
+    assert not emulated.under_way
 
 
 # Planted bugs
