@@ -213,6 +213,12 @@ def drawn(runner):
     return [*Training(Drawing).run(runner), torch.rand(3)]
 
 
+def evicted(runner):
+    """A runner that holds one graph only."""
+    counts = [[9] * 3 + [6] * 3 + [3] * 3] * 2
+    return Training(mlp, counts).run(runner if runner is run_eager else type(runner)(bucket=2, most_graphs=1))
+
+
 def used_beside(runner):
     """The caller lets go of the tensors of an attack that is still at work, and takes memory for others."""
     training, found = Training(mlp, [[2, 2, 1]] * 3), []
@@ -233,6 +239,7 @@ SCENARIOS = {
     zero_gradients: True,
     exception: True,
     used_beside: True,
+    evicted: True,
     broken_capture: False,
     drawn: False,
 }
@@ -282,6 +289,7 @@ IN_GRAPHS = [
     Bug("memory is not kept", "(self, x_adv, clean, target, schedule, seeds, faulty))", "())", used_beside),
     Bug("NaN is not reported", "torch.maximum(faulty, self._faulty[:m], out=faulty)"),
     Bug("one pool for all chains", "device.new_pool()", "'the only one'"),
+    Bug("a pool that is gone", "if not self.graphs:", "if self._pool is None:", evicted),
     Bug("x' is not copied in", "self._x_adv[:m].copy_(x_adv)"),
     Bug("x is not copied in", "self._clean[:m].copy_(clean)"),
     Bug("the target is not copied in", "self._target[:m].copy_(target)"),
@@ -509,6 +517,15 @@ def test_graphs_are_bounded_and_the_least_recently_used_go():
         found = training.run(runner)
         (session,) = runner._sessions[training.model].values()
         assert list(session.graphs) == [6, 3]
+    assert emulated.captures > 3
+    assert same(found, Training(mlp, counts).run(run_eager))
+
+
+def test_where_no_graph_is_left_the_next_is_captured_into_a_new_pool():
+    counts = [[9] * 3 + [6] * 3 + [3] * 3] * 3
+    training, runner = Training(mlp, counts), GraphRunner(bucket=3, most_graphs=1)
+    with EmulatedDevice() as emulated:
+        found = training.run(runner)
     assert emulated.captures > 3
     assert same(found, Training(mlp, counts).run(run_eager))
 

@@ -518,6 +518,7 @@ IN_UPDATE = [
         "gradients of what was not used", "None if g is None else torch.empty_like", "torch.zeros_like", idle_parameter
     ),
     Bug("one pool for all models", "device.new_pool()", "'the only one'", two_models),
+    Bug("a pool that is gone", "if not self._captured:", "if self._pool is None:", replaced_parameter),
     Bug("it does not wait for another stream", "stream.wait_stream(self._stream)", scenario=on_streams),
     Bug("the forward is not replayed", "self._forward.replay()"),
     Bug("the backward is not replayed", "self._backward.replay()"),
