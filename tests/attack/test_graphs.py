@@ -213,10 +213,17 @@ def drawn(runner):
     return [*Training(Drawing).run(runner), torch.rand(3)]
 
 
+def side_by_side(runner):
+    """The same chains again and again."""
+    return Training(Troubled, [[3, 3, 2, 2, 1]] * 4).run(runner)
+
+
 def evicted(runner):
-    """A runner that holds one graph only."""
-    counts = [[9] * 3 + [6] * 3 + [3] * 3] * 2
-    return Training(mlp, counts).run(runner if runner is run_eager else type(runner)(bucket=2, most_graphs=1))
+    """A runner that holds one graph only, and is to capture again and again."""
+    training = Training(mlp, [[9] * 3 + [6] * 3 + [3] * 3] * 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return training.run(runner if runner is run_eager else type(runner)(bucket=2, most_graphs=1))
 
 
 def used_beside(runner):
@@ -239,6 +246,7 @@ SCENARIOS = {
     zero_gradients: True,
     exception: True,
     used_beside: True,
+    side_by_side: True,
     evicted: True,
     broken_capture: False,
     drawn: False,
@@ -270,7 +278,7 @@ def under_emulation(scenario, runner, changed):
     ):
         try:
             return scenario(classes[runner](bucket=2)), emulated
-        except (NotPermittedError, KeyError, ArithmeticError, AttributeError):
+        except (NotPermittedError, KeyError, ArithmeticError, AttributeError, UserWarning):
             return None, emulated
 
 
@@ -288,7 +296,7 @@ IN_GRAPHS = [
     Bug("work goes to the caller's stream", "device.on(self._stream)", "device.on(caller)"),
     Bug("memory is not kept", "(self, x_adv, clean, target, schedule, seeds, faulty))", "())", used_beside),
     Bug("NaN is not reported", "torch.maximum(faulty, self._faulty[:m], out=faulty)"),
-    Bug("one pool for all chains", "device.new_pool()", "'the only one'"),
+    Bug("one pool for all chains", "device.new_pool()", "'the only one'", side_by_side),
     Bug("a pool that is gone", "if not self.graphs:", "if self._pool is None:", evicted),
     Bug("x' is not copied in", "self._x_adv[:m].copy_(x_adv)"),
     Bug("x is not copied in", "self._clean[:m].copy_(clean)"),
