@@ -143,6 +143,7 @@ def _try_out(where: torch.device) -> None:
 
     Before 2.13 the end of a capture is also what tells the generators that the broken one is over.
     """
+    free_unused()
     graph, random = torch.cuda.CUDAGraph(), RandomStates(device_generator(where))
     with on(torch.cuda.Stream(where)):
         number = torch.zeros(1, device=where)
@@ -152,7 +153,6 @@ def _try_out(where: torch.device) -> None:
         graph.capture_end()
         number.uniform_()
     random.restore()
-    free_unused()
 
 
 def _give_up(error: RuntimeError) -> None:
