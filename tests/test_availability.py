@@ -109,6 +109,13 @@ def test_what_is_known_without_a_launch_is_said_once_and_nothing_is_launched(gpu
     launch.assert_not_called()
 
 
+def test_what_holds_for_every_dtype_is_said_once_for_all(gpu):
+    gpu(problem=NO_TRITON)
+    with launching(mock.Mock()) as said:
+        assert not any(availability.kernels_run(torch.ones(1, dtype=d)) for d in (torch.float32, torch.bfloat16))
+    assert len(said) == 1
+
+
 def test_tensors_of_the_cpu_ask_for_nothing_and_nothing_is_said(gpu):
     gpu(problem=NO_TRITON)
     with warnings.catch_warnings():
