@@ -206,7 +206,7 @@ class _Session:
         self._kept = [t.detach() for t in _tensors(model)]
         self._warm: set[int] = set()
         self._stream = device.new_stream(x)
-        self._pool = device.new_pool()
+        self._pool: object = None
         self._x_adv, self._clean = (_room(t, self.capacity) for t in (x, clean))
         self._target = target.new_zeros(self.capacity, target.shape[1])
         self._step_size = x.new_zeros(self.capacity)
@@ -270,11 +270,13 @@ class _Session:
     def _capture(self, model: Callable[[Tensor], Tensor], n: int) -> device.Graph:
         while len(self.graphs) >= self.most_graphs:
             self.graphs.popitem(last=False)
+        if not self.graphs:  # torch takes no pool that no graph uses any more
+            self._pool = device.new_pool()
         try:
             with device.capture(self._pool) as graph:
                 self._take_step(model, n)
         except Exception as error:  # whatever the model or the driver raise: the eager run will tell which
-            raise device.CaptureError(f"capture failed ({type(error).__name__}: {error})") from error
+            raise device.CaptureError.of(error) from error
         self.graphs[n] = graph
         return graph
 

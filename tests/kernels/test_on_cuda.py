@@ -9,7 +9,7 @@ import pgd_cases
 import pytest
 import rows_cases
 import torch
-from torch.utils._pytree import tree_leaves, tree_map
+from on_device import on_device
 
 from bt_fast import ops
 from bt_fast.ops import availability, divergence
@@ -36,20 +36,6 @@ def in_kernels():
     """Ops that went over to plain torch would be compared with themselves."""
     yield
     assert availability.why_plain(torch.device(DEVICE, torch.cuda.current_device())) is None
-
-
-def on_device(run):
-    """`run` on the device, with arguments and results on the host; what it changes is changed there too."""
-
-    def there_and_back(*args, **kwargs):
-        given = tree_map(lambda v: v.to(DEVICE) if isinstance(v, torch.Tensor) else v, (args, kwargs))
-        out = run(*given[0], **given[1])
-        for here, there in zip(tree_leaves((args, kwargs)), tree_leaves(given), strict=True):
-            if isinstance(here, torch.Tensor) and not any(stride == 0 for stride in here.stride()):
-                here.copy_(there)
-        return tree_map(lambda v: v.cpu() if isinstance(v, torch.Tensor) else v, out)
-
-    return there_and_back
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -125,6 +111,13 @@ def test_losses(name, n, classes, dtype):
     case = divergence_cases.case(name, n, classes, dtype, 0, special=True)
     run = on_device(getattr(divergence, f"{name}_rows"))
     divergence_cases.assert_right(case, run(*case.arguments))
+
+
+@pytest.mark.parametrize("strides", ["apart", "columns", "one"])
+@pytest.mark.parametrize("name", divergence_cases.LOSSES)
+def test_losses_of_strided_rows(name, strides):
+    case = divergence_cases.case(name, 33, 1000, torch.float32, 0, special=True, strides=strides)
+    divergence_cases.assert_right(case, on_device(getattr(divergence, f"{name}_rows"))(*case.arguments))
 
 
 def test_a_replayed_graph_draws_new_noise_and_moves_by_the_device_s_own_counter():

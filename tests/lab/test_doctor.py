@@ -3,6 +3,7 @@ import importlib
 import importlib.metadata
 import json
 import re
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -11,6 +12,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from emulated_device import EmulatedDevice
+from emulated_tf32 import EmulatedTf32
 from pretended_device import DEVICE, pretended_device
 from torch.utils._pytree import tree_leaves
 
@@ -84,14 +86,6 @@ def test_a_device_of_another_kind_is_a_mistake_of_the_user(name):
     result = bt_fast("doctor", "--device", name)
     assert result.exit_code == 2
     assert result.stderr == f"bt-fast: --device {name}: expected cpu, cuda or cuda:N\n"
-
-
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_on_a_gpu_everything_runs_fused_and_is_right():
-    findings = doctor.examine(None)
-    assert not failed(findings), doctor.lines(findings)
-    assert all(f.status == "ok" for f in findings if f.section in doctor.SECTIONS[3:])
 
 
 # Driver and GPU
@@ -471,6 +465,14 @@ def test_a_runner_that_is_wrong_or_falls_back_fails(kind, name):
     words = {"wrong": "differs by up to", "raises": "ValueError: no stream", "falls back": "without graphs: no memory"}
     assert words[kind] in found.text
     assert 'to go on without graphs: runner="eager", and no update=Update(graphs=True)' in doctor.lines([found])
+
+
+def test_a_step_in_float32_is_compared_without_tf32():
+    eager = [step("eager, float32")]
+    with EmulatedTf32():
+        assert only(doctor.training_steps(eager, CPU)).status == "ok"
+    with EmulatedTf32(), mock.patch.object(doctor_checks, "full_precision", nullcontext):
+        assert "differs by up to" in only(doctor.training_steps(eager, CPU)).text
 
 
 # The report

@@ -1,0 +1,114 @@
+"""Stage f: what a capture costs in seconds, what graphs hold in bytes, and after how many iterations that pays."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+
+from benchmarks.on_gpu.plan import batch_size, cases
+from benchmarks.on_gpu.rehearsal import device_of, stand_in
+from benchmarks.on_gpu.stage import CUT, FAILED, PASSED, Context, Verdict
+from benchmarks.on_gpu.variants import BY_NAME, Bench, Variant, fallbacks
+from bt_fast.attack import device as engine
+from bt_fast.device import synchronize
+
+CAPTURED = ("bullet, graphs", "bullet, streams", "bullet, captured", "optimised, captured")
+REHEARSED = ("bullet, streams", "bullet, captured")
+REPEATS = 3  # of a replayed iteration
+LEAST = 5.0  # seconds: no variant is begun with less
+
+
+def run(context: Context) -> Verdict:
+    """Seconds, bytes and graphs of the captures of each kind, on the largest network."""
+    model = cases(context.minutes, context.rehearsal)[0][0]
+    said, wrong = [], False
+    with stand_in(context):
+        bench = Bench(model, "tf32", batch_size(context.rehearsal), device_of(context), tiny=context.rehearsal)
+        eager = repeated(bench, bench.iteration(Variant("bullet")))
+        context.record("eager", model=model, seconds=eager)
+        for name in REHEARSED if context.rehearsal else CAPTURED:
+            if context.left < LEAST:
+                return CUT, "; ".join(said)
+            found = captured(bench, BY_NAME[name])
+            context.record("capture", model=model, variant=name, **found)
+            wrong |= found["fell_back"] is not None
+            said.append(
+                f"{name}: {found['captures']} captures, {found['capture_seconds']:.2f} s, "
+                f"{found['held_bytes'] / 2**20:.0f} MiB" + (f", {found['fell_back']}" if found["fell_back"] else "")
+            )
+    return FAILED if wrong else PASSED, "; ".join(said)
+
+
+def captured(bench: Bench, variant: Variant) -> dict[str, Any]:
+    """The iterations of a variant until it is replayed.
+
+    `capture_seconds` are those inside of captures; `first_seconds` those of the iterations that came before the first
+    replayed one, each with what it adds for a capture (its own warm-up, say). `held_bytes` is what torch keeps for the
+    graphs once all else is freed, `driver_bytes` what is missing on the card: graphs themselves, too.
+    """
+    before = held(bench.device)
+    work, first = bench.iteration(variant), []
+    with fallbacks() as said, counted() as seconds:
+        for _ in range(REPEATS):
+            first.append(once(bench, work))
+        replayed = repeated(bench, work)
+    after = held(bench.device)
+    return {
+        "captures": len(seconds),
+        "capture_seconds": sum(seconds),
+        "first_seconds": first,
+        "replayed_seconds": replayed,
+        "held_bytes": after[0] - before[0],
+        "driver_bytes": after[1] - before[1],
+        "fell_back": said[0] if said else None,
+    }
+
+
+@contextmanager
+def counted() -> Iterator[list[float]]:
+    """The seconds of each capture that the package makes inside: of a step, or of an update's forward or backward."""
+    seconds: list[float] = []
+    capture = engine.capture
+
+    @contextmanager
+    def timed(*given: Any, **options: Any) -> Iterator[Any]:
+        begin = time.perf_counter()
+        with capture(*given, **options) as graph:
+            yield graph
+        seconds.append(time.perf_counter() - begin)
+
+    with mock.patch.object(engine, "capture", timed):
+        yield seconds
+
+
+def once(bench: Bench, work: Callable[[], None]) -> float:
+    """Seconds of an iteration."""
+    bench.ready()
+    synchronize(bench.device)
+    begin = time.perf_counter()
+    work()
+    synchronize(bench.device)
+    return time.perf_counter() - begin
+
+
+def repeated(bench: Bench, work: Callable[[], None]) -> float:
+    """The median of some iterations."""
+    return statistics.median(once(bench, work) for _ in range(REPEATS))
+
+
+def held(device: torch.device) -> tuple[int, int]:
+    """Bytes that torch has reserved and cannot give back, and bytes in use on the card."""
+    if device.type != "cuda":
+        return 0, 0
+    gc.collect()
+    synchronize(device)
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(device)
+    return torch.cuda.memory_reserved(device), total - free

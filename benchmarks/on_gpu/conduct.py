@@ -1,0 +1,369 @@
+"""Runs the stages one after the other, each in its time, and keeps what they find, whatever becomes of them.
+
+Nothing here needs more than the standard library.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from benchmarks.on_gpu import jobs
+from benchmarks.on_gpu.page import page, verdict_line
+from benchmarks.on_gpu.plan import SHORTEST, Stage, limit
+from benchmarks.on_gpu.stage import (
+    CUT,
+    FAILED,
+    NOT_RUN,
+    PASSED,
+    ROOT,
+    Context,
+    command,
+    read_records,
+    records_file,
+    turn_file,
+)
+
+RESULTS, PAGE, LOG, TRACE = FILES = ("results.json", "page.md", "log.txt", "trace.json.gz")
+FORMAT = 1
+WITHIN = ("verdict", "part", "trying")  # records that are for the conductor, or for a stage's own parts
+KEPT_FOR_WRITING = 4.0  # seconds of the time
+POLL = 0.2
+LOG_BYTES = 300_000  # of a stage
+TRACE_BYTES = 8 << 20
+INSTALL_SECONDS, LOOK_SECONDS = 60.0, 60.0
+INSTALL = ("-m", "pip", "install", "--no-deps", "--no-build-isolation", "--no-index", "--quiet", "-e", str(ROOT))
+SOURCES = ("bt_fast", "kernels", "benchmarks", "tests")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the command line says: `seconds` for everything together."""
+
+    out: Path
+    seconds: float
+    stages: tuple[Stage, ...]
+    rehearsal: bool
+    data: Path | None
+
+
+class Stop(BaseException):
+    """The time is up, or somebody wants this process to end; nothing but `conduct` catches it."""
+
+
+@dataclass(eq=False)
+class Session:
+    """One call of the command: its clock, its files, and what is running.
+
+    Attributes:
+        content: of results.json.
+    """
+
+    asked: Asked
+    scratch: Path
+    content: dict[str, Any]
+    until: float
+    running: list[jobs.Job] = field(default_factory=list)
+
+    @property
+    def left(self) -> float:
+        """Seconds until everything has to be written."""
+        return self.until - time.monotonic()
+
+    def write(self) -> None:
+        """Replace results.json and page.md, each as a whole."""
+        self.content["seconds"] = round(self.asked.seconds - KEPT_FOR_WRITING - self.left, 1)
+        text = json.dumps(finite(self.content), indent=1, allow_nan=False) + "\n"
+        for name, whole in ((RESULTS, text), (PAGE, page(self.content))):
+            part = self.asked.out / f".{name}.part"
+            part.write_text(whole)
+            os.replace(part, self.asked.out / name)
+
+    def start(self, given: Sequence[str], log: str) -> jobs.Job:
+        """Run a command in the repository."""
+        job = jobs.start(given, self.scratch / log, ROOT, environment())
+        self.running.append(job)
+        return job
+
+    def end(self, job: jobs.Job) -> None:
+        """End a job with all that it started."""
+        job.end()
+        self.running.remove(job)
+
+
+def conduct(asked: Asked) -> int:
+    """Run what is asked for, write it down and print the page; returns the exit status."""
+    began = time.monotonic()
+    content: dict[str, Any] = {
+        "format": FORMAT,
+        "rehearsal": asked.rehearsal,
+        "minutes": asked.seconds / 60,
+        "began": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "finished": False,
+        "stopped": None,
+        "source_sha256": source_hash(),
+        "machine": None,
+        "stages": {},
+    }
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGALRM):
+        signal.signal(number, _stop)
+    signal.setitimer(signal.ITIMER_REAL, max(1.0, asked.seconds - KEPT_FOR_WRITING / 2))  # if all else hangs
+    scratch = Path(tempfile.mkdtemp(prefix="on-gpu-"))
+    session = Session(asked, scratch, content, began + asked.seconds - KEPT_FOR_WRITING)
+    try:
+        stages_in_turn(session)
+    except Stop as stop:
+        content["stopped"] = str(stop)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)  # what is left takes no time
+        for job in list(session.running):
+            session.end(job)
+        conclude(session)
+        shutil.rmtree(scratch, ignore_errors=True)
+    print((asked.out / PAGE).read_text())
+    return exit_status(content)
+
+
+def _stop(number: int, frame: object) -> None:
+    raise Stop("the time was up" if number == signal.SIGALRM else f"stopped by {signal.Signals(number).name}")
+
+
+def stages_in_turn(session: Session) -> None:
+    """All that is asked for, in order; those that need no GPU beside the others."""
+    asked = session.asked
+    session.write()
+    session.content["machine"] = prepared(session)
+    nothing = session.content["machine"]["unfit"] = why_nothing(session.content["machine"], asked.rehearsal)
+    session.write()
+    beside: dict[str, jobs.Job] = {}
+    for number, stage in enumerate(asked.stages):
+        later = asked.stages[number + 1 :]
+        if nothing and stage.name != "examination":
+            settle(session, stage, (NOT_RUN, nothing), 0.0)
+            continue
+        if not nothing:
+            for other in (stage, *later):
+                if other.beside and other is not stage and other.name not in beside:
+                    beside[other.name] = begin(session, other, session.left)
+        seconds = limit(stage, later, asked.seconds, session.left, asked.rehearsal)
+        if seconds < SHORTEST:
+            settle(session, stage, (NOT_RUN, "no time was left"), 0.0)
+            continue
+        turn_file(session.scratch, stage.name).touch()
+        job = beside.get(stage.name) or begin(session, stage, seconds)
+        wait(session, stage, job, seconds)
+
+
+def begin(session: Session, stage: Stage, seconds: float) -> jobs.Job:
+    """Start a stage that has so many seconds."""
+    asked, machine = session.asked, session.content["machine"]
+    context = Context(
+        stage=stage.name,
+        part="",
+        until=time.monotonic() + 0.97 * seconds,
+        scratch=str(session.scratch),
+        rehearsal=asked.rehearsal,
+        device=machine.get("device") or "",
+        data=None if asked.data is None else str(asked.data),
+        minutes=asked.seconds / 60,
+    )
+    return session.start(command(context), f"{stage.name}.log")
+
+
+def wait(session: Session, stage: Stage, job: jobs.Job, seconds: float) -> None:
+    """Until the stage is done or its time is up; what it tells meanwhile is written down."""
+    began, told = time.monotonic(), -1
+    path = records_file(session.scratch, stage.name)
+    while job.code is None and time.monotonic() < began + seconds:
+        time.sleep(POLL)
+        size = path.stat().st_size if path.exists() else 0
+        if size != told:
+            told = size
+            note(session, stage, ("running", ""), time.monotonic() - began)
+            session.write()
+    code = job.code
+    session.end(job)
+    verdict = judged(read_records(path), code, seconds, last_line(session.scratch / f"{stage.name}.log"))
+    settle(session, stage, verdict, time.monotonic() - began)
+
+
+def last_line(log: Path) -> str:
+    """The last that a stage printed, in brief."""
+    lines = log.read_text(errors="replace").split("\n") if log.exists() else []
+    return next((line.strip()[:200] for line in reversed(lines) if line.strip()), "")
+
+
+def judged(records: Sequence[dict[str, Any]], code: int | None, seconds: float, last: str) -> tuple[str, str]:
+    """A stage's own verdict, or what became of it; `last` is the last that it printed."""
+    own = [(r["verdict"], r["said"]) for r in records if r["kind"] == "verdict"]
+    if own:
+        return own[-1]
+    found = f"{len(records)} findings until then" if records else "nothing found until then"
+    if code is None:
+        return CUT, f"ended after its {seconds:.0f} s; {found}"
+    if last:
+        found = f"{found}; the last it printed: {last}"
+    if code < 0:
+        return FAILED, f"died of {signal.Signals(-code).name}; {found}"
+    return FAILED, f"ended with {code} and no verdict; {found}"
+
+
+def note(session: Session, stage: Stage, verdict: tuple[str, str], seconds: float) -> None:
+    """Take what is known of a stage into the results."""
+    found = read_records(records_file(session.scratch, stage.name))
+    session.content["stages"][stage.name] = {
+        "letter": stage.letter,
+        "title": stage.title,
+        "verdict": verdict[0],
+        "said": verdict[1],
+        "seconds": round(seconds, 1),
+        "records": [record for record in found if record["kind"] not in WITHIN],
+    }
+
+
+def settle(session: Session, stage: Stage, verdict: tuple[str, str], seconds: float) -> None:
+    """A stage has come to its end: write everything down, its log and its trace too, and say so."""
+    note(session, stage, verdict, seconds)
+    session.write()
+    log, trace = session.scratch / f"{stage.name}.log", session.scratch / TRACE
+    if log.exists():
+        with (session.asked.out / LOG).open("ab") as file:
+            file.write(f"===== {stage.letter} {stage.name}: {verdict[0]}: {verdict[1]}\n".encode() + shortened(log))
+        log.unlink()
+    if trace.exists() and trace.stat().st_size <= TRACE_BYTES:
+        shutil.copyfile(trace, session.asked.out / TRACE)
+        trace.unlink()
+    print(verdict_line(session.content["stages"][stage.name], session.asked.rehearsal), flush=True)
+
+
+def shortened(log: Path) -> bytes:
+    """What a stage printed: its beginning and its end."""
+    text = log.read_bytes()
+    if len(text) <= LOG_BYTES:
+        return text
+    return text[: LOG_BYTES // 4] + b"\n[...]\n" + text[-3 * LOG_BYTES // 4 :]
+
+
+def conclude(session: Session) -> None:
+    """The last word: what did not run, and why."""
+    stages, stopped = session.content["stages"], session.content["stopped"]
+    for stage in session.asked.stages:
+        state = stages.get(stage.name)
+        with suppress(OSError):  # a full disk must not hide the page
+            if state is None:
+                settle(session, stage, (NOT_RUN, stopped or "an earlier error"), 0.0)
+            elif state["verdict"] == "running":
+                records = read_records(records_file(session.scratch, stage.name))
+                own = [(r["verdict"], r["said"]) for r in records if r["kind"] == "verdict"]
+                cut = (CUT, f"{stopped}; {len(records)} findings until then")
+                settle(session, stage, own[-1] if own else cut, state["seconds"])
+    session.content["finished"] = session.content["stopped"] is None
+    session.write()
+
+
+def exit_status(content: dict[str, Any]) -> int:
+    """0 if nothing failed; a rehearsal has to pass as a whole."""
+    verdicts = {state["verdict"] for state in content["stages"].values()}
+    wrong = verdicts - {PASSED} if content["rehearsal"] else verdicts & {FAILED}
+    unfit = content["machine"] is None or content["machine"]["unfit"]
+    return int(bool(wrong or unfit or content["stopped"]))
+
+
+# The machine
+
+
+def prepared(session: Session) -> dict[str, Any]:
+    """What the machine is, once the package that is imported is that of this tree: installed if it is not."""
+    found = looked_at(session)
+    if not comes_from_here(found):
+        print("installing the package from this tree", flush=True)
+        job = session.start([sys.executable, *INSTALL], "install.log")
+        settled(session, job, INSTALL_SECONDS)
+        said = (session.scratch / "install.log").read_text(errors="replace").strip()
+        found = looked_at(session) | {"installed": job.code == 0, "pip": said[-2000:]}
+    if not comes_from_here(found):
+        found["broken"] = f"bt_fast comes from {found.get('bt_fast')}, its kernels from {found.get('kernels')}"
+        if found.get("pip"):
+            found["broken"] += f"; pip said: {found['pip'].splitlines()[-1]}"
+    return found
+
+
+def looked_at(session: Session) -> dict[str, Any]:
+    """What `machine.py` prints."""
+    job = session.start([sys.executable, "-m", "benchmarks.on_gpu.machine"], "machine.log")
+    settled(session, job, LOOK_SECONDS)
+    path = session.scratch / "machine.log"
+    lines = path.read_text(errors="replace").splitlines()
+    path.unlink()
+    for line in reversed(lines):
+        with suppress(ValueError):
+            if isinstance(found := json.loads(line), dict):
+                return found
+    why = (lines or ["it printed nothing"])[-1]
+    return {"device": None, "why_none": f"python -m benchmarks.on_gpu.machine ended with {job.code}: {why}"}
+
+
+def settled(session: Session, job: jobs.Job, seconds: float) -> None:
+    """Wait for a job, for so long at most."""
+    end = time.monotonic() + min(seconds, session.left)
+    while job.code is None and time.monotonic() < end:
+        time.sleep(POLL / 4)
+    session.end(job)
+
+
+def comes_from_here(found: dict[str, Any]) -> bool:
+    """Whether the package and its kernels are imported from this tree."""
+    return all(
+        Path(found.get(name, "")) == ROOT / folder for name, folder in (("bt_fast", "bt_fast"), ("kernels", "kernels"))
+    )
+
+
+def why_nothing(machine: dict[str, Any], rehearsal: bool) -> str:
+    """Why no stage can run, or ""."""
+    if machine.get("broken"):
+        return str(machine["broken"])
+    if not rehearsal and not machine.get("device"):
+        return f"no GPU that torch can use ({machine.get('why_none')}); --rehearse runs all on the CPU"
+    return ""
+
+
+def environment() -> dict[str, str]:
+    """The stages': one folder for compiled kernels, which a second call finds again."""
+    cache = Path(tempfile.gettempdir()) / "on-gpu-triton"
+    # a profiler that is torn down crashes where graphs were replayed (torch/profiler/profiler.py says so of its own)
+    profiler = {"TEARDOWN_CUPTI": "0", "DISABLE_CUPTI_LAZY_REINIT": "1"}
+    python = {"PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
+    return {"TRITON_CACHE_DIR": str(cache), **os.environ, **profiler, **python}
+
+
+def source_hash() -> str:
+    """SHA-256 of the sources: which tree it was, without git."""
+    digest = hashlib.sha256()
+    for folder in SOURCES:
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            digest.update(f"{path.relative_to(ROOT)}\n".encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def finite(value: Any) -> Any:
+    """The same without NaN and infinity, of which JSON has none: None in their place."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,105 @@
+"""Stage c: the engine's tests on the GPU, each in a process of its own: one that breaks a capture spoils no other."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+import time
+from dataclasses import dataclass
+from typing import IO
+
+from benchmarks.on_gpu.pytest_runs import kernels_own, marked_files, pytest_command
+from benchmarks.on_gpu.stage import CUT, FAILED, PASSED, ROOT, Context, Verdict
+
+AT_ONCE = 4
+SECONDS = 60.0  # for each test; emulated it takes longer
+LEAST = 5.0  # seconds: no test is begun with less
+TAIL = 3000  # characters of what a failed test printed
+REHEARSED = re.compile(r"\[GraphRunner-uniform-model\]$|_with_dropout_draws_from_graphs_")
+
+
+@dataclass(eq=False)
+class _Running:
+    test: str
+    process: subprocess.Popen[str]
+    output: IO[str]
+    began: float
+
+
+def run(context: Context) -> Verdict:
+    """How many passed, and what those that failed printed."""
+    collected, whole = collect(context)
+    waiting, running, outcomes = list(collected), [], []
+    while waiting or running:
+        while waiting and len(running) < (2 if context.rehearsal else AT_ONCE) and context.left > LEAST:
+            running.append(_start(context, waiting.pop(0)))
+        for one in list(running):
+            seconds = time.monotonic() - one.began
+            outcome = _outcome(one, min(SECONDS * (3 if context.rehearsal else 1), context.left + seconds))
+            if outcome is not None:
+                running.remove(one)
+                outcomes.append(outcome)
+                context.record("test", id=one.test, outcome=outcome, seconds=seconds, said=_said(one, outcome))
+        if not running and context.left <= LEAST:
+            break
+        time.sleep(0.05)
+    counts = {outcome: outcomes.count(outcome) for outcome in dict.fromkeys(sorted(outcomes))}
+    said = ", ".join(f"{n} {outcome}" for outcome, n in counts.items()) + f" of {len(collected)}"
+    if not whole:
+        return FAILED, f"{said}; a file could not be collected"
+    if set(outcomes) - {"passed"}:
+        return FAILED, said
+    return (CUT if waiting else PASSED), said
+
+
+def collect(context: Context) -> tuple[list[str], bool]:
+    """The tests' names, and whether every file could be read.
+
+    Raises:
+        RuntimeError: pytest finds none.
+    """
+    files = [path for path in marked_files() if not kernels_own(path)]
+    given = pytest_command(context, ["--collect-only", "-q", *files])
+    done = subprocess.run(given, cwd=ROOT, capture_output=True, text=True, timeout=max(1.0, context.left))
+    print(done.stdout, done.stderr)
+    found = [line.strip() for line in done.stdout.splitlines() if line.startswith("tests/") and "::" in line]
+    if context.rehearsal:
+        found = [name for name in found if REHEARSED.search(name)]
+    if not found:
+        said = (done.stdout + done.stderr).strip().splitlines() or ["nothing"]
+        raise RuntimeError(f"pytest collected no test of {', '.join(files)}: {said[-1]}")
+    context.record("collected", count=len(found), code=done.returncode)
+    return found, done.returncode == 0
+
+
+def _start(context: Context, test: str) -> _Running:
+    output = tempfile.TemporaryFile("w+", dir=context.scratch, errors="replace")  # noqa: SIM115 (closed in _said)
+    process = subprocess.Popen(
+        pytest_command(context, ["-q", test]), cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, text=True
+    )
+    return _Running(test, process, output, time.monotonic())
+
+
+def _outcome(one: _Running, seconds: float) -> str | None:
+    """What became of a test, or None while it runs in its time."""
+    code = one.process.poll()
+    if code is None:
+        if time.monotonic() - one.began < seconds:
+            return None
+        one.process.kill()
+        one.process.wait()
+        return "hung"
+    one.output.seek(0)
+    if code == 0:
+        return "passed" if re.search(r"\b1 passed\b", one.output.read()) else "skipped"
+    return "failed" if code == 1 else "died" if code < 0 else "error"
+
+
+def _said(one: _Running, outcome: str) -> str:
+    """The end of what it printed, where it did not pass."""
+    one.output.seek(0)
+    text = one.output.read()
+    one.output.close()
+    print(f"----- {one.test}: {outcome}\n{text if outcome != 'passed' else ''}", flush=True)
+    return "" if outcome == "passed" else text[-TAIL:]

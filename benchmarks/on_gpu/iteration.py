@@ -1,0 +1,269 @@
+"""One case of stage d: exactness first, then times, costs and energy, each told as soon as it is known."""
+
+from __future__ import annotations
+
+import faulthandler
+import gc
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from benchmarks.on_gpu.rehearsal import device_of, stand_in
+from benchmarks.on_gpu.stage import FAILED, PASSED, Context, Verdict
+from benchmarks.on_gpu.traces import busy, traced, work_of
+from benchmarks.on_gpu.variants import TOLERANCE, VARIANTS, Bench, Exactness, Variant, fallbacks
+from bt_fast import PowerMonitor
+from bt_fast.device import HostRead, synchronize
+
+WARM, WARM_CAPTURED = 1, 3  # what is captured is captured when met again
+ROUNDS, MOST_ROUNDS = 3, 15
+CHECK_SHARE, WARM_SHARE = 0.3, 0.5  # of the time that is left: then no further variant is begun
+HANGS = 45.0  # seconds in which a variant's first runs are done, or are not going to be
+JOULES_SECONDS = (0.3, 1.5)  # of each variant, at least and at most
+TRACE_SECONDS = 1.0  # to start, read and write one
+KEPT = 2.0  # seconds for the process's end
+
+# the baselines, and captures of each kind
+REHEARSED = tuple(v for v in VARIANTS if v.name in ("reference", "optimised", "bullet, streams, captured"))
+
+Work = dict[Variant, Callable[[], None]]
+
+
+class LeftOutError(Exception):
+    """A variant cannot be measured; this process may be spoilt by it."""
+
+
+def measure(context: Context, model: str, precision: str, batch: int) -> Verdict:
+    """Everything of a case that there is time for, the wanted most first."""
+    case = f"{model}/{precision}"
+    context.record("case", case=case, model=model, precision=precision, batch=batch)
+    out = {r["variant"] for r in context.records("left_out") if r["case"] == case or r["variant"] in _inexact(context)}
+    with stand_in(context):
+        bench = Bench(model, precision, batch, device_of(context), tiny=context.rehearsal)
+        try:
+            exact = check(context, case, bench, [v for v in variants_of(context) if v.name not in out])
+            works = warm(context, case, bench, exact)
+        except LeftOutError as error:
+            print(error)
+            return FAILED, str(error)
+        rounds(context, case, bench, works, 1 if context.rehearsal else ROUNDS)
+        count_flops(context, case, bench, works)
+        peaks(context, case, bench, works)
+        energy(context, case, bench, works)
+        rounds(context, case, bench, works, 0 if context.rehearsal else MOST_ROUNDS - ROUNDS, kept=traces_take(works))
+        busy_times(context, case, bench, works)  # last: what traces may slow down whatever follows
+    return PASSED, ""
+
+
+def variants_of(context: Context) -> tuple[Variant, ...]:
+    """All; in a rehearsal one of each kind."""
+    return REHEARSED if context.rehearsal else VARIANTS
+
+
+def _inexact(context: Context) -> set[str]:
+    return {r["variant"] for r in context.records("left_out") if r.get("inexact")}
+
+
+@contextmanager
+def trying(context: Context, case: str, variant: Variant) -> Iterator[None]:
+    """The first runs of a variant: if the process ends inside, or hangs, it is known of whom."""
+    context.record("trying", case=case, variant=variant.name)
+    faulthandler.dump_traceback_later(HANGS * (10 if context.rehearsal else 1), exit=True)
+    try:
+        with fallbacks() as said:
+            yield
+        synchronize(device_of(context))
+    except Exception as error:
+        raise _left_out(context, case, variant, f"{type(error).__name__}: {error}") from error
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+    if said:
+        raise _left_out(context, case, variant, said[0])
+    context.record("trying", case=case, variant=None)
+
+
+def _left_out(context: Context, case: str, variant: Variant, said: str, **more: Any) -> LeftOutError:
+    context.record("left_out", case=case, variant=variant.name, said=" ".join(said.split())[:500], **more)
+    return LeftOutError(f"{variant.name}: {said}")
+
+
+def check(context: Context, case: str, bench: Bench, variants: list[Variant]) -> list[Variant]:
+    """Those that are exact: what is not is not timed. Once for each network: float64 is the same in every precision."""
+    model = case.split("/")[0]
+    done = {r["variant"] for r in context.records("exact") if r["model"] == model}
+    exactness, exact, enough = None, [], (1 - CHECK_SHARE) * context.left
+    for variant in variants:
+        if variant.name in done or variant.name == "reference":
+            exact.append(variant)
+            continue
+        if context.left < enough and len(exact) > 2:
+            context.record("no_time", case=case, variant=variant.name)
+            continue
+        exactness = exactness or Exactness(bench)
+        with trying(context, case, variant):
+            difference = exactness.difference(variant)
+        context.record("exact", model=model, variant=variant.name, difference=difference)
+        if not difference <= TOLERANCE:
+            said = f"not exact: an update in float64 differs by {difference:.2g} (allowed: {TOLERANCE:.0g})"
+            raise _left_out(context, case, variant, said, inexact=True)
+        exact.append(variant)
+    return exact
+
+
+def warm(context: Context, case: str, bench: Bench, variants: list[Variant]) -> Work:
+    """The iterations, captured where they are to be, of as many variants as there is time for."""
+    works: Work = {}
+    gc.collect()
+    if bench.device.type == "cuda":
+        torch.cuda.empty_cache()  # of the check's float64
+    enough = (1 - WARM_SHARE) * context.left
+    for variant in variants:
+        if context.left < enough and len(works) > 2:
+            context.record("no_time", case=case, variant=variant.name)
+            continue
+        work = bench.iteration(variant)
+        with trying(context, case, variant):
+            for _ in range(WARM if variant.eager else WARM_CAPTURED):
+                bench.ready()
+                work()
+                synchronize(bench.device)
+        works[variant] = work
+    gc.collect()  # not while times are taken
+    return works
+
+
+def rounds(context: Context, case: str, bench: Bench, works: Work, count: int, kept: float = KEPT) -> None:
+    """Times in alternation, in rotating order, as long as a further round fits beside the seconds that are kept."""
+    longest = 0.0
+    variants = list(works)
+    for number in range(count):
+        if context.left < kept + 1.2 * longest:
+            return
+        began = time.monotonic()
+        seconds, host = {}, {}
+        turn = number % len(variants)
+        for variant in variants[turn:] + variants[:turn]:
+            seconds[variant.name], host[variant.name] = timed(bench, works[variant])
+        context.record("round", case=case, seconds=seconds, host=host)
+        longest = max(longest, time.monotonic() - began)
+
+
+def timed(bench: Bench, work: Callable[[], None]) -> tuple[float, float]:
+    """Seconds of an iteration; and of the host in it, until all is enqueued, without its waits for the device.
+
+    Where the queue of launches is full the host waits as well, and that counts.
+    """
+    bench.ready()
+    synchronize(bench.device)
+    with waits() as waited:
+        begin = time.perf_counter()
+        work()
+        enqueued = time.perf_counter()
+        synchronize(bench.device)
+        end = time.perf_counter()
+    return end - begin, enqueued - begin - sum(waited)
+
+
+@contextmanager
+def waits() -> Iterator[list[float]]:
+    """The seconds of each wait for a read of the device's counts."""
+    waited: list[float] = []
+    wait = HostRead.wait
+
+    def timed_wait(read: HostRead) -> list[int]:
+        begin = time.perf_counter()
+        values = wait(read)
+        waited.append(time.perf_counter() - begin)
+        return values
+
+    HostRead.wait = timed_wait  # type: ignore[method-assign]
+    try:
+        yield waited
+    finally:
+        HostRead.wait = wait  # type: ignore[method-assign]
+
+
+def count_flops(context: Context, case: str, bench: Bench, works: Work) -> None:
+    """Of each method, once for each network."""
+    model = case.split("/")[0]
+    done = {r["method"] for r in context.records("flops") if r["model"] == model}
+    for variant in works:
+        if variant.method not in done and context.left > KEPT:
+            done.add(variant.method)
+            context.record("flops", model=model, method=variant.method, flops=bench.flops(variant))
+
+
+def peaks(context: Context, case: str, bench: Bench, works: Work) -> None:
+    """The most memory that torch allocates in an iteration, beside what is held before (weights, graphs, images)."""
+    if bench.device.type != "cuda":
+        return
+    for variant, work in works.items():
+        if context.left < KEPT:
+            return
+        bench.workload.optimizer.zero_grad()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        bench.ready()
+        work()
+        synchronize(bench.device)
+        found = {"peak": torch.cuda.max_memory_allocated() - before, "held": before}
+        context.record("memory", case=case, variant=variant.name, **found, reserved=torch.cuda.memory_reserved())
+
+
+def traces_take(works: Work) -> float:
+    """The seconds to keep for `busy_times`."""
+    return KEPT + (len(works) + 1) * TRACE_SECONDS
+
+
+def busy_times(context: Context, case: str, bench: Bench, works: Work) -> None:
+    """For how long of an iteration the GPU works, by its own clock."""
+    first = True
+    for variant, work in list(works.items())[: 1 if context.rehearsal else None]:
+        if context.left < KEPT + 2:
+            return
+        for _ in range(2 if first else 1):  # the profiler's first trace takes seconds, and may miss work
+            bench.ready()
+            synchronize(bench.device)
+            trace = traced({variant.name: work}, bench.device, host=False)
+        first = False
+        events = work_of(trace)
+        context.record("busy", case=case, variant=variant.name, launches=len(events), **busy(events))
+
+
+def energy(context: Context, case: str, bench: Bench, works: Work) -> None:
+    """The GPU's joules for an iteration of each variant, over as many as fit into a second or so."""
+    least, most = JOULES_SECONDS
+    seconds = min(most, 0.6 * (context.left - traces_take(works)) / len(works))
+    if seconds < least:
+        context.record("joules", case=case, variant=None, reason="no time was left")
+        return
+    counts: dict[str, int] = {}
+    with PowerMonitor(bench.device) as monitor:
+        for variant, work in works.items() if monitor.available else ():
+            name = variant.name
+            monitor.mark(name)
+            end = time.monotonic() + seconds
+            counts[name] = 0
+            while not counts[name] or time.monotonic() < end:
+                bench.ready()
+                work()
+                synchronize(bench.device)
+                counts[name] += 1
+            monitor.mark(f"after {name}")
+            (summary, *_) = monitor.summary(name) or (None,)
+            context.record(
+                "joules",
+                case=case,
+                variant=name,
+                joules=monitor.joules_per_sample(counts[name], name),
+                iterations=counts[name],
+                source=None if summary is None else summary.energy_source,
+                watts=None if summary is None else summary.mean_power,
+                sm_mhz=None if summary is None else summary.mean_sm_clock,
+                throttle=None if summary is None else dict(summary.throttle or {}),
+            )
+    if not counts:
+        context.record("joules", case=case, variant=None, reason=monitor.reason)

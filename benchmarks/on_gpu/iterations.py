@@ -1,0 +1,72 @@
+"""Stage d: one TRADES iteration, each case (network and precision) in a process of its own.
+
+A variant that ends its process (a capture that poisons it, a hang) is left out, and the case is taken up again without.
+"""
+
+from __future__ import annotations
+
+from benchmarks.on_gpu.figures import cases_of, headline
+from benchmarks.on_gpu.plan import batch_size, cases
+from benchmarks.on_gpu.stage import CUT, FAILED, PASSED, Context, Verdict, run_part
+
+ATTEMPTS = 4
+LEAST = 8.0  # seconds: no case is begun with less
+
+
+def run(context: Context) -> Verdict:
+    """What BulletTrain came to in each case, and what was left out."""
+    if context.part:
+        from benchmarks.on_gpu.iteration import measure
+
+        model, precision, batch = context.part.split("/")
+        return measure(context, model, precision, int(batch))
+    todo = cases(context.minutes, context.rehearsal)
+    for number, (model, precision, share) in enumerate(todo):
+        seconds = context.left * share / sum(other[2] for other in todo[number:])
+        _case(context, model, precision, seconds)
+    return verdict(context)
+
+
+def _case(context: Context, model: str, precision: str, seconds: float) -> None:
+    case = f"{model}/{precision}"
+    end = context.left - seconds  # what is left then
+    for _ in range(ATTEMPTS):
+        if (left := context.left - end) < LEAST:
+            context.record("ended", case=case, said="no time was left")
+            return
+        code = run_part(context, f"{case}/{batch_size(context.rehearsal)}", left)
+        if code == 0:
+            return
+        blamed = tried_last(context, case)
+        if code is None and blamed is None:
+            context.record("ended", case=case, said=f"cut after {left:.0f} s")
+            return
+        if blamed is None:
+            context.record("broke", case=case, said=f"its process ended with {code}: {said_last(context, case)}")
+            return
+        if not any(r["variant"] == blamed for r in context.records("left_out")):
+            context.record("left_out", case=case, variant=blamed, said=f"its process ended with {code} in it")
+
+
+def tried_last(context: Context, case: str) -> str | None:
+    """The variant that was being tried when the case's process ended, or None."""
+    tried = [r for r in context.records("trying") if r["case"] == case]
+    return None if not tried or tried[-1]["variant"] is None else str(tried[-1]["variant"])
+
+
+def said_last(context: Context, case: str) -> str:
+    """What the case's last process said at its end, if it came to that."""
+    said = [r["said"] for r in context.records("part") if r["part"].startswith(case)]
+    return said[-1] if said else "it said nothing"
+
+
+def verdict(context: Context) -> Verdict:
+    """Failed where something is not exact, fell back or broke; cut where a case has no times."""
+    records = [r for kind in ("round", "flops") for r in context.records(kind)]
+    broken = [r for kind in ("left_out", "broke") for r in context.records(kind)]
+    wrong = [f"{r['case'].replace('/', ' ')}, {r.get('variant', 'the case')}: {r['said']}" for r in broken]
+    found = cases_of(records)
+    said = "; ".join([*(headline(case, rows) for case, rows in found.items()), *wrong]) or "nothing was measured"
+    if wrong:
+        return FAILED, said
+    return (PASSED if len(found) == len(cases(context.minutes, context.rehearsal)) else CUT), said

@@ -1,0 +1,49 @@
+"""Stage b: the kernels' tests on the GPU, in parallel, each told as it ends."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+
+from benchmarks.on_gpu.pytest_runs import explained, has_xdist, kernels_own, marked_files, progress, pytest_command
+from benchmarks.on_gpu.stage import FAILED, PASSED, ROOT, Context, Verdict
+
+WORKERS = 8
+SAID_EVERY = 1.0  # seconds
+REHEARSED = "test_order_by_steps and (128 or 8193)"
+
+
+def run(context: Context) -> Verdict:
+    """How many passed, and what those that failed said."""
+    parallel = ["-n", str(min(WORKERS, os.cpu_count() or 1))] if has_xdist() and not context.rehearsal else []
+    picked = ["-k", REHEARSED] if context.rehearsal else []
+    files = [path for path in marked_files() if kernels_own(path)]
+    given = pytest_command(context, ["-v", *parallel, *picked, *files])
+    outcomes: dict[str, str] = {}
+    told = 0.0
+    process = subprocess.Popen(given, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert process.stdout is not None
+    for line in process.stdout:
+        print(line, end="", flush=True)
+        if found := progress(line.rstrip()):
+            outcomes[found[0]] = found[1]
+        if why := explained(line.rstrip()):
+            context.record("failure", id=why[0], said=why[1])
+        if time.monotonic() > told + SAID_EVERY:
+            told = time.monotonic()
+            context.record("tests", **counted(outcomes))
+    code = process.wait()
+    counts = counted(outcomes)
+    context.record("tests", **counts)
+    said = ", ".join(f"{n} {outcome}" for outcome, n in counts.items()) or "no test ran"
+    good = code == 0 and counts.get("passed", 0) > 0 and not counts.keys() & {"skipped", "failed", "error"}
+    return PASSED if good else FAILED, said if good else f"{said}; pytest ended with {code}"
+
+
+def counted(outcomes: dict[str, str]) -> dict[str, int]:
+    """How many tests there are of each outcome."""
+    found: dict[str, int] = {}
+    for outcome in outcomes.values():
+        found[outcome] = found.get(outcome, 0) + 1
+    return found

@@ -1,0 +1,71 @@
+"""What this machine is, as one line of JSON: where the package comes from, the versions, and the GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from importlib import import_module, metadata
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("torch", "triton", "numpy", "pytest", "pytest-xdist", "nvidia-ml-py", "pillow")
+
+
+def machine() -> dict[str, Any]:
+    """Versions, and what torch says of the GPU; a part that is broken says what it said itself."""
+    found: dict[str, Any] = {"packages": {name: version(name) for name in PACKAGES}, "cores": os.cpu_count()}
+    found["bt_fast"], found["kernels"] = place("bt_fast"), place("bt_fast.kernels")
+    try:
+        found |= gpu()
+    except Exception as error:
+        found |= {"device": None, "why_none": f"{type(error).__name__}: {error}"}
+    if shutil.which("nvidia-smi"):
+        fields = "name,driver_version,memory.total,clocks.sm,clocks.max.sm,power.limit,mig.mode.current"
+        command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
+        found["nvidia_smi"] = subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip()
+    return found
+
+
+def version(package: str) -> str | None:
+    """Of an installed package; None where there is none."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def place(module: str) -> str:
+    """The folder of a module, or what its import raised."""
+    try:
+        return str(Path(str(import_module(module).__file__)).parent)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def gpu() -> dict[str, Any]:
+    """Torch's build, and the GPU with what decides how fast it can be; or why there is none."""
+    import torch
+
+    found: dict[str, Any] = {"built_for": torch.version.cuda, "device": None}
+    if not torch.cuda.is_available():
+        try:
+            torch.cuda.init()
+            why = "torch sees no device"
+        except Exception as error:
+            why = f"{type(error).__name__}: {error}"
+        return found | {"why_none": why}
+    properties = torch.cuda.get_device_properties(0)
+    return found | {
+        "device": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "sms": properties.multi_processor_count,
+        "memory_bytes": properties.total_memory,
+        "cache_bytes": getattr(properties, "L2_cache_size", None),
+        "cudnn": torch.backends.cudnn.version(),
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps(machine()))

@@ -1,0 +1,92 @@
+"""Which stages there are, in order of value, and how long each may take of the time that is left."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+SHORTEST = 3.0  # seconds: a stage is not begun with less
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage, which runs in a process group of its own: `benchmarks.on_gpu.NAME`.
+
+    Attributes:
+        letter: its short name on the command line.
+        share: the most of the whole time that it may take, as a share.
+        least: the share that earlier stages leave for it.
+        beside: it needs no GPU, and runs beside the stages before it from the beginning.
+    """
+
+    letter: str
+    name: str
+    title: str
+    share: float
+    least: float
+    beside: bool = False
+
+
+STAGES = (
+    Stage("a", "examination", "the doctor", 0.16, 0.05),
+    Stage("b", "kernel_tests", "the kernels' tests", 0.22, 0.05),
+    Stage("c", "engine_tests", "the engine's tests, a process each", 0.18, 0.05),
+    Stage("d", "iterations", "one TRADES iteration", 0.48, 0.25),
+    Stage("e", "bandwidth", "the step's and the start's bandwidth", 0.06, 0.03),
+    Stage("f", "captures", "what a capture costs and holds", 0.08, 0.03),
+    Stage("g", "prediction", "predicted against measured", 0.30, 0.01, beside=True),
+    Stage("h", "overlap", "whether chains overlap", 0.08, 0.04),
+    Stage("i", "training", "TRADES and BulletTrain in lockstep", 1.0, 0.05),
+)
+
+
+def chosen(text: str) -> tuple[Stage, ...]:
+    """The stages of a list of letters or names, in the order of value.
+
+    Raises:
+        ValueError: there is none of a name.
+    """
+    asked = [name.strip() for name in text.split(",")]
+    for name in asked:
+        if not any(name in (stage.letter, stage.name) for stage in STAGES):
+            there = ", ".join(f"{stage.letter} ({stage.name})" for stage in STAGES)
+            raise ValueError(f"--stages: no stage {name!r}; there are {there}")
+    return tuple(stage for stage in STAGES if {stage.letter, stage.name} & set(asked))
+
+
+def limit(stage: Stage, later: Sequence[Stage], whole: float, left: float, rehearsal: bool = False) -> float:
+    """The seconds that a stage gets: its share, as far as there is time beside the least of those after it.
+
+    Args:
+        whole: all seconds. left: those that are left. rehearsal: no stage has a share, since CPUs differ.
+    """
+    kept = sum(other.least for other in later) * whole
+    share = 1.0 if rehearsal else stage.share
+    return max(0.0, min(share * whole, left - kept))
+
+
+# What one iteration is measured of: network and precision, and its share of the stage's time; the wanted most first
+CASES = (
+    ("wrn-34-10", "tf32", 0.26),
+    ("preactresnet-18", "tf32", 0.14),
+    ("wrn-34-10", "bfloat16", 0.20),
+    ("preactresnet-18", "bfloat16", 0.12),
+    ("wrn-34-10", "float32", 0.20),
+    ("preactresnet-18", "float32", 0.08),
+)
+SMALL_CASES = tuple(("wrn-16-2", precision, 1 / 3) for precision in ("tf32", "bfloat16", "float32"))
+REHEARSED_CASES = (("wrn-10-1", "tf32", 0.5), ("wrn-10-1", "bfloat16", 0.5))
+MINUTES = 4.0  # with less the networks are too large
+BATCH, REHEARSED_BATCH = 128, 8
+
+
+def cases(minutes: float, rehearsal: bool) -> tuple[tuple[str, str, float], ...]:
+    """Networks, precisions and shares of the time that is given."""
+    if rehearsal:
+        return REHEARSED_CASES
+    return CASES if minutes >= MINUTES else SMALL_CASES
+
+
+def batch_size(rehearsal: bool) -> int:
+    """Of every iteration that is measured."""
+    return REHEARSED_BATCH if rehearsal else BATCH

@@ -1,0 +1,64 @@
+"""Stage g: the model's predictions for this card, made while the GPU's first stages run, beside what was measured."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import TYPE_CHECKING
+
+from benchmarks.on_gpu.figures import cases_of
+from benchmarks.on_gpu.plan import batch_size, cases
+from benchmarks.on_gpu.stage import NOT_RUN, PASSED, Context, Verdict
+
+if TYPE_CHECKING:
+    from bt_fast.lab.gpu_model import Gpu
+
+REHEARSED = "NVIDIA H100"
+H200_BANDWIDTH = 4.8e12  # bytes/s, of NVIDIA's H200 data sheet, SXM: otherwise an H100
+
+
+def run(context: Context) -> Verdict:
+    """By how much the predictions were off."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # nothing is asked of the GPU, which others are measured on
+    os.nice(10)
+    card = card_of(REHEARSED if context.rehearsal else context.device)
+    if card is None:
+        return NOT_RUN, f"the model has no data sheet of {context.device!r}"
+    from bt_fast.lab import gpu_prediction
+
+    models = sorted({(model, precision) for model, precision, _ in cases(context.minutes, context.rehearsal)})
+    for model, precision in models:
+        if precision == "bfloat16":
+            continue  # the model counts float32's bytes
+        gpu = card if precision == "tf32" else dataclasses.replace(card, tf32=card.fp32)
+        found = gpu_prediction.predict(gpu, model, batch_size(context.rehearsal))
+        seconds = {name: row.seconds for name, row in found.rows.items()}
+        busy = {name: row.busy for name, row in found.rows.items()}
+        context.record("predicted", case=f"{model}/{precision}", seconds=seconds, busy=busy, card=gpu.name)
+    context.wait_for_turn()
+    return PASSED, compared(context)
+
+
+def compared(context: Context) -> str:
+    """The errors of each case, of predicted over measured less 1."""
+    rounds = context.records("round", "iterations")
+    measured = cases_of([*rounds, *context.records("flops", "iterations")])
+    said = []
+    for record in context.records("predicted"):
+        rows = measured.get(record["case"], {})
+        errors = {
+            name: record["seconds"][name] / rows[name]["seconds"] - 1 for name in record["seconds"] if name in rows
+        }
+        context.record("error", case=record["case"], errors=errors)
+        listed = ", ".join(f"{name} {error:+.0%}" for name, error in errors.items())
+        said.append(f"{record['case'].replace('/', ' ')}: {listed or 'predicted, not measured'}")
+    return "; ".join(said)
+
+
+def card_of(name: str) -> Gpu | None:
+    """The data sheet of the GPU of that name, or None."""
+    from bt_fast.lab.gpu_model import GPUS
+
+    if "H200" in name:
+        return dataclasses.replace(GPUS["h100"], name="H200 SXM", bandwidth=H200_BANDWIDTH)
+    return next((gpu for key, gpu in GPUS.items() if key.upper() in name.upper()), None)

@@ -1,0 +1,133 @@
+"""One stage, or one part of it, in this process: what it finds goes to a file, line by line, as soon as it is known."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import os
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.on_gpu.jobs import TICK, end_with_parent
+
+ROOT = Path(__file__).parents[2]
+PASSED, FAILED, CUT, NOT_RUN = "passed", "failed", "cut", "not run"
+Verdict = tuple[str, str]  # one of these, and a sentence with numbers
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a stage is told.
+
+    Attributes:
+        stage: its name. part: which part of it, or "".
+        until: when it has to be done, in seconds of `time.monotonic`: soon after it is killed.
+        scratch: a folder for files that nobody keeps.
+        rehearsal: whether to run on the CPU with tiny sizes.
+        device: the GPU's name.
+        data: the file of images, or None.
+        minutes: of all stages together.
+    """
+
+    stage: str
+    part: str
+    until: float
+    scratch: str
+    rehearsal: bool
+    device: str
+    data: str | None
+    minutes: float
+
+    @property
+    def left(self) -> float:
+        """Seconds until the stage has to be done."""
+        return self.until - time.monotonic()
+
+    def record(self, kind: str, **values: Any) -> None:
+        """Tell a finding: it survives this process."""
+        line = json.dumps({"kind": kind, **values}) + "\n"
+        with records_file(self.scratch, self.stage).open("a", encoding="utf-8") as file:
+            file.write(line)  # in one piece: parts of a stage write here, too
+
+    def records(self, kind: str, stage: str | None = None) -> list[dict[str, Any]]:
+        """What this stage, or another, has found so far of a kind."""
+        return [r for r in read_records(records_file(self.scratch, stage or self.stage)) if r["kind"] == kind]
+
+    def wait_for_turn(self) -> None:
+        """Of a stage that runs beside others: until those are done."""
+        while not turn_file(self.scratch, self.stage).exists() and self.left > 0:
+            time.sleep(TICK)
+
+    def part_command(self, part: str, seconds: float) -> list[str]:
+        """The command that runs a part of this stage in a process of its own, in this one's group."""
+        until = min(self.until, time.monotonic() + 0.95 * seconds)
+        return command(dataclasses.replace(self, part=part, until=until))
+
+
+def command(context: Context) -> list[str]:
+    """What runs a stage."""
+    return [sys.executable, "-u", "-m", "benchmarks.on_gpu.stage", json.dumps(dataclasses.asdict(context))]
+
+
+def run_part(context: Context, part: str, seconds: float, environment: Mapping[str, str] | None = None) -> int | None:
+    """Run a part of the stage; its exit code, or None where it was killed after `seconds`."""
+    return run_limited(context.part_command(part, seconds), seconds, environment)
+
+
+def run_limited(given: Sequence[str], seconds: float, environment: Mapping[str, str] | None = None) -> int | None:
+    """Run a command in the repository; its exit code, or None where it was killed after `seconds`."""
+    process = subprocess.Popen(given, cwd=ROOT, env=None if environment is None else {**os.environ, **environment})
+    try:
+        return process.wait(max(0.0, seconds))
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+        return None
+
+
+def records_file(scratch: str | Path, stage: str) -> Path:
+    """Where a stage's findings are."""
+    return Path(scratch) / f"{stage}.jsonl"
+
+
+def turn_file(scratch: str | Path, stage: str) -> Path:
+    """What is there once the stages before this one are done."""
+    return Path(scratch) / f"{stage}.turn"
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of the file: the last one may have been cut off."""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    found = []
+    for line in text[: text.rfind("\n") + 1].splitlines():
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    return found
+
+
+def main() -> int:
+    """Run what the only argument says."""
+    context = Context(**json.loads(sys.argv[1]))
+    if not context.part:
+        end_with_parent()
+    sys.path[1:1] = [str(ROOT / "benchmarks"), str(ROOT / "tests")]  # as pytest has them there
+    try:
+        verdict, said = importlib.import_module(f"benchmarks.on_gpu.{context.stage}").run(context)
+    except Exception as error:
+        traceback.print_exc()
+        verdict, said = FAILED, f"{type(error).__name__}: {(str(error).splitlines() or ['no message'])[0]}"
+    context.record("part" if context.part else "verdict", verdict=verdict, said=said, part=context.part)
+    return int(verdict == FAILED)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

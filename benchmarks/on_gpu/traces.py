@@ -1,0 +1,84 @@
+"""What a GPU did and when, from a trace of torch's profiler: how long it was busy, and on how many streams at once."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, record_function
+
+from bt_fast.device import synchronize
+
+WORK = ("kernel", "gpu_memcpy", "gpu_memset")
+WHOSE = ("host_name", "traceName")  # whose machine it was is nobody's business
+
+Event = dict[str, Any]
+
+
+def traced(parts: dict[str, Callable[[], object]], device: torch.device, *, host: bool) -> dict[str, Any]:
+    """A chrome trace of some pieces of work, each in a range of its name that ends when the device is done.
+
+    Args:
+        host: the host's operations too, which takes the host longer.
+    """
+    activities = [ProfilerActivity.CUDA] if device.type == "cuda" else []
+    if host or not activities:
+        activities.append(ProfilerActivity.CPU)
+    with torch.profiler.profile(activities=activities) as profiled:
+        for name, work in parts.items():
+            with record_function(name):
+                work()
+                synchronize(device)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiled.export_chrome_trace(str(path))
+        trace: dict[str, Any] = json.loads(path.read_text())
+    for name in WHOSE:
+        trace.pop(name, None)
+    return trace
+
+
+def work_of(trace: dict[str, Any], name: str | None = None) -> list[Event]:
+    """The GPU's work of a trace; only that which began within the range of that name, if one is given."""
+    events: list[Event] = trace["traceEvents"]
+    found = [e for e in events if e.get("cat") in WORK and e.get("ph") == "X"]
+    if name is None:
+        return found
+    begin, end = range_of(trace, name)
+    return [e for e in found if begin <= e["ts"] < end]
+
+
+def range_of(trace: dict[str, Any], name: str) -> tuple[float, float]:
+    """Begin and end of the host's range of that name, in microseconds.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for e in trace["traceEvents"]:
+        if e.get("cat") == "user_annotation" and e.get("ph") == "X" and e["name"] == name:
+            return float(e["ts"]), float(e["ts"] + e["dur"])
+    raise ValueError(f"the trace holds no range {name!r}")
+
+
+def busy(events: Iterable[Event]) -> dict[str, float]:
+    """Seconds with work on at least one stream (`busy`) and on at least two (`overlapping`); of all work (`work`)."""
+    edges = []
+    for e in events:
+        stream = e.get("args", {}).get("stream", e.get("tid"))
+        edges += [(float(e["ts"]), 1, stream), (float(e["ts"] + e["dur"]), -1, stream)]
+    edges.sort(key=lambda edge: (edge[0], edge[1]))  # at one time ends come first
+    open_: dict[Any, int] = {}
+    found = {"busy": 0.0, "overlapping": 0.0, "work": 0.0}
+    before = 0.0
+    for time, change, stream in edges:
+        streams = sum(count > 0 for count in open_.values())
+        found["busy"] += (time - before) * (streams >= 1)
+        found["overlapping"] += (time - before) * (streams >= 2)
+        found["work"] += (time - before) * sum(open_.values())
+        open_[stream] = open_.get(stream, 0) + change
+        before = time
+    return {name: microseconds / 1e6 for name, microseconds in found.items()}

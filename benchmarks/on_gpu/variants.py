@@ -1,0 +1,205 @@
+"""One TRADES iteration on a network and a minibatch: the authors', ours and BulletTrain, each executed in several ways.
+
+The groups have the paper's sizes (gpu_prediction). A captured update has the memory format of the plain one, so that
+the capture alone is told apart; "fast" is all that the package offers together: a folded, channels-last view for the
+attack, streams, and a captured channels-last update.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+from test_training_iteration import Case, FlopCounter, Workload
+from torch import Tensor
+
+from bt_fast import BulletTrain, Frozen, GraphRunner, StreamRunner, Update, trades_loss
+from bt_fast.attack.runners import run_eager
+from bt_fast.baselines.trades_reference import trades_reference_loss
+
+SETTING: dict[str, Any] = {"step_size": 0.007, "epsilon": 0.031, "beta": 6.0}
+TOLERANCE = 1e-6  # of an update in float64, relative to the largest of each tensor or 1
+CHECKED = 4  # images
+RUNNERS: dict[str, Callable[[], Any]] = {"eager": lambda: run_eager, "graphs": GraphRunner, "streams": StreamRunner}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A method ("reference", "optimised" or "bullet", as gpu_prediction calls them) and how it is executed."""
+
+    method: str
+    runner: str = "eager"
+    captured: bool = False
+    fast: bool = False
+
+    @property
+    def name(self) -> str:
+        """Without captures that of `gpu_prediction.LABELS`."""
+        if self.fast:
+            return f"{self.method}, fast"
+        parts = [self.method, *([self.runner] if self.runner != "eager" else []), *(["captured"] * self.captured)]
+        return ", ".join(parts)
+
+    @property
+    def eager(self) -> bool:
+        """Whether nothing of it is captured."""
+        return self.runner == "eager" and not self.captured and not self.fast
+
+    def options(self, bullet: BulletTrain) -> dict[str, Any]:
+        """What `trades_loss` is called with, runners new."""
+        options: dict[str, Any] = {"bullet": bullet} if self.method == "bullet" else {}
+        if self.fast:
+            return options | {"frozen": Frozen(), "runner": StreamRunner(), "update": Update(graphs=True)}
+        options["runner"] = RUNNERS[self.runner]()
+        if self.captured:
+            options["update"] = Update(channels_last=False, graphs=True)
+        return options
+
+
+# the wanted most first; without BulletTrain all samples are one chain, so that streams are graphs
+VARIANTS = (
+    Variant("reference"),
+    Variant("optimised"),
+    Variant("bullet"),
+    Variant("bullet", "graphs"),
+    Variant("bullet", "streams"),
+    Variant("bullet", captured=True),
+    Variant("bullet", "graphs", captured=True),
+    Variant("bullet", "streams", captured=True),
+    Variant("bullet", fast=True),
+    Variant("optimised", "graphs"),
+    Variant("optimised", captured=True),
+    Variant("optimised", "graphs", captured=True),
+    Variant("optimised", fast=True),
+)
+BY_NAME = {variant.name: variant for variant in VARIANTS}
+
+
+def set_precision(precision: str) -> None:
+    """Of float32 products in this process: "tf32", or "float32" in full."""
+    allowed = precision == "tf32"
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
+
+
+class Bench:
+    """A network and a minibatch in a precision, and the iterations on them.
+
+    Args:
+        precision: "float32", "tf32" or "bfloat16" (autocast around the loss).
+        tiny: three steps instead of ten, for a rehearsal.
+    """
+
+    def __init__(self, model: str, precision: str, batch: int, device: torch.device, *, tiny: bool = False) -> None:
+        set_precision(precision)
+        self.device, self.precision = device, precision
+        self.setting = SETTING | {"perturb_steps": 3} if tiny else SETTING
+        self.workload = Workload(Case(model, batch, 0), device)
+        if tiny:
+            self.workload.bullet = BulletTrain(3, 1, 0).to(device)
+        self.workload.prepare()
+        self._buffers = list(self.workload.model.buffers())
+        self._kept = [buffer.clone() for buffer in self._buffers]
+        self._fraction = self.workload.bullet.robust_fraction.clone()
+
+    def ready(self) -> None:
+        """As it was before: so the groups keep their sizes. Never waits for the device."""
+        torch._foreach_copy_(self._buffers, self._kept)
+        self.workload.bullet.robust_fraction.copy_(self._fraction)
+
+    def iteration(self, variant: Variant) -> Callable[[], None]:
+        """One iteration: loss, backward and the optimizer's step."""
+        w = self.workload
+        loss_of = trades_reference_loss if variant.method == "reference" else trades_loss
+        options = {} if variant.method == "reference" else variant.options(w.bullet)
+
+        def run() -> None:
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
+                loss = loss_of(w.model, w.x, w.y, w.optimizer, **self.setting, **options)
+            loss.backward()
+            w.optimizer.step()
+
+        return run
+
+    def flops(self, variant: Variant) -> int:
+        """Floating-point operations of a method's iteration, counted as it runs eagerly."""
+        work = self.iteration(Variant(variant.method))
+        self.ready()
+        with FlopCounter() as counter:
+            work()
+        return counter.total
+
+
+class Exactness:
+    """Three updates in float64 on some of the images: loss, gradients and buffers of a variant beside its model's.
+
+    Those of "reference" and "optimised" are held against the authors', those of "bullet" against it step by step.
+    """
+
+    def __init__(self, bench: Bench) -> None:
+        w, self._setting = bench.workload, bench.setting
+        self._model = copy.deepcopy(w.model).double()
+        rows = torch.linspace(0, len(w.y) - 1, CHECKED).long().to(w.y.device)
+        self._x, self._y, self._bullet = w.x[rows].double(), w.y[rows], w.bullet
+        self._expected: dict[str, list[Tensor]] = {}
+
+    def difference(self, variant: Variant) -> float:
+        """The largest, relative to the largest of its tensor or 1."""
+        method = "bullet" if variant.method == "bullet" else "reference"
+        if method not in self._expected:
+            self._expected[method] = self._updates(Variant(method))
+        pairs = zip(self._updates(variant), self._expected[method], strict=True)
+        return max(float((a - b).abs().max() / b.abs().max().clamp_min(1.0)) for a, b in pairs)
+
+    def _updates(self, variant: Variant) -> list[Tensor]:
+        model, bullet = copy.deepcopy(self._model), copy.deepcopy(self._bullet)
+        loss_of = trades_reference_loss if variant.method == "reference" else trades_loss
+        options = {} if variant.method == "reference" else variant.options(bullet)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        found = []
+        torch.manual_seed(1)
+        for number in range(3):  # captured when met again, and replayed from then on
+            with same_noise(self._x, number):
+                loss = loss_of(model, self._x, self._y, optimizer, **self._setting, **options)
+            loss.backward()
+            found += [loss.detach().clone(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+            found += [b.double().clone() for b in model.buffers()]
+        return found
+
+
+@contextmanager
+def same_noise(x: Tensor, seed: int) -> Iterator[None]:
+    """Inside, `torch.randn` for a batch like x gives the same numbers on the host and on the device."""
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    randn = torch.randn
+
+    def same(*size: Any, **options: Any) -> Tensor:
+        shape = size[0] if len(size) == 1 and not isinstance(size[0], int) else size
+        if tuple(shape) != tuple(x.shape):
+            return randn(*size, **options)
+        return noise.to(device=options.get("device"), dtype=options.get("dtype") or torch.float64)
+
+    with mock.patch.object(torch, "randn", same):
+        yield
+
+
+FALLBACKS = ("without graphs", "no more graphs", "not folded")
+
+
+@contextmanager
+def fallbacks() -> Iterator[list[str]]:
+    """What was said inside of work that was to run from graphs, or on a folded view, and did not."""
+    said: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            yield said
+        finally:
+            messages = dict.fromkeys(str(w.message) for w in caught)
+            said += [message for message in messages if any(words in message for words in FALLBACKS)]
+            print(*(m for m in messages if m not in said), sep="\n")
