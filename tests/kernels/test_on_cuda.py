@@ -5,11 +5,11 @@ import importlib
 import assign_cases
 import divergence_cases
 import gather_start_cases
+import on_device as elsewhere
 import pgd_cases
 import pytest
 import rows_cases
 import torch
-from on_device import on_device
 
 from bt_fast import ops
 from bt_fast.ops import availability, divergence
@@ -36,6 +36,11 @@ def in_kernels():
     """Ops that went over to plain torch would be compared with themselves."""
     yield
     assert availability.why_plain(torch.device(DEVICE, torch.cuda.current_device())) is None
+
+
+def on_device(run):
+    """`run` on the GPU, with arguments and results on the host."""
+    return elsewhere.on_device(run, DEVICE)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
