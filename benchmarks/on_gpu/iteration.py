@@ -5,6 +5,7 @@ from __future__ import annotations
 import faulthandler
 import gc
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -50,11 +51,13 @@ def measure(context: Context, model: str, precision: str, batch: int) -> Verdict
             print(error)
             return FAILED, str(error)
         rounds(context, case, bench, works, 1 if context.rehearsal else ROUNDS)
-        count_flops(context, case, bench, works)
-        peaks(context, case, bench, works)
-        energy(context, case, bench, works)
-        rounds(context, case, bench, works, 0 if context.rehearsal else MOST_ROUNDS - ROUNDS, kept=traces_take(works))
-        busy_times(context, case, bench, works)  # last: what traces may slow down whatever follows
+        for measure_more in (count_flops, peaks, energy, more_rounds, busy_times):
+            try:
+                measure_more(context, case, bench, works)
+            except Exception as error:  # the others may go well
+                traceback.print_exc()
+                said = f"{type(error).__name__}: {error}".splitlines()[0]
+                context.record("broke", case=case, said=f"{measure_more.__name__}: {said}")
     return PASSED, ""
 
 
@@ -151,6 +154,12 @@ def rounds(context: Context, case: str, bench: Bench, works: Work, count: int, k
         longest = max(longest, time.monotonic() - began)
 
 
+def more_rounds(context: Context, case: str, bench: Bench, works: Work) -> None:
+    """As long as there is time for them beside the traces."""
+    if not context.rehearsal:
+        rounds(context, case, bench, works, MOST_ROUNDS - ROUNDS, kept=traces_take(works))
+
+
 def timed(bench: Bench, work: Callable[[], None]) -> tuple[float, float]:
     """Seconds of an iteration; and of the host in it, until all is enqueued, without its waits for the device.
 
@@ -219,7 +228,7 @@ def traces_take(works: Work) -> float:
 
 
 def busy_times(context: Context, case: str, bench: Bench, works: Work) -> None:
-    """For how long of an iteration the GPU works, by its own clock."""
+    """For how long of an iteration the GPU works, by its own clock. Last: a profiler may slow down what follows it."""
     first = True
     for variant, work in list(works.items())[: 1 if context.rehearsal else None]:
         if context.left < KEPT + 2:
