@@ -7,7 +7,6 @@ QUICK_ROUNDS rounds. `pytest benchmarks --full` takes all of them, in all their 
 from __future__ import annotations
 
 import gc
-import statistics
 import time
 from collections.abc import Callable, Collection, Iterable
 from typing import Any
@@ -20,6 +19,7 @@ from bt_fast.device import synchronize
 from bt_fast.lab.report import machine
 
 QUICK_ROUNDS = 5
+COLUMNS = ["min", "median", "rounds"]  # of the table at the end; not in pyproject.toml, for pytest without its plugins
 ENERGY_SECONDS = 2.0  # for each variant
 
 
@@ -29,6 +29,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "full: only with --full")
+    if not any(argument.startswith("--benchmark-columns") for argument in config.invocation_params.args):
+        config.option.benchmark_columns = COLUMNS
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -108,11 +110,6 @@ def energy(
     joules = {name: monitor.joules_per_sample(calls[name], name) for name in monitor.labels}
     lost = [s.lost for s in monitor.summary() if s.lost]
     return {"joules": joules or None, "joules_reason": monitor.reason or ", ".join(lost) or None}
-
-
-def median_ratio(slower: list[float], faster: list[float]) -> float:
-    """The median of the pairwise ratios."""
-    return statistics.median(a / b for a, b in zip(slower, faster, strict=True))
 
 
 def report(benchmark: Any, title: str, info: dict[str, Any]) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import triton
+from triton.backends import compiler as backend
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -46,11 +47,23 @@ class Compiled:
 
 
 def targets(variant: Variant, *, everywhere: bool = False) -> list[int]:
-    """The architectures that the variant is compiled for: all if it is a main one, else two. bfloat16 needs sm_80."""
+    """The architectures that the variant is compiled for: all if it is a main one, else two. bfloat16 needs sm_80.
+
+    All are those that this triton's assembler knows: that of triton 3.2 none after sm_90.
+    """
     bfloat16 = "*bf16" in variant.types.values()
     if not (variant.main or everywhere):
         return [80 if bfloat16 else 75, 90]
-    return [sm for sm in THREADS if sm >= 80 or not bfloat16]
+    return [sm for sm in THREADS if sm in _assembled() and (sm >= 80 or not bfloat16)]
+
+
+@functools.cache
+def _assembled() -> set[int]:
+    """The architectures that the assemblers in the wheel name among those they take."""
+    told = [
+        subprocess.run([tool, "--help"], check=True, capture_output=True, text=True) for tool in TOOLS.glob("ptxas*")
+    ]
+    return {int(sm) for text in told for sm in re.findall(r"'sm_(\d+)'", text.stdout)}
 
 
 def broken_rules(name: str, sm: int) -> list[str]:
@@ -95,7 +108,9 @@ def compile_kernel(function: Any, types: dict[str, Any], divisible: Collection[s
     """Triton's compiled kernel, without a GPU; the arguments are those of `Variant`."""
     signature = {name: kind if isinstance(kind, str) else "constexpr" for name, kind in types.items()}
     constants = {name: kind for name, kind in types.items() if not isinstance(kind, str)}
-    attributes = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(types) if name in divisible}
+    attributes: Any = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(types) if name in divisible}
+    if hasattr(backend, "AttrsDescriptor"):  # triton 3.2
+        attributes = backend.AttrsDescriptor.from_hints({i: 16 for (i,) in attributes})
     source = ASTSource(function, signature, constants, attributes)
     options = {"num_warps": warps, "enable_fp_fusion": False}
     return triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)

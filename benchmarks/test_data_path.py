@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import median_ratio, quick_and_full, report
+from conftest import quick_and_full, report
 from test_training_iteration import CASES, Workload
 
+from benchmarks.work_ratio import median_ratio
 from bt_fast.lab.augment import crop_and_flip
 from bt_fast.lab.data import images, load_dataset, minibatches
 from bt_fast.lab.report import machine

@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import median_ratio, quick_and_full, report
+from conftest import quick_and_full, report
 from test_training_iteration import CASES, Workload, count_flops
 from torch.profiler import profile
 
+from benchmarks.work_ratio import work_ratio
 from bt_fast import BulletTrain, Frozen, Schedule, ThreatModel, generate, trades_loss
 from bt_fast.attack.auto import now
 from bt_fast.attack.folded import attack_model
@@ -50,7 +51,7 @@ def test_the_refresh_is_a_small_share_of_an_iteration(
     with attack_model(workload.model, Frozen(), workload.x[:8]) as view:
         work = {"refresh": view.refresh, "iteration": workload.variants()["bullet, bf16"]}
         seconds = interleaved(work, lambda _: workload.prepare(), rounds=CASES[name].rounds)
-    share = median_ratio(seconds["refresh"], seconds["iteration"])
+    share = work_ratio(("refresh", "iteration"), work, lambda _: workload.prepare(), seconds, device)
     info = {f"{variant}: ms": round(1e3 * statistics.median(times), 3) for variant, times in seconds.items()}
     report(benchmark, f"refresh, {name}, batch {CASES[name].batch}", info | {"share": f"{100 * share:.2f} %"})
     if benchmark.enabled:

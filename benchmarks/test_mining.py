@@ -14,10 +14,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import median_ratio, quick_and_full, report
+from conftest import quick_and_full, report
 from launches import launches
 from test_training_iteration import CASES, Workload
 
+from benchmarks.work_ratio import work_ratio
 from bt_fast import BulletTrain, ops
 from bt_fast.ops.assign_steps import assign_reference
 
@@ -87,7 +88,7 @@ def test_share_of_an_iteration(name: str, interleaved: Any, benchmark: Any, devi
     workload, batch = Workload(CASES[name], device), Batch(CASES[name].batch, device)
     work = {"mining": batch.mine, "iteration": workload.variants()["bullet"]}
     seconds = interleaved(work, lambda _: workload.prepare(), rounds=15)
-    share = median_ratio(seconds["mining"], seconds["iteration"])
+    share = work_ratio(("mining", "iteration"), work, lambda _: workload.prepare(), seconds, device)
     info = {f"{variant}: ms": round(1e3 * statistics.median(times), 3) for variant, times in seconds.items()}
     report(benchmark, f"{name}, batch {CASES[name].batch}", info | {"share": f"{100 * share:.2f} %"})
     if benchmark.enabled:

@@ -25,11 +25,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import median_ratio, quick_and_full, report
+from conftest import quick_and_full, report
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from benchmarks.exactness import check_same
+from benchmarks.work_ratio import median_ratio
 from bt_fast import RUNNERS, BulletTrain, Frozen, Update, augmix_loss, mart_loss, pgd_loss, trades_loss
 from bt_fast.augment.mix import SEVERITY, augment_and_mix, draw_choices
 from bt_fast.baselines.mart_reference import mart_reference_loss
@@ -125,28 +127,9 @@ def check_exactness(workload: Workload, objective: Objective = TRADES, runner: s
     """
     ours = functools.partial(objective.ours, runner=runner)
     faster = functools.partial(ours, frozen=Frozen(), update=Update())
-    _check_same(workload, [objective.reference, ours, faster], objective.options)
-    _check_same(workload, [objective.ours, ours, faster], {**objective.options, "bullet": workload.bullet})
-
-
-def _check_same(workload: Workload, losses: list[Callable[..., torch.Tensor]], options: dict[str, Any]) -> None:
-    """All have the first one's loss, gradients and batch norm's statistics, in three iterations in float64.
-
-    A graph is captured when its size is met again, and replayed from then on.
-    """
-    results = []
-    for loss_of in losses:
-        model, own = copy.deepcopy(workload.model).double(), copy.deepcopy(options)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        torch.manual_seed(1)
-        results.append([])
-        for _ in range(3):
-            loss = loss_of(model, workload.x[:4].double(), workload.y[:4], optimizer, **own)
-            loss.backward()
-            results[-1] += [loss.detach(), *(p.grad for p in model.parameters()), *(b.clone() for b in model.buffers())]
-    for found in results[1:]:
-        for mine, first in zip(found, results[0], strict=True):
-            torch.testing.assert_close(mine, first, rtol=0, atol=1e-6)
+    batch = workload.model, workload.x[:4], workload.y[:4]
+    check_same(*batch, [objective.reference, ours, faster], objective.options)
+    check_same(*batch, [objective.ours, ours, faster], {**objective.options, "bullet": workload.bullet})
 
 
 class FlopCounter(TorchDispatchMode):

@@ -4,6 +4,7 @@ Algorithm and names follow "BulletTrain: Accelerating Robust Neural Network Trai
 (Hua et al., NeurIPS 2021).
 """
 
+from bt_fast import floors  # noqa: F401, first: torch and numpy are new enough
 from bt_fast.allocation import METRICS, POLICIES, Gaussian, Judged, Oracle
 from bt_fast.attack.auto import RUNNERS, AutoRunner
 from bt_fast.attack.balance import Costs

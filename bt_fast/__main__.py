@@ -2,18 +2,34 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import sys
+
+from bt_fast.floors import FLOORS, too_old
+
+EXTRA = ("click", "rich", "matplotlib")  # of pyproject.toml's extra lab
 
 
 def main() -> None:
     """Run the command line, or say what is missing for it."""
+    for name in EXTRA:
+        if (version := _version(name)) and too_old(name, version):
+            needed = f"{name} >= {FLOORS[name]}, but {version} is installed"
+            sys.exit(f"bt-fast: the command line needs {needed}: pip install --upgrade 'bt-fast[lab]'")
     try:
         from bt_fast.lab.cli import cli
     except ModuleNotFoundError as error:
-        if error.name not in ("click", "rich", "matplotlib"):
+        if error.name not in EXTRA:
             raise
         sys.exit(f"bt-fast: the command line needs {error.name}: pip install 'bt-fast[lab]'")
     cli()
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The one place where the host waits for the device."""
+"""The one place where the host waits for the device, and how to tell that a memory is full."""
 
 from __future__ import annotations
 
@@ -35,6 +35,13 @@ class HostRead:
         if self._arrived is not None:
             self._arrived.synchronize()
         return [int(v) for v in self._values.tolist()]
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that a memory is full, in the words of torch, the driver, cuBLAS, cuDNN or the host."""
+    words = ("out of memory", "ALLOC_FAILED", "can't allocate memory")
+    full = (torch.OutOfMemoryError, MemoryError)
+    return isinstance(error, full) or (isinstance(error, RuntimeError) and any(word in str(error) for word in words))
 
 
 def synchronize(device: torch.device) -> None:

@@ -12,21 +12,30 @@ else. Memory comes from a pool for each stream and for each graph pool, and a fr
 next request from the same pool, as CUDA's allocator does: work on another stream may then find other bytes in it. What
 the allocator hands out holds garbage. Work that is not ordered is permuted whole operation by whole operation.
 
-A capture records instead of running. It refuses what CUDA refuses: to read a value, to bring one from the host, to wait
-for the device, and to launch for the first time; it is invalid then, and its end raises. A replay refuses memory that
-was freed outside the graph. Random numbers come from the CPU's default generator, which stands for the device's: those
-of a graph are drawn when it is replayed.
+A gradient node belongs to the stream on which its forward made it, as in torch's CUDA autograd: there its backward
+runs, after the nodes that its gradients come from, and the caller's stream waits for the last ones. The node that
+accumulates a parameter's gradient is as old as the oldest loss that is still alive.
+
+A capture records what its streams are given, instead of running it: its own and those that wait for one of them. It
+refuses what CUDA refuses: to read a value, to bring one from the host, to wait for the device or for a stream outside,
+to make the default stream wait for it, and to launch for the first time; in "global" mode also any other thread's call
+(`call_from_another_thread`). It is invalid then, and its end raises. What is left behind depends on torch, `UNWINDS`. A
+replay refuses memory that was freed outside the graph. Random numbers come from the CPU's default generator, which
+stands for the device's: those of a graph are drawn when it is replayed.
 """
 
 import functools
 import random
-from collections import deque
+import threading
+import warnings
+from collections import Counter, deque
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from unittest import mock
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _get_current_dispatch_mode_stack
 from torch.utils._pytree import tree_map
 
@@ -34,6 +43,14 @@ from bt_fast.attack import device
 
 READS = {"_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select"}
 FROM_HOST = {"lift_fresh", "lift_fresh_copy"}
+STREAM = "emulated stream"  # of a gradient node, in its metadata, which last as long as the node
+
+# What torch itself does where the end of a capture raises:
+UNWINDS = {
+    "2.6": set(),  # the pool stays under way, its memory counts as used, and the generator takes itself for capturing
+    "2.13": {"pool", "generator"},  # the memory alone is not given back
+    "2.15": {"pool", "generator", "memory"},
+}
 
 
 def everywhere(x):
@@ -41,9 +58,14 @@ def everywhere(x):
     return True
 
 
+def current():
+    """The emulated device at work, if there is one."""
+    return next((m for m in reversed(_get_current_dispatch_mode_stack()) if isinstance(m, EmulatedDevice)), None)
+
+
 def capturing():
     """Whether work is recorded by a capture now."""
-    return any(isinstance(mode, EmulatedDevice) and mode.graph for mode in _get_current_dispatch_mode_stack())
+    return current() is not None and current().graph is not None
 
 
 class NotPermittedError(RuntimeError):
@@ -72,8 +94,11 @@ class Stream:
     pool: object = field(default_factory=object)
     last: int | None = None
     awaited: list = field(default_factory=list)
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    device_index: int = 0
 
     def wait_stream(self, other):
+        self.emulated.wait(self, other)
         if other.last is not None:
             self.awaited.append(other.last)
 
@@ -111,19 +136,47 @@ class Graph:
     memory_pool: object = None
     work: list = field(default_factory=list)
     invalid: bool = False
+    mode: str = "global"
+    streams: list = field(default_factory=list)  # that are captured; the first is where it began
+    uses_memory: bool = False
 
     def capture_begin(self, pool=None, capture_error_mode="global", check_input_liveness=False):
-        assert self.emulated.graph is None
-        if self.emulated.stream is self.emulated.default:
+        emulated = self.emulated
+        assert emulated.graph is None
+        if emulated.stream is emulated.default:
             raise NotPermittedError("a capture must be on another than the default stream")
         self.memory_pool = object() if pool is None else pool
-        self.emulated.graph = self
+        if self.memory_pool in emulated.under_way:
+            raise RuntimeError("beginAllocateToPool: already recording to mempool_id")
+        emulated.under_way.add(self.memory_pool)
+        emulated.uses[self.memory_pool] += 1
+        self.uses_memory, self.mode, self.streams = True, capture_error_mode, [emulated.stream]
+        emulated.graph = self
 
     def capture_end(self):
-        self.emulated.graph = None
+        emulated = self.emulated
+        if emulated.stream is not self.streams[0]:
+            raise RuntimeError("Capture must end on the same stream it began on.")
+        if emulated.graph is not self:
+            raise RuntimeError("no capture is under way")
+        emulated.graph = None
+        if not self.invalid or "pool" in emulated.unwinds:
+            emulated.under_way.remove(self.memory_pool)
         if self.invalid:
+            emulated.generator_captures = "generator" not in emulated.unwinds
+            self.uses_memory = "memory" in emulated.unwinds
             raise RuntimeError("operation failed due to a previous error during capture")
-        self.emulated.captures += 1
+        if not self.work:
+            warnings.warn("The CUDA Graph is empty.", stacklevel=2)
+        emulated.generator_captures = False
+        emulated.captures += 1
+
+    def reset(self):
+        if self.uses_memory:
+            self.emulated.uses[self.memory_pool] -= 1
+        self.uses_memory = False
+
+    __del__ = reset
 
     def replay(self):
         self.emulated.replays += 1
@@ -131,9 +184,27 @@ class Graph:
             self.emulated.run_again(work)
 
 
-class EmulatedDevice(TorchDispatchMode):
-    def __init__(self):
+class GradientNodes(TorchFunctionMode):
+    """Notes at each call what stream its gradient nodes belong to."""
+
+    def __init__(self, emulated):
         super().__init__()
+        self.emulated = emulated
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        self.emulated.note(out)
+        return out
+
+
+class EmulatedDevice(TorchDispatchMode):
+    """Work inside goes to the emulated device; `as_torch` is whose way to leave a broken capture, of `UNWINDS`."""
+
+    def __init__(self, as_torch="2.6"):
+        super().__init__()
+        self.unwinds = UNWINDS[as_torch]
+        self.under_way, self.uses = set(), Counter()  # pools that captures allocate from; captures that use each
+        self.generator_captures = False  # which it goes on to believe where a capture's end raised
         self.stream = self.default = Stream(self)
         self.work, self.graph, self.host_waits_for = [], None, {}
         self.known, self.sizes, self.initial = (
@@ -148,25 +219,46 @@ class EmulatedDevice(TorchDispatchMode):
 
     def __enter__(self):
         self._patches = ExitStack()
+        self._nodes = GradientNodes(self)
+        run_backward = torch.autograd._engine_run_backward
         stand_ins = {
             "current_stream": lambda device=None: self.stream,
             "Stream": lambda device=None: Stream(self),
             "stream": lambda stream: On(self, stream),
             "graph_pool_handle": object,
             "CUDAGraph": lambda: Graph(self),
-            "is_current_stream_capturing": lambda: self.graph is not None,
+            "is_current_stream_capturing": lambda: self.recording is not None,
             "synchronize": self.synchronize,
-            "empty_cache": lambda: None,
+            "empty_cache": self.empty_cache,
+        }
+        of_allocator = {
+            "_cuda_endAllocateToPool": self.end_allocation,
+            "_cuda_endAllocateCurrentStreamToPool": self.end_allocation,  # its name in torch before 2.8
+            "_cuda_releasePool": self.release,
         }
         self._patches.enter_context(mock.patch.multiple(torch.cuda, **stand_ins))
+        for name, stand_in in of_allocator.items():
+            if hasattr(torch._C, name):
+                self._patches.enter_context(mock.patch.object(torch._C, name, stand_in))
+        self._patches.enter_context(mock.patch.object(device, "GIVES_MEMORY_BACK", "memory" in self.unwinds))
+        self._patches.enter_context(mock.patch.object(device, "_unusable", None))
+        backward = functools.partial(self.run_backward, run_backward)
+        self._patches.enter_context(mock.patch.object(torch.autograd, "_engine_run_backward", backward))
         self._patches.enter_context(mock.patch.object(torch._C, "_host_emptyCache", create=True, return_value=None))
         self._patches.enter_context(mock.patch.object(torch.cuda.graphs.graph, "default_capture_stream", None))
         self._patches.enter_context(mock.patch.object(device, "has_graphs", everywhere))
+        self._nodes.__enter__()
         return super().__enter__()
 
     def __exit__(self, *error):
         self._patches.close()
-        return super().__exit__(*error)
+        super().__exit__(*error)
+        return self._nodes.__exit__(*error)
+
+    @property
+    def recording(self):
+        """The graph that records what the current stream is given."""
+        return self.graph if self.graph and self.stream in self.graph.streams else None
 
     def synchronize(self, device=None):
         self.permitted(self.graph is None, "synchronize")
@@ -177,7 +269,98 @@ class EmulatedDevice(TorchDispatchMode):
             self.graph.invalid = True
             raise NotPermittedError(f"{name}: operation not permitted when stream is capturing")
 
+    def wait(self, waiting, other):
+        """What it does to the capture under way that a stream waits for another."""
+        streams = self.graph.streams if self.graph else []
+        if other in streams and waiting not in streams:
+            self.permitted(waiting is not self.default, "the default stream waits for a captured one")
+            streams.append(waiting)
+        elif waiting in streams:
+            self.permitted(other in streams, "a captured stream waits for one outside the capture")
+
+    def call_from_another_thread(self):
+        """The error of a call to CUDA, such as pins memory, from another thread."""
+        errors = []
+
+        def call():
+            try:
+                self.permitted(not self.graph or self.graph.mode != "global", "another thread's call")
+            except NotPermittedError as error:
+                errors.append(error)
+
+        thread = threading.Thread(target=call)
+        thread.start()
+        thread.join()
+        return errors[0] if errors else None
+
+    # Gradients
+
+    def note(self, made):
+        """Gradient nodes that were not seen before are the current stream's."""
+        nodes = [v.grad_fn for v in flat(made) if isinstance(v, torch.Tensor)]
+        while nodes:
+            node = nodes.pop()
+            if node is not None and STREAM not in node.metadata:
+                node.metadata[STREAM] = self.stream
+                nodes += following(node)
+
+    def stream_of(self, node):
+        stream = node.metadata.get(STREAM, self.stream)
+        return stream if stream.emulated is self else self.default
+
+    def run_backward(self, run, roots, gradients, keep_graph, create_graph, inputs, *rest, **options):
+        """Every node on its own stream, after what its gradients come from; the caller's waits for the last ones."""
+        self.note(roots)
+        nodes = run_by_backward(roots, inputs)
+        if all(self.stream_of(node) is self.stream for node in nodes):
+            return run(roots, gradients, keep_graph, create_graph, inputs, *rest, **options)
+        caller, first, done, hooks = self.stream, self.stream.last, {}, ExitStack()
+        for node, makers in nodes.items():
+            stream = self.stream_of(node)
+            for maker in makers or [None]:
+                self.wait(stream, self.stream_of(maker) if maker else caller)
+            begin = functools.partial(self.begin_node, stream, makers, first, done)
+            end = functools.partial(self.end_node, node, nodes, done)
+            if not self.graph:  # all work of a capture is recorded in one sequence anyway
+                hooks.callback(node.register_prehook(begin).remove)
+                hooks.callback(node.register_hook(end).remove)
+        feeding = {maker for makers in nodes.values() for maker in makers}
+        last = [node for node in nodes if node not in feeding]
+        for node in last:
+            self.wait(caller, self.stream_of(node))
+        with hooks:
+            try:
+                return run(roots, gradients, keep_graph, create_graph, inputs, *rest, **options)
+            finally:
+                self.stream = caller  # a leaf's gradient may be handed out as its makers made it
+                ends = [done.get(n) for node in last for n in (node, *nodes[node])]
+                caller.awaited += [work for work in ends if work is not None]
+
+    def begin_node(self, stream, makers, first, done, gradients):
+        self.stream = stream
+        stream.awaited += [work for work in [first, *(done.get(maker) for maker in makers)] if work is not None]
+
+    def end_node(self, node, nodes, done, *gradients):
+        done[node] = self.stream.last
+        taking = [n for n in following(node) if n in nodes]
+        if taking and done[node] is not None:  # which adds several gradients up on its own stream
+            self.stream = self.stream_of(taking[0])
+            self.stream.awaited.append(done[node])
+
     # Memory
+
+    def empty_cache(self):
+        if self.under_way:
+            raise RuntimeError("captures_underway.empty() INTERNAL ASSERT FAILED")
+
+    def end_allocation(self, device_index, pool):
+        if pool not in self.under_way:
+            raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+        self.under_way.remove(pool)
+
+    def release(self, device_index, pool):
+        self.uses[pool] -= 1
+        assert self.uses[pool] >= 0, "memory given back that another graph still uses"
 
     def memory_of(self, tensor, *, new=False):
         """The number of the tensor's memory, which is the same for views of it."""
@@ -190,8 +373,8 @@ class EmulatedDevice(TorchDispatchMode):
         self.sizes[number] = storage.nbytes()
         pool = None
         if new:
-            pool = self.graph.memory_pool if self.graph else self.stream.pool
-            if self.graph:
+            pool = self.recording.memory_pool if self.recording else self.stream.pool
+            if self.recording:
                 self.of_graphs.add(number)
         else:
             self.initial[number] = torch.tensor([], dtype=torch.uint8).set_(storage).clone()
@@ -223,7 +406,10 @@ class EmulatedDevice(TorchDispatchMode):
     # Recording
 
     def __torch_dispatch__(self, call, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunction():
+            return self.dispatch(call, args, kwargs or {})
+
+    def dispatch(self, call, args, kwargs):
         name = call._schema.name.split("::")[1]
         self.collect()
         inputs = [v for v in flat((args, kwargs)) if isinstance(v, torch.Tensor)]
@@ -236,15 +422,18 @@ class EmulatedDevice(TorchDispatchMode):
         self.permitted(not self.graph or launch in self.launched, f"{name}, launched for the first time")
         self.launched.add(launch)
         draws = torch.Tag.nondeterministic_seeded in call.tags
+        if draws and self.generator_captures and not self.recording and kwargs.get("generator") is None:
+            raise RuntimeError("Offset increment outside graph capture encountered unexpectedly.")
         given = self.refs(args), self.refs(kwargs)
-        out = self.without_effect(call, args, kwargs) if self.graph else call(*args, **kwargs)
+        recording = self.recording
+        out = self.without_effect(call, args, kwargs) if recording else call(*args, **kwargs)
         results = [] if changes_its_input(call) else [v for v in flat(out) if isinstance(v, torch.Tensor)]
         work = Work(call, *given, [self.ref(v, new=True) for v in results], draws=draws)
-        if self.graph:
+        if recording:
             for value in results:
                 if self.memory_of(value) in self.of_graphs:
                     spoil(value)
-            self.graph.work.append(work)
+            recording.work.append(work)
         else:
             self.enqueue(drawn(work, args, results) if draws else work)
             if name in READS:
@@ -351,7 +540,35 @@ def run_step(call, args, kwargs, results):
 
 
 def flat(tree):
-    return torch.utils._pytree.tree_leaves(tree)
+    return [tree] if isinstance(tree, torch.Tensor) else torch.utils._pytree.tree_leaves(tree)
+
+
+def following(node):
+    """The nodes that take this one's gradients."""
+    return [n for n, _ in node.next_functions if n is not None]
+
+
+def run_by_backward(roots, inputs):
+    """The nodes that a backward runs, or whose gradients it hands out, with those that give them theirs, in order."""
+    stack = [node for node in (root.grad_fn for root in roots) if node is not None]
+    seen, backwards = set(), {}
+    while stack:
+        if stack[-1] in seen:
+            backwards[stack.pop()] = None
+        else:
+            seen.add(stack[-1])
+            stack += [node for node in following(stack[-1]) if node not in seen]
+    wanted = {id(t) for t in inputs} | {t.grad_fn for t in inputs}
+    needed = {}
+    for node in backwards:
+        own = not inputs or node in wanted or id(getattr(node, "variable", None)) in wanted
+        needed[node] = own or any(needed[n] for n in following(node))
+    makers = {node: [] for node in reversed(backwards) if needed[node]}
+    for node in makers:
+        for taking in following(node):
+            if needed[taking]:
+                makers[taking].append(node)
+    return makers
 
 
 def is_written(spec):

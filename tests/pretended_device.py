@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from bt_fast import faults
+from bt_fast.ops import availability
 
 DEVICE = torch.device("meta")
 COPIES = ("_to_copy", "copy_", "lift_fresh", "_copy_from")
@@ -56,8 +57,8 @@ class Reads:
 
 @contextmanager
 def pretended_device(plan=()):
-    reads = Reads(plan)
-    with mock.patch.object(faults, "HostRead", reads), _CallsItselfCuda(), _NoCopies():
+    reads, kernels_run = Reads(plan), mock.patch.dict(availability._plain, {(DEVICE, b): None for b in (False, True)})
+    with mock.patch.object(faults, "HostRead", reads), kernels_run, _CallsItselfCuda(), _NoCopies():
         yield reads
 
 

@@ -6,9 +6,10 @@ So that a stand-in can take their place where there is no GPU.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ def no_graphs_reason(x: Tensor) -> str | None:
         return f"the images are on {x.device}, and graphs are CUDA's"
     if torch.cuda.is_current_stream_capturing():
         return "the caller is capturing a graph"
-    return None
+    return _unusable
 
 
 def current_stream(x: Tensor) -> Stream:
@@ -57,7 +58,7 @@ def on(stream: Any) -> AbstractContextManager[object]:
     return torch.cuda.stream(stream)
 
 
-def new_pool() -> object:
+def new_pool() -> Any:
     """A memory pool for graphs: those that share one must replay one after another."""
     return torch.cuda.graph_pool_handle()
 
@@ -66,64 +67,97 @@ def new_pool() -> object:
 def capture(pool: Any) -> Iterator[Graph]:
     """Record what is launched on the current stream, which must not be the default one, instead of running it.
 
-    Nothing inside may wait for the device or be launched there for the first time.
+    Nothing inside may wait for the device or be launched there for the first time; other threads may go on meanwhile.
+    A capture that breaks off leaves streams, generators and torch's allocator as they were, but nothing may be captured
+    into its pool any more. Where that cannot be had, a warning says so and `no_graphs_reason` from then on.
     """
-    graph = torch.cuda.CUDAGraph()
+    graph, stream, phase = torch.cuda.CUDAGraph(), torch.cuda.current_stream(), "begin"
     with _no_collection():
-        # other threads (a data loader that pins memory) may go on meanwhile
-        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
         try:
+            # in "global" mode a data loader that pins memory would break it
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+            phase = "inside"
             yield graph
-        except BaseException:
-            with suppress(RuntimeError):  # what broke off has made the capture invalid, and is the better reason
+            phase = "end"
+            with on(stream):
                 graph.capture_end()
-            raise
-        graph.capture_end()
-
-
-def graphed(
-    function: Callable[..., tuple[Tensor, ...]], samples: tuple[Tensor, ...], pool: Any
-) -> Callable[..., tuple[Tensor, ...]]:
-    """`torch.cuda.make_graphed_callables`: the function and its backward from graphs. Waits for the device.
-
-    It runs the function several times, and what that moves (buffers, generators) is the caller's to restore.
-
-    Args:
-        samples: static arguments; what a call gives is copied there, unless it is there already.
-        pool: of the two graphs. Both keep memory in it from the forward to the backward.
-
-    Returns:
-        The function on other values of the same shapes. Results and gradients are static memory.
-
-    Raises:
-        CaptureError: whatever the function or the driver raised, out of memory too.
-    """
-    broken: list[str] = []
-
-    def noting(*given: Tensor) -> tuple[Tensor, ...]:
-        try:
-            return function(*given)
-        except Exception as error:  # the end of a capture that broke off raises another error, which says less
-            broken.append(_said(error))
+        except BaseException:
+            _unwind(graph, pool, stream, phase)
             raise
 
-    try:
-        # torch leaves its own stream the current one where a capture breaks off
-        with _no_collection(), on(current_stream(samples[0])):
-            made = torch.cuda.make_graphed_callables(noting, samples, allow_unused_input=True, pool=pool)
-    except Exception as error:
-        with suppress(RuntimeError):
-            torch.cuda.synchronize()  # its runs on another stream have to end before the caller restores anything
-        raise CaptureError(broken[0] if broken else _said(error)) from error
-    return cast(Callable[..., tuple[Tensor, ...]], made)
+
+def free_unused() -> None:
+    """Give memory that torch keeps for its streams back, so that a capture, whose memory is its own, finds some."""
+    torch.cuda.empty_cache()
 
 
 class CaptureError(RuntimeError):
     """Why a capture failed."""
 
+    @classmethod
+    def of(cls, error: BaseException) -> CaptureError:
+        """With what the model or the driver said."""
+        return cls(f"capture failed ({type(error).__name__}: {error})")
 
-def _said(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
+
+# Before 2.14 torch counts a broken capture's pool as used for good, and may still look at its graph
+GIVES_MEMORY_BACK = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 14)
+_broken: list[Graph] = []
+_unusable: str | None = None  # why no graph is captured in this process any more
+
+
+def _unwind(graph: Any, pool: Any, stream: Any, phase: str) -> None:
+    """Undo what a capture that broke off in this phase has left under way."""
+    with on(stream):  # which the model may have left
+        if phase == "inside":
+            with suppress(RuntimeError):
+                graph.capture_end()
+                return  # what broke off was no error of CUDA's
+        graph.reset()
+    with suppress(RuntimeError):  # newer ones have done so
+        _end_allocation(stream.device_index, pool)
+    if phase != "begin" and not GIVES_MEMORY_BACK:
+        _broken.append(graph)
+        with suppress(RuntimeError):
+            torch._C._cuda_releasePool(stream.device_index, pool)
+    try:
+        _try_out(stream.device)
+    except RuntimeError as error:
+        _give_up(error)
+
+
+def _end_allocation(device_index: int, pool: Any) -> None:
+    # its name in torch before 2.8 says "CurrentStream", though it did the same
+    name = "_cuda_endAllocateToPool"
+    allocator: Any = torch._C
+    end = getattr(allocator, name, None) or allocator._cuda_endAllocateCurrentStreamToPool
+    end(device_index, pool)
+
+
+def _try_out(where: torch.device) -> None:
+    """Capture a launch on a stream and into a pool of its own, and draw a number.
+
+    Before 2.13 the end of a capture is also what tells the generators that the broken one is over.
+    """
+    graph, random = torch.cuda.CUDAGraph(), RandomStates(device_generator(where))
+    with on(torch.cuda.Stream(where)):
+        number = torch.zeros(1, device=where)
+        number.zero_()  # not for the first time in the capture
+        graph.capture_begin(capture_error_mode="thread_local")
+        number.zero_()
+        graph.capture_end()
+        number.uniform_()
+    random.restore()
+    free_unused()
+
+
+def _give_up(error: RuntimeError) -> None:
+    global _unusable
+    if _unusable is not None:
+        return
+    said = str(error).partition("\n")[0]
+    _unusable = f"a capture that broke off has left CUDA unable to capture another ({said})"
+    warnings.warn(f"no more graphs in this process, start a new one to have them: {_unusable}", stacklevel=2)
 
 
 @contextmanager

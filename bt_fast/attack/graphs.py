@@ -274,7 +274,7 @@ class _Session:
             with device.capture(self._pool) as graph:
                 self._take_step(model, n)
         except Exception as error:  # whatever the model or the driver raise: the eager run will tell which
-            raise device.CaptureError(f"capture failed ({type(error).__name__}: {error})") from error
+            raise device.CaptureError.of(error) from error
         self.graphs[n] = graph
         return graph
 

@@ -33,6 +33,7 @@ from bt_fast.allocation import METRICS, POLICIES
 from bt_fast.attack.balanced import Balance
 from bt_fast.attack.losses import LOSSES
 from bt_fast.attack.threat import ThreatModel
+from bt_fast.device import out_of_memory
 from bt_fast.evaluation import evaluate as evaluate_model
 from bt_fast.guard import NON_FINITE
 from bt_fast.lab import doctor as examination
@@ -89,8 +90,19 @@ def _one_line_errors(command: _Command) -> _Command:
             return command(*args, **kwargs)
         except (ValueError, TypeError, OSError) as error:
             raise click.ClickException(str(error)) from error
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            raise click.ClickException(_room(str(error), "batch_size" in kwargs)) from error
 
     return wrapped  # type: ignore[return-value]
+
+
+def _room(message: str, batches: bool) -> str:
+    """What to do when a memory is full; `batches` if the command takes the size of one."""
+    smaller = "a smaller --batch-size or --model, " if batches else ""
+    first = message.splitlines()[0] if message else "no more is known"
+    return f"the memory is full: try {smaller}--device cpu, or end what else runs there (nvidia-smi lists it): {first}"
 
 
 class _Finite(click.FloatRange):
@@ -675,15 +687,16 @@ def _build(model: str, width: int | None, dataset: ImageDataset) -> torch.nn.Mod
 
 
 def _device(name: str | None) -> torch.device:
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    asked = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    hint = ""
     try:
-        device = torch.device(name)
+        device = torch.device(asked)
         if device.type not in ("cpu", "cuda"):
             raise RuntimeError("expected cpu, cuda or cuda:N")
-        torch.empty(0, device=device)
+        hint = "; bt-fast doctor says what to do, and --device cpu goes without" if device.type == "cuda" else ""
+        torch.zeros(1, device=device)  # a launch, which a GPU that torch was not built for does not take
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"--device {asked}: {str(error).splitlines()[0].split('. ')[0]}{hint}") from error
     return device
 
 

@@ -9,11 +9,12 @@ import contextlib
 import importlib
 import importlib.metadata
 import os
+import re
 import shutil
 import sys
-import sysconfig
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +23,8 @@ from typing import Any
 import torch
 
 from bt_fast.attack import device as engine
+from bt_fast.device import out_of_memory
+from bt_fast.floors import FLOORS, too_old, upgrade
 from bt_fast.lab import provenance
 from bt_fast.lab.doctor_checks import (
     CHECKS,
@@ -33,14 +36,16 @@ from bt_fast.lab.doctor_checks import (
     skip_reason,
     step_difference,
 )
-from bt_fast.ops.launch import has_triton
+from bt_fast.ops import order_by_steps
+from bt_fast.ops.availability import NO_TRITON, Plain, python_header, triton_problem, why_plain
+from bt_fast.ops.availability import said as words_of
 
-PACKAGES = ("triton", "numpy", "nvidia-ml-py", "click", "rich", "matplotlib")
 SECTIONS = ("versions", "device", "triton", "fused or plain", "self-check", "a training step")
 GRAPHS = "CUDA graphs and streams"
 SECONDS = 10.0  # of the self-check; a first run also compiles the kernels
 INSTALL_DRIVER = "sudo ubuntu-drivers install"
 WITHOUT_KERNELS = "python -m pip uninstall triton"
+FULL, FREE = "the memory is full", "nvidia-smi"
 
 
 @dataclass(frozen=True)
@@ -69,19 +74,21 @@ def examine(wanted: torch.device | None) -> list[Finding]:
     visible, pci = os.environ.get("CUDA_VISIBLE_DEVICES"), pci_gpus(Path("/sys/bus/pci/devices"))
     found += probe("device", "GPU", lambda: gpu(cuda, nvml, pci, visible, wanted, torch.cuda.get_device_properties))
     usable = where.type == "cpu" or (where.index or 0) < cuda.count
-    launches = where.type == "cuda" and usable and has_triton()
+    on_gpu = where.type == "cuda" and usable
     if usable:
         found += probe("device", GRAPHS, lambda: graphs(where))
-    if has_triton():
-        found += probe("triton", "import", lambda: imported("triton", importlib.import_module, launches))
+    found += probe("triton", "import", lambda: imported(triton_problem(), on_gpu))
+    launches = on_gpu and plain_on(where) is None
     found += probe("triton", "C compiler", lambda: compiler(shutil.which, python_header(), launches))
     found += probe("triton", "cache", lambda: cache(triton_cache(os.environ), launches))
+    if launches:
+        found += probe("triton", "launch", lambda: launched(where))
     if usable:
-        found += fused(CHECKS, where, has_triton())
+        found += fused(CHECKS, where, plain_on(where) if on_gpu else None)
         with one_thread():
             found += self_check(CHECKS, where)
-            lost = any(f.status == "FAILED" and lost_by(f.text) for f in found)
-            found += training_steps(STEPS, where, "the device was lost in the self-check" if lost else "")
+            lost = next((why for f in found if f.status == "FAILED" and (why := lost_by(f.text))), "")
+            found += training_steps(STEPS, where, lost and f"{lost} before")
     else:
         found += [Finding(s, "all", "skipped", f"{where} cannot be used") for s in SECTIONS[-2:]]
     return found
@@ -92,13 +99,14 @@ def probe(section: str, name: str, look: Callable[[], Sequence[Finding]]) -> Seq
     try:
         return look()
     except Exception as error:  # whatever is broken there, the others go on
-        return [Finding(section, name, "FAILED", said(error))]
+        return [Finding(section, name, "FAILED", said(error), FREE if out_of_memory(error) else None)]
 
 
 def said(error: BaseException) -> str:
     """Type and first line of the message; of a check, which has words of its own, the message."""
-    line = (str(error).splitlines() or ["no message"])[0]
-    return line if isinstance(error, AssertionError) else f"{type(error).__name__}: {line}"
+    if isinstance(error, AssertionError):
+        return (str(error).splitlines() or ["no message"])[0]
+    return f"{FULL}: {words_of(error)}" if out_of_memory(error) else words_of(error)
 
 
 def versions(version_of: Callable[[str], str]) -> list[Finding]:
@@ -107,11 +115,17 @@ def versions(version_of: Callable[[str], str]) -> list[Finding]:
     found = {k: str(v) for k, v in provenance.machine(torch.device("cpu")).items() if k not in ("device", "driver")}
     found["torch"] += f", {built}"
     rows = [Finding("versions", name, "ok", text) for name, text in found.items()]
-    for name in PACKAGES:
+    for name in [name for name in FLOORS if name not in found]:
         try:
-            rows.append(Finding("versions", name, "ok", version_of(name)))
+            version = version_of(name)
         except importlib.metadata.PackageNotFoundError:
             rows.append(Finding("versions", name, "note", "not installed"))
+            continue
+        if too_old(name, version):
+            status = "note" if name == "triton" else "FAILED"  # whether it is needed is said below
+            rows.append(Finding("versions", name, status, f"{version}, needed: {FLOORS[name]}", upgrade(name)))
+        else:
+            rows.append(Finding("versions", name, "ok", version))
     return rows
 
 
@@ -223,6 +237,11 @@ def why_none(cuda: TorchCuda, nvml: Nvml, pci: int, visible: str | None, index: 
     if cuda.built_for is None:
         also = f", but there is a GPU ({', '.join(nvml.gpus) or 'on the bus'})" if there else ""
         return f"torch is a build without CUDA{also}", "python -m pip install --force-reinstall torch"
+    newest = nvml.cuda or _of_driver(cuda.error)
+    if newest is not None and newest[0] < int(cuda.built_for.split(".")[0]):
+        driver = f"driver {nvml.driver}" if nvml.driver else "the NVIDIA driver"
+        reason = f"{driver} is too old: up to CUDA {newest[0]}.{newest[1]}, torch needs {cuda.built_for}"
+        return reason, INSTALL_DRIVER
     if nvml.error is not None:
         commands = {
             "NVMLError_LibraryNotFound": ("no NVIDIA driver is installed", INSTALL_DRIVER),
@@ -232,12 +251,15 @@ def why_none(cuda: TorchCuda, nvml: Nvml, pci: int, visible: str | None, index: 
         }
         reason, command = commands.get(nvml.kind, ("the driver does not answer", "nvidia-smi"))
         return f"{reason} ({nvml.error}; torch: {cuda.error or 'no device'})", command
-    if nvml.cuda is not None and nvml.cuda[0] < int(cuda.built_for.split(".")[0]):
-        newest = ".".join(map(str, nvml.cuda))
-        return f"driver {nvml.driver} is too old: up to CUDA {newest}, torch needs {cuda.built_for}", INSTALL_DRIVER
     if not there:
         return "there is a driver", "nvidia-smi"
     return f"torch cannot use it ({cuda.error or 'no device'})", "python -c 'import torch; torch.cuda.init()'"
+
+
+def _of_driver(error: str | None) -> tuple[int, int] | None:
+    """The newest CUDA of a driver that torch calls too old, as torch says it; or None."""
+    found = re.search(r"driver on your system is too old \(found version (\d+)\)", error or "")
+    return (int(found[1]) // 1000, int(found[1]) % 1000 // 10) if found else None
 
 
 def graphs(where: torch.device) -> list[Finding]:
@@ -261,11 +283,6 @@ def graphs(where: torch.device) -> list[Finding]:
 # What triton needs
 
 
-def python_header() -> Path:
-    """Python's own header file, which the launcher of a kernel includes."""
-    return Path(sysconfig.get_paths()["include"]) / "Python.h"
-
-
 def compiler(which: Callable[[str], str | None], header: Path, needed: bool) -> list[Finding]:
     """The C compiler and the header with which triton builds the launcher of a kernel."""
     asked = os.environ.get("CC")
@@ -286,13 +303,34 @@ def missing(name: str, text: str, command: str, needed: bool) -> Finding:
     return Finding("triton", name, "note", f"{text}; nothing here needs it")
 
 
-def imported(name: str, load: Callable[[str], Any], needed: bool) -> list[Finding]:
-    """Whether the package can be imported."""
+def imported(problem: Plain | None, needed: bool) -> list[Finding]:
+    """Whether triton can be imported, and is new enough. That it is missing is said where it would run."""
+    if problem is None:
+        return [Finding("triton", "import", "ok", "can be imported")]
+    if problem == NO_TRITON:
+        return []
+    return [missing("import", problem.reason, problem.command or "", needed)]
+
+
+def plain_on(where: torch.device) -> Plain | None:
+    """Why ops on this CUDA device run in plain torch, as far as that is known now; or None."""
     try:
-        load(name)
+        return why_plain(torch.device(where.type, where.index or 0))
     except Exception as error:
-        return [missing("import", said(error), f"python -m pip install --force-reinstall {name}", needed)]
-    return [Finding("triton", "import", "ok", "can be imported")]
+        return Plain(said(error))
+
+
+def launched(where: torch.device) -> list[Finding]:
+    """Whether a kernel can be launched: the compiler, the launcher's build, the cache and the driver together."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is said here
+        order_by_steps(torch.zeros(1, dtype=torch.int64, device=where), 1)
+    if problem := plain_on(where):
+        return [Finding("triton", "launch", "FAILED", problem.reason, problem.command)]
+    found = [Finding("triton", "launch", "ok", "a kernel was launched")]
+    if problem := why_plain(torch.device(where.type, where.index or 0), bfloat16=True):
+        found.append(Finding("triton", "bfloat16", "note", f"plain torch: {problem.reason}", problem.command))
+    return found
 
 
 def triton_cache(environment: Mapping[str, str]) -> Path:
@@ -316,15 +354,13 @@ def cache(folder: Path, needed: bool) -> list[Finding]:
 # What runs
 
 
-def fused(checks: Sequence[Check], where: torch.device, triton: bool) -> list[Finding]:
-    """One row for each op: the fused kernel or plain torch, and why."""
-    if where.type == "cuda" and triton:
+def fused(checks: Sequence[Check], where: torch.device, problem: Plain | None) -> list[Finding]:
+    """One row for each op: the fused kernel or plain torch, and why: the `problem` of a CUDA device."""
+    if where.type == "cuda" and problem is None:
         text = "fused kernel for {}; anything else, float64 too, in plain torch"
         return [Finding("fused or plain", c.op, "ok", text.format(c.fused)) for c in checks]
-    reason, command = f"kernels are CUDA's, and the device is {where}", None
-    if where.type == "cuda":
-        reason, command = "triton is not installed", "python -m pip install triton"
-    return [Finding("fused or plain", c.op, "note", f"plain torch: {reason}", command) for c in checks]
+    problem = problem or Plain(f"kernels are CUDA's, and the device is {where}")
+    return [Finding("fused or plain", c.op, "note", f"plain torch: {problem.reason}", problem.command) for c in checks]
 
 
 @contextlib.contextmanager
@@ -351,14 +387,16 @@ def self_check(checks: Sequence[Check], where: torch.device, seconds: float = SE
             done[check.op].append(largest_difference(check, given, where))
         except Exception as error:
             done[check.op].append(f"{name}: {said(error)}")
-            if lost_by(str(error)):
-                lost = f"the device was lost in {check.op}"
+            if why := lost_by(said(error)):
+                lost = f"{why} in {check.op}"
     return [_row(c, where, done[c.op], left[c.op], lost or f"{seconds:g} s were up: run it again") for c in checks]
 
 
-def lost_by(message: str) -> bool:
-    """Whether an error is one after which every launch of the process fails."""
-    return "CUDA error" in message or "illegal memory access" in message
+def lost_by(message: str) -> str:
+    """What has happened if an error is one after which the others fail too, in no fault of theirs; else nothing."""
+    if FULL in message:
+        return FULL.replace("is", "was")
+    return "the device was lost" if "CUDA error" in message or "illegal memory access" in message else ""
 
 
 def _in_turn(checks: Sequence[Check]) -> list[tuple[int, Check, str, Given]]:
@@ -373,6 +411,7 @@ def _row(check: Check, where: torch.device, done: list[str | float], left: int, 
     if wrong:
         on_cuda, elsewhere = f"-m cuda tests/kernels -k {check.cuda_tests}", f"tests/test_{check.tests}.py"
         command = f"python -m pytest {on_cuda if where.type == 'cuda' else elsewhere}"
+        command = FREE if any(FULL in w for w in wrong) else command
         return Finding("self-check", check.op, "FAILED", "; ".join(wrong) + rest, command)
     if not done:
         return Finding("self-check", check.op, "skipped", why_left)
@@ -386,8 +425,8 @@ def training_steps(steps: Sequence[StepCheck], where: torch.device, lost: str = 
     found = []
     for step in steps:
         found.append(_training_step(step, where, lost))
-        if found[-1].status == "FAILED" and lost_by(found[-1].text):
-            lost = "the device was lost"
+        if found[-1].status == "FAILED":
+            lost = lost_by(found[-1].text)
     return found
 
 
@@ -399,7 +438,8 @@ def _training_step(step: StepCheck, where: torch.device, lost: str) -> Finding:
         return Finding("a training step", step.name, "ok", text)
     except Exception as error:
         tests = "-m cuda tests/test_engine_on_cuda.py" if step.graphs else "tests/objectives"
-        return Finding("a training step", step.name, "FAILED", said(error), f"python -m pytest {tests}")
+        command = FREE if out_of_memory(error) else f"python -m pytest {tests}"
+        return Finding("a training step", step.name, "FAILED", said(error), command)
 
 
 # The report

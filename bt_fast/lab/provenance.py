@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 import bt_fast
+from bt_fast.full_precision import tf32_convolutions
 from bt_fast.lab.config import RunConfig
 from bt_fast.lab.data import ImageDataset
 from bt_fast.lab.files import write_text
@@ -94,12 +95,20 @@ def this_start(iteration: int, device: torch.device, ranks: int) -> dict[str, An
         "settings": {
             "numpy": np.__version__,
             "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
-            "float32_matmul_precision": torch.get_float32_matmul_precision(),
+            "float32_matmul_precision": _matmul_precision(),
             "cudnn_benchmark": torch.backends.cudnn.benchmark,
-            "cudnn_allow_tf32": torch.backends.cudnn.allow_tf32,
+            "cudnn_allow_tf32": tf32_convolutions(),
         },
         "revision": _revision(),
     }
+
+
+def _matmul_precision() -> str:
+    """By torch's old API; where that does not tell, what CUDA's products are computed in by its new one."""
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:  # the two were used together
+        return str(torch.backends.cuda.matmul.fp32_precision)
 
 
 def fingerprint(dataset: ImageDataset) -> str:

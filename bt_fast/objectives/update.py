@@ -1,8 +1,12 @@
 """How the update (its forwards, its loss and its backward) is executed.
 
-`torch.cuda.make_graphed_callables` captures the whole update as one function, so that its two forwards do not share
-static buffers. All captured updates of a model share one memory pool: a forward replayed between another's forward and
-backward would overwrite what that one has saved. So an update runs eagerly while an earlier loss awaits its backward.
+The whole update is captured as one function, in two graphs: its forwards and loss, and its backward. All captured
+updates of a model share one memory pool: a forward replayed between another's forward and backward would overwrite what
+that one has saved. So an update runs eagerly while an earlier loss awaits its backward.
+
+`torch.cuda.make_graphed_callables` would capture the parameters' own nodes, which accumulate their gradients. While an
+earlier loss is alive these belong to the stream of its forward, for which a capture cannot wait. Here the parameters
+are replaced, during the capture, by leaves on the same memory.
 """
 
 from __future__ import annotations
@@ -25,6 +29,7 @@ from bt_fast.attack.frozen import uncached
 
 MOST_CAPTURED = 8  # of one model: each keeps gradients of the model's size
 MOST_MET = 64
+WARM_UPS = 3
 OFTEN = 8  # a capture costs as much as several updates, and sizes that vary do not all come again
 
 Terms = tuple[Tensor, ...]
@@ -42,11 +47,11 @@ class Update:
             number of corrupted rows varies (`unperturbed="skip"`) when that number is met for the eighth time. The 8
             used last are kept for each model. A change of anything that a graph has fixed is met anew: a parameter
             replaced, moved, or no longer trained, a mode, a Python number of a module (a norm's momentum, say), MART's
-            β, the caller's autocast, whose cast weights are not cached then. The loss has one backward. It runs
-            eagerly, with one warning that says why: not on CUDA, a hook, DistributedDataParallel, a model that replaces
-            its buffers or draws from the host's generator, a capture that failed (for good: out of memory, say; the
-            graphs are freed), and while an earlier loss awaits its backward. A forward that keeps other state of its
-            own in Python is not recognised.
+            β, the caller's autocast, whose cast weights are not cached then. The loss has one backward; an earlier one
+            may be alive. It runs eagerly, with one warning that says why: not on CUDA, a hook, DistributedDataParallel,
+            a model that replaces its buffers, draws from the host's generator or trains tensors that are no parameters
+            of its modules, a capture that failed (for good: out of memory, say; the graphs are freed), and while an
+            earlier loss awaits its backward. A forward that keeps other state of its own in Python is not recognised.
 
     Raises:
         TypeError: an option is not a bool.
@@ -120,6 +125,7 @@ class _Graphs:
 
     def __init__(self) -> None:
         self._pool: object = None
+        self._side: device.Stream | None = None  # on which all are captured, as memory of a pool is the stream's
         self._met: OrderedDict[_Key, _Met] = OrderedDict()
         self._captured: OrderedDict[_Key, _Captured] = OrderedDict()
         self._latest: Callable[[], _Replay | None] = lambda: None
@@ -185,14 +191,15 @@ class _Graphs:
         while len(self._captured) >= MOST_CAPTURED:
             self._captured.popitem(last=False)
         self._pool = self._pool or device.new_pool()
+        self._side = self._side or device.new_stream(x)
         buffers = [(b, b.detach().clone()) for b in model.buffers()]
         random = RandomStates(device.host_generator(x.device), device.device_generator(x.device))
         try:
-            self._captured[key] = _Captured(model, computation, met.replayable, (x, x_adv, y), self._pool)
+            self._captured[key] = _Captured(model, computation, met.replayable, (x, x_adv, y), self._pool, self._side)
         except device.CaptureError as error:
             self._captured.clear()
             self._pool = None
-            return f"capture failed ({error})"
+            return str(error)
         finally:
             random.restore()
             for buffer, value in buffers:
@@ -207,26 +214,116 @@ class _Graphs:
         self._stream = stream
         replay = _Replay()
         self._latest = ref(replay)
-        terms = self._captured[key].graphed(x, x_adv, y, *_Parameters.apply(*_trained(model)))  # type: ignore[no-untyped-call]
-        cast(Any, terms[0].grad_fn).register_prehook(replay.begin_backward)
+        terms: Terms = _Replayed.apply(self._captured[key], replay, x, x_adv, y, *_trained(model))  # type: ignore[no-untyped-call]
         return terms
 
 
 class _Captured:
-    """One update as a graphed function of (x, x', y, trained parameters)."""
+    """One update as two graphs, of its forward and of its backward. What they give is static memory."""
 
     def __init__(
-        self, model: nn.Module, computation: Computation, replayable: bool, given: tuple[Tensor, ...], pool: object
+        self,
+        model: nn.Module,
+        computation: Computation,
+        replayable: bool,
+        given: tuple[Tensor, ...],
+        pool: object,
+        side: device.Stream,
     ) -> None:
+        """Capture it on the stream `side`. What its runs move (buffers, generators) is the caller's to restore.
+
+        Raises:
+            CaptureError: whatever the model or the driver raised, out of memory too.
+        """
         self._kept = [t.detach() for t in _tensors(model)]  # the graphs hold their addresses, which no other may get
-        of = ref(model)  # what is kept for a model must not keep it alive
+        self._given = tuple(t.clone(memory_format=torch.preserve_format) for t in given)
+        trial = _Trial(model, computation, replayable)
+        caller = device.current_stream(given[0])
+        side.wait_stream(caller)
+        try:
+            with uncached(given[0]):
+                with device.on(side):
+                    arriving = trial.warm_up(self._given)
+                self._arriving = tuple(torch.empty_like(a) for a in arriving)  # on the stream of the replays
+                del arriving
+                device.free_unused()
+                with device.on(side):
+                    with device.capture(pool) as self._forward:
+                        terms = trial.terms(self._given)
+                    with device.capture(pool) as self._backward:
+                        self._gradients = trial.gradients(terms, self._arriving)
+        except device.CaptureError:
+            raise
+        except Exception as error:
+            raise device.CaptureError.of(error) from error
+        finally:
+            caller.wait_stream(side)  # whose runs end before the caller restores anything
+        self._terms = tuple(t.detach() for t in terms)
+        self.constant = tuple(k for k, t in enumerate(terms) if not t.requires_grad)
 
-        def terms(x: Tensor, x_adv: Tensor, y: Tensor, *parameters: Tensor) -> Terms:
-            return computation(cast(nn.Module, of()), x, x_adv, y, replayable)[0]
+    def forward(self, *given: Tensor) -> Terms:
+        """Replay the forward on the values of x, x' and y."""
+        for static, value in zip(self._given, given, strict=True):
+            static.copy_(value)
+        self._forward.replay()
+        return tuple(t.detach() for t in self._terms)
 
-        static = tuple(t.clone(memory_format=torch.preserve_format) for t in given)
-        with uncached(given[0]):
-            self.graphed = device.graphed(terms, (*static, *_trained(model)), pool)
+    def backward(self, arriving: list[Tensor]) -> tuple[Tensor | None, ...]:
+        """Replay the backward on the gradients of the terms that have some."""
+        for static, value in zip(self._arriving, arriving, strict=True):
+            static.copy_(value)
+        self._backward.replay()
+        return self._gradients
+
+
+class _Trial(nn.Module):
+    """The update as a forward, in which leaves stand for the trained parameters; `torch.func` wants a module."""
+
+    def __init__(self, model: nn.Module, computation: Computation, replayable: bool) -> None:
+        super().__init__()
+        self.model, self._computation, self._replayable = model, computation, replayable
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._leaves: dict[str, Tensor] = {f"model.{name}": nn.Parameter(p.detach()) for name, p in trained.items()}
+
+    def forward(self, x: Tensor, x_adv: Tensor, y: Tensor) -> Terms:
+        """The update's terms."""
+        return self._computation(self.model, x, x_adv, y, self._replayable)[0]
+
+    def terms(self, given: tuple[Tensor, ...]) -> Terms:
+        """The update's terms, whose gradients lead to the leaves."""
+        terms: Terms = torch.func.functional_call(self, self._leaves, given)
+        return terms
+
+    def gradients(self, terms: Terms, arriving: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+        """Those of the trained parameters; None for one that is not used."""
+        of = [t for t in terms if t.requires_grad]
+        return torch.autograd.grad(of, list(self._leaves.values()), arriving, allow_unused=True)
+
+    def warm_up(self, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Run it, so that nothing is launched for the first time later; tensors like the terms' gradients."""
+        arriving: tuple[Tensor, ...] = ()
+        for _ in range(WARM_UPS):
+            terms = self.terms(given)
+            if _leaves_of(terms) - {id(leaf) for leaf in self._leaves.values()}:
+                raise device.CaptureError("it trains tensors that are no parameters of the model's modules")
+            arriving = tuple(torch.zeros_like(t) for t in terms if t.requires_grad)
+            self.gradients(terms, arriving)
+        return arriving
+
+
+def _leaves_of(terms: Terms) -> set[int]:
+    """The identities of the tensors that the gradients of `terms` lead to."""
+    found, met = set(), {t.grad_fn for t in terms}
+    waiting = list(met)
+    while waiting:
+        node = waiting.pop()
+        if node is not None:
+            if node.name() == "torch::autograd::AccumulateGrad":
+                found.add(id(cast(Any, node).variable))
+            new = {n for n, _ in node.next_functions} - met
+            met |= new
+            waiting += new
+    return found
 
 
 class _Replay:
@@ -235,7 +332,7 @@ class _Replay:
     def __init__(self) -> None:
         self.done = False
 
-    def begin_backward(self, gradients: object) -> None:
+    def begin_backward(self) -> None:
         """Before the backward's replay, which overwrites what it no longer needs.
 
         Raises:
@@ -249,26 +346,31 @@ class _Replay:
         self.done = True
 
 
-class _Parameters(torch.autograd.Function):
-    """The parameters on their way into a graph, and their gradients on the way out of its static memory.
+class _Replayed(torch.autograd.Function):
+    """The terms of a captured update of (x, x', y, trained parameters), and the parameters' gradients.
 
-    (Autograd would make that memory a parameter's `.grad`, which the next replay would overwrite.)
+    These leave static memory: autograd would make that a parameter's `.grad`, which the next replay would overwrite.
     """
 
     @staticmethod
-    def forward(ctx: Any, *parameters: Tensor) -> tuple[Tensor, ...]:
-        """Aliases, whose addresses are those that were captured."""
-        ctx.save_for_backward(*parameters)
-        ctx.set_materialize_grads(False)
-        return tuple(p.detach() for p in parameters)
+    def forward(ctx: Any, captured: _Captured, replay: _Replay, *given: Tensor) -> Terms:
+        """Aliases of static memory."""
+        ctx.captured, ctx.replay = captured, replay
+        ctx.save_for_backward(*given[3:])
+        terms = captured.forward(*given[:3])
+        ctx.mark_non_differentiable(*[terms[k] for k in captured.constant])
+        return terms
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *arriving: Tensor) -> tuple[Tensor | None, ...]:
         """Copies. Raises, as autograd does, where a parameter was changed in place since the forward."""
-        copies = [None if g is None else torch.empty_like(p) for p, g in zip(ctx.saved_tensors, gradients, strict=True)]
+        ctx.replay.begin_backward()
+        parameters, captured = ctx.saved_tensors, ctx.captured
+        gradients = captured.backward([a for k, a in enumerate(arriving) if k not in captured.constant])
+        copies = [None if g is None else torch.empty_like(p) for p, g in zip(parameters, gradients, strict=True)]
         torch._foreach_copy_([c for c in copies if c is not None], [g for g in gradients if g is not None])
-        return tuple(copies)
+        return (None, None, None, None, None, *copies)
 
 
 def _eagerly(model: nn.Module, computation: Computation, x: Tensor, x_adv: Tensor, y: Tensor) -> tuple[Terms, bool]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bt_fast.ops import rows
+from bt_fast.ops.availability import or_plain
 from bt_fast.ops.launch import check
 
 
@@ -64,6 +65,7 @@ def ascent_direction_reference(logits: Tensor, target: Tensor) -> Tensor:
     return torch.where(largest.isfinite(), torch.ldexp(gap, exponent), math.nan).to(logits.dtype)
 
 
+@or_plain(ascent_direction_reference)
 def launch_ascent_direction(logits: Tensor, target: Tensor) -> Tensor:
     """`ascent_direction` as one launch, of logits that `rows.kernel_takes`."""
     from bt_fast.kernels.ascent_direction import ascent_direction_fwd_kernel, ascent_direction_long_fwd_kernel

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from bt_fast.ops.launch import check, contiguous, has_triton
+from bt_fast.ops.availability import kernels_run, or_plain
+from bt_fast.ops.launch import check, contiguous
 from bt_fast.ops.order_by_steps import order_reference
 
 OUTLIER, BOUNDARY, ROBUST = 0, 1, 2
@@ -166,6 +167,7 @@ def robust_threshold(svar: Tensor, robust_fraction: Tensor, count: Tensor | None
     return torch.where(percentile <= 0, 0.0, percentile)  # one zero, whichever the sort put first
 
 
+@or_plain(assign_reference)
 def launch_assign(
     svar: Tensor,
     correct: Tensor,
@@ -204,6 +206,7 @@ def launch_assign(
     return results
 
 
+@or_plain(assign_reference)
 def launch_assign_in_blocks(
     svar: Tensor,
     correct: Tensor,
@@ -273,7 +276,7 @@ def launch_assign_in_blocks(
 
 
 def _kernel_takes(svar: Tensor) -> bool:
-    return svar.is_cuda and svar.dtype == torch.float32 and len(svar) <= MOST_SAMPLES and has_triton()
+    return svar.is_cuda and svar.dtype == torch.float32 and len(svar) <= MOST_SAMPLES and kernels_run(svar)
 
 
 def _results(svar: Tensor, group_steps: Sequence[int], faults: Tensor | None) -> Assigned:

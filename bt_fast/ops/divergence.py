@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bt_fast.ops.availability import or_plain
 from bt_fast.ops.launch import MOST_INT32
 from bt_fast.ops.numeric import wide
 from bt_fast.ops.rows import kernel_takes
@@ -121,6 +122,7 @@ def trades_kl_reference(adversarial_logits: Tensor, clean_logits: Tensor) -> tup
     return kl, (q - p).to(dtype), (terms - p * kl[:, None]).to(dtype)
 
 
+@or_plain(trades_kl_reference)
 def launch_trades_kl(adversarial_logits: Tensor, clean_logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """`trades_kl_rows` as one launch."""
     from bt_fast.kernels.divergence import trades_kl_fwd_kernel, trades_kl_looped_fwd_kernel
@@ -186,6 +188,7 @@ def mart_loss_reference(
     return loss[:, 0], clean.to(clean_logits.dtype), adversarial.to(clean_logits.dtype)
 
 
+@or_plain(mart_loss_reference)
 def launch_mart_loss(
     clean_logits: Tensor, adversarial_logits: Tensor, labels: Tensor, beta: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -239,6 +242,7 @@ def _js_gradient(p: Tensor, p_times_g: Tensor) -> Tensor:
     return (p_times_g - p * p_times_g.sum(dim=1, keepdim=True)) / 3.0
 
 
+@or_plain(js_divergence_reference)
 def launch_js_divergence(
     clean_logits: Tensor, first_logits: Tensor, second_logits: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from bt_fast.ops.launch import KERNEL_DTYPES, MOST_INT32, check, contiguous, dense_format, has_triton, rounded
+from bt_fast.ops.availability import kernels_run, or_plain
+from bt_fast.ops.launch import KERNEL_DTYPES, MOST_INT32, check, contiguous, dense_format, rounded
 from bt_fast.ops.numeric import per_sample, wide
 
 NOISES = ("normal", "uniform")
@@ -190,6 +191,7 @@ def _polynomial(z: Tensor, coefficients: tuple[float, ...]) -> Tensor:
     return total.add_(coefficients[-1])
 
 
+@or_plain(gather_start_reference)
 def launch_gather_start(
     x: Tensor,
     order: Tensor | None,
@@ -237,7 +239,7 @@ def _kernel_takes(x: Tensor) -> bool:
         and dense_format(x) is not None
         and x[:1].numel() < MOST_INT32
         and len(x) * _blocks(x) < MOST_INT32
-        and has_triton()
+        and kernels_run(x)
     )
 
 

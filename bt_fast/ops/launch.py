@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 from collections.abc import Sequence
 
 import torch
@@ -12,12 +10,6 @@ from torch import Tensor
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # a launch counts programs, rows and the offsets within a row in int32; the spare covers the last block's tail
 MOST_INT32 = 2**31 - 2**16
-
-
-@functools.cache
-def has_triton() -> bool:
-    """Whether triton is installed; asked without importing it."""
-    return importlib.util.find_spec("triton") is not None
 
 
 def dense_format(x: Tensor) -> torch.memory_format | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bt_fast.ops.launch import has_triton
+from bt_fast.ops.availability import kernels_run, or_plain
 
 ONE_LAUNCH = 8192  # the most samples whose pairs one launch compares
 MOST_SAMPLES = 2**20
@@ -51,7 +51,7 @@ def _(steps: Tensor, most: int) -> tuple[Tensor, Tensor]:
 
 
 def _kernel_takes(steps: Tensor) -> bool:
-    return steps.is_cuda and has_triton() and 0 < len(steps) <= MOST_SAMPLES
+    return steps.is_cuda and 0 < len(steps) <= MOST_SAMPLES and kernels_run(steps)
 
 
 def order_reference(steps: Tensor, most: int) -> tuple[Tensor, Tensor]:
@@ -61,6 +61,7 @@ def order_reference(steps: Tensor, most: int) -> tuple[Tensor, Tensor]:
     return order, torch.searchsorted(-ordered, -torch.arange(most, dtype=steps.dtype, device=steps.device))
 
 
+@or_plain(order_reference)
 def launch_order(steps: Tensor, most: int) -> tuple[Tensor, Tensor]:
     """`order_by_steps` as one launch, for 0 < m ≤ ONE_LAUNCH."""
     from bt_fast.kernels.order_by_steps import order_by_steps_fwd_kernel
@@ -74,6 +75,7 @@ def launch_order(steps: Tensor, most: int) -> tuple[Tensor, Tensor]:
     return order, active
 
 
+@or_plain(order_reference)
 def launch_order_in_blocks(steps: Tensor, most: int) -> tuple[Tensor, Tensor]:
     """`order_by_steps` for any 0 < m ≤ MOST_SAMPLES: count in blocks, add up, place."""
     from bt_fast.kernels.order_by_steps import count_steps_fwd_kernel, place_by_steps_fwd_kernel

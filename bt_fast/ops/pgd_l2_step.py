@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bt_fast.ops.availability import no_way_back, or_plain
 from bt_fast.ops.gather_start import philox
 from bt_fast.ops.launch import check, contiguous, rounded
 from bt_fast.ops.numeric import per_sample, wide
@@ -179,6 +180,7 @@ def seeded_normal(seed: Tensor, x: Tensor) -> Tensor:
     return normal.as_strided(like.shape, like.stride())
 
 
+@or_plain(l2_reference)
 def launch_l2(
     x_adv: Tensor,
     grad: Tensor,
@@ -262,24 +264,28 @@ def launch_l2(
                 num_warps=PART_WARPS,
                 enable_fp_fusion=False,
             )
-        kernels.pgd_l2_stand_in_fwd_kernel[(n,)](
-            x_adv,
-            clean,
-            step_size,
-            *counts,
-            limits,
-            stand_in,
-            flat,
-            at.length,
-            epsilon,
-            *bounds,
-            at.channels,
-            at.rows,
-            BLOCK=STAND_IN_BLOCK,
-            INTERLEAVED=at.interleaved,
-            num_warps=long_warps,
-            enable_fp_fusion=False,
-        )
+        try:
+            kernels.pgd_l2_stand_in_fwd_kernel[(n,)](
+                x_adv,
+                clean,
+                step_size,
+                *counts,
+                limits,
+                stand_in,
+                flat,
+                at.length,
+                epsilon,
+                *bounds,
+                at.channels,
+                at.rows,
+                BLOCK=STAND_IN_BLOCK,
+                INTERLEAVED=at.interleaved,
+                num_warps=long_warps,
+                enable_fp_fusion=False,
+            )
+        except Exception as error:
+            no_way_back(error)
+            raise
 
 
 def _is_seed(stand_in: Tensor) -> bool:

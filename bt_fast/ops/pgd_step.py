@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bt_fast.ops.launch import KERNEL_DTYPES, MOST_INT32, check, contiguous, dense_format, has_triton, rounded
+from bt_fast.ops.availability import kernels_run, or_plain
+from bt_fast.ops.launch import KERNEL_DTYPES, MOST_INT32, check, contiguous, dense_format, rounded
 from bt_fast.ops.numeric import per_sample
 
 PART_WARPS = 4  # of a program that works on a part of a long sample
@@ -175,6 +176,7 @@ def _step_in_box(x_adv: Tensor, grad: Tensor, clean: Tensor, step_size: Tensor, 
     return torch.minimum(moved, bound, out=moved)
 
 
+@or_plain(linf_reference)
 def launch_linf(
     x_adv: Tensor,
     grad: Tensor,
@@ -296,7 +298,7 @@ def kernel_takes(x_adv: Tensor) -> bool:
         and dense_format(x_adv) is not None
         and 0 < x_adv[:1].numel() < MOST_INT32
         and x_adv.numel() // 128 < MOST_INT32
-        and has_triton()
+        and kernels_run(x_adv)
     )
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bt_fast.ops.launch import KERNEL_DTYPES, MOST_INT32, has_triton
+from bt_fast.ops.availability import kernels_run
+from bt_fast.ops.launch import KERNEL_DTYPES, MOST_INT32
 from bt_fast.ops.numeric import FLOATS
 
 LONGEST_BLOCK = 8192  # classes that a program holds at once
@@ -50,7 +51,7 @@ def kernel_takes(logits: Tensor) -> bool:
         and logits.dtype in KERNEL_DTYPES
         and logits.shape[0] < MOST_INT32
         and logits.shape[1] < MOST_INT32
-        and has_triton()
+        and kernels_run(logits)
     )
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bt_fast.ops import rows
+from bt_fast.ops.availability import or_plain
 from bt_fast.ops.launch import check
 
 
@@ -78,6 +79,7 @@ def signed_variance_reference(logits: Tensor, labels: Tensor) -> tuple[Tensor, T
     return torch.where(correct, variance, -variance).to(dtype), correct, probabilities.to(dtype), unfit
 
 
+@or_plain(signed_variance_reference)
 def launch_signed_variance(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`signed_variance` as one launch, of logits that `rows.kernel_takes`."""
     from bt_fast.kernels.signed_variance import signed_variance_fwd_kernel, signed_variance_long_fwd_kernel

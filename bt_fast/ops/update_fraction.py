@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from bt_fast.ops import rows
+from bt_fast.ops.availability import or_plain
 from bt_fast.ops.launch import check
 
 # what one program counts by itself: 8192 rows of up to 1024 classes
@@ -81,6 +82,7 @@ def move_fraction_(
     robust_fraction.copy_(torch.where(faulty, robust_fraction, moved))
 
 
+@or_plain(update_fraction_reference)
 def launch_update_fraction(
     robust_fraction: Tensor, unreported_faults: Tensor, logits: Tensor, labels: Tensor, gamma: float, momentum: float
 ) -> None:

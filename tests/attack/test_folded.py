@@ -5,15 +5,19 @@ import functools
 import gc
 import warnings
 import weakref
+from contextlib import nullcontext
 from unittest import mock
 
 import pytest
 import small_models
 import torch
 import torch.nn.functional as F
+from emulated_tf32 import EmulatedTf32
 from torch import nn
+from torch.nn.functional import avg_pool2d
 
 from bt_fast import BulletTrain, Frozen, Schedule, ThreatModel, generate, trades_loss
+from bt_fast.attack import folded
 from bt_fast.attack.folded import FrozenModel, attack_model
 from bt_fast.attack.frozen import eval_mode
 from bt_fast.attack.runners import input_gradient
@@ -138,6 +142,36 @@ def test_every_norm_directly_behind_one_layer_is_folded(name, folded, left):
             run(x)
         calls.append(batch_norm.call_count)
     assert calls == [left, folded + left]
+
+
+def pool_by_shape(x):
+    return F.avg_pool2d(x, x.shape[-2:])
+
+
+def pool_by_side(x):
+    return F.avg_pool2d(x, x.size(3))
+
+
+def pool_by_name(x):
+    return avg_pool2d(x, kernel_size=(x.size(2), x.size(3)))
+
+
+@pytest.mark.parametrize("pool", [pool_by_shape, pool_by_side, pool_by_name])
+def test_a_pool_over_whatever_size_is_traced(pool):
+    class Pooling(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4)), nn.Linear(4, 5)
+
+        def forward(self, x):
+            return self.head(pool(self.body(x)).flatten(1))
+
+    model = trained(Pooling())
+    view = view_of(model, images("conv_bn"))
+    assert view.reason is None
+    for side in (6, 9):
+        x = torch.rand(2, 1, side, side, dtype=torch.float64)
+        torch.testing.assert_close(view(x), model.eval()(x), rtol=0, atol=1e-9)
 
 
 def test_it_follows_the_model_without_being_traced_again():
@@ -362,3 +396,49 @@ def test_a_wrong_recipe_is_refused():
         trades_loss(nn.Linear(4, 2), torch.rand(3, 4), torch.zeros(3, dtype=torch.int64), None, frozen=True)
     with pytest.raises(TypeError, match="runner"):
         trades_loss(nn.Linear(4, 2), torch.rand(3, 4), torch.zeros(3, dtype=torch.int64), None, runner=3)
+
+
+def in_tf32():
+    """A deep network whose logits are far from 0, images, and a device on which its float32 is TF32."""
+    torch.manual_seed(0)
+    model = build_model("preactresnet-18", in_channels=3, image_size=16, num_classes=10)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 1.0
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+    list(model.parameters())[-2].data *= 100.0
+    x = torch.rand(8, 3, 16, 16)
+    with torch.no_grad():
+        model.train()(x)
+    return model, x, EmulatedTf32()
+
+
+def test_where_float32_is_tf32_a_sound_fold_is_told_from_its_rounding():
+    model, x, device = in_tf32()
+    with device, attack_model(model, Frozen(), x) as view, torch.no_grad():
+        assert (view.reason, view.independent) == (None, True)
+        gap = (view(x) - model(x)).abs().max()
+    assert gap > folded.AGREEMENT[torch.float32] * model(x).abs().max()
+    with (
+        mock.patch.object(folded, "full_precision", nullcontext),
+        device,
+        pytest.warns(UserWarning, match="not folded"),
+    ):
+        FrozenModel(model.eval(), Frozen(), x)
+
+
+def test_where_float32_is_tf32_a_wrong_fold_is_refused():
+    model, x, device = in_tf32()
+    right = folded._affine
+    wrong = mock.patch.object(folded, "_affine", lambda norm: (1.01 * right(norm)[0], right(norm)[1]))
+    with wrong, device, pytest.warns(UserWarning, match="other logits than the model itself"):
+        FrozenModel(model.eval(), Frozen(), x)
+
+
+@pytest.mark.filterwarnings("ignore:.*not folded")  # since torch 2.9, where it cannot be compared
+def test_a_model_that_reads_the_old_setting_of_tf32_is_not_broken_by_the_comparison():
+    model, x, device = in_tf32()
+    reading = nn.Sequential(model, nn.Identity())
+    reading[1].forward = lambda logits: logits * (1.0 + torch.backends.cudnn.allow_tf32)
+    with device, attack_model(reading, Frozen(), x) as view:
+        assert view(x).isfinite().all()

@@ -9,7 +9,7 @@ import pgd_cases
 import pytest
 import rows_cases
 import torch
-from torch.utils._pytree import tree_leaves, tree_map
+from on_device import on_device
 
 from bt_fast import ops
 from bt_fast.ops import divergence
@@ -29,20 +29,6 @@ pytestmark = [
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SHAPES = [(3, 32, 32), (1, 28, 28), (3, 15, 37), (3, 96, 96), (7,)]
 assign = importlib.import_module("bt_fast.ops.assign_steps")  # the op of that name hides the file
-
-
-def on_device(run):
-    """`run` on the device, with arguments and results on the host; what it changes is changed there too."""
-
-    def there_and_back(*args, **kwargs):
-        given = tree_map(lambda v: v.to(DEVICE) if isinstance(v, torch.Tensor) else v, (args, kwargs))
-        out = run(*given[0], **given[1])
-        for here, there in zip(tree_leaves((args, kwargs)), tree_leaves(given), strict=True):
-            if isinstance(here, torch.Tensor) and not any(stride == 0 for stride in here.stride()):
-                here.copy_(there)
-        return tree_map(lambda v: v.cpu() if isinstance(v, torch.Tensor) else v, out)
-
-    return there_and_back
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -118,6 +104,13 @@ def test_losses(name, n, classes, dtype):
     case = divergence_cases.case(name, n, classes, dtype, 0, special=True)
     run = on_device(getattr(divergence, f"{name}_rows"))
     divergence_cases.assert_right(case, run(*case.arguments))
+
+
+@pytest.mark.parametrize("strides", ["apart", "columns", "one"])
+@pytest.mark.parametrize("name", divergence_cases.LOSSES)
+def test_losses_of_strided_rows(name, strides):
+    case = divergence_cases.case(name, 33, 1000, torch.float32, 0, special=True, strides=strides)
+    divergence_cases.assert_right(case, on_device(getattr(divergence, f"{name}_rows"))(*case.arguments))
 
 
 def test_a_replayed_graph_draws_new_noise_and_moves_by_the_device_s_own_counter():

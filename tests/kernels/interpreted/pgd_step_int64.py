@@ -7,8 +7,10 @@ arguments are the file of the kernels and, if not all are to run, the names of s
 import runpy
 import sys
 
+import interpreter
 import torch
 
+interpreter.complete()
 kernels = runpy.run_path(sys.argv[1])
 
 # rows so long that the third begins at 2^31, and of whose elements a block takes the first; or so many that it is the

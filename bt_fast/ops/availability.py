@@ -1,0 +1,200 @@
+"""Where kernels run: on a CUDA device, until a look at it or a launch says that they cannot.
+
+Then a warning tells why, and the device's ops are plain torch for the rest of the process. To ask costs a call one look
+into a dictionary.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from bt_fast.device import out_of_memory
+from bt_fast.floors import FLOORS, numbers, too_old, upgrade
+
+LEAST_CAPABILITY = (7, 5)
+# what every triton from the floor on compiles for; and what those from NEWER on do, which have bfloat16 on 7.5 too
+CAPABILITIES = ((7, 5), (8, 0), (8, 6), (8, 7), (8, 9), (9, 0))
+NEWER, NEWER_CAPABILITIES = [3, 6], ((10, 0), (10, 3), (12, 0), (12, 1))
+BFLOAT16_CAPABILITY = (8, 0)
+
+Launch = TypeVar("Launch", bound=Callable[..., Any])
+
+
+class Plain(NamedTuple):
+    """Why a device's ops run in plain torch, and the command that helps, if one does."""
+
+    reason: str
+    command: str | None = None
+
+
+NO_TRITON = Plain("triton is not installed", f"python -m pip install 'triton>={FLOORS['triton']}'")
+
+_plain: dict[tuple[torch.device, bool], Plain | None] = {}  # by device and whether in bfloat16; None: kernels run
+_launched: set[torch.device] = set()  # where a launch went well
+_said: set[str] = set()
+
+
+def kernels_run(x: Tensor) -> bool:
+    """Whether ops on `x`, which is on a CUDA device, launch kernels; the first look warns if not."""
+    key = x.device, x.dtype == torch.bfloat16
+    if key not in _plain:
+        _plain[key] = why_plain(*key)
+        _say(x.device, _plain[key])
+    return _plain[key] is None
+
+
+def why_plain(device: torch.device, bfloat16: bool = False) -> Plain | None:
+    """Why ops on this CUDA device run in plain torch, as far as that is known now; or None."""
+    if (device, bfloat16) in _plain:
+        return _plain[device, bfloat16]
+    if problem := triton_problem():
+        return problem
+    if torch.version.hip is not None:
+        return None
+    version, capability = triton_version(), torch.cuda.get_device_capability(device)
+    name = "compute capability {}.{}".format(*capability)
+    if capability < LEAST_CAPABILITY:
+        return Plain(f"{name} is below {LEAST_CAPABILITY[0]}.{LEAST_CAPABILITY[1]}, the least that the kernels support")
+    newer = "python -m pip install --upgrade torch triton"
+    if not compiles_for(capability):
+        return Plain(f"triton {version} does not compile for {name}", newer)
+    if bfloat16 and capability < BFLOAT16_CAPABILITY and numbers(version)[:2] < NEWER:
+        return Plain(f"triton {version} does not compile bfloat16 for {name}", newer)
+    return None
+
+
+@functools.cache
+def triton_problem() -> Plain | None:
+    """What is wrong with the installed triton, or None. Imports it if it is there."""
+    if importlib.util.find_spec("triton") is None:
+        return NO_TRITON
+    try:
+        version = triton_version()
+    except Exception as error:  # a broken installation raises whatever it likes
+        return Plain(f"triton cannot be imported ({said(error)})", "python -m pip install --force-reinstall triton")
+    if too_old("triton", version):
+        return Plain(f"triton {version} is older than {FLOORS['triton']}", upgrade("triton"))
+    return None
+
+
+def triton_version() -> str:
+    """Of the triton that is imported."""
+    import triton
+
+    return str(triton.__version__)
+
+
+@functools.cache
+def compiles_for(capability: tuple[int, int]) -> bool:
+    """Whether triton compiles for a compute capability.
+
+    Its compiler aborts the whole process for one that is newer than it. So what is not known to work is tried in
+    another process, which takes seconds.
+    """
+    if capability in CAPABILITIES or (numbers(triton_version())[:2] >= NEWER and capability in NEWER_CAPABILITIES):
+        return True
+    major, minor = capability
+    trial = [sys.executable, "-m", "bt_fast.ops.trial_compile", f"{10 * major + minor}"]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0"}
+    return subprocess.run(trial, capture_output=True, env=environment, check=False).returncode == 0
+
+
+def or_plain(reference: Callable[..., Any]) -> Callable[[Launch], Launch]:
+    """Decorates a launch on the first argument's device: where none can be made, `reference` gives this call's results.
+
+    That is, where nothing has been launched yet, or where triton lacks something outside of it. Any other error is a
+    bug, and raised; so is one of a full memory, and one inside a capture, in which nothing can be said of the device.
+    """
+
+    def decorated(launch: Launch) -> Launch:
+        @functools.wraps(launch)
+        def run(first: Tensor, *others: Any, **named: Any) -> Any:
+            try:
+                out = launch(first, *others, **named)
+            except Exception as error:
+                problem = _problem(error, first)
+                if problem is None:
+                    raise
+                _plain.update({(first.device, bfloat16): problem for bfloat16 in (False, True)})
+                _say(first.device, problem)
+            else:
+                if first.numel():
+                    _launched.add(first.device)
+                return out
+            return reference(first, *others, **named)
+
+        return run  # type: ignore[return-value]
+
+    return decorated
+
+
+def no_way_back(error: Exception) -> None:
+    """Mark an error of a launch after one that has changed what the caller gave: plain torch would change it again."""
+    error.no_way_back = True  # type: ignore[attr-defined]
+
+
+def said(error: BaseException) -> str:
+    """Type and first line of the message."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or ['no message'])[0]}"
+
+
+def _say(device: torch.device, problem: Plain | None) -> None:
+    """Warn of a problem, once."""
+    if problem is None:
+        return
+    cure = f". To have them: {problem.command}" if problem.command else ""
+    text = (
+        f"bt_fast runs in plain torch on {device}, since {problem.reason}: results are the same, but without fused "
+        f"kernels each op is many launches instead of one{cure}"
+    )
+    if text not in _said:
+        _said.add(text)
+        warnings.warn(text, stacklevel=3)
+
+
+def _problem(error: Exception, x: Tensor) -> Plain | None:
+    """What an error of a launch says about the device of `x`; None if it is a bug or says nothing."""
+    if not x.is_cuda or hasattr(error, "no_way_back") or out_of_memory(error):
+        return None
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        return None
+    if problem := _lacking(error):
+        return problem
+    if x.device in _launched:
+        return None
+    return Plain(f"the first launch failed ({said(error)})", "bt-fast doctor")
+
+
+def _lacking(error: Exception) -> Plain | None:
+    """What triton lacks outside of it: a C compiler or Python's header for its launcher, or a place for its cache."""
+    if "Failed to find C compiler" in str(error):
+        return Plain("triton finds no C compiler to build its launcher with", "sudo apt-get install gcc")
+    if isinstance(error, subprocess.CalledProcessError):
+        if not python_header().is_file():
+            package = f"python{sys.version_info.major}.{sys.version_info.minor}-dev"
+            return Plain(f"{python_header()} is missing, for triton's launcher", f"sudo apt-get install {package}")
+        return Plain(f"triton cannot build its launcher ({said(error)})", "bt-fast doctor")
+    if isinstance(error, OSError) and error.filename is not None and error.filename == os.environ.get("CC"):
+        return Plain(f"CC={error.filename} cannot be run ({said(error)})", "unset CC")
+    if isinstance(error, OSError):
+        command = f"export TRITON_CACHE_DIR={Path(tempfile.gettempdir()) / 'triton'}"
+        return Plain(f"triton's cache cannot be written ({said(error)})", command)
+    return None
+
+
+def python_header() -> Path:
+    """Python's own header file, which the launcher of a kernel includes."""
+    return Path(sysconfig.get_paths()["include"]) / "Python.h"

@@ -1,0 +1,34 @@
+"""Convolutions and matrix products of float32 on the CPU as a GPU computes them where TF32 is allowed.
+
+Their factors keep 10 of 23 bits, rounded to the nearest, and their products are summed in float32, as tensor cores do.
+"""
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+
+from bt_fast.full_precision import tf32_convolutions
+
+CONVOLUTIONS = ("convolution", "convolution_backward")
+PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
+
+
+class EmulatedTf32(TorchDispatchMode):
+    """Only while torch allows it, for each of the two."""
+
+    def __torch_dispatch__(self, call, types, args=(), kwargs=None):
+        name = call.overloadpacket.__name__
+        allowed = {CONVOLUTIONS: tf32_convolutions, PRODUCTS: lambda: torch.backends.cuda.matmul.allow_tf32}
+        if any(name in names and asked() for names, asked in allowed.items()):
+            args = tree_map(lambda value: rounded(value) if is_float32(value) else value, args)
+        return call(*args, **(kwargs or {}))
+
+
+def is_float32(value):
+    return isinstance(value, torch.Tensor) and value.dtype == torch.float32
+
+
+def rounded(values):
+    """With 10 bits behind the leading one: half of the last one is added, and what is below cut off."""
+    bits = values.view(torch.int32)
+    return ((bits + 0x1000) & ~0x1FFF).view(torch.float32)

@@ -1,0 +1,41 @@
+"""What Triton's interpreter lacks in some versions for these kernels."""
+
+import functools
+
+import triton
+import triton.language as tl
+from triton.language import semantic
+from triton.runtime import interpreter
+
+
+def complete():
+    """Let kernels run that the compiler takes, as the compiler understands them. Once in a process.
+
+    Numbers bound loops: they are arrays of one element, and triton up to 3.6 takes `int()` of these, which numpy 2.5
+    refuses. Triton 3.2 has no constants that are bools, and takes an atomic's mask that is False for none.
+    """
+    patch = interpreter._patch_lang
+
+    @functools.wraps(patch)
+    def patched(kernel):
+        scope = patch(kernel)
+        tl.tensor.__index__ = lambda number: number.handle.data.item()
+        return scope
+
+    interpreter._patch_lang = patched
+    if triton.__version__.startswith("3.2."):
+        interpreter.InterpreterBuilder.get_int1_ty = lambda builder: tl.int1
+        semantic.atom_red_typechecking_impl = _with_its_mask(semantic.atom_red_typechecking_impl)
+
+
+def _with_its_mask(check):
+    @functools.wraps(check)
+    def checked(pointer, value, mask, op, builder):
+        pointer, value, always = check(pointer, value, None, op, builder)
+        if mask is None:
+            return pointer, value, always
+        if pointer.type.is_block():
+            mask = semantic.broadcast_impl_shape(mask, pointer.type.get_block_shapes(), builder)
+        return pointer, value, mask
+
+    return checked

@@ -1,0 +1,27 @@
+"""What a machine with a GPU needs for `pytest -m cuda`: the package's dependencies and pytest."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import bare_environment
+
+TESTS = Path(__file__).parent
+EXTRAS = {"PIL", "accelerate", "click", "foolbox", "hypothesis", "matplotlib", "pytest_benchmark", "rich", "xdist"}
+
+
+def test_the_tests_that_need_a_gpu_are_all_collected_in_a_bare_environment():
+    collect = ["pytest", "-m", "cuda", "--collect-only", "-q", "tests"]
+    run = subprocess.run(
+        [sys.executable, bare_environment.__file__, *collect], cwd=TESTS.parent, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    found = {line.split("::")[0] for line in run.stdout.splitlines() if "::" in line}
+    marked = {p for p in TESTS.rglob("test_*.py") if "pytest.mark.cuda" in p.read_text() and p != Path(__file__)}
+    assert found == {str(path.relative_to(TESTS.parent)) for path in marked}
+
+
+def test_a_bare_environment_has_the_package_s_dependencies_and_no_extras():
+    refused = bare_environment.Refusing().refused
+    assert refused >= EXTRAS
+    assert not refused & {"torch", "triton", "numpy", "pynvml", "pytest", "bt_fast"}
