@@ -13,12 +13,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
 import torch
 from test_training_iteration import Case, FlopCounter, Workload
 from torch import Tensor
 
+from benchmarks.exactness import ITERATIONS, same_noise
 from bt_fast import BulletTrain, Frozen, GraphRunner, StreamRunner, Update, trades_loss
 from bt_fast.attack.runners import run_eager
 from bt_fast.baselines.trades_reference import trades_reference_loss
@@ -136,7 +136,7 @@ class Bench:
 
 
 class Exactness:
-    """Three updates in float64 on some of the images: loss, gradients and buffers of a variant beside its model's.
+    """Some updates in float64 on some of the images: loss, gradients and buffers of a variant beside its model's.
 
     Those of "reference" and "optimised" are held against the authors', those of "bullet" against it step by step.
     """
@@ -163,29 +163,13 @@ class Exactness:
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
         found = []
         torch.manual_seed(1)
-        for number in range(3):  # captured when met again, and replayed from then on
-            with same_noise(self._x, number):
+        with same_noise():
+            for _ in range(ITERATIONS):
                 loss = loss_of(model, self._x, self._y, optimizer, **self._setting, **options)
-            loss.backward()
-            found += [loss.detach().clone(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
-            found += [b.double().clone() for b in model.buffers()]
+                loss.backward()
+                found += [loss.detach().clone(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+                found += [b.double().clone() for b in model.buffers()]
         return found
-
-
-@contextmanager
-def same_noise(x: Tensor, seed: int) -> Iterator[None]:
-    """Inside, `torch.randn` for a batch like x gives the same numbers on the host and on the device."""
-    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    randn = torch.randn
-
-    def same(*size: Any, **options: Any) -> Tensor:
-        shape = size[0] if len(size) == 1 and not isinstance(size[0], int) else size
-        if tuple(shape) != tuple(x.shape):
-            return randn(*size, **options)
-        return noise.to(device=options.get("device"), dtype=options.get("dtype") or torch.float64)
-
-    with mock.patch.object(torch, "randn", same):
-        yield
 
 
 FALLBACKS = ("without graphs", "no more graphs", "not folded")
