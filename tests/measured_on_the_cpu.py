@@ -46,6 +46,12 @@ def left_out(scratch):
     return found | {"tried last": tried}
 
 
+def without(scratch):
+    """The variants that are left where each of these broke."""
+    broken = ("nothing", "bullet", "bullet, graphs", "bullet, captured", "bullet, streams, captured")
+    return {name: [v.name for v in variants.without({name} - {"nothing"})] for name in broken}
+
+
 def joules(scratch):
     """The joules of two variants on a GPU that takes 300 W."""
     assert nvml_stub.stub().stub_script(f"device {GPU}\ninstant 300000\n".encode()) == 0
@@ -59,4 +65,4 @@ def joules(scratch):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    print(json.dumps({"left_out": left_out, "joules": joules}[sys.argv[1]](sys.argv[2])))
+    print(json.dumps({"left_out": left_out, "without": without, "joules": joules}[sys.argv[1]](sys.argv[2])))

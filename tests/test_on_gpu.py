@@ -486,10 +486,21 @@ def test_what_is_not_exact_or_falls_back_or_raises_is_left_out(tmp_path):
     found = measured(tmp_path, "left_out")
     assert found["as it is"] == []
     assert "not exact: an update in float64 differs by" in found["beta"][0]["said"]
-    assert found["beta"][0]["inexact"]
     assert [r["said"] for r in found["warns"]] == ["the attack runs without graphs: so"]
     assert [r["said"] for r in found["raises"]] == ["RuntimeError: capture failed"]
     assert found["tried last"] == {"as it is": None, "beta": None, "warns": "optimised", "raises": "optimised"}
+
+
+def test_what_shares_the_part_of_the_engine_that_broke_is_left_out_with_it(tmp_path):
+    found = measured(tmp_path, "without")
+    assert len(found["nothing"]) == 13
+    assert [name for name in found["nothing"] if name not in found["bullet, graphs"]] == [
+        *("bullet, graphs", "bullet, graphs, captured", "optimised, graphs", "optimised, graphs, captured"),
+    ]
+    assert not any("captured" in name or "fast" in name for name in found["bullet, captured"])
+    both = "bullet, streams, captured"  # whose parts work alone
+    assert [name for name in found["nothing"] if name not in found[both]] == [both]
+    assert [name for name in found["nothing"] if name not in found["bullet"]] == ["bullet"]
 
 
 def test_joules_are_those_of_each_variant(tmp_path):

@@ -8,19 +8,18 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 
 from benchmarks.on_gpu.rehearsal import device_of, stand_in
 from benchmarks.on_gpu.stage import FAILED, PASSED, Context, Verdict
 from benchmarks.on_gpu.traces import busy, traced, work_of
-from benchmarks.on_gpu.variants import TOLERANCE, VARIANTS, Bench, Exactness, Variant, fallbacks
+from benchmarks.on_gpu.variants import BASES, TOLERANCE, VARIANTS, Bench, Exactness, Variant, fallbacks, without
 from bt_fast import PowerMonitor
 from bt_fast.device import HostRead, synchronize
 
 WARM, WARM_CAPTURED = 1, 3  # what is captured is captured when met again
-ROUNDS, MOST_ROUNDS = 3, 15
+ROUNDS, MOST_ROUNDS = 3, 8
 CHECK_SHARE, WARM_SHARE = 0.3, 0.5  # of the time that is left: then no further variant is begun
 HANGS = 45.0  # seconds in which a variant's first runs are done, or are not going to be
 JOULES_SECONDS = (0.3, 1.5)  # of each variant, at least and at most
@@ -41,12 +40,11 @@ def measure(context: Context, model: str, precision: str, batch: int) -> Verdict
     """Everything of a case that there is time for, the wanted most first."""
     case = f"{model}/{precision}"
     context.record("case", case=case, model=model, precision=precision, batch=batch)
-    out = {r["variant"] for r in context.records("left_out") if r["case"] == case or r["variant"] in _inexact(context)}
+    fit = [v for v in without({r["variant"] for r in context.records("left_out")}) if v in variants_of(context)]
     with stand_in(context):
         bench = Bench(model, precision, batch, device_of(context), tiny=context.rehearsal)
         try:
-            exact = check(context, case, bench, [v for v in variants_of(context) if v.name not in out])
-            works = warm(context, case, bench, exact)
+            works = warm(context, case, bench, check(context, case, bench, fit))
         except LeftOutError as error:
             print(error)
             return FAILED, str(error)
@@ -64,10 +62,6 @@ def measure(context: Context, model: str, precision: str, batch: int) -> Verdict
 def variants_of(context: Context) -> tuple[Variant, ...]:
     """All; in a rehearsal one of each kind."""
     return REHEARSED if context.rehearsal else VARIANTS
-
-
-def _inexact(context: Context) -> set[str]:
-    return {r["variant"] for r in context.records("left_out") if r.get("inexact")}
 
 
 @contextmanager
@@ -88,8 +82,8 @@ def trying(context: Context, case: str, variant: Variant) -> Iterator[None]:
     context.record("trying", case=case, variant=None)
 
 
-def _left_out(context: Context, case: str, variant: Variant, said: str, **more: Any) -> LeftOutError:
-    context.record("left_out", case=case, variant=variant.name, said=" ".join(said.split())[:500], **more)
+def _left_out(context: Context, case: str, variant: Variant, said: str) -> LeftOutError:
+    context.record("left_out", case=case, variant=variant.name, said=" ".join(said.split())[:500])
     return LeftOutError(f"{variant.name}: {said}")
 
 
@@ -99,7 +93,7 @@ def check(context: Context, case: str, bench: Bench, variants: list[Variant]) ->
     done = {r["variant"] for r in context.records("exact") if r["model"] == model}
     exactness, exact, enough = None, [], (1 - CHECK_SHARE) * context.left
     for variant in variants:
-        if variant.name in done or variant.name == "reference":
+        if variant.name in done or variant.name in BASES:
             exact.append(variant)
             continue
         if context.left < enough and len(exact) > 2:
@@ -111,7 +105,7 @@ def check(context: Context, case: str, bench: Bench, variants: list[Variant]) ->
         context.record("exact", model=model, variant=variant.name, difference=difference)
         if not difference <= TOLERANCE:
             said = f"not exact: an update in float64 differs by {difference:.2g} (allowed: {TOLERANCE:.0g})"
-            raise _left_out(context, case, variant, said, inexact=True)
+            raise _left_out(context, case, variant, said)
         exact.append(variant)
     return exact
 
@@ -129,7 +123,7 @@ def warm(context: Context, case: str, bench: Bench, variants: list[Variant]) -> 
             continue
         work = bench.iteration(variant)
         with trying(context, case, variant):
-            for _ in range(WARM if variant.eager else WARM_CAPTURED):
+            for _ in range(WARM_CAPTURED if variant.parts else WARM):
                 bench.ready()
                 work()
                 synchronize(bench.device)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -47,9 +47,11 @@ class Variant:
         return ", ".join(parts)
 
     @property
-    def eager(self) -> bool:
-        """Whether nothing of it is captured."""
-        return self.runner == "eager" and not self.captured and not self.fast
+    def parts(self) -> frozenset[str]:
+        """What of the engine it takes beside the eager loop; each is first taken alone by one of `VARIANTS`."""
+        if self.fast:
+            return frozenset({"streams", "captured", "fast"})
+        return frozenset({self.runner, *(["captured"] * self.captured)} - {"eager"})
 
     def options(self, bullet: BulletTrain) -> dict[str, Any]:
         """What `trades_loss` is called with, runners new."""
@@ -79,6 +81,13 @@ VARIANTS = (
     Variant("optimised", fast=True),
 )
 BY_NAME = {variant.name: variant for variant in VARIANTS}
+
+
+def without(broken: Iterable[str]) -> list[Variant]:
+    """The variants without those of these names, and without whatever takes the same single part of the engine."""
+    named = [BY_NAME[name] for name in broken]
+    parts = [variant.parts for variant in named if len(variant.parts) == 1]
+    return [v for v in VARIANTS if v not in named and not any(part <= v.parts for part in parts)]
 
 
 def set_precision(precision: str) -> None:
@@ -135,10 +144,13 @@ class Bench:
         return counter.total
 
 
+BASES = ("reference", "bullet")
+
+
 class Exactness:
     """Some updates in float64 on some of the images: loss, gradients and buffers of a variant beside its model's.
 
-    Those of "reference" and "optimised" are held against the authors', those of "bullet" against it step by step.
+    Those of "optimised" are held against the authors', those of "bullet" against it step by step: `BASES`.
     """
 
     def __init__(self, bench: Bench) -> None:
