@@ -34,6 +34,7 @@ from dataclasses import dataclass, field
 from unittest import mock
 
 import torch
+import torch._dynamo  # a registered op's first call imports it, which fails inside of a mode in torch 2.6
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _get_current_dispatch_mode_stack
@@ -148,6 +149,8 @@ class Graph:
         self.memory_pool = object() if pool is None else pool
         if self.memory_pool in emulated.under_way:
             raise RuntimeError("beginAllocateToPool: already recording to mempool_id")
+        if self.memory_pool in emulated.given_back:
+            raise RuntimeError("use_count > 0 INTERNAL ASSERT FAILED")
         emulated.under_way.add(self.memory_pool)
         emulated.uses[self.memory_pool] += 1
         self.uses_memory, self.mode, self.streams = True, capture_error_mode, [emulated.stream]
@@ -173,7 +176,7 @@ class Graph:
 
     def reset(self):
         if self.uses_memory:
-            self.emulated.uses[self.memory_pool] -= 1
+            self.emulated.release(0, self.memory_pool)
         self.uses_memory = False
 
     __del__ = reset
@@ -204,6 +207,7 @@ class EmulatedDevice(TorchDispatchMode):
         super().__init__()
         self.unwinds = UNWINDS[as_torch]
         self.under_way, self.uses = set(), Counter()  # pools that captures allocate from; captures that use each
+        self.given_back = set()  # pools that no graph uses any more: torch takes none of them again if a tensor is left
         self.generator_captures = False  # which it goes on to believe where a capture's end raised
         self.stream = self.default = Stream(self)
         self.work, self.graph, self.host_waits_for = [], None, {}
@@ -361,6 +365,8 @@ class EmulatedDevice(TorchDispatchMode):
     def release(self, device_index, pool):
         self.uses[pool] -= 1
         assert self.uses[pool] >= 0, "memory given back that another graph still uses"
+        if self.uses[pool] == 0:
+            self.given_back.add(pool)
 
     def memory_of(self, tensor, *, new=False):
         """The number of the tensor's memory, which is the same for views of it."""

@@ -9,7 +9,7 @@ from unittest import mock
 
 # calls that order work, bring data or keep memory apart: without each of them something has to go wrong
 ORDERING = {
-    *("wait_stream", "synchronize", "on", "new_stream", "new_pool", "capture", "graphed", "replay"),
+    *("wait_stream", "synchronize", "on", "new_stream", "new_pool", "capture", "replay"),
     *("copy_", "_foreach_copy_", "clone", "zero_", "add_", "maximum", "restore"),
     *("finish", "_join", "_join_all", "join", "wait"),
 }

@@ -194,8 +194,20 @@ def test_what_a_broken_capture_leaves_under_way_depends_on_torch(as_torch):
             with pytest.raises(RuntimeError, match="encountered unexpectedly"):
                 torch.rand(2)
             emulated.under_way.clear()
-        captured(lambda: x.add(1), torch.cuda.Stream(), pool=pool)
+        captured(lambda: x.add(1), torch.cuda.Stream())
         torch.rand(2)
         torch.cuda.empty_cache()
     gc.collect()
     assert emulated.uses[pool] == {"2.6": 1, "2.13": 1, "2.15": 0}[as_torch]
+
+
+def test_a_pool_that_no_graph_uses_any_more_is_not_taken_again():
+    with EmulatedDevice():
+        x, pool = torch.ones(2), torch.cuda.graph_pool_handle()
+        graphs = [captured(lambda: x.add(1), torch.cuda.Stream(), pool=pool) for _ in range(2)]
+        graphs.pop()
+        graphs.append(captured(lambda: x.add(1), torch.cuda.Stream(), pool=pool))
+        graphs.clear()
+        gc.collect()
+        with pytest.raises(RuntimeError, match="use_count > 0"):
+            captured(lambda: x.add(1), torch.cuda.Stream(), pool=pool)

@@ -6,6 +6,7 @@ differ in their last bits: in float64 that moves next to no sign.
 
 import copy
 
+import ordinary_loops
 import pytest
 import torch
 
@@ -82,3 +83,39 @@ def test_an_update_of_a_model_with_dropout_draws_from_graphs_what_it_draws_eager
             losses.append(loss.detach().clone())
         found.append(torch.stack(losses))
     torch.testing.assert_close(*found, rtol=TOLERANCE, atol=0)
+
+
+# As in any script: an earlier loss is alive, a loader pins memory, another capture has broken off
+
+
+FAST = {
+    "graphs": lambda: {"runner": GraphRunner()},
+    "streams": lambda: {"runner": StreamRunner()},
+    "update": lambda: {"update": Update(channels_last=False, graphs=True)},
+    "both": lambda: {"runner": GraphRunner(), "update": Update(channels_last=False, graphs=True)},
+}
+
+
+@pytest.mark.parametrize("fast", FAST.values(), ids=FAST)
+def test_in_an_ordinary_loop_with_an_earlier_loss_alive_everything_is_captured(fast):
+    expected = ordinary_loops.iterations(DEVICE)
+    assert_same(ordinary_loops.iterations(DEVICE, **fast()), expected)
+
+
+@pytest.mark.parametrize("fast", FAST.values(), ids=FAST)
+def test_a_loader_that_pins_memory_breaks_no_capture(fast):
+    expected = ordinary_loops.iterations(DEVICE)
+    with ordinary_loops.pinning():
+        assert_same(ordinary_loops.iterations(DEVICE, **fast()), expected)
+        assert_same(ordinary_loops.iterations(DEVICE, ordinary_loops.BesideALoader, **fast()), expected)
+
+
+@pytest.mark.parametrize("fast", FAST.values(), ids=FAST)
+def test_after_a_capture_that_broke_off_numbers_are_drawn_and_the_next_is_captured(fast):
+    """The model that could not be captured goes on eagerly, its dropout too."""
+    expected = ordinary_loops.iterations(DEVICE, ordinary_loops.Waiting)
+    with pytest.warns(UserWarning, match="runs without graphs: capture failed"):
+        assert_same(ordinary_loops.iterations(DEVICE, ordinary_loops.Waiting, **fast()), expected)
+    torch.cuda.empty_cache()
+    expected = ordinary_loops.iterations(DEVICE)
+    assert_same(ordinary_loops.iterations(DEVICE, **fast()), expected)

@@ -68,8 +68,11 @@ def capture(pool: Any) -> Iterator[Graph]:
     """Record what is launched on the current stream, which must not be the default one, instead of running it.
 
     Nothing inside may wait for the device or be launched there for the first time; other threads may go on meanwhile.
-    A capture that breaks off leaves streams, generators and torch's allocator as they were, but nothing may be captured
-    into its pool any more. Where that cannot be had, a warning says so and `no_graphs_reason` from then on.
+    A capture that breaks off leaves streams, generators and torch's allocator as they were. Where that cannot be had, a
+    warning says so, and `no_graphs_reason` from then on.
+
+    Args:
+        pool: a new one, or one that a graph still uses.
     """
     graph, stream, phase = torch.cuda.CUDAGraph(), torch.cuda.current_stream(), "begin"
     with _no_collection():
@@ -110,7 +113,8 @@ def _unwind(graph: Any, pool: Any, stream: Any, phase: str) -> None:
     """Undo what a capture that broke off in this phase has left under way."""
     with on(stream):  # which the model may have left
         if phase == "inside":
-            with suppress(RuntimeError):
+            with suppress(RuntimeError), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that it may be empty
                 graph.capture_end()
                 return  # what broke off was no error of CUDA's
         graph.reset()
@@ -139,6 +143,7 @@ def _try_out(where: torch.device) -> None:
 
     Before 2.13 the end of a capture is also what tells the generators that the broken one is over.
     """
+    free_unused()
     graph, random = torch.cuda.CUDAGraph(), RandomStates(device_generator(where))
     with on(torch.cuda.Stream(where)):
         number = torch.zeros(1, device=where)
@@ -148,7 +153,6 @@ def _try_out(where: torch.device) -> None:
         graph.capture_end()
         number.uniform_()
     random.restore()
-    free_unused()
 
 
 def _give_up(error: RuntimeError) -> None:

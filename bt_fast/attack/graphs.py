@@ -206,7 +206,7 @@ class _Session:
         self._kept = [t.detach() for t in _tensors(model)]
         self._warm: set[int] = set()
         self._stream = device.new_stream(x)
-        self._pool = device.new_pool()
+        self._pool: object = None
         self._x_adv, self._clean = (_room(t, self.capacity) for t in (x, clean))
         self._target = target.new_zeros(self.capacity, target.shape[1])
         self._step_size = x.new_zeros(self.capacity)
@@ -270,6 +270,8 @@ class _Session:
     def _capture(self, model: Callable[[Tensor], Tensor], n: int) -> device.Graph:
         while len(self.graphs) >= self.most_graphs:
             self.graphs.popitem(last=False)
+        if not self.graphs:  # torch takes no pool that no graph uses any more
+            self._pool = device.new_pool()
         try:
             with device.capture(self._pool) as graph:
                 self._take_step(model, n)

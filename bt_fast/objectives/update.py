@@ -190,7 +190,8 @@ class _Graphs:
         """Capture the update, or say why that failed and free all graphs. The model is as it was."""
         while len(self._captured) >= MOST_CAPTURED:
             self._captured.popitem(last=False)
-        self._pool = self._pool or device.new_pool()
+        if not self._captured:  # torch takes no pool that no graph uses any more
+            self._pool = device.new_pool()
         self._side = self._side or device.new_stream(x)
         buffers = [(b, b.detach().clone()) for b in model.buffers()]
         random = RandomStates(device.host_generator(x.device), device.device_generator(x.device))
@@ -198,7 +199,6 @@ class _Graphs:
             self._captured[key] = _Captured(model, computation, met.replayable, (x, x_adv, y), self._pool, self._side)
         except device.CaptureError as error:
             self._captured.clear()
-            self._pool = None
             return str(error)
         finally:
             random.restore()

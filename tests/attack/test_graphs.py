@@ -6,10 +6,11 @@ import warnings
 import weakref
 from unittest import mock
 
+import ordinary_loops
 import pytest
 import small_models
 import torch
-from emulated_device import EmulatedDevice, NotPermittedError, capturing
+from emulated_device import UNWINDS, EmulatedDevice, NotPermittedError, capturing
 from planted import Bug, left_out, planted
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -145,6 +146,32 @@ def test_under_the_caller_s_autocast_a_graph_reads_the_weights_of_its_replay_not
     assert same(*found)
 
 
+@pytest.mark.parametrize("runner", [GraphRunner, StreamRunner])
+@pytest.mark.parametrize("build", ["conv_bn", ordinary_loops.BesideALoader])
+def test_in_an_ordinary_loop_with_an_earlier_loss_alive_and_a_loader_at_work_it_is_captured(build, runner):
+    expected = ordinary_loops.iterations("cpu", build)
+    with EmulatedDevice() as emulated:
+        found = ordinary_loops.iterations("cpu", build, runner=runner(bucket=2))
+    assert emulated.replays == 7  # of 8 steps; the first is to be met before
+    assert all(same(*pair) for pair in zip(found, expected, strict=True))
+    for seed in range(5):
+        assert same(emulated.shuffled(seed, found[-1]), expected[-1]), seed
+
+
+@pytest.mark.parametrize("runner", [GraphRunner, StreamRunner])
+@pytest.mark.parametrize("as_torch", UNWINDS)
+def test_after_a_capture_that_broke_off_numbers_are_drawn_and_another_model_is_captured(as_torch, runner):
+    builds, run = (ordinary_loops.Waiting, "dropout"), runner(bucket=2)
+    expected = [ordinary_loops.iterations("cpu", build) for build in builds]
+    with EmulatedDevice(as_torch) as emulated, pytest.warns(UserWarning, match="_local_scalar_dense") as warned:
+        found = [ordinary_loops.iterations("cpu", build, runner=run) for build in builds]
+    assert len(warned) == 1
+    assert emulated.replays == 7
+    for mine, theirs in zip(found, expected, strict=True):
+        assert all(same(*pair) for pair in zip(mine, theirs, strict=True))
+    assert not emulated.under_way
+
+
 # Planted bugs
 
 
@@ -186,6 +213,19 @@ def drawn(runner):
     return [*Training(Drawing).run(runner), torch.rand(3)]
 
 
+def side_by_side(runner):
+    """The same chains again and again."""
+    return Training(Troubled, [[3, 3, 2, 2, 1]] * 4).run(runner)
+
+
+def evicted(runner):
+    """A runner that holds one graph only, and is to capture again and again."""
+    training = Training(mlp, [[9] * 3 + [6] * 3 + [3] * 3] * 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return training.run(runner if runner is run_eager else type(runner)(bucket=2, most_graphs=1))
+
+
 def used_beside(runner):
     """The caller lets go of the tensors of an attack that is still at work, and takes memory for others."""
     training, found = Training(mlp, [[2, 2, 1]] * 3), []
@@ -206,6 +246,8 @@ SCENARIOS = {
     zero_gradients: True,
     exception: True,
     used_beside: True,
+    side_by_side: True,
+    evicted: True,
     broken_capture: False,
     drawn: False,
 }
@@ -236,7 +278,7 @@ def under_emulation(scenario, runner, changed):
     ):
         try:
             return scenario(classes[runner](bucket=2)), emulated
-        except (NotPermittedError, KeyError, ArithmeticError, AttributeError):
+        except (NotPermittedError, KeyError, ArithmeticError, AttributeError, UserWarning):
             return None, emulated
 
 
@@ -254,7 +296,8 @@ IN_GRAPHS = [
     Bug("work goes to the caller's stream", "device.on(self._stream)", "device.on(caller)"),
     Bug("memory is not kept", "(self, x_adv, clean, target, schedule, seeds, faulty))", "())", used_beside),
     Bug("NaN is not reported", "torch.maximum(faulty, self._faulty[:m], out=faulty)"),
-    Bug("one pool for all chains", "device.new_pool()", "'the only one'"),
+    Bug("one pool for all chains", "device.new_pool()", "'the only one'", side_by_side),
+    Bug("a pool that is gone", "if not self.graphs:", "if self._pool is None:", evicted),
     Bug("x' is not copied in", "self._x_adv[:m].copy_(x_adv)"),
     Bug("x is not copied in", "self._clean[:m].copy_(clean)"),
     Bug("the target is not copied in", "self._target[:m].copy_(target)"),
@@ -482,6 +525,15 @@ def test_graphs_are_bounded_and_the_least_recently_used_go():
         found = training.run(runner)
         (session,) = runner._sessions[training.model].values()
         assert list(session.graphs) == [6, 3]
+    assert emulated.captures > 3
+    assert same(found, Training(mlp, counts).run(run_eager))
+
+
+def test_where_no_graph_is_left_the_next_is_captured_into_a_new_pool():
+    counts = [[9] * 3 + [6] * 3 + [3] * 3] * 3
+    training, runner = Training(mlp, counts), GraphRunner(bucket=3, most_graphs=1)
+    with EmulatedDevice() as emulated:
+        found = training.run(runner)
     assert emulated.captures > 3
     assert same(found, Training(mlp, counts).run(run_eager))
 

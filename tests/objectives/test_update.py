@@ -7,11 +7,12 @@ import weakref
 from contextlib import ExitStack, nullcontext
 from unittest import mock
 
+import ordinary_loops
 import pytest
 import small_models
 import torch
 import torch.nn.functional as F
-from emulated_device import UNWINDS, EmulatedDevice, capturing, current
+from emulated_device import UNWINDS, EmulatedDevice, capturing
 from planted import Bug, left_out, planted
 from tolerances import assert_near_nested
 from torch import nn
@@ -345,32 +346,11 @@ def mlp():
 
 def ordinary_loop(options, build="conv_bn"):
     """As in any script: a loss is alive until the next one has been computed."""
-    torch.manual_seed(0)
-    training, found = Training(options, build), []
-    optimizer = torch.optim.SGD(training.model.parameters(), lr=0.1)
-    for _ in range(4):
-        optimizer.zero_grad()
-        loss = training.loss()
-        loss.backward()
-        found += [loss.detach().clone(), *(p.grad.clone() for p in training.model.parameters() if p.grad is not None)]
-        optimizer.step()
-    return [*found, *training.model.state_dict().values()]
+    found = ordinary_loops.iterations("cpu", build, update=adversarial.Update(**options))
+    return [value for iteration in found for value in iteration]
 
 
-class BesideALoader(nn.Module):
-    """While it is captured another thread pins memory."""
-
-    def __init__(self):
-        super().__init__()
-        self.body = small_models.conv_bn()
-
-    def forward(self, x):
-        if capturing():
-            current().call_from_another_thread()
-        return self.body(x)
-
-
-beside_a_loader = functools.partial(ordinary_loop, build=BesideALoader)
+beside_a_loader = functools.partial(ordinary_loop, build=ordinary_loops.BesideALoader)
 
 
 class ReadingOthers(nn.Module):
@@ -418,11 +398,8 @@ def outside_its_modules(options):
 def broken_then_good(options):
     """One model's capture breaks off; another's, which draws random numbers, comes after it."""
     torch.manual_seed(0)
-    first = Training(options, functools.partial(Breaking, error=None))
-    first.step()
-    first.model.left[0] = -100 if "graphs" in options else -1
-    first.run((6, 6))
-    return [*first.found, *Training(options, "dropout").run(), torch.rand(3)]
+    first, second = Training(options, ordinary_loops.Waiting), Training(options, "dropout")
+    return [*first.run(), *second.run(), torch.rand(3)]
 
 
 class Breaking(nn.Module):
@@ -541,6 +518,7 @@ IN_UPDATE = [
         "gradients of what was not used", "None if g is None else torch.empty_like", "torch.zeros_like", idle_parameter
     ),
     Bug("one pool for all models", "device.new_pool()", "'the only one'", two_models),
+    Bug("a pool that is gone", "if not self._captured:", "if self._pool is None:", replaced_parameter),
     Bug("it does not wait for another stream", "stream.wait_stream(self._stream)", scenario=on_streams),
     Bug("the forward is not replayed", "self._forward.replay()"),
     Bug("the backward is not replayed", "self._backward.replay()"),
