@@ -198,4 +198,4 @@ class OfRanks(Sequence[Fault]):
 
 
 def _nobody() -> Tensor:
-    return torch.empty(0, dtype=torch.int64)
+    return torch.empty(0, dtype=torch.int64, device="cpu")

@@ -70,7 +70,7 @@ class Assignment:
     def steps_of_ranks(self) -> Tensor:
         """[N, most_steps + 1] int64 on the host: how many samples of each rank have 0, 1, ... steps."""
         spread = self.counts.wait()[self.most_steps + 3 :]
-        return torch.tensor(spread, dtype=torch.int64).view(-1, self.most_steps + 1)
+        return torch.tensor(spread, dtype=torch.int64, device="cpu").view(-1, self.most_steps + 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,7 +187,10 @@ class BulletTrain(nn.Module):
         self.register_buffer("steps_assigned", None if by_group else torch.zeros((), dtype=torch.int64))
         self.register_buffer("unreported_faults", torch.zeros((), dtype=torch.int64))
         self.register_buffer("unreported_gradients", torch.zeros((), dtype=torch.int64))
-        self._last_attack = (torch.empty(0), torch.empty(0, dtype=torch.int64))  # who was faulty, and who is who
+        self._last_attack = (
+            torch.empty(0, device="cpu"),
+            torch.empty(0, dtype=torch.int64, device="cpu"),
+        )  # who was faulty, and who is who
 
     @property
     def process_group(self) -> dist.ProcessGroup | None:
@@ -306,7 +309,7 @@ class BulletTrain(nn.Module):
             Fault(
                 self.unreported_faults,
                 "an earlier update met NaN logits or labels out of range: F_R was not moved by it",
-                lambda: torch.empty(0, dtype=torch.int64),
+                lambda: torch.empty(0, dtype=torch.int64, device="cpu"),
                 earlier=True,
             ),
             Fault(

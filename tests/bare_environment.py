@@ -12,20 +12,27 @@ from importlib.abc import MetaPathFinder
 
 from packaging.requirements import Requirement
 
-WANTED = ("bt-fast", "pytest")
+WANTED = ("bt-fast", "pytest", "setuptools")  # triton 3.2 imports the last; it comes with the Pythons of its time
 
 
 class Refusing(MetaPathFinder):
     """Refuses what no wanted distribution holds."""
 
     def __init__(self):
-        wanted, owners = with_dependencies(WANTED), importlib.metadata.packages_distributions()
-        self.refused = {name for name, of in owners.items() if not {plain(one) for one in of} & wanted}
+        names, wanted = {True: set(), False: set()}, with_dependencies(WANTED)
+        for installed in importlib.metadata.distributions():
+            names[plain(installed.metadata["Name"]) in wanted] |= modules_of(installed)
+        self.refused = names[False] - names[True]
 
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in self.refused:
             raise ModuleNotFoundError(f"No module named {name!r} in a bare environment", name=name)
         return None
+
+
+def modules_of(installed):
+    """The names of a distribution's modules and packages. (`packages_distributions` misses most in Python 3.10.)"""
+    return {file.parts[0].partition(".")[0] for file in installed.files or () if file.suffix in (".py", ".so")}
 
 
 def plain(name):

@@ -47,6 +47,8 @@ TYPES = {
     "f32x2": ("f", 64, np.float32),
     "bf16": ("B", 16, np.uint16),
     "bf16x2": ("B", 32, np.uint16),
+    "u16x2": ("u", 32, np.uint16),
+    "s16x2": ("s", 32, np.int16),
 }
 for _w in UINT:
     TYPES.update({f"b{_w}": ("b", _w, UINT[_w]), f"u{_w}": ("u", _w, UINT[_w]), f"s{_w}": ("s", _w, SINT[_w])})

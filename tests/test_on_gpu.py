@@ -6,6 +6,7 @@ The stages here are a few lines each, run as the real ones are; `python -m bench
 import io
 import itertools
 import json
+import os
 import shutil
 import signal
 import site
@@ -16,6 +17,7 @@ import venv
 from pathlib import Path
 
 import numpy as np
+import nvml_stub
 import pytest
 import torch
 
@@ -286,9 +288,6 @@ def test_it_works_from_a_copy_without_git_in_a_place_of_its_own_and_installs_the
     assert found["machine"]["bt_fast"] == str(copy / "bt_fast")
     assert found["machine"]["kernels"] == str(copy / "kernels")
     assert found["rehearsal"]
-    again = command("--out", tmp_path / "2", "--stages", "b", "--minutes", "5", "--rehearse", root=copy, python=python)
-    assert "installing" in done.stdout
-    assert "installing" not in again.stdout
 
 
 # The plan
@@ -468,3 +467,52 @@ def test_jpeg_files_and_arrays_give_the_same_kind_of_data_set(tmp_path):
     plain = {"x_train": found.x_train, "y_train": found.y_train, "x_test": found.x_test, "y_test": found.y_test}
     np.savez(tmp_path / "plain.npz", **{key: value.numpy() for key, value in plain.items()})
     assert torch.equal(images_of(tmp_path / "plain.npz").x_train, found.x_train)
+
+
+# What a case is measured by, in a process of its own: the benchmarks have a conftest of their own name
+
+
+def measured(tmp_path, function, **environment):
+    """What `measured_on_the_cpu.py` prints of a function, as JSON."""
+    given = [sys.executable, "-m", "measured_on_the_cpu", function, str(tmp_path)]
+    folders = os.pathsep.join([str(ROOT / "benchmarks"), str(ROOT / "tests")])
+    there = {**os.environ, "PYTHONPATH": folders, **environment}
+    done = subprocess.run(given, cwd=ROOT, env=there, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_what_is_not_exact_or_falls_back_or_raises_is_left_out(tmp_path):
+    found = measured(tmp_path, "left_out")
+    assert found["as it is"] == []
+    assert "not exact: an update in float64 differs by" in found["beta"][0]["said"]
+    assert [r["said"] for r in found["warns"]] == ["the attack runs without graphs: so"]
+    assert [r["said"] for r in found["raises"]] == ["RuntimeError: capture failed"]
+    assert found["tried last"] == {"as it is": None, "beta": None, "warns": "optimised", "raises": "optimised"}
+
+
+def test_what_shares_the_part_of_the_engine_that_broke_is_left_out_with_it(tmp_path):
+    found = measured(tmp_path, "without")
+    assert len(found["nothing"]) == 13
+    assert [name for name in found["nothing"] if name not in found["bullet, graphs"]] == [
+        *("bullet, graphs", "bullet, graphs, captured", "optimised, graphs", "optimised, graphs, captured"),
+    ]
+    assert not any("captured" in name or "fast" in name for name in found["bullet, captured"])
+    both = "bullet, streams, captured"  # whose parts work alone
+    assert [name for name in found["nothing"] if name not in found[both]] == [both]
+    assert [name for name in found["nothing"] if name not in found["bullet"]] == ["bullet"]
+
+
+def test_joules_are_those_of_each_variant(tmp_path):
+    if nvml_stub.COMPILER is None:
+        pytest.skip("the stub of NVML needs a C compiler, and there is neither gcc nor cc")
+    nvml_stub.compile_stub(tmp_path)
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("LD_LIBRARY_PATH")])])
+    found = measured(tmp_path, "joules", LD_LIBRARY_PATH=path)
+    assert [r["variant"] for r in found] == ["reference", "optimised"]
+    for record in found:
+        assert record["source"] == "power"
+        assert record["watts"] == pytest.approx(300.0)
+        # every iteration is a sleep of 10 ms or a little more
+        assert 3.0 <= record["joules"] < 30.0
+        assert record["iterations"] >= 1

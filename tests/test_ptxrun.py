@@ -68,3 +68,14 @@ def test_the_absolute_value_of_packed_bfloat16_is_that_of_both_halves():
     )
     found = run(body, halves.view(np.uint32), check_races=False).view(np.uint16)
     assert found[:4].tolist() == [0x3F80, 0x7FC1, 0x3F80, 0]
+
+
+@pytest.mark.parametrize("kind", ["u16x2", "s16x2"])
+def test_packed_integers_are_added_each_for_itself(kind):
+    halves = np.tile(np.array([0xFFFF, 3, 0x7FFF, 0x8000], np.uint16), 32)
+    body = (
+        f"ld.global.b32 %r2, [%d3]; add.{kind} %r3, %r2, %r2; mov.u32 %r6, %ctaid.x; setp.eq.u32 %p3, %r6, 0;"
+        "@%p3 st.global.b32 [%d3], %r3;"
+    )
+    found = run(body, halves.view(np.uint32), check_races=False).view(np.uint16)
+    assert found[:4].tolist() == [0xFFFE, 6, 0xFFFE, 0]  # nothing is carried from the low half into the high one

@@ -13,9 +13,9 @@ WHOLE = {"trades_kl": 2, "mart_loss": 2, "js_divergence": 3}  # by loss, the log
 
 
 def loss(name: str, dtype: str, tile: tuple[int, int, int], *, main: bool = False, **types: Any) -> Variant:
-    """A loss's kernel of whole rows, or for the tile `LOOPED` the other one."""
+    """A loss's kernel of whole rows, or for a tile of `LOOPED` the other one."""
     block, rows, warps = tile
-    looped = tile == ops.LOOPED
+    looped = tile not in ops.TILES
     function = getattr(kernels, f"{name}_looped_fwd_kernel" if looped else f"{name}_fwd_kernel")
     given: dict[str, Any] = {argument: f"*{dtype}" for argument in function.arg_names}
     given |= {argument: "i32" for argument in function.arg_names if "stride" in argument}
@@ -42,5 +42,5 @@ def variants() -> Iterator[Variant]:
     """What a loss's launch can be."""
     for name in WHOLE:
         for dtype in DTYPES:
-            for tile in (*ops.TILES, ops.LOOPED):
+            for tile in (*ops.TILES, ops.LOOPED[WHOLE[name]]):
                 yield loss(name, dtype, tile, main=dtype == "fp32" and tile == ops.TILES[0])

@@ -347,7 +347,7 @@ def environment() -> dict[str, str]:
     cache = Path(tempfile.gettempdir()) / "on-gpu-triton"
     # a profiler that is torn down crashes where graphs were replayed (torch/profiler/profiler.py says so of its own)
     profiler = {"TEARDOWN_CUPTI": "0", "DISABLE_CUPTI_LAZY_REINIT": "1"}
-    python = {"PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
+    python = {"PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1", "COLUMNS": "400"}  # pytest cuts what it says
     return {"TRITON_CACHE_DIR": str(cache), **os.environ, **profiler, **python}
 
 

@@ -5,21 +5,21 @@ from __future__ import annotations
 import faulthandler
 import gc
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 
 from benchmarks.on_gpu.rehearsal import device_of, stand_in
 from benchmarks.on_gpu.stage import FAILED, PASSED, Context, Verdict
 from benchmarks.on_gpu.traces import busy, traced, work_of
-from benchmarks.on_gpu.variants import TOLERANCE, VARIANTS, Bench, Exactness, Variant, fallbacks
+from benchmarks.on_gpu.variants import BASES, TOLERANCE, VARIANTS, Bench, Exactness, Variant, fallbacks, without
 from bt_fast import PowerMonitor
 from bt_fast.device import HostRead, synchronize
 
 WARM, WARM_CAPTURED = 1, 3  # what is captured is captured when met again
-ROUNDS, MOST_ROUNDS = 3, 15
+ROUNDS, MOST_ROUNDS = 3, 8
 CHECK_SHARE, WARM_SHARE = 0.3, 0.5  # of the time that is left: then no further variant is begun
 HANGS = 45.0  # seconds in which a variant's first runs are done, or are not going to be
 JOULES_SECONDS = (0.3, 1.5)  # of each variant, at least and at most
@@ -40,31 +40,28 @@ def measure(context: Context, model: str, precision: str, batch: int) -> Verdict
     """Everything of a case that there is time for, the wanted most first."""
     case = f"{model}/{precision}"
     context.record("case", case=case, model=model, precision=precision, batch=batch)
-    out = {r["variant"] for r in context.records("left_out") if r["case"] == case or r["variant"] in _inexact(context)}
+    fit = [v for v in without({r["variant"] for r in context.records("left_out")}) if v in variants_of(context)]
     with stand_in(context):
         bench = Bench(model, precision, batch, device_of(context), tiny=context.rehearsal)
         try:
-            exact = check(context, case, bench, [v for v in variants_of(context) if v.name not in out])
-            works = warm(context, case, bench, exact)
+            works = warm(context, case, bench, check(context, case, bench, fit))
         except LeftOutError as error:
             print(error)
             return FAILED, str(error)
         rounds(context, case, bench, works, 1 if context.rehearsal else ROUNDS)
-        count_flops(context, case, bench, works)
-        peaks(context, case, bench, works)
-        energy(context, case, bench, works)
-        rounds(context, case, bench, works, 0 if context.rehearsal else MOST_ROUNDS - ROUNDS, kept=traces_take(works))
-        busy_times(context, case, bench, works)  # last: what traces may slow down whatever follows
+        for measure_more in (count_flops, peaks, energy, more_rounds, busy_times):
+            try:
+                measure_more(context, case, bench, works)
+            except Exception as error:  # the others may go well
+                traceback.print_exc()
+                said = f"{type(error).__name__}: {error}".splitlines()[0]
+                context.record("broke", case=case, said=f"{measure_more.__name__}: {said}")
     return PASSED, ""
 
 
 def variants_of(context: Context) -> tuple[Variant, ...]:
     """All; in a rehearsal one of each kind."""
     return REHEARSED if context.rehearsal else VARIANTS
-
-
-def _inexact(context: Context) -> set[str]:
-    return {r["variant"] for r in context.records("left_out") if r.get("inexact")}
 
 
 @contextmanager
@@ -85,8 +82,8 @@ def trying(context: Context, case: str, variant: Variant) -> Iterator[None]:
     context.record("trying", case=case, variant=None)
 
 
-def _left_out(context: Context, case: str, variant: Variant, said: str, **more: Any) -> LeftOutError:
-    context.record("left_out", case=case, variant=variant.name, said=" ".join(said.split())[:500], **more)
+def _left_out(context: Context, case: str, variant: Variant, said: str) -> LeftOutError:
+    context.record("left_out", case=case, variant=variant.name, said=" ".join(said.split())[:500])
     return LeftOutError(f"{variant.name}: {said}")
 
 
@@ -96,7 +93,7 @@ def check(context: Context, case: str, bench: Bench, variants: list[Variant]) ->
     done = {r["variant"] for r in context.records("exact") if r["model"] == model}
     exactness, exact, enough = None, [], (1 - CHECK_SHARE) * context.left
     for variant in variants:
-        if variant.name in done or variant.name == "reference":
+        if variant.name in done or variant.name in BASES:
             exact.append(variant)
             continue
         if context.left < enough and len(exact) > 2:
@@ -108,7 +105,7 @@ def check(context: Context, case: str, bench: Bench, variants: list[Variant]) ->
         context.record("exact", model=model, variant=variant.name, difference=difference)
         if not difference <= TOLERANCE:
             said = f"not exact: an update in float64 differs by {difference:.2g} (allowed: {TOLERANCE:.0g})"
-            raise _left_out(context, case, variant, said, inexact=True)
+            raise _left_out(context, case, variant, said)
         exact.append(variant)
     return exact
 
@@ -126,7 +123,7 @@ def warm(context: Context, case: str, bench: Bench, variants: list[Variant]) -> 
             continue
         work = bench.iteration(variant)
         with trying(context, case, variant):
-            for _ in range(WARM if variant.eager else WARM_CAPTURED):
+            for _ in range(WARM_CAPTURED if variant.parts else WARM):
                 bench.ready()
                 work()
                 synchronize(bench.device)
@@ -149,6 +146,12 @@ def rounds(context: Context, case: str, bench: Bench, works: Work, count: int, k
             seconds[variant.name], host[variant.name] = timed(bench, works[variant])
         context.record("round", case=case, seconds=seconds, host=host)
         longest = max(longest, time.monotonic() - began)
+
+
+def more_rounds(context: Context, case: str, bench: Bench, works: Work) -> None:
+    """As long as there is time for them beside the traces."""
+    if not context.rehearsal:
+        rounds(context, case, bench, works, MOST_ROUNDS - ROUNDS, kept=traces_take(works))
 
 
 def timed(bench: Bench, work: Callable[[], None]) -> tuple[float, float]:
@@ -219,7 +222,7 @@ def traces_take(works: Work) -> float:
 
 
 def busy_times(context: Context, case: str, bench: Bench, works: Work) -> None:
-    """For how long of an iteration the GPU works, by its own clock."""
+    """For how long of an iteration the GPU works, by its own clock. Last: a profiler may slow down what follows it."""
     first = True
     for variant, work in list(works.items())[: 1 if context.rehearsal else None]:
         if context.left < KEPT + 2:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import ExitStack
 from unittest import mock
@@ -35,8 +36,12 @@ def tiny_model(name: str, *, in_channels: int, num_classes: int, **_: object) ->
 
 @pytest.fixture(autouse=True)
 def stand_in(request: pytest.FixtureRequest) -> Iterator[None]:
-    """The module's DEVICE is the CPU; outside the kernels' tests its streams and graphs are emulated, networks tiny."""
-    given = {"DEVICE": lambda device: type(device)("cpu"), "build_model": lambda build: tiny_model}
+    """The module's device is the CPU; outside the kernels' tests its streams and graphs are emulated, networks tiny."""
+    given = {
+        "DEVICE": lambda device: type(device)("cpu"),
+        "on_device": lambda on_device: functools.partial(on_device, device="cpu"),
+        "build_model": lambda build: tiny_model,
+    }
     with ExitStack() as stack:
         for name, instead in given.items():
             if hasattr(request.module, name):

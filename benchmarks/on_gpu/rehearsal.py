@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest import mock
 
 import torch
 
@@ -17,10 +20,28 @@ def device_of(context: Context) -> torch.device:
     return torch.device("cuda", 0)
 
 
-def stand_in(context: Context) -> AbstractContextManager[object]:
-    """In a rehearsal `torch.cuda`'s streams, graphs and pools are emulated inside."""
+@contextmanager
+def stand_in(context: Context) -> Iterator[None]:
+    """In a rehearsal `torch.cuda`'s streams, graphs, pools and events are emulated inside."""
     if not context.rehearsal:
-        return nullcontext()
+        yield
+        return
     from emulated_device import EmulatedDevice  # of the tests
 
-    return EmulatedDevice()
+    with EmulatedDevice(), mock.patch.object(torch.cuda, "Event", HostEvent):
+        yield
+
+
+class HostEvent:
+    """In the place of torch.cuda.Event: on the host all is done when it is recorded."""
+
+    def __init__(self, enable_timing: bool = False) -> None:
+        self._time = 0.0
+
+    def record(self) -> None:
+        """Now."""
+        self._time = time.perf_counter()
+
+    def elapsed_time(self, later: HostEvent) -> float:
+        """Milliseconds between the two."""
+        return 1e3 * (later._time - self._time)

@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
 import torch
 from test_training_iteration import Case, FlopCounter, Workload
 from torch import Tensor
 
+from benchmarks.exactness import ITERATIONS, same_noise
 from bt_fast import BulletTrain, Frozen, GraphRunner, StreamRunner, Update, trades_loss
 from bt_fast.attack.runners import run_eager
 from bt_fast.baselines.trades_reference import trades_reference_loss
@@ -47,9 +47,11 @@ class Variant:
         return ", ".join(parts)
 
     @property
-    def eager(self) -> bool:
-        """Whether nothing of it is captured."""
-        return self.runner == "eager" and not self.captured and not self.fast
+    def parts(self) -> frozenset[str]:
+        """What of the engine it takes beside the eager loop; each is first taken alone by one of `VARIANTS`."""
+        if self.fast:
+            return frozenset({"streams", "captured", "fast"})
+        return frozenset({self.runner, *(["captured"] * self.captured)} - {"eager"})
 
     def options(self, bullet: BulletTrain) -> dict[str, Any]:
         """What `trades_loss` is called with, runners new."""
@@ -79,6 +81,13 @@ VARIANTS = (
     Variant("optimised", fast=True),
 )
 BY_NAME = {variant.name: variant for variant in VARIANTS}
+
+
+def without(broken: Iterable[str]) -> list[Variant]:
+    """The variants without those of these names, and without whatever takes the same single part of the engine."""
+    named = [BY_NAME[name] for name in broken]
+    parts = [variant.parts for variant in named if len(variant.parts) == 1]
+    return [v for v in VARIANTS if v not in named and not any(part <= v.parts for part in parts)]
 
 
 def set_precision(precision: str) -> None:
@@ -135,10 +144,13 @@ class Bench:
         return counter.total
 
 
-class Exactness:
-    """Three updates in float64 on some of the images: loss, gradients and buffers of a variant beside its model's.
+BASES = ("reference", "bullet")
 
-    Those of "reference" and "optimised" are held against the authors', those of "bullet" against it step by step.
+
+class Exactness:
+    """Some updates in float64 on some of the images: loss, gradients and buffers of a variant beside its model's.
+
+    Those of "optimised" are held against the authors', those of "bullet" against it step by step: `BASES`.
     """
 
     def __init__(self, bench: Bench) -> None:
@@ -163,29 +175,13 @@ class Exactness:
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
         found = []
         torch.manual_seed(1)
-        for number in range(3):  # captured when met again, and replayed from then on
-            with same_noise(self._x, number):
+        with same_noise():
+            for _ in range(ITERATIONS):
                 loss = loss_of(model, self._x, self._y, optimizer, **self._setting, **options)
-            loss.backward()
-            found += [loss.detach().clone(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
-            found += [b.double().clone() for b in model.buffers()]
+                loss.backward()
+                found += [loss.detach().clone(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+                found += [b.double().clone() for b in model.buffers()]
         return found
-
-
-@contextmanager
-def same_noise(x: Tensor, seed: int) -> Iterator[None]:
-    """Inside, `torch.randn` for a batch like x gives the same numbers on the host and on the device."""
-    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    randn = torch.randn
-
-    def same(*size: Any, **options: Any) -> Tensor:
-        shape = size[0] if len(size) == 1 and not isinstance(size[0], int) else size
-        if tuple(shape) != tuple(x.shape):
-            return randn(*size, **options)
-        return noise.to(device=options.get("device"), dtype=options.get("dtype") or torch.float64)
-
-    with mock.patch.object(torch, "randn", same):
-        yield
 
 
 FALLBACKS = ("without graphs", "no more graphs", "not folded")

@@ -182,7 +182,7 @@ class Costs:
 
     def attack_seconds(self, counts: Tensor) -> Tensor:
         """[N] float64: each rank's attack on counts [N, n+1] of samples; a step that no sample takes costs nothing."""
-        levels = torch.arange(counts.shape[1])
+        levels = torch.arange(counts.shape[1], device="cpu")
         longest = (levels * (counts > 0)).amax(dim=1)
         return self.row_seconds * (counts * levels).sum(dim=1).double() + self.step_seconds * longest.double()
 
@@ -396,7 +396,7 @@ def send_out(
     there, home = routes(exchange, rank)
     x, begin, goal, sizes = there.carry([clean, start, target, step_size], group)
     quota = exchange.quotas[rank].flip(0)[:-1]  # by descending steps, without those of 0
-    steps = torch.arange(len(quota), 0, -1).repeat_interleave(quota)
+    steps = torch.arange(len(quota), 0, -1, device="cpu").repeat_interleave(quota)
     active = tuple(n for n in quota.cumsum(0).flip(0).tolist() if n)
     schedule = Schedule(None, _to(steps, clean.device), sizes, active)
     return Rebalanced(x, begin, goal, schedule, start.detach(), home, group)

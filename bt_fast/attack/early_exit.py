@@ -75,7 +75,7 @@ class Verdicts:
     def number(self, n: int) -> Tensor:
         """The numbers [n] int64 of the next n samples of the stream."""
         self.seen += n
-        return torch.arange(self.seen - n, self.seen) + self._first
+        return torch.arange(self.seen - n, self.seen, device="cpu") + self._first
 
     def record(self, numbers: Tensor, restart: Tensor, step: Tensor) -> None:
         """Samples [n] that are decided: all int64, on the host."""
@@ -131,7 +131,9 @@ class WorkingBatch:
         self._still = torch.zeros_like(self._x) if attack.threat.norm == "l_2" else None
         self._counter = torch.arange(self._burst, device=device)
         # what the host knows without asking: a row moves in every step until it falls
-        self._number, self._restart, self._step = (torch.zeros(width, dtype=torch.int64) for _ in range(3))
+        self._number, self._restart, self._step = (
+            torch.zeros(width, dtype=torch.int64, device="cpu") for _ in range(3)
+        )
         self._count = 0
 
     @torch.no_grad()
@@ -141,7 +143,7 @@ class WorkingBatch:
         Raises:
             ValueError: the model's logits or input gradients hold NaN for a sample that still stood.
         """
-        leaving = torch.zeros(0, dtype=torch.bool)
+        leaving = torch.zeros(0, dtype=torch.bool, device="cpu")
         while True:
             self._replace(leaving, waiting)
             if self._count == 0:
@@ -180,7 +182,7 @@ class WorkingBatch:
             faults.gradients_without_direction(faulty, number),
         ]
         numbers = torch.cat([fell, faults.counts_of(found)])
-        return torch.tensor(CheckedRead(numbers, found).wait())
+        return torch.tensor(CheckedRead(numbers, found).wait(), device="cpu")
 
     def _move(self, grad: Tensor, step: Tensor, faulty: Tensor) -> None:
         """One projected step of the rows that have more than `step` steps left."""
@@ -211,7 +213,7 @@ class WorkingBatch:
     def _replace(self, leaving: Tensor, waiting: Waiting) -> None:
         """Fill the rows that leave, and those beyond the prefix, with waiting samples; close the gaps that remain."""
         n = self._count
-        free = torch.cat([leaving.nonzero().flatten(), torch.arange(n, len(self._x))])
+        free = torch.cat([leaving.nonzero().flatten(), torch.arange(n, len(self._x), device="cpu")])
         self._count -= int(leaving.sum())
         while len(free) and (arriving := waiting.take(len(free))) is not None:
             rows, free = free[: len(arriving)], free[len(arriving) :]

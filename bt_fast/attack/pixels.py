@@ -179,8 +179,10 @@ def _front(model: nn.Module, x: Tensor, normalization: Normalization) -> _OnPixe
     """The one that is kept for this model, on the device and in the dtype of x."""
     kept = _kept.setdefault(model, {})
     with torch.inference_mode(False):
-        front = kept.get((normalization, x.dim())) or _OnPixels(normalization, x.dim())
-        kept[normalization, x.dim()] = front
+        front = kept.get((normalization, x.dim()))
+        if front is None:
+            with torch.device("cpu"):  # not the caller's default device
+                front = kept[normalization, x.dim()] = _OnPixels(normalization, x.dim())
         if (front.normalize.mean.dtype, front.normalize.mean.device) != (x.dtype, x.device):
             front.normalize.to(x.device, x.dtype)
     return front

@@ -162,5 +162,5 @@ def _as_authors(grad: Tensor) -> Tensor:
     """
     zero = ~grad.flatten(1).any(dim=1)
     stand_in = torch.zeros_like(grad)
-    stand_in[zero] = -torch.randn(grad[zero].shape).to(grad.dtype)
+    stand_in[zero] = -torch.randn(grad[zero].shape, device="cpu").to(grad.dtype)
     return stand_in

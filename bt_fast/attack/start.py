@@ -26,7 +26,7 @@ def normal_noise(x: Tensor, generator: torch.Generator | None, *, on_cpu: bool =
             script repeats its own numbers.
     """
     if on_cpu:
-        return TRADES_NOISE * torch.randn(x.shape)
+        return TRADES_NOISE * torch.randn(x.shape, device="cpu")
     return TRADES_NOISE * torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
 
 

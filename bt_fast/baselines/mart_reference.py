@@ -25,7 +25,7 @@ def mart_reference_loss(
 ) -> Tensor:
     """The ℓ∞ MART loss at its authors' cost; arguments and result as `bt_fast.mart_loss`, unchecked."""
     model.eval()
-    start = x_natural.detach() + 0.001 * torch.randn(x_natural.shape).to(x_natural.device)
+    start = x_natural.detach() + 0.001 * torch.randn(x_natural.shape, device="cpu").to(x_natural.device)
     x_adv = cross_entropy_attack(model, x_natural, y, start, step_size, epsilon, perturb_steps)
     model.train()
     optimizer.zero_grad()

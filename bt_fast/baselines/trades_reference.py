@@ -25,7 +25,7 @@ def trades_reference_loss(
 ) -> Tensor:
     """The ℓ∞ TRADES loss at its authors' cost; arguments and result as `bt_fast.trades_loss`, unchecked."""
     model.eval()
-    x_adv = x_natural.detach() + 0.001 * torch.randn(x_natural.shape).to(x_natural.device)
+    x_adv = x_natural.detach() + 0.001 * torch.randn(x_natural.shape, device="cpu").to(x_natural.device)
     for _ in range(perturb_steps):
         with range_(ATTACK_STEP):
             x_adv.requires_grad_()

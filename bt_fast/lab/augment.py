@@ -26,8 +26,8 @@ def crop_and_flip(x: Tensor, *, seed: int, iteration: int, share: Share | None =
     m, _, height, width = x.shape
     share = Share(0, m, m) if share is None else share
     generator = torch.Generator().manual_seed(seed * 1_000_003 + iteration)
-    tops, lefts = torch.randint(2 * PADDING + 1, (2, share.of, 1), generator=generator)
-    flips = torch.rand(share.of, 1, generator=generator) < 0.5
+    tops, lefts = torch.randint(2 * PADDING + 1, (2, share.of, 1), generator=generator, device="cpu")
+    flips = torch.rand(share.of, 1, generator=generator, device="cpu") < 0.5
     top, left, flip = (share.own(drawn).to(x.device) for drawn in (tops, lefts, flips))
     rows = top + torch.arange(height, device=x.device)
     columns = torch.arange(width, device=x.device).expand(m, -1)

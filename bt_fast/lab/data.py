@@ -113,7 +113,7 @@ def minibatches(n: int, batch_size: int, *, seed: int, epoch: int) -> Iterator[T
         )
     # Hashed to 32 bits, since torch's CPU generator ignores the upper half of a seed.
     mixed = int(np.random.SeedSequence(seed, spawn_key=(epoch,)).generate_state(1)[0])
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(mixed))
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(mixed), device="cpu")
     return (order[start : start + batch_size] for start in range(0, n, batch_size))
 
 
@@ -309,7 +309,7 @@ def _read_cifar_python(path: Path, kind: _Cifar) -> _Split:
         raise ValueError(
             f"{path}: {key!r}: found {repr(labels)[:60]}, expected a list of integers within 0..{classes - 1}"
         )
-    return x, torch.tensor(labels, dtype=torch.int64)
+    return x, torch.tensor(labels, dtype=torch.int64, device="cpu")
 
 
 class _Recorded:

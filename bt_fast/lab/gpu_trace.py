@@ -96,7 +96,7 @@ class _Recorder(TorchDispatchMode):
         out = func(*args, **kwargs)
         if any(t.device.type == self._device.type for t in _tensors((args, kwargs, out))):
             if self._device == NOWHERE and torch.Tag.nondeterministic_seeded in func.tags:
-                torch.rand(())  # so that a default generator has moved, as the device's would have
+                torch.rand((), device="cpu")  # so that a default generator has moved, as the device's would have
             self.launch(kernels_of_call(func, args, kwargs, out))
         return out
 

@@ -148,7 +148,7 @@ def draw_counts(
     if threshold == "own":
         robust = np.minimum(round(float(shares[1]) * batch_size), batch_size - outlier)
         boundary = batch_size - outlier - robust
-    counts = torch.zeros(ranks, max(STEPS) + 1, dtype=torch.int64)
+    counts = torch.zeros(ranks, max(STEPS) + 1, dtype=torch.int64, device="cpu")
     for steps, group in zip(STEPS, (boundary, robust, outlier), strict=True):
         counts[:, steps] += torch.from_numpy(group)
     return counts

@@ -148,7 +148,7 @@ class Contestant:
 
     def _loss_of_share(self, x: Tensor, y: Tensor, share: Share) -> Tensor:
         """The loss, its random numbers those of the whole minibatch; what is wrong with one share is raised on all."""
-        loss, fault = torch.zeros(()), None
+        loss, fault = torch.zeros((), device="cpu"), None
         try:
             with self.world.draws(share) or nullcontext():
                 loss = self._loss(x, y)
@@ -210,7 +210,7 @@ class Contestant:
             "bullet": None if self.bullet is None else self.bullet.state_dict(),
             "counted": self.counted,
             "random": self._random,
-            "seconds": torch.tensor(self.seconds, dtype=torch.float64),
+            "seconds": torch.tensor(self.seconds, dtype=torch.float64, device="cpu"),
             "loss_sum": self.loss_sum,
             "guard": self.guard.state_dict(),
             "left_out": self.left_out,

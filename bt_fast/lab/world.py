@@ -113,7 +113,7 @@ class World:
         """The largest number that a rank gives; waits for all. Collective."""
         if self.group is None:
             return number
-        numbers = torch.tensor(number)
+        numbers = torch.tensor(number, device="cpu")
         dist.all_reduce(numbers, dist.ReduceOp.MAX, self.group)
         return int(numbers)
 
@@ -121,7 +121,7 @@ class World:
         """Each added up over the ranks. Collective."""
         if self.group is None:
             return list(numbers)
-        added = torch.tensor(numbers, dtype=torch.int64)
+        added = torch.tensor(numbers, dtype=torch.int64, device="cpu")
         dist.all_reduce(added, group=self.group)
         return [int(n) for n in added]
 

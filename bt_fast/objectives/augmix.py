@@ -109,7 +109,7 @@ def _loss_of_all(
     with range_(UPDATE):
         logits = logits_of(model, inputs)
         classes = logits.shape[1]
-        samples = torch.arange(len(logits)) % len(x)
+        samples = torch.arange(len(logits), device="cpu") % len(x)
         unfit = faults.rows_without_number(logits, "the model's logits", samples)
         read = faults.read([pixels, faults.labels_outside(y, classes, "y"), unfit])
         clean, *views = logits.split(len(x))

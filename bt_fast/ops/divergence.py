@@ -20,7 +20,8 @@ from bt_fast.ops.rows import kernel_takes
 
 # the most classes of which a block holds whole rows, its rows and its warps
 TILES = ((32, 4, 4), (1024, 1, 8))
-LOOPED = (2048, 1, 16)  # beyond: so many classes at a time
+# beyond, by the logits of a loss: so many classes at a time, that no compiler spills what three hold
+LOOPED = {2: (2048, 1, 16), 3: (1024, 1, 16)}
 
 
 def trades_kl(adversarial_logits: Tensor, clean_logits: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -259,9 +260,9 @@ def launch_js_divergence(
 # What they share
 
 
-def tile(classes: int) -> tuple[int, int, int]:
-    """The classes and rows of a block and its warps; `LOOPED` where rows do not fit into one."""
-    return next((t for t in TILES if classes <= t[0]), LOOPED)
+def tile(classes: int, logits: int) -> tuple[int, int, int]:
+    """The classes and rows of a block and its warps; one of `LOOPED` where rows do not fit into any."""
+    return next((t for t in TILES if classes <= t[0]), LOOPED[logits])
 
 
 def _launch(
@@ -276,8 +277,8 @@ def _launch(
     if n == 0:
         return
     logits = tuple(z if z.stride(1) == 1 and z.stride(0) < MOST_INT32 else z.contiguous() for z in logits)
-    block, rows, warps = tile(classes)
-    kernel = kernels[1 if (block, rows, warps) == LOOPED else 0]
+    block, rows, warps = tile(classes, len(logits))
+    kernel = kernels[0 if (block, rows, warps) in TILES else 1]
     strides = [z.stride(0) for z in logits]
     with torch.cuda.device_of(logits[0]):
         kernel[(-(-n // rows),)](

@@ -29,7 +29,7 @@ def rounded(value: float, dtype: torch.dtype) -> float:
 
     torch subtracts it so from 16-bit tensors on the CPU, but not on CUDA; and it does not clamp at one too large.
     """
-    return torch.tensor(value, dtype=dtype).item() if dtype.itemsize < 8 else float(value)
+    return torch.tensor(value, dtype=dtype, device="cpu").item() if dtype.itemsize < 8 else float(value)
 
 
 def check(

@@ -66,7 +66,8 @@ def test_one_launch_whatever_the_number_of_rows(compiled):
 
 @pytest.mark.parametrize(("classes", "whole"), [(2, True), (32, True), (33, True), (1024, True), (1025, False)])
 def test_rows_that_fit_into_a_block_are_held_whole(classes, whole):
-    block, rows, warps = ops.tile(classes)
-    assert ((block, rows, warps) != ops.LOOPED) == whole
-    assert block >= classes or not whole
-    assert rows * block % (32 * warps) == 0
+    for logits in (2, 3):
+        block, rows, warps = ops.tile(classes, logits)
+        assert ((block, rows, warps) in ops.TILES) == whole
+        assert block >= classes or not whole
+        assert rows * block % (32 * warps) == 0

@@ -1,0 +1,246 @@
+"""A caller's `torch.set_default_device` changes nothing: all that belongs on the host says so.
+
+The device that everything without a name goes to here is "meta", where there are no values: what went there would fail.
+"""
+
+import ast
+from functools import partial
+from pathlib import Path
+
+import pytest
+import small_models
+import torch
+from torch.utils._pytree import tree_leaves
+
+import bt_fast
+from bt_fast import (
+    METRICS,
+    POLICIES,
+    BulletTrain,
+    Frozen,
+    Gaussian,
+    Guard,
+    Normalization,
+    Oracle,
+    Schedule,
+    ThreatModel,
+    Update,
+    augmix_loss,
+    faults,
+    generate,
+    mart_loss,
+    pgd_loss,
+    trades_loss,
+)
+from bt_fast.attack.balance import Costs, plan
+from bt_fast.baselines.fast import fast_loss
+from bt_fast.baselines.grad_align import grad_align
+from bt_fast.baselines.mart_reference import mart_reference_loss
+from bt_fast.baselines.pgd_reference import pgd_reference_loss
+from bt_fast.baselines.trades_reference import trades_reference_loss
+from bt_fast.baselines.yopo import yopo_loss
+from bt_fast.evaluation import evaluate
+from bt_fast.lab import doctor
+from bt_fast.lab.augment import crop_and_flip
+from bt_fast.lab.data import load_dataset, minibatches
+
+CPU, EPSILON, STEP_SIZE = torch.device("cpu"), 0.1, 0.03
+ROOT = Path(bt_fast.__file__).parents[1]
+
+
+def model_and_batch():
+    with CPU:  # a network is made where its user wants it
+        torch.manual_seed(0)
+        return small_models.conv_bn(), torch.rand(8, 1, 6, 6), torch.arange(8) % small_models.CLASSES
+
+
+def trained(loss_of, *arguments, bullet=None, **options):
+    """Three updates: the losses, the gradients and the mining's state."""
+    model, x, y = model_and_batch()
+    found = []
+    with CPU:
+        bullet = None if bullet is None else BulletTrain(**{"boundary_steps": 3, "robust_steps": 1} | bullet)
+    for _ in range(3):
+        loss = loss_of(model, x, y, *arguments, **options, **({} if bullet is None else {"bullet": bullet}))
+        loss.backward()
+        found.append(loss)
+    return found, [p.grad for p in model.parameters()], [] if bullet is None else list(bullet.buffers())
+
+
+def of_loss(loss_of, steps=10, **options):
+    return lambda: trained(loss_of, None, STEP_SIZE, EPSILON, steps, **options)
+
+
+def of_reference(loss_of):
+    def run():
+        model, x, y = model_and_batch()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        return loss_of(model, x, y, optimizer, STEP_SIZE, EPSILON, 3)
+
+    return run
+
+
+def generated(norm="l_inf", **options):
+    def run():
+        model, x, y = model_and_batch()
+        target = torch.nn.functional.one_hot(y, small_models.CLASSES).to(x.dtype)
+        schedule = Schedule.uniform(len(x), 3, STEP_SIZE, x.device)
+        return generate(model, x, x.clone(), target, schedule, ThreatModel(EPSILON, norm), **options)
+
+    return run
+
+
+def evaluated(**options):
+    def run():
+        model, x, y = model_and_batch()
+        found = evaluate(model, [(x[:5], y[:5]), (x[5:], y[5:])], ThreatModel(EPSILON), steps=3, restarts=2, **options)
+        return found.clean, found.robust, found.restart, found.step
+
+    return run
+
+
+def bad_values():
+    """Rows without a number are told, and which they are."""
+    model, x, y = model_and_batch()
+    model[-1].bias.data[0] = torch.nan
+    with CPU:
+        bullet = BulletTrain()
+    for options in ({}, {"bullet": bullet}):
+        with pytest.raises(faults.NonFiniteError, match="samples 0, 1, 2"):
+            trades_loss(model, x, y, None, **options)
+    with pytest.raises(faults.NonFiniteError, match="samples 0, 1, 2"):
+        augmix_loss(model, x, y)
+    return ()
+
+
+def guarded():
+    model, x, y = model_and_batch()
+    guard = Guard(torch.optim.SGD(model.parameters(), lr=0.1), model, non_finite="skip")
+    for factor in (1.0, torch.nan, 1.0):
+        with guard.minibatch():
+            loss = trades_loss(model, x, y, None) * factor
+            loss.backward()
+            guard.step(loss)
+    guard.settle()
+    return len(guard.skipped), list(model.parameters())
+
+
+def planned():
+    counts = torch.tensor([[8, 0, 4], [2, 2, 8], [0, 1, 11]], device="cpu")
+    exchange = plan(counts)
+    return exchange.quotas, Costs(1e-3, 1e-4, 1e4, 1e-4, 1e9).attack_seconds(counts)
+
+
+def data():
+    batches = list(minibatches(20, 6, seed=0, epoch=1))
+    return batches, crop_and_flip(model_and_batch()[1], seed=0, iteration=2), load_dataset("digits").x_test[:2]
+
+
+def examined():
+    """The doctor's self-check and a training step."""
+    return [(f.name, f.status) for f in doctor.examine(CPU) if f.section in doctor.SECTIONS[-2:]]
+
+
+PIXELS = Normalization((0.0,), (1.0,))
+CASES = {
+    "trades": of_loss(trades_loss),
+    "trades, l_2": of_loss(trades_loss, distance="l_2"),
+    "trades, bullet": of_loss(trades_loss, bullet={}),
+    "trades, bullet, l_2": of_loss(trades_loss, bullet={}, distance="l_2"),
+    "trades, bullet, view": of_loss(trades_loss, bullet={}, frozen=Frozen(), update=Update()),
+    "trades, uniform, normalised": of_loss(trades_loss, start="uniform", normalization=PIXELS),
+    "trades, numbered": of_loss(trades_loss, bullet={}, samples=torch.arange(8)),
+    "trades, auto": of_loss(trades_loss, bullet={}, runner="auto"),
+    "trades, oracle": of_loss(trades_loss, bullet={"policy": Oracle(2)}),
+    "trades, gaussian": of_loss(trades_loss, bullet={"policy": Gaussian()}),
+    **{f"trades, {metric}": of_loss(trades_loss, bullet={"metric": metric}) for metric in METRICS},
+    **{f"trades, {policy}": of_loss(trades_loss, bullet={"policy": policy}) for policy in POLICIES},
+    "mart": of_loss(mart_loss),
+    "mart, bullet": of_loss(mart_loss, bullet={}),
+    "pgd": of_loss(pgd_loss),
+    "pgd, bullet": of_loss(pgd_loss, bullet={}),
+    "augmix": lambda: trained(augmix_loss),
+    "augmix, bullet": lambda: trained(augmix_loss, bullet={"boundary_steps": 1, "robust_steps": 0}),
+    "fast": lambda: trained(partial(fast_loss, pgd_loss), None, epsilon=EPSILON),
+    "grad_align": lambda: trained(grad_align, epsilon=EPSILON),
+    "yopo": lambda: trained(yopo_loss, None, epsilon=EPSILON, propagations=2, layer_steps=2),
+    "yopo, trades": lambda: trained(yopo_loss, None, propagations=2, layer_steps=2, objective="trades", beta=6.0),
+    "trades reference": of_reference(trades_reference_loss),
+    "mart reference": of_reference(mart_reference_loss),
+    "pgd reference": of_reference(pgd_reference_loss),
+    "generate": generated(),
+    "generate, l_2, view": generated("l_2", frozen=Frozen()),
+    "evaluate": evaluated(),
+    "evaluate, view": evaluated(frozen=Frozen()),
+    "bad values": bad_values,
+    "guard": guarded,
+    "balance": planned,
+    "data": data,
+    "doctor": examined,
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_default_device_changes_nothing(name):
+    expected = CASES[name]()
+    with torch.device("meta"):
+        found = CASES[name]()
+    pairs = list(zip(tree_leaves(found), tree_leaves(expected), strict=True))
+    for mine, as_usual in pairs:
+        if isinstance(mine, torch.Tensor):
+            torch.testing.assert_close(mine, as_usual, rtol=0, atol=0, equal_nan=True)
+        else:
+            assert mine == as_usual
+
+
+# What makes a tensor from none, and has a device of its own
+FACTORIES = (
+    *("arange", "as_tensor", "asarray", "empty", "empty_strided", "eye", "full", "linspace", "logspace", "normal"),
+    *(
+        "ones",
+        "rand",
+        "randint",
+        "randn",
+        "randperm",
+        "scalar_tensor",
+        "tensor",
+        "tril_indices",
+        "triu_indices",
+        "zeros",
+    ),
+)
+ELSEWHERE = {
+    "bt_fast/lab/doctor_checks.py": "doctor.examine makes the CPU its default device",
+    "bt_fast/lab/gpu_prediction.py": "inside `with device`",
+}
+
+
+def without_a_device(source):
+    """Lines of calls that make tensors without saying where; a module's buffers are made where its parameters are."""
+    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    buffers = {
+        id(inner)
+        for call in calls
+        if isinstance(call.func, ast.Attribute) and call.func.attr == "register_buffer"
+        for inner in ast.walk(call)
+    }
+    return [
+        ast.unparse(call)
+        for call in calls
+        if ast.unparse(call.func).removeprefix("torch.") in FACTORIES
+        and ast.unparse(call.func).startswith("torch.")
+        and id(call) not in buffers
+        and not any(keyword.arg in ("device", None) for keyword in call.keywords)
+    ]
+
+
+@pytest.mark.parametrize("path", [str(p.relative_to(ROOT)) for p in sorted((ROOT / "bt_fast").rglob("*.py"))])
+def test_every_tensor_that_is_made_says_where(path):
+    found = without_a_device((ROOT / path).read_text())
+    assert (not found) == (path not in ELSEWHERE), found
+
+
+def test_a_tensor_that_is_made_anywhere_is_found():
+    lines = ["a = torch.zeros(3)", "b = torch.zeros(3, device=d)", "c = torch.full((), 1.0, **given)"]
+    lines += ["self.register_buffer('d', torch.ones(2).view(2))", "e = [torch.arange(torch.tensor(2))]"]
+    assert without_a_device("\n".join(lines)) == ["torch.zeros(3)", "torch.arange(torch.tensor(2))", "torch.tensor(2)"]
