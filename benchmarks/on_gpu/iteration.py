@@ -8,6 +8,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from unittest import mock
 
 import torch
 
@@ -182,11 +183,8 @@ def waits() -> Iterator[list[float]]:
         waited.append(time.perf_counter() - begin)
         return values
 
-    HostRead.wait = timed_wait  # type: ignore[method-assign]
-    try:
+    with mock.patch.object(HostRead, "wait", timed_wait):
         yield waited
-    finally:
-        HostRead.wait = wait  # type: ignore[method-assign]
 
 
 def count_flops(context: Context, case: str, bench: Bench, works: Work) -> None:
