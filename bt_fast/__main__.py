@@ -19,9 +19,10 @@ def main() -> None:
     try:
         from bt_fast.lab.cli import cli
     except ModuleNotFoundError as error:
-        if error.name not in EXTRA:
+        missing = (error.name or "").partition(".")[0]
+        if missing not in EXTRA:
             raise
-        sys.exit(f"bt-fast: the command line needs {error.name}: pip install 'bt-fast[lab]'")
+        sys.exit(f"bt-fast: the command line needs {missing}: pip install 'bt-fast[lab]'")
     cli()
 
 

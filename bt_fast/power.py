@@ -19,6 +19,8 @@ from typing import Any, Literal
 
 import torch
 
+from bt_fast.floors import upgrade
+
 Device = torch.device | int | str
 EnergySource = Literal["counter", "power"]
 
@@ -409,7 +411,11 @@ def _initialised() -> ModuleType | str:
     try:
         import pynvml
     except ImportError:
-        return "nvidia-ml-py is not installed"
+        return f"nvidia-ml-py is not installed: {upgrade('nvidia-ml-py')}"
+    except Exception as error:  # a broken installation raises whatever it likes
+        return f"nvidia-ml-py cannot be imported ({type(error).__name__}: {error}): {upgrade('nvidia-ml-py')}"
+    if not hasattr(pynvml, "convertStrBytes"):  # before there was that, its functions took bytes for names
+        return f"the installed pynvml ({pynvml.__file__}) is too old: {upgrade('nvidia-ml-py')}"
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError_LibraryNotFound:

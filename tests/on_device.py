@@ -4,7 +4,7 @@ import torch
 from torch.utils._pytree import tree_map
 
 
-def on_device(run, device="cuda"):
+def on_device(run, device):
     """`run` on the device, with arguments and results on the host; what it changes is changed there too.
 
     Sizes, strides, what lies between rows, and which arguments share memory are the same there: `Tensor.to` makes rows

@@ -18,7 +18,7 @@ import torch
 from bt_fast import ops
 from bt_fast.floors import numbers
 from bt_fast.lab.doctor_checks import CHECKS
-from bt_fast.ops import availability, divergence, order_by_steps
+from bt_fast.ops import availability, divergence, order_by_steps, trial_compile
 from bt_fast.ops.availability import CAPABILITIES, NEWER, NEWER_CAPABILITIES, NO_TRITON, Plain
 from bt_fast.ops.order_by_steps import order_reference
 
@@ -109,6 +109,13 @@ def test_what_is_known_without_a_launch_is_said_once_and_nothing_is_launched(gpu
     launch.assert_not_called()
 
 
+def test_what_holds_for_every_dtype_is_said_once_for_all(gpu):
+    gpu(problem=NO_TRITON)
+    with launching(mock.Mock()) as said:
+        assert not any(availability.kernels_run(torch.ones(1, dtype=d)) for d in (torch.float32, torch.bfloat16))
+    assert len(said) == 1
+
+
 def test_tensors_of_the_cpu_ask_for_nothing_and_nothing_is_said(gpu):
     gpu(problem=NO_TRITON)
     with warnings.catch_warnings():
@@ -179,16 +186,15 @@ def test_bfloat16_of_turing_needs_a_newer_triton_and_nothing_else_does(gpu, capa
 
 def test_this_triton_compiles_for_what_it_is_trusted_with():
     version = importlib.import_module("triton").__version__
-    newer = NEWER_CAPABILITIES if numbers(version)[:2] >= NEWER else ()
-    sms = [f"{10 * major + minor}" for major, minor in (*CAPABILITIES, *newer)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    subprocess.run([sys.executable, "-m", "bt_fast.ops.trial_compile", *sms], check=True, env=environment)
+    for major, minor in (*CAPABILITIES, *(NEWER_CAPABILITIES if numbers(version)[:2] >= NEWER else ())):
+        trial_compile.main(10 * major + minor)
 
 
 def test_what_this_triton_cannot_compile_is_found_and_this_process_lives_on(gpu, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setattr(availability, "triton_version", lambda: importlib.import_module("triton").__version__)
     assert not availability.compiles_for((99, 0))
+    monkeypatch.setattr(availability, "CAPABILITIES", ())
+    assert availability.compiles_for((9, 0))
 
 
 # Known from a launch

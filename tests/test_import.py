@@ -71,7 +71,15 @@ def test_works_without_triton_and_the_extras():
 
 LAYERS = [
     ["bt_fast.floors"],
-    ["bt_fast.kernels", "bt_fast.device", "bt_fast.ranks", "bt_fast.speedup", "bt_fast.ranges", "bt_fast.power"],
+    [
+        "bt_fast.kernels",
+        "bt_fast.device",
+        "bt_fast.full_precision",
+        "bt_fast.ranks",
+        "bt_fast.speedup",
+        "bt_fast.ranges",
+        "bt_fast.power",
+    ],
     ["bt_fast.ops", "bt_fast.faults", "bt_fast.guard"],
     ["bt_fast.allocation"],
     ["bt_fast.mining"],

@@ -511,7 +511,23 @@ def test_without_a_driver_it_does_nothing_and_says_so(monkeypatch):
 
 def test_without_nvidia_ml_py_it_does_nothing_and_says_so(monkeypatch):
     monkeypatch.setitem(sys.modules, "pynvml", None)
-    assert PowerMonitor().reason == "nvidia-ml-py is not installed"
+    command = "python -m pip install --upgrade 'nvidia-ml-py>=12'"
+    assert PowerMonitor().reason == f"nvidia-ml-py is not installed: {command}"
+
+
+def test_nvidia_ml_py_that_takes_no_strings_is_called_too_old(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pynvml", SimpleNamespace(__file__="/lib/pynvml.py"))
+    command = "python -m pip install --upgrade 'nvidia-ml-py>=12'"
+    with PowerMonitor() as monitor:
+        assert monitor.reason == f"the installed pynvml (/lib/pynvml.py) is too old: {command}"
+    assert driver_version() is None
+
+
+def test_nvidia_ml_py_that_cannot_be_imported_is_told(monkeypatch, tmp_path):
+    (tmp_path / "pynvml.py").write_text("raise OSError('libcuda')")
+    monkeypatch.delitem(sys.modules, "pynvml")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert PowerMonitor().reason.startswith("nvidia-ml-py cannot be imported (OSError: libcuda): python -m pip")
 
 
 def test_a_driver_that_does_not_start_is_told(run):

@@ -46,6 +46,12 @@ SECONDS = 10.0  # of the self-check; a first run also compiles the kernels
 INSTALL_DRIVER = "sudo ubuntu-drivers install"
 WITHOUT_KERNELS = "python -m pip uninstall triton"
 FULL, FREE = "the memory is full", "nvidia-smi"
+TROUBLES = {
+    FULL: "the memory was full",
+    "no kernel image": "torch was not built for this GPU, as was seen",
+    "CUDA error": "the device was lost",
+    "illegal memory access": "the device was lost",
+}
 
 
 @dataclass(frozen=True)
@@ -394,9 +400,7 @@ def self_check(checks: Sequence[Check], where: torch.device, seconds: float = SE
 
 def lost_by(message: str) -> str:
     """What has happened if an error is one after which the others fail too, in no fault of theirs; else nothing."""
-    if FULL in message:
-        return FULL.replace("is", "was")
-    return "the device was lost" if "CUDA error" in message or "illegal memory access" in message else ""
+    return next((happened for words, happened in TROUBLES.items() if words in message), "")
 
 
 def _in_turn(checks: Sequence[Check]) -> list[tuple[int, Check, str, Given]]:

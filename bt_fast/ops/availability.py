@@ -108,7 +108,8 @@ def compiles_for(capability: tuple[int, int]) -> bool:
         return True
     major, minor = capability
     trial = [sys.executable, "-m", "bt_fast.ops.trial_compile", f"{10 * major + minor}"]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0"}
+    path = os.pathsep.join(sys.path)
+    environment = {**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0"}
     return subprocess.run(trial, capture_output=True, env=environment, check=False).returncode == 0
 
 

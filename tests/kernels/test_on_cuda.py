@@ -5,14 +5,14 @@ import importlib
 import assign_cases
 import divergence_cases
 import gather_start_cases
+import on_device as elsewhere
 import pgd_cases
 import pytest
 import rows_cases
 import torch
-from on_device import on_device
 
 from bt_fast import ops
-from bt_fast.ops import divergence
+from bt_fast.ops import availability, divergence
 from bt_fast.ops.ascent_direction import ascent_direction_reference
 from bt_fast.ops.order_by_steps import order_reference
 from bt_fast.ops.pgd_l2_step import l2_reference, pgd_l2_step_
@@ -29,6 +29,18 @@ pytestmark = [
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SHAPES = [(3, 32, 32), (1, 28, 28), (3, 15, 37), (3, 96, 96), (7,)]
 assign = importlib.import_module("bt_fast.ops.assign_steps")  # the op of that name hides the file
+
+
+@pytest.fixture(autouse=True)
+def in_kernels():
+    """Ops that went over to plain torch would be compared with themselves."""
+    yield
+    assert availability.why_plain(torch.device(DEVICE, torch.cuda.current_device())) is None
+
+
+def on_device(run):
+    """`run` on the GPU, with arguments and results on the host."""
+    return elsewhere.on_device(run, DEVICE)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

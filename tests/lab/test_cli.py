@@ -1,3 +1,4 @@
+import importlib.metadata
 import json
 import os
 import re
@@ -5,12 +6,15 @@ import signal
 import subprocess
 import sys
 import time
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
 
+from bt_fast.__main__ import main
+from bt_fast.lab import cli as cli_module
 from bt_fast.lab.checkpoint import load_checkpoint
 from bt_fast.lab.cli import cli
 from bt_fast.lab.models import build_model
@@ -291,11 +295,67 @@ def test_help_names_every_command():
         assert command in output
 
 
-def test_without_the_extra_the_command_says_what_to_install():
-    code = "import sys; sys.modules['click'] = None; from bt_fast.__main__ import main; main()"
+@pytest.mark.parametrize("name", ["click", "rich", "matplotlib"])
+def test_without_the_extra_the_command_says_what_to_install(name):
+    code = f"import sys; sys.modules['{name}'] = None; from bt_fast.__main__ import main; main()"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 1
-    assert result.stderr.strip() == "bt-fast: the command line needs click: pip install 'bt-fast[lab]'"
+    assert result.stderr.strip() == f"bt-fast: the command line needs {name}: pip install 'bt-fast[lab]'"
+
+
+def test_a_package_of_the_extra_that_is_too_old_is_named_with_the_version_that_is_needed(monkeypatch):
+    installed = {"click": "7.1.2", "rich": "13.0", "matplotlib": "3.10.1"}
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: installed[name])
+    with pytest.raises(SystemExit) as raised:
+        main()
+    needed = "click >= 8.1, but 7.1.2 is installed: pip install --upgrade 'bt-fast[lab]'"
+    assert str(raised.value) == f"bt-fast: the command line needs {needed}"
+
+
+OLD_DRIVER = "The NVIDIA driver on your system is too old (found version 11040). Please update your GPU driver by ..."
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (RuntimeError(OLD_DRIVER), "The NVIDIA driver on your system is too old (found version 11040);"),
+        (RuntimeError("CUDA error: no kernel image is available for execution on the device\nMore"), "the device;"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB"), "cuda: CUDA out of memory;"),
+        (AssertionError("Torch not compiled with CUDA enabled"), "cuda: Torch not compiled with CUDA enabled;"),
+    ],
+)
+def test_a_gpu_that_cannot_be_used_is_one_line_that_says_why_and_how_to_go_on(data, tmp_path, error, words):
+    with mock.patch.object(torch, "zeros", side_effect=error):
+        result = bt_fast("train", "--device", "cuda", "--data", data, "--out", tmp_path / "run", *SMALL)
+    line = one_line(result)
+    assert words in line
+    assert line.endswith("; bt-fast doctor says what to do, and --device cpu goes without")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("CUDA error: out of memory\nCompile with `TORCH_USE_CUDA_DSA`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
+def test_a_full_memory_is_one_line_that_says_what_to_lower(data, compared, tmp_path, error):
+    with mock.patch.object(cli_module.Run, "train", side_effect=error):
+        line = one_line(bt_fast("train", "--data", data, "--out", tmp_path / "run", *SMALL))
+    assert "the memory is full: try a smaller --batch-size or --model, --device cpu, or end what else" in line
+    assert line.endswith(str(error).splitlines()[0])
+    with mock.patch.object(cli_module, "evaluate_model", side_effect=error):
+        line = one_line(bt_fast("evaluate", compared[0] / "checkpoint.pt"))
+    assert "the memory is full: try --device cpu, or end what else runs there" in line
+
+
+def test_another_error_is_not_taken_for_a_full_memory(data, tmp_path):
+    with mock.patch.object(cli_module.Run, "train", side_effect=RuntimeError("CUDA error: misaligned address")):
+        result = bt_fast("train", "--data", data, "--out", tmp_path / "run", *SMALL)
+    assert str(result.exception) == "CUDA error: misaligned address"
 
 
 def test_a_method_that_there_is_not_is_refused_with_those_there_are(data, tmp_path):

@@ -397,6 +397,13 @@ def test_a_full_gpu_is_called_full_and_no_op_is_blamed(error):
     assert (found.status, found.next) == ("FAILED", "nvidia-smi")
 
 
+def test_a_gpu_that_torch_was_not_built_for_is_not_called_lost():
+    error = RuntimeError("CUDA error: no kernel image is available for execution on the device\nMore")
+    with mock.patch.object(ops, "signed_variance", mock.Mock(side_effect=error)):
+        findings = doctor.self_check(CHECKS, CPU)
+    assert {f.text for f in findings[1:]} == {"torch was not built for this GPU, as was seen in signed_variance"}
+
+
 def test_when_time_is_up_every_op_has_been_checked_and_the_rest_is_said_to_be_skipped():
     for check, found in zip(CHECKS, doctor.self_check(CHECKS, CPU, seconds=0.0), strict=True):
         assert found.status == "ok"
