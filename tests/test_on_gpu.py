@@ -169,6 +169,16 @@ def test_it_ends_at_once_when_it_is_asked_to_and_says_what_did_not_run(tmp_path)
     assert gone(hung["records"][0]["value"])
 
 
+def test_an_error_of_the_conductor_s_own_is_told_and_what_was_found_stays(tmp_path):
+    spoils = "import os, shutil\ndef run(context):\n    os.remove(context.scratch + '/' + 'spoils.log')\n"
+    spoils += "    os.mkdir(context.scratch + '/spoils.log')\n    return 'passed', ''"
+    code, printed, found = conducted(tmp_path, {"good": GOOD, "spoils": spoils, "later": GOOD})
+    assert found["stages"]["good"]["verdict"] == "passed"
+    assert found["stopped"].startswith("IsADirectoryError")
+    assert "IsADirectoryError" in printed
+    assert (code, found["finished"]) == (1, False)
+
+
 def test_it_is_done_in_time_whatever_happens(tmp_path):
     began = time.monotonic()
     _, _, found = conducted(tmp_path, dict.fromkeys(["a", "b", "c", "d"], HANGS), seconds=15.0)
@@ -432,6 +442,11 @@ def test_a_variant_that_ends_the_process_is_left_out_and_the_case_taken_up_again
     assert out == ["bullet, graphs", "bullet, captured"]
     assert "n tf32: bullet 1000.0 ms" in said
     assert "n tf32, bullet, graphs: its process ended with -11 in it" in said
+
+
+def test_a_variant_in_which_the_time_is_up_is_not_to_blame(tmp_path, monkeypatch):
+    (verdict, said), out = attempts(tmp_path, monkeypatch, [("bullet, graphs", None)])
+    assert (verdict, said, out) == ("cut", "nothing was measured", [])
 
 
 def test_a_case_that_breaks_elsewhere_is_not_tried_again(tmp_path, monkeypatch):

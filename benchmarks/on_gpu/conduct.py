@@ -14,6 +14,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -128,6 +129,9 @@ def conduct(asked: Asked) -> int:
         stages_in_turn(session)
     except Stop as stop:
         content["stopped"] = str(stop)
+    except Exception as error:  # of this process's own, a full disk say: what is known is still told
+        traceback.print_exc()
+        content["stopped"] = f"{type(error).__name__}: {error}"
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -268,7 +272,7 @@ def conclude(session: Session) -> None:
         state = stages.get(stage.name)
         with suppress(OSError):  # a full disk must not hide the page
             if state is None:
-                settle(session, stage, (NOT_RUN, stopped or "an earlier error"), 0.0)
+                settle(session, stage, (NOT_RUN, stopped or ""), 0.0)
             elif state["verdict"] == "running":
                 records = read_records(records_file(session.scratch, stage.name))
                 own = [(r["verdict"], r["said"]) for r in records if r["kind"] == "verdict"]
