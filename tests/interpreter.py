@@ -12,7 +12,7 @@ def complete():
     """Let kernels run that the compiler takes, as the compiler understands them. Once in a process.
 
     Numbers bound loops: they are arrays of one element, and triton up to 3.6 takes `int()` of these, which numpy 2.5
-    refuses. Triton 3.2 has no constants that are bools, and takes an atomic's mask that is False for none.
+    refuses. Triton 3.2 has no constants that are bools, and takes a single mask that is False for none.
     """
     patch = interpreter._patch_lang
 
@@ -25,7 +25,17 @@ def complete():
     interpreter._patch_lang = patched
     if triton.__version__.startswith("3.2."):
         interpreter.InterpreterBuilder.get_int1_ty = lambda builder: tl.int1
+        semantic._store_legacy = _unless_masked(semantic._store_legacy)
         semantic.atom_red_typechecking_impl = _with_its_mask(semantic.atom_red_typechecking_impl)
+
+
+def _unless_masked(store):
+    @functools.wraps(store)
+    def stored(pointer, value, mask, *options):
+        if mask is None or mask.handle.data.any():
+            store(pointer, value, mask, *options)
+
+    return stored
 
 
 def _with_its_mask(check):
