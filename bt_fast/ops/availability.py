@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import inspect
 import os
 import subprocess
 import sys
@@ -121,10 +122,13 @@ def or_plain(reference: Callable[..., Any]) -> Callable[[Launch], Launch]:
     """
 
     def decorated(launch: Launch) -> Launch:
+        name = next(iter(inspect.signature(launch).parameters))
+
         @functools.wraps(launch)
-        def run(first: Tensor, *others: Any, **named: Any) -> Any:
+        def run(*given: Any, **named: Any) -> Any:
+            first: Tensor = given[0] if given else named[name]
             try:
-                out = launch(first, *others, **named)
+                out = launch(*given, **named)
             except Exception as error:
                 problem = _problem(error, first)
                 if problem is None:
@@ -135,7 +139,7 @@ def or_plain(reference: Callable[..., Any]) -> Callable[[Launch], Launch]:
                 if first.numel():
                     _launched.add(first.device)
                 return out
-            return reference(first, *others, **named)
+            return reference(*given, **named)
 
         return run  # type: ignore[return-value]
 
