@@ -169,6 +169,16 @@ def test_it_ends_at_once_when_it_is_asked_to_and_says_what_did_not_run(tmp_path)
     assert gone(hung["records"][0]["value"])
 
 
+def test_an_error_of_the_conductor_s_own_is_told_and_what_was_found_stays(tmp_path):
+    spoils = "import os, shutil\ndef run(context):\n    os.remove(context.scratch + '/' + 'spoils.log')\n"
+    spoils += "    os.mkdir(context.scratch + '/spoils.log')\n    return 'passed', ''"
+    code, printed, found = conducted(tmp_path, {"good": GOOD, "spoils": spoils, "later": GOOD})
+    assert found["stages"]["good"]["verdict"] == "passed"
+    assert found["stopped"].startswith("IsADirectoryError")
+    assert "IsADirectoryError" in printed
+    assert (code, found["finished"]) == (1, False)
+
+
 def test_it_is_done_in_time_whatever_happens(tmp_path):
     began = time.monotonic()
     _, _, found = conducted(tmp_path, dict.fromkeys(["a", "b", "c", "d"], HANGS), seconds=15.0)
@@ -210,7 +220,7 @@ def test_a_rehearsal_passes_as_a_whole_or_not_at_all(tmp_path):
     code, printed, _ = conducted(tmp_path / "b", {"good": GOOD, "none": not_run}, rehearsal=True)
     assert code == 1
     assert printed.count("REHEARSAL") == 1
-    assert "1 found" not in printed
+    assert "1 found" not in printed + json.dumps(results(tmp_path / "b"))
 
 
 # The command
@@ -382,7 +392,7 @@ def test_speedups_are_medians_of_pairs_and_shares_of_the_flop_limit():
 
 
 def content(rehearsal):
-    state = {"letter": "d", "title": "one TRADES iteration", "verdict": "passed", "said": "3.00x", "seconds": 5.0}
+    state = {"letter": "d", "title": "one TRADES iteration", "verdict": "passed", "said": "", "seconds": 5.0}
     machine = {"device": None, "packages": {"torch": "2.11.0"}, "cores": 2}
     whole = {"rehearsal": rehearsal, "minutes": 8.0, "began": "now", "finished": True, "stopped": None}
     records = [{"kind": "case", "case": "n/tf32", "batch": 8}, *ROUNDS, *FLOPS, *BUSY]
@@ -432,6 +442,11 @@ def test_a_variant_that_ends_the_process_is_left_out_and_the_case_taken_up_again
     assert out == ["bullet, graphs", "bullet, captured"]
     assert "n tf32: bullet 1000.0 ms" in said
     assert "n tf32, bullet, graphs: its process ended with -11 in it" in said
+
+
+def test_a_variant_in_which_the_time_is_up_is_not_to_blame(tmp_path, monkeypatch):
+    (verdict, said), out = attempts(tmp_path, monkeypatch, [("bullet, graphs", None)])
+    assert (verdict, said, out) == ("cut", "nothing was measured", [])
 
 
 def test_a_case_that_breaks_elsewhere_is_not_tried_again(tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -42,6 +43,7 @@ FORMAT = 1
 WITHIN = ("verdict", "part", "trying")  # records that are for the conductor, or for a stage's own parts
 KEPT_FOR_WRITING = 4.0  # seconds of the time
 POLL = 0.2
+REHEARSED = "rehearsed, not measured"  # in the place of figures
 LOG_BYTES = 300_000  # of a stage
 TRACE_BYTES = 8 << 20
 INSTALL_SECONDS, LOOK_SECONDS = 60.0, 60.0
@@ -127,6 +129,9 @@ def conduct(asked: Asked) -> int:
         stages_in_turn(session)
     except Stop as stop:
         content["stopped"] = str(stop)
+    except Exception as error:  # of this process's own, a full disk say: what is known is still told
+        traceback.print_exc()
+        content["stopped"] = f"{type(error).__name__}: {error}"
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -230,7 +235,7 @@ def note(session: Session, stage: Stage, verdict: tuple[str, str], seconds: floa
         "letter": stage.letter,
         "title": stage.title,
         "verdict": verdict[0],
-        "said": verdict[1],
+        "said": REHEARSED if session.asked.rehearsal and verdict[0] == PASSED else verdict[1],
         "seconds": round(seconds, 1),
         "records": [record for record in found if record["kind"] not in WITHIN],
     }
@@ -243,12 +248,13 @@ def settle(session: Session, stage: Stage, verdict: tuple[str, str], seconds: fl
     log, trace = session.scratch / f"{stage.name}.log", session.scratch / TRACE
     if log.exists():
         with (session.asked.out / LOG).open("ab") as file:
-            file.write(f"===== {stage.letter} {stage.name}: {verdict[0]}: {verdict[1]}\n".encode() + shortened(log))
+            rehearsed = "REHEARSAL " * session.asked.rehearsal
+            file.write(f"===== {rehearsed}{stage.letter} {stage.name}: {verdict[0]}\n".encode() + shortened(log))
         log.unlink()
     if trace.exists() and trace.stat().st_size <= TRACE_BYTES:
         shutil.copyfile(trace, session.asked.out / TRACE)
         trace.unlink()
-    print(verdict_line(session.content["stages"][stage.name], session.asked.rehearsal), flush=True)
+    print(verdict_line(session.content["stages"][stage.name]), flush=True)
 
 
 def shortened(log: Path) -> bytes:
@@ -266,7 +272,7 @@ def conclude(session: Session) -> None:
         state = stages.get(stage.name)
         with suppress(OSError):  # a full disk must not hide the page
             if state is None:
-                settle(session, stage, (NOT_RUN, stopped or "an earlier error"), 0.0)
+                settle(session, stage, (NOT_RUN, stopped or ""), 0.0)
             elif state["verdict"] == "running":
                 records = read_records(records_file(session.scratch, stage.name))
                 own = [(r["verdict"], r["said"]) for r in records if r["kind"] == "verdict"]

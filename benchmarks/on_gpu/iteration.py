@@ -8,6 +8,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from unittest import mock
 
 import torch
 
@@ -21,7 +22,7 @@ from bt_fast.device import HostRead, synchronize
 WARM, WARM_CAPTURED = 1, 3  # what is captured is captured when met again
 ROUNDS, MOST_ROUNDS = 3, 8
 CHECK_SHARE, WARM_SHARE = 0.3, 0.5  # of the time that is left: then no further variant is begun
-HANGS = 45.0  # seconds in which a variant's first runs are done, or are not going to be
+HANGS = (10.0, 45.0)  # seconds in which a variant's first runs are done, or are not going to be: half the case's time
 JOULES_SECONDS = (0.3, 1.5)  # of each variant, at least and at most
 TRACE_SECONDS = 1.0  # to start, read and write one
 KEPT = 2.0  # seconds for the process's end
@@ -68,7 +69,8 @@ def variants_of(context: Context) -> tuple[Variant, ...]:
 def trying(context: Context, case: str, variant: Variant) -> Iterator[None]:
     """The first runs of a variant: if the process ends inside, or hangs, it is known of whom."""
     context.record("trying", case=case, variant=variant.name)
-    faulthandler.dump_traceback_later(HANGS * (10 if context.rehearsal else 1), exit=True)
+    seconds = min(max(HANGS[0], context.left / 2), HANGS[1])
+    faulthandler.dump_traceback_later(seconds * (10 if context.rehearsal else 1), exit=True)
     try:
         with fallbacks() as said:
             yield
@@ -182,11 +184,8 @@ def waits() -> Iterator[list[float]]:
         waited.append(time.perf_counter() - begin)
         return values
 
-    HostRead.wait = timed_wait  # type: ignore[method-assign]
-    try:
+    with mock.patch.object(HostRead, "wait", timed_wait):
         yield waited
-    finally:
-        HostRead.wait = wait  # type: ignore[method-assign]
 
 
 def count_flops(context: Context, case: str, bench: Bench, works: Work) -> None:

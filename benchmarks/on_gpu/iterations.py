@@ -37,10 +37,10 @@ def _case(context: Context, model: str, precision: str, seconds: float) -> None:
         code = run_part(context, f"{case}/{batch_size(context.rehearsal)}", left)
         if code == 0:
             return
-        blamed = tried_last(context, case)
-        if code is None and blamed is None:
+        if code is None:
             context.record("ended", case=case, said=f"cut after {left:.0f} s")
             return
+        blamed = tried_last(context, case)
         if blamed is None:
             context.record("broke", case=case, said=f"its process ended with {code}: {said_last(context, case)}")
             return

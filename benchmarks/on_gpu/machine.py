@@ -39,7 +39,7 @@ def version(package: str) -> str | None:
 def place(module: str) -> str:
     """The folder of a module, or what its import raised."""
     try:
-        return str(Path(str(import_module(module).__file__)).parent)
+        return str(Path(str(import_module(module).__file__)).resolve().parent)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
 

@@ -35,7 +35,7 @@ def run(context: Context) -> Verdict:
         bench.ready()
         trace = traced(works, bench.device, host=True)
     with gzip.open(Path(context.scratch) / "trace.json.gz", "wt") as file:
-        json.dump(trace, file)
+        json.dump({"rehearsal": context.rehearsal, **trace}, file)
     lines = []
     for name in works:
         events = work_of(trace, name)

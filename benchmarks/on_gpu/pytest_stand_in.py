@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from contextlib import ExitStack
 from unittest import mock
@@ -12,6 +11,7 @@ import torch
 from torch import nn
 
 from bt_fast.lab.models import build_model
+from bt_fast.ops import availability
 
 _there_is_one = ExitStack()
 
@@ -39,10 +39,12 @@ def stand_in(request: pytest.FixtureRequest) -> Iterator[None]:
     """The module's device is the CPU; outside the kernels' tests its streams and graphs are emulated, networks tiny."""
     given = {
         "DEVICE": lambda device: type(device)("cpu"),
-        "on_device": lambda on_device: functools.partial(on_device, device="cpu"),
         "build_model": lambda build: tiny_model,
     }
     with ExitStack() as stack:
+        # the kernels' tests make sure that it was kernels that ran, which on the CPU it is not
+        stack.enter_context(mock.patch.object(availability, "why_plain", return_value=None))
+        stack.enter_context(mock.patch.object(torch.cuda, "current_device", return_value=0))
         for name, instead in given.items():
             if hasattr(request.module, name):
                 stack.enter_context(mock.patch.object(request.module, name, instead(getattr(request.module, name))))

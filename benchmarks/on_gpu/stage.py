@@ -17,7 +17,7 @@ from typing import Any
 
 from benchmarks.on_gpu.jobs import TICK, end_with_parent
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).resolve().parents[2]
 PASSED, FAILED, CUT, NOT_RUN = "passed", "failed", "cut", "not run"
 Verdict = tuple[str, str]  # one of these, and a sentence with numbers
 
