@@ -18,6 +18,9 @@ NARROW_MASK: tl.constexpr = tl.constexpr(2**15 - 1)
 LAST: tl.constexpr = tl.constexpr(0x7FFFFFFF)  # the largest key: NaN, and what lies beyond m
 FIRST: tl.constexpr = tl.constexpr(-0x80000000)
 BINS: tl.constexpr = tl.constexpr(256)  # a key is selected digit by digit, 8 bits each
+# arguments of which no value is compiled in
+STEPS = ("steps_outlier", "steps_boundary", "steps_robust")
+POLICY = (*STEPS, "size_outlier", "size_boundary", "size_robust")
 
 
 @triton.jit
@@ -63,6 +66,12 @@ def _groups(svar, correct, robust_fraction, threshold, o_x, m_x):
 
 
 @triton.jit
+def _real(bits):
+    """The float64 of these bits."""
+    return tl.cast(bits, tl.int64).to(tl.float64, bitcast=True)
+
+
+@triton.jit
 def _allot(
     b_group, m_x, o_x, group, steps, step_size,
     steps_outlier, steps_boundary, steps_robust, size_outlier, size_boundary, size_robust, BLOCK: tl.constexpr,
@@ -70,10 +79,9 @@ def _allot(
     """Write a block's groups, steps and step sizes; return the steps."""
     b_steps = tl.where(b_group == BOUNDARY, steps_boundary, steps_outlier)
     b_steps = tl.where(b_group == ROBUST, steps_robust, b_steps)
-    # tl.full: the interpreter passes a number as it is, and would round it to float32 in any other place
-    b_size = tl.full((BLOCK,), size_outlier, tl.float64)
-    b_size = tl.where(b_group == BOUNDARY, tl.full((BLOCK,), size_boundary, tl.float64), b_size)
-    b_size = tl.where(b_group == ROBUST, tl.full((BLOCK,), size_robust, tl.float64), b_size)
+    b_size = tl.full((BLOCK,), _real(size_outlier), tl.float64)
+    b_size = tl.where(b_group == BOUNDARY, tl.full((BLOCK,), _real(size_boundary), tl.float64), b_size)
+    b_size = tl.where(b_group == ROBUST, tl.full((BLOCK,), _real(size_robust), tl.float64), b_size)
     tl.store(group + o_x, b_group.to(tl.int64), mask=m_x)
     tl.store(steps + o_x, b_steps.to(tl.int64), mask=m_x)
     tl.store(step_size + o_x, b_size, mask=m_x)
@@ -163,7 +171,7 @@ def _report(
         tl.atomic_add(group_counts + ROBUST, _count(sizes, ROBUST), mask=sound, sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["m", "most", "n_faults", "steps_outlier", "steps_boundary", "steps_robust"])
+@triton.jit(do_not_specialize=["m", "most", "n_faults", *POLICY])
 def assign_steps_fwd_kernel(
     svar,  # [m] float32
     correct,  # [m] uint8, 0 or 1
@@ -183,9 +191,9 @@ def assign_steps_fwd_kernel(
     steps_outlier,
     steps_boundary,
     steps_robust,
-    size_outlier: tl.float64,
-    size_boundary: tl.float64,
-    size_robust: tl.float64,
+    size_outlier: tl.int64,  # the bits of a float64: triton 3.2 rounds numbers to float32
+    size_boundary: tl.int64,
+    size_robust: tl.int64,
     BLOCK: tl.constexpr,  # at least m
     CHUNK: tl.constexpr,
 ):
@@ -281,7 +289,7 @@ def select_digit_fwd_kernel(
     tl.atomic_add(histograms + digit * BINS + o_b, b_bin, mask=b_bin > 0, sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["m", "blocks", "steps_outlier", "steps_boundary", "steps_robust"])
+@triton.jit(do_not_specialize=["m", "blocks", *POLICY])
 def group_blocks_fwd_kernel(
     svar,  # [m] float32
     correct,  # [m] uint8
@@ -300,9 +308,9 @@ def group_blocks_fwd_kernel(
     steps_outlier,
     steps_boundary,
     steps_robust,
-    size_outlier: tl.float64,
-    size_boundary: tl.float64,
-    size_robust: tl.float64,
+    size_outlier: tl.int64,  # the bits of a float64: triton 3.2 rounds numbers to float32
+    size_boundary: tl.int64,
+    size_robust: tl.int64,
     BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,  # at least `blocks`
 ):
@@ -336,7 +344,7 @@ def group_blocks_fwd_kernel(
     tl.store(block_unfit + i_b, _unfit(unfit, o_x, m_x))
 
 
-@triton.jit(do_not_specialize=["m", "blocks", "most", "n_faults", "steps_outlier", "steps_boundary", "steps_robust"])
+@triton.jit(do_not_specialize=["m", "blocks", "most", "n_faults", *STEPS])
 def order_blocks_fwd_kernel(
     group,  # [m] int64
     steps,  # [m] int64

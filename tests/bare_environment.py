@@ -8,26 +8,29 @@ import os
 import re
 import runpy
 import sys
-from importlib.abc import MetaPathFinder
+from importlib.machinery import PathFinder
 
 from packaging.requirements import Requirement
 
 WANTED = ("bt-fast", "pytest", "setuptools")  # triton 3.2 imports the last; it comes with the Pythons of its time
 
 
-class Refusing(MetaPathFinder):
-    """Refuses what no wanted distribution holds."""
+class Bare(PathFinder):
+    """Python's own finder, to which what no wanted distribution holds is not there."""
 
-    def __init__(self):
-        names, wanted = {True: set(), False: set()}, with_dependencies(WANTED)
-        for installed in importlib.metadata.distributions():
-            names[plain(installed.metadata["Name"]) in wanted] |= modules_of(installed)
-        self.refused = names[False] - names[True]
+    refused = frozenset()
 
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in self.refused:
-            raise ModuleNotFoundError(f"No module named {name!r} in a bare environment", name=name)
-        return None
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.partition(".")[0] in cls.refused else super().find_spec(name, path, target)
+
+
+def unwanted():
+    """The names of the modules and packages that only other distributions hold."""
+    names, wanted = {True: set(), False: set()}, with_dependencies(WANTED)
+    for installed in importlib.metadata.distributions():
+        names[plain(installed.metadata["Name"]) in wanted] |= modules_of(installed)
+    return names[False] - names[True]
 
 
 def modules_of(installed):
@@ -54,6 +57,7 @@ def with_dependencies(requirements):
 
 if __name__ == "__main__":
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
-    sys.meta_path.insert(0, Refusing())
+    Bare.refused = unwanted()
+    sys.meta_path[sys.meta_path.index(PathFinder)] = Bare
     sys.argv = sys.argv[1:]
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

@@ -23,6 +23,6 @@ def test_the_tests_that_need_a_gpu_are_all_collected_in_a_bare_environment():
 
 
 def test_a_bare_environment_has_the_package_s_dependencies_and_no_extras():
-    refused = bare_environment.Refusing().refused
-    assert refused >= EXTRAS
-    assert not refused & {"torch", "triton", "numpy", "pynvml", "pytest", "bt_fast"}
+    unwanted = bare_environment.unwanted()
+    assert unwanted >= EXTRAS
+    assert not unwanted & {"torch", "triton", "numpy", "pynvml", "pytest", "bt_fast"}

@@ -1,6 +1,7 @@
 """The emulated device refuses what CUDA refuses around a capture, and runs a backward on torch's streams."""
 
 import gc
+import inspect
 
 import pytest
 import torch
@@ -199,6 +200,16 @@ def test_what_a_broken_capture_leaves_under_way_depends_on_torch(as_torch):
         torch.cuda.empty_cache()
     gc.collect()
     assert emulated.uses[pool] == {"2.6": 1, "2.13": 1, "2.15": 0}[as_torch]
+
+
+def test_torch_s_own_context_leaves_its_stream_the_current_one_where_it_does_not_care():
+    with EmulatedDevice() as emulated:
+        x = torch.ones(2)
+        x.sum().item()
+        with pytest.raises(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph(), stream=torch.cuda.Stream()):
+            x.sum().item()
+        cares = "finally:" in inspect.getsource(torch.cuda.graph.__exit__)  # as in 2.15
+        assert (emulated.stream is emulated.default) == cares
 
 
 def test_a_pool_that_no_graph_uses_any_more_is_not_taken_again():

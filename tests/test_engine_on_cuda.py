@@ -105,7 +105,7 @@ def test_in_an_ordinary_loop_with_an_earlier_loss_alive_everything_is_captured(f
 @pytest.mark.parametrize("fast", FAST.values(), ids=FAST)
 def test_a_loader_that_pins_memory_breaks_no_capture(fast):
     expected = ordinary_loops.iterations(DEVICE)
-    with ordinary_loops.pinning():
+    with ordinary_loops.pinning(DEVICE):
         assert_same(ordinary_loops.iterations(DEVICE, **fast()), expected)
         assert_same(ordinary_loops.iterations(DEVICE, ordinary_loops.BesideALoader, **fast()), expected)
 

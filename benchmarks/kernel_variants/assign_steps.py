@@ -17,7 +17,7 @@ INTEGERS = {
 BYTES = {"correct": "*u8", "unfit": "*u8", "histograms": "*i32"}
 NUMBERS = {name: "i32" for name in ("m", "most", "n_faults", "blocks", "digit")}
 POLICY = {f"steps_{group}": "i32" for group in ("outlier", "boundary", "robust")}
-POLICY |= {f"size_{group}": "fp64" for group in ("outlier", "boundary", "robust")}
+POLICY |= {f"size_{group}": "i64" for group in ("outlier", "boundary", "robust")}
 COMMON = FLOATS | INTEGERS | BYTES | NUMBERS | POLICY
 
 

@@ -24,6 +24,7 @@ from bt_fast.attack.frozen import uncached
 from bt_fast.attack.runners import joined, run_eager, stand_in_seeds, take_step
 from bt_fast.attack.schedule import Schedule
 from bt_fast.attack.threat import ThreatModel
+from bt_fast.device import out_of_memory
 from bt_fast.mining import step_count
 from bt_fast.ops.launch import dense_format
 from bt_fast.ranges import ATTACK_STEP, range_
@@ -118,7 +119,9 @@ class GraphRunner:
                     return session.start(model, x_adv, clean, target, schedule, seeds, faulty)
             except device.CaptureError as error:
                 reason = str(error)
-            except torch.OutOfMemoryError as error:
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
                 reason = f"out of memory ({error})"
             del session  # with the error gone too, no frame holds its memory when the attack runs eagerly
             self._sessions.clear()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 
 import torch
@@ -197,7 +198,7 @@ def launch_assign(
             max(group_steps),
             0 if faults is None else len(faults),
             *group_steps,
-            *map(float, group_step_sizes),
+            *map(_bits, group_step_sizes),
             BLOCK=block,
             CHUNK=CHUNK,
             num_warps=WARPS[block],
@@ -251,7 +252,7 @@ def launch_assign_in_blocks(
             m,
             blocks,
             *group_steps,
-            *map(float, group_step_sizes),
+            *map(_bits, group_step_sizes),
             **options,
             BLOCKS=BLOCKS,
         )
@@ -273,6 +274,12 @@ def launch_assign_in_blocks(
             BLOCKS=BLOCKS,
         )
     return results
+
+
+def _bits(number: float) -> int:
+    """The 64 bits of a float, as a kernel takes it."""
+    (bits,) = struct.unpack("<q", struct.pack("<d", number))
+    return int(bits)
 
 
 def _kernel_takes(svar: Tensor) -> bool:

@@ -447,9 +447,9 @@ def test_an_exception_in_the_model_leaves_streams_joined_and_training_able_to_go
 class Exhausting(nn.Module):
     """Its nth forward is out of memory. Notes at each forward what a weak reference holds then."""
 
-    def __init__(self, n):
+    def __init__(self, n, error=RuntimeError):
         super().__init__()
-        self.body, self.left = mlp(), n
+        self.body, self.left, self.error = mlp(), n, error
         self.watched, self.alive = None, []
 
     def forward(self, x):
@@ -457,15 +457,16 @@ class Exhausting(nn.Module):
         if self.watched is not None:
             self.alive.append(self.watched() is not None)
         if self.left == 0:
-            raise torch.OutOfMemoryError("no memory left")
+            raise self.error("CUDA error: out of memory")
         return self.body(x)
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError])  # torch's allocator's, the driver's
 @pytest.mark.parametrize("forward", [3, 4])  # of the second attack: a new size run for the first time, its capture
 @pytest.mark.parametrize("runner", [GraphRunner, StreamRunner])
-def test_out_of_memory_frees_the_graphs_before_the_attack_goes_on_without(runner, forward):
+def test_out_of_memory_frees_the_graphs_before_the_attack_goes_on_without(runner, forward, error):
     counts = [[3] * 4, [3] * 2]
-    training, run = Training(lambda: Exhausting(forward), counts), runner(bucket=2)
+    training, run = Training(lambda: Exhausting(forward, error), counts), runner(bucket=2)
     first, second = training.batches
     with EmulatedDevice() as emulated:
         training.batches = [first]
@@ -473,7 +474,7 @@ def test_out_of_memory_frees_the_graphs_before_the_attack_goes_on_without(runner
         (graph_runner,) = [run] if runner is GraphRunner else run._chains
         training.model.watched = weakref.ref(next(iter(graph_runner._sessions[training.model].values())))
         training.batches = [second]
-        with pytest.warns(UserWarning, match="no memory left") as warned:
+        with pytest.warns(UserWarning, match="CUDA error: out of memory") as warned:
             found += training.run(run)
         found += training.run(run)
     assert len(warned) == 1

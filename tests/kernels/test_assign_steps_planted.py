@@ -27,7 +27,7 @@ ASSIGN = [
     ("keys of negative numbers in reverse", "b_key = b_bits ^ ((b_bits >> 31) & LAST)", "b_key = b_bits"),
     ("NaN by its sign", "(b_v == b_v) & m_v", "m_v"),
     ("groups by rounded numbers", ".to(tl.float64) >= least", " >= least.to(tl.float32)"),
-    ("swapped α", "size_boundary, tl.float64)", "size_robust, tl.float64)"),
+    ("swapped α", "_real(size_boundary)", "_real(size_robust)"),
     ("not stable", "tl.cumsum(b_one, axis=0) - b_one", "tl.sum(b_one, axis=0) - tl.cumsum(b_one, axis=0)"),
     ("equal counts apart", "steps_robust == b_steps, b_robust", "steps_robust < 0, b_robust"),
     ("active one step longer", "steps_boundary > o_t", "steps_boundary >= o_t"),
