@@ -353,9 +353,9 @@ def event(ts, dur, stream, cat="kernel", name="k"):
 
 
 def test_overlap_counts_the_time_in_which_two_streams_work():
-    # stream 7: 0-10 and 10-14; stream 9: 6-12; a second piece on 9 beside its own: 6-8
-    found = busy([event(0, 10, 7), event(10, 4, 7), event(6, 6, 9), event(6, 2, 9)])
-    assert found == pytest.approx({"busy": 14e-6, "overlapping": 6e-6, "work": 22e-6})
+    # stream 7: 0-10 and 10-14; stream 9: 6-12, and two pieces of its own beside each other: 20-24
+    found = busy([event(0, 10, 7), event(10, 4, 7), event(6, 6, 9), event(20, 4, 9), event(21, 2, 9)])
+    assert found == pytest.approx({"busy": 18e-6, "overlapping": 6e-6, "work": 26e-6})
     assert busy([event(0, 10, 7), event(10, 5, 9)])["overlapping"] == 0
     assert busy([]) == {"busy": 0.0, "overlapping": 0.0, "work": 0.0}
 
