@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -193,6 +194,7 @@ def joined(device: str | None, minutes: float) -> Iterator[tuple[World, str | No
         yield World(dist.get_rank(), dist.get_world_size(), dist.group.WORLD, per_node), place
     finally:
         gc.collect()  # models in their wrappers hold the group, whose threads must end before Python does
+        time.sleep(0.1)  # they want the interpreter to drop their last work, and torch 2.6 holds it while it waits for them
         dist.destroy_process_group()
 
 
