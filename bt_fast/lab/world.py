@@ -194,7 +194,7 @@ def joined(device: str | None, minutes: float) -> Iterator[tuple[World, str | No
         yield World(dist.get_rank(), dist.get_world_size(), dist.group.WORLD, per_node), place
     finally:
         gc.collect()  # models in their wrappers hold the group, whose threads must end before Python does
-        time.sleep(0.1)  # they want the interpreter to drop their last work, and torch 2.6 holds it while it waits for them
+        time.sleep(0.1)  # they want the interpreter to drop their work, and torch 2.6 holds it while it waits for them
         dist.destroy_process_group()
 
 
