@@ -287,7 +287,7 @@ def test_it_works_from_a_copy_without_git_in_a_place_of_its_own_and_installs_the
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "results"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)
-    venv.create(tmp_path / "venv", symlinks=True, with_pip=True)
+    venv.create(tmp_path / "venv", symlinks=True)
     (packages,) = (tmp_path / "venv" / "lib").glob("python*/site-packages")
     paths = [path for path in sys.path if "site-packages" in path and Path(path).is_dir()] or site.getsitepackages()
     (packages / "others.pth").write_text("\n".join(paths))  # whose own .pth, that of an installed package, are not read

@@ -12,19 +12,17 @@ from bt_fast.ops import divergence as ops
 WHOLE = {"trades_kl": 2, "mart_loss": 2, "js_divergence": 3}  # by loss, the logits that it takes
 
 
-def loss(name: str, dtype: str, tile: tuple[int, int, int], *, main: bool = False, **types: Any) -> Variant:
-    """A loss's kernel of whole rows, or for a tile of `LOOPED` the other one."""
+def loss(name: str, dtype: str, tile: tuple[int, int, int], *, looped: bool, main: bool = False) -> Variant:
+    """A loss's kernel of whole rows, or of so many classes at a time."""
     block, rows, warps = tile
-    looped = tile not in ops.TILES
     function = getattr(kernels, f"{name}_looped_fwd_kernel" if looped else f"{name}_fwd_kernel")
     given: dict[str, Any] = {argument: f"*{dtype}" for argument in function.arg_names}
     given |= {argument: "i32" for argument in function.arg_names if "stride" in argument}
     given |= {"labels": "*i64", "loss": "*fp32", "beta": "fp32", "n": "i32", "classes": "i32"}
-    ordered = arguments(function, given | {"ROWS": rows, "BLOCK": block} | types)
+    ordered = arguments(function, given | {"ROWS": rows, "BLOCK": block})
     size, logits = DTYPES[dtype].itemsize, WHOLE[name]
-    note = [f"{argument} {kind}" for argument, kind in types.items()]
     return Variant(
-        name=", ".join([f"{name} {dtype}, {'blocks of' if looped else 'up to'} {block} classes", *note]),
+        name=f"{name} {dtype}, {'blocks of' if looped else 'up to'} {block} classes",
         function=function,
         types=ordered,
         divisible=pointers(ordered),
@@ -42,5 +40,7 @@ def variants() -> Iterator[Variant]:
     """What a loss's launch can be."""
     for name in WHOLE:
         for dtype in DTYPES:
-            for tile in (*ops.TILES, ops.LOOPED[WHOLE[name]]):
-                yield loss(name, dtype, tile, main=dtype == "fp32" and tile == ops.TILES[0])
+            tiles = ops.TILES[WHOLE[name]]
+            for tile in tiles:
+                yield loss(name, dtype, tile, looped=False, main=dtype == "fp32" and tile == tiles[0])
+            yield loss(name, dtype, ops.LOOPED[WHOLE[name]], looped=True)

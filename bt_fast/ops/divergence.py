@@ -18,9 +18,9 @@ from bt_fast.ops.launch import MOST_INT32
 from bt_fast.ops.numeric import wide
 from bt_fast.ops.rows import kernel_takes
 
-# the most classes of which a block holds whole rows, its rows and its warps
-TILES = ((32, 4, 4), (1024, 1, 8))
-# beyond, by the logits of a loss: so many classes at a time, that no compiler spills what three hold
+# By the logits of a loss, such that no compiler spills what three hold: the most classes of which a block holds whole
+# rows, its rows and its warps; and beyond, so many classes at a time.
+TILES = {2: ((32, 4, 4), (1024, 1, 8)), 3: ((32, 4, 4), (1024, 1, 16))}
 LOOPED = {2: (2048, 1, 16), 3: (1024, 1, 16)}
 
 
@@ -262,7 +262,12 @@ def launch_js_divergence(
 
 def tile(classes: int, logits: int) -> tuple[int, int, int]:
     """The classes and rows of a block and its warps; one of `LOOPED` where rows do not fit into any."""
-    return next((t for t in TILES if classes <= t[0]), LOOPED[logits])
+    return next((t for t in TILES[logits] if classes <= t[0]), LOOPED[logits])
+
+
+def whole(classes: int, logits: int) -> bool:
+    """Whether a block holds whole rows of so many classes."""
+    return classes <= TILES[logits][-1][0]
 
 
 def _launch(
@@ -278,7 +283,7 @@ def _launch(
         return
     logits = tuple(z if z.stride(1) == 1 and z.stride(0) < MOST_INT32 else z.contiguous() for z in logits)
     block, rows, warps = tile(classes, len(logits))
-    kernel = kernels[0 if (block, rows, warps) in TILES else 1]
+    kernel = kernels[0 if whole(classes, len(logits)) else 1]
     strides = [z.stride(0) for z in logits]
     with torch.cuda.device_of(logits[0]):
         kernel[(-(-n // rows),)](

@@ -13,6 +13,9 @@ from bt_fast.evaluation import evaluate
 
 LOSSES = {"trades": trades_loss, "mart": mart_loss, "pgd": pgd_loss}
 CLOSE = {"rtol": 0, "atol": 1e-10}
+sharding = pytest.mark.skipif(
+    not hasattr(torch.cpu.Stream, "record_event"), reason="this torch's fully_shard runs on CUDA only"
+)
 
 
 def network():
@@ -67,6 +70,7 @@ def on_a_rank(name):
     return trained(sharded(), x[own], y[own], LOSSES[name], dist.group.WORLD)
 
 
+@sharding
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_sharded_model_trains_as_one_process_with_all_samples(name):
     expected = trained(network(), *batch(12, seed=3), LOSSES[name], None)
@@ -92,6 +96,7 @@ def uneven_attacks(frozen):
     return bullet.mean_steps
 
 
+@sharding
 @pytest.mark.filterwarnings("ignore:the attack runs on the model as it is")
 @pytest.mark.parametrize("frozen", [None, Frozen()])
 def test_no_rank_waits_for_anothers_attack(frozen):
@@ -118,6 +123,7 @@ def _settings(part):
     return group.post_forward_mesh_info is None, group.reshard_after_backward
 
 
+@sharding
 def test_a_sharded_model_is_as_it_was_after_an_attack_even_one_that_raised():
     assert all(run_ranks(2, settings_after_an_attack))
 
