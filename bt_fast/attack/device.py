@@ -14,6 +14,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from bt_fast.floors import numbers
+
 
 class Stream(Protocol):
     """A queue of work on the device: `torch.cuda.Stream`."""
@@ -104,7 +106,7 @@ class CaptureError(RuntimeError):
 
 
 # Before 2.14 torch counts a broken capture's pool as used for good, and may still look at its graph
-GIVES_MEMORY_BACK = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 14)
+GIVES_MEMORY_BACK = numbers(torch.__version__) >= [2, 14]
 _broken: list[Graph] = []
 _unusable: str | None = None  # why no graph is captured in this process any more
 
