@@ -35,5 +35,5 @@ def assert_near_nested(actual, expected, kind=None):
 
 
 # 16 bits by autocast beside single precision: how far a loss, gradient or step is off, as a share of its own length. Of
-# the tests' own models and images: where a sign of the attack or a unit turns in 16 bits, a gradient may be off by 0.2
+# smooth models: where a ReLU opens in 16 bits only, a gradient may be off by 0.2
 AUTOCAST = {torch.bfloat16: 5e-2, torch.float16: 1e-2}
