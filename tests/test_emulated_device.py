@@ -212,6 +212,31 @@ def test_torch_s_own_context_leaves_its_stream_the_current_one_where_it_does_not
         assert (emulated.stream is emulated.default) == cares
 
 
+def test_a_graph_that_goes_takes_the_memory_in_which_cublas_works_on_its_stream_with_it():
+    with EmulatedDevice():
+        x, side = torch.ones(2, 2), torch.cuda.Stream()
+        first, second = (captured(lambda: x @ x, side) for _ in range(2))
+        second.replay()
+        del first
+        gc.collect()
+        with pytest.raises(NotPermittedError, match="cuBLAS"):
+            second.replay()
+
+
+def test_a_graph_keeps_the_memory_of_cublas_that_it_took_from_its_own_pool():
+    with EmulatedDevice():
+        x, side = torch.ones(2, 2), torch.cuda.Stream()
+
+        def run():
+            torch._C._cuda_clearCublasWorkspaces()
+            x @ x
+
+        first, second = (captured(run, side) for _ in range(2))
+        del first
+        gc.collect()
+        second.replay()
+
+
 def test_a_pool_that_no_graph_uses_any_more_is_not_taken_again():
     with EmulatedDevice():
         x, pool = torch.ones(2), torch.cuda.graph_pool_handle()
