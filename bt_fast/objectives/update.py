@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 from bt_fast.attack import device
 from bt_fast.attack.device import RandomStates
 from bt_fast.attack.folded import hooked
-from bt_fast.attack.frozen import uncached
+from bt_fast.attack.frozen import plain_values, uncached
 
 MOST_CAPTURED = 8  # of one model: each keeps gradients of the model's size
 MOST_MET = 64
@@ -112,12 +112,9 @@ class _Key:
             computation=computation,
             given=tuple((t.shape, t.stride(), t.dtype, t.device) for t in given),
             autocast=(torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)),
-            values=tuple(item for m in model.modules() for item in vars(m).items() if type(item[1]) in _PLAIN),
+            values=plain_values(model),
             tensors=tuple((t.data_ptr(), t.shape, t.stride(), t.dtype, t.requires_grad) for t in _tensors(model)),
         )
-
-
-_PLAIN = (bool, int, float, str, type(None))
 
 
 class _Graphs:

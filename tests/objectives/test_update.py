@@ -570,13 +570,14 @@ IN_UPDATE = [
         skipped_rows,
     ),
     Bug("one graph with and without autocast", "torch.is_autocast_enabled(kind), torch.get", "False, torch.get", casts),
-    Bug("one graph for all modes", "if type(item[1]) in _PLAIN", "if False", other_numbers),
+    Bug("one graph for all modes", "values=plain_values(model)", "values=()", other_numbers),
     Bug("graphs of weights that are gone", "(t.data_ptr(), t.shape", "(t.shape", replaced_parameter),
     Bug("one graph whatever is trained", "t.dtype, t.requires_grad)", "t.dtype)", fewer_trained),
     Bug("replayed where it must run again", "met.replayable, (x", "True, (x", dropout),
     Bug(
         "the cast weights are cached",
-        "from bt_fast.attack.frozen import uncached",
+        "from bt_fast.attack.frozen import plain_values, uncached",
+        "from bt_fast.attack.frozen import plain_values\n"
         'def uncached(x): return torch.autocast("cpu", torch.bfloat16, torch.is_autocast_enabled("cpu"), True)',
         casts,
     ),
