@@ -18,19 +18,19 @@ accumulates a parameter's gradient is as old as the oldest loss that is still al
 
 A capture records what its streams are given, instead of running it: its own and those that wait for one of them. It
 refuses what CUDA refuses: to read a value, to bring one from the host, to wait for the device or for a stream outside,
-to make the default stream wait for it, and to launch for the first time; in "global" mode also any other thread's call
-(`call_from_another_thread`). It is invalid then, and its end raises. What is left behind depends on torch, `UNWINDS`. A
-replay refuses memory that was freed outside the graph. Matrix products work in memory that cuBLAS has for each stream;
-it is freed where a graph goes that was captured on the stream, as in torch 2.12 to 2.14, and a replay refuses that of
-another pool than its own. Random numbers come from the CPU's default generator, which
-stands for the device's: those of a graph are drawn when it is replayed.
+to make the default stream wait for it, to end before it waits for all work, and to launch for the first time; in
+"global" mode also any other thread's call (`call_from_another_thread`). It is invalid then, and its end raises. What is
+left behind depends on torch, `UNWINDS`. A replay refuses memory that was freed outside the graph. Matrix products work
+in memory that cuBLAS has for each stream; it is freed where a graph goes that was captured on the stream, as in torch
+2.12 to 2.14, and a replay refuses that of another pool than its own. Random numbers come from the CPU's default
+generator, which stands for the device's: those of a graph are drawn when it is replayed.
 """
 
 import functools
 import random
 import threading
 import warnings
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from unittest import mock
@@ -152,6 +152,8 @@ class Graph:
     streams: list = field(default_factory=list)  # that are captured; the first is where it began
     uses_memory: bool = False
     workspaces: set = field(default_factory=set)
+    recorded: Counter = field(default_factory=Counter)  # how much work of each stream
+    awaited: dict = field(default_factory=lambda: defaultdict(Counter))  # and how much of it each other stream awaits
 
     def capture_begin(self, pool=None, capture_error_mode="global", check_input_liveness=False):
         emulated = self.emulated
@@ -175,16 +177,23 @@ class Graph:
         if emulated.graph is not self:
             raise RuntimeError("no capture is under way")
         emulated.graph = None
+        error = "operation failed due to a previous error during capture"
+        if not self.invalid and self.recorded - self.known_to(self.streams[0]):
+            self.invalid, error = True, "capture was not ended because it contains unjoined work"
         if not self.invalid or "pool" in emulated.unwinds:
             emulated.under_way.remove(self.memory_pool)
         if self.invalid:
             emulated.generator_captures = "generator" not in emulated.unwinds
             self.uses_memory = "memory" in emulated.unwinds
-            raise RuntimeError("operation failed due to a previous error during capture")
+            raise RuntimeError(error)
         if not self.work:
             warnings.warn("The CUDA Graph is empty.", stacklevel=2)
         emulated.generator_captures = False
         emulated.captures += 1
+
+    def known_to(self, stream):
+        """How much of each stream's work is before what this stream is given next."""
+        return self.awaited[stream] | Counter({stream: self.recorded[stream]})
 
     def reset(self):
         if self.uses_memory:
@@ -299,6 +308,8 @@ class EmulatedDevice(TorchDispatchMode):
             streams.append(waiting)
         elif waiting in streams:
             self.permitted(other in streams, "a captured stream waits for one outside the capture")
+        if other in streams:
+            self.graph.awaited[waiting] |= self.graph.known_to(other)
 
     def call_from_another_thread(self):
         """The error of a call to CUDA, such as pins memory, from another thread."""
@@ -471,6 +482,7 @@ class EmulatedDevice(TorchDispatchMode):
                 if self.memory_of(value) in self.of_graphs:
                     spoil(value)
             recording.work.append(work)
+            recording.recorded[self.stream] += 1
         else:
             self.enqueue(drawn(work, args, results) if draws else work)
             if name in READS:

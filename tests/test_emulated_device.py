@@ -2,6 +2,7 @@
 
 import gc
 import inspect
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -144,6 +145,25 @@ def test_a_capture_waits_for_no_stream_outside_nor_the_default_one_for_it(waitin
         else:
             with pytest.raises(RuntimeError, match="previous error"):
                 captured(run, streams[CAPTURED])
+
+
+@pytest.mark.parametrize("joined", [True, False])
+def test_a_capture_ends_where_it_waits_for_all_its_work_and_not_before(joined):
+    with EmulatedDevice() as emulated:
+        x, side, *others = torch.ones(2), *(torch.cuda.Stream() for _ in range(3))
+
+        def run():
+            x.add(1)
+            for before, stream in zip([side, *others], others, strict=False):
+                stream.wait_stream(before)
+                with torch.cuda.stream(stream):
+                    x.add(1)
+            if joined:
+                side.wait_stream(others[-1])
+
+        with nullcontext() if joined else pytest.raises(RuntimeError, match="unjoined work"):
+            captured(run, side)
+    assert emulated.captures == joined
 
 
 def test_what_a_stream_outside_a_capture_is_given_runs():

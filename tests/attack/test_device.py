@@ -41,6 +41,13 @@ def leaving_its_stream_quietly(x):
     torch.cuda.stream(torch.cuda.Stream()).__enter__()
 
 
+def leaving_work_unjoined(x):
+    other = torch.cuda.Stream()
+    other.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(other):
+        x.add(1)
+
+
 def beside_a_loader(x):
     assert current().call_from_another_thread() is None
 
@@ -51,6 +58,7 @@ BREAKING = {
     hiding_its_wait: "previous error during capture",
     leaving_its_stream: "the model's own",
     waiting_on_the_default_stream: "_local_scalar_dense: operation not permitted",
+    leaving_work_unjoined: "unjoined work",
     leaving_its_stream_quietly: None,  # the capture is sound
     beside_a_loader: None,
 }
