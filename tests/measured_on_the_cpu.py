@@ -4,12 +4,13 @@ import json
 import sys
 import time
 import warnings
+from contextlib import nullcontext
 from unittest import mock
 
 import nvml_stub
 import torch
 
-from benchmarks.on_gpu import iteration, variants
+from benchmarks.on_gpu import bandwidth, captures, iteration, variants
 from benchmarks.on_gpu.iterations import tried_last
 from benchmarks.on_gpu.stage import Context
 from bt_fast import PowerMonitor, trades_loss
@@ -46,6 +47,78 @@ def left_out(scratch):
     return found | {"tried last": tried}
 
 
+class FakeBench:
+    """Notes which variants ran; those of a name say something."""
+
+    def __init__(self, device=CPU, **says):
+        self.device, self.workload, self.ran, self.says = device, mock.Mock(), [], says
+
+    def ready(self):
+        pass
+
+    def iteration(self, variant):
+        def run():
+            self.ran.append(variant.name)
+            if said := self.says.get(variant.name):
+                warnings.warn(said, stacklevel=1)
+
+        return run
+
+
+def some(*names):
+    return [variants.BY_NAME[name] for name in names]
+
+
+def warmed(scratch):
+    """Which variants ran in turn before times are taken."""
+    context, bench = Context("x", "", time.monotonic() + 1000, scratch, True, "", None, 8.0), FakeBench()
+    iteration.warm(context, "n/tf32", bench, some("reference", "bullet", "bullet, captured"))
+    return bench.ran
+
+
+def fell_back_later(scratch):
+    """What is told of times in which a variant fell back, and of a variant that ran without kernels."""
+    context = Context("x", "", time.monotonic() + 1000, scratch, True, "", None, 8.0)
+    bench = FakeBench(**{"bullet, graphs": "the attack runs without graphs: so"})
+    works = {variant: bench.iteration(variant) for variant in some("bullet", "bullet, graphs")}
+    iteration.rounds(context, "n/tf32", bench, works, 1)
+    bench = FakeBench(optimised="bt_fast runs in plain torch on cuda:0, since so")
+    works = iteration.warm(context, "n/bfloat16", bench, some("reference", "optimised"))
+    return {"broke": context.records("broke"), "warmed": [variant.name for variant in works]}
+
+
+def peaks(scratch):
+    """Of which variants the peak memory is told on a GPU."""
+    context = Context("x", "", time.monotonic() + 1000, scratch, True, "", None, 8.0)
+    bench = FakeBench(torch.device("cuda", 0))
+    works = {variant: bench.iteration(variant) for variant in some("reference", "bullet, graphs", "bullet, captured")}
+    told = dict.fromkeys(("memory_allocated", "max_memory_allocated", "memory_reserved"), lambda: 7)
+    nothing = dict.fromkeys(("reset_peak_memory_stats", "synchronize"), lambda *_: None)
+    with mock.patch.multiple(torch.cuda, **told, **nothing):
+        iteration.peaks(context, "n/tf32", bench, works)
+    return [record["variant"] for record in context.records("memory")]
+
+
+def captures_of(scratch):
+    """Of each variant whose captures are measured, which network it was, counted from the first."""
+    context = Context("captures", "", time.monotonic() + 1000, scratch, True, "", None, 8.0)
+    seen = []
+
+    def captured(bench, variant):
+        seen.append(bench.workload.model)
+        return {"fell_back": None, "captures": 1, "capture_seconds": 0.0, "held_bytes": 0}
+
+    with mock.patch.object(captures, "captured", captured), mock.patch.object(captures, "stand_in", nullcontext):
+        captures.run(context)
+    return [next(k for k, other in enumerate(seen) if other is model) for model in seen]
+
+
+def runs(scratch):
+    """The bytes that a timed run on a GPU moves, by the bytes of a call and the number of its sets."""
+    cases, gpu = [(3 << 20, 1), (3 << 20, 64), (5 << 30, 2)], torch.device("cuda", 0)
+    return [moved * len(bandwidth.often([print] * count, moved, gpu)) for moved, count in cases]
+
+
 def without(scratch):
     """The variants that are left where each of these broke."""
     broken = ("nothing", "bullet", "bullet, graphs", "bullet, captured", "bullet, streams, captured")
@@ -65,4 +138,5 @@ def joules(scratch):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    print(json.dumps({"left_out": left_out, "without": without, "joules": joules}[sys.argv[1]](sys.argv[2])))
+    parts = (left_out, warmed, fell_back_later, peaks, captures_of, runs, without, joules)
+    print(json.dumps({part.__name__: part for part in parts}[sys.argv[1]](sys.argv[2])))

@@ -184,12 +184,13 @@ class Exactness:
         return found
 
 
-FALLBACKS = ("without graphs", "no more graphs", "not folded")
+PLAIN = "in plain torch"  # all of ours, where no kernel can run
+FALLBACKS = ("without graphs", "no more graphs", "not folded", PLAIN)
 
 
 @contextmanager
 def fallbacks() -> Iterator[list[str]]:
-    """What was said inside of work that was to run from graphs, or on a folded view, and did not."""
+    """What was said inside of work that was to run from graphs, on a folded view or in kernels, and did not."""
     said: list[str] = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
