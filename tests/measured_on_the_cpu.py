@@ -56,6 +56,9 @@ class FakeBench:
     def ready(self):
         pass
 
+    def groups(self):
+        return [2 * len(self.ran), 0, 0]
+
     def iteration(self, variant):
         def run():
             self.ran.append(variant.name)
@@ -73,7 +76,7 @@ def warmed(scratch):
     """Which variants ran in turn before times are taken."""
     context, bench = Context("x", "", time.monotonic() + 1000, scratch, True, "", None, 8.0), FakeBench()
     iteration.warm(context, "n/tf32", bench, some("reference", "bullet", "bullet, captured"))
-    return bench.ran
+    return {"ran": bench.ran, "groups": context.records("groups")}
 
 
 def fell_back_later(scratch):
@@ -113,6 +116,14 @@ def captures_of(scratch):
     return [next(k for k, other in enumerate(seen) if other is model) for model in seen]
 
 
+def groups(scratch):
+    """The sizes of BulletTrain's groups in an iteration under autocast, and those that it should have."""
+    bench = variants.Bench("wrn-10-1", "bfloat16", 128, CPU, tiny=True)
+    bench.iteration(variants.BY_NAME["bullet"])()
+    work = bench.workload
+    return {"found": bench.groups(), "expected": [work.outliers, work.boundary, work.robust]}
+
+
 def runs(scratch):
     """The bytes that a timed run on a GPU moves, by the bytes of a call and the number of its sets."""
     cases, gpu = [(3 << 20, 1), (3 << 20, 64), (5 << 30, 2)], torch.device("cuda", 0)
@@ -138,5 +149,5 @@ def joules(scratch):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    parts = (left_out, warmed, fell_back_later, peaks, captures_of, runs, without, joules)
+    parts = (left_out, warmed, fell_back_later, peaks, captures_of, groups, runs, without, joules)
     print(json.dumps({part.__name__: part for part in parts}[sys.argv[1]](sys.argv[2])))

@@ -24,8 +24,8 @@ import torch
 from benchmarks.on_gpu import engine_tests, iterations, kernel_tests, machine
 from benchmarks.on_gpu.conduct import FILES, LOG_BYTES
 from benchmarks.on_gpu.figures import cases_of, headline, idle
-from benchmarks.on_gpu.page import TABLES, page, without_figures
-from benchmarks.on_gpu.plan import STAGES, chosen, limit
+from benchmarks.on_gpu.page import TABLES, groups, page, without_figures
+from benchmarks.on_gpu.plan import SHORTEST, STAGES, chosen, limit
 from benchmarks.on_gpu.pytest_runs import explained, progress
 from benchmarks.on_gpu.stage import Context, read_records, records_file
 from benchmarks.on_gpu.traces import busy, range_of, work_of
@@ -342,6 +342,10 @@ def test_stages_that_are_picked_use_up_the_time():
     assert chosen("a,b,c,d,e,f,g,h,i") == STAGES
 
 
+def test_in_the_four_minutes_of_a_second_try_every_stage_can_begin():
+    assert all(240 * stage.least >= SHORTEST for stage in STAGES)
+
+
 @pytest.mark.parametrize(("cores", "tests"), [(1, 2), (8, 4), (16, 8), (64, 8)])
 def test_the_engine_s_tests_take_half_the_cores(cores, tests, tmp_path):
     context = Context("engine_tests", "", time.monotonic() + 1, str(tmp_path), False, "", None, 8.0)
@@ -578,9 +582,22 @@ def test_what_shares_the_part_of_the_engine_that_broke_is_left_out_with_it(tmp_p
 
 
 def test_times_are_taken_when_all_that_runs_step_by_step_has_its_memory_again(tmp_path):
-    ran = measured(tmp_path, "warmed")
+    ran = measured(tmp_path, "warmed")["ran"]
     assert ran[:2] == ["reference", "bullet"]
     assert ran[-3:] == ["bullet, captured", "reference", "bullet"]
+
+
+def test_in_sixteen_bits_the_groups_have_the_paper_s_sizes(tmp_path):
+    found = measured(tmp_path, "groups")
+    assert found["found"] == found["expected"]
+
+
+def test_the_page_tells_the_groups_sizes_and_whose_differ(tmp_path):
+    told = measured(tmp_path, "warmed")["groups"]
+    assert [(r["variant"], r["sizes"]) for r in told] == [("bullet", [2, 0, 0]), ("bullet, captured", [2, 0, 0])]
+    assert groups(told) == ["- n/tf32: outliers / boundary / robust samples: 2 / 0 / 0"]
+    told[1]["sizes"] = [1, 0.5, 0]
+    assert groups(told)[0].endswith("2 / 0 / 0 (BulletTrain), 1 / 0.5 / 0 (BulletTrain, captured)")
 
 
 def test_what_falls_back_while_times_are_taken_or_runs_without_kernels_is_told(tmp_path):

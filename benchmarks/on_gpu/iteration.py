@@ -125,12 +125,16 @@ def warm(context: Context, case: str, bench: Bench, variants: list[Variant]) -> 
         if context.left < enough and len(works) > 2:
             context.record("no_time", case=case, variant=variant.name)
             continue
-        work = bench.iteration(variant)
+        work, before = bench.iteration(variant), bench.groups()
+        runs = WARM_CAPTURED if variant.parts else WARM
         with trying(context, case, variant):
-            for _ in range(WARM_CAPTURED if variant.parts else WARM):
+            for _ in range(runs):
                 bench.ready()
                 work()
                 synchronize(bench.device)
+        if variant.method == "bullet":
+            sizes = [(now - then) / runs for now, then in zip(bench.groups(), before, strict=True)]
+            context.record("groups", case=case, variant=variant.name, sizes=sizes)
         works[variant] = work
     for variant in works:  # captures give torch's unused memory back, which the first round would ask for again
         if not variant.parts:

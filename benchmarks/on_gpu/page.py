@@ -123,6 +123,7 @@ def iterations(records: Records, _: Any) -> list[str]:
         said = f"{case.replace('/', ', ')}, batch {batch.get(case)}, {number} rounds"
         lines += [f"{said}; in brackets the share of the FLOP limit.", ""]
         lines += [*table(head, body), ""]
+    lines += groups(records)
     exact = of_kind(records, "exact")
     if exact:
         largest = max(r["difference"] for r in exact)
@@ -134,6 +135,19 @@ def iterations(records: Records, _: Any) -> list[str]:
         lines.append(f"- no time was left for {'; '.join(late)}")
     for reason in dict.fromkeys(r["reason"] for r in of_kind(records, "joules") if r.get("reason")):
         lines.append(f"- joules: {reason}")
+    return lines
+
+
+def groups(records: Records) -> list[str]:
+    """The sizes of BulletTrain's groups in each case; whose, where a view's own rounding has moved a sample."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for r in of_kind(records, "groups"):
+        sizes = " / ".join(f"{size:g}" for size in r["sizes"])
+        found.setdefault(r["case"], {}).setdefault(sizes, []).append(label(r["variant"]))
+    lines = []
+    for case, by_sizes in found.items():
+        whose = [sizes + (f" ({'; '.join(names)})" if len(by_sizes) > 1 else "") for sizes, names in by_sizes.items()]
+        lines.append(f"- {case}: outliers / boundary / robust samples: {', '.join(whose)}")
     return lines
 
 

@@ -111,7 +111,8 @@ class Bench:
         self.workload = Workload(Case(model, batch, 0), device)
         if tiny:
             self.workload.bullet = BulletTrain(3, 1, 0).to(device)
-        self.workload.prepare()
+        with self._autocast():  # the groups follow from labels that are the logits' of the loss, to the bit
+            self.workload.prepare()
         self._buffers = list(self.workload.model.buffers())
         self._kept = [buffer.clone() for buffer in self._buffers]
         self._fraction = self.workload.bullet.robust_fraction.clone()
@@ -121,6 +122,14 @@ class Bench:
         torch._foreach_copy_(self._buffers, self._kept)
         self.workload.bullet.robust_fraction.copy_(self._fraction)
 
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
+
+    def groups(self) -> list[int]:
+        """BulletTrain's samples in all iterations so far: outlier, boundary, robust. Waits for the device."""
+        found: list[int] = self.workload.bullet.group_counts.tolist()
+        return found
+
     def iteration(self, variant: Variant) -> Callable[[], None]:
         """One iteration: loss, backward and the optimizer's step."""
         w = self.workload
@@ -128,7 +137,7 @@ class Bench:
         options = {} if variant.method == "reference" else variant.options(w.bullet)
 
         def run() -> None:
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
+            with self._autocast():
                 loss = loss_of(w.model, w.x, w.y, w.optimizer, **self.setting, **options)
             loss.backward()
             w.optimizer.step()
