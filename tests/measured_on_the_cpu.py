@@ -35,7 +35,7 @@ def raises(*given, **options):
 def left_out(scratch):
     """What is left out of a case in which ours is computed by one of these."""
     bench = variants.Bench("wrn-10-1", "tf32", 4, CPU, tiny=True)
-    found, tried = {}, {}
+    found, tried, exact = {}, {}, {}
     for name, ours in {"as it is": trades_loss, "beta": wrong_beta, "warns": warns, "raises": raises}.items():
         context = Context(name, "", time.monotonic() + 1000, scratch, True, "", None, 8.0)
         with mock.patch.object(variants, "trades_loss", ours):
@@ -44,7 +44,8 @@ def left_out(scratch):
             except iteration.LeftOutError as error:
                 print(error)
         found[name], tried[name] = context.records("left_out"), tried_last(context, "n/tf32")
-    return found | {"tried last": tried}
+        exact[name] = len(context.records("exact"))
+    return found | {"tried last": tried, "exact": exact}
 
 
 class FakeBench:
@@ -124,6 +125,26 @@ def groups(scratch):
     return {"found": bench.groups(), "expected": [work.outliers, work.boundary, work.robust]}
 
 
+def checked(scratch):
+    """The steps of each update in a check for exactness on a bench that takes ten; its robust share; what NaN gives."""
+    bench, steps, robust = variants.Bench("wrn-10-1", "tf32", 4, CPU), [], []
+
+    def noted(*given, bullet=None, **options):
+        steps.append([options.get("perturb_steps"), None if bullet is None else bullet.boundary_steps])
+        robust.append(None if bullet is None else bullet.robust_fraction.item())
+        return trades_loss(*given, bullet=bullet, **options)
+
+    exactness = variants.Exactness(bench)
+    with mock.patch.object(variants, "trades_loss", noted):
+        differences = [exactness.difference(variant) for variant in some("optimised", "bullet")]
+    expected = bench.workload.bullet.robust_fraction.item()
+    told = {"steps": steps, "differences": differences, "as the bench": robust[3] == expected == robust[6]}
+    one, nan = torch.ones(()), torch.full((), torch.nan)
+    with mock.patch.object(exactness, "_updates", side_effect=[[one, nan], [nan, one]]):
+        exactness._expected = {"reference": [one, one]}
+        return told | {"of NaN": [exactness.difference(variants.BY_NAME["optimised"]) for _ in range(2)]}
+
+
 def runs(scratch):
     """The bytes that a timed run on a GPU moves, by the bytes of a call and the number of its sets."""
     cases, gpu = [(3 << 20, 1), (3 << 20, 64), (5 << 30, 2)], torch.device("cuda", 0)
@@ -149,5 +170,5 @@ def joules(scratch):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    parts = (left_out, warmed, fell_back_later, peaks, captures_of, groups, runs, without, joules)
+    parts = (left_out, warmed, fell_back_later, peaks, captures_of, groups, checked, runs, without, joules)
     print(json.dumps({part.__name__: part for part in parts}[sys.argv[1]](sys.argv[2])))

@@ -6,6 +6,7 @@ The stages here are a few lines each, run as the real ones are; `python -m bench
 import io
 import itertools
 import json
+import math
 import os
 import shutil
 import signal
@@ -567,6 +568,15 @@ def test_what_is_not_exact_or_falls_back_or_raises_is_left_out(tmp_path):
     assert [r["said"] for r in found["warns"]] == ["the attack runs without graphs: so"]
     assert [r["said"] for r in found["raises"]] == ["RuntimeError: capture failed"]
     assert found["tried last"] == {"as it is": None, "beta": None, "warns": "optimised", "raises": "optimised"}
+    assert found["exact"] == {"as it is": 1, "beta": 0, "warns": 0, "raises": 0}
+
+
+def test_a_check_for_exactness_takes_three_steps_of_ten_so_that_there_is_time_for_all_of_them(tmp_path):
+    found = measured(tmp_path, "checked")
+    assert found["steps"] == [[3, None]] * 3 + [[3, 3]] * 6  # three updates of each; BulletTrain is its own base
+    assert found["as the bench"]
+    assert max(found["differences"]) < 1e-9
+    assert all(map(math.isnan, found["of NaN"]))
 
 
 def test_what_shares_the_part_of_the_engine_that_broke_is_left_out_with_it(tmp_path):
