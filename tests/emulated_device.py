@@ -87,7 +87,7 @@ class Ref:
     offset: int
 
     def on(self, storage):
-        return torch.empty(0, dtype=self.dtype).set_(storage, self.offset, self.size, self.stride)
+        return torch.empty(0, dtype=self.dtype, device="cpu").set_(storage, self.offset, self.size, self.stride)
 
 
 @dataclass(eq=False)
@@ -423,7 +423,7 @@ class EmulatedDevice(TorchDispatchMode):
             if self.recording:
                 self.of_graphs.add(number)
         else:
-            self.initial[number] = torch.tensor([], dtype=torch.uint8).set_(storage).clone()
+            self.initial[number] = torch.tensor([], dtype=torch.uint8, device="cpu").set_(storage).clone()
         self.owner[number] = pool
         self.blocks[number] = self.take_block(pool, storage.nbytes())
         return number
@@ -561,7 +561,7 @@ class EmulatedDevice(TorchDispatchMode):
     def prepared(self):
         """What places a tensor in the memory that the allocator gave it, and each call with its tensors."""
         memory = [torch.UntypedStorage(size) for size in self.block_sizes]
-        self.bytes = [torch.tensor([], dtype=torch.uint8).set_(storage) for storage in memory]
+        self.bytes = [torch.tensor([], dtype=torch.uint8, device="cpu").set_(storage) for storage in memory]
         tensor = functools.cache(lambda ref: ref.on(memory[self.blocks[ref.memory]]))
         return tensor, [placed(work, tensor) for work in self.work]
 

@@ -247,6 +247,19 @@ def test_the_terms_explained(terms):
     assert (explained.graph_count, explained.graph_break_count) == (1, 0)
 
 
+def test_a_graph_break_is_found():
+    def broken(z, z_adv, y):
+        loss = F.cross_entropy(z, y)
+        torch._dynamo.graph_break()
+        return loss + ops.trades_kl(z_adv, z)
+
+    z, y = torch.randn(8, 5, generator=seeded()), torch.arange(8) % 5
+    explained = torch._dynamo.explain(broken)(z, z + 0.1, y)
+    assert (explained.graph_count, explained.graph_break_count) == (2, 1)
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        torch.compile(broken, backend="aot_eager", fullgraph=True)(z, z + 0.1, y)
+
+
 def test_the_code_that_the_compiler_generates():
     compiled = torch.compile(trades_terms, fullgraph=True)
     for found, expected in zip(

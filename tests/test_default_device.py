@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import small_models
 import torch
+from emulated_device import EmulatedDevice
 from torch.utils._pytree import tree_leaves
 
 import bt_fast
@@ -19,10 +20,12 @@ from bt_fast import (
     BulletTrain,
     Frozen,
     Gaussian,
+    GraphRunner,
     Guard,
     Normalization,
     Oracle,
     Schedule,
+    StreamRunner,
     ThreatModel,
     Update,
     augmix_loss,
@@ -99,6 +102,18 @@ def evaluated(**options):
     return run
 
 
+def emulated(case):
+    """With its attack in graphs."""
+
+    def run():
+        with EmulatedDevice() as device:
+            found = case()
+        assert device.replays
+        return found
+
+    return run
+
+
 def bad_values():
     """Rows without a number are told, and which they are."""
     model, x, y = model_and_batch()
@@ -151,6 +166,9 @@ CASES = {
     "trades, uniform, normalised": of_loss(trades_loss, start="uniform", normalization=PIXELS),
     "trades, numbered": of_loss(trades_loss, bullet={}, samples=torch.arange(8)),
     "trades, auto": of_loss(trades_loss, bullet={}, runner="auto"),
+    "trades, graphs": emulated(lambda: of_loss(trades_loss, bullet={}, runner=GraphRunner())()),
+    "trades, streams": emulated(lambda: of_loss(trades_loss, bullet={}, runner=StreamRunner())()),
+    "trades, captured update": emulated(of_loss(trades_loss, bullet={}, update=Update(graphs=True))),
     "trades, oracle": of_loss(trades_loss, bullet={"policy": Oracle(2)}),
     "trades, gaussian": of_loss(trades_loss, bullet={"policy": Gaussian()}),
     **{f"trades, {metric}": of_loss(trades_loss, bullet={"metric": metric}) for metric in METRICS},
