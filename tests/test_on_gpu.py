@@ -366,6 +366,15 @@ except KeyboardInterrupt:
 
 
 def test_when_the_time_is_up_the_kernels_tests_tell_what_has_failed_until_then_and_why(tmp_path, monkeypatch):
+    """Also where all was started in the background, deaf to interrupts."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        interrupted(tmp_path, monkeypatch)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def interrupted(tmp_path, monkeypatch):
     monkeypatch.setattr(kernel_tests, "pytest_command", lambda *_: [sys.executable, "-c", INTERRUPTED])
     context = Context("kernel_tests", "", time.monotonic() + 8, str(tmp_path), False, "", None, 8.0)
     assert kernel_tests.run(context) == ("failed", "1 passed, 1 failed until the time was up")

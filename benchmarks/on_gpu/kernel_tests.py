@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import subprocess
@@ -27,7 +28,15 @@ def run(context: Context) -> Verdict:
     given = pytest_command(context, ["-v", *parallel, *picked, *files])
     outcomes: dict[str, str] = {}
     told = 0.0
-    process = subprocess.Popen(given, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        given,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        # else a process that was started in the background, as this one may have been, is deaf to it
+        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+    )
     assert process.stdout is not None
     up = threading.Timer(context.left - min(TELLING, context.left / 2), process.send_signal, [signal.SIGINT])
     up.daemon = True
