@@ -84,7 +84,9 @@ class StartedAttack:
         """x' [m, ...], once the caller's stream waits for the steps."""
         self._join()
         self._join = joined  # not once more at the end of the block
-        return self._x_adv.contiguous() if self._contiguous else self._x_adv
+        if self._contiguous:
+            self._x_adv, self._contiguous = self._x_adv.contiguous(), False
+        return self._x_adv
 
 
 def start_attack(

@@ -9,7 +9,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import NoneType
 from typing import Generic, Literal, TypeVar
 
@@ -30,6 +30,7 @@ from bt_fast.attack.threat import ThreatModel
 from bt_fast.attack.wrapped import unwrapped
 from bt_fast.faults import CheckedRead, Fault
 from bt_fast.mining import STEP_FACTOR, BulletTrain, check_labels, positive, real, step_count
+from bt_fast.objectives.again import NEW_ONES, check_alike, of_another
 from bt_fast.objectives.repeated_forward import moves_batch_norm_alone
 from bt_fast.objectives.update import Computation, Terms, Update, run_update
 from bt_fast.ops.numeric import computable, kind_of
@@ -99,6 +100,7 @@ class Attack:
     Attributes:
         x: [m, ...] and y: [m] int64, in the schedule's order.
         started: what gives x'.
+        threat: what x' may be.
         moving: the number of samples with steps.
         independent: a training forward may run beside it.
         inputs: the read of what is wrong with the input, if it has not been waited for.
@@ -109,6 +111,7 @@ class Attack:
     x: Tensor
     y: Tensor
     started: StartedAttack
+    threat: ThreatModel
     moving: int
     independent: bool
     inputs: CheckedRead | None
@@ -123,6 +126,8 @@ def start(model: nn.Module, x_natural: Tensor, y: Tensor, adversary: Adversary, 
     model = unwrapped(model)
     if bullet is None:
         return _start_uniform(model, x, y, adversary, pixels)
+    if (kept := bullet.reused()) is not None:
+        return _reused(kept, x, y, adversary.threat, bullet)
     return _start_ragged(model, x, y, adversary, bullet, pixels)
 
 
@@ -150,7 +155,7 @@ def _start_uniform(model: nn.Module, x: Tensor, y: Tensor, adversary: Adversary,
         gradients.wait()
         return None
 
-    return Attack(x, y.long(), started, len(x), independent(view), inputs, report)
+    return Attack(x, y.long(), started, a.threat, len(x), independent(view), inputs, report)
 
 
 def _uniform_start(x: Tensor, adversary: Adversary) -> Tensor:
@@ -216,7 +221,17 @@ def _start_ragged(
         bullet.report_attack(assignment, faulty)
 
     moving = schedule.active[0] if schedule.active else 0
-    return Attack(clean, labels, started, moving, independent(view), None, report, assignment.order)
+    return Attack(clean, labels, started, a.threat, moving, independent(view), None, report, assignment.order)
+
+
+def _reused(kept: object, x: Tensor, y: Tensor, threat: ThreatModel, bullet: BulletTrain) -> Attack:
+    """The attack of the first pass over this minibatch, which has ended; its read tells whether it is this one."""
+    if not isinstance(kept, Attack) or kept.threat != threat:
+        made = f"with {kept.threat}" if isinstance(kept, Attack) else "by augmix_loss"
+        raise ValueError(f"again(reuse=True) has the x' made {made}, but this loss attacks with {threat}: {NEW_ONES}")
+    order = slice(None) if kept.order is None else kept.order
+    check_alike(kept.x, x)
+    return replace(kept, inputs=bullet.start_again([of_another(kept.x, x[order], kept.y, y.long()[order])]))
 
 
 def _attacked_logits(
@@ -329,6 +344,10 @@ def run(model: nn.Module, attack: Attack, computation: Computation, update: Upda
     return terms
 
 
+def _nothing_new() -> None:
+    """The report of an attack that has ended before."""
+
+
 def corrupted_rows(attack: Attack, bullet: BulletTrain | None, unperturbed: Unperturbed | None) -> int:
     """How many rows, from the first, run a corrupted forward.
 
@@ -354,6 +373,7 @@ def conclude(
     """What follows the forwards: F_R moves by z' of all samples, and the optimizer's gradients are zeroed."""
     if bullet is not None:
         bullet.update(judged, attack.y, order=attack.order)
+        bullet.keep(replace(attack, independent=False, inputs=None, report=_nothing_new))
     if optimizer is not None:
         optimizer.zero_grad()
 
