@@ -84,7 +84,7 @@ def autoattack(
         from autoattack import AutoAttack
     except ImportError as error:
         raise ImportError(f"AutoAttack is not installed: {INSTALL}") from error
-    x, y = x.detach(), y.long()
+    x, y = faults.onto_bounds(x.detach(), 0.0, 1.0), y.long()
     devices = [x.device] if x.is_cuda else []
     with torch.inference_mode(False), torch.random.fork_rng(devices), for_autoattack(model) as classifier:
         clean = _correct(classifier, x, y, batch_size)

@@ -193,9 +193,11 @@ def _correct(
     if _kind(x) != kind:
         raise ValueError(f"the images must be alike in all batches, got {_kind(x)} after {kind}")
     x, y = pixels(x.detach()), y.long()
+    outside = faults.pixels_outside(x, threat.lower, threat.upper, "the images")
+    x = faults.onto_bounds(x, threat.lower, threat.upper)
     logits = clean_logits(model, x)
     found = [
-        faults.pixels_outside(x, threat.lower, threat.upper, "the images"),
+        outside,
         faults.labels_outside(y, logits.shape[1], "the labels"),
         faults.rows_without_number(logits, "the model's logits"),
     ]

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bt_fast import ops
+from bt_fast import faults, ops
 from bt_fast.attack.frozen import gradient_of, logits_of, modes_restored
 from bt_fast.attack.pixels import Normalization, on_pixels
 from bt_fast.attack.threat import ThreatModel
@@ -57,6 +57,7 @@ def grad_align(
     with on_pixels(unwrapped(model), x_natural, normalization) as (model, pixels):
         x = pixels(x_natural).detach()
         check_values(model, x, labels)
+        x = faults.onto_bounds(x, 0.0, 1.0)
         with modes_restored(model):
             if not model.training:
                 model.train()

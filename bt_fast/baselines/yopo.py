@@ -106,6 +106,7 @@ def yopo_loss(
     with uncompiled(), torch.inference_mode(False), on_pixels(model, x_natural, normalization) as (model, pixels):
         x = pixels(x_natural).detach()
         split = _Split(model, _checked_first(model, first, x, y))
+        x = faults.onto_bounds(x, threat.lower, threat.upper)
         faulty = torch.zeros(len(x), dtype=torch.bool, device=x.device)
         attack = _Attack(split, x, threat, float(step_size), n, faulty)
         if objective == "pgd":

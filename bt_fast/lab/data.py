@@ -23,6 +23,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from bt_fast.faults import rounding_of_pixels
+
 _Array = npt.NDArray[Any]
 _Split = tuple[Tensor, Tensor]  # images uint8 [n, C, H, W], labels int64 [n]
 _Place = tuple[Path, list[list[str]]]  # a folder and the files wanted there, each with its accepted spellings
@@ -412,10 +414,18 @@ def _as_uint8(x: _Array, where: str) -> _Array:
         return x.astype(np.uint8, copy=False)
     if x.dtype not in (np.float32, np.float64):
         raise ValueError(f"{where}: found {x.dtype}, expected uint8, or float32 or float64 in [0, 1]")
+    if not np.isfinite(x).all():
+        found = f"{np.isnan(x).sum()} NaN and {np.isinf(x).sum()} infinite of {x.size} values"
+        raise ValueError(f"{where}: found {found}, expected [0, 1]: look for a division by 0 in what made them")
     least, greatest = x.min(), x.max()
-    if not (least >= 0 and greatest <= 1):  # so written, NaN fails too
-        raise ValueError(f"{where}: found floats from {least} to {greatest}, expected [0, 1]; or store uint8")
-    scaled = x * 255
+    room = rounding_of_pixels(torch.float32, 0.0, 1.0)
+    if not (least >= -room and greatest <= 1 + room):
+        found = f"floats from {least:.6g} to {greatest:.6g}"
+        raise ValueError(
+            f"{where}: found {found}, expected [0, 1]; divide bytes by 255, take a mean and a deviation out in the "
+            "model and not here, or store uint8"
+        )
+    scaled = x.clip(0, 1) * 255
     rounded: _Array = np.rint(scaled)
     error = np.abs(scaled - rounded).max()
     if error > 1e-3:

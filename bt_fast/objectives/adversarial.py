@@ -122,7 +122,9 @@ class Attack:
 def start(model: nn.Module, x_natural: Tensor, y: Tensor, adversary: Adversary, bullet: BulletTrain | None) -> Attack:
     """Start the attack on checked arguments. With `bullet` what is wrong with their values is raised here."""
     x = x_natural.detach()
-    pixels = faults.pixels_outside(x, adversary.threat.lower, adversary.threat.upper, "x_natural")
+    bounds = adversary.threat.lower, adversary.threat.upper
+    pixels = faults.pixels_outside(x, *bounds, "x_natural")
+    x = faults.onto_bounds(x, *bounds)
     model = unwrapped(model)
     if bullet is None:
         return _start_uniform(model, x, y, adversary, pixels)

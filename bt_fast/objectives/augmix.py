@@ -89,6 +89,7 @@ def _loss(
     generator: torch.Generator | None,
 ) -> Tensor:
     pixels = faults.pixels_outside(x, 0.0, 1.0, "x")
+    x = faults.onto_bounds(x, 0.0, 1.0)
     with modes_restored(model), _unchanged_by_errors(model, bullet):
         if not model.training:
             model.train()

@@ -435,8 +435,8 @@ def test_npz_floats_that_are_k_over_255_become_the_same_bytes(tmp_path, dtype):
     [
         (np.full((4, 6, 5), 0.5, np.float32), "found floats whose 255-fold is up to 0.5 from an integer"),
         (np.full((4, 6, 5), 1.5), "found floats from 1.5 to 1.5, expected [0, 1]"),
-        (np.full((4, 6, 5), -1.0), "found floats from -1.0 to -1.0, expected [0, 1]"),
-        (np.full((4, 6, 5), np.nan), "found floats from nan to nan, expected [0, 1]"),
+        (np.full((4, 6, 5), -1.0), "found floats from -1 to -1, expected [0, 1]"),
+        (np.full((4, 6, 5), np.nan), "found 120 NaN and 0 infinite of 120 values, expected [0, 1]"),
         (np.zeros((4, 6, 5), np.int64), "found int64, expected uint8, or float32 or float64"),
         (np.zeros((4, 6, 5), np.float16), "found float16, expected uint8, or float32 or float64"),
         (np.zeros((4, 3, 5, 1), np.uint8), "found [4, 3, 5, 1], where axes 1 and 3 could both be the channels"),
