@@ -19,6 +19,7 @@ from bt_fast.attack.pixels import Normalization, on_pixels
 from bt_fast.attack.threat import ThreatModel, check_threat
 from bt_fast.mining import check_labels, positive, step_count
 from bt_fast.ops.numeric import computable, kind_of
+from bt_fast.units import warn_of_units
 
 _Batch = tuple[Tensor, Tensor]
 
@@ -139,6 +140,7 @@ def evaluate(
     _check_batch(begun)
     x, kind, verdicts = begun[0].detach(), _kind(begun[0]), Verdicts(progress, first)
     bounds = (threat.lower, threat.upper)
+    warn_of_units(threat.epsilon, threat.norm, bounds, size, x[0].numel())
     with (
         torch.inference_mode(False),
         on_pixels(model, x, normalization, "the images", bounds) as (model, pixels),

@@ -13,6 +13,7 @@ from bt_fast.attack.threat import ThreatModel
 from bt_fast.attack.wrapped import unwrapped
 from bt_fast.baselines.values import SCALE, check_values
 from bt_fast.objectives import adversarial
+from bt_fast.units import warn_of_units
 
 
 def grad_align(
@@ -53,6 +54,7 @@ def grad_align(
     """
     epsilon = ThreatModel(epsilon).epsilon
     adversarial.check(x_natural, y, None, epsilon, 1, None, generator, None, None)
+    warn_of_units(epsilon)
     labels = y.long()
     with on_pixels(unwrapped(model), x_natural, normalization) as (model, pixels):
         x = pixels(x_natural).detach()

@@ -35,6 +35,7 @@ from bt_fast.objectives.repeated_forward import moves_batch_norm_alone
 from bt_fast.objectives.update import Computation, Terms, Update, run_update
 from bt_fast.ops.numeric import computable, kind_of
 from bt_fast.ranges import MINING, UPDATE, range_
+from bt_fast.units import warn_of_units
 
 InnerLoss = Literal["kl", "cross_entropy"]
 Unperturbed = Literal["keep", "skip"]
@@ -122,7 +123,9 @@ class Attack:
 def start(model: nn.Module, x_natural: Tensor, y: Tensor, adversary: Adversary, bullet: BulletTrain | None) -> Attack:
     """Start the attack on checked arguments. With `bullet` what is wrong with their values is raised here."""
     x = x_natural.detach()
-    bounds = adversary.threat.lower, adversary.threat.upper
+    threat = adversary.threat
+    bounds = threat.lower, threat.upper
+    warn_of_units(threat.epsilon, threat.norm, bounds, adversary.step_size, x[0].numel())
     pixels = faults.pixels_outside(x, *bounds, "x_natural")
     x = faults.onto_bounds(x, *bounds)
     model = unwrapped(model)
