@@ -1,0 +1,67 @@
+"""A model that returns something else than logits: the error shows the wrapper that makes it fit, and it does."""
+
+import re
+from collections import OrderedDict, namedtuple
+from types import SimpleNamespace
+
+import pytest
+import torch
+from small_models import assert_unchanged, batch, conv_bn, snapshot
+from torch import nn
+
+from bt_fast import BulletTrain, Frozen, augmix_loss, mart_loss, pgd_loss, trades_loss
+from bt_fast.attack.threat import ThreatModel
+from bt_fast.baselines.grad_align import grad_align
+from bt_fast.baselines.yopo import yopo_loss
+from bt_fast.evaluation import evaluate
+
+Output = namedtuple("Output", ["loss", "logits"])
+RETURNS = {
+    "a tuple": lambda z: (z, z.sum()),
+    "a tuple with features first": lambda z: (z[:, :, None], z),
+    "a list": lambda z: [z],
+    "a named tuple": lambda z: Output(None, z),
+    "a dict": lambda z: {"logits": z},
+    "a dict of another key": lambda z: OrderedDict(loss=None, out=z),
+    "an object": lambda z: SimpleNamespace(logits=z),
+}
+CALLS = {
+    "trades": lambda m, x, y: trades_loss(m, x, y, None),
+    "mart, bullet": lambda m, x, y: mart_loss(m, x, y, None, bullet=BulletTrain(2, 1, 0)),
+    "pgd, frozen": lambda m, x, y: pgd_loss(m, x, y, None, frozen=Frozen(channels_last=False)),
+    "augmix": augmix_loss,
+    "augmix, bullet": lambda m, x, y: augmix_loss(m, x, y, bullet=BulletTrain(1, 0, 0)),
+    "yopo": lambda m, x, y: yopo_loss(m, x, y, None, propagations=1, layer_steps=1),
+    "grad_align": lambda m, x, y: grad_align(m, x, y, epsilon=0.03),
+    "evaluate": lambda m, x, y: evaluate(m, [(x, y)], ThreatModel(0.03), steps=1),
+}
+
+
+class Returning(nn.Module):
+    def __init__(self, returns):
+        super().__init__()
+        self.body, self.returns = conv_bn().double(), returns
+
+    def forward(self, x):
+        return self.returns(self.body(x))
+
+
+@pytest.mark.filterwarnings("ignore:the attack runs on the model as it is")
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+@pytest.mark.parametrize("returns", RETURNS.values(), ids=RETURNS)
+def test_the_wrapper_of_the_message_makes_it_fit(call, returns):
+    model, (x, y) = Returning(returns), batch()
+    before = snapshot(model)
+    with pytest.raises(TypeError, match="model must return a floating-point tensor of logits, got") as told:
+        call(model, x, y)
+    assert_unchanged(before, model)
+    scope = {"torch": torch, "model": model}
+    exec(re.search(r"`(class .*)`$", str(told.value))[1], scope)
+    assert eval(re.search(r"such as (\S+) of", str(told.value))[1], scope)(x).shape == (8, 5)
+    call(scope["Logits"](model), x, y)
+
+
+@pytest.mark.parametrize("returns", [lambda z: None, lambda z: z.long(), lambda z: 3], ids=["nothing", "integers", "3"])
+def test_where_there_are_no_logits_it_is_said_what_they_are(returns):
+    with pytest.raises(TypeError, match=r"let its forward return the scores of the classes before any softmax"):
+        trades_loss(Returning(returns), *batch(), None)
