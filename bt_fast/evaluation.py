@@ -161,10 +161,13 @@ def evaluate(
 def _check_batch(batch: _Batch) -> None:
     pair: Any = batch
     if not isinstance(pair, (tuple, list)) or len(pair) != 2:
-        raise TypeError(f"batches must hold pairs of images and labels, got {type(batch).__name__}")
+        raise TypeError(
+            f"batches must hold pairs of images and labels, got {type(batch).__name__}: of others write "
+            "((b['image'], b['label']) for b in loader), and of one pair [(x, y)]"
+        )
     x, y = batch
     if not isinstance(x, Tensor) or not computable(x):
-        raise TypeError(f"the images must be floating point, got {kind_of(x)}")
+        raise TypeError(f"the images must be floating point, got {kind_of(x)}: of bytes write x.float() / 255")
     if x.dim() == 0 or x.numel() == 0:
         raise ValueError(f"the images must be at least 1 in each batch, got shape {list(x.shape)}")
     check_labels(y, len(x), x.device, "the labels")

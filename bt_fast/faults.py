@@ -175,7 +175,10 @@ def unfit_faults(unfit: Tensor, counts: Tensor, classes: int, names: tuple[str, 
 
 
 def _outside_message(m: int, classes: int, name: str) -> str:
-    return f"{name} must lie in 0..{classes - 1}, but {{count}} of {m} do not"
+    return (
+        f"{name} must lie in 0..{classes - 1}, but {{count}} of {m} do not: let them begin at 0, and the model have a "
+        "logit for each class"
+    )
 
 
 def _without_number_message(m: int, name: str) -> str:

@@ -784,13 +784,22 @@ def check_logits_and_labels(logits: Tensor, labels: Tensor) -> None:
 def check_labels(labels: Tensor, m: int, device: torch.device, name: str = "labels") -> None:
     """Raise TypeError or ValueError that names `name` unless labels are integers [m] on the device."""
     if not isinstance(labels, Tensor):
-        raise TypeError(f"{name} must be a tensor of integers, got {type(labels).__name__}")
+        raise TypeError(f"{name} must be a tensor of integers, got {type(labels).__name__}: write torch.as_tensor(...)")
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise TypeError(f"{name} must be integers, got {labels.dtype}")
+        instead = ".argmax(dim=1), if they are one-hot" if labels.dim() == 2 else ".long()"
+        raise TypeError(f"{name} must be integers, got {labels.dtype}: write {name}{instead}")
     if labels.shape != (m,):
-        raise ValueError(f"{name} must have shape [{m}], one for each sample, got {list(labels.shape)}")
+        instead = f"give as many {name} as images"
+        if labels.dim() == 2 and len(labels) == m:
+            instead = f"write {name}" + (
+                ".squeeze(1)" if labels.shape[1] == 1 else ".argmax(dim=1), if they are one-hot"
+            )
+        found = list(labels.shape)
+        raise ValueError(f"{name} must have shape [{m}], one for each sample, got {found}: {instead}")
     if labels.device != device:
-        raise ValueError(f"{name} must be on {device} like the samples, but are on {labels.device}")
+        raise ValueError(
+            f"{name} must be on {device} like the samples, but are on {labels.device}: write {name}.to({str(device)!r})"
+        )
 
 
 def step_count(name: str, value: SupportsIndex, least: int = 0) -> int:

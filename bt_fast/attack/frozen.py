@@ -29,7 +29,9 @@ def modes_restored(model: nn.Module) -> Iterator[None]:
         TypeError: the model is no module.
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        raise TypeError(
+            f"model must be a torch.nn.Module, got {type(model).__name__}: of a function make the forward of one"
+        )
     found = [(module, module.training) for module in model.modules()]
     try:
         yield

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -311,7 +312,8 @@ def load_published(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     if found.normalization is None:
         return model
     weight = next(model.parameters())
-    front = Normalize(found.normalization.mean, found.normalization.std)
+    with torch.device("cpu"):  # not the caller's default device
+        front = Normalize(found.normalization.mean, found.normalization.std)
     return nn.Sequential(front.to(weight.device, weight.dtype), model).train(model.training)
 
 

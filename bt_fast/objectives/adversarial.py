@@ -385,6 +385,8 @@ def conclude(
 
 # Arguments
 
+AS_FLOATS = "of bytes write x.float() / 255"
+
 
 def check(
     x: Tensor,
@@ -403,9 +405,12 @@ def check(
     if not isinstance(x, Tensor):
         raise TypeError(f"x_natural must be a tensor of images, got {type(x).__name__}")
     if not computable(x):
-        raise TypeError(f"x_natural must be floating-point images, got {kind_of(x)}")
+        raise TypeError(f"x_natural must be floating-point images, got {kind_of(x)}: {AS_FLOATS}")
     if x.dim() < 2 or x.numel() == 0:
-        raise ValueError(f"x_natural must have shape [m, ...] with m >= 1, got {list(x.shape)}")
+        raise ValueError(
+            f"x_natural must have shape [m, ...] with m >= 1, got {list(x.shape)}: of one image write x[None], and "
+            "leave empty minibatches out"
+        )
     check_labels(y, len(x), x.device, "y")
     if samples is not None:
         check_labels(samples, len(x), x.device, "samples")
@@ -417,7 +422,10 @@ def check(
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator must be a torch.Generator or None, got {type(generator).__name__}")
     if generator is not None and generator.device.type != x.device.type:
-        raise ValueError(f"generator must be on {x.device} like the images, but is on {generator.device}")
+        raise ValueError(
+            f"generator must be on {x.device} like the images, but is on {generator.device}: write "
+            f"torch.Generator({str(x.device)!r})"
+        )
     if frozen is not None and not isinstance(frozen, Frozen):
         raise TypeError(f"frozen must be a Frozen or None, got {type(frozen).__name__}")
     if update is not None and not isinstance(update, Update):

@@ -65,3 +65,33 @@ def test_the_wrapper_of_the_message_makes_it_fit(call, returns):
 def test_where_there_are_no_logits_it_is_said_what_they_are(returns):
     with pytest.raises(TypeError, match=r"let its forward return the scores of the classes before any softmax"):
         trades_loss(Returning(returns), *batch(), None)
+
+
+LABELS = {
+    "floats": (lambda x, y: (x, y.double()), r"y must be integers, got torch\.float64: write y\.long\(\)$"),
+    "one-hot": (lambda x, y: (x, torch.eye(5)[y]), r"write y\.argmax\(dim=1\), if they are one-hot$"),
+    "one-hot integers": (lambda x, y: (x, torch.eye(5)[y].long()), r"write y\.argmax\(dim=1\), if they are one-hot$"),
+    "a column": (lambda x, y: (x, y[:, None]), r"got \[8, 1\]: write y\.squeeze\(1\)$"),
+    "fewer": (lambda x, y: (x, y[:3]), r"got \[3\]: give as many y as images$"),
+    "from 1": (lambda x, y: (x, torch.arange(8) % 5 + 1), r"y must lie in 0\.\.4, .*: let them begin at 0, and the model have a logit"),
+    "a list": (lambda x, y: (x, y.tolist()), r"got list: write torch\.as_tensor"),
+    "bytes": (lambda x, y: ((x * 255).byte(), y), r"got torch\.uint8: of bytes write x\.float\(\) / 255$"),
+}
+
+
+@pytest.mark.parametrize(("spoilt", "message"), LABELS.values(), ids=LABELS)
+def test_images_and_labels_of_another_kind_are_told_with_what_to_write(spoilt, message):
+    x, y = spoilt(*batch())
+    with pytest.raises((TypeError, ValueError), match=message):
+        trades_loss(conv_bn().double(), x, y, None)
+
+
+def test_a_loader_of_dicts_is_told_with_what_to_write():
+    x, y = batch()
+    with pytest.raises(TypeError, match=r"write \(\(b\['image'\], b\['label'\]\) for b in loader\)"):
+        evaluate(conv_bn().double(), [{"image": x, "label": y}], ThreatModel(0.03))
+
+
+def test_a_function_is_told_to_be_a_module():
+    with pytest.raises(TypeError, match=r"got function: of a function make the forward of one$"):
+        trades_loss(lambda x: x, *batch(), None)
