@@ -73,7 +73,10 @@ LABELS = {
     "one-hot integers": (lambda x, y: (x, torch.eye(5)[y].long()), r"write y\.argmax\(dim=1\), if they are one-hot$"),
     "a column": (lambda x, y: (x, y[:, None]), r"got \[8, 1\]: write y\.squeeze\(1\)$"),
     "fewer": (lambda x, y: (x, y[:3]), r"got \[3\]: give as many y as images$"),
-    "from 1": (lambda x, y: (x, torch.arange(8) % 5 + 1), r"y must lie in 0\.\.4, .*: let them begin at 0, and the model have a logit"),
+    "from 1": (
+        lambda x, y: (x, torch.arange(8) % 5 + 1),
+        r"y must lie in 0\.\.4, .*: let them begin at 0, and the model have a logit",
+    ),
     "a list": (lambda x, y: (x, y.tolist()), r"got list: write torch\.as_tensor"),
     "bytes": (lambda x, y: ((x * 255).byte(), y), r"got torch\.uint8: of bytes write x\.float\(\) / 255$"),
 }
