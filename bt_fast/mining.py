@@ -307,9 +307,13 @@ class BulletTrain(nn.Module):
     def reused(self) -> object:
         """What the minibatch's objective kept, where a further pass is to reuse it; None where x' is to be made.
 
+        An objective asks it first of all: outside of a block of `again` a new minibatch begins with it.
+
         Raises:
             RuntimeError: it is to be reused, but nothing was kept.
         """
+        if self._counts_now:
+            self._forget()
         if self._reuse and self._kept is None:
             raise RuntimeError(
                 "again(reuse=True) takes the x' that a loss of bt_fast made with bullet=, but the last minibatch had "

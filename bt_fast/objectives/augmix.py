@@ -135,8 +135,8 @@ def _loss_of_boundary(
 ) -> Tensor:
     """The loss with BulletTrain. Its one read tells how many samples to augment."""
     with range_(MINING):
-        clean = logits_of(model, x)
         kept = bullet.reused()
+        clean = logits_of(model, x)
         if kept is None:
             assignment = bullet.start_assignment(clean, y, inputs=[pixels], names=("the model's logits", "y"))
             boundary = assignment.order[: assignment.active_counts[0]]
