@@ -15,6 +15,7 @@ from bt_fast.attack.threat import ThreatModel, check_threat
 from bt_fast.evaluation import Accuracy
 from bt_fast.mining import check_labels, step_count
 from bt_fast.ops.numeric import computable, kind_of
+from bt_fast.units import warn_of_units
 
 INSTALL = "pip install git+https://github.com/fra31/auto-attack"
 VERSIONS = ("standard", "plus", "rand")
@@ -84,7 +85,8 @@ def autoattack(
         from autoattack import AutoAttack
     except ImportError as error:
         raise ImportError(f"AutoAttack is not installed: {INSTALL}") from error
-    x, y = x.detach(), y.long()
+    warn_of_units(threat.epsilon, threat.norm, pixels=x[0].numel())
+    x, y = faults.onto_bounds(x.detach(), 0.0, 1.0), y.long()
     devices = [x.device] if x.is_cuda else []
     with torch.inference_mode(False), torch.random.fork_rng(devices), for_autoattack(model) as classifier:
         clean = _correct(classifier, x, y, batch_size)

@@ -19,6 +19,7 @@ from bt_fast.attack.pixels import Normalization, on_pixels
 from bt_fast.attack.threat import ThreatModel, check_threat
 from bt_fast.mining import check_labels, positive, step_count
 from bt_fast.ops.numeric import computable, kind_of
+from bt_fast.units import warn_of_units
 
 _Batch = tuple[Tensor, Tensor]
 
@@ -139,6 +140,7 @@ def evaluate(
     _check_batch(begun)
     x, kind, verdicts = begun[0].detach(), _kind(begun[0]), Verdicts(progress, first)
     bounds = (threat.lower, threat.upper)
+    warn_of_units(threat.epsilon, threat.norm, bounds, size, x[0].numel())
     with (
         torch.inference_mode(False),
         on_pixels(model, x, normalization, "the images", bounds) as (model, pixels),
@@ -159,10 +161,13 @@ def evaluate(
 def _check_batch(batch: _Batch) -> None:
     pair: Any = batch
     if not isinstance(pair, (tuple, list)) or len(pair) != 2:
-        raise TypeError(f"batches must hold pairs of images and labels, got {type(batch).__name__}")
+        raise TypeError(
+            f"batches must hold pairs of images and labels, got {type(batch).__name__}: of others write "
+            "((b['image'], b['label']) for b in loader), and of one pair [(x, y)]"
+        )
     x, y = batch
     if not isinstance(x, Tensor) or not computable(x):
-        raise TypeError(f"the images must be floating point, got {kind_of(x)}")
+        raise TypeError(f"the images must be floating point, got {kind_of(x)}: of bytes write x.float() / 255")
     if x.dim() == 0 or x.numel() == 0:
         raise ValueError(f"the images must be at least 1 in each batch, got shape {list(x.shape)}")
     check_labels(y, len(x), x.device, "the labels")
@@ -193,9 +198,11 @@ def _correct(
     if _kind(x) != kind:
         raise ValueError(f"the images must be alike in all batches, got {_kind(x)} after {kind}")
     x, y = pixels(x.detach()), y.long()
+    outside = faults.pixels_outside(x, threat.lower, threat.upper, "the images")
+    x = faults.onto_bounds(x, threat.lower, threat.upper)
     logits = clean_logits(model, x)
     found = [
-        faults.pixels_outside(x, threat.lower, threat.upper, "the images"),
+        outside,
         faults.labels_outside(y, logits.shape[1], "the labels"),
         faults.rows_without_number(logits, "the model's logits"),
     ]

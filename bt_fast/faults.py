@@ -43,12 +43,14 @@ class Fault:
         samples: gives the indices of the samples of a `NonFiniteError` (int64 [n], on the device), and is asked only
             when the fault is told. Without it the fault is a plain ValueError.
         earlier: as in `NonFiniteError`.
+        detail: gives the end of the sentence, and is asked only then too: it may wait for the device.
     """
 
     count: Tensor
     message: str
     samples: Callable[[], Tensor] | None = None
     earlier: bool = False
+    detail: Callable[[], str] | None = None
 
     def error(self, count: int) -> ValueError:
         """What to raise.
@@ -56,7 +58,7 @@ class Fault:
         Args:
             count: how often it was, as the host has read it.
         """
-        message = self.message.format(count=count)
+        message = self.message.format(count=count) + (self.detail() if self.detail else "")
         if self.samples is None:
             return ValueError(message)
         samples = self.samples().tolist()
@@ -70,10 +72,48 @@ def told(samples: Sequence[int], name: str = "samples") -> str:
 
 
 def pixels_outside(x: Tensor, lower: float, upper: float, name: str) -> Fault:
-    """1 where `x` (any shape, floating point) has a value outside [lower, upper], or NaN; else 0."""
-    least, greatest = torch.aminmax(x.detach())
-    inside = (least >= lower) & (greatest <= upper)  # False for NaN, which aminmax passes on
-    return Fault((~inside).long(), f"{name} must lie in [{lower:g}, {upper:g}], but has pixels outside it or NaN")
+    """1 where `x` (any shape, floating point) has a value outside [lower, upper] by more than rounding, or NaN; else 0.
+
+    What is outside by rounding alone, `onto_bounds` puts right.
+    """
+    x, room = x.detach(), rounding_of_pixels(x.dtype, lower, upper)
+    least, greatest = torch.aminmax(x)
+    inside = (least >= lower - room) & (greatest <= upper + room)  # False for NaN, which aminmax passes on
+    return Fault(
+        (~inside).long(),
+        f"{name} must lie in [{lower:g}, {upper:g}]",
+        detail=lambda: ", but " + _of_pixels(x, lower, upper),
+    )
+
+
+def rounding_of_pixels(dtype: torch.dtype, lower: float, upper: float) -> float:
+    """How far outside its bounds a pixel may be by rounding: 4 units in the last place of the larger bound.
+
+    Of float32 in float64 too, through which most images have come.
+    """
+    return 4.0 * max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps) * max(abs(lower), abs(upper))
+
+
+def onto_bounds(x: Tensor, lower: float, upper: float) -> Tensor:
+    """A copy of `x` with each value in [lower, upper], for what `pixels_outside` takes for rounding."""
+    return x.clamp(lower, upper)
+
+
+def _of_pixels(x: Tensor, lower: float, upper: float) -> str:
+    """What is wrong with pixels, and what to do. Waits for the device."""
+    for kind, count in (("NaN", int(x.isnan().sum())), ("infinite", int(x.isinf().sum()))):
+        if count:
+            return f"{count} of {x.numel()} pixels are {kind}: look for a division by 0 in what makes the images"
+    least, greatest = (float(value) for value in torch.aminmax(x))
+    found = f"its values are from {least:.6g} to {greatest:.6g}: "
+    if least >= 0 and greatest > 2 * upper and greatest <= 255:
+        return found + "bytes as floats? Divide them by 255"
+    if least < lower and (lower, upper) == (0.0, 1.0):
+        return found + (
+            "if your loader normalises the images, say how with normalization=Normalization(mean, std), or leave that "
+            "to the model: nn.Sequential(Normalize(mean, std), model)"
+        )
+    return found + f"if they are meant to, move them there with .clamp({lower:g}, {upper:g})"
 
 
 def labels_outside(labels: Tensor, classes: int, name: str) -> Fault:
@@ -135,7 +175,10 @@ def unfit_faults(unfit: Tensor, counts: Tensor, classes: int, names: tuple[str, 
 
 
 def _outside_message(m: int, classes: int, name: str) -> str:
-    return f"{name} must lie in 0..{classes - 1}, but {{count}} of {m} do not"
+    return (
+        f"{name} must lie in 0..{classes - 1}, but {{count}} of {m} do not: let them begin at 0, and the model have a "
+        "logit for each class"
+    )
 
 
 def _without_number_message(m: int, name: str) -> str:
@@ -193,8 +236,11 @@ class OfRanks(Sequence[Fault]):
         if i >= self._count * each:
             return self._of_all[i - self._count * each]
         rank, fault = i // each, self._own[i % each]
-        samples = fault.samples if rank == self._rank or fault.samples is None else _nobody
-        return Fault(fault.count, f"rank {rank}: {fault.message}", samples, fault.earlier)
+        own = rank == self._rank
+        samples = fault.samples if own or fault.samples is None else _nobody
+        return Fault(
+            fault.count, f"rank {rank}: {fault.message}", samples, fault.earlier, fault.detail if own else None
+        )
 
 
 def _nobody() -> Tensor:

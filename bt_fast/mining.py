@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import numbers
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, SupportsIndex
 
@@ -41,6 +42,7 @@ class Assignment:
         counts: the numbers that the host needs, on their way to it; `assign` has waited for them.
         most_steps: no sample has more.
         ranks: what the process group's ranks told each other, if there is one.
+        counted: whether it is in `group_counts`: one of a further pass over a minibatch (`again`) is not.
     """
 
     group: Tensor
@@ -54,6 +56,7 @@ class Assignment:
     counts: CheckedRead
     most_steps: int
     ranks: Together | None = None
+    counted: bool = True
 
     @property
     def active_counts(self) -> tuple[int, ...]:
@@ -154,6 +157,11 @@ class BulletTrain(nn.Module):
     unreported_faults: Tensor
     unreported_gradients: Tensor
 
+    # of the last minibatch, for a further pass over it; neither saved nor copied
+    _fraction_before: Tensor | None = None  # F_R as it was for it; None where no update has ended it
+    _kept: object = None  # what its objective made of it
+    _reuse: bool | None = None  # in a block of `again`: what its caller said
+
     def __init__(
         self,
         boundary_steps: int = 10,
@@ -179,7 +187,8 @@ class BulletTrain(nn.Module):
         self.metric = allocation.rule_of("metric", metric, METRICS)
         self.policy = allocation.rule_of("policy", policy, POLICIES)
         self.process_group = process_group
-        self._unsettled: Callable[[], Tensor] | None = None  # the sum over the ranks by which F_R is about to move
+        # the sum over the ranks by which F_R is about to move, and whether it is
+        self._unsettled: tuple[Callable[[], Tensor], bool] | None = None
         self._faulty_gradients: Tensor | None = None  # of this rank's attack, to be told with the next update
         by_group = self.policy is allocation.three_groups
         self.register_buffer("robust_fraction", torch.zeros((), dtype=torch.float64))
@@ -208,7 +217,8 @@ class BulletTrain(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         self._settle()
-        return self.__dict__
+        passing = ("_fraction_before", "_kept", "_reuse")
+        return {name: value for name, value in self.__dict__.items() if name not in passing}
 
     def _save_to_state_dict(self, *args: Any) -> None:
         self._settle()
@@ -217,6 +227,7 @@ class BulletTrain(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> BulletTrain:
         """Follow the moves of the module that holds this one, not its casts: in 16 bits F_R would stand still."""
         exact = self.robust_fraction
+        self._forget()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.robust_fraction.dtype != torch.float64:
             self.robust_fraction = exact.to(self.robust_fraction.device)
@@ -237,10 +248,105 @@ class BulletTrain(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Load a state that was saved before there were policies, or with that of three groups."""
         self._settle()
+        self._forget()
         name, counts = f"{prefix}steps_assigned", state_dict.get(f"{prefix}group_counts", ())
         if self.steps_assigned is not None and name not in state_dict and getattr(counts, "shape", None) == (3,):
             state_dict[name] = sum(n * counts[group] for group, n in enumerate(self._group_steps))
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    @contextmanager
+    def again(self, *, reuse: bool = True) -> Iterator[None]:
+        """A further pass over the last minibatch: in the block a loss moves neither F_R nor any count.
+
+        For optimizers that look at one minibatch's loss at several weights, such as sharpness-aware ones:
+
+        ```python
+        trades_loss(model, x, y, optimizer, bullet=bullet).backward()
+        move_weights_up()
+        with bullet.again():
+            trades_loss(model, x, y, optimizer, bullet=bullet).backward()
+        move_weights_back()
+        optimizer.step()
+        ```
+
+        The last minibatch is that of the last call outside of such a block. What it left on the device stays until the
+        next one begins. With micro-batches go over each again before the next.
+
+        Args:
+            reuse: whether the losses in the block take the x' of the first pass (of `augmix_loss`: its views), with
+                the steps that made them, and run only the update's forwards. Off, the samples are judged at the
+                weights as they are now, by F_R as it was for the first pass, and attacked anew.
+
+        Raises:
+            TypeError: reuse is no bool.
+            RuntimeError: there is no last minibatch: none yet, the last one ended with an error, or the module was
+                moved or loaded since.
+        """
+        if not isinstance(reuse, bool):
+            raise TypeError(f"reuse must be True (the x' of the first pass) or False (made anew), got {reuse!r}")
+        if self._fraction_before is None:
+            raise RuntimeError(
+                "again goes over the last minibatch once more, but there is none that ended without an error: call the "
+                "loss with bullet= (or assign and update) first, outside of the block of `with bullet.again():`"
+            )
+        outer, self._reuse = self._reuse, reuse
+        try:
+            yield
+        finally:
+            self._reuse = outer
+
+    def keep(self, made: object) -> None:
+        """Hold what an objective made of a minibatch, until the next one begins; not in a further pass.
+
+        Args:
+            made: what `reused` is to return.
+        """
+        if self._reuse is None:
+            self._kept = made
+
+    def reused(self) -> object:
+        """What the minibatch's objective kept, where a further pass is to reuse it; None where x' is to be made.
+
+        An objective asks it first of all: outside of a block of `again` a new minibatch begins with it.
+
+        Raises:
+            RuntimeError: it is to be reused, but nothing was kept.
+        """
+        if self._counts_now:
+            self._forget()
+        if self._reuse and self._kept is None:
+            raise RuntimeError(
+                "again(reuse=True) takes the x' that a loss of bt_fast made with bullet=, but the last minibatch had "
+                "none: write `with bullet.again(reuse=False):`"
+            )
+        return self._kept if self._reuse else None
+
+    def start_again(self, found: Sequence[Fault]) -> CheckedRead:
+        """The read of a pass that assigns nothing: what earlier updates left to be told, and what was found now.
+
+        Args:
+            found: faults of this process; in a process group every rank must call this, and all raise.
+        """
+        counts = faults.counts_of(found)
+        if self.ranks is not None:
+            counts = self.ranks.start_sum(counts)()
+        told = [*self._earlier_faults(), *found]
+        read = CheckedRead(torch.cat([faults.counts_of(told[:EARLIER]), counts]), told)
+        self._earlier_told()
+        return read
+
+    @property
+    def _counts_now(self) -> bool:
+        return self._reuse is None
+
+    def _forget(self) -> None:
+        """Let go of the last minibatch."""
+        self._fraction_before = self._kept = None
+
+    def _deciding_fraction(self) -> Tensor:
+        """F_R by which samples are judged: in a further pass that of the first."""
+        before = self._fraction_before
+        return self.robust_fraction if self._counts_now or before is None else before
 
     def assign(
         self,
@@ -303,23 +409,11 @@ class BulletTrain(nn.Module):
         if step_size is not None:
             step_size = positive("step_size", step_size)
         logits, labels = logits.detach(), labels.long()
+        if self._counts_now:
+            self._forget()
 
         svar, correct, probabilities, unfit = ops.signed_variance(logits, labels)
-        found = [
-            Fault(
-                self.unreported_faults,
-                "an earlier update met NaN logits or labels out of range: F_R was not moved by it",
-                lambda: torch.empty(0, dtype=torch.int64, device="cpu"),
-                earlier=True,
-            ),
-            Fault(
-                self.unreported_gradients,
-                "the model's input gradient must be finite, but held NaN for {count} samples of earlier attacks",
-                lambda: faults.marked(*self._last_attack),
-                earlier=True,
-            ),
-            *inputs,
-        ]
+        found = [*self._earlier_faults(), *inputs]
         certainty = svar
         if self.metric is not allocation.signed_variance:
             certainty = allocation.certainty_of(self.metric, logits, labels)
@@ -340,8 +434,7 @@ class BulletTrain(nn.Module):
         else:
             attacked = None if attacked_logits is None else ops.signed_variance(attacked_logits.detach(), labels)
             decided = self._decide_by_policy(seen, attacked, of_attack)
-        self.unreported_faults.zero_()
-        self.unreported_gradients.zero_()
+        self._earlier_told()
         return Assignment(
             group=decided.group,
             steps=decided.steps,
@@ -354,19 +447,41 @@ class BulletTrain(nn.Module):
             counts=CheckedRead(decided.counts, decided.faults),
             most_steps=max(self._group_steps),
             ranks=decided.ranks,
+            counted=self._counts_now,
         )
+
+    def _earlier_faults(self) -> list[Fault]:
+        """What earlier updates left to be told."""
+        return [
+            Fault(
+                self.unreported_faults,
+                "an earlier update met NaN logits or labels out of range: F_R was not moved by it",
+                lambda: torch.empty(0, dtype=torch.int64, device="cpu"),
+                earlier=True,
+            ),
+            Fault(
+                self.unreported_gradients,
+                "the model's input gradient must be finite, but held NaN for {count} samples of earlier attacks",
+                lambda: faults.marked(*self._last_attack),
+                earlier=True,
+            ),
+        ]
+
+    def _earlier_told(self) -> None:
+        self.unreported_faults.zero_()
+        self.unreported_gradients.zero_()
 
     def _decide_by_group(self, seen: _Seen) -> _Decided:
         """The paper's rule, for this process alone: one op."""
         threshold, group, steps, step_size, order, counts = ops.assign_steps(
             seen.certainty,
             seen.correct,
-            self.robust_fraction,
+            self._deciding_fraction(),
             self._group_steps,
             seen.sizes,
             seen.unfit,
             faults.counts_of(seen.found),
-            self.group_counts,
+            self.group_counts if self._counts_now else torch.zeros_like(self.group_counts),
         )
         told = [*seen.found, *seen.unfit_faults(counts[-2:])]
         return _Decided(threshold, group, steps, step_size, order, counts, told)
@@ -379,12 +494,13 @@ class BulletTrain(nn.Module):
         Args:
             attacked: of the attacked logits, for an Oracle; of_attack: the faults of its attack, told last.
         """
-        threshold = ops.robust_threshold(seen.certainty, self.robust_fraction)
+        fraction = self._deciding_fraction()
+        threshold = ops.robust_threshold(seen.certainty, fraction)
         group, late = self._groups(seen.certainty, seen.correct, threshold), list(of_attack)
         if isinstance(self.policy, Oracle) and attacked is not None:
             group = self.policy.groups(seen.correct, attacked.correct)
             late.append(faults.marked_rows(attacked.unfit & 1, "attacked_logits"))
-        judged = Judged(seen.certainty, seen.correct, group, threshold, self.robust_fraction, self._group_steps)
+        judged = Judged(seen.certainty, seen.correct, group, threshold, fraction, self._group_steps)
         steps, outside = self._steps_of_policy(judged)
         unfit = torch.stack([(seen.unfit & bit > 0).sum() for bit in (1, 2)])
         told = [*seen.found, *seen.unfit_faults(unfit), *late, outside]
@@ -409,11 +525,10 @@ class BulletTrain(nn.Module):
         counted = faults.counts_of(found) if found else state[:0]
         all_of_them = ranks.gather(seen.certainty, seen.correct, seen.unfit, state, counted)
         there = all_of_them.there
-        threshold = ops.robust_threshold(all_of_them.certainty, self.robust_fraction, there.sum())
+        fraction = self._deciding_fraction()
+        threshold = ops.robust_threshold(all_of_them.certainty, fraction, there.sum())
         group = self._groups(all_of_them.certainty, all_of_them.correct, threshold)
-        judged = Judged(
-            all_of_them.certainty, all_of_them.correct, group, threshold, self.robust_fraction, self._group_steps
-        )
+        judged = Judged(all_of_them.certainty, all_of_them.correct, group, threshold, fraction, self._group_steps)
         steps, outside = self._steps_of_policy(judged, there)
         unfit = torch.stack([(all_of_them.unfit & bit > 0).view(ranks.count, -1).sum(dim=1) for bit in (1, 2)], dim=1)
         of_ranks = torch.cat([all_of_them.faults, unfit, all_of_them.too_many[:, None]], dim=1)
@@ -451,7 +566,7 @@ class BulletTrain(nn.Module):
 
     def _groups(self, certainty: Tensor, correct: Tensor, threshold: Tensor) -> Tensor:
         """Eq. 6: [m] int64."""
-        robust = (certainty.double() >= threshold) & (self.robust_fraction > 0)
+        robust = (certainty.double() >= threshold) & (self._deciding_fraction() > 0)
         return correct.long() + (correct & robust)  # OUTLIER, BOUNDARY, ROBUST are 0, 1, 2
 
     def _steps_of_policy(self, judged: Judged, there: Tensor | None = None) -> tuple[Tensor, Fault]:
@@ -465,6 +580,8 @@ class BulletTrain(nn.Module):
 
     def _count(self, sizes: Tensor, steps: Tensor, sound: Tensor) -> None:
         """Add a minibatch's groups [3] and steps to what has been assigned, unless something is wrong."""
+        if not self._counts_now:
+            return
         self.group_counts += sizes * sound
         if self.steps_assigned is not None:
             self.steps_assigned += steps * sound
@@ -497,9 +614,9 @@ class BulletTrain(nn.Module):
         In a process group it still counts, since the other ranks' attacks may have run, and all count the same.
 
         Args:
-            assignment: one of this module's, which has counted.
+            assignment: one of this module's; one that was not counted changes nothing.
         """
-        if self.ranks is not None:
+        if self.ranks is not None or not assignment.counted:
             return
         self.group_counts -= torch.tensor(assignment.group_sizes, device=self.group_counts.device)
         if self.steps_assigned is not None:
@@ -510,7 +627,7 @@ class BulletTrain(nn.Module):
 
         Logits with NaN leave F_R unchanged. On the CPU they raise at once; on a GPU, where that would mean to wait for
         the device, and in a process group, they raise with the next assignment's read. The ranks' sum is on its way
-        while the backward runs, and F_R moves when it is read.
+        while the backward runs, and F_R moves when it is read. In a block of `again` F_R stays, and all else is so.
 
         Args:
             adversarial_logits: [m, K] floating point, m ≥ 1, of all m corrupted samples.
@@ -531,7 +648,9 @@ class BulletTrain(nn.Module):
             hits, faulty = ops.adversarial_hits(logits, labels)
             m, gradients = hits.new_full((), len(labels)), self._faulty_gradients
             told = [hits, m, faulty.long(), hits.new_zeros(()) if gradients is None else gradients.long()]
-            self._faulty_gradients, self._unsettled = None, self.ranks.start_sum(torch.stack(told))
+            self._faulty_gradients = None
+            self._begin_move()
+            self._unsettled = self.ranks.start_sum(torch.stack(told)), self._counts_now
             return
         if not logits.is_cuda:
             found = [
@@ -539,15 +658,26 @@ class BulletTrain(nn.Module):
                 faults.rows_without_number(logits, "adversarial_logits", order),
             ]
             faults.read(found).wait()
-        state = (self.robust_fraction, self.unreported_faults)
-        ops.update_fraction_(*state, logits, labels, self.gamma, self.momentum)
+        if self._counts_now:
+            self._begin_move()
+            state = (self.robust_fraction, self.unreported_faults)
+            ops.update_fraction_(*state, logits, labels, self.gamma, self.momentum)
+        elif logits.is_cuda:
+            self.unreported_faults += ops.adversarial_hits(logits, labels)[1] > 0
+
+    def _begin_move(self) -> None:
+        """Note F_R as it was for the minibatch that ends now."""
+        if self._counts_now:
+            self._fraction_before = self.robust_fraction.clone()
 
     def _settle(self) -> None:
         """Let F_R move by the sum over the ranks that the last update started."""
-        finish, self._unsettled = self._unsettled, None
-        if finish is not None:
+        unsettled, self._unsettled = self._unsettled, None
+        if unsettled is not None:
+            finish, moves = unsettled
             hits, m, faulty, gradients = finish().unbind()
-            ops.move_fraction_(self.robust_fraction, hits, m, faulty > 0, self.gamma, self.momentum)
+            if moves:
+                ops.move_fraction_(self.robust_fraction, hits, m, faulty > 0, self.gamma, self.momentum)
             self.unreported_faults += faulty > 0
             self.unreported_gradients += gradients
 
@@ -658,13 +788,22 @@ def check_logits_and_labels(logits: Tensor, labels: Tensor) -> None:
 def check_labels(labels: Tensor, m: int, device: torch.device, name: str = "labels") -> None:
     """Raise TypeError or ValueError that names `name` unless labels are integers [m] on the device."""
     if not isinstance(labels, Tensor):
-        raise TypeError(f"{name} must be a tensor of integers, got {type(labels).__name__}")
+        raise TypeError(f"{name} must be a tensor of integers, got {type(labels).__name__}: write torch.as_tensor(...)")
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise TypeError(f"{name} must be integers, got {labels.dtype}")
+        instead = ".argmax(dim=1), if they are one-hot" if labels.dim() == 2 else ".long()"
+        raise TypeError(f"{name} must be integers, got {labels.dtype}: write {name}{instead}")
     if labels.shape != (m,):
-        raise ValueError(f"{name} must have shape [{m}], one for each sample, got {list(labels.shape)}")
+        instead = f"give as many {name} as images"
+        if labels.dim() == 2 and len(labels) == m:
+            instead = f"write {name}" + (
+                ".squeeze(1)" if labels.shape[1] == 1 else ".argmax(dim=1), if they are one-hot"
+            )
+        found = list(labels.shape)
+        raise ValueError(f"{name} must have shape [{m}], one for each sample, got {found}: {instead}")
     if labels.device != device:
-        raise ValueError(f"{name} must be on {device} like the samples, but are on {labels.device}")
+        raise ValueError(
+            f"{name} must be on {device} like the samples, but are on {labels.device}: write {name}.to({str(device)!r})"
+        )
 
 
 def step_count(name: str, value: SupportsIndex, least: int = 0) -> int:

@@ -6,6 +6,7 @@ The device that everything without a name goes to here is "meta", where there ar
 import ast
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import small_models
@@ -46,6 +47,7 @@ from bt_fast.evaluation import evaluate
 from bt_fast.lab import doctor
 from bt_fast.lab.augment import crop_and_flip
 from bt_fast.lab.data import load_dataset, minibatches
+from bt_fast.lab.models import build_model, load_published
 
 CPU, EPSILON, STEP_SIZE = torch.device("cpu"), 0.1, 0.03
 ROOT = Path(bt_fast.__file__).parents[1]
@@ -128,6 +130,44 @@ def bad_values():
     return ()
 
 
+def bad_pixels():
+    """What is wrong with them is told, and more than one way."""
+    model, x, y = model_and_batch()
+    for spoilt, message in ((x * 255, "its values are from"), (x * torch.nan, "288 of 288 pixels are NaN")):
+        with pytest.raises(ValueError, match=message):
+            trades_loss(model, spoilt, y, None)
+    return ()
+
+
+def further_passes():
+    """Over one minibatch, with the x' of the first pass and with new ones."""
+    found = []
+    for loss_of, steps in ((pgd_loss, (3, 1, 0)), (augmix_loss, (1, 0, 0))):
+        model, x, y = model_and_batch()
+        with CPU:
+            bullet = BulletTrain(*steps)
+        options = {"optimizer": None} if loss_of is pgd_loss else {}
+        found.append(loss_of(model, x, y, bullet=bullet, **options))
+        for reuse in (True, False):
+            with bullet.again(reuse=reuse):
+                found.append(loss_of(model, x, y, bullet=bullet, **options))
+        found += bullet.buffers()
+    return found
+
+
+def loaded():
+    """A network whose normaliser was saved with it."""
+    with CPU, TemporaryDirectory() as folder:
+        torch.manual_seed(0)
+        model = build_model("wrn-10-1", in_channels=3, image_size=8, num_classes=3)
+        state = {f"module.{name}": tensor for name, tensor in model.state_dict().items()}
+        state |= {"mean": torch.full((3,), 0.5), "std": torch.full((3,), 0.25)}
+        path, x = Path(folder) / "file.pt", torch.rand(2, 3, 8, 8)
+        torch.save({"model": state}, path)
+        with torch.device("meta"):
+            return load_published(model, path)(x)
+
+
 def guarded():
     model, x, y = model_and_batch()
     guard = Guard(torch.optim.SGD(model.parameters(), lr=0.1), model, non_finite="skip")
@@ -191,6 +231,9 @@ CASES = {
     "evaluate": evaluated(),
     "evaluate, view": evaluated(frozen=Frozen()),
     "bad values": bad_values,
+    "bad pixels": bad_pixels,
+    "further passes": further_passes,
+    "a published network": loaded,
     "guard": guarded,
     "balance": planned,
     "data": data,

@@ -153,6 +153,7 @@ def test_each_sample_fares_as_in_the_plain_loop(norm, loss, m, size, steps, rest
     assert counts(found) == (int((restart != 0).sum()), int((restart == STOOD).sum()), m)
 
 
+@pytest.mark.filterwarnings("ignore:epsilon=")
 @pytest.mark.parametrize(("scale", "least", "most"), [(1e-6, 32, 32), (0.5, 5, 28), (20.0, 0, 0)])
 def test_none_some_and_all_of_the_hypothesis_are_met(scale, least, most):
     model, x, y = classifier(40)

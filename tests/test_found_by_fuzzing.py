@@ -189,6 +189,7 @@ def test_a_model_that_returns_no_logits_to_its_view():
     refused(TypeError, "model must return a floating-point tensor", trades_loss, Listed(), X, Y, None, frozen=Frozen())
 
 
+@pytest.mark.filterwarnings("ignore:(epsilon|step_size)=")
 def test_numbers_of_other_kinds():
     model = small_models.conv_bn()
     assert grad_align(model, X, Y, epsilon=2**63).isfinite()

@@ -79,6 +79,7 @@ LAYERS = [
         "bt_fast.speedup",
         "bt_fast.ranges",
         "bt_fast.power",
+        "bt_fast.units",
     ],
     ["bt_fast.ops", "bt_fast.faults", "bt_fast.guard"],
     ["bt_fast.allocation"],

@@ -14,10 +14,13 @@ but only while every scale is positive, and to know that is to wait for the devi
 
 from __future__ import annotations
 
+import inspect
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import cast
 from weakref import WeakKeyDictionary, ref
 
@@ -35,6 +38,10 @@ from bt_fast.full_precision import full_precision
 _LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _POOLS = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)
+_REMEDY = (
+    "what is traced must not decide by the images' values: decide by their shape, or put what decides into a function "
+    "marked by torch.fx.wrap"
+)
 AGREEMENT = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
 
 
@@ -304,12 +311,12 @@ def _traced(model: nn.Module, channels_last: bool) -> tuple[fx.GraphModule, list
         raise NotFoldedError(f"{name} has a hook, which a folded model would not run")
     try:
         tracer = _Tracer()
-        traced = tracer.trace(_as_written(model))
+        traced = tracer.trace(_of_images_alone(_as_written(model)))
         for node in traced.nodes:
             node.meta.pop("is_wrapped", None)  # else the code would look for the pools by a name that is no module's
         graph = fx.GraphModule(tracer.root, traced)
     except Exception as error:  # whatever the model's own code raises on a proxy
-        raise NotFoldedError(f"it cannot be traced ({_first_line(error)})") from error
+        raise NotFoldedError(f"it cannot be traced: {_where(error)}{_first_line(error)}; {_REMEDY}") from error
     modules = dict(graph.named_modules(remove_duplicate=False))
     layers: list[_FrozenLayer | _FrozenNorm] = []
     for node in graph.graph.nodes:  # without those that the loop erases
@@ -332,6 +339,30 @@ def _traced(model: nn.Module, channels_last: bool) -> tuple[fx.GraphModule, list
     graph.delete_all_unused_submodules()
     graph.recompile()
     return graph.eval(), layers
+
+
+class _ImagesAlone(nn.Module):
+    """A model called with its images alone: what else its forward takes has its defaults."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.model(x))
+
+
+def _of_images_alone(model: nn.Module) -> nn.Module:
+    """A model whose forward takes images and nothing else; in front of one that could take more."""
+    parameters = inspect.signature(model.forward).parameters
+    return model if len(parameters) == 1 else _ImagesAlone(model).train(model.training)
+
+
+def _where(error: Exception) -> str:
+    """The model's own line at which an error came up, if it has one."""
+    ours = (str(Path(__file__).parents[1]), str(Path(torch.__file__).parent))
+    lines = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((*ours, "<"))]
+    return f"line {lines[-1].lineno} of {Path(lines[-1].filename).name}, `{lines[-1].line}`: " if lines else ""
 
 
 class _Tracer(fx.Tracer):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
@@ -29,7 +29,9 @@ def modes_restored(model: nn.Module) -> Iterator[None]:
         TypeError: the model is no module.
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        raise TypeError(
+            f"model must be a torch.nn.Module, got {type(model).__name__}: of a function make the forward of one"
+        )
     found = [(module, module.training) for module in model.modules()]
     try:
         yield
@@ -81,12 +83,33 @@ def logits_of(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     logits = model(x)
     if not isinstance(logits, Tensor) or not logits.is_floating_point():
         kind = logits.dtype if isinstance(logits, Tensor) else type(logits).__name__
-        raise TypeError(f"model must return a floating-point tensor of logits, got {kind}")
+        raise TypeError(f"model must return a floating-point tensor of logits, got {kind}: {_instead(logits, len(x))}")
     if logits.dim() != 2 or len(logits) != len(x) or logits.shape[1] < 2:
         raise ValueError(
             f"model must return logits of shape [{len(x)}, K] with K >= 2 classes, got {list(logits.shape)}"
         )
     return logits
+
+
+def _instead(returned: object, n: int) -> str:
+    """What to write where a model returned something else than logits for n images."""
+
+    def fits(value: object) -> bool:
+        return isinstance(value, Tensor) and value.is_floating_point() and value.dim() == 2 and len(value) == n
+
+    which = None
+    if isinstance(returned, Mapping):
+        which = next((f"[{key!r}]" for key, value in returned.items() if fits(value)), "['logits']")
+    elif isinstance(returned, Sequence):
+        which = next((f"[{k}]" for k, value in enumerate(returned) if fits(value)), "[0]")
+    elif hasattr(returned, "logits"):
+        which = ".logits"
+    if which is None:
+        return "let its forward return the scores of the classes before any softmax, [n, K]"
+    return (
+        "give a model that returns them alone, such as Logits(model) of "
+        f"`class Logits(torch.nn.Sequential): forward = lambda self, x: self[0](x){which}`"
+    )
 
 
 def gradient_of(outputs: Tensor, x: Tensor, weights: Tensor | None = None, *, create_graph: bool = False) -> Tensor:

@@ -13,6 +13,7 @@ from bt_fast.attack.runners import Runner, joined, start_of
 from bt_fast.attack.schedule import Schedule
 from bt_fast.attack.threat import ThreatModel, check_threat
 from bt_fast.ops.numeric import computable, kind_of
+from bt_fast.units import warn_of_units
 
 COMPARED = 8  # samples on which a view of the model is held against it, once
 
@@ -59,6 +60,7 @@ def generate(
     """
     _check(clean, start, target, schedule, faulty)
     check_threat(threat)
+    warn_of_units(threat.epsilon, threat.norm, (threat.lower, threat.upper), pixels=clean[:1].numel() or 1)
     with torch.inference_mode(False), attack_model(model, frozen, clean[:COMPARED].detach()) as view:
         return start_attack(view, clean, start, target, schedule, threat, generator, faulty, runner_of(runner)).finish()
 
@@ -84,7 +86,9 @@ class StartedAttack:
         """x' [m, ...], once the caller's stream waits for the steps."""
         self._join()
         self._join = joined  # not once more at the end of the block
-        return self._x_adv.contiguous() if self._contiguous else self._x_adv
+        if self._contiguous:
+            self._x_adv, self._contiguous = self._x_adv.contiguous(), False
+        return self._x_adv
 
 
 def start_attack(

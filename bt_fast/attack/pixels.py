@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from bt_fast.attack.wrapped import Fronted, unwrapped
+from bt_fast.faults import rounding_of_pixels
 from bt_fast.mining import real
 from bt_fast.ops import wide
 
@@ -90,15 +91,15 @@ class Normalize(nn.Module):
     def pixels(self, x: Tensor, lower: float, upper: float) -> Tensor:
         """What has become x [n, C, ...], in its dtype. Never waits for the device.
 
-        Pixels outside the bounds by no more than rounding (4 units in the last place, of x's dtype, of the larger
-        bound) are moved onto them. Others are left for the check of the bounds to tell.
+        Pixels outside the bounds by no more than rounding are moved onto them. Others are left for the check of the
+        bounds to tell.
 
         Args:
             lower, upper: the bounds of a pixel.
         """
         found = wide(x) * self.std + self.mean
         inside = found.clamp(lower, upper)
-        room = 4.0 * torch.finfo(x.dtype).eps * max(abs(lower), abs(upper))
+        room = rounding_of_pixels(x.dtype, lower, upper)
         return torch.where((found - inside).abs() <= room, inside, found).to(x.dtype)
 
 

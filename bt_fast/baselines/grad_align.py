@@ -6,13 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bt_fast import ops
+from bt_fast import faults, ops
 from bt_fast.attack.frozen import gradient_of, logits_of, modes_restored
 from bt_fast.attack.pixels import Normalization, on_pixels
 from bt_fast.attack.threat import ThreatModel
 from bt_fast.attack.wrapped import unwrapped
 from bt_fast.baselines.values import SCALE, check_values
 from bt_fast.objectives import adversarial
+from bt_fast.units import warn_of_units
 
 
 def grad_align(
@@ -53,10 +54,12 @@ def grad_align(
     """
     epsilon = ThreatModel(epsilon).epsilon
     adversarial.check(x_natural, y, None, epsilon, 1, None, generator, None, None)
+    warn_of_units(epsilon)
     labels = y.long()
     with on_pixels(unwrapped(model), x_natural, normalization) as (model, pixels):
         x = pixels(x_natural).detach()
         check_values(model, x, labels)
+        x = faults.onto_bounds(x, 0.0, 1.0)
         with modes_restored(model):
             if not model.training:
                 model.train()

@@ -25,6 +25,7 @@ from bt_fast.baselines.values import SCALE, check_values
 from bt_fast.mining import step_count
 from bt_fast.objectives import adversarial
 from bt_fast.ranges import ATTACK_STEP, UPDATE, range_
+from bt_fast.units import warn_of_units
 
 YopoObjective = Literal["pgd", "trades", "mart"]
 
@@ -102,10 +103,12 @@ def yopo_loss(
         raise ValueError(f"beta is an option of 'trades' and 'mart', not of 'pgd', got {beta!r}")
     weight = _BETA.get(objective, 0.0) if beta is None else beta
     adversarial.check_robust_term(weight, None, None)
+    warn_of_units(threat.epsilon, step_size=float(step_size))
     labels = y.long()
     with uncompiled(), torch.inference_mode(False), on_pixels(model, x_natural, normalization) as (model, pixels):
         x = pixels(x_natural).detach()
         split = _Split(model, _checked_first(model, first, x, y))
+        x = faults.onto_bounds(x, threat.lower, threat.upper)
         faulty = torch.zeros(len(x), dtype=torch.bool, device=x.device)
         attack = _Attack(split, x, threat, float(step_size), n, faulty)
         if objective == "pgd":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 import zipfile
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 
 from bt_fast.lab.config import RunConfig
 from bt_fast.lab.files import replacing
+from bt_fast.lab.layouts import described
 
 FORMAT = 1
 
@@ -35,7 +37,11 @@ def load_checkpoint(path: Path) -> tuple[RunConfig, dict[str, Any]]:
                 f"{path}: written by a newer version of bt_fast: found format {version}, expected {FORMAT}; upgrade"
             )
         found = version if isinstance(version, (int, str)) else type(version).__name__
-        raise ValueError(f"{path}: not a checkpoint of this package: found format {found}, expected {FORMAT}")
+        raise ValueError(
+            f"{path}: not a checkpoint of this package: found format {found}, expected {FORMAT}, in "
+            f"{described(content)}; of weights that another script saved, say of which network they are: --model "
+            "small-cnn, preactresnet-18 or wrn-D-K"
+        )
     try:
         config, state = RunConfig.from_json(content["config"]), content["state"]
         missing = [method for method in config.methods if "model" not in state["contestants"][method]]
@@ -57,11 +63,42 @@ def read_tensors(path: Path) -> Any:
     try:
         if zipfile.is_zipfile(path):  # else of the form before torch 1.6, in which some networks were published
             _check_archive(path)
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.serialization.safe_globals(_BESIDE):
             warnings.simplefilter("ignore")  # torch warns of foreign pickles that it then refuses
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a dozen kinds on a damaged file
-        raise ValueError(f"{path}: not a readable checkpoint ({_first_line(error)})") from error
+        if refused := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            raise ValueError(
+                f"{path}: not a readable checkpoint: beside tensors and plain values it holds {refused[1]}, which "
+                "could run code and is not read; write torch.save(model.state_dict(), path) where it was made"
+            ) from error
+        raise ValueError(
+            f"{path}: not a readable checkpoint ({_first_line(error)}); expected what torch.save(model.state_dict(), "
+            "path) writes"
+        ) from error
+
+
+class _Unread:
+    """Stands for what scripts keep beside the weights, of kinds that torch does not read: it takes no notice of it."""
+
+    def __init__(self, *_: object) -> None:
+        pass
+
+    def __setstate__(self, _: object) -> None:
+        pass
+
+
+_BESIDE: list[Any] = [
+    (_Unread, name)
+    for name in (
+        "argparse.Namespace",
+        "numpy.dtype",
+        "numpy.ndarray",
+        *(f"numpy.{core}.multiarray.{made}" for core in ("core", "_core") for made in ("scalar", "_reconstruct")),
+        *(f"numpy.{core}.numeric._frombuffer" for core in ("core", "_core")),
+        *(f"pathlib.{module}{kind}Path" for module in ("", "_local.") for kind in ("Posix", "Windows")),
+    )
+]
 
 
 def _check_archive(path: Path) -> None:

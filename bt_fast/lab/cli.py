@@ -506,7 +506,7 @@ def _published_network(path: Path, model: str, data: str | None, data_dir: Path,
     source = data or "digits"
     dataset = load_dataset(source, data_dir).take(None, test_size)
     network = _build(model, None, dataset)
-    load_published(network, path)
+    network = load_published(network, path)
     return {model: network}, dataset, _preset(source, dataset).epsilon
 
 

@@ -11,6 +11,7 @@ from bt_fast.allocation import METRICS, POLICIES
 from bt_fast.guard import NON_FINITE
 from bt_fast.lab.files import parse_json
 from bt_fast.lab.methods import COMPARED, Method
+from bt_fast.units import warn_of_units
 
 OBJECTIVES = ("trades", "mart", "pgd", "augmix")
 
@@ -116,7 +117,9 @@ class RunConfig:
         if len(set(self.methods)) < len(self.methods) or not self.methods:
             raise ValueError(f"methods must be at least one, each once, got {', '.join(self.methods) or 'none'}")
         for name in self.methods:
-            self.of_method(name)
+            _, config = self.of_method(name)
+            if self.loss != "augmix":
+                warn_of_units(config.epsilon, step_size=config.step_size)
 
     def of_method(self, name: str) -> tuple[Method, RunConfig]:
         """The method of that name, and this configuration with what the method has for itself.

@@ -16,12 +16,14 @@ from dataclasses import dataclass
 from importlib import resources
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+
+from bt_fast.faults import rounding_of_pixels
 
 _Array = npt.NDArray[Any]
 _Split = tuple[Tensor, Tensor]  # images uint8 [n, C, H, W], labels int64 [n]
@@ -30,6 +32,10 @@ _Place = tuple[Path, list[list[str]]]  # a folder and the files wanted there, ea
 _MNIST_CLASSES = 10
 _CIFAR_SHAPE = (3, 32, 32)
 _NPZ_KEYS = ("x_train", "y_train", "x_test", "y_test")
+_OR_NPZ = (
+    "of any other data make one file, np.savez('images.npz', x_train=..., y_train=..., x_test=..., y_test=...), uint8 "
+    "images [n, H, W, C] and integer labels [n], and give that"
+)
 
 
 @dataclass(frozen=True)
@@ -192,7 +198,7 @@ def _first_complete(places: Sequence[_Place]) -> list[Path]:
     return []
 
 
-def _locate(places: Sequence[_Place]) -> list[Path]:
+def _locate(places: Sequence[_Place], advice: str = "") -> list[Path]:
     files = _first_complete(places)
     if files:
         return files
@@ -203,6 +209,7 @@ def _locate(places: Sequence[_Place]) -> list[Path]:
     raise ValueError(
         "data files not found (nothing is downloaded; IDX files may also be spelt .idx and end in .gz):"
         + "".join(lines)
+        + advice
     )
 
 
@@ -231,11 +238,25 @@ def _load_directory(folder: Path) -> ImageDataset:
     found = [name for name, wanted in places.items() if _first_complete(wanted)]
     if len(found) > 1:
         raise ValueError(f"{folder}: found the files of {' and '.join(found)}, expected those of one")
-    files = _locate(places[found[0]] if found else [place for wanted in places.values() for place in wanted])
+    wanted = places[found[0]] if found else [place for wanted in places.values() for place in wanted]
+    files = _locate(wanted, _other_files(folder))
     name = folder.resolve().name
     if found == ["MNIST"]:
         return _load_mnist(files, name)
     return _load_cifar(files, name, _CIFAR10 if found == ["CIFAR-10"] else _CIFAR100)
+
+
+def _other_files(folder: Path) -> str:
+    """What lies in a folder without the files wanted, and what to make of it."""
+    below = sorted(folder.iterdir())
+    archives = [path.name for path in below if path.suffix == ".npz"]
+    if archives:
+        return f"\nit holds {', '.join(archives[:3])}: give the file itself, as {folder / archives[0]}"
+    classes = [path.name for path in below if path.is_dir()]
+    if classes:
+        shown = ", ".join(classes[:3]) + (", ..." if len(classes) > 3 else "")
+        return f"\nit holds folders ({shown}): images in a folder for each class are not read; {_OR_NPZ}"
+    return f"\n{_OR_NPZ}"
 
 
 # MNIST
@@ -299,7 +320,7 @@ def _read_cifar_binary(path: Path, kind: _Cifar) -> _Split:
 
 def _read_cifar_python(path: Path, kind: _Cifar) -> _Split:
     key, classes = kind.labels_key, kind.classes
-    with _blaming(path, "a pickle of arrays and plain values"), path.open("rb") as file:
+    with _blaming(path, f"a pickle of arrays and plain values; {_OR_NPZ}"), path.open("rb") as file:
         batch = _ArrayUnpickler(file, encoding="bytes").load()
     if not isinstance(batch, dict) or not {b"data", key} <= batch.keys():
         found = f"keys {sorted(map(repr, batch))}" if isinstance(batch, dict) else type(batch).__name__
@@ -334,6 +355,8 @@ class _Recorded:
 _PICKLE_GLOBALS = {
     ("numpy.core.multiarray", "_reconstruct"): _Recorded,
     ("numpy._core.multiarray", "_reconstruct"): _Recorded,
+    ("numpy.core.numeric", "_frombuffer"): _Recorded,  # of protocol 5
+    ("numpy._core.numeric", "_frombuffer"): _Recorded,
     ("numpy", "ndarray"): _Recorded,
     ("numpy", "dtype"): _Recorded,
     ("_codecs", "encode"): codecs.encode,
@@ -345,7 +368,7 @@ class _ArrayUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _PICKLE_GLOBALS:
-            raise pickle.UnpicklingError(f"forbidden global {module}.{name}")
+            raise pickle.UnpicklingError(f"forbidden global {module}.{name}, which could run code")
         return _PICKLE_GLOBALS[module, name]
 
 
@@ -355,10 +378,26 @@ def _unpickled_images(array: object, where: str) -> Tensor:
         case _Recorded(state=(_, (int(n), width), _Recorded(args=("u1" | b"u1", *_)), fortran, bytes(content))) if (
             width == pixels and n > 0 and len(content) == n * pixels
         ):
-            x = np.frombuffer(content, np.uint8).reshape((n, pixels), order="F" if fortran else "C")
-            return torch.from_numpy(np.array(x, order="C")).view(-1, *_CIFAR_SHAPE)
-    found = f"an array of {repr(array.state)[:60]}" if isinstance(array, _Recorded) else type(array).__name__
+            return _images_of(content, n, "F" if fortran else "C")
+        case _Recorded(  # of protocol 5
+            args=(
+                (bytes() | bytearray()) as content,
+                _Recorded(args=("u1" | b"u1", *_)),
+                (int(n), width),
+                "C" | "F" as order,
+            ),
+            state=None,
+        ) if width == pixels and n > 0 and len(content) == n * pixels:
+            return _images_of(bytes(content), n, order)
+    found = (
+        f"an array of {repr(array.state or array.args)[:60]}" if isinstance(array, _Recorded) else type(array).__name__
+    )
     raise ValueError(f"{where}: found {found}, expected an array, uint8 [n, {pixels}], n at least 1")
+
+
+def _images_of(content: bytes, n: int, order: Literal["C", "F"]) -> Tensor:
+    x = np.frombuffer(content, np.uint8).reshape((n, prod(_CIFAR_SHAPE)), order=order)
+    return torch.from_numpy(np.array(x, order="C")).view(-1, *_CIFAR_SHAPE)
 
 
 # npz
@@ -412,10 +451,18 @@ def _as_uint8(x: _Array, where: str) -> _Array:
         return x.astype(np.uint8, copy=False)
     if x.dtype not in (np.float32, np.float64):
         raise ValueError(f"{where}: found {x.dtype}, expected uint8, or float32 or float64 in [0, 1]")
+    if not np.isfinite(x).all():
+        found = f"{np.isnan(x).sum()} NaN and {np.isinf(x).sum()} infinite of {x.size} values"
+        raise ValueError(f"{where}: found {found}, expected [0, 1]: look for a division by 0 in what made them")
     least, greatest = x.min(), x.max()
-    if not (least >= 0 and greatest <= 1):  # so written, NaN fails too
-        raise ValueError(f"{where}: found floats from {least} to {greatest}, expected [0, 1]; or store uint8")
-    scaled = x * 255
+    room = rounding_of_pixels(torch.float32, 0.0, 1.0)
+    if not (least >= -room and greatest <= 1 + room):
+        found = f"floats from {least:.6g} to {greatest:.6g}"
+        raise ValueError(
+            f"{where}: found {found}, expected [0, 1]; divide bytes by 255, take a mean and a deviation out in the "
+            "model and not here, or store uint8"
+        )
+    scaled = x.clip(0, 1) * 255
     rounded: _Array = np.rint(scaled)
     error = np.abs(scaled - rounded).max()
     if error > 1e-3:

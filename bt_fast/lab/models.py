@@ -3,15 +3,19 @@
 import math
 import os
 import re
+import warnings
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bt_fast.attack.pixels import Normalize
 from bt_fast.lab.checkpoint import read_tensors
+from bt_fast.lab.layouts import described, network_in
 
 
 class SmallCNN(nn.Module):
@@ -245,41 +249,76 @@ def build_model(
     return PreActResNet18(in_channels, num_classes)
 
 
-def load_published(model: nn.Module, path: str | os.PathLike[str]) -> None:
+def load_published(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     """Load a checkpoint file into `model`, which stays on its device and in its dtype.
 
-    The file holds a state_dict, bare or under "state_dict" or "model_state_dict". What `WideResNet` drops is
-    dropped for every network. Where the file has no batch-norm step counts (torch 0.4.0 kept none), `model`
-    keeps its own.
+    The file holds a state_dict, bare or under any key ("state_dict", "model", "net", "params", ...), as
+    `torch.save({"model": model.state_dict(), "bullet": bullet.state_dict()}, path)` writes it. Its names may be those
+    of a wrapper (DataParallel, DistributedDataParallel, torch.compile, AveragedModel, a module of one's own) or of a
+    model of which the network is a part. What `WideResNet` drops is dropped for every network. Where the file has no
+    batch-norm step counts (torch 0.4.0 kept none), `model` keeps its own.
+
+    Warns where the file has the network twice with other values (an average of its weights, say), and which is read,
+    and where it holds tensors of something beside the network.
 
     Args:
         model: the network itself, without a DataParallel or another wrapper.
         path: the checkpoint file; it is read with `weights_only=True`, so no code in it runs.
 
+    Returns:
+        What takes images in [0, 1]: `model`, or where the file has the mean and the deviation of a layer in front of
+        the network, `nn.Sequential(Normalize(mean, std), model)`.
+
     Raises:
-        ValueError: the file cannot be read, holds no state_dict, or one whose names or shapes are not those of
-            `model`, which is then left as it was.
+        ValueError: the file cannot be read, holds no state_dict, or none whose names and shapes are those of `model`,
+            which is then left as it was; the message says what was found.
     """
-    file = read_tensors(Path(path))
-    state = file
-    if isinstance(file, Mapping):
-        state = next((file[key] for key in ("state_dict", "model_state_dict") if key in file), file)
-    if not isinstance(state, Mapping) or not all(
-        isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
-    ):
-        raise ValueError(f"{path} holds no state_dict, bare or under 'state_dict' or 'model_state_dict'")
-    found: dict[str, Tensor] = dict(state)
-    _rename_published(model, found, "")
-    own = model.state_dict()
-    for name in own.keys() - found.keys():
+    content, own = read_tensors(Path(path)), model.state_dict()
+    try:
+        found = network_in(content, own)
+    except ValueError as error:
+        raise ValueError(f"{path}: a layer in front of the network is no normalization: {error}") from error
+    if found is None:
+        raise ValueError(
+            f"{path} holds no state_dict of {type(model).__name__}: found {described(content)}, and looked in "
+            f"all of it for names such as {next(iter(own), 'none')}; write torch.save(model.state_dict(), path)"
+        )
+    tensors = dict(found.tensors)
+    for name in own.keys() - tensors.keys():
         if name.endswith(".num_batches_tracked"):
-            found[name] = own[name]
-    _check_fit(own, found, f"{path} does not fit {type(model).__name__}")
-    model.load_state_dict(found)
+            tensors[name] = own[name]
+    _check_fit(own, tensors, f"{path} does not fit {type(model).__name__}", found.place)
+    if found.again:
+        warnings.warn(
+            f"{path} has the network in several places with other values: read is {found.place}, not "
+            f"{' or '.join(found.again)}; to read another, torch.save it alone",
+            stacklevel=2,
+        )
+    if found.behind:
+        warnings.warn(
+            f"{path}: the network stood behind another layer ({found.place}) of which the file holds nothing: if it "
+            "takes a mean and a deviation out, put Normalize(mean, std) in front of the network and evaluate both "
+            "together with bt_fast.evaluation.evaluate",
+            stacklevel=2,
+        )
+    if found.others:
+        names = ", ".join(found.others[:3]) + (f" and {len(found.others) - 3} more" if len(found.others) > 3 else "")
+        warnings.warn(
+            f"{path}: {names} are of something beside {type(model).__name__}, and are not read; if it works on the "
+            "images or the logits, evaluate the whole model with bt_fast.evaluation.evaluate",
+            stacklevel=2,
+        )
+    model.load_state_dict(tensors)
+    if found.normalization is None:
+        return model
+    weight = next(model.parameters())
+    with torch.device("cpu"):  # not the caller's default device
+        front = Normalize(found.normalization.mean, found.normalization.std)
+    return nn.Sequential(front.to(weight.device, weight.dtype), model).train(model.training)
 
 
-def _check_fit(own: Mapping[str, Tensor], found: Mapping[str, Tensor], message: str) -> None:
-    """Raise ValueError with the first names of each kind that keep `found` from being loaded into `own`."""
+def _check_fit(own: Mapping[str, Tensor], found: Mapping[str, Tensor], message: str, place: str) -> None:
+    """Raise ValueError with the first names of each kind that keep `found`, at `place`, from being loaded."""
     offending = {
         "missing": [name for name in own if name not in found],
         "unexpected": [name for name in found if name not in own],
@@ -295,7 +334,10 @@ def _check_fit(own: Mapping[str, Tensor], found: Mapping[str, Tensor], message: 
         if names
     ]
     if parts:
-        raise ValueError(f"{message}: {'; '.join(parts)}")
+        raise ValueError(
+            f"{message}: {'; '.join(parts)} (of what was found the nearest is {place}); name the network that it is, "
+            "small-cnn, preactresnet-18 or wrn-D-K, or data with its channels and classes"
+        )
 
 
 def _rename_published(_module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: object) -> None:

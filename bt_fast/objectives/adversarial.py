@@ -9,7 +9,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import NoneType
 from typing import Generic, Literal, TypeVar
 
@@ -30,10 +30,12 @@ from bt_fast.attack.threat import ThreatModel
 from bt_fast.attack.wrapped import unwrapped
 from bt_fast.faults import CheckedRead, Fault
 from bt_fast.mining import STEP_FACTOR, BulletTrain, check_labels, positive, real, step_count
+from bt_fast.objectives.again import NEW_ONES, check_alike, of_another
 from bt_fast.objectives.repeated_forward import moves_batch_norm_alone
 from bt_fast.objectives.update import Computation, Terms, Update, run_update
 from bt_fast.ops.numeric import computable, kind_of
 from bt_fast.ranges import MINING, UPDATE, range_
+from bt_fast.units import warn_of_units
 
 InnerLoss = Literal["kl", "cross_entropy"]
 Unperturbed = Literal["keep", "skip"]
@@ -99,6 +101,7 @@ class Attack:
     Attributes:
         x: [m, ...] and y: [m] int64, in the schedule's order.
         started: what gives x'.
+        threat: what x' may be.
         moving: the number of samples with steps.
         independent: a training forward may run beside it.
         inputs: the read of what is wrong with the input, if it has not been waited for.
@@ -109,6 +112,7 @@ class Attack:
     x: Tensor
     y: Tensor
     started: StartedAttack
+    threat: ThreatModel
     moving: int
     independent: bool
     inputs: CheckedRead | None
@@ -119,10 +123,16 @@ class Attack:
 def start(model: nn.Module, x_natural: Tensor, y: Tensor, adversary: Adversary, bullet: BulletTrain | None) -> Attack:
     """Start the attack on checked arguments. With `bullet` what is wrong with their values is raised here."""
     x = x_natural.detach()
-    pixels = faults.pixels_outside(x, adversary.threat.lower, adversary.threat.upper, "x_natural")
+    threat = adversary.threat
+    bounds = threat.lower, threat.upper
+    warn_of_units(threat.epsilon, threat.norm, bounds, adversary.step_size, x[0].numel())
+    pixels = faults.pixels_outside(x, *bounds, "x_natural")
+    x = faults.onto_bounds(x, *bounds)
     model = unwrapped(model)
     if bullet is None:
         return _start_uniform(model, x, y, adversary, pixels)
+    if (kept := bullet.reused()) is not None:
+        return _reused(kept, x, y, adversary.threat, bullet)
     return _start_ragged(model, x, y, adversary, bullet, pixels)
 
 
@@ -150,7 +160,7 @@ def _start_uniform(model: nn.Module, x: Tensor, y: Tensor, adversary: Adversary,
         gradients.wait()
         return None
 
-    return Attack(x, y.long(), started, len(x), independent(view), inputs, report)
+    return Attack(x, y.long(), started, a.threat, len(x), independent(view), inputs, report)
 
 
 def _uniform_start(x: Tensor, adversary: Adversary) -> Tensor:
@@ -216,7 +226,17 @@ def _start_ragged(
         bullet.report_attack(assignment, faulty)
 
     moving = schedule.active[0] if schedule.active else 0
-    return Attack(clean, labels, started, moving, independent(view), None, report, assignment.order)
+    return Attack(clean, labels, started, a.threat, moving, independent(view), None, report, assignment.order)
+
+
+def _reused(kept: object, x: Tensor, y: Tensor, threat: ThreatModel, bullet: BulletTrain) -> Attack:
+    """The attack of the first pass over this minibatch, which has ended; its read tells whether it is this one."""
+    if not isinstance(kept, Attack) or kept.threat != threat:
+        made = f"with {kept.threat}" if isinstance(kept, Attack) else "by augmix_loss"
+        raise ValueError(f"again(reuse=True) has the x' made {made}, but this loss attacks with {threat}: {NEW_ONES}")
+    order = slice(None) if kept.order is None else kept.order
+    check_alike(kept.x, x)
+    return replace(kept, inputs=bullet.start_again([of_another(kept.x, x[order], kept.y, y.long()[order])]))
 
 
 def _attacked_logits(
@@ -329,6 +349,10 @@ def run(model: nn.Module, attack: Attack, computation: Computation, update: Upda
     return terms
 
 
+def _nothing_new() -> None:
+    """The report of an attack that has ended before."""
+
+
 def corrupted_rows(attack: Attack, bullet: BulletTrain | None, unperturbed: Unperturbed | None) -> int:
     """How many rows, from the first, run a corrupted forward.
 
@@ -354,11 +378,14 @@ def conclude(
     """What follows the forwards: F_R moves by z' of all samples, and the optimizer's gradients are zeroed."""
     if bullet is not None:
         bullet.update(judged, attack.y, order=attack.order)
+        bullet.keep(replace(attack, independent=False, inputs=None, report=_nothing_new))
     if optimizer is not None:
         optimizer.zero_grad()
 
 
 # Arguments
+
+AS_FLOATS = "of bytes write x.float() / 255"
 
 
 def check(
@@ -378,9 +405,12 @@ def check(
     if not isinstance(x, Tensor):
         raise TypeError(f"x_natural must be a tensor of images, got {type(x).__name__}")
     if not computable(x):
-        raise TypeError(f"x_natural must be floating-point images, got {kind_of(x)}")
+        raise TypeError(f"x_natural must be floating-point images, got {kind_of(x)}: {AS_FLOATS}")
     if x.dim() < 2 or x.numel() == 0:
-        raise ValueError(f"x_natural must have shape [m, ...] with m >= 1, got {list(x.shape)}")
+        raise ValueError(
+            f"x_natural must have shape [m, ...] with m >= 1, got {list(x.shape)}: of one image write x[None], and "
+            "leave empty minibatches out"
+        )
     check_labels(y, len(x), x.device, "y")
     if samples is not None:
         check_labels(samples, len(x), x.device, "samples")
@@ -392,7 +422,10 @@ def check(
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator must be a torch.Generator or None, got {type(generator).__name__}")
     if generator is not None and generator.device.type != x.device.type:
-        raise ValueError(f"generator must be on {x.device} like the images, but is on {generator.device}")
+        raise ValueError(
+            f"generator must be on {x.device} like the images, but is on {generator.device}: write "
+            f"torch.Generator({str(x.device)!r})"
+        )
     if frozen is not None and not isinstance(frozen, Frozen):
         raise TypeError(f"frozen must be a Frozen or None, got {type(frozen).__name__}")
     if update is not None and not isinstance(update, Update):

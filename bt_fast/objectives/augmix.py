@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from bt_fast.attack.wrapped import unwrapped
 from bt_fast.augment.mix import SEVERITY, augment_and_mix, check_images, check_severity, draw_choices
 from bt_fast.faults import Fault
 from bt_fast.mining import BulletTrain, check_labels
+from bt_fast.objectives.again import NEW_ONES, check_alike, of_another
 from bt_fast.ranges import MINING, UPDATE, range_
 
 JSD_WEIGHT = 12.0
@@ -87,6 +89,7 @@ def _loss(
     generator: torch.Generator | None,
 ) -> Tensor:
     pixels = faults.pixels_outside(x, 0.0, 1.0, "x")
+    x = faults.onto_bounds(x, 0.0, 1.0)
     with modes_restored(model), _unchanged_by_errors(model, bullet):
         if not model.training:
             model.train()
@@ -132,18 +135,51 @@ def _loss_of_boundary(
 ) -> Tensor:
     """The loss with BulletTrain. Its one read tells how many samples to augment."""
     with range_(MINING):
+        kept = bullet.reused()
         clean = logits_of(model, x)
-        assignment = bullet.start_assignment(clean, y, inputs=[pixels], names=("the model's logits", "y"))
-        boundary = assignment.order[: assignment.active_counts[0]]
+        if kept is None:
+            assignment = bullet.start_assignment(clean, y, inputs=[pixels], names=("the model's logits", "y"))
+            boundary = assignment.order[: assignment.active_counts[0]]
+        else:
+            views = _reused(kept, x, y, clean, bullet)
+            boundary = views.boundary
+    if kept is None:
+        drawn = _views(x[boundary], 2, severity, generator) if len(boundary) else (x[:0], x[:0])
+        views = _Views(x, y.clone(), boundary, drawn)
     first = second = clean[:0]
-    if len(boundary):
-        views = _views(x[boundary], 2, severity, generator)
-        with range_(UPDATE):
-            first, second = logits_of(unwrapped(model), torch.cat(views)).chunk(2)
     with range_(UPDATE):
+        if len(boundary):
+            first, second = logits_of(unwrapped(model), torch.cat(views.drawn)).chunk(2)
         bullet.update(clean.detach().index_copy(0, boundary, first.detach()), y)
+        bullet.keep(views)
         divergence = ops.js_divergence(clean[boundary], first, second)
         return F.cross_entropy(ops.wide(clean), y.long()) + JSD_WEIGHT / len(x) * divergence
+
+
+@dataclass(frozen=True, eq=False)
+class _Views:
+    """A minibatch and its views.
+
+    Attributes:
+        x: [m, C, H, W], y: [m]; the minibatch.
+        boundary: [b] int64, the samples that are augmented.
+        drawn: two views [b, C, H, W] of them.
+    """
+
+    x: Tensor
+    y: Tensor
+    boundary: Tensor
+    drawn: tuple[Tensor, ...]
+
+
+def _reused(kept: object, x: Tensor, y: Tensor, clean: Tensor, bullet: BulletTrain) -> _Views:
+    """The views of the first pass over this minibatch, once it is known that it is this one."""
+    if not isinstance(kept, _Views):
+        raise ValueError(f"again(reuse=True) has the x' of another loss, but augmix_loss needs views: {NEW_ONES}")
+    check_alike(kept.x, x)
+    unfit = faults.rows_without_number(clean, "the model's logits")
+    bullet.start_again([of_another(kept.x, x, kept.y, y), unfit]).wait()
+    return kept
 
 
 def _views(x: Tensor, count: int, severity: float, generator: torch.Generator | None) -> tuple[Tensor, ...]:

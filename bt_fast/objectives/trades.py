@@ -77,7 +77,8 @@ def trades_loss(
             error.
         beta: β ≥ 0, the weight of the robust term.
         distance: "l_inf" or "l_2".
-        bullet: the mining state, on the images' device.
+        bullet: the mining state, on the images' device. One minibatch moves it once: for another pass over the same
+            one, at other weights, call this within `with bullet.again():`.
         unperturbed: whether samples with 0 steps, whose x' is x, take part in the update's corrupted forward. "keep":
             they do, and in train mode with batch norm their KL is small but not 0, since the two forwards have
             different batch statistics. "skip": they do not, and their KL is 0 (a single moving sample takes one along

@@ -243,9 +243,74 @@ def hooked():
     return model
 
 
+class WithOptions(nn.Module):
+    """Its forward takes more than images, and decides by it; used as many published models are."""
+
+    def __init__(self):
+        super().__init__()
+        self.features, self.head = small_models.conv_bn()[:8], small_models.conv_bn()[8]
+
+    def forward(self, x, return_features=False, *, scale: float | None = None, **more):
+        h = self.features(x)
+        if return_features:
+            return self.head(h), h
+        return self.head(h) if scale is None else self.head(h) * scale
+
+
+@pytest.mark.parametrize(
+    "around", [lambda m: m, torch.compile, nn.Sequential], ids=["bare", "compiled", "in a Sequential"]
+)
+def test_what_a_forward_takes_beside_images_has_its_defaults(around):
+    model, x = trained(WithOptions()), images("conv_bn")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        with attack_model(around(model), RECIPES[0], x) as view:
+            assert view.reason is None
+            torch.testing.assert_close(view(x), model(x), rtol=0, atol=1e-9)
+
+
+def test_a_view_of_such_a_model_does_not_keep_it():
+    model = trained(WithOptions())
+    with attack_model(model, RECIPES[0], images("conv_bn")):
+        pass
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+
+
+def test_the_line_that_cannot_be_traced_is_told_and_what_to_do():
+    with (
+        pytest.warns(UserWarning, match="cannot be traced") as told,
+        attack_model(trained(Branching()), RECIPES[0], images("conv_bn")),
+    ):
+        pass
+    line = Branching.forward.__code__.co_firstlineno + 1
+    message = str(told[0].message)
+    assert f"line {line} of test_folded.py, `return self.body(x if x.sum() > 0 else -x)`: TraceError" in message
+    assert message.endswith("decide by their shape, or put what decides into a function marked by torch.fx.wrap")
+
+
+@torch.fx.wrap
+def brighter(x):
+    return x if x.sum() > 0 else -x
+
+
+class Wrapped(Branching):
+    def forward(self, x):
+        return self.body(brighter(x))
+
+
+def test_what_the_message_says_is_a_way_out():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with attack_model(trained(Wrapped()), RECIPES[0], images("conv_bn")) as view:
+            assert view.reason is None
+
+
 @pytest.mark.parametrize(
     ("build", "reason"),
-    [(Branching, "cannot be traced"), (Drawing, "gives other logits"), (hooked, "2 has a hook")],
+    [(Branching, "cannot be traced: line"), (Drawing, "gives other logits"), (hooked, "2 has a hook")],
 )
 def test_a_model_that_cannot_be_folded_runs_as_it_is_and_says_why_once(build, reason):
     model, x = trained(build()), images("conv_bn")

@@ -108,6 +108,7 @@ def test_a_perturbation_stays_in_the_threat_model(norm, dtype):
     assert found.max() <= 1.0
 
 
+@pytest.mark.filterwarnings("ignore:epsilon=")
 def test_bounds_other_than_0_and_1():
     model, x, start, target = case()
     schedule = Schedule.uniform(8, 5, 0.5, x.device)

@@ -325,6 +325,48 @@ def augmix_loss(draw):
     return objective_case(draw, bt_fast.augmix_loss, ("generator",), fixed, "x")
 
 
+@target
+@st.composite
+def further_pass(draw):
+    """A sound minibatch, then a pass over it that may be another one's: the mining stays as it is."""
+    losses = {bt_fast.augmix_loss: (1, 0, 0), bt_fast.pgd_loss: (2, 1, 0)}
+    losses |= {bt_fast.trades_loss: (2, 1, 0), bt_fast.mart_loss: (2, 0, 1)}
+    loss = draw(st.sampled_from(list(losses)))
+    bullet = BulletTrain(*losses[loss], metric=draw(st.sampled_from(list(allocation.METRICS))))
+    bullet.robust_fraction.fill_(draw(SHARES))
+    x, y = torch.rand(4, *SHAPE), torch.arange(4) % CLASSES
+    model, others = model_of("linear")[0], images(draw)
+    first = {} if loss is bt_fast.augmix_loss else {"optimizer": None}
+    loss(model, x, y, bullet=bullet, **first)
+    state = [value.clone() for value in state_of(bullet)]
+    options = {"epsilon": draw(mostly(st.just(0.031), SIZES))} | first if first else {}
+    arguments = {
+        "model": model,
+        "x" if loss is bt_fast.augmix_loss else "x_natural": draw(mostly(st.just(x), st.just(others))),
+        "y": draw(mostly(st.just(y), labels_of(4, CLASSES))),
+        "reuse": draw(mostly(st.booleans())),
+        "bullet": bullet,
+        **options,
+    }
+
+    def run(reuse, **given):
+        with bullet.again(reuse=reuse):
+            return loss(**given)
+
+    def check(found):
+        expect(math.isfinite(found.item()) and found.requires_grad, "the loss is not finite, or has no gradient")
+        expect(all(map(torch.equal, state_of(bullet), state)), "the mining has moved")
+
+    return call(
+        run,
+        arguments,
+        check=check,
+        state=lambda: state_of(model, bullet),
+        reset=lambda: put_back("linear"),
+        names=("again", "labels", "the model's"),
+    )
+
+
 # The attack
 
 

@@ -1,5 +1,6 @@
 """Targets: every reader of files, given bytes; and valid files to begin with."""
 
+import argparse
 import contextlib
 import gzip
 import io
@@ -179,6 +180,8 @@ MODEL = torch.nn.Linear(2, 3)
 CONFIG = PRESETS["digits"]
 STATE = {"iteration": 3, "contestants": {m: {"model": MODEL.state_dict()} for m in CONFIG.methods}}
 CHECKPOINT = saved({"bt_fast": 1, "config": CONFIG.to_json(), "state": STATE})
+ATTACKER = {f"module.model.{name}": tensor for name, tensor in MODEL.state_dict().items()}
+ATTACKER |= {"module.normalizer.new_mean": torch.rand(3, 1, 1), "module.normalizer.new_std": torch.ones(3, 1, 1)}
 MEMBERS = members_of(CHECKPOINT)
 PICKLE = next(name for name in MEMBERS if name.endswith("data.pkl"))
 MALICIOUS = pickle.dumps({"bt_fast": 1, "config": Canary(), b"data": Canary(), b"labels": [Canary()]}, protocol=2)
@@ -325,7 +328,14 @@ READERS = {
     "published checkpoint": Reader(
         published,
         SUBJECT,
-        [saved(MODEL.state_dict()), saved({"state_dict": MODEL.state_dict()}), saved({"weight": torch.ones(3, 2)})],
+        [
+            saved(MODEL.state_dict()),
+            saved({"state_dict": MODEL.state_dict()}),
+            saved({"weight": torch.ones(3, 2)}),
+            saved(
+                {"net": ATTACKER, "ema": MODEL.state_dict(), "args": argparse.Namespace(lr=0.1), "best": np.float64(1)}
+            ),
+        ],
         (STEM,),
     ),
     "run configuration": Reader(

@@ -78,6 +78,21 @@ def python_3_pickle(data, labels):
     return pickle.dumps({b"data": data, b"labels": labels}, protocol=2)
 
 
+def python_3_pickle_of_protocol_5(data, labels):
+    return pickle.dumps({b"data": data, b"labels": labels}, protocol=5)
+
+
+def numpy_1_pickle_of_protocol_5(data, labels):
+    """Under the module's name of numpy before 2.0."""
+    content = python_3_pickle_of_protocol_5(data, labels)
+    if b"numpy._core" not in content:
+        return content
+    assert content[2:3] == b"\x95"  # a frame, and its length
+    (length,) = struct.unpack("<Q", content[3:11])
+    renamed = content[11:].replace(b"\x13numpy._core.numeric", b"\x12numpy.core.numeric")
+    return content[:3] + struct.pack("<Q", length - 1) + renamed
+
+
 def write_cifar_python(folder, batches, pickled=python_2_pickle):
     folder.mkdir(parents=True, exist_ok=True)
     for stem, (data, labels) in batches.items():
@@ -219,7 +234,9 @@ def test_the_binary_version_of_cifar10_is_read_exactly(tmp_path, below):
     assert_holds_cifar(load_dataset("cifar10", tmp_path), batches)
 
 
-@pytest.mark.parametrize("pickled", [python_2_pickle, python_3_pickle])
+@pytest.mark.parametrize(
+    "pickled", [python_2_pickle, python_3_pickle, python_3_pickle_of_protocol_5, numpy_1_pickle_of_protocol_5]
+)
 @pytest.mark.parametrize("below", ["", "cifar-10-batches-py"])
 def test_the_python_version_of_cifar10_is_read_exactly(tmp_path, below, pickled):
     batches = cifar_batches()
@@ -323,9 +340,10 @@ def test_a_cifar10_pickle_with_wrong_content_is_named_in_the_error(tmp_path, bat
     assert f"{tmp_path / 'data_batch_2'}: {said}" in error_of("cifar10", tmp_path)
 
 
-def test_a_cifar10_array_in_fortran_order_is_read_exactly(tmp_path):
+@pytest.mark.parametrize("pickled", [python_3_pickle, python_3_pickle_of_protocol_5])
+def test_a_cifar10_array_in_fortran_order_is_read_exactly(tmp_path, pickled):
     batches = cifar_batches()
-    write_cifar_python(tmp_path, {k: (np.asfortranarray(x), y) for k, (x, y) in batches.items()}, python_3_pickle)
+    write_cifar_python(tmp_path, {k: (np.asfortranarray(x), y) for k, (x, y) in batches.items()}, pickled)
     assert_holds_cifar(load_dataset("cifar10", tmp_path), batches)
 
 
@@ -355,6 +373,49 @@ def test_a_spoilt_array_in_a_cifar10_pickle_is_named_in_the_error(tmp_path, whol
     path = tmp_path / "data_batch_1"
     replace_once(path, whole, spoilt)
     assert f"{path}: b'data': found an array of" in error_of("cifar10", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("array", "said"),
+    [
+        (np.zeros((2, 3071), np.uint8), "found an array of"),
+        (np.zeros((2, 3072), np.int8), "found an array of"),
+        (np.zeros((2, 3072), ">u2"), "found an array of"),
+        (np.zeros((2, 6144), np.uint8)[:, ::2], None),
+    ],
+    ids=["too narrow", "signed", "wide", "strided"],
+)
+def test_a_protocol_5_array_of_another_kind_is_named_in_the_error(tmp_path, array, said):
+    write_cifar_python(tmp_path, cifar_batches())
+    (tmp_path / "data_batch_1").write_bytes(python_3_pickle_of_protocol_5(array, [0, 1]))
+    if said is None:
+        assert len(load_dataset("cifar10", tmp_path).x_train) == 2 + sum(
+            len(y) for name, (_, y) in cifar_batches().items() if name not in ("data_batch_1", "test_batch")
+        )
+    else:
+        assert f"{tmp_path / 'data_batch_1'}: b'data': {said}" in error_of("cifar10", tmp_path)
+
+
+def test_a_protocol_5_array_with_too_few_bytes_is_named_in_the_error(tmp_path):
+    write_cifar_python(tmp_path, cifar_batches())
+    content = python_3_pickle_of_protocol_5(np.zeros((2, 3072), np.uint8), [0, 1])
+    assert b"M\x00\x0c" in content
+    (tmp_path / "data_batch_1").write_bytes(content.replace(b"K\x02M\x00\x0c", b"K\x09M\x00\x0c"))
+    assert "data_batch_1: b'data': found an array of" in error_of("cifar10", tmp_path)
+
+
+def test_a_folder_of_classes_says_what_would_be_read(tmp_path):
+    for name in ("cat", "dog", "emu", "fox"):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        (tmp_path / "train" / name / "1.png").write_bytes(b"")
+    message = error_of(str(tmp_path / "train"))
+    assert "it holds folders (cat, dog, emu, ...): images in a folder for each class are not read" in message
+    assert "np.savez('images.npz', x_train=..., y_train=..., x_test=..., y_test=...)" in message
+
+
+def test_a_folder_with_an_npz_says_to_give_the_file(tmp_path):
+    write_npz(tmp_path / "mine.npz", **made_up())
+    assert error_of(str(tmp_path)).endswith(f"give the file itself, as {tmp_path / 'mine.npz'}")
 
 
 class Malicious:
@@ -435,8 +496,8 @@ def test_npz_floats_that_are_k_over_255_become_the_same_bytes(tmp_path, dtype):
     [
         (np.full((4, 6, 5), 0.5, np.float32), "found floats whose 255-fold is up to 0.5 from an integer"),
         (np.full((4, 6, 5), 1.5), "found floats from 1.5 to 1.5, expected [0, 1]"),
-        (np.full((4, 6, 5), -1.0), "found floats from -1.0 to -1.0, expected [0, 1]"),
-        (np.full((4, 6, 5), np.nan), "found floats from nan to nan, expected [0, 1]"),
+        (np.full((4, 6, 5), -1.0), "found floats from -1 to -1, expected [0, 1]"),
+        (np.full((4, 6, 5), np.nan), "found 120 NaN and 0 infinite of 120 values, expected [0, 1]"),
         (np.zeros((4, 6, 5), np.int64), "found int64, expected uint8, or float32 or float64"),
         (np.zeros((4, 6, 5), np.float16), "found float16, expected uint8, or float32 or float64"),
         (np.zeros((4, 3, 5, 1), np.uint8), "found [4, 3, 5, 1], where axes 1 and 3 could both be the channels"),

@@ -290,18 +290,18 @@ def test_a_checkpoint_without_step_counts_loads_and_leaves_them(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda state: state.pop("classifier.fc2.bias"), r"missing classifier\.fc2\.bias$"),
-        (lambda state: state.update(extra=torch.zeros(1)), r"unexpected extra$"),
+        (lambda state: state.pop("classifier.fc2.bias"), r"missing classifier\.fc2\.bias \(of"),
+        (lambda state: state.update(extra=torch.zeros(1)), r"unexpected extra \(of"),
         (
             lambda state: state.update({"classifier.fc3.bias": torch.zeros(9)}),
-            r"mis-shaped classifier\.fc3\.bias \(9,\) for \(10,\)$",
+            r"mis-shaped classifier\.fc3\.bias \(9,\) for \(10,\) \(of",
         ),
         (
-            lambda state: state.clear(),
-            r"missing \S+conv1\.weight, \S+conv1\.bias, \S+conv2\.weight and 11 more$",
+            lambda state: [state.pop(name) for name in list(state) if not name.endswith("fc3.bias")],
+            r"missing \S+conv1\.weight, \S+conv1\.bias, \S+conv2\.weight and 10 more \(of",
         ),
     ],
-    ids=["missing", "unexpected", "mis-shaped", "empty"],
+    ids=["missing", "unexpected", "mis-shaped", "almost empty"],
 )
 def test_a_checkpoint_that_does_not_fit_is_named_and_changes_nothing(tmp_path, change, message):
     state = random_state(SMALL_CNN)
@@ -314,7 +314,7 @@ def test_a_checkpoint_that_does_not_fit_is_named_and_changes_nothing(tmp_path, c
     assert_state(model, before)
 
 
-@pytest.mark.parametrize("content", [[1, 2], {"epoch": 3}, {"state_dict": 3}, {0: torch.zeros(1)}, torch.zeros(2)])
+@pytest.mark.parametrize("content", [[1, 2], {}, {"epoch": 3}, {"state_dict": 3}, {0: torch.zeros(1)}, torch.zeros(2)])
 def test_a_file_without_a_state_dict_is_named(tmp_path, content):
     torch.save(content, tmp_path / "other.pt")
     with pytest.raises(ValueError, match=r"other\.pt holds no state_dict"):

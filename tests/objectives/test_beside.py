@@ -188,7 +188,7 @@ def own_attack(runner):
 
 def bad_pixels(runner):
     x, y = small_models.batch(6)
-    with pytest.raises(ValueError, match="pixels outside"):
+    with pytest.raises(ValueError, match="must lie in"):
         trades.trades_loss(small_models.build(), x + 1, y, None, runner=runner)
     return []
 

@@ -1,0 +1,61 @@
+"""A warning of sizes that are probably meant in other units: an ε of 8 for pixels in [0, 1] instead of 8/255."""
+
+from __future__ import annotations
+
+import math
+import sys
+import warnings
+from pathlib import Path
+
+_PACKAGE = str(Path(__file__).parent)
+_told: set[tuple[object, ...]] = set()
+
+
+def warn_of_units(
+    epsilon: float,
+    norm: str = "l_inf",
+    bounds: tuple[float, float] = (0.0, 1.0),
+    step_size: float | None = None,
+    pixels: int = 1,
+) -> None:
+    """Warn, once for the same numbers, where ε covers the whole range of a pixel or a step is longer than the ball.
+
+    Args:
+        epsilon: ε > 0. norm: "l_inf" or "l_2". bounds: of a pixel.
+        step_size: α > 0, if a size is given.
+        pixels: of one image, over which an l_2 ball extends.
+    """
+    lower, upper = bounds
+    whole = (upper - lower) * (math.sqrt(pixels) if norm == "l_2" else 1.0)
+    of_bytes = upper - lower <= 1.0
+    if epsilon >= whole and (norm == "l_inf" or pixels > 1):
+        likely = f"one below {whole:g}"
+        if of_bytes and epsilon / 255 < whole:
+            likely = f"epsilon={epsilon:g}/255, if it is meant in steps of 8-bit images"
+            if step_size is not None and step_size > 2 * epsilon / 255:
+                likely += f", and step_size={step_size:g}/255"
+        _tell(
+            ("epsilon", epsilon, norm, bounds),
+            f"epsilon={epsilon:g} covers the whole range [{lower:g}, {upper:g}] of the pixels: write {likely}",
+        )
+    elif step_size is not None and step_size > 2 * epsilon:
+        likely = f"{step_size:g}/255" if of_bytes and step_size / 255 <= 2 * epsilon else f"{epsilon / 4:g}"
+        _tell(
+            ("step_size", step_size, epsilon),
+            f"step_size={step_size:g} is more than twice epsilon={epsilon:g}, so that each step crosses the whole "
+            f"ball: write step_size={likely}",
+        )
+
+
+def _tell(numbers: tuple[object, ...], message: str) -> None:
+    if numbers not in _told:
+        _told.add(numbers)
+        warnings.warn(message, stacklevel=_level_of_the_caller())
+
+
+def _level_of_the_caller() -> int:
+    """The level of the first frame that is not this package's, seen from `_tell`."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+        frame, level = frame.f_back, level + 1
+    return level
