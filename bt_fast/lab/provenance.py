@@ -74,14 +74,18 @@ class Provenance:
 
 def described(config: RunConfig, dataset: ImageDataset, sha256: str) -> Provenance:
     """A run that has not been started."""
-    data = {
+    return Provenance(config, data_told(dataset, sha256), [])
+
+
+def data_told(dataset: ImageDataset, sha256: str) -> dict[str, Any]:
+    """Data as `Provenance.data` tells them."""
+    return {
         "name": dataset.name,
         "sha256": sha256,
         "training_images": len(dataset.x_train),
         "test_images": len(dataset.x_test),
         "classes": dataset.classes,
     }
-    return Provenance(config, data, [])
 
 
 def this_start(iteration: int, device: torch.device, ranks: int) -> dict[str, Any]:
@@ -120,12 +124,26 @@ def fingerprint(dataset: ImageDataset) -> str:
     return digest.hexdigest()
 
 
+def check_configuration(asked: RunConfig, stored: RunConfig, path: Path, *, but_data: bool) -> None:
+    """Raise ValueError, which names `path`, unless the run that is described there is the one that is asked for.
+
+    Args:
+        but_data: where the data lie makes no difference, since `check_data` looks at what they are.
+    """
+    differences = asked.differences(stored, but=("data",) if but_data else ())
+    if differences:
+        raise ValueError(
+            f"{path}: of another configuration ({'; '.join(differences)}, as asked and as stored); leave these options "
+            "away, or begin another run with --out"
+        )
+
+
 def check_data(dataset: ImageDataset, sha256: str, expected: str, path: Path) -> None:
     """Raise ValueError, which names `path`, unless the data are those of the run that is described there."""
     if sha256 != expected:
         raise ValueError(
             f"{path}: of a run on other data than {dataset.name}: its images or labels have the SHA-256 "
-            f"{expected[:12]}..., those given {sha256[:12]}..."
+            f"{expected[:12]}..., those given {sha256[:12]}...; say with --data where its own are now"
         )
 
 
