@@ -47,21 +47,23 @@ def judged(code, log, killed, lines):
 
 
 def crowded(place, data, epochs, whole, rng):
-    """A run that several begin or resume at a time, in each round until one comes to the end undisturbed."""
+    """A run that several begin at a time, all of which may be killed, and then several resume at a time."""
     place.mkdir()
     folder, wrong, refused, number = place / "run", [], 0, 0
-    for turn in range(2):
+    for first in (True, False):
         begun = []
         for _ in range(WRITERS):
             log = place / f"{(number := number + 1)}.log"
-            begun.append((start(command(data, folder, epochs), log, True), log, rng.random() < 0.7, REFUSALS))
+            begun.append((start(command(data, folder, epochs), log, True), log, first and rng.random() < 0.7, REFUSALS))
         for reader in (["report", folder, "--out", place / "page.html"], ["evaluate", folder / "checkpoint.pt"]):
             log = place / f"{(number := number + 1)}.log"
             begun.append((start([str(a) for a in reader], log, False), log, False, EARLY))
-        time.sleep(rng.uniform(0, 1.0 if turn else 2.0))
+        while first and not (folder / "checkpoint.pt").exists():
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.5))
         for process, _, kill, _ in begun:
             if kill:
-                os.kill(process, signal.SIGKILL)  # it may be over, but was not waited for
+                os.kill(process, signal.SIGKILL)  # it may be over, but nobody has waited for it yet
         for process, log, kill, lines in begun:
             code = ended(process)
             refused += code == 2

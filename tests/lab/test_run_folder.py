@@ -231,7 +231,7 @@ def test_runs_are_alike_by_their_data_and_a_seed_counts_once(tmp_path, npz):  # 
     runs = load_runs([tmp_path / name for name in "abc"])
     written = str(page(runs, training_started()))
     assert "Means over the seeds (runs A, B)" in written
-    assert "A, B, C" not in written
+    assert "(runs A, B, C)" not in written
     assert f"SHA-256 {runs[0].data[:12]}..." in written
     stored = json.loads((tmp_path / "b" / "summary.json").read_text())
     assert stored["data"]["sha256"] == load_checkpoint(tmp_path / "b" / "checkpoint.pt")[1]["data"]
