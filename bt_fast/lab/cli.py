@@ -52,7 +52,7 @@ from bt_fast.lab.locks import held
 from bt_fast.lab.make_corruptions import make_corruptions
 from bt_fast.lab.methods import COMPARED, FORMS, Method
 from bt_fast.lab.models import build_model, classes_in, load_published
-from bt_fast.lab.provenance import Provenance, check_configuration, check_data, fingerprint
+from bt_fast.lab.provenance import Provenance, changes, check_configuration, check_data, fingerprint, this_start
 from bt_fast.lab.studies.catalogue import STUDIES
 from bt_fast.lab.studies.study import SCALES, check_run, open_run
 from bt_fast.lab.studies.study import conclude as conclude_study
@@ -598,6 +598,8 @@ def _run(
         asked["methods"] = methods
     if resume is None:
         config, dataset = _configure(asked, data_dir) if repeat is None else _repeated(repeat, asked, data_dir)
+        if repeat is not None:
+            _tell_changes(repeat, where)
         _train_and_report(config, dataset, where, out, False, world, balance)
         return
     resume = resume.parent if resume.name == "checkpoint.pt" else resume
@@ -606,6 +608,7 @@ def _run(
         raise ValueError(f"{other}: a resumed run stays in its folder; leave {other} or --resume away")
     with held(resume) if world.leads and resume.is_dir() else nullcontext():  # told before the data are read
         config, dataset = _resumed(resume, asked, data_dir)
+        _tell_changes(resume, where)
         _train_and_report(config, dataset, where, resume, True, world, balance)
 
 
@@ -644,6 +647,14 @@ def _train_and_report(
                 skipped = f"{entry['skipped']} minibatches skipped for NaN or Inf"
                 say(f"{method}: {skipped}; metrics.jsonl tells which and why")
         say("wrote", ", ".join(str(p) for p in [run.folder / "summary.json", run.folder / "metrics.jsonl", *paths]))
+
+
+def _tell_changes(folder: Path, where: torch.device) -> None:
+    """Say what is another than when the run in the folder was started last, and why that matters."""
+    path = folder / "run.json"
+    starts = Provenance.read(path).starts if path.exists() else []
+    if starts and (found := changes(starts[-1], this_start(0, where, 1))):
+        say(f"{folder}: what follows may differ in its last bits, for it was started with {'; '.join(found)}")
 
 
 def _resumed(folder: Path, asked: dict[str, Any], data_dir: Path) -> tuple[RunConfig, ImageDataset]:

@@ -20,7 +20,7 @@ import bt_fast
 from bt_fast.full_precision import tf32_convolutions
 from bt_fast.lab.config import RunConfig
 from bt_fast.lab.data import ImageDataset
-from bt_fast.lab.files import write_text
+from bt_fast.lab.files import parse_json, write_text
 from bt_fast.power import driver_version
 
 FORMAT = 1
@@ -59,7 +59,7 @@ class Provenance:
             ValueError: there is no such file, or it is another thing; the message names it.
         """
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = parse_json(path.read_text(encoding="utf-8"))
             if content["format"] != FORMAT:
                 raise ValueError(f"found format {content['format']}, expected {FORMAT}")
             found = cls(RunConfig.from_json(json.dumps(content["config"])), content["data"], content["starts"])
@@ -105,6 +105,14 @@ def this_start(iteration: int, device: torch.device, ranks: int) -> dict[str, An
         },
         "revision": _revision(),
     }
+
+
+def changes(start: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """`name: then, now` of what two of `Provenance.starts` were made with and rounding depends on, where they differ."""
+    one, other = (
+        {**s.get("machine", {}), **s.get("settings", {}), "revision": s.get("revision")} for s in (start, now)
+    )
+    return [f"{name}: {one[name]}, now {other[name]}" for name in one if name in other and one[name] != other[name]]
 
 
 def _matmul_precision() -> str:

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -179,6 +180,32 @@ def test_a_checkpoint_without_a_fingerprint_has_but_the_place_to_know_its_data_b
     with pytest.raises(ValueError, match="data: elsewhere against blobs, as asked and as stored"):
         Run(tmp_path / "run", dataclasses.replace(CONFIG, data="elsewhere"), blobs(), CPU, resume=True)
     Run(tmp_path / "run", CONFIG, blobs(), CPU, resume=True)
+
+
+def test_what_is_another_than_at_the_last_start_is_said(tmp_path, npz):  # noqa: F811
+    folder, path = tmp_path / "run", tmp_path / "run" / "run.json"
+    assert bt_fast("train", "--data", npz, "--out", folder, *SMALL).exit_code == 0
+    assert "last bits" not in bt_fast("train", "--resume", folder).output
+    told = json.loads(path.read_text())
+    told["starts"][-1]["machine"]["torch"] = "1.0"
+    path.write_text(json.dumps(told))
+    for options in (["--resume", folder], ["--repeat", folder, "--out", tmp_path / "again"]):
+        output = bt_fast("train", *options).output
+        assert f"may differ in its last bits, for it was started with torch: 1.0, now {torch.__version__}" in output
+
+
+def test_a_checkpoint_that_is_replaced_while_it_is_read_is_the_old_one(tmp_path, monkeypatch):
+    path = tmp_path / "checkpoint.pt"
+    save_checkpoint(path, CONFIG, {"contestants": {"bullet": {"model": {"w": torch.zeros(10_000)}}}})
+    whole = zipfile.ZipFile.testzip
+
+    def replaced(archive):
+        save_checkpoint(path, CONFIG, {"contestants": {"bullet": {"model": {"w": torch.ones(1)}}}})
+        return whole(archive)
+
+    monkeypatch.setattr(zipfile.ZipFile, "testzip", replaced)
+    assert torch.equal(load_checkpoint(path)[1]["contestants"]["bullet"]["model"]["w"], torch.zeros(10_000))
+    assert len(load_checkpoint(path)[1]["contestants"]["bullet"]["model"]["w"]) == 1
 
 
 # Reports
