@@ -380,8 +380,9 @@ def study(
     say(f"{chosen.title}\n{config.data}: {len(dataset.x_train)} training, {len(dataset.x_test)} test images; {folder}")
     test_set = None
     if chosen.corruptions:
-        test_set = _corrupted_test_set(corruptions_dir or folder / "corrupted", dataset, config.test_size)
-        check_labels(dataset.classes, test_set.labels, f"{corruptions_dir}", f"the network for {config.data}")
+        corrupted = corruptions_dir or folder / "corrupted"
+        test_set = _corrupted_test_set(corrupted, dataset, config.test_size)
+        check_labels(dataset.classes, test_set.labels, str(corrupted), f"the network for {config.data}")
     runs = []
     for each in configs:
         with ExitStack() as stack:
@@ -540,7 +541,7 @@ def _evaluated_on(
     """The data that are named, or else those of the run, which are no others though others lie there now."""
     if data is not None:
         return load_dataset(data, data_dir).take(None, test_size or config.test_size)
-    whole = load_dataset(config.data, data_dir)
+    whole = _load(dataclasses.replace(config, train_size=None, test_size=None), data_dir)
     if sha256 is not None:
         used = whole.take(config.train_size, config.test_size)
         check_data(used, fingerprint(used), str(sha256), path)
@@ -606,7 +607,8 @@ def _run(
     if out is not None or repeat is not None:
         other = "--out" if out is not None else "--repeat"
         raise ValueError(f"{other}: a resumed run stays in its folder; leave {other} or --resume away")
-    with held(resume) if world.leads and resume.is_dir() else nullcontext():  # told before the data are read
+    saved = (resume / "checkpoint.pt").is_file()
+    with held(resume) if saved and world.leads else nullcontext():  # told before the data are read
         config, dataset = _resumed(resume, asked, data_dir)
         _tell_changes(resume, where)
         _train_and_report(config, dataset, where, resume, True, world, balance)

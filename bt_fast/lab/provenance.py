@@ -65,9 +65,11 @@ class Provenance:
             found = cls(RunConfig.from_json(json.dumps(content["config"])), content["data"], content["starts"])
             if not isinstance(found.starts, list) or not isinstance(found.data["sha256"], str):
                 raise TypeError("starts must be a list, and data.sha256 a text")
+            if not all(isinstance(s.get(key, {}), dict) for s in found.starts for key in ("machine", "settings")):
+                raise TypeError("machine and settings of a start must be objects")
         except FileNotFoundError as error:
             raise ValueError(f"{path}: no such file, which tells what the run is made of") from error
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: not the description of a run ({error!r})") from error
         return found
 
@@ -108,7 +110,7 @@ def this_start(iteration: int, device: torch.device, ranks: int) -> dict[str, An
 
 
 def changes(start: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """`name: then, now` of what two of `Provenance.starts` were made with and rounding depends on, where they differ."""
+    """`name: then, now` of what two of `Provenance.starts` differ in, and rounding may depend on."""
     one, other = (
         {**s.get("machine", {}), **s.get("settings", {}), "revision": s.get("revision")} for s in (start, now)
     )

@@ -204,13 +204,13 @@ def _load_unfinished(letter: str, folder: Path) -> LoadedRun:
                 missing=(),
             )
         )
-    machine = told.starts[-1].get("machine") if told.starts and isinstance(told.starts[-1], dict) else None
+    machine = told.starts[-1].get("machine", {}) if told.starts else {}
     return LoadedRun(
         letter,
         str(folder),
         written,
         json.loads(config.to_json()),
-        machine if isinstance(machine, dict) else {},
+        machine,
         results,
         records,
         told.data["sha256"],
