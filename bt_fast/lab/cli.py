@@ -599,7 +599,7 @@ def _run(
         asked["methods"] = methods
     if resume is None:
         config, dataset = _configure(asked, data_dir) if repeat is None else _repeated(repeat, asked, data_dir)
-        if repeat is not None:
+        if repeat is not None and world.leads:
             _tell_changes(repeat, where)
         _train_and_report(config, dataset, where, out, False, world, balance)
         return
@@ -610,7 +610,8 @@ def _run(
     saved = (resume / "checkpoint.pt").is_file()
     with held(resume) if saved and world.leads else nullcontext():  # told before the data are read
         config, dataset = _resumed(resume, asked, data_dir)
-        _tell_changes(resume, where)
+        if world.leads:
+            _tell_changes(resume, where)
         _train_and_report(config, dataset, where, resume, True, world, balance)
 
 
