@@ -223,7 +223,7 @@ class Trial:
         again = command(self.data, self.folder, self.epochs)
         found["exit_code"] = to_the_end(again, self.log, self.every_iteration)
         found["identical"] = found["exit_code"] == 0 and same(outcome(self.folder), self.whole)
-        found["nothing_left"] = not list(self.folder.glob(".*"))
+        found["nothing_left"] = not [*self.folder.glob(".*"), *self.folder.glob("*.lock")]
         found["ok"] = found["identical"] and found["nothing_left"] and found.get("died", True)
         return found
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -61,11 +62,13 @@ def read_tensors(path: Path) -> Any:
     if not path.is_file():
         raise ValueError(f"{path}: no such checkpoint file")
     try:
-        if zipfile.is_zipfile(path):  # else of the form before torch 1.6, in which some networks were published
-            _check_archive(path)
-        with warnings.catch_warnings(), torch.serialization.safe_globals(_BESIDE):
+        # one file, though a run puts another in its place
+        with path.open("rb") as file, warnings.catch_warnings(), torch.serialization.safe_globals(_BESIDE):
+            if zipfile.is_zipfile(file):  # else of the form before torch 1.6, in which some networks were published
+                _check_archive(file)
+            file.seek(0)
             warnings.simplefilter("ignore")  # torch warns of foreign pickles that it then refuses
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a dozen kinds on a damaged file
         if refused := re.search(r"GLOBAL ([\w.]+)", str(error)):
             raise ValueError(
@@ -101,16 +104,16 @@ _BESIDE: list[Any] = [
 ]
 
 
-def _check_archive(path: Path) -> None:
+def _check_archive(file: IO[bytes]) -> None:
     """Raise ValueError or BadZipFile unless the archive is as `torch.save` writes one, bit for bit.
 
     torch itself does not look at the checksums, and would inflate whatever a foreign archive says.
     """
-    with zipfile.ZipFile(path) as archive:
+    with zipfile.ZipFile(file) as archive:
         members = archive.infolist()
         if any(member.compress_type != zipfile.ZIP_STORED for member in members):
             raise ValueError("an archive with compressed parts, which torch does not write")
-        if sum(member.file_size for member in members) > path.stat().st_size:
+        if sum(member.file_size for member in members) > os.fstat(file.fileno()).st_size:
             raise ValueError("an archive whose parts are larger than the file")
         damaged = archive.testzip()
     if damaged is not None:

@@ -11,10 +11,9 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from datetime import datetime
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import click
 import torch
@@ -39,21 +38,23 @@ from bt_fast.guard import NON_FINITE
 from bt_fast.lab import doctor as examination
 from bt_fast.lab import gpu_prediction, report
 from bt_fast.lab import profile as profiling
-from bt_fast.lab.checkpoint import load_checkpoint
+from bt_fast.lab.checkpoint import load_checkpoint, read_tensors
 from bt_fast.lab.config import OBJECTIVES, PRESETS, RunConfig
 from bt_fast.lab.corruptions import CORRUPTIONS, CorruptedTestSet, corruption_errors
 from bt_fast.lab.data import ImageDataset, load_dataset
 from bt_fast.lab.files import write_text
+from bt_fast.lab.fitting import check_labels
 from bt_fast.lab.gpu_model import GPUS
 from bt_fast.lab.html_report.loading import load_runs
 from bt_fast.lab.html_report.page import check_path, write_page
 from bt_fast.lab.html_report.scalars import write_scalars
+from bt_fast.lab.locks import held
 from bt_fast.lab.make_corruptions import make_corruptions
 from bt_fast.lab.methods import COMPARED, FORMS, Method
-from bt_fast.lab.models import build_model, load_published
-from bt_fast.lab.provenance import Provenance, check_data, fingerprint
+from bt_fast.lab.models import build_model, classes_in, load_published
+from bt_fast.lab.provenance import Provenance, changes, check_configuration, check_data, fingerprint, this_start
 from bt_fast.lab.studies.catalogue import STUDIES
-from bt_fast.lab.studies.study import SCALES, open_run
+from bt_fast.lab.studies.study import SCALES, check_run, open_run
 from bt_fast.lab.studies.study import conclude as conclude_study
 from bt_fast.lab.studies.study import write as write_study
 from bt_fast.lab.training import Run, evaluation_batches, median_speedup
@@ -310,9 +311,10 @@ def evaluate(
     """Clean and PGD accuracy of CHECKPOINT: a run's checkpoint.pt, or a state_dict such as TRADES publishes."""
     where = _device(device)
     if model is None:
-        networks, dataset, default_epsilon = _own_networks(checkpoint, method, data, data_dir, test_size)
+        networks, dataset, _, default_epsilon = _own_networks(checkpoint, method, data, data_dir, test_size)
     else:
-        networks, dataset, default_epsilon = _published_network(checkpoint, model, data, data_dir, test_size)
+        found = _published_network(checkpoint, model, method, data, data_dir, test_size)
+        networks, dataset, _, default_epsilon = found
     threat = ThreatModel(epsilon or default_epsilon, distance)
     attacked = distance if loss == "ce" else f"{distance}, {loss} loss"
     for name, network in networks.items():
@@ -369,18 +371,28 @@ def study(
     dataset = load_dataset(asked.get("data", preset.data), data_dir)
     config, dataset = _adapt(preset, asked, dataset)
     folder = out or Path("studies") / name
+    if corruptions_dir is not None and not chosen.corruptions:
+        which = ", ".join(other.name for other in STUDIES.values() if other.corruptions)
+        raise ValueError(f"--corruptions-dir: {name} has no corruptions, {which} has; leave it away")
+    configs = [dataclasses.replace(config, seed=seed) for seed in dict.fromkeys(seeds or (0,))]
+    for each in configs:
+        check_run(each, dataset, folder, where)
     say(f"{chosen.title}\n{config.data}: {len(dataset.x_train)} training, {len(dataset.x_test)} test images; {folder}")
     test_set = None
     if chosen.corruptions:
-        test_set = _corrupted_test_set(corruptions_dir or folder / "corrupted", dataset, seed=0)
+        corrupted = corruptions_dir or folder / "corrupted"
+        test_set = _corrupted_test_set(corrupted, dataset, config.test_size)
+        check_labels(dataset.classes, test_set.labels, str(corrupted), f"the network for {config.data}")
     runs = []
-    for seed in dict.fromkeys(seeds or (0,)):
-        with _stop_signals() as stop:
-            run = open_run(chosen, dataclasses.replace(config, seed=seed), dataset, folder, where)
-            _train(run, stop, f"the same command goes on in {folder}")
-        with _progress() as progress:
-            task = progress.add_task(f"evaluation, seed {seed}", total=len(config.methods))
-            summary = conclude_study(run, test_set, _advancer(progress, task))
+    for each in configs:
+        with ExitStack() as stack:
+            with _stop_signals() as stop:
+                run = open_run(chosen, each, dataset, folder, where)
+                stack.callback(run.close)
+                _train(run, stop, f"the same command goes on in {folder}")
+            with _progress() as progress:
+                task = progress.add_task(f"evaluation, seed {each.seed}", total=len(config.methods))
+                summary = conclude_study(run, test_set, _advancer(progress, task))
         console.print(report.table(summary))
         runs.append((run, summary))
     say("wrote", ", ".join(str(path) for path in write_study(chosen, scale, runs, folder)))
@@ -416,8 +428,8 @@ def predict(gpu: str | None, model: str, batch_size: int) -> None:
 @click.option("--model", metavar="NAME", help="Network of a published checkpoint: small-cnn, wrn-D-K, ...")
 @click.option("--data", metavar=_SOURCES, help="Data set. [the checkpoint's]")
 @click.option("--data-dir", type=click.Path(path_type=Path), default=Path("data"), show_default=True)
-@click.option("--test-size", type=_AT_LEAST_ONE, help="Corrupt the first N test images. [the checkpoint's]")
-@click.option("--seed", type=_SEED, default=0, show_default=True, help="Of the corruptions that are made.")
+@click.option("--test-size", type=_AT_LEAST_ONE, help="Use the first N test images. [the checkpoint's]")
+@click.option("--seed", type=_SEED, help="Of the corruptions that are made. [0]")
 @click.option("--device", default=None)
 @_one_line_errors
 def corruptions(
@@ -428,17 +440,17 @@ def corruptions(
     data: str | None,
     data_dir: Path,
     test_size: int | None,
-    seed: int,
+    seed: int | None,
     device: str | None,
 ) -> None:
     """Error of CHECKPOINT under fifteen corruptions at five severities."""
     where = _device(device)
     if model is None:
-        networks, dataset, _ = _own_networks(checkpoint, method, data, data_dir, test_size)
+        networks, dataset, images, _ = _own_networks(checkpoint, method, data, data_dir, test_size)
     else:
-        networks, dataset, _ = _published_network(checkpoint, model, data, data_dir, test_size)
+        networks, dataset, images, _ = _published_network(checkpoint, model, method, data, data_dir, test_size)
     with tempfile.TemporaryDirectory() as temporary:
-        test_set = _corrupted_test_set(corruptions_dir or Path(temporary) / "made", dataset, seed)
+        test_set = _corrupted_test_set(corruptions_dir or Path(temporary) / "made", dataset, images, seed)
         for name, network in networks.items():
             errors = {}
             with _progress() as progress:
@@ -461,28 +473,50 @@ def profile(method: str, iterations: int, data_dir: Path, device: str | None, ou
     where = _device(device)
     asked = {name: value for name, value in given.items() if value not in (None, ())}
     config, dataset = _configure(asked | {"methods": (method,)}, data_dir)
-    folder = out or Path("profiles") / datetime.now().strftime("%Y%m%d-%H%M%S")
-    found = profiling.profile(config, dataset, where, folder, iterations)
+    found, folder = profiling.profile(config, dataset, where, out, iterations)
     console.print(profiling.table(found))
     for line in profiling.lines(found):
         say(line)
     say(f"wrote {folder / 'profile.json'}, and {folder / 'trace.json'}, which ui.perfetto.dev shows")
 
 
-def _corrupted_test_set(folder: Path, dataset: ImageDataset, seed: int) -> CorruptedTestSet:
-    """The test set in the folder, made of the data set's if there is none."""
-    if not folder.exists():
+def _corrupted_test_set(
+    folder: Path, dataset: ImageDataset, images: int | None, seed: int | None = None
+) -> CorruptedTestSet:
+    """The test set in the folder, made of the data set's if there is none; what was asked for is so, or refused.
+
+    Args:
+        images: how many are to be evaluated; None for all.
+        seed: of the corruptions that are made, 0 where None; where it is given, those that are there have it too.
+    """
+    if not folder.exists() or not any(folder.iterdir()):
         with _progress() as progress:
             task = progress.add_task("corrupting the test set", total=len(CORRUPTIONS))
-            make_corruptions(dataset.x_test, dataset.y_test, folder, seed=seed, done=_advancer(progress, task))
-    test_set = CorruptedTestSet(folder)
+            make_corruptions(
+                dataset.x_test,
+                dataset.y_test,
+                folder,
+                seed=seed or 0,
+                done=_advancer(progress, task),
+                waiting=lambda who: say(f"{folder}: waiting for {who}, which makes it"),
+            )
+    test_set = CorruptedTestSet(folder, images)
     if list(test_set.image_shape) != list(dataset.x_test.shape[1:]):
         found, expected = list(test_set.image_shape), list(dataset.x_test.shape[1:])
-        raise ValueError(f"{folder}: found images of {found}, expected {expected} as in {dataset.name}")
+        hint = "name another --corruptions-dir"
+        raise ValueError(f"{folder}: found images of {found}, expected {expected} as in {dataset.name}; {hint}")
+    test_set.check_made_of(dataset.x_test, dataset.y_test, seed)
+    say(f"{folder}: {test_set}")
     return test_set
 
 
-_ToEvaluate = tuple[dict[str, torch.nn.Module], ImageDataset, float]  # networks by name, their data, and ε
+class _ToEvaluate(NamedTuple):
+    """Networks by name, their data, the first how many test images of them (None: all), and ε."""
+
+    networks: dict[str, torch.nn.Module]
+    dataset: ImageDataset
+    images: int | None
+    epsilon: float
 
 
 def _own_networks(
@@ -492,29 +526,48 @@ def _own_networks(
     config, state = load_checkpoint(path)
     stored: dict[str, Any] = state["contestants"]
     if method is not None and method not in stored:
-        raise ValueError(f"--method {method}: {path} holds {', '.join(stored)}")
-    dataset = load_dataset(data or config.data, data_dir).take(None, test_size or config.test_size)
+        raise ValueError(f"--method {method}: {path} holds {', '.join(stored)}; name one of them, or none for all")
+    dataset = _evaluated_on(config, state.get("data"), data, data_dir, test_size, path)
     networks = {}
     for name in [method] if method else stored:
-        networks[name] = _build(config.model, config.width, dataset)
+        networks[name] = _build(config.model, config.width, dataset, stored[name]["model"], path)
         _load_weights(networks[name], stored[name]["model"], path)
-    return networks, dataset, config.epsilon
+    return _ToEvaluate(networks, dataset, test_size or config.test_size, config.epsilon)
 
 
-def _published_network(path: Path, model: str, data: str | None, data_dir: Path, test_size: int | None) -> _ToEvaluate:
+def _evaluated_on(
+    config: RunConfig, sha256: object, data: str | None, data_dir: Path, test_size: int | None, path: Path
+) -> ImageDataset:
+    """The data that are named, or else those of the run, which are no others though others lie there now."""
+    if data is not None:
+        return load_dataset(data, data_dir).take(None, test_size or config.test_size)
+    whole = _load(dataclasses.replace(config, train_size=None, test_size=None), data_dir)
+    if sha256 is not None:
+        used = whole.take(config.train_size, config.test_size)
+        check_data(used, fingerprint(used), str(sha256), path)
+    return whole.take(None, test_size or config.test_size)
+
+
+def _published_network(
+    path: Path, model: str, method: str | None, data: str | None, data_dir: Path, test_size: int | None
+) -> _ToEvaluate:
     """A network whose state_dict somebody published."""
+    if method is not None:
+        raise ValueError(f"--method {method}: a checkpoint that is read with --model holds one network; leave it away")
     source = data or "digits"
     dataset = load_dataset(source, data_dir).take(None, test_size)
-    network = _build(model, None, dataset)
+    network = _build(model, None, dataset, read_tensors(path), path)
     network = load_published(network, path)
-    return {model: network}, dataset, _preset(source, dataset).epsilon
+    return _ToEvaluate({model: network}, dataset, test_size, _preset(source, dataset).epsilon)
 
 
 def _load_weights(network: torch.nn.Module, weights: dict[str, Any], path: Path) -> None:
     try:
         network.load_state_dict(weights)
-    except RuntimeError as error:  # other data, other channels or classes
-        raise ValueError(f"{path}: its network does not fit the data ({error})") from error
+    except RuntimeError as error:  # other data, of other channels or of another size
+        raise ValueError(
+            f"{path}: its network does not fit the data ({error}); evaluate it on --data with images like its own"
+        ) from error
 
 
 @contextmanager
@@ -544,43 +597,78 @@ def _run(
     asked = {name: value for name, value in given.items() if value not in (None, ())}
     if methods is not None:
         asked["methods"] = methods
-    if resume is not None:
-        resume = resume.parent if resume.name == "checkpoint.pt" else resume
-        if out is not None or repeat is not None:
-            other = "--out" if out is not None else "--repeat"
-            raise ValueError(f"{other}: a resumed run stays in its folder; leave {other} or --resume away")
-        if resume.is_dir() and not (resume / "checkpoint.pt").exists():
-            raise ValueError(f"{resume}: has no checkpoint.pt, so nothing was saved yet: start it with --out instead")
-        stored, _ = load_checkpoint(resume / "checkpoint.pt")
-        config = dataclasses.replace(stored, **asked)
-        dataset = _load(config, data_dir)
-    elif repeat is not None:
-        config, dataset = _repeated(repeat, asked, data_dir)
-    else:
-        config, dataset = _configure(asked, data_dir)
-    folder = resume or out or Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")
+    if resume is None:
+        config, dataset = _configure(asked, data_dir) if repeat is None else _repeated(repeat, asked, data_dir)
+        if repeat is not None and world.leads:
+            _tell_changes(repeat, where)
+        _train_and_report(config, dataset, where, out, False, world, balance)
+        return
+    resume = resume.parent if resume.name == "checkpoint.pt" else resume
+    if out is not None or repeat is not None:
+        other = "--out" if out is not None else "--repeat"
+        raise ValueError(f"{other}: a resumed run stays in its folder; leave {other} or --resume away")
+    saved = (resume / "checkpoint.pt").is_file()
+    with held(resume) if saved and world.leads else nullcontext():  # told before the data are read
+        config, dataset = _resumed(resume, asked, data_dir)
+        if world.leads:
+            _tell_changes(resume, where)
+        _train_and_report(config, dataset, where, resume, True, world, balance)
+
+
+def _train_and_report(
+    config: RunConfig,
+    dataset: ImageDataset,
+    where: torch.device,
+    folder: Path | None,
+    resume: bool,
+    world: World,
+    balance: bool,
+) -> None:
     if balance and (config.loss == "augmix" or not any(m.startswith("bullet") for m in config.methods)):
         raise ValueError("--balance shares BulletTrain's attack out: it needs a method bullet, and a loss but augmix")
     shared = Balance(ranks_per_node=world.per_node) if balance else None
-    with _stop_signals() as stop:
-        run = Run(folder, config, dataset, where, resume=resume is not None, world=world, balance=shared)
-        if world.group is not None and norms_alone(run.contestants[0].model):
-            say("batch norm: torch synchronises it on CUDA alone; here it sees each rank's own samples")
-        say(f"{config.data}: {len(dataset.x_train)} training, {len(dataset.x_test)} test images; run folder {folder}")
-        _train(run, stop, f"go on with --resume {run.folder}")
-    if not world.leads:
-        for contestant in run.contestants:
-            run.final(contestant)
-        return
-    with _progress() as progress:
-        task = progress.add_task("final evaluation", total=len(config.methods))
-        summary = report.summarise(run, _advancer(progress, task))
-    paths = report.plot(run)
-    console.print(report.table(summary))
-    for method, entry in summary["methods"].items():
-        if entry.get("skipped"):
-            say(f"{method}: {entry['skipped']} minibatches skipped for NaN or Inf; metrics.jsonl tells which and why")
-    say("wrote", ", ".join(str(p) for p in [folder / "summary.json", folder / "metrics.jsonl", *paths]))
+    with ExitStack() as stack:
+        with _stop_signals() as stop:
+            run = Run(folder, config, dataset, where, resume=resume, world=world, balance=shared)
+            stack.callback(run.close)
+            if world.group is not None and norms_alone(run.contestants[0].model):
+                say("batch norm: torch synchronises it on CUDA alone; here it sees each rank's own samples")
+            sizes = f"{len(dataset.x_train)} training, {len(dataset.x_test)} test images"
+            say(f"{config.data}: {sizes}; run folder {run.folder}")
+            _train(run, stop, f"go on with --resume {run.folder}")
+        if not world.leads:
+            for contestant in run.contestants:
+                run.final(contestant)
+            return
+        with _progress() as progress:
+            task = progress.add_task("final evaluation", total=len(config.methods))
+            summary = report.summarise(run, _advancer(progress, task))
+        paths = report.plot(run)
+        console.print(report.table(summary))
+        for method, entry in summary["methods"].items():
+            if entry.get("skipped"):
+                skipped = f"{entry['skipped']} minibatches skipped for NaN or Inf"
+                say(f"{method}: {skipped}; metrics.jsonl tells which and why")
+        say("wrote", ", ".join(str(p) for p in [run.folder / "summary.json", run.folder / "metrics.jsonl", *paths]))
+
+
+def _tell_changes(folder: Path, where: torch.device) -> None:
+    """Say what is another than when the run in the folder was started last, and why that matters."""
+    path = folder / "run.json"
+    starts = Provenance.read(path).starts if path.exists() else []
+    if starts and (found := changes(starts[-1], this_start(0, where, 1))):
+        say(f"{folder}: what follows may differ in its last bits, for it was started with {'; '.join(found)}")
+
+
+def _resumed(folder: Path, asked: dict[str, Any], data_dir: Path) -> tuple[RunConfig, ImageDataset]:
+    """The configuration of the run in the folder with what was asked for, and its data, wherever they are now."""
+    path = folder / "checkpoint.pt"
+    if folder.is_dir() and not path.exists():
+        raise ValueError(f"{folder}: has no checkpoint.pt, so nothing was saved yet: start it with --out instead")
+    stored, state = load_checkpoint(path)
+    config = dataclasses.replace(stored, **asked)
+    check_configuration(config, stored, path, but_data=state.get("data") is not None)
+    return config, _load(config, data_dir)
 
 
 def _repeated(folder: Path, asked: dict[str, Any], data_dir: Path) -> tuple[RunConfig, ImageDataset]:
@@ -678,12 +766,22 @@ def _preset(source: str, dataset: ImageDataset) -> RunConfig:
 
 
 def _load(config: RunConfig, data_dir: Path) -> ImageDataset:
-    return load_dataset(config.data, data_dir).take(config.train_size, config.test_size)
+    """A run's data, which may not be where they were."""
+    try:
+        return load_dataset(config.data, data_dir).take(config.train_size, config.test_size)
+    except ValueError as error:
+        raise ValueError(f"{error}; say with --data where the run's data are now") from error
 
 
-def _build(model: str, width: int | None, dataset: ImageDataset) -> torch.nn.Module:
-    _, channels, size, _ = dataset.x_test.shape
-    return build_model(model, in_channels=channels, image_size=size, num_classes=dataset.classes, width=width)
+def _build(model: str, width: int | None, dataset: ImageDataset, weights: object, path: Path) -> torch.nn.Module:
+    """The network for weights that are somewhere in what `path` holds: it has their classes, not those of the data."""
+    classes = classes_in(model, weights)
+    if classes is None:
+        classes = 2  # loading says which weights are missing
+    else:
+        check_labels(classes, dataset.y_test, dataset.name, f"the network of {path}")
+    _, channels, height, breadth = dataset.x_test.shape
+    return build_model(model, in_channels=channels, image_size=(height, breadth), num_classes=classes, width=width)
 
 
 def _device(name: str | None) -> torch.device:
@@ -756,7 +854,10 @@ def _named(name: str | None) -> torch.device | None:
 @click.option("--tensorboard", type=click.Path(path_type=Path), help="Also write TensorBoard scalars into this folder.")
 @_one_line_errors
 def html_report(runs: tuple[Path, ...], out: Path, tensorboard: Path | None) -> None:
-    """Write one HTML page about the runs in run folders or study folders RUN, side by side. It needs no network."""
+    """Write one HTML page about the runs in run folders or study folders RUN, side by side. It needs no network.
+
+    A run that is not finished, running or not, is told as far as it is.
+    """
     found = load_runs(runs)
     check_path(out)
     if tensorboard is not None:

@@ -136,10 +136,11 @@ class RunConfig:
         changes: dict[str, Any] = dict(method.changes)
         return method, dataclasses.replace(self, **changes)
 
-    def differences(self, other: RunConfig) -> list[str]:
-        """`name: this value, other value` for every field in which the two differ."""
+    def differences(self, other: RunConfig, *, but: tuple[str, ...] = ()) -> list[str]:
+        """`name: this value against the other value` for every field in which the two differ, but for some."""
         mine, theirs = dataclasses.asdict(self), dataclasses.asdict(other)
-        return [f"{name}: {mine[name]} against {theirs[name]}" for name in mine if mine[name] != theirs[name]]
+        names = [name for name in mine if name not in but and mine[name] != theirs[name]]
+        return [f"{name}: {mine[name]} against {theirs[name]}" for name in names]
 
 
 _DIGITS = RunConfig(

@@ -1,12 +1,17 @@
 """Error under common corruptions, on a test set in the layout in which CIFAR-10-C and CIFAR-100-C are published.
 
 That is a folder with `labels.npy`, integers [5n], and for each corruption an uint8 array [5n, H, W, C] in a file of its
-name: the n test images at severity 1, then at severity 2, up to 5.
+name: the n test images at severity 1, then at severity 2, up to 5. A folder that was made here has `made.json` too,
+which says of which images it was, and with which seed.
 """
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +23,7 @@ from torch import Tensor, nn
 from bt_fast import faults
 from bt_fast.attack.frozen import clean_logits, eval_mode
 from bt_fast.lab.data import images as as_floats
+from bt_fast.lab.files import parse_json
 
 CORRUPTIONS = (
     "gaussian_noise",
@@ -40,43 +46,124 @@ SEVERITIES = (1, 2, 3, 4, 5)
 EVALUATION_BATCH = 1000
 
 
+MADE = "made.json"
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a folder was made of: the seed, and the digest of each test image with its label, in their order."""
+
+    seed: int
+    images: tuple[str, ...]
+
+    @classmethod
+    def of(cls, x: Tensor, y: Tensor, seed: int) -> Made:
+        """Of images uint8 [n, C, H, W] and labels int64 [n]."""
+        labelled = zip(x.cpu().contiguous().numpy(), y.tolist(), strict=True)
+        return cls(
+            seed, tuple(hashlib.sha256(f"{label}".encode() + image.data).hexdigest()[:16] for image, label in labelled)
+        )
+
+    def to_json(self) -> str:
+        """One line."""
+        return json.dumps({"seed": self.seed, "images": self.images})
+
+    @classmethod
+    def read(cls, path: Path) -> Made | None:
+        """What the file says; None without it. Raises ValueError, which names it, where it says something else."""
+        try:
+            content = parse_json(path.read_text(encoding="utf-8"))
+            found = cls(content["seed"], tuple(content["images"]))
+            if type(found.seed) is not int or any(type(digest) is not str for digest in found.images):
+                raise TypeError("seed must be an integer, and images a list of texts")
+        except FileNotFoundError:
+            return None
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}: does not say what the folder was made of ({error!r}); make it anew") from error
+        return found
+
+
 class CorruptedTestSet:
     """The files of a folder, all of them checked when it is made; pixels are read when they are asked for.
 
     Args:
         folder: in the published layout. Files of other corruptions may lie there too and are not read.
+        first: how many test images of each severity to take; None for all.
 
     Attributes:
-        labels: [n] int64, the labels at each severity in turn.
+        labels: [n] int64, the same at each severity.
         image_shape: (C, H, W).
+        there: how many there are.
+        made: what it was made of, where it was made here.
 
     Raises:
-        ValueError: a file is missing or not what it should be; the message names it, what was found and what was
-            expected. No pickle is read.
+        ValueError: a file is missing or not what it should be, or holds fewer images than are to be taken; the message
+            names it, what was found and what was expected. No pickle is read.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, first: int | None = None) -> None:
         names = ["labels", *CORRUPTIONS]
         missing = [f"{name}.npy" for name in names if not (folder / f"{name}.npy").is_file()]
         if missing:
             raise ValueError(f"{folder}: found no {', '.join(missing)}; expected the files of CIFAR-10-C or alike")
+        self._folder = folder
         self._all_labels = _read_labels(folder / "labels.npy")
         self._arrays = {name: _open_images(folder / f"{name}.npy", len(self._all_labels)) for name in CORRUPTIONS}
         shapes = {name: array.shape[1:] for name, array in self._arrays.items()}
-        first, *others = CORRUPTIONS
+        others = CORRUPTIONS[1:]
         for name in others:
-            if shapes[name] != shapes[first]:
-                path, found, like = folder / f"{name}.npy", list(shapes[name]), list(shapes[first])
-                raise ValueError(f"{path}: found images of {found}, expected {like} as in {first}.npy")
-        height, width, channels = shapes[first]
+            if shapes[name] != shapes[CORRUPTIONS[0]]:
+                path, found, like = folder / f"{name}.npy", list(shapes[name]), list(shapes[CORRUPTIONS[0]])
+                raise ValueError(f"{path}: found images of {found}, expected {like} as in {CORRUPTIONS[0]}.npy")
+        height, width, channels = shapes[CORRUPTIONS[0]]
         self.image_shape = (channels, height, width)
+        self.there = len(self._all_labels) // len(SEVERITIES)
+        if first is not None and not 1 <= first <= self.there:
+            raise ValueError(
+                f"{folder}: has {self.there} images at each severity, --test-size asks for {first}; ask for fewer, or "
+                "make them in another --corruptions-dir"
+            )
+        self._taken = self.there if first is None else first
+        self.labels = self._all_labels[: self._taken]
+        self.made = Made.read(folder / MADE)
+
+    def __str__(self) -> str:
+        """How many images, and where they are from."""
+        number = f"{self._taken}" if self._taken == self.there else f"the first {self._taken} of {self.there}"
+        made = "" if self.made is None else f", made of the test set with seed {self.made.seed}"
+        return f"{number} images at each severity{made}"
 
     def severity(self, name: str, severity: int) -> tuple[Tensor, Tensor]:
         """The images uint8 [n, C, H, W] and labels int64 [n] of one corruption at one severity, 1 to 5."""
-        n = len(self._all_labels) // len(SEVERITIES)
-        part = slice((severity - 1) * n, severity * n)
+        begin = (severity - 1) * self.there
+        part = slice(begin, begin + self._taken)
         images = np.array(np.moveaxis(self._arrays[name][part], 3, 1), order="C")  # a copy: the file is read-only
         return torch.from_numpy(images), self._all_labels[part]
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of all images and labels that are taken; reads all of them."""
+        digest = hashlib.sha256()
+        for name in CORRUPTIONS:
+            for severity in SEVERITIES:
+                for part in self.severity(name, severity):
+                    digest.update(f"{list(part.shape)}".encode())
+                    digest.update(part.contiguous().numpy().data)
+        return digest.hexdigest()
+
+    def check_made_of(self, x: Tensor, y: Tensor, seed: int | None) -> None:
+        """Raise ValueError if it was made, and not of these test images, or not with this seed where one is given."""
+        if seed is not None and (self.made is None or self.made.seed != seed):
+            whence = "was not made here" if self.made is None else f"was made with seed {self.made.seed}"
+            raise ValueError(f"--seed {seed}: {self._folder} {whence}; leave --seed away, or another --corruptions-dir")
+        if self.made is None:
+            return
+        expected = Made.of(x, y, 0).images
+        if self.made.images[: len(expected)] != expected:
+            raise ValueError(
+                f"{self._folder}: made of {len(self.made.images)} other test images than the {len(expected)} that are "
+                "evaluated; name another --corruptions-dir, or their number with --test-size"
+            )
 
 
 def corruption_errors(

@@ -4,31 +4,36 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
+
+from bt_fast.lab.locks import remove_abandoned, take
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
     """A binary file that takes the place of `path` when the block ends without an exception: synced, then renamed.
 
-    A process that is killed in the block leaves `.NAME.PID.part` behind, which the next one to write `path` removes.
+    A process that is killed in the block leaves `.NAME.PID.RANDOM.part` behind, which the next one to write `path`
+    removes; that of a process which is still writing is locked, and stays. Of several that write, the last one wins.
 
     Raises:
         OSError: it cannot be written (a full disk, a folder that is read-only or not there); it names `path`, and what
             was there before is still there.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.part")
     with naming(path):
         _remove_leftovers(path)
         try:
-            with open(temporary, "wb") as file:
+            with open(temporary, "wb", opener=_locked) as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(temporary, path)
+                os.replace(temporary, path)  # still locked, so that nobody takes it for abandoned
         finally:
             _remove(temporary)
         folder = os.open(path.parent, os.O_RDONLY)
@@ -76,24 +81,22 @@ def naming(path: Path) -> Iterator[None]:
         raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
 
 
+def _locked(path: str, _: int) -> int:
+    """An opener of new files that the process has for itself until they are closed."""
+    while (descriptor := take(Path(path))) is None:
+        pass  # another process looks whether it was abandoned, and in a moment knows
+    return descriptor
+
+
 def _remove_leftovers(path: Path) -> None:
     """Remove the temporary files of processes that are no more."""
-    for leftover in path.parent.glob(f".{path.name}.*.part"):
-        pid = leftover.suffixes[-2][1:] if len(leftover.suffixes) > 1 else ""
-        if pid.isdecimal() and not _runs(int(pid)):
-            _remove(leftover)
+    form = re.compile(rf"\.{re.escape(path.name)}\.\d+(\.[0-9a-f]{{8}})?\.part")  # the version before this drew nothing
+    with suppress(OSError):
+        for name in os.listdir(path.parent):
+            if form.fullmatch(name):
+                remove_abandoned(path.parent / name)
 
 
 def _remove(path: Path) -> None:
     with suppress(OSError):  # what keeps it from being removed is told by the write itself, or was told
         path.unlink(missing_ok=True)
-
-
-def _runs(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):
-        return True
-    return True

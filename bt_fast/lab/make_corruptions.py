@@ -16,7 +16,9 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from bt_fast.lab.corruptions import CORRUPTIONS, SEVERITIES
+from bt_fast.lab.corruptions import CORRUPTIONS, MADE, SEVERITIES, Made
+from bt_fast.lab.files import write_text
+from bt_fast.lab.locks import alone
 
 LIBRARY = "imagecorruptions-imaug"  # the kept fork: the package it forks does not run with today's scikit-image
 LEAST_SIZE = 32  # that the library takes
@@ -26,9 +28,15 @@ _Image = npt.NDArray[np.uint8]
 
 
 def make_corruptions(
-    x: Tensor, y: Tensor, folder: Path, *, seed: int = 0, done: Callable[[str], object] = lambda _: None
+    x: Tensor,
+    y: Tensor,
+    folder: Path,
+    *,
+    seed: int = 0,
+    done: Callable[[str], object] = lambda _: None,
+    waiting: Callable[[str], object] = lambda _: None,
 ) -> None:
-    """Write `labels.npy` and a file for each corruption; the folder appears when all of them are whole.
+    """Write `labels.npy`, a file for each corruption and `made.json`; the folder appears when all of them are whole.
 
     An image's corruption depends on its pixels, its place and the seed alone; numpy's global random state is left as it
     was. Images of fewer than 32 pixels a side are padded with their edge for the library, and cut again. A grey image
@@ -37,9 +45,10 @@ def make_corruptions(
     Args:
         x: [n, C, H, W] uint8, C 1 or 3, n ≥ 1.
         y: [n] int64.
-        folder: new, or empty.
+        folder: new, or empty. While another process makes it, it is waited for; what it made of the same is kept.
         seed: at least 0.
         done: called with each corruption's name when it is written.
+        waiting: called with who is waited for.
 
     Raises:
         ValueError: the library is not installed, the folder holds files, or the images do not fit.
@@ -47,17 +56,23 @@ def make_corruptions(
     corrupt = _library()
     if x.dim() != 4 or x.shape[1] not in (1, 3) or len(x) == 0 or len(x) != len(y):
         raise ValueError(f"x must be [n, C, H, W] with C 1 or 3 and one label an image, got {list(x.shape)}, {len(y)}")
-    if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder}: found files, expected a new or empty folder")
-    part = folder.with_name(f"{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    images: _Image = np.ascontiguousarray(np.moveaxis(x.cpu().numpy(), 1, 3))
-    for name in CORRUPTIONS:
-        np.save(part / f"{name}.npy", _all_severities(corrupt, images, name, seed))
-        done(name)
-    np.save(part / "labels.npy", np.tile(y.cpu().numpy(), len(SEVERITIES)))
-    part.replace(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with alone(folder.with_name(f".{folder.name}.lock"), waiting):
+        made = Made.of(x, y, seed)
+        if folder.exists() and any(folder.iterdir()):
+            if Made.read(folder / MADE) == made:
+                return
+            raise ValueError(f"{folder}: found files, expected a new or empty folder; name another --corruptions-dir")
+        part = folder.with_name(f"{folder.name}.part")
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir()
+        images: _Image = np.ascontiguousarray(np.moveaxis(x.cpu().numpy(), 1, 3))
+        for name in CORRUPTIONS:
+            np.save(part / f"{name}.npy", _all_severities(corrupt, images, name, seed))
+            done(name)
+        np.save(part / "labels.npy", np.tile(y.cpu().numpy(), len(SEVERITIES)))
+        write_text(part / MADE, made.to_json())
+        part.replace(folder)
 
 
 def _all_severities(corrupt: Callable[..., Any], images: _Image, name: str, seed: int) -> _Image:

@@ -6,6 +6,7 @@ import re
 import warnings
 from collections import OrderedDict
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +18,9 @@ from bt_fast.attack.pixels import Normalize
 from bt_fast.lab.checkpoint import read_tensors
 from bt_fast.lab.layouts import described, network_in
 
+SMALLEST = 16  # height and width of an image, of which small-cnn's convolutions leave something
+_WIDE = r"wrn-([1-9][0-9]*)-([1-9][0-9]*)"
+
 
 class SmallCNN(nn.Module):
     """Four convolutions and three linear layers: the MNIST network of TRADES.
@@ -26,7 +30,7 @@ class SmallCNN(nn.Module):
 
     Args:
         in_channels: channels of an image.
-        image_size: height and width of an image, at least 16.
+        image_size: height and width of an image, at least 16 each; one number where they are the same.
         num_classes: logits of an image.
         width: channels of the first two convolutions; the last two have twice as many. 32 as published.
         dropout: probability of dropping a hidden unit after the first linear layer.
@@ -38,15 +42,16 @@ class SmallCNN(nn.Module):
     def __init__(
         self,
         in_channels: int = 1,
-        image_size: int = 28,
+        image_size: int | tuple[int, int] = 28,
         num_classes: int = 10,
         width: int = 32,
         dropout: float = 0.5,
     ) -> None:
         super().__init__()
-        side = ((image_size - 4) // 2 - 4) // 2
-        if side < 1:
-            raise ValueError(f"image_size must be at least 16, got {image_size}")
+        height, breadth = (image_size, image_size) if isinstance(image_size, int) else image_size
+        rows, columns = (((side - 4) // 2 - 4) // 2 for side in (height, breadth))
+        if min(height, breadth) < SMALLEST:
+            raise ValueError(f"image_size must be at least {SMALLEST}, got {min(height, breadth)}")
         self.feature_extractor = nn.Sequential(
             OrderedDict[str, nn.Module](
                 conv1=nn.Conv2d(in_channels, width, 3),
@@ -61,7 +66,7 @@ class SmallCNN(nn.Module):
                 maxpool2=nn.MaxPool2d(2),
             )
         )
-        fc1, fc2, fc3 = nn.Linear(2 * width * side * side, 200), nn.Linear(200, 200), nn.Linear(200, num_classes)
+        fc1, fc2, fc3 = nn.Linear(2 * width * rows * columns, 200), nn.Linear(200, 200), nn.Linear(200, num_classes)
         self.classifier = nn.Sequential(
             OrderedDict[str, nn.Module](
                 fc1=fc1,
@@ -81,7 +86,7 @@ class SmallCNN(nn.Module):
         nn.init.zeros_(fc3.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits [batch, num_classes] of images [batch, in_channels, image_size, image_size], same dtype."""
+        """Logits [batch, num_classes] of images [batch, in_channels, height, width] of `image_size`, same dtype."""
         logits: Tensor = self.classifier(self.feature_extractor(x).flatten(1))
         return logits
 
@@ -219,14 +224,14 @@ class WideResNet(nn.Module):
 
 
 def build_model(
-    name: str, *, in_channels: int, image_size: int, num_classes: int, width: int | None = None
+    name: str, *, in_channels: int, image_size: int | tuple[int, int], num_classes: int, width: int | None = None
 ) -> nn.Module:
     """Build a network by the name that the command line and the configurations use.
 
     Args:
         name: "small-cnn", "preactresnet-18", or "wrn-D-K" with depth D and widening factor K, as "wrn-34-10".
         in_channels: channels of an image.
-        image_size: height and width of an image; only "small-cnn" depends on it.
+        image_size: height and width of an image, or one number for both; only "small-cnn" depends on it.
         num_classes: logits of an image.
         width: channels of the first convolutions of "small-cnn"; None for the published 32.
 
@@ -239,7 +244,7 @@ def build_model(
     """
     if name == "small-cnn":
         return SmallCNN(in_channels, image_size, num_classes, width=32 if width is None else width)
-    wide = re.fullmatch(r"wrn-([1-9][0-9]*)-([1-9][0-9]*)", name)
+    wide = re.fullmatch(_WIDE, name)
     if not wide and name != "preactresnet-18":
         raise ValueError(f"no network {name!r}; there are 'small-cnn', 'preactresnet-18' and 'wrn-D-K', as 'wrn-34-10'")
     if width is not None:
@@ -247,6 +252,67 @@ def build_model(
     if wide:
         return WideResNet(int(wide[1]), int(wide[2]), in_channels, num_classes)
     return PreActResNet18(in_channels, num_classes)
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a network takes, counted in advance.
+
+    Attributes:
+        weights: numbers that are trained.
+        activations: numbers that its convolutions and linear layers return for one image.
+        positions: of a channel at the smallest batch norm, which needs two values of it; 2 where there is no such norm.
+    """
+
+    weights: int
+    activations: int
+    positions: int
+
+
+def size_of(
+    name: str, *, in_channels: int, image_size: tuple[int, int], num_classes: int, width: int | None = None
+) -> Size:
+    """The size of what `build_model` would build of the same arguments; nothing is allocated, however large it is."""
+    height, breadth = image_size
+    if name == "small-cnn":
+        w = 32 if width is None else width
+        weights, activations, planes = 0, 0, in_channels
+        for out, pool in ((w, False), (w, True), (2 * w, False), (2 * w, True)):
+            height, breadth = height - 2, breadth - 2
+            weights, activations, planes = weights + (9 * planes + 1) * out, activations + out * height * breadth, out
+            height, breadth = (height // 2, breadth // 2) if pool else (height, breadth)
+        weights += (planes * height * breadth + 1) * 200 + 201 * 200 + 201 * num_classes
+        return Size(weights, activations + 400 + num_classes, 2)
+    wide = re.fullmatch(_WIDE, name)
+    if wide:
+        planes, blocks, stages = 16, (int(wide[1]) - 4) // 6, [(16 * 2**i * int(wide[2]), i > 0) for i in range(3)]
+    else:
+        planes, blocks, stages = 64, 2, [(64 * 2**i, i > 0) for i in range(4)]
+    weights, activations = 9 * in_channels * planes, planes * height * breadth
+    for out, halves in stages:
+        if halves:
+            height, breadth = -(-height // 2), -(-breadth // 2)
+        projection = planes * out if halves or planes != out else 0
+        weights += 9 * (planes + (2 * blocks - 1) * out) * out + projection + 2 * planes + (2 * blocks - 1) * 2 * out
+        activations += (2 * blocks + (projection > 0)) * out * height * breadth
+        planes = out
+    weights += (planes + 1) * num_classes + (2 * planes if wide else 0)
+    return Size(weights, activations + num_classes, height * breadth)
+
+
+def classes_in(name: str, content: object) -> int | None:
+    """How many classes the network of that name tells apart whose tensors are somewhere in a checkpoint's content.
+
+    None where the content, however deep, has no bias of its last layer.
+    """
+    last = {"small-cnn": "classifier.fc3.bias", "preactresnet-18": "linear.bias"}.get(name, "fc.bias")
+    for key, value in content.items() if isinstance(content, Mapping) else ():
+        if isinstance(value, Tensor):
+            if value.dim() == 1 and f".{key}".endswith(f".{last}"):
+                return len(value)
+        elif (found := classes_in(name, value)) is not None:
+            return found
+    return None
 
 
 def load_published(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:

@@ -23,6 +23,8 @@ from bt_fast.lab.augment import crop_and_flip
 from bt_fast.lab.config import RunConfig
 from bt_fast.lab.data import ImageDataset, images, minibatches
 from bt_fast.lab.files import write_text
+from bt_fast.lab.fitting import check_training
+from bt_fast.lab.locks import held, new_folder
 from bt_fast.lab.provenance import machine
 from bt_fast.lab.report import label
 from bt_fast.lab.training import WARM_UP, Contestant
@@ -85,20 +87,37 @@ class Profile:
         return None if self.joules is None else self.joules / self.batch_size
 
 
-def profile(config: RunConfig, dataset: ImageDataset, device: torch.device, folder: Path, iterations: int) -> Profile:
+def profile(
+    config: RunConfig, dataset: ImageDataset, device: torch.device, folder: Path | None, iterations: int
+) -> tuple[Profile, Path]:
     """Run `WARM_UP` iterations of the configuration's only method, then `iterations` timed and `TRACED` traced ones.
 
-    Writes `trace.json`, for Perfetto or chrome://tracing, and `profile.json` into the folder.
+    Writes `trace.json`, for Perfetto or chrome://tracing, and `profile.json` into the folder, which is this process's
+    meanwhile.
+
+    Args:
+        folder: None for a new one, `profiles/DATE-TIME`.
+
+    Returns:
+        what came of it, and the folder.
 
     Raises:
-        ValueError: the folder holds such a file already.
+        ValueError: as of `fitting.check_training`; the folder holds such a file already, or another process writes one.
     """
-    for name in ("trace.json", "profile.json"):
-        if (folder / name).exists():
-            raise ValueError(f"--out: {folder} already holds {name}; name another folder")
-    folder.mkdir(parents=True, exist_ok=True)
+    check_training(config, dataset, device)
     (method,) = config.methods
     contestant = Contestant(method, config, dataset, device)
+    folder = new_folder(Path("profiles")) if folder is None else folder
+    folder.mkdir(parents=True, exist_ok=True)
+    with held(folder):
+        for name in ("trace.json", "profile.json"):
+            if (folder / name).exists():
+                raise ValueError(f"--out: {folder} already holds {name}; name another folder")
+        return _profiled(contestant, dataset, folder, iterations), folder
+
+
+def _profiled(contestant: Contestant, dataset: ImageDataset, folder: Path, iterations: int) -> Profile:
+    config, device = contestant.config, contestant.device
     ready = list(islice(_batches(config, dataset, device), WARM_UP + TRACED))
     for x, y in ready[:WARM_UP]:
         contestant.step(x, y)
@@ -109,7 +128,7 @@ def profile(config: RunConfig, dataset: ImageDataset, device: torch.device, fold
     events = _traced(contestant, ready[-TRACED:], folder / "trace.json")
     joules = monitor.joules()
     found = Profile(
-        method=method,
+        method=contestant.method,
         loss=config.loss,
         batch_size=len(ready[0][1]),
         epoch=len(dataset.x_train),

@@ -20,7 +20,7 @@ import bt_fast
 from bt_fast.full_precision import tf32_convolutions
 from bt_fast.lab.config import RunConfig
 from bt_fast.lab.data import ImageDataset
-from bt_fast.lab.files import write_text
+from bt_fast.lab.files import parse_json, write_text
 from bt_fast.power import driver_version
 
 FORMAT = 1
@@ -59,29 +59,35 @@ class Provenance:
             ValueError: there is no such file, or it is another thing; the message names it.
         """
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = parse_json(path.read_text(encoding="utf-8"))
             if content["format"] != FORMAT:
                 raise ValueError(f"found format {content['format']}, expected {FORMAT}")
             found = cls(RunConfig.from_json(json.dumps(content["config"])), content["data"], content["starts"])
             if not isinstance(found.starts, list) or not isinstance(found.data["sha256"], str):
                 raise TypeError("starts must be a list, and data.sha256 a text")
+            if not all(isinstance(s.get(key, {}), dict) for s in found.starts for key in ("machine", "settings")):
+                raise TypeError("machine and settings of a start must be objects")
         except FileNotFoundError as error:
             raise ValueError(f"{path}: no such file, which tells what the run is made of") from error
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: not the description of a run ({error!r})") from error
         return found
 
 
 def described(config: RunConfig, dataset: ImageDataset, sha256: str) -> Provenance:
     """A run that has not been started."""
-    data = {
+    return Provenance(config, data_told(dataset, sha256), [])
+
+
+def data_told(dataset: ImageDataset, sha256: str) -> dict[str, Any]:
+    """Data as `Provenance.data` tells them."""
+    return {
         "name": dataset.name,
         "sha256": sha256,
         "training_images": len(dataset.x_train),
         "test_images": len(dataset.x_test),
         "classes": dataset.classes,
     }
-    return Provenance(config, data, [])
 
 
 def this_start(iteration: int, device: torch.device, ranks: int) -> dict[str, Any]:
@@ -103,6 +109,14 @@ def this_start(iteration: int, device: torch.device, ranks: int) -> dict[str, An
     }
 
 
+def changes(start: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """`name: then, now` of what two of `Provenance.starts` differ in, and rounding may depend on."""
+    one, other = (
+        {**s.get("machine", {}), **s.get("settings", {}), "revision": s.get("revision")} for s in (start, now)
+    )
+    return [f"{name}: {one[name]}, now {other[name]}" for name in one if name in other and one[name] != other[name]]
+
+
 def _matmul_precision() -> str:
     """By torch's old API; where that does not tell, what CUDA's products are computed in by its new one."""
     try:
@@ -120,12 +134,26 @@ def fingerprint(dataset: ImageDataset) -> str:
     return digest.hexdigest()
 
 
+def check_configuration(asked: RunConfig, stored: RunConfig, path: Path, *, but_data: bool) -> None:
+    """Raise ValueError, which names `path`, unless the run that is described there is the one that is asked for.
+
+    Args:
+        but_data: where the data lie makes no difference, since `check_data` looks at what they are.
+    """
+    differences = asked.differences(stored, but=("data",) if but_data else ())
+    if differences:
+        raise ValueError(
+            f"{path}: of another configuration ({'; '.join(differences)}, as asked and as stored); leave these options "
+            "away, or begin another run with --out"
+        )
+
+
 def check_data(dataset: ImageDataset, sha256: str, expected: str, path: Path) -> None:
     """Raise ValueError, which names `path`, unless the data are those of the run that is described there."""
     if sha256 != expected:
         raise ValueError(
             f"{path}: of a run on other data than {dataset.name}: its images or labels have the SHA-256 "
-            f"{expected[:12]}..., those given {sha256[:12]}..."
+            f"{expected[:12]}..., those given {sha256[:12]}...; say with --data where its own are now"
         )
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
 import statistics
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -37,8 +39,10 @@ from bt_fast.lab.config import RunConfig
 from bt_fast.lab.data import ImageDataset, images, minibatches
 from bt_fast.lab.energy import TrainingEnergy
 from bt_fast.lab.files import append_line, parse_json, write_text
+from bt_fast.lab.fitting import check_training
+from bt_fast.lab.locks import hold, new_folder
 from bt_fast.lab.models import build_model
-from bt_fast.lab.provenance import Provenance, check_data, described, fingerprint, this_start
+from bt_fast.lab.provenance import Provenance, check_configuration, check_data, described, fingerprint, this_start
 from bt_fast.lab.world import ALONE, Share, World
 from bt_fast.mining import BulletTrain
 from bt_fast.objectives.augmix import augmix_loss
@@ -84,9 +88,13 @@ class Contestant:
         self.device = device
         torch.manual_seed(config.seed)
         self.image_shape = dataset.x_train.shape[1:]
-        channels, size, _ = self.image_shape
+        channels, height, width = self.image_shape
         model = build_model(
-            config.model, in_channels=channels, image_size=size, num_classes=dataset.classes, width=config.width
+            config.model,
+            in_channels=channels,
+            image_size=(height, width),
+            num_classes=dataset.classes,
+            width=config.width,
         )
         self.model = world.together(model, device).to(device)
         self._wrapped = world.wrap(self.model, device)
@@ -247,9 +255,12 @@ class Run:
     `metrics.jsonl` has one record a line, `checkpoint.pt` everything needed to go on, and `run.json` what the run is
     made of (`provenance.Provenance`).
 
+    From when it is made until it is closed or forgotten the folder is this process's: another that would write there is
+    refused, readers are not. A process that dies leaves it free.
+
     Args:
-        folder: made if it is not there.
-        resume: go on from the folder's checkpoint, with its configuration.
+        folder: made if it is not there; None for a new one, `runs/DATE-TIME`.
+        resume: go on from the folder's checkpoint, with its configuration; its data may lie in another place.
         observe: called with the run after every tenth iteration, to `append` records of its own. It leaves models and
             random numbers as they are.
         world: the ranks that train together. Each makes a run of the same arguments; what it does is collective, and
@@ -258,16 +269,17 @@ class Run:
 
     Attributes:
         minibatch: this rank's images and labels of the last iteration.
+        fingerprint: of the data.
 
     Raises:
-        ValueError: the folder already holds a run and `resume` is not set, or the checkpoint does not fit the
-            configuration or the data.
+        ValueError: as of `fitting.check_training`; another process writes into the folder, it already holds a run and
+            `resume` is not set, or the checkpoint does not fit the configuration or the data. Nothing was written.
         OSError: the folder cannot be written.
     """
 
     def __init__(
         self,
-        folder: Path,
+        folder: Path | None,
         config: RunConfig,
         dataset: ImageDataset,
         device: torch.device,
@@ -278,7 +290,9 @@ class Run:
         balance: Balance | None = None,
     ) -> None:
         world.check_minibatches(len(dataset.x_train), config.batch_size)
-        self.folder = folder
+        check_training(config, dataset, device, world)
+        if folder is not None and folder.exists() and not folder.is_dir():
+            raise ValueError(f"{folder}: a file, expected a folder for the run; name another with --out")
         self.config = config
         self.dataset = dataset
         self.device = device
@@ -288,25 +302,44 @@ class Run:
         self._observe = observe
         self.contestants = [Contestant(method, config, dataset, device, world, balance) for method in config.methods]
         self.energy = TrainingEnergy(device, config.methods)
+        self.fingerprint = fingerprint(dataset)
+        if folder is None:
+            folder = world.told(new_folder(Path("runs")) if world.leads else None)
+        self.folder = folder
         self.checkpoint_path = folder / "checkpoint.pt"
         self._metrics_path = folder / "metrics.jsonl"
         self._provenance_path = folder / "run.json"
-        self._fingerprint = fingerprint(dataset)
-        if folder.exists() and not folder.is_dir():
-            raise ValueError(f"{folder}: a file, expected a folder for the run")
+        self._let_go: Callable[[], object] = lambda: None
+        if resume and not self.checkpoint_path.exists():
+            raise ValueError(f"{self.checkpoint_path}: no such checkpoint file; start the run with --out instead")
+        if world.leads:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._let_go = weakref.finalize(self, hold(folder))
+        try:
+            self._begin(resume)
+        except BaseException:
+            self.close()
+            raise
+
+    def _begin(self, resume: bool) -> None:
         if resume:
             self._restore()
             if self.iteration < self.iterations:
                 self._tell_start()
-        elif not world.leads:
-            return
-        elif self.checkpoint_path.exists() or self._metrics_path.exists():
-            raise ValueError(f"{folder}: already holds a run; resume it, or name another folder")
-        else:
-            folder.mkdir(parents=True, exist_ok=True)
+        elif self.world.leads:
+            there = [p for p in (self.checkpoint_path, self._metrics_path, self.folder / "summary.json") if p.exists()]
+            if there:
+                go_on = f"go on with it by --resume {self.folder}, or " if there[0] == self.checkpoint_path else ""
+                raise ValueError(
+                    f"{self.folder}: already holds a run ({there[0].name}); {go_on}name another folder with --out"
+                )
             self._provenance_path.unlink(missing_ok=True)  # of a run that was killed before its first checkpoint
             self._tell_start()
             self.save()  # so that a run killed at any moment can be resumed
+
+    def close(self) -> None:
+        """Leave the folder to other processes; the run is over for this one."""
+        self._let_go()
 
     @property
     def iterations_per_epoch(self) -> int:
@@ -354,7 +387,7 @@ class Run:
             return
         state = {
             "iteration": self.iteration,
-            "data": self._fingerprint,
+            "data": self.fingerprint,
             "contestants": {c.method: c.state() for c in self.contestants},
             "energy": self.energy.state(),
         }
@@ -529,12 +562,10 @@ class Run:
 
     def _restore(self) -> None:
         config, state = load_checkpoint(self.checkpoint_path)
-        differences = self.config.differences(config)
-        if differences:
-            raise ValueError(
-                f"{self.checkpoint_path}: of another configuration ({'; '.join(differences)}, as asked and as stored)"
-            )
-        check_data(self.dataset, self._fingerprint, str(state.get("data", self._fingerprint)), self.checkpoint_path)
+        data = state.get("data")  # checkpoints from before there were fingerprints have but the place
+        check_configuration(self.config, config, self.checkpoint_path, but_data=data is not None)
+        if data is not None:
+            check_data(self.dataset, self.fingerprint, str(data), self.checkpoint_path)
         try:
             for contestant in self.contestants:
                 contestant.load(state["contestants"][contestant.method])
@@ -555,9 +586,9 @@ class Run:
         if not self.world.leads:
             return
         if self._provenance_path.exists():
-            told = Provenance.read(self._provenance_path)
+            told = dataclasses.replace(Provenance.read(self._provenance_path), config=self.config)  # its data moved
         else:
-            told = described(self.config, self.dataset, self._fingerprint)
+            told = described(self.config, self.dataset, self.fingerprint)
         told.starts.append(this_start(self.iteration, self.device, self.world.count))
         told.write(self._provenance_path)
 

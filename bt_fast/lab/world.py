@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -109,6 +110,15 @@ class World:
     def draws(self, share: Share) -> DrawsOfAll | None:
         """In its block, what is drawn for the share is drawn for the whole minibatch."""
         return None if self.group is None else DrawsOfAll(share.first, len(share), share.of)
+
+    def told(self, place: Path | None) -> Path:
+        """The path that rank 0 gives. Collective."""
+        heard = [place]
+        if self.group is not None:
+            dist.broadcast_object_list(heard, 0, self.group)
+        if heard[0] is None:
+            raise ValueError("rank 0 must give a path")
+        return heard[0]
 
     def most(self, number: int) -> int:
         """The largest number that a rank gives; waits for all. Collective."""

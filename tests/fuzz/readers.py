@@ -225,6 +225,13 @@ RECORDS = [
     {"iteration": 3, "kind": "corruptions", "method": "bullet", "robust": 0.4},
 ]
 LINES = "".join(json.dumps(record) + "\n" for record in RECORDS).encode()
+PROVENANCE = {
+    "format": 1,
+    "config": json.loads(CONFIG.to_json()) | {"methods": ["bullet"]},
+    "data": {"sha256": "00"},
+    "starts": [{"machine": {"torch": "2"}}],
+}
+MADE_OF = {"seed": 0, "images": ["00" * 8]}
 BENCHMARKS = {
     "benchmarks": [
         {
@@ -286,11 +293,17 @@ def run_records(folder: Path) -> object:
 
 def corrupted(folder: Path) -> object:
     test_set = CorruptedTestSet(folder)
-    for name in ("fog", "labels"):
-        if name in CORRUPTIONS:
-            images, labels = test_set.severity(name, 5)
-            assert (images.dtype, len(images)) == (torch.uint8, len(labels))
+    images, labels = test_set.severity("fog", 5)
+    assert (images.dtype, len(images)) == (torch.uint8, len(labels))
     return test_set
+
+
+def unfinished(folder: Path) -> object:
+    """A report of a run without a summary, whose description or records are these."""
+    (run,) = load_runs([folder])
+    assert run.unfinished
+    assert [result.name for result in run.results] == list(run.config["methods"])
+    return run
 
 
 SUBJECT = file_in(STEM)
@@ -305,6 +318,9 @@ PREPARE: dict[str, Callable[[Path], None]] = {
     "corrupted labels": put_all(CORRUPTED),
     "report records": put_all({"summary.json": as_json(SUMMARY)}),
     "report summary": put_all({"metrics.jsonl": LINES}),
+    "unfinished run": put_all({"metrics.jsonl": LINES, "checkpoint.pt": b""}),
+    "unfinished records": put_all({"run.json": as_json(PROVENANCE), "checkpoint.pt": b""}),
+    "corrupted, made of": put_all(CORRUPTED),
 }
 READERS = {
     "read_tensors": Reader(
@@ -402,6 +418,18 @@ READERS = {
     ),
     "corrupted labels": Reader(
         corrupted, file_in("labels.npy"), [npy(np.zeros(5, np.int64)), npy(np.zeros(5)), npz(**NPZ)], ()
+    ),
+    "corrupted, made of": Reader(
+        corrupted, file_in("made.json"), [as_json(MADE_OF), as_json({"seed": True}), *EXTREME_JSON], ("made.json",)
+    ),
+    "unfinished run": Reader(
+        unfinished,
+        file_in("run.json"),
+        [as_json(PROVENANCE), as_json(PROVENANCE | {"starts": [3]}), *EXTREME_JSON],
+        ("run.json",),
+    ),
+    "unfinished records": Reader(
+        unfinished, file_in("metrics.jsonl"), [LINES, *(e + b"\n" for e in EXTREME_JSON)], ("metrics.jsonl", "run")
     ),
     "run records": Reader(run_records, SUBJECT, [LINES, *(e + b"\n" for e in EXTREME_JSON)], (STEM,)),
     "report summary": Reader(

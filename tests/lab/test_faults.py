@@ -30,6 +30,7 @@ from bt_fast.lab.cli import _stop_signals, cli
 from bt_fast.lab.config import PRESETS
 from bt_fast.lab.data import ImageDataset, minibatches
 from bt_fast.lab.files import append_line, replacing, write_text
+from bt_fast.lab.locks import take
 from bt_fast.lab.provenance import Provenance, fingerprint
 from bt_fast.lab.report import summarise
 from bt_fast.lab.training import Contestant, Run
@@ -115,22 +116,49 @@ def trained(npz, tmp_path_factory):
 
 def test_what_a_killed_writer_left_goes_with_the_next_write_and_a_living_ones_stays(tmp_path):
     path = tmp_path / "checkpoint.pt"
-    gone = os.fork()
-    if gone == 0:
-        os._exit(0)
-    os.waitpid(gone, 0)
-    leftover, living = tmp_path / f".checkpoint.pt.{gone}.part", tmp_path / ".checkpoint.pt.1.part"
-    others = [tmp_path / f".metrics.jsonl.{gone}.part", tmp_path / ".checkpoint.pt.old.part"]
-    for file in (leftover, living, *others):
+    leftovers = [tmp_path / name for name in (".checkpoint.pt.7.0123abcd.part", ".checkpoint.pt.8.part")]
+    others = [tmp_path / name for name in (".metrics.jsonl.7.0123abcd.part", ".checkpoint.pt.old.part")]
+    for file in (*leftovers, *others):
         file.write_text("half")
-    write_text(path, "new")
-    assert sorted(tmp_path.iterdir()) == sorted([path, living, *others])
+    living = tmp_path / f".checkpoint.pt.{os.getpid()}.89abcdef.part"  # of a process that may be on another machine
+    descriptor = take(living)
+    try:
+        write_text(path, "new")
+        assert sorted(tmp_path.iterdir()) == sorted([path, living, *others])
+    finally:
+        os.close(descriptor)
+    write_text(path, "newer")
+    assert sorted(tmp_path.iterdir()) == sorted([path, *others])
 
 
-def test_a_full_disk_is_named_and_the_file_keeps_what_it_had(tmp_path):
+def write_often(path, character):
+    for _ in range(200):
+        write_text(path, character * 10_000)
+
+
+def test_several_processes_that_write_a_file_at_once_leave_a_whole_one_and_nothing_else(tmp_path):
+    path, children = tmp_path / "report.html", []
+    for character in "abc":
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                write_often(path, character)
+                code = 0
+            finally:
+                os._exit(code)
+        children.append(child)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0, 0]
+    assert path.read_text() in {character * 10_000 for character in "abc"}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_is_named_and_the_file_keeps_what_it_had(tmp_path, monkeypatch):
     path = tmp_path / "checkpoint.pt"
     path.write_bytes(b"old")
-    (tmp_path / f".checkpoint.pt.{os.getpid()}.part").symlink_to("/dev/full")
+    (tmp_path / f".checkpoint.pt.{os.getpid()}.0123abcd.part").symlink_to("/dev/full")
+    monkeypatch.setattr(files.secrets, "token_hex", lambda _: "0123abcd")
+    monkeypatch.setattr(files, "_remove_leftovers", lambda _: None)
     with pytest.raises(OSError, match=r"No space left on device: '.*/checkpoint\.pt'$") as raised:
         save_checkpoint(path, CONFIG, {"tensor": torch.ones(100_000)})
     assert raised.value.errno == errno.ENOSPC
@@ -198,7 +226,7 @@ def test_a_read_only_folder_is_named_before_anything_is_trained(npz):
     with a_read_only_folder() as folder:
         with pytest.raises(PermissionError, match=rf"Permission denied: '{folder}/run'"):
             Run(folder / "run", CONFIG, data, CPU)
-        with pytest.raises(PermissionError, match=rf"Permission denied: '{folder}/run\.json'"):
+        with pytest.raises(PermissionError, match=rf"Permission denied: '{folder}/run\.lock'"):
             Run(folder, CONFIG, data, CPU)
         with pytest.raises(PermissionError, match=rf"Permission denied: '{folder}/file'"), replacing(folder / "file"):
             pass

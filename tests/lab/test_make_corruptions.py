@@ -1,4 +1,8 @@
+import os
+import re
+import socket
 import sys
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -99,7 +103,7 @@ def test_what_was_left_of_an_interrupted_run_is_replaced(calls, tmp_path):
         make_corruptions(x, y, tmp_path / "c", done=interrupted)
     assert not (tmp_path / "c").exists()
     make_corruptions(x, y, tmp_path / "c")
-    assert len(files(tmp_path / "c")) == 16
+    assert set(files(tmp_path / "c")) == {*(f"{name}.npy" for name in (*CORRUPTIONS, "labels")), "made.json"}
 
 
 def test_a_folder_with_files_is_left_alone(calls, tmp_path):
@@ -135,6 +139,83 @@ def test_the_command_makes_the_folder_that_is_not_there_and_reads_it_the_next_ti
         assert len(calls) == 15 * 5 * 6 * (1 if len(tables) < 3 else 2)
     assert tables[0] == tables[1] == tables[2]
     assert len(tables[0]) == 16
+
+
+@pytest.fixture
+def cached(calls, tmp_path):
+    """`corruptions` with further options on a folder that was made of six test images with seed 0."""
+    network = build_model("small-cnn", in_channels=1, image_size=28, num_classes=10)
+    torch.save(network.state_dict(), tmp_path / "model.pt")
+
+    def corruptions(*options):
+        command = ["corruptions", tmp_path / "model.pt", "--model", "small-cnn", "--device", "cpu"]
+        return CliRunner().invoke(cli, [str(a) for a in (*command, "--corruptions-dir", tmp_path / "c", *options)])
+
+    result = corruptions("--test-size", 6)
+    assert "6 images at each severity, made of the test set with seed 0" in result.output
+    return corruptions
+
+
+def test_fewer_images_than_the_folder_has_are_taken_when_they_are_asked_for(cached, tmp_path):
+    result = cached("--test-size", 2)
+    assert result.exit_code == 0, result.output
+    assert "the first 2 of 6 images at each severity" in result.output
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--test-size", 7], "has 6 images at each severity, --test-size asks for 7"),
+        ([], "made of 6 other test images than the 1000 that are evaluated"),
+        (["--test-size", 6, "--seed", 1], "--seed 1: .*/c was made with seed 0; leave --seed away"),
+    ],
+)
+def test_a_folder_that_is_not_what_is_asked_for_is_refused(cached, options, said):
+    result = cached(*options)
+    assert result.exit_code == 2
+    assert re.search(said, result.stderr), result.stderr
+
+
+def test_a_folder_made_of_other_images_is_refused(cached, tmp_path):
+    x = torch.zeros(6, 1, 28, 28, dtype=torch.uint8).numpy()
+    y = np.arange(6) % 10
+    np.savez(tmp_path / "other.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+    result = cached("--data", tmp_path / "other.npz")
+    assert result.exit_code == 2
+    assert "made of 6 other test images than the 6 that are evaluated" in result.stderr
+
+
+def test_a_description_of_the_folder_that_is_another_thing_is_named(cached, tmp_path):
+    for text in ("", "[]", "{}", '{"seed": "0", "images": []}', '{"seed": 0, "images": [1]}'):
+        (tmp_path / "c" / "made.json").write_text(text)
+        result = cached("--test-size", 6)
+        assert result.exit_code == 2
+        assert "made.json: does not say what the folder was made of" in result.stderr
+
+
+def test_of_two_processes_the_second_waits_and_takes_what_the_first_has_made(calls, tmp_path):
+    x, y = pictures(1)
+    waited = []
+
+    def second(_):
+        if not waited:
+            waited.append(os.fork())
+            if waited[0] == 0:
+                code = 1
+                try:
+                    told = []
+                    make_corruptions(x, y, tmp_path / "c", waiting=told.append)
+                    code = 0 if told == [f"process {os.getppid()} on {socket.gethostname()}"] else 2
+                finally:
+                    os._exit(code)
+            time.sleep(0.5)
+
+    make_corruptions(x, y, tmp_path / "c", done=second)
+    before = files(tmp_path / "c")
+    assert os.waitpid(waited[0], 0)[1] == 0
+    assert files(tmp_path / "c") == before
+    assert [path.name for path in tmp_path.iterdir()] == ["c"]
 
 
 # The library itself, where it is installed

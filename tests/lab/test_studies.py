@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -46,7 +47,8 @@ def conducted(data, tmp_path_factory):
     def conduct(name):
         if name not in done:
             out = tmp_path_factory.mktemp("studies") / name
-            result = study(name, data, out, "--corruptions-dir", data / "corrupted", *SEEDS)
+            corrupted = ["--corruptions-dir", data / "corrupted"] if STUDIES[name].corruptions else []
+            result = study(name, data, out, *corrupted, *SEEDS)
             assert result.exit_code == 0, result.output
             done[name] = out
         return done[name]
@@ -111,6 +113,51 @@ def test_robust_in_table_1_is_the_accuracy_under_corruption(conducted):
         for entry in run["methods"].values():  # the corrupted images of this test are the clean ones
             assert entry["robust"] == pytest.approx(entry["clean"])
             assert set(entry["errors"]) == set(CORRUPTIONS)
+
+
+def test_a_corrupted_test_set_is_measured_once_and_another_one_anew(conducted, data, tmp_path):
+    """By what it holds: the same folder elsewhere is the same, and another in its place is not."""
+
+    def measured(corrupted):
+        result = study("table1", data, folder, "--corruptions-dir", corrupted, "--seed", 0)
+        assert result.exit_code == 0, result.output
+        lines = (folder / "seed0" / "metrics.jsonl").read_text().splitlines()
+        found = json.loads((folder / "table1.json").read_text())["runs"][0]["methods"]
+        return [json.loads(line) for line in lines if '"corruptions"' in line], found
+
+    folder, other, moved = tmp_path / "study", tmp_path / "other", tmp_path / "moved"
+    shutil.copytree(conducted("table1"), folder)
+    shutil.copytree(data / "corrupted", moved)
+    shutil.copytree(data / "corrupted", other)
+    np.save(other / "labels.npy", 0 * np.load(other / "labels.npy"))
+    methods = len(STUDIES["table1"].laptop.methods)
+    first, before = measured(moved)
+    assert len(first) == methods
+    second, after = measured(other)
+    assert second[:methods] == first
+    assert len(second) == 2 * methods
+    assert after != before
+    third, again = measured(moved)
+    assert again == before
+    assert [r["errors"] for r in third[2 * methods :]] == [
+        r["errors"] for r in first
+    ]  # the last are those of the study
+
+
+def test_corruptions_that_a_study_has_no_use_for_are_refused(data, tmp_path):
+    result = study("fig7", data, tmp_path / "out", "--corruptions-dir", data / "corrupted")
+    assert result.exit_code == 2
+    assert "--corruptions-dir: fig7 has no corruptions, table1 has; leave it away" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_seed_that_cannot_go_on_is_told_before_another_is_trained(conducted, data, tmp_path, monkeypatch):
+    shutil.copytree(conducted("fig7") / "seed1", tmp_path / "out" / "seed1")
+    monkeypatch.setattr("bt_fast.lab.training.Run.train", None)
+    result = study("fig7", data, tmp_path / "out", *SEEDS, "--epsilon", 0.1)
+    assert result.exit_code == 2
+    assert "seed1/checkpoint.pt: of another configuration (epsilon: 0.1 against 0.2" in result.stderr
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["seed1"]
 
 
 # What the studies ask

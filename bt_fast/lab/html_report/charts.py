@@ -17,7 +17,7 @@ HEIGHT = 320
 _BINS = 24
 _RECORDS = 300  # of a kind in a chart
 _LABELLED = 40  # points of the trade-off
-_COMPARABLE = ("data", "test_size", "loss", "epsilon", "eval_steps", "eval_restarts")
+_COMPARABLE = ("test_size", "loss", "epsilon", "eval_steps", "eval_restarts")
 GROUP_STYLES = {"boundary": Style(2, 0), "robust": Style(1, 1, DASHES[1]), "outlier": Style(0, 2, DASHES[2])}
 SHARE = "share of the minibatches (%)"
 _ROBUST_FRACTION = Style(4, 3, DASHES[3], hollow=True)
@@ -113,7 +113,9 @@ def trade_off(runs: Sequence[LoadedRun], styles: Styles) -> list[Html]:
     """A chart for each set of runs whose accuracies can be compared: on the same data, against the same attack."""
     alike: dict[str, list[LoadedRun]] = {}
     for run in runs:
-        alike.setdefault(", ".join(f"{key} {run.config.get(key)}" for key in _COMPARABLE), []).append(run)
+        options = ", ".join(f"{key} {run.config.get(key)}" for key in _COMPARABLE)
+        tested = f"{run.config.get('curve_size')} test images" if run.unfinished else "all test images"
+        alike.setdefault(", ".join([run.trained_on, options, tested]), []).append(run)
     return [_trade_off(same, styles) for same in alike.values()]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import string
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,7 @@ from typing import Any
 from bt_fast.lab.corruptions import SEVERITIES
 from bt_fast.lab.files import parse_json
 from bt_fast.lab.methods import Method
+from bt_fast.lab.provenance import Provenance
 from bt_fast.lab.report import label
 from bt_fast.ops import GROUPS
 
@@ -64,12 +66,14 @@ class Result:
 
 @dataclass(frozen=True)
 class LoadedRun:
-    """A finished run.
+    """A run.
 
     Attributes:
         letter: stands for it in the report, "A" for the first.
-        title: its folder as it was given. written: when its summary was, in seconds since 1970.
+        title: its folder as it was given. written: when its summary, or its last record, was, in seconds since 1970.
         records: of metrics.jsonl.
+        data: the SHA-256 of its data; None where its summary, of an older version, does not tell.
+        unfinished: how far it is, in words; "" of one with a summary.
     """
 
     letter: str
@@ -79,6 +83,13 @@ class LoadedRun:
     machine: dict[str, Any]
     results: Sequence[Result]
     records: Sequence[Record]
+    data: str | None = None
+    unfinished: str = ""
+
+    @property
+    def trained_on(self) -> str:
+        """What tells its data from others: what they are where that is known, else where they lay."""
+        return self.data or str(self.config.get("data"))
 
     def of_kind(self, kind: str, method: str) -> list[Record]:
         """A method's records of that kind; older ones that name no method are of the first with BulletTrain."""
@@ -87,10 +98,11 @@ class LoadedRun:
 
 
 def load_runs(paths: Sequence[Path]) -> list[LoadedRun]:
-    """The runs in run folders, and in folders of run folders such as a study's.
+    """The runs in run folders, and in folders of run folders such as a study's; other processes may write them now.
 
     Raises:
-        ValueError: a folder holds no finished run or is given twice, or a file in it is cut off or another thing.
+        ValueError: a folder holds no run of which an epoch has ended or is given twice, or a file in it is cut off or
+            another thing.
     """
     folders = [folder for path in paths for folder in _run_folders(path)]
     resolved = [folder.resolve() for folder in folders]
@@ -103,16 +115,19 @@ def load_runs(paths: Sequence[Path]) -> list[LoadedRun]:
 def _run_folders(path: Path) -> list[Path]:
     if not path.is_dir():
         raise ValueError(f"{path}: {'a file' if path.exists() else 'no such folder'}, expected a run or study folder")
-    if (path / "summary.json").exists():
+    if _holds_run(path):
         return [path]
-    inner = [path, *sorted(child for child in path.iterdir() if child.is_dir())]
-    for folder in inner:
-        if (folder / "checkpoint.pt").exists() and not (folder / "summary.json").exists():
-            raise ValueError(f"{folder}: a run without a summary.json, so not finished; go on with it, or leave it out")
-    found = [folder for folder in inner if (folder / "summary.json").exists()]
+    found = [child for child in sorted(path.iterdir()) if child.is_dir() and _holds_run(child)]
     if not found:
-        raise ValueError(f"{path}: no run folder: there is no summary.json in it or in a folder in it")
+        raise ValueError(
+            f"{path}: no run folder: there is no summary.json or checkpoint.pt in it or in a folder in it; name the "
+            "folder of a run"
+        )
     return found
+
+
+def _holds_run(folder: Path) -> bool:
+    return (folder / "summary.json").exists() or (folder / "checkpoint.pt").exists()
 
 
 def _letter(index: int) -> str:
@@ -122,6 +137,8 @@ def _letter(index: int) -> str:
 
 def _load(letter: str, folder: Path) -> LoadedRun:
     path = folder / "summary.json"
+    if not path.exists():
+        return _load_unfinished(letter, folder)
     try:
         summary = parse_json(path.read_text(encoding="utf-8"))
     except ValueError as error:  # also of text that is not UTF-8
@@ -136,7 +153,69 @@ def _load(letter: str, folder: Path) -> LoadedRun:
     loss = str(parts["config"].get("loss"))
     corrupted = {r.get("method"): r["robust"] for r in records if r["kind"] == "corruptions"}
     results = [_result(path, name, entry, loss, corrupted.get(name)) for name, entry in parts["methods"].items()]
-    return LoadedRun(letter, str(folder), path.stat().st_mtime, parts["config"], parts["machine"], results, records)
+    written, data = path.stat().st_mtime, _sha256(path, parts.get("data"))
+    return LoadedRun(letter, str(folder), written, parts["config"], parts["machine"], results, records, data)
+
+
+def _sha256(path: Path, data: Any) -> str | None:
+    if data is None:
+        return None
+    if not isinstance(data, dict) or not isinstance(data.get("sha256"), str):
+        raise ValueError(f"{path}: not a summary of a run: data must be an object with a sha256, got {data!r}")
+    return str(data["sha256"])
+
+
+def _load_unfinished(letter: str, folder: Path) -> LoadedRun:
+    """A run without a summary, as it is after the last epoch of which every method has its record."""
+    records = _records(folder / "metrics.jsonl")
+    epochs = {(record["method"], record["epoch"]): record for record in records if record["kind"] == "epoch"}
+    told = Provenance.read(folder / "run.json") if epochs else None
+    methods = () if told is None else told.config.methods
+    of_all = [epoch for _, epoch in epochs if all((method, epoch) in epochs for method in methods)]
+    if told is None or not of_all:
+        raise ValueError(
+            f"{folder}: a run without a summary.json, so not finished, of which no epoch has ended; report it later, "
+            f"go on with it by --resume {folder}, or leave it out"
+        )
+    written = (folder / "metrics.jsonl").stat().st_mtime
+    config, ended = told.config, max(of_all)
+    attack = f"PGD-{config.eval_steps} x 1, {config.curve_size} test images"
+    results = []
+    for name in config.methods:
+        kind, last = Method.parse(name), epochs[name, ended]
+        results.append(
+            Result(
+                name=name,
+                label=label(name, config.loss),
+                algorithm=kind.algorithm,
+                view=kind.view,
+                own=bool(kind.changes),
+                clean=float(last["clean"]),
+                robust=None if last.get("robust") is None else float(last["robust"]),
+                attack=attack,
+                seconds=float(last["seconds"]),
+                iteration_seconds=None,
+                forward_passes=None,
+                theoretical_speedup=None,
+                speedup={},
+                fractions=None,
+                joules=None if last.get("joules") is None else float(last["joules"]),
+                joules_reason="the run is not finished",
+                missing=(),
+            )
+        )
+    machine = told.starts[-1].get("machine", {}) if told.starts else {}
+    return LoadedRun(
+        letter,
+        str(folder),
+        written,
+        json.loads(config.to_json()),
+        machine,
+        results,
+        records,
+        told.data["sha256"],
+        f"epoch {ended:g} of {config.epochs} has ended",
+    )
 
 
 def _result(path: Path, name: str, entry: Any, loss: str, corrupted: float | None) -> Result:

@@ -55,7 +55,7 @@ def page(runs: Sequence[LoadedRun], now: datetime) -> str:
         _section("svar", "Signed variances and assigned steps", [_panels(allocations(runs))]),
         *_of_studies(runs, styles),
         _section("energy", "Energy", _energy(runs)),
-        _section("configuration", "Configuration", [_differences("Configuration", runs, lambda run: run.config)]),
+        _section("configuration", "Configuration", [_differences("Configuration", runs, _configuration)]),
         _section("versions", "Versions and machine", [_differences("Versions", runs, lambda run: run.machine)]),
     ]
     title = f"bt-fast: {', '.join(run.title for run in runs[:3])}{' and more' if len(runs) > 3 else ''}"
@@ -109,7 +109,10 @@ def _header(runs: Sequence[LoadedRun], now: datetime) -> Html:
         for run in runs
     ]
     header = ["run", "folder", "summary dated", "objective", "data", "model", "seed", "device", "torch"]
-    return join([element("h1", "Training report"), element("p", written), table("The runs", header, rows)])
+    unfinished = [f"run {run.letter}, {run.unfinished}" for run in runs if run.unfinished]
+    about = "Not finished, so told by its last records, with the accuracies after that epoch: "
+    told = [note(f"{about}{'; '.join(unfinished)}.")] if unfinished else []
+    return join([element("h1", "Training report"), element("p", written), *told, table("The runs", header, rows)])
 
 
 def _date(moment: datetime) -> str:
@@ -178,17 +181,19 @@ def _missing(runs: Sequence[LoadedRun]) -> list[str]:
 
 
 def _over_seeds(runs: Sequence[LoadedRun]) -> list[Html]:
-    """A table of means for every set of runs that differ in nothing but their seeds."""
+    """A table of means for every set of finished runs that differ in nothing but their seeds; each seed counts once."""
     return [_means(group) for group in _seed_groups(runs) if len(group) > 1]
 
 
 def _seed_groups(runs: Sequence[LoadedRun]) -> list[list[LoadedRun]]:
-    groups: dict[str, list[LoadedRun]] = {}
+    groups: dict[str, dict[str, LoadedRun]] = {}
     for run in runs:
-        rest = {key: value for key, value in run.config.items() if key != "seed"}
-        same = json.dumps([rest, [result.name for result in run.results]], sort_keys=True)
-        groups.setdefault(same, []).append(run)
-    return list(groups.values())
+        if run.unfinished:
+            continue
+        rest = {key: value for key, value in run.config.items() if key not in ("seed", "data")}
+        same = json.dumps([rest, run.trained_on, [result.name for result in run.results]], sort_keys=True)
+        groups.setdefault(same, {}).setdefault(json.dumps(run.config.get("seed")), run)
+    return [list(of_seeds.values()) for of_seeds in groups.values()]
 
 
 def _means(runs: list[LoadedRun]) -> Html:
@@ -251,6 +256,13 @@ def _ratio(a: float | None, b: float) -> float | None:
 
 
 # Configuration, versions
+
+
+def _configuration(run: LoadedRun) -> dict[str, Any]:
+    """In which data are what they are, not where they lay."""
+    if run.data is None:
+        return run.config
+    return {key: f"SHA-256 {run.data[:12]}..." if key == "data" else value for key, value in run.config.items()}
 
 
 def _differences(caption: str, runs: Sequence[LoadedRun], of: Callable[[LoadedRun], Mapping[str, Any]]) -> Html:

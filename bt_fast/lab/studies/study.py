@@ -13,10 +13,14 @@ import torch
 from matplotlib.figure import Figure
 
 from bt_fast.lab import report
+from bt_fast.lab.checkpoint import load_checkpoint
 from bt_fast.lab.config import PRESETS, RunConfig
 from bt_fast.lab.corruptions import CorruptedTestSet, corruption_errors, mean_corruption_error
 from bt_fast.lab.data import ImageDataset
 from bt_fast.lab.files import write_text
+from bt_fast.lab.fitting import check_training
+from bt_fast.lab.locks import alone
+from bt_fast.lab.provenance import check_configuration
 from bt_fast.lab.training import Contestant, Observe, Run
 
 SCALES = ("laptop", "paper")
@@ -99,6 +103,15 @@ class Findings:
         return float(sum(ratios) / len(ratios))
 
 
+def check_run(config: RunConfig, dataset: ImageDataset, folder: Path, device: torch.device) -> None:
+    """Raise ValueError for a seed's run that cannot be trained, or is another than the one that was left there."""
+    check_training(config, dataset, device)
+    path = folder / f"seed{config.seed}" / "checkpoint.pt"
+    if path.exists():
+        stored, state = load_checkpoint(path)
+        check_configuration(config, stored, path, but_data=state.get("data") is not None)
+
+
 def open_run(study: Study, config: RunConfig, dataset: ImageDataset, folder: Path, device: torch.device) -> Run:
     """The run of the configuration's seed: begun, or gone on with where it was left."""
     place = folder / f"seed{config.seed}"
@@ -116,13 +129,17 @@ def conclude(run: Run, test_set: CorruptedTestSet | None, evaluated: Callable[[s
 
 
 def _under_corruption(run: Run, contestant: Contestant, test_set: CorruptedTestSet) -> dict[str, Any]:
-    """The record of a method's accuracy under corruption; measured once."""
-    for record in run.records():
-        if record["kind"] == "corruptions" and record["method"] == contestant.method:
-            return record
-    errors = dict(corruption_errors(contestant.model, test_set, run.device))
-    robust = 1.0 - mean_corruption_error(errors)
-    run.append(kind="corruptions", method=contestant.method, robust=robust, errors=errors)
+    """The record of a method's accuracy under corruption, the method's last one; measured once on the same test set."""
+    records = [r for r in run.records() if r["kind"] == "corruptions" and r["method"] == contestant.method]
+    found = next((r for r in reversed(records) if r.get("sha256") == test_set.fingerprint), None)
+    if found is None:
+        errors = dict(corruption_errors(contestant.model, test_set, run.device))
+        robust = 1.0 - mean_corruption_error(errors)
+        found = {"robust": robust, "images": len(test_set.labels), "sha256": test_set.fingerprint, "errors": errors}
+    elif found is records[-1]:
+        return found
+    kept = {key: found[key] for key in ("robust", "images", "sha256", "errors")}
+    run.append(kind="corruptions", method=contestant.method, **kept)
     return run.records()[-1]
 
 
@@ -139,5 +156,6 @@ def write(study: Study, scale: str, runs: Sequence[tuple[Run, dict[str, Any]]], 
         "runs": summaries,
     }
     path = folder / f"{study.name}.json"
-    write_text(path, json.dumps(content, indent=2) + "\n")
-    return [path, report.save_figure(study.picture(findings), folder / f"{study.name}.png")]
+    with alone(folder / f".{study.name}.lock", lambda _: None):  # of the processes of several seeds, both of one
+        write_text(path, json.dumps(content, indent=2) + "\n")
+        return [path, report.save_figure(study.picture(findings), folder / f"{study.name}.png")]

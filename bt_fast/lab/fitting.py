@@ -1,0 +1,108 @@
+"""Whether data, network and machine fit together: found out before a weight is made or anything is written."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bt_fast.lab.config import RunConfig
+from bt_fast.lab.data import ImageDataset
+from bt_fast.lab.models import SMALLEST, size_of
+from bt_fast.lab.world import ALONE, World
+
+_FLOAT = 4  # bytes
+_UNITS = ("bytes", "kB", "MB", "GB", "TB", "PB", "EB")
+
+
+def check_training(config: RunConfig, dataset: ImageDataset, device: torch.device, world: World = ALONE) -> None:
+    """Raise ValueError, in one line that names the data, for a training that cannot be.
+
+    That is one of data with a single class, of images that the network does not take, of a minibatch that is too small
+    for its batch norm, or one for which the device has not the memory. What is needed is counted from below: weights,
+    their gradients and momenta, and one update's activations.
+    """
+    if dataset.classes < 2:
+        raise ValueError(f"{dataset.name}: all labels are 0, one class: training needs at least two; give other --data")
+    channels, *image_size = dataset.x_train.shape[1:]
+    about = f"{dataset.name}, images of {channels}x{'x'.join(map(str, image_size))} in {dataset.classes} classes"
+    if config.model == "small-cnn" and min(image_size) < SMALLEST:
+        hint = "take --model preactresnet-18 or wrn-D-K, or larger images"
+        raise ValueError(f"{about}: small-cnn takes images of at least {SMALLEST}x{SMALLEST}; {hint}")
+    size = size_of(
+        config.model,
+        in_channels=channels,
+        image_size=(image_size[0], image_size[1]),
+        num_classes=dataset.classes,
+        width=config.width,
+    )
+    n, b = len(dataset.x_train), config.batch_size
+    copies = 1 + len(config.methods) * (2 if config.sgd_momentum else 1)
+    needed = _FLOAT * (copies * size.weights + world.most_in_a_share(min(n, b)) * size.activations)
+    if needed > (there := memory(device)):
+        raise ValueError(
+            f"{about}: {config.model} and minibatches of {min(n, b)} need at least {_bytes(needed)}, {device} has "
+            f"{_bytes(there)}: take a smaller --model, --width or --batch-size{_of_labels(dataset)}"
+        )
+    least = (n % b or min(n, b)) // (1 if device.type == "cuda" else world.count)  # there norms see all ranks' samples
+    if least * size.positions < 2:
+        raise ValueError(
+            f"{about}: the last minibatch of an epoch has {least} image where the batch norm of {config.model} has one "
+            f"position, and it needs two values; take another --batch-size than {b}, or another --train-size than {n}"
+        )
+
+
+def check_labels(classes: int, labels: Tensor, where: str, told: str) -> None:
+    """Raise ValueError if labels are none of those that a network of so many classes tells apart.
+
+    Args:
+        labels: int64 [n]; where: in which data. told: which network.
+    """
+    greatest = int(labels.max())
+    if greatest >= classes:
+        raise ValueError(
+            f"{where}: labels up to {greatest}, but {told} tells {classes} classes apart; evaluate it on data with "
+            f"labels in 0..{classes - 1}"
+        )
+
+
+def memory(device: torch.device) -> float:
+    """The bytes that a device has, free or not: with swap, and within a container's limit; infinite where unknown."""
+    if device.type == "cuda":
+        return float(torch.cuda.get_device_properties(device).total_memory)
+    try:
+        there = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    except (AttributeError, ValueError, OSError):
+        return float("inf")
+    swap = re.search(r"SwapTotal: *(\d+) kB", _text("/proc/meminfo"))
+    there += 1024 * int(swap[1]) if swap else 0
+    limit = _text("/sys/fs/cgroup/memory.max").strip()
+    return min(there, float(limit)) if limit.isdecimal() else there
+
+
+def _text(path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""
+
+
+def _of_labels(dataset: ImageDataset) -> str:
+    """What to do where labels are not numbered from 0 on."""
+    different = len(torch.cat([dataset.y_train, dataset.y_test]).unique())
+    if 2 * different > dataset.classes:
+        return ""
+    return (
+        f", or number the labels 0..{different - 1}: there are {different} different ones up to {dataset.classes - 1}"
+    )
+
+
+def _bytes(size: float) -> str:
+    """For people; beyond the units in powers of ten."""
+    power = 0
+    while size >= 1000 and power < len(_UNITS) - 1:
+        size, power = size / 1000, power + 1
+    return f"{size:.3g} {_UNITS[power]}"
