@@ -10,27 +10,41 @@ import torch
 from torch import Tensor, nn
 
 
-@contextmanager
-def modes_restored(model: nn.Module) -> Iterator[None]:
-    """Give every submodule its own train or eval mode back at the end, whatever happened in between.
+Modes = list[tuple[nn.Module, bool]]  # of a module and all in it, parents first: whether it is in train mode
+
+
+def modes_of(model: nn.Module) -> Modes:
+    """The train or eval mode of each module."""
+    return [(module, module.training) for module in model.modules()]
+
+
+def set_modes(modes: Modes) -> None:
+    """Put each module into its mode.
 
     By `train(mode)`, parents first, since some modules do work there (adapters merge and unmerge their weights); the
     flags are then set exactly, since others refuse.
+    """
+    for module, training in modes:
+        if module.training != training:
+            module.train(training)
+    for module, training in modes:
+        module.training = training
+
+
+@contextmanager
+def modes_restored(model: nn.Module) -> Iterator[None]:
+    """Give every submodule its own train or eval mode back at the end, whatever happened in between.
 
     Raises:
         TypeError: the model is no module.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    found = [(module, module.training) for module in model.modules()]
+    found = modes_of(model)
     try:
         yield
     finally:
-        for module, training in found:
-            if module.training != training:
-                module.train(training)
-        for module, training in found:
-            module.training = training
+        set_modes(found)
 
 
 @contextmanager
@@ -58,7 +72,7 @@ def uncached(x: Tensor) -> AbstractContextManager[object]:
 
 
 def logits_of(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """`model(x)`, checked.
+    """`model(x)`, checked. The model is given a copy: one that normalises its images in place changes only that.
 
     Args:
         x: [n, ...].
@@ -70,26 +84,46 @@ def logits_of(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         TypeError: the model does not return a floating-point tensor.
         ValueError: it does not return one row of at least two logits for each sample.
     """
-    logits = model(x)
+    return checked_logits(model(x.clone()), len(x))
+
+
+def checked_logits(logits: object, n: int) -> Tensor:
+    """What a model returned for n images, if it is logits [n, K]; else the errors of `logits_of`."""
     if not isinstance(logits, Tensor) or not logits.is_floating_point():
         kind = logits.dtype if isinstance(logits, Tensor) else type(logits).__name__
         raise TypeError(f"model must return a floating-point tensor of logits, got {kind}")
-    if logits.dim() != 2 or len(logits) != len(x) or logits.shape[1] < 2:
+    if logits.dim() != 2 or len(logits) != n or logits.shape[1] < 2:
         raise ValueError(
-            f"model must return logits of shape [{len(x)}, K] with K >= 2 classes, got {list(logits.shape)}"
+            f"model must return logits of shape [{n}, K] with K >= 2 classes, got {list(logits.shape)}"
         )
     return logits
+
+
+@contextmanager
+def reentrant_refused() -> Iterator[None]:
+    """Around `autograd.grad`: a ValueError for a model with reentrant checkpoints, which only `backward()` can run."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "use_reentrant" not in str(error):
+            raise
+        raise ValueError(
+            "model must not recompute activations by a reentrant checkpoint, which gives images no gradient: write "
+            "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
+        ) from error
 
 
 def gradient_of(outputs: Tensor, x: Tensor, weights: Tensor | None = None, *, create_graph: bool = False) -> Tensor:
     """The gradient of the model's `outputs` (times `weights`, if they are no number) with respect to its images `x`.
 
     Raises:
-        ValueError: the outputs do not depend on the images, or not by operations that have a gradient.
+        ValueError: the outputs do not depend on the images, or not by operations that have a gradient; or a reentrant
+            checkpoint stands between them.
     """
     found = None
     if outputs.requires_grad:
-        (found,) = torch.autograd.grad(outputs, x, weights, create_graph=create_graph, allow_unused=True)
+        with reentrant_refused():
+            (found,) = torch.autograd.grad(outputs, x, weights, create_graph=create_graph, allow_unused=True)
     if found is None:
         raise ValueError("model must return logits with a gradient to its images, but gave logits without one")
     return found

@@ -7,12 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bt_fast import ops
-from bt_fast.attack.frozen import gradient_of, logits_of, modes_restored
+from bt_fast.attack.frozen import gradient_of, logits_of
 from bt_fast.attack.pixels import Normalization, on_pixels
 from bt_fast.attack.threat import ThreatModel
 from bt_fast.attack.wrapped import unwrapped
 from bt_fast.baselines.values import SCALE, check_values
 from bt_fast.objectives import adversarial
+from bt_fast.objectives.recomputed import update_modes
 
 
 def grad_align(
@@ -57,13 +58,13 @@ def grad_align(
     with on_pixels(unwrapped(model), x_natural, normalization) as (model, pixels):
         x = pixels(x_natural).detach()
         check_values(model, x, labels)
-        with modes_restored(model):
-            if not model.training:
-                model.train()
+        with update_modes(model) as modes:
             fixed = _input_gradient(model, x, labels, differentiable=False)
             noise = torch.rand(x.shape, dtype=x.dtype, device=x.device, generator=generator)
             moved = _input_gradient(model, x + (2.0 * noise - 1.0) * epsilon, labels, differentiable=True)
-    return _misalignment(ops.wide(fixed).flatten(1), ops.wide(moved).flatten(1))
+            term = _misalignment(ops.wide(fixed).flatten(1), ops.wide(moved).flatten(1))
+            modes.again_in_backward([term])
+            return term
 
 
 def _input_gradient(model: nn.Module, x: Tensor, y: Tensor, *, differentiable: bool) -> Tensor:

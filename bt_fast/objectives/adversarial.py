@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import NoneType
 from typing import Generic, Literal, TypeVar
@@ -21,7 +20,7 @@ from bt_fast import faults, ops
 from bt_fast.allocation import Oracle
 from bt_fast.attack.balanced import Balance, start_balanced_attack
 from bt_fast.attack.folded import Frozen, attack_model, independent
-from bt_fast.attack.frozen import clean_logits, logits_of, modes_restored
+from bt_fast.attack.frozen import clean_logits, logits_of
 from bt_fast.attack.generate import COMPARED, StartedAttack, start_attack
 from bt_fast.attack.runners import Runner
 from bt_fast.attack.schedule import Schedule
@@ -30,6 +29,7 @@ from bt_fast.attack.threat import ThreatModel
 from bt_fast.attack.wrapped import unwrapped
 from bt_fast.faults import CheckedRead, Fault
 from bt_fast.mining import STEP_FACTOR, BulletTrain, check_labels, positive, real, step_count
+from bt_fast.objectives.recomputed import update_modes
 from bt_fast.objectives.repeated_forward import moves_batch_norm_alone
 from bt_fast.objectives.update import Computation, Terms, Update, run_update
 from bt_fast.ops.numeric import computable, kind_of
@@ -313,7 +313,7 @@ def run(model: nn.Module, attack: Attack, computation: Computation, update: Upda
     with attack.started as started:
         if attack.inputs is not None:
             attack.inputs.wait()
-        with range_(UPDATE), _update_modes(model):
+        with range_(UPDATE), update_modes(model) as modes:
             beside = started.beside and attack.independent and not (update is not None and update.graphs)
             if beside and isinstance(computation, CleanFirst) and moves_batch_norm_alone(model):
                 clean = computation.clean(model, attack.x)
@@ -324,6 +324,7 @@ def run(model: nn.Module, attack: Attack, computation: Computation, update: Upda
                 x_adv = started.finish()
                 late = attack.report()
                 terms = run_update(update, model, computation, attack.x, x_adv, attack.y)
+            modes.again_in_backward(terms)
     if late is not None:
         late.wait()
     return terms
@@ -338,14 +339,6 @@ def corrupted_rows(attack: Attack, bullet: BulletTrain | None, unperturbed: Unpe
         return len(attack.x)
     keep = unperturbed == "keep" if unperturbed else (bullet.robust_steps or bullet.outlier_steps)
     return len(attack.x) if keep else attack.moving
-
-
-@contextmanager
-def _update_modes(model: nn.Module) -> Iterator[None]:
-    with modes_restored(model):
-        if not model.training:
-            model.train()
-        yield
 
 
 def conclude(
