@@ -22,7 +22,9 @@ def untracked():
 
 
 def untracked_1d():
-    return nn.Sequential(nn.Flatten(), nn.Linear(36, 8), nn.BatchNorm1d(8, track_running_stats=False), nn.Tanh(), head()[1])
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(36, 8), nn.BatchNorm1d(8, track_running_stats=False), nn.Tanh(), head(8)[1]
+    )
 
 
 class Centred(nn.Module):
@@ -88,7 +90,10 @@ class Shared(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.first, self.block = nn.Conv2d(1, 4, 3, padding=1), nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4))
+        self.first, self.block = (
+            nn.Conv2d(1, 4, 3, padding=1),
+            nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)),
+        )
         self.last = nn.Sequential(*head())
 
     def forward(self, x):
@@ -126,7 +131,9 @@ ACROSS = {  # whose rows depend on each other in eval mode too
 APART = {
     "batch norm": conv_bn,
     "instance norm": lambda: features(nn.InstanceNorm2d(4), nn.ReLU(), *head()),
-    "checkpointed": lambda: checkpointed(nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)),
+    "checkpointed": lambda: checkpointed(
+        nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+    ),
     "checkpointed, noise": lambda: checkpointed(nn.GroupNorm(2, 4), TrainNoise(), nn.ReLU()),
     "in place": lambda: nn.Sequential(ScaledInPlace(), conv_bn()),
     "train noise": lambda: features(nn.BatchNorm2d(4), TrainNoise(), nn.ReLU(), *head()),

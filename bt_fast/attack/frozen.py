@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-
 
 Modes = list[tuple[nn.Module, bool]]  # of a module and all in it, parents first: whether it is in train mode
 
@@ -93,9 +93,7 @@ def checked_logits(logits: object, n: int) -> Tensor:
         kind = logits.dtype if isinstance(logits, Tensor) else type(logits).__name__
         raise TypeError(f"model must return a floating-point tensor of logits, got {kind}")
     if logits.dim() != 2 or len(logits) != n or logits.shape[1] < 2:
-        raise ValueError(
-            f"model must return logits of shape [{n}, K] with K >= 2 classes, got {list(logits.shape)}"
-        )
+        raise ValueError(f"model must return logits of shape [{n}, K] with K >= 2 classes, got {list(logits.shape)}")
     return logits
 
 
@@ -127,6 +125,37 @@ def gradient_of(outputs: Tensor, x: Tensor, weights: Tensor | None = None, *, cr
     if found is None:
         raise ValueError("model must return logits with a gradient to its images, but gave logits without one")
     return found
+
+
+_in_float16: WeakKeyDictionary[Callable[[Tensor], Tensor], dict[object, bool]] = WeakKeyDictionary()
+
+
+def in_float16(model: Callable[[Tensor], Tensor], x: Tensor, logits: Tensor) -> bool:
+    """Whether the gradient of `logits`, which the model gave for x, passes through float16, where small ones are lost.
+
+    Found once for each model, kind of images and autocast, by a walk over what the backward will run. (What a compiled
+    part does inside is not seen.)
+    """
+    if logits.dtype in (torch.float16, torch.float64):
+        return logits.dtype == torch.float16
+    kind = x.device.type
+    key = (x.dtype, logits.dtype, torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind))
+    known = _in_float16.setdefault(model, {})
+    if key not in known:
+        known[key] = any(dtype == torch.float16 for dtype in _dtypes_behind(logits))
+    return known[key]
+
+
+def _dtypes_behind(outputs: Tensor) -> Iterator[torch.dtype]:
+    """Those of all gradients that a backward of `outputs` has on its way."""
+    waiting, seen = [outputs.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        yield from (kind.dtype for kind in getattr(node, "_input_metadata", None) or () if kind is not None)
+        waiting += [following for following, _ in node.next_functions]
 
 
 def clean_logits(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

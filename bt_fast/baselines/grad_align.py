@@ -50,7 +50,7 @@ def grad_align(
     Raises:
         TypeError: images are not floating point, labels not integers, or the model does not return a tensor.
         ValueError: a shape, device or value does not fit. Nothing has been changed then. Of the model's own values the
-            first sample's logits are looked at: NaN elsewhere, or in a gradient, makes the term NaN.
+            first two samples' logits are looked at: NaN elsewhere, or in a gradient, makes the term NaN.
     """
     epsilon = ThreatModel(epsilon).epsilon
     adversarial.check(x_natural, y, None, epsilon, 1, None, generator, None, None)

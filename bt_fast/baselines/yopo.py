@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from bt_fast import faults, ops
-from bt_fast.attack.frozen import clean_logits, eval_mode, logits_of, reentrant_refused, uncompiled
+from bt_fast.attack.frozen import clean_logits, eval_mode, in_float16, logits_of, reentrant_refused, uncompiled
 from bt_fast.attack.pixels import Normalization, on_pixels
 from bt_fast.attack.start import normal_noise
 from bt_fast.attack.threat import ThreatModel
@@ -270,7 +270,8 @@ def _attacked(attack: _Attack, y: Tensor, divergence: bool, m: int, generator: t
         for _ in range(m):
             logits, edge = attack.propagated(eta)
             away_from = F.one_hot(y, logits.shape[1]).double() if target is None else target
-            (p,) = torch.autograd.grad(logits, [edge], ops.ascent_direction(logits.detach(), away_from))
+            direction = ops.ascent_direction(logits.detach(), away_from, in_float16(model, x, logits))
+            (p,) = torch.autograd.grad(logits, [edge], direction)
             eta = attack.moved(eta, p)
     attack.check()
     return attack.images(eta)

@@ -22,6 +22,7 @@ from bt_fast.attack.balanced import Balance, start_balanced_attack
 from bt_fast.attack.folded import Frozen, attack_model, independent
 from bt_fast.attack.frozen import clean_logits, logits_of
 from bt_fast.attack.generate import COMPARED, StartedAttack, start_attack
+from bt_fast.attack.neighbours import warn_of_neighbours
 from bt_fast.attack.runners import Runner
 from bt_fast.attack.schedule import Schedule
 from bt_fast.attack.start import Noise, ball_start, normal_noise, random_state, sorted_start, state_of_seed
@@ -134,8 +135,8 @@ def _start_uniform(model: nn.Module, x: Tensor, y: Tensor, adversary: Adversary,
         if a.inner == "kl":
             logits, whose = clean_logits(view, x), "the model's logits"
             target = logits.double().softmax(dim=1).to(ops.wide(logits).dtype)  # rounded once, as the ops' own softmax
-        else:  # one row of the model itself tells the number of classes: a compiled view would be compiled anew for it
-            logits, whose = clean_logits(model, x[:1]), "the model's logits of the first sample"
+        else:  # two rows of the model itself tell the number of classes: a view would be compiled anew for them
+            logits, whose = clean_logits(model, x[:2]), "the model's logits of the first two samples"
             target = _one_hot(y, ops.wide(logits))
         found = [pixels, faults.labels_outside(y, logits.shape[1], "y"), faults.rows_without_number(logits, whose)]
         inputs = faults.read(found)
@@ -173,6 +174,7 @@ def _start_ragged(
     a = adversary
     names = ("the model's logits", "y")
     with attack_model(model, a.frozen, x[:COMPARED]) as view:
+        warn_of_neighbours(view, x, a.threat)
         with range_(MINING):  # to the end of the wait for the counts
             logits = clean_logits(view, x)
             state = random_state(x, a.generator) if a.samples is None else state_of_seed(x, a.generator)

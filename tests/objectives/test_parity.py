@@ -10,7 +10,6 @@ from model_zoo import BLOCKS, ZOO, of_blocks
 from objective_cases import DISTANCES, EACH, OBJECTIVES
 from small_models import batch, build, gradients
 from tolerances import UPDATES, assert_near, assert_near_nested
-from torch import nn
 
 FOUND = ("train", "eval", "mixed")
 
