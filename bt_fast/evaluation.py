@@ -18,6 +18,7 @@ from bt_fast.attack.losses import LOSSES
 from bt_fast.attack.neighbours import warn_of_neighbours
 from bt_fast.attack.pixels import Normalization, on_pixels
 from bt_fast.attack.threat import ThreatModel, check_threat
+from bt_fast.attack.wrapped import unwrapped
 from bt_fast.mining import check_labels, positive, step_count
 from bt_fast.ops.numeric import computable, kind_of
 
@@ -145,7 +146,7 @@ def evaluate(
         on_pixels(model, x, normalization, "the images", bounds) as (model, pixels),
         attack_model(model, frozen, pixels(x[:COMPARED].clone())) as view,
     ):
-        warn_of_neighbours(view, pixels(x), threat)
+        warn_of_neighbours(unwrapped(model), pixels(x), threat)
         seed = torch.randint(2**63 - 1, (), device=x.device, generator=generator)
         attack = Attack(threat, loss, steps, size, restarts, seed)
         working = WorkingBatch(attack, x, channels_last=frozen is not None and frozen.channels_last)

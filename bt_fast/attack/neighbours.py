@@ -6,26 +6,26 @@ A batch norm without statistics of its own does so, a layer that takes the batch
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bt_fast.attack.device import RandomStates, device_generator, host_generator
-from bt_fast.attack.frozen import clean_logits
+from bt_fast.attack.frozen import clean_logits, uncompiled
 from bt_fast.attack.threat import ThreatModel
 
-_looked_at: WeakKeyDictionary[Callable[[Tensor], Tensor], bool] = WeakKeyDictionary()
+_looked_at: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 ROOM = 1e-2  # of the largest logit: far above what 16 bits round, far below what another image in the batch does
 
 
-def warn_of_neighbours(model: Callable[[Tensor], Tensor], x: Tensor, threat: ThreatModel) -> None:
+def warn_of_neighbours(model: nn.Module, x: Tensor, threat: ThreatModel) -> None:
     """Warn, once for a model in eval mode, if the first image's logits change with the image beside it.
 
     Two forwards of two images, which leave buffers and generators as they were; on a GPU they are waited for.
 
     Args:
+        model: in eval mode.
         x: [m, ...], m ≥ 1, images within the threat model's bounds.
     """
     if model in _looked_at:
@@ -40,14 +40,15 @@ def warn_of_neighbours(model: Callable[[Tensor], Tensor], x: Tensor, threat: Thr
         )
 
 
-def _alone(model: Callable[[Tensor], Tensor], image: Tensor, threat: ThreatModel) -> bool:
+def _alone(model: nn.Module, image: Tensor, threat: ThreatModel) -> bool:
     other = threat.lower + threat.upper - image
     random = RandomStates(host_generator(image.device), device_generator(image.device))
-    buffers = [(b, b.clone()) for b in model.buffers()] if isinstance(model, torch.nn.Module) else []
+    buffers = [(b, b.clone()) for b in model.buffers()]
     found = []
-    for beside in (image, other):
-        found.append(clean_logits(model, torch.cat([image, beside]))[0].float())
-        random.restore()
+    with uncompiled():  # two rows are no size to compile for
+        for beside in (image, other):
+            found.append(clean_logits(model, torch.cat([image, beside]))[0].float())
+            random.restore()
     with torch.no_grad():
         for buffer, value in buffers:
             buffer.copy_(value)

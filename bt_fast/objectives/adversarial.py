@@ -174,7 +174,7 @@ def _start_ragged(
     a = adversary
     names = ("the model's logits", "y")
     with attack_model(model, a.frozen, x[:COMPARED]) as view:
-        warn_of_neighbours(view, x, a.threat)
+        warn_of_neighbours(model, x, a.threat)
         with range_(MINING):  # to the end of the wait for the counts
             logits = clean_logits(view, x)
             state = random_state(x, a.generator) if a.samples is None else state_of_seed(x, a.generator)
