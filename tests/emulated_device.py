@@ -18,17 +18,19 @@ accumulates a parameter's gradient is as old as the oldest loss that is still al
 
 A capture records what its streams are given, instead of running it: its own and those that wait for one of them. It
 refuses what CUDA refuses: to read a value, to bring one from the host, to wait for the device or for a stream outside,
-to make the default stream wait for it, and to launch for the first time; in "global" mode also any other thread's call
-(`call_from_another_thread`). It is invalid then, and its end raises. What is left behind depends on torch, `UNWINDS`. A
-replay refuses memory that was freed outside the graph. Random numbers come from the CPU's default generator, which
-stands for the device's: those of a graph are drawn when it is replayed.
+to make the default stream wait for it, to end before it waits for all work, and to launch for the first time; in
+"global" mode also any other thread's call (`call_from_another_thread`). It is invalid then, and its end raises. What is
+left behind depends on torch, `UNWINDS`. A replay refuses memory that was freed outside the graph. Matrix products work
+in memory that cuBLAS has for each stream; it is freed where a graph goes that was captured on the stream, as in torch
+2.12 to 2.14, and a replay refuses that of another pool than its own. Random numbers come from the CPU's default
+generator, which stands for the device's: those of a graph are drawn when it is replayed.
 """
 
 import functools
 import random
 import threading
 import warnings
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from unittest import mock
@@ -44,6 +46,7 @@ from bt_fast.attack import device
 
 READS = {"_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select"}
 FROM_HOST = {"lift_fresh", "lift_fresh_copy"}
+PRODUCTS = {"mm", "addmm", "bmm", "baddbmm"}
 STREAM = "emulated stream"  # of a gradient node, in its metadata, which last as long as the node
 
 # What torch itself does where the end of a capture raises:
@@ -130,6 +133,14 @@ class Work:
 
 
 @dataclass(eq=False)
+class Workspace:
+    """Memory in which cuBLAS works, and the pool of the capture that took it, if one did."""
+
+    pool: object
+    freed: bool = False
+
+
+@dataclass(eq=False)
 class Graph:
     """In the place of torch.cuda.CUDAGraph."""
 
@@ -140,6 +151,9 @@ class Graph:
     mode: str = "global"
     streams: list = field(default_factory=list)  # that are captured; the first is where it began
     uses_memory: bool = False
+    workspaces: set = field(default_factory=set)
+    recorded: Counter = field(default_factory=Counter)  # how much work of each stream
+    awaited: dict = field(default_factory=lambda: defaultdict(Counter))  # and how much of it each other stream awaits
 
     def capture_begin(self, pool=None, capture_error_mode="global", check_input_liveness=False):
         emulated = self.emulated
@@ -163,19 +177,27 @@ class Graph:
         if emulated.graph is not self:
             raise RuntimeError("no capture is under way")
         emulated.graph = None
+        error = "operation failed due to a previous error during capture"
+        if not self.invalid and self.recorded - self.known_to(self.streams[0]):
+            self.invalid, error = True, "capture was not ended because it contains unjoined work"
         if not self.invalid or "pool" in emulated.unwinds:
             emulated.under_way.remove(self.memory_pool)
         if self.invalid:
             emulated.generator_captures = "generator" not in emulated.unwinds
             self.uses_memory = "memory" in emulated.unwinds
-            raise RuntimeError("operation failed due to a previous error during capture")
+            raise RuntimeError(error)
         if not self.work:
             warnings.warn("The CUDA Graph is empty.", stacklevel=2)
         emulated.generator_captures = False
         emulated.captures += 1
 
+    def known_to(self, stream):
+        """How much of each stream's work is before what this stream is given next."""
+        return self.awaited[stream] | Counter({stream: self.recorded[stream]})
+
     def reset(self):
         if self.uses_memory:
+            self.emulated.clear_workspaces(self.streams[0])
             self.emulated.release(0, self.memory_pool)
         self.uses_memory = False
 
@@ -183,6 +205,8 @@ class Graph:
 
     def replay(self):
         self.emulated.replays += 1
+        if any(workspace.freed and workspace.pool != self.memory_pool for workspace in self.workspaces):
+            raise NotPermittedError("a graph works in memory of cuBLAS that was freed")
         for work in self.work:
             self.emulated.run_again(work)
 
@@ -220,6 +244,7 @@ class EmulatedDevice(TorchDispatchMode):
         self.owner, self.launched, self.captures, self.replays = {}, set(), 0, 0
         self.lasts, self.scratch = {}, {}  # each stream's latest work; memory of graphs that no tensor holds any more
         self.of_graphs = set()  # memory that captures took
+        self.workspaces = {}  # of cuBLAS, by stream
 
     def __enter__(self):
         self._patches = ExitStack()
@@ -249,6 +274,8 @@ class EmulatedDevice(TorchDispatchMode):
         backward = functools.partial(self.run_backward, run_backward)
         self._patches.enter_context(mock.patch.object(torch.autograd, "_engine_run_backward", backward))
         self._patches.enter_context(mock.patch.object(torch._C, "_host_emptyCache", create=True, return_value=None))
+        clear = mock.patch.object(torch._C, "_cuda_clearCublasWorkspaces", self.clear_workspaces, create=True)
+        self._patches.enter_context(clear)
         self._patches.enter_context(mock.patch.object(torch.cuda.graphs.graph, "default_capture_stream", None))
         self._patches.enter_context(mock.patch.object(device, "has_graphs", everywhere))
         self._nodes.__enter__()
@@ -281,6 +308,8 @@ class EmulatedDevice(TorchDispatchMode):
             streams.append(waiting)
         elif waiting in streams:
             self.permitted(other in streams, "a captured stream waits for one outside the capture")
+        if other in streams:
+            self.graph.awaited[waiting] |= self.graph.known_to(other)
 
     def call_from_another_thread(self):
         """The error of a call to CUDA, such as pins memory, from another thread."""
@@ -368,6 +397,17 @@ class EmulatedDevice(TorchDispatchMode):
         if self.uses[pool] == 0:
             self.given_back.add(pool)
 
+    def use_workspace(self):
+        workspace = self.workspaces.setdefault(self.stream, Workspace(self.recording and self.recording.memory_pool))
+        if self.recording:
+            self.recording.workspaces.add(workspace)
+
+    def clear_workspaces(self, *streams):
+        """Free those of some streams, or of all."""
+        for stream in streams or tuple(self.workspaces):
+            if stream in self.workspaces:
+                self.workspaces.pop(stream).freed = True
+
     def memory_of(self, tensor, *, new=False):
         """The number of the tensor's memory, which is the same for views of it."""
         storage = tensor.untyped_storage()
@@ -427,6 +467,8 @@ class EmulatedDevice(TorchDispatchMode):
         launch = (call, tuple((v.dtype, tuple(v.shape)) for v in inputs))
         self.permitted(not self.graph or launch in self.launched, f"{name}, launched for the first time")
         self.launched.add(launch)
+        if name in PRODUCTS:
+            self.use_workspace()
         draws = torch.Tag.nondeterministic_seeded in call.tags
         if draws and self.generator_captures and not self.recording and kwargs.get("generator") is None:
             raise RuntimeError("Offset increment outside graph capture encountered unexpectedly.")
@@ -440,6 +482,7 @@ class EmulatedDevice(TorchDispatchMode):
                 if self.memory_of(value) in self.of_graphs:
                     spoil(value)
             recording.work.append(work)
+            recording.recorded[self.stream] += 1
         else:
             self.enqueue(drawn(work, args, results) if draws else work)
             if name in READS:

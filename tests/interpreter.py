@@ -2,6 +2,7 @@
 
 import functools
 
+import numpy as np
 import triton
 import triton.language as tl
 from triton.language import semantic
@@ -11,8 +12,9 @@ from triton.runtime import interpreter
 def complete():
     """Let kernels run that the compiler takes, as the compiler understands them. Once in a process.
 
-    Numbers bound loops: they are arrays of one element, and triton up to 3.6 takes `int()` of these, which numpy 2.5
-    refuses. Triton 3.2 has no constants that are bools, and takes a single mask that is False for none.
+    It cuts float32 off to bfloat16 instead of rounding, and turns what is below the normal numbers into others. Numbers
+    bound loops: they are arrays of one element, and triton up to 3.6 takes `int()` of these, which numpy 2.5 refuses.
+    Triton 3.2 has no constants that are bools, and takes a single mask that is False for none.
     """
     patch = interpreter._patch_lang
 
@@ -23,10 +25,27 @@ def complete():
         return scope
 
     interpreter._patch_lang = patched
+    interpreter._convert_float = _with_bfloat16(interpreter._convert_float)
     if triton.__version__.startswith("3.2."):
         interpreter.InterpreterBuilder.get_int1_ty = lambda builder: tl.int1
         semantic._store_legacy = _unless_masked(semantic._store_legacy)
         semantic.atom_red_typechecking_impl = _with_its_mask(semantic.atom_red_typechecking_impl)
+
+
+def _with_bfloat16(convert):
+    """The interpreter's conversion of floating point, but between float32 and bfloat16 as hardware does it."""
+
+    @functools.wraps(convert)
+    def converted(values, given, wanted, rounding):
+        if (given, wanted) == (tl.bfloat16, tl.float32):
+            return values.view(np.uint16).astype(np.uint32) << 16
+        if (given, wanted) == (tl.float32, tl.bfloat16):
+            bits = values.view(np.uint32)
+            nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16  # to even where two are as near
+            return np.where(np.isnan(values.view(np.float32)), (bits >> 16) | 0x40, nearest).astype(np.uint16)
+        return convert(values, given, wanted, rounding)
+
+    return converted
 
 
 def _unless_masked(store):

@@ -4,12 +4,13 @@ import json
 import sys
 import time
 import warnings
+from contextlib import nullcontext
 from unittest import mock
 
 import nvml_stub
 import torch
 
-from benchmarks.on_gpu import iteration, variants
+from benchmarks.on_gpu import bandwidth, captures, iteration, variants
 from benchmarks.on_gpu.iterations import tried_last
 from benchmarks.on_gpu.stage import Context
 from bt_fast import PowerMonitor, trades_loss
@@ -34,7 +35,7 @@ def raises(*given, **options):
 def left_out(scratch):
     """What is left out of a case in which ours is computed by one of these."""
     bench = variants.Bench("wrn-10-1", "tf32", 4, CPU, tiny=True)
-    found, tried = {}, {}
+    found, tried, exact = {}, {}, {}
     for name, ours in {"as it is": trades_loss, "beta": wrong_beta, "warns": warns, "raises": raises}.items():
         context = Context(name, "", time.monotonic() + 1000, scratch, True, "", None, 8.0)
         with mock.patch.object(variants, "trades_loss", ours):
@@ -43,7 +44,111 @@ def left_out(scratch):
             except iteration.LeftOutError as error:
                 print(error)
         found[name], tried[name] = context.records("left_out"), tried_last(context, "n/tf32")
-    return found | {"tried last": tried}
+        exact[name] = len(context.records("exact"))
+    return found | {"tried last": tried, "exact": exact}
+
+
+class FakeBench:
+    """Notes which variants ran; those of a name say something."""
+
+    def __init__(self, device=CPU, **says):
+        self.device, self.workload, self.ran, self.says = device, mock.Mock(), [], says
+
+    def ready(self):
+        pass
+
+    def groups(self):
+        return [2 * len(self.ran), 0, 0]
+
+    def iteration(self, variant):
+        def run():
+            self.ran.append(variant.name)
+            if said := self.says.get(variant.name):
+                warnings.warn(said, stacklevel=1)
+
+        return run
+
+
+def some(*names):
+    return [variants.BY_NAME[name] for name in names]
+
+
+def warmed(scratch):
+    """Which variants ran in turn before times are taken."""
+    context, bench = Context("x", "", time.monotonic() + 1000, scratch, True, "", None, 8.0), FakeBench()
+    iteration.warm(context, "n/tf32", bench, some("reference", "bullet", "bullet, captured"))
+    return {"ran": bench.ran, "groups": context.records("groups")}
+
+
+def fell_back_later(scratch):
+    """What is told of times in which a variant fell back, and of a variant that ran without kernels."""
+    context = Context("x", "", time.monotonic() + 1000, scratch, True, "", None, 8.0)
+    bench = FakeBench(**{"bullet, graphs": "the attack runs without graphs: so"})
+    works = {variant: bench.iteration(variant) for variant in some("bullet", "bullet, graphs")}
+    iteration.rounds(context, "n/tf32", bench, works, 1)
+    bench = FakeBench(optimised="bt_fast runs in plain torch on cuda:0, since so")
+    works = iteration.warm(context, "n/bfloat16", bench, some("reference", "optimised"))
+    return {"broke": context.records("broke"), "warmed": [variant.name for variant in works]}
+
+
+def peaks(scratch):
+    """Of which variants the peak memory is told on a GPU."""
+    context = Context("x", "", time.monotonic() + 1000, scratch, True, "", None, 8.0)
+    bench = FakeBench(torch.device("cuda", 0))
+    works = {variant: bench.iteration(variant) for variant in some("reference", "bullet, graphs", "bullet, captured")}
+    told = dict.fromkeys(("memory_allocated", "max_memory_allocated", "memory_reserved"), lambda: 7)
+    nothing = dict.fromkeys(("reset_peak_memory_stats", "synchronize"), lambda *_: None)
+    with mock.patch.multiple(torch.cuda, **told, **nothing):
+        iteration.peaks(context, "n/tf32", bench, works)
+    return [record["variant"] for record in context.records("memory")]
+
+
+def captures_of(scratch):
+    """Of each variant whose captures are measured, which network it was, counted from the first."""
+    context = Context("captures", "", time.monotonic() + 1000, scratch, True, "", None, 8.0)
+    seen = []
+
+    def captured(bench, variant):
+        seen.append(bench.workload.model)
+        return {"fell_back": None, "captures": 1, "capture_seconds": 0.0, "held_bytes": 0}
+
+    with mock.patch.object(captures, "captured", captured), mock.patch.object(captures, "stand_in", nullcontext):
+        captures.run(context)
+    return [next(k for k, other in enumerate(seen) if other is model) for model in seen]
+
+
+def groups(scratch):
+    """The sizes of BulletTrain's groups in an iteration under autocast, and those that it should have."""
+    bench = variants.Bench("wrn-10-1", "bfloat16", 128, CPU, tiny=True)
+    bench.iteration(variants.BY_NAME["bullet"])()
+    work = bench.workload
+    return {"found": bench.groups(), "expected": [work.outliers, work.boundary, work.robust]}
+
+
+def checked(scratch):
+    """The steps of each update in a check for exactness on a bench that takes ten; its robust share; what NaN gives."""
+    bench, steps, robust = variants.Bench("wrn-10-1", "tf32", 4, CPU), [], []
+
+    def noted(*given, bullet=None, **options):
+        steps.append([options.get("perturb_steps"), None if bullet is None else bullet.boundary_steps])
+        robust.append(None if bullet is None else bullet.robust_fraction.item())
+        return trades_loss(*given, bullet=bullet, **options)
+
+    exactness = variants.Exactness(bench)
+    with mock.patch.object(variants, "trades_loss", noted):
+        differences = [exactness.difference(variant) for variant in some("optimised", "bullet")]
+    expected = bench.workload.bullet.robust_fraction.item()
+    told = {"steps": steps, "differences": differences, "as the bench": robust[3] == expected == robust[6]}
+    one, nan = torch.ones(()), torch.full((), torch.nan)
+    with mock.patch.object(exactness, "_updates", side_effect=[[one, nan], [nan, one]]):
+        exactness._expected = {"reference": [one, one]}
+        return told | {"of NaN": [exactness.difference(variants.BY_NAME["optimised"]) for _ in range(2)]}
+
+
+def runs(scratch):
+    """The bytes that a timed run on a GPU moves, by the bytes of a call and the number of its sets."""
+    cases, gpu = [(3 << 20, 1), (3 << 20, 64), (5 << 30, 2)], torch.device("cuda", 0)
+    return [moved * len(bandwidth.often([print] * count, moved, gpu)) for moved, count in cases]
 
 
 def without(scratch):
@@ -65,4 +170,5 @@ def joules(scratch):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    print(json.dumps({"left_out": left_out, "without": without, "joules": joules}[sys.argv[1]](sys.argv[2])))
+    parts = (left_out, warmed, fell_back_later, peaks, captures_of, groups, checked, runs, without, joules)
+    print(json.dumps({part.__name__: part for part in parts}[sys.argv[1]](sys.argv[2])))

@@ -2,6 +2,7 @@
 
 import gc
 import inspect
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -146,6 +147,25 @@ def test_a_capture_waits_for_no_stream_outside_nor_the_default_one_for_it(waitin
                 captured(run, streams[CAPTURED])
 
 
+@pytest.mark.parametrize("joined", [True, False])
+def test_a_capture_ends_where_it_waits_for_all_its_work_and_not_before(joined):
+    with EmulatedDevice() as emulated:
+        x, side, *others = torch.ones(2), *(torch.cuda.Stream() for _ in range(3))
+
+        def run():
+            x.add(1)
+            for before, stream in zip([side, *others], others, strict=False):
+                stream.wait_stream(before)
+                with torch.cuda.stream(stream):
+                    x.add(1)
+            if joined:
+                side.wait_stream(others[-1])
+
+        with nullcontext() if joined else pytest.raises(RuntimeError, match="unjoined work"):
+            captured(run, side)
+    assert emulated.captures == joined
+
+
 def test_what_a_stream_outside_a_capture_is_given_runs():
     with EmulatedDevice() as emulated:
         x, side = torch.ones(2), torch.cuda.Stream()
@@ -210,6 +230,31 @@ def test_torch_s_own_context_leaves_its_stream_the_current_one_where_it_does_not
             x.sum().item()
         cares = "finally:" in inspect.getsource(torch.cuda.graph.__exit__)  # as in 2.15
         assert (emulated.stream is emulated.default) == cares
+
+
+def test_a_graph_that_goes_takes_the_memory_in_which_cublas_works_on_its_stream_with_it():
+    with EmulatedDevice():
+        x, side = torch.ones(2, 2), torch.cuda.Stream()
+        first, second = (captured(lambda: x @ x, side) for _ in range(2))
+        second.replay()
+        del first
+        gc.collect()
+        with pytest.raises(NotPermittedError, match="cuBLAS"):
+            second.replay()
+
+
+def test_a_graph_keeps_the_memory_of_cublas_that_it_took_from_its_own_pool():
+    with EmulatedDevice():
+        x, side = torch.ones(2, 2), torch.cuda.Stream()
+
+        def run():
+            torch._C._cuda_clearCublasWorkspaces()
+            x @ x
+
+        first, second = (captured(run, side) for _ in range(2))
+        del first
+        gc.collect()
+        second.replay()
 
 
 def test_a_pool_that_no_graph_uses_any_more_is_not_taken_again():

@@ -6,6 +6,7 @@ The stages here are a few lines each, run as the real ones are; `python -m bench
 import io
 import itertools
 import json
+import math
 import os
 import shutil
 import signal
@@ -21,11 +22,11 @@ import nvml_stub
 import pytest
 import torch
 
-from benchmarks.on_gpu import iterations
+from benchmarks.on_gpu import engine_tests, iterations, kernel_tests, machine
 from benchmarks.on_gpu.conduct import FILES, LOG_BYTES
 from benchmarks.on_gpu.figures import cases_of, headline, idle
-from benchmarks.on_gpu.page import page, without_figures
-from benchmarks.on_gpu.plan import STAGES, chosen, limit
+from benchmarks.on_gpu.page import TABLES, groups, page, without_figures
+from benchmarks.on_gpu.plan import SHORTEST, STAGES, chosen, limit
 from benchmarks.on_gpu.pytest_runs import explained, progress
 from benchmarks.on_gpu.stage import Context, read_records, records_file
 from benchmarks.on_gpu.traces import busy, range_of, work_of
@@ -187,6 +188,14 @@ def test_it_is_done_in_time_whatever_happens(tmp_path):
     assert found["seconds"] <= 15
 
 
+def test_records_that_the_page_cannot_show_stop_nothing(tmp_path):
+    odd = "def run(context):\n    context.record('overlap', model=1)\n    return 'passed', ''"
+    code, printed, found = conducted(tmp_path, {"overlap": odd, "good": GOOD})
+    assert (code, found["finished"]) == (0, True)
+    assert found["stages"]["good"]["verdict"] == "passed"
+    assert "No table: KeyError: " in printed
+
+
 def test_the_folder_holds_few_small_files(tmp_path):
     loud = "def run(context):\n    print('x' * 3_000_000)\n    return 'passed', ''"
     traces = """
@@ -272,6 +281,18 @@ def test_the_conductor_needs_the_standard_library_alone():
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout == "[]\n"
 
 
+def test_nvidia_smi_that_hangs_hides_no_gpu(monkeypatch):
+    def hangs(command, **options):
+        raise subprocess.TimeoutExpired(command, options["timeout"])
+
+    monkeypatch.setattr(machine.shutil, "which", lambda name: f"/bin/{name}")
+    monkeypatch.setattr(machine.subprocess, "run", hangs)
+    monkeypatch.setattr(machine, "gpu", lambda: {"device": "H100"})
+    found = machine.machine()
+    assert found["device"] == "H100"
+    assert found["nvidia_smi"].startswith("TimeoutExpired: ")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so(tmp_path):
     done = command("--out", tmp_path / "out", "--stages", "d", "--minutes", "3")
@@ -311,6 +332,49 @@ def test_stages_that_take_all_they_can_leave_the_others_their_least(whole):
         assert stage.least * whole - 1e-9 <= seconds <= left + 1e-9
         left -= seconds
     assert left >= -1e-9
+
+
+def test_stages_that_are_picked_use_up_the_time():
+    (alone,) = chosen("d")
+    assert limit(alone, (), 240.0, 230.0) == 230.0
+    engine, iteration_ = chosen("c,d")
+    assert engine.share / iteration_.share == pytest.approx(0.18 / 0.48)
+    assert engine.share + iteration_.share == pytest.approx(1.0)
+    assert chosen("a,b,c,d,e,f,g,h,i") == STAGES
+
+
+def test_in_the_four_minutes_of_a_second_try_every_stage_can_begin():
+    assert all(240 * stage.least >= SHORTEST for stage in STAGES)
+
+
+@pytest.mark.parametrize(("cores", "tests"), [(1, 2), (8, 4), (16, 8), (64, 8)])
+def test_the_engine_s_tests_take_half_the_cores(cores, tests, tmp_path):
+    context = Context("engine_tests", "", time.monotonic() + 1, str(tmp_path), False, "", None, 8.0)
+    assert engine_tests.at_once(context, cores) == tests
+
+
+INTERRUPTED = """
+import time
+print("tests/k/test_a.py::test_a PASSED [ 10%]")
+print("tests/k/test_a.py::test_b FAILED [ 20%]", flush=True)
+try:
+    time.sleep(100)
+except KeyboardInterrupt:
+    print("FAILED tests/k/test_a.py::test_b - AssertionError: 1", flush=True)
+    raise SystemExit(2)
+"""
+
+
+def test_when_the_time_is_up_the_kernels_tests_tell_what_has_failed_until_then_and_why(tmp_path, monkeypatch):
+    monkeypatch.setattr(kernel_tests, "pytest_command", lambda *_: [sys.executable, "-c", INTERRUPTED])
+    context = Context("kernel_tests", "", time.monotonic() + 8, str(tmp_path), False, "", None, 8.0)
+    assert kernel_tests.run(context) == ("failed", "1 passed, 1 failed until the time was up")
+    assert context.left > 0
+    told = [(r["id"], r["said"]) for r in context.records("failure")]
+    assert told == [("tests/k/test_a.py::test_b", ""), ("tests/k/test_a.py::test_b", "AssertionError: 1")]
+    shown = TABLES["kernel_tests"](context.records("failure"), {})
+    assert shown == ["- `tests/k/test_a.py::test_b`: AssertionError: 1"]
+    assert TABLES["kernel_tests"](context.records("failure")[:1], {})[0].endswith("before it was said why")
 
 
 # What the stages share
@@ -504,6 +568,15 @@ def test_what_is_not_exact_or_falls_back_or_raises_is_left_out(tmp_path):
     assert [r["said"] for r in found["warns"]] == ["the attack runs without graphs: so"]
     assert [r["said"] for r in found["raises"]] == ["RuntimeError: capture failed"]
     assert found["tried last"] == {"as it is": None, "beta": None, "warns": "optimised", "raises": "optimised"}
+    assert found["exact"] == {"as it is": 1, "beta": 0, "warns": 0, "raises": 0}
+
+
+def test_a_check_for_exactness_takes_three_steps_of_ten_so_that_there_is_time_for_all_of_them(tmp_path):
+    found = measured(tmp_path, "checked")
+    assert found["steps"] == [[3, None]] * 3 + [[3, 3]] * 6  # three updates of each; BulletTrain is its own base
+    assert found["as the bench"]
+    assert max(found["differences"]) < 1e-9
+    assert all(map(math.isnan, found["of NaN"]))
 
 
 def test_what_shares_the_part_of_the_engine_that_broke_is_left_out_with_it(tmp_path):
@@ -516,6 +589,47 @@ def test_what_shares_the_part_of_the_engine_that_broke_is_left_out_with_it(tmp_p
     both = "bullet, streams, captured"  # whose parts work alone
     assert [name for name in found["nothing"] if name not in found[both]] == [both]
     assert [name for name in found["nothing"] if name not in found["bullet"]] == ["bullet"]
+
+
+def test_times_are_taken_when_all_that_runs_step_by_step_has_its_memory_again(tmp_path):
+    ran = measured(tmp_path, "warmed")["ran"]
+    assert ran[:2] == ["reference", "bullet"]
+    assert ran[-3:] == ["bullet, captured", "reference", "bullet"]
+
+
+def test_in_sixteen_bits_the_groups_have_the_paper_s_sizes(tmp_path):
+    found = measured(tmp_path, "groups")
+    assert found["found"] == found["expected"]
+
+
+def test_the_page_tells_the_groups_sizes_and_whose_differ(tmp_path):
+    told = measured(tmp_path, "warmed")["groups"]
+    assert [(r["variant"], r["sizes"]) for r in told] == [("bullet", [2, 0, 0]), ("bullet, captured", [2, 0, 0])]
+    assert groups(told) == ["- n/tf32: outliers / boundary / robust samples: 2 / 0 / 0"]
+    told[1]["sizes"] = [1, 0.5, 0]
+    assert groups(told)[0].endswith("2 / 0 / 0 (BulletTrain), 1 / 0.5 / 0 (BulletTrain, captured)")
+
+
+def test_what_falls_back_while_times_are_taken_or_runs_without_kernels_is_told(tmp_path):
+    found = measured(tmp_path, "fell_back_later")
+    said = [(r["case"], r.get("variant"), r["said"]) for r in found["broke"]]
+    assert said == [
+        ("n/tf32", None, "while times were taken: the attack runs without graphs: so"),
+        ("n/bfloat16", "optimised", "bt_fast runs in plain torch on cuda:0, since so"),
+    ]
+    assert found["warmed"] == ["reference", "optimised"]
+
+
+def test_no_peak_is_told_of_what_works_in_a_graph_s_pool(tmp_path):
+    assert measured(tmp_path, "peaks") == ["reference"]
+
+
+def test_captures_that_would_share_memory_are_measured_on_networks_of_their_own(tmp_path):
+    assert measured(tmp_path, "captures_of") == [0, 1]
+
+
+def test_a_timed_run_moves_so_much_that_the_start_of_a_graph_is_no_matter(tmp_path):
+    assert all(2 << 30 <= moved <= 10 << 30 for moved in measured(tmp_path, "runs"))
 
 
 def test_joules_are_those_of_each_variant(tmp_path):

@@ -26,7 +26,8 @@ start = import_module("bt_fast.ops.gather_start")  # the op of that name hides t
 SIZES, REHEARSED_SIZES = (128, 8192, 65536), (2, 4, 8)
 SHAPE = (3, 32, 32)
 CACHES = 4.0  # times the cache that the sets together are larger
-MOVED, REPEATS = 256 << 20, 5  # bytes of a run, at least; runs
+MOVED = 2 << 30  # bytes of a run, at least: most of a millisecond, since a graph takes microseconds to start
+REPEATS = 5  # runs
 LEAST = 4.0  # seconds: no size is begun with less
 SIDE = 8192  # of the products that tell the card's own rate of FLOPs
 
@@ -74,7 +75,7 @@ def often(calls: list[Call], moved: int, device: torch.device) -> list[Call]:
     """The calls in turn until they have moved so much that the run is no matter of microseconds."""
     if device.type != "cuda":
         return calls
-    return calls * max(1, MOVED // (moved * len(calls)))
+    return calls * -(-MOVED // (moved * len(calls)))
 
 
 def sets(moved: int, device: torch.device) -> int:
@@ -117,6 +118,7 @@ def copy(moved: int, device: torch.device) -> Call:
 def seconds(calls: list[Call], device: torch.device) -> float:
     """Of one call: the least of several runs of all of them, in a graph."""
     stream = torch.cuda.Stream(device)
+    synchronize(device)  # what the calls read was written on another stream
     with torch.cuda.stream(stream):
         calls[0]()  # launched once before a capture
         synchronize(device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import tempfile
@@ -12,7 +13,7 @@ from typing import IO
 from benchmarks.on_gpu.pytest_runs import kernels_own, marked_files, pytest_command
 from benchmarks.on_gpu.stage import CUT, FAILED, PASSED, ROOT, Context, Verdict
 
-AT_ONCE = 4
+AT_ONCE = 8  # most of a test is the start of its process: half the cores, and that many at most
 SECONDS = 60.0  # for each test; emulated it takes longer
 LEAST = 5.0  # seconds: no test is begun with less
 TAIL = 3000  # characters of what a failed test printed
@@ -32,7 +33,7 @@ def run(context: Context) -> Verdict:
     collected, whole = collect(context)
     waiting, running, outcomes = list(collected), [], []
     while waiting or running:
-        while waiting and len(running) < (2 if context.rehearsal else AT_ONCE) and context.left > LEAST:
+        while waiting and len(running) < at_once(context, os.cpu_count() or 1) and context.left > LEAST:
             running.append(_start(context, waiting.pop(0)))
         for one in list(running):
             seconds = time.monotonic() - one.began
@@ -51,6 +52,11 @@ def run(context: Context) -> Verdict:
     if set(outcomes) - {"passed"}:
         return FAILED, said
     return (CUT if waiting else PASSED), said
+
+
+def at_once(context: Context, cores: int) -> int:
+    """How many tests run beside each other."""
+    return 2 if context.rehearsal else min(AT_ONCE, max(2, cores // 2))
 
 
 def collect(context: Context) -> tuple[list[str], bool]:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
+import threading
 import time
 
 from benchmarks.on_gpu.pytest_runs import explained, has_xdist, kernels_own, marked_files, progress, pytest_command
-from benchmarks.on_gpu.stage import FAILED, PASSED, ROOT, Context, Verdict
+from benchmarks.on_gpu.stage import CUT, FAILED, PASSED, ROOT, Context, Verdict
 
 WORKERS = 8
 SAID_EVERY = 1.0  # seconds
+TELLING = 12.0  # seconds in which an interrupted pytest says what has failed until then, and why
+INTERRUPTED = 2  # pytest's exit code
+BAD = {"failed", "error"}
 REHEARSED = "test_order_by_steps and (128 or 8193)"
 
 
@@ -24,20 +29,28 @@ def run(context: Context) -> Verdict:
     told = 0.0
     process = subprocess.Popen(given, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert process.stdout is not None
+    up = threading.Timer(context.left - min(TELLING, context.left / 2), process.send_signal, [signal.SIGINT])
+    up.daemon = True
+    up.start()
     for line in process.stdout:
         print(line, end="", flush=True)
         if found := progress(line.rstrip()):
             outcomes[found[0]] = found[1]
+            if found[1] in BAD:
+                context.record("failure", id=found[0], said="")
         if why := explained(line.rstrip()):
             context.record("failure", id=why[0], said=why[1])
         if time.monotonic() > told + SAID_EVERY:
             told = time.monotonic()
             context.record("tests", **counted(outcomes))
     code = process.wait()
+    up.cancel()
     counts = counted(outcomes)
     context.record("tests", **counts)
     said = ", ".join(f"{n} {outcome}" for outcome, n in counts.items()) or "no test ran"
-    good = code == 0 and counts.get("passed", 0) > 0 and not counts.keys() & {"skipped", "failed", "error"}
+    if code == INTERRUPTED and context.left < TELLING:
+        return FAILED if counts.keys() & BAD else CUT, f"{said} until the time was up"
+    good = code == 0 and counts.get("passed", 0) > 0 and not counts.keys() & {"skipped", *BAD}
     return PASSED if good else FAILED, said if good else f"{said}; pytest ended with {code}"
 
 

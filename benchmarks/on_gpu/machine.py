@@ -24,7 +24,10 @@ def machine() -> dict[str, Any]:
     if shutil.which("nvidia-smi"):
         fields = "name,driver_version,memory.total,clocks.sm,clocks.max.sm,power.limit,mig.mode.current"
         command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
-        found["nvidia_smi"] = subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip()
+        try:
+            found["nvidia_smi"] = subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip()
+        except (OSError, subprocess.SubprocessError) as error:  # torch may work all the same
+            found["nvidia_smi"] = f"{type(error).__name__}: {error}"
     return found
 
 

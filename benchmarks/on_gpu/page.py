@@ -24,7 +24,13 @@ def page(content: Mapping[str, Any]) -> str:
     lines = [f"# {REHEARSAL if rehearsal else 'On a GPU'}", "", *about(content), ""]
     lines += [f"- {verdict_line(state)}" for state in stages.values()]
     for name, of_stage in TABLES.items():
-        if name in stages and (told := of_stage(stages[name]["records"], stages)):
+        if name not in stages:
+            continue
+        try:
+            told = of_stage(stages[name]["records"], stages)
+        except Exception as error:  # the stages that are still to run matter more than a table
+            told = [f"No table: {type(error).__name__}: {error}. The records are in results.json."]
+        if told:
             lines += ["", f"## {headed(stages[name]['title'])}", "", *(without_figures(told) if rehearsal else told)]
     return "\n".join(lines) + "\n"
 
@@ -86,12 +92,13 @@ def examination(records: Records, _: Any) -> list[str]:
 
 def tests(records: Records, _: Any) -> list[str]:
     """The tests that failed, and what they said."""
-    found = [f"- `{r['id']}`: {r['said']}" for r in of_kind(records, "failure")]
+    why = {r["id"]: r["said"] for r in of_kind(records, "failure")}  # told as it fails, and in the end with the reason
+    found = [f"- `{test}`: {said or 'the time was up before it was said why'}" for test, said in why.items()]
     for r in of_kind(records, "test"):
         if r["outcome"] != "passed":
             lines = [line.strip() for line in r["said"].splitlines() if line.strip()]
-            why = next((line for line in lines if line.startswith("E ")), lines[-1] if lines else "")
-            found.append(f"- `{r['id']}`: {r['outcome']} after {r['seconds']:.0f} s: {why}")
+            said = next((line for line in lines if line.startswith("E ")), lines[-1] if lines else "")
+            found.append(f"- `{r['id']}`: {r['outcome']} after {r['seconds']:.0f} s: {said}")
     more = [f"- and {len(found) - MOST_FAILURES} more"] if len(found) > MOST_FAILURES else []
     return found[:MOST_FAILURES] + more
 
@@ -116,6 +123,7 @@ def iterations(records: Records, _: Any) -> list[str]:
         said = f"{case.replace('/', ', ')}, batch {batch.get(case)}, {number} rounds"
         lines += [f"{said}; in brackets the share of the FLOP limit.", ""]
         lines += [*table(head, body), ""]
+    lines += groups(records)
     exact = of_kind(records, "exact")
     if exact:
         largest = max(r["difference"] for r in exact)
@@ -127,6 +135,19 @@ def iterations(records: Records, _: Any) -> list[str]:
         lines.append(f"- no time was left for {'; '.join(late)}")
     for reason in dict.fromkeys(r["reason"] for r in of_kind(records, "joules") if r.get("reason")):
         lines.append(f"- joules: {reason}")
+    return lines
+
+
+def groups(records: Records) -> list[str]:
+    """The sizes of BulletTrain's groups in each case; whose, where a view's own rounding has moved a sample."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for r in of_kind(records, "groups"):
+        sizes = " / ".join(f"{size:g}" for size in r["sizes"])
+        found.setdefault(r["case"], {}).setdefault(sizes, []).append(label(r["variant"]))
+    lines = []
+    for case, by_sizes in found.items():
+        whose = [sizes + (f" ({'; '.join(names)})" if len(by_sizes) > 1 else "") for sizes, names in by_sizes.items()]
+        lines.append(f"- {case}: outliers / boundary / robust samples: {', '.join(whose)}")
     return lines
 
 

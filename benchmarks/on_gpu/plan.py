@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 SHORTEST = 3.0  # seconds: a stage is not begun with less
 
@@ -34,7 +34,7 @@ STAGES = (
     Stage("d", "iterations", "one TRADES iteration", 0.48, 0.25),
     Stage("e", "bandwidth", "the step's and the start's bandwidth", 0.06, 0.03),
     Stage("f", "captures", "what a capture costs and holds", 0.08, 0.03),
-    Stage("g", "prediction", "predicted against measured", 0.30, 0.01, beside=True),
+    Stage("g", "prediction", "predicted against measured", 0.30, 0.02, beside=True),
     Stage("h", "overlap", "whether chains overlap", 0.08, 0.04),
     Stage("i", "training", "TRADES and BulletTrain in lockstep", 1.0, 0.05),
 )
@@ -51,7 +51,14 @@ def chosen(text: str) -> tuple[Stage, ...]:
         if not any(name in (stage.letter, stage.name) for stage in STAGES):
             there = ", ".join(f"{stage.letter} ({stage.name})" for stage in STAGES)
             raise ValueError(f"--stages: no stage {name!r}; there are {there}")
-    return tuple(stage for stage in STAGES if {stage.letter, stage.name} & set(asked))
+    return shared_out([stage for stage in STAGES if {stage.letter, stage.name} & set(asked)])
+
+
+def shared_out(stages: Sequence[Stage]) -> tuple[Stage, ...]:
+    """Some of the stages, with shares that use up the time that all have."""
+    whole = sum(stage.share for stage in stages if not stage.beside)
+    grown = 1 / whole if 0 < whole < 1 else 1.0
+    return tuple(stage if stage.beside else replace(stage, share=grown * stage.share) for stage in stages)
 
 
 def limit(stage: Stage, later: Sequence[Stage], whole: float, left: float, rehearsal: bool = False) -> float:

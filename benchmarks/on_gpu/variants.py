@@ -8,6 +8,7 @@ attack, streams, and a captured channels-last update.
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ from bt_fast.baselines.trades_reference import trades_reference_loss
 SETTING: dict[str, Any] = {"step_size": 0.007, "epsilon": 0.031, "beta": 6.0}
 TOLERANCE = 1e-6  # of an update in float64, relative to the largest of each tensor or 1
 CHECKED = 4  # images
+FEW = (3, 1, 0)  # steps of a check and of a rehearsal: a graph is captured in the second and replayed in the third
 RUNNERS: dict[str, Callable[[], Any]] = {"eager": lambda: run_eager, "graphs": GraphRunner, "streams": StreamRunner}
 
 
@@ -107,11 +109,12 @@ class Bench:
     def __init__(self, model: str, precision: str, batch: int, device: torch.device, *, tiny: bool = False) -> None:
         set_precision(precision)
         self.device, self.precision = device, precision
-        self.setting = SETTING | {"perturb_steps": 3} if tiny else SETTING
+        self.setting = SETTING | {"perturb_steps": FEW[0]} if tiny else SETTING
         self.workload = Workload(Case(model, batch, 0), device)
         if tiny:
-            self.workload.bullet = BulletTrain(3, 1, 0).to(device)
-        self.workload.prepare()
+            self.workload.bullet = BulletTrain(*FEW).to(device)
+        with self._autocast():  # the groups follow from labels that are the logits' of the loss, to the bit
+            self.workload.prepare()
         self._buffers = list(self.workload.model.buffers())
         self._kept = [buffer.clone() for buffer in self._buffers]
         self._fraction = self.workload.bullet.robust_fraction.clone()
@@ -121,6 +124,14 @@ class Bench:
         torch._foreach_copy_(self._buffers, self._kept)
         self.workload.bullet.robust_fraction.copy_(self._fraction)
 
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
+
+    def groups(self) -> list[int]:
+        """BulletTrain's samples in all iterations so far: outlier, boundary, robust. Waits for the device."""
+        found: list[int] = self.workload.bullet.group_counts.tolist()
+        return found
+
     def iteration(self, variant: Variant) -> Callable[[], None]:
         """One iteration: loss, backward and the optimizer's step."""
         w = self.workload
@@ -128,7 +139,7 @@ class Bench:
         options = {} if variant.method == "reference" else variant.options(w.bullet)
 
         def run() -> None:
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
+            with self._autocast():
                 loss = loss_of(w.model, w.x, w.y, w.optimizer, **self.setting, **options)
             loss.backward()
             w.optimizer.step()
@@ -154,19 +165,22 @@ class Exactness:
     """
 
     def __init__(self, bench: Bench) -> None:
-        w, self._setting = bench.workload, bench.setting
+        w, self._setting = bench.workload, SETTING | {"perturb_steps": FEW[0]}
         self._model = copy.deepcopy(w.model).double()
         rows = torch.linspace(0, len(w.y) - 1, CHECKED).long().to(w.y.device)
-        self._x, self._y, self._bullet = w.x[rows].double(), w.y[rows], w.bullet
+        self._x, self._y = w.x[rows].double(), w.y[rows]
+        self._bullet = BulletTrain(*FEW).to(bench.device)
+        self._bullet.robust_fraction.copy_(w.bullet.robust_fraction)
         self._expected: dict[str, list[Tensor]] = {}
 
     def difference(self, variant: Variant) -> float:
-        """The largest, relative to the largest of its tensor or 1."""
+        """The largest, relative to the largest of its tensor or 1; NaN where there is any."""
         method = "bullet" if variant.method == "bullet" else "reference"
         if method not in self._expected:
             self._expected[method] = self._updates(Variant(method))
         pairs = zip(self._updates(variant), self._expected[method], strict=True)
-        return max(float((a - b).abs().max() / b.abs().max().clamp_min(1.0)) for a, b in pairs)
+        gaps = [float((a - b).abs().max() / b.abs().max().clamp_min(1.0)) for a, b in pairs]
+        return math.nan if any(map(math.isnan, gaps)) else max(gaps)
 
     def _updates(self, variant: Variant) -> list[Tensor]:
         model, bullet = copy.deepcopy(self._model), copy.deepcopy(self._bullet)
@@ -184,12 +198,13 @@ class Exactness:
         return found
 
 
-FALLBACKS = ("without graphs", "no more graphs", "not folded")
+PLAIN = "in plain torch"  # all of ours, where no kernel can run
+FALLBACKS = ("without graphs", "no more graphs", "not folded", PLAIN)
 
 
 @contextmanager
 def fallbacks() -> Iterator[list[str]]:
-    """What was said inside of work that was to run from graphs, or on a folded view, and did not."""
+    """What was said inside of work that was to run from graphs, on a folded view or in kernels, and did not."""
     said: list[str] = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

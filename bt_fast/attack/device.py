@@ -77,7 +77,7 @@ def capture(pool: Any) -> Iterator[Graph]:
         pool: a new one, or one that a graph still uses.
     """
     graph, stream, phase = torch.cuda.CUDAGraph(), torch.cuda.current_stream(), "begin"
-    with _no_collection():
+    with _no_collection(), _own_workspaces():
         try:
             # in "global" mode a data loader that pins memory would break it
             graph.capture_begin(pool=pool, capture_error_mode="thread_local")
@@ -176,6 +176,21 @@ def _no_collection() -> Iterator[None]:
     finally:
         if collecting:
             gc.enable()
+
+
+@contextmanager
+def _own_workspaces() -> Iterator[None]:
+    """A capture takes the memory in which cuBLAS works from its own pool, and leaves none of that to its stream.
+
+    torch keeps one such memory for each stream, and before 2.15 a graph uses its stream's. But it may be freed while
+    the graph is still there: since 2.12 where another graph of that stream goes, and wherever a model that was compiled
+    with graphs of its own captures one.
+    """
+    torch._C._cuda_clearCublasWorkspaces()
+    try:
+        yield
+    finally:
+        torch._C._cuda_clearCublasWorkspaces()
 
 
 def host_generator(device: torch.device) -> torch.Generator | None:

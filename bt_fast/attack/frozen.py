@@ -31,6 +31,14 @@ def set_modes(modes: Modes) -> None:
         module.training = training
 
 
+def plain_values(model: nn.Module) -> tuple[tuple[str, object], ...]:
+    """Modes, numbers and names in the model's modules: what a graph of its forward has fixed beside tensors."""
+    return tuple([item for module in model.modules() for item in vars(module).items() if type(item[1]) in _PLAIN])
+
+
+_PLAIN = frozenset({bool, int, float, str, type(None)})
+
+
 @contextmanager
 def modes_restored(model: nn.Module) -> Iterator[None]:
     """Give every submodule its own train or eval mode back at the end, whatever happened in between.

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from bt_fast.attack import device
 from bt_fast.attack.device import RandomStates
 from bt_fast.attack.folded import FrozenModel, hooked
-from bt_fast.attack.frozen import uncached
+from bt_fast.attack.frozen import plain_values, uncached
 from bt_fast.attack.runners import joined, run_eager, stand_in_seeds, take_step
 from bt_fast.attack.schedule import Schedule
 from bt_fast.attack.threat import ThreatModel
@@ -36,8 +36,9 @@ class GraphRunner:
     Work is queued on a stream of the runner's own, which waits for the caller's and which the caller's then waits for.
     A model that cannot be captured runs eagerly, with one warning that says why: one with hooks (which run on the
     host), one that waits for the device, one that draws random numbers (the rows that pad a bucket would draw some,
-    too). Where a capture fails, or memory runs out, the runner frees all graphs and buffers that it holds and runs that
-    model eagerly from then on: all graphs of a model share one pool, so that fewer of them would hardly need less.
+    too), one whose forward changes a number of its own. Where a capture fails, or memory runs out, the runner frees all
+    graphs and buffers that it holds and runs that model eagerly from then on: all graphs of a model share one pool, so
+    that fewer of them would hardly need less.
 
     Args:
         bucket: prefixes are rounded up to a multiple of it.
@@ -167,7 +168,7 @@ class _Key:
     device: torch.device
     threat: ThreatModel
     autocast: tuple[bool, torch.dtype]
-    training: tuple[bool, ...]
+    values: tuple[object, ...]
     addresses: tuple[int, ...]
 
     @classmethod
@@ -183,7 +184,7 @@ class _Key:
             device=x.device,
             threat=threat,
             autocast=(torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)),
-            training=tuple(m.training for m in model.modules()) if isinstance(model, nn.Module) else (),
+            values=_values(model),
             addresses=tuple(t.data_ptr() for t in _tensors(model)),
         )
 
@@ -262,7 +263,10 @@ class _Session:
         if graph is None:
             where = self._x_adv.device
             random = RandomStates(device.host_generator(where), device.device_generator(where))
+            values = _values(model)
             self._take_step(model, n)
+            if _values(model) != values:
+                raise device.CaptureError("the model's forward changes a number of its own, as no graph does")
             if random.moved:
                 raise device.CaptureError("the model draws random numbers, of which padding would take some")
             self._warm.add(n)
@@ -308,6 +312,11 @@ def _reason(model: Callable[[Tensor], Tensor], x: Tensor) -> str | None:
     if isinstance(root, nn.Module) and (name := hooked(root)):
         return f"{name} has a hook, which a graph would not run"
     return device.no_graphs_reason(x)
+
+
+def _values(model: Callable[[Tensor], Tensor]) -> tuple[object, ...]:
+    """A view's are in its trace."""
+    return plain_values(model) if isinstance(model, nn.Module) else ()
 
 
 def _tensors(model: Callable[[Tensor], Tensor]) -> list[Tensor]:

@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 from bt_fast.attack import device
 from bt_fast.attack.device import RandomStates
 from bt_fast.attack.folded import hooked
-from bt_fast.attack.frozen import uncached
+from bt_fast.attack.frozen import plain_values, uncached
 
 MOST_CAPTURED = 8  # of one model: each keeps gradients of the model's size
 MOST_MET = 64
@@ -81,7 +81,7 @@ class Computation(Hashable, Protocol):
 def run_update(
     update: Update | None, model: nn.Module, computation: Computation, x: Tensor, x_adv: Tensor, y: Tensor
 ) -> Terms:
-    """The computation's terms. Those from a graph are static memory: use them before the next update."""
+    """The computation's terms."""
     if update is None or not update.graphs:
         return computation(model, x, x_adv, y)[0]
     return _graphs.setdefault(model, _Graphs())(model, computation, x, x_adv, y)
@@ -112,12 +112,9 @@ class _Key:
             computation=computation,
             given=tuple((t.shape, t.stride(), t.dtype, t.device) for t in given),
             autocast=(torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)),
-            values=tuple(item for m in model.modules() for item in vars(m).items() if type(item[1]) in _PLAIN),
+            values=plain_values(model),
             tensors=tuple((t.data_ptr(), t.shape, t.stride(), t.dtype, t.requires_grad) for t in _tensors(model)),
         )
-
-
-_PLAIN = (bool, int, float, str, type(None))
 
 
 class _Graphs:
@@ -219,7 +216,7 @@ class _Graphs:
 
 
 class _Captured:
-    """One update as two graphs, of its forward and of its backward. What they give is static memory."""
+    """One update as two graphs, of its forward and of its backward. What these write is static memory."""
 
     def __init__(
         self,
@@ -262,11 +259,11 @@ class _Captured:
         self.constant = tuple(k for k, t in enumerate(terms) if not t.requires_grad)
 
     def forward(self, *given: Tensor) -> Terms:
-        """Replay the forward on the values of x, x' and y."""
+        """Replay the forward on the values of x, x' and y: copies of its terms, as a caller may keep them."""
         for static, value in zip(self._given, given, strict=True):
             static.copy_(value)
         self._forward.replay()
-        return tuple(t.detach() for t in self._terms)
+        return tuple(t.clone() for t in self._terms)
 
     def backward(self, arriving: list[Tensor]) -> tuple[Tensor | None, ...]:
         """Replay the backward on the gradients of the terms that have some."""
@@ -349,12 +346,13 @@ class _Replay:
 class _Replayed(torch.autograd.Function):
     """The terms of a captured update of (x, x', y, trained parameters), and the parameters' gradients.
 
-    These leave static memory: autograd would make that a parameter's `.grad`, which the next replay would overwrite.
+    All leave static memory, which the next replay overwrites: a caller may keep a loss, and autograd makes what it is
+    given a parameter's `.grad`.
     """
 
     @staticmethod
     def forward(ctx: Any, captured: _Captured, replay: _Replay, *given: Tensor) -> Terms:
-        """Aliases of static memory."""
+        """Copies."""
         ctx.captured, ctx.replay = captured, replay
         ctx.save_for_backward(*given[3:])
         terms = captured.forward(*given[:3])

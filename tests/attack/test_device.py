@@ -41,6 +41,13 @@ def leaving_its_stream_quietly(x):
     torch.cuda.stream(torch.cuda.Stream()).__enter__()
 
 
+def leaving_work_unjoined(x):
+    other = torch.cuda.Stream()
+    other.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(other):
+        x.add(1)
+
+
 def beside_a_loader(x):
     assert current().call_from_another_thread() is None
 
@@ -51,6 +58,7 @@ BREAKING = {
     hiding_its_wait: "previous error during capture",
     leaving_its_stream: "the model's own",
     waiting_on_the_default_stream: "_local_scalar_dense: operation not permitted",
+    leaving_work_unjoined: "unjoined work",
     leaving_its_stream_quietly: None,  # the capture is sound
     beside_a_loader: None,
 }
@@ -98,6 +106,43 @@ def broken_and_good(module, breaking, as_torch):
 @pytest.mark.parametrize("breaking", BREAKING, ids=lambda f: f.__name__)
 def test_whatever_happens_in_a_capture_the_process_can_draw_and_capture_afterwards(breaking, as_torch):
     assert broken_and_good(device, breaking, as_torch) == []
+
+
+def one_of_two_graphs_goes(module):
+    """Of two graphs of matrix products on one stream the first goes; all that is amiss."""
+    with EmulatedDevice() as emulated:
+        x, side, graphs = torch.eye(2), torch.cuda.Stream(), []
+        with module.on(side):
+            x @ x
+            for _ in range(2):
+                with module.capture(module.new_pool()) as graph:
+                    made = x @ x
+                graphs.append(graph)
+        amiss = ["left behind"] * any(workspace.pool for workspace in emulated.workspaces.values())
+        try:
+            graphs[0].replay()
+            del graphs[0]
+            gc.collect()
+            graph.replay()
+        except NotPermittedError as error:
+            return [error]
+        return amiss + ["result"] * (not torch.equal(made, x))
+
+
+def test_a_graph_works_on_where_another_of_its_stream_goes():
+    assert one_of_two_graphs_goes(device) == []
+
+
+CLEARED = "torch._C._cuda_clearCublasWorkspaces()"
+OF_PRODUCTS = [
+    Bug("a graph works in its stream's memory", f"    {CLEARED}\n    try", "    pass\n    try"),
+    Bug("a stream works in a graph's memory", f"        {CLEARED}\n\n", "        pass\n\n"),
+]
+
+
+@pytest.mark.parametrize("bug", OF_PRODUCTS, ids=str)
+def test_a_bug_planted_into_the_memory_of_products_is_caught(bug, tmp_path):
+    assert one_of_two_graphs_goes(planted(device, bug, tmp_path))
 
 
 BUGS = [

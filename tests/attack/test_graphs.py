@@ -185,6 +185,27 @@ def replaced_weights(runner, model=Troubled):
     return found + training.run(runner)
 
 
+class Tempered(nn.Module):
+    """Its logits are divided by a number; it may note how many rows it was given."""
+
+    def __init__(self, noting=False):
+        super().__init__()
+        self.body, self.temperature, self.noting = mlp(), 1.0, noting
+
+    def forward(self, x):
+        if self.noting:
+            self.rows = len(x)
+        return self.body(x) / self.temperature
+
+
+def another_number(runner):
+    """Two trainings, between which a number of the model becomes another."""
+    training = Training(Tempered)
+    found = training.run(runner)
+    training.model.temperature = -0.5
+    return found + training.run(runner)
+
+
 def zero_gradients(runner):
     return Training(Troubled, threat=ThreatModel(0.1, "l_2")).run(runner)
 
@@ -243,6 +264,7 @@ def used_beside(runner):
 # and whether they end with graphs
 SCENARIOS = {
     replaced_weights: True,
+    another_number: True,
     zero_gradients: True,
     exception: True,
     used_beside: True,
@@ -314,6 +336,7 @@ IN_GRAPHS = [
     Bug("a graph is not replayed", "graph.replay()"),
     Bug("a graph of nothing", f"{CAPTURE}self._take_step(model, n)", f"{CAPTURE}pass"),
     Bug("graphs of weights that are gone", "t.data_ptr() for t in _tensors(model)", "0 for t in _tensors(model)"),
+    Bug("graphs of numbers that are gone", "values=_values(model)", "values=()", another_number),
     Bug("random numbers are drawn twice", "random.restore()", scenario=drawn),
     Bug("a model that draws is captured", "if random.moved:", "if False:", drawn),
 ]
@@ -366,7 +389,18 @@ def hooked():
     return model
 
 
-@pytest.mark.parametrize(("build", "reason"), [(Reading, "item|_local_scalar_dense"), (hooked, "2 has a hook")])
+def noting():
+    return Tempered(noting=True)
+
+
+@pytest.mark.parametrize(
+    ("build", "reason"),
+    [
+        (Reading, "item|_local_scalar_dense"),
+        (hooked, "2 has a hook"),
+        (noting, "changes a number of its own"),
+    ],
+)
 def test_a_model_that_cannot_be_captured_runs_eagerly_and_says_why_once(build, reason):
     expected = Training(build).run(run_eager)
     training = Training(build)
@@ -413,7 +447,9 @@ class Failing(nn.Module):
 
     def __init__(self, n):
         super().__init__()
-        self.body, self.left = mlp(), n
+        self.body, self.count = mlp(), [n]
+
+    left = property(lambda self: self.count[0], lambda self, n: self.count.__setitem__(0, n))
 
     def forward(self, x):
         self.left -= 1
@@ -449,8 +485,10 @@ class Exhausting(nn.Module):
 
     def __init__(self, n, error=RuntimeError):
         super().__init__()
-        self.body, self.left, self.error = mlp(), n, error
+        self.body, self.count, self.error = mlp(), [n], error
         self.watched, self.alive = None, []
+
+    left = Failing.left
 
     def forward(self, x):
         self.left -= 1

@@ -218,6 +218,17 @@ def weighted(options):
     return training.found
 
 
+def kept_losses(options):
+    """Losses that are read after all updates."""
+    training, losses = Training(options, loss_of=pgd_loss), []
+    for _ in range(4):
+        loss = training.loss()
+        loss.backward()
+        losses.append(loss.detach())
+        training.finish()
+    return [*training.found, *losses]
+
+
 def second_backward(options):
     """A second backward of a loss: from graphs it is an error, and changes nothing."""
     training = Training(options)
@@ -445,6 +456,7 @@ SCENARIOS = {  # and how many replays
     two_losses: 8,
     two_models: 12,
     weighted: 6,
+    kept_losses: 6,
     second_backward: 12,
     changed_before_the_backward: 11,  # without the backward that is refused
     replaced_parameter: 12,
@@ -506,6 +518,7 @@ IN_UPDATE = [
     Bug("buffers are restored to what they are", "b.detach().clone()", "b.detach()"),
     Bug("generators are not restored", "random.restore()", scenario=dropout),
     Bug("the caller's memory becomes static", "t.clone(memory_format=torch.preserve_format)", "t", same_batches),
+    Bug("terms alias static memory", "t.clone() for t in self._terms", "t.detach() for t in self._terms", kept_losses),
     Bug("gradients are not copied", "torch._foreach_copy_(", "zip("),
     Bug("gradients alias static memory", "None, *copies)", "None, *[g.detach() for g in gradients])", accumulation),
     Bug(
@@ -557,13 +570,14 @@ IN_UPDATE = [
         skipped_rows,
     ),
     Bug("one graph with and without autocast", "torch.is_autocast_enabled(kind), torch.get", "False, torch.get", casts),
-    Bug("one graph for all modes", "if type(item[1]) in _PLAIN", "if False", other_numbers),
+    Bug("one graph for all modes", "values=plain_values(model)", "values=()", other_numbers),
     Bug("graphs of weights that are gone", "(t.data_ptr(), t.shape", "(t.shape", replaced_parameter),
     Bug("one graph whatever is trained", "t.dtype, t.requires_grad)", "t.dtype)", fewer_trained),
     Bug("replayed where it must run again", "met.replayable, (x", "True, (x", dropout),
     Bug(
         "the cast weights are cached",
-        "from bt_fast.attack.frozen import uncached",
+        "from bt_fast.attack.frozen import plain_values, uncached",
+        "from bt_fast.attack.frozen import plain_values\n"
         'def uncached(x): return torch.autocast("cpu", torch.bfloat16, torch.is_autocast_enabled("cpu"), True)',
         casts,
     ),

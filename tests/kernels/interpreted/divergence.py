@@ -25,8 +25,7 @@ def _poisoned():
 
 def check(name, n, classes, dtype, seed, **options):
     case = divergence_cases.case(name, n, classes, dtype, seed, **options)
-    # the interpreter truncates to bfloat16 instead of rounding
-    assert_right(case, case.run("launch"), truncating=dtype == torch.bfloat16)
+    assert_right(case, case.run("launch"))
 
 
 options = st.fixed_dictionaries(
