@@ -174,9 +174,9 @@ def _start_ragged(
     a = adversary
     names = ("the model's logits", "y")
     with attack_model(model, a.frozen, x[:COMPARED]) as view:
-        warn_of_neighbours(model, x, a.threat)
         with range_(MINING):  # to the end of the wait for the counts
             logits = clean_logits(view, x)
+            warn_of_neighbours(model, x, a.threat)
             state = random_state(x, a.generator) if a.samples is None else state_of_seed(x, a.generator)
             attacked, of_attack = None, []
             if isinstance(bullet.policy, Oracle):

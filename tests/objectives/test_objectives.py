@@ -573,7 +573,7 @@ def test_a_model_in_half_precision(objective, bullet, dtype, distance):
 @EACH
 def test_one_read_a_call_on_a_device_and_one_more_without_bullettrain(objective, bullet, distance):
     """Without state there is no later call that could raise what is wrong with an attack's gradients."""
-    model = build("conv_bn", dtype=torch.float32).to(DEVICE)
+    model = looked_at(build("conv_bn", dtype=torch.float32).to(DEVICE))
     x = torch.empty(8, *SHAPE, device=DEVICE)
     y = torch.zeros(8, dtype=torch.int64, device=DEVICE)
     bullet = bullet and copy.deepcopy(bullet).to(DEVICE)
@@ -751,7 +751,7 @@ def test_a_gradient_with_nan_is_an_error_that_counts_the_samples(objective, bull
 @EACH
 def test_nan_logits_of_the_corrupted_batch_leave_the_fraction_alone(objective):
     calls, last = [], 4 + objective.forwards[1]
-    model = Wrapped(lambda z: z * math.nan if calls.append(1) or len(calls) == last else z)
+    model = looked_at(Wrapped(lambda z: z * math.nan if calls.append(1) or len(calls) == last else z))
     bullet = BulletTrain(3, 1, 0)
     bullet.robust_fraction.fill_(0.3)
     with pytest.raises(ValueError, match=r"adversarial_logits.*finite"):
