@@ -65,7 +65,8 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 def uncompiled() -> AbstractContextManager[object]:
     """What `torch.compile` was given runs as it was written. (Without its compiler imported, nothing was given.)"""
-    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+    given = "torch._dynamo" in sys.modules and not torch.compiler.is_compiling()
+    return torch.compiler.set_stance("force_eager") if given else nullcontext()
 
 
 def uncached(x: Tensor) -> AbstractContextManager[object]:

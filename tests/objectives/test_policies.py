@@ -14,6 +14,7 @@ from small_models import (
     assert_unchanged,
     batch,
     build,
+    looked_at,
     snapshot,
     with_bright,
 )
