@@ -15,8 +15,10 @@ from bt_fast.attack.folded import Frozen, attack_model
 from bt_fast.attack.frozen import clean_logits
 from bt_fast.attack.generate import COMPARED
 from bt_fast.attack.losses import LOSSES
+from bt_fast.attack.neighbours import warn_of_neighbours
 from bt_fast.attack.pixels import Normalization, on_pixels
 from bt_fast.attack.threat import ThreatModel, check_threat
+from bt_fast.attack.wrapped import unwrapped
 from bt_fast.mining import check_labels, positive, step_count
 from bt_fast.ops.numeric import computable, kind_of
 from bt_fast.units import warn_of_units
@@ -146,6 +148,7 @@ def evaluate(
         on_pixels(model, x, normalization, "the images", bounds) as (model, pixels),
         attack_model(model, frozen, pixels(x[:COMPARED].clone())) as view,
     ):
+        warn_of_neighbours(unwrapped(model), pixels(x), threat)
         seed = torch.randint(2**63 - 1, (), device=x.device, generator=generator)
         attack = Attack(threat, loss, steps, size, restarts, seed)
         working = WorkingBatch(attack, x, channels_last=frozen is not None and frozen.channels_last)

@@ -1,4 +1,4 @@
-"""The gradient of the attack's loss with respect to the logits, each row scaled by a power of two, in one launch.
+"""The gradient of the attack's loss with respect to the logits, each row by itself or scaled to a size, in one launch.
 
 Names as in flash-linear-attention: tensors `x`, block values `b_x`, masks `m_x`, offsets `o_x`, ids `i_x`. The softmax
 is computed in float64 and rounded to float32, as in kernels/signed_variance.py, which makes the target: at the clean
@@ -80,8 +80,9 @@ def ascent_direction_fwd_kernel(
     K: tl.constexpr,
     ROWS: tl.constexpr,  # of a program
     BLOCK: tl.constexpr,  # a power of two, at least K
+    SCALED: tl.constexpr = True,
 ):
-    """`(softmax(z) - target) · 2^k`, of rows that fit a block. Grid: cdiv(n, ROWS)."""
+    """`softmax(z) - target`, if SCALED times a 2^k for each row, of rows that fit a block. Grid: cdiv(n, ROWS)."""
     i_n = tl.program_id(0)
     o_n = tl.cast(i_n, tl.int64) * ROWS + tl.arange(0, ROWS)
     o_k = tl.arange(0, BLOCK)
@@ -93,8 +94,9 @@ def ascent_direction_fwd_kernel(
     b_max = tl.max(b_z, axis=1)
     b_e = _exp(b_z.to(tl.float64) - b_max.to(tl.float64)[:, None])
     b_gap = _gap(b_e, _reciprocal(tl.sum(b_e, axis=1), b_max)[:, None], target + o_x, m_x)
-    b_power = _power_of_two(tl.max(_magnitude(b_gap), axis=1))
-    tl.store(direction + o_x, (b_gap * b_power[:, None]).to(direction.dtype.element_ty), mask=m_x)
+    if SCALED:
+        b_gap *= _power_of_two(tl.max(_magnitude(b_gap), axis=1))[:, None]
+    tl.store(direction + o_x, b_gap.to(direction.dtype.element_ty), mask=m_x)
 
 
 @triton.jit
@@ -105,8 +107,12 @@ def ascent_direction_long_fwd_kernel(
     stride,  # elements from row to row; None where they are contiguous
     K: tl.constexpr,
     BLOCK: tl.constexpr,
+    SCALED: tl.constexpr = True,
 ):
-    """The same of rows of several blocks: one pass for the sum, one for the largest gap, one that writes. Grid: n."""
+    """The same of rows of several blocks: a pass for the sum, if SCALED one for the largest gap, one that writes.
+
+    Grid: n.
+    """
     i_n = tl.program_id(0)
     o_n = tl.cast(i_n, tl.int64)
     z = logits + o_n * (K if stride is None else stride)
@@ -123,15 +129,18 @@ def ascent_direction_long_fwd_kernel(
         b_max = b_new
     b_reciprocal = _reciprocal(tl.sum(b_sum, axis=0), b_max)
 
-    b_largest = tl.zeros([BLOCK], tl.int32)
-    for o_b in range(0, K, BLOCK):
-        m_k = o_b + o_k < K
-        b_e = _exp(_load(z + o_b + o_k, m_k).to(tl.float64) - b_max.to(tl.float64))
-        b_largest = tl.maximum(b_largest, _magnitude(_gap(b_e, b_reciprocal, p + o_b + o_k, m_k)))
-    b_power = _power_of_two(tl.max(b_largest, axis=0))
+    if SCALED:
+        b_largest = tl.zeros([BLOCK], tl.int32)
+        for o_b in range(0, K, BLOCK):
+            m_k = o_b + o_k < K
+            b_e = _exp(_load(z + o_b + o_k, m_k).to(tl.float64) - b_max.to(tl.float64))
+            b_largest = tl.maximum(b_largest, _magnitude(_gap(b_e, b_reciprocal, p + o_b + o_k, m_k)))
+        b_power = _power_of_two(tl.max(b_largest, axis=0))
 
     for o_b in range(0, K, BLOCK):
         m_k = o_b + o_k < K
         b_e = _exp(_load(z + o_b + o_k, m_k).to(tl.float64) - b_max.to(tl.float64))
         b_gap = _gap(b_e, b_reciprocal, p + o_b + o_k, m_k)
-        tl.store(direction + o_n * K + o_b + o_k, (b_gap * b_power).to(direction.dtype.element_ty), mask=m_k)
+        if SCALED:
+            b_gap *= b_power
+        tl.store(direction + o_n * K + o_b + o_k, b_gap.to(direction.dtype.element_ty), mask=m_k)

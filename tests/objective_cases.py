@@ -45,7 +45,7 @@ class Objective:
     @property
     def rows_seen_before(self):
         """Of the 8 of a batch, without BulletTrain: those whose logits are looked at before the attack."""
-        return 8 if self.name == "trades" else 1
+        return 8 if self.name == "trades" else 2
 
     def options(self, distance):
         """Five or ten steps of fitting sizes."""

@@ -76,6 +76,15 @@ def test_of_nearly_equal_distributions_it_is_not_0(dtype, gap):
     assert direction.sign().tolist()[0][:2] == [-1.0, 1.0]
 
 
+@quick
+@given(st.integers(1, 12), st.integers(2, 30), st.sampled_from(rows_cases.DTYPES), st.integers(0, 2**31))
+def test_not_scaled_it_is_the_gap(n, k, dtype, seed):
+    z, _ = rows_cases.batch(n, k, dtype, seed)
+    target = rows_cases.target_for(z, seed)
+    expected = (target_of(z) - target).to(dtype)
+    assert torch.equal(ops.ascent_direction(z, target, False).nan_to_num(nan=7.0), expected.nan_to_num(nan=7.0))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_at_the_target_it_is_0(dtype):
     z = torch.randn(50, 30, generator=torch.Generator().manual_seed(0)).to(dtype)
@@ -105,10 +114,11 @@ def test_of_nothing():
 # Its registration
 
 
+@pytest.mark.parametrize("scaled", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_opcheck(dtype):
+def test_opcheck(dtype, scaled):
     z, _ = rows_cases.batch(5, 4, dtype, 0, faults=False)
-    torch.library.opcheck(_ascent_direction, (z, target_of(z).flip(1)))
+    torch.library.opcheck(_ascent_direction, (z, target_of(z).flip(1), scaled))
 
 
 def test_compiled_it_is_one_op():

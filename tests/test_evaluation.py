@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from plain_pgd import STOOD, loss_of, plain_loop
 from pretended_device import DEVICE, pretended_device
-from small_models import Undefined, assert_unchanged, batch, build, snapshot, with_bright
+from small_models import Undefined, assert_unchanged, batch, build, looked_at, snapshot, with_bright
 
 from bt_fast import Frozen, ThreatModel
 from bt_fast.attack import early_exit
@@ -84,6 +84,7 @@ class Sizes:
 
     def __init__(self, model, note=lambda: None):
         self.seen = []
+        looked_at(model)
         self.hook = model.register_forward_hook(lambda _, args, __: self.seen.append((len(args[0]), note())))
 
     def __iter__(self):

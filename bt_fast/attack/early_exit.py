@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bt_fast import faults, ops
-from bt_fast.attack.frozen import gradient_of, logits_of
+from bt_fast.attack.frozen import gradient_of, in_float16, logits_of
 from bt_fast.attack.losses import direction_of
 from bt_fast.attack.start import uniform_start
 from bt_fast.attack.threat import ThreatModel
@@ -174,7 +174,8 @@ class WorkingBatch:
             fell.masked_fill_(falls, j)
             left.masked_fill_(falls, 0)
             if moves:
-                grad = gradient_of(logits, probe, direction_of(attack.loss, seen, labels))
+                scaled = in_float16(model, probe, logits)
+                grad = gradient_of(logits, probe, direction_of(attack.loss, seen, labels, scaled))
                 self._move(grad, self._counter[j], faulty)
         number = self._number[:n]
         found = [

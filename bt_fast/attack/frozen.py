@@ -5,9 +5,30 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+
+Modes = list[tuple[nn.Module, bool]]  # of a module and all in it, parents first: whether it is in train mode
+
+
+def modes_of(model: nn.Module) -> Modes:
+    """The train or eval mode of each module."""
+    return [(module, module.training) for module in model.modules()]
+
+
+def set_modes(modes: Modes) -> None:
+    """Put each module into its mode.
+
+    By `train(mode)`, parents first, since some modules do work there (adapters merge and unmerge their weights); the
+    flags are then set exactly, since others refuse.
+    """
+    for module, training in modes:
+        if module.training != training:
+            module.train(training)
+    for module, training in modes:
+        module.training = training
 
 
 def plain_values(model: nn.Module) -> tuple[tuple[str, object], ...]:
@@ -22,9 +43,6 @@ _PLAIN = frozenset({bool, int, float, str, type(None)})
 def modes_restored(model: nn.Module) -> Iterator[None]:
     """Give every submodule its own train or eval mode back at the end, whatever happened in between.
 
-    By `train(mode)`, parents first, since some modules do work there (adapters merge and unmerge their weights); the
-    flags are then set exactly, since others refuse.
-
     Raises:
         TypeError: the model is no module.
     """
@@ -32,15 +50,11 @@ def modes_restored(model: nn.Module) -> Iterator[None]:
         raise TypeError(
             f"model must be a torch.nn.Module, got {type(model).__name__}: of a function make the forward of one"
         )
-    found = [(module, module.training) for module in model.modules()]
+    found = modes_of(model)
     try:
         yield
     finally:
-        for module, training in found:
-            if module.training != training:
-                module.train(training)
-        for module, training in found:
-            module.training = training
+        set_modes(found)
 
 
 @contextmanager
@@ -53,7 +67,8 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 def uncompiled() -> AbstractContextManager[object]:
     """What `torch.compile` was given runs as it was written. (Without its compiler imported, nothing was given.)"""
-    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+    given = "torch._dynamo" in sys.modules and not torch.compiler.is_compiling()
+    return torch.compiler.set_stance("force_eager") if given else nullcontext()
 
 
 def uncached(x: Tensor) -> AbstractContextManager[object]:
@@ -61,14 +76,19 @@ def uncached(x: Tensor) -> AbstractContextManager[object]:
 
     A graph cannot share the lifetime of what is cached, nor an update what was cast without gradient.
     """
+    dtype = _autocast_dtype(x)
+    return nullcontext() if dtype is None else torch.autocast(x.device.type, dtype, cache_enabled=False)
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """Of the caller's autocast on the device of x, if there is one."""
     kind = x.device.type
-    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
-        return nullcontext()
-    return torch.autocast(kind, torch.get_autocast_dtype(kind), cache_enabled=False)
+    enabled = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if enabled else None
 
 
 def logits_of(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """`model(x)`, checked.
+    """`model(x)`, checked. The model is given a copy: one that normalises its images in place changes only that.
 
     Args:
         x: [n, ...].
@@ -80,14 +100,16 @@ def logits_of(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         TypeError: the model does not return a floating-point tensor.
         ValueError: it does not return one row of at least two logits for each sample.
     """
-    logits = model(x)
+    return checked_logits(model(x.clone()), len(x))
+
+
+def checked_logits(logits: object, n: int) -> Tensor:
+    """What a model returned for n images, if it is logits [n, K]; else the errors of `logits_of`."""
     if not isinstance(logits, Tensor) or not logits.is_floating_point():
         kind = logits.dtype if isinstance(logits, Tensor) else type(logits).__name__
-        raise TypeError(f"model must return a floating-point tensor of logits, got {kind}: {_instead(logits, len(x))}")
-    if logits.dim() != 2 or len(logits) != len(x) or logits.shape[1] < 2:
-        raise ValueError(
-            f"model must return logits of shape [{len(x)}, K] with K >= 2 classes, got {list(logits.shape)}"
-        )
+        raise TypeError(f"model must return a floating-point tensor of logits, got {kind}: {_instead(logits, n)}")
+    if logits.dim() != 2 or len(logits) != n or logits.shape[1] < 2:
+        raise ValueError(f"model must return logits of shape [{n}, K] with K >= 2 classes, got {list(logits.shape)}")
     return logits
 
 
@@ -112,18 +134,64 @@ def _instead(returned: object, n: int) -> str:
     )
 
 
+@contextmanager
+def reentrant_refused() -> Iterator[None]:
+    """Around `autograd.grad`: a ValueError for a model with reentrant checkpoints, which only `backward()` can run."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "use_reentrant" not in str(error):
+            raise
+        raise ValueError(
+            "model must not recompute activations by a reentrant checkpoint, which gives images no gradient: write "
+            "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
+        ) from error
+
+
 def gradient_of(outputs: Tensor, x: Tensor, weights: Tensor | None = None, *, create_graph: bool = False) -> Tensor:
     """The gradient of the model's `outputs` (times `weights`, if they are no number) with respect to its images `x`.
 
     Raises:
-        ValueError: the outputs do not depend on the images, or not by operations that have a gradient.
+        ValueError: the outputs do not depend on the images, or not by operations that have a gradient; or a reentrant
+            checkpoint stands between them.
     """
     found = None
     if outputs.requires_grad:
-        (found,) = torch.autograd.grad(outputs, x, weights, create_graph=create_graph, allow_unused=True)
+        with reentrant_refused():
+            (found,) = torch.autograd.grad(outputs, x, weights, create_graph=create_graph, allow_unused=True)
     if found is None:
         raise ValueError("model must return logits with a gradient to its images, but gave logits without one")
     return found
+
+
+_in_float16: WeakKeyDictionary[Callable[[Tensor], Tensor], dict[object, bool]] = WeakKeyDictionary()
+
+
+def in_float16(model: Callable[[Tensor], Tensor], x: Tensor, logits: Tensor) -> bool:
+    """Whether the gradient of `logits`, which the model gave for x, passes through float16, where small ones are lost.
+
+    Found once for each model, kind of images and autocast, by a walk over what the backward will run. (What a compiled
+    part does inside is not seen.)
+    """
+    if logits.dtype in (torch.float16, torch.float64):
+        return logits.dtype == torch.float16
+    key = (x.dtype, logits.dtype, _autocast_dtype(x))
+    known = _in_float16.setdefault(model, {})
+    if key not in known:
+        known[key] = any(dtype == torch.float16 for dtype in _dtypes_behind(logits))
+    return known[key]
+
+
+def _dtypes_behind(outputs: Tensor) -> Iterator[torch.dtype]:
+    """Those of all gradients that a backward of `outputs` has on its way."""
+    waiting, seen = [outputs.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        yield from (kind.dtype for kind in getattr(node, "_input_metadata", None) or () if kind is not None)
+        waiting += [following for following, _ in node.next_functions]
 
 
 def clean_logits(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

@@ -12,8 +12,8 @@ from bt_fast import ops
 LOSSES = ("ce", "margin")
 
 
-def direction_of(loss: str, logits: Tensor, labels: Tensor) -> Tensor:
-    """The loss's gradient with respect to the logits, each row up to a positive factor.
+def direction_of(loss: str, logits: Tensor, labels: Tensor, scaled: bool) -> Tensor:
+    """The loss's gradient with respect to the logits, if `scaled` each row up to a positive factor.
 
     Args:
         loss: "ce", the cross-entropy; or "margin", the largest wrong logit minus the true one (Carlini and Wagner's
@@ -26,6 +26,6 @@ def direction_of(loss: str, logits: Tensor, labels: Tensor) -> Tensor:
     """
     at = labels[:, None]
     if loss == "ce":
-        return ops.ascent_direction(logits, torch.zeros_like(logits).scatter_(1, at, 1.0))
+        return ops.ascent_direction(logits, torch.zeros_like(logits).scatter_(1, at, 1.0), scaled)
     wrong = logits.scatter(1, at, -math.inf).argmax(dim=1, keepdim=True)
     return torch.zeros_like(logits).scatter_(1, wrong, 1.0).scatter_(1, at, -1.0)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bt_fast import ops
-from bt_fast.attack.frozen import gradient_of, logits_of
+from bt_fast.attack.frozen import gradient_of, in_float16, logits_of
 from bt_fast.attack.schedule import Schedule
 from bt_fast.attack.threat import ThreatModel
 from bt_fast.ranges import ATTACK_STEP, range_
@@ -151,7 +151,7 @@ def input_gradient(model: Callable[[Tensor], Tensor], x: Tensor, target: Tensor)
     x = x.detach().requires_grad_()
     with torch.enable_grad():
         logits = logits_of(model, x)
-    return gradient_of(logits, x, ops.ascent_direction(logits.detach(), target))
+    return gradient_of(logits, x, ops.ascent_direction(logits.detach(), target, in_float16(model, x, logits)))
 
 
 def _as_authors(grad: Tensor) -> Tensor:

@@ -7,12 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bt_fast import faults, ops
-from bt_fast.attack.frozen import gradient_of, logits_of, modes_restored
+from bt_fast.attack.frozen import gradient_of, logits_of
 from bt_fast.attack.pixels import Normalization, on_pixels
 from bt_fast.attack.threat import ThreatModel
 from bt_fast.attack.wrapped import unwrapped
 from bt_fast.baselines.values import SCALE, check_values
 from bt_fast.objectives import adversarial
+from bt_fast.objectives.recomputed import update_modes
 from bt_fast.units import warn_of_units
 
 
@@ -50,7 +51,7 @@ def grad_align(
     Raises:
         TypeError: images are not floating point, labels not integers, or the model does not return a tensor.
         ValueError: a shape, device or value does not fit. Nothing has been changed then. Of the model's own values the
-            first sample's logits are looked at: NaN elsewhere, or in a gradient, makes the term NaN.
+            first two samples' logits are looked at: NaN elsewhere, or in a gradient, makes the term NaN.
     """
     epsilon = ThreatModel(epsilon).epsilon
     adversarial.check(x_natural, y, None, epsilon, 1, None, generator, None, None)
@@ -60,13 +61,13 @@ def grad_align(
         x = pixels(x_natural).detach()
         check_values(model, x, labels)
         x = faults.onto_bounds(x, 0.0, 1.0)
-        with modes_restored(model):
-            if not model.training:
-                model.train()
+        with update_modes(model) as modes:
             fixed = _input_gradient(model, x, labels, differentiable=False)
             noise = torch.rand(x.shape, dtype=x.dtype, device=x.device, generator=generator)
             moved = _input_gradient(model, x + (2.0 * noise - 1.0) * epsilon, labels, differentiable=True)
-    return _misalignment(ops.wide(fixed).flatten(1), ops.wide(moved).flatten(1))
+            term = _misalignment(ops.wide(fixed).flatten(1), ops.wide(moved).flatten(1))
+            modes.again_in_backward([term])
+            return term
 
 
 def _input_gradient(model: nn.Module, x: Tensor, y: Tensor, *, differentiable: bool) -> Tensor:

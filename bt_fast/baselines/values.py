@@ -13,7 +13,7 @@ SCALE = 1024.0
 
 
 def check_values(model: nn.Module, x: Tensor, y: Tensor) -> None:
-    """Run the model, in eval mode, on one row and wait for the device.
+    """Run the model, in eval mode, on two rows (some norms refuse one) and wait for the device.
 
     Args:
         x: [m, ...] images, y: [m] integers.
@@ -23,10 +23,10 @@ def check_values(model: nn.Module, x: Tensor, y: Tensor) -> None:
         ValueError: its logits do not fit or are not finite, or pixels or labels are out of range.
     """
     with eval_mode(model):
-        logits = clean_logits(model, x[:1])
+        logits = clean_logits(model, x[:2])
     found = [
         faults.pixels_outside(x, 0.0, 1.0, "x_natural"),
         faults.labels_outside(y, logits.shape[1], "y"),
-        faults.rows_without_number(logits, "the model's logits of the first sample"),
+        faults.rows_without_number(logits, "the model's logits of the first two samples"),
     ]
     faults.read(found).wait()

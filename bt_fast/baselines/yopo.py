@@ -17,13 +17,14 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from bt_fast import faults, ops
-from bt_fast.attack.frozen import clean_logits, eval_mode, logits_of, modes_restored, uncompiled
+from bt_fast.attack.frozen import clean_logits, eval_mode, in_float16, logits_of, reentrant_refused, uncompiled
 from bt_fast.attack.pixels import Normalization, on_pixels
 from bt_fast.attack.start import normal_noise
 from bt_fast.attack.threat import ThreatModel
 from bt_fast.baselines.values import SCALE, check_values
 from bt_fast.mining import step_count
 from bt_fast.objectives import adversarial
+from bt_fast.objectives.recomputed import update_modes
 from bt_fast.ranges import ATTACK_STEP, UPDATE, range_
 from bt_fast.units import warn_of_units
 
@@ -105,7 +106,12 @@ def yopo_loss(
     adversarial.check_robust_term(weight, None, None)
     warn_of_units(threat.epsilon, step_size=float(step_size))
     labels = y.long()
-    with uncompiled(), torch.inference_mode(False), on_pixels(model, x_natural, normalization) as (model, pixels):
+    with (
+        uncompiled(),
+        torch.inference_mode(False),
+        reentrant_refused(),
+        on_pixels(model, x_natural, normalization) as (model, pixels),
+    ):
         x = pixels(x_natural).detach()
         split = _Split(model, _checked_first(model, first, x, y))
         x = faults.onto_bounds(x, threat.lower, threat.upper)
@@ -267,7 +273,8 @@ def _attacked(attack: _Attack, y: Tensor, divergence: bool, m: int, generator: t
         for _ in range(m):
             logits, edge = attack.propagated(eta)
             away_from = F.one_hot(y, logits.shape[1]).double() if target is None else target
-            (p,) = torch.autograd.grad(logits, [edge], ops.ascent_direction(logits.detach(), away_from))
+            direction = ops.ascent_direction(logits.detach(), away_from, in_float16(model, x, logits))
+            (p,) = torch.autograd.grad(logits, [edge], direction)
             eta = attack.moved(eta, p)
     attack.check()
     return attack.images(eta)
@@ -279,10 +286,9 @@ def _attacked(attack: _Attack, y: Tensor, divergence: bool, m: int, generator: t
 def _update(model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, divergence: bool, beta: float) -> Tensor:
     """The loss of TRADES or MART on x' found before."""
     with range_(UPDATE):
-        with modes_restored(model):
-            if not model.training:
-                model.train()
+        with update_modes(model) as modes:
             clean, corrupted = logits_of(model, x), logits_of(model, x_adv)
+            modes.again_in_backward([clean, corrupted])
         if divergence:
             return F.cross_entropy(ops.wide(clean), y) + beta / len(x) * ops.trades_kl(corrupted, clean)
         return ops.mart_loss(clean, corrupted, y, beta)
@@ -294,9 +300,7 @@ def _propagations(attack: _Attack, y: Tensor, m: int, generator: torch.Generator
     trained = [p for p in model.parameters() if p.requires_grad]
     sums: list[Tensor | None] = [None] * len(trained)
     losses = []
-    with torch.enable_grad(), modes_restored(model):
-        if not model.training:
-            model.train()
+    with torch.enable_grad(), update_modes(model):
         noise = torch.rand(x.shape, dtype=x.dtype, device=x.device, generator=generator)
         eta = (2.0 * noise - 1.0) * attack.threat.epsilon
         for _ in range(m):

@@ -169,8 +169,8 @@ def _repeats_itself(contestant: Contestant) -> bool:
     x = torch.zeros(2, *contestant.image_shape, device=contestant.device)
     with torch.random.fork_rng([contestant.device] if contestant.device.type == "cuda" else []), torch.no_grad():
         repeat = RepeatedForward(model, contestant.device)
-        model(x)
-        repeat.first_done()
+        with repeat.first():
+            model(x)
     return repeat.replayable
 
 

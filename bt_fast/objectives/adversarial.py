@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import NoneType
 from typing import Generic, Literal, TypeVar
@@ -21,8 +20,9 @@ from bt_fast import faults, ops
 from bt_fast.allocation import Oracle
 from bt_fast.attack.balanced import Balance, start_balanced_attack
 from bt_fast.attack.folded import Frozen, attack_model, independent
-from bt_fast.attack.frozen import clean_logits, logits_of, modes_restored
+from bt_fast.attack.frozen import clean_logits, logits_of
 from bt_fast.attack.generate import COMPARED, StartedAttack, start_attack
+from bt_fast.attack.neighbours import warn_of_neighbours
 from bt_fast.attack.runners import Runner
 from bt_fast.attack.schedule import Schedule
 from bt_fast.attack.start import Noise, ball_start, normal_noise, random_state, sorted_start, state_of_seed
@@ -31,6 +31,7 @@ from bt_fast.attack.wrapped import unwrapped
 from bt_fast.faults import CheckedRead, Fault
 from bt_fast.mining import STEP_FACTOR, BulletTrain, check_labels, positive, real, step_count
 from bt_fast.objectives.again import NEW_ONES, check_alike, of_another
+from bt_fast.objectives.recomputed import update_modes
 from bt_fast.objectives.repeated_forward import moves_batch_norm_alone
 from bt_fast.objectives.update import Computation, Terms, Update, run_update
 from bt_fast.ops.numeric import computable, kind_of
@@ -144,8 +145,8 @@ def _start_uniform(model: nn.Module, x: Tensor, y: Tensor, adversary: Adversary,
         if a.inner == "kl":
             logits, whose = clean_logits(view, x), "the model's logits"
             target = logits.double().softmax(dim=1).to(ops.wide(logits).dtype)  # rounded once, as the ops' own softmax
-        else:  # one row of the model itself tells the number of classes: a compiled view would be compiled anew for it
-            logits, whose = clean_logits(model, x[:1]), "the model's logits of the first sample"
+        else:  # two rows of the model itself tell the number of classes: a view would be compiled anew for them
+            logits, whose = clean_logits(model, x[:2]), "the model's logits of the first two samples"
             target = _one_hot(y, ops.wide(logits))
         found = [pixels, faults.labels_outside(y, logits.shape[1], "y"), faults.rows_without_number(logits, whose)]
         inputs = faults.read(found)
@@ -185,6 +186,7 @@ def _start_ragged(
     with attack_model(model, a.frozen, x[:COMPARED]) as view:
         with range_(MINING):  # to the end of the wait for the counts
             logits = clean_logits(view, x)
+            warn_of_neighbours(model, x, a.threat)
             state = random_state(x, a.generator) if a.samples is None else state_of_seed(x, a.generator)
             attacked, of_attack = None, []
             if isinstance(bullet.policy, Oracle):
@@ -333,7 +335,7 @@ def run(model: nn.Module, attack: Attack, computation: Computation, update: Upda
     with attack.started as started:
         if attack.inputs is not None:
             attack.inputs.wait()
-        with range_(UPDATE), _update_modes(model):
+        with range_(UPDATE), update_modes(model) as modes:
             beside = started.beside and attack.independent and not (update is not None and update.graphs)
             if beside and isinstance(computation, CleanFirst) and moves_batch_norm_alone(model):
                 clean = computation.clean(model, attack.x)
@@ -344,6 +346,7 @@ def run(model: nn.Module, attack: Attack, computation: Computation, update: Upda
                 x_adv = started.finish()
                 late = attack.report()
                 terms = run_update(update, model, computation, attack.x, x_adv, attack.y)
+            modes.again_in_backward(terms)
     if late is not None:
         late.wait()
     return terms
@@ -362,14 +365,6 @@ def corrupted_rows(attack: Attack, bullet: BulletTrain | None, unperturbed: Unpe
         return len(attack.x)
     keep = unperturbed == "keep" if unperturbed else (bullet.robust_steps or bullet.outlier_steps)
     return len(attack.x) if keep else attack.moving
-
-
-@contextmanager
-def _update_modes(model: nn.Module) -> Iterator[None]:
-    with modes_restored(model):
-        if not model.training:
-            model.train()
-        yield
 
 
 def conclude(

@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from bt_fast import faults, ops
 from bt_fast.allocation import Oracle
-from bt_fast.attack.frozen import logits_of, modes_restored
+from bt_fast.attack.frozen import checked_logits, logits_of
 from bt_fast.attack.pixels import Normalization, on_pixels
 from bt_fast.attack.wrapped import unwrapped
 from bt_fast.augment.mix import SEVERITY, augment_and_mix, check_images, check_severity, draw_choices
 from bt_fast.faults import Fault
 from bt_fast.mining import BulletTrain, check_labels
 from bt_fast.objectives.again import NEW_ONES, check_alike, of_another
+from bt_fast.objectives.recomputed import update_modes
 from bt_fast.ranges import MINING, UPDATE, range_
 
 JSD_WEIGHT = 12.0
@@ -90,12 +91,13 @@ def _loss(
 ) -> Tensor:
     pixels = faults.pixels_outside(x, 0.0, 1.0, "x")
     x = faults.onto_bounds(x, 0.0, 1.0)
-    with modes_restored(model), _unchanged_by_errors(model, bullet):
-        if not model.training:
-            model.train()
+    with update_modes(model) as modes, _unchanged_by_errors(model, bullet):
         if bullet is not None:
-            return _loss_of_boundary(model, x, y, pixels, bullet, severity, generator)
-        return _loss_of_all(model, x, y, pixels, jsd, severity, generator)
+            loss = _loss_of_boundary(model, x, y, pixels, bullet, severity, generator)
+        else:
+            loss = _loss_of_all(model, x, y, pixels, jsd, severity, generator)
+        modes.again_in_backward([loss])
+        return loss
 
 
 def _loss_of_all(
@@ -110,7 +112,7 @@ def _loss_of_all(
     """The authors' loss. Its one read comes last, when all of the device's work is on its way."""
     inputs = torch.cat([x, *_views(x, 2, severity, generator)]) if jsd else _views(x, 1, severity, generator)[0]
     with range_(UPDATE):
-        logits = logits_of(model, inputs)
+        logits = checked_logits(model(inputs), len(inputs))
         classes = logits.shape[1]
         samples = torch.arange(len(logits), device="cpu") % len(x)
         unfit = faults.rows_without_number(logits, "the model's logits", samples)
@@ -149,7 +151,8 @@ def _loss_of_boundary(
     first = second = clean[:0]
     with range_(UPDATE):
         if len(boundary):
-            first, second = logits_of(unwrapped(model), torch.cat(views.drawn)).chunk(2)
+            given = torch.cat(views.drawn)
+            first, second = checked_logits(unwrapped(model)(given), len(given)).chunk(2)
         bullet.update(clean.detach().index_copy(0, boundary, first.detach()), y)
         bullet.keep(views)
         divergence = ops.js_divergence(clean[boundary], first, second)

@@ -91,7 +91,7 @@ def mart_loss(
         TypeError: images are not floating point, labels not integers, or the model does not return a tensor.
         ValueError: a shape, device, option or value does not fit (pixels outside [0, 1], labels out of range, NaN
             logits, NaN in the input gradient). What has changed then is said at `trades_loss`. Without `bullet` there
-            is no clean forward before the attack: NaN in the logits of the first sample is told as such, in those of
+            is no clean forward before the attack: NaN in the first two samples' logits is told as such, in those of
             another as NaN in its input gradient.
     """
     threat = ThreatModel(epsilon, distance)

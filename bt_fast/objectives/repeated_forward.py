@@ -7,6 +7,8 @@ draws random numbers (dropout) or keeps other state, in which case it must reall
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeGuard, cast
 from weakref import WeakKeyDictionary
@@ -18,6 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from bt_fast.attack.device import RandomStates, device_generator, host_generator
 from bt_fast.attack.frozen import logits_of
 from bt_fast.attack.wrapped import unwrapped
+from bt_fast.objectives.recomputed import Recomputing
 from bt_fast.ops import wide
 
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
@@ -46,8 +49,8 @@ class RepeatedForward:
     """Watches one forward of a model in its current modes, then decides whether a repetition can be replayed.
 
         repeat = RepeatedForward(model, x.device)    # before h(x)
-        logits = model(x)
-        repeat.first_done()                          # right after it
+        with repeat.first():
+            logits = model(x)
         ...                                          # any other forwards
         if repeat.replayable: repeat.replay()        # the buffers as after another h(x), whose logits are `logits`
         else: logits_again = model(x)
@@ -56,6 +59,10 @@ class RepeatedForward:
     generator of its own, or keeps state elsewhere, is not recognised. The first time that a model is seen in its
     current modes, its other buffers are compared by value, which on a GPU waits for the device; later nothing does.
 
+    Attributes:
+        replayable: whether a replay does all that a second forward would.
+        recomputed: whether the backward runs parts of the forward again: of a second forward it would run them twice.
+
     Args:
         replayable: the answer, where it is known. Nothing is looked at on the host then, so that all that is left can
             be captured in a graph.
@@ -63,14 +70,18 @@ class RepeatedForward:
 
     def __init__(self, model: nn.Module, device: torch.device, replayable: bool | None = None) -> None:
         model = unwrapped(model)
-        self.replayable = bool(replayable)
+        self.replayable, self.recomputed = bool(replayable), False
         layers = [] if replayable is False else [m for m in model.modules() if _is_tracking_batch_norm(m)]
         self._before = [_Statistics.of(layer) for layer in layers]
         self._after: list[_Statistics] = []
         self._watch = _Watch(model, device, layers) if replayable is None else None
 
-    def first_done(self) -> None:
-        """Note what the first forward did."""
+    @contextmanager
+    def first(self) -> Iterator[None]:
+        """Note what the first forward does."""
+        with Recomputing() as watched:
+            yield
+        self.recomputed = watched.seen
         self._after = [_Statistics.of(before.layer) for before in self._before]
         if self._watch is not None:
             self.replayable = self._watch.repeatable()
@@ -119,9 +130,8 @@ def watched_forward(model: nn.Module, x: Tensor) -> Tensor:
     if _modes(inner) in _leaves_alone.get(inner, {}):
         return logits_of(model, x)
     watch = RepeatedForward(model, x.device)
-    logits = logits_of(model, x)
-    watch.first_done()
-    return logits
+    with watch.first():
+        return logits_of(model, x)
 
 
 def moves_batch_norm_alone(model: nn.Module) -> bool:

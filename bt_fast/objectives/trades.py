@@ -151,8 +151,8 @@ class _Computation(CleanFirst[tuple[Tensor, RepeatedForward]]):
     def clean(self, model: nn.Module, x: Tensor, replayable: bool | None = None) -> tuple[Tensor, RepeatedForward]:
         """The forward of x, and what it did to the buffers."""
         repeat = RepeatedForward(model, x.device, replayable)
-        logits = logits_of(model, adversarial.formatted(x, self.channels_last))
-        repeat.first_done()
+        with repeat.first():
+            logits = logits_of(model, adversarial.formatted(x, self.channels_last))
         return logits, repeat
 
     def corrupted_half(
@@ -162,9 +162,10 @@ class _Computation(CleanFirst[tuple[Tensor, RepeatedForward]]):
         logits, repeat = clean
         corrupted = self.corrupted_logits(model, x_adv, logits)
         target = logits[: self.corrupted]
-        if repeat.replayable:
+        replayed = repeat.replayable and not (self.rerun and repeat.recomputed)
+        if replayed:
             repeat.replay()
         elif self.rerun:
             target = logits_of(model, adversarial.formatted(x, self.channels_last))
         judged = adversarial.filled_up(corrupted.detach(), logits.detach())
-        return (F.cross_entropy(ops.wide(logits), y), ops.trades_kl(corrupted, target), judged), repeat.replayable
+        return (F.cross_entropy(ops.wide(logits), y), ops.trades_kl(corrupted, target), judged), replayed

@@ -12,25 +12,28 @@ from bt_fast.ops.availability import or_plain
 from bt_fast.ops.launch import check
 
 
-def ascent_direction(logits: Tensor, target: Tensor) -> Tensor:
-    """The inner loss's gradient with respect to the logits: `softmax(z') - target`, up to a power of two for each row.
+def ascent_direction(logits: Tensor, target: Tensor, scaled: bool = True) -> Tensor:
+    """The inner loss's gradient with respect to the logits: `softmax(z') - target`, or a multiple of each row of it.
 
     It is the gradient of `KL(target ‖ softmax(z'))` (TRADES: the target is the clean distribution) and of the
-    cross-entropy (MART, PGD: the target is one-hot), finite however saturated either is. Each row is scaled so that its
-    largest entry is in [1, 2): near the clean point the difference is smaller than the smallest number of 16 bits, in
-    which the model may compute, and neither the sign nor the normalised direction of the image gradient cares.
+    cross-entropy (MART, PGD: the target is one-hot), finite however saturated either is. If `scaled`, each row is times
+    the power of two that brings its largest entry to [1, 2): near the clean point the difference is smaller than the
+    smallest number of float16, in which the model may compute, and neither the sign nor the normalised direction of
+    an image's gradient cares. (Where the model's outputs for one image depend on others, they do.)
 
     The softmax is computed in float64 and rounded to float32, as `signed_variance` does it: against those probabilities
     a row of the same logits is exactly 0. The scale is exact, at most 2^126 (so that a largest entry below 2^-126 stays
-    below 1). A row that has no softmax (NaN, +Inf, or nothing but -Inf), or whose target is not finite, is NaN.
+    below 1). A row that has no softmax (NaN, +Inf, or nothing but -Inf) is NaN, and, scaled, one whose target is not
+    finite.
 
     On CUDA one kernel (where triton is installed, and not for float64), compiled anew for every K. Up to K = 8192 it
-    reads logits and target once and writes once; beyond, it reads the logits three times and the target twice. Logits
-    whose classes do not lie side by side are copied first.
+    reads logits and target once and writes once; beyond, it reads the logits three times and the target twice (not
+    scaled, twice and once). Logits whose classes do not lie side by side are copied first.
 
     Args:
         logits: [n, K] floating point, K ≥ 2, rows any stride apart. n may be 0.
         target: [n, K] floating point, probabilities; used in float32 (float64 for float64 logits).
+        scaled: whether each row has a scale of its own.
 
     Returns:
         [n, K] in the logits' dtype.
@@ -40,33 +43,35 @@ def ascent_direction(logits: Tensor, target: Tensor) -> Tensor:
     """
     if not target.is_floating_point():
         raise TypeError(f"target must be floating point, got {target.dtype}")
-    direction: Tensor = _ascent_direction(logits, target.to(rows.result_dtype(logits)))
+    direction: Tensor = _ascent_direction(logits, target.to(rows.result_dtype(logits)), scaled)
     return direction
 
 
 @torch.library.custom_op("bt_fast::ascent_direction", mutates_args=())
-def _ascent_direction(logits: Tensor, target: Tensor) -> Tensor:
+def _ascent_direction(logits: Tensor, target: Tensor, scaled: bool) -> Tensor:
     _check(logits, target)
     run = launch_ascent_direction if rows.kernel_takes(logits) else ascent_direction_reference
-    return run(logits, target)
+    return run(logits, target, scaled)
 
 
 @_ascent_direction.register_fake
-def _(logits: Tensor, target: Tensor) -> Tensor:
+def _(logits: Tensor, target: Tensor, scaled: bool) -> Tensor:
     _check(logits, target)
     return logits.new_empty(logits.shape)
 
 
-def ascent_direction_reference(logits: Tensor, target: Tensor) -> Tensor:
+def ascent_direction_reference(logits: Tensor, target: Tensor, scaled: bool = True) -> Tensor:
     """`ascent_direction` in plain torch: what the kernel is held against, and what runs where there is none."""
     gap = rows.softmax(logits).to(target.dtype) - target
+    if not scaled:
+        return gap.to(logits.dtype)
     largest = gap.abs().amax(dim=1, keepdim=True)
     exponent = (1 - torch.frexp(largest).exponent).clamp(-126, 126)
     return torch.where(largest.isfinite(), torch.ldexp(gap, exponent), math.nan).to(logits.dtype)
 
 
 @or_plain(ascent_direction_reference)
-def launch_ascent_direction(logits: Tensor, target: Tensor) -> Tensor:
+def launch_ascent_direction(logits: Tensor, target: Tensor, scaled: bool = True) -> Tensor:
     """`ascent_direction` as one launch, of logits that `rows.kernel_takes`."""
     from bt_fast.kernels.ascent_direction import ascent_direction_fwd_kernel, ascent_direction_long_fwd_kernel
 
@@ -79,12 +84,18 @@ def launch_ascent_direction(logits: Tensor, target: Tensor) -> Tensor:
             pass
         elif k > rows.LONGEST_BLOCK:
             ascent_direction_long_fwd_kernel[(n,)](
-                *given, stride, K=k, BLOCK=rows.LONG_BLOCK, num_warps=rows.LONG_WARPS, enable_fp_fusion=False
+                *given,
+                stride,
+                K=k,
+                BLOCK=rows.LONG_BLOCK,
+                SCALED=scaled,
+                num_warps=rows.LONG_WARPS,
+                enable_fp_fusion=False,
             )
         else:
             each, block, warps = rows.block_of(k)
             ascent_direction_fwd_kernel[(-(-n // each),)](
-                *given, n, stride, K=k, ROWS=each, BLOCK=block, num_warps=warps, enable_fp_fusion=False
+                *given, n, stride, K=k, ROWS=each, BLOCK=block, SCALED=scaled, num_warps=warps, enable_fp_fusion=False
             )
     return direction
 

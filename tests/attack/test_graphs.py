@@ -226,7 +226,7 @@ def exception(runner):
         runner(training.model, x_adv, clean, target, schedule, THREAT, None, None)
     x_adv.fill_(7.0)
     training.model.left = -1
-    return [*first, x_adv.clone(), *training.run(runner)]
+    return [*first, *training.run(runner), x_adv]
 
 
 def drawn(runner):

@@ -7,7 +7,7 @@ import reference_mart
 import torch
 import torch.nn.functional as F
 from objective_cases import DISTANCES, EACH
-from small_models import assert_unchanged, batch, build, gradients, snapshot
+from small_models import assert_unchanged, batch, build, gradients, looked_at, snapshot
 from tolerances import assert_near, assert_near_nested
 
 from bt_fast import BulletTrain, mart_loss, pgd_loss, trades_loss
@@ -147,7 +147,7 @@ def test_bad_input(name):
 def test_the_attack_begins_where_start_says(objective, distance, bullet):
     results = {}
     for start in (None, "normal", "uniform"):
-        model, (x, y) = build("conv_bn"), batch()
+        model, (x, y) = looked_at(build("conv_bn")), batch()
         seen = []
         model.register_forward_pre_hook(lambda m, args, seen=seen: None if m.training else seen.append(args[0].clone()))
         with torch.no_grad():

@@ -202,16 +202,16 @@ def test_beta(objective, theirs):
 
 @pytest.mark.parametrize(("objective", "full"), [("pgd", 3), ("trades", 6), ("mart", 5)])
 def test_the_steps_run_the_first_layer_alone(objective, full):
-    """Beside one row at the beginning. With "pgd" H is computed once more in each propagation, for its gradient."""
+    """Beside two rows at the beginning. With "pgd" H is computed once more in each propagation, for its gradient."""
     model = build("conv_bn")
     rows = {k: [] for k in range(len(model))}
     for k, layer in enumerate(model):
         layer.register_forward_pre_hook(lambda _, args, k=k: rows[k].append(len(args[0])))
     yopo_loss(model, X, Y, None, propagations=3, layer_steps=4, objective=objective).backward()
     alone = 3 * 4 + (3 if objective == "pgd" else 0)
-    assert rows[0] == [1, *[8] * (full + alone)]
+    assert rows[0] == [2, *[8] * (full + alone)]
     for k in range(1, len(model)):
-        assert rows[k] == [1, *[8] * full]
+        assert rows[k] == [2, *[8] * full]
 
 
 def test_a_propagation_runs_one_backward():

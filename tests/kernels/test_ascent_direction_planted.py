@@ -24,6 +24,7 @@ BUGS = [
     ("infinite powers", "-126), 126)", "-126), 128)"),
     ("signed magnitudes", " & 0x7FFFFFFF", ""),
     ("NaN scales the rest", "tl.where(b_biased == 255, 0x7FC00000, b_power)", "b_power"),
+    ("scaled whether asked or not", "if SCALED:", "if True:"),
     ("the padding counts", "tl.where(m_x, b_p - tl.load", "tl.where(b_p == b_p, b_p - 1 - tl.load"),
     ("the last block alone", "tl.maximum(b_largest, _magnitude", "tl.maximum(0, _magnitude"),
     ("a sum over other maxima", "b_sum * _exp(b_max.to(tl.float64) - b_base)", "b_sum"),
@@ -50,11 +51,13 @@ def caught(module):
     stand_ins = compiled_kernels(module, 80)
     with mock.patch.multiple(kernels, **stand_ins), mock.patch.multiple(rows, **SMALL), rows_cases.poisoned():
         for z in CASES:
-            given = z, rows_cases.target_for(z, 0)
-            try:
-                rows_cases.assert_same_direction(launch_ascent_direction(*given), ascent_direction_reference(*given))
-            except (AssertionError, ptxrun.FaultError):
-                return True
+            for scaled in (True, False):
+                given = z, rows_cases.target_for(z, 0), scaled
+                try:
+                    found = launch_ascent_direction(*given)
+                    rows_cases.assert_same_direction(found, ascent_direction_reference(*given))
+                except (AssertionError, ptxrun.FaultError):
+                    return True
     return False
 
 

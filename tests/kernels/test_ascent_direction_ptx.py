@@ -22,6 +22,7 @@ def compiled(request):
         yield stand_ins
 
 
+@pytest.mark.parametrize("scaled", [True, False])
 @pytest.mark.parametrize(
     ("n", "k", "dtype", "layout"),
     [
@@ -36,20 +37,23 @@ def compiled(request):
         (2, 2**15 + 1, torch.float32, "apart"),
     ],
 )
-def test_ascent_direction(compiled, n, k, dtype, layout):
+def test_ascent_direction(compiled, n, k, dtype, layout, scaled):
     z, _ = rows_cases.batch(n, k, dtype, k, layout=layout)
     target = rows_cases.target_for(z, k)
     with rows_cases.poisoned():
-        found = launch_ascent_direction(z, target)
-    rows_cases.assert_same_direction(found, ascent_direction_reference(z, target))
+        found = launch_ascent_direction(z, target, scaled)
+    rows_cases.assert_same_direction(found, ascent_direction_reference(z, target, scaled))
 
 
-@pytest.mark.parametrize(("k", "of_logits", "of_target"), [(10, 1, 1), (1000, 1, 1), (8200, 3, 2)])
-def test_bytes(compiled, k, of_logits, of_target):
-    """One read of each and one write; of rows that do not fit a block, three reads of the logits, two of the target."""
+@pytest.mark.parametrize(
+    ("k", "scaled", "of_logits", "of_target"),
+    [(10, True, 1, 1), (10, False, 1, 1), (1000, True, 1, 1), (8200, True, 3, 2), (8200, False, 2, 1)],
+)
+def test_bytes(compiled, k, scaled, of_logits, of_target):
+    """One read of each and one write; rows that do not fit a block are read for the sum and for the scale before."""
     n = 6
     z, _ = rows_cases.batch(n, k, torch.float16, 0)
-    launch_ascent_direction(z, rows_cases.target_for(z, 0))
+    launch_ascent_direction(z, rows_cases.target_for(z, 0), scaled)
     (kernel,) = (f for f in compiled.values() if f.statistics)
     loads, stores = moved_bytes(kernel)
     assert loads == {"logits": of_logits * 2 * n * k, "target": of_target * 4 * n * k}

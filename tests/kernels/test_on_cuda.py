@@ -94,8 +94,9 @@ def test_rows_of_logits(m, k, layout, dtype):
     z, y = rows_cases.batch(m, k, dtype, 0, layout=layout)
     rows_cases.assert_same_mining(on_device(ops.signed_variance)(z, y), signed_variance_reference(z, y))
     target = rows_cases.target_for(z, 0)
-    found = on_device(ops.ascent_direction)(z, target)
-    rows_cases.assert_same_direction(found, ascent_direction_reference(z, target), ulps=1)
+    for scaled in (True, False):
+        found = on_device(ops.ascent_direction)(z, target, scaled)
+        rows_cases.assert_same_direction(found, ascent_direction_reference(z, target, scaled), ulps=1)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

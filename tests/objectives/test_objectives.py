@@ -22,6 +22,7 @@ from small_models import (
     batch,
     build,
     gradients,
+    looked_at,
     snapshot,
     with_bright,
 )
@@ -41,6 +42,7 @@ def sgd(model):
 
 def recorded(model):
     """Inputs of the model's forwards, in train mode and in eval mode."""
+    looked_at(model)
     forwards = {True: [], False: []}
     model.register_forward_pre_hook(lambda m, args: forwards[m.training].append(args[0].detach().clone()))
     return forwards
@@ -158,7 +160,7 @@ def test_forwards_of_the_batch_and_those_that_the_authors_take(objective):
         forwards = recorded(model)
         loss_of(model, *batch(), sgd(model), **objective.options("l_inf"))
         sizes = {mode: [len(x) for x in forwards[mode]] for mode in (False, True)}
-        looks = [1] if loss_of is objective.loss and objective.rows_seen_before == 1 else []
+        looks = [2] if loss_of is objective.loss and objective.rows_seen_before == 2 else []
         assert (sizes[False], sizes[True]) == (looks + [8] * expected[0], [8] * expected[1])
 
 
@@ -417,7 +419,7 @@ def test_a_clean_forward_known_to_move_batch_norm_alone_runs_beside_an_attack_on
     assert calls == [[], ["forward"] if frozen and objective.robust else []]
 
 
-@pytest.mark.parametrize("objective", [o for o in OBJECTIVES if o.rows_seen_before == 1], ids=str)
+@pytest.mark.parametrize("objective", [o for o in OBJECTIVES if o.rows_seen_before == 2], ids=str)
 def test_the_number_of_classes_is_not_asked_of_a_view_which_may_have_to_be_compiled_for_one_row(objective):
     sizes, call = [], FrozenModel.__call__
     with mock.patch.object(FrozenModel, "__call__", lambda view, x: sizes.append(len(x)) or call(view, x)):
@@ -571,7 +573,7 @@ def test_a_model_in_half_precision(objective, bullet, dtype, distance):
 @EACH
 def test_one_read_a_call_on_a_device_and_one_more_without_bullettrain(objective, bullet, distance):
     """Without state there is no later call that could raise what is wrong with an attack's gradients."""
-    model = build("conv_bn", dtype=torch.float32).to(DEVICE)
+    model = looked_at(build("conv_bn", dtype=torch.float32).to(DEVICE))
     x = torch.empty(8, *SHAPE, device=DEVICE)
     y = torch.zeros(8, dtype=torch.int64, device=DEVICE)
     bullet = bullet and copy.deepcopy(bullet).to(DEVICE)
@@ -696,7 +698,7 @@ def test_bad_input(objective, name, bullet):
     assert_unchanged(before, *state)
 
 
-@pytest.mark.parametrize("objective", [o for o in OBJECTIVES if o.rows_seen_before == 1], ids=str)
+@pytest.mark.parametrize("objective", [o for o in OBJECTIVES if o.rows_seen_before == 2], ids=str)
 def test_logits_that_are_not_looked_at_before_the_attack_are_told_by_their_gradient(objective):
     model = Wrapped(lambda z: torch.cat([z[:3], z[3:4] * math.nan, z[4:]]))
     for p in model.parameters():
@@ -749,7 +751,7 @@ def test_a_gradient_with_nan_is_an_error_that_counts_the_samples(objective, bull
 @EACH
 def test_nan_logits_of_the_corrupted_batch_leave_the_fraction_alone(objective):
     calls, last = [], 4 + objective.forwards[1]
-    model = Wrapped(lambda z: z * math.nan if calls.append(1) or len(calls) == last else z)
+    model = looked_at(Wrapped(lambda z: z * math.nan if calls.append(1) or len(calls) == last else z))
     bullet = BulletTrain(3, 1, 0)
     bullet.robust_fraction.fill_(0.3)
     with pytest.raises(ValueError, match=r"adversarial_logits.*finite"):

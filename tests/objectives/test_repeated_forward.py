@@ -20,8 +20,8 @@ REPLAYABLE = {
 def repeated(model, first, between):
     """Runs a forward, watched, and one of other images: the first one's logits and what watched it."""
     repeat = RepeatedForward(model, first.device)
-    logits = model(first).detach()
-    repeat.first_done()
+    with repeat.first():
+        logits = model(first).detach()
     model(between)
     return logits, repeat
 
@@ -76,8 +76,8 @@ def test_momentum_at_its_ends(momentum):
 def test_a_backward_through_all_forwards_still_works():
     model, (x, _) = build("conv_bn"), batch()
     repeat = RepeatedForward(model, x.device)
-    loss = model(x).sum()
-    repeat.first_done()
+    with repeat.first():
+        loss = model(x).sum()
     loss = loss + model(1 - x).square().sum()
     repeat.replay()
     loss.backward()
@@ -102,9 +102,9 @@ def test_where_the_answer_is_known_nothing_is_looked_at_and_the_buffers_move_ali
     for known in (None, True):
         model = build("conv_bn")
         repeat = RepeatedForward(model, first.device, known)
-        model(first)
-        torch.rand(1)  # a watched forward would have drawn it
-        repeat.first_done()
+        with repeat.first():
+            model(first)
+            torch.rand(1)  # a watched forward would have drawn it
         assert repeat.replayable == bool(known)
         model(between)
         repeat.replay()

@@ -1,0 +1,56 @@
+"""Whether a sample's logits depend on the others of its batch in eval mode: then no sample can be attacked by itself.
+
+A batch norm without statistics of its own does so, a layer that takes the batch's mean or attends to it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from bt_fast.attack.device import RandomStates, device_generator, host_generator
+from bt_fast.attack.frozen import clean_logits, uncompiled
+from bt_fast.attack.threat import ThreatModel
+
+_looked_at: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+ROOM = 1e-2  # of the largest logit: far above what 16 bits round, far below what another image in the batch does
+
+
+def warn_of_neighbours(model: nn.Module, x: Tensor, threat: ThreatModel) -> None:
+    """Warn, once for a model in eval mode, if the first image's logits change with the image beside it.
+
+    Two forwards of two images, which leave buffers and generators as they were; on a GPU they are waited for.
+
+    Args:
+        model: in eval mode.
+        x: [m, ...], m ≥ 1, images within the threat model's bounds.
+    """
+    if model in _looked_at:
+        return
+    _looked_at[model] = across = not _alone(model, x[:1].detach(), threat)
+    if across:
+        warnings.warn(
+            "the model's logits of an image depend on the other images of its batch, in eval mode too: what an attack "
+            "that drops samples from the batch finds depends on who is dropped. Give its norms statistics of their "
+            "own, BatchNorm2d(..., track_running_stats=True) say, or train without bullet",
+            stacklevel=2,
+        )
+
+
+def _alone(model: nn.Module, image: Tensor, threat: ThreatModel) -> bool:
+    other = threat.lower + threat.upper - image
+    random = RandomStates(host_generator(image.device), device_generator(image.device))
+    buffers = [(b, b.clone()) for b in model.buffers()]
+    found = []
+    with uncompiled():  # two rows are no size to compile for
+        for beside in (image, other):
+            found.append(clean_logits(model, torch.cat([image, beside]))[0].float())
+            random.restore()
+    with torch.no_grad():
+        for buffer, value in buffers:
+            buffer.copy_(value)
+    same, moved = (logits.nan_to_num(0.0, 0.0, 0.0) for logits in found)
+    return bool((same - moved).abs().max() <= ROOM * same.abs().max().clamp_min(1e-30))
