@@ -25,6 +25,7 @@ from bt_fast import (
     trades_loss,
 )
 from bt_fast.attack.folded import attack_model
+from bt_fast.attack.frozen import in_float16
 from bt_fast.attack.runners import input_gradient
 from bt_fast.baselines.fast import fast_loss
 from bt_fast.baselines.grad_align import grad_align
@@ -197,6 +198,50 @@ def test_in_float16_no_sample_stands_still_near_its_clean_point():
         found = input_gradient(model, start, target)
     assert found.isfinite().all()
     assert (found != 0).double().mean() > 0.9
+
+
+class Prepared(nn.Module):
+    """Computes in 16 bits by its own autocast and returns single precision, as some libraries prepare a model."""
+
+    def __init__(self, body, dtype):
+        super().__init__()
+        self.body, self.dtype = body, dtype
+
+    def forward(self, x):
+        with torch.autocast("cpu", self.dtype):
+            return self.body(x).float()
+
+
+def test_a_model_that_computes_in_float16_by_itself_loses_no_sample_either():
+    model, (x, _) = Prepared(flat(1e-2), torch.float16), batch(dtype=torch.float32)
+    target = model(x).softmax(dim=1).detach()
+    start = x + 1e-5 * torch.randn(x.shape, generator=seeded())
+    found = input_gradient(model, start, target)
+    assert (found != 0).double().mean() > 0.9
+
+
+@pytest.mark.parametrize(
+    ("model", "scaled"),
+    [
+        (lambda: build(dtype=torch.float32), False),
+        (lambda: build(dtype=torch.bfloat16), False),
+        (lambda: build(dtype=torch.float16), True),
+        (lambda: Prepared(build(dtype=torch.float32), torch.bfloat16), False),
+        (lambda: Prepared(build(dtype=torch.float32), torch.float16), True),
+    ],
+)
+def test_the_rows_of_the_gradient_are_scaled_where_it_passes_through_float16_and_nowhere_else(model, scaled):
+    model = model().eval()
+    x = batch(dtype=next(model.parameters()).dtype)[0].requires_grad_()
+    assert in_float16(model, x, model(x)) == scaled
+
+
+def test_the_callers_autocast_decides_anew_whether_rows_are_scaled():
+    model, x = build(dtype=torch.float32).eval(), batch(dtype=torch.float32)[0].requires_grad_()
+    for dtype, scaled in ((torch.float16, True), (torch.bfloat16, False)):
+        with torch.autocast("cpu", dtype):
+            assert in_float16(model, x, model(x).float()) == scaled
+    assert not in_float16(model, x, model(x))
 
 
 @pytest.mark.parametrize("objective", ["pgd", "trades"])

@@ -1,0 +1,228 @@
+"""What is the caller's stays the caller's: after every public call, and after one that raised."""
+
+import copy
+import random
+import warnings
+
+import numpy as np
+import pytest
+import sympy  # noqa: F401, imported by torch when first needed, it adds a filter of warnings
+import torch
+from model_zoo import ScaledInPlace
+from small_models import CLASSES, batch, build, conv_bn
+from torch import nn
+
+from bt_fast import (
+    BulletTrain,
+    Frozen,
+    Gaussian,
+    Normalization,
+    Oracle,
+    Schedule,
+    ThreatModel,
+    Update,
+    augmix_loss,
+    generate,
+    mart_loss,
+    pgd_loss,
+    trades_loss,
+)
+from bt_fast.baselines.fast import fast_loss
+from bt_fast.baselines.grad_align import grad_align
+from bt_fast.baselines.yopo import yopo_loss
+from bt_fast.evaluation import evaluate
+
+THREAT, STEPS = ThreatModel(0.1), 2
+
+
+def seeded():
+    return torch.Generator().manual_seed(0)
+
+
+def loss(loss_of, bullet=None, **options):
+    """A loss with a generator of its own, so that it draws from no other."""
+
+    def run(model, x, y):
+        return loss_of(
+            model, x, y, None, perturb_steps=STEPS, bullet=copy.deepcopy(bullet), generator=seeded(), **options
+        )
+
+    return run
+
+
+def augmix(bullet=None, **options):
+    return lambda model, x, y: augmix_loss(model, x, y, bullet=copy.deepcopy(bullet), generator=seeded(), **options)
+
+
+def generated(**options):
+    def run(model, x, y):
+        target = nn.functional.one_hot(y, CLASSES).to(x.dtype)
+        schedule = Schedule.uniform(len(x), STEPS, 0.05, x.device)
+        return generate(model, x, x, target, schedule, THREAT, generator=seeded(), **options)
+
+    return run
+
+
+def evaluated(**options):
+    def run(model, x, y):
+        found = evaluate(model, [(x, y)], THREAT, steps=STEPS, generator=seeded(), **options)
+        return torch.tensor([found.clean_correct, found.robust_correct, *found.restart, *found.step])
+
+    return run
+
+
+def yopo(objective):
+    def run(model, x, y):
+        options = {"propagations": 2, "layer_steps": 2, "epsilon": 0.1, "step_size": 0.05, "generator": seeded()}
+        return yopo_loss(model, x, y, None, objective=objective, **options)
+
+    return run
+
+
+THREE, ONE, PIXELS = BulletTrain(STEPS, 1, 0), BulletTrain(1, 0, 0), Normalization((0.0,), (1.0,))
+CALLS = {
+    **{f"{f.__name__}": loss(f) for f in (trades_loss, mart_loss, pgd_loss)},
+    **{f"{f.__name__}, bullet": loss(f, THREE) for f in (trades_loss, mart_loss, pgd_loss)},
+    **{f"{f.__name__}, view": loss(f, frozen=Frozen(), update=Update()) for f in (trades_loss, mart_loss, pgd_loss)},
+    "trades_loss, l_2": loss(trades_loss, distance="l_2"),
+    "trades_loss, skip": loss(trades_loss, THREE, unperturbed="skip"),
+    "trades_loss, normalised": loss(trades_loss, THREE, normalization=PIXELS),
+    "trades_loss, oracle": loss(trades_loss, BulletTrain(STEPS, 1, 0, policy=Oracle(2))),
+    "trades_loss, gaussian": loss(trades_loss, BulletTrain(STEPS, 1, 0, policy=Gaussian())),
+    "augmix_loss": augmix(),
+    "augmix_loss, no jsd": augmix(jsd=False),
+    "augmix_loss, bullet": augmix(ONE),
+    "fast_loss": lambda m, x, y: fast_loss(trades_loss, m, x, y, None, epsilon=0.1, generator=seeded()),
+    "grad_align": lambda m, x, y: grad_align(m, x, y, epsilon=0.1, generator=seeded()),
+    **{f"yopo_loss, {objective}": yopo(objective) for objective in ("pgd", "trades", "mart")},
+    "generate": generated(),
+    "generate, view": generated(frozen=Frozen()),
+    "evaluate": evaluated(),
+    "evaluate, margin, view": evaluated(loss="margin", frozen=Frozen()),
+}
+
+
+def callers(model, x, y):
+    """All that a caller has set, in a form that can be compared."""
+    return {
+        "images": x.detach().numpy().tobytes(),
+        "labels": y.numpy().tobytes(),
+        "versions": (x._version, y._version),
+        "modes": [m.training for m in model.modules()],
+        "trained": [(p.requires_grad, p.grad is None) for p in model.parameters()],
+        "hooks": [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()],
+        "parameters": [p.detach().numpy().tobytes() for p in model.parameters()],
+        "default dtype": torch.get_default_dtype(),
+        "default device": torch.get_default_device(),
+        "grad mode": (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
+        "autocast": (torch.is_autocast_enabled("cpu"), torch.is_autocast_cache_enabled()),
+        "random": (random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist()),
+        "filters": list(warnings.filters),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "precision": torch.get_float32_matmul_precision(),
+        "threads": torch.get_num_threads(),
+        "printed": torch._tensor_str.PRINT_OPTS.precision,
+    }
+
+
+def prepared(factory=conv_bn, found="mixed"):
+    model = build(factory)
+    model.train(found != "eval")
+    if found == "mixed":
+        next(m for m in model.modules() if isinstance(m, nn.BatchNorm2d)).eval()
+    x, y = batch()
+    with torch.no_grad():
+        y = copy.deepcopy(model).eval()(x.clone()).argmax(dim=1)  # so that samples are attacked
+    return model, x, y
+
+
+@pytest.mark.parametrize("grad", [torch.enable_grad, torch.no_grad])
+@pytest.mark.parametrize("found", ["mixed", "eval"])
+@pytest.mark.parametrize("name", CALLS)
+def test_a_call_leaves_what_is_the_callers(name, found, grad):
+    model, x, y = prepared(found=found)
+    with grad():
+        before = callers(model, x, y)
+        CALLS[name](model, x, y)
+        assert callers(model, x, y) == before
+
+
+class Breaking(nn.Module):
+    """Raises in its nth forward."""
+
+    def __init__(self, n):
+        super().__init__()
+        self.body, self.left = conv_bn(), [n]
+
+    def forward(self, x):
+        self.left[0] -= 1
+        if self.left[0] == 0:
+            raise ArithmeticError("the model's own")
+        return self.body(x)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("name", CALLS)
+def test_a_call_that_raises_leaves_it_too(name, n):
+    model, x, y = prepared(lambda: Breaking(-1))
+    model.left[0] = n
+    before = callers(model, x, y)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that a model is not folded
+            CALLS[name](model, x, y)
+    except ArithmeticError:
+        assert model.left[0] == 0
+    else:
+        assert model.left[0] != 0  # it has fewer forwards
+    assert callers(model, x, y) == before
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_model_that_writes_into_its_images_gives_what_it_gives_out_of_place(name):
+    found = []
+    for out_of_place in (False, True):
+        model, x, y = prepared(lambda: nn.Sequential(ScaledInPlace(), conv_bn()))
+        model[0].out_of_place = out_of_place
+        before = x.clone()
+        result = CALLS[name](model, x, y)
+        if result.requires_grad:
+            result.backward()
+        assert torch.equal(x, before)
+        found.append([result.detach(), *(p.grad for p in model.parameters() if p.grad is not None), *model.buffers()])
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
+
+
+def spoiling(logits, labels):
+    """The cross-entropy's certainty, by a function that works in its arguments."""
+    certainty = torch.where(logits.argmax(1) == labels, 1.0, -1.0) * logits.softmax(1).amax(1)
+    logits.fill_(torch.nan)
+    labels.fill_(-7)
+    return certainty
+
+
+def spoiling_policy(judged):
+    steps = torch.where(judged.certainty > 0, STEPS, 0)
+    for value in vars(judged).values():
+        if isinstance(value, torch.Tensor):
+            value.zero_()
+    return steps
+
+
+@pytest.mark.parametrize(
+    ("spoilt", "kind"),
+    [
+        ({"metric": spoiling}, {"metric": lambda z, y: spoiling(z.clone(), y.clone())}),
+        ({"policy": spoiling_policy}, {"policy": lambda judged: torch.where(judged.certainty > 0, STEPS, 0)}),
+    ],
+)
+def test_a_metric_or_policy_of_ones_own_works_on_copies(spoilt, kind):
+    found = []
+    for options in (spoilt, kind):
+        model, x, y = prepared()
+        labels = y.clone()
+        bullet = BulletTrain(STEPS, 1, 0, **options)
+        found.append(trades_loss(model, x, y, None, bullet=bullet, generator=seeded()).detach())
+        assert torch.equal(y, labels)
+    assert torch.equal(*found)
