@@ -28,7 +28,7 @@ def warn_of_neighbours(model: nn.Module, x: Tensor, threat: ThreatModel) -> None
         model: in eval mode.
         x: [m, ...], m ≥ 1, images within the threat model's bounds.
     """
-    if model in _looked_at:
+    if model in _looked_at or x.is_meta:  # where there are no values
         return
     _looked_at[model] = across = not _alone(model, x[:1].detach(), threat)
     if across:

@@ -26,8 +26,8 @@ def update_modes(model: nn.Module) -> Iterator[DeferredModes]:
     They are left with the block, whatever happens in it. `again_in_backward` of what is yielded has the backward of
     given tensors run in them too.
     """
-    found = modes_of(model)
     with modes_restored(model):
+        found = modes_of(model)
         if not model.training:
             model.train()
         yield DeferredModes(model, found)

@@ -573,7 +573,7 @@ def test_a_model_in_half_precision(objective, bullet, dtype, distance):
 @EACH
 def test_one_read_a_call_on_a_device_and_one_more_without_bullettrain(objective, bullet, distance):
     """Without state there is no later call that could raise what is wrong with an attack's gradients."""
-    model = looked_at(build("conv_bn", dtype=torch.float32).to(DEVICE))
+    model = build("conv_bn", dtype=torch.float32).to(DEVICE)
     x = torch.empty(8, *SHAPE, device=DEVICE)
     y = torch.zeros(8, dtype=torch.int64, device=DEVICE)
     bullet = bullet and copy.deepcopy(bullet).to(DEVICE)

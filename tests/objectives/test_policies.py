@@ -14,7 +14,6 @@ from small_models import (
     assert_unchanged,
     batch,
     build,
-    looked_at,
     snapshot,
     with_bright,
 )
@@ -166,7 +165,7 @@ def test_a_gradient_with_nan_in_the_oracle_s_attack_is_an_error_and_nothing_chan
 @pytest.mark.parametrize("policy", POLICIES)
 @EACH
 def test_one_read_a_call_on_a_device(objective, policy):
-    model = looked_at(build("conv_bn", dtype=torch.float32).to(DEVICE))
+    model = build("conv_bn", dtype=torch.float32).to(DEVICE)
     x, y = torch.empty(8, *SHAPE, device=DEVICE), torch.zeros(8, dtype=torch.int64, device=DEVICE)
     bullet = BulletTrain(3, 1, 0, metric="gradient_norm", policy=policy).to(DEVICE)
     with pretended_device(plan=[5, 2, 2, 3, 2, 3]) as reads:
