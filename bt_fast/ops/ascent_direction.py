@@ -48,14 +48,14 @@ def ascent_direction(logits: Tensor, target: Tensor, scaled: bool = True) -> Ten
 
 
 @torch.library.custom_op("bt_fast::ascent_direction", mutates_args=())
-def _ascent_direction(logits: Tensor, target: Tensor, scaled: bool = True) -> Tensor:
+def _ascent_direction(logits: Tensor, target: Tensor, scaled: bool) -> Tensor:
     _check(logits, target)
     run = launch_ascent_direction if rows.kernel_takes(logits) else ascent_direction_reference
     return run(logits, target, scaled)
 
 
 @_ascent_direction.register_fake
-def _(logits: Tensor, target: Tensor, scaled: bool = True) -> Tensor:
+def _(logits: Tensor, target: Tensor, scaled: bool) -> Tensor:
     _check(logits, target)
     return logits.new_empty(logits.shape)
 
