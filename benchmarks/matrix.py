@@ -22,8 +22,7 @@ FOLDER = Path(__file__).parent / "results"
 VERSIONS = ("torch", "triton", "numpy")
 HEAD = """# The whole test suite, environment by environment
 
-Made by `nox`, which says what each environment is made of (`noxfile.py`); `ci` is that of `.ci/run`. A skipped test's
-reason is listed below.
+Made by `nox`, which says what each environment is made of (`noxfile.py`). A skipped test's reason is listed below.
 
 | environment | Python | torch | triton | numpy | passed | failed | skipped | minutes | date | commit |
 | --- | --- | --- | --- | --- | ---: | ---: | ---: | ---: | --- | --- |
