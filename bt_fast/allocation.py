@@ -239,7 +239,8 @@ def certainty_of(metric: Metric, logits: Tensor, labels: Tensor) -> Tensor:
     Raises:
         TypeError or ValueError: what it returns is no floating-point tensor [m] on the logits' device.
     """
-    found = metric(ops.wide(logits.clone()), labels.clamp(0, logits.shape[1] - 1))  # it may work in its arguments
+    copied = logits.to(result_dtype(logits), copy=True)  # it may work in its arguments
+    found = metric(copied, labels.clamp(0, logits.shape[1] - 1))
     if not isinstance(found, Tensor) or not computable(found):
         raise TypeError(f"metric must return a floating-point tensor, got {kind_of(found)}")
     _check_placed("metric", found, len(logits), logits.device)

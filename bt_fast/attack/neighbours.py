@@ -6,7 +6,7 @@ A batch norm without statistics of its own does so, a layer that takes the batch
 from __future__ import annotations
 
 import warnings
-from weakref import WeakKeyDictionary
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from bt_fast.attack.device import RandomStates, device_generator, host_generator
 from bt_fast.attack.frozen import clean_logits, uncompiled
 from bt_fast.attack.threat import ThreatModel
 
-_looked_at: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+_looked_at: WeakSet[nn.Module] = WeakSet()
 ROOM = 1e-2  # of the largest logit: far above what 16 bits round, far below what another image in the batch does
 
 
@@ -30,8 +30,9 @@ def warn_of_neighbours(model: nn.Module, x: Tensor, threat: ThreatModel) -> None
     """
     if model in _looked_at or x.is_meta:  # where there are no values
         return
-    _looked_at[model] = across = not _alone(model, x[:1].detach(), threat)
-    if across:
+    alone = _alone(model, x[:1].detach(), threat)
+    _looked_at.add(model)
+    if not alone:
         warnings.warn(
             "the model's logits of an image depend on the other images of its batch, in eval mode too: what an attack "
             "that drops samples from the batch finds depends on who is dropped. Give its norms statistics of their "
@@ -45,12 +46,15 @@ def _alone(model: nn.Module, image: Tensor, threat: ThreatModel) -> bool:
     random = RandomStates(host_generator(image.device), device_generator(image.device))
     buffers = [(b, b.clone()) for b in model.buffers()]
     found = []
-    with uncompiled():  # two rows are no size to compile for
-        for beside in (image, other):
-            found.append(clean_logits(model, torch.cat([image, beside]))[0].float())
-            random.restore()
-    with torch.no_grad():
-        for buffer, value in buffers:
-            buffer.copy_(value)
+    try:
+        with uncompiled():  # two rows are no size to compile for
+            for beside in (image, other):
+                random.restore()
+                found.append(clean_logits(model, torch.cat([image, beside]))[0].float())
+    finally:
+        random.restore()
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
     same, moved = (logits.nan_to_num(0.0, 0.0, 0.0) for logits in found)
     return bool((same - moved).abs().max() <= ROOM * same.abs().max().clamp_min(1e-30))

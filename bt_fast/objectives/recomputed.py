@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
-from unittest import mock
 from weakref import WeakKeyDictionary
 
 import torch
@@ -99,15 +98,14 @@ class Recomputing:
 
     def __enter__(self) -> Recomputing:
         # a checkpoint, as whatever else has a word in what is saved, comes by this way
-        enter = saved_tensors_hooks.__enter__
+        enter = self._enter = saved_tensors_hooks.__enter__
 
         def watched(hooks: saved_tensors_hooks) -> None:
             self.seen = True
             enter(hooks)
 
-        self._patch: Any = mock.patch.object(saved_tensors_hooks, "__enter__", watched)
-        self._patch.start()
+        saved_tensors_hooks.__enter__ = watched  # type: ignore[method-assign]
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._patch.stop()
+        saved_tensors_hooks.__enter__ = self._enter  # type: ignore[method-assign]

@@ -80,6 +80,18 @@ def test_random_numbers_are_no_neighbours_and_the_look_leaves_no_trace():
     assert torch.equal(torch.get_rng_state(), rng)
 
 
+def test_a_look_that_fails_leaves_no_trace_and_is_repeated():
+    model, (x, _) = Smoothed().eval(), batch()
+    before, rng = snapshot(model), torch.get_rng_state()
+    for _ in range(2):
+        handle = model.register_forward_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            warn_of_neighbours(model, x, THREAT)
+        handle.remove()
+        assert_unchanged(before, model)
+        assert torch.equal(torch.get_rng_state(), rng)
+
+
 def test_images_without_a_number_are_for_others_to_tell():
     model, (x, _) = build("conv_bn").eval(), batch()
     assert not told(lambda: warn_of_neighbours(model, torch.full_like(x, torch.nan), THREAT))

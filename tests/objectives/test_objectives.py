@@ -420,7 +420,7 @@ def test_a_clean_forward_known_to_move_batch_norm_alone_runs_beside_an_attack_on
 
 
 @pytest.mark.parametrize("objective", [o for o in OBJECTIVES if o.rows_seen_before == 2], ids=str)
-def test_the_number_of_classes_is_not_asked_of_a_view_which_may_have_to_be_compiled_for_one_row(objective):
+def test_the_number_of_classes_is_not_asked_of_a_view_which_may_have_to_be_compiled_for_two_rows(objective):
     sizes, call = [], FrozenModel.__call__
     with mock.patch.object(FrozenModel, "__call__", lambda view, x: sizes.append(len(x)) or call(view, x)):
         objective.loss(build("conv_bn"), *batch(), None, frozen=FrozenView())
