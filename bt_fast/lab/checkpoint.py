@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
+from torch import Tensor
 
 from bt_fast.lab.config import RunConfig
 from bt_fast.lab.files import replacing
@@ -47,20 +48,29 @@ def load_checkpoint(path: Path) -> tuple[RunConfig, dict[str, Any]]:
         config, state = RunConfig.from_json(content["config"]), content["state"]
         missing = [method for method in config.methods if "model" not in state["contestants"][method]]
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: a checkpoint with parts missing or of the wrong kind ({error!r})") from error
+        raise ValueError(
+            f"{path}: a checkpoint with parts missing or of the wrong kind ({error!r}); take an earlier one"
+        ) from error
     if missing:
-        raise ValueError(f"{path}: a checkpoint without the model of {', '.join(missing)}")
+        raise ValueError(f"{path}: a checkpoint without the model of {', '.join(missing)}; take an earlier one")
     return config, state
 
 
 def read_tensors(path: Path) -> Any:
-    """What `torch.save` wrote to `path`, tensors on the CPU; nothing that the file contains is run.
+    """What `torch.save` or safetensors wrote to `path`, tensors on the CPU; nothing that the file contains is run.
 
     Raises:
         ValueError: there is no such file, or it is damaged or holds more than tensors and plain values.
     """
+    if (path / ".metadata").is_file():
+        raise ValueError(
+            f"{path}: a sharded checkpoint; write torch.distributed.checkpoint.format_utils."
+            f"dcp_to_torch_save({str(path)!r}, 'whole.pt') and give that file"
+        )
     if not path.is_file():
-        raise ValueError(f"{path}: no such checkpoint file")
+        raise ValueError(f"{path}: no such checkpoint file; give the path of one")
+    if _is_of_safetensors(path):
+        return _safetensors(path)
     try:
         # one file, though a run puts another in its place
         with path.open("rb") as file, warnings.catch_warnings(), torch.serialization.safe_globals(_BESIDE):
@@ -79,6 +89,25 @@ def read_tensors(path: Path) -> Any:
             f"{path}: not a readable checkpoint ({_first_line(error)}); expected what torch.save(model.state_dict(), "
             "path) writes"
         ) from error
+
+
+def _is_of_safetensors(path: Path) -> bool:
+    """Whether the file begins with the length of a JSON header that fits, and that header."""
+    with path.open("rb") as file:
+        start = file.read(9)
+    return start[8:] == b"{" and int.from_bytes(start[:8], "little") <= path.stat().st_size
+
+
+def _safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        from safetensors.torch import load_file
+    except ImportError as error:
+        raise ValueError(f"{path}: a file of safetensors; install them: pip install safetensors") from error
+    try:
+        found: dict[str, Tensor] = load_file(path)
+    except Exception as error:  # of the library's own kind
+        raise ValueError(f"{path}: not a readable file of safetensors ({_first_line(error)}); write it anew") from error
+    return found
 
 
 class _Unread:
@@ -111,6 +140,8 @@ def _check_archive(file: IO[bytes]) -> None:
     """
     with zipfile.ZipFile(file) as archive:
         members = archive.infolist()
+        if any("/code/" in member.filename for member in members):
+            raise ValueError("TorchScript, whose code is not run: write torch.jit.load(path).state_dict() into a file")
         if any(member.compress_type != zipfile.ZIP_STORED for member in members):
             raise ValueError("an archive with compressed parts, which torch does not write")
         if sum(member.file_size for member in members) > os.fstat(file.fileno()).st_size:
@@ -121,4 +152,6 @@ def _check_archive(file: IO[bytes]) -> None:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+    lines = str(error).splitlines() or [type(error).__name__]
+    # what torch's unpickler stopped at comes behind advice of running the file
+    return next((line for line in lines if line.startswith("WeightsUnpickler error")), lines[0]).strip()[:200]

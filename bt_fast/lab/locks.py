@@ -1,6 +1,8 @@
 """Locks that die with their process: on a run's folder, on what several processes would make, on half-written files.
 
 A lock is the system's, on an open file. The file's content tells people who has it; that it lies there means nothing.
+Not by the library filelock, whose lock files stay for ever: here the locked file goes with its holder, and it may be
+the half-written file itself.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ import test_training
 from click.testing import CliRunner
 from headless_browser import BROWSER, Browser
 
-from bt_fast.lab import report
+from bt_fast.lab import locks, report
 from bt_fast.lab.cli import cli
 from bt_fast.lab.html_report import drawing, style
 from bt_fast.lab.html_report.charts import styles_of
@@ -730,6 +730,17 @@ def test_scalars_are_those_of_the_records(tmp_path):
     assert [e.value for e in events.Scalars("joules")] == [50.0, 100.0]
     assert second.wall_time - first.wall_time == pytest.approx(12.0, abs=1e-3)  # seconds of training
     assert "not an empty folder" in error_of(*arguments)
+
+
+def test_two_processes_do_not_write_their_scalars_into_one_folder(folders, tmp_path):
+    pytest.importorskip("tensorboard")
+    events = tmp_path / "events"
+    events.mkdir()
+    descriptor = locks.take(events / locks.NAME)  # as another process has it
+    error = error_of(folders[0], "--out", tmp_path / "out.html", "--tensorboard", events)
+    os.close(descriptor)
+    assert "writes there" in error
+    assert [path.name for path in tmp_path.rglob("*") if path != events] == [locks.NAME]
 
 
 # In a browser

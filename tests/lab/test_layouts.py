@@ -4,6 +4,7 @@ import argparse
 import copy
 import io
 import pathlib
+import sys
 import warnings
 from unittest import mock
 
@@ -338,3 +339,56 @@ def test_the_guides_checkpoint_is_evaluated_by_the_command_line(tmp_path):
     found = CliRunner().invoke(cli, ["evaluate", str(path), *options])
     assert found.exit_code != 0
     assert "--model small-cnn" in " ".join(found.output.split())
+
+
+# Written by other means than torch.save
+
+
+def test_a_file_of_safetensors_is_read(tmp_path):
+    torch_of_safetensors = pytest.importorskip("safetensors.torch")
+    model = trained()
+    torch_of_safetensors.save_file(model.state_dict(), tmp_path / "model.safetensors")
+    assert_read(tmp_path / "model.safetensors", model)
+    spoilt = (tmp_path / "model.safetensors").read_bytes()[:-1]
+    (tmp_path / "spoilt.safetensors").write_bytes(spoilt)
+    with pytest.raises(ValueError, match=r"spoilt\.safetensors: not a readable file of safetensors .*; write it anew"):
+        load_published(WideResNet(10, 1), tmp_path / "spoilt.safetensors")
+
+
+def test_without_the_library_of_safetensors_the_error_says_what_to_install(tmp_path, monkeypatch):
+    header = b'{"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}'
+    (tmp_path / "model").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    with pytest.raises(ValueError, match="pip install safetensors"):
+        load_published(WideResNet(10, 1), tmp_path / "model")
+
+
+def test_torchscript_is_refused_with_what_to_write(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch leaves it
+        torch.jit.save(torch.jit.trace(trained().eval(), torch.zeros(1, 3, 32, 32)), tmp_path / "script.pt")
+    with pytest.raises(ValueError, match=r"TorchScript, whose code is not run: write torch\.jit\.load\(path\)"):
+        load_published(WideResNet(10, 1), tmp_path / "script.pt")
+
+
+def test_of_a_sharded_checkpoint_the_error_says_how_to_make_one_file(tmp_path):
+    from torch.distributed import checkpoint
+    from torch.distributed.checkpoint import format_utils
+
+    model = trained()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it is of one process
+        checkpoint.save(model.state_dict(), checkpoint_id=str(tmp_path / "shards"), no_dist=True)
+    with pytest.raises(ValueError, match=r"shards: a sharded checkpoint; write torch\.distributed.*dcp_to_torch_save"):
+        load_published(WideResNet(10, 1), tmp_path / "shards")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        format_utils.dcp_to_torch_save(str(tmp_path / "shards"), str(tmp_path / "whole.pt"))
+    assert_read(tmp_path / "whole.pt", model)
+
+
+def test_what_torch_does_not_unpickle_is_named_and_not_its_advice_to_run_the_file(tmp_path):
+    (tmp_path / "file.pt").write_bytes(b"\x80\x02\x8f.")
+    with pytest.raises(ValueError, match="not a readable checkpoint") as raised:
+        load_published(WideResNet(10, 1), tmp_path / "file.pt")
+    assert "Re-running" not in str(raised.value)

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bt_fast.lab import locks
 from bt_fast.lab.html_report.loading import LoadedRun, Result
 
+_TAKEN = "already there and not an empty folder; name another"
 INSTALL = "pip install 'bt-fast[tensorboard]'"
 
 
@@ -18,16 +20,25 @@ def write_scalars(runs: Sequence[LoadedRun], folder: Path) -> None:
     The clock of all but the fractions is the method's training time: TensorBoard's RELATIVE axis shows it.
 
     Raises:
-        ValueError: the tensorboard package is not installed, or the folder is not empty.
+        ValueError: the tensorboard package is not installed, the folder is not empty, or another process writes there.
     """
     writer_of = _summary_writer()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"--tensorboard {folder}: already there and not an empty folder; name another")
-    for run in runs:
-        for n, result in enumerate(run.results, start=1):
-            name = re.sub(r"[^\w.,=+-]", "_", result.name)
-            with writer_of(str(folder / f"{run.letter}{n}-{name}")) as writer:
-                _write(writer, run, result)
+    if not _is_free(folder):
+        raise ValueError(f"--tensorboard {folder}: {_TAKEN}")
+    folder.mkdir(parents=True, exist_ok=True)
+    with locks.held(folder):
+        if not _is_free(folder):  # another process has written there since
+            raise ValueError(f"--tensorboard {folder}: {_TAKEN}")
+        for run in runs:
+            for n, result in enumerate(run.results, start=1):
+                name = re.sub(r"[^\w.,=+-]", "_", result.name)
+                with writer_of(str(folder / f"{run.letter}{n}-{name}")) as writer:
+                    _write(writer, run, result)
+
+
+def _is_free(folder: Path) -> bool:
+    """Whether nothing is there, or an empty folder."""
+    return not folder.exists() or (folder.is_dir() and all(child.name == locks.NAME for child in folder.iterdir()))
 
 
 def _summary_writer() -> Any:
