@@ -9,97 +9,24 @@ import pytest
 import sympy  # noqa: F401, imported by torch when first needed, it adds a filter of warnings
 import torch
 from model_zoo import ScaledInPlace
-from small_models import CLASSES, batch, build, conv_bn
+from small_models import batch, build, conv_bn
 from torch import nn
 
-from bt_fast import (
-    BulletTrain,
-    Frozen,
-    Gaussian,
-    Normalization,
-    Oracle,
-    Schedule,
-    ThreatModel,
-    Update,
-    augmix_loss,
-    generate,
-    mart_loss,
-    pgd_loss,
-    trades_loss,
-)
-from bt_fast.baselines.fast import fast_loss
-from bt_fast.baselines.grad_align import grad_align
-from bt_fast.baselines.yopo import yopo_loss
-from bt_fast.evaluation import evaluate
+import bt_fast
+from bt_fast import BulletTrain, trades_loss
+from tests.public_calls import CALLS, STEPS, seeded
 
-THREAT, STEPS = ThreatModel(0.1), 2
-
-
-def seeded():
-    return torch.Generator().manual_seed(0)
-
-
-def loss(loss_of, bullet=None, **options):
-    """A loss with a generator of its own, so that it draws from no other."""
-
-    def run(model, x, y):
-        return loss_of(
-            model, x, y, None, perturb_steps=STEPS, bullet=copy.deepcopy(bullet), generator=seeded(), **options
-        )
-
-    return run
-
-
-def augmix(bullet=None, **options):
-    return lambda model, x, y: augmix_loss(model, x, y, bullet=copy.deepcopy(bullet), generator=seeded(), **options)
-
-
-def generated(**options):
-    def run(model, x, y):
-        target = nn.functional.one_hot(y, CLASSES).to(x.dtype)
-        schedule = Schedule.uniform(len(x), STEPS, 0.05, x.device)
-        return generate(model, x, x, target, schedule, THREAT, generator=seeded(), **options)
-
-    return run
-
-
-def evaluated(**options):
-    def run(model, x, y):
-        found = evaluate(model, [(x, y)], THREAT, steps=STEPS, generator=seeded(), **options)
-        return torch.tensor([found.clean_correct, found.robust_correct, *found.restart, *found.step])
-
-    return run
-
-
-def yopo(objective):
-    def run(model, x, y):
-        options = {"propagations": 2, "layer_steps": 2, "epsilon": 0.1, "step_size": 0.05, "generator": seeded()}
-        return yopo_loss(model, x, y, None, objective=objective, **options)
-
-    return run
-
-
-THREE, ONE, PIXELS = BulletTrain(STEPS, 1, 0), BulletTrain(1, 0, 0), Normalization((0.0,), (1.0,))
-CALLS = {
-    **{f"{f.__name__}": loss(f) for f in (trades_loss, mart_loss, pgd_loss)},
-    **{f"{f.__name__}, bullet": loss(f, THREE) for f in (trades_loss, mart_loss, pgd_loss)},
-    **{f"{f.__name__}, view": loss(f, frozen=Frozen(), update=Update()) for f in (trades_loss, mart_loss, pgd_loss)},
-    "trades_loss, l_2": loss(trades_loss, distance="l_2"),
-    "trades_loss, skip": loss(trades_loss, THREE, unperturbed="skip"),
-    "trades_loss, normalised": loss(trades_loss, THREE, normalization=PIXELS),
-    "trades_loss, oracle": loss(trades_loss, BulletTrain(STEPS, 1, 0, policy=Oracle(2))),
-    "trades_loss, gaussian": loss(trades_loss, BulletTrain(STEPS, 1, 0, policy=Gaussian())),
-    "augmix_loss": augmix(),
-    "augmix_loss, no jsd": augmix(jsd=False),
-    "augmix_loss, bullet": augmix(ONE),
-    "fast_loss": lambda m, x, y: fast_loss(trades_loss, m, x, y, None, epsilon=0.1, generator=seeded()),
-    "grad_align": lambda m, x, y: grad_align(m, x, y, epsilon=0.1, generator=seeded()),
-    **{f"yopo_loss, {objective}": yopo(objective) for objective in ("pgd", "trades", "mart")},
-    "generate": generated(),
-    "generate, view": generated(frozen=Frozen()),
-    "evaluate": evaluated(),
-    "evaluate, margin, view": evaluated(loss="margin", frozen=Frozen()),
+# plain data, errors, and what the losses take as options, with which they are called
+NO_CALLS = {
+    *("Assignment", "Balance", "Costs", "Fractions", "Judged", "NonFiniteError", "Skipped", "POLICIES", "RUNNERS"),
+    *("AutoRunner", "GraphRunner", "StreamRunner", "theoretical_speedup", "theoretical_speedup_augmix"),
+    *("Frozen", "Gaussian", "Normalization", "Oracle", "Schedule", "ThreatModel", "Update"),
 }
+
+
+def test_every_public_name_is_called():
+    called = {name.split(",")[0] for name in CALLS}
+    assert set(bt_fast.__all__) - NO_CALLS <= called
 
 
 def callers(model, x, y):

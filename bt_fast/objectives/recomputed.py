@@ -20,14 +20,14 @@ from bt_fast.attack.frozen import Modes, modes_of, modes_restored, set_modes
 
 @contextmanager
 def update_modes(model: nn.Module) -> Iterator[DeferredModes]:
-    """The modes of an update: those in which the model was found, or, found in eval mode, train mode.
+    """The modes of an update: those in which each module was found, or, where all were found in eval mode, train mode.
 
     They are left with the block, whatever happens in it. `again_in_backward` of what is yielded has the backward of
     given tensors run in them too.
     """
     with modes_restored(model):
         found = modes_of(model)
-        if not model.training:
+        if not any(training for _, training in found):
             model.train()
         yield DeferredModes(model, found)
 

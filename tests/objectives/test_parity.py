@@ -11,15 +11,16 @@ from objective_cases import DISTANCES, EACH, OBJECTIVES
 from small_models import batch, build, gradients
 from tolerances import UPDATES, assert_near, assert_near_nested
 
-FOUND = ("train", "eval", "mixed")
+FOUND = ("train", "eval", "mixed", "mixed in eval")
 
 
 def put_into(model, found):
-    """The modes in which the loss is to find a model; mixed: as a whole in train mode, every other part in eval."""
-    model.train(found != "eval")
-    if found == "mixed":
+    """The modes in which the loss is to find a model; mixed: as a whole in one mode, every other part in the other."""
+    whole = found in ("train", "mixed")
+    model.train(whole)
+    if "mixed" in found:
         for part in list(model.children())[1::2]:
-            part.eval()
+            part.train(not whole)
 
 
 def with_authors_modes(model, found):
@@ -28,7 +29,7 @@ def with_authors_modes(model, found):
     for module in twin.modules():
         if hasattr(module, "out_of_place"):
             module.out_of_place = True
-    if found == "mixed":
+    if "mixed" in found:
         modes = [module.training for module in model.modules()]
 
         def train(mode=True):

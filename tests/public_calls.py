@@ -1,0 +1,161 @@
+"""Every public call that takes tensors, in one form: `call(model, x, y)`, with random numbers of its own."""
+
+import copy
+import sys
+from types import SimpleNamespace
+from unittest import mock
+
+import torch
+from small_models import CLASSES
+from torch import nn
+
+from bt_fast import (
+    METRICS,
+    BulletTrain,
+    Frozen,
+    Gaussian,
+    Guard,
+    Normalization,
+    Normalize,
+    Oracle,
+    PowerMonitor,
+    Schedule,
+    ThreatModel,
+    Update,
+    augmix_loss,
+    generate,
+    mart_loss,
+    pgd_loss,
+    trades_loss,
+)
+from bt_fast.augment.mix import augment_and_mix, draw_choices
+from bt_fast.autoattack import autoattack
+from bt_fast.baselines.fast import fast_loss
+from bt_fast.baselines.grad_align import grad_align
+from bt_fast.baselines.yopo import yopo_loss
+from bt_fast.evaluation import evaluate
+
+THREAT, STEPS = ThreatModel(0.1), 2
+
+
+def seeded():
+    return torch.Generator().manual_seed(0)
+
+
+def loss(loss_of, bullet=None, **options):
+    """A loss with a generator of its own, so that it draws from no other."""
+
+    def run(model, x, y):
+        return loss_of(
+            model, x, y, None, perturb_steps=STEPS, bullet=copy.deepcopy(bullet), generator=seeded(), **options
+        )
+
+    return run
+
+
+def augmix(bullet=None, **options):
+    return lambda model, x, y: augmix_loss(model, x, y, bullet=copy.deepcopy(bullet), generator=seeded(), **options)
+
+
+def generated(**options):
+    def run(model, x, y):
+        target = nn.functional.one_hot(y, CLASSES).to(x.dtype)
+        schedule = Schedule.uniform(len(x), STEPS, 0.05, x.device)
+        return generate(model, x, x, target, schedule, THREAT, generator=seeded(), **options)
+
+    return run
+
+
+def evaluated(**options):
+    def run(model, x, y):
+        found = evaluate(model, [(x, y)], THREAT, steps=STEPS, generator=seeded(), **options)
+        return torch.tensor([found.clean_correct, found.robust_correct, *found.restart, *found.step])
+
+    return run
+
+
+def yopo(objective):
+    def run(model, x, y):
+        options = {"propagations": 2, "layer_steps": 2, "epsilon": 0.1, "step_size": 0.05, "generator": seeded()}
+        return yopo_loss(model, x, y, None, objective=objective, **options)
+
+    return run
+
+
+def autoattacked(model, x, y):
+    """By a stand-in for AutoAttack's own package, which returns the images that it is given."""
+    attack = SimpleNamespace(run_standard_evaluation=lambda x, y, bs: x)
+    package = SimpleNamespace(AutoAttack=lambda *_, **__: attack)
+    with mock.patch.dict(sys.modules, {"autoattack": package}):
+        found = autoattack(model, x, y, THREAT)
+    return found.x_adv + found.clean_correct
+
+
+def logits_of(x):
+    """What a script gives to mining, of a forward of its own."""
+    return torch.randn(len(x), CLASSES, generator=seeded(), dtype=x.dtype)
+
+
+def mined(model, x, y):
+    """The caller's logits stay as they are, too."""
+    bullet, logits = BulletTrain(STEPS, 1, 0), logits_of(x)
+    given = logits.clone()
+    assignment = bullet.assign(logits, y)
+    bullet.update(logits, y)
+    steps = Schedule.from_steps(assignment.steps, assignment.step_size.clamp(min=1e-3)).steps
+    assert torch.equal(logits, given)
+    return steps + bullet.robust_fraction
+
+
+def measured(model, x, y):
+    logits = logits_of(x)
+    given = logits.clone()
+    found = torch.stack([metric(logits, y) for metric in METRICS.values()])
+    assert torch.equal(logits, given)
+    return found
+
+
+def guarded(model, x, y):
+    weight = nn.Parameter(logits_of(x))
+    guard = Guard(torch.optim.SGD([weight], lr=0.1), nn.ParameterList([weight]))
+    with guard.minibatch(y):
+        loss = nn.functional.cross_entropy(weight, y)
+        guard.step(loss)
+    guard.settle()
+    return loss.detach()
+
+
+def watched(model, x, y):
+    with PowerMonitor("cpu") as monitor:
+        monitor.mark("loss")
+    return torch.tensor(len(monitor.labels))
+
+
+THREE, ONE, PIXELS = BulletTrain(STEPS, 1, 0), BulletTrain(1, 0, 0), Normalization((0.0,), (1.0,))
+CALLS = {
+    **{f"{f.__name__}": loss(f) for f in (trades_loss, mart_loss, pgd_loss)},
+    **{f"{f.__name__}, bullet": loss(f, THREE) for f in (trades_loss, mart_loss, pgd_loss)},
+    **{f"{f.__name__}, view": loss(f, frozen=Frozen(), update=Update()) for f in (trades_loss, mart_loss, pgd_loss)},
+    "trades_loss, l_2": loss(trades_loss, distance="l_2"),
+    "trades_loss, skip": loss(trades_loss, THREE, unperturbed="skip"),
+    "trades_loss, normalised": loss(trades_loss, THREE, normalization=PIXELS),
+    "trades_loss, oracle": loss(trades_loss, BulletTrain(STEPS, 1, 0, policy=Oracle(2))),
+    "trades_loss, gaussian": loss(trades_loss, BulletTrain(STEPS, 1, 0, policy=Gaussian())),
+    "augmix_loss": augmix(),
+    "augmix_loss, no jsd": augmix(jsd=False),
+    "augmix_loss, bullet": augmix(ONE),
+    "fast_loss": lambda m, x, y: fast_loss(trades_loss, m, x, y, None, epsilon=0.1, generator=seeded()),
+    "grad_align": lambda m, x, y: grad_align(m, x, y, epsilon=0.1, generator=seeded()),
+    **{f"yopo_loss, {objective}": yopo(objective) for objective in ("pgd", "trades", "mart")},
+    "generate": generated(),
+    "generate, view": generated(frozen=Frozen()),
+    "evaluate": evaluated(),
+    "evaluate, margin, view": evaluated(loss="margin", frozen=Frozen()),
+    "autoattack": autoattacked,
+    "augment_and_mix": lambda m, x, y: augment_and_mix(x, draw_choices(len(x), x.device, generator=seeded())),
+    "Normalize": lambda m, x, y: Normalize((0.5,), (0.25,))(x),
+    "BulletTrain": mined,
+    "METRICS": measured,
+    "Guard": guarded,
+    "PowerMonitor": watched,
+}
