@@ -136,9 +136,9 @@ class Gaussian:
     def __post_init__(self) -> None:
         width: Any = self.width
         if isinstance(width, bool) or not isinstance(width, numbers.Real):
-            raise TypeError(f"width must be a number, got {width!r}")
+            raise TypeError(f"width must be a number, got {width!r}: write Gaussian(width=1.0)")
         if not 0 < float(width) < math.inf:
-            raise ValueError(f"width must be a finite number greater than 0, got {width}")
+            raise ValueError(f"width must be a finite number greater than 0, got {width}: write Gaussian(width=1.0)")
 
     def __call__(self, judged: Judged) -> Tensor:
         """Steps [m] int64."""
@@ -174,9 +174,9 @@ class Oracle:
 
     def __post_init__(self) -> None:
         if isinstance(self.steps, bool) or not hasattr(self.steps, "__index__"):
-            raise TypeError(f"steps must be an integer, got {self.steps!r}")
+            raise TypeError(f"steps must be an integer, got {self.steps!r}: write Oracle(steps=10)")
         if operator.index(self.steps) < 1:
-            raise ValueError(f"steps must be at least 1, got {self.steps}")
+            raise ValueError(f"steps must be at least 1, got {self.steps}: write Oracle(steps=10)")
 
     def groups(self, correct: Tensor, attacked_correct: Tensor) -> Tensor:
         """The group [m] int64 of each sample.
@@ -214,10 +214,16 @@ def rule_of(name: str, given: str | _Rule, known: Mapping[str, _Rule]) -> _Rule:
     """
     if isinstance(given, str):
         if given not in known:
-            raise ValueError(f"{name} must be one of {', '.join(map(repr, known))} or a function, got {given!r}")
+            raise ValueError(
+                f"{name} must be one of {', '.join(map(repr, known))} or a function, got {given!r}: "
+                f"write {name}={next(iter(known))!r}"
+            )
         return known[given]
     if isinstance(given, type) or not callable(given):
-        raise TypeError(f"{name} must be one of {', '.join(map(repr, known))} or a function, got {given!r}")
+        raise TypeError(
+            f"{name} must be one of {', '.join(map(repr, known))} or a function, got {given!r}: "
+            f"write {name}={next(iter(known))!r}"
+        )
     return given
 
 
@@ -242,7 +248,10 @@ def certainty_of(metric: Metric, logits: Tensor, labels: Tensor) -> Tensor:
     copied = logits.to(result_dtype(logits), copy=True)  # it may work in its arguments
     found = metric(copied, labels.clamp(0, logits.shape[1] - 1))
     if not isinstance(found, Tensor) or not computable(found):
-        raise TypeError(f"metric must return a floating-point tensor, got {kind_of(found)}")
+        raise TypeError(
+            f"metric must return a floating-point tensor, got {kind_of(found)}: "
+            "let it return one number for each sample"
+        )
     _check_placed("metric", found, len(logits), logits.device)
     return found.detach().to(result_dtype(logits)).clamp(-LARGEST, LARGEST)
 
@@ -258,13 +267,22 @@ def steps_of(policy: Policy, judged: Judged) -> Tensor:
         found.is_floating_point() or found.is_complex() or found.dtype == torch.bool
     )
     if not integers:
-        raise TypeError(f"policy must return a tensor of integers, got {kind_of(found)}")
+        raise TypeError(
+            f"policy must return a tensor of integers, got {kind_of(found)}: "
+            "let it return one count of steps for each sample, with .long()"
+        )
     _check_placed("policy", found, len(judged.group), judged.group.device)
     return found.long()
 
 
 def _check_placed(name: str, found: Tensor, m: int, device: torch.device) -> None:
     if found.shape != (m,):
-        raise ValueError(f"{name} must return shape [{m}], one for each sample, got {list(found.shape)}")
+        raise ValueError(
+            f"{name} must return shape [{m}], one for each sample, got {list(found.shape)}: "
+            "let it return one value for each of the rows it is given"
+        )
     if found.device != device:
-        raise ValueError(f"{name} must return a tensor on {device} like the samples, but it is on {found.device}")
+        raise ValueError(
+            f"{name} must return a tensor on {device} like the samples, but it is on {found.device}: "
+            f"let it make its tensors with device={str(device)!r}"
+        )

@@ -106,15 +106,22 @@ def autoattack(
 
 def _check(x: Tensor, y: Tensor, threat: ThreatModel, version: str) -> None:
     if not isinstance(x, Tensor) or not computable(x):
-        raise TypeError(f"x must be floating-point images, got {kind_of(x)}")
+        raise TypeError(f"x must be floating-point images, got {kind_of(x)}: of bytes write x.float() / 255")
     if x.dim() != 4 or x.numel() == 0:
-        raise ValueError(f"x must have shape [total, C, H, W] with at least 1 image, got {list(x.shape)}")
+        raise ValueError(
+            f"x must have shape [total, C, H, W] with at least 1 image, got {list(x.shape)}: of one image write x[None]"
+        )
     check_labels(y, len(x), x.device, "y")
     check_threat(threat)
     if (threat.lower, threat.upper) != (0.0, 1.0):
-        raise ValueError(f"threat must have AutoAttack's bounds 0 and 1, got {threat.lower:g} and {threat.upper:g}")
+        raise ValueError(
+            f"threat must have AutoAttack's bounds 0 and 1, got {threat.lower:g} and {threat.upper:g}: "
+            f"write ThreatModel({threat.epsilon:g}, {threat.norm!r}), and let the model take pixels in [0, 1]"
+        )
     if not isinstance(version, str) or version not in VERSIONS:
-        raise ValueError(f"version must be one of {', '.join(map(repr, VERSIONS))}, got {version!r}")
+        raise ValueError(
+            f"version must be one of {', '.join(map(repr, VERSIONS))}, got {version!r}: write version={VERSIONS[0]!r}"
+        )
     faults.read([faults.pixels_outside(x, 0.0, 1.0, "x")]).wait()
 
 

@@ -21,7 +21,10 @@ class HostRead:
 
     def __init__(self, values: Tensor) -> None:
         if values.is_meta:
-            raise ValueError("tensors must hold values, but are on the meta device")
+            raise ValueError(
+                "tensors must hold values, but are on the meta device: "
+                "move them with .to_empty(device=...) and fill them"
+            )
         self._arrived: torch.cuda.Event | None = None
         self._values = values
         if values.is_cuda:

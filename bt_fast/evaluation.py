@@ -128,17 +128,24 @@ def evaluate(
     size = 2.0 * threat.epsilon / steps if step_size is None else step_size
     size = positive("step_size", size)
     if not isinstance(loss, str) or loss not in LOSSES:
-        raise ValueError(f"loss must be one of {', '.join(map(repr, LOSSES))}, got {loss!r}")
+        raise ValueError(f"loss must be one of {', '.join(map(repr, LOSSES))}, got {loss!r}: write loss={LOSSES[0]!r}")
     if frozen is not None and not isinstance(frozen, Frozen):
-        raise TypeError(f"frozen must be a Frozen or None, got {type(frozen).__name__}")
+        raise TypeError(f"frozen must be a Frozen or None, got {type(frozen).__name__}: write frozen=Frozen()")
     if frozen is not None and frozen.autocast is not None:
-        raise ValueError(f"frozen.autocast must be None, since the view judges too, got {frozen.autocast}")
+        raise ValueError(
+            f"frozen.autocast must be None, since the view judges too, got {frozen.autocast}: write frozen=Frozen()"
+        )
     if not isinstance(batches, Iterable):
-        raise TypeError(f"batches must be iterable, got {type(batches).__name__}")
+        raise TypeError(
+            f"batches must be iterable, got {type(batches).__name__}: give a DataLoader, or [(x, y)] for one batch"
+        )
     stream = iter(batches)
     begun = next(stream, None)
     if begun is None:
-        raise ValueError("batches must hold at least 1 sample, got none")
+        raise ValueError(
+            "batches must hold at least 1 sample, got none: "
+            "give a DataLoader with samples, not an iterator that has ended"
+        )
     _check_batch(begun)
     x, kind, verdicts = begun[0].detach(), _kind(begun[0]), Verdicts(progress, first)
     bounds = (threat.lower, threat.upper)
@@ -148,7 +155,7 @@ def evaluate(
         on_pixels(model, x, normalization, "the images", bounds) as (model, pixels),
         attack_model(model, frozen, pixels(x[:COMPARED].clone())) as view,
     ):
-        warn_of_neighbours(unwrapped(model), pixels(x), threat)
+        warn_of_neighbours(unwrapped(model), pixels(x), threat, "compare evaluations with equal batches only")
         seed = torch.randint(2**63 - 1, (), device=x.device, generator=generator)
         attack = Attack(threat, loss, steps, size, restarts, seed)
         working = WorkingBatch(attack, x, channels_last=frozen is not None and frozen.channels_last)
@@ -172,7 +179,9 @@ def _check_batch(batch: _Batch) -> None:
     if not isinstance(x, Tensor) or not computable(x):
         raise TypeError(f"the images must be floating point, got {kind_of(x)}: of bytes write x.float() / 255")
     if x.dim() == 0 or x.numel() == 0:
-        raise ValueError(f"the images must be at least 1 in each batch, got shape {list(x.shape)}")
+        raise ValueError(
+            f"the images must be at least 1 in each batch, got shape {list(x.shape)}: leave empty batches out"
+        )
     check_labels(y, len(x), x.device, "the labels")
 
 
@@ -199,7 +208,9 @@ def _correct(
     _check_batch(batch)
     x, y = batch
     if _kind(x) != kind:
-        raise ValueError(f"the images must be alike in all batches, got {_kind(x)} after {kind}")
+        raise ValueError(
+            f"the images must be alike in all batches, got {_kind(x)} after {kind}: resize them, or evaluate them apart"
+        )
     x, y = pixels(x.detach()), y.long()
     outside = faults.pixels_outside(x, threat.lower, threat.upper, "the images")
     x = faults.onto_bounds(x, threat.lower, threat.upper)

@@ -13,6 +13,7 @@ from bt_fast.device import HostRead
 from bt_fast.ops.rows import has_softmax
 
 SHOWN = 8  # samples that a message lists
+AGAINST_NAN = " (lower the learning rate, or look for a division by 0 in the model)"
 
 
 class NonFiniteError(ValueError):
@@ -149,7 +150,7 @@ def gradients_without_direction(faulty: Tensor, order: Tensor | None = None) -> 
     """
     return Fault(
         faulty.sum(),
-        f"the model's input gradient must be finite, but held NaN for {{count}} of {len(faulty)} samples",
+        f"the model's input gradient must be finite, but held NaN for {{count}} of {len(faulty)} samples{AGAINST_NAN}",
         lambda: marked(faulty, order),
     )
 
@@ -182,7 +183,7 @@ def _outside_message(m: int, classes: int, name: str) -> str:
 
 
 def _without_number_message(m: int, name: str) -> str:
-    return f"{name} must be finite, but {{count}} of {m} rows hold NaN or +Inf, or nothing but -Inf"
+    return f"{name} must be finite, but {{count}} of {m} rows hold NaN or +Inf, or nothing but -Inf{AGAINST_NAN}"
 
 
 def counts_of(faults: Sequence[Fault]) -> Tensor:

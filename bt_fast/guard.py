@@ -100,14 +100,23 @@ class Guard:
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
         if not isinstance(optimizer, torch.optim.Optimizer):
-            raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+            raise TypeError(
+                f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}: "
+                "write Guard(optimizer, model, bullet)"
+            )
         for module in modules:
             if not isinstance(module, nn.Module):
-                raise TypeError(f"modules must be torch.nn.Module, got {type(module).__name__}")
+                raise TypeError(
+                    f"modules must be torch.nn.Module, got {type(module).__name__}: "
+                    "write Guard(optimizer, model, bullet)"
+                )
         if non_finite not in NON_FINITE:
-            raise ValueError(f"non_finite must be 'raise' or 'skip', got {non_finite!r}")
+            raise ValueError(f"non_finite must be 'raise' or 'skip', got {non_finite!r}: write non_finite='skip'")
         if process_group is not None and not (dist.is_available() and isinstance(process_group, dist.ProcessGroup)):
-            raise TypeError(f"process_group must be a ProcessGroup or None, got {process_group!r}")
+            raise TypeError(
+                f"process_group must be a ProcessGroup or None, got {process_group!r}: "
+                "write torch.distributed.group.WORLD"
+            )
         self.skipped: list[Skipped] = []
         self._group = process_group
         self._optimizer = optimizer
@@ -161,11 +170,16 @@ class Guard:
                 in the one before.
         """
         if self._kept is None:
-            raise RuntimeError("step belongs into the block of `with guard.minibatch():`")
+            raise RuntimeError(
+                "step belongs into the block of `with guard.minibatch():`: "
+                "write `with guard.minibatch(): ... guard.step(loss)`"
+            )
         if not isinstance(loss, Tensor) or not computable(loss):
-            raise TypeError(f"loss must be a floating-point tensor, got {kind_of(loss)}")
+            raise TypeError(
+                f"loss must be a floating-point tensor, got {kind_of(loss)}: give the tensor that had its backward"
+            )
         if loss.numel() != 1:
-            raise ValueError(f"loss must be one number, got shape {list(loss.shape)}")
+            raise ValueError(f"loss must be one number, got shape {list(loss.shape)}: write loss.mean()")
         self.settle()
         faulty = self._faulty(loss)
         if self._has_stepped and getattr(self._optimizer, "_step_supports_amp_scaling", False):
@@ -239,13 +253,16 @@ class Guard:
         """Take note of a skipped minibatch, or raise."""
         listed = indices.tolist() if isinstance(indices, Tensor) else indices or ()
         found = Skipped(number, reason, tuple(listed), cause.samples if cause else ())
-        message = str(found)
+        message = f"{found}; lower the learning rate, or write non_finite='skip'"
         if self._skips:
             self.skipped.append(found)
             self._in_a_row += 1
             if self._in_a_row < MOST_IN_A_ROW:
                 return
-            message = f"{MOST_IN_A_ROW} minibatches in a row had to be skipped; the last is {message}"
+            message = (
+                f"{MOST_IN_A_ROW} minibatches in a row had to be skipped; the last is {found}; lower the learning "
+                "rate, and begin again from a checkpoint before them"
+            )
         earlier = cause.earlier if cause else number < self._minibatches
         self._raised = NonFiniteError(message, found.samples, earlier=earlier)
         raise self._raised from cause

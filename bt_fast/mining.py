@@ -179,9 +179,9 @@ class BulletTrain(nn.Module):
         self.robust_steps = step_count("robust_steps", robust_steps)
         self.outlier_steps = step_count("outlier_steps", outlier_steps)
         if not 0.0 < real("gamma", gamma) <= 1.0:
-            raise ValueError(f"gamma must lie in (0, 1], got {gamma}")
+            raise ValueError(f"gamma must lie in (0, 1], got {gamma}: write gamma=0.8")
         if not 0.0 <= real("momentum", momentum) < 1.0:
-            raise ValueError(f"momentum must lie in [0, 1), got {momentum}")
+            raise ValueError(f"momentum must lie in [0, 1), got {momentum}: write momentum=0.9")
         self.gamma = float(gamma)
         self.momentum = float(momentum)
         self.metric = allocation.rule_of("metric", metric, METRICS)
@@ -283,7 +283,10 @@ class BulletTrain(nn.Module):
                 moved or loaded since.
         """
         if not isinstance(reuse, bool):
-            raise TypeError(f"reuse must be True (the x' of the first pass) or False (made anew), got {reuse!r}")
+            raise TypeError(
+                f"reuse must be True (the x' of the first pass) or False (made anew), got {reuse!r}: "
+                "write `with bullet.again(reuse=False):`"
+            )
         if self._fraction_before is None:
             raise RuntimeError(
                 "again goes over the last minibatch once more, but there is none that ended without an error: call the "
@@ -455,13 +458,14 @@ class BulletTrain(nn.Module):
         return [
             Fault(
                 self.unreported_faults,
-                "an earlier update met NaN logits or labels out of range: F_R was not moved by it",
+                "an earlier update met NaN logits or labels out of range: F_R was not moved by it" + faults.AGAINST_NAN,
                 lambda: torch.empty(0, dtype=torch.int64, device="cpu"),
                 earlier=True,
             ),
             Fault(
                 self.unreported_gradients,
-                "the model's input gradient must be finite, but held NaN for {count} samples of earlier attacks",
+                "the model's input gradient must be finite, but held NaN for {count} samples of earlier attacks"
+                + faults.AGAINST_NAN,
                 lambda: faults.marked(*self._last_attack),
                 earlier=True,
             ),
@@ -550,7 +554,8 @@ class BulletTrain(nn.Module):
         spread.scatter_add_(0, place * (most + 1) + steps, there.long())
         too_many = Fault(
             all_of_them.too_many,
-            f"minibatches must have at most {ranks.rows} samples, the most of the group's first, but one has more",
+            f"minibatches must have at most {ranks.rows} samples, the most of the group's first, but one has more: "
+            "let the loaders of all ranks have one batch size",
         )
         own = [*found, *seen.unfit_faults(unfit[ranks.rank]), too_many]
         return _Decided(
@@ -575,7 +580,10 @@ class BulletTrain(nn.Module):
         outside = (steps < 0) | (steps > most)
         if there is not None:
             outside &= there
-        message = f"policy must return steps in 0..{most}, but {{count}} of {len(steps)} are not"
+        message = (
+            f"policy must return steps in 0..{most}, but {{count}} of {len(steps)} are not: "
+            f"let it end with .clamp(0, {most})"
+        )
         return steps.clamp(0, most), Fault(outside.sum(), message)  # the order has room for no others
 
     def _count(self, sizes: Tensor, steps: Tensor, sound: Tensor) -> None:
@@ -641,7 +649,7 @@ class BulletTrain(nn.Module):
         check_logits_and_labels(adversarial_logits, labels)
         self._check_device(adversarial_logits)
         if len(labels) == 0:
-            raise ValueError("adversarial_logits must have at least 1 row, got 0")
+            raise ValueError("adversarial_logits must have at least 1 row, got 0: leave empty minibatches out")
         logits, labels = adversarial_logits.detach(), labels.long()
         if self.ranks is not None:
             self._settle()
@@ -748,22 +756,30 @@ class BulletTrain(nn.Module):
     def _check_attacked(self, logits: Tensor, attacked: Tensor | None) -> None:
         if not isinstance(self.policy, Oracle):
             if attacked is not None:
-                raise ValueError("attacked_logits are for the policy 'oracle' alone, but the policy is another")
+                raise ValueError(
+                    "attacked_logits are for the policy 'oracle' alone, but the policy is another: leave them out"
+                )
             return
         if attacked is None:
             raise ValueError(
                 "policy is an Oracle, whose groups need attacked_logits=, the model's logits of attacked samples: "
-                "the objectives run that attack, `assign` alone cannot"
+                "the objectives run that attack, `assign` alone cannot: "
+                "call trades_loss, mart_loss or pgd_loss with bullet=, or give them"
             )
         if not isinstance(attacked, Tensor) or not computable(attacked):
-            raise TypeError(f"attacked_logits must be a floating-point tensor, got {kind_of(attacked)}")
+            raise TypeError(
+                f"attacked_logits must be a floating-point tensor, got {kind_of(attacked)}: "
+                "give model(x_adv) of attacked samples"
+            )
         if attacked.shape != logits.shape:
             raise ValueError(
-                f"attacked_logits must have the logits' shape {list(logits.shape)}, got {list(attacked.shape)}"
+                f"attacked_logits must have the logits' shape {list(logits.shape)}, got {list(attacked.shape)}: "
+                "give a row for each sample"
             )
         if attacked.device != logits.device:
             raise ValueError(
-                f"attacked_logits must be on {logits.device} like the logits, but are on {attacked.device}"
+                f"attacked_logits must be on {logits.device} like the logits, but are on {attacked.device}: "
+                f"write attacked_logits.to({str(logits.device)!r})"
             )
 
     def _check_device(self, logits: Tensor) -> None:
@@ -777,11 +793,14 @@ class BulletTrain(nn.Module):
 def check_logits_and_labels(logits: Tensor, labels: Tensor) -> None:
     """Raise TypeError or ValueError unless logits are floating point [m, K], K ≥ 2, and labels integers [m]."""
     if not isinstance(logits, Tensor):
-        raise TypeError(f"logits must be a tensor, got {type(logits).__name__}")
+        raise TypeError(f"logits must be a tensor, got {type(logits).__name__}: write torch.as_tensor(logits)")
     if not computable(logits):
-        raise TypeError(f"logits must be floating point, got {kind_of(logits)}")
+        raise TypeError(f"logits must be floating point, got {kind_of(logits)}: write logits.float()")
     if logits.dim() != 2 or logits.shape[1] < 2:
-        raise ValueError(f"logits must have shape [m, K] with K >= 2 classes, got {list(logits.shape)}")
+        raise ValueError(
+            f"logits must have shape [m, K] with K >= 2 classes, got {list(logits.shape)}: "
+            "give a row for each sample and a column for each class"
+        )
     check_labels(labels, len(logits), logits.device)
 
 
@@ -809,20 +828,28 @@ def check_labels(labels: Tensor, m: int, device: torch.device, name: str = "labe
 def step_count(name: str, value: SupportsIndex, least: int = 0) -> int:
     """`value` as an int; TypeError or ValueError that names `name` unless it is an integer of at least `least`."""
     if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
+        raise TypeError(_no_count(name, value, least))
     try:
         count = operator.index(value)
     except TypeError as error:  # of tensors and arrays
-        raise TypeError(f"{name} must be an integer, got {value!r}") from error
+        raise TypeError(_no_count(name, value, least)) from error
     if count < least:
-        raise ValueError(f"{name} must be at least {least}, got {count}")
+        raise ValueError(f"{name} must be at least {least}, got {count}: write {name}={least} or more")
     return count
+
+
+def _no_count(name: str, value: object, least: int) -> str:
+    return f"{name} must be an integer, got {value!r}: write a whole number, as {name}={max(least, 1)}"
 
 
 def _without_certainty(certainty: Tensor, unfit: Tensor) -> Fault:
     """The number of sound samples of which the metric does not say anything."""
     count = (certainty.isnan() & (unfit == 0)).sum()
-    return Fault(count, f"metric must return numbers, but gave NaN for {{count}} of {len(certainty)} samples")
+    return Fault(
+        count,
+        f"metric must return numbers, but gave NaN for {{count}} of {len(certainty)} samples: "
+        "let it give a number to those that it knows nothing of",
+    )
 
 
 def _sizes_of(group: Tensor, there: Tensor | None = None) -> Tensor:
@@ -836,10 +863,14 @@ def _ranks_of(group: Any, policy: Policy) -> Ranks | None:
     if group is None:
         return None
     if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
-        raise TypeError(f"process_group must be a torch.distributed.ProcessGroup or None, got {group!r}")
+        raise TypeError(
+            f"process_group must be a torch.distributed.ProcessGroup or None, got {group!r}: "
+            "write torch.distributed.group.WORLD"
+        )
     if isinstance(policy, Oracle):
         raise ValueError(
-            "policy must not be an Oracle in a process group: its attack would need the ranks' random state"
+            "policy must not be an Oracle in a process group: its attack would need the ranks' random state: "
+            "write policy='three_groups', or leave process_group out"
         )
     return Ranks(group)
 
@@ -851,16 +882,20 @@ def _step_size(epsilon: float, steps: int) -> float:
 def real(name: str, value: Any) -> float:
     """`value` as a float; TypeError or ValueError that names `name` unless it is a real number that fits."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be a number, got {value!r}")
+        raise TypeError(f"{name} must be a number, got {value!r}: write float({name}), if it holds one")
     try:
         return float(value)
     except OverflowError as error:  # of an integer or a fraction
-        raise ValueError(f"{name} must be a number that fits into a float, got a larger one") from error
+        raise ValueError(
+            f"{name} must be a number that fits into a float, got a larger one: write a smaller one"
+        ) from error
 
 
 def positive(name: str, value: float) -> float:
     """`value` as a float; TypeError or ValueError that names `name` unless it is a finite number greater than 0."""
     found = real(name, value)
     if not (found > 0 and math.isfinite(found)):
-        raise ValueError(f"{name} must be a finite number greater than 0, got {value}")
+        raise ValueError(
+            f"{name} must be a finite number greater than 0, got {value}: write {name}=8/255, or another size of pixels"
+        )
     return found

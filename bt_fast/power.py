@@ -130,11 +130,15 @@ class PowerMonitor:
 
     def __init__(self, devices: Device | Iterable[Device] | None = None, interval: float = 0.02) -> None:
         if isinstance(interval, bool) or not isinstance(interval, (int, float)):
-            raise TypeError(f"interval must be a number of seconds, got {interval!r}")
+            raise TypeError(f"interval must be a number of seconds, got {interval!r}: write interval=0.02")
         if not 0 < interval < float("inf"):
-            raise ValueError(f"interval must be a finite number of seconds greater than 0, got {interval}")
+            raise ValueError(
+                f"interval must be a finite number of seconds greater than 0, got {interval}: write interval=0.02"
+            )
         if interval > threading.TIMEOUT_MAX:
-            raise ValueError(f"interval must be at most {threading.TIMEOUT_MAX:g} seconds, got a longer one")
+            raise ValueError(
+                f"interval must be at most {threading.TIMEOUT_MAX:g} seconds, got a longer one: write interval=0.02"
+            )
         self._interval = float(interval)
         self._asked = _listed(devices)
         self._uuids: list[str] = []
@@ -199,9 +203,11 @@ class PowerMonitor:
             RuntimeError: the monitor is in no block.
         """
         if label in self.labels:
-            raise ValueError(f"label must be new, but there is a span {label!r}")
+            raise ValueError(f"label must be new, but there is a span {label!r}: give another name")
         if self._ended != float("inf"):
-            raise RuntimeError("mark must be called inside the monitor's block")
+            raise RuntimeError(
+                "mark must be called inside the monitor's block: write `with monitor: monitor.mark(...)`"
+            )
         with self._lock:
             self._read_locked()
             self._marks[label] = [
@@ -280,7 +286,7 @@ class PowerMonitor:
             ValueError: n is not at least 1, or there is no such span.
         """
         if n < 1:
-            raise ValueError(f"n must be at least 1, got {n}")
+            raise ValueError(f"n must be at least 1, got {n}: give the number of training samples")
         joules = self.joules(label)
         return None if joules is None else joules / n
 
@@ -290,7 +296,9 @@ class PowerMonitor:
             return [0] * len(self._gpus), [None] * len(self._gpus)
         if label not in self._marks:
             there = ", ".join(map(repr, self._marks)) or "none yet"
-            raise ValueError(f"label must be one of {there}, got {label!r}")
+            raise ValueError(
+                f"label must be one of {there}, got {label!r}: name a span that `mark` began, or leave label out"
+            )
         starts = list(self._marks.values())
         k = self.labels.index(label)
         return starts[k], [n + 1 for n in starts[k + 1]] if k + 1 < len(starts) else [None] * len(self._gpus)
@@ -311,7 +319,7 @@ class PowerMonitor:
             asked = self._asked or [torch.device("cuda")]
             self._uuids = [_known(nvml, d if isinstance(d, str) else uuid_of(d)) for d in asked]
             if len(set(self._uuids)) < len(self._uuids):
-                raise ValueError(f"devices must differ, got {', '.join(self._uuids)}")
+                raise ValueError(f"devices must differ, got {', '.join(self._uuids)}: name each device once")
         except nvml.NVMLError as error:
             return f"NVML does not tell the devices: {error}"
         finally:
@@ -369,7 +377,10 @@ def uuid_of(device: torch.device | int) -> str:
     if index is None:
         index = torch.cuda.current_device()
     if not 0 <= index < torch.cuda.device_count():
-        raise ValueError(f"devices: torch sees {torch.cuda.device_count()} CUDA devices, there is no cuda:{index}")
+        raise ValueError(
+            f"devices: torch sees {torch.cuda.device_count()} CUDA devices, there is no cuda:{index}: "
+            "name one below that, or leave devices out"
+        )
     return str(torch.cuda.get_device_properties(index).uuid)
 
 
@@ -381,16 +392,18 @@ def _listed(devices: Device | Iterable[Device] | None) -> list[torch.device | in
     given: Iterable[object] = devices if several else [devices]  # type: ignore[assignment]
     found = [_device(d) for d in given]
     if not found:
-        raise ValueError("devices must name at least one, or be None for the current one")
+        raise ValueError(
+            "devices must name at least one, or be None for the current one: write devices=None for the current one"
+        )
     if len(found) > 1 and any(isinstance(d, torch.device) and d.type == "cpu" for d in found):
-        raise ValueError("devices must be the CPU alone or GPUs, got both")
+        raise ValueError("devices must be the CPU alone or GPUs, got both: take two monitors")
     return found
 
 
 def _device(device: object) -> torch.device | int | str:
     if isinstance(device, int) and not isinstance(device, bool):
         if device < 0:
-            raise ValueError(f"devices must be at least 0 as indices, got {device}")
+            raise ValueError(f"devices must be at least 0 as indices, got {device}: write devices=0")
         return device
     if isinstance(device, str):
         if device.startswith(("GPU-", "MIG-")):
@@ -398,11 +411,13 @@ def _device(device: object) -> torch.device | int | str:
         try:
             device = torch.device(device)
         except RuntimeError as error:
-            raise ValueError(f"devices must be torch devices, indices or UUIDs, got {device!r}") from error
+            raise ValueError(
+                f"devices must be torch devices, indices or UUIDs, got {device!r}: write devices=0"
+            ) from error
     if not isinstance(device, torch.device):
-        raise TypeError(f"devices must be torch devices, indices or UUIDs, got {device!r}")
+        raise TypeError(f"devices must be torch devices, indices or UUIDs, got {device!r}: write devices=0")
     if device.type not in ("cuda", "cpu"):
-        raise ValueError(f"devices must be of CUDA, got {device}")
+        raise ValueError(f'devices must be of CUDA, got {device}: write devices="cuda", or "cpu" for the processor')
     return device
 
 
@@ -464,7 +479,10 @@ def _known(nvml: ModuleType, name: str) -> str:
     found = []
     for index in range(nvml.nvmlDeviceGetCount()):
         found.append(nvml.nvmlDeviceGetUUID(nvml.nvmlDeviceGetHandleByIndex(index)))
-    raise ValueError(f"devices: the driver knows no {' or '.join(candidates)}; it has {', '.join(found) or 'none'}")
+    raise ValueError(
+        f"devices: the driver knows no {' or '.join(candidates)}; it has {', '.join(found) or 'none'}: "
+        "name one of these"
+    )
 
 
 Reader = Callable[[], dict[str, Any]]

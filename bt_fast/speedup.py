@@ -28,7 +28,9 @@ class Fractions:
         for name, share in zip(("boundary", "robust", "outlier"), shares, strict=True):
             _check_number(name, share)
         if not (all(0.0 <= share <= 1.0 for share in shares) and sum(shares) <= 1.0 + 1e-9):
-            raise ValueError(f"fractions must lie in [0, 1] and sum to at most 1, got {shares}")
+            raise ValueError(
+                f"fractions must lie in [0, 1] and sum to at most 1, got {shares}: write shares, as 0.3 for 30 %"
+            )
 
     def mean_steps(self, boundary_steps: int, robust_steps: int, outlier_steps: int) -> float:
         """`F_B·N_B + F_R·N_R + F_O·N_O`: attack steps per sample.
@@ -59,7 +61,9 @@ def theoretical_speedup(
         ValueError: a step count is negative.
     """
     if not isinstance(fractions, Fractions):
-        raise TypeError(f"fractions must be a Fractions, got {type(fractions).__name__}")
+        raise TypeError(
+            f"fractions must be a Fractions, got {type(fractions).__name__}: write Fractions(boundary, robust, outlier)"
+        )
     for name, steps in (
         ("boundary_steps", boundary_steps),
         ("robust_steps", robust_steps),
@@ -68,7 +72,7 @@ def theoretical_speedup(
     ):
         _check_number(name, steps)
         if not 0 <= steps < 2**63:
-            raise ValueError(f"{name} must be at least 0 and fit into 63 bits, got {steps}")
+            raise ValueError(f"{name} must be at least 0 and fit into 63 bits, got {steps}: write {name}=10")
     return (baseline_steps + 1) / (fractions.mean_steps(boundary_steps, robust_steps, outlier_steps) + 1)
 
 
@@ -81,7 +85,9 @@ def theoretical_speedup_augmix(boundary_fraction: float) -> float:
     """
     _check_number("boundary_fraction", boundary_fraction)
     if not 0.0 <= boundary_fraction <= 1.0:
-        raise ValueError(f"boundary_fraction must lie in [0, 1], got {boundary_fraction}")
+        raise ValueError(
+            f"boundary_fraction must lie in [0, 1], got {boundary_fraction}: write a share, as 0.3 for 30 %"
+        )
     return 3.0 / (1.0 + 2.0 * boundary_fraction)
 
 
@@ -154,7 +160,7 @@ def yopo_cost(propagations: float, objective: str = "pgd") -> float:
         ValueError: the objective is not known.
     """
     if objective not in ("pgd", "trades", "mart"):
-        raise ValueError(f"objective must be 'pgd', 'trades' or 'mart', got {objective!r}")
+        raise ValueError(f"objective must be 'pgd', 'trades' or 'mart', got {objective!r}: write objective='pgd'")
     if objective == "pgd":
         return 3.0 * propagations
     return (objective == "trades") + 2.0 * propagations + 6.0
@@ -162,4 +168,4 @@ def yopo_cost(propagations: float, objective: str = "pgd") -> float:
 
 def _check_number(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be a number, got {value!r}")
+        raise TypeError(f"{name} must be a number, got {value!r}: write float({name}), if it holds one")

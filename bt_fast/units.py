@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-import sys
-import warnings
-from pathlib import Path
 
-_PACKAGE = str(Path(__file__).parent)
+from bt_fast.warning import warn_caller
+
 _told: set[tuple[object, ...]] = set()
 
 
@@ -50,12 +48,4 @@ def warn_of_units(
 def _tell(numbers: tuple[object, ...], message: str) -> None:
     if numbers not in _told:
         _told.add(numbers)
-        warnings.warn(message, stacklevel=_level_of_the_caller())
-
-
-def _level_of_the_caller() -> int:
-    """The level of the first frame that is not this package's, seen from `_tell`."""
-    level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
-        frame, level = frame.f_back, level + 1
-    return level
+        warn_caller(message)

@@ -41,7 +41,9 @@ class AutoRunner:
         if candidates is None:
             candidates = {"eager": run_eager, "graphs": GraphRunner(), "streams": StreamRunner()}
         if not candidates:
-            raise ValueError("candidates must hold at least 1 runner, got none")
+            raise ValueError(
+                'candidates must hold at least 1 runner, got none: leave it out, or give {"eager": run_eager}'
+            )
         self._candidates = dict(candidates)
         self._chosen: WeakKeyDictionary[Callable[[Tensor], Tensor], dict[object, Runner]] = WeakKeyDictionary()
         self.reasons: list[str] = []
@@ -134,8 +136,13 @@ def runner_of(runner: Runner | str) -> Runner:
     """
     if isinstance(runner, str):
         if runner not in RUNNERS:
-            raise ValueError(f"runner must be a runner or one of {', '.join(RUNNERS)}, got {runner!r}")
+            raise ValueError(
+                f"runner must be a runner or one of {', '.join(RUNNERS)}, got {runner!r}: "
+                f"write runner={next(iter(RUNNERS))!r}"
+            )
         return RUNNERS[runner]
     if isinstance(runner, type) or not callable(runner):
-        raise TypeError(f"runner must be a runner or its name, got {type(runner).__name__}")
+        raise TypeError(
+            f"runner must be a runner or its name, got {type(runner).__name__}: write runner={next(iter(RUNNERS))!r}"
+        )
     return runner

@@ -88,15 +88,21 @@ def plan(counts: Tensor, ranks_per_node: int = 1) -> Exchange:
             is less than 1.
     """
     if not isinstance(counts, Tensor) or counts.dtype != torch.int64:
-        raise TypeError(f"counts must be a tensor of int64, got {getattr(counts, 'dtype', type(counts).__name__)}")
+        raise TypeError(
+            f"counts must be a tensor of int64, got {getattr(counts, 'dtype', type(counts).__name__)}: "
+            "write torch.as_tensor(counts)"
+        )
     if not counts.is_cpu:
-        raise ValueError(f"counts must be on the CPU, but is on {counts.device}")
+        raise ValueError(f"counts must be on the CPU, but is on {counts.device}: write counts.cpu()")
     if counts.dim() != 2 or 0 in counts.shape:
-        raise ValueError(f"counts must have shape [N, n+1] with N >= 1, got {list(counts.shape)}")
+        raise ValueError(
+            f"counts must have shape [N, n+1] with N >= 1, got {list(counts.shape)}: "
+            "give a row for each rank, with its samples of 0 to n steps"
+        )
     near = step_count("ranks_per_node", ranks_per_node, least=1)
     have = counts.numpy()
     if have.min() < 0:
-        raise ValueError(f"counts must be at least 0, got {have.min()}")
+        raise ValueError(f"counts must be at least 0, got {have.min()}: give the numbers of samples")
     quotas = _quotas(have)
     return Exchange(counts, torch.from_numpy(quotas), *map(torch.from_numpy, _moves(have - quotas, near)))
 
@@ -176,9 +182,11 @@ class Costs:
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             if not (math.isfinite(real(name, value)) and value >= 0):
-                raise ValueError(f"{name} must be a finite number of at least 0, got {value}")
+                raise ValueError(
+                    f"{name} must be a finite number of at least 0, got {value}: give what `measured_costs` finds"
+                )
         if self.bytes_per_second == 0:
-            raise ValueError("bytes_per_second must be above 0")
+            raise ValueError("bytes_per_second must be above 0, got 0: write 1e15 where sending costs nothing")
 
     def attack_seconds(self, counts: Tensor) -> Tensor:
         """[N] float64: each rank's attack on counts [N, n+1] of samples; a step that no sample takes costs nothing."""
@@ -358,7 +366,8 @@ class Rebalanced:
             if given.shape != like.shape or given.dtype != like.dtype:
                 raise ValueError(
                     f"{name} must be {like.dtype} of shape {list(like.shape)}, "
-                    f"got {given.dtype} of shape {list(given.shape)}"
+                    f"got {given.dtype} of shape {list(given.shape)}: "
+                    "let it stay as it was made"
                 )
         own = self._own_start
         images = torch.cat([x_adv.detach(), own])
@@ -388,11 +397,17 @@ def send_out(
     """
     ranks, rank = dist.get_world_size(group), dist.get_rank(group)
     if exchange.ranks != ranks:
-        raise ValueError(f"exchange must be a plan for the group's {ranks} ranks, got one for {exchange.ranks}")
+        raise ValueError(
+            f"exchange must be a plan for the group's {ranks} ranks, got one for {exchange.ranks}: "
+            "make it from counts with a row for each rank"
+        )
     m = int(exchange.counts[rank].sum())
     for name, values in (("clean", clean), ("start", start), ("target", target), ("step_size", step_size)):
         if len(values) != m:
-            raise ValueError(f"{name} must hold the {m} samples that the plan counts, got shape {list(values.shape)}")
+            raise ValueError(
+                f"{name} must hold the {m} samples that the plan counts, got shape {list(values.shape)}: "
+                "give the samples of this rank"
+            )
     there, home = routes(exchange, rank)
     x, begin, goal, sizes = there.carry([clean, start, target, step_size], group)
     quota = exchange.quotas[rank].flip(0)[:-1]  # by descending steps, without those of 0

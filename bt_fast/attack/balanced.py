@@ -38,7 +38,10 @@ class Balance:
 
     def __post_init__(self) -> None:
         if self.costs is not None and not isinstance(self.costs, Costs):
-            raise TypeError(f"costs must be a Costs or None, got {type(self.costs).__name__}")
+            raise TypeError(
+                f"costs must be a Costs or None, got {type(self.costs).__name__}: "
+                "write Balance(measured_costs(...)), or Balance()"
+            )
         step_count("ranks_per_node", self.ranks_per_node, least=1)
 
 

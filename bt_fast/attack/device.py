@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from bt_fast.floors import numbers
+from bt_fast.warning import warn_caller
 
 
 class Stream(Protocol):
@@ -163,7 +164,7 @@ def _give_up(error: RuntimeError) -> None:
         return
     said = str(error).partition("\n")[0]
     _unusable = f"a capture that broke off has left CUDA unable to capture another ({said})"
-    warnings.warn(f"no more graphs in this process, start a new one to have them: {_unusable}", stacklevel=2)
+    warn_caller(f"no more graphs in this process, start a new one to have them: {_unusable}")
 
 
 @contextmanager

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import inspect
 import traceback
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,6 +33,7 @@ from bt_fast.attack.frozen import eval_mode, logits_of, uncached, uncompiled
 from bt_fast.attack.sharded import gathered
 from bt_fast.attack.wrapped import unwrapped
 from bt_fast.full_precision import full_precision
+from bt_fast.warning import warn_caller
 
 _LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -70,7 +70,10 @@ class Frozen:
 
     def __post_init__(self) -> None:
         if self.autocast not in (None, torch.bfloat16, torch.float16):
-            raise TypeError(f"autocast must be torch.bfloat16, torch.float16 or None, got {self.autocast}")
+            raise TypeError(
+                f"autocast must be torch.bfloat16, torch.float16 or None, got {self.autocast}: "
+                "write Frozen(autocast=torch.bfloat16)"
+            )
 
 
 class _FrozenLayer(nn.Module):
@@ -183,7 +186,7 @@ class FrozenModel:
                 _compare(model, graph, self._formatted(x))
         except NotFoldedError as error:
             self._layers = []
-            warnings.warn(f"the attack runs on the model as it is, not folded: {error}", stacklevel=2)
+            warn_caller(f"the attack runs on the model as it is, not folded: {error}")
             return str(error)
         for layer in self._layers:
             if isinstance(layer, _FrozenLayer) and layer.weight.dtype != torch.float64:  # which autocast leaves alone
@@ -205,9 +208,7 @@ class FrozenModel:
                 torch.autograd.grad(self(leaf).float().sum(), leaf)
         except Exception as error:  # whatever the compiler raises, or its C++ compiler that is not there
             why = " ".join(str(error).splitlines()[:2])  # the second line names what the backend raised
-            warnings.warn(
-                f"the attack's view of the model is not compiled: {type(error).__name__}: {why}", stacklevel=2
-            )
+            warn_caller(f"the attack's view of the model is not compiled: {type(error).__name__}: {why}")
             self._folded = plain
 
     @property
@@ -277,7 +278,7 @@ def attack_model(model: nn.Module, recipe: Frozen | None, x: Tensor) -> Iterator
         TypeError: the recipe is no `Frozen`, the model no module, or what it returns no logits.
     """
     if recipe is not None and not isinstance(recipe, Frozen):
-        raise TypeError(f"frozen must be a Frozen or None, got {type(recipe).__name__}")
+        raise TypeError(f"frozen must be a Frozen or None, got {type(recipe).__name__}: write frozen=Frozen()")
     model = unwrapped(model)
     with eval_mode(model), gathered(model):
         if recipe is None:

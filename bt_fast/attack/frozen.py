@@ -109,7 +109,10 @@ def checked_logits(logits: object, n: int) -> Tensor:
         kind = logits.dtype if isinstance(logits, Tensor) else type(logits).__name__
         raise TypeError(f"model must return a floating-point tensor of logits, got {kind}: {_instead(logits, n)}")
     if logits.dim() != 2 or len(logits) != n or logits.shape[1] < 2:
-        raise ValueError(f"model must return logits of shape [{n}, K] with K >= 2 classes, got {list(logits.shape)}")
+        raise ValueError(
+            f"model must return logits of shape [{n}, K] with K >= 2 classes, got {list(logits.shape)}: "
+            "let its forward end with .flatten(1), and with a logit for each class"
+        )
     return logits
 
 
@@ -160,7 +163,10 @@ def gradient_of(outputs: Tensor, x: Tensor, weights: Tensor | None = None, *, cr
         with reentrant_refused():
             (found,) = torch.autograd.grad(outputs, x, weights, create_graph=create_graph, allow_unused=True)
     if found is None:
-        raise ValueError("model must return logits with a gradient to its images, but gave logits without one")
+        raise ValueError(
+            "model must return logits with a gradient to its images, but gave logits without one: "
+            "take .detach(), torch.no_grad() or a rounding out of its forward"
+        )
     return found
 
 

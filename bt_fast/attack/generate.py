@@ -123,19 +123,33 @@ def start_attack(
 
 def _check(clean: Tensor, start: Tensor, target: Tensor, schedule: Schedule, faulty: Tensor | None) -> None:
     if not isinstance(schedule, Schedule):
-        raise TypeError(f"schedule must be a Schedule, got {type(schedule).__name__}")
+        raise TypeError(
+            f"schedule must be a Schedule, got {type(schedule).__name__}: write Schedule.uniform(m, steps, step_size)"
+        )
     for name, values in (("clean", clean), ("start", start), ("target", target)):
         if not isinstance(values, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(values).__name__}")
+            raise TypeError(f"{name} must be a tensor, got {type(values).__name__}: write torch.as_tensor({name})")
     for name, images in (("clean", clean), ("start", start)):
         if not computable(images):
-            raise TypeError(f"{name} must be floating-point images, got {kind_of(images)}")
+            raise TypeError(
+                f"{name} must be floating-point images, got {kind_of(images)}: of bytes write {name}.float() / 255"
+            )
     m = len(schedule.step_size)
     if clean.dim() == 0 or len(clean) != m:
-        raise ValueError(f"clean must hold the schedule's {m} samples, got shape {list(clean.shape)}")
+        raise ValueError(
+            f"clean must hold the schedule's {m} samples, got shape {list(clean.shape)}: "
+            "give the images that the schedule was made for"
+        )
     if start.shape != clean.shape:
-        raise ValueError(f"start must have clean's shape {list(clean.shape)}, got {list(start.shape)}")
+        raise ValueError(
+            f"start must have clean's shape {list(clean.shape)}, got {list(start.shape)}: give one start for each image"
+        )
     if target.dim() != 2 or len(target) != m:
-        raise ValueError(f"target must have shape [{m}, K], got {list(target.shape)}")
+        raise ValueError(
+            f"target must have shape [{m}, K], got {list(target.shape)}: "
+            "give a row for each image, its softmax or its one-hot label"
+        )
     if faulty is not None and faulty.shape != (m,):
-        raise ValueError(f"faulty must have shape [{m}], got {list(faulty.shape)}")
+        raise ValueError(
+            f"faulty must have shape [{m}], got {list(faulty.shape)}: write torch.zeros({m}, dtype=torch.int32)"
+        )

@@ -7,7 +7,6 @@ are rows of an earlier, larger batch, that nobody reads): the result is the eage
 
 from __future__ import annotations
 
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from bt_fast.device import out_of_memory
 from bt_fast.mining import step_count
 from bt_fast.ops.launch import dense_format
 from bt_fast.ranges import ATTACK_STEP, range_
+from bt_fast.warning import warn_caller
 
 
 class GraphRunner:
@@ -131,7 +131,7 @@ class GraphRunner:
         said = self._said.setdefault(model, set())
         if reason not in said:
             said.add(reason)
-            warnings.warn(f"the attack runs without graphs: {reason}", stacklevel=2)
+            warn_caller(f"the attack runs without graphs: {reason}")
         return None
 
     def _session(

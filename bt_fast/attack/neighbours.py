@@ -5,7 +5,6 @@ A batch norm without statistics of its own does so, a layer that takes the batch
 
 from __future__ import annotations
 
-import warnings
 from weakref import WeakSet
 
 import torch
@@ -14,12 +13,13 @@ from torch import Tensor, nn
 from bt_fast.attack.device import RandomStates, device_generator, host_generator
 from bt_fast.attack.frozen import clean_logits, uncompiled
 from bt_fast.attack.threat import ThreatModel
+from bt_fast.warning import warn_caller
 
 _looked_at: WeakSet[nn.Module] = WeakSet()
 ROOM = 1e-2  # of the largest logit: far above what 16 bits round, far below what another image in the batch does
 
 
-def warn_of_neighbours(model: nn.Module, x: Tensor, threat: ThreatModel) -> None:
+def warn_of_neighbours(model: nn.Module, x: Tensor, threat: ThreatModel, instead: str) -> None:
     """Warn, once for a model in eval mode, if the first image's logits change with the image beside it.
 
     Two forwards of two images, which leave buffers and generators as they were; on a GPU they are waited for.
@@ -27,17 +27,17 @@ def warn_of_neighbours(model: nn.Module, x: Tensor, threat: ThreatModel) -> None
     Args:
         model: in eval mode.
         x: [m, ...], m ≥ 1, images within the threat model's bounds.
+        instead: what else the caller can do than to change the model.
     """
     if model in _looked_at or x.is_meta:  # where there are no values
         return
     alone = _alone(model, x[:1].detach(), threat)
     _looked_at.add(model)
     if not alone:
-        warnings.warn(
+        warn_caller(
             "the model's logits of an image depend on the other images of its batch, in eval mode too: what an attack "
             "that drops samples from the batch finds depends on who is dropped. Give its norms statistics of their "
-            "own, BatchNorm2d(..., track_running_stats=True) say, or train without bullet",
-            stacklevel=2,
+            f"own, BatchNorm2d(..., track_running_stats=True) say, or {instead}"
         )
 
 

@@ -45,9 +45,15 @@ class Normalization:
         for name in ("mean", "std"):
             object.__setattr__(self, name, _numbers(name, getattr(self, name)))
         if len(self.mean) != len(self.std) or not self.mean:
-            raise ValueError(f"mean and std must have one number for each channel, got {self.mean} and {self.std}")
+            raise ValueError(
+                f"mean and std must have one number for each channel, got {self.mean} and {self.std}: "
+                "give as many as the images have channels"
+            )
         if not all(s > 0 for s in self.std):
-            raise ValueError(f"std must hold numbers above 0, got {self.std}")
+            raise ValueError(
+                f"std must hold numbers above 0, got {self.std}: "
+                "give the deviations, not their negatives; of a constant channel write 1"
+            )
 
 
 class Normalize(nn.Module):
@@ -164,7 +170,9 @@ def on_pixels(
         yield model, lambda images: images
         return
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        raise TypeError(
+            f"model must be a torch.nn.Module, got {type(model).__name__}: of a function make the forward of one"
+        )
     _check(x, normalization, name)
     front, inside = (_front(m, x, normalization) for m in (model, unwrapped(model)))
     del x
@@ -191,16 +199,25 @@ def _front(model: nn.Module, x: Tensor, normalization: Normalization) -> _OnPixe
 
 def _check(x: Tensor, normalization: Normalization, name: str) -> None:
     if not isinstance(normalization, Normalization):
-        raise TypeError(f"normalization must be a Normalization or None, got {type(normalization).__name__}")
+        raise TypeError(
+            f"normalization must be a Normalization or None, got {type(normalization).__name__}: "
+            "write Normalization(mean, std)"
+        )
     channels = len(normalization.mean)
     if x.dim() < 2 or x.shape[1] != channels:
-        raise ValueError(f"{name} must have {channels} channels as normalization has, got shape {list(x.shape)}")
+        raise ValueError(
+            f"{name} must have {channels} channels as normalization has, got shape {list(x.shape)}: "
+            "give mean and std as many numbers as the images have channels"
+        )
 
 
 def _numbers(name: str, values: Any) -> tuple[float, ...]:
     if isinstance(values, str) or not hasattr(values, "__iter__"):
-        raise TypeError(f"{name} must be a sequence of numbers, one for each channel, got {values!r}")
+        raise TypeError(
+            f"{name} must be a sequence of numbers, one for each channel, got {values!r}: "
+            f"write {name}=({values!r},), if there is one channel"
+        )
     found = tuple(real(name, value.item() if isinstance(value, Tensor) else value) for value in values)
     if not all(map(math.isfinite, found)):
-        raise ValueError(f"{name} must hold finite numbers, got {found}")
+        raise ValueError(f"{name} must hold finite numbers, got {found}: look for a division by 0 in what gave them")
     return found

@@ -74,24 +74,32 @@ class Schedule:
         """
         if not isinstance(steps, Tensor) or not isinstance(step_size, Tensor):
             raise TypeError(
-                f"steps and step_size must be tensors, got {type(steps).__name__}, {type(step_size).__name__}"
+                f"steps and step_size must be tensors, got {type(steps).__name__}, {type(step_size).__name__}: "
+                "write torch.as_tensor(...)"
             )
         if steps.is_floating_point() or steps.is_complex() or steps.dtype == torch.bool:
-            raise TypeError(f"steps must be integers, got {steps.dtype}")
+            raise TypeError(f"steps must be integers, got {steps.dtype}: write steps.long()")
         if steps.dim() != 1 or step_size.shape != steps.shape:
             raise ValueError(
-                f"steps and step_size must both have shape [m], got {list(steps.shape)} and {list(step_size.shape)}"
+                f"steps and step_size must both have shape [m], got {list(steps.shape)} and {list(step_size.shape)}: "
+                "give one of each for each sample"
             )
         if not computable(step_size):
-            raise TypeError(f"step_size must be floating point, got {kind_of(step_size)}")
+            raise TypeError(f"step_size must be floating point, got {kind_of(step_size)}: write step_size.float()")
         if step_size.device != steps.device:
-            raise ValueError(f"step_size must be on {steps.device} like the steps, but is on {step_size.device}")
+            raise ValueError(
+                f"step_size must be on {steps.device} like the steps, but is on {step_size.device}: "
+                f"write step_size.to({str(steps.device)!r})"
+            )
         bad_sizes = ~((step_size > 0) & step_size.isfinite())
         *counts, bad = HostRead(torch.cat([steps.long(), bad_sizes.sum().reshape(1)])).wait()
         if bad:
-            raise ValueError(f"step_size must hold finite numbers above 0, but {bad} of {len(steps)} are not")
+            raise ValueError(
+                f"step_size must hold finite numbers above 0, but {bad} of {len(steps)} are not: "
+                "give samples without steps any size above 0"
+            )
         if any(n < 0 for n in counts):
-            raise ValueError(f"steps must be at least 0, got {min(counts)}")
+            raise ValueError(f"steps must be at least 0, got {min(counts)}: write steps.clamp(min=0)")
         most = max(counts, default=0)
         order, _ = ops.order_by_steps(steps, most)
         active = tuple(sum(n > t for n in counts) for t in range(most))

@@ -31,9 +31,14 @@ class ThreatModel:
     def __post_init__(self) -> None:
         positive("epsilon", self.epsilon)
         if not isinstance(self.norm, str) or self.norm not in NORMS:
-            raise ValueError(f"distance must be one of {', '.join(map(repr, NORMS))}, got {self.norm!r}")
+            raise ValueError(
+                f"distance must be one of {', '.join(map(repr, NORMS))}, got {self.norm!r}: write {NORMS[0]!r}"
+            )
         if not real("lower", self.lower) < real("upper", self.upper):
-            raise ValueError(f"lower must be less than upper, got {self.lower} and {self.upper}")
+            raise ValueError(
+                f"lower must be less than upper, got {self.lower} and {self.upper}: "
+                "give the least and the greatest value of a pixel"
+            )
         for name in ("epsilon", "lower", "upper"):  # of a fraction, an integer of 64 bits, ... too
             object.__setattr__(self, name, float(getattr(self, name)))
 
@@ -41,4 +46,4 @@ class ThreatModel:
 def check_threat(threat: ThreatModel) -> None:
     """Raise TypeError unless it is a threat model."""
     if not isinstance(threat, ThreatModel):
-        raise TypeError(f"threat must be a ThreatModel, got {type(threat).__name__}")
+        raise TypeError(f"threat must be a ThreatModel, got {type(threat).__name__}: write ThreatModel(epsilon)")

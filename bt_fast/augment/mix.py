@@ -91,7 +91,10 @@ def augment_and_mix(x: Tensor, choices: Choices) -> Tensor:
     check_images(x, "x")
     n = len(x)
     if len(choices.operation) != n:
-        raise ValueError(f"choices must be for {n} samples, one for each image, got {len(choices.operation)}")
+        raise ValueError(
+            f"choices must be for {n} samples, one for each image, got {len(choices.operation)}: "
+            f"write draw_choices({n}, ...)"
+        )
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     images = (wide * 255).round().clamp(0, 255).to(torch.uint8).repeat_interleave(CHAINS, dim=0)
     steps = ((t.flatten(0, 1).unbind(dim=1)) for t in (choices.operation, choices.level, choices.negative))
@@ -108,14 +111,20 @@ def augment_and_mix(x: Tensor, choices: Choices) -> Tensor:
 def check_images(x: Tensor, name: str) -> None:
     """Raise TypeError or ValueError that names `name` unless x is floating-point images [n, C, H, W]."""
     if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a tensor of images, got {type(x).__name__}")
+        raise TypeError(f"{name} must be a tensor of images, got {type(x).__name__}: write torch.as_tensor({name})")
     if not computable(x):
-        raise TypeError(f"{name} must be floating-point images, got {kind_of(x)}")
+        raise TypeError(f"{name} must be floating-point images, got {kind_of(x)}: of bytes write {name}.float() / 255")
     if x.dim() != 4 or 0 in x.shape[1:]:
-        raise ValueError(f"{name} must have shape [n, C, H, W] with C, H, W >= 1, got {list(x.shape)}")
+        raise ValueError(
+            f"{name} must have shape [n, C, H, W] with C, H, W >= 1, got {list(x.shape)}: "
+            f"of one image write {name}[None]"
+        )
 
 
 def check_severity(severity: float) -> None:
     """Raise TypeError or ValueError unless severity is a number in (0.1, 10]."""
     if not LEAST_LEVEL < real("severity", severity) <= MOST_LEVEL:
-        raise ValueError(f"severity must lie in ({LEAST_LEVEL:g}, {MOST_LEVEL:g}], got {severity}")
+        raise ValueError(
+            f"severity must lie in ({LEAST_LEVEL:g}, {MOST_LEVEL:g}], got {severity}: "
+            "write severity=3, as AugMix's authors"
+        )

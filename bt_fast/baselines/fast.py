@@ -55,7 +55,10 @@ def fast_loss(
             would not use). Nothing has been changed then.
     """
     if objective not in _OBJECTIVES:
-        raise ValueError(f"objective must be trades_loss, mart_loss or pgd_loss of bt_fast, got {objective!r}")
+        raise ValueError(
+            f"objective must be trades_loss, mart_loss or pgd_loss of bt_fast, got {objective!r}: "
+            "write fast_loss(trades_loss, model, ...)"
+        )
     epsilon = positive("epsilon", epsilon)
     steps = step_count("steps", steps, least=1)
     if options.get("bullet") is not None:

@@ -99,9 +99,9 @@ def yopo_loss(
     adversarial.check(x_natural, y, optimizer, step_size, 1, None, generator, None, None)
     m, n = step_count("propagations", propagations, least=1), step_count("layer_steps", layer_steps, least=1)
     if not isinstance(objective, str) or objective not in ("pgd", "trades", "mart"):
-        raise ValueError(f"objective must be 'pgd', 'trades' or 'mart', got {objective!r}")
+        raise ValueError(f"objective must be 'pgd', 'trades' or 'mart', got {objective!r}: write objective='trades'")
     if objective == "pgd" and beta is not None:
-        raise ValueError(f"beta is an option of 'trades' and 'mart', not of 'pgd', got {beta!r}")
+        raise ValueError(f"beta is an option of 'trades' and 'mart', not of 'pgd', got {beta!r}: leave it out")
     weight = _BETA.get(objective, 0.0) if beta is None else beta
     adversarial.check_robust_term(weight, None, None)
     warn_of_units(threat.epsilon, step_size=float(step_size))
@@ -154,7 +154,10 @@ class _Split:
             hook.remove()
         _check_once(len(edges))
         if not logits.requires_grad:
-            raise ValueError("model must return logits with a gradient to its images, but gave logits without one")
+            raise ValueError(
+                "model must return logits with a gradient to its images, but gave logits without one: "
+                "take .detach(), torch.no_grad() or a rounding out of its forward"
+            )
         return logits, edges[0]
 
     def alone(self, x: Tensor) -> Tensor:
@@ -176,14 +179,23 @@ class _Split:
 def _checked_first(model: nn.Module, first: nn.Module | None, x: Tensor, y: Tensor) -> nn.Module:
     """The first layer, found or checked on the forward of one row, with which the values are checked too."""
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        raise TypeError(
+            f"model must be a torch.nn.Module, got {type(model).__name__}: of a function make the forward of one"
+        )
     if first is not None and not isinstance(first, nn.Module):
-        raise TypeError(f"first must be a module or None, got {type(first).__name__}")
+        raise TypeError(
+            f"first must be a module or None, got {type(first).__name__}: "
+            "give the model's first layer, as model.conv1, or leave it out"
+        )
     if first is not None and all(module is not first for module in model.modules()):
-        raise ValueError("first must be a layer of the model, but is none of its modules")
+        raise ValueError(
+            "first must be a layer of the model, but is none of its modules: give one, as model.conv1, or leave it out"
+        )
     for module in model.modules():
         if isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-            raise ValueError("model must not be spread over devices: its first layer could not be reached")
+            raise ValueError(
+                "model must not be spread over devices: its first layer could not be reached; give model.module"
+            )
     called: list[nn.Module] = []
     outputs: list[object] = []
 
@@ -199,11 +211,17 @@ def _checked_first(model: nn.Module, first: nn.Module | None, x: Tensor, y: Tens
         for hook in hooks:
             hook.remove()
     if first is None and not called:
-        raise ValueError("first must be given: the model's forward reaches no convolution or linear layer")
+        raise ValueError(
+            "first must be given: the model's forward reaches no convolution or linear layer; "
+            "name the layer that the images enter, as first=model.stem"
+        )
     found = called[0] if first is None else first
     _check_once(sum(module is found for module in called))
     if not isinstance(outputs[0], Tensor) or not outputs[0].is_floating_point():
-        raise TypeError(f"first must return a floating-point tensor, got {type(outputs[0]).__name__}")
+        raise TypeError(
+            f"first must return a floating-point tensor, got {type(outputs[0]).__name__}: "
+            "give a layer whose forward returns one"
+        )
     return found
 
 
@@ -213,7 +231,10 @@ def _check_once(calls: int) -> None:
 
 
 def _not_once(calls: int) -> ValueError:
-    return ValueError(f"first must be called exactly once in a forward, but was called {calls} times")
+    return ValueError(
+        f"first must be called exactly once in a forward, but was called {calls} times: "
+        "give a layer that a forward calls once, or leave first out"
+    )
 
 
 # The attack

@@ -238,7 +238,7 @@ def compare(
     """
     twice = [method for method in methods if methods.count(method) > 1]
     if twice:
-        raise ValueError(f"--method {twice[0]} is given twice: each method is trained once")
+        raise ValueError(f"--method {twice[0]} is given twice: each method is trained once; give it once")
     if not methods and resume is None and repeat is None:
         methods = ("optimised", "bullet") if given["loss"] == "augmix" else COMPARED
     with _world(device, rank_timeout) as (world, where):
@@ -593,7 +593,7 @@ def _run(
     balance: bool,
 ) -> None:
     if balance and world.group is None:
-        raise ValueError("--balance shares an attack out over ranks: start several with torchrun")
+        raise ValueError("--balance shares an attack out over ranks: start several with torchrun; leave it away on one")
     asked = {name: value for name, value in given.items() if value not in (None, ())}
     if methods is not None:
         asked["methods"] = methods
@@ -625,7 +625,9 @@ def _train_and_report(
     balance: bool,
 ) -> None:
     if balance and (config.loss == "augmix" or not any(m.startswith("bullet") for m in config.methods)):
-        raise ValueError("--balance shares BulletTrain's attack out: it needs a method bullet, and a loss but augmix")
+        raise ValueError(
+            "--balance shares BulletTrain's attack out: it needs a method bullet, and a loss but augmix; leave it away"
+        )
     shared = Balance(ranks_per_node=world.per_node) if balance else None
     with ExitStack() as stack:
         with _stop_signals() as stop:

@@ -84,23 +84,32 @@ class RunConfig:
         try:
             fields = parse_json(text)
         except ValueError as error:
-            raise ValueError(f"not a run configuration: {error}") from error
+            raise ValueError(f"not a run configuration: {error}; expected what `to_json` wrote") from error
         if isinstance(fields, dict):
             fields = _ADDED | fields
         names = {field.name for field in dataclasses.fields(cls)}
         if not isinstance(fields, dict) or set(fields) != names:
             found = sorted(fields) if isinstance(fields, dict) else type(fields).__name__
-            raise ValueError(f"not a run configuration of this version: found {found}, expected {sorted(names)}")
+            raise ValueError(
+                f"not a run configuration of this version: found {found}, expected {sorted(names)}; "
+                "give it to the version of bt_fast that wrote it"
+            )
         lists = {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
         config = cls(**{**fields, **lists})
         for name, kinds in _KINDS.items():
             value = getattr(config, name)
             if (isinstance(value, bool) and bool not in kinds) or not isinstance(value, kinds):
-                raise ValueError(f"{name} in the run configuration has the wrong kind of value: {value!r}")
+                raise ValueError(
+                    f"{name} in the run configuration has the wrong kind of value: {value!r}; "
+                    f"write a value like {getattr(_DIGITS, name)!r}"
+                )
         for name, kind in (("methods", str), ("decay_epochs", int)):
             values = getattr(config, name)
             if any(type(value) is not kind for value in values):
-                raise ValueError(f"{name} in the run configuration has the wrong kind of values: {values!r}")
+                raise ValueError(
+                    f"{name} in the run configuration has the wrong kind of values: {values!r}; "
+                    f"write values like {getattr(_DIGITS, name)!r}"
+                )
         config.check()
         return config
 
@@ -113,9 +122,14 @@ class RunConfig:
             ("non_finite", self.non_finite, NON_FINITE),
         ):
             if value not in choices:
-                raise ValueError(f"{name} in the run configuration must be one of {', '.join(choices)}, got {value!r}")
+                raise ValueError(
+                    f"{name} in the run configuration must be one of {', '.join(choices)}, got {value!r}; "
+                    f"write {name}={next(iter(choices))!r}"
+                )
         if len(set(self.methods)) < len(self.methods) or not self.methods:
-            raise ValueError(f"methods must be at least one, each once, got {', '.join(self.methods) or 'none'}")
+            raise ValueError(
+                f"methods must be at least one, each once, got {', '.join(self.methods) or 'none'}; give --method"
+            )
         for name in self.methods:
             _, config = self.of_method(name)
             if self.loss != "augmix":
@@ -130,9 +144,12 @@ class RunConfig:
         method = Method.parse(name)
         taken = _OF_AUGMIX if self.loss == "augmix" else _OF_ATTACKS
         if method.algorithm not in taken:
-            raise ValueError(f"--method {name}: {self.loss} has {', '.join(taken)}")
+            raise ValueError(f"--method {name}: {self.loss} has {', '.join(taken)}; name one of these")
         if method.view and self.loss == "augmix":
-            raise ValueError(f"--method {name}: augmix has no attack that could see another view (-{method.view})")
+            raise ValueError(
+                f"--method {name}: augmix has no attack that could see another view (-{method.view}); "
+                f"leave -{method.view} away"
+            )
         changes: dict[str, Any] = dict(method.changes)
         return method, dataclasses.replace(self, **changes)
 

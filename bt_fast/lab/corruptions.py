@@ -75,7 +75,7 @@ class Made:
             content = parse_json(path.read_text(encoding="utf-8"))
             found = cls(content["seed"], tuple(content["images"]))
             if type(found.seed) is not int or any(type(digest) is not str for digest in found.images):
-                raise TypeError("seed must be an integer, and images a list of texts")
+                raise TypeError("expected a seed that is an integer, and images, a list of texts")
         except FileNotFoundError:
             return None
         except (KeyError, TypeError, ValueError) as error:

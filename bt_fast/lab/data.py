@@ -102,7 +102,7 @@ def images(batch: Tensor, device: torch.device | str) -> Tensor:
     Raises ValueError if the batch is not uint8.
     """
     if batch.dtype != torch.uint8:
-        raise ValueError(f"batch: found {batch.dtype}, expected torch.uint8")
+        raise ValueError(f"batch: found {batch.dtype}, expected torch.uint8: give bytes, as load_dataset does")
     return batch.to(device).float() / 255  # moved first: uint8 is a quarter of the bytes
 
 

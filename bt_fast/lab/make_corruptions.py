@@ -55,7 +55,10 @@ def make_corruptions(
     """
     corrupt = _library()
     if x.dim() != 4 or x.shape[1] not in (1, 3) or len(x) == 0 or len(x) != len(y):
-        raise ValueError(f"x must be [n, C, H, W] with C 1 or 3 and one label an image, got {list(x.shape)}, {len(y)}")
+        raise ValueError(
+            f"x must be [n, C, H, W] with C 1 or 3 and one label an image, got {list(x.shape)}, {len(y)}: "
+            "give grey or coloured images, and as many labels"
+        )
     folder.parent.mkdir(parents=True, exist_ok=True)
     with alone(folder.with_name(f".{folder.name}.lock"), waiting):
         made = Made.of(x, y, seed)

@@ -62,12 +62,14 @@ class Method:
         numbers = tuple(int(n) for n in digits) or ((1,) if algorithm == "fast" else ())
         view = found[2] or ""
         if 0 in numbers:
-            raise ValueError(f"--method {name}: counts must be at least 1")
+            raise ValueError(f"--method {name}: counts must be at least 1; write 1 or more")
         if view and algorithm in ("reference", "yopo", "no-jsd"):
-            raise ValueError(f"--method {name}: {algorithm} has no attack that could see another view (-{view})")
+            raise ValueError(
+                f"--method {name}: {algorithm} has no attack that could see another view (-{view}); leave -{view} away"
+            )
         changes = dict(_change(name, option) for option in options)
         if len(changes) < len(options):
-            raise ValueError(f"--method {name}: an option is given twice")
+            raise ValueError(f"--method {name}: an option is given twice; give each once")
         return cls(name, algorithm, view, numbers, changes)
 
 
@@ -79,7 +81,7 @@ def _change(name: str, option: str) -> tuple[str, float | int | str]:
     try:
         return key.replace("-", "_"), kind(text)
     except ValueError as error:
-        raise ValueError(f"--method {name}: {key} must be {_KINDS[kind]}, got {text!r}") from error
+        raise ValueError(f"--method {name}: {key} must be {_KINDS[kind]}, got {text!r}; give one") from error
 
 
 _KINDS = {int: "an integer", float: "a number", str: "a name"}

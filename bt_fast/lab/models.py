@@ -51,7 +51,7 @@ class SmallCNN(nn.Module):
         height, breadth = (image_size, image_size) if isinstance(image_size, int) else image_size
         rows, columns = (((side - 4) // 2 - 4) // 2 for side in (height, breadth))
         if min(height, breadth) < SMALLEST:
-            raise ValueError(f"image_size must be at least {SMALLEST}, got {min(height, breadth)}")
+            raise ValueError(f"image_size must be at least {SMALLEST}, got {min(height, breadth)}: resize the images")
         self.feature_extractor = nn.Sequential(
             OrderedDict[str, nn.Module](
                 conv1=nn.Conv2d(in_channels, width, 3),
@@ -196,7 +196,9 @@ class WideResNet(nn.Module):
         super().__init__()
         blocks, rest = divmod(depth - 4, 6)
         if rest or blocks < 1:
-            raise ValueError(f"depth must be 6 n + 4 with n >= 1 (10, 16, ..., 34, 40), got {depth}")
+            raise ValueError(
+                f"depth must be 6 n + 4 with n >= 1 (10, 16, ..., 34, 40), got {depth}: take the nearest of these"
+            )
 
         def stage(in_planes: int, planes: int, stride: int) -> nn.Sequential:
             layer = _stage(blocks, in_planes, planes, stride, "convShortcut", dropout)
@@ -246,9 +248,12 @@ def build_model(
         return SmallCNN(in_channels, image_size, num_classes, width=32 if width is None else width)
     wide = re.fullmatch(_WIDE, name)
     if not wide and name != "preactresnet-18":
-        raise ValueError(f"no network {name!r}; there are 'small-cnn', 'preactresnet-18' and 'wrn-D-K', as 'wrn-34-10'")
+        raise ValueError(
+            f"no network {name!r}; there are 'small-cnn', 'preactresnet-18' and 'wrn-D-K', as 'wrn-34-10'; "
+            "name one of these"
+        )
     if width is not None:
-        raise ValueError(f"width only applies to 'small-cnn', not to {name!r}")
+        raise ValueError(f"width only applies to 'small-cnn', not to {name!r}; leave it away")
     if wide:
         return WideResNet(int(wide[1]), int(wide[2]), in_channels, num_classes)
     return PreActResNet18(in_channels, num_classes)
@@ -343,7 +348,9 @@ def load_published(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     try:
         found = network_in(content, own)
     except ValueError as error:
-        raise ValueError(f"{path}: a layer in front of the network is no normalization: {error}") from error
+        raise ValueError(
+            f"{path}: a layer in front of the network is no normalization: {error}; give a file of the network alone"
+        ) from error
     if found is None:
         raise ValueError(
             f"{path} holds no state_dict of {type(model).__name__}: found {described(content)}, and looked in "

@@ -64,9 +64,9 @@ class Provenance:
                 raise ValueError(f"found format {content['format']}, expected {FORMAT}")
             found = cls(RunConfig.from_json(json.dumps(content["config"])), content["data"], content["starts"])
             if not isinstance(found.starts, list) or not isinstance(found.data["sha256"], str):
-                raise TypeError("starts must be a list, and data.sha256 a text")
+                raise TypeError("expected starts, a list, and data.sha256, a text")
             if not all(isinstance(s.get(key, {}), dict) for s in found.starts for key in ("machine", "settings")):
-                raise TypeError("machine and settings of a start must be objects")
+                raise TypeError("expected machine and settings of a start to be objects")
         except FileNotFoundError as error:
             raise ValueError(f"{path}: no such file, which tells what the run is made of") from error
         except (AttributeError, KeyError, TypeError, ValueError) as error:

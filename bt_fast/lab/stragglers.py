@@ -112,13 +112,13 @@ def measured_groups(runs: Sequence[Sequence[Fractions]], samples: int) -> Groups
         ValueError: there is no run, or one has fewer than 4 records or no outliers in its later half.
     """
     if not runs or min(map(len, runs)) < 4:
-        raise ValueError(f"runs must hold at least 4 records each, got {[len(run) for run in runs]}")
+        raise ValueError(f"runs must hold at least 4 records each, got {[len(run) for run in runs]}: measure longer")
     ratios = []
     for run in runs:
         shares = np.array([f.outlier for f in run[len(run) // 2 :]])
         chance = float((shares * (1 - shares)).mean()) / samples
         if chance == 0:
-            raise ValueError("runs must have outliers in their later halves")
+            raise ValueError("runs must have outliers in their later halves: measure longer")
         ratios.append(float((np.diff(shares) ** 2).mean()) / 2 / chance)
     return Groups(tuple(f for run in runs for f in run), statistics.mean(ratios))
 

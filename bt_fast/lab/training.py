@@ -83,7 +83,10 @@ class Contestant:
         self.method = method
         self.kind, self.config = config.of_method(method)
         if self.kind.algorithm == "yopo" and world.group is not None:
-            raise ValueError(f"--method {method}: YOPO's gradients bypass the sum over ranks; it runs on one alone")
+            raise ValueError(
+                f"--method {method}: YOPO's gradients bypass the sum over ranks; it runs on one alone; "
+                "leave it out under torchrun"
+            )
         self.world, self._balance = world, balance
         self.device = device
         torch.manual_seed(config.seed)
@@ -452,10 +455,15 @@ class Run:
         try:
             found = [parse_json(line) for line in lines]
         except ValueError as error:
-            raise ValueError(f"{self._metrics_path}: a line is not a record ({error})") from error
+            raise ValueError(
+                f"{self._metrics_path}: a line is not a record ({error}); restore the file, or start the run anew"
+            ) from error
         for record in found:
             if not isinstance(record, dict) or type(record.get("iteration")) is not int or "kind" not in record:
-                raise ValueError(f"{self._metrics_path}: a line is not a record ({json.dumps(record)[:80]})")
+                raise ValueError(
+                    f"{self._metrics_path}: a line is not a record ({json.dumps(record)[:80]}); "
+                    "restore the file, or start the run anew"
+                )
         return found
 
     def _step(self, batch: Tensor) -> None:
@@ -574,7 +582,9 @@ class Run:
             self.energy.load(state.get("energy"))
             self.iteration = state["iteration"]
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
-            raise ValueError(f"{self.checkpoint_path}: does not fit this run ({error})") from error
+            raise ValueError(
+                f"{self.checkpoint_path}: does not fit this run ({error}); start another with --out"
+            ) from error
         if not self.world.leads:
             return
         # what was recorded after the checkpoint will be recorded again

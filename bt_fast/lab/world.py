@@ -81,7 +81,8 @@ class World:
             if 0 < m < self.count:
                 raise ValueError(
                     f"--batch-size {batch_size}: {which} would have {m} of the {n} training images, fewer than there "
-                    f"are ranks ({self.count}); it is the size of the whole minibatch, which the ranks share"
+                    f"are ranks ({self.count}); it is the size of the whole minibatch, which "
+                    "the ranks share: give a larger one, or start fewer ranks"
                 )
 
     def wrap(self, model: nn.Module, device: torch.device) -> nn.Module:
@@ -211,10 +212,16 @@ def joined(device: str | None, minutes: float) -> Iterator[tuple[World, str | No
 def _place(device: str | None, local: int, per_node: int) -> str:
     """The name of a rank's device."""
     if device not in (None, "cpu", "cuda"):
-        raise ValueError(f"--device {device}: each rank has a GPU of its own; expected cpu or cuda under torchrun")
+        raise ValueError(
+            f"--device {device}: each rank has a GPU of its own; expected cpu or cuda under torchrun; "
+            "leave the number away"
+        )
     if device == "cpu" or (device is None and not torch.cuda.is_available()):
         return "cpu"
     found = torch.cuda.device_count()
     if found < per_node:
-        raise ValueError(f"--nproc-per-node {per_node}: there are {found} CUDA devices, expected one for each rank")
+        raise ValueError(
+            f"--nproc-per-node {per_node}: there are {found} CUDA devices, expected one for each rank; "
+            f"start at most {found}"
+        )
     return f"cuda:{local}"

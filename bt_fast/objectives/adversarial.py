@@ -186,7 +186,7 @@ def _start_ragged(
     with attack_model(model, a.frozen, x[:COMPARED]) as view:
         with range_(MINING):  # to the end of the wait for the counts
             logits = clean_logits(view, x)
-            warn_of_neighbours(model, x, a.threat)
+            warn_of_neighbours(model, x, a.threat, "leave bullet out")
             state = random_state(x, a.generator) if a.samples is None else state_of_seed(x, a.generator)
             attacked, of_attack = None, []
             if isinstance(bullet.policy, Oracle):
@@ -398,7 +398,9 @@ def check(
 ) -> None:
     """Raise TypeError or ValueError, which names the argument, for what the host can see of the objectives' own."""
     if not isinstance(x, Tensor):
-        raise TypeError(f"x_natural must be a tensor of images, got {type(x).__name__}")
+        raise TypeError(
+            f"x_natural must be a tensor of images, got {type(x).__name__}: write torch.as_tensor(x_natural)"
+        )
     if not computable(x):
         raise TypeError(f"x_natural must be floating-point images, got {kind_of(x)}: {AS_FLOATS}")
     if x.dim() < 2 or x.numel() == 0:
@@ -411,24 +413,36 @@ def check(
         check_labels(samples, len(x), x.device, "samples")
     positive("step_size", step_size)
     if optimizer is not None and not hasattr(optimizer, "zero_grad"):
-        raise TypeError(f"optimizer must be an optimizer or None, got {type(optimizer).__name__}")
+        raise TypeError(
+            f"optimizer must be an optimizer or None, got {type(optimizer).__name__}: "
+            "give the one of the model's parameters"
+        )
     if bullet is not None and not isinstance(bullet, BulletTrain):
-        raise TypeError(f"bullet must be a BulletTrain or None, got {type(bullet).__name__}")
+        raise TypeError(
+            f"bullet must be a BulletTrain or None, got {type(bullet).__name__}: "
+            "write bullet=BulletTrain() once, before the loop"
+        )
     if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(f"generator must be a torch.Generator or None, got {type(generator).__name__}")
+        raise TypeError(
+            f"generator must be a torch.Generator or None, got {type(generator).__name__}: "
+            f"write torch.Generator({str(x.device)!r}).manual_seed(0)"
+        )
     if generator is not None and generator.device.type != x.device.type:
         raise ValueError(
             f"generator must be on {x.device} like the images, but is on {generator.device}: write "
             f"torch.Generator({str(x.device)!r})"
         )
     if frozen is not None and not isinstance(frozen, Frozen):
-        raise TypeError(f"frozen must be a Frozen or None, got {type(frozen).__name__}")
+        raise TypeError(f"frozen must be a Frozen or None, got {type(frozen).__name__}: write frozen=Frozen()")
     if update is not None and not isinstance(update, Update):
-        raise TypeError(f"update must be an Update or None, got {type(update).__name__}")
+        raise TypeError(f"update must be an Update or None, got {type(update).__name__}: write update=Update()")
     if balance is not None and not isinstance(balance, Balance):
-        raise TypeError(f"balance must be a Balance or None, got {type(balance).__name__}")
+        raise TypeError(f"balance must be a Balance or None, got {type(balance).__name__}: write balance=Balance()")
     if balance is not None and (bullet is None or bullet.process_group is None):
-        raise ValueError("balance shares an attack out over ranks: it needs bullet=BulletTrain(process_group=...)")
+        raise ValueError(
+            "balance shares an attack out over ranks: it needs bullet=BulletTrain(process_group=...): "
+            "give that, or leave balance out"
+        )
     step_count("perturb_steps", perturb_steps, least=1 if bullet is None else 0)
     if bullet is not None and perturb_steps not in (10, bullet.boundary_steps):
         raise ValueError(
@@ -440,15 +454,20 @@ def check(
 def noise_of(start: Noise | None, default: Noise) -> Noise:
     """The noise of the option `start`, or ValueError."""
     if not isinstance(start, (str, NoneType)) or start not in (None, "normal", "uniform"):
-        raise ValueError(f"start must be 'normal', 'uniform' or None, got {start!r}")
+        raise ValueError(f"start must be 'normal', 'uniform' or None, got {start!r}: write start='normal'")
     return start or default
 
 
 def check_robust_term(beta: float, unperturbed: Unperturbed | None, bullet: BulletTrain | None) -> None:
     """Raise TypeError or ValueError unless the options of a loss with a robust term fit."""
     if not (real("beta", beta) >= 0 and math.isfinite(beta)):
-        raise ValueError(f"beta must be a finite number of at least 0, got {beta}")
+        raise ValueError(f"beta must be a finite number of at least 0, got {beta}: write beta=6.0")
     if not isinstance(unperturbed, (str, NoneType)) or unperturbed not in (None, "keep", "skip"):
-        raise ValueError(f"unperturbed must be 'keep', 'skip' or None, got {unperturbed!r}")
+        raise ValueError(
+            f"unperturbed must be 'keep', 'skip' or None, got {unperturbed!r}: "
+            "write unperturbed='keep', or leave it out"
+        )
     if unperturbed is not None and bullet is None:
-        raise ValueError("unperturbed is an option of BulletTrain: it needs bullet=")
+        raise ValueError(
+            "unperturbed is an option of BulletTrain: it needs bullet=: give that, or leave unperturbed out"
+        )

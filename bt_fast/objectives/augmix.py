@@ -220,24 +220,39 @@ def _check(
 ) -> None:
     check_images(x, "x")
     if len(x) == 0:
-        raise ValueError(f"x must hold at least 1 image, got shape {list(x.shape)}")
+        raise ValueError(f"x must hold at least 1 image, got shape {list(x.shape)}: leave empty minibatches out")
     check_labels(y, len(x), x.device, "y")
     check_severity(severity)
     if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(f"generator must be a torch.Generator or None, got {type(generator).__name__}")
+        raise TypeError(
+            f"generator must be a torch.Generator or None, got {type(generator).__name__}: "
+            f"write torch.Generator({str(x.device)!r}).manual_seed(0)"
+        )
     if generator is not None and generator.device.type != x.device.type:
-        raise ValueError(f"generator must be on {x.device} like the images, but is on {generator.device}")
+        raise ValueError(
+            f"generator must be on {x.device} like the images, but is on {generator.device}: "
+            f"write torch.Generator({str(x.device)!r})"
+        )
     if bullet is None:
         return
     if not isinstance(bullet, BulletTrain):
-        raise TypeError(f"bullet must be a BulletTrain or None, got {type(bullet).__name__}")
+        raise TypeError(
+            f"bullet must be a BulletTrain or None, got {type(bullet).__name__}: "
+            "write bullet=BulletTrain(1, 0, 0) once, before the loop"
+        )
     steps = (bullet.boundary_steps, bullet.robust_steps, bullet.outlier_steps)
     if steps != BULLET_STEPS:
         raise ValueError(
             "bullet must be BulletTrain(1, 0, 0), boundary, robust and outlier steps: AugMix only turns the "
-            f"augmentation of a sample on or off. Got {steps}"
+            f"augmentation of a sample on or off. Got {steps}: write BulletTrain(1, 0, 0)"
         )
     if isinstance(bullet.policy, Oracle):
-        raise ValueError("bullet's policy must not be an Oracle: AugMix runs no attack that could tell it the groups")
+        raise ValueError(
+            "bullet's policy must not be an Oracle: AugMix runs no attack that could tell it the groups: "
+            "write BulletTrain(1, 0, 0)"
+        )
     if not jsd:
-        raise ValueError("jsd=False trains on one view of every sample: it leaves nothing for bullet to save")
+        raise ValueError(
+            "jsd=False trains on one view of every sample: it leaves nothing for bullet to save: "
+            "leave one of the two out"
+        )

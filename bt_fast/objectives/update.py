@@ -11,7 +11,6 @@ are replaced, during the capture, by leaves on the same memory.
 
 from __future__ import annotations
 
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from bt_fast.attack import device
 from bt_fast.attack.device import RandomStates
 from bt_fast.attack.folded import hooked
 from bt_fast.attack.frozen import plain_values, uncached
+from bt_fast.warning import warn_caller
 
 MOST_CAPTURED = 8  # of one model: each keeps gradients of the model's size
 MOST_MET = 64
@@ -63,7 +63,7 @@ class Update:
     def __post_init__(self) -> None:
         for name in ("channels_last", "graphs"):
             if not isinstance(value := getattr(self, name), bool):
-                raise TypeError(f"{name} must be True or False, got {value!r}")
+                raise TypeError(f"{name} must be True or False, got {value!r}: write Update({name}=True)")
 
 
 class Computation(Hashable, Protocol):
@@ -159,7 +159,7 @@ class _Graphs:
     def _say(self, reason: str) -> None:
         if reason not in self._said:
             self._said.add(reason)
-            warnings.warn(f"the update runs without graphs: {reason}", stacklevel=2)
+            warn_caller(f"the update runs without graphs: {reason}")
 
     def _meet(
         self, met: _Met, model: nn.Module, computation: Computation, x: Tensor, x_adv: Tensor, y: Tensor

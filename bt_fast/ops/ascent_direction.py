@@ -42,7 +42,7 @@ def ascent_direction(logits: Tensor, target: Tensor, scaled: bool = True) -> Ten
         TypeError or ValueError: a dtype, shape or device does not fit; the message names the argument.
     """
     if not target.is_floating_point():
-        raise TypeError(f"target must be floating point, got {target.dtype}")
+        raise TypeError(f"target must be floating point, got {target.dtype}: write target.float()")
     direction: Tensor = _ascent_direction(logits, target.to(rows.result_dtype(logits)), scaled)
     return direction
 

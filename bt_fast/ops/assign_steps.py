@@ -307,9 +307,9 @@ def _check(
     group_counts: Tensor | None,
 ) -> None:
     if svar.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"svar must be torch.float32 or torch.float64, got {svar.dtype}")
+        raise TypeError(f"svar must be torch.float32 or torch.float64, got {svar.dtype}: write svar.float()")
     if svar.dim() != 1:
-        raise ValueError(f"svar must have shape [m], got {list(svar.shape)}")
+        raise ValueError(f"svar must have shape [m], got {list(svar.shape)}: give one number for each sample")
     check("correct", correct, svar.shape, (torch.bool,), svar.device)
     check("robust_fraction", robust_fraction, (), (torch.float64,), svar.device)
     check("unfit", unfit, svar.shape, (torch.uint8,), svar.device)
@@ -318,9 +318,14 @@ def _check(
     )
     check("group_counts", group_counts, (3,), (torch.int64,), svar.device)
     if group_counts is not None and not group_counts.is_contiguous():
-        raise ValueError("group_counts must be contiguous")
+        raise ValueError("group_counts must be contiguous: write group_counts.contiguous()")
     for name, values in (("group_steps", group_steps), ("group_step_sizes", group_step_sizes)):
         if len(values) != 3:
-            raise ValueError(f"{name} must hold 3 numbers (outlier, boundary, robust), got {list(values)}")
+            raise ValueError(
+                f"{name} must hold 3 numbers (outlier, boundary, robust), got {list(values)}: give one for each group"
+            )
     if not all(0 <= n < 2**31 for n in group_steps):
-        raise ValueError(f"group_steps must be at least 0, and fit into 32 bits, got {list(group_steps)}")
+        raise ValueError(
+            f"group_steps must be at least 0, and fit into 32 bits, got {list(group_steps)}: "
+            "give counts of steps, as (0, 10, 2)"
+        )

@@ -317,40 +317,58 @@ def _total(rows: Tensor, logits: Tensor, weights: Tensor | None) -> Tensor:
     if weights is None:
         return rows.sum()
     if weights.dtype not in (logits.dtype, rows.dtype):
-        raise TypeError(f"weights must be {logits.dtype} or {rows.dtype}, got {weights.dtype}")
+        raise TypeError(
+            f"weights must be {logits.dtype} or {rows.dtype}, got {weights.dtype}: write weights.to({rows.dtype})"
+        )
     if weights.shape != rows.shape:
-        raise ValueError(f"weights must have shape {list(rows.shape)}, got {list(weights.shape)}")
+        raise ValueError(
+            f"weights must have shape {list(rows.shape)}, got {list(weights.shape)}: give one for each row"
+        )
     if weights.device != rows.device:
-        raise ValueError(f"weights must be on {rows.device} as the logits, got {weights.device}")
+        raise ValueError(
+            f"weights must be on {rows.device} as the logits, got {weights.device}: "
+            f"write weights.to({str(rows.device)!r})"
+        )
     return (rows * weights).sum()
 
 
 def _check(**logits: Tensor) -> None:
     (first, like), *others = logits.items()
     if not like.is_floating_point():
-        raise TypeError(f"{first} must be floating point, got {like.dtype}")
+        raise TypeError(f"{first} must be floating point, got {like.dtype}: write {first}.float()")
     if like.dim() != 2 or like.shape[1] == 0:
-        raise ValueError(f"{first} must have shape [n, K] with K >= 1, got {list(like.shape)}")
+        raise ValueError(
+            f"{first} must have shape [n, K] with K >= 1, got {list(like.shape)}: "
+            "give a row for each sample and a column for each class"
+        )
     for name, z in others:
         if z.dtype != like.dtype:
-            raise TypeError(f"{name} must be {like.dtype} as {first}, got {z.dtype}")
+            raise TypeError(f"{name} must be {like.dtype} as {first}, got {z.dtype}: write {name}.to({like.dtype})")
         if z.shape != like.shape:
-            raise ValueError(f"{name} must have shape {list(like.shape)} as {first}, got {list(z.shape)}")
+            raise ValueError(
+                f"{name} must have shape {list(like.shape)} as {first}, got {list(z.shape)}: "
+                "give both of the same samples"
+            )
         if z.device != like.device:
-            raise ValueError(f"{name} must be on {like.device} as {first}, got {z.device}")
+            raise ValueError(
+                f"{name} must be on {like.device} as {first}, got {z.device}: write {name}.to({str(like.device)!r})"
+            )
 
 
 def _check_mart(clean_logits: Tensor, adversarial_logits: Tensor, labels: Tensor) -> None:
     _check(clean_logits=clean_logits, adversarial_logits=adversarial_logits)
     n, classes = clean_logits.shape
     if classes < 2:
-        raise ValueError(f"clean_logits must have 2 classes at least, got {classes}")
+        raise ValueError(f"clean_logits must have 2 classes at least, got {classes}: give a column for each class")
     if labels.dtype != torch.int64:
-        raise TypeError(f"labels must be torch.int64, got {labels.dtype}")
+        raise TypeError(f"labels must be torch.int64, got {labels.dtype}: write labels.long()")
     if labels.shape != (n,):
-        raise ValueError(f"labels must have shape {[n]}, got {list(labels.shape)}")
+        raise ValueError(f"labels must have shape {[n]}, got {list(labels.shape)}: give one for each row")
     if labels.device != clean_logits.device:
-        raise ValueError(f"labels must be on {clean_logits.device} as the logits, got {labels.device}")
+        raise ValueError(
+            f"labels must be on {clean_logits.device} as the logits, got {labels.device}: "
+            f"write labels.to({str(clean_logits.device)!r})"
+        )
 
 
 def _register_gradient(op: Any, reference: Callable[..., tuple[Tensor, ...]], logits: int) -> None:

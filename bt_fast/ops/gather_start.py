@@ -268,14 +268,16 @@ def _check(
     x: Tensor, order: Tensor | None, steps: Tensor | None, state: Tensor, noise: str, samples: Tensor | None
 ) -> None:
     if not x.is_floating_point():
-        raise TypeError(f"x must be floating point, got {x.dtype}")
+        raise TypeError(f"x must be floating point, got {x.dtype}: write x.float()")
     if x.dim() < 1:
-        raise ValueError("x must have shape [m, ...], got a 0-dim tensor")
+        raise ValueError("x must have shape [m, ...], got a 0-dim tensor: of one sample write x[None]")
     check("order", order, (len(x),), (torch.int64,), x.device)
     check("steps", steps, (len(x),), (torch.int64, torch.int32), x.device)
     check("samples", samples, (len(x),), (torch.int64,), x.device)
     check("state", state, (2,), (torch.int64,), x.device)
     if not state.is_contiguous():
-        raise ValueError("state must be contiguous")
+        raise ValueError("state must be contiguous: write state.contiguous()")
     if noise not in NOISES:
-        raise ValueError(f"noise must be one of {', '.join(map(repr, NOISES))}, got {noise!r}")
+        raise ValueError(
+            f"noise must be one of {', '.join(map(repr, NOISES))}, got {noise!r}: write noise={NOISES[0]!r}"
+        )

@@ -39,8 +39,13 @@ def check(
     if values is None:
         return
     if values.dtype not in dtypes:
-        raise TypeError(f"{name} must be {' or '.join(str(d) for d in dict.fromkeys(dtypes))}, got {values.dtype}")
+        raise TypeError(
+            f"{name} must be {' or '.join(str(d) for d in dict.fromkeys(dtypes))}, got {values.dtype}: "
+            f"write {name}.to({dtypes[0]})"
+        )
     if values.shape != torch.Size(shape):
-        raise ValueError(f"{name} must have shape {list(shape)}, got {list(values.shape)}")
+        raise ValueError(f"{name} must have shape {list(shape)}, got {list(values.shape)}: give it like the others")
     if values.device != device:
-        raise ValueError(f"{name} must be on {device} like the others, got {values.device}")
+        raise ValueError(
+            f"{name} must be on {device} like the others, got {values.device}: write {name}.to({str(device)!r})"
+        )

@@ -101,8 +101,8 @@ def _results(steps: Tensor, most: int) -> tuple[Tensor, Tensor]:
 
 def _check(steps: Tensor, most: int) -> None:
     if steps.is_floating_point() or steps.is_complex() or steps.dtype == torch.bool:
-        raise TypeError(f"steps must be integers, got {steps.dtype}")
+        raise TypeError(f"steps must be integers, got {steps.dtype}: write steps.long()")
     if steps.dim() != 1:
-        raise ValueError(f"steps must have shape [m], got {list(steps.shape)}")
+        raise ValueError(f"steps must have shape [m], got {list(steps.shape)}: write steps.flatten()")
     if most < 0:
-        raise ValueError(f"most must be at least 0, got {most}")
+        raise ValueError(f"most must be at least 0, got {most}: give the largest count of steps")

@@ -304,7 +304,10 @@ def _check(
     faulty: Tensor | None,
 ) -> None:
     if x_adv.dim() < 2:
-        raise ValueError(f"x_adv must have shape [n, ...] with at least two dimensions, got {list(x_adv.shape)}")
+        raise ValueError(
+            f"x_adv must have shape [n, ...] with at least two dimensions, got {list(x_adv.shape)}: "
+            "of one sample write x_adv[None]"
+        )
     check_step(x_adv, grad, clean, step_size, limits, 2, steps, step, faulty)
     shape = () if _is_seed(stand_in) else tuple(x_adv.shape)
     check("stand_in", stand_in, shape, (x_adv.dtype, torch.int64), x_adv.device)

@@ -71,14 +71,18 @@ def stack_limits(x: Tensor, *limits: float | Tensor) -> Tensor:
         ValueError: a tensor's shape is not [C].
     """
     if x.dim() < 2:
-        raise ValueError(f"limits for each channel need x_adv of shape [n, C, ...], got {list(x.shape)}")
+        raise ValueError(
+            f"limits for each channel need x_adv of shape [n, C, ...], got {list(x.shape)}: "
+            "leave them plain numbers, or give the images their channels"
+        )
     stacked = torch.empty(len(limits), x.shape[1], dtype=_compute_dtype(x), device=x.device)
     for row, limit in zip(stacked, limits, strict=True):
         if isinstance(limit, Tensor):
             if limit.shape != row.shape or limit.device != x.device:
                 raise ValueError(
                     f"a limit for each channel must have shape {list(row.shape)} on {x.device}, "
-                    f"got {list(limit.shape)} on {limit.device}"
+                    f"got {list(limit.shape)} on {limit.device}: "
+                    "give one number for each channel, on the images' device"
                 )
             row.copy_(limit)
         else:
@@ -324,22 +328,25 @@ def check_step(
 ) -> None:
     """Raise TypeError or ValueError unless everything fits `x_adv`; the limits have so many rows."""
     if not x_adv.is_floating_point():
-        raise TypeError(f"x_adv must be floating point, got {x_adv.dtype}")
+        raise TypeError(f"x_adv must be floating point, got {x_adv.dtype}: write x_adv.float()")
     if x_adv.dim() < 1:
-        raise ValueError("x_adv must have shape [n, ...], got a 0-dim tensor")
+        raise ValueError("x_adv must have shape [n, ...], got a 0-dim tensor: of one sample write x_adv[None]")
     n, numbers = x_adv.shape[:1], (_compute_dtype(x_adv),)
     check("grad", grad, x_adv.shape, (x_adv.dtype,), x_adv.device)
     check("clean", clean, x_adv.shape, (x_adv.dtype,), x_adv.device)
     check("step_size", step_size, n, (x_adv.dtype, *numbers), x_adv.device)
     if (steps is None) != (step is None):
-        raise ValueError("steps and step must be given together")
+        raise ValueError("steps and step must be given together: give both, or none of them")
     counts = (torch.int32, torch.int64)
     check("steps", steps, n, counts, x_adv.device)
     check("step", step, (), counts, x_adv.device)
     check("faulty", faulty, n, (torch.int32,), x_adv.device)
     if faulty is not None and not faulty.is_contiguous():
-        raise ValueError("faulty must be contiguous")
+        raise ValueError("faulty must be contiguous: write faulty.contiguous()")
     if limits is not None:
         if x_adv.dim() < 2:
-            raise ValueError(f"limits need x_adv of shape [n, C, ...], got {list(x_adv.shape)}")
+            raise ValueError(
+                f"limits need x_adv of shape [n, C, ...], got {list(x_adv.shape)}: "
+                "leave limits out, or give the images their channels"
+            )
         check("limits", limits, (limit_rows, x_adv.shape[1]), numbers, x_adv.device)

@@ -39,9 +39,12 @@ def result_dtype(logits: Tensor) -> torch.dtype:
 def check_logits(name: str, logits: Tensor, least: int = 0) -> None:
     """Raise TypeError or ValueError that names `name` unless `logits` are floating point [m, K], m ≥ least, K ≥ 2."""
     if logits.dtype not in FLOATS:
-        raise TypeError(f"{name} must be floating point, got {logits.dtype}")
+        raise TypeError(f"{name} must be floating point, got {logits.dtype}: write {name}.float()")
     if logits.dim() != 2 or logits.shape[0] < least or logits.shape[1] < 2:
-        raise ValueError(f"{name} must have shape [m, K] with m >= {least} and K >= 2, got {list(logits.shape)}")
+        raise ValueError(
+            f"{name} must have shape [m, K] with m >= {least} and K >= 2, got {list(logits.shape)}: "
+            "give a row for each sample and a column for each class"
+        )
 
 
 def kernel_takes(logits: Tensor) -> bool:

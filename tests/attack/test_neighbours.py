@@ -43,8 +43,8 @@ def test_it_is_told_once_for_a_model(name):
         assert not told(evaluated(model))
         assert len(told(evaluated(build(ACROSS[name])))) == 1
     model, (x, _) = build(ACROSS[name]).eval(), batch(1)
-    assert len(told(lambda: warn_of_neighbours(model, x, THREAT))) == 1
-    assert not told(lambda: warn_of_neighbours(model, x, THREAT))
+    assert len(told(lambda: warn_of_neighbours(model, x, THREAT, "leave bullet out"))) == 1
+    assert not told(lambda: warn_of_neighbours(model, x, THREAT, "leave bullet out"))
 
 
 @pytest.mark.parametrize("name", APART)
@@ -75,7 +75,7 @@ class Smoothed(nn.Module):
 def test_random_numbers_are_no_neighbours_and_the_look_leaves_no_trace():
     model, (x, _) = Smoothed().eval(), batch()
     before, rng = snapshot(model), torch.get_rng_state()
-    assert not told(lambda: warn_of_neighbours(model, x, THREAT))
+    assert not told(lambda: warn_of_neighbours(model, x, THREAT, "leave bullet out"))
     assert_unchanged(before, model)
     assert torch.equal(torch.get_rng_state(), rng)
 
@@ -86,7 +86,7 @@ def test_a_look_that_fails_leaves_no_trace_and_is_repeated():
     for _ in range(2):
         handle = model.register_forward_hook(lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            warn_of_neighbours(model, x, THREAT)
+            warn_of_neighbours(model, x, THREAT, "leave bullet out")
         handle.remove()
         assert_unchanged(before, model)
         assert torch.equal(torch.get_rng_state(), rng)
@@ -94,4 +94,10 @@ def test_a_look_that_fails_leaves_no_trace_and_is_repeated():
 
 def test_images_without_a_number_are_for_others_to_tell():
     model, (x, _) = build("conv_bn").eval(), batch()
-    assert not told(lambda: warn_of_neighbours(model, torch.full_like(x, torch.nan), THREAT))
+    assert not told(lambda: warn_of_neighbours(model, torch.full_like(x, torch.nan), THREAT, "leave bullet out"))
+
+
+def test_the_warning_points_at_the_callers_line():
+    for run in (trained, evaluated):
+        (found,) = told(run(build(ACROSS["centred"])))
+        assert found.filename == __file__

@@ -759,7 +759,7 @@ def loaded_state(draw):
         except RuntimeError as error:
             if "loading state_dict" not in str(error):
                 raise
-            raise ValueError("state_dict") from error
+            raise ValueError("state_dict: give a state that fits") from error
         return bullet.assign(torch.randn(3, CLASSES), torch.tensor([0, 1, 2]))
 
     def check(found):

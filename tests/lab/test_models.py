@@ -346,11 +346,11 @@ def test_width_is_refused_where_it_does_not_apply(name):
 
 @pytest.mark.parametrize("depth", [-2, 4, 18, 35])
 def test_a_depth_that_no_wide_resnet_has_is_refused(depth):
-    with pytest.raises(ValueError, match=f"depth .* got {depth}$"):
+    with pytest.raises(ValueError, match=f"depth .* got {depth}: take the nearest of these$"):
         WideResNet(depth, 1)
 
 
 def test_images_too_small_for_the_small_cnn_are_refused():
     assert SmallCNN(image_size=16)(torch.rand(1, 1, 16, 16)).shape == (1, 10)
-    with pytest.raises(ValueError, match=r"image_size .* got 15$"):
+    with pytest.raises(ValueError, match=r"image_size .* got 15: resize the images$"):
         SmallCNN(image_size=15)

@@ -142,17 +142,23 @@ def _load(letter: str, folder: Path) -> LoadedRun:
     try:
         summary = parse_json(path.read_text(encoding="utf-8"))
     except ValueError as error:  # also of text that is not UTF-8
-        raise ValueError(f"{path}: cut off, or not a summary ({error})") from error
+        raise ValueError(f"{path}: cut off, or not a summary ({error}); restore it, or make the run anew") from error
     parts = summary if isinstance(summary, dict) else {}
     for name in ("config", "machine", "methods"):
         if not isinstance(parts.get(name), dict):
-            raise ValueError(f"{path}: not a summary of a run: {name} must be an object, got {parts.get(name)!r}")
+            raise ValueError(
+                f"{path}: not a summary of a run: {name} must be an object, got {parts.get(name)!r}; "
+                "name a run that `bt-fast train` wrote"
+            )
     if not parts["methods"]:
-        raise ValueError(f"{path}: not a summary of a run: methods is empty")
+        raise ValueError(f"{path}: not a summary of a run: methods is empty; name a run that `bt-fast train` wrote")
     records = _records(folder / "metrics.jsonl")
     loss = str(parts["config"].get("loss"))
     corrupted = {r.get("method"): r["robust"] for r in records if r["kind"] == "corruptions"}
-    results = [_result(path, name, entry, loss, corrupted.get(name)) for name, entry in parts["methods"].items()]
+    try:
+        results = [_result(path, name, entry, loss, corrupted.get(name)) for name, entry in parts["methods"].items()]
+    except ValueError as error:
+        raise ValueError(f"{error}; restore the summary, or leave the run out") from error
     written, data = path.stat().st_mtime, _sha256(path, parts.get("data"))
     return LoadedRun(letter, str(folder), written, parts["config"], parts["machine"], results, records, data)
 
@@ -161,7 +167,10 @@ def _sha256(path: Path, data: Any) -> str | None:
     if data is None:
         return None
     if not isinstance(data, dict) or not isinstance(data.get("sha256"), str):
-        raise ValueError(f"{path}: not a summary of a run: data must be an object with a sha256, got {data!r}")
+        raise ValueError(
+            f"{path}: not a summary of a run: data must be an object with a sha256, got {data!r}; "
+            "name a run that `bt-fast train` wrote"
+        )
     return str(data["sha256"])
 
 
@@ -290,7 +299,14 @@ def _records(path: Path) -> list[Record]:
         return []
     text = path.read_text(encoding="utf-8", errors="replace")
     whole = text[: text.rfind("\n") + 1].split("\n")[:-1]
-    return [_record(line, f"{path}, line {n}") for n, line in enumerate(whole, start=1)]
+    return [_line(line, f"{path}, line {n}") for n, line in enumerate(whole, start=1)]
+
+
+def _line(line: str, where: str) -> Record:
+    try:
+        return _record(line, where)
+    except ValueError as error:
+        raise ValueError(f"{error}; mend or take out that line, or leave the run out") from error
 
 
 def _record(line: str, where: str) -> Record:

@@ -1,0 +1,17 @@
+"""What a message says of the way out."""
+
+import re
+
+DO = (
+    "ask|call|choose|divide|end|evaluate|give|install|leave|let|look|lower|make|measure|mend|move|name|pass|read|report|"
+    "resize|restore|run|say|set|start|store|take|upgrade|use|wait|write"
+)
+IMPERATIVE = rf"(?:[:;(,?.] |\b(?i:or|and) |`)(?:[\w'\- ]+ )??(?i:{DO})\b"
+OF_A_READER = r"\bexpected\b"
+IN_A_CONSTANT = r"{(?:[\w.]*[A-Z_]{3,}|(?:upgrade|_instead)\(.*|hint)}"  # as the source names it
+WAY_OUT = re.compile(f"{IMPERATIVE}|{OF_A_READER}|{IN_A_CONSTANT}")
+
+
+def has_way_out(message):
+    """Whether a message tells what to do."""
+    return WAY_OUT.search(message) is not None
