@@ -49,12 +49,17 @@ def raising(error):
 
 
 def test_an_error_that_names_its_argument_is_a_rejection():
-    assert not failures_of(raising(ValueError("x must be at least 0")))
+    assert not failures_of(raising(ValueError("x must be at least 0: write x=1")))
 
 
 @pytest.mark.parametrize(
     ("error", "how"),
-    [(ValueError("expected a number"), "names no argument"), (KeyError("x"), "raised"), (RuntimeError("x"), "raised")],
+    [
+        (ValueError("expected a number"), "names no argument"),
+        (KeyError("x"), "raised"),
+        (RuntimeError("x"), "raised"),
+        (ValueError("x is bad"), "has no way out"),
+    ],
 )
 def test_other_errors_are_failures(error, how):
     (failure,) = failures_of(raising(error))
@@ -66,7 +71,7 @@ def test_a_change_before_an_error_is_a_failure():
 
     def run():
         state[0] = float("nan")
-        raise ValueError("x is bad")
+        raise ValueError("x is bad: give another")
 
     (failure,) = failures_of(run, state=lambda: (state,))
     assert failure.startswith("changed state")

@@ -80,6 +80,7 @@ LAYERS = [
         "bt_fast.ranges",
         "bt_fast.power",
         "bt_fast.units",
+        "bt_fast.warning",
     ],
     ["bt_fast.ops", "bt_fast.faults", "bt_fast.guard"],
     ["bt_fast.allocation"],

@@ -374,12 +374,12 @@ def test_the_thread_samples_a_second_block_too(run):
 
 def test_misuse_is_an_error_that_says_so(run):
     assert run(EVERYTHING, misused) == [
-        "RuntimeError: mark must be called inside the monitor's block",
+        "RuntimeError: mark must be called inside the monitor's block: write `with monitor: monitor.mark(...)`",
         "RuntimeError: this PowerMonitor is in a block already: take another one",
-        "ValueError: label must be new, but there is a span 'epoch 1'",
-        "ValueError: label must be one of 'epoch 1', got 'epoch 2'",
-        "ValueError: n must be at least 1, got 0",
-        "RuntimeError: mark must be called inside the monitor's block",
+        "ValueError: label must be new, but there is a span 'epoch 1': give another name",
+        "ValueError: label must be one of 'epoch 1', got 'epoch 2': name a span that `mark` began, or leave label out",
+        "ValueError: n must be at least 1, got 0: give the number of training samples",
+        "RuntimeError: mark must be called inside the monitor's block: write `with monitor: monitor.mark(...)`",
     ]
 
 
@@ -558,11 +558,11 @@ def test_the_cpu_has_nothing_to_measure(device):
 def test_a_device_that_the_driver_does_not_know_is_an_error_that_names_those_it_has(run):
     error = run(TWO, constructed, ["GPU-elsewhere"])
     assert isinstance(error, ValueError)
-    assert str(error) == f"devices: the driver knows no GPU-elsewhere; it has {A}, {B}"
+    assert str(error) == f"devices: the driver knows no GPU-elsewhere; it has {A}, {B}: name one of these"
 
 
 def test_a_device_given_twice_is_an_error(run):
-    assert str(run(TWO, constructed, [A, A])) == f"devices must differ, got {A}, {A}"
+    assert str(run(TWO, constructed, [A, A])) == f"devices must differ, got {A}, {A}: name each device once"
 
 
 @pytest.mark.parametrize(
