@@ -7,9 +7,6 @@ float32, rounded once, on the store.
 What holds for a whole sample (is there NaN in its gradient, how long is it) must be known before any of it is written.
 So a short sample is one program's block (`.._sample_..`), and for a long one a program goes over the sample first and
 leaves what it found to the blocks of a second launch.
-
-Rows: a row is a whole sample, or one of its channels where limits differ by channel and a channel is contiguous: then
-limits hold for a row, and need neither a division nor a gather for each element.
 """
 
 import triton
@@ -28,9 +25,9 @@ def _has_steps_left(steps, step, i_n):
 
 
 @triton.jit
-def _start(i_r, length):
-    """The offset of row i_r: a batch may hold more than 2^31 elements."""
-    return tl.cast(i_r, tl.int64) * length
+def _start(i_n, length):
+    """The offset of sample i_n: a batch may hold more than 2^31 elements."""
+    return tl.cast(i_n, tl.int64) * length
 
 
 @triton.jit
@@ -41,45 +38,30 @@ def _clip(b_v, b_low, b_high):
 
 
 @triton.jit
-def _limit(limits, k, channels, o_c, number):
-    """Limit k of the channels o_c, or the number that holds for all."""
-    b_limit = number
-    if limits is not None:
-        b_limit = tl.load(limits + k * channels + o_c, mask=o_c < channels, other=0.0)
-    return b_limit
-
-
-@triton.jit
 def _magnitude(b_g):
     """The bits of |g|: integers in the order 0, finite numbers, Inf, NaN, which a maximum of the numbers may drop."""
     return b_g.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 
 @triton.jit
-def _linf_moved(b_x, b_g, b_c, b_alpha, limits, channels, o_c, epsilon, lower, upper):
-    b_epsilon = _limit(limits, 0, channels, o_c, epsilon)
+def _linf_moved(b_x, b_g, b_c, b_alpha, epsilon, lower, upper):
     b_step = tl.where(b_g > 0, b_alpha, tl.where(b_g < 0, -b_alpha, 0.0))
-    b_moved = _clip(b_x + b_step, b_c - b_epsilon, b_c + b_epsilon)
-    return _clip(b_moved, _limit(limits, 1, channels, o_c, lower), _limit(limits, 2, channels, o_c, upper))
+    return _clip(_clip(b_x + b_step, b_c - epsilon, b_c + epsilon), lower, upper)
 
 
-@triton.jit(do_not_specialize=["channels", "rows"])
+@triton.jit
 def pgd_linf_sample_fwd_kernel(
-    x_adv,  # [n, rows, length], changed in place
-    grad,  # [n, rows, length]
-    clean,  # [n, rows, length]
+    x_adv,  # [n, length], changed in place
+    grad,  # [n, length]
+    clean,  # [n, length]
     step_size,  # [n], α
     steps,  # [n] integers, or None: every sample takes part
     step,  # [], the step counter t, or None
-    limits,  # [3, channels] float32: ε, lower, upper; or None: the three scalars hold
     faulty,  # [n] int32, set to 1 where a sample's gradient holds NaN; or None
     length,
     epsilon,
     lower,
     upper,
-    channels,
-    rows,
-    ROWS: tl.constexpr,  # at least rows
     BLOCK: tl.constexpr,  # at least length
 ):
     """`x' ← clip(clip(x' + α·sign(g), x ± ε), lower, upper)`; a sample with NaN in g stays. Grid: n."""
@@ -87,16 +69,15 @@ def pgd_linf_sample_fwd_kernel(
     if not _has_steps_left(steps, step, i_n):
         return
 
-    o_r = tl.arange(0, ROWS)[:, None]
-    o_x = tl.arange(0, BLOCK)[None, :]
-    m_x = (o_r < rows) & (o_x < length)
-    at = _start(i_n, rows * length) + o_r * length + o_x
+    o_x = tl.arange(0, BLOCK)
+    m_x = o_x < length
+    at = _start(i_n, length) + o_x
     b_g = tl.load(grad + at, mask=m_x, other=0.0).to(tl.float32)
     b_x = tl.load(x_adv + at, mask=m_x, other=0.0).to(tl.float32)
     b_c = tl.load(clean + at, mask=m_x, other=0.0).to(tl.float32)
     b_alpha = tl.load(step_size + i_n).to(tl.float32)
-    b_moved = _linf_moved(b_x, b_g, b_c, b_alpha, limits, channels, o_r, epsilon, lower, upper)
-    top = tl.max(tl.max(_magnitude(b_g), axis=1), axis=0)
+    b_moved = _linf_moved(b_x, b_g, b_c, b_alpha, epsilon, lower, upper)
+    top = tl.max(_magnitude(b_g), axis=0)
     # a mask takes fewer registers here than a branch
     m_x = tl.where(top > INFINITY, False, m_x)
     tl.store(x_adv + at, b_moved.to(x_adv.dtype.element_ty), mask=m_x)
@@ -131,30 +112,25 @@ def pgd_held_fwd_kernel(
         tl.store(faulty + i_n, 1, mask=top > INFINITY)
 
 
-@triton.jit(do_not_specialize=["blocks", "channels", "rows"])
+@triton.jit(do_not_specialize=["blocks"])
 def pgd_linf_step_fwd_kernel(
-    x_adv,  # [n · rows, length], changed in place
-    grad,  # [n · rows, length]
-    clean,  # [n · rows, length]
+    x_adv,  # [n, length], changed in place
+    grad,  # [n, length]
+    clean,  # [n, length]
     step_size,  # [n], α
     steps,  # [n] integers, or None
     step,  # [], or None
-    limits,  # [3, channels] float32: ε, lower, upper; or None
     held,  # [n] int32, not 0 where a sample stays
     length,
     blocks,  # cdiv(length, BLOCK)
     epsilon,
     lower,
     upper,
-    channels,
-    rows,
     BLOCK: tl.constexpr,
-    INTERLEAVED: tl.constexpr,  # channels-last: a row is a sample, and the channel is the fastest index in it
 ):
-    """The step of `pgd_linf_sample_fwd_kernel` on samples of any length. Grid: n · rows · blocks."""
+    """The step of `pgd_linf_sample_fwd_kernel` on samples of any length. Grid: n · blocks."""
     i_x = tl.program_id(0)
-    i_r = i_x // blocks
-    i_n = i_r // rows
+    i_n = i_x // blocks
     if not _has_steps_left(steps, step, i_n):
         return
     if tl.load(held + i_n) != 0:
@@ -162,13 +138,12 @@ def pgd_linf_step_fwd_kernel(
 
     o_x = (i_x % blocks) * BLOCK + tl.arange(0, BLOCK)
     m_x = o_x < length
-    o_c = (o_x % channels) if INTERLEAVED else (i_r % rows)
-    start = _start(i_r, length)
+    start = _start(i_n, length)
     b_g = tl.load(grad + start + o_x, mask=m_x, other=0.0).to(tl.float32)
     b_x = tl.load(x_adv + start + o_x, mask=m_x, other=0.0).to(tl.float32)
     b_c = tl.load(clean + start + o_x, mask=m_x, other=0.0).to(tl.float32)
     b_alpha = tl.load(step_size + i_n).to(tl.float32)
-    b_moved = _linf_moved(b_x, b_g, b_c, b_alpha, limits, channels, o_c, epsilon, lower, upper)
+    b_moved = _linf_moved(b_x, b_g, b_c, b_alpha, epsilon, lower, upper)
     tl.store(x_adv + start + o_x, b_moved.to(x_adv.dtype.element_ty), mask=m_x)
 
 
@@ -234,15 +209,14 @@ def pgd_l2_sample_fwd_kernel(
         tl.store(faulty + i_n, 1, mask=top >= INFINITY)
 
 
-@triton.jit(do_not_specialize=["n", "channels", "rows"])
+@triton.jit(do_not_specialize=["n"])
 def pgd_l2_measure_fwd_kernel(
-    x_adv,  # [n, rows, length]
-    grad,  # [n, rows, length]
-    clean,  # [n, rows, length]
+    x_adv,  # [n, length]
+    grad,  # [n, length]
+    clean,  # [n, length]
     step_size,  # [n]
     steps,  # [n] integers, or None
     step,  # [], or None
-    limits,  # [2, channels] float32, or None
     measured,  # [3, n] float32, written: scale and factor of the gradient, and what the perturbation shrinks by, which
     #            is -1 where the sample does not move
     flat,  # [n] int32, written
@@ -252,24 +226,20 @@ def pgd_l2_measure_fwd_kernel(
     epsilon,
     lower,
     upper,
-    channels,
-    rows,
     BLOCK: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
 ):
     """The lengths that the step of a long sample needs. Grid: n."""
     i_n = tl.program_id(0)
     if not _has_steps_left(steps, step, i_n):
         return
 
-    size = rows * length
-    start = _start(i_n, size)
+    start = _start(i_n, length)
     # each lane sums squares that are divided by the square of the power of two of its own greatest number so far
     b_top = tl.zeros([BLOCK], tl.int32)
     b_sum = tl.zeros([BLOCK], tl.float32)
-    for o in range(0, size, BLOCK):
+    for o in range(0, length, BLOCK):
         o_x = o + tl.arange(0, BLOCK)
-        b_g = tl.load(grad + start + o_x, mask=o_x < size, other=0.0).to(tl.float32)
+        b_g = tl.load(grad + start + o_x, mask=o_x < length, other=0.0).to(tl.float32)
         b_greater = tl.maximum(b_top, _magnitude(b_g))
         b_ratio = _power_of_two(_exponent(b_top) - _exponent(b_greater))
         b_scaled = b_g * _power_of_two(-_exponent(b_greater))
@@ -288,48 +258,38 @@ def pgd_l2_measure_fwd_kernel(
     scale = _power_of_two(-_exponent(top))
     factor = tl.load(step_size + i_n).to(tl.float32) / norm
     b_sum = tl.zeros([BLOCK], tl.float32)
-    for i_r in range(0, rows):
-        for o in range(0, length, BLOCK):
-            o_x = o + tl.arange(0, BLOCK)
-            m_x = o_x < length
-            o_c = (o_x % channels) if INTERLEAVED else i_r
-            at = start + i_r * length + o_x
-            b_g = tl.load(grad + at, mask=m_x, other=0.0).to(tl.float32)
-            b_x = tl.load(x_adv + at, mask=m_x, other=0.0).to(tl.float32)
-            b_c = tl.load(clean + at, mask=m_x, other=0.0).to(tl.float32)
-            b_step = b_g * scale * factor
-            b_lower, b_upper = _limit(limits, 0, channels, o_c, lower), _limit(limits, 1, channels, o_c, upper)
-            b_delta = _clip(b_x + b_step, b_lower, b_upper) - b_c
-            b_delta = tl.where(m_x, b_delta, 0.0)
-            b_sum += b_delta * b_delta
+    for o in range(0, length, BLOCK):
+        o_x = o + tl.arange(0, BLOCK)
+        m_x = o_x < length
+        b_g = tl.load(grad + start + o_x, mask=m_x, other=0.0).to(tl.float32)
+        b_x = tl.load(x_adv + start + o_x, mask=m_x, other=0.0).to(tl.float32)
+        b_c = tl.load(clean + start + o_x, mask=m_x, other=0.0).to(tl.float32)
+        b_delta = _clip(b_x + b_g * scale * factor, lower, upper) - b_c
+        b_delta = tl.where(m_x, b_delta, 0.0)
+        b_sum += b_delta * b_delta
     tl.store(measured + i_n, scale)
     tl.store(measured + n + i_n, factor)
     tl.store(measured + 2 * n + i_n, _shrinking(tl.sum(b_sum, axis=0), epsilon))
 
 
-@triton.jit(do_not_specialize=["n", "blocks", "channels", "rows"])
+@triton.jit(do_not_specialize=["n", "blocks"])
 def pgd_l2_step_fwd_kernel(
-    x_adv,  # [n · rows, length], changed in place
-    grad,  # [n · rows, length]
-    clean,  # [n · rows, length]
+    x_adv,  # [n, length], changed in place
+    grad,  # [n, length]
+    clean,  # [n, length]
     steps,  # [n] integers, or None
     step,  # [], or None
-    limits,  # [2, channels] float32, or None
     measured,  # [3, n] float32
     n,
     length,
     blocks,  # cdiv(length, BLOCK)
     lower,
     upper,
-    channels,
-    rows,
     BLOCK: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
 ):
-    """The step of `pgd_l2_sample_fwd_kernel` on samples of any length, once measured. Grid: n · rows · blocks."""
+    """The step of `pgd_l2_sample_fwd_kernel` on samples of any length, once measured. Grid: n · blocks."""
     i_x = tl.program_id(0)
-    i_r = i_x // blocks
-    i_n = i_r // rows
+    i_n = i_x // blocks
     if not _has_steps_left(steps, step, i_n):
         return
     shrink = tl.load(measured + 2 * n + i_n)
@@ -338,15 +298,13 @@ def pgd_l2_step_fwd_kernel(
 
     o_x = (i_x % blocks) * BLOCK + tl.arange(0, BLOCK)
     m_x = o_x < length
-    o_c = (o_x % channels) if INTERLEAVED else (i_r % rows)
-    start = _start(i_r, length)
+    start = _start(i_n, length)
     b_g = tl.load(grad + start + o_x, mask=m_x, other=0.0).to(tl.float32)
     b_x = tl.load(x_adv + start + o_x, mask=m_x, other=0.0).to(tl.float32)
     b_c = tl.load(clean + start + o_x, mask=m_x, other=0.0).to(tl.float32)
     b_step = b_g * tl.load(measured + i_n) * tl.load(measured + n + i_n)
-    b_lower, b_upper = _limit(limits, 0, channels, o_c, lower), _limit(limits, 1, channels, o_c, upper)
-    b_delta = _clip(b_x + b_step, b_lower, b_upper) - b_c
-    b_moved = _clip(b_c + b_delta * shrink, b_lower, b_upper)
+    b_delta = _clip(b_x + b_step, lower, upper) - b_c
+    b_moved = _clip(b_c + b_delta * shrink, lower, upper)
     tl.store(x_adv + start + o_x, b_moved.to(x_adv.dtype.element_ty), mask=m_x)
 
 
@@ -372,24 +330,20 @@ def _direction(stand_in, start, i_n, o_x, m_x):
     return b_direction
 
 
-@triton.jit(do_not_specialize=["channels", "rows"])
+@triton.jit
 def pgd_l2_stand_in_fwd_kernel(
-    x_adv,  # [n, rows, length], changed in place
-    clean,  # [n, rows, length]
+    x_adv,  # [n, length], changed in place
+    clean,  # [n, length]
     step_size,  # [n], α
     steps,  # [n] integers, or None
     step,  # [], or None
-    limits,  # [2, channels] float32, or None
-    stand_in,  # [n, rows, length], or a seed [] int64
+    stand_in,  # [n, length], or a seed [] int64
     flat,  # [n] int32: 1 where a sample moves here
     length,
     epsilon,
     lower,
     upper,
-    channels,
-    rows,
     BLOCK: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
 ):
     """The step of `pgd_l2_sample_fwd_kernel` along another direction, not normalised, where the gradient is 0. Grid: n.
 
@@ -401,33 +355,25 @@ def pgd_l2_stand_in_fwd_kernel(
     if tl.load(flat + i_n) == 0:
         return
 
-    start = _start(i_n, rows * length)
+    start = _start(i_n, length)
     alpha = tl.load(step_size + i_n).to(tl.float32)
     b_sum = tl.zeros([BLOCK], tl.float32)
-    for i_r in range(0, rows):
-        for o in range(0, length, BLOCK):
-            o_x = o + tl.arange(0, BLOCK)
-            m_x = o_x < length
-            o_c = (o_x % channels) if INTERLEAVED else i_r
-            o_x += i_r * length
-            b_x = tl.load(x_adv + start + o_x, mask=m_x, other=0.0).to(tl.float32)
-            b_c = tl.load(clean + start + o_x, mask=m_x, other=0.0).to(tl.float32)
-            b_step = _direction(stand_in, start, i_n, o_x, m_x) * alpha
-            b_lower, b_upper = _limit(limits, 0, channels, o_c, lower), _limit(limits, 1, channels, o_c, upper)
-            b_delta = _clip(b_x + b_step, b_lower, b_upper) - b_c
-            b_delta = tl.where(m_x, b_delta, 0.0)
-            b_sum += b_delta * b_delta
+    for o in range(0, length, BLOCK):
+        o_x = o + tl.arange(0, BLOCK)
+        m_x = o_x < length
+        b_x = tl.load(x_adv + start + o_x, mask=m_x, other=0.0).to(tl.float32)
+        b_c = tl.load(clean + start + o_x, mask=m_x, other=0.0).to(tl.float32)
+        b_step = _direction(stand_in, start, i_n, o_x, m_x) * alpha
+        b_delta = _clip(b_x + b_step, lower, upper) - b_c
+        b_delta = tl.where(m_x, b_delta, 0.0)
+        b_sum += b_delta * b_delta
     shrink = _shrinking(tl.sum(b_sum, axis=0), epsilon)
-    for i_r in range(0, rows):
-        for o in range(0, length, BLOCK):
-            o_x = o + tl.arange(0, BLOCK)
-            m_x = o_x < length
-            o_c = (o_x % channels) if INTERLEAVED else i_r
-            o_x += i_r * length
-            b_x = tl.load(x_adv + start + o_x, mask=m_x, other=0.0).to(tl.float32)
-            b_c = tl.load(clean + start + o_x, mask=m_x, other=0.0).to(tl.float32)
-            b_step = _direction(stand_in, start, i_n, o_x, m_x) * alpha
-            b_lower, b_upper = _limit(limits, 0, channels, o_c, lower), _limit(limits, 1, channels, o_c, upper)
-            b_delta = _clip(b_x + b_step, b_lower, b_upper) - b_c
-            b_moved = _clip(b_c + b_delta * shrink, b_lower, b_upper)
-            tl.store(x_adv + start + o_x, b_moved.to(x_adv.dtype.element_ty), mask=m_x)
+    for o in range(0, length, BLOCK):
+        o_x = o + tl.arange(0, BLOCK)
+        m_x = o_x < length
+        b_x = tl.load(x_adv + start + o_x, mask=m_x, other=0.0).to(tl.float32)
+        b_c = tl.load(clean + start + o_x, mask=m_x, other=0.0).to(tl.float32)
+        b_step = _direction(stand_in, start, i_n, o_x, m_x) * alpha
+        b_delta = _clip(b_x + b_step, lower, upper) - b_c
+        b_moved = _clip(b_c + b_delta * shrink, lower, upper)
+        tl.store(x_adv + start + o_x, b_moved.to(x_adv.dtype.element_ty), mask=m_x)

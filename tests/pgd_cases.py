@@ -36,16 +36,13 @@ class Case:
         return replace(self, arguments=self.arguments | changed)
 
 
-def case(
-    n, shape, dtype, seed, *, last=False, channel_limits=False, counts=False, flags=False, special=True, spare=2
-) -> Case:
+def case(n, shape, dtype, seed, *, last=False, counts=False, flags=False, special=True, spare=2) -> Case:
     """n samples of the shape before `spare` poisoned ones, gradients with zeros and, if `special`, ±Inf.
 
     If `special`, one sample in three has NaN at one place of its gradient, and images have NaN too.
 
     Args:
         last: the channels are the fastest index.
-        channel_limits: each channel has limits of its own.
         counts: some samples have no steps left.
         flags: the samples whose gradient holds NaN are to be marked.
     """
@@ -69,7 +66,6 @@ def case(
     last = last and len(shape) + 1 in FORMATS
     memory_format = FORMATS[len(shape) + 1] if last else torch.contiguous_format
     grad, clean, buffer = (t.to(dtype).contiguous(memory_format=memory_format) for t in (grad, clean, buffer))
-    limits = torch.rand(3, shape[0], generator=g).mul(0.1) + torch.tensor([[0.0], [-0.1], [0.8]])
     return Case(
         buffer,
         {
@@ -79,7 +75,6 @@ def case(
             "epsilon": 0.031,
             "lower": 0.0,
             "upper": 1.0,
-            "limits": limits if channel_limits and len(shape) > 1 else None,
             "steps": torch.tensor([2, 1, 3, 0]).repeat(n)[:n] if counts else None,
             "step": torch.tensor(1) if counts else None,
             "faulty": torch.zeros(n, dtype=torch.int32) if flags else None,
@@ -87,15 +82,13 @@ def case(
     )
 
 
-def l2_case(
-    n, shape, dtype, seed, *, last=False, channel_limits=False, counts=False, flags=False, seeded=False
-) -> Case:
+def l2_case(n, shape, dtype, seed, *, last=False, counts=False, flags=False, seeded=False) -> Case:
     """`case` in ℓ2: gradients of all `KINDS` one after another from that of the seed, and every third sample far off.
 
     Args:
         seeded: what stands in for a zero gradient is drawn from a seed, else given.
     """
-    found = case(n, shape, dtype, seed, last=last, channel_limits=channel_limits, counts=counts, special=False)
+    found = case(n, shape, dtype, seed, last=last, counts=counts, special=False)
     grad, g = found.arguments["grad"].float(), torch.Generator().manual_seed(seed)
     tiny, huge = TINY_AND_HUGE.get(dtype, (1e-30, 1e30))
     for i in range(n):
@@ -111,17 +104,14 @@ def l2_case(
         if i % 3 == 0:
             found.buffer[i] += torch.randn(shape, generator=g).to(dtype)
     noise = torch.randn(n, *shape, generator=g).to(dtype)
-    given = {name: v for name, v in found.arguments.items() if name != "limits"}
-    limits = found.arguments["limits"]
     length = grad[0].numel() if n else 1
     return Case(
         found.buffer,
-        given
+        found.arguments
         | {
             "grad": torch.empty_like(found.arguments["grad"]).copy_(grad),
             "epsilon": 0.05 * length**0.5,
             "step_size": found.arguments["step_size"] * length**0.5,
-            "limits": None if limits is None else limits[1:],
             "stand_in": torch.tensor((seed << 31) - 3) if seeded else noise,
             "faulty": torch.zeros(n, dtype=torch.int32) if flags else None,
         },

@@ -10,11 +10,10 @@ from tolerances import DTYPES
 
 from bt_fast import ops
 from bt_fast.ops.pgd_l2_step import l2_reference, pgd_l2_step_, seeded_normal
-from bt_fast.ops.pgd_step import stack_limits
 
 quick = settings(max_examples=40, deadline=None)
 flag = st.booleans()
-options = st.fixed_dictionaries({"last": flag, "channel_limits": flag, "counts": flag, "flags": flag, "seeded": flag})
+options = st.fixed_dictionaries({"last": flag, "counts": flag, "flags": flag, "seeded": flag})
 
 
 def literal_normal(seed, i, place):
@@ -27,7 +26,7 @@ def literal_normal(seed, i, place):
     return (sum(b"".join(word.to_bytes(4, "little") for word in c)) - 2040) / math.sqrt(16 * (256**2 - 1) / 12)
 
 
-def literally(x, grad, clean, step_size, epsilon, lower, upper, stand_in, limits, steps, step, faulty):
+def literally(x, grad, clean, step_size, epsilon, lower, upper, stand_in, steps, step, faulty):
     """The step of one sample after the other, in double precision."""
     for i in range(len(x)):
         if steps is not None and not steps[i] > step:
@@ -37,7 +36,6 @@ def literally(x, grad, clean, step_size, epsilon, lower, upper, stand_in, limits
             if faulty is not None:
                 faulty[i] = 1
             continue
-        low, high = (lower, upper) if limits is None else limits.double().view(2, -1, *[1] * (g.dim() - 1))
         if (g == 0).all() and stand_in.dim():
             direction = stand_in[i].double()
         elif (g == 0).all():
@@ -46,9 +44,9 @@ def literally(x, grad, clean, step_size, epsilon, lower, upper, stand_in, limits
                 direction[at] = literal_normal(stand_in.item(), i, place)
         else:
             direction = g / g.norm()
-        delta = (x[i].double() + step_size[i].double() * direction).clamp(low, high) - c
+        delta = (x[i].double() + step_size[i].double() * direction).clamp(lower, upper) - c
         delta *= epsilon / (delta.norm() + 1e-7) if delta.norm() > epsilon else 1.0
-        x[i] = (c + delta).clamp(low, high).to(x.dtype)
+        x[i] = (c + delta).clamp(lower, upper).to(x.dtype)
 
 
 def places(x):
@@ -69,8 +67,6 @@ def offset(x, at):
 )
 def test_l2_is_its_equation(n, shape, dtype, seed, options):
     case = pgd_cases.l2_case(n, shape, dtype, seed, **options)
-    if dtype == torch.float64 and case.arguments["limits"] is not None:
-        case = case.but(limits=case.arguments["limits"].double())
     found, expected = case.run(pgd_l2_step_), case.run(literally)
     if dtype == torch.float64 and options["seeded"]:  # its noise is in single precision
         torch.testing.assert_close(found[0], expected[0], rtol=0, atol=1e-6, equal_nan=True)
@@ -130,17 +126,6 @@ def test_nothing_is_a_batch_too():
         ops.l2_step_(x, x, x, torch.ones(len(x)), 0.1, 0.0, 1.0, torch.tensor(0))
 
 
-def test_numbers_and_tensors_of_equal_bounds_are_the_same():
-    case = pgd_cases.l2_case(4, (3, 5, 5), torch.float32, 0)
-    given = [case.arguments[name] for name in ("grad", "clean", "step_size", "epsilon")]
-    found = []
-    for bounds in ((0.1, 0.9), (torch.full((3,), 0.1), 0.9), (torch.full((3,), 0.1), torch.full((3,), 0.9))):
-        found.append(case.buffer[:4].clone())
-        ops.l2_step_(found[-1], *given, *bounds, case.arguments["stand_in"])
-    assert torch.equal(found[0], found[1])
-    assert torch.equal(found[0], found[2])
-
-
 # Its registration
 
 
@@ -148,7 +133,7 @@ def some(options):
     return pgd_cases.l2_case(2, (3, 4, 4), torch.float32, 0, **options)
 
 
-FULL = {"channel_limits": True, "counts": True, "flags": True}
+FULL = {"counts": True, "flags": True}
 
 
 @pytest.mark.parametrize("options", [{}, FULL | {"last": True, "seeded": True}])
@@ -184,7 +169,6 @@ def test_the_reference_waits_for_nothing(seeded):
     x = case.buffer[:2].to(DEVICE)
     with pretended_device():
         l2_reference(x, **on_device)
-        stack_limits(x, torch.empty(3, device=DEVICE), 1.0)
 
 
 WRONG = [
@@ -199,7 +183,6 @@ WRONG = [
     ("steps", torch.rand(2), TypeError),
     ("step", None, ValueError),
     ("faulty", torch.zeros(2), TypeError),
-    ("limits", torch.rand(3, 3), ValueError),
 ]
 
 

@@ -9,15 +9,16 @@ from pretended_device import DEVICE, pretended_device
 from tolerances import DTYPES
 
 from bt_fast import ops
-from bt_fast.ops.pgd_step import linf_reference, pgd_linf_step_, stack_limits
+from bt_fast.ops.pgd_step import linf_reference, pgd_linf_step_
 
 quick = settings(max_examples=40, deadline=None)
 flag = st.booleans()
-options = st.fixed_dictionaries({"last": flag, "channel_limits": flag, "counts": flag, "flags": flag})
+options = st.fixed_dictionaries({"last": flag, "counts": flag, "flags": flag})
 
 
-def literally(x, grad, clean, step_size, epsilon, lower, upper, limits, steps, step, faulty):
+def literally(x, grad, clean, step_size, epsilon, lower, upper, steps, step, faulty):
     """The step, one number at a time, in double precision."""
+    width = torch.tensor(epsilon, dtype=x.dtype).item()
     for i in range(len(x)):
         if steps is not None and not steps[i] > step:
             continue
@@ -27,11 +28,8 @@ def literally(x, grad, clean, step_size, epsilon, lower, upper, limits, steps, s
             continue
         for place, g in enumerate(grad[i].flatten().tolist()):
             at = (i, *(k.item() for k in torch.unravel_index(torch.tensor(place), grad[i].shape)))
-            width, low, high = (epsilon, lower, upper) if limits is None else limits[:, at[1]].tolist()
-            if limits is None:
-                width = torch.tensor(width, dtype=x.dtype).item()
             c, v = clean[at].item(), x[at].item() + math.copysign(g != 0, g) * step_size[i].item()
-            for bound, beyond in ((c - width, min), (c + width, max), (low, min), (high, max)):
+            for bound, beyond in ((c - width, min), (c + width, max), (lower, min), (upper, max)):
                 outside = v < bound if beyond is min else v > bound
                 v = math.nan if math.isnan(bound) else bound if outside else v
             x[at] = v
@@ -47,8 +45,6 @@ def literally(x, grad, clean, step_size, epsilon, lower, upper, limits, steps, s
 )
 def test_linf_is_its_equation(n, shape, dtype, seed, options):
     case = pgd_cases.case(n, shape, dtype, seed, **options)
-    if dtype == torch.float64 and case.arguments["limits"] is not None:
-        case = case.but(limits=case.arguments["limits"].double())
     found, expected = case.run(pgd_linf_step_), case.run(literally)
     if dtype == torch.float64:
         pgd_cases.assert_same(found, expected)
@@ -70,20 +66,6 @@ def before_there_was_a_kernel(x_adv, grad, clean, step_size, epsilon, lower, upp
 def test_linf_is_to_the_bit_what_it_was_before_there_was_a_kernel(dtype, shape):
     case = pgd_cases.case(5, shape, dtype, seed=1, special=False)
     pgd_cases.assert_same(case.run(pgd_linf_step_), case.run(before_there_was_a_kernel))
-
-
-def test_numbers_and_tensors_of_equal_limits_are_the_same():
-    clean, x, grad = torch.rand(3, 2, 4, 5, 5)
-    sizes, found = torch.full((2,), 0.01), []
-    for limits in (
-        (0.03, 0.1, 0.9),
-        [torch.full((4,), v) for v in (0.03, 0.1, 0.9)],
-        (torch.full((4,), 0.03), 0.1, 0.9),
-    ):
-        found.append(x.clone())
-        ops.linf_step_(found[-1], grad - 0.5, clean, sizes, *limits)
-    assert torch.equal(found[0], found[1])
-    assert torch.equal(found[0], found[2])
 
 
 def test_nan_in_a_gradient_spares_its_whole_sample_and_is_counted():
@@ -117,7 +99,7 @@ def some(options, dtype=torch.float32):
     return pgd_cases.case(2, (3, 4, 4), dtype, 0, special=False, **options)
 
 
-@pytest.mark.parametrize("options", [{}, {"channel_limits": True, "counts": True, "flags": True, "last": True}])
+@pytest.mark.parametrize("options", [{}, {"counts": True, "flags": True, "last": True}])
 def test_opcheck(options):
     case = some(options)
     torch.library.opcheck(pgd_linf_step_, (case.buffer[:2],), case.arguments)
@@ -144,12 +126,11 @@ def test_a_compiled_step_is_one_op():
 
 
 def test_the_reference_waits_for_nothing():
-    case = some({"channel_limits": True, "counts": True, "flags": True})
+    case = some({"counts": True, "flags": True})
     on_device = {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in case.arguments.items()}
     x = case.buffer[:2].to(DEVICE)
     with pretended_device():
         linf_reference(x, **on_device)
-        stack_limits(x, torch.empty(3, device=DEVICE), 0.0, 1.0)
 
 
 WRONG = [
@@ -166,14 +147,12 @@ WRONG = [
     ("faulty", torch.zeros(2), TypeError),
     ("faulty", torch.zeros(1, dtype=torch.int32), ValueError),
     ("faulty", torch.zeros(4, dtype=torch.int32)[::2], ValueError),
-    ("limits", torch.rand(3, 4), ValueError),
-    ("limits", torch.rand(3, 3).half(), TypeError),
 ]
 
 
 @pytest.mark.parametrize(("name", "value", "error"), WRONG)
 def test_an_error_names_the_argument(name, value, error):
-    case = some({"channel_limits": True, "counts": True, "flags": True})
+    case = some({"counts": True, "flags": True})
     with pytest.raises(error, match=rf"^{name}|{name} must be given"):
         pgd_linf_step_(case.buffer[:2], **case.arguments | {name: value})
 
@@ -184,7 +163,3 @@ def test_images_must_be_floating_point_and_a_batch():
         ops.linf_step_(one.int(), one.int(), one.int(), one, 0.1, 0.0, 1.0)
     with pytest.raises(ValueError, match="x_adv"):
         ops.linf_step_(one[0], one[0], one[0], one, 0.1, 0.0, 1.0)
-    with pytest.raises(ValueError, match="limit"):
-        ops.linf_step_(one, one, one, one, one, 0.0, 1.0)
-    with pytest.raises(ValueError, match="limit"):
-        ops.linf_step_(torch.ones(2, 3), torch.ones(2, 3), torch.ones(2, 3), one, one, 0.0, 1.0)

@@ -27,12 +27,12 @@ def _variant(
     name: str, function: Any, dtype: str, changed: dict[str, Any], aligned: bool, warps: int, **options: Any
 ) -> Variant:
     images = {name: f"*{dtype}" for name in ("x_adv", "grad", "clean", "step_size")}
-    optional = {"steps": "*i64", "step": "*i64", "limits": None, "faulty": "*i32", "stand_in": "*i64"}
+    optional = {"steps": "*i64", "step": "*i64", "faulty": "*i32", "stand_in": "*i64"}
     scratch = {"held": "*i32", "flat": "*i32", "measured": "*fp32"}
-    numbers = {name: "i32" for name in ("n", "length", "blocks", "channels", "rows")}
+    numbers = {name: "i32" for name in ("n", "length", "blocks")}
     numbers |= {name: "fp32" for name in ("epsilon", "lower", "upper")}
-    ordered = arguments(function, images | optional | scratch | numbers | {"INTERLEAVED": False, "ROWS": 1} | changed)
-    note = [f"{name} {kind}" for name, kind in changed.items() if name.islower() and name != "limits"]
+    ordered = arguments(function, images | optional | scratch | numbers | changed)
+    note = [f"{name} {kind}" for name, kind in changed.items() if name.islower()]
     addresses = pointers(ordered)
     return Variant(
         name=", ".join([f"{name} {dtype}", *note] + ([] if aligned else ["length not divisible"])),
@@ -45,18 +45,15 @@ def _variant(
     )
 
 
-def sample(
-    norm: str, dtype: str, elements: int, rows: int = 0, *, aligned: bool = True, main: bool = False, **types: Any
-) -> Variant:
-    """A whole sample in one block, with limits of each of so many channels, or numbers."""
+def sample(norm: str, dtype: str, elements: int, *, aligned: bool = True, main: bool = False, **types: Any) -> Variant:
+    """A whole sample in one block."""
     warps, size = ops.sample_warps(elements), DTYPES[dtype].itemsize
-    limits = {"limits": "*fp32", "ROWS": rows} if rows else {}
     bits = 8 * size * (min(16 // size, elements // (32 * warps)) if aligned else 1)
     return _variant(
-        f"pgd_{norm} sample of {elements}" + (f" in {rows} rows" if rows else ""),
+        f"pgd_{norm} sample of {elements}",
         NORMS[norm],
         dtype,
-        {"BLOCK": elements // max(rows, 1)} | limits | types,
+        {"BLOCK": elements} | types,
         aligned,
         warps,
         bytes_moved=4 * size,
@@ -67,22 +64,19 @@ def sample(
     )
 
 
-def long(
-    kernel: str, dtype: str, form: str = "numbers", *, aligned: bool = True, main: bool = False, **types: Any
-) -> Variant:
-    """A launch of a long sample's step; form: "numbers", or "rows" or "interleaved" limits of each channel."""
-    limits, size, norm = form != "numbers", DTYPES[dtype].itemsize, "linf" if kernel in ("held", "linf") else "l2"
+def long(kernel: str, dtype: str, *, aligned: bool = True, main: bool = False, **types: Any) -> Variant:
+    """A launch of a long sample's step."""
+    size, norm = DTYPES[dtype].itemsize, "linf" if kernel in ("held", "linf") else "l2"
     parts = kernel in ("linf", "l2")
-    block = ops.part_block(DTYPES[dtype], limits) if parts else ops.LONG_BLOCK
+    block = ops.part_block(DTYPES[dtype]) if parts else ops.LONG_BLOCK
     block = STAND_IN_BLOCK if kernel == "stand-in" else block
     warps = ops.PART_WARPS if parts else ops.sample_warps(ops.LONG_BLOCK)
     bits = 8 * size * (min(16 // size, block // (32 * warps)) if aligned and kernel != "stand-in" else 1)
-    changed = {"BLOCK": block, "limits": "*fp32" if limits else None, "INTERLEAVED": form == "interleaved"} | types
     return _variant(
-        f"pgd_{norm} long, {kernel}, {form}",
+        f"pgd_{norm} long, {kernel}",
         STEPS[kernel],
         dtype,
-        changed,
+        {"BLOCK": block} | types,
         aligned,
         warps,
         bytes_moved=LONG_PASSES[norm] * size,
@@ -104,14 +98,13 @@ def variants() -> Iterator[Variant]:
     for norm in NORMS:
         yield sample(norm, "fp32", 2048, aligned=False)
         yield sample(norm, "fp32", 1024, aligned=False, length=1, steps=None, step=None, faulty=None)
-        yield long(norm, "fp32", "rows", aligned=False)
-        yield long(norm, "fp16", "interleaved")
-    yield sample("linf", "fp32", 4096, 4)
-    yield sample("linf", "fp16", 1024, 1, steps="*i32", step="*i32", step_size="*fp32")
+        yield long(norm, "fp32", aligned=False)
+        yield long(norm, "fp16")
+    yield sample("linf", "fp16", 1024, steps="*i32", step="*i32", step_size="*fp32")
     yield long("held", "fp32")
     yield long("held", "bf16", aligned=False, steps=None, step=None, faulty=None)
     yield long("measure", "fp32")
-    yield long("measure", "bf16", "rows", aligned=False, steps=None, step=None, faulty=None)
-    yield long("measure", "fp16", "interleaved")
-    yield long("stand-in", "fp32", "interleaved")
-    yield long("stand-in", "bf16", "rows", aligned=False, stand_in="*bf16")
+    yield long("measure", "bf16", aligned=False, steps=None, step=None, faulty=None)
+    yield long("measure", "fp16")
+    yield long("stand-in", "fp32")
+    yield long("stand-in", "bf16", aligned=False, stand_in="*bf16")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,14 +14,14 @@ from bt_fast.ops.numeric import per_sample, wide
 from bt_fast.ops.pgd_step import (
     LONG_BLOCK,
     PART_WARPS,
-    Layout,
     check_step,
     hold,
+    inner_format,
     kernel_takes,
     part_block,
     rows_of,
+    sample_block,
     sample_warps,
-    stack_limits,
 )
 
 STAND_IN_BLOCK = 512  # one element a thread: making random numbers takes registers
@@ -34,8 +33,8 @@ def l2_step_(
     clean: Tensor,
     step_size: Tensor,
     epsilon: float,
-    lower: float | Tensor,
-    upper: float | Tensor,
+    lower: float,
+    upper: float,
     stand_in: Tensor,
     *,
     steps: Tensor | None = None,
@@ -47,8 +46,8 @@ def l2_step_(
     Clamped to the bounds once more, since rounding may leave them. Norms are those of a whole sample, of gradients of
     any magnitude. A sample whose gradient holds NaN or Inf has no direction: it stays, and is marked in `faulty`.
 
-    On CUDA kernels (where triton is installed, the images are dense, and not float64). Samples of up to 4096 elements
-    with numbers for bounds: each of the three tensors is read once and one is written. Others: seven reads and one
+    On CUDA kernels (where triton is installed, the images are dense, and not float64). Samples of up to 4096 elements:
+    each of the three tensors is read once and one is written. Others: seven reads and one
     write, in a launch more. A last small launch, which reads one number of each sample, moves those whose gradient
     is 0. Never waits for the device. A gradient in another memory format than the images' is copied first.
 
@@ -58,7 +57,7 @@ def l2_step_(
         clean: [n, ...] of the same dtype, x.
         step_size: [n], α of each sample, in the images' dtype or float32.
         epsilon: ε, the largest ℓ2 norm of a perturbation.
-        lower: the least pixel value, upper: the greatest; numbers, or tensors with one for each channel, [C].
+        lower: the least pixel value, upper: the greatest.
         stand_in: the direction to take where a sample's gradient is exactly 0 (not normalised): [n, ...] of the same
             dtype; or a seed, 0-dim int64, of which standard normal numbers are made for those samples alone, other
             ones for each sample, and the same ones by the kernel and without.
@@ -69,11 +68,7 @@ def l2_step_(
     Raises:
         TypeError or ValueError: a dtype, shape or device does not fit; the message names the argument.
     """
-    limits = None
-    if isinstance(lower, Tensor) or isinstance(upper, Tensor):
-        limits = stack_limits(x_adv, lower, upper)
-        lower = upper = 0.0
-    pgd_l2_step_(x_adv, grad, clean, step_size, epsilon, lower, upper, stand_in, limits, steps, step, faulty)
+    pgd_l2_step_(x_adv, grad, clean, step_size, epsilon, lower, upper, stand_in, steps, step, faulty)
 
 
 @torch.library.custom_op("bt_fast::pgd_l2_step_", mutates_args=("x_adv", "faulty"))
@@ -86,15 +81,14 @@ def pgd_l2_step_(
     lower: float,
     upper: float,
     stand_in: Tensor,
-    limits: Tensor | None,
     steps: Tensor | None,
     step: Tensor | None,
     faulty: Tensor | None,
 ) -> None:
-    """`l2_step_` as one op. `limits` [2, C], if given, holds lower and upper of each channel in their place."""
-    _check(x_adv, grad, clean, step_size, stand_in, limits, steps, step, faulty)
+    """`l2_step_` as one op."""
+    _check(x_adv, grad, clean, step_size, stand_in, steps, step, faulty)
     run = launch_l2 if kernel_takes(x_adv) else l2_reference
-    run(x_adv, grad, clean, step_size, epsilon, lower, upper, stand_in, limits, steps, step, faulty)
+    run(x_adv, grad, clean, step_size, epsilon, lower, upper, stand_in, steps, step, faulty)
 
 
 @pgd_l2_step_.register_fake
@@ -107,12 +101,11 @@ def _(
     lower: float,
     upper: float,
     stand_in: Tensor,
-    limits: Tensor | None,
     steps: Tensor | None,
     step: Tensor | None,
     faulty: Tensor | None,
 ) -> None:
-    _check(x_adv, grad, clean, step_size, stand_in, limits, steps, step, faulty)
+    _check(x_adv, grad, clean, step_size, stand_in, steps, step, faulty)
 
 
 def l2_reference(
@@ -124,7 +117,6 @@ def l2_reference(
     lower: float,
     upper: float,
     stand_in: Tensor,
-    limits: Tensor | None = None,
     steps: Tensor | None = None,
     step: Tensor | None = None,
     faulty: Tensor | None = None,
@@ -135,12 +127,7 @@ def l2_reference(
     wide_clean = wide(clean)
     direction, held = _direction(wide(grad), stand_in, x_adv)
     unmoved = hold(held, steps, step, faulty)
-    low: Any
-    high: Any
-    if limits is None:
-        low, high = (rounded(limit, direction.dtype) for limit in (lower, upper))
-    else:
-        low, high = limits.view(2, -1, *[1] * (x_adv.dim() - 2)).unbind()
+    low, high = (rounded(bound, direction.dtype) for bound in (lower, upper))
     moved = direction.mul_(per_sample(step_size, grad)).add_(x_adv).clamp_(low, high)
     moved = moved.sub_(wide_clean).renorm_(p=2, dim=0, maxnorm=epsilon).add_(wide_clean).clamp_(low, high)
     x_adv.copy_(moved if unmoved is None else torch.where(per_sample(unmoved, x_adv), x_adv, moved))
@@ -190,7 +177,6 @@ def launch_l2(
     lower: float,
     upper: float,
     stand_in: Tensor,
-    limits: Tensor | None = None,
     steps: Tensor | None = None,
     step: Tensor | None = None,
     faulty: Tensor | None = None,
@@ -200,25 +186,24 @@ def launch_l2(
 
     if x_adv.numel() == 0:
         return
-    n, at = len(x_adv), Layout.of(x_adv, limits)
-    grad, clean = (t.contiguous(memory_format=at.memory_format) for t in (grad, clean))
+    n, length, memory_format = len(x_adv), x_adv[0].numel(), inner_format(x_adv)
+    grad, clean = (t.contiguous(memory_format=memory_format) for t in (grad, clean))
     if not _is_seed(stand_in):
-        stand_in = stand_in.contiguous(memory_format=at.memory_format)
-    step_size, steps, limits = step_size.contiguous(), contiguous(steps), contiguous(limits)
+        stand_in = stand_in.contiguous(memory_format=memory_format)
+    step_size, steps = step_size.contiguous(), contiguous(steps)
     images, counts = (x_adv, grad, clean), (steps, step)
     epsilon, bounds = float(epsilon), (float(lower), float(upper))
     flat = torch.empty(n, dtype=torch.int32, device=x_adv.device)
     long_warps = sample_warps(LONG_BLOCK)
     with torch.cuda.device_of(x_adv):
-        # limits of each channel would take too many registers
-        if limits is None and (block := at.sample_block()) is not None:
+        if (block := sample_block(length)) is not None:
             kernels.pgd_l2_sample_fwd_kernel[(n,)](
                 *images,
                 step_size,
                 *counts,
                 flat,
                 faulty,
-                at.length,
+                length,
                 epsilon,
                 *bounds,
                 BLOCK=block,
@@ -231,36 +216,28 @@ def launch_l2(
                 *images,
                 step_size,
                 *counts,
-                limits,
                 measured,
                 flat,
                 faulty,
                 n,
-                at.length,
+                length,
                 epsilon,
                 *bounds,
-                at.channels,
-                at.rows,
                 BLOCK=LONG_BLOCK,
-                INTERLEAVED=at.interleaved,
                 num_warps=long_warps,
                 enable_fp_fusion=False,
             )
-            block = part_block(x_adv.dtype, limits is not None)
-            blocks = -(-at.length // block)
-            kernels.pgd_l2_step_fwd_kernel[(n * at.rows * blocks,)](
+            block = part_block(x_adv.dtype)
+            blocks = -(-length // block)
+            kernels.pgd_l2_step_fwd_kernel[(n * blocks,)](
                 *images,
                 *counts,
-                limits,
                 measured,
                 n,
-                at.length,
+                length,
                 blocks,
                 *bounds,
-                at.channels,
-                at.rows,
                 BLOCK=block,
-                INTERLEAVED=at.interleaved,
                 num_warps=PART_WARPS,
                 enable_fp_fusion=False,
             )
@@ -270,16 +247,12 @@ def launch_l2(
                 clean,
                 step_size,
                 *counts,
-                limits,
                 stand_in,
                 flat,
-                at.length,
+                length,
                 epsilon,
                 *bounds,
-                at.channels,
-                at.rows,
                 BLOCK=STAND_IN_BLOCK,
-                INTERLEAVED=at.interleaved,
                 num_warps=long_warps,
                 enable_fp_fusion=False,
             )
@@ -298,7 +271,6 @@ def _check(
     clean: Tensor,
     step_size: Tensor,
     stand_in: Tensor,
-    limits: Tensor | None,
     steps: Tensor | None,
     step: Tensor | None,
     faulty: Tensor | None,
@@ -308,6 +280,6 @@ def _check(
             f"x_adv must have shape [n, ...] with at least two dimensions, got {list(x_adv.shape)}: "
             "of one sample write x_adv[None]"
         )
-    check_step(x_adv, grad, clean, step_size, limits, 2, steps, step, faulty)
+    check_step(x_adv, grad, clean, step_size, steps, step, faulty)
     shape = () if _is_seed(stand_in) else tuple(x_adv.shape)
     check("stand_in", stand_in, shape, (x_adv.dtype, torch.int64), x_adv.device)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -21,9 +20,9 @@ def linf_step_(
     grad: Tensor,
     clean: Tensor,
     step_size: Tensor,
-    epsilon: float | Tensor,
-    lower: float | Tensor,
-    upper: float | Tensor,
+    epsilon: float,
+    lower: float,
+    upper: float,
     *,
     steps: Tensor | None = None,
     step: Tensor | None = None,
@@ -43,9 +42,8 @@ def linf_step_(
         grad: [n, ...] of the same dtype.
         clean: [n, ...] of the same dtype, x.
         step_size: [n], α ≥ 0 of each sample, in the images' dtype or float32.
-        epsilon: ε, a number (rounded to the images' dtype) or a tensor with one for each channel, [C].
-        lower: the least pixel value, upper: the greatest; both as ε. A tensor among the three costs some small
-            launches; `pgd_linf_step_` takes them ready.
+        epsilon: ε, rounded to the images' dtype.
+        lower: the least pixel value, upper: the greatest.
         steps: [n] integers: only samples with `steps[i] > step` move. Without it, all do.
         step: 0-dim integer on the device, t.
         faulty: [n] int32, set to 1 for each sample with steps left whose gradient holds NaN; its sum counts those.
@@ -53,41 +51,7 @@ def linf_step_(
     Raises:
         TypeError or ValueError: a dtype, shape or device does not fit; the message names the argument.
     """
-    if any(isinstance(limit, Tensor) for limit in (epsilon, lower, upper)):
-        limits = stack_limits(x_adv, epsilon, lower, upper)
-        pgd_linf_step_(x_adv, grad, clean, step_size, 0.0, 0.0, 0.0, limits, steps, step, faulty)
-    else:
-        pgd_linf_step_(x_adv, grad, clean, step_size, epsilon, lower, upper, None, steps, step, faulty)
-
-
-def stack_limits(x: Tensor, *limits: float | Tensor) -> Tensor:
-    """Limits of each channel as `pgd_linf_step_` takes them, [len(limits), C] in float32 (float64 for such images).
-
-    Args:
-        x: [n, C, ...].
-        limits: each a number or [C].
-
-    Raises:
-        ValueError: a tensor's shape is not [C].
-    """
-    if x.dim() < 2:
-        raise ValueError(
-            f"limits for each channel need x_adv of shape [n, C, ...], got {list(x.shape)}: "
-            "leave them plain numbers, or give the images their channels"
-        )
-    stacked = torch.empty(len(limits), x.shape[1], dtype=_compute_dtype(x), device=x.device)
-    for row, limit in zip(stacked, limits, strict=True):
-        if isinstance(limit, Tensor):
-            if limit.shape != row.shape or limit.device != x.device:
-                raise ValueError(
-                    f"a limit for each channel must have shape {list(row.shape)} on {x.device}, "
-                    f"got {list(limit.shape)} on {limit.device}: "
-                    "give one number for each channel, on the images' device"
-                )
-            row.copy_(limit)
-        else:
-            row.fill_(limit)
-    return stacked
+    pgd_linf_step_(x_adv, grad, clean, step_size, epsilon, lower, upper, steps, step, faulty)
 
 
 @torch.library.custom_op("bt_fast::pgd_linf_step_", mutates_args=("x_adv", "faulty"))
@@ -99,15 +63,14 @@ def pgd_linf_step_(
     epsilon: float,
     lower: float,
     upper: float,
-    limits: Tensor | None,
     steps: Tensor | None,
     step: Tensor | None,
     faulty: Tensor | None,
 ) -> None:
-    """`linf_step_` as one op. `limits` [3, C], if given, holds ε, lower and upper of each channel in their place."""
-    check_step(x_adv, grad, clean, step_size, limits, 3, steps, step, faulty)
+    """`linf_step_` as one op."""
+    check_step(x_adv, grad, clean, step_size, steps, step, faulty)
     run = launch_linf if kernel_takes(x_adv) else linf_reference
-    run(x_adv, grad, clean, step_size, epsilon, lower, upper, limits, steps, step, faulty)
+    run(x_adv, grad, clean, step_size, epsilon, lower, upper, steps, step, faulty)
 
 
 @pgd_linf_step_.register_fake
@@ -119,12 +82,11 @@ def _(
     epsilon: float,
     lower: float,
     upper: float,
-    limits: Tensor | None,
     steps: Tensor | None,
     step: Tensor | None,
     faulty: Tensor | None,
 ) -> None:
-    check_step(x_adv, grad, clean, step_size, limits, 3, steps, step, faulty)
+    check_step(x_adv, grad, clean, step_size, steps, step, faulty)
 
 
 def linf_reference(
@@ -135,7 +97,6 @@ def linf_reference(
     epsilon: float,
     lower: float,
     upper: float,
-    limits: Tensor | None = None,
     steps: Tensor | None = None,
     step: Tensor | None = None,
     faulty: Tensor | None = None,
@@ -150,12 +111,8 @@ def linf_reference(
     if not grad.is_cpu or grad.sum().isnan():
         held = rows_of(grad).isnan().any(dim=1)
     unmoved = hold(held, steps, step, faulty)
-    if limits is None:
-        epsilon, lower, upper = (rounded(limit, clean.dtype) for limit in (epsilon, lower, upper))
-        moved = _step_in_box(x_adv, grad, clean, step_size, epsilon).clamp_(lower, upper)
-    else:
-        width, low, high = limits.view(3, -1, *[1] * (x_adv.dim() - 2)).unbind()
-        moved = _step_in_box(x_adv, grad, clean, step_size, width).clamp_(low, high)
+    epsilon, lower, upper = (rounded(number, clean.dtype) for number in (epsilon, lower, upper))
+    moved = _step_in_box(x_adv, grad, clean, step_size, epsilon).clamp_(lower, upper)
     x_adv.copy_(moved if unmoved is None else torch.where(per_sample(unmoved, x_adv), x_adv, moved))
 
 
@@ -169,14 +126,14 @@ def hold(held: Tensor | None, steps: Tensor | None, step: Tensor | None, faulty:
     return held | ~active
 
 
-def _step_in_box(x_adv: Tensor, grad: Tensor, clean: Tensor, step_size: Tensor, width: float | Tensor) -> Tensor:
+def _step_in_box(x_adv: Tensor, grad: Tensor, clean: Tensor, step_size: Tensor, epsilon: float) -> Tensor:
     """`clip(x' + α·sign(g), x ± ε)`, in two new tensors: on the CPU one more costs as much as the arithmetic on it."""
     alpha = per_sample(step_size, grad)
     moved = grad.sign().to(torch.promote_types(grad.dtype, alpha.dtype)).mul_(alpha).add_(x_adv)
-    bound = clean - width
+    bound = clean - epsilon
     moved = moved.to(bound.dtype) if bound.dtype.itemsize > moved.dtype.itemsize else moved
     torch.maximum(moved, bound, out=moved)
-    torch.add(clean, width, out=bound)
+    torch.add(clean, epsilon, out=bound)
     return torch.minimum(moved, bound, out=moved)
 
 
@@ -189,7 +146,6 @@ def launch_linf(
     epsilon: float,
     lower: float,
     upper: float,
-    limits: Tensor | None = None,
     steps: Tensor | None = None,
     step: Tensor | None = None,
     faulty: Tensor | None = None,
@@ -199,89 +155,63 @@ def launch_linf(
 
     if x_adv.numel() == 0:
         return
-    at = Layout.of(x_adv, limits)
-    grad, clean = (t.contiguous(memory_format=at.memory_format) for t in (grad, clean))
+    n, length, memory_format = len(x_adv), x_adv[0].numel(), inner_format(x_adv)
+    grad, clean = (t.contiguous(memory_format=memory_format) for t in (grad, clean))
     images = (x_adv, grad, clean, step_size.contiguous())
     counts = (contiguous(steps), step)
-    numbers = (rounded(epsilon, x_adv.dtype), float(lower), float(upper), at.channels, at.rows)
-    limits = contiguous(limits)
+    numbers = (rounded(epsilon, x_adv.dtype), float(lower), float(upper))
     with torch.cuda.device_of(x_adv):
-        if (block := at.sample_block()) is not None:
-            kernels.pgd_linf_sample_fwd_kernel[(len(x_adv),)](
+        if (block := sample_block(length)) is not None:
+            kernels.pgd_linf_sample_fwd_kernel[(n,)](
                 *images,
                 *counts,
-                limits,
                 faulty,
-                at.length,
+                length,
                 *numbers,
-                ROWS=at.padded_rows,
-                BLOCK=block // at.padded_rows,
+                BLOCK=block,
                 num_warps=sample_warps(block),
                 enable_fp_fusion=False,
             )
             return
-        held = torch.empty(len(x_adv), dtype=torch.int32, device=x_adv.device)
-        kernels.pgd_held_fwd_kernel[(len(x_adv),)](
+        held = torch.empty(n, dtype=torch.int32, device=x_adv.device)
+        kernels.pgd_held_fwd_kernel[(n,)](
             grad,
             *counts,
             held,
             faulty,
-            at.rows * at.length,
+            length,
             BLOCK=LONG_BLOCK,
             num_warps=sample_warps(LONG_BLOCK),
             enable_fp_fusion=False,
         )
-        block = part_block(x_adv.dtype, limits is not None)
-        blocks = -(-at.length // block)
-        kernels.pgd_linf_step_fwd_kernel[(len(x_adv) * at.rows * blocks,)](
+        block = part_block(x_adv.dtype)
+        blocks = -(-length // block)
+        kernels.pgd_linf_step_fwd_kernel[(n * blocks,)](
             *images,
             *counts,
-            limits,
             held,
-            at.length,
+            length,
             blocks,
             *numbers,
             BLOCK=block,
-            INTERLEAVED=at.interleaved,
             num_warps=PART_WARPS,
             enable_fp_fusion=False,
         )
 
 
-@dataclass(frozen=True)
-class Layout:
-    """How dense images lie: `rows` a sample, each `length` elements; a row is a channel where limits need it so."""
+def sample_block(length: int) -> int | None:
+    """The elements of a block that holds a whole sample of `length`, None where none does.
 
-    memory_format: torch.memory_format
-    interleaved: bool  # limits of each channel, and the channel is the fastest index
-    channels: int
-    rows: int
-    length: int
+    A thread has 8 elements of each tensor at the most, 4 where accesses are narrow: more would take registers from
+    a quarter of the threads.
+    """
+    sizes = (1024, 4096 if length % 16 == 0 else 2048)
+    return next((size for size in sizes if length <= size), None)
 
-    @classmethod
-    def of(cls, x: Tensor, limits: Tensor | None) -> Layout:
-        """The layout of images [n, C, ...] with `limits` [..., C] or without."""
-        memory_format = dense_format(x) or torch.contiguous_format
-        interleaved = limits is not None and memory_format != torch.contiguous_format
-        channels = 1 if limits is None else limits.shape[1]
-        rows = 1 if interleaved else channels
-        return cls(memory_format, interleaved, channels, rows, x[0].numel() // rows)
 
-    @property
-    def padded_rows(self) -> int:
-        """The rows of a sample's block."""
-        return 1 if self.rows == 1 else 4
-
-    def sample_block(self) -> int | None:
-        """The elements of a block that holds a whole sample, None where none does.
-
-        A thread has 8 elements of each tensor at the most, 4 where accesses are narrow: more would take registers from
-        a quarter of the threads, and so would each element's own limits.
-        """
-        if self.interleaved or self.rows > self.padded_rows:
-            return None
-        sizes = (1024, 4096 if self.length % 16 == 0 else 2048)
-        return next((size for size in sizes if self.length * self.padded_rows <= size), None)
+def inner_format(x: Tensor) -> torch.memory_format:
+    """The order of the dimensions inside a sample, in which its gradient and its clean image must lie too."""
+    return dense_format(x) or torch.contiguous_format
 
 
 def sample_warps(block: int) -> int:
@@ -289,9 +219,9 @@ def sample_warps(block: int) -> int:
     return min(block // 128, 16)
 
 
-def part_block(dtype: torch.dtype, limits: bool) -> int:
-    """One 128-bit access a thread and tensor; half that in 16 bits with limits, whose values need registers too."""
-    return PART_WARPS * 32 * (4 if dtype == torch.float32 or limits else 8)
+def part_block(dtype: torch.dtype) -> int:
+    """One 128-bit access a thread and tensor."""
+    return PART_WARPS * 32 * (4 if dtype == torch.float32 else 8)
 
 
 def kernel_takes(x_adv: Tensor) -> bool:
@@ -320,13 +250,11 @@ def check_step(
     grad: Tensor,
     clean: Tensor,
     step_size: Tensor,
-    limits: Tensor | None,
-    limit_rows: int,
     steps: Tensor | None,
     step: Tensor | None,
     faulty: Tensor | None,
 ) -> None:
-    """Raise TypeError or ValueError unless everything fits `x_adv`; the limits have so many rows."""
+    """Raise TypeError or ValueError unless everything fits `x_adv`."""
     if not x_adv.is_floating_point():
         raise TypeError(f"x_adv must be floating point, got {x_adv.dtype}: write x_adv.float()")
     if x_adv.dim() < 1:
@@ -343,10 +271,3 @@ def check_step(
     check("faulty", faulty, n, (torch.int32,), x_adv.device)
     if faulty is not None and not faulty.is_contiguous():
         raise ValueError("faulty must be contiguous: write faulty.contiguous()")
-    if limits is not None:
-        if x_adv.dim() < 2:
-            raise ValueError(
-                f"limits need x_adv of shape [n, C, ...], got {list(x_adv.shape)}: "
-                "leave limits out, or give the images their channels"
-            )
-        check("limits", limits, (limit_rows, x_adv.shape[1]), numbers, x_adv.device)

@@ -17,19 +17,15 @@ from bt_fast.ops import pgd_l2_step, pgd_step
 FULL = {"counts": True, "flags": True}
 # what is planted: a name, the text, and its replacement
 LINF = [
-    ("a mask that ends too late", "(o_x < length)", "(o_x <= length)"),
+    ("a mask that ends too late", "m_x = o_x < length", "m_x = o_x <= length"),
     ("a mask that ends too early", "m_x = o_x < length", "m_x = o_x < length - 1"),
-    ("no upper ε", "b_x + b_step, b_c - b_epsilon, b_c + b_epsilon", 'b_x + b_step, b_c - b_epsilon, float("inf")'),
-    ("no bounds", "return _clip(b_moved, _limit(", "return b_moved; _clip(b_moved, _limit("),
-    ("swapped bounds", "_limit(limits, 1, channels, o_c, lower)", "_limit(limits, 1, channels, o_c, upper)"),
+    ("no upper ε", "b_x + b_step, b_c - epsilon, b_c + epsilon", 'b_x + b_step, b_c - epsilon, float("inf")'),
+    ("no bounds", "b_c + epsilon), lower, upper)", 'b_c + epsilon), -float("inf"), float("inf"))'),
+    ("swapped bounds", "b_c + epsilon), lower, upper)", "b_c + epsilon), upper, lower)"),
     ("another sample's α", "tl.load(step_size + i_n)", "tl.load(step_size + i_n * 0)"),
     ("descent", "tl.where(b_g > 0, b_alpha", "tl.where(b_g <= 0, b_alpha"),
     ("a zero gradient moves", "tl.where(b_g < 0, -b_alpha", "tl.where(b_g <= 0, -b_alpha"),
     ("one step too many", "> tl.load(step)", ">= tl.load(step)"),
-    ("another channel's limits in a sample", "channels, o_r, epsilon", "channels, (o_r + 1) % rows, epsilon"),
-    ("another channel's limits in a part", "else (i_r % rows)", "else ((i_r + 1) % rows)"),
-    ("limits out of order", "k * channels", "(k // 2) * channels"),
-    ("channels not interleaved", "o_x % channels", "o_x // channels % channels"),
     ("NaN moves a sample", "tl.where(top > INFINITY, False, m_x)", "m_x"),
     ("infinite gradients stay", "tl.where(top > INFINITY, False, m_x)", "tl.where(top >= INFINITY, False, m_x)"),
     ("NaN is not counted", "faulty + i_n, 1, mask=top > INFINITY", "faulty + i_n, 0, mask=top > INFINITY"),
@@ -37,7 +33,7 @@ LINF = [
     ("a long sample with NaN moves", "tl.load(held + i_n) != 0", "tl.load(held + i_n) < 0"),
     ("only the last part is searched for NaN", "b_top = tl.maximum(b_top, _magnitude(b_g))", "b_top = _magnitude(b_g)"),
     ("NaN is dropped", "tl.maximum(b_v, b_low, propagate_nan=tl.PropagateNan.ALL)", "tl.maximum(b_v, b_low)"),
-    ("the wrong row", "i_r = i_x // blocks", "i_r = i_x % blocks"),
+    ("the wrong sample", "i_n = i_x // blocks", "i_n = i_x % blocks"),
 ]
 L2 = [
     ("squares overflow or vanish in a sample", "b_g * _power_of_two(-_exponent(top))", "b_g * 1.0"),
@@ -56,11 +52,7 @@ L2 = [
     ("all samples' noise is the same", "o_x, i_n, 0, 0)", "o_x, i_n * 0, 0, 0)"),
     ("noise without its centre", "b_sum.to(tl.int32) - 2040", "b_sum.to(tl.int32) - 2048"),
     ("a long sample without direction moves", "if shrink < 0", "if shrink < -2"),
-    (
-        "a channel's lower bound for all",
-        "_limit(limits, 0, channels, o_c, lower)",
-        "_limit(limits, 0, channels, o_c * 0, lower)",
-    ),
+    ("a long sample leaves its lower bound", "b_delta * shrink, lower, upper)", "b_delta * shrink, lower - 1, upper)"),
     ("Inf is not counted", "mask=top >= INFINITY", "mask=top > INFINITY"),
 ]
 NORMS = {
@@ -69,9 +61,8 @@ NORMS = {
         pgd_step.linf_reference,
         [
             pgd_cases.case(3, (3, 15, 17), torch.float32, 0, **FULL),
-            pgd_cases.case(3, (3, 15, 20), torch.float32, 1, channel_limits=True, **FULL),
-            pgd_cases.case(3, (3, 4, 5), torch.float32, 0, channel_limits=True, last=True, **FULL),
-            pgd_cases.case(3, (3, 37, 39), torch.float32, 3, channel_limits=True, **FULL),
+            pgd_cases.case(3, (3, 15, 20), torch.float32, 1, **FULL),
+            pgd_cases.case(3, (3, 37, 39), torch.float32, 3, **FULL),
         ],
     ),
     "l2": (
@@ -79,7 +70,7 @@ NORMS = {
         pgd_l2_step.l2_reference,
         [
             pgd_cases.l2_case(7, (3, 15, 17), torch.float32, 1, seeded=True, flags=True).but(lower=0.1),
-            pgd_cases.l2_case(7, (3, 4, 5), torch.float32, 1, channel_limits=True, **FULL),
+            pgd_cases.l2_case(7, (3, 4, 5), torch.float32, 1, **FULL),
             pgd_cases.l2_case(7, (3, 37, 39), torch.float32, 5, seeded=True, flags=True).but(lower=0.1),
         ],
     ),
