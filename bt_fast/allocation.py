@@ -8,11 +8,9 @@ such callable: `BulletTrain(metric=lambda z, y: ..., policy=lambda judged: ...)`
 from __future__ import annotations
 
 import math
-import numbers
-import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +19,7 @@ from bt_fast import ops
 from bt_fast.ops import BOUNDARY, OUTLIER, ROBUST
 from bt_fast.ops.numeric import computable, kind_of
 from bt_fast.ops.rows import result_dtype
+from bt_fast.validation import real, step_count
 
 LARGEST = torch.finfo(torch.float32).max  # an infinite certainty counts as this: the percentile interpolates
 
@@ -134,10 +133,8 @@ class Gaussian:
     width: float = 1.0
 
     def __post_init__(self) -> None:
-        width: Any = self.width
-        if isinstance(width, bool) or not isinstance(width, numbers.Real):
-            raise TypeError(f"width must be a number, got {width!r}: write Gaussian(width=1.0)")
-        if not 0 < float(width) < math.inf:
+        width = real("width", self.width)
+        if not 0 < width < math.inf:
             raise ValueError(f"width must be a finite number greater than 0, got {width}: write Gaussian(width=1.0)")
 
     def __call__(self, judged: Judged) -> Tensor:
@@ -173,10 +170,7 @@ class Oracle:
     steps: int = 10
 
     def __post_init__(self) -> None:
-        if isinstance(self.steps, bool) or not hasattr(self.steps, "__index__"):
-            raise TypeError(f"steps must be an integer, got {self.steps!r}: write Oracle(steps=10)")
-        if operator.index(self.steps) < 1:
-            raise ValueError(f"steps must be at least 1, got {self.steps}: write Oracle(steps=10)")
+        step_count("steps", self.steps, least=1)
 
     def groups(self, correct: Tensor, attacked_correct: Tensor) -> Tensor:
         """The group [m] int64 of each sample.

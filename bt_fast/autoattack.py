@@ -13,9 +13,9 @@ from bt_fast import faults
 from bt_fast.attack.frozen import clean_logits, eval_mode, logits_of
 from bt_fast.attack.threat import ThreatModel, check_threat
 from bt_fast.evaluation import Accuracy
-from bt_fast.mining import check_labels, step_count
 from bt_fast.ops.numeric import computable, kind_of
 from bt_fast.units import warn_of_units
+from bt_fast.validation import check_choice, check_labels, step_count
 
 INSTALL = "pip install git+https://github.com/fra31/auto-attack"
 VERSIONS = ("standard", "plus", "rand")
@@ -118,10 +118,7 @@ def _check(x: Tensor, y: Tensor, threat: ThreatModel, version: str) -> None:
             f"threat must have AutoAttack's bounds 0 and 1, got {threat.lower:g} and {threat.upper:g}: "
             f"write ThreatModel({threat.epsilon:g}, {threat.norm!r}), and let the model take pixels in [0, 1]"
         )
-    if not isinstance(version, str) or version not in VERSIONS:
-        raise ValueError(
-            f"version must be one of {', '.join(map(repr, VERSIONS))}, got {version!r}: write version={VERSIONS[0]!r}"
-        )
+    check_choice("version", version, VERSIONS)
     faults.read([faults.pixels_outside(x, 0.0, 1.0, "x")]).wait()
 
 

@@ -19,9 +19,9 @@ from bt_fast.attack.neighbours import warn_of_neighbours
 from bt_fast.attack.pixels import Normalization, on_pixels
 from bt_fast.attack.threat import ThreatModel, check_threat
 from bt_fast.attack.wrapped import unwrapped
-from bt_fast.mining import check_labels, positive, step_count
 from bt_fast.ops.numeric import computable, kind_of
 from bt_fast.units import warn_of_units
+from bt_fast.validation import check_choice, check_kind, check_labels, positive, step_count
 
 _Batch = tuple[Tensor, Tensor]
 
@@ -127,10 +127,8 @@ def evaluate(
     check_threat(threat)
     size = 2.0 * threat.epsilon / steps if step_size is None else step_size
     size = positive("step_size", size)
-    if not isinstance(loss, str) or loss not in LOSSES:
-        raise ValueError(f"loss must be one of {', '.join(map(repr, LOSSES))}, got {loss!r}: write loss={LOSSES[0]!r}")
-    if frozen is not None and not isinstance(frozen, Frozen):
-        raise TypeError(f"frozen must be a Frozen or None, got {type(frozen).__name__}: write frozen=Frozen()")
+    check_choice("loss", loss, LOSSES)
+    check_kind("frozen", frozen, Frozen, "write frozen=Frozen()", optional=True)
     if frozen is not None and frozen.autocast is not None:
         raise ValueError(
             f"frozen.autocast must be None, since the view judges too, got {frozen.autocast}: write frozen=Frozen()"

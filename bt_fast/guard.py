@@ -15,6 +15,7 @@ from torch.nn.utils import get_total_norm
 from bt_fast.device import HostRead
 from bt_fast.faults import NonFiniteError, told
 from bt_fast.ops.numeric import computable, kind_of
+from bt_fast.validation import check_choice
 
 NON_FINITE = ("raise", "skip")
 MOST_IN_A_ROW = 100  # skipped minibatches; then it is no accident
@@ -110,8 +111,7 @@ class Guard:
                     f"modules must be torch.nn.Module, got {type(module).__name__}: "
                     "write Guard(optimizer, model, bullet)"
                 )
-        if non_finite not in NON_FINITE:
-            raise ValueError(f"non_finite must be 'raise' or 'skip', got {non_finite!r}: write non_finite='skip'")
+        check_choice("non_finite", non_finite, NON_FINITE)
         if process_group is not None and not (dist.is_available() and isinstance(process_group, dist.ProcessGroup)):
             raise TypeError(
                 f"process_group must be a ProcessGroup or None, got {process_group!r}: "

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-import numbers
-import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, SupportsIndex
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,6 +18,7 @@ from bt_fast.faults import CheckedRead, Fault
 from bt_fast.ops.numeric import computable, kind_of
 from bt_fast.ranks import Ranks, Together
 from bt_fast.speedup import Fractions, theoretical_speedup_augmix
+from bt_fast.validation import check_logits_and_labels, positive, real, step_count
 
 EARLIER = 2  # kinds of faults that an earlier update left to be told
 MOVED_BY_UPDATES = ("robust_fraction", "unreported_faults", "unreported_gradients")
@@ -790,58 +789,6 @@ class BulletTrain(nn.Module):
             )
 
 
-def check_logits_and_labels(logits: Tensor, labels: Tensor) -> None:
-    """Raise TypeError or ValueError unless logits are floating point [m, K], K ≥ 2, and labels integers [m]."""
-    if not isinstance(logits, Tensor):
-        raise TypeError(f"logits must be a tensor, got {type(logits).__name__}: write torch.as_tensor(logits)")
-    if not computable(logits):
-        raise TypeError(f"logits must be floating point, got {kind_of(logits)}: write logits.float()")
-    if logits.dim() != 2 or logits.shape[1] < 2:
-        raise ValueError(
-            f"logits must have shape [m, K] with K >= 2 classes, got {list(logits.shape)}: "
-            "give a row for each sample and a column for each class"
-        )
-    check_labels(labels, len(logits), logits.device)
-
-
-def check_labels(labels: Tensor, m: int, device: torch.device, name: str = "labels") -> None:
-    """Raise TypeError or ValueError that names `name` unless labels are integers [m] on the device."""
-    if not isinstance(labels, Tensor):
-        raise TypeError(f"{name} must be a tensor of integers, got {type(labels).__name__}: write torch.as_tensor(...)")
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        instead = ".argmax(dim=1), if they are one-hot" if labels.dim() == 2 else ".long()"
-        raise TypeError(f"{name} must be integers, got {labels.dtype}: write {name}{instead}")
-    if labels.shape != (m,):
-        instead = f"give as many {name} as images"
-        if labels.dim() == 2 and len(labels) == m:
-            instead = f"write {name}" + (
-                ".squeeze(1)" if labels.shape[1] == 1 else ".argmax(dim=1), if they are one-hot"
-            )
-        found = list(labels.shape)
-        raise ValueError(f"{name} must have shape [{m}], one for each sample, got {found}: {instead}")
-    if labels.device != device:
-        raise ValueError(
-            f"{name} must be on {device} like the samples, but are on {labels.device}: write {name}.to({str(device)!r})"
-        )
-
-
-def step_count(name: str, value: SupportsIndex, least: int = 0) -> int:
-    """`value` as an int; TypeError or ValueError that names `name` unless it is an integer of at least `least`."""
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(_no_count(name, value, least))
-    try:
-        count = operator.index(value)
-    except TypeError as error:  # of tensors and arrays
-        raise TypeError(_no_count(name, value, least)) from error
-    if count < least:
-        raise ValueError(f"{name} must be at least {least}, got {count}: write {name}={least} or more")
-    return count
-
-
-def _no_count(name: str, value: object, least: int) -> str:
-    return f"{name} must be an integer, got {value!r}: write a whole number, as {name}={max(least, 1)}"
-
-
 def _without_certainty(certainty: Tensor, unfit: Tensor) -> Fault:
     """The number of sound samples of which the metric does not say anything."""
     count = (certainty.isnan() & (unfit == 0)).sum()
@@ -877,25 +824,3 @@ def _ranks_of(group: Any, policy: Policy) -> Ranks | None:
 
 def _step_size(epsilon: float, steps: int) -> float:
     return STEP_FACTOR * epsilon / steps if steps else 0.0
-
-
-def real(name: str, value: Any) -> float:
-    """`value` as a float; TypeError or ValueError that names `name` unless it is a real number that fits."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be a number, got {value!r}: write float({name}), if it holds one")
-    try:
-        return float(value)
-    except OverflowError as error:  # of an integer or a fraction
-        raise ValueError(
-            f"{name} must be a number that fits into a float, got a larger one: write a smaller one"
-        ) from error
-
-
-def positive(name: str, value: float) -> float:
-    """`value` as a float; TypeError or ValueError that names `name` unless it is a finite number greater than 0."""
-    found = real(name, value)
-    if not (found > 0 and math.isfinite(found)):
-        raise ValueError(
-            f"{name} must be a finite number greater than 0, got {value}: write {name}=8/255, or another size of pixels"
-        )
-    return found

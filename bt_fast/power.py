@@ -20,6 +20,7 @@ from typing import Any, Literal
 import torch
 
 from bt_fast.floors import upgrade
+from bt_fast.validation import real
 
 Device = torch.device | int | str
 EnergySource = Literal["counter", "power"]
@@ -129,8 +130,7 @@ class PowerMonitor:
     """
 
     def __init__(self, devices: Device | Iterable[Device] | None = None, interval: float = 0.02) -> None:
-        if isinstance(interval, bool) or not isinstance(interval, (int, float)):
-            raise TypeError(f"interval must be a number of seconds, got {interval!r}: write interval=0.02")
+        real("interval", interval)
         if not 0 < interval < float("inf"):
             raise ValueError(
                 f"interval must be a finite number of seconds greater than 0, got {interval}: write interval=0.02"

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import numbers
 from dataclasses import dataclass
-from typing import Any
+
+from bt_fast.validation import check_choice, check_kind, real
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Fractions:
     def __post_init__(self) -> None:
         shares = (self.boundary, self.robust, self.outlier)
         for name, share in zip(("boundary", "robust", "outlier"), shares, strict=True):
-            _check_number(name, share)
+            real(name, share)
         if not (all(0.0 <= share <= 1.0 for share in shares) and sum(shares) <= 1.0 + 1e-9):
             raise ValueError(
                 f"fractions must lie in [0, 1] and sum to at most 1, got {shares}: write shares, as 0.3 for 30 %"
@@ -60,17 +60,14 @@ def theoretical_speedup(
         TypeError: the fractions are no `Fractions`, or a step count is not a number.
         ValueError: a step count is negative.
     """
-    if not isinstance(fractions, Fractions):
-        raise TypeError(
-            f"fractions must be a Fractions, got {type(fractions).__name__}: write Fractions(boundary, robust, outlier)"
-        )
+    check_kind("fractions", fractions, Fractions, "write Fractions(boundary, robust, outlier)")
     for name, steps in (
         ("boundary_steps", boundary_steps),
         ("robust_steps", robust_steps),
         ("outlier_steps", outlier_steps),
         ("baseline_steps", baseline_steps),
     ):
-        _check_number(name, steps)
+        real(name, steps)
         if not 0 <= steps < 2**63:
             raise ValueError(f"{name} must be at least 0 and fit into 63 bits, got {steps}: write {name}=10")
     return (baseline_steps + 1) / (fractions.mean_steps(boundary_steps, robust_steps, outlier_steps) + 1)
@@ -83,7 +80,7 @@ def theoretical_speedup_augmix(boundary_fraction: float) -> float:
         TypeError: `boundary_fraction` is not a number.
         ValueError: `boundary_fraction` is outside [0, 1].
     """
-    _check_number("boundary_fraction", boundary_fraction)
+    real("boundary_fraction", boundary_fraction)
     if not 0.0 <= boundary_fraction <= 1.0:
         raise ValueError(
             f"boundary_fraction must lie in [0, 1], got {boundary_fraction}: write a share, as 0.3 for 30 %"
@@ -159,13 +156,7 @@ def yopo_cost(propagations: float, objective: str = "pgd") -> float:
     Raises:
         ValueError: the objective is not known.
     """
-    if objective not in ("pgd", "trades", "mart"):
-        raise ValueError(f"objective must be 'pgd', 'trades' or 'mart', got {objective!r}: write objective='pgd'")
+    check_choice("objective", objective, ("pgd", "trades", "mart"))
     if objective == "pgd":
         return 3.0 * propagations
     return (objective == "trades") + 2.0 * propagations + 6.0
-
-
-def _check_number(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be a number, got {value!r}: write float({name}), if it holds one")

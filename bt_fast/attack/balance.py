@@ -19,8 +19,8 @@ from torch import Tensor
 
 from bt_fast.attack.auto import ROUNDS, WARM, now
 from bt_fast.attack.schedule import Schedule
-from bt_fast.mining import real, step_count
 from bt_fast.ops.launch import dense_format
+from bt_fast.validation import real, step_count
 
 PARCEL = 32  # samples, some more than the busiest rank sends in `benchmarks/results/stragglers.md`
 

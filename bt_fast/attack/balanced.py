@@ -15,7 +15,7 @@ from bt_fast.attack.generate import StartedAttack, start_attack
 from bt_fast.attack.runners import Runner, start_of
 from bt_fast.attack.schedule import Schedule
 from bt_fast.attack.threat import ThreatModel
-from bt_fast.mining import step_count
+from bt_fast.validation import step_count
 
 
 @dataclass(frozen=True)

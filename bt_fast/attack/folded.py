@@ -33,6 +33,7 @@ from bt_fast.attack.frozen import eval_mode, logits_of, uncached, uncompiled
 from bt_fast.attack.sharded import gathered
 from bt_fast.attack.wrapped import unwrapped
 from bt_fast.full_precision import full_precision
+from bt_fast.validation import check_kind
 from bt_fast.warning import warn_caller
 
 _LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
@@ -277,8 +278,7 @@ def attack_model(model: nn.Module, recipe: Frozen | None, x: Tensor) -> Iterator
     Raises:
         TypeError: the recipe is no `Frozen`, the model no module, or what it returns no logits.
     """
-    if recipe is not None and not isinstance(recipe, Frozen):
-        raise TypeError(f"frozen must be a Frozen or None, got {type(recipe).__name__}: write frozen=Frozen()")
+    check_kind("frozen", recipe, Frozen, "write frozen=Frozen()", optional=True)
     model = unwrapped(model)
     with eval_mode(model), gathered(model):
         if recipe is None:

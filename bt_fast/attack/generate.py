@@ -14,6 +14,7 @@ from bt_fast.attack.schedule import Schedule
 from bt_fast.attack.threat import ThreatModel, check_threat
 from bt_fast.ops.numeric import computable, kind_of
 from bt_fast.units import warn_of_units
+from bt_fast.validation import check_kind
 
 COMPARED = 8  # samples on which a view of the model is held against it, once
 
@@ -122,10 +123,7 @@ def start_attack(
 
 
 def _check(clean: Tensor, start: Tensor, target: Tensor, schedule: Schedule, faulty: Tensor | None) -> None:
-    if not isinstance(schedule, Schedule):
-        raise TypeError(
-            f"schedule must be a Schedule, got {type(schedule).__name__}: write Schedule.uniform(m, steps, step_size)"
-        )
+    check_kind("schedule", schedule, Schedule, "write Schedule.uniform(m, steps, step_size)")
     for name, values in (("clean", clean), ("start", start), ("target", target)):
         if not isinstance(values, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(values).__name__}: write torch.as_tensor({name})")

@@ -24,9 +24,9 @@ from bt_fast.attack.runners import joined, run_eager, stand_in_seeds, take_step
 from bt_fast.attack.schedule import Schedule
 from bt_fast.attack.threat import ThreatModel
 from bt_fast.device import out_of_memory
-from bt_fast.mining import step_count
 from bt_fast.ops.launch import dense_format
 from bt_fast.ranges import ATTACK_STEP, range_
+from bt_fast.validation import step_count
 from bt_fast.warning import warn_caller
 
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from bt_fast.attack.wrapped import Fronted, unwrapped
 from bt_fast.faults import rounding_of_pixels
-from bt_fast.mining import real
 from bt_fast.ops import wide
+from bt_fast.validation import check_kind, real
 
 
 @dataclass(frozen=True)
@@ -198,11 +198,7 @@ def _front(model: nn.Module, x: Tensor, normalization: Normalization) -> _OnPixe
 
 
 def _check(x: Tensor, normalization: Normalization, name: str) -> None:
-    if not isinstance(normalization, Normalization):
-        raise TypeError(
-            f"normalization must be a Normalization or None, got {type(normalization).__name__}: "
-            "write Normalization(mean, std)"
-        )
+    check_kind("normalization", normalization, Normalization, "write Normalization(mean, std)", optional=True)
     channels = len(normalization.mean)
     if x.dim() < 2 or x.shape[1] != channels:
         raise ValueError(

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from bt_fast import ops
 from bt_fast.device import HostRead
-from bt_fast.mining import Assignment, positive, step_count
+from bt_fast.mining import Assignment
 from bt_fast.ops.numeric import computable, kind_of
+from bt_fast.validation import positive, step_count
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bt_fast.mining import positive, real
+from bt_fast.validation import check_choice, check_kind, positive, real
 
 NORMS = ("l_inf", "l_2")
 
@@ -30,10 +30,7 @@ class ThreatModel:
 
     def __post_init__(self) -> None:
         positive("epsilon", self.epsilon)
-        if not isinstance(self.norm, str) or self.norm not in NORMS:
-            raise ValueError(
-                f"distance must be one of {', '.join(map(repr, NORMS))}, got {self.norm!r}: write {NORMS[0]!r}"
-            )
+        check_choice("distance", self.norm, NORMS)
         if not real("lower", self.lower) < real("upper", self.upper):
             raise ValueError(
                 f"lower must be less than upper, got {self.lower} and {self.upper}: "
@@ -45,5 +42,4 @@ class ThreatModel:
 
 def check_threat(threat: ThreatModel) -> None:
     """Raise TypeError unless it is a threat model."""
-    if not isinstance(threat, ThreatModel):
-        raise TypeError(f"threat must be a ThreatModel, got {type(threat).__name__}: write ThreatModel(epsilon)")
+    check_kind("threat", threat, ThreatModel, "write ThreatModel(epsilon)")

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from bt_fast.augment.operations import LEAST_LEVEL, MOST_LEVEL, NONE, OPERATIONS, apply_operations
-from bt_fast.mining import real, step_count
 from bt_fast.ops.numeric import computable, kind_of
+from bt_fast.validation import real, step_count
 
 CHAINS, DEPTH = 3, 3  # the most operations of a chain
 SEVERITY = 3.0

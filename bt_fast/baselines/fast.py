@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bt_fast.mining import STEP_FACTOR, positive, step_count
+from bt_fast.mining import STEP_FACTOR
 from bt_fast.objectives.mart import mart_loss
 from bt_fast.objectives.pgd import pgd_loss
 from bt_fast.objectives.trades import trades_loss
+from bt_fast.validation import positive, step_count
 
 SINGLE_STEP_FACTOR = 1.25  # α/ε of Wong et al.
 

@@ -22,11 +22,11 @@ from bt_fast.attack.pixels import Normalization, on_pixels
 from bt_fast.attack.start import normal_noise
 from bt_fast.attack.threat import ThreatModel
 from bt_fast.baselines.values import SCALE, check_values
-from bt_fast.mining import step_count
 from bt_fast.objectives import adversarial
 from bt_fast.objectives.recomputed import update_modes
 from bt_fast.ranges import ATTACK_STEP, UPDATE, range_
 from bt_fast.units import warn_of_units
+from bt_fast.validation import check_choice, step_count
 
 YopoObjective = Literal["pgd", "trades", "mart"]
 
@@ -98,8 +98,7 @@ def yopo_loss(
     threat = ThreatModel(epsilon)
     adversarial.check(x_natural, y, optimizer, step_size, 1, None, generator, None, None)
     m, n = step_count("propagations", propagations, least=1), step_count("layer_steps", layer_steps, least=1)
-    if not isinstance(objective, str) or objective not in ("pgd", "trades", "mart"):
-        raise ValueError(f"objective must be 'pgd', 'trades' or 'mart', got {objective!r}: write objective='trades'")
+    check_choice("objective", objective, ("pgd", "trades", "mart"))
     if objective == "pgd" and beta is not None:
         raise ValueError(f"beta is an option of 'trades' and 'mart', not of 'pgd', got {beta!r}: leave it out")
     weight = _BETA.get(objective, 0.0) if beta is None else beta

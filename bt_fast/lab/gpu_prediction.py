@@ -25,8 +25,8 @@ from bt_fast.baselines.trades_reference import trades_reference_loss
 from bt_fast.lab.gpu_model import Action, Gpu, kernels_of, simulate
 from bt_fast.lab.gpu_trace import NOWHERE, trace
 from bt_fast.lab.models import build_model
-from bt_fast.mining import step_count
 from bt_fast.speedup import Fractions, theoretical_speedup
+from bt_fast.validation import step_count
 
 PAPER = Fractions(boundary=0.28, robust=0.54, outlier=0.18)
 STEPS = (10, 2, 0)  # boundary, robust, outlier

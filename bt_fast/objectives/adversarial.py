@@ -9,7 +9,6 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from types import NoneType
 from typing import Generic, Literal, TypeVar
 
 import torch
@@ -29,7 +28,7 @@ from bt_fast.attack.start import Noise, ball_start, normal_noise, random_state, 
 from bt_fast.attack.threat import ThreatModel
 from bt_fast.attack.wrapped import unwrapped
 from bt_fast.faults import CheckedRead, Fault
-from bt_fast.mining import STEP_FACTOR, BulletTrain, check_labels, positive, real, step_count
+from bt_fast.mining import STEP_FACTOR, BulletTrain
 from bt_fast.objectives.again import NEW_ONES, check_alike, of_another
 from bt_fast.objectives.recomputed import update_modes
 from bt_fast.objectives.repeated_forward import moves_batch_norm_alone
@@ -37,6 +36,7 @@ from bt_fast.objectives.update import Computation, Terms, Update, run_update
 from bt_fast.ops.numeric import computable, kind_of
 from bt_fast.ranges import MINING, UPDATE, range_
 from bt_fast.units import warn_of_units
+from bt_fast.validation import check_choice, check_generator, check_kind, check_labels, positive, real, step_count
 
 InnerLoss = Literal["kl", "cross_entropy"]
 Unperturbed = Literal["keep", "skip"]
@@ -417,27 +417,11 @@ def check(
             f"optimizer must be an optimizer or None, got {type(optimizer).__name__}: "
             "give the one of the model's parameters"
         )
-    if bullet is not None and not isinstance(bullet, BulletTrain):
-        raise TypeError(
-            f"bullet must be a BulletTrain or None, got {type(bullet).__name__}: "
-            "write bullet=BulletTrain() once, before the loop"
-        )
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(
-            f"generator must be a torch.Generator or None, got {type(generator).__name__}: "
-            f"write torch.Generator({str(x.device)!r}).manual_seed(0)"
-        )
-    if generator is not None and generator.device.type != x.device.type:
-        raise ValueError(
-            f"generator must be on {x.device} like the images, but is on {generator.device}: write "
-            f"torch.Generator({str(x.device)!r})"
-        )
-    if frozen is not None and not isinstance(frozen, Frozen):
-        raise TypeError(f"frozen must be a Frozen or None, got {type(frozen).__name__}: write frozen=Frozen()")
-    if update is not None and not isinstance(update, Update):
-        raise TypeError(f"update must be an Update or None, got {type(update).__name__}: write update=Update()")
-    if balance is not None and not isinstance(balance, Balance):
-        raise TypeError(f"balance must be a Balance or None, got {type(balance).__name__}: write balance=Balance()")
+    check_kind("bullet", bullet, BulletTrain, "write bullet=BulletTrain() once, before the loop", optional=True)
+    check_generator(generator, x.device)
+    check_kind("frozen", frozen, Frozen, "write frozen=Frozen()", optional=True)
+    check_kind("update", update, Update, "write update=Update()", optional=True)
+    check_kind("balance", balance, Balance, "write balance=Balance()", optional=True)
     if balance is not None and (bullet is None or bullet.process_group is None):
         raise ValueError(
             "balance shares an attack out over ranks: it needs bullet=BulletTrain(process_group=...): "
@@ -453,8 +437,7 @@ def check(
 
 def noise_of(start: Noise | None, default: Noise) -> Noise:
     """The noise of the option `start`, or ValueError."""
-    if not isinstance(start, (str, NoneType)) or start not in (None, "normal", "uniform"):
-        raise ValueError(f"start must be 'normal', 'uniform' or None, got {start!r}: write start='normal'")
+    check_choice("start", start, ("normal", "uniform", None))
     return start or default
 
 
@@ -462,11 +445,7 @@ def check_robust_term(beta: float, unperturbed: Unperturbed | None, bullet: Bull
     """Raise TypeError or ValueError unless the options of a loss with a robust term fit."""
     if not (real("beta", beta) >= 0 and math.isfinite(beta)):
         raise ValueError(f"beta must be a finite number of at least 0, got {beta}: write beta=6.0")
-    if not isinstance(unperturbed, (str, NoneType)) or unperturbed not in (None, "keep", "skip"):
-        raise ValueError(
-            f"unperturbed must be 'keep', 'skip' or None, got {unperturbed!r}: "
-            "write unperturbed='keep', or leave it out"
-        )
+    check_choice("unperturbed", unperturbed, ("keep", "skip", None))
     if unperturbed is not None and bullet is None:
         raise ValueError(
             "unperturbed is an option of BulletTrain: it needs bullet=: give that, or leave unperturbed out"

@@ -17,10 +17,11 @@ from bt_fast.attack.pixels import Normalization, on_pixels
 from bt_fast.attack.wrapped import unwrapped
 from bt_fast.augment.mix import SEVERITY, augment_and_mix, check_images, check_severity, draw_choices
 from bt_fast.faults import Fault
-from bt_fast.mining import BulletTrain, check_labels
+from bt_fast.mining import BulletTrain
 from bt_fast.objectives.again import NEW_ONES, check_alike, of_another
 from bt_fast.objectives.recomputed import update_modes
 from bt_fast.ranges import MINING, UPDATE, range_
+from bt_fast.validation import check_generator, check_kind, check_labels
 
 JSD_WEIGHT = 12.0
 BULLET_STEPS = (1, 0, 0)  # N_B, N_R, N_O (paper, section 4): a sample is augmented or it is not
@@ -223,23 +224,10 @@ def _check(
         raise ValueError(f"x must hold at least 1 image, got shape {list(x.shape)}: leave empty minibatches out")
     check_labels(y, len(x), x.device, "y")
     check_severity(severity)
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(
-            f"generator must be a torch.Generator or None, got {type(generator).__name__}: "
-            f"write torch.Generator({str(x.device)!r}).manual_seed(0)"
-        )
-    if generator is not None and generator.device.type != x.device.type:
-        raise ValueError(
-            f"generator must be on {x.device} like the images, but is on {generator.device}: "
-            f"write torch.Generator({str(x.device)!r})"
-        )
+    check_generator(generator, x.device)
     if bullet is None:
         return
-    if not isinstance(bullet, BulletTrain):
-        raise TypeError(
-            f"bullet must be a BulletTrain or None, got {type(bullet).__name__}: "
-            "write bullet=BulletTrain(1, 0, 0) once, before the loop"
-        )
+    check_kind("bullet", bullet, BulletTrain, "write bullet=BulletTrain(1, 0, 0) once, before the loop", optional=True)
     steps = (bullet.boundary_steps, bullet.robust_steps, bullet.outlier_steps)
     if steps != BULLET_STEPS:
         raise ValueError(

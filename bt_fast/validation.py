@@ -1,0 +1,120 @@
+"""Checks of arguments: an error names the argument, what was given, what was expected, and what to write instead."""
+
+from __future__ import annotations
+
+import math
+import numbers
+import operator
+from collections.abc import Iterable
+from types import NoneType
+from typing import Any, SupportsIndex
+
+import torch
+from torch import Tensor
+
+from bt_fast.ops.numeric import computable, kind_of
+
+
+def check_logits_and_labels(logits: Tensor, labels: Tensor) -> None:
+    """Raise TypeError or ValueError unless logits are floating point [m, K], K ≥ 2, and labels integers [m]."""
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"logits must be a tensor, got {type(logits).__name__}: write torch.as_tensor(logits)")
+    if not computable(logits):
+        raise TypeError(f"logits must be floating point, got {kind_of(logits)}: write logits.float()")
+    if logits.dim() != 2 or logits.shape[1] < 2:
+        raise ValueError(
+            f"logits must have shape [m, K] with K >= 2 classes, got {list(logits.shape)}: "
+            "give a row for each sample and a column for each class"
+        )
+    check_labels(labels, len(logits), logits.device)
+
+
+def check_labels(labels: Tensor, m: int, device: torch.device, name: str = "labels") -> None:
+    """Raise TypeError or ValueError that names `name` unless labels are integers [m] on the device."""
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"{name} must be a tensor of integers, got {type(labels).__name__}: write torch.as_tensor(...)")
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        instead = ".argmax(dim=1), if they are one-hot" if labels.dim() == 2 else ".long()"
+        raise TypeError(f"{name} must be integers, got {labels.dtype}: write {name}{instead}")
+    if labels.shape != (m,):
+        instead = f"give as many {name} as images"
+        if labels.dim() == 2 and len(labels) == m:
+            instead = f"write {name}" + (
+                ".squeeze(1)" if labels.shape[1] == 1 else ".argmax(dim=1), if they are one-hot"
+            )
+        found = list(labels.shape)
+        raise ValueError(f"{name} must have shape [{m}], one for each sample, got {found}: {instead}")
+    if labels.device != device:
+        raise ValueError(
+            f"{name} must be on {device} like the samples, but are on {labels.device}: write {name}.to({str(device)!r})"
+        )
+
+
+def step_count(name: str, value: SupportsIndex, least: int = 0) -> int:
+    """`value` as an int; TypeError or ValueError that names `name` unless it is an integer of at least `least`."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(_no_count(name, value, least))
+    try:
+        count = operator.index(value)
+    except TypeError as error:  # of tensors and arrays
+        raise TypeError(_no_count(name, value, least)) from error
+    if count < least:
+        raise ValueError(f"{name} must be at least {least}, got {count}: write {name}={least} or more")
+    return count
+
+
+def _no_count(name: str, value: object, least: int) -> str:
+    return f"{name} must be an integer, got {value!r}: write a whole number, as {name}={max(least, 1)}"
+
+
+def real(name: str, value: Any) -> float:
+    """`value` as a float; TypeError or ValueError that names `name` unless it is a real number that fits."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, got {value!r}: write float({name}), if it holds one")
+    try:
+        return float(value)
+    except OverflowError as error:  # of an integer or a fraction
+        raise ValueError(
+            f"{name} must be a number that fits into a float, got a larger one: write a smaller one"
+        ) from error
+
+
+def positive(name: str, value: float) -> float:
+    """`value` as a float; TypeError or ValueError that names `name` unless it is a finite number greater than 0."""
+    found = real(name, value)
+    if not (found > 0 and math.isfinite(found)):
+        raise ValueError(
+            f"{name} must be a finite number greater than 0, got {value}: write {name}=8/255, or another size of pixels"
+        )
+    return found
+
+
+def check_kind(name: str, value: object, kind: type, instead: str, *, optional: bool = False) -> None:
+    """Raise TypeError that names `name` unless `value` is of the kind, or None where that is allowed.
+
+    Args:
+        instead: what to write, for the end of the message.
+    """
+    if isinstance(value, kind) or (optional and value is None):
+        return
+    article = "an" if kind.__name__[0] in "AEIOU" else "a"
+    expected = f"{article} {kind.__name__}{' or None' if optional else ''}"
+    raise TypeError(f"{name} must be {expected}, got {type(value).__name__}: {instead}")
+
+
+def check_choice(name: str, value: object, choices: Iterable[str | None]) -> None:
+    """Raise ValueError that names `name` unless `value` is one of the choices."""
+    known = tuple(choices)
+    if not isinstance(value, (str, NoneType)) or value not in known:
+        listed = ", ".join(map(repr, known))
+        raise ValueError(f"{name} must be one of {listed}, got {value!r}: write {name}={known[0]!r}")
+
+
+def check_generator(generator: torch.Generator | None, device: torch.device) -> None:
+    """Raise TypeError or ValueError unless it is a generator for the images' device, or None."""
+    if generator is None:
+        return
+    instead = f"write torch.Generator({str(device)!r}).manual_seed(0)"
+    check_kind("generator", generator, torch.Generator, instead)
+    if generator.device.type != device.type:
+        raise ValueError(f"generator must be on {device} like the images, but is on {generator.device}: {instead}")
