@@ -5,15 +5,16 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from bt_fast.attack import device
+from bt_fast.attack.batch import AttackBatch
 from bt_fast.attack.graphs import GraphRunner
 from bt_fast.attack.runners import Runner, run_eager, start_of
-from bt_fast.attack.schedule import Schedule
 from bt_fast.attack.streams import StreamRunner
 from bt_fast.attack.threat import ThreatModel
 from bt_fast.device import synchronize
@@ -51,58 +52,43 @@ class AutoRunner:
     def __call__(
         self,
         model: Callable[[Tensor], Tensor],
-        x_adv: Tensor,
-        clean: Tensor,
-        target: Tensor,
-        schedule: Schedule,
+        batch: AttackBatch,
         threat: ThreatModel,
         generator: torch.Generator | None,
-        faulty: Tensor | None,
     ) -> None:
         """As `run_eager`."""
-        self.start(model, x_adv, clean, target, schedule, threat, generator, faulty)()
+        self.start(model, batch, threat, generator)()
 
     def start(
         self,
         model: Callable[[Tensor], Tensor],
-        x_adv: Tensor,
-        clean: Tensor,
-        target: Tensor,
-        schedule: Schedule,
+        batch: AttackBatch,
         threat: ThreatModel,
         generator: torch.Generator | None,
-        faulty: Tensor | None,
     ) -> Callable[[], None]:
         """Queue the attack as the chosen runner does; what this returns makes the caller's stream wait for it."""
-        kind = x_adv.device.type
+        x = batch.x_adv
+        kind = x.device.type
         autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
-        configuration = (x_adv.shape[1:], target.shape[1], x_adv.dtype, x_adv.device, threat, autocast)
+        configuration = (x.shape[1:], batch.target.shape[1], x.dtype, x.device, threat, autocast)
         chosen = self._chosen.setdefault(model, {})
         if configuration not in chosen:
-            chosen[configuration] = self._choose(model, x_adv, clean, target, schedule, threat)
-        begin = start_of(chosen[configuration])
-        return begin(model, x_adv, clean, target, schedule, threat, generator, faulty)
+            chosen[configuration] = self._choose(model, batch, threat)
+        return start_of(chosen[configuration])(model, batch, threat, generator)
 
-    def _choose(
-        self,
-        model: Callable[[Tensor], Tensor],
-        x_adv: Tensor,
-        clean: Tensor,
-        target: Tensor,
-        schedule: Schedule,
-        threat: ThreatModel,
-    ) -> Runner:
-        what = f"{len(x_adv)} x {list(x_adv.shape[1:])} {x_adv.dtype}"
-        if reason := device.no_graphs_reason(x_adv):
+    def _choose(self, model: Callable[[Tensor], Tensor], batch: AttackBatch, threat: ThreatModel) -> Runner:
+        x = batch.x_adv
+        what = f"{len(x)} x {list(x.shape[1:])} {x.dtype}"
+        if reason := device.no_graphs_reason(x):
             self.reasons.append(f"{what}: eager, since {reason}")
             return run_eager
-        generator = torch.Generator(x_adv.device).manual_seed(0)
+        generator = torch.Generator(x.device).manual_seed(0)
 
         def seconds(run: Runner) -> float:
-            attacked = x_adv.clone()
-            start = now(x_adv)
-            run(model, attacked, clean, target, schedule, threat, generator, None)
-            return now(x_adv) - start
+            attacked = replace(batch, x_adv=x.clone(), faulty=batch.faulty.clone())
+            start = now(x)
+            run(model, attacked, threat, generator)
+            return now(x) - start
 
         rounds = [{name: seconds(run) for name, run in self._candidates.items()} for _ in range(WARM + ROUNDS)]
         medians = {name: statistics.median(times[name] for times in rounds[WARM:]) for name in self._candidates}

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bt_fast.attack.auto import ROUNDS, WARM, now
-from bt_fast.attack.schedule import Schedule
+from bt_fast.attack.batch import AttackBatch
 from bt_fast.ops.launch import dense_format
 from bt_fast.validation import real, step_count
 
@@ -339,14 +339,10 @@ class Rebalanced:
     """What this rank attacks: its own samples with steps that stay, and those of others.
 
     Attributes:
-        clean, start: [a, ...] and target: [a, K], in the schedule's order.
-        schedule: of these a samples; they need no reordering.
+        batch: these a samples, at their start.
     """
 
-    clean: Tensor
-    start: Tensor
-    target: Tensor
-    schedule: Schedule
+    batch: AttackBatch
     _own_start: Tensor
     _home: Route
     _group: dist.ProcessGroup | None
@@ -362,7 +358,7 @@ class Rebalanced:
         Raises:
             ValueError: a shape is not that, or a dtype.
         """
-        for name, given, like in (("x_adv", x_adv, self.start), ("faulty", faulty, self.schedule.steps.int())):
+        for name, given, like in (("x_adv", x_adv, self.batch.x_adv), ("faulty", faulty, self.batch.faulty)):
             if given.shape != like.shape or given.dtype != like.dtype:
                 raise ValueError(
                     f"{name} must be {like.dtype} of shape {list(like.shape)}, "
@@ -376,24 +372,16 @@ class Rebalanced:
         return x_home.contiguous(memory_format=dense_format(own) or torch.contiguous_format), faulty_home
 
 
-def send_out(
-    clean: Tensor,
-    start: Tensor,
-    target: Tensor,
-    step_size: Tensor,
-    exchange: Exchange,
-    group: dist.ProcessGroup | None = None,
-) -> Rebalanced:
+def send_out(batch: AttackBatch, exchange: Exchange, group: dist.ProcessGroup | None = None) -> Rebalanced:
     """Hand this rank's surplus to others and take in theirs. Every rank of the group must call it with the same plan.
 
     Args:
-        clean, start: [m, ...] this rank's images and starts in sorted order, that is by descending steps.
-        target: [m, K] and step_size: [m] float64 in the same order.
+        batch: this rank's m samples, at their start.
         exchange: the plan, whose rank r is the group's.
         group: the ranks; None for all.
 
     Raises:
-        ValueError: the plan is not for so many ranks, or a tensor does not hold this rank's m samples.
+        ValueError: the plan is not for so many ranks, or not for m samples of this rank.
     """
     ranks, rank = dist.get_world_size(group), dist.get_rank(group)
     if exchange.ranks != ranks:
@@ -402,19 +390,18 @@ def send_out(
             "make it from counts with a row for each rank"
         )
     m = int(exchange.counts[rank].sum())
-    for name, values in (("clean", clean), ("start", start), ("target", target), ("step_size", step_size)):
-        if len(values) != m:
-            raise ValueError(
-                f"{name} must hold the {m} samples that the plan counts, got shape {list(values.shape)}: "
-                "give the samples of this rank"
-            )
+    if len(batch) != m:
+        raise ValueError(
+            f"batch must hold the {m} samples that the plan counts, got {len(batch)}: give the samples of this rank"
+        )
     there, home = routes(exchange, rank)
-    x, begin, goal, sizes = there.carry([clean, start, target, step_size], group)
+    begin, clean, target, sizes = there.carry([batch.x_adv, batch.clean, batch.target, batch.step_size], group)
     quota = exchange.quotas[rank].flip(0)[:-1]  # by descending steps, without those of 0
     steps = torch.arange(len(quota), 0, -1, device="cpu").repeat_interleave(quota)
     active = tuple(n for n in quota.cumsum(0).flip(0).tolist() if n)
-    schedule = Schedule(None, _to(steps, clean.device), sizes, active)
-    return Rebalanced(x, begin, goal, schedule, start.detach(), home, group)
+    flags = torch.zeros(len(begin), dtype=torch.int32, device=begin.device)
+    away = AttackBatch(begin, clean, target, sizes, _to(steps, begin.device), active, flags)
+    return Rebalanced(away, batch.x_adv.detach(), home, group)
 
 
 def _ranges(begin: np.ndarray, length: np.ndarray) -> np.ndarray:

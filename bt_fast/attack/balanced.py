@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bt_fast.attack.balance import Costs, Rebalanced, measured_costs, pays, plan, send_out
+from bt_fast.attack.batch import AttackBatch
 from bt_fast.attack.generate import StartedAttack, start_attack
 from bt_fast.attack.runners import Runner, start_of
 from bt_fast.attack.schedule import Schedule
@@ -48,9 +49,8 @@ class Balance:
 class _BalancedAttack(StartedAttack):
     """An attack on samples of several ranks, whose results come home at the end."""
 
-    def __init__(self, away: StartedAttack, rebalanced: Rebalanced, faulty_away: Tensor, faulty: Tensor) -> None:
-        self._away, self._rebalanced = away, rebalanced
-        self._faulty_away, self._faulty = faulty_away, faulty
+    def __init__(self, away: StartedAttack, rebalanced: Rebalanced, faulty: Tensor) -> None:
+        self._away, self._rebalanced, self._faulty = away, rebalanced, faulty
 
     @property
     def beside(self) -> bool:
@@ -62,20 +62,16 @@ class _BalancedAttack(StartedAttack):
 
     def finish(self) -> Tensor:
         """x' [m, ...] of this rank's own samples. Collective."""
-        x_adv, flags = self._rebalanced.bring_home(self._away.finish(), self._faulty_away)
+        x_adv, flags = self._rebalanced.bring_home(self._away.finish(), self._rebalanced.batch.faulty)
         self._faulty.copy_(flags)
         return x_adv
 
 
 def start_balanced_attack(
     view: Callable[[Tensor], Tensor],
-    clean: Tensor,
-    start: Tensor,
-    target: Tensor,
-    schedule: Schedule,
+    batch: AttackBatch,
     threat: ThreatModel,
     generator: torch.Generator | None,
-    faulty: Tensor,
     runner: Runner,
     balance: Balance,
     steps_of_ranks: Tensor,
@@ -86,19 +82,14 @@ def start_balanced_attack(
     Args:
         steps_of_ranks: [N, n+1] int64 on the host, how many samples of each rank of the group have 0, 1, ... steps.
     """
-
-    def attack(x: Tensor, begin: Tensor, goal: Tensor, of: Schedule, flags: Tensor) -> StartedAttack:
-        return start_attack(view, x, begin, goal, of, threat, generator, flags, runner)
-
     exchange = plan(steps_of_ranks, balance.ranks_per_node)
     costs = balance.costs
     if costs is None and len(exchange.number) and int(steps_of_ranks.sum(dim=1).min()) >= 2:
-        costs = _costs(view, clean, target, threat, runner, group)
+        costs = _costs(view, batch, threat, runner, group)
     if costs is None or not pays(exchange, costs):
-        return attack(clean, start, target, schedule, faulty)
-    there = send_out(clean, start, target, schedule.step_size, exchange, group)
-    flags = torch.zeros(len(there.clean), dtype=torch.int32, device=clean.device)
-    return _BalancedAttack(attack(there.clean, there.start, there.target, there.schedule, flags), there, flags, faulty)
+        return start_attack(view, batch, threat, generator, runner)
+    there = send_out(batch, exchange, group)
+    return _BalancedAttack(start_attack(view, there.batch, threat, generator, runner), there, batch.faulty)
 
 
 _measured: WeakKeyDictionary[Callable[[Tensor], Tensor], dict[tuple[object, ...], Costs]] = WeakKeyDictionary()
@@ -106,13 +97,13 @@ _measured: WeakKeyDictionary[Callable[[Tensor], Tensor], dict[tuple[object, ...]
 
 def _costs(
     view: Callable[[Tensor], Tensor],
-    clean: Tensor,
-    target: Tensor,
+    batch: AttackBatch,
     threat: ThreatModel,
     runner: Runner,
     group: dist.ProcessGroup,
 ) -> Costs:
     """Measured once. (All ranks meet the same kinds of images in the same order.)"""
+    clean, target = batch.clean, batch.target
     known = _measured.setdefault(view, {})
     kind = (clean.shape[1:], clean.dtype, target.shape[1], threat.norm)
     if kind not in known:
@@ -120,7 +111,8 @@ def _costs(
 
         def attack(n: int) -> None:
             one = Schedule.uniform(n, 1, threat.epsilon, clean.device)
-            begin(view, clean[:n].clone(), clean[:n], target[:n], one, threat, generator, None)()
+            flags = torch.zeros(n, dtype=torch.int32, device=clean.device)
+            begin(view, AttackBatch.of(one, clean[:n].clone(), clean[:n], target[:n], flags), threat, generator)()
 
         known[kind] = measured_costs(attack, len(clean), clean, target, group)
     return known[kind]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from bt_fast.attack.auto import runner_of
+from bt_fast.attack.batch import AttackBatch
 from bt_fast.attack.folded import Frozen, FrozenModel, attack_model
 from bt_fast.attack.runners import Runner, joined, start_of
 from bt_fast.attack.schedule import Schedule
@@ -63,7 +65,9 @@ def generate(
     check_threat(threat)
     warn_of_units(threat.epsilon, threat.norm, (threat.lower, threat.upper), pixels=clean[:1].numel() or 1)
     with torch.inference_mode(False), attack_model(model, frozen, clean[:COMPARED].detach()) as view:
-        return start_attack(view, clean, start, target, schedule, threat, generator, faulty, runner_of(runner)).finish()
+        flags = torch.zeros(len(clean), dtype=torch.int32, device=clean.device) if faulty is None else faulty
+        batch = AttackBatch.of(schedule, start, clean, target, flags)
+        return start_attack(view, batch, threat, generator, runner_of(runner)).finish()
 
 
 class StartedAttack:
@@ -94,31 +98,31 @@ class StartedAttack:
 
 def start_attack(
     view: Callable[[Tensor], Tensor],
-    clean: Tensor,
-    start: Tensor,
-    target: Tensor,
-    schedule: Schedule,
+    batch: AttackBatch,
     threat: ThreatModel,
     generator: torch.Generator | None,
-    faulty: Tensor | None,
     runner: Runner,
 ) -> StartedAttack:
     """Queue the attack on a view of the model, as `attack_model` gives it and inside its `with` block.
 
     Where the runner has streams of its own, what the caller queues before `finish` runs beside the attack.
+
+    Args:
+        batch: its `x_adv` is where the attack starts, and is not changed.
     """
-    if not schedule.active or schedule.active[0] == 0:
+    start = batch.x_adv
+    if not batch.active or batch.active[0] == 0:
         return StartedAttack(start.detach().clone(memory_format=torch.preserve_format), joined, False)
     with torch.inference_mode(False):
-        last = isinstance(view, FrozenModel) and view.channels_last and clean.dim() == 4
-        x = clean.detach()
+        last = isinstance(view, FrozenModel) and view.channels_last and start.dim() == 4
+        clean = batch.clean.detach()
         if last:
             x_adv = start.detach().clone(memory_format=torch.channels_last)
-            x = x.contiguous(memory_format=torch.channels_last)
+            clean = clean.contiguous(memory_format=torch.channels_last)
         else:
             x_adv = start.detach().clone(memory_format=torch.preserve_format)
-        begin = start_of(runner)
-        join = begin(view, x_adv, x, target.detach(), schedule, threat, generator, faulty)
+        attacked = replace(batch, x_adv=x_adv, clean=clean, target=batch.target.detach())
+        join = start_of(runner)(view, attacked, threat, generator)
         return StartedAttack(x_adv, join, last and start.is_contiguous())
 
 

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from bt_fast.attack import device
+from bt_fast.attack.batch import AttackBatch
 from bt_fast.attack.device import RandomStates
 from bt_fast.attack.folded import FrozenModel, hooked
 from bt_fast.attack.frozen import plain_values, uncached
 from bt_fast.attack.runners import joined, run_eager, stand_in_seeds, take_step
-from bt_fast.attack.schedule import Schedule
 from bt_fast.attack.threat import ThreatModel
 from bt_fast.device import out_of_memory
 from bt_fast.ops.launch import dense_format
@@ -58,48 +58,36 @@ class GraphRunner:
     def __call__(
         self,
         model: Callable[[Tensor], Tensor],
-        x_adv: Tensor,
-        clean: Tensor,
-        target: Tensor,
-        schedule: Schedule,
+        batch: AttackBatch,
         threat: ThreatModel,
         generator: torch.Generator | None,
-        faulty: Tensor | None,
     ) -> None:
         """As `run_eager`."""
-        self.start(model, x_adv, clean, target, schedule, threat, generator, faulty)()
+        self.start(model, batch, threat, generator)()
 
     def start(
         self,
         model: Callable[[Tensor], Tensor],
-        x_adv: Tensor,
-        clean: Tensor,
-        target: Tensor,
-        schedule: Schedule,
+        batch: AttackBatch,
         threat: ThreatModel,
         generator: torch.Generator | None,
-        faulty: Tensor | None,
     ) -> Callable[[], None]:
         """Queue the attack beside whatever the caller queues next, until it calls what this returns: then that waits.
 
-        An exception leaves the caller's stream waiting for what was queued, and `x_adv` as it was.
+        An exception leaves the caller's stream waiting for what was queued, and the batch as it was.
         """
-        join = self.queued(model, x_adv, clean, target, schedule, threat, generator, faulty)
+        join = self.queued(model, batch, threat, generator)
         if join is None:
-            run_eager(model, x_adv, clean, target, schedule, threat, generator, faulty)
+            run_eager(model, batch, threat, generator)
             return joined
         return join
 
     def queued(
         self,
         model: Callable[[Tensor], Tensor],
-        x_adv: Tensor,
-        clean: Tensor,
-        target: Tensor,
-        schedule: Schedule,
+        batch: AttackBatch,
         threat: ThreatModel,
         generator: torch.Generator | None,
-        faulty: Tensor | None,
         *,
         capacity: int = 0,
     ) -> Callable[[], None] | None:
@@ -108,16 +96,16 @@ class GraphRunner:
         Args:
             capacity: make room for so many samples, if that is more than there are.
         """
-        reason = self._failed.get(model) or _reason(model, x_adv)
+        reason = self._failed.get(model) or _reason(model, batch.x_adv)
         if reason is None:
-            where = x_adv.device
+            where = batch.x_adv.device
             random = RandomStates(device.host_generator(where), device.device_generator(where), generator)
             session: _Session | None = None
             try:
-                session = self._session(model, x_adv, clean, target, threat, max(capacity, len(x_adv)))
-                seeds = stand_in_seeds(x_adv, schedule, threat, generator)
-                with uncached(x_adv):
-                    return session.start(model, x_adv, clean, target, schedule, seeds, faulty)
+                session = self._session(model, batch, threat, max(capacity, len(batch)))
+                seeds = stand_in_seeds(batch, threat, generator)
+                with uncached(batch.x_adv):
+                    return session.start(model, batch, seeds)
             except device.CaptureError as error:
                 reason = str(error)
             except RuntimeError as error:
@@ -135,21 +123,15 @@ class GraphRunner:
         return None
 
     def _session(
-        self,
-        model: Callable[[Tensor], Tensor],
-        x: Tensor,
-        clean: Tensor,
-        target: Tensor,
-        threat: ThreatModel,
-        capacity: int,
+        self, model: Callable[[Tensor], Tensor], batch: AttackBatch, threat: ThreatModel, capacity: int
     ) -> _Session:
-        key = _Key.of(model, x, clean, target, threat)
+        key = _Key.of(model, batch, threat)
         sessions = self._sessions.setdefault(model, OrderedDict())
         for old in [k for k in sessions if k.addresses != key.addresses]:
             del sessions[old]  # its graphs read memory that is the model's no more
         session = sessions.get(key)
         if session is None or session.capacity < capacity:
-            session = sessions[key] = _Session(x, clean, target, threat, self._bucket, model, capacity)
+            session = sessions[key] = _Session(model, batch, threat, self._bucket, capacity)
         sessions.move_to_end(key)
         while len(sessions) > 1 and sum(len(s.graphs) for s in sessions.values()) > self._most:
             sessions.popitem(last=False)
@@ -172,14 +154,13 @@ class _Key:
     addresses: tuple[int, ...]
 
     @classmethod
-    def of(
-        cls, model: Callable[[Tensor], Tensor], x: Tensor, clean: Tensor, target: Tensor, threat: ThreatModel
-    ) -> _Key:
+    def of(cls, model: Callable[[Tensor], Tensor], batch: AttackBatch, threat: ThreatModel) -> _Key:
+        x, target = batch.x_adv, batch.target
         kind = x.device.type
         return cls(
             shape=tuple(x.shape[1:]),
             classes=target.shape[1],
-            dtypes=(x.dtype, clean.dtype, target.dtype),
+            dtypes=(x.dtype, batch.clean.dtype, target.dtype),
             strides=x.stride(),
             device=x.device,
             threat=threat,
@@ -194,14 +175,13 @@ class _Session:
 
     def __init__(
         self,
-        x: Tensor,
-        clean: Tensor,
-        target: Tensor,
+        model: Callable[[Tensor], Tensor],
+        batch: AttackBatch,
         threat: ThreatModel,
         bucket: int,
-        model: Callable[[Tensor], Tensor],
         capacity: int,
     ) -> None:
+        x = batch.x_adv
         self.capacity = -(-capacity // bucket) * bucket
         self.graphs: OrderedDict[int, device.Graph] = OrderedDict()
         self.most_graphs = 1
@@ -211,49 +191,43 @@ class _Session:
         self._warm: set[int] = set()
         self._stream = device.new_stream(x)
         self._pool: object = None
-        self._x_adv, self._clean = (_room(t, self.capacity) for t in (x, clean))
-        self._target = target.new_zeros(self.capacity, target.shape[1])
-        self._step_size = x.new_zeros(self.capacity)
-        self._steps = torch.zeros(self.capacity, dtype=torch.int64, device=x.device)
+        self._own = AttackBatch(
+            x_adv=_room(x, self.capacity),
+            clean=_room(batch.clean, self.capacity),
+            target=batch.target.new_zeros(self.capacity, batch.target.shape[1]),
+            step_size=x.new_zeros(self.capacity),
+            steps=torch.zeros(self.capacity, dtype=torch.int64, device=x.device),
+            active=(),
+            faulty=torch.zeros(self.capacity, dtype=torch.int32, device=x.device),
+        )
         self._step, self._seed = (torch.zeros((), dtype=torch.int64, device=x.device) for _ in range(2))
-        self._faulty = torch.zeros(self.capacity, dtype=torch.int32, device=x.device)
 
-    def start(
-        self,
-        model: Callable[[Tensor], Tensor],
-        x_adv: Tensor,
-        clean: Tensor,
-        target: Tensor,
-        schedule: Schedule,
-        seeds: Tensor | None,
-        faulty: Tensor | None,
-    ) -> Callable[[], None]:
-        """Queue the attack; what is returned makes the caller wait. An exception leaves `x_adv` as it was."""
-        m, caller = len(x_adv), device.current_stream(x_adv)
+    def start(self, model: Callable[[Tensor], Tensor], batch: AttackBatch, seeds: Tensor | None) -> Callable[[], None]:
+        """Queue the attack; what is returned makes the caller wait. An exception leaves the batch as it was."""
+        own, caller = self._own[: len(batch)], device.current_stream(batch.x_adv)
         self._stream.wait_stream(caller)
         try:
             with device.on(self._stream):
-                self._x_adv[:m].copy_(x_adv)
-                self._clean[:m].copy_(clean)
-                self._target[:m].copy_(target)
-                self._step_size[:m].copy_(schedule.step_size)
-                self._steps[:m].copy_(schedule.steps)
+                own.x_adv.copy_(batch.x_adv)
+                own.clean.copy_(batch.clean)
+                own.target.copy_(batch.target)
+                own.step_size.copy_(batch.step_size)
+                own.steps.copy_(batch.steps)
                 self._step.zero_()
-                self._faulty.zero_()
-                for t, n in enumerate(schedule.active):
+                own.faulty.zero_()
+                for t, n in enumerate(batch.active):
                     if seeds is not None:
                         self._seed.copy_(seeds[t])
                     if n:
                         with range_(ATTACK_STEP):
                             self._advance(model, -(-n // self._bucket) * self._bucket)
-                x_adv.copy_(self._x_adv[:m])
-                if faulty is not None:
-                    torch.maximum(faulty, self._faulty[:m], out=faulty)
+                batch.x_adv.copy_(own.x_adv)
+                torch.maximum(batch.faulty, own.faulty, out=batch.faulty)
         except BaseException:
             caller.wait_stream(self._stream)  # whose buffers may be freed next, for the caller to use
             raise
         # until then the caller's stream must be given none of the memory that this one works on
-        return partial(_join, caller, self._stream, (self, x_adv, clean, target, schedule, seeds, faulty))
+        return partial(_join, caller, self._stream, (self, batch, seeds))
 
     def _advance(self, model: Callable[[Tensor], Tensor], n: int) -> None:
         """One step of the first n samples: replayed, or run where this size is new."""
@@ -261,7 +235,7 @@ class _Session:
         if graph is None and n in self._warm:
             graph = self._capture(model, n)
         if graph is None:
-            where = self._x_adv.device
+            where = self._own.x_adv.device
             random = RandomStates(device.host_generator(where), device.device_generator(where))
             values = _values(model)
             self._take_step(model, n)
@@ -288,18 +262,7 @@ class _Session:
         return graph
 
     def _take_step(self, model: Callable[[Tensor], Tensor], n: int) -> None:
-        take_step(
-            model,
-            self._x_adv[:n],
-            self._clean[:n],
-            self._target[:n],
-            self._step_size[:n],
-            self._threat,
-            self._seed,
-            self._faulty[:n],
-            steps=self._steps[:n],
-            step=self._step,
-        )
+        take_step(model, self._own[:n], self._threat, self._seed, self._step)
         self._step.add_(1)
 
 

@@ -1,35 +1,32 @@
-"""How a schedule is executed."""
+"""How an attack is executed."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from bt_fast import ops
+from bt_fast.attack.batch import AttackBatch
 from bt_fast.attack.frozen import gradient_of, in_float16, logits_of
-from bt_fast.attack.schedule import Schedule
 from bt_fast.attack.threat import ThreatModel
 from bt_fast.ranges import ATTACK_STEP, range_
 
 
 class Runner(Protocol):
-    """How a schedule is executed: `run_eager` is one, and every other gives its result."""
+    """How an attack is executed: `run_eager` is one, and every other gives its result."""
 
     def __call__(
         self,
         model: Callable[[Tensor], Tensor],
-        x_adv: Tensor,
-        clean: Tensor,
-        target: Tensor,
-        schedule: Schedule,
+        batch: AttackBatch,
         threat: ThreatModel,
         generator: torch.Generator | None,
-        faulty: Tensor | None,
     ) -> None:
-        """Change `x_adv` as `run_eager` does."""
+        """Change the batch's `x_adv` as `run_eager` does."""
 
 
 class Start(Protocol):
@@ -41,15 +38,11 @@ class Start(Protocol):
     def __call__(
         self,
         model: Callable[[Tensor], Tensor],
-        x_adv: Tensor,
-        clean: Tensor,
-        target: Tensor,
-        schedule: Schedule,
+        batch: AttackBatch,
         threat: ThreatModel,
         generator: torch.Generator | None,
-        faulty: Tensor | None,
     ) -> Callable[[], None]:
-        """Change `x_adv` as `run_eager` does, at the latest when what is returned is called."""
+        """Change the batch's `x_adv` as `run_eager` does, at the latest when what is returned is called."""
 
 
 def start_of(runner: Runner) -> Start:
@@ -60,15 +53,11 @@ def start_of(runner: Runner) -> Start:
 
     def run(
         model: Callable[[Tensor], Tensor],
-        x_adv: Tensor,
-        clean: Tensor,
-        target: Tensor,
-        schedule: Schedule,
+        batch: AttackBatch,
         threat: ThreatModel,
         generator: torch.Generator | None,
-        faulty: Tensor | None,
     ) -> Callable[[], None]:
-        runner(model, x_adv, clean, target, schedule, threat, generator, faulty)
+        runner(model, batch, threat, generator)
         return joined
 
     return run
@@ -80,70 +69,55 @@ def joined() -> None:
 
 def run_eager(
     model: Callable[[Tensor], Tensor],
-    x_adv: Tensor,
-    clean: Tensor,
-    target: Tensor,
-    schedule: Schedule,
+    batch: AttackBatch,
     threat: ThreatModel,
     generator: torch.Generator | None,
-    faulty: Tensor | None,
 ) -> None:
     """Step t runs forward, input gradient and projected step on the prefix of the samples that still have steps left.
 
     Groups with different counts advance together, so there are as many launch sequences as the largest count.
 
     Args:
-        x_adv: [m, ...] in sorted order, the starting points; changed in place.
-        clean: [m, ...] in sorted order.
-        target: [m, K] in sorted order, the distribution to move away from.
         generator: on the images' device; for the stand-in of a zero ℓ2 gradient.
-        faulty: [m] int32, set to 1 for samples that stayed in some step, since their gradient held NaN (in ℓ2: or Inf).
     """
-    step_size = schedule.step_size.to(x_adv.dtype)
-    seeds = stand_in_seeds(x_adv, schedule, threat, generator)
-    for t, n in enumerate(schedule.active):
+    batch = replace(batch, step_size=batch.step_size.to(batch.x_adv.dtype))
+    seeds = stand_in_seeds(batch, threat, generator)
+    for t, n in enumerate(batch.active):
         if n == 0:
             break
-        seed = None if seeds is None else seeds[t]
-        found = None if faulty is None else faulty[:n]
         with range_(ATTACK_STEP):
-            take_step(model, x_adv[:n], clean[:n], target[:n], step_size[:n], threat, seed, found)
+            take_step(model, batch[:n], threat, None if seeds is None else seeds[t])
 
 
 def take_step(
     model: Callable[[Tensor], Tensor],
-    x_adv: Tensor,
-    clean: Tensor,
-    target: Tensor,
-    step_size: Tensor,
+    batch: AttackBatch,
     threat: ThreatModel,
     seed: Tensor | None,
-    faulty: Tensor | None,
-    steps: Tensor | None = None,
     step: Tensor | None = None,
 ) -> None:
     """One step of these samples: forward, input gradient, projected step in place.
 
     Args:
         seed: for the direction where an ℓ2 gradient is 0; without it, as the TRADES code draws it on the CPU.
-        steps: [n] and step: 0-dim, the counter: only samples with more steps than it move.
+        step: 0-dim integer, the counter: only samples with more steps than it move. Without it, all do.
     """
-    grad = input_gradient(model, x_adv, target)
-    box = (threat.epsilon, threat.lower, threat.upper)
+    grad = input_gradient(model, batch.x_adv, batch.target)
+    images = (batch.x_adv, grad, batch.clean, batch.step_size, threat.epsilon, threat.lower, threat.upper)
+    steps = None if step is None else batch.steps
     if threat.norm == "l_inf":
-        ops.linf_step_(x_adv, grad, clean, step_size, *box, steps=steps, step=step, faulty=faulty)
+        ops.linf_step_(*images, steps=steps, step=step, faulty=batch.faulty)
     else:
         stand_in = _as_authors(grad) if seed is None else seed
-        ops.l2_step_(x_adv, grad, clean, step_size, *box, stand_in, steps=steps, step=step, faulty=faulty)
+        ops.l2_step_(*images, stand_in, steps=steps, step=step, faulty=batch.faulty)
 
 
-def stand_in_seeds(
-    x: Tensor, schedule: Schedule, threat: ThreatModel, generator: torch.Generator | None
-) -> Tensor | None:
+def stand_in_seeds(batch: AttackBatch, threat: ThreatModel, generator: torch.Generator | None) -> Tensor | None:
     """A seed for each step in ℓ2, drawn on the images' device; None where there is no need."""
+    x = batch.x_adv
     if threat.norm == "l_inf" or (x.is_cpu and generator is None):
         return None
-    return torch.randint(2**63 - 1, (len(schedule.active),), device=x.device, generator=generator)
+    return torch.randint(2**63 - 1, (len(batch.active),), device=x.device, generator=generator)
 
 
 def input_gradient(model: Callable[[Tensor], Tensor], x: Tensor, target: Tensor) -> Tensor:

@@ -109,11 +109,3 @@ class Schedule:
     def sort(self, values: Tensor) -> Tensor:
         """`values` [m, ...] in sorted order."""
         return values if self.order is None else values[self.order]
-
-    def part(self, rows: slice) -> Schedule:
-        """The schedule of some sorted rows, which lie side by side, in their order."""
-        start, stop, _ = rows.indices(len(self.step_size))
-        active = [min(max(n - start, 0), stop - start) for n in self.active]
-        while active and active[-1] == 0:
-            active.pop()
-        return Schedule(None, self.steps[rows], self.step_size[rows], tuple(active))

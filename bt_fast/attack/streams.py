@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from bt_fast.attack.batch import AttackBatch
 from bt_fast.attack.graphs import GraphRunner
 from bt_fast.attack.runners import joined, run_eager
-from bt_fast.attack.schedule import Schedule
 from bt_fast.attack.threat import ThreatModel
 
 
@@ -36,42 +36,33 @@ class StreamRunner:
     def __call__(
         self,
         model: Callable[[Tensor], Tensor],
-        x_adv: Tensor,
-        clean: Tensor,
-        target: Tensor,
-        schedule: Schedule,
+        batch: AttackBatch,
         threat: ThreatModel,
         generator: torch.Generator | None,
-        faulty: Tensor | None,
     ) -> None:
         """As `run_eager`."""
-        self.start(model, x_adv, clean, target, schedule, threat, generator, faulty)()
+        self.start(model, batch, threat, generator)()
 
     def start(
         self,
         model: Callable[[Tensor], Tensor],
-        x_adv: Tensor,
-        clean: Tensor,
-        target: Tensor,
-        schedule: Schedule,
+        batch: AttackBatch,
         threat: ThreatModel,
         generator: torch.Generator | None,
-        faulty: Tensor | None,
     ) -> Callable[[], None]:
         """Queue all chains; what this returns makes the caller's stream wait for them."""
-        groups = groups_of(schedule) if threat.norm == "l_inf" else [slice(None)]
+        groups = groups_of(batch.active) if threat.norm == "l_inf" else [slice(None)]
         self._chains += [GraphRunner(**self._options) for _ in groups[len(self._chains) :]]
         joins: list[Callable[[], None]] = []
         try:
             for chain, rows in zip(self._chains, groups, strict=False):
-                found = None if faulty is None else faulty[rows]
-                part = (x_adv[rows], clean[rows], target[rows], schedule.part(rows), threat, generator, found)
-                join = chain.queued(model, *part, capacity=len(x_adv))
+                part = batch[rows]
+                join = chain.queued(model, part, threat, generator, capacity=len(batch))
                 if join is None and not joins:  # whole, as a model that draws random numbers has to run
-                    run_eager(model, x_adv, clean, target, schedule, threat, generator, faulty)
+                    run_eager(model, batch, threat, generator)
                     return joined
                 if join is None:
-                    run_eager(model, *part)
+                    run_eager(model, part, threat, generator)
                 joins.append(join or joined)
         except BaseException:
             _join_all(joins)
@@ -84,7 +75,11 @@ def _join_all(joins: list[Callable[[], None]]) -> None:
         join()
 
 
-def groups_of(schedule: Schedule) -> list[slice]:
-    """The rows of each number of steps above 0, the largest first."""
-    ends = sorted(set(schedule.active) - {0})
+def groups_of(active: Sequence[int]) -> list[slice]:
+    """The rows of each number of steps above 0, the largest first.
+
+    Args:
+        active: for each step, the number of rows that take it.
+    """
+    ends = sorted(set(active) - {0})
     return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]

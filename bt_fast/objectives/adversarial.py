@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from bt_fast import faults, ops
 from bt_fast.allocation import Oracle
 from bt_fast.attack.balanced import Balance, start_balanced_attack
+from bt_fast.attack.batch import AttackBatch
 from bt_fast.attack.folded import Frozen, attack_model, independent
 from bt_fast.attack.frozen import clean_logits, logits_of
 from bt_fast.attack.generate import COMPARED, StartedAttack, start_attack
@@ -151,11 +152,11 @@ def _start_uniform(model: nn.Module, x: Tensor, y: Tensor, adversary: Adversary,
         found = [pixels, faults.labels_outside(y, logits.shape[1], "y"), faults.rows_without_number(logits, whose)]
         inputs = faults.read(found)
         schedule = Schedule.uniform(len(x), a.steps, a.step_size, x.device)
-        faulty = _none_faulty(x)
-        started = start_attack(view, x, begin, target, schedule, a.threat, a.generator, faulty, a.runner)
+        batch = AttackBatch.of(schedule, begin, x, target, _none_faulty(x))
+        started = start_attack(view, batch, a.threat, a.generator, a.runner)
 
     def report() -> CheckedRead | None:
-        gradients = faults.read([faults.gradients_without_direction(faulty)])
+        gradients = faults.read([faults.gradients_without_direction(batch.faulty)])
         if x.is_cuda:  # the device has the update's forwards to do before
             return gradients
         gradients.wait()
@@ -212,8 +213,8 @@ def _start_ragged(
         labels = schedule.sort(y).long()
         probabilities = assignment.probabilities
         target = schedule.sort(probabilities) if a.inner == "kl" else _one_hot(labels, probabilities)
-        faulty = _none_faulty(x)
-        how = (clean, begin, target, schedule, a.threat, a.generator, faulty, a.runner)
+        batch = AttackBatch.of(schedule, begin, clean, target, _none_faulty(x))
+        how = (batch, a.threat, a.generator, a.runner)
         try:
             if a.balance is None or bullet.process_group is None:
                 started = start_attack(view, *how)
@@ -225,7 +226,7 @@ def _start_ragged(
             raise
 
     def report() -> None:
-        bullet.report_attack(assignment, faulty)
+        bullet.report_attack(assignment, batch.faulty)
 
     moving = schedule.active[0] if schedule.active else 0
     return Attack(clean, labels, started, a.threat, moving, independent(view), None, report, assignment.order)
@@ -256,7 +257,8 @@ def _attacked_logits(
     probabilities = logits.double().softmax(dim=1).to(ops.wide(logits).dtype)
     target = probabilities if a.inner == "kl" else _one_hot(y, probabilities)
     schedule = Schedule.uniform(len(x), steps, STEP_FACTOR * a.threat.epsilon / steps, x.device)
-    attack = start_attack(view, clean, begin, target, schedule, a.threat, a.generator, faulty, a.runner)
+    batch = AttackBatch.of(schedule, begin, clean, target, faulty)
+    attack = start_attack(view, batch, a.threat, a.generator, a.runner)
     attacked = clean_logits(view, attack.finish())
     return attacked, faults.gradients_without_direction(faulty)
 

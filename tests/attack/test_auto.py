@@ -10,6 +10,7 @@ from emulated_device import EmulatedDevice
 
 from bt_fast import RUNNERS, AutoRunner, BulletTrain, Schedule, ThreatModel, trades_loss
 from bt_fast.attack import auto
+from bt_fast.attack.batch import AttackBatch
 from bt_fast.attack.runners import run_eager
 
 THREAT = ThreatModel(0.1)
@@ -34,7 +35,8 @@ def attack(runner, model, n=4, threat=THREAT):
     x_adv, faulty = clean + 0.001, torch.zeros(n, dtype=torch.int32)
     target = torch.eye(small_models.CLASSES, dtype=torch.float64)[:n]
     with EmulatedDevice():
-        runner(model, x_adv, clean, target, schedule, threat, torch.Generator().manual_seed(3), faulty)
+        batch = AttackBatch.of(schedule, x_adv, clean, target, faulty)
+        runner(model, batch, threat, torch.Generator().manual_seed(3))
     return x_adv
 
 

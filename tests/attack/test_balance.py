@@ -14,6 +14,7 @@ from torch import nn
 
 from bt_fast import Schedule, ThreatModel
 from bt_fast.attack.balance import Costs, measured_costs, pays, plan, routes, sample_bytes, send_out
+from bt_fast.attack.batch import AttackBatch
 from bt_fast.attack.generate import generate
 
 SHAPES = st.tuples(st.integers(1, 13), st.integers(1, 6))
@@ -288,6 +289,11 @@ def exchange_among_four_and_in_pairs():
     measured_costs_are_those_of_all_ranks()
 
 
+def sent_out(clean, start, target, schedule, exchange, group):
+    flags = torch.zeros(len(clean), dtype=torch.int32)
+    return send_out(AttackBatch.of(schedule, start, clean, target, flags), exchange, group)
+
+
 def all_is_as_if_nobody_had_helped(group):
     rank = dist.get_rank(group)
     for counts in counts_of(dist.get_world_size(group)):
@@ -297,13 +303,14 @@ def all_is_as_if_nobody_had_helped(group):
             for memory_format in (torch.contiguous_format, torch.channels_last):
                 clean, start, target, schedule = samples(rank, counts[rank], dtype, memory_format)
                 before = [t.clone() for t in (clean, start, target)]
-                there = send_out(clean, start, target, schedule.step_size, exchange, group)
-                assert there.schedule.steps.tolist() == by_descending(exchange.quotas[rank])
-                again = Schedule.from_steps(there.schedule.steps, there.schedule.step_size)
-                assert there.schedule.active == again.active
-                assert there.clean.dtype == there.start.dtype == dtype
-                assert there.clean.is_contiguous(memory_format=memory_format)
-                found, flags = there.bring_home(*exact_attack(there.clean, there.start, there.target, there.schedule))
+                there = sent_out(clean, start, target, schedule, exchange, group)
+                away = there.batch
+                assert away.steps.tolist() == by_descending(exchange.quotas[rank])
+                again = Schedule.from_steps(away.steps, away.step_size)
+                assert away.active == again.active
+                assert away.clean.dtype == away.x_adv.dtype == dtype
+                assert away.clean.is_contiguous(memory_format=memory_format)
+                found, flags = there.bring_home(*exact_attack(away.clean, away.x_adv, away.target, again))
                 expected, expected_flags = exact_attack(clean, start, target, schedule)
                 assert torch.equal(found, expected)
                 assert torch.equal(flags, expected_flags)
@@ -323,10 +330,11 @@ def the_attack_of_a_network_is_the_same(group):
     model = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(36, 4)).double()
     target, threat = target.softmax(dim=1), ThreatModel(epsilon=0.05)
     expected = generate(model, clean, start, target, schedule, threat)
-    there = send_out(clean, start, target, schedule.step_size, plan(counts), group)
-    faulty = torch.zeros(len(there.clean), dtype=torch.int32)
-    x_adv = generate(model, there.clean, there.start, there.target, there.schedule, threat, faulty=faulty)
-    found, flags = there.bring_home(x_adv, faulty)
+    there = sent_out(clean, start, target, schedule, plan(counts), group)
+    away = there.batch
+    of_away = Schedule(None, away.steps, away.step_size, away.active)
+    x_adv = generate(model, away.clean, away.x_adv, away.target, of_away, threat, faulty=away.faulty)
+    found, flags = there.bring_home(x_adv, away.faulty)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
     assert not flags.any()
 
@@ -336,14 +344,15 @@ def what_does_not_fit_is_told(group):
     counts = counts_of(ranks)[0]
     clean, start, target, schedule = samples(rank, counts[rank], torch.float32, torch.contiguous_format)
     with pytest.raises(ValueError, match=rf"exchange.*{ranks} ranks.*{ranks - 1}"):
-        send_out(clean, start, target, schedule.step_size, plan(counts[1:]), group)
-    with pytest.raises(ValueError, match=f"target.*{len(clean)} samples"):
-        send_out(clean, start, target[1:], schedule.step_size, plan(counts), group)
-    there = send_out(clean, start, target, schedule.step_size, plan(counts), group)
+        sent_out(clean, start, target, schedule, plan(counts[1:]), group)
+    with pytest.raises(ValueError, match=f"batch.*{len(clean)} samples"):
+        sent_out(clean[1:], start[1:], target, schedule, plan(counts), group)
+    there = sent_out(clean, start, target, schedule, plan(counts), group)
+    away = there.batch
     with pytest.raises(ValueError, match=r"x_adv.*float32.*float64"):
-        there.bring_home(there.start.double(), torch.zeros(len(there.start), dtype=torch.int32))
+        there.bring_home(away.x_adv.double(), away.faulty)
     with pytest.raises(ValueError, match=r"faulty.*int32.*int64"):
-        there.bring_home(there.start, torch.zeros(len(there.start), dtype=torch.int64))
+        there.bring_home(away.x_adv, away.faulty.long())
 
 
 def measured_costs_are_those_of_all_ranks():

@@ -17,6 +17,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from bt_fast import BulletTrain, Frozen, Schedule, ThreatModel, trades_loss
 from bt_fast.attack import graphs, streams
+from bt_fast.attack.batch import AttackBatch
 from bt_fast.attack.folded import attack_model
 from bt_fast.attack.graphs import GraphRunner
 from bt_fast.attack.runners import run_eager, start_of
@@ -46,7 +47,8 @@ class Training:
             x_adv, clean, target = clean + 0.001, clean.clone(), target.clone()
             with attack_model(self.model, frozen, clean) as view:
                 faulty = torch.zeros(len(x_adv), dtype=torch.int32)
-                runner(view, x_adv, clean, target, schedule, self.threat, generator, faulty)
+                batch = AttackBatch.of(schedule, x_adv, clean, target, faulty)
+                runner(view, batch, self.threat, generator)
             found += [x_adv.clone(), faulty.clone()]
             for memory in (x_adv, clean, target):
                 memory.fill_(float("nan"))  # the caller is done with it
@@ -222,8 +224,9 @@ def exception(runner):
     clean, target, schedule = training.batches.pop()
     first = training.run(runner)
     x_adv, training.model.left = clean.clone(), 1
+    batch = AttackBatch.of(schedule, x_adv, clean, target, torch.zeros(len(clean), dtype=torch.int32))
     with pytest.raises(ArithmeticError):
-        runner(training.model, x_adv, clean, target, schedule, THREAT, None, None)
+        runner(training.model, batch, THREAT, None)
     x_adv.fill_(7.0)
     training.model.left = -1
     return [*first, *training.run(runner), x_adv]
@@ -252,9 +255,10 @@ def used_beside(runner):
     training, found = Training(mlp, [[2, 2, 1]] * 3), []
     for clean, target, schedule in training.batches:
         x_adv = clean + 0.001
-        given = (x_adv, clean.clone(), target.clone(), schedule, THREAT, None, None)
-        join = start_of(runner)(training.model, *given)
-        del given
+        flags = torch.zeros(len(clean), dtype=torch.int32)
+        given = AttackBatch.of(schedule, x_adv, clean.clone(), target.clone(), flags)
+        join = start_of(runner)(training.model, given, THREAT, None)
+        del given, flags
         others = [torch.full_like(t, 3.0) for t in (clean, target, clean, target)]
         join()
         found += [x_adv, *others]
@@ -316,21 +320,21 @@ IN_GRAPHS = [
     Bug("no wait after an exception", "        caller.wait_stream(self._stream)", "        pass", broken_capture),
     Bug("no stream of its own", "device.new_stream(x)", "device.current_stream(x)"),
     Bug("work goes to the caller's stream", "device.on(self._stream)", "device.on(caller)"),
-    Bug("memory is not kept", "(self, x_adv, clean, target, schedule, seeds, faulty))", "())", used_beside),
-    Bug("NaN is not reported", "torch.maximum(faulty, self._faulty[:m], out=faulty)"),
+    Bug("memory is not kept", "(self, batch, seeds))", "())", used_beside),
+    Bug("NaN is not reported", "torch.maximum(batch.faulty, own.faulty, out=batch.faulty)"),
     Bug("one pool for all chains", "device.new_pool()", "'the only one'", side_by_side),
     Bug("a pool that is gone", "if not self.graphs:", "if self._pool is None:", evicted),
-    Bug("x' is not copied in", "self._x_adv[:m].copy_(x_adv)"),
-    Bug("x is not copied in", "self._clean[:m].copy_(clean)"),
-    Bug("the target is not copied in", "self._target[:m].copy_(target)"),
-    Bug("step sizes are not copied in", "self._step_size[:m].copy_(schedule.step_size)"),
-    Bug("steps are not copied in", "self._steps[:m].copy_(schedule.steps)"),
+    Bug("x' is not copied in", "own.x_adv.copy_(batch.x_adv)"),
+    Bug("x is not copied in", "own.clean.copy_(batch.clean)"),
+    Bug("the target is not copied in", "own.target.copy_(batch.target)"),
+    Bug("step sizes are not copied in", "own.step_size.copy_(batch.step_size)"),
+    Bug("steps are not copied in", "own.steps.copy_(batch.steps)"),
     Bug("the seed is not copied in", "self._seed.copy_(seeds[t])", scenario=zero_gradients),
-    Bug("x' is not copied out", "x_adv.copy_(self._x_adv[:m])"),
-    Bug("flags of an earlier attack", "self._faulty.zero_()"),
+    Bug("x' is not copied out", "batch.x_adv.copy_(own.x_adv)"),
+    Bug("flags of an earlier attack", "own.faulty.zero_()"),
     Bug("the counter does not start again", "self._step.zero_()"),
     Bug("the counter stands still", "self._step.add_(1)"),
-    Bug("padding moves", "steps=self._steps[:n],", "steps=self._steps[:n] + 9,"),
+    Bug("padding moves", "self._seed, self._step)", "self._seed, self._step - 9)"),
     Bug("a bucket is too small", "-(-n // self._bucket) * self._bucket)", "n // self._bucket * self._bucket)"),
     Bug("a graph of another size is replayed", "self.graphs.get(n)", "next(iter(self.graphs.values()), None)"),
     Bug("a graph is not replayed", "graph.replay()"),
@@ -592,20 +596,20 @@ def test_a_smaller_last_batch_needs_no_new_buffers_and_a_larger_one_does():
 def test_what_a_graph_has_fixed_is_captured_anew(change):
     x, target = torch.rand(2, 3, 4, 4), torch.rand(2, 5)
     model = nn.Sequential(nn.Conv2d(3, 2, 3), nn.BatchNorm2d(2))
-    before = graphs._Key.of(model, x, x, target, THREAT)
-    assert before == graphs._Key.of(model, x.clone(), x.clone(), target.clone(), THREAT)
+
+    def key(x_adv, threat=THREAT):
+        schedule = Schedule.uniform(2, 1, 0.1, x.device)
+        batch = AttackBatch.of(schedule, x_adv, x.clone(), target.clone(), torch.zeros(2, dtype=torch.int32))
+        return graphs._Key.of(model, batch, threat)
+
+    before = key(x)
+    assert before == key(x.clone())
     with torch.autocast("cpu", enabled=change == "autocast"):
-        after = graphs._Key.of(
-            model.eval() if change == "mode" else model,
-            x.double()
-            if change == "dtype"
-            else x.contiguous(memory_format=torch.channels_last)
-            if change == "memory format"
-            else x,
-            x,
-            target,
-            ThreatModel(0.2) if change == "threat" else THREAT,
-        )
+        model.train(change != "mode")
+        x_adv = x.double() if change == "dtype" else x
+        if change == "memory format":
+            x_adv = x.contiguous(memory_format=torch.channels_last)
+        after = key(x_adv, ThreatModel(0.2) if change == "threat" else THREAT)
     assert before != after
 
 

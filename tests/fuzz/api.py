@@ -25,6 +25,7 @@ from bt_fast import (
     speedup,
 )
 from bt_fast.attack import balance
+from bt_fast.attack.batch import AttackBatch
 from bt_fast.augment.mix import augment_and_mix, draw_choices
 from bt_fast.autoattack import autoattack
 from bt_fast.baselines.fast import fast_loss
@@ -427,8 +428,8 @@ def schedule_from_steps(draw):
         expect(sorted(s.order.tolist()) == list(range(m)), "the order is no permutation")
         expect(bool((s.steps.diff() <= 0).all()), "steps increase")
         expect(sum(s.active) == int(s.steps.sum()), "active does not sum to the steps")
-        begin = draw_rows
-        part = s.part(slice(begin, begin + 2))
+        x, begin = torch.zeros(m, 1), draw_rows
+        part = AttackBatch.of(s, x, x, x, torch.zeros(m, dtype=torch.int32))[begin : begin + 2]
         expect(sum(part.active) == int(part.steps.sum()), "a part's active does not sum to its steps")
         expect(torch.equal(s.sort(torch.arange(m)), s.order), "sorted rows are not those of the order")
 

@@ -450,14 +450,14 @@ def test_a_step_from_graphs_is_compared_where_there_are_graphs():
 @pytest.mark.parametrize("name", ["graphs, float64", "graphs, float32"])
 @pytest.mark.parametrize("kind", ["wrong", "raises", "falls back"])
 def test_a_runner_that_is_wrong_or_falls_back_fails(kind, name):
-    def runner(model, x_adv, clean, *rest):
+    def runner(model, batch, *rest):
         if kind == "raises":
             raise ValueError("no stream")
         if kind == "falls back":
             doctor_checks.warnings.warn("the attack runs without graphs: no memory", stacklevel=1)
-        run_eager(model, x_adv, clean, *rest)
+        run_eager(model, batch, *rest)
         if kind == "wrong":
-            x_adv.copy_(clean)
+            batch.x_adv.copy_(batch.clean)
 
     check = dataclasses.replace(step(name), graphs=False, options=lambda: {"runner": runner})
     found = only(doctor.training_steps([check], CPU))

@@ -1,0 +1,54 @@
+"""The samples that an attack works on, as one object: every runner takes it, and slices it whole."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from bt_fast.attack.schedule import Schedule
+
+
+@dataclass(frozen=True, eq=False)
+class AttackBatch:
+    """m samples by descending numbers of steps; each tensor has a row for each sample.
+
+    Attributes:
+        x_adv: [m, ...] floating point, x': where the attack is, changed in place by its steps.
+        clean: [m, ...] of the same dtype, x.
+        target: [m, K], the distribution to move away from.
+        step_size: [m] floating point, α in pixel units.
+        steps: [m] int64, never increasing.
+        active: for each step, the number of rows that take it. Never increases.
+        faulty: [m] int32, set to 1 for a sample that stayed in some step, since its gradient held NaN (in ℓ2: or Inf).
+    """
+
+    x_adv: Tensor
+    clean: Tensor
+    target: Tensor
+    step_size: Tensor
+    steps: Tensor
+    active: tuple[int, ...]
+    faulty: Tensor
+
+    @classmethod
+    def of(cls, schedule: Schedule, start: Tensor, clean: Tensor, target: Tensor, faulty: Tensor) -> AttackBatch:
+        """Samples in the schedule's order, at the start of their attack."""
+        return cls(start, clean, target, schedule.step_size, schedule.steps, schedule.active, faulty)
+
+    def __len__(self) -> int:
+        return len(self.x_adv)
+
+    def __getitem__(self, rows: slice) -> AttackBatch:
+        """Some rows that lie side by side, as views."""
+        start, stop, _ = rows.indices(len(self))
+        active = tuple(min(n, stop) - start for n in self.active if n > start)
+        return AttackBatch(
+            self.x_adv[rows],
+            self.clean[rows],
+            self.target[rows],
+            self.step_size[rows],
+            self.steps[rows],
+            active,
+            self.faulty[rows],
+        )
