@@ -57,7 +57,7 @@ def test_what_the_documents_import_is_public(path):
 
 # said once for all of a kind: of `run_eager`, in `allocation.Judged`, and at the head of the module
 OF_A_KIND = (
-    ["model", "x_adv", "clean", "target", "schedule", "threat", "generator", "faulty"],
+    ["model", "batch", "threat", "generator"],
     ["logits", "labels"],
     ["judged"],
 )

@@ -15,7 +15,7 @@ KERNELS = Path(__file__).parents[2] / "kernels"
 WIDENED = {
     "gather_start": ("tl.cast(i_n, tl.int64)", "i_n"),
     "ascent_direction": ("tl.cast(i_n, tl.int64)", "i_n"),
-    "pgd_step": ("tl.cast(i_r, tl.int64)", "i_r"),
+    "pgd_step": ("tl.cast(i_n, tl.int64)", "i_n"),
     "signed_variance": ("tl.cast(i_m, tl.int64)", "i_m"),
     "update_fraction": ("tl.cast(i_b, tl.int64)", "i_b"),
     "divergence": ("tl.cast(tl.program_id(0), tl.int64)", "tl.program_id(0)"),
