@@ -71,16 +71,16 @@ def pgd_linf_sample_fwd_kernel(
 
     o_x = tl.arange(0, BLOCK)
     m_x = o_x < length
-    at = _start(i_n, length) + o_x
-    b_g = tl.load(grad + at, mask=m_x, other=0.0).to(tl.float32)
-    b_x = tl.load(x_adv + at, mask=m_x, other=0.0).to(tl.float32)
-    b_c = tl.load(clean + at, mask=m_x, other=0.0).to(tl.float32)
+    start = _start(i_n, length)
+    b_g = tl.load(grad + start + o_x, mask=m_x, other=0.0).to(tl.float32)
+    b_x = tl.load(x_adv + start + o_x, mask=m_x, other=0.0).to(tl.float32)
+    b_c = tl.load(clean + start + o_x, mask=m_x, other=0.0).to(tl.float32)
     b_alpha = tl.load(step_size + i_n).to(tl.float32)
     b_moved = _linf_moved(b_x, b_g, b_c, b_alpha, epsilon, lower, upper)
     top = tl.max(_magnitude(b_g), axis=0)
     # a mask takes fewer registers here than a branch
     m_x = tl.where(top > INFINITY, False, m_x)
-    tl.store(x_adv + at, b_moved.to(x_adv.dtype.element_ty), mask=m_x)
+    tl.store(x_adv + start + o_x, b_moved.to(x_adv.dtype.element_ty), mask=m_x)
     if faulty is not None:
         tl.store(faulty + i_n, 1, mask=top > INFINITY)
 
