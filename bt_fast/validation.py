@@ -97,8 +97,8 @@ def check_kind(name: str, value: object, kind: type, instead: str, *, optional: 
     """
     if isinstance(value, kind) or (optional and value is None):
         return
-    article = "an" if kind.__name__[0] in "AEIOU" else "a"
-    expected = f"{article} {kind.__name__}{' or None' if optional else ''}"
+    of = f"torch.{kind.__name__}" if kind.__module__.startswith("torch") else kind.__name__
+    expected = f"{'an' if of[0] in 'AEIOU' else 'a'} {of}{' or None' if optional else ''}"
     raise TypeError(f"{name} must be {expected}, got {type(value).__name__}: {instead}")
 
 
@@ -115,6 +115,6 @@ def check_generator(generator: torch.Generator | None, device: torch.device) -> 
     if generator is None:
         return
     instead = f"write torch.Generator({str(device)!r}).manual_seed(0)"
-    check_kind("generator", generator, torch.Generator, instead)
+    check_kind("generator", generator, torch.Generator, instead, optional=True)
     if generator.device.type != device.type:
         raise ValueError(f"generator must be on {device} like the images, but is on {generator.device}: {instead}")

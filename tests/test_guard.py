@@ -284,7 +284,7 @@ def test_arguments_that_do_not_fit_are_named():
         Guard(model)
     with pytest.raises(TypeError, match=r"modules must be torch\.nn\.Module, got SGD"):
         Guard(optimizer, optimizer)
-    with pytest.raises(ValueError, match="non_finite must be 'raise' or 'skip', got 'ignore'"):
+    with pytest.raises(ValueError, match="non_finite must be one of 'raise', 'skip', got 'ignore'"):
         Guard(optimizer, non_finite="ignore")
     with pytest.raises(RuntimeError, match=r"with guard\.minibatch"):
         guard.step(torch.ones(()))

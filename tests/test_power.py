@@ -577,7 +577,7 @@ def test_a_device_given_twice_is_an_error(run):
         ((["cpu", "cuda"],), ValueError, "devices must be the CPU alone or GPUs, got both"),
         ((None, 0), ValueError, "interval must be a finite number of seconds greater than 0, got 0"),
         ((None, float("nan")), ValueError, "interval must be a finite number of seconds greater than 0, got nan"),
-        ((None, "1"), TypeError, "interval must be a number of seconds, got '1'"),
+        ((None, "1"), TypeError, "interval must be a number, got '1'"),
     ],
 )
 def test_bad_arguments_are_errors_that_name_them(arguments, error, message):

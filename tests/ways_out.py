@@ -8,7 +8,7 @@ DO = (
 )
 IMPERATIVE = rf"(?:[:;(,?.] |\b(?i:or|and) |`)(?:[\w'\- ]+ )??(?i:{DO})\b"
 OF_A_READER = r"\bexpected\b"
-IN_A_CONSTANT = r"{(?:[\w.]*[A-Z_]{3,}|(?:upgrade|_instead)\(.*|hint)}"  # as the source names it
+IN_A_CONSTANT = r"{(?:[\w.]*[A-Z_]{3,}|(?:upgrade|_instead)\(.*|hint|instead)}"  # as the source names it
 WAY_OUT = re.compile(f"{IMPERATIVE}|{OF_A_READER}|{IN_A_CONSTANT}")
 
 

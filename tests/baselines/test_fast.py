@@ -172,6 +172,6 @@ def test_a_start_that_is_not_known_is_named(objective, bullet):
     model = build("conv_bn")
     state = [model] if bullet is None else [model, bullet]
     before = snapshot(*state)
-    with pytest.raises(ValueError, match="start must be 'normal', 'uniform' or None, got 'random'"):
+    with pytest.raises(ValueError, match="start must be one of 'normal', 'uniform', None, got 'random'"):
         objective.loss(model, X, Y, None, start="random", bullet=bullet)
     assert_unchanged(before, *state)

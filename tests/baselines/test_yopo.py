@@ -251,7 +251,7 @@ def test_cost():
     assert yopo_cost(2, "trades") == 11  # 1 + 2 · 2 + 2 · 3
     assert yopo_cost(2, "mart") == 10
     assert trades_reference_cost(10) / yopo_cost(2, "trades") == pytest.approx(3.5, abs=0.05)
-    with pytest.raises(ValueError, match="objective must be 'pgd', 'trades' or 'mart', got 'free'"):
+    with pytest.raises(ValueError, match="objective must be one of 'pgd', 'trades', 'mart', got 'free'"):
         yopo_cost(2, "free")
 
 
@@ -399,7 +399,7 @@ BAD = {
     "no propagation": (of(propagations=0), ValueError, "propagations must be at least 1, got 0"),
     "half a propagation": (of(propagations=1.5), TypeError, "propagations must be an integer, got 1.5"),
     "no layer step": (of(layer_steps=0), ValueError, "layer_steps must be at least 1, got 0"),
-    "objective": (of(objective="free"), ValueError, "objective must be 'pgd', 'trades' or 'mart', got 'free'"),
+    "objective": (of(objective="free"), ValueError, "objective must be one of 'pgd', 'trades', 'mart', got 'free'"),
     "beta without a robust term": (of(beta=1.0), ValueError, "beta is an option of 'trades' and 'mart'"),
     "beta": (of(objective="trades", beta=-1.0), ValueError, "beta.*at least 0, got -1.0"),
     "epsilon": (of(epsilon=0.0), ValueError, "epsilon.*greater than 0.*0.0"),
