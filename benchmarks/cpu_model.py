@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch.ops import aten
 
+from benchmarks.gpu_model import Kernel, Tiles, simulate
+from benchmarks.gpu_trace import trace_on_cpu
 from bt_fast import BulletTrain, trades_loss
-from bt_fast.lab.gpu_model import Kernel, Tiles, simulate
-from bt_fast.lab.gpu_trace import trace_on_cpu
 
 GRAIN = 32768  # elements: at::internal::GRAIN_SIZE, below which torch uses one core
 VECTOR = 16  # float32 in 512 bits: oneDNN pads channels to it

@@ -21,9 +21,9 @@ import cpu_model
 import pytest
 import torch
 
-from bt_fast.lab.gpu_model import GPUS, simulate
-from bt_fast.lab.gpu_prediction import LABELS, Workload, as_dict, predict
-from bt_fast.lab.gpu_trace import trace_on_cpu
+from benchmarks.gpu_model import GPUS, simulate
+from benchmarks.gpu_prediction import LABELS, Workload, as_dict, predict
+from benchmarks.gpu_trace import trace_on_cpu
 from bt_fast.lab.report import machine
 
 pytestmark = pytest.mark.full  # it writes stored results
@@ -109,7 +109,7 @@ def test_predictions_for_three_gpus() -> None:
     lines = [
         f"# One TRADES iteration on three GPUs: {WORDS}",
         "",
-        "`bt_fast/lab/gpu_model.py` says how, and which of its figures are assumed. Written by "
+        "`benchmarks/gpu_model.py` says how, and which of its figures are assumed. Written by "
         "`pytest benchmarks/test_gpu_model.py --full`. PREDICTED milliseconds of a method, its PREDICTED speedup over "
         "the authors' TRADES and over ours, and in brackets the share of the ratio of floating-point operations.",
         "",

@@ -14,12 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from bt_fast.attack.balance import sample_bytes
-from bt_fast.lab.files import write_text
-from bt_fast.lab.gpu_model import GPUS
-from bt_fast.lab.gpu_prediction import PAPER
-from bt_fast.lab.report import machine
-from bt_fast.lab.stragglers import (
+from benchmarks.gpu_model import GPUS
+from benchmarks.gpu_prediction import PAPER
+from benchmarks.stragglers import (
     LOST_GOAL,
     Groups,
     Network,
@@ -29,6 +26,9 @@ from bt_fast.lab.stragglers import (
     straggling,
     table,
 )
+from bt_fast.attack.balance import sample_bytes
+from bt_fast.lab.files import write_text
+from bt_fast.lab.report import machine
 from bt_fast.speedup import Fractions
 
 pytestmark = pytest.mark.full  # it writes stored results
@@ -91,7 +91,7 @@ def heading(worst_fit: float, overdispersion: float) -> list[str]:
     return [
         f"# Time lost to stragglers, without and with balancing: {WORDS}",
         "",
-        "`bt_fast/lab/stragglers.py` says how. Written by `pytest benchmarks/test_stragglers.py --full`. One TRADES "
+        "`benchmarks/stragglers.py` says how. Written by `pytest benchmarks/test_stragglers.py --full`. One TRADES "
         f"iteration of {MODEL} with BulletTrain (10/2/0 steps), {BATCH_SIZE} samples for each {GPUS[GPU].name}. Its "
         f"time is PREDICTED and taken as affine in the rows of a step, which is off by up to {worst_fit:.1%} of an "
         f"iteration. ASSUMED for the network: {NETWORK.bytes_per_second / 1e9:.0f} GB/s out and in for each rank, "

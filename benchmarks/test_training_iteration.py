@@ -30,6 +30,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from benchmarks import gpu_prediction
 from benchmarks.exactness import check_same
 from benchmarks.work_ratio import median_ratio
 from bt_fast import RUNNERS, BulletTrain, Frozen, Update, augmix_loss, mart_loss, pgd_loss, trades_loss
@@ -37,7 +38,6 @@ from bt_fast.augment.mix import SEVERITY, augment_and_mix, draw_choices
 from bt_fast.baselines.mart_reference import mart_reference_loss
 from bt_fast.baselines.pgd_reference import pgd_reference_loss
 from bt_fast.baselines.trades_reference import trades_reference_loss
-from bt_fast.lab import gpu_prediction
 
 SETTING = {"step_size": 0.007, "epsilon": 0.031}
 AUGMIX_BOUNDARY = 0.35  # the paper's F_B for CIFAR-10

@@ -272,7 +272,6 @@ FACTORIES = (
 )
 ELSEWHERE = {
     "bt_fast/lab/doctor_checks.py": "doctor.examine makes the CPU its default device",
-    "bt_fast/lab/gpu_prediction.py": "inside `with device`",
 }
 
 

@@ -14,7 +14,6 @@ ENDED_ELSEWHERE = {
     "faults.py": "a fault's detail or its error ends it",
     "lab/checkpoint.py": "`read_tensors` ends what it says of an archive",
     "lab/files.py": "the reader says what it expected",
-    "lab/gpu_model.py": "of programs that are our own",
     "lab/html_report/loading.py": "`load_runs` ends what it says of a line or a summary",
     "lab/profile.py": "of a trace that is our own",
     "lab/training.py": "`_restore` ends it",

@@ -11,7 +11,7 @@ from benchmarks.on_gpu.plan import batch_size, cases
 from benchmarks.on_gpu.stage import NOT_RUN, PASSED, Context, Verdict
 
 if TYPE_CHECKING:
-    from bt_fast.lab.gpu_model import Gpu
+    from benchmarks.gpu_model import Gpu
 
 H200_BANDWIDTH = 4.8e12  # bytes/s, of NVIDIA's H200 data sheet, SXM: otherwise an H100
 
@@ -20,8 +20,8 @@ def run(context: Context) -> Verdict:
     """By how much the predictions were off."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # nothing is asked of the GPU, which others are measured on
     os.nice(10)
-    from bt_fast.lab import gpu_prediction
-    from bt_fast.lab.gpu_model import Gpu
+    from benchmarks import gpu_prediction
+    from benchmarks.gpu_model import Gpu
 
     card = card_of(context.device)
     if context.rehearsal:
@@ -60,7 +60,7 @@ def compared(context: Context) -> str:
 
 def card_of(name: str) -> Gpu | None:
     """The data sheet of the GPU of that name, or None."""
-    from bt_fast.lab.gpu_model import GPUS
+    from benchmarks.gpu_model import GPUS
 
     if "H200" in name:
         return dataclasses.replace(GPUS["h100"], name="H200 SXM", bandwidth=H200_BANDWIDTH)

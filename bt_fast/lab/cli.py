@@ -1,4 +1,4 @@
-"""The `bt-fast` command: compare, train, evaluate, corruptions, study, report, predict, profile, doctor."""
+"""The `bt-fast` command: compare, train, evaluate, corruptions, study, report, profile, doctor."""
 
 from __future__ import annotations
 
@@ -36,15 +36,14 @@ from bt_fast.device import out_of_memory
 from bt_fast.evaluation import evaluate as evaluate_model
 from bt_fast.guard import NON_FINITE
 from bt_fast.lab import doctor as examination
-from bt_fast.lab import gpu_prediction, report
 from bt_fast.lab import profile as profiling
+from bt_fast.lab import report
 from bt_fast.lab.checkpoint import load_checkpoint, read_tensors
 from bt_fast.lab.config import OBJECTIVES, PRESETS, RunConfig
 from bt_fast.lab.corruptions import CORRUPTIONS, CorruptedTestSet, corruption_errors
 from bt_fast.lab.data import ImageDataset, load_dataset
 from bt_fast.lab.files import write_text
 from bt_fast.lab.fitting import check_labels
-from bt_fast.lab.gpu_model import GPUS
 from bt_fast.lab.html_report.loading import load_runs
 from bt_fast.lab.html_report.page import check_path, write_page
 from bt_fast.lab.html_report.scalars import write_scalars
@@ -396,23 +395,6 @@ def study(
         console.print(report.table(summary))
         runs.append((run, summary))
     say("wrote", ", ".join(str(path) for path in write_study(chosen, scale, runs, folder)))
-
-
-@cli.command()
-@click.option("--gpu", type=click.Choice(list(GPUS)), help="Whose data sheet to predict from. [h100]")
-@click.option("--model", metavar="NAME", default="wrn-34-10", show_default=True, help="small-cnn, wrn-D-K, ...")
-@click.option("--batch-size", type=_AT_LEAST_ONE, default=128, show_default=True)
-@_one_line_errors
-def predict(gpu: str | None, model: str, batch_size: int) -> None:
-    """Time of one TRADES iteration with each runner: measured on this machine's GPU, else PREDICTED by a model."""
-    where = gpu_prediction.measurable_device()
-    if where is None:
-        found = gpu_prediction.predict(GPUS[gpu or "h100"], model, batch_size)
-    elif gpu is not None:
-        raise ValueError(f"--gpu {gpu}: there is a GPU here, which is measured instead; leave --gpu away")
-    else:
-        found = gpu_prediction.measure(where, model, batch_size)
-    console.print(gpu_prediction.table(found))
 
 
 @cli.command()

@@ -19,9 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from benchmarks.gpu_model import Action, HostWait, Kernel, Kind, Launch, Record, StreamWait
 from bt_fast import faults
 from bt_fast.attack import device as attack_device
-from bt_fast.lab.gpu_model import Action, HostWait, Kernel, Kind, Launch, Record, StreamWait
 
 NOWHERE = torch.device("meta")
 OURS = "bt_fast"

@@ -3,10 +3,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from bt_fast.lab.gpu_model import GPUS, simulate
-from bt_fast.lab.gpu_prediction import PAPER, STEPS, Workload
-from bt_fast.lab.gpu_trace import NOWHERE, trace
-from bt_fast.lab.stragglers import (
+from benchmarks.gpu_model import GPUS, simulate
+from benchmarks.gpu_prediction import PAPER, STEPS, Workload
+from benchmarks.gpu_trace import NOWHERE, trace
+from benchmarks.stragglers import (
     LOST_GOAL,
     Groups,
     IterationTime,

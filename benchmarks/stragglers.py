@@ -21,10 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.gpu_model import Gpu, simulate
+from benchmarks.gpu_prediction import STEPS, Workload
+from benchmarks.gpu_trace import NOWHERE, trace
 from bt_fast.attack.balance import Costs, Exchange, pays, plan, routes
-from bt_fast.lab.gpu_model import Gpu, simulate
-from bt_fast.lab.gpu_prediction import STEPS, Workload
-from bt_fast.lab.gpu_trace import NOWHERE, trace
 from bt_fast.speedup import Fractions
 
 Threshold = Literal["global", "own"]
