@@ -76,12 +76,12 @@ def step() -> tuple[Any, ...]:
 
 def linf() -> tuple[Any, ...]:
     *first, steps, t, faulty = step()
-    return (*first, None, steps, t, faulty)
+    return (*first, steps, t, faulty)
 
 
 def l2() -> tuple[Any, ...]:
     *first, steps, t, faulty = step()
-    return (*first, torch.tensor(7), None, steps, t, faulty)
+    return (*first, torch.tensor(7), steps, t, faulty)
 
 
 def assignment() -> tuple[Any, ...]:

@@ -94,9 +94,8 @@ def step(m: int, dtype: torch.dtype, device: torch.device) -> tuple[Call, int]:
     counts = torch.full((m,), 10, device=device), torch.zeros((), dtype=torch.int64, device=device)
     faulty = torch.zeros(m, dtype=torch.int32, device=device)
     images = (clean.clone(), gradient, clean, size.to(dtype), 0.031, 0.0, 1.0)
-    if device.type != "cuda":
-        return lambda: ops.linf_step_(*images, steps=counts[0], step=counts[1], faulty=faulty), 4 * clean.nbytes
-    return lambda: launch_linf(*images, None, *counts, faulty), 4 * clean.nbytes
+    run = launch_linf if device.type == "cuda" else ops.linf_step_
+    return lambda: run(*images, steps=counts[0], step=counts[1], faulty=faulty), 4 * clean.nbytes
 
 
 def gather(m: int, dtype: torch.dtype, device: torch.device) -> tuple[Call, int]:
