@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from pathlib import Path
 
-_PACKAGE = str(Path(__file__).parent)
+_PACKAGE = str(Path(__file__).parent) + os.sep
 
 
 def warn_caller(message: str) -> None:
-    """Warn of `message`, at the first frame that is not this package's.
+    """Warn of `message` at the line that called the package.
+
+    Between that line and here other libraries may stand (context managers, torch): it is behind the last of our frames.
 
     Args:
         message: what is so, and what to write instead.
     """
-    level, frame = 1, sys._getframe()
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+    caller, level, frame = 1, 1, sys._getframe()
+    while frame.f_back is not None:
+        if frame.f_code.co_filename.startswith(_PACKAGE):
+            caller = level + 1
         frame, level = frame.f_back, level + 1
-    warnings.warn(message, stacklevel=level)
+    warnings.warn(message, stacklevel=caller)

@@ -9,7 +9,7 @@ from model_zoo import ACROSS, APART
 from small_models import assert_unchanged, batch, build, snapshot
 from torch import nn
 
-from bt_fast import BulletTrain, ThreatModel, mart_loss, trades_loss
+from bt_fast import BulletTrain, Frozen, ThreatModel, mart_loss, trades_loss
 from bt_fast.attack.neighbours import warn_of_neighbours
 from bt_fast.evaluation import evaluate
 
@@ -101,3 +101,11 @@ def test_the_warning_points_at_the_callers_line():
     for run in (trained, evaluated):
         (found,) = told(run(build(ACROSS["centred"])))
         assert found.filename == __file__
+
+
+def test_a_warning_from_behind_a_context_manager_points_at_the_callers_line_too():
+    model, (x, y) = build("conv_bn"), batch()
+    model[0].register_forward_hook(lambda module, given, out: out)
+    with pytest.warns(UserWarning, match="not folded") as warned:
+        trades_loss(model, x, y, None, perturb_steps=1, frozen=Frozen())
+    assert [w.filename for w in warned] == [__file__]
