@@ -10,7 +10,7 @@ from types import NoneType
 from typing import Any, SupportsIndex
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bt_fast.ops.numeric import computable, kind_of
 
@@ -89,6 +89,11 @@ def positive(name: str, value: float) -> float:
     return found
 
 
+def check_model(model: nn.Module) -> None:
+    """Raise TypeError unless it is a module."""
+    check_kind("model", model, nn.Module, "of a function make the forward of one")
+
+
 def check_kind(name: str, value: object, kind: type, instead: str, *, optional: bool = False) -> None:
     """Raise TypeError that names `name` unless `value` is of the kind, or None where that is allowed.
 
@@ -97,7 +102,9 @@ def check_kind(name: str, value: object, kind: type, instead: str, *, optional: 
     """
     if isinstance(value, kind) or (optional and value is None):
         return
-    of = f"torch.{kind.__name__}" if kind.__module__.startswith("torch") else kind.__name__
+    of = kind.__name__
+    if kind.__module__.startswith("torch"):
+        of = f"torch.nn.{of}" if kind is nn.Module else f"torch.{of}"
     expected = f"{'an' if of[0] in 'AEIOU' else 'a'} {of}{' or None' if optional else ''}"
     raise TypeError(f"{name} must be {expected}, got {type(value).__name__}: {instead}")
 

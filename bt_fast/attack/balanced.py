@@ -111,8 +111,7 @@ def _costs(
 
         def attack(n: int) -> None:
             one = Schedule.uniform(n, 1, threat.epsilon, clean.device)
-            flags = torch.zeros(n, dtype=torch.int32, device=clean.device)
-            begin(view, AttackBatch.of(one, clean[:n].clone(), clean[:n], target[:n], flags), threat, generator)()
+            begin(view, AttackBatch.of(one, clean[:n].clone(), clean[:n], target[:n]), threat, generator)()
 
         known[kind] = measured_costs(attack, len(clean), clean, target, group)
     return known[kind]

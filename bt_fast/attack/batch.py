@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from bt_fast.attack.schedule import Schedule
@@ -32,8 +33,17 @@ class AttackBatch:
     faulty: Tensor
 
     @classmethod
-    def of(cls, schedule: Schedule, start: Tensor, clean: Tensor, target: Tensor, faulty: Tensor) -> AttackBatch:
-        """Samples in the schedule's order, at the start of their attack."""
+    def of(
+        cls, schedule: Schedule, start: Tensor, clean: Tensor, target: Tensor, faulty: Tensor | None = None
+    ) -> AttackBatch:
+        """Samples in the schedule's order, at the start of their attack.
+
+        Args:
+            start: [m, ...], clean: [m, ...], target: [m, K].
+            faulty: [m] int32; zeros if not given.
+        """
+        if faulty is None:
+            faulty = torch.zeros(len(start), dtype=torch.int32, device=start.device)
         return cls(start, clean, target, schedule.step_size, schedule.steps, schedule.active, faulty)
 
     def __len__(self) -> int:

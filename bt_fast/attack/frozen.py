@@ -10,6 +10,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from bt_fast.validation import check_model
+
 Modes = list[tuple[nn.Module, bool]]  # of a module and all in it, parents first: whether it is in train mode
 
 
@@ -46,10 +48,7 @@ def modes_restored(model: nn.Module) -> Iterator[None]:
     Raises:
         TypeError: the model is no module.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"model must be a torch.nn.Module, got {type(model).__name__}: of a function make the forward of one"
-        )
+    check_model(model)
     found = modes_of(model)
     try:
         yield
@@ -163,11 +162,16 @@ def gradient_of(outputs: Tensor, x: Tensor, weights: Tensor | None = None, *, cr
         with reentrant_refused():
             (found,) = torch.autograd.grad(outputs, x, weights, create_graph=create_graph, allow_unused=True)
     if found is None:
-        raise ValueError(
-            "model must return logits with a gradient to its images, but gave logits without one: "
-            "take .detach(), torch.no_grad() or a rounding out of its forward"
-        )
+        raise without_gradient()
     return found
+
+
+def without_gradient() -> ValueError:
+    """The error of a model that gives its images no gradient."""
+    return ValueError(
+        "model must return logits with a gradient to its images, but gave logits without one: "
+        "take .detach(), torch.no_grad() or a rounding out of its forward"
+    )
 
 
 _in_float16: WeakKeyDictionary[Callable[[Tensor], Tensor], dict[object, bool]] = WeakKeyDictionary()

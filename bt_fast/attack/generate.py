@@ -65,8 +65,7 @@ def generate(
     check_threat(threat)
     warn_of_units(threat.epsilon, threat.norm, (threat.lower, threat.upper), pixels=clean[:1].numel() or 1)
     with torch.inference_mode(False), attack_model(model, frozen, clean[:COMPARED].detach()) as view:
-        flags = torch.zeros(len(clean), dtype=torch.int32, device=clean.device) if faulty is None else faulty
-        batch = AttackBatch.of(schedule, start, clean, target, flags)
+        batch = AttackBatch.of(schedule, start, clean, target, faulty)
         return start_attack(view, batch, threat, generator, runner_of(runner)).finish()
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from bt_fast.attack.wrapped import Fronted, unwrapped
 from bt_fast.faults import rounding_of_pixels
 from bt_fast.ops import wide
-from bt_fast.validation import check_kind, real
+from bt_fast.validation import check_kind, check_model, real
 
 
 @dataclass(frozen=True)
@@ -169,10 +169,7 @@ def on_pixels(
         del x  # what is suspended here would hold it
         yield model, lambda images: images
         return
-    if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"model must be a torch.nn.Module, got {type(model).__name__}: of a function make the forward of one"
-        )
+    check_model(model)
     _check(x, normalization, name)
     front, inside = (_front(m, x, normalization) for m in (model, unwrapped(model)))
     del x
@@ -211,7 +208,7 @@ def _numbers(name: str, values: Any) -> tuple[float, ...]:
     if isinstance(values, str) or not hasattr(values, "__iter__"):
         raise TypeError(
             f"{name} must be a sequence of numbers, one for each channel, got {values!r}: "
-            f"write {name}=({values!r},), if there is one channel"
+            f"write {name}=(0.5,), if there is one channel"
         )
     found = tuple(real(name, value.item() if isinstance(value, Tensor) else value) for value in values)
     if not all(map(math.isfinite, found)):

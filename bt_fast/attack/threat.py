@@ -30,7 +30,7 @@ class ThreatModel:
 
     def __post_init__(self) -> None:
         positive("epsilon", self.epsilon)
-        check_choice("distance", self.norm, NORMS)
+        check_choice("norm", self.norm, NORMS)
         if not real("lower", self.lower) < real("upper", self.upper):
             raise ValueError(
                 f"lower must be less than upper, got {self.lower} and {self.upper}: "

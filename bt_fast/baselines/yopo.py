@@ -17,7 +17,15 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from bt_fast import faults, ops
-from bt_fast.attack.frozen import clean_logits, eval_mode, in_float16, logits_of, reentrant_refused, uncompiled
+from bt_fast.attack.frozen import (
+    clean_logits,
+    eval_mode,
+    in_float16,
+    logits_of,
+    reentrant_refused,
+    uncompiled,
+    without_gradient,
+)
 from bt_fast.attack.pixels import Normalization, on_pixels
 from bt_fast.attack.start import normal_noise
 from bt_fast.attack.threat import ThreatModel
@@ -26,7 +34,7 @@ from bt_fast.objectives import adversarial
 from bt_fast.objectives.recomputed import update_modes
 from bt_fast.ranges import ATTACK_STEP, UPDATE, range_
 from bt_fast.units import warn_of_units
-from bt_fast.validation import check_choice, step_count
+from bt_fast.validation import check_choice, check_model, step_count
 
 YopoObjective = Literal["pgd", "trades", "mart"]
 
@@ -153,10 +161,7 @@ class _Split:
             hook.remove()
         _check_once(len(edges))
         if not logits.requires_grad:
-            raise ValueError(
-                "model must return logits with a gradient to its images, but gave logits without one: "
-                "take .detach(), torch.no_grad() or a rounding out of its forward"
-            )
+            raise without_gradient()
         return logits, edges[0]
 
     def alone(self, x: Tensor) -> Tensor:
@@ -177,10 +182,7 @@ class _Split:
 
 def _checked_first(model: nn.Module, first: nn.Module | None, x: Tensor, y: Tensor) -> nn.Module:
     """The first layer, found or checked on the forward of one row, with which the values are checked too."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"model must be a torch.nn.Module, got {type(model).__name__}: of a function make the forward of one"
-        )
+    check_model(model)
     if first is not None and not isinstance(first, nn.Module):
         raise TypeError(
             f"first must be a module or None, got {type(first).__name__}: "

@@ -152,7 +152,7 @@ def _start_uniform(model: nn.Module, x: Tensor, y: Tensor, adversary: Adversary,
         found = [pixels, faults.labels_outside(y, logits.shape[1], "y"), faults.rows_without_number(logits, whose)]
         inputs = faults.read(found)
         schedule = Schedule.uniform(len(x), a.steps, a.step_size, x.device)
-        batch = AttackBatch.of(schedule, begin, x, target, _none_faulty(x))
+        batch = AttackBatch.of(schedule, begin, x, target)
         started = start_attack(view, batch, a.threat, a.generator, a.runner)
 
     def report() -> CheckedRead | None:
@@ -213,7 +213,7 @@ def _start_ragged(
         labels = schedule.sort(y).long()
         probabilities = assignment.probabilities
         target = schedule.sort(probabilities) if a.inner == "kl" else _one_hot(labels, probabilities)
-        batch = AttackBatch.of(schedule, begin, clean, target, _none_faulty(x))
+        batch = AttackBatch.of(schedule, begin, clean, target)
         how = (batch, a.threat, a.generator, a.runner)
         try:
             if a.balance is None or bullet.process_group is None:
@@ -252,24 +252,19 @@ def _attacked_logits(
     a = adversary
     # offsets 0 and 1 are those of the training start
     state = random_state(x, a.generator) if a.samples is None else state_of_seed(x, a.generator, offset=2)
-    faulty = _none_faulty(x)
     clean, begin = sorted_start(x, None, None, state, a.noise, a.threat, a.numbers)
     probabilities = logits.double().softmax(dim=1).to(ops.wide(logits).dtype)
     target = probabilities if a.inner == "kl" else _one_hot(y, probabilities)
     schedule = Schedule.uniform(len(x), steps, STEP_FACTOR * a.threat.epsilon / steps, x.device)
-    batch = AttackBatch.of(schedule, begin, clean, target, faulty)
+    batch = AttackBatch.of(schedule, begin, clean, target)
     attack = start_attack(view, batch, a.threat, a.generator, a.runner)
     attacked = clean_logits(view, attack.finish())
-    return attacked, faults.gradients_without_direction(faulty)
+    return attacked, faults.gradients_without_direction(batch.faulty)
 
 
 def _one_hot(y: Tensor, like: Tensor) -> Tensor:
     """[m, K] with the columns and dtype of `like`; no row has a 1 for a label out of range, which is told later."""
     return (torch.arange(like.shape[1], device=y.device) == y.long()[:, None]).to(like.dtype)
-
-
-def _none_faulty(x: Tensor) -> Tensor:
-    return torch.zeros(len(x), dtype=torch.int32, device=x.device)
 
 
 # The update

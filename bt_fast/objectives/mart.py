@@ -14,12 +14,13 @@ from bt_fast.attack.folded import Frozen
 from bt_fast.attack.pixels import Normalization, on_pixels
 from bt_fast.attack.runners import Runner
 from bt_fast.attack.start import Noise
-from bt_fast.attack.threat import ThreatModel
+from bt_fast.attack.threat import NORMS, ThreatModel
 from bt_fast.mining import BulletTrain
 from bt_fast.objectives import adversarial
 from bt_fast.objectives.adversarial import Adversary, CleanFirst, Unperturbed
 from bt_fast.objectives.repeated_forward import watched_forward
 from bt_fast.objectives.update import Terms, Update
+from bt_fast.validation import check_choice
 
 
 def mart_loss(
@@ -94,6 +95,7 @@ def mart_loss(
             is no clean forward before the attack: NaN in the first two samples' logits is told as such, in those of
             another as NaN in its input gradient.
     """
+    check_choice("distance", distance, NORMS)
     threat = ThreatModel(epsilon, distance)
     adversarial.check(
         x_natural, y, optimizer, step_size, perturb_steps, bullet, generator, frozen, update, samples, balance

@@ -16,12 +16,13 @@ from bt_fast.attack.frozen import logits_of
 from bt_fast.attack.pixels import Normalization, on_pixels
 from bt_fast.attack.runners import Runner
 from bt_fast.attack.start import Noise
-from bt_fast.attack.threat import ThreatModel
+from bt_fast.attack.threat import NORMS, ThreatModel
 from bt_fast.mining import BulletTrain
 from bt_fast.objectives import adversarial
 from bt_fast.objectives.adversarial import Adversary, CleanFirst, Unperturbed
 from bt_fast.objectives.repeated_forward import RepeatedForward
 from bt_fast.objectives.update import Terms, Update
+from bt_fast.validation import check_choice
 
 
 def trades_loss(
@@ -117,6 +118,7 @@ def trades_loss(
             with `bullet` raised by the next call. What the attack itself raises (the model's own exceptions, out of
             memory) comes before them, beside it or not.
     """
+    check_choice("distance", distance, NORMS)
     threat = ThreatModel(epsilon, distance)
     adversarial.check(
         x_natural, y, optimizer, step_size, perturb_steps, bullet, generator, frozen, update, samples, balance
