@@ -27,7 +27,7 @@ def main(gpu: str | None, model: str, batch_size: int) -> None:
         else:
             found = gpu_prediction.measure(where, model, batch_size)
     except (ValueError, TypeError) as error:
-        raise click.ClickException(str(error)) from error
+        raise click.UsageError(str(error)) from error
     Console(soft_wrap=True).print(gpu_prediction.table(found))
 
 

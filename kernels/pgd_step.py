@@ -331,6 +331,15 @@ def _direction(stand_in, start, i_n, o_x, m_x):
 
 
 @triton.jit
+def _stood_in(x_adv, clean, stand_in, start, i_n, o_x, m_x, alpha, lower, upper):
+    """x, and the perturbation after the step along the stand-in, before it shrinks."""
+    b_x = tl.load(x_adv + start + o_x, mask=m_x, other=0.0).to(tl.float32)
+    b_c = tl.load(clean + start + o_x, mask=m_x, other=0.0).to(tl.float32)
+    b_step = _direction(stand_in, start, i_n, o_x, m_x) * alpha
+    return b_c, _clip(b_x + b_step, lower, upper) - b_c
+
+
+@triton.jit
 def pgd_l2_stand_in_fwd_kernel(
     x_adv,  # [n, length], changed in place
     clean,  # [n, length]
@@ -361,19 +370,13 @@ def pgd_l2_stand_in_fwd_kernel(
     for o in range(0, length, BLOCK):
         o_x = o + tl.arange(0, BLOCK)
         m_x = o_x < length
-        b_x = tl.load(x_adv + start + o_x, mask=m_x, other=0.0).to(tl.float32)
-        b_c = tl.load(clean + start + o_x, mask=m_x, other=0.0).to(tl.float32)
-        b_step = _direction(stand_in, start, i_n, o_x, m_x) * alpha
-        b_delta = _clip(b_x + b_step, lower, upper) - b_c
+        _, b_delta = _stood_in(x_adv, clean, stand_in, start, i_n, o_x, m_x, alpha, lower, upper)
         b_delta = tl.where(m_x, b_delta, 0.0)
         b_sum += b_delta * b_delta
     shrink = _shrinking(tl.sum(b_sum, axis=0), epsilon)
     for o in range(0, length, BLOCK):
         o_x = o + tl.arange(0, BLOCK)
         m_x = o_x < length
-        b_x = tl.load(x_adv + start + o_x, mask=m_x, other=0.0).to(tl.float32)
-        b_c = tl.load(clean + start + o_x, mask=m_x, other=0.0).to(tl.float32)
-        b_step = _direction(stand_in, start, i_n, o_x, m_x) * alpha
-        b_delta = _clip(b_x + b_step, lower, upper) - b_c
+        b_c, b_delta = _stood_in(x_adv, clean, stand_in, start, i_n, o_x, m_x, alpha, lower, upper)
         b_moved = _clip(b_c + b_delta * shrink, lower, upper)
         tl.store(x_adv + start + o_x, b_moved.to(x_adv.dtype.element_ty), mask=m_x)

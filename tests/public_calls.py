@@ -139,6 +139,7 @@ CALLS = {
     "trades_loss, l_2": loss(trades_loss, distance="l_2"),
     "trades_loss, skip": loss(trades_loss, THREE, unperturbed="skip"),
     "trades_loss, normalised": loss(trades_loss, THREE, normalization=PIXELS),
+    "trades_loss, auto": loss(trades_loss, THREE, runner="auto"),
     "trades_loss, oracle": loss(trades_loss, BulletTrain(STEPS, 1, 0, policy=Oracle(2))),
     "trades_loss, gaussian": loss(trades_loss, BulletTrain(STEPS, 1, 0, policy=Gaussian())),
     "augmix_loss": augmix(),

@@ -452,8 +452,10 @@ def test_measurements_are_medians_of_rounds_that_alternate(monkeypatch):
 @pytest.mark.usefixtures("without_gpu")
 def test_bad_input_is_named(arguments, part):
     result = predicted(*arguments)
-    assert result.exit_code in (1, 2)
-    assert part in result.stderr.splitlines()[-1]
+    assert result.exit_code == 2
+    line = result.stderr.splitlines()[-1]
+    assert line.startswith("Error: ")
+    assert part in line
 
 
 def test_a_gpu_of_ones_choice_is_refused_where_there_is_one(monkeypatch):

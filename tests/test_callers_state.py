@@ -16,7 +16,7 @@ import bt_fast
 from bt_fast import BulletTrain, trades_loss
 from tests.public_calls import CALLS, STEPS, seeded
 
-# plain data, errors, and what the losses take as options, with which they are called
+# plain data, errors, options of the losses; runners and Balance need a device or ranks, and have tests of their own
 NO_CALLS = {
     *("Assignment", "Balance", "Costs", "Fractions", "Judged", "NonFiniteError", "Skipped", "POLICIES", "RUNNERS"),
     *("AutoRunner", "GraphRunner", "StreamRunner", "theoretical_speedup", "theoretical_speedup_augmix"),

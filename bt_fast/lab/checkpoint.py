@@ -17,6 +17,7 @@ from bt_fast.lab.files import replacing
 from bt_fast.lab.layouts import described
 
 FORMAT = 1
+_STOPPED = "WeightsUnpickler error"
 
 
 def save_checkpoint(path: Path, config: RunConfig, state: dict[str, Any]) -> None:
@@ -154,4 +155,5 @@ def _check_archive(file: IO[bytes]) -> None:
 def _first_line(error: Exception) -> str:
     lines = str(error).splitlines() or [type(error).__name__]
     # what torch's unpickler stopped at comes behind advice of running the file
-    return next((line for line in lines if line.startswith("WeightsUnpickler error")), lines[0]).strip()[:200]
+    stopped = (line[line.index(_STOPPED) :] for line in lines if _STOPPED in line)
+    return next(stopped, lines[0]).strip()[:200]

@@ -68,9 +68,13 @@ class Provenance:
             if not all(isinstance(s.get(key, {}), dict) for s in found.starts for key in ("machine", "settings")):
                 raise TypeError("expected machine and settings of a start to be objects")
         except FileNotFoundError as error:
-            raise ValueError(f"{path}: no such file, which tells what the run is made of") from error
+            raise ValueError(
+                f"{path}: no such file, which tells what the run is made of; give the folder of a run"
+            ) from error
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path}: not the description of a run ({error!r})") from error
+            raise ValueError(
+                f"{path}: not the description of a run ({error!r}); restore it, or start the run anew"
+            ) from error
         return found
 
 

@@ -47,9 +47,9 @@ def l2_step_(
     any magnitude. A sample whose gradient holds NaN or Inf has no direction: it stays, and is marked in `faulty`.
 
     On CUDA kernels (where triton is installed, the images are dense, and not float64). Samples of up to 4096 elements:
-    each of the three tensors is read once and one is written. Others: seven reads and one
-    write, in a launch more. A last small launch, which reads one number of each sample, moves those whose gradient
-    is 0. Never waits for the device. A gradient in another memory format than the images' is copied first.
+    each of the three tensors is read once and one is written. Others: seven reads and one write, in a launch more. A
+    last small launch, which reads one number of each sample, moves those whose gradient is 0. Never waits for the
+    device. A gradient in another memory format than the images' is copied first.
 
     Args:
         x_adv: [n, ...] floating point, at least two dimensions, changed in place.

@@ -108,7 +108,7 @@ def load_runs(paths: Sequence[Path]) -> list[LoadedRun]:
     resolved = [folder.resolve() for folder in folders]
     for folder, place in zip(folders, resolved, strict=True):
         if resolved.count(place) > 1:
-            raise ValueError(f"{folder}: given twice; each run is reported once")
+            raise ValueError(f"{folder}: given twice; name it once, as each run is reported once")
     return [_load(_letter(i), folder) for i, folder in enumerate(folders)]
 
 
