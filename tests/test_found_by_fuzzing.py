@@ -80,7 +80,7 @@ def test_numbers_beyond_every_float(value):
 def test_a_threat_model_s_own_arguments():
     refused(TypeError, "lower", ThreatModel, 0.1, lower="0")
     refused(TypeError, "upper", ThreatModel, 0.1, upper=None)
-    refused(ValueError, "distance", ThreatModel, 0.1, np.array(["l_inf", "l_2"]))
+    refused(ValueError, "norm", ThreatModel, 0.1, np.array(["l_inf", "l_2"]))
     assert ThreatModel(Fraction(1, 2), upper=2**63) == ThreatModel(0.5, upper=2.0**63)
     assert type(ThreatModel(1).epsilon) is float
 

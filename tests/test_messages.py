@@ -1,6 +1,7 @@
 """Every message of an error says how to get out of it: what to write, give, name, leave out, ... instead."""
 
 import ast
+import importlib
 import re
 from pathlib import Path
 
@@ -20,33 +21,38 @@ ENDED_ELSEWHERE = {
 }
 
 
-def text_of(node):
-    """What an expression of strings says, with `{...}` for what is put into it."""
+def text_of(node, constants):
+    """What an expression of strings says: constants in full, `{...}` for what else is put into it."""
     if isinstance(node, ast.Constant):
         return str(node.value)
     if isinstance(node, ast.JoinedStr):
-        return "".join(text_of(part) for part in node.values)
+        return "".join(text_of(part, constants) for part in node.values)
     if isinstance(node, ast.BinOp):
-        return text_of(node.left) + text_of(node.right)
-    return "{" + ast.unparse(node.value if isinstance(node, ast.FormattedValue) else node) + "}"
+        return text_of(node.left, constants) + text_of(node.right, constants)
+    expression = ast.unparse(node.value if isinstance(node, ast.FormattedValue) else node)
+    if re.fullmatch(r"(\w+\.)?[A-Z_]+", expression):
+        return str(eval(expression, constants))
+    return f"{{{expression}}}"
 
 
 def messages():
     """(place, message) of every error that the package makes with words of its own."""
     for path in sorted(PACKAGE.rglob("*.py")):
         name = path.relative_to(PACKAGE).as_posix()
-        yield from _in(ast.parse(path.read_text(encoding="utf-8")), name, "")
+        module = ".".join(("bt_fast", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__")
+        constants = vars(importlib.import_module(module))
+        yield from _in(ast.parse(path.read_text(encoding="utf-8")), name, "", constants)
 
 
-def _in(tree, name, function):
+def _in(tree, name, function, constants):
     for node in ast.iter_child_nodes(tree):
         inner = node.name if isinstance(node, ast.FunctionDef) else function
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in MESSAGE_OF:
-            message = "".join(text_of(part) for part in node.args[MESSAGE_OF[node.func.id] :][:1])
+            message = "".join(text_of(part, constants) for part in node.args[MESSAGE_OF[node.func.id] :][:1])
             own_words = " " in re.sub(r"{[^}]*}", "", message).strip()  # else it passes one on
             if own_words and f"{name} {function}" not in ENDED_ELSEWHERE:
                 yield pytest.param(message, id=f"{name}:{node.lineno} {function}")
-        yield from _in(node, name, inner)
+        yield from _in(node, name, inner, constants)
 
 
 @pytest.mark.parametrize("message", list(messages()))

@@ -55,7 +55,7 @@ class Method:
         found = _FORM.fullmatch(form)
         if not found:
             raise ValueError(
-                f"--method {name}: no such method; there are {FORMS}, each but reference also with -frozen or -bf16 "
+                f"--method {name}: no such method; write one of {FORMS}, each but reference also with -frozen or -bf16 "
                 f"behind it, and then NAME=VALUE after a comma for {', '.join(CHANGES)}"
             )
         algorithm, *digits = found[1].split("-") if found[1] != "no-jsd" else ["no-jsd"]

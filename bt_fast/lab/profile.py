@@ -190,7 +190,7 @@ def phases_of(events: Sequence[Event]) -> tuple[Phase, ...]:
     """
     iterations = _annotations(events, [ITERATION])
     if not iterations:
-        raise ValueError(f"the trace holds no {ITERATION}")
+        raise ValueError(f"the trace holds no {ITERATION}: give one that `bt-fast profile` wrote")
     ranges, end = [], float("-inf")
     for event in _annotations(events, PHASES):
         if event["ts"] >= end:
