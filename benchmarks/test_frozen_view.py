@@ -18,7 +18,7 @@ from test_training_iteration import CASES, Workload, count_flops
 from torch.profiler import profile
 
 from benchmarks.work_ratio import work_ratio
-from bt_fast import BulletTrain, Frozen, Schedule, ThreatModel, generate, trades_loss
+from bt_fast import BulletTrain, Frozen, Plan, ThreatModel, generate, trades_loss
 from bt_fast.attack.auto import now
 from bt_fast.attack.folded import attack_model
 from bt_fast.attack.frozen import clean_logits, eval_mode
@@ -113,7 +113,7 @@ def _endless(n: int) -> Any:
 def attacked(model: torch.nn.Module, x: torch.Tensor, frozen: Frozen | None) -> torch.Tensor:
     with attack_model(model, frozen, x[:8]) as view:
         target = clean_logits(view, x).to(x.dtype).softmax(dim=1)
-    schedule = Schedule.uniform(len(x), STEPS, STEP_SIZE, x.device)
+    schedule = Plan.uniform(len(x), STEPS, STEP_SIZE, x.device)
     start = x + 0.001 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
     return generate(model, x, start, target, schedule, ThreatModel(EPSILON), frozen=frozen)
 

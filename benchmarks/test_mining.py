@@ -40,7 +40,7 @@ class Batch:
         self.bullet.robust_fraction.fill_(0.54)
 
     def mine(self) -> None:
-        self.bullet.assign(self.logits, self.labels)
+        self.bullet.plan(self.logits, self.labels)
 
     def eager(self) -> None:
         """The assignment in plain torch, after the signed variance."""

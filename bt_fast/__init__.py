@@ -13,27 +13,38 @@ from bt_fast.attack.folded import Frozen
 from bt_fast.attack.generate import generate
 from bt_fast.attack.graphs import GraphRunner
 from bt_fast.attack.pixels import Normalization, Normalize
-from bt_fast.attack.schedule import Schedule
 from bt_fast.attack.streams import StreamRunner
 from bt_fast.attack.threat import ThreatModel
 from bt_fast.faults import NonFiniteError
 from bt_fast.guard import Guard, Skipped
-from bt_fast.mining import Assignment, BulletTrain
+from bt_fast.mining import BulletTrain
 from bt_fast.objectives.augmix import augmix_loss
 from bt_fast.objectives.mart import mart_loss
 from bt_fast.objectives.pgd import pgd_loss
 from bt_fast.objectives.trades import trades_loss
 from bt_fast.objectives.update import Update
+from bt_fast.plan import MinedPlan, Plan
 from bt_fast.power import PowerMonitor
 from bt_fast.speedup import Fractions, theoretical_speedup, theoretical_speedup_augmix
+from bt_fast.warning import warn_deprecated
 
 __version__ = "0.1.0"
+
+_RENAMED = {"Schedule": "Plan", "Assignment": "MinedPlan"}
+
+
+def __getattr__(name: str) -> object:
+    """The names of the first version."""
+    if name not in _RENAMED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    warn_deprecated(f"bt_fast.{name}", f"write bt_fast.{_RENAMED[name]}")
+    return globals()[_RENAMED[name]]
+
 
 __all__ = [
     "METRICS",
     "POLICIES",
     "RUNNERS",
-    "Assignment",
     "AutoRunner",
     "Balance",
     "BulletTrain",
@@ -44,12 +55,13 @@ __all__ = [
     "GraphRunner",
     "Guard",
     "Judged",
+    "MinedPlan",
     "NonFiniteError",
     "Normalization",
     "Normalize",
     "Oracle",
+    "Plan",
     "PowerMonitor",
-    "Schedule",
     "Skipped",
     "StreamRunner",
     "ThreatModel",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,100 +12,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from bt_fast import allocation, faults, ops
-from bt_fast.allocation import METRICS, POLICIES, Judged, Metric, Oracle, Policy
+from bt_fast.allocation import METRICS, POLICIES, Metric, Oracle, Policy
+from bt_fast.deciding import Rule, Seen, by_group, by_policy, together
 from bt_fast.faults import CheckedRead, Fault
 from bt_fast.ops.numeric import computable, kind_of
-from bt_fast.ranks import Ranks, Together
+from bt_fast.plan import MinedPlan
+from bt_fast.ranks import Ranks
 from bt_fast.speedup import Fractions, theoretical_speedup_augmix
 from bt_fast.validation import check_logits_and_labels, positive, real, step_count
-
-EARLIER = 2  # kinds of faults that an earlier update left to be told
-MOVED_BY_UPDATES = ("robust_fraction", "unreported_faults", "unreported_gradients")
-STEP_FACTOR = 1.7  # α = 1.7 ε / N (section 3.1, Fig. 2)
-
-
-@dataclass(frozen=True, eq=False)
-class Assignment:
-    """What each of m samples gets. Tensors are on the logits' device and in the batch's own order.
-
-    Attributes:
-        group: [m] int64, one of `ops.OUTLIER`, `ops.BOUNDARY`, `ops.ROBUST`.
-        steps: [m] int64, attack steps.
-        step_size: [m] float64, in pixel units; 0 where `steps` is 0.
-        order: [m] int64, the stable order by descending steps.
-        threshold: 0-dim float64, T of Eq. 6.
-        svar: [m] float32 (float64 for float64 logits), signed prediction variance.
-        certainty: [m] of the same dtype, what the metric gave; `svar` itself by default.
-        probabilities: [m, K] of the same dtype, softmax of the clean logits.
-        counts: the numbers that the host needs, on their way to it; `assign` has waited for them.
-        most_steps: no sample has more.
-        ranks: what the process group's ranks told each other, if there is one.
-        counted: whether it is in `group_counts`: one of a further pass over a minibatch (`again`) is not.
-    """
-
-    group: Tensor
-    steps: Tensor
-    step_size: Tensor
-    order: Tensor
-    threshold: Tensor
-    svar: Tensor
-    certainty: Tensor
-    probabilities: Tensor
-    counts: CheckedRead
-    most_steps: int
-    ranks: Together | None = None
-    counted: bool = True
-
-    @property
-    def active_counts(self) -> tuple[int, ...]:
-        """For each step t, how many samples have more than t steps: step t works on `order[:active_counts[t]]`."""
-        return tuple(self.counts.wait()[: self.most_steps])
-
-    @property
-    def group_sizes(self) -> tuple[int, int, int]:
-        """Samples in (outlier, boundary, robust)."""
-        outlier, boundary, robust = self.counts.wait()[self.most_steps : self.most_steps + 3]
-        return outlier, boundary, robust
-
-    @property
-    def steps_of_ranks(self) -> Tensor:
-        """[N, most_steps + 1] int64 on the host: how many samples of each rank have 0, 1, ... steps."""
-        spread = self.counts.wait()[self.most_steps + 3 :]
-        return torch.tensor(spread, dtype=torch.int64, device="cpu").view(-1, self.most_steps + 1)
-
-
-@dataclass(frozen=True, eq=False)
-class _Seen:
-    """What is known of a minibatch's m samples before anything is decided.
-
-    Attributes:
-        certainty, correct, unfit: [m], as the metric and `ops.signed_variance` say.
-        found: what else was wrong, the first two in earlier updates.
-        unfit_faults: from the counts [2] of unfit rows, what is to be told of them.
-        epsilon: ε; sizes: α of (outlier, boundary, robust).
-    """
-
-    certainty: Tensor
-    correct: Tensor
-    unfit: Tensor
-    found: list[Fault]
-    unfit_faults: Callable[[Tensor], Sequence[Fault]]
-    epsilon: float
-    sizes: tuple[float, float, float]
-
-
-@dataclass(frozen=True, eq=False)
-class _Decided:
-    """What follows from it; `counts` as `Assignment` and `CheckedRead` read them, faults last."""
-
-    threshold: Tensor
-    group: Tensor
-    steps: Tensor
-    step_size: Tensor
-    order: Tensor
-    counts: Tensor
-    faults: Sequence[Fault]
-    ranks: Together | None = None
+from bt_fast.warning import warn_deprecated
 
 
 class BulletTrain(nn.Module):
@@ -114,8 +28,10 @@ class BulletTrain(nn.Module):
 
     A module without parameters: its state is in buffers, so that it moves, saves and loads with everything else.
 
-    A sample of n steps has the size 1.7·ε/n, but a boundary sample the `step_size` of the assignment. A policy other
-    than the three groups decides counts, not groups: with it whoever takes N_B steps has `step_size`.
+    A sample of n steps has the size 1.7·ε/n, but a boundary sample the `step_size` of the plan. A policy other than
+    the three groups decides counts, not groups: with it a sample of N_B steps has `step_size`.
+
+    `plan` begins a minibatch, and `observe` ends it: only then has the module's state moved.
 
     Args:
         boundary_steps: N_B, robust_steps: N_R, outlier_steps: N_O; each at least 0.
@@ -137,10 +53,12 @@ class BulletTrain(nn.Module):
 
     Attributes:
         robust_fraction: 0-dim float64 buffer, F_R; starts at 0.
-        group_counts: [3] int64 buffer, samples assigned so far to (outlier, boundary, robust).
-        steps_assigned: 0-dim int64 buffer, attack steps assigned so far; None with the policy of three groups, whose
-            `group_counts` tell. Where a loaded state lacks it, those tell too.
-        unreported_faults: 0-dim int64 buffer, updates that met NaN logits since the last read; raised by the next.
+        group_counts: [3] int64 buffer, samples so far in (outlier, boundary, robust), of the minibatches that
+            `observe` has ended.
+        steps_assigned: 0-dim int64 buffer, attack steps planned so far, likewise; None with the policy of three groups,
+            whose `group_counts` give them. Where a loaded state lacks it, it follows from those too.
+        unreported_faults: 0-dim int64 buffer, minibatches with NaN logits in `observe` since the last read; raised by
+            the next.
         unreported_gradients: 0-dim int64 buffer, samples whose input gradient held NaN in an attack; raised so too.
 
     Raises:
@@ -160,6 +78,7 @@ class BulletTrain(nn.Module):
     _fraction_before: Tensor | None = None  # F_R as it was for it; None where no update has ended it
     _kept: object = None  # what its objective made of it
     _reuse: bool | None = None  # in a block of `again`: what its caller said
+    _planned: MinedPlan | None = None  # of a minibatch that has begun, and does not count yet
 
     def __init__(
         self,
@@ -187,18 +106,15 @@ class BulletTrain(nn.Module):
         self.policy = allocation.rule_of("policy", policy, POLICIES)
         self.process_group = process_group
         # the sum over the ranks by which F_R is about to move, and whether it is
-        self._unsettled: tuple[Callable[[], Tensor], bool] | None = None
-        self._faulty_gradients: Tensor | None = None  # of this rank's attack, to be told with the next update
+        self._moving: tuple[Callable[[], Tensor], bool] | None = None
         by_group = self.policy is allocation.three_groups
         self.register_buffer("robust_fraction", torch.zeros((), dtype=torch.float64))
         self.register_buffer("group_counts", torch.zeros(3, dtype=torch.int64))
         self.register_buffer("steps_assigned", None if by_group else torch.zeros((), dtype=torch.int64))
         self.register_buffer("unreported_faults", torch.zeros((), dtype=torch.int64))
         self.register_buffer("unreported_gradients", torch.zeros((), dtype=torch.int64))
-        self._last_attack = (
-            torch.empty(0, device="cpu"),
-            torch.empty(0, dtype=torch.int64, device="cpu"),
-        )  # who was faulty, and who is who
+        # which samples had gradients with NaN, and in which order they are
+        self._last_attack: tuple[Tensor, Tensor | None] = torch.empty(0, device="cpu"), None
 
     @property
     def process_group(self) -> dist.ProcessGroup | None:
@@ -209,22 +125,18 @@ class BulletTrain(nn.Module):
     def process_group(self, group: dist.ProcessGroup | None) -> None:
         self.ranks = _ranks_of(group, self.policy)
 
-    def __getattr__(self, name: str) -> Any:
-        if name in MOVED_BY_UPDATES:
-            self._settle()
-        return super().__getattr__(name)
-
     def __getstate__(self) -> dict[str, Any]:
-        self._settle()
-        passing = ("_fraction_before", "_kept", "_reuse")
+        self.finish()
+        passing = ("_fraction_before", "_kept", "_reuse", "_planned")
         return {name: value for name, value in self.__dict__.items() if name not in passing}
 
     def _save_to_state_dict(self, *args: Any) -> None:
-        self._settle()
+        self.finish()
         super()._save_to_state_dict(*args)
 
     def _apply(self, fn: Any, recurse: bool = True) -> BulletTrain:
         """Follow the moves of the module that holds this one, not its casts: in 16 bits F_R would stand still."""
+        self.finish()
         exact = self.robust_fraction
         self._forget()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -246,7 +158,7 @@ class BulletTrain(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Load a state that was saved before there were policies, or with that of three groups."""
-        self._settle()
+        self.finish()
         self._forget()
         name, counts = f"{prefix}steps_assigned", state_dict.get(f"{prefix}group_counts", ())
         if self.steps_assigned is not None and name not in state_dict and getattr(counts, "shape", None) == (3,):
@@ -289,7 +201,7 @@ class BulletTrain(nn.Module):
         if self._fraction_before is None:
             raise RuntimeError(
                 "again goes over the last minibatch once more, but there is none that ended without an error: call the "
-                "loss with bullet= (or assign and update) first, outside of the block of `with bullet.again():`"
+                "loss with bullet= (or plan and observe) first, outside of the block of `with bullet.again():`"
             )
         outer, self._reuse = self._reuse, reuse
         try:
@@ -332,9 +244,10 @@ class BulletTrain(nn.Module):
         counts = faults.counts_of(found)
         if self.ranks is not None:
             counts = self.ranks.start_sum(counts)()
-        told = [*self._earlier_faults(), *found]
-        read = CheckedRead(torch.cat([faults.counts_of(told[:EARLIER]), counts]), told)
-        self._earlier_told()
+        self.finish()
+        earlier = self._earlier_faults()
+        read = CheckedRead(torch.cat([faults.counts_of(earlier), counts]), [*earlier, *found])
+        self._earlier_raised()
         return read
 
     @property
@@ -343,14 +256,14 @@ class BulletTrain(nn.Module):
 
     def _forget(self) -> None:
         """Let go of the last minibatch."""
-        self._fraction_before = self._kept = None
+        self._fraction_before = self._kept = self._planned = None
 
     def _deciding_fraction(self) -> Tensor:
         """F_R by which samples are judged: in a further pass that of the first."""
         before = self._fraction_before
         return self.robust_fraction if self._counts_now or before is None else before
 
-    def assign(
+    def plan(
         self,
         logits: Tensor,
         labels: Tensor,
@@ -358,17 +271,17 @@ class BulletTrain(nn.Module):
         epsilon: float = 0.031,
         step_size: float | None = None,
         attacked_logits: Tensor | None = None,
-    ) -> Assignment:
-        """Sort a minibatch into groups by its clean logits (Eq. 6) and give each sample its steps.
+    ) -> MinedPlan:
+        """Begin a minibatch: sort it into groups by its clean logits (Eq. 6) and give each sample its steps.
 
         Args:
             logits: [m, K] floating point, K ≥ 2, of the clean samples in the attack's (eval) mode. m may be 0.
             labels: [m] integers in 0..K-1, on the logits' device.
             epsilon: ε > 0, in pixel units; sets `1.7·ε/N` for robust samples and outliers.
             step_size: α_B > 0 of the boundary samples, in pixel units; `1.7·ε/N_B` if not given. With a policy other
-                than that of three groups: of whoever takes N_B steps.
+                than that of three groups: of samples with N_B steps.
             attacked_logits: [m, K] floating point, of the attacked samples in the same mode: for the policy `Oracle`,
-                and only for it. (The objectives see to it themselves.)
+                and only for it. (The losses see to it themselves.)
 
         Raises:
             TypeError: logits are not floating point, labels not integers, or the metric or policy returned no such
@@ -376,13 +289,25 @@ class BulletTrain(nn.Module):
             ValueError: a shape, device or value does not fit, of what the metric or policy returned too; the module is
                 unchanged.
         """
-        assignment = self.start_assignment(
-            logits, labels, epsilon=epsilon, step_size=step_size, attacked_logits=attacked_logits
-        )
-        assignment.counts.wait()
-        return assignment
+        plan = self.start_plan(logits, labels, epsilon=epsilon, step_size=step_size, attacked_logits=attacked_logits)
+        plan.counts.wait()
+        return plan
 
-    def start_assignment(
+    def assign(self, *args: Any, **options: Any) -> MinedPlan:
+        """Deprecated: `plan`, of the same args and options, but the minibatch counts at once, not when it ends."""
+        warn_deprecated("BulletTrain.assign", "write bullet.plan(...), which counts when bullet.observe ends it")
+        plan = self.plan(*args, **options)
+        if self._counts_now:
+            self._count(plan)
+        self._planned = None
+        return plan
+
+    def update(self, adversarial_logits: Tensor, labels: Tensor, *, order: Tensor | None = None) -> None:
+        """Deprecated: `observe`, of the same adversarial_logits, labels and order."""
+        warn_deprecated("BulletTrain.update", "write bullet.observe(adversarial_logits, labels)")
+        self.observe(adversarial_logits, labels, order=order)
+
+    def start_plan(
         self,
         logits: Tensor,
         labels: Tensor,
@@ -394,15 +319,15 @@ class BulletTrain(nn.Module):
         attacked_logits: Tensor | None = None,
         of_attack: Sequence[Fault] = (),
         state: Tensor | None = None,
-    ) -> Assignment:
-        """`assign` without waiting for its counts: faults are raised by the first use of a count.
+    ) -> MinedPlan:
+        """`plan` without waiting for its counts: faults are raised by the first use of a count.
 
         Args:
-            logits, labels, epsilon, step_size, attacked_logits: as for `assign`.
-            state: [2] int64, a random state to be told to the ranks of the process group, which take rank 0's.
+            logits, labels, epsilon, step_size, attacked_logits: as for `plan`.
             inputs: further faults of this minibatch to be raised with the counts (pixels out of range, say).
             names: what error messages call the logits and the labels.
-            of_attack: faults of the oracle's attack, which are told if nothing else is wrong.
+            of_attack: faults of the oracle's attack, which are raised if nothing else is wrong.
+            state: [2] int64, a random state: the ranks of the process group take rank 0's.
         """
         check_logits_and_labels(logits, labels)
         self._check_device(logits)
@@ -411,45 +336,36 @@ class BulletTrain(nn.Module):
         if step_size is not None:
             step_size = positive("step_size", step_size)
         logits, labels = logits.detach(), labels.long()
+        self.finish()
         if self._counts_now:
             self._forget()
 
-        svar, correct, probabilities, unfit = ops.signed_variance(logits, labels)
-        found = [*self._earlier_faults(), *inputs]
-        certainty = svar
-        if self.metric is not allocation.signed_variance:
-            certainty = allocation.certainty_of(self.metric, logits, labels)
-            found.append(_without_certainty(certainty, unfit))
-        seen = _Seen(
-            certainty=certainty,
-            correct=correct,
-            unfit=unfit,
-            found=found,
-            unfit_faults=lambda counts: faults.unfit_faults(unfit, counts, logits.shape[1], names),
-            epsilon=epsilon,
-            sizes=self._step_sizes(epsilon, step_size),
-        )
+        rule = Rule(self.policy, self._group_steps, epsilon, step_size)
+        seen = self._seen(logits, labels, inputs, names)
         if self.ranks is not None:
-            decided = self._decide_together(seen, self.ranks, state)
+            plan = together(rule, seen, self.ranks, state)
         elif self.policy is allocation.three_groups:
-            decided = self._decide_by_group(seen)
+            plan = by_group(rule, seen)
         else:
             attacked = None if attacked_logits is None else ops.signed_variance(attacked_logits.detach(), labels)
-            decided = self._decide_by_policy(seen, attacked, of_attack)
-        self._earlier_told()
-        return Assignment(
-            group=decided.group,
-            steps=decided.steps,
-            step_size=decided.step_size,
-            order=decided.order,
-            threshold=decided.threshold,
-            svar=svar,
-            certainty=certainty,
-            probabilities=probabilities,
-            counts=CheckedRead(decided.counts, decided.faults),
-            most_steps=max(self._group_steps),
-            ranks=decided.ranks,
-            counted=self._counts_now,
+            plan = by_policy(rule, seen, attacked, of_attack)
+        self._earlier_raised()
+        self._planned = plan
+        return plan
+
+    def _seen(self, logits: Tensor, labels: Tensor, inputs: Sequence[Fault], names: tuple[str, str]) -> Seen:
+        of_logits = ops.signed_variance(logits, labels)
+        certainty, found = of_logits.svar, list(inputs)
+        if self.metric is not allocation.signed_variance:
+            certainty = allocation.certainty_of(self.metric, logits, labels)
+            found.append(_without_certainty(certainty, of_logits.unfit))
+        return Seen(
+            of_logits,
+            certainty,
+            self._deciding_fraction(),
+            self._earlier_faults(),
+            found,
+            lambda counts: faults.unfit_faults(of_logits.unfit, counts, logits.shape[1], names),
         )
 
     def _earlier_faults(self) -> list[Fault]:
@@ -470,176 +386,31 @@ class BulletTrain(nn.Module):
             ),
         ]
 
-    def _earlier_told(self) -> None:
+    def _earlier_raised(self) -> None:
         self.unreported_faults.zero_()
         self.unreported_gradients.zero_()
 
-    def _decide_by_group(self, seen: _Seen) -> _Decided:
-        """The paper's rule, for this process alone: one op."""
-        threshold, group, steps, step_size, order, counts = ops.assign_steps(
-            seen.certainty,
-            seen.correct,
-            self._deciding_fraction(),
-            self._group_steps,
-            seen.sizes,
-            seen.unfit,
-            faults.counts_of(seen.found),
-            self.group_counts if self._counts_now else torch.zeros_like(self.group_counts),
-        )
-        told = [*seen.found, *seen.unfit_faults(counts[-2:])]
-        return _Decided(threshold, group, steps, step_size, order, counts, told)
-
-    def _decide_by_policy(
-        self, seen: _Seen, attacked: ops.SignedVariance | None, of_attack: Sequence[Fault]
-    ) -> _Decided:
-        """What `ops.assign_steps` does for three groups, by a policy.
-
-        Args:
-            attacked: of the attacked logits, for an Oracle; of_attack: the faults of its attack, told last.
-        """
-        fraction = self._deciding_fraction()
-        threshold = ops.robust_threshold(seen.certainty, fraction)
-        group, late = self._groups(seen.certainty, seen.correct, threshold), list(of_attack)
-        if isinstance(self.policy, Oracle) and attacked is not None:
-            group = self.policy.groups(seen.correct, attacked.correct)
-            late.append(faults.marked_rows(attacked.unfit & 1, "attacked_logits"))
-        judged = Judged(seen.certainty, seen.correct, group, threshold, fraction, self._group_steps)
-        steps, outside = self._steps_of_policy(judged)
-        unfit = torch.stack([(seen.unfit & bit > 0).sum() for bit in (1, 2)])
-        told = [*seen.found, *seen.unfit_faults(unfit), *late, outside]
-        wrong = faults.counts_of(told)
-        order, active = ops.order_by_steps(steps, max(self._group_steps))
-        sizes = _sizes_of(group)
-        self._count(sizes, steps.sum(), ~wrong.any())
-        return _Decided(
-            threshold,
-            group,
-            steps,
-            self._sizes_by_count(steps, seen),
-            order,
-            torch.cat([active, sizes, wrong]),
-            told,
-        )
-
-    def _decide_together(self, seen: _Seen, ranks: Ranks, state: Tensor | None) -> _Decided:
-        """The same of all ranks' samples, on every rank; of it this rank's share."""
-        state = self.group_counts.new_zeros(2) if state is None else state
-        earlier, found = seen.found[:EARLIER], seen.found[EARLIER:]  # every rank knows the earlier ones already
-        counted = faults.counts_of(found) if found else state[:0]
-        all_of_them = ranks.gather(seen.certainty, seen.correct, seen.unfit, state, counted)
-        there = all_of_them.there
-        fraction = self._deciding_fraction()
-        threshold = ops.robust_threshold(all_of_them.certainty, fraction, there.sum())
-        group = self._groups(all_of_them.certainty, all_of_them.correct, threshold)
-        judged = Judged(all_of_them.certainty, all_of_them.correct, group, threshold, fraction, self._group_steps)
-        steps, outside = self._steps_of_policy(judged, there)
-        unfit = torch.stack([(all_of_them.unfit & bit > 0).view(ranks.count, -1).sum(dim=1) for bit in (1, 2)], dim=1)
-        of_ranks = torch.cat([all_of_them.faults, unfit, all_of_them.too_many[:, None]], dim=1)
-        of_all = [*earlier, outside]
-        wrong = torch.cat([of_ranks.flatten(), faults.counts_of(of_all)])
-        self._count(_sizes_of(group, there), (steps * there).sum(), ~wrong.any())
-
-        own_group, own_steps = all_of_them.own(group), all_of_them.own(steps)
-        most = max(self._group_steps)
-        order, active = ops.order_by_steps(own_steps, most)
-        if self.policy is allocation.three_groups:
-            step_size = torch.full_like(own_steps, seen.sizes[ops.OUTLIER], dtype=torch.float64)
-            for member in (ops.BOUNDARY, ops.ROBUST):
-                step_size.masked_fill_(own_group == member, seen.sizes[member])
-        else:
-            step_size = self._sizes_by_count(own_steps, seen)
-        spread = torch.zeros(ranks.count * (most + 1), dtype=torch.int64, device=steps.device)
-        place = torch.arange(len(steps), device=steps.device) // max(len(steps) // ranks.count, 1)
-        spread.scatter_add_(0, place * (most + 1) + steps, there.long())
-        too_many = Fault(
-            all_of_them.too_many,
-            f"minibatches must have at most {ranks.rows} samples, the most of the group's first, but one has more: "
-            "let the loaders of all ranks have one batch size",
-        )
-        own = [*found, *seen.unfit_faults(unfit[ranks.rank]), too_many]
-        return _Decided(
-            threshold,
-            own_group,
-            own_steps,
-            step_size,
-            order,
-            torch.cat([active, _sizes_of(own_group), spread, wrong]),
-            faults.OfRanks(own, ranks.rank, ranks.count, of_all),
-            all_of_them,
-        )
-
-    def _groups(self, certainty: Tensor, correct: Tensor, threshold: Tensor) -> Tensor:
-        """Eq. 6: [m] int64."""
-        robust = (certainty.double() >= threshold) & (self._deciding_fraction() > 0)
-        return correct.long() + (correct & robust)  # OUTLIER, BOUNDARY, ROBUST are 0, 1, 2
-
-    def _steps_of_policy(self, judged: Judged, there: Tensor | None = None) -> tuple[Tensor, Fault]:
-        """[m] int64 in 0..max(group_steps), and whether the policy said something else of a sample."""
-        steps, most = allocation.steps_of(self.policy, judged), max(self._group_steps)
-        outside = (steps < 0) | (steps > most)
-        if there is not None:
-            outside &= there
-        message = (
-            f"policy must return steps in 0..{most}, but {{count}} of {len(steps)} are not: "
-            f"let it end with .clamp(0, {most})"
-        )
-        return steps.clamp(0, most), Fault(outside.sum(), message)  # the order has room for no others
-
-    def _count(self, sizes: Tensor, steps: Tensor, sound: Tensor) -> None:
-        """Add a minibatch's groups [3] and steps to what has been assigned, unless something is wrong."""
-        if not self._counts_now:
-            return
-        self.group_counts += sizes * sound
-        if self.steps_assigned is not None:
-            self.steps_assigned += steps * sound
-
-    def report_attack(self, assignment: Assignment, faulty: Tensor) -> None:
-        """Take note of the samples that could not move in the attack on an assignment, since their gradient held NaN.
-
-        On the CPU they raise at once, and the assignment does not count; on a GPU, where that would mean to wait for
-        the device, and in a process group, where all ranks are to raise, they raise with the next assignment's read.
-
-        Args:
-            faulty: [m] int32 as `generate` fills it.
-
-        Raises:
-            ValueError: on the CPU, if there are any.
-        """
-        fault = faults.gradients_without_direction(faulty, assignment.order)
-        self._last_attack = (faulty, assignment.order)
-        if self.ranks is not None:
-            self._faulty_gradients = fault.count  # told to all with the update
-        elif faulty.is_cuda:
-            self.unreported_gradients += fault.count
-        elif fault.count:
-            self.take_back(assignment)
-            faults.read([fault]).wait()
-
-    def take_back(self, assignment: Assignment) -> None:
-        """Let an assignment not count in `group_counts` and `steps_assigned`: its attack could not be run.
-
-        In a process group it still counts, since the other ranks' attacks may have run, and all count the same.
-
-        Args:
-            assignment: one of this module's; one that was not counted changes nothing.
-        """
-        if self.ranks is not None or not assignment.counted:
-            return
-        self.group_counts -= torch.tensor(assignment.group_sizes, device=self.group_counts.device)
-        if self.steps_assigned is not None:
-            self.steps_assigned -= sum(assignment.active_counts)
-
-    def update(self, adversarial_logits: Tensor, labels: Tensor, *, order: Tensor | None = None) -> None:
-        """Move F_R by the share of corrupted samples that are still classified correctly (Eq. 5).
+    def observe(
+        self,
+        adversarial_logits: Tensor,
+        labels: Tensor,
+        *,
+        order: Tensor | None = None,
+        faulty: Tensor | None = None,
+    ) -> None:
+        """End a minibatch: F_R moves by the share of adversarial samples classified correctly (Eq. 5), its plan counts.
 
         Logits with NaN leave F_R unchanged. On the CPU they raise at once; on a GPU, where that would mean to wait for
-        the device, and in a process group, they raise with the next assignment's read. The ranks' sum is on its way
-        while the backward runs, and F_R moves when it is read. In a block of `again` F_R stays, and all else is so.
+        the device, and in a process group, they raise with the next plan's read. The ranks' sum is on its way while the
+        backward runs, and F_R moves when `finish` or the next plan asks for it. In a block of `again` F_R and the
+        counts stay, and all else is so.
 
         Args:
-            adversarial_logits: [m, K] floating point, m ≥ 1, of all m corrupted samples.
+            adversarial_logits: [m, K] floating point, m ≥ 1, of all m adversarial samples.
             labels: [m] integers in 0..K-1.
-            order: [m] int64, which sample of the minibatch each row is, for the error that tells them.
+            order: [m] int64, which sample of the minibatch each row is, for an error that names samples.
+            faulty: [m] int32 in the same order, as `generate` fills it: samples that could not move in the attack,
+                since their gradient held NaN. On a GPU and in a process group they raise with the next plan's read.
 
         Raises:
             TypeError: logits are not floating point or labels not integers.
@@ -650,14 +421,10 @@ class BulletTrain(nn.Module):
         if len(labels) == 0:
             raise ValueError("adversarial_logits must have at least 1 row, got 0: leave empty minibatches out")
         logits, labels = adversarial_logits.detach(), labels.long()
+        if faulty is not None:
+            self._last_attack = (faulty, order)
         if self.ranks is not None:
-            self._settle()
-            hits, faulty = ops.adversarial_hits(logits, labels)
-            m, gradients = hits.new_full((), len(labels)), self._faulty_gradients
-            told = [hits, m, faulty.long(), hits.new_zeros(()) if gradients is None else gradients.long()]
-            self._faulty_gradients = None
-            self._begin_move()
-            self._unsettled = self.ranks.start_sum(torch.stack(told)), self._counts_now
+            self._observe_together(logits, labels, faulty)
             return
         if not logits.is_cuda:
             found = [
@@ -665,6 +432,8 @@ class BulletTrain(nn.Module):
                 faults.rows_without_number(logits, "adversarial_logits", order),
             ]
             faults.read(found).wait()
+        elif faulty is not None:
+            self.unreported_gradients += faulty.sum()
         if self._counts_now:
             self._begin_move()
             state = (self.robust_fraction, self.unreported_faults)
@@ -672,20 +441,42 @@ class BulletTrain(nn.Module):
         elif logits.is_cuda:
             self.unreported_faults += ops.adversarial_hits(logits, labels)[1] > 0
 
-    def _begin_move(self) -> None:
-        """Note F_R as it was for the minibatch that ends now."""
-        if self._counts_now:
-            self._fraction_before = self.robust_fraction.clone()
+    def _observe_together(self, logits: Tensor, labels: Tensor, faulty: Tensor | None) -> None:
+        """Start the sum over the ranks by which F_R will move."""
+        assert self.ranks is not None
+        self.finish()
+        hits, without_number = ops.adversarial_hits(logits, labels)
+        gradients = hits.new_zeros(()) if faulty is None else faulty.sum()
+        numbers = [hits, hits.new_full((), len(labels)), without_number.long(), gradients.long()]
+        self._begin_move()
+        self._moving = self.ranks.start_sum(torch.stack(numbers)), self._counts_now
 
-    def _settle(self) -> None:
-        """Let F_R move by the sum over the ranks that the last update started."""
-        unsettled, self._unsettled = self._unsettled, None
-        if unsettled is not None:
-            finish, moves = unsettled
-            hits, m, faulty, gradients = finish().unbind()
+    def _begin_move(self) -> None:
+        """Note F_R as it was for the minibatch that ends now, and count its plan."""
+        planned, self._planned = self._planned, None
+        if not self._counts_now:
+            return
+        self._fraction_before = self.robust_fraction.clone()
+        if planned is not None:
+            self._count(planned)
+
+    def _count(self, plan: MinedPlan) -> None:
+        self.group_counts += plan.counted_groups
+        if self.steps_assigned is not None and plan.counted_steps is not None:
+            self.steps_assigned += plan.counted_steps
+
+    def finish(self) -> None:
+        """Let F_R move by the sum over a process group's ranks that `observe` started; without a group it has moved.
+
+        The next plan, a copy and a saved state do so by themselves. Call it before you read `robust_fraction`.
+        """
+        moving, self._moving = self._moving, None
+        if moving is not None:
+            sums, moves = moving
+            hits, m, without_number, gradients = sums().unbind()
             if moves:
-                ops.move_fraction_(self.robust_fraction, hits, m, faulty > 0, self.gamma, self.momentum)
-            self.unreported_faults += faulty > 0
+                ops.move_fraction_(self.robust_fraction, hits, m, without_number > 0, self.gamma, self.momentum)
+            self.unreported_faults += without_number > 0
             self.unreported_gradients += gradients
 
     @property
@@ -738,20 +529,6 @@ class BulletTrain(nn.Module):
         """(N_O, N_B, N_R), as the ops number the groups."""
         return self.outlier_steps, self.boundary_steps, self.robust_steps
 
-    def _step_sizes(self, epsilon: float, step_size: float | None) -> tuple[float, float, float]:
-        """α of (outlier, boundary, robust)."""
-        boundary = _step_size(epsilon, self.boundary_steps)
-        if self.boundary_steps and step_size is not None:
-            boundary = step_size
-        return _step_size(epsilon, self.outlier_steps), boundary, _step_size(epsilon, self.robust_steps)
-
-    def _sizes_by_count(self, steps: Tensor, seen: _Seen) -> Tensor:
-        """α [m] float64 of any counts: that of boundary samples at N_B, 1.7·ε/n at any other n, and 0 at 0."""
-        travel = torch.full((), STEP_FACTOR * seen.epsilon, dtype=torch.float64, device=steps.device)
-        boundary = seen.sizes[ops.BOUNDARY]
-        sizes = torch.where(steps == self.boundary_steps, boundary, travel / steps.clamp(min=1))
-        return sizes.masked_fill_(steps == 0, 0.0)
-
     def _check_attacked(self, logits: Tensor, attacked: Tensor | None) -> None:
         if not isinstance(self.policy, Oracle):
             if attacked is not None:
@@ -762,7 +539,7 @@ class BulletTrain(nn.Module):
         if attacked is None:
             raise ValueError(
                 "policy is an Oracle, whose groups need attacked_logits=, the model's logits of attacked samples: "
-                "the objectives run that attack, `assign` alone cannot: "
+                "the losses run that attack, `plan` alone cannot: "
                 "call trades_loss, mart_loss or pgd_loss with bullet=, or give them"
             )
         if not isinstance(attacked, Tensor) or not computable(attacked):
@@ -799,12 +576,6 @@ def _without_certainty(certainty: Tensor, unfit: Tensor) -> Fault:
     )
 
 
-def _sizes_of(group: Tensor, there: Tensor | None = None) -> Tensor:
-    """Samples in (outlier, boundary, robust), of those that are there: [3] int64."""
-    members = group == torch.arange(3, device=group.device)[:, None]
-    return (members if there is None else members & there).sum(dim=1)
-
-
 def _ranks_of(group: Any, policy: Policy) -> Ranks | None:
     """The process group as the mining sees it, checked."""
     if group is None:
@@ -820,7 +591,3 @@ def _ranks_of(group: Any, policy: Policy) -> Ranks | None:
             "write policy='three_groups', or leave process_group out"
         )
     return Ranks(group)
-
-
-def _step_size(epsilon: float, steps: int) -> float:
-    return STEP_FACTOR * epsilon / steps if steps else 0.0

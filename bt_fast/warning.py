@@ -10,17 +10,23 @@ from pathlib import Path
 _PACKAGE = str(Path(__file__).parent) + os.sep
 
 
-def warn_caller(message: str) -> None:
+def warn_caller(message: str, kind: type[Warning] = UserWarning) -> None:
     """Warn of `message` at the line that called the package.
 
     Between that line and here other libraries may stand (context managers, torch): it is behind the last of our frames.
 
     Args:
         message: what is so, and what to write instead.
+        kind: of the warning.
     """
     caller, level, frame = 1, 1, sys._getframe()
     while frame.f_back is not None:
         if frame.f_code.co_filename.startswith(_PACKAGE):
             caller = level + 1
         frame, level = frame.f_back, level + 1
-    warnings.warn(message, stacklevel=caller)
+    warnings.warn(message, kind, stacklevel=caller)
+
+
+def warn_deprecated(old: str, new: str) -> None:
+    """Say that `old` goes with the next version, and what to write instead."""
+    warn_caller(f"{old} is deprecated and will go with the next version: {new}", DeprecationWarning)

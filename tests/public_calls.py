@@ -18,8 +18,8 @@ from bt_fast import (
     Normalization,
     Normalize,
     Oracle,
+    Plan,
     PowerMonitor,
-    Schedule,
     ThreatModel,
     Update,
     augmix_loss,
@@ -60,7 +60,7 @@ def augmix(bullet=None, **options):
 def generated(**options):
     def run(model, x, y):
         target = nn.functional.one_hot(y, CLASSES).to(x.dtype)
-        schedule = Schedule.uniform(len(x), STEPS, 0.05, x.device)
+        schedule = Plan.uniform(len(x), STEPS, 0.05, x.device)
         return generate(model, x, x, target, schedule, THREAT, generator=seeded(), **options)
 
     return run
@@ -100,9 +100,9 @@ def mined(model, x, y):
     """The caller's logits stay as they are, too."""
     bullet, logits = BulletTrain(STEPS, 1, 0), logits_of(x)
     given = logits.clone()
-    assignment = bullet.assign(logits, y)
-    bullet.update(logits, y)
-    steps = Schedule.from_steps(assignment.steps, assignment.step_size.clamp(min=1e-3)).steps
+    assignment = bullet.plan(logits, y)
+    bullet.observe(logits, y)
+    steps = Plan.from_steps(assignment.steps, assignment.step_size.clamp(min=1e-3)).steps
     assert torch.equal(logits, given)
     return steps + bullet.robust_fraction
 

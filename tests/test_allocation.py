@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from launches import launches
+from minibatch import planned_and_ended
 from pretended_device import DEVICE, counted_waits, pretended_device
 from test_mining import EPSILON, Y, Z, assert_state, at_fraction, state
 from test_mining import policies as counts
@@ -85,7 +86,7 @@ def test_in_equation_6_a_metric_takes_the_place_of_svar(metric):
     z = 3 * torch.randn(40, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     y = z.argmax(dim=1)
     y[::4] = (y[::4] + 1) % 5
-    got = at_fraction(0.4, metric=metric).assign(z, y)
+    got = at_fraction(0.4, metric=metric).plan(z, y)
     values = [literal(metric, row, label) for row, label in zip(z.tolist(), y.tolist(), strict=True)]
     threshold = max(0.0, np.quantile(values, 0.6))
     assert_near(got.certainty, values)
@@ -109,7 +110,7 @@ def test_the_defaults_given_as_functions_of_ones_own_are_the_fused_ones_to_the_b
     own = at_fraction(
         f_r, *steps, metric=lambda z, y: ops.signed_variance(z, y).svar, policy=lambda judged: three_groups(judged)
     )
-    a, b = (bullet.assign(*batch, epsilon=EPSILON) for bullet in (fused, own))
+    a, b = (planned_and_ended(bullet, *batch, epsilon=EPSILON) for bullet in (fused, own))
     for name in ("group", "steps", "step_size", "order", "threshold", "svar", "certainty", "probabilities"):
         assert torch.equal(getattr(a, name), getattr(b, name)), name
     assert (a.active_counts, a.group_sizes) == (b.active_counts, b.group_sizes)
@@ -120,7 +121,7 @@ def test_the_defaults_given_as_functions_of_ones_own_are_the_fused_ones_to_the_b
 def test_an_infinite_certainty_is_the_largest_and_interpolates():
     z = torch.tensor([[0.0, -math.inf], [1.0, 0.0], [-math.inf, 0.0], [2.0, 0.0]])
     bullet = at_fraction(0.5, metric="margin")
-    got = bullet.assign(z, torch.zeros(4, dtype=torch.int64))
+    got = bullet.plan(z, torch.zeros(4, dtype=torch.int64))
     most = torch.finfo(torch.float32).max
     assert got.certainty.tolist() == [most, 1.0, -most, 2.0]
     assert got.threshold.item() == 1.5
@@ -130,7 +131,7 @@ def test_an_infinite_certainty_is_the_largest_and_interpolates():
 def test_a_metric_never_sees_a_label_out_of_range():
     for metric in METRICS:
         with pytest.raises(ValueError, match=r"labels must lie in 0\.\.2, but 2 of 4"):
-            BulletTrain(metric=metric).assign(Z, torch.tensor([0, 7, -5, 1]))
+            BulletTrain(metric=metric).plan(Z, torch.tensor([0, 7, -5, 1]))
 
 
 # Policies
@@ -216,7 +217,7 @@ def test_oracle_takes_its_groups_from_the_attacked_logits(batch, seed, steps):
     attacked = z + 4 * torch.randn(z.shape, generator=torch.Generator().manual_seed(seed), dtype=z.dtype)
     n_b, n_r, n_o = steps
     bullet = at_fraction(0.4, *steps, policy="oracle")
-    got = bullet.assign(z, y, epsilon=EPSILON, step_size=0.007, attacked_logits=attacked)
+    got = planned_and_ended(bullet, z, y, epsilon=EPSILON, step_size=0.007, attacked_logits=attacked)
     expected = []
     for row, hit, label in zip(z.tolist(), attacked.tolist(), y.tolist(), strict=True):
         right = [first_maximum(values) == label for values in (row, hit)]
@@ -234,14 +235,14 @@ def test_any_counts_are_ordered_counted_and_sized(batch, data, steps, alpha):
     m, most = len(z), max(steps)
     given_ = data.draw(st.lists(st.integers(0, most), min_size=m, max_size=m))
     bullet = at_fraction(0.3, *steps, policy=lambda judged: torch.tensor(given_, dtype=torch.int64))
-    got = bullet.assign(z, y, epsilon=EPSILON, step_size=alpha)
+    got = planned_and_ended(bullet, z, y, epsilon=EPSILON, step_size=alpha)
     full = alpha or 1.7 * EPSILON / max(steps[0], 1)
     assert got.steps.tolist() == given_
     sizes = [0.0 if n == 0 else full if n == steps[0] else 1.7 * EPSILON / n for n in given_]
     assert got.step_size.tolist() == sizes
     assert got.order.tolist() == sorted(range(m), key=lambda i: -given_[i])
     assert got.active_counts == tuple(sum(n > t for n in given_) for t in range(most))
-    plain = at_fraction(0.3, *steps).assign(z, y)
+    plain = at_fraction(0.3, *steps).plan(z, y)
     assert torch.equal(got.group, plain.group)
     assert got.group_sizes == plain.group_sizes
     assert bullet.steps_assigned.item() == sum(given_)
@@ -250,7 +251,7 @@ def test_any_counts_are_ordered_counted_and_sized(batch, data, steps, alpha):
 def test_a_policy_sees_what_is_known_of_the_minibatch():
     seen = []
     bullet = at_fraction(0.4, 7, 3, 1, metric="margin", policy=lambda judged: seen.append(judged) or judged.group)
-    got = bullet.assign(Z, Y)
+    got = bullet.plan(Z, Y)
     (found,) = seen
     assert found.group_steps == (1, 7, 3)
     assert torch.equal(found.certainty, got.certainty)
@@ -262,7 +263,7 @@ def test_a_policy_sees_what_is_known_of_the_minibatch():
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.uint8])
 def test_steps_of_any_integer_type(dtype):
-    got = BulletTrain(policy=lambda judged: torch.tensor([3, 1, 10, 0], dtype=dtype)).assign(Z, Y)
+    got = BulletTrain(policy=lambda judged: torch.tensor([3, 1, 10, 0], dtype=dtype)).plan(Z, Y)
     assert (got.steps.dtype, got.steps.tolist()) == (torch.int64, [3, 1, 10, 0])
 
 
@@ -277,8 +278,8 @@ def test_mean_steps_and_the_speedup_of_the_steps_as_they_were_given():
     bullet = BulletTrain(5, 2, 0, policy=ramp)
     assert math.isnan(bullet.mean_steps)
     assert math.isnan(bullet.theoretical_speedup())
-    bullet.assign(Z, Y)
-    bullet.assign(Z[:2], Y[:2])
+    planned_and_ended(bullet, Z, Y)
+    planned_and_ended(bullet, Z[:2], Y[:2])
     assert bullet.mean_steps == (0 + 1 + 2 + 3 + 0 + 1) / 6
     assert bullet.theoretical_speedup() == 6 / (7 / 6 + 1)
     assert bullet.theoretical_speedup(10) == 11 / (7 / 6 + 1)
@@ -293,7 +294,7 @@ def test_mean_steps_and_the_speedup_of_the_steps_as_they_were_given():
 def test_mean_steps_of_three_groups_are_those_of_their_fractions():
     bullet = at_fraction(0.4)
     assert math.isnan(bullet.mean_steps)
-    bullet.assign(Z, Y)
+    planned_and_ended(bullet, Z, Y)
     assert bullet.mean_steps == bullet.fractions.mean_steps(10, 2, 0)
     assert bullet.steps_assigned is None
 
@@ -301,14 +302,14 @@ def test_mean_steps_of_three_groups_are_those_of_their_fractions():
 def test_what_augmix_saves_is_told_by_the_samples_that_take_their_step():
     bullet = BulletTrain(1, 0, 0, policy="uniform")
     assert math.isnan(bullet.theoretical_speedup_augmix())
-    bullet.assign(Z, Y)
+    planned_and_ended(bullet, Z, Y)
     assert bullet.theoretical_speedup_augmix() == 1.0
 
 
 def test_fractions_are_those_of_equation_6_whatever_the_policy():
     plain, uniform = at_fraction(0.4), at_fraction(0.4, policy="uniform")
     for bullet in (plain, uniform):
-        bullet.assign(Z, Y)
+        planned_and_ended(bullet, Z, Y)
     assert plain.fractions == uniform.fractions != Fractions(0.0, 0.0, 0.0)
 
 
@@ -323,7 +324,7 @@ def test_the_default_s_state_is_what_it_was():
 
 def test_a_state_of_three_groups_loads_into_any_policy_and_tells_the_steps():
     plain = at_fraction(0.4)
-    plain.assign(Z, Y)
+    planned_and_ended(plain, Z, Y)
     saved = torch.nn.Sequential(plain).state_dict()
     names = set(saved)
     loaded = torch.nn.Sequential(BulletTrain(policy="uniform"))
@@ -335,7 +336,7 @@ def test_a_state_of_three_groups_loads_into_any_policy_and_tells_the_steps():
 
 def test_a_state_with_steps_loads_and_one_of_three_groups_refuses_it():
     bullet = BulletTrain(policy=ramp)
-    bullet.assign(Z, Y)
+    planned_and_ended(bullet, Z, Y)
     twin, again = copy.deepcopy(bullet), BulletTrain(policy="gaussian")
     again.load_state_dict(bullet.state_dict())
     for other in (twin, again):
@@ -344,15 +345,6 @@ def test_a_state_with_steps_loads_and_one_of_three_groups_refuses_it():
         BulletTrain().load_state_dict(bullet.state_dict())
     with pytest.raises(RuntimeError, match="group_counts"):
         BulletTrain(policy="uniform").load_state_dict({"robust_fraction": torch.zeros(())})
-
-
-def test_an_attack_without_direction_takes_its_steps_back():
-    bullet = BulletTrain(policy=ramp)
-    bullet.assign(Z, Y)
-    before = state(bullet)
-    with pytest.raises(ValueError, match="2 of 4 samples"):
-        bullet.report_attack(bullet.assign(Z, Y), torch.tensor([0, 1, 0, 1], dtype=torch.int32))
-    assert_state(bullet, before)
 
 
 def test_repr_tells_what_is_not_the_default():
@@ -382,7 +374,7 @@ def test_any_metric_and_policy_start_without_waiting_and_are_read_once(metric, p
     z, y = torch.randn(6, 4, device=DEVICE), torch.zeros(6, dtype=torch.int64, device=DEVICE)
     attacked = {"attacked_logits": z} if policy == "oracle" else {}
     with pretended_device(plan=[4] * 10 + [2, 3, 1]) as reads:
-        started = bullet.start_assignment(z, y, **attacked)
+        started = bullet.start_plan(z, y, **attacked)
         assert (reads.started, reads.waited) == (1, 0)
         assert started.active_counts == (4,) * 10
         assert started.group_sizes == (2, 3, 1)
@@ -392,15 +384,15 @@ def test_any_metric_and_policy_start_without_waiting_and_are_read_once(metric, p
 
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("metric", METRICS)
-def test_assign_reads_once(metric, policy):
+def test_a_plan_reads_once(metric, policy):
     with counted_waits() as waits:
-        BulletTrain(metric=metric, policy=policy).assign(Z, Y, **({"attacked_logits": Z} if policy == "oracle" else {}))
+        BulletTrain(metric=metric, policy=policy).plan(Z, Y, **({"attacked_logits": Z} if policy == "oracle" else {}))
     assert len(waits) == 1
 
 
 def test_the_default_launches_no_more_than_before():
-    names = launches(lambda: BulletTrain(policy="three_groups", metric="signed_variance").start_assignment(Z, Y))
-    assert names == launches(lambda: BulletTrain().start_assignment(Z, Y))
+    names = launches(lambda: BulletTrain(policy="three_groups", metric="signed_variance").start_plan(Z, Y))
+    assert names == launches(lambda: BulletTrain().start_plan(Z, Y))
     assert [name for name in names if name.startswith("bt_fast")] == [
         "bt_fast::signed_variance",
         "bt_fast::assign_steps",
@@ -463,7 +455,7 @@ def test_what_a_metric_or_policy_returns(options, error, message):
     bullet = at_fraction(0.3, **options)
     before = state(bullet)
     with pytest.raises(error, match=message):
-        bullet.assign(Z, Y)
+        bullet.plan(Z, Y)
     assert_state(bullet, before)
 
 
@@ -473,7 +465,7 @@ def test_values_that_only_the_device_can_see_are_raised_with_the_counts():
         ({"policy": lambda judged: only(3, 11, judged.group)}, "policy"),
     ]:
         bullet = BulletTrain(**options)
-        started = bullet.start_assignment(Z, Y)
+        started = bullet.start_plan(Z, Y)
         with pytest.raises(ValueError, match=message):
             _ = started.active_counts
         assert_state(bullet, BulletTrain(**options).state_dict())
@@ -486,7 +478,7 @@ def test_logits_without_softmax_are_told_as_such_and_not_as_the_metric_s_or_poli
     bullet = at_fraction(0.3, metric=metric, policy=policy)
     before = state(bullet)
     with pytest.raises(ValueError, match="logits must be finite, but 1 of 4"):
-        bullet.assign(z, Y, **({"attacked_logits": z} if policy == "oracle" else {}))
+        bullet.plan(z, Y, **({"attacked_logits": z} if policy == "oracle" else {}))
     assert_state(bullet, before)
 
 
@@ -512,5 +504,5 @@ def test_attacked_logits(options, attacked, error, message):
     bullet = at_fraction(0.3, **options)
     before = state(bullet)
     with pytest.raises(error, match=message):
-        bullet.assign(Z, Y, attacked_logits=attacked)
+        bullet.plan(Z, Y, attacked_logits=attacked)
     assert_state(bullet, before)

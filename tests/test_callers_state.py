@@ -18,9 +18,10 @@ from tests.public_calls import CALLS, STEPS, seeded
 
 # plain data, errors, options of the losses; runners and Balance need a device or ranks, and have tests of their own
 NO_CALLS = {
+    "MinedPlan",
     *("Assignment", "Balance", "Costs", "Fractions", "Judged", "NonFiniteError", "Skipped", "POLICIES", "RUNNERS"),
     *("AutoRunner", "GraphRunner", "StreamRunner", "theoretical_speedup", "theoretical_speedup_augmix"),
-    *("Frozen", "Gaussian", "Normalization", "Oracle", "Schedule", "ThreatModel", "Update"),
+    *("Frozen", "Gaussian", "Normalization", "Oracle", "Plan", "ThreatModel", "Update"),
 }
 
 

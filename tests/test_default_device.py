@@ -25,7 +25,7 @@ from bt_fast import (
     Guard,
     Normalization,
     Oracle,
-    Schedule,
+    Plan,
     StreamRunner,
     ThreatModel,
     Update,
@@ -89,7 +89,7 @@ def generated(norm="l_inf", **options):
     def run():
         model, x, y = model_and_batch()
         target = torch.nn.functional.one_hot(y, small_models.CLASSES).to(x.dtype)
-        schedule = Schedule.uniform(len(x), 3, STEP_SIZE, x.device)
+        schedule = Plan.uniform(len(x), 3, STEP_SIZE, x.device)
         return generate(model, x, x.clone(), target, schedule, ThreatModel(EPSILON, norm), **options)
 
     return run

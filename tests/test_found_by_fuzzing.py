@@ -19,8 +19,8 @@ from bt_fast import (
     Frozen,
     Guard,
     Normalization,
+    Plan,
     PowerMonitor,
-    Schedule,
     ThreatModel,
     augmix_loss,
     generate,
@@ -110,7 +110,7 @@ def test_a_class_is_no_runner():
 
 
 def test_things_of_other_kinds():
-    model, zero = small_models.conv_bn(), Schedule.uniform(M, 1, 0.1, "cpu")
+    model, zero = small_models.conv_bn(), Plan.uniform(M, 1, 0.1, "cpu")
     for other in (3, "name", None):
         refused(TypeError, "model", trades_loss, other, X, Y, None)
         refused(TypeError, "model", augmix_loss, other, X, Y)
@@ -118,7 +118,7 @@ def test_things_of_other_kinds():
         refused(TypeError, "threat", evaluate, model, [(X, Y)], other)
         refused(TypeError, "threat", autoattack, model, X, Y, other)
         refused(TypeError, "threat", generate, model, X, X, torch.rand(M, 5), zero, other)
-        refused(TypeError, "schedule", generate, model, X, X, torch.rand(M, 5), other, THREAT)
+        refused(TypeError, "plan", generate, model, X, X, torch.rand(M, 5), other, THREAT)
         refused(TypeError, "target", generate, model, X, X, other, zero, THREAT)
         refused(TypeError, "clean", generate, model, other, X, torch.rand(M, 5), zero, THREAT)
     refused(TypeError, "frozen", generate, model, X, X, torch.rand(M, 5), zero, THREAT, frozen=True)
@@ -147,12 +147,12 @@ def test_tensors_that_torch_only_stores(odd):
         refused(TypeError, "x_natural must be floating-point images", loss_of, model, odd(X), Y, None)
     refused(TypeError, "x must be floating-point images", augmix_loss, model, odd(X), Y)
     refused(TypeError, "images must be floating point", evaluate, model, [(odd(X), Y)], THREAT)
-    refused(TypeError, "step_size must be floating point", Schedule.from_steps, Y, odd(torch.rand(M)))
-    refused(TypeError, "logits must be floating point", BulletTrain().assign, odd(torch.rand(M, 5)), Y)
+    refused(TypeError, "step_size must be floating point", Plan.from_steps, Y, odd(torch.rand(M)))
+    refused(TypeError, "logits must be floating point", BulletTrain().plan, odd(torch.rand(M, 5)), Y)
 
 
 def test_tensors_without_values():
-    refused(ValueError, "on the meta device", Schedule.from_steps, Y.to("meta"), torch.rand(M).to("meta"))
+    refused(ValueError, "on the meta device", Plan.from_steps, Y.to("meta"), torch.rand(M).to("meta"))
 
 
 @pytest.mark.parametrize("parameter", [False, True])

@@ -107,7 +107,7 @@ def test_what_a_pickle_runs_is_a_failure(monkeypatch):
 
 def test_a_planted_bug_is_found(monkeypatch):
     monkeypatch.setattr(bt_fast.mining, "positive", lambda *_: None)
-    outcome = fuzz("assign", api.TARGETS["assign"], 300, seed=0)
+    outcome = fuzz("plan", api.TARGETS["plan"], 300, seed=0)
     assert outcome.failures
 
 

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from launches import launches
+from minibatch import planned_and_ended
 from pretended_device import DEVICE, counted_waits, pretended_device
 from test_ops import batches, fractions, softmax
 from tolerances import assert_near
@@ -50,7 +51,7 @@ def test_assignment_to_the_letter(batch, f_r, policy, alpha):
     z, y = batch
     m = len(z)
     bullet = at_fraction(f_r, *policy)
-    got = bullet.assign(z, y, epsilon=EPSILON, step_size=alpha)
+    got = planned_and_ended(bullet, z, y, epsilon=EPSILON, step_size=alpha)
 
     rows = z.double().numpy()
     sign = [1 if row.index(max(row)) == label else -1 for row, label in zip(rows.tolist(), y.tolist(), strict=True)]
@@ -84,13 +85,13 @@ def test_assignment_to_the_letter(batch, f_r, policy, alpha):
 
 
 def test_at_the_start_all_correct_samples_are_boundary_and_take_the_full_steps():
-    got = BulletTrain().assign(*three(), epsilon=EPSILON, step_size=0.007)
+    got = BulletTrain().plan(*three(), epsilon=EPSILON, step_size=0.007)
     assert got.steps.tolist() == [10, 10, 0]
     assert got.step_size.tolist() == [0.007, 0.007, 0.0]
 
 
 def test_robust_samples_take_few_large_steps_and_outliers_none():
-    got = at_fraction(0.4).assign(*three(), epsilon=EPSILON, step_size=0.007)
+    got = at_fraction(0.4).plan(*three(), epsilon=EPSILON, step_size=0.007)
     assert got.steps.tolist() == [2, 10, 0]
     assert got.step_size.tolist() == [1.7 * EPSILON / 2, 0.007, 0.0]
     assert got.order.tolist() == [1, 0, 2]
@@ -98,10 +99,10 @@ def test_robust_samples_take_few_large_steps_and_outliers_none():
 
 def test_an_assignment_is_frozen_and_not_a_view_of_the_state():
     bullet = at_fraction(0.4)
-    got = bullet.assign(*three())
+    got = bullet.plan(*three())
     values = [t.clone() for t in (got.group, got.steps, got.threshold)]
-    bullet.update(*three())
-    bullet.assign(torch.zeros(3, 2), torch.tensor([1, 1, 1]))
+    bullet.observe(*three())
+    bullet.plan(torch.zeros(3, 2), torch.tensor([1, 1, 1]))
     assert all(torch.equal(a, b) for a, b in zip(values, (got.group, got.steps, got.threshold), strict=True))
     with pytest.raises(AttributeError):
         got.steps = got.group
@@ -109,19 +110,19 @@ def test_an_assignment_is_frozen_and_not_a_view_of_the_state():
 
 def test_no_gradient_flows_into_an_assignment():
     z, y = three()
-    got = BulletTrain().assign(z.requires_grad_(), y)
+    got = BulletTrain().plan(z.requires_grad_(), y)
     assert not any(t.requires_grad for t in (got.svar, got.probabilities, got.step_size, got.threshold))
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.int16])
 def test_labels_of_any_integer_type(dtype):
     z, y = three()
-    assert at_fraction(0.4).assign(z, y.to(dtype)).group.tolist() == at_fraction(0.4).assign(z, y).group.tolist()
+    assert at_fraction(0.4).plan(z, y.to(dtype)).group.tolist() == at_fraction(0.4).plan(z, y).group.tolist()
 
 
 def test_labels_of_a_narrow_type_and_more_classes_than_it_can_count():
     z, y = torch.randn(4, 300), torch.tensor([100, 200, 250, 3])
-    assert at_fraction(0.4).assign(z, y.byte()).group.tolist() == at_fraction(0.4).assign(z, y).group.tolist()
+    assert at_fraction(0.4).plan(z, y.byte()).group.tolist() == at_fraction(0.4).plan(z, y).group.tolist()
 
 
 # F_R
@@ -132,7 +133,7 @@ def test_labels_of_a_narrow_type_and_more_classes_than_it_can_count():
 def test_update_moves_the_fraction_as_equation_5_says(batch, f_r, gamma, momentum):
     z, y = batch
     bullet = at_fraction(f_r, gamma=gamma, momentum=momentum)
-    bullet.update(z, y)
+    bullet.observe(z, y)
     hits = sum(row.index(max(row)) == label for row, label in zip(z.tolist(), y.tolist(), strict=True))
     assert_near(bullet.robust_fraction, momentum * f_r + (1 - momentum) * gamma * hits / len(z))
     assert bullet.group_counts.tolist() == [0, 0, 0]
@@ -144,7 +145,7 @@ def test_the_paper_s_defaults():
     assert (bullet.gamma, bullet.momentum) == (0.8, 0.9)
     assert bullet.robust_fraction.item() == 0.0
     for _ in range(200):
-        bullet.update(*three())
+        bullet.observe(*three())
     assert bullet.robust_fraction.item() == pytest.approx(0.8 * 2 / 3)
 
 
@@ -155,13 +156,13 @@ def test_state_lives_in_buffers_and_nowhere_else():
     bullet = BulletTrain()
     assert list(bullet.parameters()) == []
     assert set(dict(bullet.named_buffers())) == set(bullet.state_dict())
-    bullet.assign(*three())
-    bullet.update(*three())
+    bullet.plan(*three())
+    bullet.observe(*three())
     twin, loaded = copy.deepcopy(bullet), BulletTrain()
     loaded.load_state_dict(bullet.state_dict())
     for other in (twin, loaded):
         assert_state(other, bullet.state_dict())
-        other.update(*three())
+        other.observe(*three())
     assert_state(twin, loaded.state_dict())
     assert twin.robust_fraction != bullet.robust_fraction
 
@@ -183,8 +184,8 @@ def test_a_cast_of_the_model_that_holds_it_does_not_round_the_fraction(dtype):
 def test_measured_fractions_and_the_speedup_that_they_imply():
     bullet = at_fraction(0.4)
     assert bullet.fractions == Fractions(0.0, 0.0, 0.0)
-    bullet.assign(*three())
-    bullet.assign(torch.tensor([[0.0, 5.0]]), torch.tensor([0]))
+    planned_and_ended(bullet, *three())
+    planned_and_ended(bullet, torch.tensor([[0.0, 5.0]]), torch.tensor([0]))
     assert bullet.fractions == Fractions(boundary=0.25, robust=0.25, outlier=0.5)
     assert bullet.theoretical_speedup() == pytest.approx(11 / (0.25 * 10 + 0.25 * 2 + 1))
     assert bullet.theoretical_speedup(baseline_steps=20) == pytest.approx(21 / (0.25 * 10 + 0.25 * 2 + 1))
@@ -244,11 +245,11 @@ BAD_LOGITS = [
 ]
 
 
-@pytest.mark.parametrize("method", ["assign", "update"])
+@pytest.mark.parametrize("method", ["plan", "observe"])
 @pytest.mark.parametrize(("z", "y", "error", "message"), BAD_LOGITS)
 def test_bad_logits_and_labels(method, z, y, error, message):
     bullet = at_fraction(0.3)
-    bullet.assign(Z, Y)
+    bullet.plan(Z, Y)
     before = state(bullet)
     with pytest.raises(error, match=message):
         getattr(bullet, method)(z, y)
@@ -269,14 +270,14 @@ def test_bad_sizes(options, message):
     bullet = at_fraction(0.3)
     before = state(bullet)
     with pytest.raises(ValueError, match=message):
-        bullet.assign(Z, Y, **options)
+        bullet.plan(Z, Y, **options)
     assert_state(bullet, before)
 
 
 def test_an_update_of_nothing():
     bullet = at_fraction(0.3)
     with pytest.raises(ValueError, match=r"at least 1 row.*0"):
-        bullet.update(Z[:0], Y[:0])
+        bullet.observe(Z[:0], Y[:0])
     assert bullet.robust_fraction.item() == 0.3
 
 
@@ -285,14 +286,14 @@ def test_logits_too_large_to_add_up_are_no_fault(dtype):
     largest = torch.finfo(dtype).max
     z = torch.tensor([[largest, largest, -largest], [largest, -largest, -math.inf]], dtype=dtype)
     bullet = BulletTrain()
-    bullet.update(z, torch.tensor([0, 0]))
-    bullet.assign(z, torch.tensor([0, 0]))
+    bullet.observe(z, torch.tensor([0, 0]))
+    bullet.plan(z, torch.tensor([0, 0]))
     assert_near(bullet.robust_fraction, 0.1 * 0.8)
 
 
 def test_a_callers_fault_travels_with_the_counts():
     bullet = BulletTrain()
-    started = bullet.start_assignment(Z, Y, inputs=[Fault(torch.tensor(2), "{count} things are wrong")])
+    started = bullet.start_plan(Z, Y, inputs=[Fault(torch.tensor(2), "{count} things are wrong")])
     with pytest.raises(ValueError, match="2 things are wrong"):
         _ = started.active_counts
     assert_state(bullet, BulletTrain().state_dict())
@@ -308,7 +309,7 @@ def on_device():
 def test_an_assignment_starts_without_waiting_and_is_read_once():
     bullet, z, y = on_device()
     with pretended_device(plan=[4] * 10 + [2, 3, 1]) as reads:
-        started = bullet.start_assignment(z, y)
+        started = bullet.start_plan(z, y)
         assert (reads.started, reads.waited) == (1, 0)
         assert started.active_counts == (4,) * 10
         assert reads.waited == 1
@@ -319,56 +320,77 @@ def test_an_assignment_starts_without_waiting_and_is_read_once():
 
 def test_an_assignment_is_a_few_launches():
     bullet = BulletTrain()
-    names = launches(lambda: bullet.start_assignment(Z, Y))
+    names = launches(lambda: bullet.start_plan(Z, Y))
     assert names.count("bt_fast::assign_steps") == 1
     assert not {"aten::sort", "aten::cat", "aten::cumsum"} & set(names)
 
 
-def test_an_update_waits_for_nothing():
+def test_observe_waits_for_nothing():
     bullet, z, y = on_device()
     with pretended_device() as reads:
-        bullet.update(z, y)
+        bullet.observe(z, y)
     assert (reads.started, reads.waited) == (0, 0)
 
 
-def test_assign_reads_once():
+def test_a_plan_reads_once():
     with counted_waits() as waits:
-        BulletTrain().assign(Z, Y)
+        BulletTrain().plan(Z, Y)
     assert len(waits) == 1
 
 
-def test_a_fault_that_an_update_could_not_report_comes_with_the_next_assignment():
+def test_a_fault_that_observe_could_not_report_comes_with_the_next_plan():
     bullet = BulletTrain()
     bullet.unreported_faults.fill_(1)
     with pytest.raises(ValueError, match=re.escape("an earlier update met NaN logits")):
-        bullet.assign(Z, Y)
+        bullet.plan(Z, Y)
     assert bullet.group_counts.tolist() == [0, 0, 0]
-    bullet.assign(Z, Y)
+    planned_and_ended(bullet, Z, Y)
     assert bullet.group_counts.sum() == 4
 
 
-def test_samples_without_a_gradient_come_with_the_next_assignment_on_a_device_and_at_once_on_the_cpu():
-    bullet = BulletTrain()
-    bullet.assign(Z, Y)
-    counted = bullet.group_counts.clone()
-    assignment, faulty = bullet.assign(Z, Y), torch.tensor([0, 1, 0, 1], dtype=torch.int32)
-    bullet.report_attack(assignment, faulty * 0)
-    with pytest.raises(ValueError, match="input gradient must be finite, but held NaN for 2 of 4 samples"):
-        bullet.report_attack(assignment, faulty)
-    assert torch.equal(bullet.group_counts, counted)
+def test_a_plan_counts_when_its_minibatch_ends_and_only_the_last_one():
+    bullet = at_fraction(0.4)
+    before = state(bullet)
+    bullet.plan(*three())  # whose attack stopped, say
+    bullet.plan(Z, Y)
+    assert_state(bullet, before)
+    bullet.observe(Z, Y)
+    assert bullet.group_counts.sum() == 4
+    bullet.observe(Z, Y)  # of no plan
+    assert bullet.group_counts.sum() == 4
 
+
+def test_a_minibatch_that_ends_with_an_error_does_not_count():
+    bullet = at_fraction(0.4)
+    bullet.plan(Z, Y)
+    before = state(bullet)
+    with pytest.raises(ValueError, match="adversarial_logits must be finite"):
+        bullet.observe(WITH_NAN, Y)
+    assert_state(bullet, before)
+
+
+def test_a_copy_knows_nothing_of_the_minibatch_that_has_begun():
+    bullet = at_fraction(0.4)
+    bullet.plan(Z, Y)
+    twin = copy.deepcopy(bullet)
+    twin.observe(Z, Y)
+    assert not twin.group_counts.any()
+
+
+def test_samples_without_a_gradient_come_with_the_next_plan_on_a_device():
+    bullet = BulletTrain()
     bullet.unreported_gradients.fill_(2)
     with pytest.raises(ValueError, match="held NaN for 2 samples of earlier attacks"):
-        bullet.assign(Z, Y)
-    assert torch.equal(bullet.group_counts, counted)
-    bullet.assign(Z, Y)
-    bullet, faulty = bullet.to(DEVICE), faulty.to(DEVICE)
+        bullet.plan(Z, Y)
+    assert not bullet.group_counts.any()
+    planned_and_ended(bullet, Z, Y)
+    bullet, z, y = on_device()
     with pretended_device() as reads:
-        bullet.report_attack(assignment, faulty)
+        bullet.observe(z, y, faulty=torch.zeros(len(y), dtype=torch.int32, device=DEVICE))
     assert reads.started == 0
 
 
-@pytest.mark.parametrize("call", ["assign", "update"])
+@pytest.mark.parametrize("call", ["plan", "observe"])
 def test_what_is_no_tensor_is_named(call):
     bullet = BulletTrain()
     with pytest.raises(TypeError, match="logits must be a tensor, got list"):
@@ -381,5 +403,5 @@ def test_update_refuses_infinite_logits_as_assign_does():
     bullet = BulletTrain()
     infinite = torch.tensor([[0.0, math.inf], [0.0, 1.0]])
     with pytest.raises(ValueError, match="adversarial_logits must be finite, but 1 of 2"):
-        bullet.update(infinite, torch.tensor([0, 1]))
+        bullet.observe(infinite, torch.tensor([0, 1]))
     assert bullet.robust_fraction == 0

@@ -11,7 +11,7 @@ from tolerances import NORMALISED, assert_near
 
 from bt_fast import (
     Normalization,
-    Schedule,
+    Plan,
     ThreatModel,
     faults,
     generate,
@@ -76,7 +76,7 @@ def test_the_arithmetic_of_the_report():
 
 def test_generate_gives_images_within_the_bounds():
     rounded, _, y = reported(torch.float32)
-    schedule = Schedule.from_steps(torch.full((8,), 2), torch.full((8,), 0.02))
+    schedule = Plan.from_steps(torch.full((8,), 2), torch.full((8,), 0.02))
     target = torch.nn.functional.one_hot(y, 5).float()
     x_adv = generate(build("conv_bn", dtype=torch.float32), rounded, rounded, target, schedule, THREAT)
     assert x_adv.min() >= 0

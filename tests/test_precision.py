@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 from bt_fast import (
     BulletTrain,
     Frozen,
-    Schedule,
+    Plan,
     ThreatModel,
     augmix_loss,
     generate,
@@ -164,7 +164,7 @@ def test_the_view_s_own_autocast_is_not_the_caller_s(fold, dtype):
 
 def perturbed(model, x, **options):
     target = torch.eye(5)[torch.arange(len(x)) % 5]
-    schedule = Schedule.uniform(len(x), 5, 0.02, x.device)
+    schedule = Plan.uniform(len(x), 5, 0.02, x.device)
     return generate(model, x, x + 0.001, target, schedule, ThreatModel(0.05), **options)
 
 

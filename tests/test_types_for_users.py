@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import bt_fast
 import bt_fast.kernels
-from bt_fast import BulletTrain, Frozen, GraphRunner, PowerMonitor, Schedule, ThreatModel, Update
+from bt_fast import BulletTrain, Frozen, GraphRunner, Plan, PowerMonitor, ThreatModel, Update
 from bt_fast import augmix_loss, generate, mart_loss, pgd_loss, trades_loss
 from bt_fast.allocation import Judged
 from bt_fast.baselines.fast import fast_loss
@@ -45,8 +45,8 @@ yopo_loss(model, x, y, None, propagations=2, layer_steps=5, objective="trades").
 augmix_loss(model, x, y, bullet=BulletTrain(1, 0, 0), jsd=True).backward()
 found: Evaluation = evaluate(model, [(x, y)], threat, steps=5, loss="margin")
 share: float = found.robust
-sizes: tuple[int, int, int] = bullet.assign(model(x), y).group_sizes
-attacked: Tensor = generate(model, x, x, x, Schedule.from_assignment(bullet.assign(model(x), y)), threat)
+sizes: tuple[int, int, int] = bullet.plan(model(x), y).group_sizes
+attacked: Tensor = generate(model, x, x, x, bullet.plan(model(x), y), threat)
 with PowerMonitor() as monitor:
     joules: float | None = monitor.joules_per_sample(10)
 
@@ -61,7 +61,7 @@ trades_loss(model, x, y, None, steps=10)  # error: call-arg
 name: str = trades_loss(model, x, y, None)  # error: assignment
 BulletTrain("10")  # error: arg-type
 BulletTrain(policy=lambda judged: judged.certain)  # error: attr-defined
-bullet.assign(model(x), y, 0.1)  # error: call-arg
+bullet.plan(model(x), y, 0.1)  # error: call-arg
 threat.epsilon = 0.1  # error: misc
 evaluate(model, [x], threat)  # error: list-item
 found.robust = 0.5  # error: misc

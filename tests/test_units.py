@@ -12,7 +12,7 @@ import torch
 from click.testing import CliRunner
 from small_models import batch, build
 
-from bt_fast import BulletTrain, Schedule, ThreatModel, generate, mart_loss, pgd_loss, trades_loss, units
+from bt_fast import BulletTrain, Plan, ThreatModel, generate, mart_loss, pgd_loss, trades_loss, units
 from bt_fast.autoattack import autoattack
 from bt_fast.baselines.fast import fast_loss
 from bt_fast.baselines.grad_align import grad_align
@@ -36,7 +36,7 @@ def objective(loss, **options):
 
 
 def generated(epsilon, step_size):
-    schedule = Schedule.from_steps(torch.ones(8, dtype=torch.int64), torch.full((8,), step_size))
+    schedule = Plan.from_steps(torch.ones(8, dtype=torch.int64), torch.full((8,), step_size))
     return generate(build(dtype=torch.float32), X, X, torch.eye(5)[Y], schedule, ThreatModel(epsilon))
 
 

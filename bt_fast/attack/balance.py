@@ -19,7 +19,6 @@ from torch import Tensor
 
 from bt_fast.attack.auto import ROUNDS, WARM, now
 from bt_fast.attack.batch import AttackBatch
-from bt_fast.attack.schedule import Schedule
 from bt_fast.ops.launch import dense_format
 from bt_fast.validation import real, step_count
 
@@ -400,8 +399,9 @@ def send_out(batch: AttackBatch, exchange: Exchange, group: dist.ProcessGroup | 
     quota = exchange.quotas[rank].flip(0)[:-1]  # by descending steps, without those of 0
     steps = torch.arange(len(quota), 0, -1, device="cpu").repeat_interleave(quota)
     active = tuple(n for n in quota.cumsum(0).flip(0).tolist() if n)
-    schedule = Schedule(None, _to(steps, begin.device), sizes, active)
-    return Rebalanced(AttackBatch.of(schedule, begin, clean, target), batch.x_adv.detach(), home, group)
+    faulty = torch.zeros(len(begin), dtype=torch.int32, device=begin.device)
+    attacked = AttackBatch(begin, clean, target, sizes, _to(steps, begin.device), active, faulty)
+    return Rebalanced(attacked, batch.x_adv.detach(), home, group)
 
 
 def _ranges(begin: np.ndarray, length: np.ndarray) -> np.ndarray:

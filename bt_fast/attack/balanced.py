@@ -14,8 +14,8 @@ from bt_fast.attack.balance import Costs, Rebalanced, measured_costs, pays, plan
 from bt_fast.attack.batch import AttackBatch
 from bt_fast.attack.generate import StartedAttack, start_attack
 from bt_fast.attack.runners import Runner, start_of
-from bt_fast.attack.schedule import Schedule
 from bt_fast.attack.threat import ThreatModel
+from bt_fast.plan import Plan
 from bt_fast.validation import step_count
 
 
@@ -110,7 +110,7 @@ def _costs(
         begin, generator = start_of(runner), torch.Generator(clean.device).manual_seed(0)
 
         def attack(n: int) -> None:
-            one = Schedule.uniform(n, 1, threat.epsilon, clean.device)
+            one = Plan.uniform(n, 1, threat.epsilon, clean.device)
             begin(view, AttackBatch.of(one, clean[:n].clone(), clean[:n], target[:n]), threat, generator)()
 
         known[kind] = measured_costs(attack, len(clean), clean, target, group)

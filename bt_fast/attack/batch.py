@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bt_fast.attack.schedule import Schedule
+from bt_fast.plan import Plan
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,10 +33,8 @@ class AttackBatch:
     faulty: Tensor
 
     @classmethod
-    def of(
-        cls, schedule: Schedule, start: Tensor, clean: Tensor, target: Tensor, faulty: Tensor | None = None
-    ) -> AttackBatch:
-        """Samples in the schedule's order, at the start of their attack.
+    def of(cls, plan: Plan, start: Tensor, clean: Tensor, target: Tensor, faulty: Tensor | None = None) -> AttackBatch:
+        """Samples in the plan's sorted order, at the start of their attack. Waits for the plan's counts.
 
         Args:
             start: [m, ...], clean: [m, ...], target: [m, K].
@@ -44,7 +42,8 @@ class AttackBatch:
         """
         if faulty is None:
             faulty = torch.zeros(len(start), dtype=torch.int32, device=start.device)
-        return cls(start, clean, target, schedule.step_size, schedule.steps, schedule.active, faulty)
+        sizes, steps = plan.sort(plan.step_size), plan.sort(plan.steps)
+        return cls(start, clean, target, sizes, steps, plan.active_counts, faulty)
 
     def __len__(self) -> int:
         return len(self.x_adv)

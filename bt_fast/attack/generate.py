@@ -1,4 +1,4 @@
-"""Images, model and schedule in; perturbed images out."""
+"""Images, model and plan in; perturbed images out."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from bt_fast.attack.auto import runner_of
 from bt_fast.attack.batch import AttackBatch
 from bt_fast.attack.folded import Frozen, FrozenModel, attack_model
 from bt_fast.attack.runners import Runner, joined, start_of
-from bt_fast.attack.schedule import Schedule
 from bt_fast.attack.threat import ThreatModel, check_threat
 from bt_fast.ops.numeric import computable, kind_of
+from bt_fast.plan import Plan
 from bt_fast.units import warn_of_units
 from bt_fast.validation import check_kind
 
@@ -26,7 +26,7 @@ def generate(
     clean: Tensor,
     start: Tensor,
     target: Tensor,
-    schedule: Schedule,
+    plan: Plan,
     threat: ThreatModel,
     *,
     generator: torch.Generator | None = None,
@@ -41,31 +41,31 @@ def generate(
 
     Args:
         model: maps [n, ...] to logits [n, K].
-        clean: [m, ...] floating point in the schedule's order, x.
-        start: [m, ...] in the schedule's order, where the attack begins; not changed.
-        target: [m, K] in the schedule's order: the clean probabilities for KL, a one-hot label for cross-entropy.
-        schedule: who takes how many steps of which size.
+        clean: [m, ...] floating point in the plan's sorted order, x.
+        start: [m, ...] in the plan's sorted order, where the attack begins; not changed.
+        target: [m, K] in the plan's sorted order: the clean probabilities for KL, a one-hot label for cross-entropy.
+        plan: who takes how many steps of which size.
         threat: what a perturbation may be.
         generator: on the images' device; its numbers stand in for a direction where an ℓ2 gradient is 0.
-        faulty: [m] int32 in the schedule's order, on the images' device, set to 1 for each sample that could not move
-            in some step, since its input gradient held NaN (in ℓ2: or Inf). `faults.gradients_without_direction` makes
-            an error of it.
+        faulty: [m] int32 in the plan's sorted order, on the images' device, set to 1 for each sample that could not
+            move in some step, since its input gradient held NaN (in ℓ2: or Inf).
+            `faults.gradients_without_direction` makes an error of it.
         frozen: a faster view of the model for the attack; without it the attack sees the model itself.
-        runner: how the schedule is executed: "eager", "graphs", "streams" or "auto", or a runner of one's own.
+        runner: how the attack is executed: "eager", "graphs", "streams" or "auto", or a runner of one's own.
 
     Returns:
-        [m, ...] in the schedule's order, without gradient.
+        [m, ...] in the plan's sorted order, without gradient.
 
     Raises:
         TypeError: the images are not floating point, or the model does not return such logits.
         ValueError: shapes do not fit together, or the model does not return logits [n, K]. Values are not checked
             here (that would mean to wait for the device): `trades_loss` and `evaluate` check them.
     """
-    _check(clean, start, target, schedule, faulty)
+    _check(clean, start, target, plan, faulty)
     check_threat(threat)
     warn_of_units(threat.epsilon, threat.norm, (threat.lower, threat.upper), pixels=clean[:1].numel() or 1)
     with torch.inference_mode(False), attack_model(model, frozen, clean[:COMPARED].detach()) as view:
-        batch = AttackBatch.of(schedule, start, clean, target, faulty)
+        batch = AttackBatch.of(plan, start, clean, target, faulty)
         return start_attack(view, batch, threat, generator, runner_of(runner)).finish()
 
 
@@ -125,8 +125,8 @@ def start_attack(
         return StartedAttack(x_adv, join, last and start.is_contiguous())
 
 
-def _check(clean: Tensor, start: Tensor, target: Tensor, schedule: Schedule, faulty: Tensor | None) -> None:
-    check_kind("schedule", schedule, Schedule, "write Schedule.uniform(m, steps, step_size)")
+def _check(clean: Tensor, start: Tensor, target: Tensor, plan: Plan, faulty: Tensor | None) -> None:
+    check_kind("plan", plan, Plan, "write Plan.uniform(m, steps, step_size, device)")
     for name, values in (("clean", clean), ("start", start), ("target", target)):
         if not isinstance(values, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(values).__name__}: write torch.as_tensor({name})")
@@ -135,11 +135,11 @@ def _check(clean: Tensor, start: Tensor, target: Tensor, schedule: Schedule, fau
             raise TypeError(
                 f"{name} must be floating-point images, got {kind_of(images)}: of bytes write {name}.float() / 255"
             )
-    m = len(schedule.step_size)
+    m = len(plan.step_size)
     if clean.dim() == 0 or len(clean) != m:
         raise ValueError(
-            f"clean must hold the schedule's {m} samples, got shape {list(clean.shape)}: "
-            "give the images that the schedule was made for"
+            f"clean must hold the plan's {m} samples, got shape {list(clean.shape)}: "
+            "give the images that the plan was made for"
         )
     if start.shape != clean.shape:
         raise ValueError(

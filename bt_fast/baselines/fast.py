@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bt_fast.mining import STEP_FACTOR
+from bt_fast.deciding import STEP_FACTOR
 from bt_fast.objectives.mart import mart_loss
 from bt_fast.objectives.pgd import pgd_loss
 from bt_fast.objectives.trades import trades_loss

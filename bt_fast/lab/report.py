@@ -118,6 +118,7 @@ def _method_summary(run: Run, contestant: Contestant) -> dict[str, Any]:
         entry["skipped"] = sum(r["kind"] == "skipped" and r["method"] == contestant.method for r in run.records())
     if contestant.bullet is not None:
         entry["fractions"] = dataclasses.asdict(contestant.bullet.fractions)
+        contestant.bullet.finish()
         entry["robust_fraction"] = float(contestant.bullet.robust_fraction)
     return entry
 

@@ -511,6 +511,7 @@ class Run:
         for contestant in self.contestants:
             if contestant.bullet is None:
                 continue
+            contestant.bullet.finish()
             counts = contestant.bullet.group_counts.clone()
             recent, contestant.counted = (counts - contestant.counted).double(), counts
             shares = (recent / recent.sum()).tolist()
@@ -535,7 +536,7 @@ class Run:
             bullet.process_group = None
             try:
                 with eval_mode(contestant.model):
-                    found = bullet.assign(clean_logits(contestant.model, x), y, epsilon=contestant.config.epsilon)
+                    found = bullet.plan(clean_logits(contestant.model, x), y, epsilon=contestant.config.epsilon)
             except NonFiniteError:  # a minibatch that was skipped has no steps
                 continue
             self.append(

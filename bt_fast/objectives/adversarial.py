@@ -24,17 +24,18 @@ from bt_fast.attack.frozen import clean_logits, logits_of
 from bt_fast.attack.generate import COMPARED, StartedAttack, start_attack
 from bt_fast.attack.neighbours import warn_of_neighbours
 from bt_fast.attack.runners import Runner
-from bt_fast.attack.schedule import Schedule
 from bt_fast.attack.start import Noise, ball_start, normal_noise, random_state, sorted_start, state_of_seed
 from bt_fast.attack.threat import ThreatModel
 from bt_fast.attack.wrapped import unwrapped
+from bt_fast.deciding import STEP_FACTOR
 from bt_fast.faults import CheckedRead, Fault
-from bt_fast.mining import STEP_FACTOR, BulletTrain
+from bt_fast.mining import BulletTrain
 from bt_fast.objectives.again import NEW_ONES, check_alike, of_another
 from bt_fast.objectives.recomputed import update_modes
 from bt_fast.objectives.repeated_forward import moves_batch_norm_alone
 from bt_fast.objectives.update import Computation, Terms, Update, run_update
 from bt_fast.ops.numeric import computable, kind_of
+from bt_fast.plan import Plan
 from bt_fast.ranges import MINING, UPDATE, range_
 from bt_fast.units import warn_of_units
 from bt_fast.validation import check_choice, check_generator, check_kind, check_labels, positive, real, step_count
@@ -101,13 +102,14 @@ class Attack:
     """An attack at work.
 
     Attributes:
-        x: [m, ...] and y: [m] int64, in the schedule's order.
+        x: [m, ...] and y: [m] int64, in the plan's sorted order.
         started: what gives x'.
         threat: what x' may be.
         moving: the number of samples with steps.
         independent: a training forward may run beside it.
         inputs: the read of what is wrong with the input, if it has not been waited for.
-        report: to be called when it has finished; a read to be waited for when the device has work again.
+        faulty: [m] int32, samples whose input gradient held NaN, in `order`; None where there has been no attack now.
+        observed: it is for the mining's `observe` to raise an error of these, not for `perturbed`.
         order: [m] int64, which sample of the minibatch each is; None where they are in its own order.
     """
 
@@ -118,8 +120,20 @@ class Attack:
     moving: int
     independent: bool
     inputs: CheckedRead | None
-    report: Callable[[], CheckedRead | None]
+    faulty: Tensor | None
+    observed: bool = False
     order: Tensor | None = None
+
+    def perturbed(self) -> tuple[Tensor, CheckedRead | None]:
+        """x', and a read to be waited for when the device has work again. On the CPU faults are raised here."""
+        x_adv = self.started.finish()
+        if self.faulty is None or self.observed:
+            return x_adv, None
+        read = faults.read([faults.gradients_without_direction(self.faulty, self.order)])
+        if x_adv.is_cuda:  # it has the update's forwards to do before
+            return x_adv, read
+        read.wait()
+        return x_adv, None
 
 
 def start(model: nn.Module, x_natural: Tensor, y: Tensor, adversary: Adversary, bullet: BulletTrain | None) -> Attack:
@@ -151,18 +165,10 @@ def _start_uniform(model: nn.Module, x: Tensor, y: Tensor, adversary: Adversary,
             target = _one_hot(y, ops.wide(logits))
         found = [pixels, faults.labels_outside(y, logits.shape[1], "y"), faults.rows_without_number(logits, whose)]
         inputs = faults.read(found)
-        schedule = Schedule.uniform(len(x), a.steps, a.step_size, x.device)
-        batch = AttackBatch.of(schedule, begin, x, target)
+        plan = Plan.uniform(len(x), a.steps, a.step_size, x.device)
+        batch = AttackBatch.of(plan, begin, x, target)
         started = start_attack(view, batch, a.threat, a.generator, a.runner)
-
-    def report() -> CheckedRead | None:
-        gradients = faults.read([faults.gradients_without_direction(batch.faulty)])
-        if x.is_cuda:  # the device has the update's forwards to do before
-            return gradients
-        gradients.wait()
-        return None
-
-    return Attack(x, y.long(), started, a.threat, len(x), independent(view), inputs, report)
+    return Attack(x, y.long(), started, a.threat, len(x), independent(view), inputs, batch.faulty)
 
 
 def _uniform_start(x: Tensor, adversary: Adversary) -> Tensor:
@@ -193,7 +199,7 @@ def _start_ragged(
             if isinstance(bullet.policy, Oracle):
                 attacked, gradients = _attacked_logits(view, x, y, logits, a, bullet.policy.steps)
                 of_attack = [gradients]
-            assignment = bullet.start_assignment(
+            plan = bullet.start_plan(
                 logits,
                 y,
                 epsilon=a.threat.epsilon,
@@ -205,31 +211,21 @@ def _start_ragged(
                 state=state,
             )
             samples = a.numbers
-            if assignment.ranks is not None:
-                state, first = assignment.ranks.state, assignment.ranks.first
+            if plan.ranks is not None:
+                state, first = plan.ranks.state, plan.ranks.first
                 samples = torch.arange(len(x), device=x.device) + first if samples is None else samples
-            clean, begin = sorted_start(x, assignment.order, assignment.steps, state, a.noise, a.threat, samples)
-            schedule = Schedule.from_assignment(assignment)
-        labels = schedule.sort(y).long()
-        probabilities = assignment.probabilities
-        target = schedule.sort(probabilities) if a.inner == "kl" else _one_hot(labels, probabilities)
-        batch = AttackBatch.of(schedule, begin, clean, target)
+            clean, begin = sorted_start(x, plan.order, plan.steps, state, a.noise, a.threat, samples)
+            labels = plan.sort(y).long()
+            target = plan.sort(plan.probabilities) if a.inner == "kl" else _one_hot(labels, plan.probabilities)
+            batch = AttackBatch.of(plan, begin, clean, target)
         how = (batch, a.threat, a.generator, a.runner)
-        try:
-            if a.balance is None or bullet.process_group is None:
-                started = start_attack(view, *how)
-            else:
-                spread = assignment.steps_of_ranks
-                started = start_balanced_attack(view, *how, a.balance, spread, bullet.process_group)
-        except BaseException:
-            bullet.take_back(assignment)
-            raise
-
-    def report() -> None:
-        bullet.report_attack(assignment, batch.faulty)
-
-    moving = schedule.active[0] if schedule.active else 0
-    return Attack(clean, labels, started, a.threat, moving, independent(view), None, report, assignment.order)
+        if a.balance is None or bullet.process_group is None:
+            started = start_attack(view, *how)
+        else:
+            started = start_balanced_attack(view, *how, a.balance, plan.steps_of_ranks, bullet.process_group)
+    moving = batch.active[0] if batch.active else 0
+    later = x.is_cuda or bullet.process_group is not None
+    return Attack(clean, labels, started, a.threat, moving, independent(view), None, batch.faulty, later, plan.order)
 
 
 def _reused(kept: object, x: Tensor, y: Tensor, threat: ThreatModel, bullet: BulletTrain) -> Attack:
@@ -255,8 +251,8 @@ def _attacked_logits(
     clean, begin = sorted_start(x, None, None, state, a.noise, a.threat, a.numbers)
     probabilities = logits.double().softmax(dim=1).to(ops.wide(logits).dtype)
     target = probabilities if a.inner == "kl" else _one_hot(y, probabilities)
-    schedule = Schedule.uniform(len(x), steps, STEP_FACTOR * a.threat.epsilon / steps, x.device)
-    batch = AttackBatch.of(schedule, begin, clean, target)
+    plan = Plan.uniform(len(x), steps, STEP_FACTOR * a.threat.epsilon / steps, x.device)
+    batch = AttackBatch.of(plan, begin, clean, target)
     attack = start_attack(view, batch, a.threat, a.generator, a.runner)
     attacked = clean_logits(view, attack.finish())
     return attacked, faults.gradients_without_direction(batch.faulty)
@@ -329,28 +325,22 @@ def filled_up(adversarial: Tensor, clean: Tensor) -> Tensor:
 
 def run(model: nn.Module, attack: Attack, computation: Computation, update: Update | None) -> Terms:
     """The update's terms, its clean forward beside the attack where that is the same."""
-    with attack.started as started:
+    with attack.started:
         if attack.inputs is not None:
             attack.inputs.wait()
         with range_(UPDATE), update_modes(model) as modes:
-            beside = started.beside and attack.independent and not (update is not None and update.graphs)
+            beside = attack.started.beside and attack.independent and not (update is not None and update.graphs)
             if beside and isinstance(computation, CleanFirst) and moves_batch_norm_alone(model):
                 clean = computation.clean(model, attack.x)
-                x_adv = started.finish()
-                late = attack.report()
+                x_adv, late = attack.perturbed()
                 terms, _ = computation.corrupted_half(unwrapped(model), clean, attack.x, x_adv, attack.y)
             else:
-                x_adv = started.finish()
-                late = attack.report()
+                x_adv, late = attack.perturbed()
                 terms = run_update(update, model, computation, attack.x, x_adv, attack.y)
             modes.again_in_backward(terms)
     if late is not None:
         late.wait()
     return terms
-
-
-def _nothing_new() -> None:
-    """The report of an attack that has ended before."""
 
 
 def corrupted_rows(attack: Attack, bullet: BulletTrain | None, unperturbed: Unperturbed | None) -> int:
@@ -369,8 +359,8 @@ def conclude(
 ) -> None:
     """What follows the forwards: F_R moves by z' of all samples, and the optimizer's gradients are zeroed."""
     if bullet is not None:
-        bullet.update(judged, attack.y, order=attack.order)
-        bullet.keep(replace(attack, independent=False, inputs=None, report=_nothing_new))
+        bullet.observe(judged, attack.y, order=attack.order, faulty=attack.faulty)
+        bullet.keep(replace(attack, independent=False, inputs=None, faulty=None))
     if optimizer is not None:
         optimizer.zero_grad()
 

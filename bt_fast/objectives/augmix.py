@@ -92,7 +92,7 @@ def _loss(
 ) -> Tensor:
     pixels = faults.pixels_outside(x, 0.0, 1.0, "x")
     x = faults.onto_bounds(x, 0.0, 1.0)
-    with update_modes(model) as modes, _unchanged_by_errors(model, bullet):
+    with update_modes(model) as modes, _unchanged_by_errors(model):
         if bullet is not None:
             loss = _loss_of_boundary(model, x, y, pixels, bullet, severity, generator)
         else:
@@ -141,8 +141,8 @@ def _loss_of_boundary(
         kept = bullet.reused()
         clean = logits_of(model, x)
         if kept is None:
-            assignment = bullet.start_assignment(clean, y, inputs=[pixels], names=("the model's logits", "y"))
-            boundary = assignment.order[: assignment.active_counts[0]]
+            plan = bullet.start_plan(clean, y, inputs=[pixels], names=("the model's logits", "y"))
+            boundary = plan.order[: plan.active_counts[0]]
         else:
             views = _reused(kept, x, y, clean, bullet)
             boundary = views.boundary
@@ -154,7 +154,7 @@ def _loss_of_boundary(
         if len(boundary):
             given = torch.cat(views.drawn)
             first, second = checked_logits(unwrapped(model)(given), len(given)).chunk(2)
-        bullet.update(clean.detach().index_copy(0, boundary, first.detach()), y)
+        bullet.observe(clean.detach().index_copy(0, boundary, first.detach()), y)
         bullet.keep(views)
         divergence = ops.js_divergence(clean[boundary], first, second)
         return F.cross_entropy(ops.wide(clean), y.long()) + JSD_WEIGHT / len(x) * divergence
@@ -193,15 +193,12 @@ def _views(x: Tensor, count: int, severity: float, generator: torch.Generator | 
 
 
 @contextmanager
-def _unchanged_by_errors(model: nn.Module, bullet: BulletTrain | None) -> Iterator[None]:
-    """Give the model's buffers and the mining's counts their values back if an error leaves the block.
+def _unchanged_by_errors(model: nn.Module) -> Iterator[None]:
+    """Give the model's buffers their values back if an error leaves the block.
 
     The first forward moves batch norm's buffers, and only its logits tell whether the input was sound.
     """
     found = [(m, name, b, b.clone()) for m in model.modules() for name, b in m.named_buffers(recurse=False)]
-    if bullet is not None:
-        counted = {"group_counts": bullet.group_counts, "steps_assigned": bullet.steps_assigned}
-        found += [(bullet, name, b, b.clone()) for name, b in counted.items() if b is not None]
     try:
         yield
     except BaseException:

@@ -8,7 +8,7 @@ import small_models
 import torch
 from emulated_device import EmulatedDevice
 
-from bt_fast import RUNNERS, AutoRunner, BulletTrain, Schedule, ThreatModel, trades_loss
+from bt_fast import RUNNERS, AutoRunner, BulletTrain, Plan, ThreatModel, trades_loss
 from bt_fast.attack import auto
 from bt_fast.attack.batch import AttackBatch
 from bt_fast.attack.runners import run_eager
@@ -31,7 +31,7 @@ class Slow:
 def attack(runner, model, n=4, threat=THREAT):
     torch.manual_seed(0)
     clean = torch.rand(n, *small_models.SHAPE, dtype=torch.float64)
-    schedule = Schedule.from_steps(torch.tensor([3, 1, 0, 2])[:n], torch.full((n,), 0.02))
+    schedule = Plan.from_steps(torch.tensor([3, 1, 0, 2])[:n], torch.full((n,), 0.02))
     x_adv, faulty = clean + 0.001, torch.zeros(n, dtype=torch.int32)
     target = torch.eye(small_models.CLASSES, dtype=torch.float64)[:n]
     with EmulatedDevice():

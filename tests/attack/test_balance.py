@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from torch import nn
 
-from bt_fast import Schedule, ThreatModel
+from bt_fast import Plan, ThreatModel
 from bt_fast.attack.balance import Costs, measured_costs, pays, plan, routes, sample_bytes, send_out
 from bt_fast.attack.batch import AttackBatch
 from bt_fast.attack.generate import generate
+from bt_fast.plan import Known
 
 SHAPES = st.tuples(st.integers(1, 13), st.integers(1, 6))
 COUNTS = arrays.arrays(np.int64, SHAPES, elements=st.integers(0, 9)).map(torch.from_numpy)
@@ -231,10 +232,10 @@ def carried(ways, batches):
 def exact_attack(clean, start, target, schedule):
     """Sums and products alone: the same bits for a sample in whatever batch. Flags whose start is below its image."""
     x = start.clone(memory_format=torch.preserve_format)
-    for n in schedule.active:
+    for n in schedule.active_counts:
         size = schedule.step_size[:n].to(x.dtype).view(-1, 1, 1, 1)
         x[:n] = x[:n] + size * (clean[:n] - x[:n] * target[:n, :1].to(x.dtype).view(-1, 1, 1, 1))
-    moving = schedule.active[0] if schedule.active else 0
+    moving = schedule.active_counts[0] if schedule.active_counts else 0
     faulty = (start < clean).flatten(1).any(dim=1).int()
     faulty[moving:] = 0
     return x, faulty
@@ -250,7 +251,7 @@ def samples(rank, own, dtype, memory_format):
     sizes = 0.1 * torch.rand(m, dtype=torch.float64, generator=generator) + 0.01
     target = torch.rand(m, 4, dtype=torch.promote_types(dtype, torch.float32), generator=generator)
     images = [t.to(dtype).contiguous(memory_format=memory_format) for t in (clean, start)]
-    return *images, target, Schedule.from_steps(steps, sizes)
+    return *images, target, Plan.from_steps(steps, sizes)
 
 
 def counts_of(ranks):
@@ -306,8 +307,8 @@ def all_is_as_if_nobody_had_helped(group):
                 there = sent_out(clean, start, target, schedule, exchange, group)
                 away = there.batch
                 assert away.steps.tolist() == by_descending(exchange.quotas[rank])
-                again = Schedule.from_steps(away.steps, away.step_size)
-                assert away.active == again.active
+                again = Plan.from_steps(away.steps, away.step_size)
+                assert away.active == again.active_counts
                 assert away.clean.dtype == away.x_adv.dtype == dtype
                 assert away.clean.is_contiguous(memory_format=memory_format)
                 found, flags = there.bring_home(*exact_attack(away.clean, away.x_adv, away.target, again))
@@ -332,7 +333,7 @@ def the_attack_of_a_network_is_the_same(group):
     expected = generate(model, clean, start, target, schedule, threat)
     there = sent_out(clean, start, target, schedule, plan(counts), group)
     away = there.batch
-    of_away = Schedule(None, away.steps, away.step_size, away.active)
+    of_away = Plan(away.steps, away.step_size, None, Known(away.active), len(away.active))
     x_adv = generate(model, away.clean, away.x_adv, away.target, of_away, threat, faulty=away.faulty)
     found, flags = there.bring_home(x_adv, away.faulty)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)

@@ -16,7 +16,7 @@ from emulated_tf32 import EmulatedTf32
 from torch import nn
 from torch.nn.functional import avg_pool2d
 
-from bt_fast import BulletTrain, Frozen, Schedule, ThreatModel, generate, trades_loss
+from bt_fast import BulletTrain, Frozen, Plan, ThreatModel, generate, trades_loss
 from bt_fast.attack import folded
 from bt_fast.attack.folded import FrozenModel, attack_model
 from bt_fast.attack.frozen import eval_mode
@@ -369,7 +369,7 @@ def test_modes_parameters_and_gradients_are_left_alone():
 
 def attack(model, x, frozen, norm="l_inf"):
     threat = ThreatModel(0.1 if norm == "l_inf" else 1.0, norm)
-    schedule = Schedule.from_steps(torch.tensor([3, 0, 1, 3, 2]), torch.full((5,), 0.03))
+    schedule = Plan.from_steps(torch.tensor([3, 0, 1, 3, 2]), torch.full((5,), 0.03))
     clean, target = schedule.sort(x), torch.eye(5, dtype=x.dtype)
     return generate(model, clean, clean, target, schedule, threat, frozen=frozen)
 

@@ -10,8 +10,9 @@ from small_models import CLASSES, SHAPE, Dead, Undefined, assert_unchanged, batc
 from tolerances import DTYPES, TOLERANCES, assert_near
 from torch import nn
 
-from bt_fast import Schedule, ThreatModel, generate
+from bt_fast import Plan, ThreatModel, generate
 from bt_fast.attack.runners import input_gradient
+from bt_fast.plan import Known
 
 NORMS = ["l_inf", "l_2"]
 EPSILON = {"l_inf": 0.031, "l_2": 0.3}
@@ -34,12 +35,12 @@ def sizes_of(m):
 
 def attack(model, x, start, target, steps, sizes, norm="l_inf", **options):
     """`generate`, in the batch's own order."""
-    schedule = Schedule.from_steps(steps, sizes)
+    plan = Plan.from_steps(steps, sizes)
     threat = ThreatModel(EPSILON[norm], norm)
-    rows = [schedule.sort(t) for t in (x, start, target)]
-    found = generate(model, *rows, schedule, threat, **options)
+    rows = [plan.sort(t) for t in (x, start, target)]
+    found = generate(model, *rows, plan, threat, **options)
     unsorted = torch.full_like(found, math.nan)
-    unsorted[schedule.order] = found
+    unsorted[plan.order] = found
     return unsorted
 
 
@@ -111,8 +112,8 @@ def test_a_perturbation_stays_in_the_threat_model(norm, dtype):
 @pytest.mark.filterwarnings("ignore:epsilon=")
 def test_bounds_other_than_0_and_1():
     model, x, start, target = case()
-    schedule = Schedule.uniform(8, 5, 0.5, x.device)
-    found = generate(model, x, start, target, schedule, ThreatModel(10.0, "l_inf", -0.25, 0.75))
+    plan = Plan.uniform(8, 5, 0.5, x.device)
+    found = generate(model, x, start, target, plan, ThreatModel(10.0, "l_inf", -0.25, 0.75))
     assert (found.min(), found.max()) == (-0.25, 0.75)
 
 
@@ -183,15 +184,15 @@ def test_a_tiny_gradient_survives_a_16_bit_body(dtype):
 def test_samples_whose_gradient_holds_nan_stay_and_are_marked(norm):
     model, (x, _) = build(Undefined), with_bright([0, 3, 4])
     target = model.eval()(x).detach().flip(1).softmax(dim=1)
-    schedule, faulty = Schedule.from_steps(STEPS, sizes_of(8)), torch.zeros(8, dtype=torch.int32)
-    rows = [schedule.sort(t) for t in (x, x, target)]
-    found = generate(model, *rows, schedule, ThreatModel(EPSILON[norm], norm), faulty=faulty)
+    plan, faulty = Plan.from_steps(STEPS, sizes_of(8)), torch.zeros(8, dtype=torch.int32)
+    rows = [plan.sort(t) for t in (x, x, target)]
+    found = generate(model, *rows, plan, ThreatModel(EPSILON[norm], norm), faulty=faulty)
     marked = torch.tensor([1, 0, 0, 1, 0, 0, 0, 0], dtype=torch.bool)  # sample 4 takes no step
-    assert torch.equal(faulty.bool(), marked[schedule.order])
+    assert torch.equal(faulty.bool(), marked[plan.order])
     stays = (found == rows[0]).flatten(1).all(dim=1)
-    assert torch.equal(stays, (marked | (STEPS == 0))[schedule.order])
+    assert torch.equal(stays, (marked | (STEPS == 0))[plan.order])
     with pytest.raises(ValueError, match=r"faulty must have shape \[8\], got \[7\]"):
-        generate(model, *rows, schedule, ThreatModel(0.03), faulty=faulty[1:])
+        generate(model, *rows, plan, ThreatModel(0.03), faulty=faulty[1:])
 
 
 # What it costs
@@ -219,9 +220,10 @@ def test_no_parameter_gradient_is_computed():
 @pytest.mark.parametrize("norm", NORMS)
 def test_an_attack_waits_for_nothing_on_a_device(norm):
     model, x, start, target = (t.to(DEVICE) for t in case())
-    schedule = Schedule(None, torch.ones(8, device=DEVICE).long(), torch.full((8,), 0.01, device=DEVICE), (8, 8, 3, 1))
+    steps, sizes = torch.ones(8, device=DEVICE).long(), torch.full((8,), 0.01, device=DEVICE)
+    plan = Plan(steps, sizes, None, Known((8, 8, 3, 1)), 4)
     with pretended_device() as reads:
-        found = generate(model, x, start, target, schedule, ThreatModel(0.031, norm))
+        found = generate(model, x, start, target, plan, ThreatModel(0.031, norm))
     assert found.device == DEVICE
     assert reads.started == 0
 
@@ -269,10 +271,10 @@ def test_channels_last_images_stay_channels_last():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(64, CLASSES)).double()
     x = torch.rand(4, 3, 6, 6, dtype=torch.float64)
     target = model(x).detach().flip(1).softmax(dim=1)
-    schedule = Schedule.uniform(4, 3, 0.01, x.device)
-    plain = generate(model, x, x, target, schedule, ThreatModel(0.031))
+    plan = Plan.uniform(4, 3, 0.01, x.device)
+    plain = generate(model, x, x, target, plan, ThreatModel(0.031))
     last = x.to(memory_format=torch.channels_last)
-    found = generate(model, last, last, target, schedule, ThreatModel(0.031))
+    found = generate(model, last, last, target, plan, ThreatModel(0.031))
     assert found.is_contiguous(memory_format=torch.channels_last)
     assert_near(found, plain)
 
@@ -321,7 +323,7 @@ def test_no_number_is_drawn_where_no_gradient_is_0(norm):
 @pytest.mark.parametrize(
     ("name", "bad", "error", "message"),
     [
-        ("clean", lambda t: t[:5], ValueError, r"clean must hold the schedule's 8 samples.*\[5"),
+        ("clean", lambda t: t[:5], ValueError, r"clean must hold the plan's 8 samples.*\[5"),
         ("clean", lambda t: t.mul(255).byte(), TypeError, "clean must be floating-point.*uint8"),
         ("start", lambda t: t[:, :, :3], ValueError, r"start must have clean's shape.*\[8, 1, 3, 6\]"),
         ("start", lambda t: t.long(), TypeError, "start must be floating-point.*int64"),
@@ -334,4 +336,4 @@ def test_inputs_that_do_not_fit_together_are_named(name, bad, error, message):
     given_inputs = {"clean": x, "start": start, "target": target}
     given_inputs[name] = bad(given_inputs[name])
     with pytest.raises(error, match=message):
-        generate(model, **given_inputs, schedule=Schedule.from_steps(STEPS, sizes_of(8)), threat=ThreatModel(0.03))
+        generate(model, **given_inputs, plan=Plan.from_steps(STEPS, sizes_of(8)), threat=ThreatModel(0.03))

@@ -15,7 +15,7 @@ from planted import Bug, left_out, planted
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from bt_fast import BulletTrain, Frozen, Schedule, ThreatModel, trades_loss
+from bt_fast import BulletTrain, Frozen, Plan, ThreatModel, trades_loss
 from bt_fast.attack import graphs, streams
 from bt_fast.attack.batch import AttackBatch
 from bt_fast.attack.folded import attack_model
@@ -36,7 +36,7 @@ class Training:
         self.batches, self.threat = [], threat
         for steps in counts:
             steps = torch.tensor(steps)
-            schedule = Schedule.from_steps(steps, torch.linspace(0.01, 0.03, len(steps)))
+            schedule = Plan.from_steps(steps, torch.linspace(0.01, 0.03, len(steps)))
             clean = torch.rand(len(steps), *small_models.SHAPE, dtype=torch.float64)
             target = torch.rand(len(steps), small_models.CLASSES, dtype=torch.float64).softmax(dim=1)
             self.batches.append((clean, target, schedule))
@@ -598,7 +598,7 @@ def test_what_a_graph_has_fixed_is_captured_anew(change):
     model = nn.Sequential(nn.Conv2d(3, 2, 3), nn.BatchNorm2d(2))
 
     def key(x_adv, threat=THREAT):
-        schedule = Schedule.uniform(2, 1, 0.1, x.device)
+        schedule = Plan.uniform(2, 1, 0.1, x.device)
         batch = AttackBatch.of(schedule, x_adv, x.clone(), target.clone(), torch.zeros(2, dtype=torch.int32))
         return graphs._Key.of(model, batch, threat)
 

@@ -17,7 +17,7 @@ from bt_fast import (
     Guard,
     Normalization,
     Normalize,
-    Schedule,
+    Plan,
     ThreatModel,
     Update,
     allocation,
@@ -410,32 +410,34 @@ def options_of_the_attack(draw):
 
 @target
 @st.composite
-def schedule_uniform(draw):
+def plan_uniform(draw):
     device = draw(mostly(st.sampled_from([torch.device("cpu"), "cpu", torch.device("meta")]), st.just("cpu")))
     arguments = {"m": draw(COUNTS), "steps": draw(COUNTS), "step_size": draw(SIZES), "device": device}
     return call(
-        Schedule.uniform, arguments, check=lambda s: expect(s.active == (len(s.step_size),) * len(s.active), "active")
+        Plan.uniform,
+        arguments,
+        check=lambda s: expect(s.active_counts == (len(s.step_size),) * len(s.active_counts), "active"),
     )
 
 
 @target
 @st.composite
-def schedule_from_steps(draw):
+def plan_from_steps(draw):
     m = draw(st.integers(0, 6))
     steps = draw(mostly(tensors(st.just((m,)), st.sampled_from([torch.int64, torch.int32, torch.uint8])), WILD_TENSORS))
     sizes = draw(floats_of((m,), ("uniform",), FLOATS))
 
     def check(s):
         expect(sorted(s.order.tolist()) == list(range(m)), "the order is no permutation")
-        expect(bool((s.steps.diff() <= 0).all()), "steps increase")
-        expect(sum(s.active) == int(s.steps.sum()), "active does not sum to the steps")
+        expect(bool((s.sort(s.steps).diff() <= 0).all()), "steps increase")
+        expect(sum(s.active_counts) == int(s.steps.sum()), "active does not sum to the steps")
         x, begin = torch.zeros(m, 1), draw_rows
         part = AttackBatch.of(s, x, x, x, torch.zeros(m, dtype=torch.int32))[begin : begin + 2]
         expect(sum(part.active) == int(part.steps.sum()), "a part's active does not sum to its steps")
         expect(torch.equal(s.sort(torch.arange(m)), s.order), "sorted rows are not those of the order")
 
     draw_rows = draw(st.integers(0, 6))
-    return call(Schedule.from_steps, {"steps": steps, "step_size": sizes}, check=check, names=("tensors",))
+    return call(Plan.from_steps, {"steps": steps, "step_size": sizes}, check=check, names=("tensors",))
 
 
 @target
@@ -448,14 +450,14 @@ def generate(draw):
     # values are not checked here, as is documented: to look at them means to wait for the device
     target = draw(floats_of((m, CLASSES), ("uniform",), (torch.float64 if name == "double" else torch.float32,)))
     steps = torch.tensor(draw(st.lists(st.integers(0, 3), min_size=m, max_size=m)))
-    schedule = Schedule.from_steps(steps, torch.full((m,), draw(POSITIVE), dtype=torch.float64))
+    attacked = Plan.from_steps(steps, torch.full((m,), draw(POSITIVE), dtype=torch.float64))
     threat = draw(threats())
     arguments = {
         "model": draw(mostly(st.just(model))),
         "clean": clean,
         "start": start,
         "target": target,
-        "schedule": draw(mostly(st.just(schedule))),
+        "plan": draw(mostly(st.just(attacked))),
         "threat": draw(mostly(st.just(threat))),
         "generator": draw(generators()),
         "frozen": draw(mostly(st.sampled_from([None, None, Frozen()]))),
@@ -464,7 +466,7 @@ def generate(draw):
 
     def check(x_adv):
         expect(x_adv.shape == clean.shape and not x_adv.requires_grad, "another shape, or a gradient")
-        active = schedule.active[0] if schedule.active else 0
+        active = attacked.active_counts[0] if attacked.active_counts else 0
         if not (clean.isfinite().all() and start.isfinite().all() and clean.dtype in (torch.float32, torch.float64)):
             return
         expect(torch.equal(x_adv[active:], start[active:].detach()), "a sample without steps has moved")
@@ -665,7 +667,7 @@ def classes_of(z):
 
 @target
 @st.composite
-def assign(draw):
+def plan(draw):
     bullet, logits = draw(bullets()), logits_of(draw)
     arguments = {"logits": logits, "labels": draw(labels_of(count_of(logits), classes_of(logits)))}
     arguments |= {"epsilon": draw(SIZES)} if draw(st.booleans()) else {}
@@ -675,7 +677,7 @@ def assign(draw):
 
     def check(found):
         m, most = len(logits), max(bullet.boundary_steps, bullet.robust_steps, bullet.outlier_steps)
-        expect(sum(found.group_sizes) == m == int(bullet.group_counts.sum()), "the groups do not sum to m")
+        expect(sum(found.group_sizes) == m == int(found.counted_groups.sum()), "the groups do not sum to m")
         expect(sorted(found.order.tolist()) == list(range(m)), "the order is no permutation")
         expect(bool((found.steps[found.order].diff() <= 0).all()), "steps increase")
         expect(bool(((found.steps >= 0) & (found.steps <= most)).all()), "steps out of range")
@@ -684,7 +686,7 @@ def assign(draw):
         expect(bool(((found.probabilities.sum(1) - 1).abs() < 1e-3).all()), "probabilities do not sum to 1")
 
     return call(
-        bullet.assign,
+        bullet.plan,
         arguments,
         check=check,
         state=lambda: state_of(bullet),
@@ -694,14 +696,14 @@ def assign(draw):
 
 @target
 @st.composite
-def update(draw):
+def observe(draw):
     bullet, logits = draw(bullets()), logits_of(draw)
     arguments = {"adversarial_logits": logits, "labels": draw(labels_of(count_of(logits), classes_of(logits)))}
 
     def check(_):
         expect(0 <= float(bullet.robust_fraction) <= 1, "F_R is no share")
 
-    return call(bullet.update, arguments, check=check, state=lambda: state_of(bullet), names=("logits", "BulletTrain"))
+    return call(bullet.observe, arguments, check=check, state=lambda: state_of(bullet), names=("logits", "BulletTrain"))
 
 
 @target
@@ -721,7 +723,7 @@ def rules_of_ones_own(draw):
     def check(found):
         expect(sum(found.active_counts) == int(found.steps.sum()), "the counts do not sum to the steps")
 
-    return call(bullet.assign, arguments, check=check, state=lambda: state_of(bullet), names=("metric", "policy"))
+    return call(bullet.plan, arguments, check=check, state=lambda: state_of(bullet), names=("metric", "policy"))
 
 
 @target
@@ -762,7 +764,7 @@ def loaded_state(draw):
             if "loading state_dict" not in str(error):
                 raise
             raise ValueError("state_dict: give a state that fits") from error
-        return bullet.assign(torch.randn(3, CLASSES), torch.tensor([0, 1, 2]))
+        return bullet.plan(torch.randn(3, CLASSES), torch.tensor([0, 1, 2]))
 
     def check(found):
         expect(sum(found.group_sizes) == 3, "the groups do not sum to m")

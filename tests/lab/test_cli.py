@@ -360,7 +360,7 @@ def test_another_error_is_not_taken_for_a_full_memory(data, tmp_path):
 
 def test_a_method_that_there_is_not_is_refused_with_those_there_are(data, tmp_path):
     error = one_line(bt_fast("compare", "--method", "free", "--data", data, "--out", tmp_path / "run"))
-    assert "--method free: no such method; there are reference, optimised, bullet, fast" in error
+    assert "--method free: no such method; write one of reference, optimised, bullet, fast" in error
     assert not (tmp_path / "run").exists()
 
 

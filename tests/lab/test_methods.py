@@ -30,7 +30,7 @@ def test_a_name_says_algorithm_view_and_options(name, algorithm, view, numbers, 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("trades", "no such method; there are reference, optimised, bullet, fast"),
+        ("trades", "no such method; write one of reference, optimised, bullet, fast"),
         ("", "no such method"),
         ("fast-", "no such method"),
         ("yopo-2", "no such method"),

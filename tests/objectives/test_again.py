@@ -368,7 +368,7 @@ NOTHING_TO_GO_OVER = {
     "nothing yet": lambda model, bullet, x, y: None,
     "the last one failed": failed,
     "the last one failed in its first forward": failed_in_a_forward,
-    "assigned only": lambda model, bullet, x, y: bullet.assign(model(x), y),
+    "assigned only": lambda model, bullet, x, y: bullet.plan(model(x), y),
     "moved": lambda model, bullet, x, y: (trades_loss(model, x, y, None, bullet=bullet), bullet.to(torch.float64)),
     "loaded": lambda model, bullet, x, y: (
         trades_loss(model, x, y, None, bullet=bullet),
@@ -391,12 +391,12 @@ def test_a_mining_of_ones_own_has_no_images_to_reuse():
     model, bullet = confident(), BulletTrain(3, 2, 1)
     x, y = minibatch(0, model)
     z = model(x).detach()
-    bullet.assign(z, y)
-    bullet.update(z, y)
+    bullet.plan(z, y)
+    bullet.observe(z, y)
     before = state_of(bullet)
     with bullet.again(reuse=False):
-        bullet.assign(z, y)
-        bullet.update(z, y)
+        bullet.plan(z, y)
+        bullet.observe(z, y)
     with pytest.raises(RuntimeError, match="again\\(reuse=False\\)"), bullet.again():
         trades_loss(model, x, y, None, bullet=bullet)
     assert_near_nested(state_of(bullet), before)

@@ -218,7 +218,7 @@ def test_only_boundary_samples_are_augmented_and_run_a_second_forward():
     bullet = BulletTrain(1, 0, 0)
     bullet.robust_fraction.fill_(0.4)
     clean, twin = copy.deepcopy(model)(x), copy.deepcopy(bullet)
-    boundary = (twin.assign(clean, y).steps > 0).nonzero().flatten()
+    boundary = (twin.plan(clean, y).steps > 0).nonzero().flatten()
     forwards = recorded(model)
     augmix_loss(model, x, y, bullet=bullet, generator=seeded(2))
     assert 0 < len(boundary) < 6

@@ -14,7 +14,7 @@ from planted import Bug, left_out, planted
 from pretended_device import DEVICE, pretended_device
 from torch import nn
 
-from bt_fast import AutoRunner, BulletTrain, Frozen, GraphRunner, Oracle, Schedule, StreamRunner, ThreatModel
+from bt_fast import AutoRunner, BulletTrain, Frozen, GraphRunner, Oracle, Plan, StreamRunner, ThreatModel
 from bt_fast.attack import folded
 from bt_fast.attack.runners import run_eager
 from bt_fast.objectives import adversarial, mart, pgd, trades
@@ -178,10 +178,10 @@ def own_attack(runner):
     model = small_models.build("conv_bn").eval()
     x, _ = small_models.batch(6)
     start, target = x + 0.001, torch.eye(5, dtype=torch.float64)[torch.arange(6) % 5]
-    schedule = Schedule.uniform(6, 2, 0.01, x.device)
+    schedule = Plan.uniform(6, 2, 0.01, x.device)
     for frozen in (None, Frozen()):
         found = generate.generate(model, x, start, target, schedule, ThreatModel(0.1), frozen=frozen, runner=runner)
-    idle = generate.generate(model, x, start, target, Schedule.uniform(6, 0, 0.01, x.device), ThreatModel(0.1))
+    idle = generate.generate(model, x, start, target, Plan.uniform(6, 0, 0.01, x.device), ThreatModel(0.1))
     idle.fill_(0.0)
     return [found.clone(), start.clone()]
 
@@ -218,12 +218,12 @@ IN_TRADES = [
     Bug("batch norm moves once too little", "repeat.replay()", "pass", beside),
 ]
 IN_ADVERSARIAL = [
-    Bug("x' is used before the attack has ended", "started.finish()", "started._x_adv", beside),
-    Bug("no join after an exception", "with attack.started as", "for started in [attack.started]:  #", failing_forward),
+    Bug("x' is used before the attack has ended", "self.started.finish()", "self.started._x_adv", beside),
+    Bug("no join after an exception", "with attack.started:", "if True:", failing_forward),
     Bug("beside an attack on the model itself", "attack.independent and", "", without_view),
-    Bug("the oracle looks before its attack has ended", "attack.finish()", "attack._x_adv", oracle),
+    Bug("the oracle looks before its attack has ended", "view, attack.finish()", "view, attack._x_adv", oracle),
     Bug("bad input goes unnoticed", "attack.inputs.wait()", "pass", bad_pixels),
-    Bug("bad gradients go unnoticed", "gradients.wait()", "pass", bad_gradients),
+    Bug("bad gradients go unnoticed", "        read.wait()", "        pass", bad_gradients),
     Bug("bad gradients go unnoticed on a device", "late.wait()", "pass", bad_gradients_on_a_device),
 ]
 IN_GENERATE = [

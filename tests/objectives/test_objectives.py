@@ -596,10 +596,10 @@ def test_buffers_that_never_change_are_compared_on_the_first_call_only(objective
     assert (reads.started, reads.waited) == (2, 2)
 
 
-@pytest.mark.parametrize(("bullet", "reads"), [(None, 2), (BulletTrain(3, 1, 0), 2)])
+@pytest.mark.parametrize(("bullet", "reads"), [(None, 2), (BulletTrain(3, 1, 0), 3)])
 @EACH
 def test_reads_on_the_cpu(objective, bullet, reads):
-    """On the CPU a read costs nothing, and BulletTrain's update checks its logits at once."""
+    """On the CPU a read costs nothing: gradients are checked before the update, and its logits at once."""
     with counted_waits() as waits:
         objective.loss(build("conv_bn"), *batch(), None, perturb_steps=3, bullet=copy.deepcopy(bullet))
     assert len(waits) == reads
@@ -735,7 +735,7 @@ def test_a_gradient_with_nan_is_an_error_that_counts_the_samples(objective, bull
     count = 3
     if bullet:
         y = own_labels(model, x)
-        steps = copy.deepcopy(bullet).assign(model.eval()(x), y).steps
+        steps = copy.deepcopy(bullet).plan(model.eval()(x), y).steps
         count = int((steps[bright] > 0).sum())
         assert count
         model.train()

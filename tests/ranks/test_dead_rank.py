@@ -48,7 +48,8 @@ def set_later():
     bullet.process_group = dist.group.WORLD
     assert bullet.process_group is dist.group.WORLD
     z, y = torch.eye(5) * 3, torch.arange(5)
-    bullet.assign(z, y if dist.get_rank() == 0 else y.roll(1))
+    bullet.plan(z, y if dist.get_rank() == 0 else y.roll(1))
+    bullet.observe(z, y)
     return bullet.group_counts.clone()
 
 

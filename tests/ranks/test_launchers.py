@@ -35,6 +35,7 @@ bullet = classifier.bullet
 """
 AFTER = """
 parameters = torch.cat([p.detach().flatten() for p in model.parameters()]).double()
+bullet.finish()
 found = [bullet.group_counts.tolist(), float(bullet.robust_fraction), float(parameters.sum())]
 with open(f"{sys.argv[1]}/{os.environ['RANK']}.json", "w") as file:
     json.dump(found, file)

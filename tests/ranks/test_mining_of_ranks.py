@@ -11,7 +11,7 @@ from gloo_ranks import RankError, run_ranks
 from pretended_device import DEVICE, pretended_device
 from small_models import Undefined, build, with_bright
 
-from bt_fast import BulletTrain, Gaussian, Schedule, ranks, trades_loss
+from bt_fast import BulletTrain, Gaussian, ranks, trades_loss
 from bt_fast.ranks import Ranks
 
 EPSILON = 0.1
@@ -34,17 +34,17 @@ def minibatches(sizes, seed, dtype=torch.float32):
 
 
 def mined(bullet, z, z_adv, y):
-    """An assignment and an update, as plain values."""
-    a = bullet.assign(z, y, epsilon=EPSILON)
-    bullet.update(z_adv, y)
-    schedule = Schedule.from_assignment(a)
+    """A plan and what follows of its minibatch, as plain values."""
+    a = bullet.plan(z, y, epsilon=EPSILON)
+    bullet.observe(z_adv, y)
+    bullet.finish()
     return {
         "group": a.group,
         "steps": a.steps,
         "step_size": a.step_size,
         "threshold": a.threshold,
         "order": a.order,
-        "active": schedule.active,
+        "active": a.active_counts,
         "sizes": a.group_sizes,
         "spread": a.steps_of_ranks,
     }
@@ -120,12 +120,14 @@ def with_a_fault(where, rank_of_fault):
             z, z_adv, y = (torch.cat([v, v]) for v in (z, z_adv, y))
         before = states(bullet)
         try:
-            bullet.assign(z, y)
+            bullet.plan(z, y)
             messages.append(None)
         except ValueError as error:
             messages.append(str(error))
+        bullet.observe(z_adv, y.clamp(max=4))
+        if messages[-1] is not None:
             assert torch.equal(states(bullet)["group_counts"], before["group_counts"])
-        bullet.update(z_adv, y.clamp(max=4))
+    bullet.finish()
     return messages, float(bullet.robust_fraction)
 
 
@@ -154,8 +156,8 @@ def saved_by_one_rank():
     """Rank 0 alone saves, copies and prints while a sum is on its way; then both go on."""
     bullet = BulletTrain(process_group=dist.group.WORLD)
     z, z_adv, y = minibatches((4, 4), 0)[dist.get_rank()]
-    bullet.assign(z, y)
-    bullet.update(z_adv, y)
+    bullet.plan(z, y)
+    bullet.observe(z_adv, y)
     found = {}
     if dist.get_rank() == 0:
         file = io.BytesIO()
@@ -164,7 +166,7 @@ def saved_by_one_rank():
         twin = copy.deepcopy(bullet)
         assert twin.ranks is bullet.ranks
         found["copied"] = twin.robust_fraction.clone()
-    bullet.assign(z, y)
+    bullet.plan(z, y)
     return found | {"robust_fraction": bullet.robust_fraction.clone()}
 
 
@@ -229,12 +231,11 @@ def test_ranks_together_wait_for_their_device_once(rules):
     with mock.patch.object(ranks, "_all_gather"), pretended_device([4, 3, 1, 2, 3, 1]) as reads:
         for count in (1, 2):
             waited = reads.waited
-            started = bullet.start_assignment(z, y)
+            started = bullet.start_plan(z, y)
             assert (reads.started, reads.waited) == (count, waited)
             assert started.active_counts == (4, 3, 1)
             assert started.group_sizes == (2, 3, 1)
-            bullet.report_attack(started, torch.zeros(6, dtype=torch.int32, device=DEVICE))
-            bullet.update(z, y)
-        bullet.update(z, y)
+            bullet.observe(z, y, faulty=torch.zeros(6, dtype=torch.int32, device=DEVICE))
+        bullet.observe(z, y)
     assert reads.started == 2
     assert {t.device for t in (started.order, started.steps, started.step_size, started.threshold)} == {DEVICE}

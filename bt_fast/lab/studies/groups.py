@@ -16,14 +16,14 @@ from bt_fast import ops
 from bt_fast.allocation import Oracle
 from bt_fast.attack.frozen import clean_logits, eval_mode
 from bt_fast.attack.generate import generate
-from bt_fast.attack.schedule import Schedule
 from bt_fast.attack.start import ball_start
 from bt_fast.attack.threat import ThreatModel
+from bt_fast.deciding import STEP_FACTOR
 from bt_fast.lab.config import PRESETS
 from bt_fast.lab.report import GROUP_COLOURS
 from bt_fast.lab.studies.study import LAPTOP, Findings, Study
 from bt_fast.lab.training import Run
-from bt_fast.mining import STEP_FACTOR
+from bt_fast.plan import Plan
 
 ORACLE = Oracle()  # its ten-step attack tells the groups, as in section 3.1
 _PGD_STEPS = 7
@@ -46,8 +46,8 @@ def oracle_groups(run: Run, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         svar, correct, _, _ = ops.signed_variance(logits, y)
         target = torch.nn.functional.one_hot(y, logits.shape[1]).to(logits.dtype)
         size = STEP_FACTOR * threat.epsilon / ORACLE.steps
-        schedule = Schedule.uniform(len(x), ORACLE.steps, size, x.device)
-        x_adv = generate(model, x, ball_start(x, threat, generator), target, schedule, threat)
+        plan = Plan.uniform(len(x), ORACLE.steps, size, x.device)
+        x_adv = generate(model, x, ball_start(x, threat, generator), target, plan, threat)
         stands = clean_logits(model, x_adv).argmax(dim=1) == y
     return ORACLE.groups(correct, stands), svar
 

@@ -11,9 +11,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
+from bt_fast.deciding import STEP_FACTOR
 from bt_fast.lab.config import PRESETS, RunConfig
 from bt_fast.lab.studies.study import LAPTOP, PAPER, Findings, Study
-from bt_fast.mining import STEP_FACTOR
 
 # Figure 2: with groups known from a ten-step attack, one group's steps are 0 and the other two vary
 

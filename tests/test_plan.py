@@ -4,49 +4,48 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pretended_device import DEVICE, pretended_device
 
-from bt_fast import BulletTrain, Schedule
+from bt_fast import BulletTrain, Plan
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(0, 7), max_size=20))
 def test_the_rows_of_each_step_are_the_samples_with_steps_left(steps):
     sizes = torch.arange(len(steps), dtype=torch.float64) + 1
-    schedule = Schedule.from_steps(torch.tensor(steps, dtype=torch.int64), sizes)
-    assert len(schedule.active) == max(steps, default=0)
-    for t, n in enumerate(schedule.active):
-        assert set(schedule.order[:n].tolist()) == {i for i, count in enumerate(steps) if count > t}
-    assert sorted(schedule.order.tolist()) == list(range(len(steps)))
-    assert torch.equal(schedule.step_size, sizes[schedule.order])
-    assert torch.equal(schedule.sort(sizes), schedule.step_size)
+    plan = Plan.from_steps(torch.tensor(steps, dtype=torch.int64), sizes)
+    assert len(plan.active_counts) == max(steps, default=0)
+    for t, n in enumerate(plan.active_counts):
+        assert set(plan.order[:n].tolist()) == {i for i, count in enumerate(steps) if count > t}
+    assert sorted(plan.order.tolist()) == list(range(len(steps)))
+    assert plan.steps.tolist() == steps
+    assert torch.equal(plan.step_size, sizes)
+    assert torch.equal(plan.sort(sizes), sizes[plan.order])
     descending = sorted(range(len(steps)), key=lambda i: -steps[i])
-    assert schedule.order.tolist() == descending
+    assert plan.order.tolist() == descending
 
 
-def test_an_assignments_schedule_is_that_of_its_steps():
+def test_a_mined_plan_is_that_of_its_steps():
     torch.manual_seed(0)
     bullet = BulletTrain(4, 2, 1)
     bullet.robust_fraction.fill_(0.15)
-    assignment = bullet.assign(torch.randn(30, 3), torch.randint(3, (30,)))
-    assert len(set(assignment.steps.tolist())) == 3
-    found = Schedule.from_assignment(assignment)
-    expected = Schedule.from_steps(assignment.steps, assignment.step_size)
-    assert found.active == expected.active
+    found = bullet.plan(torch.randn(30, 3), torch.randint(3, (30,)))
+    assert len(set(found.steps.tolist())) == 3
+    expected = Plan.from_steps(found.steps, found.step_size)
+    assert found.active_counts == expected.active_counts
     assert torch.equal(found.order, expected.order)
-    assert torch.equal(found.step_size, expected.step_size)
 
 
 @pytest.mark.parametrize(("m", "steps"), [(5, 3), (1, 0), (0, 2)])
 def test_uniform_reorders_nothing(m, steps):
-    schedule = Schedule.uniform(m, steps, 0.007, torch.device("cpu"))
-    assert schedule.active == (m,) * steps
-    assert schedule.step_size.tolist() == [0.007] * m
+    plan = Plan.uniform(m, steps, 0.007, torch.device("cpu"))
+    assert plan.active_counts == (m,) * steps
+    assert plan.step_size.tolist() == [0.007] * m
     values = torch.rand(m, 2)
-    assert schedule.sort(values) is values
+    assert plan.sort(values) is values
 
 
-def test_making_a_uniform_schedule_waits_for_nothing():
+def test_making_a_uniform_plan_waits_for_nothing():
     with pretended_device() as reads:
-        Schedule.uniform(6, 3, 0.007, DEVICE).sort(torch.empty(6, 2, device=DEVICE))
+        Plan.uniform(6, 3, 0.007, DEVICE).sort(torch.empty(6, 2, device=DEVICE))
     assert reads.started == 0
 
 
@@ -62,7 +61,7 @@ def test_making_a_uniform_schedule_waits_for_nothing():
 )
 def test_bad_steps(steps, sizes, error, message):
     with pytest.raises(error, match=message):
-        Schedule.from_steps(steps, sizes)
+        Plan.from_steps(steps, sizes)
 
 
 ONES = torch.ones(3, dtype=torch.int64)
@@ -80,7 +79,7 @@ ONES = torch.ones(3, dtype=torch.int64)
 )
 def test_step_sizes_that_are_no_sizes_are_named(steps, sizes, error, message):
     with pytest.raises(error, match=message):
-        Schedule.from_steps(steps, sizes)
+        Plan.from_steps(steps, sizes)
 
 
 @pytest.mark.parametrize(
@@ -93,6 +92,6 @@ def test_step_sizes_that_are_no_sizes_are_named(steps, sizes, error, message):
         ((4, 1, "x"), TypeError, "step_size must be a number, got 'x'"),
     ],
 )
-def test_a_uniform_schedule_names_what_does_not_fit(arguments, error, message):
+def test_a_uniform_plan_names_what_does_not_fit(arguments, error, message):
     with pytest.raises(error, match=message):
-        Schedule.uniform(*arguments, torch.device("cpu"))
+        Plan.uniform(*arguments, torch.device("cpu"))

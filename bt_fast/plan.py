@@ -1,0 +1,174 @@
+"""The plan of an attack: how many steps each sample of a minibatch takes, of which size, and in which order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from bt_fast import ops
+from bt_fast.device import HostRead
+from bt_fast.ops.numeric import computable, kind_of
+from bt_fast.ranks import Together
+from bt_fast.validation import positive, step_count
+from bt_fast.warning import warn_deprecated
+
+
+class Counts(Protocol):
+    """Numbers that the host needs, perhaps still on their way from the device."""
+
+    def wait(self) -> list[int]:
+        """The numbers, once they have arrived."""
+
+
+@dataclass(frozen=True)
+class Known:
+    """Numbers that the host has."""
+
+    numbers: tuple[int, ...]
+
+    def wait(self) -> list[int]:
+        """The numbers."""
+        return list(self.numbers)
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """The attack steps of m samples. Tensors are in the batch's own order, on one device.
+
+    Attributes:
+        steps: [m] int64.
+        step_size: [m] floating point, α in pixel units; of no meaning where `steps` is 0.
+        order: [m] int64, the stable order by descending steps, in which the attack works: its row i is sample
+            `order[i]`. None where the batch has this order already.
+        counts: the numbers behind `active_counts`.
+        most_steps: no sample has more.
+    """
+
+    steps: Tensor
+    step_size: Tensor
+    order: Tensor | None
+    counts: Counts
+    most_steps: int
+
+    @property
+    def active_counts(self) -> tuple[int, ...]:
+        """For each step t, how many samples have more than t steps: step t works on `order[:active_counts[t]]`."""
+        return tuple(self.counts.wait()[: self.most_steps])
+
+    @classmethod
+    def uniform(cls, m: int, steps: int, step_size: float, device: torch.device) -> Plan:
+        """Every one of m samples takes the same steps, and nothing is reordered.
+
+        Args:
+            m: ≥ 0. steps: N ≥ 0, of each sample.
+            step_size: α > 0, in pixel units.
+            device: of the plan's tensors.
+
+        Raises:
+            TypeError or ValueError: m or steps is no integer of at least 0, or step_size no finite number above 0.
+        """
+        m, steps = step_count("m", m), step_count("steps", steps)
+        sizes = torch.full((m,), positive("step_size", step_size), dtype=torch.float64, device=device)
+        counts = torch.full((m,), steps, dtype=torch.int64, device=device)
+        return Plan(counts, sizes, None, Known((m,) * steps), steps)
+
+    @classmethod
+    def from_steps(cls, steps: Tensor, step_size: Tensor) -> Plan:
+        """Any step counts of one's own. Reads the counts back: waits for the device once.
+
+        Args:
+            steps: [m] integers ≥ 0.
+            step_size: [m] floating point > 0, in pixel units.
+
+        Raises:
+            TypeError: the steps are not integers, or the step sizes not floating point.
+            ValueError: shapes or devices differ, a count is negative, or a size is not a finite number above 0.
+        """
+        _check(steps, step_size)
+        bad_sizes = ~((step_size > 0) & step_size.isfinite())
+        *counts, bad = HostRead(torch.cat([steps.long(), bad_sizes.sum().reshape(1)])).wait()
+        if bad:
+            raise ValueError(
+                f"step_size must hold finite numbers above 0, but {bad} of {len(steps)} are not: "
+                "give samples without steps any size above 0"
+            )
+        if any(n < 0 for n in counts):
+            raise ValueError(f"steps must be at least 0, got {min(counts)}: write steps.clamp(min=0)")
+        most = max(counts, default=0)
+        order, _ = ops.order_by_steps(steps, most)
+        active = tuple(sum(n > t for n in counts) for t in range(most))
+        return Plan(steps.long(), step_size, order, Known(active), most)
+
+    @classmethod
+    def from_assignment(cls, assignment: Plan) -> Plan:
+        """Deprecated: an assignment of BulletTrain is a plan already, and comes back."""
+        warn_deprecated("Schedule.from_assignment", "give generate what bullet.plan returns")
+        return assignment
+
+    def sort(self, values: Tensor) -> Tensor:
+        """`values` [m, ...] in the order in which the attack works."""
+        return values if self.order is None else values[self.order]
+
+
+@dataclass(frozen=True, eq=False)
+class MinedPlan(Plan):
+    """The plan of a minibatch by BulletTrain: the groups, and what decided about them.
+
+    Attributes:
+        group: [m] int64, one of `ops.OUTLIER`, `ops.BOUNDARY`, `ops.ROBUST`.
+        threshold: 0-dim float64, T of Eq. 6.
+        svar: [m] float32 (float64 for float64 logits), signed prediction variance.
+        certainty: [m] of the same dtype, what the metric gave; `svar` itself by default.
+        probabilities: [m, K] of the same dtype, softmax of the clean logits.
+        counted_groups: [3] int64, the sizes of (outlier, boundary, robust) that `observe` is to count, of all ranks
+            together; 0 where something was wrong with the minibatch.
+        counted_steps: 0-dim int64, the steps likewise; None where the groups' sizes give them.
+        ranks: what the process group's ranks know of each other, if there is one.
+    """
+
+    order: Tensor
+    group: Tensor
+    threshold: Tensor
+    svar: Tensor
+    certainty: Tensor
+    probabilities: Tensor
+    counted_groups: Tensor
+    counted_steps: Tensor | None
+    ranks: Together | None
+
+    @property
+    def group_sizes(self) -> tuple[int, int, int]:
+        """Samples in (outlier, boundary, robust)."""
+        outlier, boundary, robust = self.counts.wait()[self.most_steps : self.most_steps + 3]
+        return outlier, boundary, robust
+
+    @property
+    def steps_of_ranks(self) -> Tensor:
+        """[N, most_steps + 1] int64 on the host: how many samples of each rank have 0, 1, ... steps."""
+        spread = self.counts.wait()[self.most_steps + 3 :]
+        return torch.tensor(spread, dtype=torch.int64, device="cpu").view(-1, self.most_steps + 1)
+
+
+def _check(steps: Tensor, step_size: Tensor) -> None:
+    if not isinstance(steps, Tensor) or not isinstance(step_size, Tensor):
+        raise TypeError(
+            f"steps and step_size must be tensors, got {type(steps).__name__}, {type(step_size).__name__}: "
+            "write torch.as_tensor(...)"
+        )
+    if steps.is_floating_point() or steps.is_complex() or steps.dtype == torch.bool:
+        raise TypeError(f"steps must be integers, got {steps.dtype}: write steps.long()")
+    if steps.dim() != 1 or step_size.shape != steps.shape:
+        raise ValueError(
+            f"steps and step_size must both have shape [m], got {list(steps.shape)} and {list(step_size.shape)}: "
+            "give one of each for each sample"
+        )
+    if not computable(step_size):
+        raise TypeError(f"step_size must be floating point, got {kind_of(step_size)}: write step_size.float()")
+    if step_size.device != steps.device:
+        raise ValueError(
+            f"step_size must be on {steps.device} like the steps, but is on {step_size.device}: "
+            f"write step_size.to({str(steps.device)!r})"
+        )
