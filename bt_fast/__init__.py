@@ -4,6 +4,8 @@ Algorithm and names follow "BulletTrain: Accelerating Robust Neural Network Trai
 (Hua et al., NeurIPS 2021).
 """
 
+from typing import TYPE_CHECKING
+
 from bt_fast import floors  # noqa: F401, first: torch and numpy are new enough
 from bt_fast.allocation import METRICS, POLICIES, Gaussian, Judged, Oracle
 from bt_fast.attack.auto import RUNNERS, AutoRunner
@@ -12,16 +14,21 @@ from bt_fast.attack.balanced import Balance
 from bt_fast.attack.folded import Frozen
 from bt_fast.attack.generate import generate
 from bt_fast.attack.graphs import GraphRunner
+from bt_fast.attack.pgd import PGD
 from bt_fast.attack.pixels import Normalization, Normalize
 from bt_fast.attack.streams import StreamRunner
 from bt_fast.attack.threat import ThreatModel
+from bt_fast.engine import Engine
+from bt_fast.evaluation import evaluate
 from bt_fast.faults import NonFiniteError
 from bt_fast.guard import Guard, Skipped
 from bt_fast.mining import BulletTrain
-from bt_fast.objectives.augmix import augmix_loss
-from bt_fast.objectives.mart import mart_loss
-from bt_fast.objectives.pgd import pgd_loss
-from bt_fast.objectives.trades import trades_loss
+from bt_fast.objectives.augmix import AugMixLoss, augmix_loss
+from bt_fast.objectives.loss import AdversarialLoss
+from bt_fast.objectives.mart import MARTLoss, mart_loss
+from bt_fast.objectives.perturb import perturb
+from bt_fast.objectives.pgd import PGDLoss, pgd_loss
+from bt_fast.objectives.trades import TRADESLoss, trades_loss
 from bt_fast.objectives.update import Update
 from bt_fast.plan import MinedPlan, Plan
 from bt_fast.power import PowerMonitor
@@ -33,42 +40,53 @@ __version__ = "0.1.0"
 _RENAMED = {"Schedule": "Plan", "Assignment": "MinedPlan"}
 
 
-def __getattr__(name: str) -> object:
-    """The names of the first version."""
-    if name not in _RENAMED:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    warn_deprecated(f"bt_fast.{name}", f"write bt_fast.{_RENAMED[name]}")
-    return globals()[_RENAMED[name]]
+if not TYPE_CHECKING:  # a checker is to know what there is
+
+    def __getattr__(name: str) -> object:
+        """The names of the first version."""
+        if name not in _RENAMED:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        warn_deprecated(f"bt_fast.{name}", f"write bt_fast.{_RENAMED[name]}")
+        return globals()[_RENAMED[name]]
 
 
 __all__ = [
     "METRICS",
+    "PGD",
     "POLICIES",
     "RUNNERS",
+    "AdversarialLoss",
+    "AugMixLoss",
     "AutoRunner",
     "Balance",
     "BulletTrain",
     "Costs",
+    "Engine",
     "Fractions",
     "Frozen",
     "Gaussian",
     "GraphRunner",
     "Guard",
     "Judged",
+    "MARTLoss",
     "MinedPlan",
     "NonFiniteError",
     "Normalization",
     "Normalize",
     "Oracle",
+    "PGDLoss",
     "Plan",
     "PowerMonitor",
     "Skipped",
     "StreamRunner",
+    "TRADESLoss",
     "ThreatModel",
     "Update",
     "augmix_loss",
+    "evaluate",
     "generate",
     "mart_loss",
+    "perturb",
     "pgd_loss",
     "theoretical_speedup",
     "theoretical_speedup_augmix",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -14,16 +14,39 @@ from bt_fast.attack.early_exit import STOOD, Attack, Samples, Verdicts, Waiting,
 from bt_fast.attack.folded import Frozen, attack_model
 from bt_fast.attack.frozen import clean_logits
 from bt_fast.attack.generate import COMPARED
+from bt_fast.attack.graph_cache import view_of
 from bt_fast.attack.losses import LOSSES
 from bt_fast.attack.neighbours import warn_of_neighbours
+from bt_fast.attack.pgd import PGD, norm_of
 from bt_fast.attack.pixels import Normalization, on_pixels
-from bt_fast.attack.threat import ThreatModel, check_threat
+from bt_fast.attack.threat import ThreatModel
 from bt_fast.attack.wrapped import unwrapped
+from bt_fast.deprecated import check_keywords
+from bt_fast.engine import Engine
 from bt_fast.ops.numeric import computable, kind_of
 from bt_fast.units import warn_of_units
-from bt_fast.validation import check_choice, check_kind, check_labels, positive, step_count
+from bt_fast.validation import check_choice, check_kind, check_labels, step_count
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 _Batch = tuple[Tensor, Tensor]
+
+
+class Deprecated(TypedDict, total=False):
+    """The keywords of the first version."""
+
+    steps: int
+    step_size: float | None
+    normalization: Normalization | None
+    frozen: Frozen | None
+
+
+_OF_ATTACK = ("steps", "step_size", "normalization")
+NEW_LINES = {
+    **dict.fromkeys(_OF_ATTACK, "write evaluate(model, batches, PGD(epsilon, step_size, steps, ...))"),
+    "frozen": "write engine='fast'",
+}
 
 
 @dataclass(frozen=True)
@@ -73,23 +96,21 @@ class Evaluation(Accuracy):
 def evaluate(
     model: nn.Module,
     batches: Iterable[tuple[Tensor, Tensor]],
-    threat: ThreatModel,
+    attack: PGD | ThreatModel,
     *,
-    steps: int = 20,
-    step_size: float | None = None,
     restarts: int = 1,
     loss: str = "ce",
     generator: torch.Generator | None = None,
-    frozen: Frozen | None = None,
-    normalization: Normalization | None = None,
+    engine: Engine | str = "exact",
     progress: Callable[[int], None] | None = None,
     first: int = 0,
+    **deprecated: Unpack[Deprecated],
 ) -> Evaluation:
-    """Clean accuracy, and accuracy under PGD-`steps` from each of `restarts` random starts.
+    """Clean accuracy, and accuracy under PGD from each of `restarts` random starts.
 
     A sample is broken if the model misclassifies it clean, or at any iterate of any restart: the random start
-    (iterate 0) and the image after each of the `steps` steps, projections included. Iterates 0 to `steps - 1` are
-    judged by the logits of the forward pass that the next step needs anyway, the last one by a forward of its own.
+    (iterate 0) and the image after each of the N steps, projections included. Iterates 0 to N - 1 are judged by the
+    logits of the forward pass that the next step needs anyway, the last one by a forward of its own.
     A restart begins at a point drawn uniformly from the ε-ball and clamped to the pixel bounds; a sample whose input
     gradient is exactly 0 stays where it is.
 
@@ -101,19 +122,19 @@ def evaluate(
 
     Args:
         model: maps [n, ...] to logits [n, K]. It runs in eval mode and keeps its modes and gradients.
-        batches: pairs of images [n, ...], floating point in the threat model's bounds, and labels [n], integers; all
-            images of one size, dtype and device.
-        threat: what a perturbation may be.
-        steps: ≥ 1. step_size: > 0, in pixel units; `2ε/steps` if not given.
+        batches: pairs of images [n, ...], floating point in the attack's bounds, and labels [n], integers; all images
+            of one size, dtype and device.
+        attack: ε, step size, steps, norm, bounds and normalization; it starts uniformly in the ball. A `ThreatModel`,
+            as in the first version, is attacked by 20 steps of ε/10.
         restarts: ≥ 1.
         loss: "ce", the cross-entropy, or "margin", the largest wrong logit minus the true one (Carlini and Wagner).
         generator: on the images' device; one number is drawn from it, the seed of all random starts.
-        frozen: attack a faster view of the model, which also judges: its logits are the model's own up to rounding.
-        normalization: what the images' loader has done to the pixels, as for `trades_loss`; ε, the step size and the
-            threat model's bounds are those of pixels.
-        progress: told the number of samples decided so far, whenever it grew.
+        engine: how the model is run, by name or as an `Engine`. With a folded view it is the view that judges, too: its
+            logits are the model's own up to rounding, so there is no "bf16". Graphs and streams are not used.
+        progress: called with the number of samples decided so far, whenever it grew.
         first: ≥ 0, the number of the stream's first sample: evaluated in parts, each with its own `first` and a
             generator of the same state, samples become of what they do in one evaluation.
+        deprecated: keywords of the first version; each warns with the new line.
 
     Raises:
         TypeError: images are not floating point, labels not integers, or the model does not return such logits.
@@ -121,18 +142,13 @@ def evaluate(
             outside the threat model's bounds, labels out of range, NaN logits, or an input gradient with NaN of a
             sample that still stood).
     """
-    step_count("steps", steps, least=1)
+    check_keywords("evaluate", deprecated, NEW_LINES)
     step_count("restarts", restarts, least=1)
     step_count("first", first)
-    check_threat(threat)
-    size = 2.0 * threat.epsilon / steps if step_size is None else step_size
-    size = positive("step_size", size)
+    given = _attack(attack, deprecated)
+    threat, bounds = given.threat, given.bounds
     check_choice("loss", loss, LOSSES)
-    check_kind("frozen", frozen, Frozen, "write frozen=Frozen()", optional=True)
-    if frozen is not None and frozen.autocast is not None:
-        raise ValueError(
-            f"frozen.autocast must be None, since the view judges too, got {frozen.autocast}: write frozen=Frozen()"
-        )
+    frozen = _view(engine, deprecated)
     if not isinstance(batches, Iterable):
         raise TypeError(
             f"batches must be iterable, got {type(batches).__name__}: give a DataLoader, or [(x, y)] for one batch"
@@ -146,17 +162,16 @@ def evaluate(
         )
     _check_batch(begun)
     x, kind, verdicts = begun[0].detach(), _kind(begun[0]), Verdicts(progress, first)
-    bounds = (threat.lower, threat.upper)
-    warn_of_units(threat.epsilon, threat.norm, bounds, size, x[0].numel())
+    warn_of_units(threat.epsilon, threat.norm, bounds, given.step_size, x[0].numel())
     with (
         torch.inference_mode(False),
-        on_pixels(model, x, normalization, "the images", bounds) as (model, pixels),
+        on_pixels(model, x, given.normalization, "the images", bounds) as (model, pixels),
         attack_model(model, frozen, pixels(x[:COMPARED].clone())) as view,
     ):
         warn_of_neighbours(unwrapped(model), pixels(x), threat, "compare evaluations with equal batches only")
         seed = torch.randint(2**63 - 1, (), device=x.device, generator=generator)
-        attack = Attack(threat, loss, steps, size, restarts, seed)
-        working = WorkingBatch(attack, x, channels_last=frozen is not None and frozen.channels_last)
+        at_work = Attack(threat, loss, given.steps, given.step_size, restarts, seed)
+        working = WorkingBatch(at_work, x, channels_last=frozen is not None and frozen.channels_last)
         whole = _put_back([begun], stream)
         del begun, x  # a batch is held no longer than until its samples are copied
         correct = map(lambda batch: _correct(view, batch, kind, pixels, threat, verdicts), whole)
@@ -164,6 +179,38 @@ def evaluate(
     restart, step = verdicts.in_order()
     clean, robust = int((restart != 0).sum()), int((restart == STOOD).sum())
     return Evaluation(clean, robust, verdicts.seen, restart, step)
+
+
+def _attack(attack: PGD | ThreatModel, deprecated: Deprecated) -> PGD:
+    """The attack, of old keywords too."""
+    if isinstance(attack, ThreatModel):
+        steps = step_count("steps", deprecated.get("steps", 20), least=1)
+        size = deprecated.get("step_size")
+        return PGD(
+            attack.epsilon,
+            2.0 * attack.epsilon / steps if size is None else size,
+            steps,
+            norm_of(attack.norm),
+            bounds=(attack.lower, attack.upper),
+            normalization=deprecated.get("normalization"),
+        )
+    check_kind("attack", attack, PGD, "write PGD(epsilon=8 / 255, step_size=2 / 255, steps=20)")
+    changes: dict[str, Any] = {name: deprecated[name] for name in _OF_ATTACK if name in deprecated}  # type: ignore[literal-required]
+    if attack.start == "normal" or changes:
+        what = "start='normal'" if attack.start == "normal" else f"{next(iter(changes))}="
+        raise ValueError(f"attack must start in the ball and hold all its options, got {what}: give PGD the options")
+    return attack
+
+
+def _view(engine: Engine | str, deprecated: Deprecated) -> Frozen | None:
+    frozen = deprecated["frozen"] if "frozen" in deprecated else view_of(Engine.of(engine))
+    check_kind("frozen", frozen, Frozen, "write engine='fast'", optional=True)
+    if frozen is not None and frozen.autocast is not None:
+        raise ValueError(
+            "engine must have the model's own precision, since the view judges too, got one in 16 bits: "
+            "write engine='fast'"
+        )
+    return frozen
 
 
 def _check_batch(batch: _Batch) -> None:

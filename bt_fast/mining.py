@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -19,7 +19,7 @@ from bt_fast.ops.numeric import computable, kind_of
 from bt_fast.plan import MinedPlan
 from bt_fast.ranks import Ranks
 from bt_fast.speedup import Fractions, theoretical_speedup_augmix
-from bt_fast.validation import check_logits_and_labels, positive, real, step_count
+from bt_fast.validation import check_choice, check_logits_and_labels, positive, real, step_count
 from bt_fast.warning import warn_deprecated
 
 
@@ -50,6 +50,13 @@ class BulletTrain(nn.Module):
             used. What is wrong on one rank is raised on all. Random starts are those of rank 0's generator, by a
             sample's place among all ranks'. Every rank must call the same methods in the same order, and no minibatch
             may be larger than the largest of the group's first. None: each process mines for itself.
+        unperturbed: whether samples with 0 steps, whose x' is x, take part in the update's adversarial forward. "keep":
+            they do, and in train mode with batch norm their robust term is small but not 0, since the two forwards have
+            different batch statistics. "skip": they do not, and their z' is their z (a single moving sample takes one
+            along for batch norm's sake). None is "skip" where N_R = N_O = 0 and "keep" elsewhere (Algorithm 2 and
+            section 3.2 of the paper differ here).
+        balance: a `Balance`, by which the ranks of the process group share an attack out: those with many boundary
+            samples hand some to those with few, where that is the shorter way. None: each attacks its own.
 
     Attributes:
         robust_fraction: 0-dim float64 buffer, F_R; starts at 0.
@@ -79,6 +86,7 @@ class BulletTrain(nn.Module):
     _kept: object = None  # what its objective made of it
     _reuse: bool | None = None  # in a block of `again`: what its caller said
     _planned: MinedPlan | None = None  # of a minibatch that has begun, and does not count yet
+    _attacked: tuple[Tensor, Tensor] | None = None  # of it, where a script ends it: see `attacked`
 
     def __init__(
         self,
@@ -91,6 +99,8 @@ class BulletTrain(nn.Module):
         metric: str | Metric = "signed_variance",
         policy: str | Policy = "three_groups",
         process_group: dist.ProcessGroup | None = None,
+        unperturbed: Literal["keep", "skip"] | None = None,
+        balance: object = None,
     ) -> None:
         super().__init__()
         self.boundary_steps = step_count("boundary_steps", boundary_steps)
@@ -105,6 +115,8 @@ class BulletTrain(nn.Module):
         self.metric = allocation.rule_of("metric", metric, METRICS)
         self.policy = allocation.rule_of("policy", policy, POLICIES)
         self.process_group = process_group
+        check_choice("unperturbed", unperturbed, ("keep", "skip", None))
+        self.unperturbed, self.balance = unperturbed, balance
         # the sum over the ranks by which F_R is about to move, and whether it is
         self._moving: tuple[Callable[[], Tensor], bool] | None = None
         by_group = self.policy is allocation.three_groups
@@ -127,7 +139,7 @@ class BulletTrain(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         self.finish()
-        passing = ("_fraction_before", "_kept", "_reuse", "_planned")
+        passing = ("_fraction_before", "_kept", "_reuse", "_planned", "_attacked")
         return {name: value for name, value in self.__dict__.items() if name not in passing}
 
     def _save_to_state_dict(self, *args: Any) -> None:
@@ -151,6 +163,8 @@ class BulletTrain(nn.Module):
             rules += f", metric={allocation.name_of(self.metric, METRICS)}"
         if self.policy is not allocation.three_groups:
             rules += f", policy={allocation.name_of(self.policy, POLICIES)}"
+        if self.unperturbed is not None:
+            rules += f", unperturbed={self.unperturbed!r}"
         return (
             f"{self.boundary_steps}, {self.robust_steps}, {self.outlier_steps}, "
             f"gamma={self.gamma:g}, momentum={self.momentum:g}{rules}"
@@ -256,7 +270,7 @@ class BulletTrain(nn.Module):
 
     def _forget(self) -> None:
         """Let go of the last minibatch."""
-        self._fraction_before = self._kept = self._planned = None
+        self._fraction_before = self._kept = self._planned = self._attacked = None
 
     def _deciding_fraction(self) -> Tensor:
         """F_R by which samples are judged: in a further pass that of the first."""
@@ -421,8 +435,11 @@ class BulletTrain(nn.Module):
         if len(labels) == 0:
             raise ValueError("adversarial_logits must have at least 1 row, got 0: leave empty minibatches out")
         logits, labels = adversarial_logits.detach(), labels.long()
+        attacked, self._attacked = self._attacked, None
         if faulty is not None:
             self._last_attack = (faulty, order)
+        elif attacked is not None:
+            faulty, self._last_attack = attacked[0], attacked
         if self.ranks is not None:
             self._observe_together(logits, labels, faulty)
             return
@@ -440,6 +457,19 @@ class BulletTrain(nn.Module):
             ops.update_fraction_(*state, logits, labels, self.gamma, self.momentum)
         elif logits.is_cuda:
             self.unreported_faults += ops.adversarial_hits(logits, labels)[1] > 0
+
+    def attacked(self, faulty: Tensor, order: Tensor) -> None:
+        """Hold what an attack on the planned minibatch found, where a script's own update ends it.
+
+        Args:
+            faulty: [m] int32, as `observe` takes it; order: [m] int64, which sample of the minibatch each is.
+        """
+        self._attacked = faulty, order
+
+    @property
+    def unobserved(self) -> bool:
+        """Whether a minibatch was planned that `observe` has not ended."""
+        return self._planned is not None
 
     def _observe_together(self, logits: Tensor, labels: Tensor, faulty: Tensor | None) -> None:
         """Start the sum over the ranks by which F_R will move."""

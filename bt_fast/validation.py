@@ -89,6 +89,14 @@ def positive(name: str, value: float) -> float:
     return found
 
 
+def weight(name: str, value: float) -> float:
+    """`value` as a float; TypeError or ValueError that names `name` unless it is a finite number of at least 0."""
+    found = real(name, value)
+    if not (found >= 0 and math.isfinite(found)):
+        raise ValueError(f"{name} must be a finite number of at least 0, got {value}: write {name}=6.0")
+    return found
+
+
 def check_model(model: nn.Module) -> None:
     """Raise TypeError unless it is a module."""
     check_kind("model", model, nn.Module, "of a function make the forward of one")

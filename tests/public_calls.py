@@ -11,20 +11,26 @@ from torch import nn
 
 from bt_fast import (
     METRICS,
+    PGD,
+    AugMixLoss,
     BulletTrain,
     Frozen,
     Gaussian,
     Guard,
+    MARTLoss,
     Normalization,
     Normalize,
     Oracle,
+    PGDLoss,
     Plan,
     PowerMonitor,
     ThreatModel,
+    TRADESLoss,
     Update,
     augmix_loss,
     generate,
     mart_loss,
+    perturb,
     pgd_loss,
     trades_loss,
 )
@@ -53,6 +59,32 @@ def loss(loss_of, bullet=None, **options):
     return run
 
 
+ATTACK = PGD(0.1, 0.05, STEPS)
+
+
+def criterion(kind, mining=None, attack=ATTACK, **options):
+    """A loss as a module, and what it has to log."""
+
+    def run(model, x, y):
+        made = kind(attack, mining=copy.deepcopy(mining), **options)
+        found = made(model, x, y, generator=seeded())
+        assert made.last.x_adv.shape == x.shape
+        return found
+
+    return run
+
+
+def perturbed(mining=None, attack=ATTACK, **options):
+    def run(model, x, y):
+        bullet = copy.deepcopy(mining)
+        found = perturb(model, x, y, attack, bullet, generator=seeded(), **options)
+        if bullet is not None:
+            bullet.observe(logits_of(x), y)
+        return found
+
+    return run
+
+
 def augmix(bullet=None, **options):
     return lambda model, x, y: augmix_loss(model, x, y, bullet=copy.deepcopy(bullet), generator=seeded(), **options)
 
@@ -68,7 +100,7 @@ def generated(**options):
 
 def evaluated(**options):
     def run(model, x, y):
-        found = evaluate(model, [(x, y)], THREAT, steps=STEPS, generator=seeded(), **options)
+        found = evaluate(model, [(x, y)], ATTACK, generator=seeded(), **options)
         return torch.tensor([found.clean_correct, found.robust_correct, *found.restart, *found.step])
 
     return run
@@ -131,6 +163,7 @@ def watched(model, x, y):
     return torch.tensor(len(monitor.labels))
 
 
+LOSSES = (TRADESLoss, MARTLoss, PGDLoss)
 THREE, ONE, PIXELS = BulletTrain(STEPS, 1, 0), BulletTrain(1, 0, 0), Normalization((0.0,), (1.0,))
 CALLS = {
     **{f"{f.__name__}": loss(f) for f in (trades_loss, mart_loss, pgd_loss)},
@@ -142,6 +175,16 @@ CALLS = {
     "trades_loss, auto": loss(trades_loss, THREE, runner="auto"),
     "trades_loss, oracle": loss(trades_loss, BulletTrain(STEPS, 1, 0, policy=Oracle(2))),
     "trades_loss, gaussian": loss(trades_loss, BulletTrain(STEPS, 1, 0, policy=Gaussian())),
+    **{f"{kind.__name__}": criterion(kind) for kind in LOSSES},
+    **{f"{kind.__name__}, exact": criterion(kind, engine="exact") for kind in LOSSES},
+    **{f"{kind.__name__}, mining": criterion(kind, THREE) for kind in LOSSES},
+    "TRADESLoss, bf16": criterion(TRADESLoss, THREE, engine="bf16"),
+    "TRADESLoss, normalised": criterion(TRADESLoss, attack=PGD(0.1, 0.05, STEPS, normalization=PIXELS)),
+    "perturb": perturbed(),
+    "perturb, mining": perturbed(THREE, engine="fast"),
+    "perturb, normalised": perturbed(attack=PGD(0.1, 0.05, STEPS, normalization=PIXELS)),
+    "AugMixLoss": lambda m, x, y: AugMixLoss()(m, x, y, generator=seeded()),
+    "AugMixLoss, mining": lambda m, x, y: AugMixLoss(copy.deepcopy(ONE))(m, x, y, generator=seeded()),
     "augmix_loss": augmix(),
     "augmix_loss, no jsd": augmix(jsd=False),
     "augmix_loss, bullet": augmix(ONE),
@@ -149,9 +192,9 @@ CALLS = {
     "grad_align": lambda m, x, y: grad_align(m, x, y, epsilon=0.1, generator=seeded()),
     **{f"yopo_loss, {objective}": yopo(objective) for objective in ("pgd", "trades", "mart")},
     "generate": generated(),
-    "generate, view": generated(frozen=Frozen()),
+    "generate, view": generated(engine="fast"),
     "evaluate": evaluated(),
-    "evaluate, margin, view": evaluated(loss="margin", frozen=Frozen()),
+    "evaluate, margin, view": evaluated(loss="margin", engine="fast"),
     "autoattack": autoattacked,
     "augment_and_mix": lambda m, x, y: augment_and_mix(x, draw_choices(len(x), x.device, generator=seeded())),
     "Normalize": lambda m, x, y: Normalize((0.5,), (0.25,))(x),

@@ -1,10 +1,36 @@
 """What the first version called by another name works for this one, and its warning shows the new line."""
 
 import pytest
+import small_models
 import torch
 
 import bt_fast
-from bt_fast import BulletTrain, MinedPlan, Plan, ThreatModel, generate
+from bt_fast import (
+    PGD,
+    BulletTrain,
+    Engine,
+    Frozen,
+    MinedPlan,
+    Normalization,
+    PGDLoss,
+    Plan,
+    ThreatModel,
+    TRADESLoss,
+    Update,
+    deprecated,
+    evaluate,
+    generate,
+    mart_loss,
+    pgd_loss,
+    trades_loss,
+)
+from bt_fast.warning import warn_deprecated
+
+
+@pytest.fixture(autouse=True)
+def loud_keywords(monkeypatch):
+    monkeypatch.setattr(deprecated, "warn_deprecated", warn_deprecated)
+
 
 Z, Y = torch.tensor([[9.0, 0.0], [1.0, 0.9], [0.0, 5.0]]), torch.tensor([0, 0, 0])
 
@@ -42,3 +68,82 @@ def test_an_assignments_schedule():
     rows = [schedule.sort(t) for t in (x, x, target)]
     found = generate(model, *rows, schedule, ThreatModel(0.1))
     assert torch.equal(found, generate(model, *rows, plan, ThreatModel(0.1)))
+
+
+# Keywords
+
+X, LABELS = torch.rand(6, 1, 6, 6, dtype=torch.float64), torch.arange(6) % 5
+SMALL = (0.03, 0.1)  # step size and epsilon
+
+
+ATTACK = PGD(0.1, 0.03, 10)
+
+
+def ours(kind, attack=ATTACK, mining=None, **call):
+    def run(model):
+        beta = {} if kind is PGDLoss else {"beta": 1.0 if kind is TRADESLoss else 6.0}
+        return kind(attack, mining=mining, engine="exact", **beta)(model, X, LABELS, **call)
+
+    return run
+
+
+def bullet(**options):
+    return BulletTrain(10, 0, 0, **options)
+
+
+NUMBERS, LOADER = torch.arange(6), Normalization((0.0,), (1.0,))
+KEYWORDS = {
+    "start": ({"start": "uniform"}, ours(TRADESLoss, PGD(0.1, 0.03, 10, start="uniform"))),
+    "samples": ({"samples": NUMBERS}, ours(TRADESLoss, indices=NUMBERS)),
+    "normalization": ({"normalization": LOADER}, ours(TRADESLoss, PGD(0.1, 0.03, 10, normalization=LOADER))),
+    "unperturbed": (
+        {"unperturbed": "keep", "bullet": bullet()},
+        ours(TRADESLoss, mining=bullet(unperturbed="keep")),
+    ),
+    "runner": ({"runner": "eager"}, ours(TRADESLoss)),
+}
+
+
+@pytest.mark.parametrize("name", KEYWORDS)
+def test_an_old_keyword_is_its_new_line(name):
+    keywords, new = KEYWORDS[name]
+    model, twin = small_models.build("conv_bn"), small_models.build("conv_bn")
+    torch.manual_seed(0)
+    with pytest.warns(DeprecationWarning, match=f"the argument {name}= of trades_loss .*: write ") as warned:
+        found = trades_loss(model, X, LABELS, None, *SMALL, **keywords)
+    assert warned[0].filename == __file__
+    torch.manual_seed(0)
+    assert torch.equal(found, new(twin))
+
+
+@pytest.mark.parametrize("name", ["frozen", "update"])
+def test_old_ways_of_execution_are_an_engine(name):
+    old = {"frozen": Frozen(), "update": Update()}[name]
+    new = {"frozen": Engine(fold=True, channels_last=True), "update": Engine(channels_last=True)}[name]
+    model, twin = small_models.build("conv_bn"), small_models.build("conv_bn")
+    torch.manual_seed(0)
+    with pytest.warns(DeprecationWarning, match=f"{name}= .*write engine='fast', or engine=Engine"):
+        found = trades_loss(model, X, LABELS, None, *SMALL, **{name: old})
+    torch.manual_seed(0)
+    torch.testing.assert_close(found, trades_loss(twin, X, LABELS, None, *SMALL, engine=new))
+
+
+@pytest.mark.parametrize("loss", [trades_loss, mart_loss, pgd_loss])
+def test_a_keyword_that_never_was_is_an_error_that_says_what_to_write(loss):
+    with pytest.raises(TypeError, match=rf"{loss.__name__}\(\) has no argument 'steps': write one of its own"):
+        loss(small_models.build(), X, LABELS, None, steps=10)
+
+
+def test_keywords_of_generate_and_evaluate():
+    model, target = small_models.build("conv_bn"), torch.eye(5, dtype=torch.float64)[LABELS]
+    plan, threat = Plan.uniform(6, 3, 0.03, X.device), ThreatModel(0.1)
+    with pytest.warns(DeprecationWarning, match="frozen= of generate .*write engine='fast'"):
+        old = generate(model, X, X, target, plan, threat, frozen=Frozen())
+    torch.testing.assert_close(old, generate(model, X, X, target, plan, threat, engine="fast"))
+    generators = [torch.Generator().manual_seed(0) for _ in range(2)]
+    with pytest.warns(DeprecationWarning, match=r"steps= of evaluate .*write evaluate\(model, batches, PGD"):
+        old = evaluate(model, [(X, LABELS)], threat, steps=5, step_size=0.03, generator=generators[0])
+    new = evaluate(model, [(X, LABELS)], PGD(0.1, 0.03, 5), generator=generators[1])
+    assert (old.robust_correct, old.step.tolist()) == (new.robust_correct, new.step.tolist())
+    with pytest.raises(ValueError, match="attack must start in the ball and hold all its options, got steps="):
+        evaluate(model, [(X, LABELS)], PGD(0.1, 0.03, 5), steps=3)

@@ -329,7 +329,8 @@ def test_inference_mode_is_no_obstacle():
         ({"restarts": 0}, ValueError, "restarts must be at least 1, got 0"),
         ({"step_size": -0.1}, ValueError, "step_size.*-0.1"),
         ({"loss": "kl"}, ValueError, "loss must be one of 'ce', 'margin', got 'kl'"),
-        ({"frozen": Frozen(autocast=torch.bfloat16)}, ValueError, "frozen.autocast must be None.*bfloat16"),
+        ({"engine": "bf16"}, ValueError, "engine must have the model's own precision"),
+        ({"frozen": Frozen(autocast=torch.bfloat16)}, ValueError, "engine must have the model's own precision"),
     ],
 )
 def test_bad_options_are_named(options, error, message):

@@ -115,7 +115,7 @@ def test_things_of_other_kinds():
         refused(TypeError, "model", trades_loss, other, X, Y, None)
         refused(TypeError, "model", augmix_loss, other, X, Y)
         refused(TypeError, "model", yopo_loss, other, X, Y, None, propagations=1, layer_steps=1)
-        refused(TypeError, "threat", evaluate, model, [(X, Y)], other)
+        refused(TypeError, "attack", evaluate, model, [(X, Y)], other)
         refused(TypeError, "threat", autoattack, model, X, Y, other)
         refused(TypeError, "threat", generate, model, X, X, torch.rand(M, 5), zero, other)
         refused(TypeError, "plan", generate, model, X, X, torch.rand(M, 5), other, THREAT)

@@ -95,6 +95,9 @@ class AutoRunner:
         fastest = min(medians, key=lambda name: medians[name])
         measured = ", ".join(f"{name} {1e3 * median:.3g} ms" for name, median in medians.items())
         self.reasons.append(f"{what}: {fastest}, since {measured}")
+        for name, runner in self._candidates.items():
+            if name != fastest and isinstance(runner, (GraphRunner, StreamRunner)):
+                runner.forget(model)  # whose graphs would keep the memory of a whole step each
         return self._candidates[fastest]
 
 

@@ -292,6 +292,11 @@ def attack_model(model: nn.Module, recipe: Frozen | None, x: Tensor) -> Iterator
         yield view
 
 
+def known_view(model: nn.Module, recipe: Frozen) -> FrozenModel | None:
+    """The view that was made of a model, if it was."""
+    return _views.get(model, {}).get(recipe)
+
+
 def _held(model: nn.Module) -> list[object]:
     """What a trace is of. (A storage that moved needs no new trace: it is the same tensor.)
 

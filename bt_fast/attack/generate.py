@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import TYPE_CHECKING, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -11,14 +12,32 @@ from torch import Tensor, nn
 from bt_fast.attack.auto import runner_of
 from bt_fast.attack.batch import AttackBatch
 from bt_fast.attack.folded import Frozen, FrozenModel, attack_model
+from bt_fast.attack.graph_cache import shared_cache, view_of
 from bt_fast.attack.runners import Runner, joined, start_of
 from bt_fast.attack.threat import ThreatModel, check_threat
+from bt_fast.deprecated import check_keywords
+from bt_fast.engine import Engine
 from bt_fast.ops.numeric import computable, kind_of
 from bt_fast.plan import Plan
 from bt_fast.units import warn_of_units
 from bt_fast.validation import check_kind
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 COMPARED = 8  # samples on which a view of the model is held against it, once
+
+NEW_LINES = {
+    "frozen": "write engine='fast', or engine=Engine(fold=True) for this alone",
+    "runner": "write engine='fast', or engine=Engine(graphs=True) for this alone",
+}
+
+
+class Deprecated(TypedDict, total=False):
+    """The keywords of the first version."""
+
+    frozen: Frozen | None
+    runner: Runner | str
 
 
 def generate(
@@ -31,8 +50,8 @@ def generate(
     *,
     generator: torch.Generator | None = None,
     faulty: Tensor | None = None,
-    frozen: Frozen | None = None,
-    runner: Runner | str = "eager",
+    engine: Engine | str = "exact",
+    **deprecated: Unpack[Deprecated],
 ) -> Tensor:
     """Run the ragged attack: maximise the divergence of the model's output from `target`.
 
@@ -50,8 +69,8 @@ def generate(
         faulty: [m] int32 in the plan's sorted order, on the images' device, set to 1 for each sample that could not
             move in some step, since its input gradient held NaN (in ℓ2: or Inf).
             `faults.gradients_without_direction` makes an error of it.
-        frozen: a faster view of the model for the attack; without it the attack sees the model itself.
-        runner: how the attack is executed: "eager", "graphs", "streams" or "auto", or a runner of one's own.
+        engine: how the attack is executed, by name or as an `Engine`.
+        deprecated: keywords of the first version; each warns with the new line.
 
     Returns:
         [m, ...] in the plan's sorted order, without gradient.
@@ -61,12 +80,17 @@ def generate(
         ValueError: shapes do not fit together, or the model does not return logits [n, K]. Values are not checked
             here (that would mean to wait for the device): `trades_loss` and `evaluate` check them.
     """
+    check_keywords("generate", deprecated, NEW_LINES)
     _check(clean, start, target, plan, faulty)
     check_threat(threat)
+    chosen = Engine.of(engine)
+    frozen, runner = view_of(chosen), shared_cache(chosen).runner(chosen, clean)
+    if deprecated:
+        frozen, runner = deprecated.get("frozen"), runner_of(deprecated.get("runner", "eager"))
     warn_of_units(threat.epsilon, threat.norm, (threat.lower, threat.upper), pixels=clean[:1].numel() or 1)
     with torch.inference_mode(False), attack_model(model, frozen, clean[:COMPARED].detach()) as view:
         batch = AttackBatch.of(plan, start, clean, target, faulty)
-        return start_attack(view, batch, threat, generator, runner_of(runner)).finish()
+        return start_attack(view, batch, threat, generator, runner).finish()
 
 
 class StartedAttack:

@@ -11,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -121,6 +122,19 @@ class GraphRunner:
             said.add(reason)
             warn_caller(f"the attack runs without graphs: {reason}")
         return None
+
+    def forget(self, model: Callable[[Tensor], Tensor]) -> None:
+        """Let go of a model's graphs and their memory."""
+        self._sessions.pop(model, None)
+
+    def explain(self, model: Any) -> str:
+        """How a model's attacks run, in words."""
+        if reason := self._failed.get(model):
+            return f"eagerly, since {reason}"
+        if said := self._said.get(model):
+            return f"eagerly, since {', '.join(sorted(said))}"
+        captured = sum(len(session.graphs) for session in self._sessions.get(model, {}).values())
+        return f"from CUDA graphs, {captured} captured" if captured else "eagerly, until a size comes again"
 
     def _session(
         self, model: Callable[[Tensor], Tensor], batch: AttackBatch, threat: ThreatModel, capacity: int

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,6 +69,15 @@ class StreamRunner:
             _join_all(joins)
             raise
         return partial(_join_all, joins)
+
+    def forget(self, model: Callable[[Tensor], Tensor]) -> None:
+        """Let go of a model's graphs and their memory."""
+        for chain in self._chains:
+            chain.forget(model)
+
+    def explain(self, model: Any) -> str:
+        """How a model's attacks run, in words."""
+        return f"{len(self._chains)} chains beside each other, the first {self._chains[0].explain(model)}"
 
 
 def _join_all(joins: list[Callable[[], None]]) -> None:

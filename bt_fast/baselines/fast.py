@@ -9,14 +9,21 @@ import torch
 from torch import Tensor, nn
 
 from bt_fast.deciding import STEP_FACTOR
-from bt_fast.objectives.mart import mart_loss
-from bt_fast.objectives.pgd import pgd_loss
-from bt_fast.objectives.trades import trades_loss
+from bt_fast.objectives import drop_in
+from bt_fast.objectives.loss import AdversarialLoss
+from bt_fast.objectives.mart import MARTLoss, mart_loss
+from bt_fast.objectives.pgd import PGDLoss, pgd_loss
+from bt_fast.objectives.trades import TRADESLoss, trades_loss
 from bt_fast.validation import positive, step_count
 
 SINGLE_STEP_FACTOR = 1.25  # α/ε of Wong et al.
 
-_OBJECTIVES: tuple[Callable[..., Tensor], ...] = (trades_loss, mart_loss, pgd_loss)
+# the class of each, and the authors' β
+_OBJECTIVES: dict[Callable[..., Tensor], tuple[type[AdversarialLoss], dict[str, float]]] = {
+    trades_loss: (TRADESLoss, {"beta": 1.0}),
+    mart_loss: (MARTLoss, {"beta": 6.0}),
+    pgd_loss: (PGDLoss, {}),
+}
 
 
 def fast_loss(
@@ -55,7 +62,7 @@ def fast_loss(
             (`bullet`, which spends its steps unequally, `start`, `perturb_steps`, or a `step_size` that the objective
             would not use). Nothing has been changed then.
     """
-    if objective not in _OBJECTIVES:
+    if not any(objective is known for known in _OBJECTIVES):
         raise ValueError(
             f"objective must be trades_loss, mart_loss or pgd_loss of bt_fast, got {objective!r}: "
             "write fast_loss(trades_loss, model, ...)"
@@ -65,7 +72,7 @@ def fast_loss(
     if options.get("bullet") is not None:
         raise ValueError(
             "bullet cannot be combined with fast_loss, which spends equal steps on all samples: for BulletTrain from "
-            "FAST's start call the objective with start='uniform'"
+            "FAST's start write TRADESLoss(PGD(..., start='uniform'), mining=bullet), or another loss so"
         )
     for name, instead in (("start", "which is 'uniform' here"), ("perturb_steps", "whose name is steps here")):
         if name in options:
@@ -74,14 +81,11 @@ def fast_loss(
         step_size = epsilon * (SINGLE_STEP_FACTOR if steps == 1 else STEP_FACTOR / steps)
     elif options.get("distance") == "l_2" and objective is not pgd_loss:
         raise ValueError("step_size is not used by this objective in l_2, where the step is 2ε/N: leave it out")
-    return objective(
-        model,
-        x_natural,
-        y,
-        optimizer,
-        step_size=step_size,
-        epsilon=epsilon,
-        perturb_steps=steps,
-        start="uniform",
-        **options,
+    kind, of_loss = _OBJECTIVES[objective]
+    of_loss = {name: options.pop(name, default) for name, default in of_loss.items()}
+    own = [options.pop(name, default) for name, default in (("distance", "l_inf"), ("engine", "exact"))]
+    options.pop("bullet", None)
+    given = drop_in.Given(
+        model, x_natural, y, optimizer, step_size, epsilon, steps, own[0], None, own[1], options.pop("generator", None)
     )
+    return drop_in.call(kind, given, options, start="uniform", **of_loss)

@@ -15,6 +15,7 @@ from bt_fast.baselines.values import SCALE, check_values
 from bt_fast.objectives import adversarial
 from bt_fast.objectives.recomputed import update_modes
 from bt_fast.units import warn_of_units
+from bt_fast.validation import check_generator
 
 
 def grad_align(
@@ -54,7 +55,8 @@ def grad_align(
             first two samples' logits are looked at: NaN elsewhere, or in a gradient, makes the term NaN.
     """
     epsilon = ThreatModel(epsilon).epsilon
-    adversarial.check(x_natural, y, None, epsilon, 1, None, generator, None, None)
+    adversarial.check_batch(x_natural, y, "x_natural")
+    check_generator(generator, x_natural.device)
     warn_of_units(epsilon)
     labels = y.long()
     with on_pixels(unwrapped(model), x_natural, normalization) as (model, pixels):

@@ -34,7 +34,7 @@ from bt_fast.objectives import adversarial
 from bt_fast.objectives.recomputed import update_modes
 from bt_fast.ranges import ATTACK_STEP, UPDATE, range_
 from bt_fast.units import warn_of_units
-from bt_fast.validation import check_choice, check_model, step_count
+from bt_fast.validation import check_choice, check_generator, check_model, positive, step_count, weight
 
 YopoObjective = Literal["pgd", "trades", "mart"]
 
@@ -104,13 +104,15 @@ def yopo_loss(
             gradient is an error after the attack; with "pgd" batch-norm buffers have moved by then.
     """
     threat = ThreatModel(epsilon)
-    adversarial.check(x_natural, y, optimizer, step_size, 1, None, generator, None, None)
+    adversarial.check_batch(x_natural, y, "x_natural")
+    positive("step_size", step_size)
+    adversarial.check_optimizer(optimizer)
+    check_generator(generator, x_natural.device)
     m, n = step_count("propagations", propagations, least=1), step_count("layer_steps", layer_steps, least=1)
     check_choice("objective", objective, ("pgd", "trades", "mart"))
     if objective == "pgd" and beta is not None:
         raise ValueError(f"beta is an option of 'trades' and 'mart', not of 'pgd', got {beta!r}: leave it out")
-    weight = _BETA.get(objective, 0.0) if beta is None else beta
-    adversarial.check_robust_term(weight, None, None)
+    of_robust_term = weight("beta", _BETA.get(objective, 0.0) if beta is None else beta)
     warn_of_units(threat.epsilon, step_size=float(step_size))
     labels = y.long()
     with (
@@ -128,7 +130,7 @@ def yopo_loss(
             loss = _propagations(attack, labels, m, generator)
         else:
             x_adv = _attacked(attack, labels, objective == "trades", m, generator)
-            loss = _update(model, x, x_adv, labels, objective == "trades", float(weight))
+            loss = _update(model, x, x_adv, labels, objective == "trades", of_robust_term)
     if optimizer is not None:
         optimizer.zero_grad()
     return loss

@@ -31,8 +31,9 @@ from rich.progress import (
 from bt_fast.allocation import METRICS, POLICIES
 from bt_fast.attack.balanced import Balance
 from bt_fast.attack.losses import LOSSES
-from bt_fast.attack.threat import ThreatModel
+from bt_fast.attack.pgd import PGD, norm_of
 from bt_fast.device import out_of_memory
+from bt_fast.engine import Engine
 from bt_fast.evaluation import evaluate as evaluate_model
 from bt_fast.guard import NON_FINITE
 from bt_fast.lab import doctor as examination
@@ -126,6 +127,16 @@ def _method_names(ctx: click.Context, param: click.Parameter, value: Any) -> Any
     return value
 
 
+def _engine(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    """The value of --engine, if `Engine.parse` reads it."""
+    if value is not None:
+        try:
+            Engine.parse(value)
+        except ValueError as error:
+            raise click.ClickException(f"--engine: {error}") from error
+    return value
+
+
 _COUNT = click.IntRange(min=0)
 _AT_LEAST_ONE = click.IntRange(min=1)
 _SEED = click.IntRange(min=0, max=2**32 - 1)  # torch's CPU generator keeps 32 bits
@@ -137,6 +148,12 @@ _RUN_OPTIONS = [
     click.option("--data", metavar=_SOURCES, help="Data set; PATH is an .npz or a folder. [digits]"),
     click.option("--train-size", type=_AT_LEAST_ONE, help="Use the first N training images. [all]"),
     click.option("--test-size", type=_AT_LEAST_ONE, help="Use the first N test images. [all]"),
+    _ENGINE_OPTION := click.option(
+        "--engine",
+        metavar="exact|fast|bf16",
+        callback=_engine,
+        help="How attack and update are executed, and options of it (fast,graphs=off). [fast]",
+    ),
     click.option("--model", metavar="NAME", help="small-cnn, preactresnet-18 or wrn-D-K."),
     click.option("--width", type=_AT_LEAST_ONE, help="Channels of small-cnn's first layer."),
     click.option("--augment/--no-augment", default=None, help="Random crops and flips."),
@@ -211,7 +228,7 @@ def cli() -> None:
     metavar="METHOD",
     callback=_method_names,
     multiple=True,
-    help=f"What to compare with each other (repeatable): {FORMS}; also attacked on a faster view (bullet-frozen, "
+    help=f"What to compare with each other (repeatable): {FORMS}; also on an engine of its own (bullet-exact, "
     f"bullet-bf16) and with options of its own (bullet,robust-steps=0). [{', '.join(COMPARED)}]",
 )
 @_with_options([*_RUN_OPTIONS, *_PLACE_OPTIONS, _REPEAT_OPTION, *_RANK_OPTIONS])
@@ -239,9 +256,15 @@ def compare(
     if twice:
         raise ValueError(f"--method {twice[0]} is given twice: each method is trained once; give it once")
     if not methods and resume is None and repeat is None:
-        methods = ("optimised", "bullet") if given["loss"] == "augmix" else COMPARED
+        methods = _compared(given["loss"], given["engine"])
     with _world(device, rank_timeout) as (world, where):
         _run(methods or None, data_dir, where, out, resume, repeat, given, world, balance)
+
+
+def _compared(loss: str | None, engine: str | None) -> tuple[str, ...]:
+    """What is compared by default; BulletTrain also on the engine that was asked for, fast if none was."""
+    methods = [name for name in COMPARED if loss != "augmix" or name != "reference"]
+    return (*methods[:-1], "bullet") if engine else tuple(methods)
 
 
 @cli.command()
@@ -289,6 +312,7 @@ def train(
 @click.option("--step-size", type=_POSITIVE, help="[2 epsilon / steps]")
 @click.option("--restarts", type=_AT_LEAST_ONE, default=1, show_default=True)
 @click.option("--seed", type=_SEED, default=0, show_default=True)
+@_ENGINE_OPTION
 @click.option("--device", default=None)
 @_one_line_errors
 def evaluate(
@@ -305,6 +329,7 @@ def evaluate(
     step_size: float | None,
     restarts: int,
     seed: int,
+    engine: str | None,
     device: str | None,
 ) -> None:
     """Clean and PGD accuracy of CHECKPOINT: a run's checkpoint.pt, or a state_dict such as TRADES publishes."""
@@ -314,7 +339,8 @@ def evaluate(
     else:
         found = _published_network(checkpoint, model, method, data, data_dir, test_size)
         networks, dataset, _, default_epsilon = found
-    threat = ThreatModel(epsilon or default_epsilon, distance)
+    radius = epsilon or default_epsilon
+    attack = PGD(radius, step_size or 2 * radius / steps, steps, norm_of(distance))
     attacked = distance if loss == "ce" else f"{distance}, {loss} loss"
     for name, network in networks.items():
         with _progress() as progress:
@@ -322,17 +348,16 @@ def evaluate(
             accuracy = evaluate_model(
                 network.to(where),
                 evaluation_batches(dataset.x_test, dataset.y_test, where),
-                threat,
-                steps=steps,
-                step_size=step_size,
+                attack,
                 restarts=restarts,
                 loss=loss,
+                engine=Engine.parse(engine or "fast"),
                 generator=torch.Generator(where).manual_seed(seed),
                 progress=decided,
             )
         say(
             f"{name}: clean {100 * accuracy.clean:.2f} %, robust {100 * accuracy.robust:.2f} % "
-            f"(PGD-{steps} x {restarts}, {attacked}, eps = {threat.epsilon:g}, {accuracy.total} images)"
+            f"(PGD-{steps} x {restarts}, {attacked}, eps = {radius:g}, {accuracy.total} images)"
         )
 
 
@@ -619,6 +644,7 @@ def _train_and_report(
                 say("batch norm: torch synchronises it on CUDA alone; here it sees each rank's own samples")
             sizes = f"{len(dataset.x_train)} training, {len(dataset.x_test)} test images"
             say(f"{config.data}: {sizes}; run folder {run.folder}")
+            begun = run.iteration
             _train(run, stop, f"go on with --resume {run.folder}")
         if not world.leads:
             for contestant in run.contestants:
@@ -629,6 +655,9 @@ def _train_and_report(
             summary = report.summarise(run, _advancer(progress, task))
         paths = report.plot(run)
         console.print(report.table(summary))
+        for contestant in run.contestants:
+            if contestant.criterion is not None and run.iteration > begun:
+                say(f"{contestant.method}: {contestant.criterion.explain().replace(chr(10), '; ')}")
         for method, entry in summary["methods"].items():
             if entry.get("skipped"):
                 skipped = f"{entry['skipped']} minibatches skipped for NaN or Inf"

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bt_fast.allocation import METRICS, POLICIES
+from bt_fast.engine import Engine
 from bt_fast.guard import NON_FINITE
 from bt_fast.lab.files import parse_json
 from bt_fast.lab.methods import COMPARED, Method
@@ -23,6 +24,7 @@ class RunConfig:
     Attributes:
         methods: what is trained, in lockstep on the same minibatches; each as `Method.parse` reads it, with options of
             its own where it has them.
+        engine: of the methods that name none, as `Engine.parse` reads it.
         loss: the objective, one of `OBJECTIVES`.
         data: as `load_dataset`'s source. train_size, test_size: how many images of it; None is all.
         model: as `build_model`'s name. width: of small-cnn.
@@ -39,6 +41,7 @@ class RunConfig:
     """
 
     methods: tuple[str, ...]
+    engine: str
     data: str
     train_size: int | None
     test_size: int | None
@@ -126,6 +129,7 @@ class RunConfig:
                     f"{name} in the run configuration must be one of {', '.join(choices)}, got {value!r}; "
                     f"write {name}={next(iter(choices))!r}"
                 )
+        Engine.parse(self.engine)
         if len(set(self.methods)) < len(self.methods) or not self.methods:
             raise ValueError(
                 f"methods must be at least one, each once, got {', '.join(self.methods) or 'none'}; give --method"
@@ -145,11 +149,6 @@ class RunConfig:
         taken = _OF_AUGMIX if self.loss == "augmix" else _OF_ATTACKS
         if method.algorithm not in taken:
             raise ValueError(f"--method {name}: {self.loss} has {', '.join(taken)}; name one of these")
-        if method.view and self.loss == "augmix":
-            raise ValueError(
-                f"--method {name}: augmix has no attack that could see another view (-{method.view}); "
-                f"leave -{method.view} away"
-            )
         changes: dict[str, Any] = dict(method.changes)
         return method, dataclasses.replace(self, **changes)
 
@@ -162,6 +161,7 @@ class RunConfig:
 
 _DIGITS = RunConfig(
     methods=COMPARED,
+    engine="fast",
     data="digits",
     train_size=None,
     test_size=None,
@@ -219,11 +219,17 @@ PRESETS = {
     "cifar100": dataclasses.replace(_CIFAR, data="cifar100"),
 }
 
-_OF_ATTACKS = (*COMPARED, "fast", "yopo")
+_OF_ATTACKS = ("reference", "optimised", "bullet", "fast", "yopo")
 _OF_AUGMIX = ("optimised", "bullet", "no-jsd")
 
 # what configurations that were written before these options existed mean
-_ADDED = {"metric": "signed_variance", "policy": "three_groups", "grad_align": 0.0, "non_finite": "raise"}
+_ADDED = {
+    "metric": "signed_variance",
+    "policy": "three_groups",
+    "grad_align": 0.0,
+    "non_finite": "raise",
+    "engine": "exact",
+}
 
 _OPTIONAL = {"train_size", "test_size", "width"}
 

@@ -16,11 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bt_fast import BulletTrain, GraphRunner, StreamRunner, Update, ops, trades_loss
+from bt_fast import PGD, BulletTrain, GraphRunner, StreamRunner, TRADESLoss, Update, ops
 from bt_fast.attack.auto import AutoRunner
 from bt_fast.attack.device import no_graphs_reason
+from bt_fast.attack.graph_cache import GraphCache
+from bt_fast.attack.runners import Runner, run_eager
 from bt_fast.full_precision import full_precision
 from bt_fast.lab.models import build_model
+from bt_fast.objectives.execution import Execution
+from bt_fast.objectives.loss import Call
 from bt_fast.ops import divergence
 from bt_fast.ops.ascent_direction import ascent_direction_reference
 from bt_fast.ops.assign_steps import assign_reference
@@ -308,33 +312,38 @@ CHECKS = (
 # A whole step
 
 
+def _eager() -> Runner:
+    return run_eager
+
+
 @dataclass(frozen=True)
 class StepCheck:
-    """`trades_loss` with BulletTrain, executed in one way without TF32, against float64 eagerly on the same device.
+    """`TRADESLoss` with BulletTrain, executed in one way without TF32, against float64 eagerly on the same device.
 
     Attributes:
-        options: makes the arguments of `trades_loss` that differ.
+        runner: makes the runner of the attack. update: how the update is executed.
         dtype: of the network and the images.
         tolerance: relative and absolute. In float32 signs differ where a gradient is next to 0, in float64 hardly any.
         graphs: whether it needs CUDA graphs.
     """
 
     name: str
-    options: Callable[[], Given]
+    runner: Callable[[], Runner]
     dtype: torch.dtype
     tolerance: float
     graphs: bool = True
+    update: Update | None = None
 
 
 SHARPER = 10.0  # than a new network's: without its attack an update's loss is another by a third
 LOOSE, TIGHT = 0.1, 1e-6  # the loose one is not for TF32, which leads the attack elsewhere
 STEPS = (
-    StepCheck("eager, float32", dict, torch.float32, LOOSE, graphs=False),
-    StepCheck("graphs, float64", lambda: {"runner": GraphRunner()}, torch.float64, TIGHT),
-    StepCheck("graphs, float32", lambda: {"runner": GraphRunner()}, torch.float32, LOOSE),
-    StepCheck("streams, float64", lambda: {"runner": StreamRunner()}, torch.float64, TIGHT),
-    StepCheck("auto, float32", lambda: {"runner": AutoRunner()}, torch.float32, LOOSE),
-    StepCheck("update from graphs, float64", lambda: {"update": Update(graphs=True)}, torch.float64, TIGHT),
+    StepCheck("eager, float32", _eager, torch.float32, LOOSE, graphs=False),
+    StepCheck("graphs, float64", GraphRunner, torch.float64, TIGHT),
+    StepCheck("graphs, float32", GraphRunner, torch.float32, LOOSE),
+    StepCheck("streams, float64", StreamRunner, torch.float64, TIGHT),
+    StepCheck("auto, float32", AutoRunner, torch.float32, LOOSE),
+    StepCheck("update from graphs, float64", _eager, torch.float64, TIGHT, update=Update(graphs=True)),
 )
 
 
@@ -351,8 +360,8 @@ def step_difference(check: StepCheck, device: torch.device) -> float:
     """
     with full_precision(), warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        expected = _updates(device, torch.float64, {})
-        found = _updates(device, check.dtype, check.options())
+        expected = _updates(device, torch.float64, run_eager, None)
+        found = _updates(device, check.dtype, check.runner(), check.update)
     if fallen := [str(w.message) for w in said if "without graphs" in str(w.message)]:
         raise AssertionError(fallen[0])
     if not all(bool(v.isfinite().all()) for v in expected.values()):
@@ -360,7 +369,9 @@ def step_difference(check: StepCheck, device: torch.device) -> float:
     return compare(found, expected, check.tolerance)
 
 
-def _updates(device: torch.device, dtype: torch.dtype, options: Given, updates: int = 3) -> Outputs:
+def _updates(
+    device: torch.device, dtype: torch.dtype, runner: Runner, update: Update | None, updates: int = 3
+) -> Outputs:
     """Loss and size of the gradient of each update, and F_R at the end, on the CPU."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -370,10 +381,12 @@ def _updates(device: torch.device, dtype: torch.dtype, options: Given, updates: 
         y = _labels(network.eval()(x).detach()).to(device)
     model, x = network.train().to(device, dtype), x.to(device, dtype)
     mining, noise = BulletTrain(3, 2, 1).to(device), torch.Generator(device).manual_seed(0)
+    criterion = TRADESLoss(PGD(0.1, 0.02, 3), beta=6.0, mining=mining, engine="exact")
+    call = Call(Execution(None, runner, update, GraphCache()), None, noise, None, None)
     losses, sizes = [], []
     for _ in range(updates):
         model.zero_grad()
-        loss = trades_loss(model, x, y, None, 0.02, 0.1, 3, 6.0, bullet=mining, generator=noise, **options)
+        loss = criterion.of_call(model, x, y, call)
         loss.backward()
         losses.append(loss.detach().clone())
         gradients = [p.grad.double().norm() for p in model.parameters() if p.grad is not None]

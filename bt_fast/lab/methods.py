@@ -1,4 +1,4 @@
-"""What a run trains, as one writes it: `bullet`, `optimised-bf16`, `fast-2`, `bullet-frozen,robust-steps=0`."""
+"""What a run trains, as one writes it: `bullet`, `optimised-bf16`, `fast-2`, `bullet-exact,robust-steps=0`."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-COMPARED = ("reference", "optimised", "bullet")
+COMPARED = ("reference", "optimised-exact", "bullet-exact", "bullet-fast")
 FORMS = "reference, optimised, bullet, fast, fast-N, yopo-M-N and no-jsd"
-VIEWS = ("frozen", "bf16")
 CHANGES = {  # options of a run that a method may have for itself, and their kinds
     "step-size": float,
     "beta": float,
@@ -21,26 +20,26 @@ CHANGES = {  # options of a run that a method may have for itself, and their kin
     "policy": str,
     "grad-align": float,
 }
-_FORM = re.compile(r"(reference|optimised|bullet|fast(?:-\d+)?|yopo-\d+-\d+|no-jsd)(?:-(frozen|bf16))?")
+_FORM = re.compile(r"(reference|optimised|bullet|fast(?:-\d+)?|yopo-\d+-\d+|no-jsd)(?:-(exact|fast|bf16|frozen))?")
 
 
 @dataclass(frozen=True)
 class Method:
-    """An algorithm, the view of the model that its attack sees, and what it has for itself of the run's options.
+    """An algorithm, the engine that it runs on, and what it has for itself of the run's options.
 
     Attributes:
         name: as it was written.
         algorithm: "reference" (the objective as its authors wrote it), "optimised" (ours, the same result), "bullet"
             (ours with BulletTrain), "fast" (`steps` steps from a uniform start), "yopo" (YOPO-`propagations`-
             `layer_steps`) or "no-jsd" (AugMix without its divergence).
-        view: "", "frozen" or "bf16".
+        engine: "exact", "fast" or "bf16"; "" for the run's. ("frozen" was the first version's name of "fast".)
         numbers: (N,) of fast, (m, n) of yopo, else empty.
         changes: values by the names of `RunConfig`'s fields.
     """
 
     name: str
     algorithm: str
-    view: str = ""
+    engine: str = ""
     numbers: tuple[int, ...] = ()
     changes: Mapping[str, float | int | str] = field(default_factory=dict)
 
@@ -55,22 +54,22 @@ class Method:
         found = _FORM.fullmatch(form)
         if not found:
             raise ValueError(
-                f"--method {name}: no such method; write one of {FORMS}, each but reference also with -frozen or -bf16 "
+                f"--method {name}: no such method; write one of {FORMS}, each also with -exact, -fast or -bf16 "
                 f"behind it, and then NAME=VALUE after a comma for {', '.join(CHANGES)}"
             )
         algorithm, *digits = found[1].split("-") if found[1] != "no-jsd" else ["no-jsd"]
         numbers = tuple(int(n) for n in digits) or ((1,) if algorithm == "fast" else ())
-        view = found[2] or ""
+        engine = "fast" if found[2] == "frozen" else found[2] or ""
         if 0 in numbers:
             raise ValueError(f"--method {name}: counts must be at least 1; write 1 or more")
-        if view and algorithm in ("reference", "yopo", "no-jsd"):
+        if engine and algorithm in ("reference", "yopo"):
             raise ValueError(
-                f"--method {name}: {algorithm} has no attack that could see another view (-{view}); leave -{view} away"
+                f"--method {name}: {algorithm} runs as it was written, on no engine; leave -{found[2]} away"
             )
         changes = dict(_change(name, option) for option in options)
         if len(changes) < len(options):
             raise ValueError(f"--method {name}: an option is given twice; give each once")
-        return cls(name, algorithm, view, numbers, changes)
+        return cls(name, algorithm, engine, numbers, changes)
 
 
 def _change(name: str, option: str) -> tuple[str, float | int | str]:

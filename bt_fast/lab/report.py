@@ -54,8 +54,12 @@ COLOURS = {
     "reference": "#7a7a7a",
     "optimised": "#1f77b4",
     "bullet": "#d62728",
+    "optimised-exact": "#1f77b4",
+    "optimised-fast": "#17becf",
     "optimised-frozen": "#17becf",
     "optimised-bf16": "#9467bd",
+    "bullet-exact": "#d62728",
+    "bullet-fast": "#ff7f0e",
     "bullet-frozen": "#ff7f0e",
     "bullet-bf16": "#e377c2",
 }
@@ -70,12 +74,12 @@ def label(method: str, loss: str) -> str:
         name = "PGD, plain"  # there is no one code of its authors in this form
     if (loss, kind.algorithm) == ("augmix", "optimised"):
         name = "AugMix"
-    if kind.view and kind.algorithm == "bullet":
+    if kind.engine and kind.algorithm == "bullet":
         name = "+ BT"
     if kind.numbers not in ((), (1,)):
         name += "-" + "-".join(map(str, kind.numbers))
     own = [f"{SYMBOLS[k]}={v:g}" if k in SYMBOLS else str(v) for k, v in kind.changes.items()]
-    return ", ".join([name, *([kind.view] if kind.view else []), *own])
+    return ", ".join([name, *([kind.engine] if kind.engine else []), *own])
 
 
 def summarise(run: Run, evaluated: Callable[[str], None]) -> dict[str, Any]:

@@ -20,9 +20,8 @@ from torch import Tensor, nn
 
 from bt_fast.allocation import Oracle
 from bt_fast.attack.balanced import Balance
-from bt_fast.attack.folded import Frozen
 from bt_fast.attack.frozen import clean_logits, eval_mode
-from bt_fast.attack.threat import ThreatModel
+from bt_fast.attack.pgd import PGD
 from bt_fast.baselines.fast import fast_loss
 from bt_fast.baselines.grad_align import grad_align
 from bt_fast.baselines.mart_reference import mart_reference_loss
@@ -30,6 +29,7 @@ from bt_fast.baselines.pgd_reference import pgd_reference_loss
 from bt_fast.baselines.trades_reference import trades_reference_loss
 from bt_fast.baselines.yopo import yopo_loss
 from bt_fast.device import synchronize
+from bt_fast.engine import Engine
 from bt_fast.evaluation import evaluate
 from bt_fast.faults import NonFiniteError
 from bt_fast.guard import Guard, Skipped
@@ -45,21 +45,22 @@ from bt_fast.lab.models import build_model
 from bt_fast.lab.provenance import Provenance, check_configuration, check_data, described, fingerprint, this_start
 from bt_fast.lab.world import ALONE, Share, World
 from bt_fast.mining import BulletTrain
-from bt_fast.objectives.augmix import augmix_loss
-from bt_fast.objectives.mart import mart_loss
-from bt_fast.objectives.pgd import pgd_loss
-from bt_fast.objectives.trades import trades_loss
+from bt_fast.objectives.augmix import AugMixLoss
+from bt_fast.objectives.loss import AdversarialLoss
+from bt_fast.objectives.mart import MARTLoss, mart_loss
+from bt_fast.objectives.pgd import PGDLoss, pgd_loss
+from bt_fast.objectives.trades import TRADESLoss, trades_loss
 from bt_fast.ops import GROUPS
 from bt_fast.ranges import BACKWARD, range_
 
 EVALUATION_BATCH = 250
 CHECKPOINT_SECONDS = 60.0
 RECORD_EVERY = 10  # iterations; each look waits for the device
-VIEWS = {"": None, "frozen": Frozen(), "bf16": Frozen(autocast=torch.bfloat16)}
-OBJECTIVES: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {  # the authors' and ours
-    "trades": (trades_reference_loss, trades_loss),
-    "mart": (mart_reference_loss, mart_loss),
-    "pgd": (pgd_reference_loss, pgd_loss),
+# the authors' code, ours, and the same as a function
+OBJECTIVES: dict[str, tuple[Callable[..., Tensor], type[AdversarialLoss], Callable[..., Tensor]]] = {
+    "trades": (trades_reference_loss, TRADESLoss, trades_loss),
+    "mart": (mart_reference_loss, MARTLoss, mart_loss),
+    "pgd": (pgd_reference_loss, PGDLoss, pgd_loss),
 }
 WARM_UP = 3  # iterations left out of the ratios: first calls compile and allocate
 
@@ -87,7 +88,7 @@ class Contestant:
                 f"--method {method}: YOPO's gradients bypass the sum over ranks; it runs on one alone; "
                 "leave it out under torchrun"
             )
-        self.world, self._balance = world, balance
+        self.world = world
         self.device = device
         torch.manual_seed(config.seed)
         self.image_shape = dataset.x_train.shape[1:]
@@ -108,17 +109,29 @@ class Contestant:
             weight_decay=config.weight_decay,
             fused=device.type == "cuda" or None,  # it leaves a faulty step out on the device
         )
-        self.bullet = _bullet(self.config, world).to(device) if self.kind.algorithm == "bullet" else None
+        self.bullet = _bullet(self.config, world, balance).to(device) if self.kind.algorithm == "bullet" else None
         modules = [self.model] if self.bullet is None else [self.model, self.bullet]
         skip: Any = config.non_finite
         self.guard = Guard(self.optimizer, *modules, non_finite=skip, process_group=world.group)
         self.left_out = 0  # minibatches of this epoch that were skipped
         self.counted = torch.zeros(3, dtype=torch.int64, device=device)  # samples by group, at the last record
-        self._frozen = VIEWS[self.kind.view]
+        self.engine = Engine.parse(self.kind.engine or self.config.engine)
+        self.criterion = self._criterion()
         self.seconds: list[float] = []
         self.interval = (0.0, 0.0)  # of the last step, on `time.perf_counter`'s clock
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
         self._random = _random_state(device)
+
+    def _criterion(self) -> AdversarialLoss | AugMixLoss | None:
+        """Our loss; None of a method that has none of its own."""
+        c, algorithm = self.config, self.kind.algorithm
+        if c.loss == "augmix":
+            return AugMixLoss(self.bullet, jsd=algorithm != "no-jsd", engine=self.engine)
+        if algorithm not in ("optimised", "bullet"):
+            return None
+        steps = c.steps if self.bullet is None else max(c.boundary_steps, 1)
+        attack, beta = PGD(c.epsilon, c.step_size, steps), {} if c.loss == "pgd" else {"beta": c.beta}
+        return OBJECTIVES[c.loss][1](attack, mining=self.bullet, engine=self.engine, **beta)
 
     def step(self, x: Tensor, y: Tensor, indices: Tensor | None = None) -> Skipped | None:
         """One iteration on images [m, C, H, W] in [0, 1] and labels [m], timed. Collective.
@@ -180,14 +193,19 @@ class Contestant:
         if self.bullet is not None and self.world.group is not None:  # each rank draws for its own boundary samples
             seed = (self.config.seed * 1_000_003 + len(self.seconds)) * self.world.count + self.world.rank
             generator = torch.Generator(self.device).manual_seed(seed)
-        jsd = self.kind.algorithm != "no-jsd"
-        return augmix_loss(self._wrapped, x, y, bullet=self.bullet, jsd=jsd, generator=generator)
+        assert self.criterion is not None
+        loss: Tensor = self.criterion(self._wrapped, x, y, generator=generator)
+        return loss
 
     def _adversarial(self, x: Tensor, y: Tensor) -> Tensor:
         c = self.config
         batch = (self._wrapped, x, y, self.optimizer)
         options: dict[str, Any] = {"epsilon": c.epsilon} | ({} if c.loss == "pgd" else {"beta": c.beta})
-        reference_loss, our_loss = OBJECTIVES[c.loss]
+        reference_loss, _, our_loss = OBJECTIVES[c.loss]
+        if self.criterion is not None:
+            found: Tensor = self.criterion(self._wrapped, x, y)
+            self.optimizer.zero_grad()
+            return found
         if self.kind.algorithm == "reference":
             return reference_loss(*batch, c.step_size, perturb_steps=c.steps, **options)
         if self.kind.algorithm == "yopo":
@@ -195,13 +213,9 @@ class Contestant:
             options |= {"propagations": m, "layer_steps": n, "step_size": c.step_size, "objective": c.loss}
             loss = yopo_loss(*batch, **options)
             return loss / m if c.loss == "pgd" else loss  # of m summed gradients; the authors divide the learning rate
-        options["frozen"] = self._frozen
-        if self.kind.algorithm == "fast":
-            own_size = c.step_size if "step_size" in self.kind.changes else None
-            return fast_loss(our_loss, *batch, steps=self.kind.numbers[0], step_size=own_size, **options)
-        if self.bullet is None:
-            return our_loss(*batch, c.step_size, perturb_steps=c.steps, **options)
-        return our_loss(*batch, c.step_size, bullet=self.bullet, balance=self._balance, **options)
+        own_size = c.step_size if "step_size" in self.kind.changes else None
+        options["engine"] = self.engine
+        return fast_loss(our_loss, *batch, steps=self.kind.numbers[0], step_size=own_size, **options)
 
     @contextmanager
     def _own_random_stream(self) -> Iterator[None]:
@@ -411,16 +425,15 @@ class Run:
         if self.config.loss == "augmix":
             (clean,) = self.world.sums([clean_correct(contestant.model, batches)])
             return {"clean": clean / len(y), "robust": None, "images": len(y)}
-        correct = [0, 0]
+        correct, epsilon = [0, 0], self.config.epsilon
         if len(share):
             found = evaluate(
                 contestant.model,
                 batches,
-                ThreatModel(self.config.epsilon),
-                steps=self.config.eval_steps,
+                PGD(epsilon, 2 * epsilon / self.config.eval_steps, self.config.eval_steps),
                 restarts=restarts,
                 generator=torch.Generator(self.device).manual_seed(self.config.seed),
-                frozen=Frozen(),
+                engine="fast",
                 first=share.first,
             )
             correct = [found.clean_correct, found.robust_correct]
@@ -629,7 +642,7 @@ def median_speedup(slower: list[float], faster: list[float]) -> float:
     return statistics.median(a / b for a, b in pairs[WARM_UP:] or pairs)
 
 
-def _bullet(config: RunConfig, world: World) -> BulletTrain:
+def _bullet(config: RunConfig, world: World, balance: Balance | None) -> BulletTrain:
     bullet = BulletTrain(
         config.boundary_steps,
         config.robust_steps,
@@ -639,6 +652,7 @@ def _bullet(config: RunConfig, world: World) -> BulletTrain:
         metric=config.metric,
         policy=config.policy,
         process_group=world.group,
+        balance=balance,
     )
     if bullet.ranks is not None:  # known beforehand: the first minibatch of a resumed run may be a small one
         bullet.ranks.rows = world.most_in_a_share(config.batch_size)

@@ -5,24 +5,22 @@ Everything that TRADES, MART and PGD adversarial training share: all but their l
 
 from __future__ import annotations
 
-import math
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from bt_fast import faults, ops
 from bt_fast.allocation import Oracle
 from bt_fast.attack.balanced import Balance, start_balanced_attack
 from bt_fast.attack.batch import AttackBatch
 from bt_fast.attack.folded import Frozen, attack_model, independent
-from bt_fast.attack.frozen import clean_logits, logits_of
+from bt_fast.attack.frozen import clean_logits
 from bt_fast.attack.generate import COMPARED, StartedAttack, start_attack
+from bt_fast.attack.graph_cache import GraphCache
 from bt_fast.attack.neighbours import warn_of_neighbours
+from bt_fast.attack.pgd import InnerLoss
 from bt_fast.attack.runners import Runner
 from bt_fast.attack.start import Noise, ball_start, normal_noise, random_state, sorted_start, state_of_seed
 from bt_fast.attack.threat import ThreatModel
@@ -31,17 +29,15 @@ from bt_fast.deciding import STEP_FACTOR
 from bt_fast.faults import CheckedRead, Fault
 from bt_fast.mining import BulletTrain
 from bt_fast.objectives.again import NEW_ONES, check_alike, of_another
+from bt_fast.objectives.forwards import Forwards
 from bt_fast.objectives.recomputed import update_modes
 from bt_fast.objectives.repeated_forward import moves_batch_norm_alone
-from bt_fast.objectives.update import Computation, Terms, Update, run_update
+from bt_fast.objectives.update import Terms, Update, run_update
 from bt_fast.ops.numeric import computable, kind_of
 from bt_fast.plan import Plan
 from bt_fast.ranges import MINING, UPDATE, range_
 from bt_fast.units import warn_of_units
-from bt_fast.validation import check_choice, check_generator, check_kind, check_labels, positive, real, step_count
-
-InnerLoss = Literal["kl", "cross_entropy"]
-Unperturbed = Literal["keep", "skip"]
+from bt_fast.validation import check_generator, check_labels
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,26 +72,6 @@ class Adversary:
         """The samples' numbers as the ops take them."""
         return None if self.samples is None else self.samples.long()
 
-    @classmethod
-    def of_trades(
-        cls,
-        threat: ThreatModel,
-        step_size: float,
-        steps: int,
-        noise: Noise,
-        inner: InnerLoss,
-        bullet: BulletTrain | None,
-        generator: torch.Generator | None,
-        frozen: Frozen | None,
-        runner: Runner,
-        samples: Tensor | None,
-        balance: Balance | None,
-    ) -> Adversary:
-        """The generator of the TRADES code, which MART took over: in ℓ2 its step is 2ε/N."""
-        if threat.norm == "l_2":
-            step_size = 2.0 * threat.epsilon / (steps if bullet is None else max(bullet.boundary_steps, 1))
-        return cls(threat, step_size, steps, noise, inner, generator, frozen, runner, samples, balance)
-
 
 @dataclass(frozen=True, eq=False)
 class Attack:
@@ -109,6 +85,8 @@ class Attack:
         independent: a training forward may run beside it.
         inputs: the read of what is wrong with the input, if it has not been waited for.
         faulty: [m] int32, samples whose input gradient held NaN, in `order`; None where there has been no attack now.
+        plan: who takes how many steps.
+        logits: [m, K], the clean ones of the attack's view in the minibatch's own order; None where it needed none.
         observed: it is for the mining's `observe` to raise an error of these, not for `perturbed`.
         order: [m] int64, which sample of the minibatch each is; None where they are in its own order.
     """
@@ -121,8 +99,14 @@ class Attack:
     independent: bool
     inputs: CheckedRead | None
     faulty: Tensor | None
+    plan: Plan
+    logits: Tensor | None
     observed: bool = False
     order: Tensor | None = None
+
+    def ended(self) -> Attack:
+        """The same with nothing left to be checked, for a further pass and for who asks for x'."""
+        return replace(self, independent=False, inputs=None, faulty=None)
 
     def perturbed(self) -> tuple[Tensor, CheckedRead | None]:
         """x', and a read to be waited for when the device has work again. On the CPU faults are raised here."""
@@ -136,13 +120,19 @@ class Attack:
         return x_adv, None
 
 
-def start(model: nn.Module, x_natural: Tensor, y: Tensor, adversary: Adversary, bullet: BulletTrain | None) -> Attack:
-    """Start the attack on checked arguments. With `bullet` what is wrong with their values is raised here."""
-    x = x_natural.detach()
+def start(
+    model: nn.Module, x: Tensor, y: Tensor, adversary: Adversary, bullet: BulletTrain | None, name: str
+) -> Attack:
+    """Start the attack on checked arguments. With `bullet` what is wrong with their values is raised here.
+
+    Args:
+        name: of x in messages.
+    """
+    x = x.detach()
     threat = adversary.threat
     bounds = threat.lower, threat.upper
     warn_of_units(threat.epsilon, threat.norm, bounds, adversary.step_size, x[0].numel())
-    pixels = faults.pixels_outside(x, *bounds, "x_natural")
+    pixels = faults.pixels_outside(x, *bounds, name)
     x = faults.onto_bounds(x, *bounds)
     model = unwrapped(model)
     if bullet is None:
@@ -168,7 +158,8 @@ def _start_uniform(model: nn.Module, x: Tensor, y: Tensor, adversary: Adversary,
         plan = Plan.uniform(len(x), a.steps, a.step_size, x.device)
         batch = AttackBatch.of(plan, begin, x, target)
         started = start_attack(view, batch, a.threat, a.generator, a.runner)
-    return Attack(x, y.long(), started, a.threat, len(x), independent(view), inputs, batch.faulty)
+    clean = logits if a.inner == "kl" else None
+    return Attack(x, y.long(), started, a.threat, len(x), independent(view), inputs, batch.faulty, plan, clean)
 
 
 def _uniform_start(x: Tensor, adversary: Adversary) -> Tensor:
@@ -225,7 +216,8 @@ def _start_ragged(
             started = start_balanced_attack(view, *how, a.balance, plan.steps_of_ranks, bullet.process_group)
     moving = batch.active[0] if batch.active else 0
     later = x.is_cuda or bullet.process_group is not None
-    return Attack(clean, labels, started, a.threat, moving, independent(view), None, batch.faulty, later, plan.order)
+    found = (started, a.threat, moving, independent(view), None, batch.faulty, plan, logits)
+    return Attack(clean, labels, *found, observed=later, order=plan.order)
 
 
 def _reused(kept: object, x: Tensor, y: Tensor, threat: ThreatModel, bullet: BulletTrain) -> Attack:
@@ -266,103 +258,40 @@ def _one_hot(y: Tensor, like: Tensor) -> Tensor:
 # The update
 
 
-_Clean = TypeVar("_Clean")
-
-
-@dataclass(frozen=True)
-class CleanFirst(ABC, Generic[_Clean]):
-    """An update whose clean forward comes first, and may run beside the attack.
+@dataclass(frozen=True, eq=False)
+class Ran:
+    """An update that has run.
 
     Attributes:
-        corrupted: the number of rows that run a corrupted forward.
-        channels_last: the format of 4-d images.
+        terms: as `Forwards` gives them.
+        x_adv: [m, ...], x', in the attack's order.
+        beside: whether its clean forward ran beside the attack.
     """
 
-    corrupted: int
-    channels_last: bool
-
-    def steady(self, m: int) -> bool:
-        """Whether every batch of m samples has the same shapes throughout."""
-        return self.corrupted == m
-
-    def __call__(
-        self, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, replayable: bool | None = None
-    ) -> tuple[Terms, bool]:
-        """As `Computation` says."""
-        return self.corrupted_half(unwrapped(model), self.clean(model, x, replayable), x, x_adv, y)
-
-    @abstractmethod
-    def clean(self, model: nn.Module, x: Tensor, replayable: bool | None = None) -> _Clean:
-        """The forward of x."""
-
-    @abstractmethod
-    def corrupted_half(
-        self, model: nn.Module, clean: _Clean, x: Tensor, x_adv: Tensor, y: Tensor
-    ) -> tuple[Terms, bool]:
-        """All that follows it."""
-
-    def corrupted_logits(self, model: nn.Module, x_adv: Tensor, clean: Tensor) -> Tensor:
-        """z' [corrupted, K]; like the clean logits where no row is corrupted."""
-        rows = self.corrupted
-        together = any(isinstance(module, nn.SyncBatchNorm) for module in model.modules())
-        if rows == 0 and not together:  # other ranks may have rows, and their norm waits for this one
-            return clean[:0]
-        if rows == 1 and not together and any(isinstance(module, _BatchNorm) for module in model.modules()):
-            rows = min(2, len(x_adv))  # batch norm cannot train on one row: an unperturbed one joins its statistics
-        return logits_of(model, formatted(x_adv[:rows], self.channels_last))[: self.corrupted]
+    terms: Terms
+    x_adv: Tensor
+    beside: bool
 
 
-def formatted(x: Tensor, channels_last: bool) -> Tensor:
-    """4-d images with the channel as the fastest index, if so."""
-    return x.contiguous(memory_format=torch.channels_last) if channels_last and x.dim() == 4 else x
-
-
-def filled_up(adversarial: Tensor, clean: Tensor) -> Tensor:
-    """z' [m, K] of all samples: where a corrupted forward was left out, it is z."""
-    left_out = clean[len(adversarial) :]
-    return torch.cat([adversarial, left_out]) if len(left_out) else adversarial
-
-
-def run(model: nn.Module, attack: Attack, computation: Computation, update: Update | None) -> Terms:
-    """The update's terms, its clean forward beside the attack where that is the same."""
+def run(model: nn.Module, attack: Attack, forwards: Forwards, update: Update | None, cache: GraphCache | None) -> Ran:
+    """Run the update, its clean forward beside the attack where that is the same."""
     with attack.started:
         if attack.inputs is not None:
             attack.inputs.wait()
         with range_(UPDATE), update_modes(model) as modes:
-            beside = attack.started.beside and attack.independent and not (update is not None and update.graphs)
-            if beside and isinstance(computation, CleanFirst) and moves_batch_norm_alone(model):
-                clean = computation.clean(model, attack.x)
+            alone = attack.started.beside and attack.independent and not (update is not None and update.graphs)
+            beside = alone and forwards.clean_first and moves_batch_norm_alone(model)
+            if beside:
+                clean = forwards.clean(model, attack.x)
                 x_adv, late = attack.perturbed()
-                terms, _ = computation.corrupted_half(unwrapped(model), clean, attack.x, x_adv, attack.y)
+                terms, _ = forwards.adversarial_half(unwrapped(model), clean, attack.x, x_adv, attack.y)
             else:
                 x_adv, late = attack.perturbed()
-                terms = run_update(update, model, computation, attack.x, x_adv, attack.y)
+                terms = run_update(update, model, forwards, attack.x, x_adv, attack.y, cache)
             modes.again_in_backward(terms)
     if late is not None:
         late.wait()
-    return terms
-
-
-def corrupted_rows(attack: Attack, bullet: BulletTrain | None, unperturbed: Unperturbed | None) -> int:
-    """How many rows, from the first, run a corrupted forward.
-
-    The default of `unperturbed` is that of N_R and N_O for every policy, whatever counts it gives.
-    """
-    if bullet is None:
-        return len(attack.x)
-    keep = unperturbed == "keep" if unperturbed else (bullet.robust_steps or bullet.outlier_steps)
-    return len(attack.x) if keep else attack.moving
-
-
-def conclude(
-    optimizer: torch.optim.Optimizer | None, bullet: BulletTrain | None, judged: Tensor, attack: Attack
-) -> None:
-    """What follows the forwards: F_R moves by z' of all samples, and the optimizer's gradients are zeroed."""
-    if bullet is not None:
-        bullet.observe(judged, attack.y, order=attack.order, faulty=attack.faulty)
-        bullet.keep(replace(attack, independent=False, inputs=None, faulty=None))
-    if optimizer is not None:
-        optimizer.zero_grad()
+    return Ran(terms, x_adv, beside)
 
 
 # Arguments
@@ -370,70 +299,45 @@ def conclude(
 AS_FLOATS = "of bytes write x.float() / 255"
 
 
-def check(
-    x: Tensor,
-    y: Tensor,
-    optimizer: torch.optim.Optimizer | None,
-    step_size: float,
-    perturb_steps: int,
-    bullet: BulletTrain | None,
-    generator: torch.Generator | None,
-    frozen: Frozen | None,
-    update: Update | None,
-    samples: Tensor | None = None,
-    balance: Balance | None = None,
-) -> None:
-    """Raise TypeError or ValueError, which names the argument, for what the host can see of the objectives' own."""
+def check_batch(x: Tensor, y: Tensor, name: str) -> None:
+    """Raise TypeError or ValueError for images or labels that the host can see to be none; `name` is that of x."""
     if not isinstance(x, Tensor):
-        raise TypeError(
-            f"x_natural must be a tensor of images, got {type(x).__name__}: write torch.as_tensor(x_natural)"
-        )
+        raise TypeError(f"{name} must be a tensor of images, got {type(x).__name__}: write torch.as_tensor({name})")
     if not computable(x):
-        raise TypeError(f"x_natural must be floating-point images, got {kind_of(x)}: {AS_FLOATS}")
+        raise TypeError(f"{name} must be floating-point images, got {kind_of(x)}: {AS_FLOATS}")
     if x.dim() < 2 or x.numel() == 0:
         raise ValueError(
-            f"x_natural must have shape [m, ...] with m >= 1, got {list(x.shape)}: of one image write x[None], and "
+            f"{name} must have shape [m, ...] with m >= 1, got {list(x.shape)}: of one image write x[None], and "
             "leave empty minibatches out"
         )
     check_labels(y, len(x), x.device, "y")
-    if samples is not None:
-        check_labels(samples, len(x), x.device, "samples")
-    positive("step_size", step_size)
+
+
+def check_optimizer(optimizer: object) -> None:
+    """Raise TypeError unless it is an optimizer or None."""
     if optimizer is not None and not hasattr(optimizer, "zero_grad"):
         raise TypeError(
             f"optimizer must be an optimizer or None, got {type(optimizer).__name__}: "
             "give the one of the model's parameters"
         )
-    check_kind("bullet", bullet, BulletTrain, "write bullet=BulletTrain() once, before the loop", optional=True)
+
+
+def check_draws(x: Tensor, indices: Tensor | None, generator: torch.Generator | None, name: str) -> None:
+    """Raise TypeError or ValueError for what decides the random start; `name` is that of the indices."""
+    if indices is not None:
+        check_labels(indices, len(x), x.device, name)
     check_generator(generator, x.device)
-    check_kind("frozen", frozen, Frozen, "write frozen=Frozen()", optional=True)
-    check_kind("update", update, Update, "write update=Update()", optional=True)
-    check_kind("balance", balance, Balance, "write balance=Balance()", optional=True)
-    if balance is not None and (bullet is None or bullet.process_group is None):
+
+
+def checked_balance(balance: object, mining: BulletTrain | None) -> Balance | None:
+    """The balance; TypeError or ValueError unless there are ranks that could share an attack out so."""
+    if balance is None:
+        return None
+    if not isinstance(balance, Balance):
+        raise TypeError(f"balance must be a Balance or None, got {type(balance).__name__}: write balance=Balance()")
+    if mining is None or mining.process_group is None:
         raise ValueError(
             "balance shares an attack out over ranks: it needs bullet=BulletTrain(process_group=...): "
             "give that, or leave balance out"
         )
-    step_count("perturb_steps", perturb_steps, least=1 if bullet is None else 0)
-    if bullet is not None and perturb_steps not in (10, bullet.boundary_steps):
-        raise ValueError(
-            f"perturb_steps is {perturb_steps}, but bullet takes {bullet.boundary_steps} boundary steps: "
-            "leave perturb_steps out or make them equal"
-        )
-
-
-def noise_of(start: Noise | None, default: Noise) -> Noise:
-    """The noise of the option `start`, or ValueError."""
-    check_choice("start", start, ("normal", "uniform", None))
-    return start or default
-
-
-def check_robust_term(beta: float, unperturbed: Unperturbed | None, bullet: BulletTrain | None) -> None:
-    """Raise TypeError or ValueError unless the options of a loss with a robust term fit."""
-    if not (real("beta", beta) >= 0 and math.isfinite(beta)):
-        raise ValueError(f"beta must be a finite number of at least 0, got {beta}: write beta=6.0")
-    check_choice("unperturbed", unperturbed, ("keep", "skip", None))
-    if unperturbed is not None and bullet is None:
-        raise ValueError(
-            "unperturbed is an option of BulletTrain: it needs bullet=: give that, or leave unperturbed out"
-        )
+    return balance

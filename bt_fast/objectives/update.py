@@ -25,6 +25,7 @@ from bt_fast.attack import device
 from bt_fast.attack.device import RandomStates
 from bt_fast.attack.folded import hooked
 from bt_fast.attack.frozen import plain_values, uncached
+from bt_fast.attack.graph_cache import GraphCache
 from bt_fast.warning import warn_caller
 
 MOST_CAPTURED = 8  # of one model: each keeps gradients of the model's size
@@ -66,8 +67,12 @@ class Update:
                 raise TypeError(f"{name} must be True or False, got {value!r}: write Update({name}=True)")
 
 
-class Computation(Hashable, Protocol):
-    """An objective's update: equal to another where it computes the same."""
+class Computation(Protocol):
+    """An objective's update."""
+
+    @property
+    def identity(self) -> Hashable:
+        """Equal to another's where both compute the same."""
 
     def steady(self, m: int) -> bool:
         """Whether every batch of m samples has the same shapes throughout."""
@@ -79,12 +84,23 @@ class Computation(Hashable, Protocol):
 
 
 def run_update(
-    update: Update | None, model: nn.Module, computation: Computation, x: Tensor, x_adv: Tensor, y: Tensor
+    update: Update | None,
+    model: nn.Module,
+    computation: Computation,
+    x: Tensor,
+    x_adv: Tensor,
+    y: Tensor,
+    cache: GraphCache | None = None,
 ) -> Terms:
-    """The computation's terms."""
+    """The computation's terms.
+
+    Args:
+        cache: where captured updates are kept; without it in one for all callers.
+    """
     if update is None or not update.graphs:
         return computation(model, x, x_adv, y)[0]
-    return _graphs.setdefault(model, _Graphs())(model, computation, x, x_adv, y)
+    kept = _graphs if cache is None else cache.updates
+    return cast(_Graphs, kept.setdefault(model, _Graphs()))(model, computation, x, x_adv, y)
 
 
 @dataclass(eq=False)
@@ -109,7 +125,7 @@ class _Key:
     def of(cls, model: nn.Module, computation: Computation, *given: Tensor) -> _Key:
         kind = given[0].device.type
         return cls(
-            computation=computation,
+            computation=computation.identity,
             given=tuple((t.shape, t.stride(), t.dtype, t.device) for t in given),
             autocast=(torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)),
             values=plain_values(model),
@@ -149,6 +165,13 @@ class _Graphs:
                 self._say(self._failed)
                 return _eagerly(model, computation, x, x_adv, y)[0]
         return self._replay(key, model, x, x_adv, y)
+
+    def explain(self) -> str:
+        """How the updates run, in words."""
+        if reason := self._failed or ", ".join(sorted(self._said)):
+            return f"eagerly, since {reason}"
+        captured = len(self._captured)
+        return f"from CUDA graphs, {captured} captured" if captured else "eagerly, until the same shapes come again"
 
     def _awaited(self) -> str | None:
         replay = self._latest()
@@ -369,6 +392,12 @@ class _Replayed(torch.autograd.Function):
         copies = [None if g is None else torch.empty_like(p) for p, g in zip(parameters, gradients, strict=True)]
         torch._foreach_copy_([c for c in copies if c is not None], [g for g in gradients if g is not None])
         return (None, None, None, None, None, *copies)
+
+
+def explain_graphs(model: nn.Module, cache: GraphCache | None) -> str:
+    """How a model's updates run with graphs, in words."""
+    kept = (_graphs if cache is None else cache.updates).get(model)
+    return "eagerly" if kept is None else cast(_Graphs, kept).explain()
 
 
 def _eagerly(model: nn.Module, computation: Computation, x: Tensor, x_adv: Tensor, y: Tensor) -> tuple[Terms, bool]:

@@ -1,6 +1,7 @@
 """The runner that tries: it keeps the fastest, leaves no trace of the trying, and says why."""
 
 import copy
+import itertools
 from unittest import mock
 
 import pytest
@@ -8,7 +9,7 @@ import small_models
 import torch
 from emulated_device import EmulatedDevice
 
-from bt_fast import RUNNERS, AutoRunner, BulletTrain, Plan, ThreatModel, trades_loss
+from bt_fast import RUNNERS, AutoRunner, BulletTrain, GraphRunner, Plan, StreamRunner, ThreatModel, trades_loss
 from bt_fast.attack import auto
 from bt_fast.attack.batch import AttackBatch
 from bt_fast.attack.runners import run_eager
@@ -73,6 +74,15 @@ def test_without_candidates_of_one_s_own_graphs_and_streams_are_tried():
     runner = AutoRunner()
     assert torch.equal(attack(runner, model), attack(run_eager, model))
     assert all(name in runner.reasons[0] for name in ("eager", "graphs", "streams"))
+
+
+def test_what_was_not_chosen_keeps_no_graphs():
+    model, graphs, streams = small_models.conv_bn().double().eval(), GraphRunner(), StreamRunner()
+    clock = itertools.count()  # in which the first candidate, measured first, is as fast as any
+    with mock.patch.object(auto, "now", side_effect=lambda x: next(clock)):
+        attack(AutoRunner({"eager": run_eager, "graphs": graphs, "streams": streams}), model)
+    assert graphs.explain(model) == "eagerly, until a size comes again"
+    assert not any(chain._sessions.get(model) for chain in streams._chains)
 
 
 def test_on_the_cpu_it_runs_eagerly_and_says_so():

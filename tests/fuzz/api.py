@@ -1,6 +1,7 @@
 """Targets: every public entry point."""
 
 import copy
+import dataclasses
 import functools
 import math
 
@@ -10,9 +11,11 @@ from torch import nn
 
 import bt_fast
 from bt_fast import (
+    PGD,
     Balance,
     BulletTrain,
     Costs,
+    Engine,
     Frozen,
     Guard,
     Normalization,
@@ -217,8 +220,27 @@ def objective_options(draw, x, *names):
         "samples": lambda: draw(mostly(st.none(), labels_of(count_of(x), 2**32), 3)),
         "normalization": lambda: draw(mostly(st.sampled_from([None, None, Normalization([0.0], [1.0])]))),
         "balance": lambda: draw(mostly(st.none(), st.one_of(st.just(Balance()), ANYTHING))),
+        "attack": lambda: draw(mostly(attacks())),
+        "mining": lambda: draw(mostly(st.one_of(st.none(), bullets()))),
+        "engine": lambda: draw(mostly(st.sampled_from(["exact", "fast", "bf16", Engine(channels_last=True)]))),
+        "indices": lambda: draw(mostly(st.none(), labels_of(count_of(x), 2**32), 3)),
     }
-    return {name: drawn[name]() for name in names if draw(st.integers(0, 3)) or name == "optimizer"}
+    needed = ("optimizer", "attack")
+    return {name: drawn[name]() for name in names if draw(st.integers(0, 3)) or name in needed}
+
+
+@st.composite
+def attacks(draw):
+    """A `PGD`, whose own arguments are another target's."""
+    return PGD(
+        draw(POSITIVE),
+        draw(POSITIVE),
+        draw(st.integers(1, 4)),
+        draw(st.sampled_from(["linf", "l2"])),
+        start=draw(st.sampled_from([None, "normal", "uniform"])),
+        inner=draw(st.sampled_from([None, "kl", "cross_entropy"])),
+        normalization=draw(st.sampled_from([None, None, Normalization([0.0], [1.0])])),
+    )
 
 
 def objective_case(draw, function, names, fixed=None, images_name="x_natural"):
@@ -228,9 +250,11 @@ def objective_case(draw, function, names, fixed=None, images_name="x_natural"):
     x = images(draw, name=name)
     y = draw(labels_of(count_of(x), CLASSES))
     options = objective_options(draw, x, *names)
-    bullet = options.get("bullet")
+    bullet = options.get("bullet", options.get("mining"))
     if isinstance(bullet, BulletTrain) and draw(st.integers(0, 9)):
         options.pop("perturb_steps", None)
+    if isinstance(bullet, BulletTrain) and isinstance(options.get("attack"), PGD) and draw(st.integers(0, 9)):
+        options["attack"] = dataclasses.replace(options["attack"], steps=max(bullet.boundary_steps, 1))
     model.train(draw(st.booleans()))
     called = draw(mostly(st.just(model), share=100))
     arguments = {"model": called, images_name: x, "y": y, **options, **(fixed(draw) if fixed else {})}
@@ -280,6 +304,76 @@ def mart_loss(draw):
 @st.composite
 def pgd_loss(draw):
     return objective_case(draw, bt_fast.pgd_loss, OF_PGD)
+
+
+def as_module(model, x, y, attack, kind, indices=None, generator=None, **of_loss):
+    return kind(attack, **of_loss)(model, x, y, indices, generator=generator)
+
+
+@target
+@st.composite
+def criterion(draw):
+    kind = draw(st.sampled_from([bt_fast.TRADESLoss, bt_fast.MARTLoss, bt_fast.PGDLoss]))
+    names = ("attack", "mining", "engine", "indices", "generator")
+    names += () if kind is bt_fast.PGDLoss else ("beta",)
+    return objective_case(draw, as_module, names, lambda _: {"kind": kind}, "x")
+
+
+@target
+@st.composite
+def perturbed(draw):
+    name = draw(MODELS)
+    model = model_of(name)[0]
+    x = images(draw, name=name)
+    y = draw(labels_of(count_of(x), CLASSES))
+    options = objective_options(draw, x, "attack", "mining", "engine", "indices", "generator")
+    mining = options.get("mining")
+    model.train(draw(st.booleans()))
+
+    def check(found):
+        attack = options["attack"]
+        expect(found.shape == x.shape and found.dtype == x.dtype, "another shape or dtype")
+        expect(not found.requires_grad and bool(found.isfinite().all()), "a gradient, or no finite pixels")
+        moved = (found - x).flatten(1).abs()
+        reach = moved.amax() if attack.norm == "linf" else moved.norm(dim=1).amax()
+        room = attack.epsilon * (1 + 1e-4) + (
+            0.01 if attack.start != "uniform" else 1e-5
+        )  # a normal start is not bounded
+        expect(float(reach) <= attack.epsilon * (1 + 1e-4) + room, "it left the ball")
+
+    words = ("model", "the model's", "labels", "tensors", "channel")
+    return call(
+        bt_fast.perturb,
+        {"model": draw(mostly(st.just(model), share=100)), "x": x, "y": y, **options},
+        check=check,
+        state=lambda: state_of(model, mining),
+        reset=lambda: put_back(name),
+        names=words,
+    )
+
+
+@target
+@st.composite
+def pgd(draw):
+    arguments = {"epsilon": draw(SIZES), "step_size": draw(SIZES), "steps": draw(STEPS)}
+    more = {
+        "norm": mostly(st.sampled_from(["linf", "l2"])),
+        "start": mostly(st.sampled_from([None, "normal", "uniform"])),
+        "inner": mostly(st.sampled_from([None, "kl", "cross_entropy"])),
+        "bounds": mostly(st.sampled_from([(0, 1), (-1.0, 1.0), (1, 0), [0, 255]])),
+        "normalization": mostly(st.sampled_from([None, Normalization([0.0], [1.0])])),
+    }
+    arguments |= {name: draw(values) for name, values in more.items() if draw(st.booleans())}
+    return call(PGD, arguments, check=lambda a: expect(a.threat.lower < a.threat.upper, "bounds"))
+
+
+@target
+@st.composite
+def engine(draw):
+    switches = ("fold", "channels_last", "graphs", "streams", "compile")
+    arguments = {name: draw(mostly(st.booleans())) for name in switches if draw(st.booleans())}
+    arguments |= {"precision": draw(mostly(st.sampled_from([None, "bf16"])))} if draw(st.booleans()) else {}
+    return call(Engine, arguments, check=lambda e: expect(Engine.of(e) is e, "another engine"))
 
 
 @target
@@ -499,13 +593,14 @@ def evaluation(draw):
     arguments = {
         "model": draw(mostly(st.just(model))),
         "batches": batches,
-        "threat": draw(mostly(threats())),
-        "steps": draw(STEPS),
+        "attack": draw(mostly(st.one_of(threats(), st.builds(PGD, POSITIVE, POSITIVE, st.integers(1, 3))))),
         "restarts": draw(mostly(st.integers(1, 2))),
         "loss": draw(mostly(st.sampled_from(["ce", "margin"]))),
         "generator": draw(generators()),
         "frozen": draw(mostly(st.sampled_from([None, None, Frozen(), Frozen(autocast=torch.float16)]))),
-    } | ({"step_size": draw(SIZES)} if draw(st.booleans()) else {})
+    }
+    if isinstance(arguments["attack"], ThreatModel):
+        arguments |= {"steps": draw(STEPS)} | ({"step_size": draw(SIZES)} if draw(st.booleans()) else {})
     if absurd(arguments["restarts"]):
         arguments["restarts"] = 1
 

@@ -17,6 +17,7 @@ from bt_fast.__main__ import main
 from bt_fast.lab import cli as cli_module
 from bt_fast.lab.checkpoint import load_checkpoint
 from bt_fast.lab.cli import cli
+from bt_fast.lab.methods import COMPARED
 from bt_fast.lab.models import build_model
 
 SMALL = [
@@ -69,16 +70,18 @@ def compared(data, tmp_path_factory):
 def test_compare_prints_one_row_for_each_method_with_accuracies_fractions_and_speedups(compared):
     _, output = compared
     assert re.search(r"TRADES, authors'\s+[\d.]+%\s+[\d.]+%\s+1/0/0\s+1\.00x\s+18\.0F\s+1\.00x\s+\d+ s", output)
-    assert re.search(r"TRADES, ours\s+[\d.]+%\s+[\d.]+%\s+1/0/0\s+1\.00x\s+16\.0F\s+[\d.]+x\s+\d+ s", output)
-    assert re.search(r"\+ BulletTrain\s+[\d.]+%\s+[\d.]+%\s+[\d.]+/[\d.]+/[\d.]+\s+[\d.]+x\s+[\d.]+F\s+[\d.]+x", output)
+    assert re.search(r"TRADES, ours, exact\s+[\d.]+%\s+[\d.]+%\s+1/0/0\s+1\.00x\s+16\.0F\s+[\d.]+x\s+\d+ s", output)
+    assert re.search(r"\+ BT, exact\s+[\d.]+%\s+[\d.]+%\s+[\d.]+/[\d.]+/[\d.]+\s+[\d.]+x\s+[\d.]+F\s+[\d.]+x", output)
+    assert re.search(r"\+ BT, fast\s+[\d.]+%\s+[\d.]+%\s+[\d.]+/[\d.]+/[\d.]+\s+[\d.]+x\s+[\d.]+F\s+[\d.]+x", output)
+    assert "bullet-fast: TRADESLoss, engine 'fast', on cpu; folded view: yes" in output
 
 
 def test_compare_writes_a_run_folder(compared):
     folder, _ = compared
     summary = json.loads((folder / "summary.json").read_text())
-    assert set(summary["methods"]) == {"reference", "optimised", "bullet"}
-    assert summary["methods"]["bullet"]["speedup"].keys() == {"reference", "optimised"}
-    assert sum(summary["methods"]["bullet"]["fractions"].values()) == pytest.approx(1)
+    assert set(summary["methods"]) == set(COMPARED)
+    assert summary["methods"]["bullet-fast"]["speedup"].keys() == set(COMPARED) - {"bullet-fast"}
+    assert sum(summary["methods"]["bullet-fast"]["fractions"].values()) == pytest.approx(1)
     for entry in summary["methods"].values():
         assert 0 < entry["iteration_seconds"] < entry["seconds"]
     assert {"torch", "python", "processor", "device"} <= summary["machine"].keys()
@@ -93,13 +96,13 @@ def test_evaluate_reads_every_model_of_a_comparison(compared):
     folder, _ = compared
     result = bt_fast("evaluate", folder / "checkpoint.pt", "--steps", "2", "--restarts", "2")
     assert result.exit_code == 0, result.output
-    for method in ("reference", "optimised", "bullet"):
+    for method in COMPARED:
         line = rf"{method}: clean [\d.]+ %, robust [\d.]+ % \(PGD-2 x 2, l_inf, eps = 0.2, 16 images\)"
         assert re.search(line, result.output)
 
 
 def test_evaluate_ascends_the_loss_that_is_asked_for(compared):
-    arguments = ("evaluate", compared[0] / "checkpoint.pt", "--method", "bullet", "--steps", "2")
+    arguments = ("evaluate", compared[0] / "checkpoint.pt", "--method", "bullet-fast", "--steps", "2")
     result = bt_fast(*arguments, "--loss", "margin")
     assert result.exit_code == 0, result.output
     assert "(PGD-2 x 1, l_inf, margin loss, eps = 0.2, 16 images)" in result.output
@@ -107,14 +110,14 @@ def test_evaluate_ascends_the_loss_that_is_asked_for(compared):
 
 
 def test_evaluate_shows_how_many_images_are_decided(compared):
-    result = bt_fast("evaluate", compared[0] / "checkpoint.pt", "--method", "bullet", "--steps", "2")
+    result = bt_fast("evaluate", compared[0] / "checkpoint.pt", "--method", "bullet-fast", "--steps", "2")
     assert "16/16" in result.output
 
 
 def test_evaluate_agrees_with_the_summary(compared):
     folder, _ = compared
-    summary = json.loads((folder / "summary.json").read_text())["methods"]["bullet"]
-    result = bt_fast("evaluate", folder / "checkpoint.pt", "--method", "bullet", "--steps", "2")
+    summary = json.loads((folder / "summary.json").read_text())["methods"]["bullet-fast"]
+    result = bt_fast("evaluate", folder / "checkpoint.pt", "--method", "bullet-fast", "--steps", "2")
     clean, robust = map(float, re.search(r"clean ([\d.]+) %, robust ([\d.]+) %", result.output).groups())
     assert (clean, robust) == pytest.approx((100 * summary["clean"], 100 * summary["robust"]), abs=0.01)
 
@@ -149,7 +152,7 @@ def test_compare_takes_the_methods_that_it_is_told(data, tmp_path):
 
 @pytest.mark.parametrize(
     ("loss", "first", "second", "passes"),
-    [("mart", "MART, authors'", "MART, ours", "12"), ("pgd", "PGD, plain", "PGD, ours", "9")],
+    [("mart", "MART, authors'", "MART, ours, exact", "12"), ("pgd", "PGD, plain", "PGD, ours, exact", "9")],
 )
 def test_compare_takes_another_objective(data, tmp_path, loss, first, second, passes):
     result = bt_fast("compare", "--loss", loss, "--data", data, "--out", tmp_path / "run", *SMALL)
@@ -158,9 +161,28 @@ def test_compare_takes_another_objective(data, tmp_path, loss, first, second, pa
         assert re.search(rf"{label}\s+[\d.]+%\s+[\d.]+%\s+1/0/0\s+1\.00x\s+{passes}\.0F\s+[\d.]+x", result.output)
     assert "TRADES" not in result.output
     methods = json.loads((tmp_path / "run" / "summary.json").read_text())["methods"]
-    boundary, robust = (methods["bullet"]["fractions"][group] for group in ("boundary", "robust"))
+    boundary, robust = (methods["bullet-fast"]["fractions"][group] for group in ("boundary", "robust"))
     expected = 1 + 2 * (3 * boundary + 2 * robust) + (6 if loss == "mart" else 3)
-    assert methods["bullet"]["forward_passes"] == pytest.approx(expected)
+    assert methods["bullet-fast"]["forward_passes"] == pytest.approx(expected)
+
+
+def test_the_engine_is_an_option_of_every_command_that_runs_one(compared, data, tmp_path):
+    options = ["--data", data, *SMALL]
+    assert bt_fast("train", "--engine", "fast,graphs=off", "--out", tmp_path / "a", *options).exit_code == 0
+    assert load_checkpoint(tmp_path / "a" / "checkpoint.pt")[0].engine == "fast,graphs=off"
+    result = bt_fast("compare", "--engine", "bf16", "--out", tmp_path / "b", *options)
+    assert "bullet: TRADESLoss, engine 'bf16', on cpu" in result.output
+    assert "precision: torch.bfloat16, under autocast" in result.output
+    methods = json.loads((tmp_path / "b" / "summary.json").read_text())["methods"]
+    assert list(methods) == ["reference", "optimised-exact", "bullet-exact", "bullet"]
+    for engine in ("exact", "fast"):
+        found = bt_fast("evaluate", compared[0] / "checkpoint.pt", "--engine", engine, "--steps", "1")
+        assert found.exit_code == 0, found.output
+    assert "own precision" in one_line(bt_fast("evaluate", compared[0] / "checkpoint.pt", "--engine", "bf16"))
+    for command in ("train", "compare", "profile"):
+        error = one_line(bt_fast(command, "--engine", "quick", *options))
+        assert "--engine: engine must be one of exact, fast, bf16, got 'quick'" in error
+    assert "--engine: engine must be" in one_line(bt_fast("study", "fig2", "--engine", "quick"))
 
 
 def test_train_trains_one_method_with_bullettrain_as_the_default(data, tmp_path):
@@ -394,4 +416,8 @@ def test_augmix_is_compared_without_its_divergence_and_with_bullettrain(data, tm
     assert summary["bullet"]["theoretical_speedup"] == pytest.approx(3 / (1 + 2 * boundary))
     assert all(entry["robust"] is None for entry in summary.values())
     bt_fast("compare", "--loss", "augmix", "--data", data, "--out", tmp_path / "default", *SMALL)
-    assert set(json.loads((tmp_path / "default" / "summary.json").read_text())["methods"]) == {"optimised", "bullet"}
+    assert set(json.loads((tmp_path / "default" / "summary.json").read_text())["methods"]) == {
+        "optimised-exact",
+        "bullet-exact",
+        "bullet-fast",
+    }

@@ -459,12 +459,12 @@ def test_a_runner_that_is_wrong_or_falls_back_fails(kind, name):
         if kind == "wrong":
             batch.x_adv.copy_(batch.clean)
 
-    check = dataclasses.replace(step(name), graphs=False, options=lambda: {"runner": runner})
+    check = dataclasses.replace(step(name), graphs=False, runner=lambda: runner)
     found = only(doctor.training_steps([check], CPU))
     assert found.status == "FAILED"
     words = {"wrong": "differs by up to", "raises": "ValueError: no stream", "falls back": "without graphs: no memory"}
     assert words[kind] in found.text
-    assert 'to go on without graphs: runner="eager", and no update=Update(graphs=True)' in doctor.lines([found])
+    assert 'to go on without graphs: engine="exact", or --engine fast,graphs=off,streams=off' in doctor.lines([found])
 
 
 def test_a_step_in_float32_is_compared_without_tf32():

@@ -158,7 +158,7 @@ class Element:
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("reported")
     other = summary(config=CONFIG | {"seed": 1, "epsilon": 0.1})
-    other["methods"]["bullet-frozen"] = bullet(1.8)  # slower than bullet: time added
+    other["methods"]["bullet-fast"] = bullet(1.8)  # slower than bullet: time added
     lines = [*records(), of_corruptions("optimised"), of_corruptions("bullet", fog=[0.2] * 5)]
     return [write_run(root / "one"), write_run(root / "two", other, lines)]
 
@@ -281,7 +281,7 @@ def test_series_differ_in_shape_as_well_as_in_colour():
 
 def test_a_method_looks_the_same_in_every_run(folders):
     styles = styles_of(load_runs(folders[::-1]))
-    assert list(styles) == ["reference", "optimised", "bullet", "bullet-frozen"]
+    assert list(styles) == ["reference", "optimised", "bullet", "bullet-fast"]
 
 
 # What it says
@@ -469,7 +469,7 @@ def test_many_methods_are_all_in_the_tables_and_the_rest_of_the_charts_is_named(
 
 def test_each_optimisation_is_a_stage_with_its_time_and_its_limits(folders):
     found = stages(load_runs(folders)[1].results)
-    assert [s.step for s in found] == ["", "our code", "BulletTrain", "frozen view"]
+    assert [s.step for s in found] == ["", "our code", "BulletTrain", "fast engine"]
     assert [s.time for s in found] == pytest.approx([1.0, 0.8, 0.5, 1 / 1.8])
     assert [s.equation_7 for s in found] == pytest.approx([1.0, 1.0, 1 / 2.1, 1 / 2.1])
     assert [s.forward_passes for s in found] == pytest.approx([1.0, 30 / 39, 15.4 / 39, 15.4 / 39])
@@ -488,7 +488,7 @@ def results_of(tmp_path, **methods):
 def test_optimisations_that_a_run_does_not_tell_apart_share_a_stage(tmp_path):
     methods = {"reference": entry(), "bullet-bf16": bullet(3.0)}
     _, last = stages(results_of(tmp_path, **methods))
-    assert last.step == "our code + BulletTrain + frozen view + 16 bits"
+    assert last.step == "our code + BulletTrain + fast engine + 16 bits"
 
 
 def test_a_method_with_options_of_its_own_is_no_stage(tmp_path):
@@ -498,10 +498,10 @@ def test_a_method_with_options_of_its_own_is_no_stage(tmp_path):
 
 
 def test_without_bullettrain_the_views_of_ours_are_the_stages(tmp_path):
-    faster = {"optimised-frozen": entry(speedup={"reference": 1.5}), "optimised": entry(speedup={"reference": 1.2})}
+    faster = {"optimised-fast": entry(speedup={"reference": 1.5}), "optimised": entry(speedup={"reference": 1.2})}
     assert [s.step for s in stages(results_of(tmp_path, reference=entry(), **faster))][1:] == [
         "our code",
-        "frozen view",
+        "fast engine",
     ]
 
 
@@ -586,7 +586,7 @@ def test_a_folder_of_runs_is_all_of_them(tmp_path):
 
 
 def test_a_run_of_this_version_is_reported_whole(tmp_path):
-    methods = ("reference", "optimised", "bullet", "bullet-frozen")
+    methods = ("reference", "optimised", "bullet", "bullet-fast")
     config = dataclasses.replace(test_training.CONFIG, methods=methods, epochs=1, batch_size=4, decay_epochs=())
     run = test_training.run_to_the_end(tmp_path / "run", config)
     report.summarise(run, lambda _: None)

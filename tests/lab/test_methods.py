@@ -11,20 +11,23 @@ DIGITS = PRESETS["digits"]
 
 
 @pytest.mark.parametrize(
-    ("name", "algorithm", "view", "numbers", "changes"),
+    ("name", "algorithm", "engine", "numbers", "changes"),
     [
         ("reference", "reference", "", (), {}),
         ("optimised-bf16", "optimised", "bf16", (), {}),
-        ("bullet-frozen,robust-steps=0", "bullet", "frozen", (), {"robust_steps": 0}),
+        ("bullet-fast,robust-steps=0", "bullet", "fast", (), {"robust_steps": 0}),
         ("bullet,gamma=0.7,policy=gaussian", "bullet", "", (), {"gamma": 0.7, "policy": "gaussian"}),
+        ("bullet-frozen", "bullet", "fast", (), {}),  # its name in the first version
+        ("optimised-exact", "optimised", "exact", (), {}),
+        ("no-jsd-bf16", "no-jsd", "bf16", (), {}),
         ("fast", "fast", "", (1,), {}),
-        ("fast-3-frozen,step-size=0.1", "fast", "frozen", (3,), {"step_size": 0.1}),
+        ("fast-3-fast,step-size=0.1", "fast", "fast", (3,), {"step_size": 0.1}),
         ("yopo-2-5,beta=1", "yopo", "", (2, 5), {"beta": 1.0}),
         ("no-jsd", "no-jsd", "", (), {}),
     ],
 )
-def test_a_name_says_algorithm_view_and_options(name, algorithm, view, numbers, changes):
-    assert Method.parse(name) == Method(name, algorithm, view, numbers, changes)
+def test_a_name_says_algorithm_engine_and_options(name, algorithm, engine, numbers, changes):
+    assert Method.parse(name) == Method(name, algorithm, engine, numbers, changes)
 
 
 @pytest.mark.parametrize(
@@ -37,8 +40,8 @@ def test_a_name_says_algorithm_view_and_options(name, algorithm, view, numbers, 
         ("bullet-fp8", "no such method"),
         ("fast-0", "counts must be at least 1"),
         ("yopo-5-0", "counts must be at least 1"),
-        ("reference-frozen", "reference has no attack that could see another view"),
-        ("yopo-2-5-bf16", "yopo has no attack that could see another view"),
+        ("reference-frozen", "reference runs as it was written, on no engine; leave -frozen away"),
+        ("yopo-2-5-bf16", "yopo runs as it was written, on no engine; leave -bf16 away"),
         ("bullet,robust-steps", "expected NAME=VALUE with a name of step-size"),
         ("bullet,epsilon=0.1", "expected NAME=VALUE"),
         ("bullet,robust-steps=two", "robust-steps must be an integer, got 'two'"),
@@ -67,7 +70,6 @@ def test_a_methods_options_replace_those_of_the_run_for_it_alone():
     ("loss", "method", "message"),
     [
         ("augmix", "reference", "augmix has optimised, bullet, no-jsd"),
-        ("augmix", "bullet-frozen", "augmix has no attack that could see another view"),
         ("trades", "no-jsd", "trades has reference, optimised, bullet, fast, yopo"),
     ],
 )
@@ -84,6 +86,7 @@ def test_a_method_that_the_objective_has_not_is_refused(loss, method, message):
         ({"policy": "all"}, "policy in the run configuration must be one of three_groups"),
         ({"methods": ("bullet", "bullet")}, "methods must be at least one, each once"),
         ({"methods": ()}, "methods must be at least one"),
+        ({"engine": "quick"}, "engine must be one of exact, fast, bf16, got 'quick'"),
     ],
 )
 def test_a_choice_that_there_is_not_is_refused(changed, message):
@@ -97,14 +100,19 @@ def test_a_configuration_from_before_the_policies_means_what_it_meant():
     assert RunConfig.from_json(json.dumps(old)) == DIGITS
 
 
+def test_a_configuration_from_before_the_engines_ran_exactly():
+    fields = {name: value for name, value in dataclasses.asdict(DIGITS).items() if name != "engine"}
+    assert RunConfig.from_json(json.dumps(fields)) == dataclasses.replace(DIGITS, engine="exact")
+
+
 @pytest.mark.parametrize(
     ("loss", "method", "name"),
     [
         ("trades", "reference", "TRADES, authors'"),
         ("pgd", "reference", "PGD, plain"),
-        ("mart", "optimised-frozen", "MART, ours, frozen"),
+        ("mart", "optimised-fast", "MART, ours, fast"),
         ("trades", "bullet", "+ BulletTrain"),
-        ("trades", "bullet-frozen,robust-steps=0", "+ BT, frozen, N_R=0"),
+        ("trades", "bullet-fast,robust-steps=0", "+ BT, fast, N_R=0"),
         ("trades", "fast", "+ FAST"),
         ("trades", "fast-3", "+ FAST-3"),
         ("trades", "yopo-2-5,beta=1", "+ YOPO-2-5, β=1"),

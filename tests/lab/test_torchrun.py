@@ -114,7 +114,7 @@ def assert_same_run(folder, expected, atol=1e-5):
 
 
 def test_terminated_on_two_ranks_and_resumed_on_four_a_run_ends_as_that_of_one_process(tmp_path):
-    methods, whole, run = ["--method=bullet", "--method=optimised-frozen"], tmp_path / "whole", tmp_path / "run"
+    methods, whole, run = ["--method=bullet", "--method=optimised-fast"], tmp_path / "whole", tmp_path / "run"
     with mock.patch.object(models.SmallCNN, "__init__", partialmethod(models.SmallCNN.__init__, dropout=0.0)):
         done = CliRunner().invoke(cli.cli, ["compare", *methods, *SMALL, "--augment", "--out", str(whole)])
     assert done.exit_code == 0, done.output
@@ -181,7 +181,7 @@ def trained(folder, config, balance=None):
 # what draws for the whole minibatch, dropout too, is the same without BulletTrain
 DRAWING = {
     "trades": ("reference", "optimised", "fast,grad-align=0.2"),
-    "pgd": ("reference", "optimised-frozen"),
+    "pgd": ("reference", "optimised-fast"),
     "augmix": ("optimised", "no-jsd"),
 }
 
@@ -197,7 +197,7 @@ def test_methods_without_bullet_train_draw_as_one_process(loss, tmp_path):
 
 
 def test_ranks_of_which_some_have_no_image_to_evaluate_train_with_uneven_shares(tmp_path):
-    config = dataclasses.replace(CONFIG, methods=("bullet-frozen,robust-steps=0",), curve_size=2)
+    config = dataclasses.replace(CONFIG, methods=("bullet-fast,robust-steps=0",), curve_size=2)
     with mock.patch.object(models.SmallCNN, "__init__", partialmethod(models.SmallCNN.__init__, dropout=0.0)):
         to_the_end(tmp_path / "one", config)
     run_ranks(3, without_dropout, tmp_path / "three", config)

@@ -5,14 +5,14 @@ import math
 import pytest
 import torch
 
-from bt_fast import Frozen
+from bt_fast import Engine
 from bt_fast.lab.checkpoint import load_checkpoint, save_checkpoint
 from bt_fast.lab.config import PRESETS, RunConfig
 from bt_fast.lab.data import ImageDataset
 from bt_fast.lab.training import Run, median_speedup
 
 CPU = torch.device("cpu")
-METHODS = ("reference", "optimised", "bullet", "optimised-frozen", "optimised-bf16", "bullet-frozen", "bullet-bf16")
+METHODS = ("reference", "optimised", "bullet", "optimised-fast", "optimised-bf16", "bullet-fast", "bullet-bf16")
 
 
 def blobs(train=40, test=12):
@@ -28,6 +28,7 @@ def blobs(train=40, test=12):
 CONFIG = dataclasses.replace(
     PRESETS["digits"],
     methods=METHODS,
+    engine="exact",
     data="blobs",
     width=2,
     epochs=2,
@@ -110,7 +111,7 @@ def test_the_fractions_recorded_are_the_shares_of_each_group(tmp_path):
 
 def test_after_each_epoch_the_steps_of_each_sample_are_recorded(finished):
     found = [r for r in finished.records() if r["kind"] == "allocation"]
-    assert [r["method"] for r in found] == ["bullet", "bullet-frozen", "bullet-bf16"] * 2
+    assert [r["method"] for r in found] == ["bullet", "bullet-fast", "bullet-bf16"] * 2
     for record in found:
         assert len(record["svar"]) == len(record["steps"]) == 40 % 16
         for svar, steps in zip(record["svar"], record["steps"], strict=True):
@@ -123,16 +124,22 @@ def test_an_oracles_steps_are_not_recorded_for_they_take_an_attack(tmp_path):
     assert [r["method"] for r in run.records() if r["kind"] == "allocation"] == ["bullet"]
 
 
-def test_each_method_attacks_on_the_view_that_its_name_says(finished):
-    views = {c.method: c._frozen for c in finished.contestants}
-    for objective in ("optimised", "bullet"):
-        assert views[objective] is None
-        assert views[f"{objective}-frozen"] == Frozen()
-        assert views[f"{objective}-bf16"] == Frozen(autocast=torch.bfloat16)
+def test_each_method_runs_on_the_engine_that_its_name_or_the_run_says(finished):
+    engines = {c.method: c.criterion.engine.name for c in finished.contestants if c.criterion is not None}
+    assert engines == {
+        **{name: "exact" for name in ("optimised", "bullet")},
+        **{f"{name}-{engine}": engine for name in ("optimised", "bullet") for engine in ("fast", "bf16")},
+    }
 
 
-def test_a_frozen_view_moves_the_weights_by_rounding_only(finished):
-    for objective, view, most in (("optimised", "frozen", 1e-3), ("bullet", "frozen", 1e-3), ("bullet", "bf16", 0.05)):
+def test_a_runs_engine_has_options(tmp_path):
+    config = dataclasses.replace(CONFIG, methods=("bullet", "bullet-exact"), engine="exact,fold=on", epochs=1)
+    run = run_to_the_end(tmp_path / "run", config)
+    assert [c.engine for c in run.contestants] == [Engine(fold=True), Engine()]
+
+
+def test_the_fast_engine_moves_the_weights_by_rounding_only(finished):
+    for objective, view, most in (("optimised", "fast", 1e-3), ("bullet", "fast", 1e-3), ("bullet", "bf16", 0.05)):
         for name, exact in weights(finished)[objective].items():
             found = weights(finished)[f"{objective}-{view}"][name]
             torch.testing.assert_close(found, exact, rtol=0, atol=most)

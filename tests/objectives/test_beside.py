@@ -14,10 +14,10 @@ from planted import Bug, left_out, planted
 from pretended_device import DEVICE, pretended_device
 from torch import nn
 
-from bt_fast import AutoRunner, BulletTrain, Frozen, GraphRunner, Oracle, Plan, StreamRunner, ThreatModel
+from bt_fast import PGD, AutoRunner, BulletTrain, Frozen, GraphRunner, Oracle, Plan, StreamRunner, ThreatModel
 from bt_fast.attack import folded
 from bt_fast.attack.runners import run_eager
-from bt_fast.objectives import adversarial, mart, pgd, trades
+from bt_fast.objectives import adversarial, drop_in, forwards, loss, mart, perturb, pgd, trades
 
 generate = importlib.import_module("bt_fast.attack.generate")
 BULLETS = {
@@ -77,10 +77,10 @@ def test_the_result_is_that_of_one_after_the_other_in_any_order(model, bullet, r
 
 def order(**options):
     """What came first, the clean forward of each update or the end of its attack."""
-    events, clean, finish = [], trades._Computation.clean, generate.StartedAttack.finish
+    events, clean, finish = [], forwards.Forwards.clean, generate.StartedAttack.finish
     with (
         mock.patch.object(
-            trades._Computation, "clean", lambda *given: events.append("clean") or clean(*given), create=True
+            forwards.Forwards, "clean", lambda *given: events.append("clean") or clean(*given), create=True
         ),
         mock.patch.object(generate.StartedAttack, "finish", lambda *given: events.append("attack") or finish(*given)),
         EmulatedDevice(),
@@ -208,13 +208,33 @@ def bad_gradients_on_a_device(runner):
     return [torch.tensor(reads.waited)]
 
 
+ATTACK = PGD(0.1, 0.05, 3)
+
+
+def perturbed_bad_pixels(runner):
+    x, y = small_models.batch(6)
+    with pytest.raises(ValueError, match="must lie in"):
+        perturb.perturb(small_models.build(), x + 1, y, ATTACK)
+    return []
+
+
+def perturbed_bad_gradients_on_a_device(runner):
+    model = small_models.build(dtype=torch.float32).to(DEVICE)
+    x, y = torch.empty(6, *small_models.SHAPE, device=DEVICE), torch.zeros(6, dtype=torch.int64, device=DEVICE)
+    with pretended_device(plan=[0, 0, 0]) as reads:
+        perturb.perturb(model, x, y, ATTACK)
+    return [torch.tensor(reads.waited)]
+
+
+ON_A_DEVICE = (bad_gradients_on_a_device, perturbed_bad_gradients_on_a_device)
 SCENARIOS = [
     *(beside, without_view, failing_forward, oracle, own_attack),
     *(bad_pixels, bad_gradients, bad_gradients_on_a_device),
+    *(perturbed_bad_pixels, perturbed_bad_gradients_on_a_device),
 ]
 LEFT = "object) -> None:\n        "
 CLONE = "start.detach().clone(memory_format=torch."
-IN_TRADES = [
+IN_FORWARDS = [
     Bug("batch norm moves once too little", "repeat.replay()", "pass", beside),
 ]
 IN_ADVERSARIAL = [
@@ -226,10 +246,14 @@ IN_ADVERSARIAL = [
     Bug("bad gradients go unnoticed", "        read.wait()", "        pass", bad_gradients),
     Bug("bad gradients go unnoticed on a device", "late.wait()", "pass", bad_gradients_on_a_device),
 ]
+IN_PERTURB = [
+    Bug("perturb: bad input goes unnoticed", "started.inputs.wait()", "pass", perturbed_bad_pixels),
+    Bug("perturb: bad gradients go unnoticed", "late.wait()", "pass", perturbed_bad_gradients_on_a_device),
+]
 IN_GENERATE = [
     Bug("it does not wait for the steps", "self._join()\n        self._join", "self._join", beside),
     Bug("it does not join after an exception", f"{LEFT}self._join()", f"{LEFT}pass", failing_forward),
-    Bug("nothing is waited for", ")).finish()", "))._x_adv", own_attack),
+    Bug("nothing is waited for", "runner).finish()", "runner)._x_adv", own_attack),
     Bug("it changes the start", f"{CLONE}preserve_format)", "start.detach()", own_attack),
     Bug("it changes a start with channels last", f"{CLONE}channels_last)", "start.detach()", own_attack),
 ]
@@ -244,6 +268,8 @@ PLACES = [
     (trades, ("trades_loss",)),
     (adversarial, ("start", "run", "start_attack")),
     (generate, ("generate", "StartedAttack")),
+    (perturb, ("perturb",)),
+    (loss, ("Forwards",)),
 ]
 
 
@@ -254,9 +280,7 @@ def caught(changed, scenario):
             for attribute in attributes:
                 if attribute in vars(changed):
                     patches.enter_context(mock.patch.object(module, attribute, vars(changed)[attribute]))
-        if "CleanFirst" in vars(changed):  # of which the losses are
-            patches.enter_context(mock.patch.object(changed, "CleanFirst", adversarial.CleanFirst))
-        if scenario is bad_gradients_on_a_device:
+        if scenario in ON_A_DEVICE:
             return not same(scenario(None), eager(scenario))
         emulated = patches.enter_context(EmulatedDevice())
         try:
@@ -268,10 +292,20 @@ def caught(changed, scenario):
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_the_loss_as_it_is_passes(scenario):
-    assert not any(caught(module, scenario) for module in (trades, adversarial))
+    assert not any(caught(module, scenario) for module in (trades, adversarial, perturb))
 
 
-BUGS = {trades: IN_TRADES, adversarial: IN_ADVERSARIAL, generate: IN_GENERATE, mart: [], pgd: []}
+BUGS = {
+    trades: [],
+    forwards: IN_FORWARDS,
+    loss: [],
+    drop_in: [],
+    perturb: IN_PERTURB,
+    adversarial: IN_ADVERSARIAL,
+    generate: IN_GENERATE,
+    mart: [],
+    pgd: [],
+}
 
 
 @pytest.mark.parametrize(

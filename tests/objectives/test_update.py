@@ -562,7 +562,7 @@ IN_UPDATE = [
     Bug("an earlier loss is overwritten", "if replay is None or replay.done:", "if True:", two_losses),
     Bug("a second backward", "if self.done:", "if False:", second_backward),
     Bug("weights are not kept", "[t.detach() for t in _tensors(model)]", "[]", replaced_before_the_backward),
-    Bug("one graph for all computations", "computation=computation", "computation=0", both_ways),
+    Bug("one graph for all computations", "computation=computation.identity", "computation=0", both_ways),
     Bug(
         "one graph for all sizes",
         "(t.shape, t.stride(), t.dtype, t.device) for t in given",

@@ -34,7 +34,8 @@ class Result:
 
     Attributes:
         name: as on the command line; label: as in tables.
-        algorithm, view: as of `Method`; "" where the name is none of this version.
+        algorithm: as of `Method`; "" where the name is none of this version.
+        engine: "exact", "fast" or "bf16", the run's where the name has none.
         own: whether the method has options of its own.
         clean, robust: accuracies in [0, 1], and `attack`, what `robust` stands against.
         seconds: of training. iteration_seconds: the median of an iteration.
@@ -48,7 +49,7 @@ class Result:
     name: str
     label: str
     algorithm: str
-    view: str
+    engine: str
     own: bool
     clean: float
     robust: float | None
@@ -156,7 +157,9 @@ def _load(letter: str, folder: Path) -> LoadedRun:
     loss = str(parts["config"].get("loss"))
     corrupted = {r.get("method"): r["robust"] for r in records if r["kind"] == "corruptions"}
     try:
-        results = [_result(path, name, entry, loss, corrupted.get(name)) for name, entry in parts["methods"].items()]
+        engine = str(parts["config"].get("engine", "exact"))
+        methods = parts["methods"].items()
+        results = [_result(path, name, entry, loss, engine, corrupted.get(name)) for name, entry in methods]
     except ValueError as error:
         raise ValueError(f"{error}; restore the summary, or leave the run out") from error
     written, data = path.stat().st_mtime, _sha256(path, parts.get("data"))
@@ -197,7 +200,7 @@ def _load_unfinished(letter: str, folder: Path) -> LoadedRun:
                 name=name,
                 label=label(name, config.loss),
                 algorithm=kind.algorithm,
-                view=kind.view,
+                engine=_engine(kind, config.engine),
                 own=bool(kind.changes),
                 clean=float(last["clean"]),
                 robust=None if last.get("robust") is None else float(last["robust"]),
@@ -227,7 +230,12 @@ def _load_unfinished(letter: str, folder: Path) -> LoadedRun:
     )
 
 
-def _result(path: Path, name: str, entry: Any, loss: str, corrupted: float | None) -> Result:
+def _engine(kind: Method, of_run: str) -> str:
+    """What a method ran on: the authors' code as it was written."""
+    return "exact" if kind.algorithm in ("reference", "yopo") else kind.engine or of_run
+
+
+def _result(path: Path, name: str, entry: Any, loss: str, engine: str, corrupted: float | None) -> Result:
     where = f"{path}, method {name}"
     if not isinstance(entry, dict):
         raise ValueError(f"{where}: expected an object, got {entry!r}")
@@ -253,7 +261,7 @@ def _result(path: Path, name: str, entry: Any, loss: str, corrupted: float | Non
         name=name,
         label=str(entry.get("label", made)),
         algorithm=kind.algorithm,
-        view=kind.view,
+        engine=_engine(kind, engine),
         own=bool(kind.changes),
         clean=_number(entry, "clean", where),
         robust=robust,

@@ -13,14 +13,14 @@ from bt_fast.lab.html_report.markup import Html, element, note, panel, table
 from bt_fast.lab.html_report.numbers import UNKNOWN, duration, percent, times
 
 _ROW, _BAR, _ABOVE = 72, 20, 42  # heights: of a row, of its bar, and of the two lines of text above the bar
-_PARTS = {  # by (algorithm, view): what is in it, each an optimisation of its own
-    ("reference", ""): (),
-    ("optimised", ""): ("ours",),
-    ("optimised", "frozen"): ("ours", "frozen view"),
-    ("optimised", "bf16"): ("ours", "frozen view", "16 bits"),
-    ("bullet", ""): ("ours", "BulletTrain"),
-    ("bullet", "frozen"): ("ours", "BulletTrain", "frozen view"),
-    ("bullet", "bf16"): ("ours", "BulletTrain", "frozen view", "16 bits"),
+_PARTS = {  # by (algorithm, engine): what is in it, each an optimisation of its own
+    ("reference", "exact"): (),
+    ("optimised", "exact"): ("ours",),
+    ("optimised", "fast"): ("ours", "fast engine"),
+    ("optimised", "bf16"): ("ours", "fast engine", "16 bits"),
+    ("bullet", "exact"): ("ours", "BulletTrain"),
+    ("bullet", "fast"): ("ours", "BulletTrain", "fast engine"),
+    ("bullet", "bf16"): ("ours", "BulletTrain", "fast engine", "16 bits"),
 }
 _NAMES = {"ours": "our code"}
 _LONGEST = 48  # characters that fit into a line
@@ -45,17 +45,17 @@ class Stage:
 
 
 def stages(results: Sequence[Result]) -> list[Stage]:
-    """The run's methods in the order reference, ours, BulletTrain, frozen view, 16 bits, as far as it has them.
+    """The run's methods in the order reference, ours, BulletTrain, fast engine, 16 bits, as far as it has them.
 
-    Without BulletTrain the views of our implementation itself. A method with options of its own is none of them, nor
+    Without BulletTrain the engines of our implementation itself. A method with options of its own is none of them, nor
     is one without a ratio to the first. Fewer than two methods are no way: the list is empty then.
     """
-    by_form = {(r.algorithm, r.view): r for r in reversed(results) if not r.own}
+    by_form = {(r.algorithm, r.engine): r for r in reversed(results) if not r.own}
     bullet = any(algorithm == "bullet" for algorithm, _ in by_form)
     chain = [
         (by_form[form], parts)
         for form, parts in _PARTS.items()
-        if form in by_form and not (bullet and form[0] == "optimised" and form[1])
+        if form in by_form and not (bullet and form[0] == "optimised" and form[1] != "exact")
     ]
     if not chain:
         return []
@@ -85,7 +85,7 @@ def _waterfall(run: LoadedRun) -> Html:
     found = stages(run.results)
     if not found:
         return note(
-            "No steps to draw: it takes two or more of reference, optimised, bullet, bullet-frozen and bullet-bf16 "
+            "No steps to draw: it takes two or more of reference, optimised, bullet, bullet-fast and bullet-bf16 "
             f"without options of their own, and their paired speedups; this run has "
             f"{', '.join(r.name for r in run.results)}."
         )

@@ -1,0 +1,69 @@
+"""What was captured and measured for one loss: the graphs of its attack steps and of its updates, by model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from bt_fast.attack import device
+from bt_fast.attack.auto import AutoRunner
+from bt_fast.attack.folded import Frozen
+from bt_fast.attack.graphs import GraphRunner
+from bt_fast.attack.runners import Runner, run_eager
+from bt_fast.attack.streams import StreamRunner
+from bt_fast.engine import Engine
+
+DTYPES = {"bf16": torch.bfloat16}
+
+
+class GraphCache:
+    """The runner of a loss's attacks and the graphs of its updates. It holds no model alive, and is never copied.
+
+    Attributes:
+        updates: of each model, its captured updates.
+    """
+
+    def __init__(self) -> None:
+        self._runners: dict[tuple[bool, bool], Runner] = {}
+        self.updates: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+
+    def runner(self, engine: Engine, x: Tensor) -> Runner:
+        """How the engine attacks images like x: as it says on CUDA, eagerly elsewhere."""
+        if not device.has_graphs(x):
+            return run_eager
+        kind = (engine.graphs, engine.streams)
+        if kind not in self._runners:
+            self._runners[kind] = _RUNNERS[kind]()
+        return self._runners[kind]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> GraphCache:
+        return GraphCache()
+
+    def __reduce__(self) -> tuple[type[GraphCache], tuple[()]]:
+        return GraphCache, ()
+
+
+def view_of(engine: Engine) -> Frozen | None:
+    """The view of the model that the engine's attack sees; None for the model itself."""
+    if not (engine.fold or engine.channels_last or engine.compile or engine.precision):
+        return None
+    dtype = DTYPES[engine.precision] if engine.precision else None
+    return Frozen(fold=engine.fold, channels_last=engine.channels_last, autocast=dtype, compile=engine.compile)
+
+
+def shared_cache(engine: Engine) -> GraphCache:
+    """The cache of all calls of functions with this engine, which have no loss of their own to keep one."""
+    return _shared.setdefault(engine, GraphCache())
+
+
+_RUNNERS: dict[tuple[bool, bool], Callable[[], Runner]] = {  # (graphs, streams)
+    (False, False): lambda: run_eager,
+    (True, False): GraphRunner,
+    (False, True): lambda: AutoRunner({"eager": run_eager, "streams": StreamRunner()}),
+    (True, True): AutoRunner,
+}
+_shared: dict[Engine, GraphCache] = {}

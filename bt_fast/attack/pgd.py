@@ -1,0 +1,83 @@
+"""The attack by projected gradient ascent, as plain data: what losses, `perturb` and `evaluate` share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from bt_fast.attack.pixels import Normalization
+from bt_fast.attack.start import Noise
+from bt_fast.attack.threat import ThreatModel
+from bt_fast.validation import check_choice, check_kind, positive, real, step_count
+
+InnerLoss = Literal["kl", "cross_entropy"]
+Norm = Literal["linf", "l2"]
+_NORMS: dict[str, str] = {"linf": "l_inf", "l2": "l_2"}  # as the threat model, and the authors' `distance`, call them
+
+
+@dataclass(frozen=True)
+class PGD:
+    """Projected gradient ascent: `steps` steps of `step_size` from a random start in the ε-ball around each image.
+
+    Attributes:
+        epsilon: ε > 0, in pixel units.
+        step_size: α > 0, in pixel units; with BulletTrain of the boundary samples.
+        steps: N ≥ 1; with BulletTrain its N_B.
+        norm: "linf" or "l2" (over all pixels of one image).
+        start: "normal", at x and 0.001·N(0, 1), or "uniform" in the ε-ball, clamped to the bounds. None: the loss's
+            own, "uniform" for `PGDLoss` and "normal" for all others.
+        inner: the inner loss: "kl", away from the clean distribution, or "cross_entropy", away from the label. None:
+            the loss's own, "kl" for `TRADESLoss` and `perturb`, "cross_entropy" for the others.
+        bounds: the least and the greatest value of a pixel.
+        normalization: what the images' loader has done to the pixels; without it they are pixels. ε, step sizes and
+            bounds are in pixel units with it too.
+
+    Raises:
+        TypeError: an argument is not of its kind.
+        ValueError: a value is out of range or not known.
+    """
+
+    epsilon: float
+    step_size: float
+    steps: int
+    norm: Norm = "linf"
+    start: Noise | None = None
+    inner: InnerLoss | None = None
+    bounds: tuple[float, float] = (0.0, 1.0)
+    normalization: Normalization | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in (
+            ("epsilon", positive("epsilon", self.epsilon)),
+            ("step_size", positive("step_size", self.step_size)),
+            ("steps", step_count("steps", self.steps, least=1)),
+            ("bounds", _bounds(self.bounds)),
+        ):
+            object.__setattr__(self, name, value)
+        check_choice("norm", self.norm, _NORMS)
+        check_choice("start", self.start, ("normal", "uniform", None))
+        check_choice("inner", self.inner, ("kl", "cross_entropy", None))
+        instead = "write normalization=Normalization(mean, std)"
+        check_kind("normalization", self.normalization, Normalization, instead, optional=True)
+
+    @property
+    def threat(self) -> ThreatModel:
+        """What a perturbation may be."""
+        return ThreatModel(self.epsilon, _NORMS[self.norm], *self.bounds)
+
+
+def norm_of(distance: str) -> Norm:
+    """The norm of the authors' `distance`: "l_inf" or "l_2"."""
+    return "linf" if distance == "l_inf" else "l2"
+
+
+def _bounds(bounds: tuple[float, float]) -> tuple[float, float]:
+    if not isinstance(bounds, (tuple, list)) or len(bounds) != 2:
+        raise TypeError(f"bounds must be two numbers, got {bounds!r}: write bounds=(0, 1)")
+    lower, upper = (real("bounds", value) for value in bounds)
+    if not lower < upper:
+        raise ValueError(
+            f"bounds must be a smaller and a greater number, got {bounds}: "
+            "write the least and the greatest value of a pixel, as in bounds=(0, 1)"
+        )
+    return lower, upper

@@ -1,0 +1,97 @@
+"""How an attack and an update are executed: in which precision, and by which of the faster ways."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+PRESETS_LINE = "write engine='exact', 'fast' or 'bf16', or an Engine of your own"
+
+
+@dataclass(frozen=True)
+class Engine:
+    """The execution of attack and update. `Engine()` is the authors' own: in eager mode, on the model as it is.
+
+    By name: "exact", "fast" (the same result up to rounding) and "bf16" ("fast" in 16 bits).
+
+    Attributes:
+        precision: "bf16" runs the forwards and backwards of attack and update under `torch.autocast` with bfloat16,
+            with weights, losses and gradients in their own precision; None, as the model and the caller have it.
+        fold: the attack sees a folded view of the model, in which each batch norm is part of the layer before it.
+        channels_last: 4-d images, and the view's weights, have the channel as the fastest index.
+        graphs: attack steps, and the update with its backward, are replayed from CUDA graphs; on CUDA only.
+        streams: groups of samples are attacked on CUDA streams beside each other, where that is measured to be faster
+            on the first minibatch; on CUDA only.
+        compile: `torch.compile` of the view that the attack sees (takes tens of seconds once).
+
+    Raises:
+        TypeError: an option is not a bool.
+        ValueError: precision is neither "bf16" nor None.
+    """
+
+    precision: str | None = None
+    fold: bool = False
+    channels_last: bool = False
+    graphs: bool = False
+    streams: bool = False
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        if self.precision not in (None, "bf16"):
+            raise ValueError(f"precision must be 'bf16' or None, got {self.precision!r}: write precision='bf16'")
+        for name in SWITCHES:
+            if not isinstance(value := getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, got {value!r}: write Engine({name}=True)")
+
+    @classmethod
+    def of(cls, engine: Engine | str) -> Engine:
+        """The engine of that name, or the engine itself.
+
+        Raises:
+            TypeError: it is neither an engine nor a name.
+            ValueError: there is none of that name.
+        """
+        if isinstance(engine, Engine):
+            return engine
+        if not isinstance(engine, str):
+            raise TypeError(f"engine must be a name or an Engine, got {type(engine).__name__}: {PRESETS_LINE}")
+        if engine not in ENGINES:
+            raise ValueError(f"engine must be one of {', '.join(ENGINES)}, got {engine!r}: {PRESETS_LINE}")
+        return ENGINES[engine]
+
+    @classmethod
+    def parse(cls, text: str) -> Engine:
+        """An engine as a command line has it: text is a name, and then options of it, as in `fast,graphs=off`.
+
+        Raises:
+            ValueError: the name or an option is not known.
+        """
+        name, *options = text.split(",")
+        engine = cls.of(name)
+        for option in options:
+            switch, _, value = option.partition("=")
+            if switch not in SWITCHES or value not in ("on", "off"):
+                raise ValueError(
+                    f"engine {text!r}: expected NAME=on or NAME=off, NAME one of {', '.join(SWITCHES)}; got {option!r}"
+                )
+            changes: dict[str, Any] = {switch: value == "on"}
+            engine = replace(engine, **changes)
+        return engine
+
+    @property
+    def name(self) -> str:
+        """The preset's name, or the options as they would be written."""
+        for name, preset in ENGINES.items():
+            if preset == self:
+                return name
+        return repr(self)
+
+    def __repr__(self) -> str:
+        """The options that are not the default."""
+        options = [f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if getattr(self, f.name) != f.default]
+        return f"Engine({', '.join(options)})"
+
+
+SWITCHES = ("fold", "channels_last", "graphs", "streams", "compile")
+_FAST = Engine(fold=True, channels_last=True, graphs=True, streams=True)
+ENGINES = {"exact": Engine(), "fast": _FAST, "bf16": replace(_FAST, precision="bf16")}

@@ -1,0 +1,175 @@
+"""Losses called as their authors' functions are, with the same arguments in the same order.
+
+What is added to a loss class here: the authors' names, their step size in ℓ2, the optimizer whose gradients they zero,
+and the keywords of the first version, which work for this one with a warning that shows the new line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypedDict
+
+import torch
+from torch import Tensor, nn
+
+from bt_fast.attack.auto import runner_of
+from bt_fast.attack.folded import Frozen
+from bt_fast.attack.graph_cache import shared_cache
+from bt_fast.attack.pgd import PGD, norm_of
+from bt_fast.attack.pixels import Normalization
+from bt_fast.attack.start import Noise
+from bt_fast.attack.threat import NORMS, ThreatModel
+from bt_fast.deprecated import check_keywords
+from bt_fast.engine import Engine
+from bt_fast.mining import BulletTrain
+from bt_fast.objectives import adversarial
+from bt_fast.objectives.execution import Execution
+from bt_fast.objectives.loss import AdversarialLoss, Call, Unperturbed
+from bt_fast.objectives.update import Update
+from bt_fast.validation import check_choice, check_kind, positive, step_count
+
+if TYPE_CHECKING:
+    from bt_fast.attack.balanced import Balance
+    from bt_fast.attack.runners import Runner
+
+
+class Deprecated(TypedDict, total=False):
+    """The keywords of the first version."""
+
+    unperturbed: Unperturbed | None
+    start: Noise | None
+    frozen: Frozen | None
+    runner: Runner | str
+    update: Update | None
+    samples: Tensor | None
+    balance: Balance | None
+    normalization: Normalization | None
+
+
+_ENGINE = "write engine='fast', or engine=Engine({option}=True) for this alone"
+NEW_LINES = {
+    "unperturbed": "write bullet=BulletTrain(..., unperturbed={value})",
+    "start": "write criterion = {loss}(PGD(..., start={value}), ...), and criterion(model, x, y)",
+    "frozen": _ENGINE.format(option="fold"),
+    "runner": _ENGINE.format(option="graphs"),
+    "update": _ENGINE.format(option="channels_last"),
+    "samples": "write criterion = {loss}(PGD(...), ...), and criterion(model, x, y, indices)",
+    "balance": "write bullet=BulletTrain(..., balance=Balance())",
+    "normalization": "write criterion = {loss}(PGD(..., normalization={value}), ...), and criterion(model, x, y)",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Given:
+    """The arguments that all drop-ins have, as their authors call them."""
+
+    model: nn.Module
+    x_natural: Tensor
+    y: Tensor
+    optimizer: torch.optim.Optimizer | None
+    step_size: float
+    epsilon: float
+    perturb_steps: int
+    distance: str
+    bullet: BulletTrain | None
+    engine: Engine | str
+    generator: torch.Generator | None
+
+    def check(self) -> None:
+        """Raise TypeError or ValueError, which names the argument, for what the host can see of it."""
+        bullet = self.bullet
+        check_choice("distance", self.distance, NORMS)
+        ThreatModel(self.epsilon, self.distance)
+        adversarial.check_batch(self.x_natural, self.y, "x_natural")
+        positive("step_size", self.step_size)
+        adversarial.check_optimizer(self.optimizer)
+        check_kind("bullet", bullet, BulletTrain, "write bullet=BulletTrain() once, before the loop", optional=True)
+        step_count("perturb_steps", self.perturb_steps, least=1 if bullet is None else 0)
+        if bullet is not None and self.perturb_steps not in (10, bullet.boundary_steps):
+            raise ValueError(
+                f"perturb_steps is {self.perturb_steps}, but bullet takes {bullet.boundary_steps} boundary steps: "
+                "leave perturb_steps out or make them equal"
+            )
+
+    @property
+    def steps(self) -> int:
+        """N, or with BulletTrain N_B; at least 1."""
+        return self.perturb_steps if self.bullet is None else max(self.bullet.boundary_steps, 1)
+
+
+def call(
+    kind: type[AdversarialLoss], given: Given, deprecated: Mapping[str, Any], start: Noise | None = None, **of_loss: Any
+) -> Tensor:
+    """The loss `kind` of a drop-in's arguments.
+
+    Args:
+        deprecated: keywords of the first version.
+        start: of the attack, where the drop-in decides about it.
+        of_loss: what else the loss is made with, `beta` say.
+    """
+    check_keywords(kind.drop_in, deprecated, NEW_LINES, loss=kind.__name__)
+    given.check()
+    old, bullet = _Old.of(deprecated, given), given.bullet
+    adversarial.check_draws(given.x_natural, old.samples, given.generator, "samples")
+    authors_l2 = given.distance == "l_2" and kind.step_in_l2_is_its_own
+    attack = PGD(
+        given.epsilon,
+        2.0 * float(given.epsilon) / given.steps if authors_l2 else given.step_size,
+        given.steps,
+        norm_of(given.distance),
+        start=start or old.start,
+        normalization=old.normalization,
+    )
+    loss = kind(attack, mining=bullet, engine=given.engine, **of_loss)
+    execution = old.execution(given.x_natural) or Execution.of(loss.engine, shared_cache(loss.engine), given.x_natural)
+    how = Call(execution, old.samples, given.generator, old.unperturbed, old.balance, "x_natural")
+    found = loss.of_call(given.model, given.x_natural, given.y, how)
+    if given.optimizer is not None:
+        given.optimizer.zero_grad()
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class _Old:
+    """Keywords of the first version, checked."""
+
+    unperturbed: Unperturbed | None
+    start: Noise | None
+    frozen: Frozen | None
+    runner: Runner | str | None
+    update: Update | None
+    samples: Tensor | None
+    balance: Balance | None
+    normalization: Normalization | None
+
+    @classmethod
+    def of(cls, deprecated: Mapping[str, Any], given: Given) -> _Old:
+        old = cls(**{name: deprecated.get(name) for name in NEW_LINES})
+        check_kind("frozen", old.frozen, Frozen, "write engine='fast'", optional=True)
+        check_kind("update", old.update, Update, "write engine='fast'", optional=True)
+        if "runner" in deprecated:
+            runner_of(deprecated["runner"])
+        check_choice("start", old.start, ("normal", "uniform", None))
+        check_choice("unperturbed", old.unperturbed, ("keep", "skip", None))
+        if old.unperturbed is not None and given.bullet is None:
+            raise ValueError(
+                "unperturbed is an option of BulletTrain: it needs bullet=: give that, or leave unperturbed out"
+            )
+        if given.bullet is None:
+            adversarial.checked_balance(old.balance, None)
+            return old
+        mining = given.bullet
+        return cls(
+            **{
+                **{name: getattr(old, name) for name in NEW_LINES},
+                "unperturbed": old.unperturbed or mining.unperturbed,
+                "balance": adversarial.checked_balance(old.balance or mining.balance, mining),
+            }
+        )
+
+    def execution(self, x: Tensor) -> Execution | None:
+        """What old keywords say of it; None where they say nothing."""
+        if self.frozen is None and self.runner is None and self.update is None:
+            return None
+        return Execution(self.frozen, runner_of(self.runner or "eager"), self.update)

@@ -1,0 +1,124 @@
+"""The forwards of an update, and the loss of their logits: what is run at once, and what a graph captures."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from bt_fast.attack.frozen import logits_of
+from bt_fast.attack.wrapped import unwrapped
+from bt_fast.objectives.repeated_forward import RepeatedForward, watched_forward
+from bt_fast.objectives.update import Terms
+
+
+class Objective(Protocol):
+    """A loss as a function of logits.
+
+    Attributes:
+        clean_forwards: how often the authors' update runs the clean images: 0, 1, or 2 where the second forward moves
+            batch norm's buffers once more and gives the target of the robust term.
+    """
+
+    clean_forwards: int
+
+    def objective(self, clean_logits: Tensor | None, adversarial_logits: Tensor, y: Tensor) -> Tensor:
+        """The loss."""
+
+    def objective_of_two(self, first: Tensor, second: Tensor, adversarial_logits: Tensor, y: Tensor) -> Tensor:
+        """The loss where the two clean forwards differ, since the model draws random numbers."""
+
+
+Clean = tuple[Tensor, RepeatedForward | None]
+
+
+@dataclass(frozen=True, eq=False)
+class Forwards:
+    """The update of an objective on m samples.
+
+    Its terms are the loss, the adversarial logits [m, K] without gradient, and, where there is a clean forward, the
+    clean logits [m, K] without gradient.
+
+    Attributes:
+        key: what tells this objective's updates from others.
+        of: the objective.
+        rows: the number of rows, from the first, that run an adversarial forward; the others' x' is x.
+        channels_last: the format of 4-d images.
+        rerun: a clean forward that cannot be replayed runs a second time, as in the authors' code.
+    """
+
+    key: tuple[object, ...]
+    of: Objective
+    rows: int
+    channels_last: bool
+    rerun: bool
+
+    def steady(self, m: int) -> bool:
+        """Whether every batch of m samples has the same shapes throughout."""
+        return self.rows == m
+
+    @property
+    def identity(self) -> Hashable:
+        """Equal to another's where both compute the same."""
+        return self.key, self.rows, self.channels_last, self.rerun
+
+    @property
+    def clean_first(self) -> bool:
+        """Whether there is a clean forward, which may run beside the attack."""
+        return self.of.clean_forwards > 0
+
+    def __call__(
+        self, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, replayable: bool | None = None
+    ) -> tuple[Terms, bool]:
+        """As `Computation` says."""
+        if not self.clean_first:
+            logits = logits_of(model, formatted(x_adv, self.channels_last))
+            return (self.of.objective(None, logits, y), logits.detach()), False
+        return self.adversarial_half(unwrapped(model), self.clean(model, x, replayable), x, x_adv, y)
+
+    def clean(self, model: nn.Module, x: Tensor, replayable: bool | None = None) -> Clean:
+        """The clean forward, and, where there are two, what it did to the buffers."""
+        images = formatted(x, self.channels_last)
+        if self.of.clean_forwards == 1:
+            return watched_forward(model, images), None
+        repeat = RepeatedForward(model, x.device, replayable)
+        with repeat.first():
+            logits = logits_of(model, images)
+        return logits, repeat
+
+    def adversarial_half(
+        self, model: nn.Module, clean: Clean, x: Tensor, x_adv: Tensor, y: Tensor
+    ) -> tuple[Terms, bool]:
+        """All that follows the clean forward, and whether its repetition was replayed."""
+        logits, repeat = clean
+        adversarial = self._adversarial_logits(model, x_adv, logits)
+        replayed = repeat is not None and repeat.replayable and not (self.rerun and repeat.recomputed)
+        if repeat is not None and not replayed and self.rerun:
+            second = logits_of(model, formatted(x, self.channels_last))
+            loss = self.of.objective_of_two(logits, second, adversarial, y)
+        else:
+            if repeat is not None and replayed:
+                repeat.replay()
+            loss = self.of.objective(logits, adversarial, y)
+        return (loss, adversarial.detach(), logits.detach()), replayed
+
+    def _adversarial_logits(self, model: nn.Module, x_adv: Tensor, clean: Tensor) -> Tensor:
+        """z' [m, K] of all samples: where the adversarial forward is left out, it is z, with its gradient."""
+        rows = self.rows
+        together = any(isinstance(module, nn.SyncBatchNorm) for module in model.modules())
+        if rows == 0 and not together:  # other ranks may have rows, and their norm waits for this one
+            return clean
+        if rows == 1 and not together and any(isinstance(module, _BatchNorm) for module in model.modules()):
+            rows = min(2, len(x_adv))  # batch norm cannot train on one row: an unperturbed one joins its statistics
+        logits = logits_of(model, formatted(x_adv[:rows], self.channels_last))[: self.rows]
+        left_out = clean[self.rows :]
+        return torch.cat([logits, left_out]) if len(left_out) else logits
+
+
+def formatted(x: Tensor, channels_last: bool) -> Tensor:
+    """4-d images with the channel as the fastest index, if so."""
+    return x.contiguous(memory_format=torch.channels_last) if channels_last and x.dim() == 4 else x

@@ -1,0 +1,151 @@
+"""The fused attack for any script: images and labels in, perturbed images out, in the caller's order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, overload
+
+import torch
+from torch import Tensor, nn
+
+from bt_fast.attack.graph_cache import shared_cache
+from bt_fast.attack.pgd import PGD
+from bt_fast.attack.pixels import Normalize, on_pixels
+from bt_fast.engine import Engine
+from bt_fast.mining import BulletTrain
+from bt_fast.objectives import adversarial
+from bt_fast.objectives.adversarial import Adversary
+from bt_fast.objectives.execution import Execution
+from bt_fast.plan import MinedPlan
+from bt_fast.validation import check_kind
+from bt_fast.warning import warn_caller
+
+
+@dataclass(frozen=True, eq=False)
+class Perturbed:
+    """What is known of m perturbed samples, in the caller's order.
+
+    Attributes:
+        x_adv: [m, ...], x'.
+        logits: [m, K], the clean ones, of the model in eval mode; None where the attack needed none.
+        steps: [m] int64, attack steps.
+        group: [m] int64, one of `ops.OUTLIER`, `ops.BOUNDARY`, `ops.ROBUST`; None without mining.
+    """
+
+    x_adv: Tensor
+    logits: Tensor | None
+    steps: Tensor
+    group: Tensor | None
+
+
+@overload
+def perturb(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    attack: PGD,
+    mining: BulletTrain | None = ...,
+    *,
+    engine: Engine | str = ...,
+    indices: Tensor | None = ...,
+    generator: torch.Generator | None = ...,
+    return_details: Literal[False] = ...,
+) -> Tensor: ...
+
+
+@overload
+def perturb(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    attack: PGD,
+    mining: BulletTrain | None = ...,
+    *,
+    engine: Engine | str = ...,
+    indices: Tensor | None = ...,
+    generator: torch.Generator | None = ...,
+    return_details: Literal[True],
+) -> Perturbed: ...
+
+
+def perturb(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    attack: PGD,
+    mining: BulletTrain | None = None,
+    *,
+    engine: Engine | str = "exact",
+    indices: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    return_details: bool = False,
+) -> Tensor | Perturbed:
+    """x' of a minibatch, for a script with a loss of its own: `x_adv = perturb(model, x, y, attack, mining)`.
+
+    The model runs in eval mode and comes back in the modes in which it was found; no parameter's gradient is touched.
+    An attack that names no inner loss and no start has TRADES': "kl" and "normal". On the CPU, with the engine "exact"
+    and without mining, it then draws as the authors' code does.
+
+    With mining the script ends each minibatch itself, by `mining.observe(adversarial_logits, y)` of its update's own
+    adversarial logits; where it does not, F_R stays where it is, and a warning says so.
+
+    Args:
+        model: maps [m, ...] to logits [m, K].
+        x: [m, ...] floating point within the attack's bounds, m ≥ 1; not changed.
+        y: [m] integers in 0..K-1.
+        attack: how images are attacked.
+        mining: who gets how many steps; None for all alike.
+        engine: how the attack is executed, by name or as an `Engine`.
+        indices: [m] integers in 0..2^32-1, each sample's number; as for a loss.
+        generator: on the images' device, for the random start; without it the device's own.
+        return_details: whether to return what else is known.
+
+    Returns:
+        [m, ...] without gradient, in the dtype and order of x; or a `Perturbed` with it.
+
+    Raises:
+        TypeError, ValueError: as a loss's call, before anything has changed.
+    """
+    check_kind("attack", attack, PGD, "write PGD(epsilon=8 / 255, step_size=2 / 255, steps=10)")
+    check_kind("mining", mining, BulletTrain, "write mining=BulletTrain()", optional=True)
+    chosen = Engine.of(engine)
+    adversarial.check_batch(x, y, "x")
+    adversarial.check_draws(x, indices, generator, "indices")
+    balance = None if mining is None else adversarial.checked_balance(mining.balance, mining)
+    if mining is not None and mining.unobserved:
+        warn_caller(
+            "the last minibatch was not observed, so F_R stays where it is: "
+            "call mining.observe(adversarial_logits, y) once for each minibatch"
+        )
+    how = Execution.of(chosen, shared_cache(chosen), x)
+    adversary = Adversary(
+        attack.threat,
+        attack.step_size,
+        attack.steps,
+        attack.start or "normal",
+        attack.inner or "kl",
+        generator,
+        how.view,
+        how.runner,
+        indices,
+        balance,
+    )
+    images = on_pixels(model, x, attack.normalization, "x", attack.bounds)
+    with images as (model, pixels), how.autocast(x):
+        started = adversarial.start(model, pixels(x), y, adversary, mining, "x")
+        with started.started:
+            if started.inputs is not None:
+                started.inputs.wait()
+            x_adv, late = started.perturbed()
+    if late is not None:
+        late.wait()
+    plan = started.plan
+    if mining is not None and started.faulty is not None and plan.order is not None:
+        mining.attacked(started.faulty, plan.order)
+    if plan.order is not None:
+        x_adv = torch.empty_like(x_adv).index_copy_(0, plan.order, x_adv)
+    if (normalization := attack.normalization) is not None:
+        x_adv = Normalize(normalization.mean, normalization.std, x.dim()).to(x.device, x.dtype)(x_adv)
+    if not return_details:
+        return x_adv
+    return Perturbed(x_adv, started.logits, plan.steps, plan.group if isinstance(plan, MinedPlan) else None)
