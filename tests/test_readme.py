@@ -1,0 +1,67 @@
+"""The README's scripts run as they are printed."""
+
+import re
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+import small_models
+import torch
+
+from bt_fast.baselines.trades_reference import trades_reference_loss
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+AUTHORS = SimpleNamespace(trades_loss=trades_reference_loss)  # the module `trades` of the authors' repository
+
+
+def names(**more):
+    model, (x, y) = small_models.build("conv_bn"), small_models.batch(8)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    return {"model": model, "optimizer": optimizer, "device": torch.device("cpu")} | {
+        name: value(x, y) for name, value in more.items()
+    }
+
+
+def test_the_script_of_twelve_lines_trains(capsys):
+    script = re.search(r"<!-- script -->\n```python\n(.*?)```", README, re.DOTALL)[1]
+    assert len(script.splitlines()) == 12
+    given = names(loader=lambda x, y: [(x, y)] * 3, epochs=lambda *_: 2)
+    before = [p.clone() for p in given["model"].parameters()]
+    exec(script, given)
+    assert any(not torch.equal(a, b) for a, b in zip(before, given["model"].parameters(), strict=True))
+    assert given["criterion"].mining.group_counts.sum() == 2 * 3 * 8
+    assert "folded view: yes" in capsys.readouterr().out
+
+
+def diff(side):
+    """The lines of the README's diff that are there before ("-") or after it ("+")."""
+    lines = re.search(r"```diff\n(.*?)```", README, re.DOTALL)[1].splitlines()
+    return "\n".join(line[1:] for line in lines if line[0] in f" {side}" and line.strip() != "...")
+
+
+def run(script):
+    torch.manual_seed(0)
+    args = SimpleNamespace(step_size=0.03, epsilon=0.1, num_steps=10, beta=6.0)
+    given = names(data=lambda x, _: x, target=lambda _, y: y, args=lambda *_: args)
+    with mock.patch.dict(sys.modules, {"trades": AUTHORS}):
+        exec(script, given)
+    given["loss"].backward()
+    return given
+
+
+def test_another_import_alone_keeps_the_result_of_a_trades_script():
+    before = diff("-")
+    swapped = before.replace("from trades import trades_loss", "from bt_fast import trades_loss")
+    assert swapped != before
+    authors, ours = run(before), run(swapped)
+    assert ours["loss"].item() == pytest.approx(authors["loss"].item(), rel=1e-10)
+    for a, b in zip(authors["model"].parameters(), ours["model"].parameters(), strict=True):
+        torch.testing.assert_close(b.grad, a.grad, rtol=1e-8, atol=1e-10)
+
+
+def test_the_diff_of_a_trades_script_runs_with_bullettrain():
+    found = run(diff("+"))
+    assert found["bullet"].group_counts.sum() == 8
+    assert found["loss"].isfinite()
