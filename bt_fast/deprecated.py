@@ -23,4 +23,6 @@ def check_keywords(function: str, given: Mapping[str, object], new_lines: Mappin
                 f"{function}() has no argument {name!r}: write one of its own, which help(bt_fast.{function}) lists, "
                 "or leave it out"
             )
-        warn_deprecated(f"the argument {name}= of {function}", new_lines[name].format(value=repr(value), **names))
+        if value is not None:  # which was the default
+            new = new_lines[name].format(value=repr(value), **names)
+            warn_deprecated(f"the argument {name}= of {function}", new)

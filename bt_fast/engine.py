@@ -20,13 +20,13 @@ class Engine:
         fold: the attack sees a folded view of the model, in which each batch norm is part of the layer before it.
         channels_last: 4-d images, and the view's weights, have the channel as the fastest index.
         graphs: attack steps, and the update with its backward, are replayed from CUDA graphs; on CUDA only.
-        streams: groups of samples are attacked on CUDA streams beside each other, where that is measured to be faster
-            on the first minibatch; on CUDA only.
+        streams: with graphs, groups of samples are attacked on CUDA streams beside each other, where that is measured
+            to be faster on the first minibatch; on CUDA only.
         compile: `torch.compile` of the view that the attack sees (takes tens of seconds once).
 
     Raises:
         TypeError: an option is not a bool.
-        ValueError: precision is neither "bf16" nor None.
+        ValueError: precision is neither "bf16" nor None, or streams are asked for without graphs.
     """
 
     precision: str | None = None
@@ -42,6 +42,11 @@ class Engine:
         for name in SWITCHES:
             if not isinstance(value := getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {value!r}: write Engine({name}=True)")
+
+        if self.streams and not self.graphs:
+            raise ValueError(
+                "streams need graphs, of which their chains are made: write Engine(graphs=True, streams=True)"
+            )
 
     @classmethod
     def of(cls, engine: Engine | str) -> Engine:
@@ -67,16 +72,17 @@ class Engine:
             ValueError: the name or an option is not known.
         """
         name, *options = text.split(",")
-        engine = cls.of(name)
+        engine, changes = cls.of(name), dict[str, Any]()
         for option in options:
             switch, _, value = option.partition("=")
             if switch not in SWITCHES or value not in ("on", "off"):
                 raise ValueError(
                     f"engine {text!r}: expected NAME=on or NAME=off, NAME one of {', '.join(SWITCHES)}; got {option!r}"
                 )
-            changes: dict[str, Any] = {switch: value == "on"}
-            engine = replace(engine, **changes)
-        return engine
+            changes[switch] = value == "on"
+            if option == "graphs=off":
+                changes.setdefault("streams", False)  # which need them
+        return replace(engine, **changes)
 
     @property
     def name(self) -> str:

@@ -196,9 +196,15 @@ def _attack(attack: PGD | ThreatModel, deprecated: Deprecated) -> PGD:
         )
     check_kind("attack", attack, PGD, "write PGD(epsilon=8 / 255, step_size=2 / 255, steps=20)")
     changes: dict[str, Any] = {name: deprecated[name] for name in _OF_ATTACK if name in deprecated}  # type: ignore[literal-required]
-    if attack.start == "normal" or changes:
-        what = "start='normal'" if attack.start == "normal" else f"{next(iter(changes))}="
-        raise ValueError(f"attack must start in the ball and hold all its options, got {what}: give PGD the options")
+    if changes:
+        name = next(iter(changes))
+        raise ValueError(
+            f"{name} is an option of the attack where that is a PGD: write PGD(..., {name}={changes[name]!r})"
+        )
+    if attack.start == "normal":
+        raise ValueError("attack must start anywhere in the ball, got start='normal': leave start out")
+    if attack.inner == "kl":
+        raise ValueError("attack must have no inner loss of its own, got 'kl': leave inner out, and give loss='ce'")
     return attack
 
 

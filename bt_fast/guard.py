@@ -14,6 +14,7 @@ from torch.nn.utils import get_total_norm
 
 from bt_fast.device import HostRead
 from bt_fast.faults import NonFiniteError, told
+from bt_fast.mining import BulletTrain
 from bt_fast.ops.numeric import computable, kind_of
 from bt_fast.validation import check_choice
 
@@ -142,6 +143,7 @@ class Guard:
             NonFiniteError: an objective raised it, and faults are raised; the buffers have been given back.
         """
         self._indices_before, self._indices = self._indices, indices
+        self._finish()
         self._kept = [(m, name, b.clone()) for m, name, b in self._buffers()]
         try:
             yield
@@ -239,6 +241,7 @@ class Guard:
             optimizer.step()
         finally:
             del optimizer.grad_scale, optimizer.found_inf
+        self._finish()
         for module, name, kept in self._kept or ():
             buffer = getattr(module, name)
             buffer.copy_(torch.where(faulty.to(buffer.device), kept, buffer))
@@ -273,8 +276,16 @@ class Guard:
                 for name, buffer in module.named_buffers(recurse=False):
                     yield module, name, buffer
 
+    def _finish(self) -> None:
+        """Let mining whose ranks' sum is on its way move now: what is given back is then all that it moved."""
+        for top in self._modules:
+            for module in top.modules():
+                if isinstance(module, BulletTrain):
+                    module.finish()
+
     @torch.no_grad()
     def _give_back(self) -> None:
+        self._finish()
         for module, name, kept in self._kept or ():
             buffer = getattr(module, name)
             same = buffer is not None and buffer.shape == kept.shape  # some modules put a new tensor in its place

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from bt_fast import allocation, faults, ops
+from bt_fast import allocation, deciding, faults, ops
 from bt_fast.allocation import METRICS, POLICIES, Metric, Oracle, Policy
 from bt_fast.deciding import Rule, Seen, by_group, by_policy, together
 from bt_fast.faults import CheckedRead, Fault
@@ -215,7 +215,7 @@ class BulletTrain(nn.Module):
         if self._fraction_before is None:
             raise RuntimeError(
                 "again goes over the last minibatch once more, but there is none that ended without an error: call the "
-                "loss with bullet= (or plan and observe) first, outside of the block of `with bullet.again():`"
+                "loss with it (or plan and observe) first, outside of the block of `with bullet.again():`"
             )
         outer, self._reuse = self._reuse, reuse
         try:
@@ -244,8 +244,8 @@ class BulletTrain(nn.Module):
             self._forget()
         if self._reuse and self._kept is None:
             raise RuntimeError(
-                "again(reuse=True) takes the x' that a loss of bt_fast made with bullet=, but the last minibatch had "
-                "none: write `with bullet.again(reuse=False):`"
+                "again(reuse=True) takes the x' that a loss of bt_fast has made, but the last minibatch had none: "
+                "write `with bullet.again(reuse=False):`"
             )
         return self._kept if self._reuse else None
 
@@ -464,12 +464,13 @@ class BulletTrain(nn.Module):
         Args:
             faulty: [m] int32, as `observe` takes it; order: [m] int64, which sample of the minibatch each is.
         """
-        self._attacked = faulty, order
+        if self._counts_now:
+            self._attacked = faulty, order
 
     @property
     def unobserved(self) -> bool:
-        """Whether a minibatch was planned that `observe` has not ended."""
-        return self._planned is not None
+        """Whether a minibatch was attacked by a script that `observe` has not ended."""
+        return self._attacked is not None
 
     def _observe_together(self, logits: Tensor, labels: Tensor, faulty: Tensor | None) -> None:
         """Start the sum over the ranks by which F_R will move."""
@@ -570,7 +571,7 @@ class BulletTrain(nn.Module):
             raise ValueError(
                 "policy is an Oracle, whose groups need attacked_logits=, the model's logits of attacked samples: "
                 "the losses run that attack, `plan` alone cannot: "
-                "call trades_loss, mart_loss or pgd_loss with bullet=, or give them"
+                "call TRADESLoss, MARTLoss or PGDLoss with mining=, or give them"
             )
         if not isinstance(attacked, Tensor) or not computable(attacked):
             raise TypeError(
@@ -621,3 +622,20 @@ def _ranks_of(group: Any, policy: Policy) -> Ranks | None:
             "write policy='three_groups', or leave process_group out"
         )
     return Ranks(group)
+
+
+if not TYPE_CHECKING:  # a checker is to know what there is
+
+    def __getattr__(name: str) -> object:
+        """The names of the first version."""
+        if name not in _RENAMED:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        found, instead = _RENAMED[name]
+        warn_deprecated(f"bt_fast.mining.{name}", f"write {instead}")
+        return found
+
+
+_RENAMED = {
+    "Assignment": (MinedPlan, "bt_fast.MinedPlan"),
+    "STEP_FACTOR": (deciding.STEP_FACTOR, "bt_fast.deciding.STEP_FACTOR"),
+}

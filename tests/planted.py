@@ -49,12 +49,17 @@ def left_out(original, bugs):
     touched = [span for bug in bugs for span in spans(source.encode(), bug.text.encode())]
     found = []
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Call) and name_of(node.func) in ORDERING:
+        if isinstance(node, ast.Call) and name_of(node.func) in ORDERING and not of_words(node.func):
             start = starts[node.lineno - 1] + node.col_offset
             end = starts[node.end_lineno - 1] + node.end_col_offset
             if not any(a < end and start < b for a, b in touched):
                 found.append(ast.get_source_segment(source, node))
     return found
+
+
+def of_words(function):
+    """Whether it is a string's method."""
+    return isinstance(getattr(function, "value", None), ast.Constant)
 
 
 def name_of(function):

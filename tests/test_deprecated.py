@@ -1,5 +1,8 @@
 """What the first version called by another name works for this one, and its warning shows the new line."""
 
+import importlib
+import warnings
+
 import pytest
 import small_models
 import torch
@@ -24,6 +27,7 @@ from bt_fast import (
     pgd_loss,
     trades_loss,
 )
+from bt_fast.baselines.fast import fast_loss
 from bt_fast.warning import warn_deprecated
 
 
@@ -40,6 +44,19 @@ def test_classes_by_their_old_names(old, new):
     with pytest.warns(DeprecationWarning, match=f"bt_fast.{old} .*write bt_fast.{new.__name__}") as warned:
         assert getattr(bt_fast, old) is new
     assert warned[0].filename == __file__
+
+
+def test_names_in_their_old_modules():
+    with pytest.warns(DeprecationWarning, match="write bt_fast.Plan"):
+        from bt_fast.attack.schedule import Schedule
+    with pytest.warns(DeprecationWarning, match="write bt_fast.MinedPlan"):
+        from bt_fast.mining import Assignment
+    with pytest.warns(DeprecationWarning, match="write bt_fast.deciding.STEP_FACTOR"):
+        from bt_fast.mining import STEP_FACTOR
+    assert (Schedule, Assignment, STEP_FACTOR) == (Plan, MinedPlan, 1.7)
+    for module in ("bt_fast.mining", "bt_fast.attack.schedule"):
+        with pytest.raises(AttributeError, match="has no attribute 'Scheduler'"):
+            _ = importlib.import_module(module).Scheduler
 
 
 def test_a_name_that_never_was():
@@ -145,5 +162,32 @@ def test_keywords_of_generate_and_evaluate():
         old = evaluate(model, [(X, LABELS)], threat, steps=5, step_size=0.03, generator=generators[0])
     new = evaluate(model, [(X, LABELS)], PGD(0.1, 0.03, 5), generator=generators[1])
     assert (old.robust_correct, old.step.tolist()) == (new.robust_correct, new.step.tolist())
-    with pytest.raises(ValueError, match="attack must start in the ball and hold all its options, got steps="):
+    with pytest.raises(ValueError, match="attack must have no inner loss of its own, got 'kl'"):
+        evaluate(model, [(X, LABELS)], PGD(0.1, 0.03, 5, inner="kl"))
+    with pytest.raises(ValueError, match="attack must start anywhere in the ball"):
+        evaluate(model, [(X, LABELS)], PGD(0.1, 0.03, 5, start="normal"))
+    with pytest.raises(
+        ValueError, match=r"steps is an option of the attack where that is a PGD: write PGD\(..., steps=3\)"
+    ):
         evaluate(model, [(X, LABELS)], PGD(0.1, 0.03, 5), steps=3)
+
+
+def test_an_engine_and_an_old_way_of_execution_are_not_mixed():
+    model, plan = small_models.build("conv_bn"), Plan.uniform(6, 3, 0.03, X.device)
+    with pytest.raises(ValueError, match="engine='fast' says already how it is executed"):
+        trades_loss(model, X, LABELS, None, *SMALL, engine="fast", runner="eager")
+    with pytest.raises(ValueError, match="engine='fast' says already how it is executed"):
+        generate(model, X, X, torch.eye(5).double()[LABELS], plan, ThreatModel(0.1), engine="fast", frozen=Frozen())
+
+
+def test_old_defaults_are_no_news():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trades_loss(small_models.build("conv_bn"), X, LABELS, None, *SMALL, frozen=None, unperturbed=None, start=None)
+
+
+def test_a_keyword_that_pgd_never_had():
+    with pytest.raises(TypeError, match=r"pgd_loss\(\) has no argument 'unperturbed'"):
+        pgd_loss(small_models.build("conv_bn"), X, LABELS, None, unperturbed="skip")
+    with pytest.raises(TypeError, match=r"fast_loss\(\) has no argument 'rounds'"):
+        fast_loss(trades_loss, small_models.build("conv_bn"), X, LABELS, None, epsilon=0.1, rounds=3)

@@ -22,6 +22,7 @@ def test_options_behind_a_name():
     assert Engine.parse("fast") == Engine.of("fast")
     assert Engine.parse("exact,fold=on,graphs=on") == Engine(fold=True, graphs=True)
     assert Engine.parse("fast,streams=off").streams is False
+    assert Engine.parse("fast,graphs=off") == Engine(fold=True, channels_last=True)  # streams need graphs
 
 
 @pytest.mark.parametrize(
@@ -31,6 +32,7 @@ def test_options_behind_a_name():
         ("fast,speed=on", "engine 'fast,speed=on': expected NAME=on or NAME=off, NAME one of fold, .*got 'speed=on'"),
         ("fast,graphs", "got 'graphs'"),
         ("fast,graphs=yes", "got 'graphs=yes'"),
+        ("exact,streams=on", "streams need graphs"),
     ],
 )
 def test_what_is_none_is_named(text, message):
@@ -42,6 +44,7 @@ def test_what_is_none_is_named(text, message):
     ("options", "error", "message"),
     [
         ({"precision": "fp8"}, ValueError, "precision must be 'bf16' or None, got 'fp8'"),
+        ({"streams": True}, ValueError, "streams need graphs, of which their chains are made"),
         ({"graphs": 1}, TypeError, "graphs must be True or False, got 1"),
     ],
 )

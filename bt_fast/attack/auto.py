@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -48,6 +49,11 @@ class AutoRunner:
         self._candidates = dict(candidates)
         self._chosen: WeakKeyDictionary[Callable[[Tensor], Tensor], dict[object, Runner]] = WeakKeyDictionary()
         self.reasons: list[str] = []
+        self._reason: WeakKeyDictionary[Callable[[Tensor], Tensor], str] = WeakKeyDictionary()
+
+    def explain(self, model: Any) -> str:
+        """How a model's attacks run, in words: of the configuration measured last."""
+        return self._reason.get(model, "not measured yet")
 
     def __call__(
         self,
@@ -74,6 +80,7 @@ class AutoRunner:
         chosen = self._chosen.setdefault(model, {})
         if configuration not in chosen:
             chosen[configuration] = self._choose(model, batch, threat)
+            self._reason[model] = self.reasons[-1]
         return start_of(chosen[configuration])(model, batch, threat, generator)
 
     def _choose(self, model: Callable[[Tensor], Tensor], batch: AttackBatch, threat: ThreatModel) -> Runner:

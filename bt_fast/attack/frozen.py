@@ -38,12 +38,6 @@ def plain_values(model: nn.Module) -> tuple[tuple[str, object], ...]:
     return tuple([item for module in model.modules() for item in vars(module).items() if type(item[1]) in _PLAIN])
 
 
-def plain_attributes(module: nn.Module) -> tuple[tuple[str, object], ...]:
-    """The same of a module's own public attributes."""
-    found = vars(module).items()
-    return tuple([item for item in found if type(item[1]) in _PLAIN and not item[0].startswith("_")])
-
-
 _PLAIN = frozenset({bool, int, float, str, type(None)})
 
 

@@ -85,7 +85,12 @@ def generate(
     check_threat(threat)
     chosen = Engine.of(engine)
     frozen, runner = view_of(chosen), shared_cache(chosen).runner(chosen, clean)
-    if deprecated:
+    if any(value is not None for value in deprecated.values()):
+        if chosen != Engine():
+            raise ValueError(
+                f"engine={chosen.name!r} says already how it is executed, but frozen or runner does, too: "
+                "leave these out"
+            )
         frozen, runner = deprecated.get("frozen"), runner_of(deprecated.get("runner", "eager"))
     warn_of_units(threat.epsilon, threat.norm, (threat.lower, threat.upper), pixels=clean[:1].numel() or 1)
     with torch.inference_mode(False), attack_model(model, frozen, clean[:COMPARED].detach()) as view:

@@ -14,7 +14,6 @@ from bt_fast.attack.auto import AutoRunner
 from bt_fast.attack.folded import Frozen
 from bt_fast.attack.graphs import GraphRunner
 from bt_fast.attack.runners import Runner, run_eager
-from bt_fast.attack.streams import StreamRunner
 from bt_fast.engine import Engine
 
 DTYPES = {"bf16": torch.bfloat16}
@@ -63,7 +62,6 @@ def shared_cache(engine: Engine) -> GraphCache:
 _RUNNERS: dict[tuple[bool, bool], Callable[[], Runner]] = {  # (graphs, streams)
     (False, False): lambda: run_eager,
     (True, False): GraphRunner,
-    (False, True): lambda: AutoRunner({"eager": run_eager, "streams": StreamRunner()}),
     (True, True): AutoRunner,
 }
 _shared: dict[Engine, GraphCache] = {}

@@ -55,6 +55,8 @@ class GraphRunner:
         self._sessions: WeakKeyDictionary[Callable[[Tensor], Tensor], OrderedDict[_Key, _Session]] = WeakKeyDictionary()
         self._failed: WeakKeyDictionary[Callable[[Tensor], Tensor], str] = WeakKeyDictionary()
         self._said: WeakKeyDictionary[Callable[[Tensor], Tensor], set[str]] = WeakKeyDictionary()
+        # why a model's last attack ran eagerly
+        self._now: WeakKeyDictionary[Callable[[Tensor], Tensor], str] = WeakKeyDictionary()
 
     def __call__(
         self,
@@ -98,6 +100,7 @@ class GraphRunner:
             capacity: make room for so many samples, if that is more than there are.
         """
         reason = self._failed.get(model) or _reason(model, batch.x_adv)
+        self._now.pop(model, None)
         if reason is None:
             where = batch.x_adv.device
             random = RandomStates(device.host_generator(where), device.device_generator(where), generator)
@@ -117,6 +120,7 @@ class GraphRunner:
             self._sessions.clear()
             random.restore()
             self._failed[model] = reason
+        self._now[model] = reason
         said = self._said.setdefault(model, set())
         if reason not in said:
             said.add(reason)
@@ -129,10 +133,8 @@ class GraphRunner:
 
     def explain(self, model: Any) -> str:
         """How a model's attacks run, in words."""
-        if reason := self._failed.get(model):
+        if reason := self._now.get(model):
             return f"eagerly, since {reason}"
-        if said := self._said.get(model):
-            return f"eagerly, since {', '.join(sorted(said))}"
         captured = sum(len(session.graphs) for session in self._sessions.get(model, {}).values())
         return f"from CUDA graphs, {captured} captured" if captured else "eagerly, until a size comes again"
 

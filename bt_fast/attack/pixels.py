@@ -109,7 +109,7 @@ class Normalize(nn.Module):
         return torch.where((found - inside).abs() <= room, inside, found).to(x.dtype)
 
 
-class _OnPixels(Fronted):
+class OnPixels(Fronted):
     """A model behind `Normalize`. It holds the model only while it is used: what is kept for a model must not keep it.
 
     There is one for each model and normalization: what others keep for it (traced views, graphs) is found again.
@@ -144,7 +144,7 @@ class _OnPixels(Fronted):
                 self.model = outer
 
 
-_kept: WeakKeyDictionary[nn.Module, dict[tuple[Normalization, int], _OnPixels]] = WeakKeyDictionary()
+_kept: WeakKeyDictionary[nn.Module, dict[tuple[Normalization, int], OnPixels]] = WeakKeyDictionary()
 
 
 @contextmanager
@@ -181,14 +181,14 @@ def on_pixels(
         yield front, restored
 
 
-def _front(model: nn.Module, x: Tensor, normalization: Normalization) -> _OnPixels:
+def _front(model: nn.Module, x: Tensor, normalization: Normalization) -> OnPixels:
     """The one that is kept for this model, on the device and in the dtype of x."""
     kept = _kept.setdefault(model, {})
     with torch.inference_mode(False):
         front = kept.get((normalization, x.dim()))
         if front is None:
             with torch.device("cpu"):  # not the caller's default device
-                front = kept[normalization, x.dim()] = _OnPixels(normalization, x.dim())
+                front = kept[normalization, x.dim()] = OnPixels(normalization, x.dim())
         if (front.normalize.mean.dtype, front.normalize.mean.device) != (x.dtype, x.device):
             front.normalize.to(x.device, x.dtype)
     return front

@@ -88,4 +88,4 @@ def fast_loss(
     given = drop_in.Given(
         model, x_natural, y, optimizer, step_size, epsilon, steps, own[0], None, own[1], options.pop("generator", None)
     )
-    return drop_in.call(kind, given, options, start="uniform", **of_loss)
+    return drop_in.call(kind, given, options, start="uniform", function="fast_loss", **of_loss)

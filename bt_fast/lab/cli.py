@@ -333,7 +333,9 @@ def evaluate(
     device: str | None,
 ) -> None:
     """Clean and PGD accuracy of CHECKPOINT: a run's checkpoint.pt, or a state_dict such as TRADES publishes."""
-    where = _device(device)
+    where, chosen = _device(device), Engine.parse(engine or "fast")
+    if chosen.precision is not None:
+        raise ValueError(f"--engine {engine}: an evaluation has the network's own precision; write exact or fast")
     if model is None:
         networks, dataset, _, default_epsilon = _own_networks(checkpoint, method, data, data_dir, test_size)
     else:
@@ -351,7 +353,7 @@ def evaluate(
                 attack,
                 restarts=restarts,
                 loss=loss,
-                engine=Engine.parse(engine or "fast"),
+                engine=chosen,
                 generator=torch.Generator(where).manual_seed(seed),
                 progress=decided,
             )

@@ -472,7 +472,7 @@ def lines(findings: Sequence[Finding]) -> list[str]:
     if _fused(findings) and any(f.section == "self-check" for f in failed):
         out.append(f"to go on in plain torch, without kernels: {WITHOUT_KERNELS}")
     if any(f.name == GRAPHS or (f.section == SECTIONS[-1] and not f.name.startswith("eager")) for f in failed):
-        out.append('to go on without graphs: engine="exact", or --engine fast,graphs=off,streams=off')
+        out.append('to go on without graphs: engine="exact", or --engine fast,graphs=off')
     return out
 
 

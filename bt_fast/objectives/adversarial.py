@@ -20,7 +20,7 @@ from bt_fast.attack.frozen import clean_logits
 from bt_fast.attack.generate import COMPARED, StartedAttack, start_attack
 from bt_fast.attack.graph_cache import GraphCache
 from bt_fast.attack.neighbours import warn_of_neighbours
-from bt_fast.attack.pgd import InnerLoss
+from bt_fast.attack.pgd import PGD, InnerLoss
 from bt_fast.attack.runners import Runner
 from bt_fast.attack.start import Noise, ball_start, normal_noise, random_state, sorted_start, state_of_seed
 from bt_fast.attack.threat import ThreatModel
@@ -184,7 +184,7 @@ def _start_ragged(
     with attack_model(model, a.frozen, x[:COMPARED]) as view:
         with range_(MINING):  # to the end of the wait for the counts
             logits = clean_logits(view, x)
-            warn_of_neighbours(model, x, a.threat, "leave bullet out")
+            warn_of_neighbours(model, x, a.threat, "leave BulletTrain out")
             state = random_state(x, a.generator) if a.samples is None else state_of_seed(x, a.generator)
             attacked, of_attack = None, []
             if isinstance(bullet.policy, Oracle):
@@ -322,6 +322,15 @@ def check_optimizer(optimizer: object) -> None:
         )
 
 
+def check_steps(attack: PGD, mining: BulletTrain | None) -> None:
+    """Raise ValueError unless attack and mining agree on the steps of a boundary sample."""
+    if mining is not None and mining.boundary_steps not in (0, attack.steps):
+        raise ValueError(
+            f"attack takes {attack.steps} steps, but mining {mining.boundary_steps} boundary steps: "
+            f"write BulletTrain({attack.steps}, ...), or the same number for both"
+        )
+
+
 def check_draws(x: Tensor, indices: Tensor | None, generator: torch.Generator | None, name: str) -> None:
     """Raise TypeError or ValueError for what decides the random start; `name` is that of the indices."""
     if indices is not None:
@@ -337,7 +346,7 @@ def checked_balance(balance: object, mining: BulletTrain | None) -> Balance | No
         raise TypeError(f"balance must be a Balance or None, got {type(balance).__name__}: write balance=Balance()")
     if mining is None or mining.process_group is None:
         raise ValueError(
-            "balance shares an attack out over ranks: it needs bullet=BulletTrain(process_group=...): "
+            "balance shares an attack out over ranks: it needs a BulletTrain with process_group=...: "
             "give that, or leave balance out"
         )
     return balance

@@ -287,6 +287,11 @@ def _check_options(mining: BulletTrain | None, jsd: bool, severity: float, name:
             f"{name} must be BulletTrain(1, 0, 0), boundary, robust and outlier steps: AugMix only turns the "
             f"augmentation of a sample on or off. Got {steps}: write BulletTrain(1, 0, 0)"
         )
+    if mining.unperturbed is not None or mining.balance is not None:
+        raise ValueError(
+            f"{name}'s unperturbed and balance must be None: AugMix runs no attack and no adversarial forward: "
+            "write BulletTrain(1, 0, 0)"
+        )
     if isinstance(mining.policy, Oracle):
         raise ValueError(
             f"{name}'s policy must not be an Oracle: AugMix runs no attack that could show it the groups: "

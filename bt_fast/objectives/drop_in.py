@@ -99,16 +99,24 @@ class Given:
 
 
 def call(
-    kind: type[AdversarialLoss], given: Given, deprecated: Mapping[str, Any], start: Noise | None = None, **of_loss: Any
+    kind: type[AdversarialLoss],
+    given: Given,
+    deprecated: Mapping[str, Any],
+    *,
+    start: Noise | None = None,
+    function: str = "",
+    **of_loss: Any,
 ) -> Tensor:
     """The loss `kind` of a drop-in's arguments.
 
     Args:
         deprecated: keywords of the first version.
         start: of the attack, where the drop-in decides about it.
+        function: the drop-in's name, if it is not the loss's own.
         of_loss: what else the loss is made with, `beta` say.
     """
-    check_keywords(kind.drop_in, deprecated, NEW_LINES, loss=kind.__name__)
+    known = NEW_LINES if kind.clean_forwards else {k: v for k, v in NEW_LINES.items() if k != "unperturbed"}
+    check_keywords(function or kind.drop_in, deprecated, known, loss=kind.__name__)
     given.check()
     old, bullet = _Old.of(deprecated, given), given.bullet
     adversarial.check_draws(given.x_natural, old.samples, given.generator, "samples")
@@ -122,7 +130,7 @@ def call(
         normalization=old.normalization,
     )
     loss = kind(attack, mining=bullet, engine=given.engine, **of_loss)
-    execution = old.execution(given.x_natural) or Execution.of(loss.engine, shared_cache(loss.engine), given.x_natural)
+    execution = old.execution(loss.engine) or Execution.of(loss.engine, shared_cache(loss.engine), given.x_natural)
     how = Call(execution, old.samples, given.generator, old.unperturbed, old.balance, "x_natural")
     found = loss.of_call(given.model, given.x_natural, given.y, how)
     if given.optimizer is not None:
@@ -168,8 +176,13 @@ class _Old:
             }
         )
 
-    def execution(self, x: Tensor) -> Execution | None:
+    def execution(self, engine: Engine) -> Execution | None:
         """What old keywords say of it; None where they say nothing."""
         if self.frozen is None and self.runner is None and self.update is None:
             return None
+        if engine != Engine():
+            raise ValueError(
+                f"engine={engine.name!r} says already how it is executed, but frozen, runner or update does, too: "
+                "leave these out"
+            )
         return Execution(self.frozen, runner_of(self.runner or "eager"), self.update)

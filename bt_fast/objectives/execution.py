@@ -56,12 +56,13 @@ class Seen:
     """What a loss has run.
 
     Attributes:
-        model: as the attack knows it. device: of the images.
+        model: as the attack knows it, updated: as the update does. device: of the images.
         execution: how it ran.
         beside: whether the update's clean forward ran beside the attack.
     """
 
     model: Callable[[], nn.Module | None]
+    updated: Callable[[], nn.Module | None]
     device: torch.device
     execution: Execution
     beside: bool
@@ -69,8 +70,8 @@ class Seen:
 
 def lines(seen: Seen) -> Iterator[str]:
     """What ran folded, from graphs, in 16 bits, on streams, and why something did not."""
-    execution, model = seen.execution, seen.model()
-    if model is None:
+    execution, model, updated = seen.execution, seen.model(), seen.updated()
+    if model is None or updated is None:
         yield "the model of the last call is gone: explain while there is one"
         return
     view = None if execution.view is None else known_view(model, execution.view)
@@ -81,7 +82,7 @@ def lines(seen: Seen) -> Iterator[str]:
     attacked = model if view is None else view
     yield f"attack steps: {_runner(execution.runner, attacked, seen.device)}"
     graphs = update is not None and update.graphs
-    yield f"update: {explain_graphs(model, execution.cache) if graphs else 'eagerly'}"
+    yield f"update: {explain_graphs(updated, execution.cache) if graphs else 'eagerly'}"
     yield f"clean forward beside the attack: {_yes(seen.beside)}"
     if execution.precision is not None:
         yield f"precision: {execution.precision}, under autocast"
@@ -104,9 +105,7 @@ def _fold(recipe: Frozen | None, view: FrozenModel | None) -> str:
 
 
 def _runner(runner: Runner, attacked: object, where: torch.device) -> str:
-    if isinstance(runner, AutoRunner):
-        return runner.reasons[-1] if runner.reasons else "not measured yet"
-    if isinstance(runner, (GraphRunner, StreamRunner)):
+    if isinstance(runner, (AutoRunner, GraphRunner, StreamRunner)):
         return runner.explain(attacked)
     if runner is run_eager and where.type != "cuda":
         return f"eagerly, since graphs and streams are CUDA's and the images are on {where}"

@@ -44,14 +44,14 @@ class Forwards:
     clean logits [m, K] without gradient.
 
     Attributes:
-        key: what tells this objective's updates from others.
+        key: what tells this objective's updates from others; None where that is not known.
         of: the objective.
         rows: the number of rows, from the first, that run an adversarial forward; the others' x' is x.
         channels_last: the format of 4-d images.
         rerun: a clean forward that cannot be replayed runs a second time, as in the authors' code.
     """
 
-    key: tuple[object, ...]
+    key: Hashable
     of: Objective
     rows: int
     channels_last: bool
@@ -63,8 +63,8 @@ class Forwards:
 
     @property
     def identity(self) -> Hashable:
-        """Equal to another's where both compute the same."""
-        return self.key, self.rows, self.channels_last, self.rerun
+        """Equal to another's where both compute the same; None where that is not known."""
+        return None if self.key is None else (self.key, self.rows, self.channels_last, self.rerun)
 
     @property
     def clean_first(self) -> bool:

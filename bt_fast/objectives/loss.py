@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 from weakref import ref
@@ -11,10 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from bt_fast.attack.balanced import Balance
-from bt_fast.attack.frozen import plain_attributes
 from bt_fast.attack.graph_cache import GraphCache
 from bt_fast.attack.pgd import PGD, InnerLoss
-from bt_fast.attack.pixels import on_pixels
+from bt_fast.attack.pixels import OnPixels, on_pixels
 from bt_fast.attack.start import Noise
 from bt_fast.attack.wrapped import unwrapped
 from bt_fast.engine import Engine
@@ -23,6 +23,7 @@ from bt_fast.objectives import adversarial
 from bt_fast.objectives.adversarial import Adversary, Attack
 from bt_fast.objectives.execution import Execution, Seen, lines
 from bt_fast.objectives.forwards import Forwards
+from bt_fast.objectives.given_back import given_back
 from bt_fast.validation import check_kind
 
 Unperturbed = Literal["keep", "skip"]
@@ -55,7 +56,7 @@ class Record:
     Attributes:
         logits: [m, K], of the update's clean forward; None for a loss that has none.
         adversarial_logits: [m, K], of the update's adversarial forward.
-        x_adv: [m, ...], x'.
+        x_adv: [m, ...], x', in the units of x.
         steps: [m] int64, the attack steps of each sample.
     """
 
@@ -97,17 +98,27 @@ class AdversarialLoss(nn.Module, ABC):
         super().__init__()
         check_kind("attack", attack, PGD, "write PGD(epsilon=8 / 255, step_size=2 / 255, steps=10)")
         check_kind("mining", mining, BulletTrain, "write mining=BulletTrain()", optional=True)
-        if mining is not None and mining.boundary_steps not in (0, attack.steps):
+        adversarial.check_steps(attack, mining)
+        if mining is not None and mining.unperturbed == "skip" and self.clean_forwards == 0:
             raise ValueError(
-                f"attack takes {attack.steps} steps, but mining {mining.boundary_steps} boundary steps: "
-                f"write BulletTrain({attack.steps}, ...), or the same number for both"
+                f"mining's unperturbed must be 'keep' or None for {type(self).__name__}, got 'skip': "
+                "its only forward is the adversarial one: leave unperturbed out"
             )
         self.attack = attack
         self.mining = mining
-        self.engine = Engine.of(engine)
+        self._engine = Engine.of(engine)
         self._cache = GraphCache()
         self._seen: Seen | None = None
-        self._last: tuple[Attack, Tensor, Tensor, Tensor | None] | None = None
+        self._last: tuple[Attack, Callable[[], Tensor], Tensor, Tensor | None] | None = None
+
+    @property
+    def engine(self) -> Engine:
+        """How attack and update are executed; may be set, by name too."""
+        return self._engine
+
+    @engine.setter
+    def engine(self, engine: Engine | str) -> None:
+        self._engine = Engine.of(engine)
 
     @abstractmethod
     def objective(self, clean_logits: Tensor | None, adversarial_logits: Tensor, y: Tensor) -> Tensor:
@@ -119,6 +130,14 @@ class AdversarialLoss(nn.Module, ABC):
                 out, they are the clean ones.
             y: [m] int64 in 0..K-1.
         """
+
+    def graph_key(self) -> Hashable:
+        """All numbers of its own that `objective` reads, for graphs to be captured anew where one changes.
+
+        None, the default: the update of a loss of one's own is not captured. One that reads nothing but its arguments
+        returns (); one that reads tensors of its own cannot be captured.
+        """
+        return None
 
     def objective_of_two(self, first: Tensor, second: Tensor, adversarial_logits: Tensor, y: Tensor) -> Tensor:
         """The loss where there are two clean forwards, `first` and `second` [m, K], that differ by random numbers.
@@ -179,20 +198,21 @@ class AdversarialLoss(nn.Module, ABC):
             attack = adversarial.start(model, pixels(x), y, self._adversary(call), mining, call.name)
             update = execution.update
             forwards = Forwards(
-                key=self._graph_key(),
+                key=self._identity(),
                 of=self,
                 rows=self._adversarial_rows(attack, call.unperturbed),
                 channels_last=update is not None and update.channels_last,
                 rerun=mining is None,
             )
             ran = adversarial.run(model, attack, forwards, update, execution.cache)
-            self._seen = Seen(ref(unwrapped(model)), x.device, execution, ran.beside)
+            self._seen = Seen(ref(unwrapped(model)), ref(model), x.device, execution, ran.beside)
         loss, judged, *clean = ran.terms
         ended = attack.ended()
         if mining is not None:
             mining.observe(judged, attack.y, order=attack.order, faulty=attack.faulty)
             mining.keep(ended)
-        self._last = ended, ran.x_adv, judged, clean[0] if clean else None
+        normalize = model.normalize if isinstance(model, OnPixels) else None
+        self._last = ended, given_back(ran.x_adv, x, attack.plan, normalize), judged, clean[0] if clean else None
         return loss
 
     @property
@@ -211,17 +231,14 @@ class AdversarialLoss(nn.Module, ABC):
             return values if order is None else torch.empty_like(values).index_copy_(0, order, values)
 
         logits = None if clean is None else restored(clean)
-        return Record(logits, restored(judged), restored(x_adv), attack.plan.steps)
+        return Record(logits, restored(judged), x_adv(), attack.plan.steps)
 
     def explain(self) -> str:
-        """What ran folded, from graphs, in 16 bits, on streams in the last call, and why something did not: in lines.
-
-        Raises:
-            RuntimeError: there has been no call.
-        """
+        """What ran folded, from graphs, in 16 bits, on streams in the last call; what did not, and why."""
+        title = f"{type(self).__name__}, engine {self.engine.name!r}"
         if self._seen is None:
-            raise RuntimeError("there is nothing to explain yet: call the loss first, criterion(model, x, y)")
-        title = f"{type(self).__name__}, engine {self.engine.name!r}, on {self._seen.device}"
+            return f"{title}: not called yet"
+        title += f", on {self._seen.device}"
         return "\n".join([title, *lines(self._seen)])
 
     def extra_repr(self) -> str:
@@ -257,7 +274,9 @@ class AdversarialLoss(nn.Module, ABC):
         keep = unperturbed == "keep" if unperturbed else mining.robust_steps or mining.outlier_steps
         return len(attack.x) if keep else attack.moving
 
-    def _graph_key(self) -> tuple[object, ...]:
-        """What tells the loss's updates from those of others: of a class of one's own, the object itself."""
-        ours = type(self).__module__.startswith("bt_fast.")
-        return (type(self), *plain_attributes(self)) if ours else (self, *plain_attributes(self))
+    def _identity(self) -> Hashable:
+        """What tells the loss's updates from those of others; None where it is not known to say so."""
+        of_key = next(c for c in type(self).__mro__ if "graph_key" in vars(c))
+        of_objective = next(c for c in type(self).__mro__ if vars(c).keys() & {"objective", "objective_of_two"})
+        key = self.graph_key() if issubclass(of_key, of_objective) else None
+        return None if key is None else (type(self), key)

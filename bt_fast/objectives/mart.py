@@ -50,7 +50,20 @@ class MARTLoss(AdversarialLoss):
         self, attack: PGD, beta: float = 6.0, *, mining: BulletTrain | None = None, engine: Engine | str = "fast"
     ) -> None:
         super().__init__(attack, mining=mining, engine=engine)
-        self.beta = weight("beta", beta)
+        self.beta = beta
+
+    @property
+    def beta(self) -> float:
+        """β, the weight of the robust term."""
+        return self._beta
+
+    @beta.setter
+    def beta(self, beta: float) -> None:
+        self._beta = weight("beta", beta)
+
+    def graph_key(self) -> tuple[float]:
+        """(β,)."""
+        return (self.beta,)
 
     def objective(self, clean_logits: Tensor | None, adversarial_logits: Tensor, y: Tensor) -> Tensor:
         """The loss of clean_logits and adversarial_logits [m, K], with gradient through both; y is [m] int64."""

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 from bt_fast.attack.graph_cache import shared_cache
 from bt_fast.attack.pgd import PGD
-from bt_fast.attack.pixels import Normalize, on_pixels
+from bt_fast.attack.pixels import OnPixels, on_pixels
 from bt_fast.engine import Engine
 from bt_fast.mining import BulletTrain
 from bt_fast.objectives import adversarial
 from bt_fast.objectives.adversarial import Adversary
 from bt_fast.objectives.execution import Execution
+from bt_fast.objectives.given_back import given_back
 from bt_fast.plan import MinedPlan
 from bt_fast.validation import check_kind
 from bt_fast.warning import warn_caller
@@ -108,6 +109,7 @@ def perturb(
     """
     check_kind("attack", attack, PGD, "write PGD(epsilon=8 / 255, step_size=2 / 255, steps=10)")
     check_kind("mining", mining, BulletTrain, "write mining=BulletTrain()", optional=True)
+    adversarial.check_steps(attack, mining)
     chosen = Engine.of(engine)
     adversarial.check_batch(x, y, "x")
     adversarial.check_draws(x, indices, generator, "indices")
@@ -142,10 +144,7 @@ def perturb(
     plan = started.plan
     if mining is not None and started.faulty is not None and plan.order is not None:
         mining.attacked(started.faulty, plan.order)
-    if plan.order is not None:
-        x_adv = torch.empty_like(x_adv).index_copy_(0, plan.order, x_adv)
-    if (normalization := attack.normalization) is not None:
-        x_adv = Normalize(normalization.mean, normalization.std, x.dim()).to(x.device, x.dtype)(x_adv)
+    x_adv = given_back(x_adv, x, plan, model.normalize if isinstance(model, OnPixels) else None)()
     if not return_details:
         return x_adv
     return Perturbed(x_adv, started.logits, plan.steps, plan.group if isinstance(plan, MinedPlan) else None)

@@ -42,6 +42,10 @@ class PGDLoss(AdversarialLoss):
     default_start: ClassVar[Noise] = "uniform"
     drop_in = "pgd_loss"
 
+    def graph_key(self) -> tuple[()]:
+        """Nothing but its arguments is read."""
+        return ()
+
     def objective(self, clean_logits: Tensor | None, adversarial_logits: Tensor, y: Tensor) -> Tensor:
         """The cross-entropy of adversarial_logits [m, K] and y [m]; there are no clean_logits."""
         return F.cross_entropy(ops.wide(adversarial_logits), y)

@@ -52,7 +52,20 @@ class TRADESLoss(AdversarialLoss):
         self, attack: PGD, beta: float = 6.0, *, mining: BulletTrain | None = None, engine: Engine | str = "fast"
     ) -> None:
         super().__init__(attack, mining=mining, engine=engine)
-        self.beta = weight("beta", beta)
+        self.beta = beta
+
+    @property
+    def beta(self) -> float:
+        """β, the weight of the robust term."""
+        return self._beta
+
+    @beta.setter
+    def beta(self, beta: float) -> None:
+        self._beta = weight("beta", beta)
+
+    def graph_key(self) -> tuple[float]:
+        """(β,)."""
+        return (self.beta,)
 
     def objective(self, clean_logits: Tensor | None, adversarial_logits: Tensor, y: Tensor) -> Tensor:
         """Cross-entropy of clean_logits [m, K], and the KL term of adversarial_logits [m, K]; y is [m] int64."""

@@ -72,7 +72,7 @@ class Computation(Protocol):
 
     @property
     def identity(self) -> Hashable:
-        """Equal to another's where both compute the same."""
+        """Equal to another's where both compute the same; None where that is not known."""
 
     def steady(self, m: int) -> bool:
         """Whether every batch of m samples has the same shapes throughout."""
@@ -145,11 +145,13 @@ class _Graphs:
         self._stream: device.Stream | None = None  # on which the latest replay was queued
         self._failed: str | None = None
         self._said: set[str] = set()
+        self._now: str | None = None  # why the last update ran eagerly
         self._new = 0  # updates in a row that had not been met
 
     def __call__(self, model: nn.Module, computation: Computation, x: Tensor, x_adv: Tensor, y: Tensor) -> Terms:
-        if reason := self._failed or _reason(model, x) or self._awaited():
-            self._say(reason)
+        self._now = self._failed or _unknown(computation) or _reason(model, x) or self._awaited()
+        if self._now:
+            self._say(self._now)
             return _eagerly(model, computation, x, x_adv, y)[0]
         key = _Key.of(model, computation, x, x_adv, y)
         for old in [k for k in self._captured if k.tensors != key.tensors]:
@@ -161,6 +163,7 @@ class _Graphs:
             if met.times < (2 if computation.steady(len(x)) else OFTEN):
                 return self._meet(met, model, computation, x, x_adv, y)
             self._failed = self._capture(key, met, model, computation, x, x_adv, y)
+            self._now = self._failed
             if self._failed:
                 self._say(self._failed)
                 return _eagerly(model, computation, x, x_adv, y)[0]
@@ -168,8 +171,8 @@ class _Graphs:
 
     def explain(self) -> str:
         """How the updates run, in words."""
-        if reason := self._failed or ", ".join(sorted(self._said)):
-            return f"eagerly, since {reason}"
+        if self._failed or self._now:
+            return f"eagerly, since {self._failed or self._now}"
         captured = len(self._captured)
         return f"from CUDA graphs, {captured} captured" if captured else "eagerly, until the same shapes come again"
 
@@ -403,6 +406,12 @@ def explain_graphs(model: nn.Module, cache: GraphCache | None) -> str:
 def _eagerly(model: nn.Module, computation: Computation, x: Tensor, x_adv: Tensor, y: Tensor) -> tuple[Terms, bool]:
     with uncached(x):  # as the graphs
         return computation(model, x, x_adv, y)
+
+
+def _unknown(computation: Computation) -> str | None:
+    if computation.identity is not None:
+        return None
+    return "the loss is one of your own, without a graph_key that says which numbers its objective reads"
 
 
 def _reason(model: nn.Module, x: Tensor) -> str | None:

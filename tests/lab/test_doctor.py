@@ -464,7 +464,7 @@ def test_a_runner_that_is_wrong_or_falls_back_fails(kind, name):
     assert found.status == "FAILED"
     words = {"wrong": "differs by up to", "raises": "ValueError: no stream", "falls back": "without graphs: no memory"}
     assert words[kind] in found.text
-    assert 'to go on without graphs: engine="exact", or --engine fast,graphs=off,streams=off' in doctor.lines([found])
+    assert 'to go on without graphs: engine="exact", or --engine fast,graphs=off' in doctor.lines([found])
 
 
 def test_a_step_in_float32_is_compared_without_tf32():

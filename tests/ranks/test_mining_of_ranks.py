@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 from gloo_ranks import RankError, run_ranks
 from pretended_device import DEVICE, pretended_device
-from small_models import Undefined, build, with_bright
+from small_models import Undefined, batch, build, with_bright
 
-from bt_fast import BulletTrain, Gaussian, ranks, trades_loss
+from bt_fast import BulletTrain, Gaussian, Guard, ranks, trades_loss
 from bt_fast.ranks import Ranks
 
 EPSILON = 0.1
@@ -173,6 +173,35 @@ def saved_by_one_rank():
 def test_one_rank_saves_what_all_have():
     first, second = run_ranks(2, saved_by_one_rank)
     assert first["saved"] == first["copied"] == first["robust_fraction"] == second["robust_fraction"] > 0
+
+
+def after_a_skipped_minibatch(group):
+    """F_R, the groups and what is still to be raised, after six minibatches of which the fourth has NaN gradients."""
+    model, mining = build("conv_bn"), BulletTrain(2, 1, 0, process_group=group)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    guard = Guard(optimizer, model, mining, non_finite="skip", process_group=group)
+    for k in range(6):
+        x, y = batch(8, seed=k)
+        with guard.minibatch():
+            loss = trades_loss(model, x, y, optimizer, 0.02, 0.05, bullet=mining)
+            loss.backward()
+            if k == 3:
+                next(model.parameters()).grad.fill_(torch.nan)
+            guard.step(loss)
+    guard.settle()
+    mining.finish()
+    assert len(guard.skipped) == 1
+    return {name: value.clone() for name, value in mining.state_dict().items()}
+
+
+def guarded_together():
+    return after_a_skipped_minibatch(dist.group.WORLD)
+
+
+def test_a_minibatch_that_is_skipped_moves_nothing_with_a_group_either():
+    expected = after_a_skipped_minibatch(None)
+    (found,) = run_ranks(1, guarded_together)
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
 def test_what_is_no_process_group_is_refused():

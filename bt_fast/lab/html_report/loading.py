@@ -232,7 +232,7 @@ def _load_unfinished(letter: str, folder: Path) -> LoadedRun:
 
 def _engine(kind: Method, of_run: str) -> str:
     """What a method ran on: the authors' code as it was written."""
-    return "exact" if kind.algorithm in ("reference", "yopo") else kind.engine or of_run
+    return "exact" if kind.algorithm in ("reference", "yopo") else kind.engine or of_run.partition(",")[0]
 
 
 def _result(path: Path, name: str, entry: Any, loss: str, engine: str, corrupted: float | None) -> Result:

@@ -189,8 +189,8 @@ _OPTIONS: dict[str, Any] = {
     "step_size": STEP_FACTOR * _EPSILON / _PGD_STEPS,
     "boundary_steps": _PGD_STEPS,
 }
-_BASELINE = {"methods": ("optimised-fast",), **_OPTIONS}
-_BULLET = {"methods": ("bullet-fast",), **_OPTIONS}
+_BASELINE = {"methods": ("optimised",), **_OPTIONS}
+_BULLET = {"methods": ("bullet",), **_OPTIONS}
 
 FIG3 = Study(
     "fig3",

@@ -28,7 +28,7 @@ def steps_method(boundary: int, outlier: int, robust: int, epsilon: float) -> st
     """PGD training with these steps for the groups that the oracle tells."""
     size = f",step-size={STEP_FACTOR * epsilon / boundary:.6g}" if boundary else ""
     steps = f"boundary-steps={boundary},robust-steps={robust},outlier-steps={outlier}"
-    return f"bullet-fast,policy=oracle,{steps}{size}"
+    return f"bullet,policy=oracle,{steps}{size}"
 
 
 def _leave_one_out(steps: Sequence[int]) -> tuple[str, ...]:
@@ -91,7 +91,7 @@ _PGD = {"loss": "pgd", "epsilon": EPSILON, "steps": MOST_STEPS, "step_size": STE
 
 
 def _sweep(option: str, values: Sequence[float]) -> tuple[str, ...]:
-    return tuple(f"bullet-fast,{option}={value:g}" for value in values)
+    return tuple(f"bullet,{option}={value:g}" for value in values)
 
 
 def _answer_sweep(found: Findings) -> dict[str, Any]:

@@ -4,8 +4,10 @@ import copy
 import gc
 import io
 import pickle
+import warnings
 import weakref
 
+import numpy as np
 import pytest
 import small_models
 import torch
@@ -113,9 +115,11 @@ def test_what_there_is_to_log_is_in_the_callers_order(kind):
 class Margin(AdversarialLoss):
     """A loss of one's own."""
 
+    weight = 1.0
+
     def objective(self, clean_logits, adversarial_logits, y):
         at, others = adversarial_logits.gather(1, y[:, None]), adversarial_logits.scatter(1, y[:, None], -1e9)
-        return (1 + others - at).clamp(min=0).mean() + nn.functional.cross_entropy(clean_logits, y)
+        return self.weight * (1 + others - at).clamp(min=0).mean() + nn.functional.cross_entropy(clean_logits, y)
 
 
 @pytest.mark.parametrize("mining", [None, mined()])
@@ -247,6 +251,16 @@ def test_what_does_not_fit_is_named(options, error, message):
         TRADESLoss(**{"attack": ATTACK} | options)
 
 
+def test_options_of_mining_that_mean_nothing_to_a_loss_are_refused():
+    x, y = small_models.batch(4)
+    with pytest.raises(ValueError, match="mining's unperturbed must be 'keep' or None for PGDLoss"):
+        PGDLoss(ATTACK, mining=mined(unperturbed="skip"))
+    with pytest.raises(ValueError, match="mining's unperturbed and balance must be None: AugMix"):
+        AugMixLoss(BulletTrain(1, 0, 0, unperturbed="skip"))
+    with pytest.raises(ValueError, match="attack takes 3 steps, but mining 4 boundary steps"):
+        perturb(small_models.build("conv_bn"), x, y, PGD(0.1, 0.03, 3), mined())
+
+
 @pytest.mark.parametrize(
     ("arguments", "options", "error", "message"),
     [
@@ -276,8 +290,7 @@ def test_it_explains_what_ran_and_what_did_not():
 
     x, y = small_models.batch(8)
     criterion = TRADESLoss(ATTACK, mining=mined())
-    with pytest.raises(RuntimeError, match="nothing to explain yet: call the loss first"):
-        criterion.explain()
+    assert criterion.explain() == "TRADESLoss, engine 'fast': not called yet"
     criterion(model := small_models.build("conv_bn"), x, y)
     assert "folded view: yes" in criterion.explain()
     assert "attack steps: eagerly, since graphs and streams are CUDA's" in criterion.explain()
@@ -313,6 +326,71 @@ def test_under_graphs_it_is_the_eager_loss_in_any_order_and_says_what_it_capture
     for seed in range(5):
         shuffled = emulated.shuffled(seed, found)
         assert all(torch.equal(a, b) for a, b in zip(shuffled, expected, strict=True)), seed
+
+
+def under_graphs(make, change, engine):
+    """Losses of six minibatches; before the fourth something of the loss is changed."""
+    model, found, criterion = small_models.build("conv_bn"), [], make(engine)
+    for k in range(6):
+        if k == 3:
+            change(criterion)
+        torch.manual_seed(k)
+        loss = criterion(model, *small_models.batch(6, seed=k))
+        loss.backward()
+        model.zero_grad()
+        found.append(loss.detach().clone())
+    return found, criterion.explain()
+
+
+class Keyed(Margin):
+    """One that says what its objective reads."""
+
+    def objective(self, clean_logits, adversarial_logits, y):
+        return super().objective(clean_logits, adversarial_logits, y)
+
+    def graph_key(self):
+        return (self.weight,)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "captured"),
+    [(TRADESLoss, "beta", True), (MARTLoss, "beta", True), (Margin, "weight", False), (Keyed, "weight", True)],
+)
+@pytest.mark.parametrize("number", [6.0, np.float64(6.0)])
+def test_a_number_that_changes_is_no_longer_that_of_a_graph(kind, name, captured, number):
+    options = {"beta": 1.0} if name == "beta" else {}
+    arguments = (lambda engine: kind(ATTACK, engine=engine, **options), lambda loss: setattr(loss, name, number))
+    expected, _ = under_graphs(*arguments, "exact")
+    with EmulatedDevice(), warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        found, explained = under_graphs(*arguments, Engine(graphs=True))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert ("update: from CUDA graphs" in explained) == captured
+    assert any("without a graph_key" in str(w.message) for w in said) == (not captured)
+
+
+def test_beta_and_engine_may_be_set_and_are_checked():
+    criterion = TRADESLoss(ATTACK)
+    criterion.beta, criterion.engine = 3, "exact"
+    assert (criterion.beta, criterion.engine) == (3.0, Engine())
+    with pytest.raises(ValueError, match="beta must be a finite number of at least 0"):
+        criterion.beta = -1.0
+    with pytest.raises(ValueError, match="engine must be one of"):
+        criterion.engine = "quick"
+
+
+def test_what_stopped_once_is_not_why_the_next_runs():
+    model, (x, y) = small_models.build("conv_bn"), small_models.batch(6)
+    criterion = TRADESLoss(ATTACK, engine=Engine(graphs=True))
+    with EmulatedDevice(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for _ in range(3):
+            criterion(model, x, y).backward()
+        with torch.no_grad():
+            criterion(model, x, y)
+        assert "update: eagerly, since there is no gradient to take" in criterion.explain()
+        criterion(model, x, y).backward()
+        assert "update: from CUDA graphs" in criterion.explain()
 
 
 # AugMix
@@ -370,7 +448,15 @@ def test_a_minibatch_that_is_not_observed_is_warned_of():
     with pytest.warns(UserWarning, match=r"call mining.observe\(adversarial_logits, y\) once"):
         x_adv = perturb(model, x, y, ATTACK, mining)
     mining.observe(model(x_adv), y)
-    perturb(model, x, y, ATTACK, mining)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        perturb(model, x, y, ATTACK, mining)
+    mining.observe(model(x_adv), y)
+    with pytest.raises(ValueError, match="must lie in"):
+        TRADESLoss(ATTACK, mining=mining, engine="exact")(model, 2 * x, y)
+    with warnings.catch_warnings():  # what has failed was no minibatch
+        warnings.simplefilter("error")
+        perturb(model, x, y, ATTACK, mining)
 
 
 def test_perturbed_images_are_in_the_units_of_those_given():
@@ -378,6 +464,14 @@ def test_perturbed_images_are_in_the_units_of_those_given():
     shape = (1, 1, 1, 1)
     model, (x, y) = small_models.build("conv_bn"), small_models.batch(8)
     loader = (x - torch.tensor(mean).view(shape)) / torch.tensor(std).view(shape)
-    found = perturb(model, loader, y, PGD(0.1, 0.03, 4, normalization=Normalization(mean, std)))
-    moved = (found - loader).abs() * torch.tensor(std).view(shape)
+    attack, mining = PGD(0.1, 0.03, 4, normalization=Normalization(mean, std)), mined()
+    found = perturb(model, loader, y, attack, mining)
+    moved = ((found - loader).abs() * torch.tensor(std).view(shape)).flatten(1).amax(dim=1)
     assert 0.09 < moved.max() <= 0.1 + 1e-6
+    assert (moved == 0).any(), "a sample without steps is itself, to the bit"
+    criterion = TRADESLoss(attack, mining=mined(), engine="exact")
+    criterion(model, loader, y)
+    last = criterion.last
+    moved = ((last.x_adv - loader).abs() * torch.tensor(std).view(shape)).flatten(1).amax(dim=1)
+    assert torch.equal(moved > 0, last.steps > 0)
+    assert moved.max() <= 0.1 + 1e-6
