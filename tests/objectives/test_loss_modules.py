@@ -298,6 +298,7 @@ def test_it_explains_what_ran_and_what_did_not():
         criterion(model := Untraceable(), x, y)
     assert "folded view: no, it cannot be traced" in criterion.explain()
     del model
+    gc.collect()
     assert "the model of the last call is gone" in criterion.explain()
     exact = TRADESLoss(ATTACK, engine="exact")
     model = small_models.build("conv_bn")
