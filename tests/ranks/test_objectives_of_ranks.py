@@ -188,7 +188,7 @@ def costs_measured():
 
 @pytest.mark.parametrize("bullet", [None, BulletTrain()])
 def test_balance_needs_ranks(bullet):
-    with pytest.raises(ValueError, match=r"needs bullet=BulletTrain\(process_group"):
+    with pytest.raises(ValueError, match=r"needs a BulletTrain with process_group"):
         trades_loss(plain(), *batch(4), None, bullet=bullet, balance=Balance())
 
 
