@@ -230,7 +230,7 @@ def measured_costs(
 
     Args:
         attack: `attack(n)` takes one attack step on n samples.
-        rows: ≥ 2, of the usual minibatch.
+        rows: ≥ 2, of this rank's usual minibatch; ranks may have different ones.
         clean: [m, ...] images, target: [m, K], like those of the training and on its device.
 
     Raises:
@@ -254,13 +254,14 @@ def measured_costs(
             began = now(clean)
             work()
             times.append(now(clean) - began)
-    mine = torch.tensor([statistics.median(t[WARM:]) for t in seconds], dtype=torch.float64, device=clean.device)
-    of_all = [torch.empty_like(mine) for _ in range(ranks)]
-    dist.all_gather(of_all, mine, group=group)
-    of_few, of_many, of_nothing, of_parcel = torch.stack(of_all).cpu().mean(dim=0).tolist()
-    per_row = max(0.0, (of_many - of_few) / (many - few))
-    per_step = max(0.0, of_few - few * per_row)
-    return Costs(per_row, per_step, size, of_nothing, PARCEL * size / of_parcel)
+    of_few, of_many, of_nothing, of_parcel = (statistics.median(t[WARM:]) for t in seconds)
+    row = max(0.0, (of_many - of_few) / (many - few))  # here, where it is known how many rows they were
+    mine = [row, max(0.0, of_few - few * row), of_nothing, of_parcel]
+    told = torch.tensor(mine, dtype=torch.float64, device=clean.device)
+    of_all = [torch.empty_like(told) for _ in range(ranks)]
+    dist.all_gather(of_all, told, group=group)
+    per_row, per_step, latency, parcel_seconds = torch.stack(of_all).cpu().mean(dim=0).tolist()
+    return Costs(per_row, per_step, size, latency, PARCEL * size / parcel_seconds)
 
 
 # The exchange
