@@ -112,6 +112,10 @@ class Plan:
         """`values` [m, ...] in the order in which the attack works."""
         return values if self.order is None else values[self.order]
 
+    def unsort(self, values: Tensor) -> Tensor:
+        """`values` [m, ...] of the order in which the attack works, in the batch's own order."""
+        return values if self.order is None else torch.empty_like(values).index_copy_(0, self.order, values)
+
 
 @dataclass(frozen=True, eq=False)
 class MinedPlan(Plan):

@@ -19,6 +19,7 @@ def test_the_rows_of_each_step_are_the_samples_with_steps_left(steps):
     assert plan.steps.tolist() == steps
     assert torch.equal(plan.step_size, sizes)
     assert torch.equal(plan.sort(sizes), sizes[plan.order])
+    assert torch.equal(plan.unsort(plan.sort(sizes)), sizes)
     descending = sorted(range(len(steps)), key=lambda i: -steps[i])
     assert plan.order.tolist() == descending
 
@@ -41,6 +42,7 @@ def test_uniform_reorders_nothing(m, steps):
     assert plan.step_size.tolist() == [0.007] * m
     values = torch.rand(m, 2)
     assert plan.sort(values) is values
+    assert plan.unsort(values) is values
 
 
 def test_making_a_uniform_plan_waits_for_nothing():

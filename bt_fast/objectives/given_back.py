@@ -25,8 +25,7 @@ def given_back(x_adv: Tensor, x: Tensor, plan: Plan, normalize: Normalize | None
 
 
 def _given_back(x_adv: Tensor, x: Tensor, plan: Plan, normalize: Normalize | None) -> Tensor:
-    if plan.order is not None:
-        x_adv = torch.empty_like(x_adv).index_copy_(0, plan.order, x_adv)
+    x_adv = plan.unsort(x_adv)
     if normalize is None:
         return x_adv
     return torch.where(per_sample(plan.steps > 0, x), normalize(x_adv), x)

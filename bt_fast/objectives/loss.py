@@ -24,7 +24,7 @@ from bt_fast.objectives.adversarial import Adversary, Attack
 from bt_fast.objectives.execution import Execution, Seen, lines
 from bt_fast.objectives.forwards import Forwards
 from bt_fast.objectives.given_back import given_back
-from bt_fast.validation import check_kind
+from bt_fast.validation import check_kind, weight
 
 Unperturbed = Literal["keep", "skip"]
 
@@ -225,13 +225,9 @@ class AdversarialLoss(nn.Module, ABC):
         if self._last is None:
             raise RuntimeError("there is no last minibatch yet: call the loss first, criterion(model, x, y)")
         attack, x_adv, judged, clean = self._last
-        order = attack.order
-
-        def restored(values: Tensor) -> Tensor:
-            return values if order is None else torch.empty_like(values).index_copy_(0, order, values)
-
-        logits = None if clean is None else restored(clean)
-        return Record(logits, restored(judged), x_adv(), attack.plan.steps)
+        plan = attack.plan
+        logits = None if clean is None else plan.unsort(clean)
+        return Record(logits, plan.unsort(judged), x_adv(), plan.steps)
 
     def explain(self) -> str:
         """What ran folded, from graphs, in 16 bits, on streams in the last call; what did not, and why."""
@@ -280,3 +276,29 @@ class AdversarialLoss(nn.Module, ABC):
         of_objective = next(c for c in type(self).__mro__ if vars(c).keys() & {"objective", "objective_of_two"})
         key = self.graph_key() if issubclass(of_key, of_objective) else None
         return None if key is None else (type(self), key)
+
+
+class RobustTermLoss(AdversarialLoss):
+    """An adversarial loss of a clean and a robust term.
+
+    Args:
+        beta: β ≥ 0, the weight of the robust term. attack, mining, engine: as for `AdversarialLoss`.
+
+    Raises:
+        TypeError, ValueError: as `AdversarialLoss`, or beta is no finite number of at least 0.
+    """
+
+    def __init__(
+        self, attack: PGD, beta: float = 6.0, *, mining: BulletTrain | None = None, engine: Engine | str = "fast"
+    ) -> None:
+        super().__init__(attack, mining=mining, engine=engine)
+        self.beta = beta
+
+    @property
+    def beta(self) -> float:
+        """β, the weight of the robust term; may be set."""
+        return self._beta
+
+    @beta.setter
+    def beta(self, beta: float) -> None:
+        self._beta = weight("beta", beta)

@@ -8,12 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from bt_fast import ops
-from bt_fast.attack.pgd import PGD
 from bt_fast.engine import Engine
 from bt_fast.mining import BulletTrain
 from bt_fast.objectives import drop_in
-from bt_fast.objectives.loss import AdversarialLoss
-from bt_fast.validation import weight
+from bt_fast.objectives.loss import RobustTermLoss
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -21,7 +19,7 @@ if TYPE_CHECKING:
     from bt_fast.objectives.drop_in import Deprecated
 
 
-class MARTLoss(AdversarialLoss):
+class MARTLoss(RobustTermLoss):
     """The MART loss `1/m Σ -log q_y - log(1.0001 - q_r + 1e-12) + β·KL(p ‖ q + 1e-12)·(1.0000001 - p_y)`.
 
     p = softmax h(x), q = softmax h(x'), and r is the largest wrong class of q. x' grows the cross-entropy from x and a
@@ -45,21 +43,6 @@ class MARTLoss(AdversarialLoss):
 
     step_in_l2_is_its_own = True
     drop_in = "mart_loss"
-
-    def __init__(
-        self, attack: PGD, beta: float = 6.0, *, mining: BulletTrain | None = None, engine: Engine | str = "fast"
-    ) -> None:
-        super().__init__(attack, mining=mining, engine=engine)
-        self.beta = beta
-
-    @property
-    def beta(self) -> float:
-        """β, the weight of the robust term."""
-        return self._beta
-
-    @beta.setter
-    def beta(self, beta: float) -> None:
-        self._beta = weight("beta", beta)
 
     def graph_key(self) -> tuple[float]:
         """(β,)."""

@@ -9,12 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bt_fast import ops
-from bt_fast.attack.pgd import PGD, InnerLoss
+from bt_fast.attack.pgd import InnerLoss
 from bt_fast.engine import Engine
 from bt_fast.mining import BulletTrain
 from bt_fast.objectives import drop_in
-from bt_fast.objectives.loss import AdversarialLoss
-from bt_fast.validation import weight
+from bt_fast.objectives.loss import RobustTermLoss
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
     from bt_fast.objectives.drop_in import Deprecated
 
 
-class TRADESLoss(AdversarialLoss):
+class TRADESLoss(RobustTermLoss):
     """The TRADES loss `CE(h(x), y) + β/m · Σ KL(softmax h(x) ‖ softmax h(x'))`: `criterion(model, x, y).backward()`.
 
     x' grows the KL term from x and a little noise. Without `mining` and with the engine "exact" it is the authors'
@@ -47,21 +46,6 @@ class TRADESLoss(AdversarialLoss):
     default_inner: ClassVar[InnerLoss] = "kl"
     step_in_l2_is_its_own = True
     drop_in = "trades_loss"
-
-    def __init__(
-        self, attack: PGD, beta: float = 6.0, *, mining: BulletTrain | None = None, engine: Engine | str = "fast"
-    ) -> None:
-        super().__init__(attack, mining=mining, engine=engine)
-        self.beta = beta
-
-    @property
-    def beta(self) -> float:
-        """β, the weight of the robust term."""
-        return self._beta
-
-    @beta.setter
-    def beta(self, beta: float) -> None:
-        self._beta = weight("beta", beta)
 
     def graph_key(self) -> tuple[float]:
         """(β,)."""
