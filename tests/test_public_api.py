@@ -42,7 +42,7 @@ def test_another_option_of_the_command_line_is_a_change(monkeypatch):
     assert "+ bt-fast train --means" in told
 
 
-@pytest.mark.parametrize("path", ["README.md", "docs/guide.md"])
+@pytest.mark.parametrize("path", ["README.md", "docs/features.md", "docs/guide.md"])
 def test_what_the_documents_import_is_public(path):
     public = {name for name, _ in public_api.public_objects()}
     text = (ROOT / path).read_text()

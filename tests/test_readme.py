@@ -1,4 +1,4 @@
-"""The README's scripts run as they are printed."""
+"""The README's scripts run as they are printed, and the documents' links lead somewhere."""
 
 import re
 import sys
@@ -12,7 +12,9 @@ import torch
 
 from bt_fast.baselines.trades_reference import trades_reference_loss
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 AUTHORS = SimpleNamespace(trades_loss=trades_reference_loss)  # the module `trades` of the authors' repository
 
 
@@ -65,3 +67,25 @@ def test_the_diff_of_a_trades_script_runs_with_bullettrain():
     found = run(diff("+"))
     assert found["bullet"].group_counts.sum() == 8
     assert found["loss"].isfinite()
+
+
+def test_the_readme_is_a_front_page():
+    assert len(README.splitlines()) <= 150
+
+
+def anchors(path):
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_to_files_and_headings_that_exist(page):
+    text = re.sub(r"```.*?```|`[^`]*`", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    links = re.findall(r"\]\(([^)\s]+)\)", text)
+    for link in (link for link in links if not link.startswith(("http://", "https://"))):
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), f"{page.name}: {link}"
+        if anchor:
+            assert anchor in anchors(target), f"{page.name}: {link}"

@@ -1,4 +1,4 @@
-"""What the README shows for Accelerate and Lightning, as it stands there, in two processes started by torchrun."""
+"""What docs/distributed.md shows for Accelerate and Lightning, as it stands there, in two processes started by torchrun."""
 
 import json
 import subprocess
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "distributed.md"
 BEFORE = """
 import json, os, sys
 import torch
@@ -44,8 +44,8 @@ os._exit(0)  # gloo's threads abort now and then while Python ends, without this
 
 
 def shown(name):
-    """The README's Python block behind the comment of that name."""
-    text = README.read_text()
+    """The page's Python block behind the comment of that name."""
+    text = PAGE.read_text(encoding="utf-8")
     begin = text.index("```python\n", text.index(f"<!-- {name} -->")) + len("```python\n")
     return text[begin : text.index("```\n", begin)]
 
