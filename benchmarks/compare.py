@@ -11,7 +11,7 @@ by which the rounds differ, whatever their distribution) does not contain 1. Few
 nothing. Where a file has no single rounds, the interval is that of two normal medians with the quartiles that it has.
 The rounds of one run know nothing of how the machine differs from run to run: hence the least difference.
 
-Whole numbers (FLOPs, bytes, launches) are counted, not measured: every change is told. Exit status: 1 if something got
+Whole numbers (FLOPs, bytes, launches) are counted, not measured: every change is shown. Exit status: 1 if something got
 slower, 0 if nothing did, 2 if a file cannot be read.
 """
 
@@ -96,7 +96,7 @@ class Change:
 
 @dataclass
 class Comparison:
-    """What was found: lines for the reader, and how often each verdict was reached."""
+    """The outcome: lines for the reader, and how often each verdict was reached."""
 
     lines: list[str] = field(default_factory=list)
     verdicts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("slower", "faster", "same", "unclear"), 0))
@@ -113,15 +113,15 @@ def read(path: Path) -> dict[str, Benchmark]:
     """
     try:
         entries = json.loads(path.read_text())["benchmarks"]
-        found = {entry["fullname"]: _benchmark(entry) for entry in entries}
+        result = {entry["fullname"]: _benchmark(entry) for entry in entries}
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         what = " ".join(f"{type(error).__name__}: {error}".split())
         raise ValueError(f"{path}: found {what}; expected a result file of pytest-benchmark") from error
-    if len(found) < len(entries):
+    if len(result) < len(entries):
         raise ValueError(f"{path}: found a benchmark twice; expected every full name once")
-    return found
+    return result
 
 
 def _benchmark(entry: Mapping[str, Any]) -> Benchmark:
@@ -205,36 +205,36 @@ def _ratios_outside(n: int, m: int) -> int:
 def compare(old: Mapping[str, Benchmark], new: Mapping[str, Benchmark], noise: float = NOISE) -> Comparison:
     """What changed from the old benchmarks to the new ones."""
     common = [name for name in old if name in new]
-    found = Comparison(lines=list(_machines(old, new, common)))
+    result = Comparison(lines=list(_machines(old, new, common)))
     for name in common:
-        found.lines.append(name)
-        found.lines += (f"  {line}" for line in _one(old[name], new[name], noise, found.verdicts))
+        result.lines.append(name)
+        result.lines += (f"  {line}" for line in _one(old[name], new[name], noise, result.verdicts))
     for where, those, others in (("old", old, new), ("new", new, old)):
-        found.lines += (f"only in the {where} file: {name}" for name in those if name not in others)
-    found.lines.append(", ".join(f"{count} {verdict}" for verdict, count in found.verdicts.items()))
-    return found
+        result.lines += (f"only in the {where} file: {name}" for name in those if name not in others)
+    result.lines.append(", ".join(f"{count} {verdict}" for verdict, count in result.verdicts.items()))
+    return result
 
 
 def _machines(old: Mapping[str, Benchmark], new: Mapping[str, Benchmark], common: list[str]) -> Iterator[str]:
     """A warning for everything that differs."""
     for key in MACHINE:
-        pairs = {tuple(_told(file[name].machine[key]) for file in (old, new)) for name in common}
+        pairs = {tuple(_shown(file[name].machine[key]) for file in (old, new)) for name in common}
         for before, after in sorted(pairs):
             if before != after:
                 yield f"warning: {key} was {before}, is {after}"
 
 
-def _told(value: Any) -> str:
-    return "not told" if value is None else str(value)
+def _shown(value: Any) -> str:
+    return "not known" if value is None else str(value)
 
 
 def _one(old: Benchmark, new: Benchmark, noise: float, verdicts: dict[str, int]) -> Iterator[str]:
     common = [name for name in old.times if name in new.times]
     for name in common:
-        found = change(old.times[name], new.times[name], noise)
-        verdicts[found.verdict] += 1
+        result = change(old.times[name], new.times[name], noise)
+        verdicts[result.verdict] += 1
         before, after = (_readable(times.median) for times in (old.times[name], new.times[name]))
-        yield f"{found.verdict:<8}{name}: {before} -> {after}, {found}"
+        yield f"{result.verdict:<8}{name}: {before} -> {after}, {result}"
     for name in common[1:]:
         yield from _speedup(old.times, new.times, common[0], name, noise)
     for where, those, others in (("old", old.times, new.times), ("new", new.times, old.times)):
@@ -253,9 +253,9 @@ def _speedup(old: Mapping[str, Times], new: Mapping[str, Times], base: str, name
         return Times.of([a / b for a, b in zip(*both, strict=True)]) if len(both[0]) == len(both[1]) > 0 else None
 
     before, after = pairs(old), pairs(new)
-    if before and after and (found := change(before, after, noise)).verdict in ("slower", "faster"):
-        word = "more" if found.verdict == "slower" else "less"  # a ratio of speedups: greater is better
-        yield f"{word:<8}speedup of {name} over {base}: {before.median:.2f}x -> {after.median:.2f}x, {found}"
+    if before and after and (result := change(before, after, noise)).verdict in ("slower", "faster"):
+        word = "more" if result.verdict == "slower" else "less"  # a ratio of speedups: greater is better
+        yield f"{word:<8}speedup of {name} over {base}: {before.median:.2f}x -> {after.median:.2f}x, {result}"
 
 
 def _readable(seconds: float) -> str:
@@ -292,9 +292,9 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
-    found = compare(old, new, given.noise)
-    print(*found.lines, sep="\n")
-    return int(found.verdicts["slower"] > 0)
+    result = compare(old, new, given.noise)
+    print(*result.lines, sep="\n")
+    return int(result.verdicts["slower"] > 0)
 
 
 if __name__ == "__main__":

@@ -93,7 +93,7 @@ def interleaved(
 def energy(
     variants: dict[str, Callable[[], object]], prepare: Callable[[str], object], device: torch.device
 ) -> dict[str, Any]:
-    """The GPU's joules for each variant's iteration with its preparation; None, and why, where they are not told.
+    """The GPU's joules for each variant's iteration with its preparation; None, and why, where it does not report them.
 
     Apart from the timed rounds, which reading the GPU would disturb, and for long enough that its counter moves often.
     """

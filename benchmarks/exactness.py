@@ -10,7 +10,7 @@ from unittest import mock
 
 import torch
 
-ITERATIONS = 3  # a graph is captured when its size is met again, and replayed from then on
+ITERATIONS = 3  # a graph is captured when its size comes a second time, and replayed from then on
 
 
 def check_same(
@@ -30,16 +30,16 @@ def check_same(
         own_model, own = copy.deepcopy(model).double(), copy.deepcopy(options)
         optimizer = torch.optim.SGD(own_model.parameters(), lr=0.1)
         torch.manual_seed(1)
-        found = []
+        result = []
         with same_noise():
             for _ in range(ITERATIONS):
                 loss = loss_of(own_model, x.double(), y, optimizer, **own)
                 loss.backward()
                 gradients = [p.grad for p in own_model.parameters()]
-                found += [loss.detach(), *gradients, *(b.clone() for b in own_model.buffers())]
-        results.append(found)
-    for found in results[1:]:
-        for mine, first in zip(found, results[0], strict=True):
+                result += [loss.detach(), *gradients, *(b.clone() for b in own_model.buffers())]
+        results.append(result)
+    for result in results[1:]:
+        for mine, first in zip(result, results[0], strict=True):
             torch.testing.assert_close(mine, first, rtol=0, atol=1e-6)
 
 

@@ -216,7 +216,7 @@ Action = Launch | Record | StreamWait | HostWait
 
 @dataclass(frozen=True)
 class Timeline:
-    """What a simulation found, in seconds.
+    """The outcome of a simulation, in seconds.
 
     Attributes:
         seconds: until host and device are done.

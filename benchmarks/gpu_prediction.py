@@ -167,8 +167,8 @@ def predict(gpu: Gpu, model: str, batch_size: int) -> Iterations:
     """
     rows = {}
     for name, program in programs(model, batch_size).items():
-        found = simulate(program, gpu)
-        rows[name] = Row(found.seconds, _flops(model, batch_size, name), found.device_seconds / found.seconds)
+        result = simulate(program, gpu)
+        rows[name] = Row(result.seconds, _flops(model, batch_size, name), result.device_seconds / result.seconds)
     return Iterations(gpu.name, model, batch_size, True, rows)
 
 
@@ -207,12 +207,12 @@ def _flops(model: str, batch_size: int, name: str) -> int:
     return sum(kernel.flops for kernel in kernels_of(eagerly))
 
 
-def table(found: Iterations) -> Table:
+def table(iterations: Iterations) -> Table:
     """For the terminal."""
-    said = "PREDICTED" if found.predicted else "measured"
-    title = "PREDICTED, not measured" if found.predicted else "Measured"
+    label = "PREDICTED" if iterations.predicted else "measured"
+    title = "PREDICTED, not measured" if iterations.predicted else "Measured"
     view = Table(
-        title=f"{title}: one TRADES iteration,\n{found.model}, batch {found.batch_size}, {found.device}",
+        title=f"{title}: one TRADES iteration,\n{iterations.model}, batch {iterations.batch_size}, {iterations.device}",
         caption=(
             f"Speedup / ratio of the FLOPs, and the share of it. Fractions {PAPER.boundary:.2f}/{PAPER.robust:.2f}/"
             f"{PAPER.outlier:.2f}, steps 10/2/0: Eq. 7 gives {eq7():.2f}x."
@@ -223,44 +223,44 @@ def table(found: Iterations) -> Table:
     )
     view.add_column("", no_wrap=True)
     columns = ["ms", "vs authors'", "vs ours"]
-    if found.predicted:
+    if iterations.predicted:
         columns.insert(1, "GPU busy")
     for name in columns:
-        view.add_column(f"{said}\n{name}", justify="right", no_wrap=True)
-    for name, row in found.rows.items():
+        view.add_column(f"{label}\n{name}", justify="right", no_wrap=True)
+    for name, row in iterations.rows.items():
         cells = [LABELS[name], f"{1e3 * row.seconds:.1f}"]
         if row.busy is not None:
             cells.append(f"{row.busy:.0%}")
         for over in ("reference", "optimised"):
-            speedup, limit = found.speedup(name, over), found.limit(name, over)
+            speedup, limit = iterations.speedup(name, over), iterations.limit(name, over)
             cells.append(f"{speedup:.2f}/{limit:.2f} {speedup / limit:.0%}")
         view.add_row(*cells)
     return view
 
 
-def as_dict(found: Iterations) -> dict[str, Any]:
+def as_dict(iterations: Iterations) -> dict[str, Any]:
     """For a result file: seconds, and each method's speedups, their limits and the shares of them that are reached."""
     rows = {}
-    for name, row in found.rows.items():
+    for name, row in iterations.rows.items():
         rows[name] = {
             "seconds": row.seconds,
             "flops": row.flops,
             "busy": row.busy,
             **{
                 f"over {over}": {
-                    "speedup": found.speedup(name, over),
-                    "flop_limit": found.limit(name, over),
-                    "of_flop_limit": found.speedup(name, over) / found.limit(name, over),
-                    "of_eq7": found.speedup(name, over) / eq7(),
+                    "speedup": iterations.speedup(name, over),
+                    "flop_limit": iterations.limit(name, over),
+                    "of_flop_limit": iterations.speedup(name, over) / iterations.limit(name, over),
+                    "of_eq7": iterations.speedup(name, over) / eq7(),
                 }
                 for over in ("reference", "optimised")
             },
         }
     return {
-        "predicted": found.predicted,
-        "device": found.device,
-        "model": found.model,
-        "batch_size": found.batch_size,
+        "predicted": iterations.predicted,
+        "device": iterations.device,
+        "model": iterations.model,
+        "batch_size": iterations.batch_size,
         "eq7": eq7(),
         "methods": rows,
     }

@@ -1,4 +1,4 @@
-"""What a piece of code would launch, found by running it: on a device that exists in name only, or on the CPU.
+"""The kernels that code would launch, recorded by running it: on a device that exists in name only, or on the CPU.
 
 `trace` runs code on meta tensors that call themselves CUDA. They hold no values, so a WRN-34-10 costs a second; the
 code takes the paths that it takes on a GPU, the runners' streams and graphs included. `trace_on_cpu` really runs it.
@@ -60,8 +60,8 @@ def trace(work: Callable[[], object], *, reads: Sequence[int] = (), warm: int = 
                 capture=recorder.capture,
             )
         )
-        asked = (torch.is_autocast_enabled, torch.get_autocast_dtype)
-        stack.enter_context(_replaced(torch, **{ask.__name__: _asked_of_cuda(ask) for ask in asked}))
+        requested = (torch.is_autocast_enabled, torch.get_autocast_dtype)
+        stack.enter_context(_replaced(torch, **{ask.__name__: _asked_of_cuda(ask) for ask in requested}))
         stack.enter_context(_CallsItselfCuda())
         stack.enter_context(recorder)
         for _ in range(warm):

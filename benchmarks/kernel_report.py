@@ -60,10 +60,10 @@ def targets(variant: Variant, *, everywhere: bool = False) -> list[int]:
 @functools.cache
 def _assembled() -> set[int]:
     """The architectures that the assemblers in the wheel name among those they take."""
-    told = [
+    reported = [
         subprocess.run([tool, "--help"], check=True, capture_output=True, text=True) for tool in TOOLS.glob("ptxas*")
     ]
-    return {int(sm) for text in told for sm in re.findall(r"'sm_(\d+)'", text.stdout)}
+    return {int(sm) for text in reported for sm in re.findall(r"'sm_(\d+)'", text.stdout)}
 
 
 def broken_rules(name: str, sm: int) -> list[str]:

@@ -36,7 +36,7 @@ def outcome(results: Path) -> dict[str, Any]:
         raise ValueError(f"{results}: no results of pytest, expected what --junit-xml writes")
     cases = list(suite.iter("testcase"))
     failed = [c for c in cases if c.find("failure") is not None or c.find("error") is not None]
-    skipped = [found for c in cases if (found := c.find("skipped")) is not None]
+    skipped = [result for c in cases if (result := c.find("skipped")) is not None]
     return {
         "passed": len(cases) - len(failed) - len(skipped),
         "failed": len(failed),
@@ -62,15 +62,15 @@ def revision() -> str:
     """The commit that was tested, with `-dirty` behind it where other files than results were changed."""
     if not (FOLDER.parents[1] / ".git").exists():
         return "unknown"
-    found = git("rev-parse", "--short=12", "HEAD")
+    result = git("rev-parse", "--short=12", "HEAD")
     changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
-    return f"{found}-dirty" if changed else found
+    return f"{result}-dirty" if changed else result
 
 
 def git(*command: str) -> str:
     """What git says of this repository."""
-    found = subprocess.run(["git", *command], cwd=FOLDER.parents[1], capture_output=True, text=True, check=True)
-    return found.stdout.strip()
+    result = subprocess.run(["git", *command], cwd=FOLDER.parents[1], capture_output=True, text=True, check=True)
+    return result.stdout.strip()
 
 
 def page(rows: dict[str, dict[str, Any]]) -> str:

@@ -23,12 +23,12 @@ def main(gpu: str | None, model: str, batch_size: int) -> None:
         raise click.UsageError(f"--gpu {gpu}: there is a GPU here, which is measured instead; leave --gpu away")
     try:
         if where is None:
-            found = gpu_prediction.predict(GPUS[gpu or "h100"], model, batch_size)
+            result = gpu_prediction.predict(GPUS[gpu or "h100"], model, batch_size)
         else:
-            found = gpu_prediction.measure(where, model, batch_size)
+            result = gpu_prediction.measure(where, model, batch_size)
     except (ValueError, TypeError) as error:
         raise click.UsageError(str(error)) from error
-    Console(soft_wrap=True).print(gpu_prediction.table(found))
+    Console(soft_wrap=True).print(gpu_prediction.table(result))
 
 
 if __name__ == "__main__":

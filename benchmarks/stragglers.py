@@ -207,7 +207,7 @@ def straggling(
     costs = Costs(
         iteration.row_seconds, iteration.step_seconds, sample_bytes, network.latency_seconds, network.bytes_per_second
     )
-    found, planning = [], []
+    result, planning = [], []
     for _ in range(iterations):
         moment = groups.fractions[generator.integers(len(groups.fractions))]
         counts = draw_counts(moment, groups.overdispersion, ranks, batch_size, threshold, generator)
@@ -216,14 +216,14 @@ def straggling(
         paid = pays(exchange, costs)
         routes(exchange, 0)
         planning.append(time.perf_counter() - began)
-        found.append(_Iteration.of(exchange, costs, paid))
+        result.append(_Iteration.of(exchange, costs, paid))
     other = iteration.other_seconds
     mean, slowest, balanced = (
-        other + statistics.mean(getattr(f, name) for f in found) for name in ("mean", "slowest", "balanced")
+        other + statistics.mean(getattr(f, name) for f in result) for name in ("mean", "slowest", "balanced")
     )
     plan_seconds = statistics.median(planning)
-    whole = balanced + statistics.mean(f.exchange for f in found) + network.latency_seconds + plan_seconds
-    exchanged = statistics.mean(float(f.paid) for f in found)
+    whole = balanced + statistics.mean(f.exchange for f in result) + network.latency_seconds + plan_seconds
+    exchanged = statistics.mean(float(f.paid) for f in result)
     room = mean / (1 - LOST_GOAL) - whole
     return Straggling(
         ranks=ranks,
@@ -231,9 +231,9 @@ def straggling(
         lost_balanced=1 - mean / whole,
         left=1 - mean / balanced,
         exchanged=exchanged,
-        sent_bytes=sample_bytes * statistics.mean(f.moved for f in found),
-        busiest_bytes=sample_bytes * max(f.busiest for f in found),
-        most_partners=max(f.partners for f in found),
+        sent_bytes=sample_bytes * statistics.mean(f.moved for f in result),
+        busiest_bytes=sample_bytes * max(f.busiest for f in result),
+        most_partners=max(f.partners for f in result),
         plan_seconds=plan_seconds,
         latency_limit=network.latency_seconds + room / (1 + 2 * exchanged),
     )
@@ -271,14 +271,14 @@ class _Iteration:
         )
 
 
-def table(found: Sequence[Straggling]) -> list[str]:
+def table(results: Sequence[Straggling]) -> list[str]:
     """Lines of Markdown; every figure but the plan's time is SIMULATED."""
     lines = [
         "| ranks | lost | lost, balanced | of it remainders | exchange paid | sent by all | busiest rank | partners "
         "| plan (measured) | a collective may take |",
         "| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for s in found:
+    for s in results:
         cells = [f"{s.ranks:,}", f"{s.lost:.1%}", f"{s.lost_balanced:.2%}", f"{s.left:.2%}", f"{s.exchanged:.0%}"]
         cells += [f"{s.sent_bytes / 1e6:.1f} MB", f"{s.busiest_bytes / 1e3:.0f} kB", f"{s.most_partners}"]
         cells += [f"{1e3 * s.plan_seconds:.2f} ms", f"{1e3 * s.latency_limit:.1f} ms"]
@@ -286,6 +286,6 @@ def table(found: Sequence[Straggling]) -> list[str]:
     return lines
 
 
-def as_dict(found: Straggling) -> dict[str, Any]:
+def as_dict(result: Straggling) -> dict[str, Any]:
     """For a result file."""
-    return dict(vars(found))
+    return dict(vars(result))

@@ -59,8 +59,8 @@ class Trained:
         low, high = 0.0, 0.5
         for _ in range(8):
             threat = ThreatModel((low + high) / 2)
-            found = evaluate(self.model, self.batches(), threat, steps=20, generator=self.generator())
-            low, high = (threat.epsilon, high) if found.robust > 0.5 else (low, threat.epsilon)
+            result = evaluate(self.model, self.batches(), threat, steps=20, generator=self.generator())
+            low, high = (threat.epsilon, high) if result.robust > 0.5 else (low, threat.epsilon)
         return threat
 
     def batches(self, x: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor]]:
@@ -74,7 +74,7 @@ class Trained:
         """Restart and step in which each sample fell: [2, n]."""
         model, x = model or self.model, self.x if x is None else x
         seed = torch.randint(2**63 - 1, (), device=x.device, generator=self.generator())
-        found = [
+        result = [
             plain_loop(
                 model,
                 *batch,
@@ -89,7 +89,7 @@ class Trained:
             )
             for i, batch in enumerate(self.batches(x))
         ]
-        return torch.cat([torch.stack(f) for f in found], dim=1).cpu()
+        return torch.cat([torch.stack(f) for f in result], dim=1).cpu()
 
     def ours(self, steps: int, restarts: int, frozen: Frozen | None = None) -> Evaluation:
         options = {"steps": steps, "restarts": restarts, "frozen": frozen}
@@ -101,8 +101,8 @@ class Trained:
         expected = self.plain(steps, restarts, by_input, model, x)
         for frozen in (None, Frozen()):
             options = {"steps": steps, "restarts": restarts, "frozen": frozen}
-            found = evaluate(model, self.batches(x), self.threat, **options, generator=self.generator())
-            assert torch.equal(torch.stack([found.restart, found.step]), expected), f"{frozen} differs"
+            result = evaluate(model, self.batches(x), self.threat, **options, generator=self.generator())
+            assert torch.equal(torch.stack([result.restart, result.step]), expected), f"{frozen} differs"
 
 
 def by_backward(loss: Tensor, x: Tensor) -> Tensor | None:
@@ -130,14 +130,14 @@ def test_evaluation(trained: Trained, steps: int, restarts: int, interleaved: An
         trained.model.zero_grad()
 
     seconds = interleaved(variants, prepare, ROUNDS[steps, restarts])
-    found, expected = trained.ours(steps, restarts), trained.plain(steps, restarts, by_input)
+    result, expected = trained.ours(steps, restarts), trained.plain(steps, restarts, by_input)
     info: dict[str, Any] = {f"{name}: s": round(statistics.median(times), 2) for name, times in seconds.items()}
     for name in ("ours", "ours, frozen"):
         for other in ("plain, as the authors", "plain"):
             info[f"{name} over {other}"] = round(median_ratio(seconds[other], seconds[name]), 2)
-    info["limit over plain"] = round(IMAGES * _passes(steps, restarts) / _passes_of(found, steps, restarts), 2)
-    info["clean, robust"] = f"{found.clean:.1%}, {found.robust:.1%} at eps = {trained.threat.epsilon:.3f}"
-    info["fates that differ in float32"] = int((torch.stack([found.restart, found.step]) != expected).any(0).sum())
+    info["limit over plain"] = round(IMAGES * _passes(steps, restarts) / _passes_of(result, steps, restarts), 2)
+    info["clean, robust"] = f"{result.clean:.1%}, {result.robust:.1%} at eps = {trained.threat.epsilon:.3f}"
+    info["fates that differ in float32"] = int((torch.stack([result.restart, result.step]) != expected).any(0).sum())
     benchmark.extra_info.update(info)
     print(f"\nPGD-{steps} x {restarts}, {IMAGES} images, {benchmark.extra_info['processor']}")
     for key, value in info.items():
@@ -152,10 +152,10 @@ def _passes(steps: int, restarts: int) -> int:
     return 1 + restarts * (2 * steps + 1)
 
 
-def _passes_of(found: Evaluation, steps: int, restarts: int) -> int:
+def _passes_of(evaluation: Evaluation, steps: int, restarts: int) -> int:
     """Those that the fates of all samples take: the pass in which a sample falls is its last but for its backward."""
     total = 0
-    for restart, step in zip(found.restart.tolist(), found.step.tolist(), strict=True):
+    for restart, step in zip(evaluation.restart.tolist(), evaluation.step.tolist(), strict=True):
         if restart > 0:
             total += (restart - 1) * (2 * steps + 1) + 2 * step + 1
         total += _passes(steps, restarts) if restart < 0 else 1

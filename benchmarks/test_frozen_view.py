@@ -133,12 +133,12 @@ def test_what_rounding_does_to_the_attack(iterations: int, benchmark: Any, devic
         kl = F.kl_div(logits.log_softmax(dim=1), target, reduction="batchmean")
         return float(kl), float((logits.argmax(dim=1) == y).double().mean())
 
-    found: dict[str, Callable[[], torch.Tensor]] = {
+    result: dict[str, Callable[[], torch.Tensor]] = {
         "float64": lambda: attacked(exact, x.double(), None),
         **{name: lambda view=view: attacked(model, x, view) for name, view in VIEWS.items()},
     }
     yardstick, info = None, {}
-    for name, attack in found.items():
+    for name, attack in result.items():
         x_adv = attack().double()
         yardstick = x_adv if yardstick is None else yardstick
         differing = ((x_adv - yardstick).abs() > STEP_SIZE / 2).double().mean()

@@ -77,8 +77,8 @@ def compare(model: str, size: int, rounds: int) -> list[dict[str, Any]]:
         predicted[name] = simulate(trace_on_cpu(variants[name]), cpu).seconds
         error = predicted[name] / measured[name] - 1
         print(f"  {LABELS[name]:<18} {predicted[name]:.3f} {measured[name]:.3f}  {error:+.1%}", end="")
-        told, took = (times["reference"] / times[name] for times in (predicted, measured))
-        print(f"  speedup {told:.2f}x {took:.2f}x")
+        reported, took = (times["reference"] / times[name] for times in (predicted, measured))
+        print(f"  speedup {reported:.2f}x {took:.2f}x")
     return [
         {
             "model": model,
@@ -94,13 +94,13 @@ def compare(model: str, size: int, rounds: int) -> list[dict[str, Any]]:
 
 
 def test_predictions_for_three_gpus() -> None:
-    found = [predict(gpu, model, size) for model in MODELS for size in SIZES for gpu in GPUS.values()]
+    result = [predict(gpu, model, size) for model in MODELS for size in SIZES for gpu in GPUS.values()]
     RESULTS.joinpath("gpu-model-predicted.json").write_text(
         json.dumps(
             {
                 "what": WORDS,
                 "assumptions": {name: vars(gpu) for name, gpu in GPUS.items()},
-                "iterations": [as_dict(f) for f in found],
+                "iterations": [as_dict(f) for f in result],
             },
             indent=1,
         )
@@ -116,7 +116,7 @@ def test_predictions_for_three_gpus() -> None:
         "| network | batch | GPU | authors' | ours | method | PREDICTED ms | over authors' | over ours | GPU busy |",
         "| --- | ---: | --- | ---: | ---: | --- | ---: | ---: | ---: | ---: |",
     ]
-    for iterations in found:
+    for iterations in result:
         first = [iterations.model, str(iterations.batch_size), iterations.device.split()[0]]
         first += [f"{1e3 * iterations.rows[name].seconds:.1f}" for name in METHODS[:2]]
         for name in ("bullet", "bullet, graphs", "bullet, streams"):

@@ -233,13 +233,13 @@ def times(op: Op, device: torch.device) -> dict[str, Any]:
     """Microseconds with caches flushed and gaps between launches, and without both; and the share of the floor."""
     from triton.testing import do_bench, do_bench_cudagraph
 
-    found: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     floor = op.least / bandwidth(device)
     for variant, run in (("eager", op.eager), ("fused", op.fused)):
         arguments = on(device, op.arguments())
         cold, warm = (1e3 * bench(lambda: run(*arguments)) for bench in (do_bench, do_bench_cudagraph))  # noqa: B023
-        found |= {f"us, {variant}, cold": cold, f"us, {variant}, graph": warm}
-    return found | {"share of the bandwidth floor, cold": 1e6 * floor / found["us, fused, cold"]}
+        result |= {f"us, {variant}, cold": cold, f"us, {variant}, graph": warm}
+    return result | {"share of the bandwidth floor, cold": 1e6 * floor / result["us, fused, cold"]}
 
 
 def bandwidth(device: torch.device) -> float:

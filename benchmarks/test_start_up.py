@@ -57,9 +57,9 @@ def test_import(interleaved: Any, benchmark: Any) -> None:
 
 def test_first_calls(interleaved: Any, benchmark: Any, device: torch.device) -> None:
     """The first iteration in a process beyond a later one: on a GPU, kernels are compiled or loaded."""
-    told: list[list[float]] = []
-    work = {"process": lambda: told.append([float(line) for line in fresh(FIRST_CALLS, str(device)).split()])}
+    reported: list[list[float]] = []
+    work = {"process": lambda: reported.append([float(line) for line in fresh(FIRST_CALLS, str(device)).split()])}
     interleaved(work, lambda _: None, rounds=5)
-    first, later = (statistics.median(f(times) for times in told) for f in (lambda t: t[0], min))
+    first, later = (statistics.median(f(times) for times in reported) for f in (lambda t: t[0], min))
     info = {"first iteration: s": round(first, 3), "later iteration: s": round(later, 3)}
     report(benchmark, "first calls", info | {"first beyond later: s": round(first - later, 3)})

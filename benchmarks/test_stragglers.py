@@ -62,10 +62,10 @@ def test_at_most_three_percent_are_lost_at_1024_ranks() -> None:
     stored, lines = [], heading(iteration.worst_fit, measured.overdispersion)
     for case, groups in cases.items():
         for threshold in ("global", "own"):
-            found = [straggling(groups, threshold, n, BATCH_SIZE, iteration, NETWORK, size) for n in RANKS]
-            stored += [{"groups": case, "threshold": threshold, **as_dict(one)} for one in found]
-            lines += ["", f"{case}; {threshold} threshold:", "", *table(found)]
-            print("", *lines[-len(found) - 4 :], sep="\n")
+            actual = [straggling(groups, threshold, n, BATCH_SIZE, iteration, NETWORK, size) for n in RANKS]
+            stored += [{"groups": case, "threshold": threshold, **as_dict(one)} for one in actual]
+            lines += ["", f"{case}; {threshold} threshold:", "", *table(actual)]
+            print("", *lines[-len(actual) - 4 :], sep="\n")
     result = {
         "what": WORDS,
         "measured_on": machine(torch.device("cpu")),

@@ -3,12 +3,12 @@
 Of TRADES, MART and PGD at the paper's fractions for TRADES (.28 / .54 / .18, with 10 / 2 / 0 steps), of AugMix at its
 .35 boundary samples; AugMix has no computation of its authors here, since ours is theirs at the same cost. Speedups are
 medians of the ratios of interleaved pairs; each is also given as a share of the FLOP limit, the ratio of the operations
-counted. "frozen" and "bf16" are the engineering of fast-pytorch-adversarial-training (an attack on a folded,
-channels-last view without parameter gradients, in half precision or not), here with and without BulletTrain. Peak
-memory is what an iteration holds at its worst beside weights, momentum, images and the view's copy of the weights, as
-torch allocated it. On CUDA ours is taken with every runner of the attack. What is not exact is not timed: ours has to
-give the reference's loss and gradients in float64, and with BulletTrain the frozen view and the runner what the plain
-step by step gives. To record:
+counted. The rows of the engines "fast" and "bf16" without BulletTrain are the engineering of
+fast-pytorch-adversarial-training (an attack on a folded, channels-last view without parameter gradients). Peak memory
+is what an iteration holds at its worst beside weights, momentum, images and the view's copy of the weights, as torch
+allocated it. On CUDA the engines are taken without graphs, with graphs, and with streams. What is not exact is not
+timed: ours has to give the reference's loss and gradients in float64, and with BulletTrain the engine "fast" what the
+exact one gives. To record:
 
 pytest benchmarks/test_training_iteration.py --full -s --benchmark-json benchmarks/results/training-iteration.json
 """
@@ -19,7 +19,7 @@ import copy
 import functools
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
@@ -32,8 +32,9 @@ from torch.utils.flop_counter import flop_registry
 
 from benchmarks import gpu_prediction
 from benchmarks.exactness import check_same
+from benchmarks.gpu_prediction import STEPS
 from benchmarks.work_ratio import median_ratio
-from bt_fast import RUNNERS, BulletTrain, Frozen, Update, augmix_loss, mart_loss, pgd_loss, trades_loss
+from bt_fast import BulletTrain, Engine, augmix_loss, mart_loss, pgd_loss, trades_loss
 from bt_fast.augment.mix import SEVERITY, augment_and_mix, draw_choices
 from bt_fast.baselines.mart_reference import mart_reference_loss
 from bt_fast.baselines.pgd_reference import pgd_reference_loss
@@ -42,8 +43,11 @@ from bt_fast.baselines.trades_reference import trades_reference_loss
 SETTING = {"step_size": 0.007, "epsilon": 0.031}
 AUGMIX_BOUNDARY = 0.35  # the paper's F_B for CIFAR-10
 BASELINES = ("reference", "optimised")
-RUN_BY = tuple(RUNNERS) if torch.cuda.is_available() else ("eager",)  # elsewhere the others run eagerly, too
-VIEWS = {"frozen": Frozen(), "bf16": Frozen(autocast=torch.bfloat16), "compiled": Frozen(compile=True)}
+LAUNCHES = {  # elsewhere than on CUDA there are no graphs
+    "eager": {"graphs": False, "streams": False},
+    **({"graphs": {"graphs": True, "streams": False}} if torch.cuda.is_available() else {}),
+    **({"streams": {"graphs": True, "streams": True}} if torch.cuda.is_available() else {}),
+}
 
 
 @dataclass(frozen=True)
@@ -79,33 +83,49 @@ CASES = {
 
 
 class Workload(gpu_prediction.Workload):
-    """A model and a minibatch whose groups have the paper's sizes at every call of `prepare`."""
+    """A model and a minibatch whose groups have the paper's sizes at every call of `prepare`.
+
+    Attributes:
+        bullet: BulletTrain that leaves samples without steps out of the adversarial forward.
+        keeping: BulletTrain that does not.
+    """
 
     def __init__(self, case: Case, device: torch.device) -> None:
         torch.manual_seed(0)
         super().__init__(case.model, case.batch, device)
+        self.bullet = BulletTrain(*STEPS, unperturbed="skip").to(device)
+        self.keeping = BulletTrain(*STEPS, unperturbed="keep").to(device)
         _set_statistics(self.model, self.x)
 
-    def variants(self, objective: Objective = TRADES, runner: str = "eager") -> dict[str, Callable[[], None]]:
-        skip = {"bullet": self.bullet, **({"unperturbed": "skip"} if objective.robust_term else {})}
-        compiles = objective is TRADES  # to compile takes longer than all else, and gains the same everywhere
-        chosen = {name: view for name, view in VIEWS.items() if compiles or not view.compile}
-        views = {name: {"frozen": view, "update": Update()} for name, view in chosen.items()}
-        options = {
-            "optimised": {},
-            **{f"optimised, {name}": views[name] for name in ("frozen", "bf16")},
-            **({"bullet, keep": {**skip, "unperturbed": "keep"}} if objective.robust_term else {}),
-            "bullet": skip,
-            **{f"bullet, {name}": {**skip, **view} for name, view in views.items()},
+    def prepare(self) -> None:
+        super().prepare()
+        self.keeping.robust_fraction.copy_(self.bullet.robust_fraction)
+
+    def variants(self, objective: Objective = TRADES, launch: str = "eager") -> dict[str, Callable[[], None]]:
+        exact, fast, bf16 = (engine_of(name, launch) for name in ("exact", "fast", "bf16"))
+        options: dict[str, dict[str, Any]] = {
+            "optimised": {"engine": exact},
+            "optimised, fast": {"engine": fast},
+            "optimised, bf16": {"engine": bf16},
+            **({"bullet, keep": {"bullet": self.keeping, "engine": exact}} if objective.robust_term else {}),
+            "bullet": {"bullet": self.bullet, "engine": exact},
+            "bullet, fast": {"bullet": self.bullet, "engine": fast},
+            "bullet, bf16": {"bullet": self.bullet, "engine": bf16},
         }
+        if objective is TRADES:  # to compile takes longer than all else, and gains the same everywhere
+            options["bullet, fast, compiled"] = {"bullet": self.bullet, "engine": replace(fast, compile=True)}
         run = functools.partial(functools.partial, self._iterate)
-        loss_of = functools.partial(objective.ours, runner=runner)
-        ours = {name: run(loss_of, **objective.options, **given) for name, given in options.items()}
+        ours = {name: run(objective.ours, **objective.options, **chosen) for name, chosen in options.items()}
         return {"reference": run(objective.reference, **objective.options), **ours}
 
     def _iterate(self, loss_of: Callable[..., torch.Tensor], **options: Any) -> None:
         loss_of(self.model, self.x, self.y, self.optimizer, **options).backward()
         self.optimizer.step()
+
+
+def engine_of(name: str, launch: str) -> Engine:
+    """The engine of that name, with graphs and streams as `LAUNCHES` has them."""
+    return replace(Engine.of(name), **LAUNCHES[launch])
 
 
 @torch.no_grad()
@@ -120,13 +140,13 @@ def _set_statistics(model: torch.nn.Module, x: torch.Tensor) -> None:
         norm.momentum = momentum
 
 
-def check_exactness(workload: Workload, objective: Objective = TRADES, runner: str = "eager") -> None:
+def check_exactness(workload: Workload, objective: Objective = TRADES, launch: str = "eager") -> None:
     """No speedup is reported of a path whose result differs from the reference's.
 
-    With BulletTrain, whose draws are its own, the reference is the model as it is, step by step.
+    With BulletTrain, whose draws are its own, the reference is the engine "exact", step by step.
     """
-    ours = functools.partial(objective.ours, runner=runner)
-    faster = functools.partial(ours, frozen=Frozen(), update=Update())
+    ours = functools.partial(objective.ours, engine=engine_of("exact", launch))
+    faster = functools.partial(objective.ours, engine=engine_of("fast", launch))
     batch = workload.model, workload.x[:4], workload.y[:4]
     check_same(*batch, [objective.reference, ours, faster], objective.options)
     check_same(*batch, [objective.ours, ours, faster], {**objective.options, "bullet": workload.bullet})
@@ -163,14 +183,14 @@ def peak_bytes(work: Callable[[], None]) -> int:
     return max(accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
 
 
-@pytest.mark.parametrize("runner", RUN_BY)
+@pytest.mark.parametrize("launch", LAUNCHES)
 @pytest.mark.parametrize("loss", OBJECTIVES)
 @pytest.mark.parametrize("name", quick_and_full(["small-cnn"], CASES))
-def test_iteration(name: str, loss: str, runner: str, interleaved: Any, benchmark: Any, device: torch.device) -> None:
+def test_iteration(name: str, loss: str, launch: str, interleaved: Any, benchmark: Any, device: torch.device) -> None:
     workload = Workload(CASES[name], device)
     workload.prepare()
-    check_exactness(workload, OBJECTIVES[loss], runner)
-    variants = workload.variants(OBJECTIVES[loss], runner)
+    check_exactness(workload, OBJECTIVES[loss], launch)
+    variants = workload.variants(OBJECTIVES[loss], launch)
     flops, peaks = costs(variants, workload.variants(OBJECTIVES[loss]), workload, workload.prepare)
     workload.bullet.reset_fractions()
     seconds = interleaved(variants, lambda _: workload.prepare(), rounds=CASES[name].rounds)
@@ -178,14 +198,14 @@ def test_iteration(name: str, loss: str, runner: str, interleaved: Any, benchmar
     info = {"fractions (B/R/O)": f"{fractions.boundary:.3f} / {fractions.robust:.3f} / {fractions.outlier:.3f}"}
     info |= compared(seconds, flops, peaks, BASELINES)
     benchmark.extra_info.update({"flops": flops, "peak bytes": peaks})
-    report(benchmark, f"{loss}, {name}, batch {CASES[name].batch}, {runner}", info)
+    report(benchmark, f"{loss}, {name}, batch {CASES[name].batch}, {launch}", info)
 
 
 def check_augmix(workload: Workload) -> None:
     """The loss without BulletTrain is the authors' on the same views."""
     model, x, y = copy.deepcopy(workload.model).double(), workload.x[:4].double(), workload.y[:4]
     first, second = (torch.Generator(x.device).manual_seed(1) for _ in range(2))
-    found = augmix_loss(copy.deepcopy(model), x, y, generator=first)
+    result = augmix_loss(copy.deepcopy(model), x, y, generator=first)
     views = augment_and_mix(x.repeat(2, 1, 1, 1), draw_choices(8, x.device, severity=SEVERITY, generator=second))
     torch.manual_seed(0)
     logits = model.train()(torch.cat([x, views]))
@@ -193,7 +213,7 @@ def check_augmix(workload: Workload) -> None:
     mixture = ((clean + sum(others)) / 3).clamp(1e-7, 1).log()
     kl = functools.partial(torch.nn.functional.kl_div, mixture, reduction="batchmean")
     expected = torch.nn.functional.cross_entropy(logits[:4], y) + 12 * sum(map(kl, (clean, *others))) / 3
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", quick_and_full(["small-cnn"], CASES))
@@ -244,7 +264,7 @@ def costs(
         peaks[variant] = peak_bytes(work)
         prepare()
         # what is compiled hides its operations, too
-        flops[variant] = count_flops(eager[variant.replace("compiled", "frozen")])
+        flops[variant] = count_flops(eager[variant.removesuffix(", compiled")])
     return flops, peaks
 
 
@@ -252,14 +272,14 @@ def compared(
     seconds: dict[str, list[float]], flops: dict[str, int], peaks: dict[str, int], baselines: tuple[str, ...]
 ) -> dict[str, str]:
     """What each variant came to, over the baselines and as a share of the FLOP limit."""
-    found = {}
+    result = {}
     for variant, times in seconds.items():
         ratios = []
         for slower in baselines:
             speedup, limit = median_ratio(seconds[slower], times), flops[slower] / flops[variant]
             ratios.append(f"{speedup:.2f}x over {slower} ({speedup / limit:.2f} of the FLOP limit {limit:.2f}x)")
-        found[variant] = (
+        result[variant] = (
             f"{1e3 * statistics.median(times):.1f} ms, {flops[variant] / 1e9:.1f} GFLOP, "
             f"peak {peaks[variant] / 2**20:.0f} MiB; {', '.join(ratios)}"
         )
-    return found
+    return result

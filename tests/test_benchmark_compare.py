@@ -136,7 +136,7 @@ def test_a_different_machine_is_warned_of_once(compared):
     assert [line for line in lines if "warning" in line] == [
         "warning: torch was 2.6, is 2.13",
         "warning: threads was 2, is 1",
-        "warning: device was not told, is cpu",
+        "warning: device was not known, is cpu",
     ]
 
 

@@ -51,7 +51,7 @@ sys.exit(stage.main())
 conduct.command = lambda context: [sys.executable, "-c", STAGE, json.dumps(dataclasses.asdict(context))]
 conduct.prepared = lambda session: {"device": "none", "packages": {}, "capability": "", "sms": 0, "memory_bytes": 0}
 stages = tuple(Stage(*stage) for stage in given["stages"])
-sys.exit(conduct.conduct(conduct.Asked(Path(given["out"]), given["seconds"], stages, given["rehearsal"], None)))
+sys.exit(conduct.conduct(conduct.Request(Path(given["out"]), given["seconds"], stages, given["rehearsal"], None)))
 """
 GOOD = "def run(context):\n    context.record('found', value=1)\n    return 'passed', '1 found'"
 HANGS = """
@@ -125,7 +125,7 @@ def test_a_stage_that_hangs_is_killed_in_its_time_with_all_that_it_started_and_t
 
 
 @pytest.mark.parametrize(
-    ("stage", "said"),
+    ("stage", "message"),
     [
         (DIES, "died of SIGSEGV; 1 findings until then"),
         (RAISES, "RuntimeError: broken"),
@@ -133,19 +133,25 @@ def test_a_stage_that_hangs_is_killed_in_its_time_with_all_that_it_started_and_t
         ("import there_is_no_such_module", "ModuleNotFoundError: No module named 'there_is_no_such_module'"),
     ],
 )
-def test_a_stage_that_breaks_fails_and_the_others_run(tmp_path, stage, said):
+def test_a_stage_that_breaks_fails_and_the_others_run(tmp_path, stage, message):
     code, printed, found = conducted(tmp_path, {"broken": stage, "good": GOOD})
     assert found["stages"]["broken"]["verdict"] == "failed"
-    assert said in found["stages"]["broken"]["said"]
+    assert message in found["stages"]["broken"]["message"]
     assert found["stages"]["good"]["records"] == [{"kind": "found", "value": 1}]
-    assert said in (tmp_path / "page.md").read_text()
+    assert message in (tmp_path / "page.md").read_text()
     assert printed.count("the stage good: PASSED") == 2  # when it is done, and on the page
     assert code == 1
 
 
+def recorded(folder, stage):
+    """The stage's state as it is written down, once it has recorded something."""
+    state = (folder / "results.json").exists() and results(folder)["stages"].get(stage)
+    return state if state and state["records"] else None
+
+
 def test_what_was_found_survives_a_kill_of_the_conductor_and_nothing_goes_on_running(tmp_path):
     process = started(tmp_path, {"good": GOOD, "hangs": HANGS})
-    hung = until(lambda: (tmp_path / "results.json").exists() and results(tmp_path)["stages"].get("hangs"))
+    hung = until(lambda: recorded(tmp_path, "hangs"))
     process.kill()
     process.communicate()
     found = results(tmp_path)
@@ -157,7 +163,7 @@ def test_what_was_found_survives_a_kill_of_the_conductor_and_nothing_goes_on_run
 
 def test_it_ends_at_once_when_it_is_asked_to_and_says_what_did_not_run(tmp_path):
     process = started(tmp_path, {"good": GOOD, "hangs": HANGS, "later": GOOD})
-    hung = until(lambda: (tmp_path / "results.json").exists() and results(tmp_path)["stages"].get("hangs"))
+    hung = until(lambda: recorded(tmp_path, "hangs"))
     began = time.monotonic()
     process.send_signal(signal.SIGTERM)
     printed, _ = process.communicate(timeout=30)
@@ -219,7 +225,7 @@ def test_the_results_have_these_keys(tmp_path):
         "seconds",
     }
     assert found["finished"]
-    assert found["stages"]["good"].keys() == {"letter", "title", "verdict", "said", "seconds", "records"}
+    assert found["stages"]["good"].keys() == {"letter", "title", "verdict", "message", "seconds", "records"}
     assert found["stages"]["good"]["records"] == [{"kind": "found", "value": None}]  # JSON has no NaN
 
 
@@ -241,7 +247,7 @@ def command(*arguments, root=ROOT, python=sys.executable):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--minutes", "0"], "--minutes: expected a number above 0, of at most 600, got 0"),
         (["--minutes", "nan"], "--minutes: expected a number above 0, of at most 600, got nan"),
@@ -250,10 +256,10 @@ def command(*arguments, root=ROOT, python=sys.executable):
         (["--data", "there/is/none.npz"], "--data: there/is/none.npz is no .npz file"),
     ],
 )
-def test_arguments_that_do_not_fit_are_told_in_a_line(tmp_path, arguments, said):
+def test_arguments_that_do_not_fit_are_told_in_a_line(tmp_path, arguments, message):
     done = command("--out", tmp_path / "out", *arguments)
     assert done.returncode == 2
-    assert done.stderr.startswith(said)
+    assert done.stderr.startswith(message)
     assert done.stderr.count("\n") == 1
     assert done.stdout == ""
 
@@ -379,11 +385,11 @@ def interrupted(tmp_path, monkeypatch):
     context = Context("kernel_tests", "", time.monotonic() + 8, str(tmp_path), False, "", None, 8.0)
     assert kernel_tests.run(context) == ("failed", "1 passed, 1 failed until the time was up")
     assert context.left > 0
-    told = [(r["id"], r["said"]) for r in context.records("failure")]
+    told = [(r["id"], r["message"]) for r in context.records("failure")]
     assert told == [("tests/k/test_a.py::test_b", ""), ("tests/k/test_a.py::test_b", "AssertionError: 1")]
     shown = TABLES["kernel_tests"](context.records("failure"), {})
     assert shown == ["- `tests/k/test_a.py::test_b`: AssertionError: 1"]
-    assert TABLES["kernel_tests"](context.records("failure")[:1], {})[0].endswith("before it was said why")
+    assert TABLES["kernel_tests"](context.records("failure")[:1], {})[0].endswith("before the reason was known")
 
 
 # What the stages share
@@ -465,7 +471,7 @@ def test_speedups_are_medians_of_pairs_and_shares_of_the_flop_limit():
 
 
 def content(rehearsal):
-    state = {"letter": "d", "title": "one TRADES iteration", "verdict": "passed", "said": "", "seconds": 5.0}
+    state = {"letter": "d", "title": "one TRADES iteration", "verdict": "passed", "message": "", "seconds": 5.0}
     machine = {"device": None, "packages": {"torch": "2.11.0"}, "cores": 2}
     whole = {"rehearsal": rehearsal, "minutes": 8.0, "began": "now", "finished": True, "stopped": None}
     records = [{"kind": "case", "case": "n/tf32", "batch": 8}, *ROUNDS, *FLOPS, *BUSY]
@@ -510,22 +516,22 @@ def attempts(tmp_path, monkeypatch, ends):
 
 def test_a_variant_that_ends_the_process_is_left_out_and_the_case_taken_up_again(tmp_path, monkeypatch):
     ends = [("bullet, graphs", -11), ("bullet, captured", 1), (None, 0)]
-    (verdict, said), out = attempts(tmp_path, monkeypatch, ends)
+    (verdict, message), out = attempts(tmp_path, monkeypatch, ends)
     assert verdict == "failed"
     assert out == ["bullet, graphs", "bullet, captured"]
-    assert "n tf32: bullet 1000.0 ms" in said
-    assert "n tf32, bullet, graphs: its process ended with -11 in it" in said
+    assert "n tf32: bullet 1000.0 ms" in message
+    assert "n tf32, bullet, graphs: its process ended with -11 in it" in message
 
 
 def test_a_variant_in_which_the_time_is_up_is_not_to_blame(tmp_path, monkeypatch):
-    (verdict, said), out = attempts(tmp_path, monkeypatch, [("bullet, graphs", None)])
-    assert (verdict, said, out) == ("cut", "nothing was measured", [])
+    (verdict, message), out = attempts(tmp_path, monkeypatch, [("bullet, graphs", None)])
+    assert (verdict, message, out) == ("cut", "nothing was measured", [])
 
 
 def test_a_case_that_breaks_elsewhere_is_not_tried_again(tmp_path, monkeypatch):
-    (verdict, said), out = attempts(tmp_path, monkeypatch, [(None, 3)])
+    (verdict, message), out = attempts(tmp_path, monkeypatch, [(None, 3)])
     assert (verdict, out) == ("failed", [])
-    assert "the case: its process ended with 3: it said nothing" in said
+    assert "the case: its process ended with 3: it reported nothing" in message
 
 
 # Images
@@ -573,9 +579,9 @@ def measured(tmp_path, function, **environment):
 def test_what_is_not_exact_or_falls_back_or_raises_is_left_out(tmp_path):
     found = measured(tmp_path, "left_out")
     assert found["as it is"] == []
-    assert "not exact: an update in float64 differs by" in found["beta"][0]["said"]
-    assert [r["said"] for r in found["warns"]] == ["the attack runs without graphs: so"]
-    assert [r["said"] for r in found["raises"]] == ["RuntimeError: capture failed"]
+    assert "not exact: an update in float64 differs by" in found["beta"][0]["message"]
+    assert [r["message"] for r in found["warns"]] == ["the attack runs without graphs: so"]
+    assert [r["message"] for r in found["raises"]] == ["RuntimeError: capture failed"]
     assert found["tried last"] == {"as it is": None, "beta": None, "warns": "optimised", "raises": "optimised"}
     assert found["exact"] == {"as it is": 1, "beta": 0, "warns": 0, "raises": 0}
 
@@ -621,8 +627,8 @@ def test_the_page_tells_the_groups_sizes_and_whose_differ(tmp_path):
 
 def test_what_falls_back_while_times_are_taken_or_runs_without_kernels_is_told(tmp_path):
     found = measured(tmp_path, "fell_back_later")
-    said = [(r["case"], r.get("variant"), r["said"]) for r in found["broke"]]
-    assert said == [
+    message = [(r["case"], r.get("variant"), r["message"]) for r in found["broke"]]
+    assert message == [
         ("n/tf32", None, "while times were taken: the attack runs without graphs: so"),
         ("n/bfloat16", "optimised", "bt_fast runs in plain torch on cuda:0, since so"),
     ]

@@ -17,7 +17,7 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.on_gpu.conduct import FILES, Asked, conduct
+from benchmarks.on_gpu.conduct import FILES, Request, conduct
 from benchmarks.on_gpu.plan import STAGES, chosen
 
 LAYOUTS = (
@@ -26,7 +26,7 @@ LAYOUTS = (
 )
 
 
-def parsed(arguments: Sequence[str] | None) -> Asked:
+def parsed(arguments: Sequence[str] | None) -> Request:
     """What is asked for; arguments that do not fit end the process with one line."""
     parser = argparse.ArgumentParser(
         "python -m benchmarks.on_gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -48,7 +48,7 @@ def parsed(arguments: Sequence[str] | None) -> Asked:
         print(error, file=sys.stderr)
         raise SystemExit(2) from error
     data = None if given.data is None else given.data.resolve()
-    return Asked(given.out.resolve(), 60 * given.minutes, stages, given.rehearse, data)
+    return Request(given.out.resolve(), 60 * given.minutes, stages, given.rehearse, data)
 
 
 def check_out(folder: Path) -> None:

@@ -40,20 +40,20 @@ def run(context: Context) -> Verdict:
     if device.type == "cuda":
         context.record("copy", bytes_per_second=bandwidth(device))
         products(context, device)
-    said = []
+    messages = []
     for m in REHEARSED_SIZES if context.rehearsal else SIZES:
         for dtype in (torch.float32, torch.bfloat16):
             for name, make in (("step", step), ("start", gather)):
                 if context.left < LEAST:
-                    return CUT, "; ".join(said)
+                    return CUT, "; ".join(messages)
                 with stand_in(context):
-                    found = measured(make, m, dtype, device)
-                context.record("kernel", name=name, m=m, dtype=str(dtype).removeprefix("torch."), **found)
+                    result = measured(make, m, dtype, device)
+                context.record("kernel", name=name, m=m, dtype=str(dtype).removeprefix("torch."), **result)
                 if dtype == torch.float32:
-                    share = found["copy_cold_seconds"] / found["cold_seconds"]
-                    rate = found["bytes"] / found["copy_cold_seconds"] / 1e12
-                    said.append(f"{name} {m}: {share:.2f} of a copy's {rate:.2f} TB/s")
-    return PASSED, "; ".join(said)
+                    share = result["copy_cold_seconds"] / result["cold_seconds"]
+                    rate = result["bytes"] / result["copy_cold_seconds"] / 1e12
+                    messages.append(f"{name} {m}: {share:.2f} of a copy's {rate:.2f} TB/s")
+    return PASSED, "; ".join(messages)
 
 
 def measured(make: Callable[..., tuple[Call, int]], m: int, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:

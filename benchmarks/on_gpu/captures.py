@@ -28,23 +28,23 @@ LEAST = 5.0  # seconds: no variant is begun with less
 def run(context: Context) -> Verdict:
     """Seconds, bytes and graphs of the captures of each kind, each on a network of its own: one shares memory."""
     model = cases(context.minutes, context.rehearsal)[0][0]
-    said, wrong = [], False
+    messages, wrong = [], False
     with stand_in(context):
         for number, name in enumerate(REHEARSED if context.rehearsal else CAPTURED):
             if context.left < LEAST:
-                return CUT, "; ".join(said)
+                return CUT, "; ".join(messages)
             bench = Bench(model, "tf32", batch_size(context.rehearsal), device_of(context), tiny=context.rehearsal)
             eager = repeated(bench, bench.iteration(Variant("bullet")))
             if number == 0:
                 context.record("eager", model=model, seconds=eager)
-            found = captured(bench, BY_NAME[name])
-            context.record("capture", model=model, variant=name, **found)
-            wrong |= found["fell_back"] is not None
-            said.append(
-                f"{name}: {found['captures']} captures, {found['capture_seconds']:.2f} s, "
-                f"{found['held_bytes'] / 2**20:.0f} MiB" + (f", {found['fell_back']}" if found["fell_back"] else "")
+            result = captured(bench, BY_NAME[name])
+            context.record("capture", model=model, variant=name, **result)
+            wrong |= result["fell_back"] is not None
+            messages.append(
+                f"{name}: {result['captures']} captures, {result['capture_seconds']:.2f} s, "
+                f"{result['held_bytes'] / 2**20:.0f} MiB" + (f", {result['fell_back']}" if result["fell_back"] else "")
             )
-    return FAILED if wrong else PASSED, "; ".join(said)
+    return FAILED if wrong else PASSED, "; ".join(messages)
 
 
 def captured(bench: Bench, variant: Variant) -> dict[str, Any]:
@@ -56,7 +56,7 @@ def captured(bench: Bench, variant: Variant) -> dict[str, Any]:
     """
     before = held(bench.device)
     work, first = bench.iteration(variant), []
-    with fallbacks() as said, counted() as seconds:
+    with fallbacks() as fell_back, counted() as seconds:
         for _ in range(REPEATS):
             first.append(once(bench, work))
         replayed = repeated(bench, work)
@@ -68,7 +68,7 @@ def captured(bench: Bench, variant: Variant) -> dict[str, Any]:
         "replayed_seconds": replayed,
         "held_bytes": after[0] - before[0],
         "driver_bytes": after[1] - before[1],
-        "fell_back": said[0] if said else None,
+        "fell_back": fell_back[0] if fell_back else None,
     }
 
 

@@ -52,7 +52,7 @@ SOURCES = ("bt_fast", "kernels", "benchmarks", "tests")
 
 
 @dataclass(frozen=True)
-class Asked:
+class Request:
     """What the command line says: `seconds` for everything together."""
 
     out: Path
@@ -74,7 +74,7 @@ class Session:
         content: of results.json.
     """
 
-    asked: Asked
+    request: Request
     scratch: Path
     content: dict[str, Any]
     until: float
@@ -87,12 +87,12 @@ class Session:
 
     def write(self) -> None:
         """Replace results.json and page.md, each as a whole."""
-        self.content["seconds"] = round(self.asked.seconds - KEPT_FOR_WRITING - self.left, 1)
+        self.content["seconds"] = round(self.request.seconds - KEPT_FOR_WRITING - self.left, 1)
         text = json.dumps(finite(self.content), indent=1, allow_nan=False) + "\n"
         for name, whole in ((RESULTS, text), (PAGE, page(self.content))):
-            part = self.asked.out / f".{name}.part"
+            part = self.request.out / f".{name}.part"
             part.write_text(whole)
-            os.replace(part, self.asked.out / name)
+            os.replace(part, self.request.out / name)
 
     def start(self, given: Sequence[str], log: str) -> jobs.Job:
         """Run a command in the repository."""
@@ -106,13 +106,13 @@ class Session:
         self.running.remove(job)
 
 
-def conduct(asked: Asked) -> int:
-    """Run what is asked for, write it down and print the page; returns the exit status."""
+def conduct(request: Request) -> int:
+    """Run what is requested, write it down and print the page; returns the exit status."""
     began = time.monotonic()
     content: dict[str, Any] = {
         "format": FORMAT,
-        "rehearsal": asked.rehearsal,
-        "minutes": asked.seconds / 60,
+        "rehearsal": request.rehearsal,
+        "minutes": request.seconds / 60,
         "began": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "finished": False,
         "stopped": None,
@@ -122,14 +122,14 @@ def conduct(asked: Asked) -> int:
     }
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGALRM):
         signal.signal(number, _stop)
-    signal.setitimer(signal.ITIMER_REAL, max(1.0, asked.seconds - KEPT_FOR_WRITING / 2))  # if all else hangs
+    signal.setitimer(signal.ITIMER_REAL, max(1.0, request.seconds - KEPT_FOR_WRITING / 2))  # if all else hangs
     scratch = Path(tempfile.mkdtemp(prefix="on-gpu-"))
-    session = Session(asked, scratch, content, began + asked.seconds - KEPT_FOR_WRITING)
+    session = Session(request, scratch, content, began + request.seconds - KEPT_FOR_WRITING)
     try:
         stages_in_turn(session)
     except Stop as stop:
         content["stopped"] = str(stop)
-    except Exception as error:  # of this process's own, a full disk say: what is known is still told
+    except Exception as error:  # of this process's own, a full disk say: what is known is still written
         traceback.print_exc()
         content["stopped"] = f"{type(error).__name__}: {error}"
     finally:
@@ -140,7 +140,7 @@ def conduct(asked: Asked) -> int:
             session.end(job)
         conclude(session)
         shutil.rmtree(scratch, ignore_errors=True)
-    print((asked.out / PAGE).read_text())
+    print((request.out / PAGE).read_text())
     return exit_status(content)
 
 
@@ -149,15 +149,15 @@ def _stop(number: int, frame: object) -> None:
 
 
 def stages_in_turn(session: Session) -> None:
-    """All that is asked for, in order; those that need no GPU beside the others."""
-    asked = session.asked
+    """All that is requested, in order; those that need no GPU beside the others."""
+    request = session.request
     session.write()
     session.content["machine"] = prepared(session)
-    nothing = session.content["machine"]["unfit"] = why_nothing(session.content["machine"], asked.rehearsal)
+    nothing = session.content["machine"]["unfit"] = why_nothing(session.content["machine"], request.rehearsal)
     session.write()
     beside: dict[str, jobs.Job] = {}
-    for number, stage in enumerate(asked.stages):
-        later = asked.stages[number + 1 :]
+    for number, stage in enumerate(request.stages):
+        later = request.stages[number + 1 :]
         if nothing and stage.name != "examination":
             settle(session, stage, (NOT_RUN, nothing), 0.0)
             continue
@@ -165,7 +165,7 @@ def stages_in_turn(session: Session) -> None:
             for other in (stage, *later):
                 if other.beside and other is not stage and other.name not in beside:
                     beside[other.name] = begin(session, other, session.left)
-        seconds = limit(stage, later, asked.seconds, session.left, asked.rehearsal)
+        seconds = limit(stage, later, request.seconds, session.left, request.rehearsal)
         if seconds < SHORTEST:
             settle(session, stage, (NOT_RUN, "no time was left"), 0.0)
             continue
@@ -176,29 +176,29 @@ def stages_in_turn(session: Session) -> None:
 
 def begin(session: Session, stage: Stage, seconds: float) -> jobs.Job:
     """Start a stage that has so many seconds."""
-    asked, machine = session.asked, session.content["machine"]
+    request, machine = session.request, session.content["machine"]
     context = Context(
         stage=stage.name,
         part="",
         until=time.monotonic() + 0.97 * seconds,
         scratch=str(session.scratch),
-        rehearsal=asked.rehearsal,
+        rehearsal=request.rehearsal,
         device=machine.get("device") or "",
-        data=None if asked.data is None else str(asked.data),
-        minutes=asked.seconds / 60,
+        data=None if request.data is None else str(request.data),
+        minutes=request.seconds / 60,
     )
     return session.start(command(context), f"{stage.name}.log")
 
 
 def wait(session: Session, stage: Stage, job: jobs.Job, seconds: float) -> None:
     """Until the stage is done or its time is up; what it tells meanwhile is written down."""
-    began, told = time.monotonic(), -1
+    began, reported = time.monotonic(), -1
     path = records_file(session.scratch, stage.name)
     while job.code is None and time.monotonic() < began + seconds:
         time.sleep(POLL)
         size = path.stat().st_size if path.exists() else 0
-        if size != told:
-            told = size
+        if size != reported:
+            reported = size
             note(session, stage, ("running", ""), time.monotonic() - began)
             session.write()
     code = job.code
@@ -215,29 +215,29 @@ def last_line(log: Path) -> str:
 
 def judged(records: Sequence[dict[str, Any]], code: int | None, seconds: float, last: str) -> tuple[str, str]:
     """A stage's own verdict, or what became of it; `last` is the last that it printed."""
-    own = [(r["verdict"], r["said"]) for r in records if r["kind"] == "verdict"]
+    own = [(r["verdict"], r["message"]) for r in records if r["kind"] == "verdict"]
     if own:
         return own[-1]
-    found = f"{len(records)} findings until then" if records else "nothing found until then"
+    result = f"{len(records)} findings until then" if records else "nothing found until then"
     if code is None:
-        return CUT, f"ended after its {seconds:.0f} s; {found}"
+        return CUT, f"ended after its {seconds:.0f} s; {result}"
     if last:
-        found = f"{found}; the last it printed: {last}"
+        result = f"{result}; the last it printed: {last}"
     if code < 0:
-        return FAILED, f"died of {signal.Signals(-code).name}; {found}"
-    return FAILED, f"ended with {code} and no verdict; {found}"
+        return FAILED, f"died of {signal.Signals(-code).name}; {result}"
+    return FAILED, f"ended with {code} and no verdict; {result}"
 
 
 def note(session: Session, stage: Stage, verdict: tuple[str, str], seconds: float) -> None:
     """Take what is known of a stage into the results."""
-    found = read_records(records_file(session.scratch, stage.name))
+    result = read_records(records_file(session.scratch, stage.name))
     session.content["stages"][stage.name] = {
         "letter": stage.letter,
         "title": stage.title,
         "verdict": verdict[0],
-        "said": REHEARSED if session.asked.rehearsal and verdict[0] == PASSED else verdict[1],
+        "message": REHEARSED if session.request.rehearsal and verdict[0] == PASSED else verdict[1],
         "seconds": round(seconds, 1),
-        "records": [record for record in found if record["kind"] not in WITHIN],
+        "records": [record for record in result if record["kind"] not in WITHIN],
     }
 
 
@@ -247,12 +247,12 @@ def settle(session: Session, stage: Stage, verdict: tuple[str, str], seconds: fl
     session.write()
     log, trace = session.scratch / f"{stage.name}.log", session.scratch / TRACE
     if log.exists():
-        with (session.asked.out / LOG).open("ab") as file:
-            rehearsed = "REHEARSAL " * session.asked.rehearsal
+        with (session.request.out / LOG).open("ab") as file:
+            rehearsed = "REHEARSAL " * session.request.rehearsal
             file.write(f"===== {rehearsed}{stage.letter} {stage.name}: {verdict[0]}\n".encode() + shortened(log))
         log.unlink()
     if trace.exists() and trace.stat().st_size <= TRACE_BYTES:
-        shutil.copyfile(trace, session.asked.out / TRACE)
+        shutil.copyfile(trace, session.request.out / TRACE)
         trace.unlink()
     print(verdict_line(session.content["stages"][stage.name]), flush=True)
 
@@ -268,14 +268,14 @@ def shortened(log: Path) -> bytes:
 def conclude(session: Session) -> None:
     """The last word: what did not run, and why."""
     stages, stopped = session.content["stages"], session.content["stopped"]
-    for stage in session.asked.stages:
+    for stage in session.request.stages:
         state = stages.get(stage.name)
         with suppress(OSError):  # a full disk must not hide the page
             if state is None:
                 settle(session, stage, (NOT_RUN, stopped or ""), 0.0)
             elif state["verdict"] == "running":
                 records = read_records(records_file(session.scratch, stage.name))
-                own = [(r["verdict"], r["said"]) for r in records if r["kind"] == "verdict"]
+                own = [(r["verdict"], r["message"]) for r in records if r["kind"] == "verdict"]
                 cut = (CUT, f"{stopped}; {len(records)} findings until then")
                 settle(session, stage, own[-1] if own else cut, state["seconds"])
     session.content["finished"] = session.content["stopped"] is None
@@ -295,18 +295,18 @@ def exit_status(content: dict[str, Any]) -> int:
 
 def prepared(session: Session) -> dict[str, Any]:
     """What the machine is, once the package that is imported is that of this tree: installed if it is not."""
-    found = looked_at(session)
-    if not comes_from_here(found):
+    result = looked_at(session)
+    if not comes_from_here(result):
         print("installing the package from this tree", flush=True)
         job = session.start([sys.executable, *INSTALL], "install.log")
         settled(session, job, INSTALL_SECONDS)
-        said = (session.scratch / "install.log").read_text(errors="replace").strip()
-        found = looked_at(session) | {"installed": job.code == 0, "pip": said[-2000:]}
-    if not comes_from_here(found):
-        found["broken"] = f"bt_fast comes from {found.get('bt_fast')}, its kernels from {found.get('kernels')}"
-        if found.get("pip"):
-            found["broken"] += f"; pip said: {found['pip'].splitlines()[-1]}"
-    return found
+        message = (session.scratch / "install.log").read_text(errors="replace").strip()
+        result = looked_at(session) | {"installed": job.code == 0, "pip": message[-2000:]}
+    if not comes_from_here(result):
+        result["broken"] = f"bt_fast comes from {result.get('bt_fast')}, its kernels from {result.get('kernels')}"
+        if result.get("pip"):
+            result["broken"] += f"; pip: {result['pip'].splitlines()[-1]}"
+    return result
 
 
 def looked_at(session: Session) -> dict[str, Any]:
@@ -318,8 +318,8 @@ def looked_at(session: Session) -> dict[str, Any]:
     path.unlink()
     for line in reversed(lines):
         with suppress(ValueError):
-            if isinstance(found := json.loads(line), dict):
-                return found
+            if isinstance(result := json.loads(line), dict):
+                return result
     why = (lines or ["it printed nothing"])[-1]
     return {"device": None, "why_none": f"python -m benchmarks.on_gpu.machine ended with {job.code}: {why}"}
 
@@ -332,10 +332,11 @@ def settled(session: Session, job: jobs.Job, seconds: float) -> None:
     session.end(job)
 
 
-def comes_from_here(found: dict[str, Any]) -> bool:
+def comes_from_here(looked_at: dict[str, Any]) -> bool:
     """Whether the package and its kernels are imported from this tree."""
     return all(
-        Path(found.get(name, "")) == ROOT / folder for name, folder in (("bt_fast", "bt_fast"), ("kernels", "kernels"))
+        Path(looked_at.get(name, "")) == ROOT / folder
+        for name, folder in (("bt_fast", "bt_fast"), ("kernels", "kernels"))
     )
 
 

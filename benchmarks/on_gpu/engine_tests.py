@@ -41,17 +41,17 @@ def run(context: Context) -> Verdict:
             if outcome is not None:
                 running.remove(one)
                 outcomes.append(outcome)
-                context.record("test", id=one.test, outcome=outcome, seconds=seconds, said=_said(one, outcome))
+                context.record("test", id=one.test, outcome=outcome, seconds=seconds, message=_message(one, outcome))
         if not running and context.left <= LEAST:
             break
         time.sleep(0.05)
     counts = {outcome: outcomes.count(outcome) for outcome in dict.fromkeys(sorted(outcomes))}
-    said = ", ".join(f"{n} {outcome}" for outcome, n in counts.items()) + f" of {len(collected)}"
+    message = ", ".join(f"{n} {outcome}" for outcome, n in counts.items()) + f" of {len(collected)}"
     if not whole:
-        return FAILED, f"{said}; a file could not be collected"
+        return FAILED, f"{message}; a file could not be collected"
     if set(outcomes) - {"passed"}:
-        return FAILED, said
-    return (CUT if waiting else PASSED), said
+        return FAILED, message
+    return (CUT if waiting else PASSED), message
 
 
 def at_once(context: Context, cores: int) -> int:
@@ -69,18 +69,18 @@ def collect(context: Context) -> tuple[list[str], bool]:
     given = pytest_command(context, ["--collect-only", "-q", *files])
     done = subprocess.run(given, cwd=ROOT, capture_output=True, text=True, timeout=max(1.0, context.left))
     print(done.stdout, done.stderr)
-    found = [line.strip() for line in done.stdout.splitlines() if line.startswith("tests/") and "::" in line]
+    result = [line.strip() for line in done.stdout.splitlines() if line.startswith("tests/") and "::" in line]
     if context.rehearsal:
-        found = [name for name in found if REHEARSED.search(name)]
-    if not found:
-        said = (done.stdout + done.stderr).strip().splitlines() or ["nothing"]
-        raise RuntimeError(f"pytest collected no test of {', '.join(files)}: {said[-1]}")
-    context.record("collected", count=len(found), code=done.returncode)
-    return found, done.returncode == 0
+        result = [name for name in result if REHEARSED.search(name)]
+    if not result:
+        message = (done.stdout + done.stderr).strip().splitlines() or ["nothing"]
+        raise RuntimeError(f"pytest collected no test of {', '.join(files)}: {message[-1]}")
+    context.record("collected", count=len(result), code=done.returncode)
+    return result, done.returncode == 0
 
 
 def _start(context: Context, test: str) -> _Running:
-    output = tempfile.TemporaryFile("w+", dir=context.scratch, errors="replace")  # noqa: SIM115 (closed in _said)
+    output = tempfile.TemporaryFile("w+", dir=context.scratch, errors="replace")  # noqa: SIM115 (closed in _message)
     process = subprocess.Popen(
         pytest_command(context, ["-q", test]), cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, text=True
     )
@@ -102,7 +102,7 @@ def _outcome(one: _Running, seconds: float) -> str | None:
     return "failed" if code == 1 else "died" if code < 0 else "error"
 
 
-def _said(one: _Running, outcome: str) -> str:
+def _message(one: _Running, outcome: str) -> str:
     """The end of what it printed, where it did not pass."""
     one.output.seek(0)
     text = one.output.read()

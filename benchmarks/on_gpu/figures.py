@@ -13,7 +13,7 @@ BASELINES = ("reference", "optimised")
 def cases_of(records: Records) -> dict[str, dict[str, dict[str, Any]]]:
     """By case and variant: median seconds and host seconds, and for each baseline the median of the pairwise ratios
     (`over NAME`), the ratio of FLOPs (`limit over NAME`) and the share of it that is reached (`of limit over NAME`)."""
-    found: dict[str, dict[str, dict[str, Any]]] = {}
+    result: dict[str, dict[str, dict[str, Any]]] = {}
     rounds: dict[str, list[Mapping[str, Any]]] = {}
     for record in of_kind(records, "round"):
         rounds.setdefault(record["case"], []).append(record)
@@ -37,12 +37,12 @@ def cases_of(records: Records) -> dict[str, dict[str, dict[str, Any]]]:
                         row[f"limit over {base}"] = slow / fast
                         row[f"of limit over {base}"] = row[f"over {base}"] / (slow / fast)
             rows[name] = row
-        found[case] = rows
+        result[case] = rows
     for kind in ("memory", "busy", "joules"):
         for record in of_kind(records, kind):
-            row = found.get(record["case"], {}).get(record["variant"], {})
+            row = result.get(record["case"], {}).get(record["variant"], {})
             row |= {k: v for k, v in record.items() if k not in ("kind", "case", "variant")}
-    return found
+    return result
 
 
 def of_kind(records: Iterable[Mapping[str, Any]], kind: str) -> list[Mapping[str, Any]]:
@@ -68,11 +68,11 @@ def headline(case: str, rows: Mapping[str, Mapping[str, Any]]) -> str:
         return f"{case.replace('/', ' ')}: BulletTrain was not measured"
     row = rows[name]
     ratios = []
-    for base, whose in zip(BASELINES, ("the authors'", "ours"), strict=True):
+    for base, label in zip(BASELINES, ("the authors'", "ours"), strict=True):
         if f"over {base}" in row:
             share = row.get(f"of limit over {base}")
             limit = "" if share is None else f" ({share:.2f} of the FLOP limit)"
-            ratios.append(f"{row[f'over {base}']:.2f}x over {whose}{limit}")
+            ratios.append(f"{row[f'over {base}']:.2f}x over {label}{limit}")
     return f"{case.replace('/', ' ')}: {name} {1e3 * row['seconds']:.1f} ms, {', '.join(ratios) or 'no baseline'}"
 
 

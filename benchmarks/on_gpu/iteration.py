@@ -1,4 +1,4 @@
-"""One case of stage d: exactness first, then times, costs and energy, each told as soon as it is known."""
+"""One case of stage d: exactness first, then times, costs and energy, each recorded as soon as it is known."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from benchmarks.on_gpu.variants import BASES, PLAIN, TOLERANCE, VARIANTS, Bench,
 from bt_fast import PowerMonitor
 from bt_fast.device import HostRead, synchronize
 
-WARM, WARM_CAPTURED = 1, 3  # what is captured is captured when met again
+WARM, WARM_CAPTURED = 1, 3  # a capture takes place when its size comes again
 ROUNDS, MOST_ROUNDS = 3, 8
 CHECK_SHARE, WARM_SHARE = 0.3, 0.5  # of the time that is left: then no further variant is begun
 HANGS = (10.0, 45.0)  # seconds in which a variant's first runs are done, or are not going to be: half the case's time
@@ -55,8 +55,8 @@ def measure(context: Context, model: str, precision: str, batch: int) -> Verdict
                 measure_more(context, case, bench, works)
             except Exception as error:  # the others may go well
                 traceback.print_exc()
-                said = f"{type(error).__name__}: {error}".splitlines()[0]
-                context.record("broke", case=case, said=f"{measure_more.__name__}: {said}")
+                message = f"{type(error).__name__}: {error}".splitlines()[0]
+                context.record("broke", case=case, message=f"{measure_more.__name__}: {message}")
     return PASSED, ""
 
 
@@ -72,23 +72,23 @@ def trying(context: Context, case: str, variant: Variant) -> Iterator[None]:
     seconds = min(max(HANGS[0], context.left / 2), HANGS[1])
     faulthandler.dump_traceback_later(seconds * (10 if context.rehearsal else 1), exit=True)
     try:
-        with fallbacks() as said:
+        with fallbacks() as fell_back:
             yield
         synchronize(device_of(context))
     except Exception as error:
         raise _left_out(context, case, variant, f"{type(error).__name__}: {error}") from error
     finally:
         faulthandler.cancel_dump_traceback_later()
-    for words in (words for words in said if PLAIN in words):  # every variant of ours: none would be left
-        context.record("broke", case=case, variant=variant.name, said=words)
-    if fell := [words for words in said if PLAIN not in words]:
+    for words in (words for words in fell_back if PLAIN in words):  # every variant of ours: none would be left
+        context.record("broke", case=case, variant=variant.name, message=words)
+    if fell := [words for words in fell_back if PLAIN not in words]:
         raise _left_out(context, case, variant, fell[0])
     context.record("trying", case=case, variant=None)
 
 
-def _left_out(context: Context, case: str, variant: Variant, said: str) -> LeftOutError:
-    context.record("left_out", case=case, variant=variant.name, said=" ".join(said.split())[:500])
-    return LeftOutError(f"{variant.name}: {said}")
+def _left_out(context: Context, case: str, variant: Variant, message: str) -> LeftOutError:
+    context.record("left_out", case=case, variant=variant.name, message=" ".join(message.split())[:500])
+    return LeftOutError(f"{variant.name}: {message}")
 
 
 def check(context: Context, case: str, bench: Bench, variants: list[Variant]) -> list[Variant]:
@@ -107,8 +107,8 @@ def check(context: Context, case: str, bench: Bench, variants: list[Variant]) ->
         with trying(context, case, variant):
             difference = exactness.difference(variant)
         if not difference <= TOLERANCE:
-            said = f"not exact: an update in float64 differs by {difference:.2g} (allowed: {TOLERANCE:.0g})"
-            raise _left_out(context, case, variant, said)
+            message = f"not exact: an update in float64 differs by {difference:.2g} (allowed: {TOLERANCE:.0g})"
+            raise _left_out(context, case, variant, message)
         context.record("exact", model=model, variant=variant.name, difference=difference)
         exact.append(variant)
     return exact
@@ -155,12 +155,12 @@ def rounds(context: Context, case: str, bench: Bench, works: Work, count: int, k
         began = time.monotonic()
         seconds, host = {}, {}
         turn = number % len(variants)
-        with fallbacks() as said:
+        with fallbacks() as fell_back:
             for variant in variants[turn:] + variants[:turn]:
                 seconds[variant.name], host[variant.name] = timed(bench, works[variant])
         context.record("round", case=case, seconds=seconds, host=host)
-        for words in said:
-            context.record("broke", case=case, said=f"while times were taken: {words}")
+        for words in fell_back:
+            context.record("broke", case=case, message=f"while times were taken: {words}")
         longest = max(longest, time.monotonic() - began)
 
 
@@ -230,8 +230,8 @@ def peaks(context: Context, case: str, bench: Bench, works: Work) -> None:
         bench.ready()
         work()
         synchronize(bench.device)
-        found = {"peak": torch.cuda.max_memory_allocated() - before, "held": before}
-        context.record("memory", case=case, variant=variant.name, **found, reserved=torch.cuda.memory_reserved())
+        result = {"peak": torch.cuda.max_memory_allocated() - before, "held": before}
+        context.record("memory", case=case, variant=variant.name, **result, reserved=torch.cuda.memory_reserved())
 
 
 def traces_take(works: Work) -> float:

@@ -32,20 +32,20 @@ def _case(context: Context, model: str, precision: str, seconds: float) -> None:
     end = context.left - seconds  # what is left then
     for _ in range(ATTEMPTS):
         if (left := context.left - end) < LEAST:
-            context.record("ended", case=case, said="no time was left")
+            context.record("ended", case=case, message="no time was left")
             return
         code = run_part(context, f"{case}/{batch_size(context.rehearsal)}", left)
         if code == 0:
             return
         if code is None:
-            context.record("ended", case=case, said=f"cut after {left:.0f} s")
+            context.record("ended", case=case, message=f"cut after {left:.0f} s")
             return
         blamed = tried_last(context, case)
         if blamed is None:
-            context.record("broke", case=case, said=f"its process ended with {code}: {said_last(context, case)}")
+            context.record("broke", case=case, message=f"its process ended with {code}: {last_message(context, case)}")
             return
         if not any(r["variant"] == blamed for r in context.records("left_out")):
-            context.record("left_out", case=case, variant=blamed, said=f"its process ended with {code} in it")
+            context.record("left_out", case=case, variant=blamed, message=f"its process ended with {code} in it")
 
 
 def tried_last(context: Context, case: str) -> str | None:
@@ -54,19 +54,19 @@ def tried_last(context: Context, case: str) -> str | None:
     return None if not tried or tried[-1]["variant"] is None else str(tried[-1]["variant"])
 
 
-def said_last(context: Context, case: str) -> str:
-    """What the case's last process said at its end, if it came to that."""
-    said = [r["said"] for r in context.records("part") if r["part"].startswith(case)]
-    return said[-1] if said else "it said nothing"
+def last_message(context: Context, case: str) -> str:
+    """What the case's last process reported at its end, if it came to that."""
+    messages = [r["message"] for r in context.records("part") if r["part"].startswith(case)]
+    return messages[-1] if messages else "it reported nothing"
 
 
 def verdict(context: Context) -> Verdict:
     """Failed where something is not exact, fell back or broke; cut where a case has no times."""
     records = [r for kind in ("round", "flops") for r in context.records(kind)]
     broken = [r for kind in ("left_out", "broke") for r in context.records(kind)]
-    wrong = [f"{r['case'].replace('/', ' ')}, {r.get('variant', 'the case')}: {r['said']}" for r in broken]
-    found = cases_of(records)
-    said = "; ".join([*(headline(case, rows) for case, rows in found.items()), *wrong]) or "nothing was measured"
+    wrong = [f"{r['case'].replace('/', ' ')}, {r.get('variant', 'the case')}: {r['message']}" for r in broken]
+    result = cases_of(records)
+    message = "; ".join([*(headline(case, rows) for case, rows in result.items()), *wrong]) or "nothing was measured"
     if wrong:
-        return FAILED, said
-    return (PASSED if len(found) == len(cases(context.minutes, context.rehearsal)) else CUT), said
+        return FAILED, message
+    return (PASSED if len(result) == len(cases(context.minutes, context.rehearsal)) else CUT), message

@@ -1,4 +1,4 @@
-"""Stage b: the kernels' tests on the GPU, in parallel, each told as it ends."""
+"""Stage b: the kernels' tests on the GPU, in parallel, each recorded as it ends."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from benchmarks.on_gpu.pytest_runs import explained, has_xdist, kernels_own, mar
 from benchmarks.on_gpu.stage import CUT, FAILED, PASSED, ROOT, Context, Verdict
 
 WORKERS = 8
-SAID_EVERY = 1.0  # seconds
+REPORTED_EVERY = 1.0  # seconds
 TELLING = 12.0  # seconds in which an interrupted pytest says what has failed until then, and why
 INTERRUPTED = 2  # pytest's exit code
 BAD = {"failed", "error"}
@@ -21,13 +21,13 @@ REHEARSED = "test_order_by_steps and (128 or 8193)"
 
 
 def run(context: Context) -> Verdict:
-    """How many passed, and what those that failed said."""
+    """How many passed, and the messages of those that failed."""
     parallel = ["-n", str(min(WORKERS, os.cpu_count() or 1))] if has_xdist() and not context.rehearsal else []
     picked = ["-k", REHEARSED] if context.rehearsal else []
     files = [path for path in marked_files() if kernels_own(path)]
     given = pytest_command(context, ["-v", *parallel, *picked, *files])
     outcomes: dict[str, str] = {}
-    told = 0.0
+    reported = 0.0
     process = subprocess.Popen(
         given,
         cwd=ROOT,
@@ -43,29 +43,29 @@ def run(context: Context) -> Verdict:
     up.start()
     for line in process.stdout:
         print(line, end="", flush=True)
-        if found := progress(line.rstrip()):
-            outcomes[found[0]] = found[1]
-            if found[1] in BAD:
-                context.record("failure", id=found[0], said="")
+        if result := progress(line.rstrip()):
+            outcomes[result[0]] = result[1]
+            if result[1] in BAD:
+                context.record("failure", id=result[0], message="")
         if why := explained(line.rstrip()):
-            context.record("failure", id=why[0], said=why[1])
-        if time.monotonic() > told + SAID_EVERY:
-            told = time.monotonic()
+            context.record("failure", id=why[0], message=why[1])
+        if time.monotonic() > reported + REPORTED_EVERY:
+            reported = time.monotonic()
             context.record("tests", **counted(outcomes))
     code = process.wait()
     up.cancel()
     counts = counted(outcomes)
     context.record("tests", **counts)
-    said = ", ".join(f"{n} {outcome}" for outcome, n in counts.items()) or "no test ran"
+    message = ", ".join(f"{n} {outcome}" for outcome, n in counts.items()) or "no test ran"
     if code == INTERRUPTED and context.left < TELLING:
-        return FAILED if counts.keys() & BAD else CUT, f"{said} until the time was up"
+        return FAILED if counts.keys() & BAD else CUT, f"{message} until the time was up"
     good = code == 0 and counts.get("passed", 0) > 0 and not counts.keys() & {"skipped", *BAD}
-    return PASSED if good else FAILED, said if good else f"{said}; pytest ended with {code}"
+    return PASSED if good else FAILED, message if good else f"{message}; pytest ended with {code}"
 
 
 def counted(outcomes: dict[str, str]) -> dict[str, int]:
     """How many tests there are of each outcome."""
-    found: dict[str, int] = {}
+    result: dict[str, int] = {}
     for outcome in outcomes.values():
-        found[outcome] = found.get(outcome, 0) + 1
-    return found
+        result[outcome] = result.get(outcome, 0) + 1
+    return result

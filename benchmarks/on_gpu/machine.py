@@ -14,21 +14,21 @@ PACKAGES = ("torch", "triton", "numpy", "pytest", "pytest-xdist", "nvidia-ml-py"
 
 
 def machine() -> dict[str, Any]:
-    """Versions, and what torch says of the GPU; a part that is broken says what it said itself."""
-    found: dict[str, Any] = {"packages": {name: version(name) for name in PACKAGES}, "cores": os.cpu_count()}
-    found["bt_fast"], found["kernels"] = place("bt_fast"), place("bt_fast.kernels")
+    """Versions, and what torch says of the GPU; a part that is broken is reported with its error."""
+    result: dict[str, Any] = {"packages": {name: version(name) for name in PACKAGES}, "cores": os.cpu_count()}
+    result["bt_fast"], result["kernels"] = place("bt_fast"), place("bt_fast.kernels")
     try:
-        found |= gpu()
+        result |= gpu()
     except Exception as error:
-        found |= {"device": None, "why_none": f"{type(error).__name__}: {error}"}
+        result |= {"device": None, "why_none": f"{type(error).__name__}: {error}"}
     if shutil.which("nvidia-smi"):
         fields = "name,driver_version,memory.total,clocks.sm,clocks.max.sm,power.limit,mig.mode.current"
         command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
         try:
-            found["nvidia_smi"] = subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip()
+            result["nvidia_smi"] = subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip()
         except (OSError, subprocess.SubprocessError) as error:  # torch may work all the same
-            found["nvidia_smi"] = f"{type(error).__name__}: {error}"
-    return found
+            result["nvidia_smi"] = f"{type(error).__name__}: {error}"
+    return result
 
 
 def version(package: str) -> str | None:
@@ -51,16 +51,16 @@ def gpu() -> dict[str, Any]:
     """Torch's build, and the GPU with what decides how fast it can be; or why there is none."""
     import torch
 
-    found: dict[str, Any] = {"built_for": torch.version.cuda, "device": None}
+    result: dict[str, Any] = {"built_for": torch.version.cuda, "device": None}
     if not torch.cuda.is_available():
         try:
             torch.cuda.init()
             why = "torch sees no device"
         except Exception as error:
             why = f"{type(error).__name__}: {error}"
-        return found | {"why_none": why}
+        return result | {"why_none": why}
     properties = torch.cuda.get_device_properties(0)
-    return found | {
+    return result | {
         "device": properties.name,
         "capability": f"{properties.major}.{properties.minor}",
         "sms": properties.multi_processor_count,

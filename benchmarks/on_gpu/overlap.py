@@ -17,13 +17,13 @@ TRACED = ("bullet", "bullet, graphs", "bullet, streams", "bullet, streams, captu
 REHEARSED = ("bullet", "bullet, streams")
 STREAMS = "bullet, streams"
 WARM = 3
-OVERLAP = 0.02  # of the busy time, below which chains are said not to overlap
+OVERLAP = 0.02  # of the busy time, below which chains count as not overlapping
 
 
 def run(context: Context) -> Verdict:
     """The share of the GPU's busy time in which at least two streams work; the trace goes to a file."""
     model = cases(context.minutes, context.rehearsal)[0][0]
-    with stand_in(context), fallbacks() as said:
+    with stand_in(context), fallbacks() as fell_back:
         bench = Bench(model, "tf32", batch_size(context.rehearsal), device_of(context), tiny=context.rehearsal)
         works = {name: bench.iteration(BY_NAME[name]) for name in (REHEARSED if context.rehearsal else TRACED)}
         for work in works.values():
@@ -41,12 +41,12 @@ def run(context: Context) -> Verdict:
         events = work_of(trace, name)
         begin, end = range_of(trace, name)
         streams = len({e.get("args", {}).get("stream") for e in events})
-        found = {"launches": len(events), "streams": streams, "range": (end - begin) / 1e6, **busy(events)}
-        context.record("overlap", model=model, variant=name, **found)
-        if found["busy"]:
-            lines.append(f"{name}: {found['overlapping'] / found['busy']:.0%} of {1e3 * found['busy']:.1f} ms")
-    if said:
-        return FAILED, said[0]
+        result = {"launches": len(events), "streams": streams, "range": (end - begin) / 1e6, **busy(events)}
+        context.record("overlap", model=model, variant=name, **result)
+        if result["busy"]:
+            lines.append(f"{name}: {result['overlapping'] / result['busy']:.0%} of {1e3 * result['busy']:.1f} ms")
+    if fell_back:
+        return FAILED, fell_back[0]
     if context.rehearsal:
         return PASSED, "traced on the CPU, where there are no streams"
     if not lines:

@@ -15,7 +15,7 @@ MOST_FAILURES = 20
 def verdict_line(state: Mapping[str, Any]) -> str:
     """A stage in a line."""
     verdict = f"{state['letter']}  {state['title']}: {state['verdict'].upper()} ({state['seconds']:.0f} s)"
-    return f"{verdict}: {state['said']}" if state["said"] else verdict
+    return f"{verdict}: {state['message']}" if state["message"] else verdict
 
 
 def page(content: Mapping[str, Any]) -> str:
@@ -27,11 +27,16 @@ def page(content: Mapping[str, Any]) -> str:
         if name not in stages:
             continue
         try:
-            told = of_stage(stages[name]["records"], stages)
+            reported = of_stage(stages[name]["records"], stages)
         except Exception as error:  # the stages that are still to run matter more than a table
-            told = [f"No table: {type(error).__name__}: {error}. The records are in results.json."]
-        if told:
-            lines += ["", f"## {headed(stages[name]['title'])}", "", *(without_figures(told) if rehearsal else told)]
+            reported = [f"No table: {type(error).__name__}: {error}. The records are in results.json."]
+        if reported:
+            lines += [
+                "",
+                f"## {headed(stages[name]['title'])}",
+                "",
+                *(without_figures(reported) if rehearsal else reported),
+            ]
     return "\n".join(lines) + "\n"
 
 
@@ -44,28 +49,28 @@ def about(content: Mapping[str, Any]) -> list[str]:
     """The machine, and when and how long it was used."""
     machine, done = content["machine"] or {}, "to the end" if content["finished"] else "not to the end"
     versions = ", ".join(f"{name} {version}" for name, version in machine.get("packages", {}).items() if version)
-    found = [
+    result = [
         f"{content['began']}, {content['minutes']:g} minutes asked for, {content.get('seconds', 0):.0f} s used, {done}"
         f"{'; ' + content['stopped'] if content['stopped'] else ''}. Sources {content['source_sha256'][:12]}."
     ]
     if machine.get("device"):
-        found.append(
+        result.append(
             f"{machine['device']}, compute capability {machine['capability']}, {machine['sms']} SMs, "
-            f"{machine['memory_bytes'] / 2**30:.0f} GiB, driver and clocks: {machine.get('nvidia_smi') or 'not told'}."
+            f"{machine['memory_bytes'] / 2**30:.0f} GiB, driver and clocks: {machine.get('nvidia_smi') or 'not known'}."
         )
     if machine.get("unfit"):
-        found.append(f"Nothing could run: {machine['unfit']}.")
-    return [*found, f"{versions}; {machine.get('cores')} cores."]
+        result.append(f"Nothing could run: {machine['unfit']}.")
+    return [*result, f"{versions}; {machine.get('cores')} cores."]
 
 
 def without_figures(lines: Sequence[str]) -> list[str]:
     """The same with a dot for each figure: a table's cells but its first, in all rows below the headings."""
-    found = []
+    result = []
     for number, line in enumerate(lines):
         cells = line.split("|")
         below = line.startswith("|") and number and not set(line) <= set("|-: ") and lines[number - 1].startswith("|")
-        found.append("|".join([*cells[:2], *(" · " for _ in cells[2:-1]), cells[-1]]) if below else line)
-    return found
+        result.append("|".join([*cells[:2], *(" · " for _ in cells[2:-1]), cells[-1]]) if below else line)
+    return result
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -76,7 +81,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(head)} |", line, *(f"| {' | '.join(row)} |" for row in rows)]
 
 
-def told(form: str, value: float | None) -> str:
+def formatted(form: str, value: float | None) -> str:
     """The value in a form, or a dash."""
     return "–" if value is None else form.format(value)
 
@@ -91,16 +96,18 @@ def examination(records: Records, _: Any) -> list[str]:
 
 
 def tests(records: Records, _: Any) -> list[str]:
-    """The tests that failed, and what they said."""
-    why = {r["id"]: r["said"] for r in of_kind(records, "failure")}  # told as it fails, and in the end with the reason
-    found = [f"- `{test}`: {said or 'the time was up before it was said why'}" for test, said in why.items()]
+    """The tests that failed, and their messages."""
+    why = {r["id"]: r["message"] for r in of_kind(records, "failure")}  # first as it fails, then with the reason
+    result = [
+        f"- `{test}`: {message or 'the time was up before the reason was known'}" for test, message in why.items()
+    ]
     for r in of_kind(records, "test"):
         if r["outcome"] != "passed":
-            lines = [line.strip() for line in r["said"].splitlines() if line.strip()]
-            said = next((line for line in lines if line.startswith("E ")), lines[-1] if lines else "")
-            found.append(f"- `{r['id']}`: {r['outcome']} after {r['seconds']:.0f} s: {said}")
-    more = [f"- and {len(found) - MOST_FAILURES} more"] if len(found) > MOST_FAILURES else []
-    return found[:MOST_FAILURES] + more
+            lines = [line.strip() for line in r["message"].splitlines() if line.strip()]
+            message = next((line for line in lines if line.startswith("E ")), lines[-1] if lines else "")
+            result.append(f"- `{r['id']}`: {r['outcome']} after {r['seconds']:.0f} s: {message}")
+    more = [f"- and {len(result) - MOST_FAILURES} more"] if len(result) > MOST_FAILURES else []
+    return result[:MOST_FAILURES] + more
 
 
 def iterations(records: Records, _: Any) -> list[str]:
@@ -114,14 +121,19 @@ def iterations(records: Records, _: Any) -> list[str]:
             cells = [label(name), f"{1e3 * row['seconds']:.1f}"]
             for base in BASELINES:
                 share = row.get(f"of limit over {base}")
-                cells.append(told("{:.2f}×", row.get(f"over {base}")) + told(" ({:.2f})", share).replace("–", ""))
+                cells.append(
+                    formatted("{:.2f}×", row.get(f"over {base}")) + formatted(" ({:.2f})", share).replace("–", "")
+                )
             peak = row.get("peak")
-            cells += [told("{:.0f}", None if row["flops"] is None else row["flops"] / 1e9), f"{1e3 * row['host']:.1f}"]
-            cells += [told("{:.0%}", idle(row)), told("{:.1f}", row.get("joules"))]
-            body.append([*cells, told("{:.2f}", None if peak is None else peak / 2**30)])
+            cells += [
+                formatted("{:.0f}", None if row["flops"] is None else row["flops"] / 1e9),
+                f"{1e3 * row['host']:.1f}",
+            ]
+            cells += [formatted("{:.0%}", idle(row)), formatted("{:.1f}", row.get("joules"))]
+            body.append([*cells, formatted("{:.2f}", None if peak is None else peak / 2**30)])
         number = min(row["rounds"] for row in rows.values())
-        said = f"{case.replace('/', ', ')}, batch {batch.get(case)}, {number} rounds"
-        lines += [f"{said}; in brackets the share of the FLOP limit.", ""]
+        message = f"{case.replace('/', ', ')}, batch {batch.get(case)}, {number} rounds"
+        lines += [f"{message}; in brackets the share of the FLOP limit.", ""]
         lines += [*table(head, body), ""]
     lines += groups(records)
     exact = of_kind(records, "exact")
@@ -129,7 +141,7 @@ def iterations(records: Records, _: Any) -> list[str]:
         largest = max(r["difference"] for r in exact)
         lines.append(f"Exact in float64 up to {largest:.1g} (relative): {len(exact)} variants.")
     for r in [*of_kind(records, "left_out"), *of_kind(records, "broke"), *of_kind(records, "ended")]:
-        lines.append(f"- {r['case']}: {r.get('variant') or 'the case'}: {r['said']}")
+        lines.append(f"- {r['case']}: {r.get('variant') or 'the case'}: {r['message']}")
     late = [f"{r['case']}: {r['variant']}" for r in of_kind(records, "no_time")]
     if late:
         lines.append(f"- no time was left for {'; '.join(late)}")
@@ -139,15 +151,17 @@ def iterations(records: Records, _: Any) -> list[str]:
 
 
 def groups(records: Records) -> list[str]:
-    """The sizes of BulletTrain's groups in each case; whose, where a view's own rounding has moved a sample."""
-    found: dict[str, dict[str, list[str]]] = {}
+    """The sizes of BulletTrain's groups in each case, by variant where the rounding of a view has moved a sample."""
+    result: dict[str, dict[str, list[str]]] = {}
     for r in of_kind(records, "groups"):
         sizes = " / ".join(f"{size:g}" for size in r["sizes"])
-        found.setdefault(r["case"], {}).setdefault(sizes, []).append(label(r["variant"]))
+        result.setdefault(r["case"], {}).setdefault(sizes, []).append(label(r["variant"]))
     lines = []
-    for case, by_sizes in found.items():
-        whose = [sizes + (f" ({'; '.join(names)})" if len(by_sizes) > 1 else "") for sizes, names in by_sizes.items()]
-        lines.append(f"- {case}: outliers / boundary / robust samples: {', '.join(whose)}")
+    for case, by_sizes in result.items():
+        groups_of = [
+            sizes + (f" ({'; '.join(names)})" if len(by_sizes) > 1 else "") for sizes, names in by_sizes.items()
+        ]
+        lines.append(f"- {case}: outliers / boundary / robust samples: {', '.join(groups_of)}")
     return lines
 
 
@@ -218,9 +232,9 @@ def prediction(records: Records, stages: Mapping[str, Any]) -> list[str]:
             row = measured.get(r["case"], {}).get(name)
             busy = None if row is None or idle(row) is None else 1 - (idle(row) or 0.0)
             cells = [f"{r['case'].replace('/', ', ')}, {label(name)}", f"{1e3 * seconds:.1f}"]
-            cells += [told("{:.1f}", None if row is None else 1e3 * row["seconds"])]
-            cells += [told("{:+.0%}", None if row is None else seconds / row["seconds"] - 1)]
-            body.append([*cells, told("{:.0%}", r["busy"][name]), told("{:.0%}", busy)])
+            cells += [formatted("{:.1f}", None if row is None else 1e3 * row["seconds"])]
+            cells += [formatted("{:+.0%}", None if row is None else seconds / row["seconds"] - 1)]
+            body.append([*cells, formatted("{:.0%}", r["busy"][name]), formatted("{:.0%}", busy)])
     return table(head, body)
 
 
@@ -231,7 +245,7 @@ def overlap(records: Records, _: Any) -> list[str]:
     for r in of_kind(records, "overlap"):
         share = r["overlapping"] / r["busy"] if r["busy"] else None
         numbers = [str(r["launches"]), str(r["streams"]), f"{1e3 * r['busy']:.1f}", f"{1e3 * r['overlapping']:.1f}"]
-        body.append([f"{r['model']}, {label(r['variant'])}", *numbers, told("{:.0%}", share)])
+        body.append([f"{r['model']}, {label(r['variant'])}", *numbers, formatted("{:.0%}", share)])
     return table(head, body)
 
 

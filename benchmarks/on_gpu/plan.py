@@ -46,12 +46,12 @@ def chosen(text: str) -> tuple[Stage, ...]:
     Raises:
         ValueError: there is none of a name.
     """
-    asked = [name.strip() for name in text.split(",")]
-    for name in asked:
+    requested = [name.strip() for name in text.split(",")]
+    for name in requested:
         if not any(name in (stage.letter, stage.name) for stage in STAGES):
             there = ", ".join(f"{stage.letter} ({stage.name})" for stage in STAGES)
             raise ValueError(f"--stages: no stage {name!r}; there are {there}")
-    return shared_out([stage for stage in STAGES if {stage.letter, stage.name} & set(asked)])
+    return shared_out([stage for stage in STAGES if {stage.letter, stage.name} & set(requested)])
 
 
 def shared_out(stages: Sequence[Stage]) -> tuple[Stage, ...]:

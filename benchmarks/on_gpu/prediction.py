@@ -34,9 +34,9 @@ def run(context: Context) -> Verdict:
         if precision == "bfloat16":
             continue  # the model counts float32's bytes
         gpu = card if precision == "tf32" else dataclasses.replace(card, tf32=card.fp32)
-        found = gpu_prediction.predict(gpu, model, batch_size(context.rehearsal))
-        seconds = {name: row.seconds for name, row in found.rows.items()}
-        busy = {name: row.busy for name, row in found.rows.items()}
+        result = gpu_prediction.predict(gpu, model, batch_size(context.rehearsal))
+        seconds = {name: row.seconds for name, row in result.rows.items()}
+        busy = {name: row.busy for name, row in result.rows.items()}
         context.record("predicted", case=f"{model}/{precision}", seconds=seconds, busy=busy, card=gpu.name)
     context.wait_for_turn()
     return PASSED, compared(context)
@@ -46,7 +46,7 @@ def compared(context: Context) -> str:
     """The errors of each case, of predicted over measured less 1."""
     rounds = context.records("round", "iterations")
     measured = cases_of([*rounds, *context.records("flops", "iterations")])
-    said = []
+    messages = []
     for record in context.records("predicted"):
         rows = measured.get(record["case"], {})
         errors = {
@@ -54,8 +54,8 @@ def compared(context: Context) -> str:
         }
         context.record("error", case=record["case"], errors=errors)
         listed = ", ".join(f"{name} {error:+.0%}" for name, error in errors.items())
-        said.append(f"{record['case'].replace('/', ' ')}: {listed or 'predicted, not measured'}")
-    return "; ".join(said)
+        messages.append(f"{record['case'].replace('/', ' ')}: {listed or 'predicted, not measured'}")
+    return "; ".join(messages)
 
 
 def card_of(name: str) -> Gpu | None:

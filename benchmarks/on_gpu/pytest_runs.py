@@ -48,5 +48,5 @@ def progress(line: str) -> tuple[str, str] | None:
 
 def explained(line: str) -> tuple[str, str] | None:
     """The test and the reason that a line of the summary tells of what failed; None for any other line."""
-    found = re.match(r"(?:FAILED|ERROR) (tests/.+?)(?: - (.*))?$", line)
-    return None if found is None else (found[1], found[2] or "")
+    result = re.match(r"(?:FAILED|ERROR) (tests/.+?)(?: - (.*))?$", line)
+    return None if result is None else (result[1], result[2] or "")

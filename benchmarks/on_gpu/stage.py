@@ -24,7 +24,7 @@ Verdict = tuple[str, str]  # one of these, and a sentence with numbers
 
 @dataclass(frozen=True)
 class Context:
-    """What a stage is told.
+    """What a stage runs with.
 
     Attributes:
         stage: its name. part: which part of it, or "".
@@ -57,7 +57,7 @@ class Context:
             file.write(line)  # in one piece: parts of a stage write here, too
 
     def records(self, kind: str, stage: str | None = None) -> list[dict[str, Any]]:
-        """What this stage, or another, has found so far of a kind."""
+        """What this stage, or another, has recorded so far of a kind."""
         return [r for r in read_records(records_file(self.scratch, stage or self.stage)) if r["kind"] == kind]
 
     def wait_for_turn(self) -> None:
@@ -105,13 +105,13 @@ def turn_file(scratch: str | Path, stage: str) -> Path:
 def read_records(path: Path) -> list[dict[str, Any]]:
     """The whole lines of the file: the last one may have been cut off."""
     text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-    found = []
+    result = []
     for line in text[: text.rfind("\n") + 1].splitlines():
         try:
-            found.append(json.loads(line))
+            result.append(json.loads(line))
         except ValueError:
             continue
-    return found
+    return result
 
 
 def main() -> int:
@@ -121,11 +121,11 @@ def main() -> int:
         end_with_parent()
     sys.path[1:1] = [str(ROOT / "benchmarks"), str(ROOT / "tests")]  # as pytest has them there
     try:
-        verdict, said = importlib.import_module(f"benchmarks.on_gpu.{context.stage}").run(context)
+        verdict, message = importlib.import_module(f"benchmarks.on_gpu.{context.stage}").run(context)
     except Exception as error:
         traceback.print_exc()
-        verdict, said = FAILED, f"{type(error).__name__}: {(str(error).splitlines() or ['no message'])[0]}"
-    context.record("part" if context.part else "verdict", verdict=verdict, said=said, part=context.part)
+        verdict, message = FAILED, f"{type(error).__name__}: {(str(error).splitlines() or ['no message'])[0]}"
+    context.record("part" if context.part else "verdict", verdict=verdict, message=message, part=context.part)
     return int(verdict == FAILED)
 
 

@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, record_function
 from bt_fast.device import synchronize
 
 WORK = ("kernel", "gpu_memcpy", "gpu_memset")
-WHOSE = ("host_name", "traceName")  # whose machine it was is nobody's business
+PERSONAL = ("host_name", "traceName")  # whose machine it was is nobody's business
 
 Event = dict[str, Any]
 
@@ -37,7 +37,7 @@ def traced(parts: dict[str, Callable[[], object]], device: torch.device, *, host
         path = Path(folder) / "trace.json"
         profiled.export_chrome_trace(str(path))
         trace: dict[str, Any] = json.loads(path.read_text())
-    for name in WHOSE:
+    for name in PERSONAL:
         trace.pop(name, None)
     return trace
 
@@ -45,11 +45,11 @@ def traced(parts: dict[str, Callable[[], object]], device: torch.device, *, host
 def work_of(trace: dict[str, Any], name: str | None = None) -> list[Event]:
     """The GPU's work of a trace; only that which began within the range of that name, if one is given."""
     events: list[Event] = trace["traceEvents"]
-    found = [e for e in events if e.get("cat") in WORK and e.get("ph") == "X"]
+    result = [e for e in events if e.get("cat") in WORK and e.get("ph") == "X"]
     if name is None:
-        return found
+        return result
     begin, end = range_of(trace, name)
-    return [e for e in found if begin <= e["ts"] < end]
+    return [e for e in result if begin <= e["ts"] < end]
 
 
 def range_of(trace: dict[str, Any], name: str) -> tuple[float, float]:
@@ -72,13 +72,13 @@ def busy(events: Iterable[Event]) -> dict[str, float]:
         edges += [(float(e["ts"]), 1, stream), (float(e["ts"] + e["dur"]), -1, stream)]
     edges.sort(key=lambda edge: (edge[0], edge[1]))  # at one time ends come first
     open_: dict[Any, int] = {}
-    found = {"busy": 0.0, "overlapping": 0.0, "work": 0.0}
+    result = {"busy": 0.0, "overlapping": 0.0, "work": 0.0}
     before = 0.0
     for time, change, stream in edges:
         streams = sum(count > 0 for count in open_.values())
-        found["busy"] += (time - before) * (streams >= 1)
-        found["overlapping"] += (time - before) * (streams >= 2)
-        found["work"] += (time - before) * sum(open_.values())
+        result["busy"] += (time - before) * (streams >= 1)
+        result["overlapping"] += (time - before) * (streams >= 2)
+        result["work"] += (time - before) * sum(open_.values())
         open_[stream] = open_.get(stream, 0) + change
         before = time
-    return {name: microseconds / 1e6 for name, microseconds in found.items()}
+    return {name: microseconds / 1e6 for name, microseconds in result.items()}

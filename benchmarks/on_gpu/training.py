@@ -51,7 +51,7 @@ def run(context: Context) -> Verdict:
             look(context, one)
             looked = time.monotonic()
     look(context, one)
-    return said(context, one)
+    return verdict_of(context, one)
 
 
 def config(context: Context, dataset: ImageDataset) -> RunConfig:
@@ -79,20 +79,20 @@ def in_bfloat16(step: Callable[..., Any], device: torch.device) -> Callable[...,
 def look(context: Context, one: Run) -> None:
     """Record where each method stands."""
     for contestant in one.contestants:
-        found = one.evaluate(contestant, min(IMAGES, len(one.dataset.x_test)), restarts=1)
+        result = one.evaluate(contestant, min(IMAGES, len(one.dataset.x_test)), restarts=1)
         context.record(
             "accuracy",
             method=NAMES[contestant.method],
             iteration=one.iteration,
             epochs=one.iteration / one.iterations_per_epoch,
             seconds=sum(contestant.seconds),
-            clean=found["clean"],
-            robust=found["robust"],
-            images=found["images"],
+            clean=result["clean"],
+            robust=result["robust"],
+            images=result["images"],
         )
 
 
-def said(context: Context, one: Run) -> Verdict:
+def verdict_of(context: Context, one: Run) -> Verdict:
     """The last accuracies, and how much faster a step was."""
     last = {r["method"]: r for r in context.records("accuracy")}
     lines = [

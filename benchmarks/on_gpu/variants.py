@@ -1,8 +1,8 @@
 """One TRADES iteration on a network and a minibatch: the authors', ours and BulletTrain, each executed in several ways.
 
 The groups have the paper's sizes (gpu_prediction). A captured update has the memory format of the plain one, so that
-the capture alone is told apart; "fast" is all that the package offers together: a folded, channels-last view for the
-attack, streams, and a captured channels-last update.
+the effect of the capture alone is seen; "fast" is all that the package offers together: a folded, channels-last view
+for the attack, streams, and a captured channels-last update.
 """
 
 from __future__ import annotations
@@ -129,8 +129,8 @@ class Bench:
 
     def groups(self) -> list[int]:
         """BulletTrain's samples in all iterations so far: outlier, boundary, robust. Waits for the device."""
-        found: list[int] = self.workload.bullet.group_counts.tolist()
-        return found
+        result: list[int] = self.workload.bullet.group_counts.tolist()
+        return result
 
     def iteration(self, variant: Variant) -> Callable[[], None]:
         """One iteration: loss, backward and the optimizer's step."""
@@ -187,15 +187,15 @@ class Exactness:
         loss_of = trades_reference_loss if variant.method == "reference" else trades_loss
         options = {} if variant.method == "reference" else variant.options(bullet)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-        found = []
+        result = []
         torch.manual_seed(1)
         with same_noise():
             for _ in range(ITERATIONS):
                 loss = loss_of(model, self._x, self._y, optimizer, **self._setting, **options)
                 loss.backward()
-                found += [loss.detach().clone(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
-                found += [b.double().clone() for b in model.buffers()]
-        return found
+                result += [loss.detach().clone(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+                result += [b.double().clone() for b in model.buffers()]
+        return result
 
 
 PLAIN = "in plain torch"  # all of ours, where no kernel can run
@@ -204,13 +204,13 @@ FALLBACKS = ("without graphs", "no more graphs", "not folded", PLAIN)
 
 @contextmanager
 def fallbacks() -> Iterator[list[str]]:
-    """What was said inside of work that was to run from graphs, on a folded view or in kernels, and did not."""
-    said: list[str] = []
+    """The warnings of work that was to run from graphs, on a folded view or in kernels, and did not."""
+    fell_back: list[str] = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            yield said
+            yield fell_back
         finally:
             messages = dict.fromkeys(str(w.message) for w in caught)
-            said += [message for message in messages if any(words in message for words in FALLBACKS)]
-            print(*(m for m in messages if m not in said), sep="\n")
+            fell_back += [text for text in messages if any(words in text for words in FALLBACKS)]
+            print(*(text for text in messages if text not in fell_back), sep="\n")
