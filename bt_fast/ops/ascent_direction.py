@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bt_fast.ops import rows
 from bt_fast.ops.availability import or_plain
-from bt_fast.ops.launch import check
+from bt_fast.ops.launch import check, define_op
 
 
 def ascent_direction(logits: Tensor, target: Tensor, scaled: bool = True) -> Tensor:
@@ -26,9 +26,9 @@ def ascent_direction(logits: Tensor, target: Tensor, scaled: bool = True) -> Ten
     below 1). A row that has no softmax (NaN, +Inf, or nothing but -Inf) is NaN, and, scaled, one whose target is not
     finite.
 
-    On CUDA one kernel (where triton is installed, and not for float64), compiled anew for every K. Up to K = 8192 it
-    reads logits and target once and writes once; beyond, it reads the logits three times and the target twice (not
-    scaled, twice and once). Logits whose classes do not lie side by side are copied first.
+    On CUDA one kernel, not for float64, compiled anew for every K. Up to K = 8192 it reads logits and target once and
+    writes once; beyond, it reads the logits three times and the target twice (not scaled, twice and once). Logits whose
+    classes do not lie side by side are copied first.
 
     Args:
         logits: [n, K] floating point, K ≥ 2, rows any stride apart. n may be 0.
@@ -47,21 +47,8 @@ def ascent_direction(logits: Tensor, target: Tensor, scaled: bool = True) -> Ten
     return direction
 
 
-@torch.library.custom_op("bt_fast::ascent_direction", mutates_args=())
-def _ascent_direction(logits: Tensor, target: Tensor, scaled: bool) -> Tensor:
-    _check(logits, target)
-    run = launch_ascent_direction if rows.kernel_takes(logits) else ascent_direction_reference
-    return run(logits, target, scaled)
-
-
-@_ascent_direction.register_fake
-def _(logits: Tensor, target: Tensor, scaled: bool) -> Tensor:
-    _check(logits, target)
-    return logits.new_empty(logits.shape)
-
-
 def ascent_direction_reference(logits: Tensor, target: Tensor, scaled: bool = True) -> Tensor:
-    """`ascent_direction` in plain torch: what the kernel is held against, and what runs where there is none."""
+    """`ascent_direction` in plain torch: the tests compare the kernel with it, and it runs where there is none."""
     gap = rows.softmax(logits).to(target.dtype) - target
     if not scaled:
         return gap.to(logits.dtype)
@@ -75,31 +62,20 @@ def launch_ascent_direction(logits: Tensor, target: Tensor, scaled: bool = True)
     """`ascent_direction` as one launch, of logits that `rows.kernel_takes`."""
     from bt_fast.kernels.ascent_direction import ascent_direction_fwd_kernel, ascent_direction_long_fwd_kernel
 
-    n, k = logits.shape
+    kernels = ascent_direction_fwd_kernel, ascent_direction_long_fwd_kernel
     direction = logits.new_empty(logits.shape)
-    logits, stride = rows.rows_apart(logits)
-    given = (logits, target.contiguous(), direction)
-    with torch.cuda.device_of(logits):
-        if n == 0:
-            pass
-        elif k > rows.LONGEST_BLOCK:
-            ascent_direction_long_fwd_kernel[(n,)](
-                *given,
-                stride,
-                K=k,
-                BLOCK=rows.LONG_BLOCK,
-                SCALED=scaled,
-                num_warps=rows.LONG_WARPS,
-                enable_fp_fusion=False,
-            )
-        else:
-            each, block, warps = rows.block_of(k)
-            ascent_direction_fwd_kernel[(-(-n // each),)](
-                *given, n, stride, K=k, ROWS=each, BLOCK=block, SCALED=scaled, num_warps=warps, enable_fp_fusion=False
-            )
+    rows.launch(*kernels, logits, target.contiguous(), direction, SCALED=scaled)
     return direction
 
 
-def _check(logits: Tensor, target: Tensor) -> None:
+def _check(logits: Tensor, target: Tensor, _: bool) -> None:
     rows.check_logits("logits", logits)
     check("target", target, logits.shape, (rows.result_dtype(logits),), logits.device)
+
+
+_ascent_direction = define_op(
+    "ascent_direction(Tensor logits, Tensor target, bool scaled) -> Tensor",
+    check=_check,
+    run=lambda z, *rest: (launch_ascent_direction if rows.kernel_takes(z) else ascent_direction_reference)(z, *rest),
+    results=lambda logits, *_: logits.new_empty(logits.shape),
+)
