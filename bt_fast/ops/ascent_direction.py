@@ -16,24 +16,21 @@ def ascent_direction(logits: Tensor, target: Tensor, scaled: bool = True) -> Ten
     """The inner loss's gradient with respect to the logits: `softmax(z') - target`, or a multiple of each row of it.
 
     It is the gradient of `KL(target ‖ softmax(z'))` (TRADES: the target is the clean distribution) and of the
-    cross-entropy (MART, PGD: the target is one-hot), finite however saturated either is. If `scaled`, each row is times
-    the power of two that brings its largest entry to [1, 2): near the clean point the difference is smaller than the
-    smallest number of float16, in which the model may compute, and neither the sign nor the normalised direction of
-    an image's gradient cares. (Where the model's outputs for one image depend on others, they do.)
+    cross-entropy (MART, PGD: the target is one-hot), finite however saturated either is. The softmax is computed in
+    float64 and rounded to float32, as `signed_variance` does it: against those probabilities a row of the same logits
+    is exactly 0. A row that has no softmax (NaN, +Inf, or nothing but -Inf) is NaN, and, scaled, one whose target is
+    not finite.
 
-    The softmax is computed in float64 and rounded to float32, as `signed_variance` does it: against those probabilities
-    a row of the same logits is exactly 0. The scale is exact, at most 2^126 (so that a largest entry below 2^-126 stays
-    below 1). A row that has no softmax (NaN, +Inf, or nothing but -Inf) is NaN, and, scaled, one whose target is not
-    finite.
-
-    On CUDA one kernel, not for float64, compiled anew for every K. Up to K = 8192 it reads logits and target once and
-    writes once; beyond, it reads the logits three times and the target twice (not scaled, twice and once). Logits whose
-    classes do not lie side by side are copied first.
+    The kernel is compiled anew for every K. Up to K = 8192 it reads logits and target once and writes once; beyond, it
+    reads the logits three times and the target twice (not scaled, twice and once). Logits whose classes do not lie side
+    by side are copied first.
 
     Args:
         logits: [n, K] floating point, K ≥ 2, rows any stride apart. n may be 0.
         target: [n, K] floating point, probabilities; used in float32 (float64 for float64 logits).
-        scaled: whether each row has a scale of its own.
+        scaled: whether each row is times the power of two, at most 2^126, that brings its largest entry to [1, 2): near
+            the clean point the difference underflows in float16, in which the model may compute. Signs and normalised
+            directions of an image's gradient stay the same, unless the model's outputs for it depend on other images.
 
     Returns:
         [n, K] in the logits' dtype.
@@ -48,7 +45,7 @@ def ascent_direction(logits: Tensor, target: Tensor, scaled: bool = True) -> Ten
 
 
 def ascent_direction_reference(logits: Tensor, target: Tensor, scaled: bool = True) -> Tensor:
-    """`ascent_direction` in plain torch: the tests compare the kernel with it, and it runs where there is none."""
+    """`ascent_direction` in plain torch: the reference of the kernel, and what runs without one."""
     gap = rows.softmax(logits).to(target.dtype) - target
     if not scaled:
         return gap.to(logits.dtype)

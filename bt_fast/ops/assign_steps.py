@@ -90,7 +90,7 @@ def assign_steps(
 
 @packed(Arguments)
 def assign_reference(a: Arguments) -> Assigned:
-    """`assign_steps` in plain torch: the tests compare the kernels with it, and it runs where there are none."""
+    """`assign_steps` in plain torch: the reference of the kernel, and what runs without one."""
     threshold = robust_threshold(a.svar, a.robust_fraction)
     robust = (a.svar.double() >= threshold) & (a.robust_fraction > 0)
     group = a.correct.long() + (a.correct & robust)

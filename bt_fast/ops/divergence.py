@@ -61,13 +61,7 @@ def mart_loss(
         adversarial_logits: [n, K] of the same dtype, z'.
         labels: [n] int64, y.
         beta: β.
-        weights: [n], w, in the logits' dtype or the result's; differentiable. Without it, all are 1.
-
-    Returns:
-        0-dim, float32 (float64 for float64 logits); 0 for n = 0.
-
-    Raises:
-        TypeError or ValueError: a dtype, shape or device does not fit; the message names the argument.
+        weights: w, as in `trades_kl`, and so are result and errors.
     """
     rows = mart_loss_rows(clean_logits, adversarial_logits, labels, beta)[0]
     n: int = rows.shape[0]
@@ -86,13 +80,7 @@ def js_divergence(
     Args:
         clean_logits: [n, K] floating point.
         first_logits: [n, K] of the same dtype, second_logits: likewise; of the augmented views.
-        weights: [n], w, in the logits' dtype or the result's; differentiable. Without it, all are 1.
-
-    Returns:
-        0-dim, float32 (float64 for float64 logits); 0 for n = 0.
-
-    Raises:
-        TypeError or ValueError: a dtype, shape or device does not fit; the message names the argument.
+        weights: w, as in `trades_kl`, and so are result and errors.
     """
     return _total(js_divergence_rows(clean_logits, first_logits, second_logits)[0], clean_logits, weights)
 
@@ -103,7 +91,7 @@ def _total(rows: Tensor, logits: Tensor, weights: Tensor | None) -> Tensor:
 
 
 def trades_kl_reference(adversarial_logits: Tensor, clean_logits: Tensor) -> Rows:
-    """`trades_kl_rows` in plain torch: the tests compare the kernel with it, and it runs where there is none."""
+    """`trades_kl_rows` in plain torch: the reference of the kernel, and what runs without one."""
     log_q, log_p = (F.log_softmax(wide(z), dim=1) for z in (adversarial_logits, clean_logits))
     q, p = log_q.exp(), log_p.exp()
     terms = _times_gap(p, log_p, log_q)
@@ -121,7 +109,7 @@ def launch_trades_kl(adversarial_logits: Tensor, clean_logits: Tensor) -> Rows:
 
 
 def mart_loss_reference(clean_logits: Tensor, adversarial_logits: Tensor, labels: Tensor, beta: float) -> Rows:
-    """`mart_loss_rows` in plain torch: the tests compare the kernel with it, and it runs where there is none.
+    """`mart_loss_rows` in plain torch: the reference of the kernel, and what runs without one.
 
     `1.0001 - q_r` and `1.0000001 - p_y` are computed as the sum of the other probabilities: in float32 the difference
     has a rounding error as large as what is left of it.
@@ -163,7 +151,7 @@ def launch_mart_loss(clean_logits: Tensor, adversarial_logits: Tensor, labels: T
 
 
 def js_divergence_reference(clean_logits: Tensor, first_logits: Tensor, second_logits: Tensor) -> Rows:
-    """`js_divergence_rows` in plain torch: the tests compare the kernel with it, and it runs where there is none."""
+    """`js_divergence_rows` in plain torch: the reference of the kernel, and what runs without one."""
     log_ps = [F.log_softmax(wide(z), dim=1) for z in (clean_logits, first_logits, second_logits)]
     ps = [log_p.exp() for log_p in log_ps]
     mean = (ps[0] + ps[1] + ps[2]) / 3.0

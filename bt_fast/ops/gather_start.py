@@ -8,10 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bt_fast.ops.availability import kernels_run, or_plain
+from bt_fast.ops.availability import or_plain
 from bt_fast.ops.launch import (
-    KERNEL_DTYPES,
-    MOST_INT32,
     check,
     check_images,
     contiguous,
@@ -20,6 +18,7 @@ from bt_fast.ops.launch import (
     packed,
     rounded,
     run_kernel,
+    takes_images,
 )
 from bt_fast.ops.numeric import per_sample, wide
 
@@ -62,8 +61,8 @@ def gather_start(
     """The batch in sorted order, and where the attack on it starts: `clip(x + scale·noise, lower, upper)`.
 
     Sorted row i is sample `order[i]`. A sample with no steps starts at x, to the bit, and is not clipped. For dense
-    images on CUDA, not in float64, a kernel reads each element once and writes two; a second launch of one number moves
-    the offset. No gradient passes.
+    images a kernel reads each element once and writes two; a second launch of one number moves the offset. No gradient
+    passes.
 
     The noise is that of a counter, and the same to the bit on every device and in every dtype: element e of sample s,
     counted in the order in which the sample lies in memory, has output `e mod 4` of Philox4x32-10 with the counter
@@ -150,7 +149,7 @@ def philox(seed: Tensor, counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> tupl
 
 
 def _normal_pair(uniform: Tensor, angle: Tensor, out: Tensor) -> None:
-    """Two normal numbers [..., 2] of twice 32 random bits, operation by operation as the kernel computes them."""
+    """Write two normal numbers [..., 2] of twice 32 random bits, operation by operation as the kernel."""
     mantissa = uniform.to(torch.float32).add_(0.5)
     bits = mantissa.view(torch.int32)
     exponent = (bits - 0x3F2AAAAB).bitwise_right_shift_(23)
@@ -194,9 +193,7 @@ def launch_gather_start(s: Start) -> tuple[Tensor, Tensor]:
 
 
 def _kernel_takes(x: Tensor) -> bool:
-    dense = x.dtype in KERNEL_DTYPES and dense_format(x) is not None
-    fits = x[:1].numel() < MOST_INT32 and len(x) * _blocks(x) < MOST_INT32
-    return x.is_cuda and dense and fits and kernels_run(x)
+    return takes_images(x, len(x) * _blocks(x))
 
 
 def _blocks(x: Tensor) -> int:

@@ -10,6 +10,8 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from bt_fast.ops.availability import kernels_run
+
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # a launch counts programs, rows and the offsets within a row in int32; the spare covers the last block's tail
 MOST_INT32 = 2**31 - 2**16
@@ -66,6 +68,12 @@ def dense_format(x: Tensor) -> torch.memory_format | None:
     formats = [torch.contiguous_format]
     formats += {4: [torch.channels_last], 5: [torch.channels_last_3d]}.get(x.dim(), [])
     return next((f for f in formats if x.is_contiguous(memory_format=f)), None)
+
+
+def takes_images(x: Tensor, programs: int) -> bool:
+    """Whether so many programs can compute images such as `x` [n, ...]: on CUDA, dense, and not in float64."""
+    dense = x.dtype in KERNEL_DTYPES and dense_format(x) is not None
+    return x.is_cuda and dense and max(x[:1].numel(), programs) < MOST_INT32 and kernels_run(x)
 
 
 def contiguous(values: Tensor | None) -> Tensor | None:

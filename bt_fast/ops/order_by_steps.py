@@ -41,7 +41,7 @@ def _kernel_takes(steps: Tensor) -> bool:
 
 
 def order_reference(steps: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """`order_by_steps` in plain torch: the tests compare the kernels with it, and it runs where there is none."""
+    """`order_by_steps` in plain torch: the reference of the kernel, and what runs without one."""
     ordered, order = steps.sort(descending=True, stable=True)
     # how many come before a count of t; negated, since a search wants an ascending row
     return order, torch.searchsorted(-ordered, -torch.arange(most, dtype=steps.dtype, device=steps.device))

@@ -63,23 +63,17 @@ def l2_step_(
     Clamped to the bounds once more, since rounding may leave them. Norms are those of a whole sample, of gradients of
     any magnitude. A sample whose gradient holds NaN or Inf has no direction: it stays, and is marked in `faulty`.
 
-    Kernels take dense images on CUDA, not in float64. Of samples of up to 4096 elements each of the three tensors is
-    read once and one is written; of others, in a launch more, seven reads and one write. A last small launch, which
-    reads one number of each sample, moves those whose gradient is 0. A gradient in another memory format than the
-    images' is copied first.
+    For dense images of up to 4096 elements one kernel reads each of the three tensors once and writes one; for others
+    two make seven reads and one write. A last small launch, which reads one number of each sample, moves those whose
+    gradient is 0. A gradient in another memory format than the images' is copied first.
 
     Args:
         x_adv: [n, ...] floating point, at least two dimensions, changed in place.
-        grad: [n, ...] of the same dtype.
-        clean: [n, ...] of the same dtype, x.
-        step_size: [n], α of each sample, in the images' dtype or float32.
+        grad, clean, step_size, lower, upper, steps, step: as in `linf_step_`.
         epsilon: ε, the largest ℓ2 norm of a perturbation.
-        lower: the least pixel value, upper: the greatest.
         stand_in: the direction to take where a sample's gradient is exactly 0 (not normalised): [n, ...] of the same
             dtype; or a seed, 0-dim int64, for standard normal numbers, made for those samples alone, other ones for
             each, and the same ones by the kernel and without.
-        steps: [n] integers: only samples with `steps[i] > step` move. Without it, all do.
-        step: 0-dim integer on the device, t.
         faulty: [n] int32, set to 1 for each sample with steps left whose gradient holds NaN or Inf.
 
     Raises:
@@ -90,7 +84,7 @@ def l2_step_(
 
 @packed(L2Step)
 def l2_reference(s: L2Step) -> None:
-    """`pgd_l2_step_` in plain torch: the tests compare the kernels with it, and it runs where there are none."""
+    """`pgd_l2_step_` in plain torch: the reference of the kernel, and what runs without one."""
     if s.x_adv.numel() == 0:
         return
     wide_clean = wide(s.clean)

@@ -8,10 +8,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from bt_fast.ops.availability import kernels_run, or_plain
+from bt_fast.ops.availability import or_plain
 from bt_fast.ops.launch import (
-    KERNEL_DTYPES,
-    MOST_INT32,
     check,
     check_images,
     contiguous,
@@ -20,6 +18,7 @@ from bt_fast.ops.launch import (
     packed,
     rounded,
     run_kernel,
+    takes_images,
 )
 from bt_fast.ops.numeric import per_sample
 from bt_fast.ops.rows import result_dtype
@@ -63,9 +62,9 @@ def linf_step_(
 
     A sample whose gradient holds NaN stays as it is and is marked in `faulty`. ±Inf is a direction like any other.
 
-    A kernel takes dense images on CUDA, not in float64: one launch, which reads each of the three tensors once and
-    writes one, for samples of up to 4096 elements; one more, which reads the gradient to find NaN, for longer ones (and
-    a few others: see `sample_block`). A gradient in another memory format than the images' is copied first.
+    For dense images of up to 4096 elements one kernel reads each of the three tensors once and writes one; for longer
+    ones (and a few others: see `sample_block`) one more reads the gradient to find NaN. A gradient in another memory
+    format than the images' is copied first.
 
     Args:
         x_adv: [n, ...] floating point, changed in place.
@@ -86,7 +85,7 @@ def linf_step_(
 
 @packed(Step)
 def linf_reference(s: Step) -> None:
-    """`pgd_linf_step_` in plain torch: the tests compare the kernel with it, and it runs where there is no kernel.
+    """`pgd_linf_step_` in plain torch: the reference of the kernel, and what runs without one.
 
     In 16 bits it rounds after every operation and the kernel once. The results are the same, because rounding keeps
     order: to clip rounded values at rounded limits is to round the clipped value.
@@ -174,9 +173,7 @@ def in_format(images: Tensor, x_adv: Tensor) -> Tensor:
 
 def kernel_takes(x_adv: Tensor) -> bool:
     """Whether there is a kernel for these images."""
-    dense = x_adv.dtype in KERNEL_DTYPES and dense_format(x_adv) is not None
-    fits = 0 < x_adv[:1].numel() < MOST_INT32 and x_adv.numel() // 128 < MOST_INT32
-    return x_adv.is_cuda and dense and fits and kernels_run(x_adv)
+    return x_adv[:1].numel() > 0 and takes_images(x_adv, x_adv.numel() // 128)
 
 
 def rows_of(x: Tensor) -> Tensor:

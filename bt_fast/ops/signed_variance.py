@@ -36,13 +36,12 @@ def signed_variance(logits: Tensor, labels: Tensor) -> SignedVariance:
 
     Computed in float64 and rounded once: both results are within 1e-6 of the exact ones, relative to their own size,
     for logits of any magnitude. (Where all logits of a row lie within 1e-9 of each other, the variance is below
-    1e-18/K² and its error below 1e-24/K²; it is exactly 0 where all are equal.)
+    1e-18/K² and its error below 1e-24/K²; it is exactly 0 where all are equal.) A row without softmax (NaN, +Inf, or
+    nothing but -Inf) has NaN for SVar and probabilities, and is not correct. A label outside 0..K-1 counts as
+    misclassified.
 
-    A row has no softmax where it holds NaN or +Inf, or nothing but -Inf: its SVar and probabilities are NaN, and it is
-    not correct. -Inf beside a number is a class that is ruled out. A label outside 0..K-1 counts as misclassified.
-
-    On CUDA one kernel, not for float64, compiled anew for every K. It reads the logits once, from K = 8193 on twice,
-    and writes the probabilities once. Logits whose classes do not lie side by side are copied first.
+    The kernel is compiled anew for every K. It reads the logits once, from K = 8193 on twice, and writes the
+    probabilities once. Logits whose classes do not lie side by side are copied first.
 
     Args:
         logits: [m, K] floating point, K ≥ 2, rows any stride apart. m may be 0.
@@ -55,7 +54,7 @@ def signed_variance(logits: Tensor, labels: Tensor) -> SignedVariance:
 
 
 def signed_variance_reference(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`signed_variance` in plain torch: the tests compare the kernel with it, and it runs where there is none."""
+    """`signed_variance` in plain torch: the reference of the kernel, and what runs without one."""
     dtype, fit = rows.result_dtype(logits), rows.has_softmax(logits)
     probabilities = rows.softmax(logits)
     variance = (probabilities - 1.0 / logits.shape[1]).square().mean(dim=1)

@@ -23,9 +23,9 @@ def update_fraction_(
     A batch with a row that has no softmax (NaN, +Inf, or nothing but -Inf) or a label outside 0..K-1 leaves F_R as it
     is and adds 1 to `unreported_faults`.
 
-    Counted in integers and averaged in float64 as `p·F_R + ((1-p)·γ)·(hits/m)`: the same to the bit everywhere. On CUDA
-    one kernel, which reads the logits once (two beyond 8192 rows or 2^23 logits), not for float64, compiled anew for
-    every K, γ and p. Logits whose classes do not lie side by side are copied first.
+    Counted in integers and averaged in float64 as `p·F_R + ((1-p)·γ)·(hits/m)`: the same to the bit everywhere. One
+    kernel (two beyond 8192 rows or 2^23 logits) reads the logits once, compiled anew for every K, γ and p. Logits whose
+    classes do not lie side by side are copied first.
 
     Args:
         robust_fraction: 0-dim float64, F_R, changed in place.
@@ -44,7 +44,7 @@ def update_fraction_(
 def update_fraction_reference(
     robust_fraction: Tensor, unreported_faults: Tensor, logits: Tensor, labels: Tensor, gamma: float, momentum: float
 ) -> None:
-    """`update_fraction_` in plain torch: the tests compare the kernel with it, and it runs where there is none."""
+    """`update_fraction_` in plain torch: the reference of the kernel, and what runs without one."""
     hits, faulty = adversarial_hits(logits, labels)
     move_fraction_(robust_fraction, hits, torch.full_like(hits, len(labels)), faulty, gamma, momentum)
     unreported_faults += faulty
