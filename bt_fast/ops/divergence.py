@@ -267,9 +267,6 @@ js_divergence_rows = define_op(
     run=lambda *given: (launch_js_divergence if kernel_takes(given[0]) else js_divergence_reference)(*given),
     results=_empty_results,
 )
-for op, reference, logits in (
-    (trades_kl_rows, trades_kl_reference, 2),
-    (mart_loss_rows, mart_loss_reference, 2),
-    (js_divergence_rows, js_divergence_reference, 3),
-):
-    _register_gradient(op, reference, logits)
+_register_gradient(trades_kl_rows, trades_kl_reference, logits=2)
+_register_gradient(mart_loss_rows, mart_loss_reference, logits=2)
+_register_gradient(js_divergence_rows, js_divergence_reference, logits=3)
