@@ -33,15 +33,17 @@ def define_op(
         results: empty tensors like those that `run` returns, for a trace.
     """
 
-    def checked(function: Callable[..., Any], *arguments: Any) -> Any:
-        check(*arguments)
-        return function(*arguments)
+    def checked(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            check(*arguments)
+            return function(*arguments)
 
-    name, mutates_args = schema.partition("(")[0], re.findall(r"!\)\?? (\w+)", schema)
-    op = torch.library.custom_op(
-        f"bt_fast::{name}", lambda *a: checked(run, *a), mutates_args=mutates_args, schema=schema[len(name) :]
-    )
-    op.register_fake(lambda *a: checked(results, *a))
+        return call
+
+    name, changed = schema.partition("(")[0], re.findall(r"!\)\?? (\w+)", schema)
+    types = schema.removeprefix(name)
+    op = torch.library.custom_op(f"bt_fast::{name}", checked(run), mutates_args=changed, schema=types)
+    op.register_fake(checked(results))
     return op
 
 
@@ -72,8 +74,9 @@ def dense_format(x: Tensor) -> torch.memory_format | None:
 
 def takes_images(x: Tensor, programs: int) -> bool:
     """Whether so many programs can compute images such as `x` [n, ...]: on CUDA, dense, and not in float64."""
-    dense = x.dtype in KERNEL_DTYPES and dense_format(x) is not None
-    return x.is_cuda and dense and max(x[:1].numel(), programs) < MOST_INT32 and kernels_run(x)
+    if not x.is_cuda or x.dtype not in KERNEL_DTYPES or dense_format(x) is None:
+        return False
+    return max(x[:1].numel(), programs) < MOST_INT32 and kernels_run(x)
 
 
 def contiguous(values: Tensor | None) -> Tensor | None:

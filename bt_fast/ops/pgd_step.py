@@ -173,7 +173,7 @@ def in_format(images: Tensor, x_adv: Tensor) -> Tensor:
 
 def kernel_takes(x_adv: Tensor) -> bool:
     """Whether there is a kernel for these images."""
-    return x_adv[:1].numel() > 0 and takes_images(x_adv, x_adv.numel() // 128)
+    return x_adv.numel() > 0 and takes_images(x_adv, x_adv.numel() // 128)
 
 
 def rows_of(x: Tensor) -> Tensor:

@@ -51,8 +51,9 @@ def check_logits(name: str, logits: Tensor, rows: int = 0, classes: int = 2) -> 
 
 def kernel_takes(logits: Tensor) -> bool:
     """Whether the kernels compute rows such as these [m, K]: on CUDA, with triton, not in float64."""
-    fits = logits.dtype in KERNEL_DTYPES and max(logits.shape) < MOST_INT32
-    return logits.is_cuda and fits and kernels_run(logits)
+    if not logits.is_cuda or logits.dtype not in KERNEL_DTYPES:
+        return False
+    return max(logits.shape) < MOST_INT32 and kernels_run(logits)
 
 
 def rows_apart(logits: Tensor) -> tuple[Tensor, int | None]:
