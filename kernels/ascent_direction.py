@@ -1,52 +1,13 @@
 """The gradient of the attack's loss with respect to the logits, each row by itself or scaled to a size, in one launch.
 
-Names as in flash-linear-attention: tensors `x`, block values `b_x`, masks `m_x`, offsets `o_x`, ids `i_x`. The softmax
-is computed in float64 and rounded to float32, as in kernels/signed_variance.py, which makes the target: at the clean
-point itself the difference is 0.
+The softmax is computed in float64 and rounded to float32, as in kernels/signed_variance.py, which makes the target: at
+the clean point itself the difference is 0.
 """
 
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def _exp(b_x):
-    """e^x in float64 for x ≤ 0, to some 1e-15; at least e^-200, which is 0 in float32, and that for NaN too.
-
-    Without a branch and in a third of the code of `tl.exp` in float64: x = n·ln2 + r, a Taylor polynomial in r, and n
-    added to its exponent. The same in every file here that needs it: none imports another.
-    """
-    b_x = tl.maximum(b_x, -200.0)
-    b_t = b_x * 1.4426950408889634 + 6755399441055744.0  # 1.5·2^52: the last bits of the sum are the nearest integer
-    b_n = b_t - 6755399441055744.0
-    b_r = b_x - b_n * 0.6931471805599453
-    b_y = b_r * (1.0 / 39916800) + 1.0 / 3628800
-    b_y = b_y * b_r + 1.0 / 362880
-    b_y = b_y * b_r + 1.0 / 40320
-    b_y = b_y * b_r + 1.0 / 5040
-    b_y = b_y * b_r + 1.0 / 720
-    b_y = b_y * b_r + 1.0 / 120
-    b_y = b_y * b_r + 1.0 / 24
-    b_y = b_y * b_r + 1.0 / 6
-    b_y = b_y * b_r + 0.5
-    b_y = b_y * b_r + 1.0
-    b_y = b_y * b_r + 1.0
-    b_exponent = b_t.to(tl.int64, bitcast=True) << 52
-    return (b_y.to(tl.int64, bitcast=True) + b_exponent).to(tl.float64, bitcast=True)
-
-
-@triton.jit
-def _load(logits, m_x):
-    """Logits in float32, -Inf where there are none. NaN becomes +Inf: neither has a softmax, and +Inf has an order."""
-    b_z = tl.load(logits, mask=m_x, other=float("-inf")).to(tl.float32)
-    return tl.where(b_z != b_z, float("inf"), b_z)
-
-
-@triton.jit
-def _reciprocal(b_sum, b_max):
-    """1 / sum, or NaN where the row has no softmax."""
-    b_fit = (b_max > float("-inf")) & (b_max < float("inf"))
-    return tl.where(b_fit, 1.0 / b_sum, float("nan"))
+from bt_fast.kernels.shared import _exp, _load, _reciprocal
 
 
 @triton.jit
@@ -101,13 +62,7 @@ def ascent_direction_fwd_kernel(
 
 @triton.jit
 def ascent_direction_long_fwd_kernel(
-    logits,  # [n, K], rows `stride` apart
-    target,  # [n, K] float32
-    direction,  # [n, K]
-    stride,  # elements from row to row; None where they are contiguous
-    K: tl.constexpr,
-    BLOCK: tl.constexpr,
-    SCALED: tl.constexpr = True,
+    logits, target, direction, stride, K: tl.constexpr, BLOCK: tl.constexpr, SCALED: tl.constexpr = True
 ):
     """The same of rows of several blocks: a pass for the sum, if SCALED one for the largest gap, one that writes.
 

@@ -1,8 +1,7 @@
 """From signed variances to groups, steps and an order: Eq. 6 and a stable counting sort, exact to the last bit.
 
-Names as in flash-linear-attention: tensors `x`, block values `b_x`, masks `m_x`, offsets `o_x`, ids `i_x`. The order
-statistics come from integer keys that sort as the floats do, so that they are exact and NaN has its place: the last.
-The three groups' counts travel packed: one scan instead of three, and one number for a block.
+The order statistics come from integer keys that sort as the floats do, so that they are exact and NaN has its place:
+the last. The three groups' counts travel packed: one scan instead of three, and one number for a block.
 """
 
 import triton

@@ -1,10 +1,10 @@
 """The losses of the update, each with its gradient with respect to all logits: TRADES' KL, MART and Jensen-Shannon.
 
-Names as in flash-linear-attention: tensors `x`, block values `b_x`, masks `m_x`, offsets `o_x`, ids `i_x`. Logits are
-[n, classes] with the class as the contiguous index; gradients are contiguous, in the logits' dtype; everything between
-is float32. Of each loss there are two kernels. The first holds ROWS whole rows, and so reads every logit once. In the
-other, for more classes than a block holds, a program goes over one row three times: for its normaliser (online
-softmax), for the sums over the classes, and for the gradient. Sums are kept by lane and added up once.
+Logits are [n, classes] with the class as the contiguous index; gradients are contiguous, in the logits' dtype;
+everything between is float32. Of each loss there are two kernels. The first holds ROWS whole rows, and so reads every
+logit once. In the other, for more classes than a block holds, a program goes over one row three times: for its
+normaliser (online softmax), for the sums over the classes, and for the gradient. Sums are kept by lane and added up
+once.
 
 Row values have the shape [ROWS, 1], in the second kind of kernel [1, 1]; blocks [ROWS, BLOCK] or [1, BLOCK].
 """
@@ -105,19 +105,10 @@ def trades_kl_fwd_kernel(
 
 @triton.jit(do_not_specialize=["adversarial_stride", "clean_stride", "n", "classes"])
 def trades_kl_looped_fwd_kernel(
-    adversarial,  # [n, classes]
-    clean,  # [n, classes]
-    loss,  # [n] float32
-    adversarial_grad,  # [n, classes]
-    clean_grad,  # [n, classes]
-    adversarial_stride,
-    clean_stride,
-    n,
-    classes,
-    ROWS: tl.constexpr,  # 1
-    BLOCK: tl.constexpr,
-):
-    """As `trades_kl_fwd_kernel`, for any number of classes. Grid: n."""
+    adversarial, clean, loss, adversarial_grad, clean_grad, adversarial_stride, clean_stride, n, classes,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """As `trades_kl_fwd_kernel`, for any number of classes; ROWS is 1. Grid: n."""
     o_n, _ = _row_ids(n, ROWS)
     adversarial += o_n * adversarial_stride
     clean += o_n * clean_stride
@@ -261,21 +252,10 @@ def mart_loss_fwd_kernel(
 
 @triton.jit(do_not_specialize=["clean_stride", "adversarial_stride", "n", "classes"])
 def mart_loss_looped_fwd_kernel(
-    clean,  # [n, classes]
-    adversarial,  # [n, classes]
-    labels,  # [n] int64
-    loss,  # [n] float32
-    clean_grad,  # [n, classes]
-    adversarial_grad,  # [n, classes]
-    beta,
-    clean_stride,
-    adversarial_stride,
-    n,
-    classes,
-    ROWS: tl.constexpr,  # 1
-    BLOCK: tl.constexpr,
-):
-    """As `mart_loss_fwd_kernel`, for any number of classes. Grid: n."""
+    clean, adversarial, labels, loss, clean_grad, adversarial_grad, beta, clean_stride, adversarial_stride, n, classes,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """As `mart_loss_fwd_kernel`, for any number of classes; ROWS is 1. Grid: n."""
     o_n, _ = _row_ids(n, ROWS)
     clean += o_n * clean_stride
     adversarial += o_n * adversarial_stride
@@ -392,22 +372,10 @@ def js_divergence_fwd_kernel(
 
 @triton.jit(do_not_specialize=["stride1", "stride2", "stride3", "n", "classes"])
 def js_divergence_looped_fwd_kernel(
-    logits1,  # [n, classes]
-    logits2,  # [n, classes]
-    logits3,  # [n, classes]
-    loss,  # [n] float32
-    grad1,  # [n, classes]
-    grad2,  # [n, classes]
-    grad3,  # [n, classes]
-    stride1,
-    stride2,
-    stride3,
-    n,
-    classes,
-    ROWS: tl.constexpr,  # 1
-    BLOCK: tl.constexpr,
-):
-    """As `js_divergence_fwd_kernel`, for any number of classes. Grid: n."""
+    logits1, logits2, logits3, loss, grad1, grad2, grad3, stride1, stride2, stride3, n, classes,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """As `js_divergence_fwd_kernel`, for any number of classes; ROWS is 1. Grid: n."""
     o_n, _ = _row_ids(n, ROWS)
     logits1 += o_n * stride1
     logits2 += o_n * stride2

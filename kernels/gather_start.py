@@ -1,7 +1,6 @@
 """The sorted clean batch and the attack's random start, in one pass over the images.
 
-Names as in flash-linear-attention: tensors `x`, block values `b_x`, masks `m_x`, offsets `o_x`, ids `i_x`. Tensors of
-images are dense with the sample outermost, whatever the order of channels, height and width inside.
+Tensors of images are dense with the sample outermost, whatever the order of channels, height and width inside.
 
 The noise is made of additions, multiplications and square roots that IEEE 754 rounds in one way only, and of no
 library's logarithm or cosine: so it is the same to the bit wherever it is computed. (A library's cosine also needs
@@ -12,12 +11,7 @@ change with it.
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def _clip(b_v, low, high):
-    """`torch.clamp`: NaN stays NaN, and the upper bound wins."""
-    b_v = tl.maximum(b_v, low, propagate_nan=tl.PropagateNan.ALL)
-    return tl.minimum(b_v, high, propagate_nan=tl.PropagateNan.ALL)
+from bt_fast.kernels.shared import _clip
 
 
 @triton.jit

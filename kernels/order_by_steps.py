@@ -1,7 +1,4 @@
-"""The stable order by descending steps, for any step counts.
-
-Names as in flash-linear-attention: tensors `x`, block values `b_x`, masks `m_x`, offsets `o_x`, ids `i_x`.
-"""
+"""The stable order by descending steps, for any step counts."""
 
 import triton
 import triton.language as tl

@@ -1,16 +1,17 @@
 """One projected-gradient step of the ragged attack, in place: in ℓ∞ and in ℓ2.
 
-Names as in flash-linear-attention: tensors `x`, block values `b_x`, masks `m_x`, offsets `o_x`, ids `i_x`. Tensors of
-images are dense with the sample outermost, whatever the order of channels, height and width inside. Computed in
-float32, rounded once, on the store.
+Tensors of images are dense with the sample outermost, whatever the order of channels, height and width inside. Computed
+in float32, rounded once, on the store.
 
 What holds for a whole sample (is there NaN in its gradient, how long is it) must be known before any of it is written.
 So a short sample is one program's block (`.._sample_..`), and for a long one a program goes over the sample first and
-leaves what it found to the blocks of a second launch.
+leaves the answer to the blocks of a second launch.
 """
 
 import triton
 import triton.language as tl
+
+from bt_fast.kernels.shared import _clip
 
 INFINITY = tl.constexpr(0x7F800000)  # the bits of +Inf in float32: those of NaN without its sign are more
 
@@ -28,13 +29,6 @@ def _has_steps_left(steps, step, i_n):
 def _start(i_n, length):
     """The offset of sample i_n: a batch may hold more than 2^31 elements."""
     return tl.cast(i_n, tl.int64) * length
-
-
-@triton.jit
-def _clip(b_v, b_low, b_high):
-    """`torch.clamp`: NaN stays NaN, and the upper bound wins."""
-    b_v = tl.maximum(b_v, b_low, propagate_nan=tl.PropagateNan.ALL)
-    return tl.minimum(b_v, b_high, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -114,21 +108,12 @@ def pgd_held_fwd_kernel(
 
 @triton.jit(do_not_specialize=["blocks"])
 def pgd_linf_step_fwd_kernel(
-    x_adv,  # [n, length], changed in place
-    grad,  # [n, length]
-    clean,  # [n, length]
-    step_size,  # [n], α
-    steps,  # [n] integers, or None
-    step,  # [], or None
-    held,  # [n] int32, not 0 where a sample stays
-    length,
-    blocks,  # cdiv(length, BLOCK)
-    epsilon,
-    lower,
-    upper,
-    BLOCK: tl.constexpr,
+    x_adv, grad, clean, step_size, steps, step, held, length, blocks, epsilon, lower, upper, BLOCK: tl.constexpr
 ):
-    """The step of `pgd_linf_sample_fwd_kernel` on samples of any length. Grid: n · blocks."""
+    """The step of `pgd_linf_sample_fwd_kernel` on samples of any length, which stay where `held` [n] is not 0.
+
+    blocks: cdiv(length, BLOCK). Grid: n · blocks.
+    """
     i_x = tl.program_id(0)
     i_n = i_x // blocks
     if not _has_steps_left(steps, step, i_n):
@@ -168,21 +153,13 @@ def _shrinking(squares, epsilon):
 
 @triton.jit
 def pgd_l2_sample_fwd_kernel(
-    x_adv,  # [n, length], changed in place
-    grad,  # [n, length]
-    clean,  # [n, length]
-    step_size,  # [n], α
-    steps,  # [n] integers, or None
-    step,  # [], or None
-    flat,  # [n] int32, written: 1 where the gradient is 0, and the sample waits for another direction
-    faulty,  # [n] int32, set to 1 where a sample's gradient holds NaN or Inf; or None
-    length,
-    epsilon,
-    lower,
-    upper,
-    BLOCK: tl.constexpr,  # at least length
+    x_adv, grad, clean, step_size, steps, step, flat, faulty, length, epsilon, lower, upper, BLOCK: tl.constexpr
 ):
-    """`x' ← clip(x + renorm(clip(x' + α·g/‖g‖, lower, upper) - x), lower, upper)`. Grid: n."""
+    """`x' ← clip(x + renorm(clip(x' + α·g/‖g‖, lower, upper) - x), lower, upper)`. Grid: n.
+
+    flat: [n] int32, written: 1 where the gradient is 0, and the sample waits for another direction. A sample whose
+    gradient holds NaN or Inf is `faulty`. Other arguments as in `pgd_linf_sample_fwd_kernel`, here and below.
+    """
     i_n = tl.program_id(0)
     if not _has_steps_left(steps, step, i_n):
         return
@@ -211,24 +188,14 @@ def pgd_l2_sample_fwd_kernel(
 
 @triton.jit(do_not_specialize=["n"])
 def pgd_l2_measure_fwd_kernel(
-    x_adv,  # [n, length]
-    grad,  # [n, length]
-    clean,  # [n, length]
-    step_size,  # [n]
-    steps,  # [n] integers, or None
-    step,  # [], or None
-    measured,  # [3, n] float32, written: scale and factor of the gradient, and what the perturbation shrinks by, which
-    #            is -1 where the sample does not move
-    flat,  # [n] int32, written
-    faulty,  # [n] int32, or None
-    n,
-    length,
-    epsilon,
-    lower,
-    upper,
+    x_adv, grad, clean, step_size, steps, step, measured, flat, faulty, n, length, epsilon, lower, upper,
     BLOCK: tl.constexpr,
-):
-    """The lengths that the step of a long sample needs. Grid: n."""
+):  # fmt: skip
+    """The lengths that the step of a long sample needs. Grid: n.
+
+    measured: [3, n] float32, written: scale and factor of the gradient, and what the perturbation shrinks by, which is
+    -1 where the sample does not move.
+    """
     i_n = tl.program_id(0)
     if not _has_steps_left(steps, step, i_n):
         return
@@ -274,18 +241,7 @@ def pgd_l2_measure_fwd_kernel(
 
 @triton.jit(do_not_specialize=["n", "blocks"])
 def pgd_l2_step_fwd_kernel(
-    x_adv,  # [n, length], changed in place
-    grad,  # [n, length]
-    clean,  # [n, length]
-    steps,  # [n] integers, or None
-    step,  # [], or None
-    measured,  # [3, n] float32
-    n,
-    length,
-    blocks,  # cdiv(length, BLOCK)
-    lower,
-    upper,
-    BLOCK: tl.constexpr,
+    x_adv, grad, clean, steps, step, measured, n, length, blocks, lower, upper, BLOCK: tl.constexpr
 ):
     """The step of `pgd_l2_sample_fwd_kernel` on samples of any length, once measured. Grid: n · blocks."""
     i_x = tl.program_id(0)
@@ -341,22 +297,11 @@ def _stood_in(x_adv, clean, stand_in, start, i_n, o_x, m_x, alpha, lower, upper)
 
 @triton.jit
 def pgd_l2_stand_in_fwd_kernel(
-    x_adv,  # [n, length], changed in place
-    clean,  # [n, length]
-    step_size,  # [n], α
-    steps,  # [n] integers, or None
-    step,  # [], or None
-    stand_in,  # [n, length], or a seed [] int64
-    flat,  # [n] int32: 1 where a sample moves here
-    length,
-    epsilon,
-    lower,
-    upper,
-    BLOCK: tl.constexpr,
+    x_adv, clean, step_size, steps, step, stand_in, flat, length, epsilon, lower, upper, BLOCK: tl.constexpr
 ):
     """The step of `pgd_l2_sample_fwd_kernel` along another direction, not normalised, where the gradient is 0. Grid: n.
 
-    Such samples are rare: the others' programs read two numbers.
+    stand_in: [n, length], or a seed [] int64. Such samples are rare: the others' programs read two numbers.
     """
     i_n = tl.program_id(0)
     if not _has_steps_left(steps, step, i_n):

@@ -1,45 +1,13 @@
 """Softmax of each row of logits, its signed variance, and what is wrong with the row, in one launch.
 
-Names as in flash-linear-attention: tensors `x`, block values `b_x`, masks `m_x`, offsets `o_x`, ids `i_x`. Computed in
-float64, rounded once, on the store: near a uniform row the variance is the square of a difference that float32 no
-longer holds.
+Computed in float64, rounded once, on the store: near a uniform row the variance is the square of a difference that
+float32 no longer holds.
 """
 
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def _exp(b_x):
-    """e^x in float64 for x ≤ 0, to some 1e-15; at least e^-200, which is 0 in float32, and that for NaN too.
-
-    Without a branch and in a third of the code of `tl.exp` in float64: x = n·ln2 + r, a Taylor polynomial in r, and n
-    added to its exponent. The same in every file here that needs it: none imports another.
-    """
-    b_x = tl.maximum(b_x, -200.0)
-    b_t = b_x * 1.4426950408889634 + 6755399441055744.0  # 1.5·2^52: the last bits of the sum are the nearest integer
-    b_n = b_t - 6755399441055744.0
-    b_r = b_x - b_n * 0.6931471805599453
-    b_y = b_r * (1.0 / 39916800) + 1.0 / 3628800
-    b_y = b_y * b_r + 1.0 / 362880
-    b_y = b_y * b_r + 1.0 / 40320
-    b_y = b_y * b_r + 1.0 / 5040
-    b_y = b_y * b_r + 1.0 / 720
-    b_y = b_y * b_r + 1.0 / 120
-    b_y = b_y * b_r + 1.0 / 24
-    b_y = b_y * b_r + 1.0 / 6
-    b_y = b_y * b_r + 0.5
-    b_y = b_y * b_r + 1.0
-    b_y = b_y * b_r + 1.0
-    b_exponent = b_t.to(tl.int64, bitcast=True) << 52
-    return (b_y.to(tl.int64, bitcast=True) + b_exponent).to(tl.float64, bitcast=True)
-
-
-@triton.jit
-def _load(logits, m_x):
-    """Logits in float32, -Inf where there are none. NaN becomes +Inf: neither has a softmax, and +Inf has an order."""
-    b_z = tl.load(logits, mask=m_x, other=float("-inf")).to(tl.float32)
-    return tl.where(b_z != b_z, float("inf"), b_z)
+from bt_fast.kernels.shared import _exp, _load, _reciprocal
 
 
 @triton.jit
@@ -52,13 +20,6 @@ def _store_row(svar, correct, unfit, o_m, m_m, b_variance, b_max, b_first, b_lab
     tl.store(svar + o_m, (b_variance * b_sign).to(svar.dtype.element_ty), mask=m_m)
     tl.store(correct + o_m, b_correct.to(tl.uint8), mask=m_m)
     tl.store(unfit + o_m, tl.where(b_fit, 0, 1).to(tl.uint8) + tl.where(b_stray, 2, 0).to(tl.uint8), mask=m_m)
-
-
-@triton.jit
-def _reciprocal(b_sum, b_max):
-    """1 / sum, or NaN where the row has no softmax."""
-    b_fit = (b_max > float("-inf")) & (b_max < float("inf"))
-    return tl.where(b_fit, 1.0 / b_sum, float("nan"))
 
 
 @triton.jit(do_not_specialize=["m"])
@@ -99,15 +60,7 @@ def signed_variance_fwd_kernel(
 
 @triton.jit
 def signed_variance_long_fwd_kernel(
-    logits,  # [m, K], rows `stride` apart
-    labels,  # [m] int64
-    svar,  # [m] float32
-    correct,  # [m] uint8
-    unfit,  # [m] uint8
-    probabilities,  # [m, K] float32
-    stride,  # elements from row to row; None where they are contiguous
-    K: tl.constexpr,
-    BLOCK: tl.constexpr,
+    logits, labels, svar, correct, unfit, probabilities, stride, K: tl.constexpr, BLOCK: tl.constexpr
 ):
     """The same of rows of several blocks, each read twice. Grid: m."""
     i_m = tl.program_id(0)

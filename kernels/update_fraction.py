@@ -1,7 +1,6 @@
 """The share of rows whose first maximum is their label, and the moving average that it enters, in one launch.
 
-Names as in flash-linear-attention: tensors `x`, block values `b_x`, masks `m_x`, offsets `o_x`, ids `i_x`. Counted in
-integers, averaged in float64: the result does not depend on the order.
+Counted in integers, averaged in float64: the result does not depend on the order.
 """
 
 import triton
@@ -74,15 +73,9 @@ def update_fraction_fwd_kernel(
 
 @triton.jit(do_not_specialize=["m"])
 def update_fraction_finish_kernel(
-    robust_fraction,  # [] float64, F_R, changed in place
-    unreported_faults,  # [] int64, changed in place
-    tallies,  # [2, PROGRAMS] int32
-    m,
-    MOMENTUM: tl.constexpr,  # p
-    WEIGHT: tl.constexpr,  # (1 - p)·γ
-    PROGRAMS: tl.constexpr,
+    robust_fraction, unreported_faults, tallies, m, MOMENTUM: tl.constexpr, WEIGHT: tl.constexpr, PROGRAMS: tl.constexpr
 ):
-    """Move F_R by what the programs counted. Grid: 1."""
+    """Move F_R by the hits and faults of all programs, `tallies` [2, PROGRAMS]. Grid: 1."""
     o_p = tl.arange(0, PROGRAMS)
     hits = tl.sum(tl.load(tallies + o_p), axis=0)
     faults = tl.sum(tl.load(tallies + PROGRAMS + o_p), axis=0)

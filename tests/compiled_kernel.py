@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import re
 from pathlib import Path
 
 import ptxrun
@@ -9,6 +10,7 @@ import torch
 from triton.runtime.jit import JITFunction
 
 from benchmarks.kernel_report import compile_kernel
+from bt_fast.kernels import shared
 
 NAMES = {
     torch.float64: "fp64",
@@ -38,8 +40,12 @@ def compiled_kernels(module, sm):
 
 
 def planted(module, text, instead, path):
-    """The module of a file in `kernels/` with a bug: `instead` where its source has `text`. Written to `path`."""
+    """The module of a file in `kernels/` with a bug: `instead` where its source has `text`. Written to `path`.
+
+    The source of what it imports from `kernels/shared.py` is a part of it.
+    """
     source = Path(module.__file__).read_text()
+    source = re.sub(r"from bt_fast\.kernels\.shared import .*\n", lambda _: Path(shared.__file__).read_text(), source)
     assert text in source
     path.write_text(source.replace(text, instead))
     spec = importlib.util.spec_from_file_location("planted", path)

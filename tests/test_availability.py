@@ -35,7 +35,7 @@ def cuda_tensors():
 @pytest.fixture
 def gpu(monkeypatch):
     """Sets what is known of the device: its compute capability, and triton's version. Nothing else is known yet."""
-    for name, value in (("_plain", {}), ("_said", set()), ("_launched", set())):
+    for name, value in (("_plain", {}), ("_warnings", set()), ("_launched", set())):
         monkeypatch.setattr(availability, name, value)
     availability.compiles_for.cache_clear()
 

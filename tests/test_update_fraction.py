@@ -10,7 +10,7 @@ from test_ops import batches, fractions
 from tolerances import DTYPES
 
 from bt_fast import ops
-from bt_fast.ops.update_fraction import update_fraction_reference
+from bt_fast.ops.update_fraction import _update_fraction_, update_fraction_reference
 
 quick = settings(max_examples=60, deadline=None)
 
@@ -57,7 +57,7 @@ def test_infinities_of_excluded_classes_and_the_largest_numbers_are_no_fault(dty
 
 
 def test_opcheck():
-    torch.library.opcheck(ops.update_fraction_, (*rows_cases.state(), *rows_cases.batch(5, 4, torch.half, 0), 0.8, 0.9))
+    torch.library.opcheck(_update_fraction_, (*rows_cases.state(), *rows_cases.batch(5, 4, torch.half, 0), 0.8, 0.9))
 
 
 def test_compiled_it_is_one_op():

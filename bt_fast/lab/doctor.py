@@ -38,7 +38,7 @@ from bt_fast.lab.doctor_checks import (
 )
 from bt_fast.ops import order_by_steps
 from bt_fast.ops.availability import NO_TRITON, Plain, python_header, triton_problem, why_plain
-from bt_fast.ops.availability import said as words_of
+from bt_fast.ops.availability import first_line as words_of
 
 SECTIONS = ("versions", "device", "triton", "fused or plain", "self-check", "a training step")
 GRAPHS = "CUDA graphs and streams"

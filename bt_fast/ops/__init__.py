@@ -1,6 +1,6 @@
-"""The operations that a fused kernel can take over, in plain torch: every one stays on its tensors' device.
+"""The operations that a kernel fuses on CUDA, where triton is installed; elsewhere, and in float64, plain torch.
 
-No function here reads a value back to the host, so none of them waits for the device.
+Every one stays on its tensors' device. None reads a value back to the host, so none waits for the device.
 """
 
 from bt_fast.ops.ascent_direction import ascent_direction

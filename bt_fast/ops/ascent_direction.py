@@ -9,31 +9,28 @@ from torch import Tensor
 
 from bt_fast.ops import rows
 from bt_fast.ops.availability import or_plain
-from bt_fast.ops.launch import check
+from bt_fast.ops.launch import check, define_op
 
 
 def ascent_direction(logits: Tensor, target: Tensor, scaled: bool = True) -> Tensor:
     """The inner loss's gradient with respect to the logits: `softmax(z') - target`, or a multiple of each row of it.
 
     It is the gradient of `KL(target ‖ softmax(z'))` (TRADES: the target is the clean distribution) and of the
-    cross-entropy (MART, PGD: the target is one-hot), finite however saturated either is. If `scaled`, each row is times
-    the power of two that brings its largest entry to [1, 2): near the clean point the difference is smaller than the
-    smallest number of float16, in which the model may compute, and neither the sign nor the normalised direction of
-    an image's gradient cares. (Where the model's outputs for one image depend on others, they do.)
+    cross-entropy (MART, PGD: the target is one-hot), finite however saturated either is. The softmax is computed in
+    float64 and rounded to float32, as `signed_variance` does it: against those probabilities a row of the same logits
+    is exactly 0. A row that has no softmax (NaN, +Inf, or nothing but -Inf) is NaN, and, scaled, one whose target is
+    not finite.
 
-    The softmax is computed in float64 and rounded to float32, as `signed_variance` does it: against those probabilities
-    a row of the same logits is exactly 0. The scale is exact, at most 2^126 (so that a largest entry below 2^-126 stays
-    below 1). A row that has no softmax (NaN, +Inf, or nothing but -Inf) is NaN, and, scaled, one whose target is not
-    finite.
-
-    On CUDA one kernel (where triton is installed, and not for float64), compiled anew for every K. Up to K = 8192 it
-    reads logits and target once and writes once; beyond, it reads the logits three times and the target twice (not
-    scaled, twice and once). Logits whose classes do not lie side by side are copied first.
+    The kernel is compiled anew for every K. Up to K = 8192 it reads logits and target once and writes once; beyond, it
+    reads the logits three times and the target twice (not scaled, twice and once). Logits whose classes do not lie side
+    by side are copied first.
 
     Args:
         logits: [n, K] floating point, K ≥ 2, rows any stride apart. n may be 0.
         target: [n, K] floating point, probabilities; used in float32 (float64 for float64 logits).
-        scaled: whether each row has a scale of its own.
+        scaled: whether each row is times the power of two, at most 2^126, that brings its largest entry to [1, 2): near
+            the clean point the difference underflows in float16, in which the model may compute. Signs and normalised
+            directions of an image's gradient stay the same, unless the model's outputs for it depend on other images.
 
     Returns:
         [n, K] in the logits' dtype.
@@ -47,21 +44,8 @@ def ascent_direction(logits: Tensor, target: Tensor, scaled: bool = True) -> Ten
     return direction
 
 
-@torch.library.custom_op("bt_fast::ascent_direction", mutates_args=())
-def _ascent_direction(logits: Tensor, target: Tensor, scaled: bool) -> Tensor:
-    _check(logits, target)
-    run = launch_ascent_direction if rows.kernel_takes(logits) else ascent_direction_reference
-    return run(logits, target, scaled)
-
-
-@_ascent_direction.register_fake
-def _(logits: Tensor, target: Tensor, scaled: bool) -> Tensor:
-    _check(logits, target)
-    return logits.new_empty(logits.shape)
-
-
 def ascent_direction_reference(logits: Tensor, target: Tensor, scaled: bool = True) -> Tensor:
-    """`ascent_direction` in plain torch: what the kernel is held against, and what runs where there is none."""
+    """`ascent_direction` in plain torch: the reference of the kernel, and what runs without one."""
     gap = rows.softmax(logits).to(target.dtype) - target
     if not scaled:
         return gap.to(logits.dtype)
@@ -75,31 +59,20 @@ def launch_ascent_direction(logits: Tensor, target: Tensor, scaled: bool = True)
     """`ascent_direction` as one launch, of logits that `rows.kernel_takes`."""
     from bt_fast.kernels.ascent_direction import ascent_direction_fwd_kernel, ascent_direction_long_fwd_kernel
 
-    n, k = logits.shape
+    kernels = ascent_direction_fwd_kernel, ascent_direction_long_fwd_kernel
     direction = logits.new_empty(logits.shape)
-    logits, stride = rows.rows_apart(logits)
-    given = (logits, target.contiguous(), direction)
-    with torch.cuda.device_of(logits):
-        if n == 0:
-            pass
-        elif k > rows.LONGEST_BLOCK:
-            ascent_direction_long_fwd_kernel[(n,)](
-                *given,
-                stride,
-                K=k,
-                BLOCK=rows.LONG_BLOCK,
-                SCALED=scaled,
-                num_warps=rows.LONG_WARPS,
-                enable_fp_fusion=False,
-            )
-        else:
-            each, block, warps = rows.block_of(k)
-            ascent_direction_fwd_kernel[(-(-n // each),)](
-                *given, n, stride, K=k, ROWS=each, BLOCK=block, SCALED=scaled, num_warps=warps, enable_fp_fusion=False
-            )
+    rows.launch(*kernels, logits, target.contiguous(), direction, SCALED=scaled)
     return direction
 
 
-def _check(logits: Tensor, target: Tensor) -> None:
+def _check(logits: Tensor, target: Tensor, _: bool) -> None:
     rows.check_logits("logits", logits)
     check("target", target, logits.shape, (rows.result_dtype(logits),), logits.device)
+
+
+_ascent_direction = define_op(
+    "ascent_direction(Tensor logits, Tensor target, bool scaled) -> Tensor",
+    check=_check,
+    run=lambda z, *rest: (launch_ascent_direction if rows.kernel_takes(z) else ascent_direction_reference)(z, *rest),
+    results=lambda logits, *_: logits.new_empty(logits.shape),
+)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from bt_fast.ops.availability import kernels_run, or_plain
-from bt_fast.ops.launch import check, contiguous
+from bt_fast.ops.launch import check, contiguous, define_op, packed, run_kernel
 from bt_fast.ops.order_by_steps import order_reference
 
 OUTLIER, BOUNDARY, ROBUST = 0, 1, 2
@@ -24,6 +25,19 @@ BLOCK_WARPS = 8
 BINS, DIGITS = 256, 4
 
 Assigned = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+class Arguments(NamedTuple):
+    """The arguments of `assign_steps`."""
+
+    svar: Tensor
+    correct: Tensor
+    robust_fraction: Tensor
+    group_steps: Sequence[int]
+    group_step_sizes: Sequence[float]
+    unfit: Tensor | None = None
+    faults: Tensor | None = None
+    group_counts: Tensor | None = None
 
 
 def assign_steps(
@@ -42,8 +56,7 @@ def assign_steps(
     largest SVar. An outlier is misclassified, a robust sample correct with `SVar ≥ T`, a boundary sample any other. At
     `F_R = 0` every correct sample is boundary, the largest too (the limit of Eq. 6).
 
-    On CUDA one launch up to m = 8192, and seven up to 2^20 (where triton is installed, and SVar is not float64). Never
-    waits for the device.
+    On CUDA one launch up to m = 8192, and seven up to 2^20, not for SVar in float64.
 
     Args:
         svar: [m] float32 or float64, m ≥ 0.
@@ -62,7 +75,7 @@ def assign_steps(
         steps: [m] int64.
         step_size: [m] float64.
         order: [m] int64, so that `steps[order]` never increases and equal counts keep their places.
-        counts: [n + 3 + f + 2] int64, what the host needs, n the largest of `group_steps`: how many samples have more
+        counts: [n + 3 + f + 2] int64, which the host reads, n the largest of `group_steps`: how many samples have more
             than t steps for each t < n; the sizes of the groups; the faults; how many samples are unfit by bit 0, and
             how many by bit 1.
 
@@ -75,70 +88,29 @@ def assign_steps(
     return assigned
 
 
-@torch.library.custom_op("bt_fast::assign_steps", mutates_args=("group_counts",))
-def _assign_steps(
-    svar: Tensor,
-    correct: Tensor,
-    robust_fraction: Tensor,
-    group_steps: Sequence[int],
-    group_step_sizes: Sequence[float],
-    unfit: Tensor | None,
-    faults: Tensor | None,
-    group_counts: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    _check(svar, correct, robust_fraction, group_steps, group_step_sizes, unfit, faults, group_counts)
-    run = assign_reference
-    if _kernel_takes(svar):
-        run = launch_assign if len(svar) <= max(WARPS) else launch_assign_in_blocks
-    return run(svar, correct, robust_fraction, group_steps, group_step_sizes, unfit, faults, group_counts)
+@packed(Arguments)
+def assign_reference(a: Arguments) -> Assigned:
+    """`assign_steps` in plain torch: the reference of the kernel, and what runs without one."""
+    threshold = robust_threshold(a.svar, a.robust_fraction)
+    robust = (a.svar.double() >= threshold) & (a.robust_fraction > 0)
+    group = a.correct.long() + (a.correct & robust)
 
-
-@_assign_steps.register_fake
-def _(
-    svar: Tensor,
-    correct: Tensor,
-    robust_fraction: Tensor,
-    group_steps: Sequence[int],
-    group_step_sizes: Sequence[float],
-    unfit: Tensor | None,
-    faults: Tensor | None,
-    group_counts: Tensor | None,
-) -> Assigned:
-    _check(svar, correct, robust_fraction, group_steps, group_step_sizes, unfit, faults, group_counts)
-    return _results(svar, group_steps, faults)
-
-
-def assign_reference(
-    svar: Tensor,
-    correct: Tensor,
-    robust_fraction: Tensor,
-    group_steps: Sequence[int],
-    group_step_sizes: Sequence[float],
-    unfit: Tensor | None = None,
-    faults: Tensor | None = None,
-    group_counts: Tensor | None = None,
-) -> Assigned:
-    """`assign_steps` in plain torch: what the kernels are held against, and what runs where there is none."""
-    threshold = robust_threshold(svar, robust_fraction)
-    robust = (svar.double() >= threshold) & (robust_fraction > 0)
-    group = correct.long() + (correct & robust)
-
-    steps = torch.full_like(group, group_steps[OUTLIER])
-    step_size = torch.full_like(group, group_step_sizes[OUTLIER], dtype=torch.float64)
+    steps = torch.full_like(group, a.group_steps[OUTLIER])
+    step_size = torch.full_like(group, a.group_step_sizes[OUTLIER], dtype=torch.float64)
     for member in (BOUNDARY, ROBUST):  # by scalars: a table copied to the device would make the host wait
         inside = group == member
-        steps.masked_fill_(inside, group_steps[member])
-        step_size.masked_fill_(inside, group_step_sizes[member])
-    order, active = order_reference(steps, max(group_steps))
+        steps.masked_fill_(inside, a.group_steps[member])
+        step_size.masked_fill_(inside, a.group_step_sizes[member])
+    order, active = order_reference(steps, max(a.group_steps))
 
     sizes = (group == torch.arange(3, device=group.device)[:, None]).sum(dim=1)
-    wrong = torch.zeros(2, dtype=torch.int64, device=svar.device)
-    if unfit is not None:
-        wrong = torch.stack([(unfit & bit > 0).sum() for bit in (1, 2)])
-    if faults is not None:
-        wrong = torch.cat([faults, wrong])
-    if group_counts is not None:
-        group_counts += torch.where(wrong.any(), 0, sizes)
+    wrong = torch.zeros(2, dtype=torch.int64, device=group.device)
+    if a.unfit is not None:
+        wrong = torch.stack([(a.unfit & bit > 0).sum() for bit in (1, 2)])
+    if a.faults is not None:
+        wrong = torch.cat([a.faults, wrong])
+    if a.group_counts is not None:
+        a.group_counts.add_(torch.where(wrong.any(), 0, sizes))
     return threshold, group, steps, step_size, order, torch.cat([active, sizes, wrong])
 
 
@@ -169,163 +141,103 @@ def robust_threshold(svar: Tensor, robust_fraction: Tensor, count: Tensor | None
 
 
 @or_plain(assign_reference)
-def launch_assign(
-    svar: Tensor,
-    correct: Tensor,
-    robust_fraction: Tensor,
-    group_steps: Sequence[int],
-    group_step_sizes: Sequence[float],
-    unfit: Tensor | None = None,
-    faults: Tensor | None = None,
-    group_counts: Tensor | None = None,
-) -> Assigned:
+@packed(Arguments)
+def launch_assign(a: Arguments) -> Assigned:
     """`assign_steps` as one launch, for m ≤ 8192."""
     from bt_fast.kernels.assign_steps import assign_steps_fwd_kernel
 
-    m = len(svar)
+    m, results = len(a.svar), _results(a)
     block = next(size for size in WARPS if m <= size)
-    results = _results(svar, group_steps, faults)
-    with torch.cuda.device_of(svar):
-        assign_steps_fwd_kernel[(1,)](
-            svar.contiguous(),
-            correct.contiguous().view(torch.uint8),
-            robust_fraction,
-            contiguous(unfit),
-            contiguous(faults),
-            *results,
-            group_counts,
-            m,
-            max(group_steps),
-            0 if faults is None else len(faults),
-            *group_steps,
-            *map(_bits, group_step_sizes),
-            BLOCK=block,
-            CHUNK=CHUNK,
-            num_warps=WARPS[block],
-            enable_fp_fusion=False,
-        )
+    samples = (a.svar.contiguous(), a.correct.contiguous().view(torch.uint8), a.robust_fraction, contiguous(a.unfit))
+    numbers = (m, max(a.group_steps), _faults(a), *a.group_steps, *map(_bits, a.group_step_sizes))
+    given = (*samples, contiguous(a.faults), *results, a.group_counts, *numbers)
+    run_kernel(assign_steps_fwd_kernel, 1, *given, BLOCK=block, CHUNK=CHUNK, num_warps=WARPS[block])
     return results
 
 
 @or_plain(assign_reference)
-def launch_assign_in_blocks(
-    svar: Tensor,
-    correct: Tensor,
-    robust_fraction: Tensor,
-    group_steps: Sequence[int],
-    group_step_sizes: Sequence[float],
-    unfit: Tensor | None = None,
-    faults: Tensor | None = None,
-    group_counts: Tensor | None = None,
-) -> Assigned:
+@packed(Arguments)
+def launch_assign_in_blocks(a: Arguments) -> Assigned:
     """`assign_steps` for any 0 < m ≤ MOST_SAMPLES: a radix select of the threshold, the groups, the order."""
-    from bt_fast.kernels.assign_steps import (
-        group_blocks_fwd_kernel,
-        order_blocks_fwd_kernel,
-        select_digit_fwd_kernel,
-    )
+    from bt_fast.kernels import assign_steps as kernels
 
-    m = len(svar)
+    m, results = len(a.svar), _results(a)
     blocks = -(-m // BLOCK)
-    svar, correct = svar.contiguous(), correct.contiguous().view(torch.uint8)
-    results = _results(svar, group_steps, faults)
+    svar, correct = a.svar.contiguous(), a.correct.contiguous().view(torch.uint8)
     threshold, group, steps, step_size, order, counts = results
     histograms = torch.zeros(DIGITS, BINS, dtype=torch.int32, device=svar.device)
     above, sizes, unfit_rows = torch.empty(3, blocks, dtype=torch.int64, device=svar.device)
-    options = {"BLOCK": BLOCK, "num_warps": BLOCK_WARPS, "enable_fp_fusion": False}
-    with torch.cuda.device_of(svar):
-        for digit in range(DIGITS):
-            select_digit_fwd_kernel[(blocks,)](svar, robust_fraction, histograms, above, m, digit, **options)
-        group_blocks_fwd_kernel[(blocks,)](
-            svar,
-            correct,
-            robust_fraction,
-            contiguous(unfit),
-            histograms,
-            above,
-            threshold,
-            group,
-            steps,
-            step_size,
-            sizes,
-            unfit_rows,
-            m,
-            blocks,
-            *group_steps,
-            *map(_bits, group_step_sizes),
-            **options,
-            BLOCKS=BLOCKS,
-        )
-        order_blocks_fwd_kernel[(blocks,)](
-            group,
-            steps,
-            sizes,
-            unfit_rows,
-            contiguous(faults),
-            order,
-            counts,
-            group_counts,
-            m,
-            blocks,
-            max(group_steps),
-            0 if faults is None else len(faults),
-            *group_steps,
-            **options,
-            BLOCKS=BLOCKS,
-        )
+    options = {"BLOCK": BLOCK, "num_warps": BLOCK_WARPS}
+    for digit in range(DIGITS):
+        selected = (svar, a.robust_fraction, histograms, above, m, digit)
+        run_kernel(kernels.select_digit_fwd_kernel, blocks, *selected, **options)
+    samples = (svar, correct, a.robust_fraction, contiguous(a.unfit), histograms, above)
+    numbers = (m, blocks, *a.group_steps, *map(_bits, a.group_step_sizes))
+    grouped = (*samples, threshold, group, steps, step_size, sizes, unfit_rows, *numbers)
+    run_kernel(kernels.group_blocks_fwd_kernel, blocks, *grouped, **options, BLOCKS=BLOCKS)
+    numbers = (m, blocks, max(a.group_steps), _faults(a), *a.group_steps)
+    ordered = (group, steps, sizes, unfit_rows, contiguous(a.faults), order, counts, a.group_counts, *numbers)
+    run_kernel(kernels.order_blocks_fwd_kernel, blocks, *ordered, **options, BLOCKS=BLOCKS)
     return results
 
 
 def _bits(number: float) -> int:
     """The 64 bits of a float, as a kernel takes it."""
-    (bits,) = struct.unpack("<q", struct.pack("<d", number))
-    return int(bits)
+    return int.from_bytes(struct.pack("<d", number), "little", signed=True)
+
+
+def _faults(a: Arguments) -> int:
+    return 0 if a.faults is None else len(a.faults)
 
 
 def _kernel_takes(svar: Tensor) -> bool:
     return svar.is_cuda and svar.dtype == torch.float32 and len(svar) <= MOST_SAMPLES and kernels_run(svar)
 
 
-def _results(svar: Tensor, group_steps: Sequence[int], faults: Tensor | None) -> Assigned:
-    """Room for what is returned."""
-    m, device = len(svar), svar.device
-    numbers = max(group_steps) + 3 + (0 if faults is None else len(faults)) + 2
+def _results(a: Arguments) -> Assigned:
+    """The results, not yet filled."""
+    m, device = len(a.svar), a.svar.device
+    numbers = max(a.group_steps) + 3 + _faults(a) + 2
+    group, steps, order, counts = (torch.empty(n, dtype=torch.int64, device=device) for n in (m, m, m, numbers))
     threshold = torch.empty((), dtype=torch.float64, device=device)
-    step_size = torch.empty(m, dtype=torch.float64, device=device)
-    group, steps, order = (torch.empty(m, dtype=torch.int64, device=device) for _ in range(3))
-    return threshold, group, steps, step_size, order, torch.empty(numbers, dtype=torch.int64, device=device)
+    return threshold, group, steps, torch.empty(m, dtype=torch.float64, device=device), order, counts
 
 
-def _check(
-    svar: Tensor,
-    correct: Tensor,
-    robust_fraction: Tensor,
-    group_steps: Sequence[int],
-    group_step_sizes: Sequence[float],
-    unfit: Tensor | None,
-    faults: Tensor | None,
-    group_counts: Tensor | None,
-) -> None:
-    if svar.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"svar must be torch.float32 or torch.float64, got {svar.dtype}: write svar.float()")
-    if svar.dim() != 1:
-        raise ValueError(f"svar must have shape [m], got {list(svar.shape)}: give one number for each sample")
-    check("correct", correct, svar.shape, (torch.bool,), svar.device)
-    check("robust_fraction", robust_fraction, (), (torch.float64,), svar.device)
-    check("unfit", unfit, svar.shape, (torch.uint8,), svar.device)
-    check(
-        "faults", faults, (len(faults),) if faults is not None and faults.dim() else (1,), (torch.int64,), svar.device
-    )
-    check("group_counts", group_counts, (3,), (torch.int64,), svar.device)
-    if group_counts is not None and not group_counts.is_contiguous():
-        raise ValueError("group_counts must be contiguous: write group_counts.contiguous()")
-    for name, values in (("group_steps", group_steps), ("group_step_sizes", group_step_sizes)):
+def _check(a: Arguments) -> None:
+    if a.svar.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"svar must be torch.float32 or torch.float64, got {a.svar.dtype}: write svar.float()")
+    if a.svar.dim() != 1:
+        raise ValueError(f"svar must have shape [m], got {list(a.svar.shape)}: give one number for each sample")
+    m, device, integers = a.svar.shape, a.svar.device, (torch.int64,)
+    check("correct", a.correct, m, (torch.bool,), device)
+    check("robust_fraction", a.robust_fraction, (), (torch.float64,), device)
+    check("unfit", a.unfit, m, (torch.uint8,), device)
+    check("faults", a.faults, (1 if a.faults is None else a.faults.numel(),), integers, device)
+    check("group_counts", a.group_counts, (3,), integers, device, changed=True)
+    for name, values in (("group_steps", a.group_steps), ("group_step_sizes", a.group_step_sizes)):
         if len(values) != 3:
             raise ValueError(
                 f"{name} must hold 3 numbers (outlier, boundary, robust), got {list(values)}: give one for each group"
             )
-    if not all(0 <= n < 2**31 for n in group_steps):
+    if not all(0 <= n < 2**31 for n in a.group_steps):
         raise ValueError(
-            f"group_steps must be at least 0, and fit into 32 bits, got {list(group_steps)}: "
+            f"group_steps must be at least 0, and fit into 32 bits, got {list(a.group_steps)}: "
             "give counts of steps, as (0, 10, 2)"
         )
+
+
+def _run(svar: Tensor, *others: Any) -> Assigned:
+    run = assign_reference
+    if _kernel_takes(svar):
+        run = launch_assign if len(svar) <= max(WARPS) else launch_assign_in_blocks
+    return run(svar, *others)
+
+
+_assign_steps = define_op(
+    "assign_steps(Tensor svar, Tensor correct, Tensor robust_fraction, SymInt[] group_steps, "
+    "float[] group_step_sizes, Tensor? unfit, Tensor? faults, Tensor(a7!)? group_counts) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    check=lambda *given: _check(Arguments(*given)),
+    run=_run,
+    results=lambda *given: _results(Arguments(*given)),
+)

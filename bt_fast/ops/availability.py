@@ -1,14 +1,13 @@
-"""Where kernels run: on a CUDA device, until a look at it or a launch says that they cannot.
+"""Whether kernels run on a device: on a CUDA one, until its properties or a launch show that they cannot.
 
-Then a warning tells why, and the device's ops are plain torch for the rest of the process. To ask costs a call one look
-into a dictionary.
+Then a warning says why, and the device's ops are plain torch for the rest of the process. A call costs one look-up in a
+dictionary.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib.util
-import inspect
 import os
 import subprocess
 import sys
@@ -17,7 +16,7 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,12 +25,13 @@ from bt_fast.device import out_of_memory
 from bt_fast.floors import FLOORS, numbers, too_old, upgrade
 
 LEAST_CAPABILITY = (7, 5)
-# what every triton from the floor on compiles for; and what those from NEWER on do, which have bfloat16 on 7.5 too
+# every triton from the floor on compiles for these; from NEWER on for those too, and for bfloat16 on 7.5
 CAPABILITIES = ((7, 5), (8, 0), (8, 6), (8, 7), (8, 9), (9, 0))
 NEWER, NEWER_CAPABILITIES = [3, 6], ((10, 0), (10, 3), (12, 0), (12, 1))
 BFLOAT16_CAPABILITY = (8, 0)
 
-Launch = TypeVar("Launch", bound=Callable[..., Any])
+Given = ParamSpec("Given")
+Result = TypeVar("Result")
 
 
 class Plain(NamedTuple):
@@ -45,15 +45,16 @@ NO_TRITON = Plain("triton is not installed", f"python -m pip install 'triton>={F
 
 _plain: dict[tuple[torch.device, bool], Plain | None] = {}  # by device and whether in bfloat16; None: kernels run
 _launched: set[torch.device] = set()  # where a launch went well
-_said: set[str] = set()
+_warnings: set[str] = set()  # already given
 
 
 def kernels_run(x: Tensor) -> bool:
-    """Whether ops on `x`, which is on a CUDA device, launch kernels; the first look warns if not."""
+    """Whether ops on `x`, which is on a CUDA device, launch kernels; the first call warns if not."""
     key = x.device, x.dtype == torch.bfloat16
     if key not in _plain:
-        _plain[key] = why_plain(*key)
-        _say(x.device, _plain[key])
+        _plain[key] = problem = why_plain(*key)
+        if problem is not None:
+            _warn(x.device, problem)
     return _plain[key] is None
 
 
@@ -79,20 +80,22 @@ def why_plain(device: torch.device, bfloat16: bool = False) -> Plain | None:
 
 @functools.cache
 def triton_problem() -> Plain | None:
-    """What is wrong with the installed triton, or None. Imports it if it is there."""
+    """What is wrong with the installed triton, or None. Imports it if it is installed."""
     if importlib.util.find_spec("triton") is None:
         return NO_TRITON
     try:
         version = triton_version()
     except Exception as error:  # a broken installation raises whatever it likes
-        return Plain(f"triton cannot be imported ({said(error)})", "python -m pip install --force-reinstall triton")
+        return Plain(
+            f"triton cannot be imported ({first_line(error)})", "python -m pip install --force-reinstall triton"
+        )
     if too_old("triton", version):
         return Plain(f"triton {version} is older than {FLOORS['triton']}", upgrade("triton"))
     return None
 
 
 def triton_version() -> str:
-    """Of the triton that is imported."""
+    """The version of the imported triton."""
     import triton
 
     return str(triton.__version__)
@@ -102,8 +105,8 @@ def triton_version() -> str:
 def compiles_for(capability: tuple[int, int]) -> bool:
     """Whether triton compiles for a compute capability.
 
-    Its compiler aborts the whole process for one that is newer than it. So what is not known to work is tried in
-    another process, which takes seconds.
+    Its compiler aborts the whole process for a newer capability than its own. So one that is not known to work is tried
+    in another process, which takes seconds.
     """
     if capability in CAPABILITIES or (numbers(triton_version())[:2] >= NEWER and capability in NEWER_CAPABILITIES):
         return True
@@ -114,73 +117,69 @@ def compiles_for(capability: tuple[int, int]) -> bool:
     return subprocess.run(trial, capture_output=True, env=environment, check=False).returncode == 0
 
 
-def or_plain(reference: Callable[..., Any]) -> Callable[[Launch], Launch]:
+def or_plain(reference: Callable[Given, Result]) -> Callable[[Callable[Given, Result]], Callable[Given, Result]]:
     """Decorates a launch on the first argument's device: where none can be made, `reference` gives this call's results.
 
     That is, where nothing has been launched yet, or where triton lacks something outside of it. Any other error is a
-    bug, and raised; so is one of a full memory, and one inside a capture, in which nothing can be said of the device.
+    bug, and raised; so is one of a full memory, and one inside a capture, which says nothing about the device.
     """
 
-    def decorated(launch: Launch) -> Launch:
-        name = next(iter(inspect.signature(launch).parameters))
-
+    def decorated(launch: Callable[Given, Result]) -> Callable[Given, Result]:
         @functools.wraps(launch)
-        def run(*given: Any, **named: Any) -> Any:
-            first: Tensor = given[0] if given else named[name]
+        def run(*given: Given.args, **named: Given.kwargs) -> Result:
+            first: Any = next(iter((*given, *named.values())))
             try:
-                out = launch(*given, **named)
+                with torch.cuda.device_of(first):
+                    result = launch(*given, **named)
             except Exception as error:
                 problem = _problem(error, first)
                 if problem is None:
                     raise
                 _plain.update({(first.device, bfloat16): problem for bfloat16 in (False, True)})
-                _say(first.device, problem)
+                _warn(first.device, problem)
             else:
                 if first.numel():
                     _launched.add(first.device)
-                return out
+                return result
             return reference(*given, **named)
 
-        return run  # type: ignore[return-value]
+        return run
 
     return decorated
 
 
 def no_way_back(error: Exception) -> None:
-    """Mark an error of a launch after one that has changed what the caller gave: plain torch would change it again."""
+    """Mark an error of a launch after one that has changed the caller's tensors: plain torch would do so again."""
     error.no_way_back = True  # type: ignore[attr-defined]
 
 
-def said(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     """Type and first line of the message."""
     return f"{type(error).__name__}: {(str(error).splitlines() or ['no message'])[0]}"
 
 
-def _say(device: torch.device, problem: Plain | None) -> None:
+def _warn(device: torch.device, problem: Plain) -> None:
     """Warn of a problem, once."""
-    if problem is None:
-        return
     cure = f". To have them: {problem.command}" if problem.command else ""
     text = (
         f"bt_fast runs in plain torch on {device}, since {problem.reason}: results are the same, but without fused "
         f"kernels each op is many launches instead of one{cure}"
     )
-    if text not in _said:
-        _said.add(text)
+    if text not in _warnings:
+        _warnings.add(text)
         warnings.warn(text, stacklevel=3)
 
 
 def _problem(error: Exception, x: Tensor) -> Plain | None:
-    """What an error of a launch says about the device of `x`; None if it is a bug or says nothing."""
+    """The device's problem that an error of a launch on `x` shows; None if it is a bug or shows none."""
     if not x.is_cuda or hasattr(error, "no_way_back") or out_of_memory(error):
         return None
     if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
         return None
-    if problem := _lacking(error):
+    problem = _lacking(error)
+    if problem is not None or x.device in _launched:
         return problem
-    if x.device in _launched:
-        return None
-    return Plain(f"the first launch failed ({said(error)})", "bt-fast doctor")
+    return Plain(f"the first launch failed ({first_line(error)})", "bt-fast doctor")
 
 
 def _lacking(error: Exception) -> Plain | None:
@@ -188,16 +187,16 @@ def _lacking(error: Exception) -> Plain | None:
     if "Failed to find C compiler" in str(error):
         return Plain("triton finds no C compiler to build its launcher with", "sudo apt-get install gcc")
     if isinstance(error, subprocess.CalledProcessError):
-        if not python_header().is_file():
-            package = f"python{sys.version_info.major}.{sys.version_info.minor}-dev"
-            return Plain(f"{python_header()} is missing, for triton's launcher", f"sudo apt-get install {package}")
-        return Plain(f"triton cannot build its launcher ({said(error)})", "bt-fast doctor")
-    if isinstance(error, OSError) and error.filename is not None and error.filename == os.environ.get("CC"):
-        return Plain(f"CC={error.filename} cannot be run ({said(error)})", "unset CC")
-    if isinstance(error, OSError):
-        command = f"export TRITON_CACHE_DIR={Path(tempfile.gettempdir()) / 'triton'}"
-        return Plain(f"triton's cache cannot be written ({said(error)})", command)
-    return None
+        if python_header().is_file():
+            return Plain(f"triton cannot build its launcher ({first_line(error)})", "bt-fast doctor")
+        package = f"python{sys.version_info.major}.{sys.version_info.minor}-dev"
+        return Plain(f"{python_header()} is missing, for triton's launcher", f"sudo apt-get install {package}")
+    if not isinstance(error, OSError):
+        return None
+    if error.filename is not None and error.filename == os.environ.get("CC"):
+        return Plain(f"CC={error.filename} cannot be run ({first_line(error)})", "unset CC")
+    command = f"export TRITON_CACHE_DIR={Path(tempfile.gettempdir()) / 'triton'}"
+    return Plain(f"triton's cache cannot be written ({first_line(error)})", command)
 
 
 def python_header() -> Path:

@@ -1,7 +1,7 @@
 """The losses of the update: a fused kernel on CUDA, plain torch elsewhere.
 
-A loss of the update is one op, which gives the loss of every row and its gradient with respect to all logits, found in
-the same pass. Its backward scales them. A second derivative goes through the plain torch of the reference.
+A loss of the update is one op: the loss of every row and, computed in the same pass, its gradient with respect to all
+logits. Its backward scales them. A second derivative goes through the plain torch of the reference.
 """
 
 from __future__ import annotations
@@ -14,14 +14,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bt_fast.ops.availability import or_plain
-from bt_fast.ops.launch import MOST_INT32
+from bt_fast.ops.launch import MOST_INT32, check, define_op, run_kernel
 from bt_fast.ops.numeric import wide
-from bt_fast.ops.rows import kernel_takes
+from bt_fast.ops.rows import check_logits, kernel_takes, result_dtype
 
-# By the logits of a loss, such that no compiler spills what three hold: the most classes of which a block holds whole
-# rows, its rows and its warps; and beyond, so many classes at a time.
+# By the number of a loss's logits, such that no compiler spills registers: the most classes of which a block holds
+# whole rows, its rows and its warps; and beyond, so many classes at a time.
 TILES = {2: ((32, 4, 4), (1024, 1, 8)), 3: ((32, 4, 4), (1024, 1, 16))}
 LOOPED = {2: (2048, 1, 16), 3: (1024, 1, 16)}
+
+Rows = tuple[Tensor, ...]  # the losses of the rows, and a gradient for each of the logits
 
 
 def trades_kl(adversarial_logits: Tensor, clean_logits: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -59,13 +61,7 @@ def mart_loss(
         adversarial_logits: [n, K] of the same dtype, z'.
         labels: [n] int64, y.
         beta: β.
-        weights: [n], w, in the logits' dtype or the result's; differentiable. Without it, all are 1.
-
-    Returns:
-        0-dim, float32 (float64 for float64 logits); 0 for n = 0.
-
-    Raises:
-        TypeError or ValueError: a dtype, shape or device does not fit; the message names the argument.
+        weights: w, as in `trades_kl`, and so are result and errors.
     """
     rows = mart_loss_rows(clean_logits, adversarial_logits, labels, beta)[0]
     n: int = rows.shape[0]
@@ -84,37 +80,18 @@ def js_divergence(
     Args:
         clean_logits: [n, K] floating point.
         first_logits: [n, K] of the same dtype, second_logits: likewise; of the augmented views.
-        weights: [n], w, in the logits' dtype or the result's; differentiable. Without it, all are 1.
-
-    Returns:
-        0-dim, float32 (float64 for float64 logits); 0 for n = 0.
-
-    Raises:
-        TypeError or ValueError: a dtype, shape or device does not fit; the message names the argument.
+        weights: w, as in `trades_kl`, and so are result and errors.
     """
     return _total(js_divergence_rows(clean_logits, first_logits, second_logits)[0], clean_logits, weights)
 
 
-# TRADES
+def _total(rows: Tensor, logits: Tensor, weights: Tensor | None) -> Tensor:
+    check("weights", weights, rows.shape, (rows.dtype, logits.dtype), rows.device)
+    return rows.sum() if weights is None else (rows * weights).sum()
 
 
-@torch.library.custom_op("bt_fast::trades_kl", mutates_args=())
-def trades_kl_rows(adversarial_logits: Tensor, clean_logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`trades_kl` of every row, [n], and its gradients in the order of the arguments."""
-    _check(adversarial_logits=adversarial_logits, clean_logits=clean_logits)
-    run = launch_trades_kl if kernel_takes(clean_logits) else trades_kl_reference
-    return run(adversarial_logits, clean_logits)
-
-
-@trades_kl_rows.register_fake
-def _(adversarial_logits: Tensor, clean_logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    _check(adversarial_logits=adversarial_logits, clean_logits=clean_logits)
-    loss, adversarial, clean = _empty_results(adversarial_logits, clean_logits)
-    return loss, adversarial, clean
-
-
-def trades_kl_reference(adversarial_logits: Tensor, clean_logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`trades_kl_rows` in plain torch: what the kernel is held against, and what runs where there is none."""
+def trades_kl_reference(adversarial_logits: Tensor, clean_logits: Tensor) -> Rows:
+    """`trades_kl_rows` in plain torch: the reference of the kernel, and what runs without one."""
     log_q, log_p = (F.log_softmax(wide(z), dim=1) for z in (adversarial_logits, clean_logits))
     q, p = log_q.exp(), log_p.exp()
     terms = _times_gap(p, log_p, log_q)
@@ -124,42 +101,17 @@ def trades_kl_reference(adversarial_logits: Tensor, clean_logits: Tensor) -> tup
 
 
 @or_plain(trades_kl_reference)
-def launch_trades_kl(adversarial_logits: Tensor, clean_logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def launch_trades_kl(adversarial_logits: Tensor, clean_logits: Tensor) -> Rows:
     """`trades_kl_rows` as one launch."""
     from bt_fast.kernels.divergence import trades_kl_fwd_kernel, trades_kl_looped_fwd_kernel
 
-    results = _empty_results(adversarial_logits, clean_logits)
-    _launch((trades_kl_fwd_kernel, trades_kl_looped_fwd_kernel), (adversarial_logits, clean_logits), (), results, ())
-    loss, adversarial, clean = results
-    return loss, adversarial, clean
+    return _launch(trades_kl_fwd_kernel, trades_kl_looped_fwd_kernel, (adversarial_logits, clean_logits))
 
 
-# MART
+def mart_loss_reference(clean_logits: Tensor, adversarial_logits: Tensor, labels: Tensor, beta: float) -> Rows:
+    """`mart_loss_rows` in plain torch: the reference of the kernel, and what runs without one.
 
-
-@torch.library.custom_op("bt_fast::mart_loss", mutates_args=())
-def mart_loss_rows(
-    clean_logits: Tensor, adversarial_logits: Tensor, labels: Tensor, beta: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`n·mart_loss` of every row, [n], and its gradients with respect to the logits, in their order."""
-    _check_mart(clean_logits, adversarial_logits, labels)
-    run = launch_mart_loss if kernel_takes(clean_logits) else mart_loss_reference
-    return run(clean_logits, adversarial_logits, labels, beta)
-
-
-@mart_loss_rows.register_fake
-def _(clean_logits: Tensor, adversarial_logits: Tensor, labels: Tensor, beta: float) -> tuple[Tensor, Tensor, Tensor]:
-    _check_mart(clean_logits, adversarial_logits, labels)
-    loss, clean, adversarial = _empty_results(clean_logits, adversarial_logits)
-    return loss, clean, adversarial
-
-
-def mart_loss_reference(
-    clean_logits: Tensor, adversarial_logits: Tensor, labels: Tensor, beta: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`mart_loss_rows` in plain torch: what the kernel is held against, and what runs where there is none.
-
-    `1.0001 - q_r` and `1.0000001 - p_y` are found from the sum of the other probabilities: in float32 the difference
+    `1.0001 - q_r` and `1.0000001 - p_y` are computed as the sum of the other probabilities: in float32 the difference
     has a rounding error as large as what is left of it.
     """
     classes = torch.arange(clean_logits.shape[1], device=labels.device)
@@ -190,43 +142,16 @@ def mart_loss_reference(
 
 
 @or_plain(mart_loss_reference)
-def launch_mart_loss(
-    clean_logits: Tensor, adversarial_logits: Tensor, labels: Tensor, beta: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def launch_mart_loss(clean_logits: Tensor, adversarial_logits: Tensor, labels: Tensor, beta: float) -> Rows:
     """`mart_loss_rows` as one launch."""
     from bt_fast.kernels.divergence import mart_loss_fwd_kernel, mart_loss_looped_fwd_kernel
 
-    results = _empty_results(clean_logits, adversarial_logits)
-    kernels, labels = (mart_loss_fwd_kernel, mart_loss_looped_fwd_kernel), labels.contiguous()
-    _launch(kernels, (clean_logits, adversarial_logits), (labels,), results, (float(beta),))
-    loss, clean, adversarial = results
-    return loss, clean, adversarial
+    logits = (clean_logits, adversarial_logits)
+    return _launch(mart_loss_fwd_kernel, mart_loss_looped_fwd_kernel, logits, (labels.contiguous(),), (float(beta),))
 
 
-# AugMix
-
-
-@torch.library.custom_op("bt_fast::js_divergence", mutates_args=())
-def js_divergence_rows(
-    clean_logits: Tensor, first_logits: Tensor, second_logits: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`js_divergence` of every row, [n], and its gradients in the order of the arguments."""
-    _check(clean_logits=clean_logits, first_logits=first_logits, second_logits=second_logits)
-    run = launch_js_divergence if kernel_takes(clean_logits) else js_divergence_reference
-    return run(clean_logits, first_logits, second_logits)
-
-
-@js_divergence_rows.register_fake
-def _(clean_logits: Tensor, first_logits: Tensor, second_logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _check(clean_logits=clean_logits, first_logits=first_logits, second_logits=second_logits)
-    loss, clean, first, second = _empty_results(clean_logits, first_logits, second_logits)
-    return loss, clean, first, second
-
-
-def js_divergence_reference(
-    clean_logits: Tensor, first_logits: Tensor, second_logits: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`js_divergence_rows` in plain torch: what the kernel is held against, and what runs where there is none."""
+def js_divergence_reference(clean_logits: Tensor, first_logits: Tensor, second_logits: Tensor) -> Rows:
+    """`js_divergence_rows` in plain torch: the reference of the kernel, and what runs without one."""
     log_ps = [F.log_softmax(wide(z), dim=1) for z in (clean_logits, first_logits, second_logits)]
     ps = [log_p.exp() for log_p in log_ps]
     mean = (ps[0] + ps[1] + ps[2]) / 3.0
@@ -244,20 +169,17 @@ def _js_gradient(p: Tensor, p_times_g: Tensor) -> Tensor:
 
 
 @or_plain(js_divergence_reference)
-def launch_js_divergence(
-    clean_logits: Tensor, first_logits: Tensor, second_logits: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def launch_js_divergence(clean_logits: Tensor, first_logits: Tensor, second_logits: Tensor) -> Rows:
     """`js_divergence_rows` as one launch."""
     from bt_fast.kernels.divergence import js_divergence_fwd_kernel, js_divergence_looped_fwd_kernel
 
     logits = (clean_logits, first_logits, second_logits)
-    results = _empty_results(*logits)
-    _launch((js_divergence_fwd_kernel, js_divergence_looped_fwd_kernel), logits, (), results, ())
-    loss, clean, first, second = results
-    return loss, clean, first, second
+    return _launch(js_divergence_fwd_kernel, js_divergence_looped_fwd_kernel, logits)
 
 
-# What they share
+def _times_gap(p: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
+    """`p·(log p - log q)`; where p is 0 it is 0, even against log 0 on both sides."""
+    return p * torch.where(p > 0, log_p - log_q, 0.0)
 
 
 def tile(classes: int, logits: int) -> tuple[int, int, int]:
@@ -270,105 +192,37 @@ def whole(classes: int, logits: int) -> bool:
     return classes <= TILES[logits][-1][0]
 
 
-def _launch(
-    kernels: tuple[Any, Any],
-    logits: tuple[Tensor, ...],
-    labels: tuple[Tensor, ...],
-    results: tuple[Tensor, ...],
-    numbers: tuple[float, ...],
-) -> None:
-    """Launch the first kernel where rows fit into a block, and the second where they do not."""
+def _launch(one_block: Any, looped: Any, logits: Rows, labels: Rows = (), numbers: tuple[float, ...] = ()) -> Rows:
+    """Launch the kernel for whole rows where they fit into a block, and the looped one where they do not."""
+    results = _empty_results(*logits)
     n, classes = logits[0].shape
     if n == 0:
-        return
+        return results
     logits = tuple(z if z.stride(1) == 1 and z.stride(0) < MOST_INT32 else z.contiguous() for z in logits)
     block, rows, warps = tile(classes, len(logits))
-    kernel = kernels[0 if whole(classes, len(logits)) else 1]
-    strides = [z.stride(0) for z in logits]
-    with torch.cuda.device_of(logits[0]):
-        kernel[(-(-n // rows),)](
-            *logits,
-            *labels,
-            *results,
-            *numbers,
-            *strides,
-            n,
-            classes,
-            ROWS=rows,
-            BLOCK=block,
-            num_warps=warps,
-            enable_fp_fusion=False,
-        )
+    given = (*logits, *labels, *results, *numbers, *(z.stride(0) for z in logits), n, classes)
+    kernel = one_block if whole(classes, len(logits)) else looped
+    run_kernel(kernel, -(-n // rows), *given, ROWS=rows, BLOCK=block, num_warps=warps)
+    return results
 
 
-def _empty_results(*logits: Tensor) -> tuple[Tensor, ...]:
-    """The losses of the rows, and a gradient for each of the logits."""
+def _empty_results(*logits: Tensor) -> Rows:
+    """The losses of the rows, and a gradient for each of the logits, not yet filled."""
     z = logits[0]
-    loss = torch.empty(z.shape[0], dtype=torch.promote_types(z.dtype, torch.float32), device=z.device)
+    loss = torch.empty(z.shape[0], dtype=result_dtype(z), device=z.device)
     return loss, *(torch.empty(z.shape, dtype=z.dtype, device=z.device) for z in logits)
 
 
-def _times_gap(p: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
-    """`p·(log p - log q)`; where p is 0 it is 0, even against log 0 on both sides."""
-    return p * torch.where(p > 0, log_p - log_q, 0.0)
-
-
-def _total(rows: Tensor, logits: Tensor, weights: Tensor | None) -> Tensor:
-    if weights is None:
-        return rows.sum()
-    if weights.dtype not in (logits.dtype, rows.dtype):
-        raise TypeError(
-            f"weights must be {logits.dtype} or {rows.dtype}, got {weights.dtype}: write weights.to({rows.dtype})"
-        )
-    if weights.shape != rows.shape:
-        raise ValueError(
-            f"weights must have shape {list(rows.shape)}, got {list(weights.shape)}: give one for each row"
-        )
-    if weights.device != rows.device:
-        raise ValueError(
-            f"weights must be on {rows.device} as the logits, got {weights.device}: "
-            f"write weights.to({str(rows.device)!r})"
-        )
-    return (rows * weights).sum()
-
-
-def _check(**logits: Tensor) -> None:
+def _check(classes: int = 1, **logits: Tensor) -> None:
     (first, like), *others = logits.items()
-    if not like.is_floating_point():
-        raise TypeError(f"{first} must be floating point, got {like.dtype}: write {first}.float()")
-    if like.dim() != 2 or like.shape[1] == 0:
-        raise ValueError(
-            f"{first} must have shape [n, K] with K >= 1, got {list(like.shape)}: "
-            "give a row for each sample and a column for each class"
-        )
+    check_logits(first, like, classes=classes)
     for name, z in others:
-        if z.dtype != like.dtype:
-            raise TypeError(f"{name} must be {like.dtype} as {first}, got {z.dtype}: write {name}.to({like.dtype})")
-        if z.shape != like.shape:
-            raise ValueError(
-                f"{name} must have shape {list(like.shape)} as {first}, got {list(z.shape)}: "
-                "give both of the same samples"
-            )
-        if z.device != like.device:
-            raise ValueError(
-                f"{name} must be on {like.device} as {first}, got {z.device}: write {name}.to({str(like.device)!r})"
-            )
+        check(name, z, like.shape, (like.dtype,), like.device)
 
 
-def _check_mart(clean_logits: Tensor, adversarial_logits: Tensor, labels: Tensor) -> None:
-    _check(clean_logits=clean_logits, adversarial_logits=adversarial_logits)
-    n, classes = clean_logits.shape
-    if classes < 2:
-        raise ValueError(f"clean_logits must have 2 classes at least, got {classes}: give a column for each class")
-    if labels.dtype != torch.int64:
-        raise TypeError(f"labels must be torch.int64, got {labels.dtype}: write labels.long()")
-    if labels.shape != (n,):
-        raise ValueError(f"labels must have shape {[n]}, got {list(labels.shape)}: give one for each row")
-    if labels.device != clean_logits.device:
-        raise ValueError(
-            f"labels must be on {clean_logits.device} as the logits, got {labels.device}: "
-            f"write labels.to({str(clean_logits.device)!r})"
-        )
+def _check_mart(clean_logits: Tensor, adversarial_logits: Tensor, labels: Tensor, _: float) -> None:
+    _check(2, clean_logits=clean_logits, adversarial_logits=adversarial_logits)
+    check("labels", labels, clean_logits.shape[:1], (torch.int64,), clean_logits.device)
 
 
 def _register_gradient(op: Any, reference: Callable[..., tuple[Tensor, ...]], logits: int) -> None:
@@ -395,6 +249,24 @@ def _register_gradient(op: Any, reference: Callable[..., tuple[Tensor, ...]], lo
     op.register_autograd(backward, setup_context=setup_context)
 
 
+trades_kl_rows = define_op(
+    "trades_kl(Tensor adversarial_logits, Tensor clean_logits) -> (Tensor, Tensor, Tensor)",
+    check=lambda adversarial, clean: _check(adversarial_logits=adversarial, clean_logits=clean),
+    run=lambda *given: (launch_trades_kl if kernel_takes(given[0]) else trades_kl_reference)(*given),
+    results=_empty_results,
+)
+mart_loss_rows = define_op(
+    "mart_loss(Tensor clean_logits, Tensor adversarial_logits, Tensor labels, float beta) -> (Tensor, Tensor, Tensor)",
+    check=_check_mart,
+    run=lambda *given: (launch_mart_loss if kernel_takes(given[0]) else mart_loss_reference)(*given),
+    results=lambda clean, adversarial, *_: _empty_results(clean, adversarial),
+)
+js_divergence_rows = define_op(
+    "js_divergence(Tensor clean_logits, Tensor first_logits, Tensor second_logits) -> (Tensor, Tensor, Tensor, Tensor)",
+    check=lambda clean, first, second: _check(clean_logits=clean, first_logits=first, second_logits=second),
+    run=lambda *given: (launch_js_divergence if kernel_takes(given[0]) else js_divergence_reference)(*given),
+    results=_empty_results,
+)
 _register_gradient(trades_kl_rows, trades_kl_reference, logits=2)
 _register_gradient(mart_loss_rows, mart_loss_reference, logits=2)
 _register_gradient(js_divergence_rows, js_divergence_reference, logits=3)

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import math
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from bt_fast.ops.availability import kernels_run, or_plain
-from bt_fast.ops.launch import KERNEL_DTYPES, MOST_INT32, check, contiguous, dense_format, rounded
+from bt_fast.ops.availability import or_plain
+from bt_fast.ops.launch import (
+    check,
+    check_images,
+    contiguous,
+    define_op,
+    dense_format,
+    packed,
+    rounded,
+    run_kernel,
+    takes_images,
+)
 from bt_fast.ops.numeric import per_sample, wide
 
 NOISES = ("normal", "uniform")
@@ -20,6 +31,20 @@ LOW = 0xFFFFFFFF
 LOGARITHM = (0.3154916, -0.34222665, 0.3268116, -0.39590025, 0.5002408, -0.6667598, 0.99999756, -1.9999996)
 COSINE = (8.5819064e-4, -0.020810628, 0.25365075, -1.2336982, 0.99999994)
 SINE = (-0.0043331, 0.07943434, -0.64589286, 1.570791)
+
+
+class Start(NamedTuple):
+    """The arguments of `gather_start`."""
+
+    x: Tensor
+    order: Tensor | None
+    steps: Tensor | None
+    state: Tensor
+    noise: str
+    scale: float
+    lower: float | None = None
+    upper: float | None = None
+    samples: Tensor | None = None
 
 
 def gather_start(
@@ -35,16 +60,16 @@ def gather_start(
 ) -> tuple[Tensor, Tensor]:
     """The batch in sorted order, and where the attack on it starts: `clip(x + scale·noise, lower, upper)`.
 
-    Sorted row i is sample `order[i]`. A sample with no steps starts at x, to the bit, and is not clipped. On CUDA one
-    kernel, which reads each element once and writes two (where triton is installed, the images are dense, and not
-    float64), and a second of one number, for the offset. Never waits for the device. No gradient passes.
+    Sorted row i is sample `order[i]`. A sample with no steps starts at x, to the bit, and is not clipped. For dense
+    images a kernel reads each element once and writes two; a second launch of one number moves the offset. No gradient
+    passes.
 
     The noise is that of a counter, and the same to the bit on every device and in every dtype: element e of sample s,
     counted in the order in which the sample lies in memory, has output `e mod 4` of Philox4x32-10 with the counter
-    `(e div 4, s, offset)` and the seed as key; s is the sample's place in the batch, or what `samples` says. So it
+    `(e div 4, s, offset)` and the seed as key; s is the sample's place in the batch, or its number in `samples`. So it
     depends neither on `order` nor on what else is in the batch, but images in channels-last have it in other places
-    than contiguous ones. 32 bits make a number in [-1, 1], or, two by
-    two, normal numbers of up to 6.8 (Box and Muller, 1958; logarithm, sine and cosine to 1e-6).
+    than contiguous ones. 32 bits make a number in [-1, 1], or, two by two, normal numbers of up to 6.8 (Box and Muller,
+    1958; logarithm, sine and cosine to 1e-6).
 
     Args:
         x: [m, ...] floating point.
@@ -68,65 +93,22 @@ def gather_start(
     return started
 
 
-@torch.library.custom_op("bt_fast::gather_start", mutates_args=("state",))
-def _gather_start(
-    x: Tensor,
-    order: Tensor | None,
-    steps: Tensor | None,
-    state: Tensor,
-    noise: str,
-    scale: float,
-    lower: float | None,
-    upper: float | None,
-    samples: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    _check(x, order, steps, state, noise, samples)
-    run = launch_gather_start if _kernel_takes(x) else gather_start_reference
-    clean, start = run(x, order, steps, state, noise, scale, lower, upper, samples)
-    state[1].add_(1)  # a launch of its own: while the other runs, all of it must see the old offset
-    return clean, start
-
-
-@_gather_start.register_fake
-def _(
-    x: Tensor,
-    order: Tensor | None,
-    steps: Tensor | None,
-    state: Tensor,
-    noise: str,
-    scale: float,
-    lower: float | None,
-    upper: float | None,
-    samples: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    _check(x, order, steps, state, noise, samples)
-    return _like(x), _like(x)
-
-
-def gather_start_reference(
-    x: Tensor,
-    order: Tensor | None,
-    steps: Tensor | None,
-    state: Tensor,
-    noise: str,
-    scale: float,
-    lower: float | None = None,
-    upper: float | None = None,
-    samples: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+@packed(Start)
+def gather_start_reference(s: Start) -> tuple[Tensor, Tensor]:
     """`gather_start` in plain torch, but for the offset, which stays."""
+    x = s.x
     clean, start = _like(x), _like(x)
     dense = x if dense_format(x) else x.contiguous()
-    rows = torch.arange(len(x), device=x.device) if order is None else order
+    rows = torch.arange(len(x), device=x.device) if s.order is None else s.order
     flat = torch.index_select(_flat(dense), 0, rows, out=_flat(clean))
-    moved = unit_noise(rows if samples is None else samples[rows], flat.shape[1], state, noise)
-    moved = moved.to(torch.promote_types(x.dtype, moved.dtype)).mul_(_scale(x, noise, scale)).add_(wide(flat))
-    if lower is not None or upper is not None:
-        moved.clamp_(lower, upper)
-    if steps is None:
+    moved = unit_noise(rows if s.samples is None else s.samples[rows], flat.shape[1], s.state, s.noise)
+    moved = moved.to(torch.promote_types(x.dtype, moved.dtype)).mul_(_scale(s)).add_(wide(flat))
+    if s.lower is not None or s.upper is not None:
+        moved.clamp_(s.lower, s.upper)
+    if s.steps is None:
         _flat(start).copy_(moved)
     else:
-        torch.where(per_sample(steps[rows] > 0, flat), moved.to(x.dtype), flat, out=_flat(start))
+        torch.where(per_sample(s.steps[rows] > 0, flat), moved.to(x.dtype), flat, out=_flat(start))
     return clean, start
 
 
@@ -167,7 +149,7 @@ def philox(seed: Tensor, counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> tupl
 
 
 def _normal_pair(uniform: Tensor, angle: Tensor, out: Tensor) -> None:
-    """Two normal numbers [..., 2] of twice 32 random bits, operation by operation as the kernel computes them."""
+    """Write two normal numbers [..., 2] of twice 32 random bits, operation by operation as the kernel."""
     mantissa = uniform.to(torch.float32).add_(0.5)
     bits = mantissa.view(torch.int32)
     exponent = (bits - 0x3F2AAAAB).bitwise_right_shift_(23)
@@ -192,55 +174,26 @@ def _polynomial(z: Tensor, coefficients: tuple[float, ...]) -> Tensor:
 
 
 @or_plain(gather_start_reference)
-def launch_gather_start(
-    x: Tensor,
-    order: Tensor | None,
-    steps: Tensor | None,
-    state: Tensor,
-    noise: str,
-    scale: float,
-    lower: float | None = None,
-    upper: float | None = None,
-    samples: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+@packed(Start)
+def launch_gather_start(s: Start) -> tuple[Tensor, Tensor]:
     """`gather_start` as one launch, but for the offset, which stays. The images are dense: `_kernel_takes(x)`."""
     from bt_fast.kernels.gather_start import gather_start_fwd_kernel
 
-    clean, start = _like(x), _like(x)
-    if x.numel() == 0:
+    clean, start = _like(s.x), _like(s.x)
+    if s.x.numel() == 0:
         return clean, start
-    length, blocks = x[0].numel(), _blocks(x)
-    with torch.cuda.device_of(x):
-        gather_start_fwd_kernel[(len(x) * blocks,)](
-            x,
-            clean,
-            start,
-            contiguous(order),
-            contiguous(steps),
-            contiguous(samples),
-            state,
-            length,
-            blocks,
-            _scale(x, noise, scale),
-            -math.inf if lower is None else float(lower),
-            math.inf if upper is None else float(upper),
-            BLOCK=BLOCK,
-            NORMAL=noise == "normal",
-            num_warps=WARPS,
-            enable_fp_fusion=False,
-        )
+    blocks = _blocks(s.x)
+    places = (contiguous(s.order), contiguous(s.steps), contiguous(s.samples), s.state)
+    lower = -math.inf if s.lower is None else float(s.lower)
+    upper = math.inf if s.upper is None else float(s.upper)
+    given = (s.x, clean, start, *places, s.x[0].numel(), blocks, _scale(s), lower, upper)
+    constants = {"BLOCK": BLOCK, "NORMAL": s.noise == "normal", "num_warps": WARPS}
+    run_kernel(gather_start_fwd_kernel, len(s.x) * blocks, *given, **constants)
     return clean, start
 
 
 def _kernel_takes(x: Tensor) -> bool:
-    return (
-        x.is_cuda
-        and x.dtype in KERNEL_DTYPES
-        and dense_format(x) is not None
-        and x[:1].numel() < MOST_INT32
-        and len(x) * _blocks(x) < MOST_INT32
-        and kernels_run(x)
-    )
+    return takes_images(x, len(x) * _blocks(x))
 
 
 def _blocks(x: Tensor) -> int:
@@ -248,9 +201,9 @@ def _blocks(x: Tensor) -> int:
     return -(-math.prod(x.shape[1:]) // BLOCK)
 
 
-def _scale(x: Tensor, noise: str, scale: float) -> float:
+def _scale(s: Start) -> float:
     """ε as the projection has it, so that no start lies outside."""
-    return rounded(scale, x.dtype) if noise == "uniform" else float(scale)
+    return rounded(s.scale, s.x.dtype) if s.noise == "uniform" else float(s.scale)
 
 
 def _like(x: Tensor) -> Tensor:
@@ -264,20 +217,29 @@ def _flat(x: Tensor) -> Tensor:
     return lies.view(len(x), math.prod(x.shape[1:]))
 
 
-def _check(
-    x: Tensor, order: Tensor | None, steps: Tensor | None, state: Tensor, noise: str, samples: Tensor | None
-) -> None:
-    if not x.is_floating_point():
-        raise TypeError(f"x must be floating point, got {x.dtype}: write x.float()")
-    if x.dim() < 1:
-        raise ValueError("x must have shape [m, ...], got a 0-dim tensor: of one sample write x[None]")
-    check("order", order, (len(x),), (torch.int64,), x.device)
-    check("steps", steps, (len(x),), (torch.int64, torch.int32), x.device)
-    check("samples", samples, (len(x),), (torch.int64,), x.device)
-    check("state", state, (2,), (torch.int64,), x.device)
-    if not state.is_contiguous():
-        raise ValueError("state must be contiguous: write state.contiguous()")
-    if noise not in NOISES:
-        raise ValueError(
-            f"noise must be one of {', '.join(map(repr, NOISES))}, got {noise!r}: write noise={NOISES[0]!r}"
-        )
+def _check(s: Start) -> None:
+    check_images("x", s.x)
+    m, device = s.x.shape[:1], s.x.device
+    check("order", s.order, m, (torch.int64,), device)
+    check("steps", s.steps, m, (torch.int64, torch.int32), device)
+    check("samples", s.samples, m, (torch.int64,), device)
+    check("state", s.state, (2,), (torch.int64,), device, changed=True)
+    if s.noise not in NOISES:
+        listed = ", ".join(map(repr, NOISES))
+        raise ValueError(f"noise must be one of {listed}, got {s.noise!r}: write noise={NOISES[0]!r}")
+
+
+def _run(x: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    started = (launch_gather_start if _kernel_takes(x) else gather_start_reference)(x, *others)
+    state: Tensor = others[2]
+    state[1].add_(1)  # a launch of its own: while the other runs, all of it must see the old offset
+    return started
+
+
+_gather_start = define_op(
+    "gather_start(Tensor x, Tensor? order, Tensor? steps, Tensor(a3!) state, str noise, float scale, float? lower, "
+    "float? upper, Tensor? samples) -> (Tensor, Tensor)",
+    check=lambda *given: _check(Start(*given)),
+    run=_run,
+    results=lambda x, *_: (_like(x), _like(x)),
+)

@@ -1,4 +1,4 @@
-"""What the ops share."""
+"""Which numbers the ops compute with, and in which width."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def computable(values: Tensor) -> bool:
 
 
 def kind_of(values: object) -> str:
-    """What an error says was given in place of computable numbers."""
+    """The kind of a value, for an error that expected computable numbers."""
     if not isinstance(values, Tensor):
         return type(values).__name__
     return str(values.dtype) if values.layout == torch.strided else f"{values.dtype}, {values.layout}"

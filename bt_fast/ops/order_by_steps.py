@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from bt_fast.ops.availability import kernels_run, or_plain
+from bt_fast.ops.launch import define_op, run_kernel
 
 ONE_LAUNCH = 8192  # the most samples whose pairs one launch compares
 MOST_SAMPLES = 2**20
@@ -15,12 +16,10 @@ COUNT = {"BLOCK": 256, "num_warps": 4}
 PLACE = {"BLOCK": 256, "TILE": 32, "num_warps": 8}
 
 
-@torch.library.custom_op("bt_fast::order_by_steps", mutates_args=())
 def order_by_steps(steps: Tensor, most: int) -> tuple[Tensor, Tensor]:
     """The stable order by descending step count, and how many samples are active at each step.
 
     On CUDA one launch up to m = 8192, and six up to 2^20 while (most + 1)·⌈m/256⌉ is at most 2^24; plain torch beyond.
-    Never waits for the device.
 
     Args:
         steps: [m] integers in 0..most.
@@ -33,21 +32,8 @@ def order_by_steps(steps: Tensor, most: int) -> tuple[Tensor, Tensor]:
     Raises:
         TypeError or ValueError: a dtype, shape or value does not fit; the message names the argument.
     """
-    _check(steps, most)
-    steps = steps.long()
-    if not _kernel_takes(steps):
-        return order_reference(steps, most)
-    if len(steps) <= ONE_LAUNCH and (most + 2) * ONE_LAUNCH < 2**31:
-        return launch_order(steps, most)
-    if (most + 1) * -(-len(steps) // COUNT["BLOCK"]) <= MOST_CELLS:
-        return launch_order_in_blocks(steps, most)
-    return order_reference(steps, most)
-
-
-@order_by_steps.register_fake
-def _(steps: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    _check(steps, most)
-    return _results(steps, most)
+    ordered: tuple[Tensor, Tensor] = _order_by_steps(steps, most)
+    return ordered
 
 
 def _kernel_takes(steps: Tensor) -> bool:
@@ -55,7 +41,7 @@ def _kernel_takes(steps: Tensor) -> bool:
 
 
 def order_reference(steps: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """`order_by_steps` in plain torch: what the kernels are held against, and what runs where there is none."""
+    """`order_by_steps` in plain torch: the reference of the kernel, and what runs without one."""
     ordered, order = steps.sort(descending=True, stable=True)
     # how many come before a count of t; negated, since a search wants an ascending row
     return order, torch.searchsorted(-ordered, -torch.arange(most, dtype=steps.dtype, device=steps.device))
@@ -66,12 +52,9 @@ def launch_order(steps: Tensor, most: int) -> tuple[Tensor, Tensor]:
     """`order_by_steps` as one launch, for 0 < m ≤ ONE_LAUNCH."""
     from bt_fast.kernels.order_by_steps import order_by_steps_fwd_kernel
 
-    order, active = _results(steps, most)
-    m = len(steps)
-    with torch.cuda.device_of(steps):
-        order_by_steps_fwd_kernel[(-(-(m + most) // PAIRS["BLOCK_I"]),)](
-            steps.contiguous(), order, active, m, most, **PAIRS, enable_fp_fusion=False
-        )
+    (order, active), m = _results(steps, most), len(steps)
+    programs = -(-(m + most) // PAIRS["BLOCK_I"])
+    run_kernel(order_by_steps_fwd_kernel, programs, steps.contiguous(), order, active, m, most, **PAIRS)
     return order, active
 
 
@@ -84,19 +67,16 @@ def launch_order_in_blocks(steps: Tensor, most: int) -> tuple[Tensor, Tensor]:
     blocks = -(-m // COUNT["BLOCK"])
     order = torch.empty(m, dtype=torch.int64, device=steps.device)
     cells = torch.zeros((most + 1) * blocks + 1, dtype=torch.int32, device=steps.device)
-    with torch.cuda.device_of(steps):
-        count_steps_fwd_kernel[(blocks,)](steps, cells, m, most, blocks, **COUNT, enable_fp_fusion=False)
-        starts = cells.cumsum(0)
-        place_by_steps_fwd_kernel[(blocks,)](steps, starts, order, m, most, blocks, **PLACE, enable_fp_fusion=False)
+    run_kernel(count_steps_fwd_kernel, blocks, steps, cells, m, most, blocks, **COUNT)
+    starts = cells.cumsum(0)
+    run_kernel(place_by_steps_fwd_kernel, blocks, steps, starts, order, m, most, blocks, **PLACE)
     # where the samples with t steps begin, there are all those with more
     return order, starts[blocks:-1:blocks].flip(0)
 
 
 def _results(steps: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    return (
-        torch.empty(len(steps), dtype=torch.int64, device=steps.device),
-        torch.empty(most, dtype=torch.int64, device=steps.device),
-    )
+    order, active = (torch.empty(n, dtype=torch.int64, device=steps.device) for n in (len(steps), most))
+    return order, active
 
 
 def _check(steps: Tensor, most: int) -> None:
@@ -106,3 +86,19 @@ def _check(steps: Tensor, most: int) -> None:
         raise ValueError(f"steps must have shape [m], got {list(steps.shape)}: write steps.flatten()")
     if most < 0:
         raise ValueError(f"most must be at least 0, got {most}: give the largest count of steps")
+
+
+def _run(steps: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    steps = steps.long()
+    if not _kernel_takes(steps):
+        return order_reference(steps, most)
+    if len(steps) <= ONE_LAUNCH and (most + 2) * ONE_LAUNCH < 2**31:
+        return launch_order(steps, most)
+    if (most + 1) * -(-len(steps) // COUNT["BLOCK"]) <= MOST_CELLS:
+        return launch_order_in_blocks(steps, most)
+    return order_reference(steps, most)
+
+
+_order_by_steps = define_op(
+    "order_by_steps(Tensor steps, SymInt most) -> (Tensor, Tensor)", check=_check, run=_run, results=_results
+)

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from bt_fast.ops.availability import no_way_back, or_plain
 from bt_fast.ops.gather_start import philox
-from bt_fast.ops.launch import check, contiguous, rounded
+from bt_fast.ops.launch import check, contiguous, define_op, packed, rounded, run_kernel
 from bt_fast.ops.numeric import per_sample, wide
 from bt_fast.ops.pgd_step import (
     LONG_BLOCK,
     PART_WARPS,
     check_step,
-    hold,
-    inner_format,
+    in_format,
     kernel_takes,
+    mark_and_hold,
     part_block,
     rows_of,
     sample_block,
@@ -25,6 +26,22 @@ from bt_fast.ops.pgd_step import (
 )
 
 STAND_IN_BLOCK = 512  # one element a thread: making random numbers takes registers
+
+
+class L2Step(NamedTuple):
+    """The arguments of `l2_step_`."""
+
+    x_adv: Tensor
+    grad: Tensor
+    clean: Tensor
+    step_size: Tensor
+    epsilon: float
+    lower: float
+    upper: float
+    stand_in: Tensor
+    steps: Tensor | None = None
+    step: Tensor | None = None
+    faulty: Tensor | None = None
 
 
 def l2_step_(
@@ -46,23 +63,17 @@ def l2_step_(
     Clamped to the bounds once more, since rounding may leave them. Norms are those of a whole sample, of gradients of
     any magnitude. A sample whose gradient holds NaN or Inf has no direction: it stays, and is marked in `faulty`.
 
-    On CUDA kernels (where triton is installed, the images are dense, and not float64). Samples of up to 4096 elements:
-    each of the three tensors is read once and one is written. Others: seven reads and one write, in a launch more. A
-    last small launch, which reads one number of each sample, moves those whose gradient is 0. Never waits for the
-    device. A gradient in another memory format than the images' is copied first.
+    For dense images of up to 4096 elements one kernel reads each of the three tensors once and writes one; for others
+    two make seven reads and one write. A last small launch, which reads one number of each sample, moves those whose
+    gradient is 0. A gradient in another memory format than the images' is copied first.
 
     Args:
         x_adv: [n, ...] floating point, at least two dimensions, changed in place.
-        grad: [n, ...] of the same dtype.
-        clean: [n, ...] of the same dtype, x.
-        step_size: [n], α of each sample, in the images' dtype or float32.
+        grad, clean, step_size, lower, upper, steps, step: as in `linf_step_`.
         epsilon: ε, the largest ℓ2 norm of a perturbation.
-        lower: the least pixel value, upper: the greatest.
         stand_in: the direction to take where a sample's gradient is exactly 0 (not normalised): [n, ...] of the same
-            dtype; or a seed, 0-dim int64, of which standard normal numbers are made for those samples alone, other
-            ones for each sample, and the same ones by the kernel and without.
-        steps: [n] integers: only samples with `steps[i] > step` move. Without it, all do.
-        step: 0-dim integer on the device, t.
+            dtype; or a seed, 0-dim int64, for standard normal numbers, made for those samples alone, other ones for
+            each, and the same ones by the kernel and without.
         faulty: [n] int32, set to 1 for each sample with steps left whose gradient holds NaN or Inf.
 
     Raises:
@@ -71,72 +82,24 @@ def l2_step_(
     pgd_l2_step_(x_adv, grad, clean, step_size, epsilon, lower, upper, stand_in, steps, step, faulty)
 
 
-@torch.library.custom_op("bt_fast::pgd_l2_step_", mutates_args=("x_adv", "faulty"))
-def pgd_l2_step_(
-    x_adv: Tensor,
-    grad: Tensor,
-    clean: Tensor,
-    step_size: Tensor,
-    epsilon: float,
-    lower: float,
-    upper: float,
-    stand_in: Tensor,
-    steps: Tensor | None,
-    step: Tensor | None,
-    faulty: Tensor | None,
-) -> None:
-    """`l2_step_` as one op."""
-    _check(x_adv, grad, clean, step_size, stand_in, steps, step, faulty)
-    run = launch_l2 if kernel_takes(x_adv) else l2_reference
-    run(x_adv, grad, clean, step_size, epsilon, lower, upper, stand_in, steps, step, faulty)
-
-
-@pgd_l2_step_.register_fake
-def _(
-    x_adv: Tensor,
-    grad: Tensor,
-    clean: Tensor,
-    step_size: Tensor,
-    epsilon: float,
-    lower: float,
-    upper: float,
-    stand_in: Tensor,
-    steps: Tensor | None,
-    step: Tensor | None,
-    faulty: Tensor | None,
-) -> None:
-    _check(x_adv, grad, clean, step_size, stand_in, steps, step, faulty)
-
-
-def l2_reference(
-    x_adv: Tensor,
-    grad: Tensor,
-    clean: Tensor,
-    step_size: Tensor,
-    epsilon: float,
-    lower: float,
-    upper: float,
-    stand_in: Tensor,
-    steps: Tensor | None = None,
-    step: Tensor | None = None,
-    faulty: Tensor | None = None,
-) -> None:
-    """`pgd_l2_step_` in plain torch: what the kernels are held against, and what runs where there are none."""
-    if x_adv.numel() == 0:
+@packed(L2Step)
+def l2_reference(s: L2Step) -> None:
+    """`pgd_l2_step_` in plain torch: the reference of the kernel, and what runs without one."""
+    if s.x_adv.numel() == 0:
         return
-    wide_clean = wide(clean)
-    direction, held = _direction(wide(grad), stand_in, x_adv)
-    unmoved = hold(held, steps, step, faulty)
-    low, high = (rounded(bound, direction.dtype) for bound in (lower, upper))
-    moved = direction.mul_(per_sample(step_size, grad)).add_(x_adv).clamp_(low, high)
-    moved = moved.sub_(wide_clean).renorm_(p=2, dim=0, maxnorm=epsilon).add_(wide_clean).clamp_(low, high)
-    x_adv.copy_(moved if unmoved is None else torch.where(per_sample(unmoved, x_adv), x_adv, moved))
+    wide_clean = wide(s.clean)
+    direction, no_direction = _direction(wide(s.grad), s.stand_in, s.x_adv)
+    unmoved = mark_and_hold(s, no_direction)
+    low, high = (rounded(bound, direction.dtype) for bound in (s.lower, s.upper))
+    moved = direction.mul_(per_sample(s.step_size, s.grad)).add_(s.x_adv).clamp_(low, high)
+    moved = moved.sub_(wide_clean).renorm_(p=2, dim=0, maxnorm=s.epsilon).add_(wide_clean).clamp_(low, high)
+    s.x_adv.copy_(moved if unmoved is None else torch.where(per_sample(unmoved, s.x_adv), s.x_adv, moved))
 
 
 def _direction(grad: Tensor, stand_in: Tensor, x_adv: Tensor) -> tuple[Tensor, Tensor | None]:
     """The direction of each sample's step, in a new tensor, and whether it has none [n]; None where all have."""
     norm = rows_of(grad).norm(dim=1)
-    # on the CPU a look tells that no square overflowed or vanished; elsewhere to look would mean to wait
+    # on the CPU the norms show that no square overflowed or vanished; elsewhere to read them would mean to wait
     if grad.is_cpu and ((norm > 1e-15) & (norm < 1e15)).all():
         return grad / per_sample(norm, grad), None
     top = torch.linalg.vector_norm(rows_of(grad), math.inf, dim=1)
@@ -158,128 +121,68 @@ def seeded_normal(seed: Tensor, x: Tensor) -> Tensor:
     """
     like = torch.empty_like(x)
     place = torch.arange(x[0].numel(), device=x.device)
-    counter = [place.expand(len(x), -1), torch.arange(len(x), device=x.device)[:, None]]
     zero = torch.zeros((), dtype=torch.int64, device=x.device)
-    words = torch.broadcast_tensors(*philox(seed, (counter[0], counter[1], zero, zero)))
-    bytes_of = ((c >> shift) & 0xFF for c in words for shift in (0, 8, 16, 24))
+    counter = (place.expand(len(x), -1), torch.arange(len(x), device=x.device)[:, None], zero, zero)
+    words = torch.broadcast_tensors(*philox(seed, counter))
+    bytes_of = ((word >> shift) & 0xFF for word in words for shift in (0, 8, 16, 24))
     total = sum(bytes_of, torch.zeros_like(words[0]))
     normal = (total - 2040).to(wide(like).dtype) * 0.003382939
     return normal.as_strided(like.shape, like.stride())
 
 
 @or_plain(l2_reference)
-def launch_l2(
-    x_adv: Tensor,
-    grad: Tensor,
-    clean: Tensor,
-    step_size: Tensor,
-    epsilon: float,
-    lower: float,
-    upper: float,
-    stand_in: Tensor,
-    steps: Tensor | None = None,
-    step: Tensor | None = None,
-    faulty: Tensor | None = None,
-) -> None:
+@packed(L2Step)
+def launch_l2(s: L2Step) -> None:
     """`pgd_l2_step_` as two launches, or for long samples three. The images are dense: `kernel_takes(x_adv)`."""
     from bt_fast.kernels import pgd_step as kernels
 
-    if x_adv.numel() == 0:
+    if s.x_adv.numel() == 0:
         return
-    n, length, memory_format = len(x_adv), x_adv[0].numel(), inner_format(x_adv)
-    grad, clean = (t.contiguous(memory_format=memory_format) for t in (grad, clean))
-    if not _is_seed(stand_in):
-        stand_in = stand_in.contiguous(memory_format=memory_format)
-    step_size, steps = step_size.contiguous(), contiguous(steps)
-    images, counts = (x_adv, grad, clean), (steps, step)
-    epsilon, bounds = float(epsilon), (float(lower), float(upper))
+    n, length, x_adv = len(s.x_adv), s.x_adv[0].numel(), s.x_adv
+    grad, clean = (in_format(t, x_adv) for t in (s.grad, s.clean))
+    stand_in = s.stand_in if _is_seed(s.stand_in) else in_format(s.stand_in, x_adv)
+    step_size, counts = s.step_size.contiguous(), (contiguous(s.steps), s.step)
+    epsilon, bounds = float(s.epsilon), (float(s.lower), float(s.upper))
     flat = torch.empty(n, dtype=torch.int32, device=x_adv.device)
     long_warps = sample_warps(LONG_BLOCK)
-    with torch.cuda.device_of(x_adv):
-        if (block := sample_block(length)) is not None:
-            kernels.pgd_l2_sample_fwd_kernel[(n,)](
-                *images,
-                step_size,
-                *counts,
-                flat,
-                faulty,
-                length,
-                epsilon,
-                *bounds,
-                BLOCK=block,
-                num_warps=sample_warps(block),
-                enable_fp_fusion=False,
-            )
-        else:
-            measured = torch.empty(3, n, dtype=torch.float32, device=x_adv.device)
-            kernels.pgd_l2_measure_fwd_kernel[(n,)](
-                *images,
-                step_size,
-                *counts,
-                measured,
-                flat,
-                faulty,
-                n,
-                length,
-                epsilon,
-                *bounds,
-                BLOCK=LONG_BLOCK,
-                num_warps=long_warps,
-                enable_fp_fusion=False,
-            )
-            block = part_block(x_adv.dtype)
-            blocks = -(-length // block)
-            kernels.pgd_l2_step_fwd_kernel[(n * blocks,)](
-                *images,
-                *counts,
-                measured,
-                n,
-                length,
-                blocks,
-                *bounds,
-                BLOCK=block,
-                num_warps=PART_WARPS,
-                enable_fp_fusion=False,
-            )
-        try:
-            kernels.pgd_l2_stand_in_fwd_kernel[(n,)](
-                x_adv,
-                clean,
-                step_size,
-                *counts,
-                stand_in,
-                flat,
-                length,
-                epsilon,
-                *bounds,
-                BLOCK=STAND_IN_BLOCK,
-                num_warps=long_warps,
-                enable_fp_fusion=False,
-            )
-        except Exception as error:
-            no_way_back(error)
-            raise
+    images = (x_adv, grad, clean)
+    if (block := sample_block(length)) is not None:
+        given = (*images, step_size, *counts, flat, s.faulty, length, epsilon, *bounds)
+        run_kernel(kernels.pgd_l2_sample_fwd_kernel, n, *given, BLOCK=block, num_warps=sample_warps(block))
+    else:
+        measured = torch.empty(3, n, dtype=torch.float32, device=x_adv.device)
+        looked_at = (*images, step_size, *counts, measured, flat, s.faulty, n, length, epsilon, *bounds)
+        run_kernel(kernels.pgd_l2_measure_fwd_kernel, n, *looked_at, BLOCK=LONG_BLOCK, num_warps=long_warps)
+        block = part_block(x_adv.dtype)
+        blocks = -(-length // block)
+        parts = (*images, *counts, measured, n, length, blocks, *bounds)
+        run_kernel(kernels.pgd_l2_step_fwd_kernel, n * blocks, *parts, BLOCK=block, num_warps=PART_WARPS)
+    stood_in = (x_adv, clean, step_size, *counts, stand_in, flat, length, epsilon, *bounds)
+    try:
+        run_kernel(kernels.pgd_l2_stand_in_fwd_kernel, n, *stood_in, BLOCK=STAND_IN_BLOCK, num_warps=long_warps)
+    except Exception as error:
+        no_way_back(error)
+        raise
 
 
 def _is_seed(stand_in: Tensor) -> bool:
     return stand_in.dtype == torch.int64
 
 
-def _check(
-    x_adv: Tensor,
-    grad: Tensor,
-    clean: Tensor,
-    step_size: Tensor,
-    stand_in: Tensor,
-    steps: Tensor | None,
-    step: Tensor | None,
-    faulty: Tensor | None,
-) -> None:
-    if x_adv.dim() < 2:
+def _check(s: L2Step) -> None:
+    if s.x_adv.dim() < 2:
         raise ValueError(
-            f"x_adv must have shape [n, ...] with at least two dimensions, got {list(x_adv.shape)}: "
+            f"x_adv must have shape [n, ...] with at least two dimensions, got {list(s.x_adv.shape)}: "
             "of one sample write x_adv[None]"
         )
-    check_step(x_adv, grad, clean, step_size, steps, step, faulty)
-    shape = () if _is_seed(stand_in) else tuple(x_adv.shape)
-    check("stand_in", stand_in, shape, (x_adv.dtype, torch.int64), x_adv.device)
+    check_step(s)
+    shape = () if _is_seed(s.stand_in) else tuple(s.x_adv.shape)
+    check("stand_in", s.stand_in, shape, (s.x_adv.dtype, torch.int64), s.x_adv.device)
+
+
+pgd_l2_step_ = define_op(
+    "pgd_l2_step_(Tensor(a0!) x_adv, Tensor grad, Tensor clean, Tensor step_size, float epsilon, float lower, "
+    "float upper, Tensor stand_in, Tensor? steps, Tensor? step, Tensor(a10!)? faulty) -> ()",
+    check=lambda *given: _check(L2Step(*given)),
+    run=lambda *given: (launch_l2 if kernel_takes(given[0]) else l2_reference)(*given),
+)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from bt_fast.ops.availability import kernels_run
-from bt_fast.ops.launch import KERNEL_DTYPES, MOST_INT32
+from bt_fast.ops.launch import KERNEL_DTYPES, MOST_INT32, run_kernel
 from bt_fast.ops.numeric import FLOATS
 
 LONGEST_BLOCK = 8192  # classes that a program holds at once
@@ -31,31 +33,27 @@ def labels_outside(labels: Tensor, classes: int) -> Tensor:
     return (labels < 0) | (labels >= classes)
 
 
-def result_dtype(logits: Tensor) -> torch.dtype:
-    """That of a result which is not rounded to the logits' own dtype."""
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+def result_dtype(values: Tensor) -> torch.dtype:
+    """That of a result which is not rounded to the values' own dtype."""
+    return torch.float64 if values.dtype == torch.float64 else torch.float32
 
 
-def check_logits(name: str, logits: Tensor, least: int = 0) -> None:
-    """Raise TypeError or ValueError that names `name` unless `logits` are floating point [m, K], m ≥ least, K ≥ 2."""
+def check_logits(name: str, logits: Tensor, rows: int = 0, classes: int = 2) -> None:
+    """Raise TypeError or ValueError that names `name` unless `logits` are floating point [m ≥ rows, K ≥ classes]."""
     if logits.dtype not in FLOATS:
         raise TypeError(f"{name} must be floating point, got {logits.dtype}: write {name}.float()")
-    if logits.dim() != 2 or logits.shape[0] < least or logits.shape[1] < 2:
+    if logits.dim() != 2 or logits.shape[0] < rows or logits.shape[1] < classes:
         raise ValueError(
-            f"{name} must have shape [m, K] with m >= {least} and K >= 2, got {list(logits.shape)}: "
-            "give a row for each sample and a column for each class"
+            f"{name} must have shape [m, K] with m >= {rows} and K >= {classes} classes, got "
+            f"{list(logits.shape)}: give a row for each sample and a column for each class"
         )
 
 
 def kernel_takes(logits: Tensor) -> bool:
     """Whether the kernels compute rows such as these [m, K]: on CUDA, with triton, not in float64."""
-    return (
-        logits.is_cuda
-        and logits.dtype in KERNEL_DTYPES
-        and logits.shape[0] < MOST_INT32
-        and logits.shape[1] < MOST_INT32
-        and kernels_run(logits)
-    )
+    if not logits.is_cuda or logits.dtype not in KERNEL_DTYPES:
+        return False
+    return max(logits.shape) < MOST_INT32 and kernels_run(logits)
 
 
 def rows_apart(logits: Tensor) -> tuple[Tensor, int | None]:
@@ -71,3 +69,18 @@ def block_of(classes: int) -> tuple[int, int, int]:
     """
     block = 1 << (classes - 1).bit_length()
     return max(512 // block, 1), block, min(max(block // 512, 4), 16)
+
+
+def launch(short: Any, long: Any, logits: Tensor, *others: Tensor, **constants: Any) -> None:
+    """Launch the kernel for rows of logits [m, K] that fit a block, or the one for longer ones."""
+    m, k = logits.shape
+    logits, stride = rows_apart(logits)
+    if m == 0:
+        return
+    if k > LONGEST_BLOCK:
+        options = {"BLOCK": LONG_BLOCK, "num_warps": LONG_WARPS}
+        run_kernel(long, m, logits, *others, stride, K=k, **options, **constants)
+    else:
+        each, block, warps = block_of(k)
+        options = {"ROWS": each, "BLOCK": block, "num_warps": warps}
+        run_kernel(short, -(-m // each), logits, *others, m, stride, K=k, **options, **constants)

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from bt_fast.ops import rows
 from bt_fast.ops.availability import or_plain
-from bt_fast.ops.launch import check
+from bt_fast.ops.launch import check, define_op
 
 
 class SignedVariance(NamedTuple):
-    """What `signed_variance` returns; all on the logits' device.
+    """The result of `signed_variance`, on the logits' device.
 
     Attributes:
         svar: [m] float32 (float64 for float64 logits), -0.0 for a misclassified uniform row.
@@ -36,14 +36,12 @@ def signed_variance(logits: Tensor, labels: Tensor) -> SignedVariance:
 
     Computed in float64 and rounded once: both results are within 1e-6 of the exact ones, relative to their own size,
     for logits of any magnitude. (Where all logits of a row lie within 1e-9 of each other, the variance is below
-    1e-18/K² and its error below 1e-24/K²; it is exactly 0 where all are equal.)
+    1e-18/K² and its error below 1e-24/K²; it is exactly 0 where all are equal.) A row without softmax (NaN, +Inf, or
+    nothing but -Inf) has NaN for SVar and probabilities, and is not correct. A label outside 0..K-1 counts as
+    misclassified.
 
-    A row has no softmax where it holds NaN or +Inf, or nothing but -Inf: its SVar and probabilities are NaN, and it is
-    not correct. -Inf beside a number is a class that is ruled out. A label outside 0..K-1 counts as misclassified.
-
-    On CUDA one kernel (where triton is installed, and not for float64), compiled anew for every K. It reads the logits
-    once, from K = 8193 on twice, and writes the probabilities once. Never waits for the device. Logits whose classes do
-    not lie side by side are copied first.
+    The kernel is compiled anew for every K. It reads the logits once, from K = 8193 on twice, and writes the
+    probabilities once. Logits whose classes do not lie side by side are copied first.
 
     Args:
         logits: [m, K] floating point, K ≥ 2, rows any stride apart. m may be 0.
@@ -55,22 +53,8 @@ def signed_variance(logits: Tensor, labels: Tensor) -> SignedVariance:
     return SignedVariance(*_signed_variance(logits, labels))
 
 
-@torch.library.custom_op("bt_fast::signed_variance", mutates_args=())
-def _signed_variance(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _check(logits, labels)
-    run = launch_signed_variance if rows.kernel_takes(logits) else signed_variance_reference
-    return run(logits, labels)
-
-
-@_signed_variance.register_fake
-def _(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _check(logits, labels)
-    svar, correct, probabilities, unfit = _results(logits)
-    return svar, correct.view(torch.bool), probabilities, unfit
-
-
 def signed_variance_reference(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`signed_variance` in plain torch: what the kernel is held against, and what runs where there is none."""
+    """`signed_variance` in plain torch: the reference of the kernel, and what runs without one."""
     dtype, fit = rows.result_dtype(logits), rows.has_softmax(logits)
     probabilities = rows.softmax(logits)
     variance = (probabilities - 1.0 / logits.shape[1]).square().mean(dim=1)
@@ -84,33 +68,28 @@ def launch_signed_variance(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tens
     """`signed_variance` as one launch, of logits that `rows.kernel_takes`."""
     from bt_fast.kernels.signed_variance import signed_variance_fwd_kernel, signed_variance_long_fwd_kernel
 
-    m, k = logits.shape
-    results = svar, correct, probabilities, unfit = _results(logits)
-    logits, stride = rows.rows_apart(logits)
-    given = (logits, labels.contiguous(), svar, correct, unfit, probabilities)
-    with torch.cuda.device_of(logits):
-        if m == 0:
-            pass
-        elif k > rows.LONGEST_BLOCK:
-            signed_variance_long_fwd_kernel[(m,)](
-                *given, stride, K=k, BLOCK=rows.LONG_BLOCK, num_warps=rows.LONG_WARPS, enable_fp_fusion=False
-            )
-        else:
-            each, block, warps = rows.block_of(k)
-            signed_variance_fwd_kernel[(-(-m // each),)](
-                *given, m, stride, K=k, ROWS=each, BLOCK=block, num_warps=warps, enable_fp_fusion=False
-            )
-    return results[0], correct.view(torch.bool), probabilities, unfit
+    kernels = signed_variance_fwd_kernel, signed_variance_long_fwd_kernel
+    svar, correct, probabilities, unfit = _results(logits, labels)
+    rows.launch(*kernels, logits, labels.contiguous(), svar, correct.view(torch.uint8), unfit, probabilities)
+    return svar, correct, probabilities, unfit
 
 
-def _results(logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The four results, not yet filled; `correct` in the bytes that a kernel writes."""
-    m, dtype = len(logits), rows.result_dtype(logits)
-    flags = [torch.empty(m, dtype=torch.uint8, device=logits.device) for _ in range(2)]
-    svar = torch.empty(m, dtype=dtype, device=logits.device)
-    return svar, flags[0], torch.empty(logits.shape, dtype=dtype, device=logits.device), flags[1]
+def _results(logits: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The four results, not yet filled."""
+    m, dtype, device = len(logits), rows.result_dtype(logits), logits.device
+    svar = torch.empty(m, dtype=dtype, device=device)
+    correct, unfit = (torch.empty(m, dtype=kind, device=device) for kind in (torch.bool, torch.uint8))
+    return svar, correct, torch.empty(logits.shape, dtype=dtype, device=device), unfit
 
 
 def _check(logits: Tensor, labels: Tensor) -> None:
     rows.check_logits("logits", logits)
     check("labels", labels, logits.shape[:1], (torch.int64,), logits.device)
+
+
+_signed_variance = define_op(
+    "signed_variance(Tensor logits, Tensor labels) -> (Tensor, Tensor, Tensor, Tensor)",
+    check=_check,
+    run=lambda z, y: (launch_signed_variance if rows.kernel_takes(z) else signed_variance_reference)(z, y),
+    results=_results,
+)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from bt_fast.ops import rows
 from bt_fast.ops.availability import or_plain
-from bt_fast.ops.launch import check
+from bt_fast.ops.launch import check, define_op, run_kernel
 
 # what one program counts by itself: 8192 rows of up to 1024 classes
 MOST_ROWS, MOST_LOGITS = 2**13, 2**23
@@ -15,7 +15,6 @@ ELEMENTS, WARPS = 4096, 16  # that a program holds at once
 PROGRAMS = 256  # that count larger batches: a power of two
 
 
-@torch.library.custom_op("bt_fast::update_fraction_", mutates_args=("robust_fraction", "unreported_faults"))
 def update_fraction_(
     robust_fraction: Tensor, unreported_faults: Tensor, logits: Tensor, labels: Tensor, gamma: float, momentum: float
 ) -> None:
@@ -24,15 +23,14 @@ def update_fraction_(
     A batch with a row that has no softmax (NaN, +Inf, or nothing but -Inf) or a label outside 0..K-1 leaves F_R as it
     is and adds 1 to `unreported_faults`.
 
-    Counted in integers and averaged in float64 as `p·F_R + ((1-p)·γ)·(hits/m)`: the same to the bit everywhere. On CUDA
-    one kernel, which reads the logits once (two beyond 8192 rows or 2^23 logits; where triton is installed, and not for
-    float64), compiled anew for every K, γ and p. Never waits for the device. Logits whose classes do not lie side by
-    side are copied first.
+    Counted in integers and averaged in float64 as `p·F_R + ((1-p)·γ)·(hits/m)`: the same to the bit everywhere. One
+    kernel (two beyond 8192 rows or 2^23 logits) reads the logits once, compiled anew for every K, γ and p. Logits whose
+    classes do not lie side by side are copied first.
 
     Args:
         robust_fraction: 0-dim float64, F_R, changed in place.
         unreported_faults: 0-dim int64, changed in place.
-        logits: [m, K] floating point, m ≥ 1, K ≥ 2, of the corrupted samples; rows any stride apart.
+        logits: [m, K] floating point, m ≥ 1, K ≥ 2, of the adversarial samples; rows any stride apart.
         labels: [m] int64.
         gamma: γ, momentum: p.
 
@@ -40,29 +38,20 @@ def update_fraction_(
         TypeError or ValueError: a dtype, shape or device does not fit; the message names the argument. Nothing has
             changed.
     """
-    _check(robust_fraction, unreported_faults, logits, labels)
-    run = launch_update_fraction if rows.kernel_takes(logits) else update_fraction_reference
-    run(robust_fraction, unreported_faults, logits, labels, gamma, momentum)
-
-
-@update_fraction_.register_fake
-def _(
-    robust_fraction: Tensor, unreported_faults: Tensor, logits: Tensor, labels: Tensor, gamma: float, momentum: float
-) -> None:
-    _check(robust_fraction, unreported_faults, logits, labels)
+    _update_fraction_(robust_fraction, unreported_faults, logits, labels, gamma, momentum)
 
 
 def update_fraction_reference(
     robust_fraction: Tensor, unreported_faults: Tensor, logits: Tensor, labels: Tensor, gamma: float, momentum: float
 ) -> None:
-    """`update_fraction_` in plain torch: what the kernel is held against, and what runs where there is none."""
+    """`update_fraction_` in plain torch: the reference of the kernel, and what runs without one."""
     hits, faulty = adversarial_hits(logits, labels)
     move_fraction_(robust_fraction, hits, torch.full_like(hits, len(labels)), faulty, gamma, momentum)
     unreported_faults += faulty
 
 
 def adversarial_hits(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """How many of the corrupted samples are classified correctly (0-dim int64), and whether one is unfit (bool)."""
+    """How many of the adversarial samples are classified correctly (0-dim int64), and whether one is unfit (bool)."""
     faulty = (~rows.has_softmax(logits) | rows.labels_outside(labels, logits.shape[1])).any()
     return (logits.argmax(dim=1) == labels).sum(), faulty
 
@@ -70,11 +59,11 @@ def adversarial_hits(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 def move_fraction_(
     robust_fraction: Tensor, hits: Tensor, m: Tensor, faulty: Tensor, gamma: float, momentum: float
 ) -> None:
-    """`F_R ← p·F_R + (1-p)·γ·hits/m` (Eq. 5), in place. Never waits for the device.
+    """`F_R ← p·F_R + (1-p)·γ·hits/m` (Eq. 5), in place.
 
     Args:
         robust_fraction: 0-dim float64, F_R.
-        hits: 0-dim int64, how many of `m` (0-dim int64) corrupted samples are classified correctly.
+        hits: 0-dim int64, how many of `m` (0-dim int64) adversarial samples are classified correctly.
         faulty: 0-dim bool: F_R stays as it is.
         gamma: γ, momentum: p.
     """
@@ -95,37 +84,12 @@ def launch_update_fraction(
     alone = m <= MOST_ROWS and m * k <= MOST_LOGITS
     # a workspace of each call, and no atomics: nothing to reset, and nothing for two streams to share
     tallies = None if alone else torch.empty(2, PROGRAMS, dtype=torch.int32, device=logits.device)
-    weight = (1.0 - momentum) * gamma
-    with torch.cuda.device_of(logits):
-        update_fraction_fwd_kernel[(1 if alone else PROGRAMS,)](
-            robust_fraction,
-            unreported_faults,
-            logits,
-            labels.contiguous(),
-            tallies,
-            m,
-            -(-m // each),
-            stride,
-            MOMENTUM=momentum,
-            WEIGHT=weight,
-            K=k,
-            ROWS=each,
-            BLOCK=block,
-            num_warps=WARPS,
-            enable_fp_fusion=False,
-        )
-        if not alone:
-            update_fraction_finish_kernel[(1,)](
-                robust_fraction,
-                unreported_faults,
-                tallies,
-                m,
-                MOMENTUM=momentum,
-                WEIGHT=weight,
-                PROGRAMS=PROGRAMS,
-                num_warps=4,
-                enable_fp_fusion=False,
-            )
+    state, rule = (robust_fraction, unreported_faults), {"MOMENTUM": momentum, "WEIGHT": (1.0 - momentum) * gamma}
+    given = (*state, logits, labels.contiguous(), tallies, m, -(-m // each), stride)
+    sizes = {"K": k, "ROWS": each, "BLOCK": block, "num_warps": WARPS}
+    run_kernel(update_fraction_fwd_kernel, 1 if alone else PROGRAMS, *given, **rule, **sizes)
+    if not alone:
+        run_kernel(update_fraction_finish_kernel, 1, *state, tallies, m, **rule, PROGRAMS=PROGRAMS, num_warps=4)
 
 
 def block_of(classes: int) -> tuple[int, int]:
@@ -134,8 +98,16 @@ def block_of(classes: int) -> tuple[int, int]:
     return ELEMENTS // block, block
 
 
-def _check(robust_fraction: Tensor, unreported_faults: Tensor, logits: Tensor, labels: Tensor) -> None:
-    rows.check_logits("logits", logits, least=1)
+def _check(robust_fraction: Tensor, unreported_faults: Tensor, logits: Tensor, labels: Tensor, *_: float) -> None:
+    rows.check_logits("logits", logits, rows=1)
     check("labels", labels, logits.shape[:1], (torch.int64,), logits.device)
     check("robust_fraction", robust_fraction, (), (torch.float64,), logits.device)
     check("unreported_faults", unreported_faults, (), (torch.int64,), logits.device)
+
+
+_update_fraction_ = define_op(
+    "update_fraction_(Tensor(a0!) robust_fraction, Tensor(a1!) unreported_faults, Tensor logits, Tensor labels, "
+    "float gamma, float momentum) -> ()",
+    check=_check,
+    run=lambda *given: (launch_update_fraction if rows.kernel_takes(given[2]) else update_fraction_reference)(*given),
+)

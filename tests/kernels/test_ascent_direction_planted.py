@@ -1,6 +1,5 @@
 """Checks are worth something only if they see bugs: each of these, planted into a kernel's source, must be caught."""
 
-import inspect
 from unittest import mock
 
 import pytest
@@ -72,5 +71,4 @@ def test_a_planted_bug_is_caught(text, instead, tmp_path):
 
 @pytest.mark.parametrize("name", ["_exp", "_load", "_reciprocal"])
 def test_the_softmax_is_that_of_the_target(name):
-    ours, theirs = (inspect.getsource(getattr(module, name).fn) for module in (kernels, signed_variance))
-    assert ours == theirs
+    assert getattr(kernels, name) is getattr(signed_variance, name)

@@ -32,7 +32,7 @@ BUGS = [
     ("the sign's bit in the angle", "_signed(b_v << 1)", "_signed(b_v)"),
     ("noise of its own scale", "b_noise * scale", "b_noise"),
     ("swapped bounds", "scale, lower, upper)", "scale, upper, lower)"),
-    ("NaN is dropped", "tl.maximum(b_v, low, propagate_nan=tl.PropagateNan.ALL)", "tl.maximum(b_v, low)"),
+    ("NaN is dropped", "tl.maximum(b_v, b_low, propagate_nan=tl.PropagateNan.ALL)", "tl.maximum(b_v, b_low)"),
     ("noise in the clean batch", "tl.store(clean + row + o_x, b_x", "tl.store(clean + row + o_x, b_x + 1.0"),
 ]
 CASES = [

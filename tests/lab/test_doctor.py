@@ -279,7 +279,7 @@ def test_what_is_said_to_run_fused_is_what_the_ops_take():
 def forgotten(monkeypatch):
     """Nothing is known of any device yet."""
     monkeypatch.setattr(availability, "_plain", {})
-    monkeypatch.setattr(availability, "_said", set())
+    monkeypatch.setattr(availability, "_warnings", set())
     monkeypatch.setattr(availability, "_launched", set())
 
 
