@@ -88,6 +88,8 @@ LAYERS = [
         "bt_fast.engine",
         "bt_fast.speedup",
         "bt_fast.power",
+        "bt_fast.power_device",
+        "bt_fast.power_samples",
     ],
     ["bt_fast.allocation", "bt_fast.plan"],
     ["bt_fast.deciding"],
