@@ -238,11 +238,22 @@ class OfRanks(Sequence[Fault]):
             return self._of_all[i - self._count * each]
         rank, fault = i // each, self._own[i % each]
         own = rank == self._rank
-        samples = fault.samples if own or fault.samples is None else _nobody
+        samples = fault.samples if own or fault.samples is None else no_samples
         return Fault(
             fault.count, f"rank {rank}: {fault.message}", samples, fault.earlier, fault.detail if own else None
         )
 
 
-def _nobody() -> Tensor:
+def unreported(updates: Tensor, gradients: Tensor, samples: Callable[[], Tensor]) -> list[Fault]:
+    """The faults of earlier minibatches, from the counts of bad updates and of samples with NaN in their gradient."""
+    of_updates = "an earlier update met NaN logits or labels out of range: F_R was not moved by it"
+    of_gradients = "the model's input gradient must be finite, but held NaN for {count} samples of earlier attacks"
+    return [
+        Fault(updates, of_updates + AGAINST_NAN, no_samples, earlier=True),
+        Fault(gradients, of_gradients + AGAINST_NAN, samples, earlier=True),
+    ]
+
+
+def no_samples() -> Tensor:
+    """The indices of a fault that cannot name its samples."""
     return torch.empty(0, dtype=torch.int64, device="cpu")
