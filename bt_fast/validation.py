@@ -130,9 +130,9 @@ def check_kind(name: str, value: object, kind: type, instead: str, *, optional: 
     """
     if isinstance(value, kind) or (optional and value is None):
         return
-    of = kind.__name__
-    if kind.__module__.startswith("torch"):
-        of = f"torch.nn.{of}" if kind is nn.Module else f"torch.{of}"
+    of, *package = kind.__name__, *kind.__module__.split(".")[:2]
+    if package[0] == "torch":  # as users write it: torch.Tensor, torch.nn.Module
+        of = ".".join([part for part in package if not part.startswith("_")] + [of])
     expected = f"{'an' if of[0] in 'AEIOU' else 'a'} {of}{' or None' if optional else ''}"
     raise TypeError(f"{name} must be {expected}, got {type(value).__name__}: {instead}")
 
