@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from bt_fast import faults
-from bt_fast.attack.frozen import clean_logits, eval_mode, logits_of
+from bt_fast.attack.frozen import eval_mode, logits_of
 from bt_fast.attack.threat import ThreatModel, check_threat
-from bt_fast.evaluation import Accuracy
+from bt_fast.evaluation import Accuracy, classified_correctly
 from bt_fast.units import warn_of_units
 from bt_fast.validation import check_choice, check_floating, check_labels, step_count
 
@@ -115,10 +115,5 @@ def _check(x: Tensor, y: Tensor, threat: ThreatModel, version: str) -> None:
 
 def _correct(model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, batch_size: int) -> Tensor:
     """Which images are classified as `y`: [total] bool."""
-    found = []
-    for images, labels in zip(x.split(batch_size), y.split(batch_size), strict=True):
-        logits = clean_logits(model, images)
-        outside = faults.labels_outside(labels, logits.shape[1], "y")
-        faults.read([outside, faults.rows_without_number(logits, "the model's logits")]).wait()
-        found.append(logits.argmax(dim=1) == labels)
-    return torch.cat(found)
+    batches = zip(x.split(batch_size), y.split(batch_size), strict=True)
+    return torch.cat([classified_correctly(model, images, labels, "y") for images, labels in batches])

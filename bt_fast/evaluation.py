@@ -23,6 +23,7 @@ from bt_fast.attack.threat import ThreatModel
 from bt_fast.attack.wrapped import unwrapped
 from bt_fast.deprecated import check_keywords
 from bt_fast.engine import Engine
+from bt_fast.faults import Fault
 from bt_fast.units import warn_of_units
 from bt_fast.validation import check_choice, check_floating, check_kind, check_labels, step_count
 
@@ -50,12 +51,7 @@ NEW_LINES = {
 
 @dataclass(frozen=True)
 class Accuracy:
-    """How many samples are classified correctly.
-
-    Attributes:
-        clean_correct: without an attack. robust_correct: under every attack tried, too.
-        total: the number of samples.
-    """
+    """Of the total number of samples, those classified correctly: clean_correct, and robust_correct under attack."""
 
     clean_correct: int
     robust_correct: int
@@ -192,15 +188,10 @@ def _attack(attack: PGD | ThreatModel, deprecated: Deprecated) -> PGD:
     """The attack, also by the keywords of the first version."""
     if isinstance(attack, ThreatModel):
         steps = step_count("steps", deprecated.get("steps", 20), least=1)
-        size = deprecated.get("step_size")
-        return PGD(
-            attack.epsilon,
-            2.0 * attack.epsilon / steps if size is None else size,
-            steps,
-            norm_of(attack.norm),
-            bounds=(attack.lower, attack.upper),
-            normalization=deprecated.get("normalization"),
-        )
+        size, normalization = deprecated.get("step_size"), deprecated.get("normalization")
+        size = 2.0 * attack.epsilon / steps if size is None else size
+        bounds = attack.lower, attack.upper
+        return PGD(attack.epsilon, size, steps, norm_of(attack.norm), bounds=bounds, normalization=normalization)
     check_kind("attack", attack, PGD, "write PGD(epsilon=8 / 255, step_size=2 / 255, steps=20)")
     changes: dict[str, Any] = {name: deprecated[name] for name in _OF_ATTACK if name in deprecated}  # type: ignore[literal-required]
     if changes:
@@ -224,6 +215,14 @@ def _view(engine: Engine | str, deprecated: Deprecated) -> Frozen | None:
             "write engine='fast'"
         )
     return frozen
+
+
+def classified_correctly(model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, name: str, *more: Fault) -> Tensor:
+    """Whether each image is classified as its label `y`: [n] bool. Raises `more`, and faults of labels and logits."""
+    logits = clean_logits(model, x)
+    labels = faults.labels_outside(y, logits.shape[1], name)
+    faults.read([*more, labels, faults.rows_without_number(logits, "the model's logits")]).wait()
+    return logits.argmax(dim=1) == y
 
 
 def _check_batch(batch: _Batch) -> None:
@@ -271,11 +270,7 @@ def _correct(
     x, y = pixels(x.detach()), y.long()
     outside = faults.pixels_outside(x, threat.lower, threat.upper, "the images")
     x = faults.onto_bounds(x, threat.lower, threat.upper)
-    logits = clean_logits(model, x)
-    labels = faults.labels_outside(y, logits.shape[1], "the labels")
-    faults.read([outside, labels, faults.rows_without_number(logits, "the model's logits")]).wait()
-    correct = logits.argmax(dim=1) == y
-    on_host = correct.cpu()
+    on_host = classified_correctly(model, x, y, "the labels", outside).cpu()
     numbers = verdicts.number(len(y))
     wrong = numbers[~on_host]
     verdicts.record(wrong, torch.zeros_like(wrong), torch.zeros_like(wrong))

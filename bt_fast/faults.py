@@ -163,13 +163,16 @@ def unfit_faults(unfit: Tensor, counts: Tensor, classes: int, names: tuple[str, 
     )
 
 
-def unreported(updates: Tensor, gradients: Tensor, samples: Callable[[], Tensor]) -> list[Fault]:
-    """The faults of earlier minibatches, from the counts of bad updates and of samples with NaN in their gradient."""
+def unreported(updates: Tensor, gradients: Tensor, faulty: Tensor, order: Tensor | None) -> list[Fault]:
+    """The faults of earlier minibatches, from the counts of bad updates and of samples with NaN in their gradient.
+
+    `faulty` and `order` name the samples, as in `gradients_without_direction`.
+    """
     of_updates = "an earlier update met NaN logits or labels out of range: F_R was not moved by it"
     of_gradients = "the model's input gradient must be finite, but held NaN for {count} samples of earlier attacks"
     return [
         Fault(updates, of_updates + AGAINST_NAN, _no_samples, earlier=True),
-        Fault(gradients, of_gradients + AGAINST_NAN, samples, earlier=True),
+        Fault(gradients, of_gradients + AGAINST_NAN, lambda: marked(faulty, order), earlier=True),
     ]
 
 

@@ -27,10 +27,9 @@ from bt_fast.warning import warn_deprecated
 class BulletTrain(nn.Module):
     """The compute allocation of BulletTrain (Eq. 5, Eq. 6, Algorithm 2) and its moving state.
 
-    A module without parameters: its state is in buffers, so that it moves, saves and loads with everything else.
-    `plan` begins a minibatch and `observe` ends it: only then has the state moved. A sample of n steps has the step
-    size 1.7·ε/n, but a boundary sample the `step_size` of the plan; a policy other than the three groups decides
-    counts, not groups, and a sample of N_B steps has `step_size`.
+    A module without parameters: its state is in buffers, which move, save and load with everything else. `plan` begins
+    a minibatch and `observe` ends it: only then has the state moved. A sample of n steps has the step size 1.7·ε/n, but
+    a boundary sample the plan's `step_size`; a policy other than three groups gives that to samples of N_B steps.
 
     Args:
         boundary_steps: N_B, robust_steps: N_R, outlier_steps: N_O; each at least 0.
@@ -56,8 +55,8 @@ class BulletTrain(nn.Module):
     Attributes:
         robust_fraction: 0-dim float64 buffer, F_R; starts at 0.
         group_counts: [3] int64 buffer, samples so far in (outlier, boundary, robust), of observed minibatches.
-        steps_assigned: 0-dim int64 buffer, attack steps so far, likewise; None with the policy of three groups, where
-            `group_counts` give them. A loaded state without it takes it from those too.
+        steps_assigned: 0-dim int64 buffer, attack steps so far, likewise; None with three groups, where `group_counts`
+            give them. A loaded state without it takes it from those too.
         unreported_faults, unreported_gradients: 0-dim int64 buffers, minibatches with NaN logits in `observe`, and
             samples with NaN in an attack's input gradient, since the last read; raised by the next.
 
@@ -290,8 +289,7 @@ class BulletTrain(nn.Module):
         return self.robust_fraction if before is None else before
 
     def _earlier_faults(self) -> list[Fault]:
-        attacked = self._last_attack
-        return faults.unreported(self.unreported_faults, self.unreported_gradients, lambda: faults.marked(*attacked))
+        return faults.unreported(self.unreported_faults, self.unreported_gradients, *self._last_attack)
 
     def _clear_earlier_faults(self) -> None:
         self.unreported_faults.zero_()

@@ -16,6 +16,7 @@ from bt_fast.power_samples import Sample, Summary, summarise
 Device = torch.device | int | str
 Reader = Callable[[], dict[str, Any]]  # reads one field of a sample, or several
 
+CPU = torch.device("cpu")
 POWER_SOURCES = ("instant", "average")  # in the order of preference
 SHARED = "MIG: all but the memory is of the whole physical GPU, other instances' work included"
 REASONS = {  # nvmlClocksEventReasons, of which older versions of nvidia-ml-py know fewer
@@ -86,7 +87,7 @@ def uuids_of(devices: Device | Iterable[Device] | None) -> list[str]:
         TypeError or ValueError: a device is none, neither torch nor the driver knows it, or it is given twice.
     """
     checked = _listed(devices)
-    if any(map(_is_cpu, checked)):
+    if CPU in checked:
         raise UnavailableError("the device is the CPU, of which NVML tells nothing")
     with nvml() as library:
         by_uuid = bool(checked) and all(isinstance(d, str) for d in checked)
@@ -102,42 +103,37 @@ def uuids_of(devices: Device | Iterable[Device] | None) -> list[str]:
 
 
 def _listed(devices: Device | Iterable[Device] | None) -> list[Device]:
+    """The checked devices; empty for the current one."""
     if devices is None:
         return []
     several = isinstance(devices, Iterable) and not isinstance(devices, (str, torch.Tensor))
-    given: Iterable[object] = devices if several else [devices]  # type: ignore[assignment]
-    checked = [_checked(device) for device in given]
+    checked = [_checked(device) for device in (devices if several else [devices])]  # type: ignore[union-attr]
     if not checked:
         raise ValueError(
             "devices must name at least one, or be None for the current one: write devices=None for the current one"
         )
-    if len(checked) > 1 and any(map(_is_cpu, checked)):
+    if len(checked) > 1 and CPU in checked:
         raise ValueError("devices must be the CPU alone or GPUs, got both: take two monitors")
     return checked
 
 
-def _is_cpu(device: Device) -> bool:
-    return isinstance(device, torch.device) and device.type == "cpu"
-
-
 def _checked(device: object) -> Device:
-    if isinstance(device, int) and not isinstance(device, bool):
-        if device < 0:
-            raise ValueError(f"devices must be at least 0 as indices, got {device}: write devices=0")
+    if isinstance(device, str) and device.startswith(("GPU-", "MIG-")):
         return device
     wrong = f"devices must be torch devices, indices or UUIDs, got {device!r}: write devices=0"
-    if isinstance(device, str):
-        if device.startswith(("GPU-", "MIG-")):
-            return device
-        try:
-            device = torch.device(device)
-        except RuntimeError as error:
-            raise ValueError(wrong) from error
-    if not isinstance(device, torch.device):
+    if isinstance(device, bool) or not isinstance(device, (int, str, torch.device)):
         raise TypeError(wrong)
+    if isinstance(device, int):
+        if device < 0:
+            raise ValueError(f"devices must be at least 0 as indices, got {device}: write devices=0")
+        return device  # torch.device would wrap an index above 127
+    try:
+        device = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(wrong) from error
     if device.type not in ("cuda", "cpu"):
         raise ValueError(f'devices must be of CUDA, got {device}: write devices="cuda", or "cpu" for the processor')
-    return device
+    return CPU if device.type == "cpu" else device
 
 
 def _known_uuid(library: ModuleType, device: Device) -> str:
@@ -159,8 +155,7 @@ def _known_uuid(library: ModuleType, device: Device) -> str:
 
 def _uuid_of_torch(device: torch.device | int) -> str:
     index: int | None = device if isinstance(device, int) else device.index
-    if index is None:
-        index = torch.cuda.current_device()
+    index = torch.cuda.current_device() if index is None else index
     if not 0 <= index < torch.cuda.device_count():
         raise ValueError(
             f"devices: torch sees {torch.cuda.device_count()} CUDA devices, there is no cuda:{index}: "
@@ -180,23 +175,15 @@ class Gpu:
         if uuid.startswith("MIG-"):
             physical = library.nvmlDeviceGetDeviceHandleFromMigDeviceHandle(own)
         self.samples: list[Sample] = []
-        self._span_starts: list[int] = []  # the index of the sample at which each span begins
         self.lost: str | None = None
-        self._uuid = uuid
-        self._shared = SHARED if own is not physical else None
-        self._error = library.NVMLError
-        self._gone = (
-            library.NVMLError_GpuIsLost,
-            library.NVMLError_ResetRequired,
-            library.NVMLError_DriverNotLoaded,
-            library.NVMLError_Uninitialized,
-        )
-        try:
-            self._name = str(library.nvmlDeviceGetName(own))
-        except library.NVMLError:
-            self._name = uuid
-        self._power_source: str | None = None
-        self._unsupported: tuple[str, ...] = ()
+        self._span_starts: list[int] = []  # the index of the sample at which each span begins
+        self._uuid, self._error = uuid, library.NVMLError
+        reasons = ("GpuIsLost", "ResetRequired", "DriverNotLoaded", "Uninitialized")
+        self._gone = tuple(getattr(library, f"NVMLError_{reason}") for reason in reasons)
+        shared = SHARED if own is not physical else None
+        self._described: dict[str, Any] = {"name": uuid, "power_source": None, "unsupported": (), "shared": shared}
+        with suppress(library.NVMLError):
+            self._described["name"] = str(library.nvmlDeviceGetName(own))
         self._readers: list[Reader] = []
         for fields, candidates in _readers(library, physical, own):
             self._probe(fields, candidates)
@@ -213,9 +200,9 @@ class Gpu:
                 continue
             self._readers.append(reader)
             if fields == ("power",):
-                self._power_source = POWER_SOURCES[k]
+                self._described["power_source"] = POWER_SOURCES[k]
             return
-        self._unsupported += fields
+        self._described["unsupported"] += fields
 
     def read(self, *, starts_span: bool = False) -> None:
         """Take a sample, unless the device is lost."""
@@ -243,17 +230,8 @@ class Gpu:
         starts = [0] if k is None else self._span_starts[k : k + 2]
         end = starts[1] + 1 if len(starts) > 1 else None  # the sample at a mark belongs to both of its spans
         samples = self.samples[starts[0] : end]
-        if not samples:
-            return None
         complete = end is not None and end <= len(self.samples)
-        return summarise(
-            samples,
-            name=self._name,
-            power_source=self._power_source,
-            unsupported=self._unsupported,
-            lost=None if complete else self.lost,
-            shared=self._shared,
-        )
+        return summarise(samples, lost=None if complete else self.lost, **self._described) if samples else None
 
 
 def _readers(library: ModuleType, physical: Any, own: Any) -> list[tuple[tuple[str, ...], list[Reader]]]:
