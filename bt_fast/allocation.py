@@ -8,7 +8,7 @@ the values known of a minibatch, that returns steps [m]. Your own are any such c
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -98,10 +98,15 @@ Policy = Callable[[Judged], Tensor]
 
 def three_groups(judged: Judged) -> Tensor:
     """N_O, N_B or N_R by the sample's group: the paper's. The default, which the fused op computes."""
-    steps = torch.full_like(judged.group, judged.group_steps[OUTLIER])
+    return by_group(judged.group, judged.group_steps)
+
+
+def by_group(group: Tensor, values: Sequence[float], dtype: torch.dtype = torch.int64) -> Tensor:
+    """For each sample of `group` [m] its group's value, of `values` for (outlier, boundary, robust)."""
+    result = torch.full_like(group, values[OUTLIER], dtype=dtype)
     for member in (BOUNDARY, ROBUST):
-        steps.masked_fill_(judged.group == member, judged.group_steps[member])
-    return steps
+        result.masked_fill_(group == member, values[member])
+    return result
 
 
 def uniform(judged: Judged) -> Tensor:
@@ -117,9 +122,8 @@ class Gaussian:
     (biased) standard deviation of the boundary samples' certainties c; halves round to even. `least_i` is N_R for a
     correct sample and N_O for a misclassified one, and is what all get where no sample is boundary. σ counts as at
     least 1e-6·|μ|, which is rounding: a single boundary sample takes N_B. Boundary samples that spread evenly over
-    [0, T) take 0.22·N_B steps at either end, at w = 1.
-
-    TypeError or ValueError where the width is not a finite number greater than 0.
+    [0, T) take 0.22·N_B steps at either end, at w = 1. TypeError or ValueError for a width that is no finite number
+    greater than 0.
     """
 
     width: float = 1.0
@@ -145,14 +149,12 @@ class Gaussian:
 
 @dataclass(frozen=True)
 class Oracle:
-    """N_O, N_B or N_R by groups that an attack tells, not the certainty (Fig. 2 of the paper).
+    """N_O, N_B or N_R by groups from an attack, not from the certainty (Fig. 2 of the paper).
 
     An outlier is misclassified before the attack, a boundary sample after it, a robust sample neither. The objectives
     run the attack, their own but for its `steps` ≥ 1 uniform steps of 1.7·ε/steps. It costs as much as the allocation
-    saves: an upper bound on what a metric can find, not a method. They draw the training start's seed first, then the
-    oracle's, from the same generator.
-
-    TypeError or ValueError where steps is not an integer of at least 1.
+    saves: an upper bound for metrics, not a method. They draw the training start's seed first, then the oracle's, from
+    the same generator. TypeError or ValueError where steps is not an integer of at least 1.
     """
 
     steps: int = 10

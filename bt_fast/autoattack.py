@@ -42,14 +42,14 @@ def for_autoattack(model: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
     computes none. Modes and `requires_grad` are restored at the end. The callable raises TypeError or ValueError for a
     model that returns no logits.
     """
-    held = [p for p in model.parameters() if p.requires_grad]
+    with_gradient = [p for p in model.parameters() if p.requires_grad]
     with eval_mode(model):
-        for p in held:
+        for p in with_gradient:
             p.requires_grad_(False)
         try:
             yield lambda x: logits_of(model, x)
         finally:
-            for p in held:
+            for p in with_gradient:
                 p.requires_grad_(True)
 
 

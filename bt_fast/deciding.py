@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -52,13 +52,21 @@ class Rule:
         given = self.step_size if self.steps[ops.BOUNDARY] else None
         return outlier, boundary if given is None else given, robust
 
+    def certainty_of(self, logits: Tensor, labels: Tensor, of_logits: ops.SignedVariance) -> tuple[Tensor, list[Fault]]:
+        """The metric's certainty [m] of clean logits, and its fault where it is another than SVar."""
+        if self.metric is allocation.signed_variance:
+            return of_logits.svar, []
+        certainty = allocation.certainty_of(self.metric, logits, labels)
+        message = (
+            f"metric must return numbers, but gave NaN for {{count}} of {len(certainty)} samples: "
+            "let it give a number to those that it knows nothing of"
+        )
+        return certainty, [Fault((certainty.isnan() & (of_logits.unfit == 0)).sum(), message)]
+
     def sizes_of(self, group: Tensor, steps: Tensor) -> Tensor:
         """α [m] float64, by the group or by any counts: that of boundary samples at N_B, 1.7·ε/n at others, 0 at 0."""
         if self.by_groups:
-            sizes = torch.full_like(group, self.sizes[ops.OUTLIER], dtype=torch.float64)
-            for member in (ops.BOUNDARY, ops.ROBUST):
-                sizes.masked_fill_(group == member, self.sizes[member])
-            return sizes
+            return allocation.by_group(group, self.sizes, torch.float64)
         travel = torch.full((), STEP_FACTOR * self.epsilon, dtype=torch.float64, device=steps.device)
         at_boundary = steps == self.steps[ops.BOUNDARY]
         sizes = torch.where(at_boundary, self.sizes[ops.BOUNDARY], travel / steps.clamp(min=1))
@@ -85,7 +93,7 @@ class Evidence:
         of_logits: the result of `ops.signed_variance`. certainty: [m], the result of the metric.
         fraction: 0-dim float64, F_R.
         earlier: faults of earlier updates. current: faults of this minibatch, but for unfit rows.
-        unfit_faults: the faults of unfit rows, from their counts [2].
+        names: of the logits and the labels in messages.
         attacked_correct: [m] bool, whether attacked samples are classified correctly, for an Oracle.
         of_attack: the faults of the Oracle's attack, raised last.
     """
@@ -96,37 +104,14 @@ class Evidence:
     fraction: Tensor
     earlier: Sequence[Fault]
     current: Sequence[Fault]
-    unfit_faults: Callable[[Tensor], Sequence[Fault]]
+    names: tuple[str, str]
     attacked_correct: Tensor | None = None
     of_attack: Sequence[Fault] = ()
 
-    @classmethod
-    def of(
-        cls,
-        rule: Rule,
-        logits: Tensor,
-        labels: Tensor,
-        fraction: Tensor,
-        earlier: Sequence[Fault],
-        inputs: Sequence[Fault],
-        names: tuple[str, str],
-    ) -> Evidence:
-        """The evidence of clean logits [m, K] and labels [m]; see `BulletTrain.start_plan`."""
-        of_logits = ops.signed_variance(logits, labels)
-        certainty, current = of_logits.svar, list(inputs)
-        if rule.metric is not allocation.signed_variance:
-            certainty = allocation.certainty_of(rule.metric, logits, labels)
-            count = (certainty.isnan() & (of_logits.unfit == 0)).sum()
-            message = (
-                f"metric must return numbers, but gave NaN for {{count}} of {len(certainty)} samples: "
-                "let it give a number to those that it knows nothing of"
-            )
-            current.append(Fault(count, message))
-
-        def unfit_faults(counts: Tensor) -> Sequence[Fault]:
-            return faults.unfit_faults(of_logits.unfit, counts, logits.shape[1], names)
-
-        return cls(rule, of_logits, certainty, fraction, earlier, current, unfit_faults)
+    def unfit_faults(self, counts: Tensor) -> Sequence[Fault]:
+        """The faults of unfit rows, from their counts [2]."""
+        signs = self.of_logits
+        return faults.unfit_faults(signs.unfit, counts, signs.probabilities.shape[1], self.names)
 
     def with_attacked(self, logits: Tensor, labels: Tensor, of_attack: Sequence[Fault]) -> Evidence:
         """The same with the logits [m, K] of attacked samples, and the faults of their attack."""

@@ -274,8 +274,10 @@ class BulletTrain(nn.Module):
         if self._counts_now:
             self._last = LastMinibatch()
         rule = Rule(self.metric, self.policy, self._group_steps, epsilon, step_size)
+        of_logits = ops.signed_variance(logits, labels)
+        certainty, current = rule.certainty_of(logits, labels, of_logits)
         fraction, earlier = self._deciding_fraction(), self._earlier_faults()
-        evidence = Evidence.of(rule, logits, labels, fraction, earlier, inputs, names)
+        evidence = Evidence(rule, of_logits, certainty, fraction, earlier, [*inputs, *current], names)
         if attacked_logits is not None:
             evidence = evidence.with_attacked(attacked_logits.detach(), labels, of_attack)
         plan = deciding.decide(evidence, self.ranks, state)
@@ -346,7 +348,6 @@ class BulletTrain(nn.Module):
             self.unreported_faults += ops.adversarial_hits(logits, labels)[1] > 0
 
     def _observe_together(self, ranks: Ranks, logits: Tensor, labels: Tensor, faulty: Tensor | None) -> None:
-        """Start the sum over the ranks by which F_R will move."""
         self.finish()
         hits, without_number = ops.adversarial_hits(logits, labels)
         gradients = hits.new_zeros(()) if faulty is None else faulty.sum()
@@ -432,7 +433,6 @@ class BulletTrain(nn.Module):
 
     @property
     def _group_steps(self) -> tuple[int, int, int]:
-        """(N_O, N_B, N_R), as the ops number the groups."""
         return self.outlier_steps, self.boundary_steps, self.robust_steps
 
     def _checked(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
