@@ -19,7 +19,7 @@ from bt_fast import ops
 from bt_fast.ops import BOUNDARY, OUTLIER, ROBUST
 from bt_fast.ops.numeric import kind_of
 from bt_fast.ops.rows import result_dtype
-from bt_fast.validation import check_floating, holds_integers, real, step_count
+from bt_fast.validation import check_floating, holds_integers, positive, step_count
 
 LARGEST = torch.finfo(torch.float32).max  # an infinite certainty counts as this: the percentile interpolates
 
@@ -129,9 +129,7 @@ class Gaussian:
     width: float = 1.0
 
     def __post_init__(self) -> None:
-        width = real("width", self.width)
-        if not 0 < width < math.inf:
-            raise ValueError(f"width must be a finite number greater than 0, got {width}: write Gaussian(width=1.0)")
+        positive("width", self.width, "write Gaussian(width=1.0)")
 
     def __call__(self, judged: Judged) -> Tensor:
         """Steps [m] int64."""
@@ -205,14 +203,9 @@ def name_of(rule: _Rule, known: Mapping[str, _Rule]) -> str:
 
 
 def certainty_of(metric: Metric, logits: Tensor, labels: Tensor) -> Tensor:
-    """The metric's values, checked: [m] in SVar's dtype. NaN is passed on; ±Inf becomes the largest finite float32.
+    """The metric's values [m] in SVar's dtype, checked; NaN is passed on, ±Inf becomes the largest finite float32.
 
-    Args:
-        logits: [m, K] floating point; the metric gets 16-bit ones in float32.
-        labels: [m] int64; the metric gets one out of 0..K-1 as the nearest class, since it may index with it.
-
-    Raises:
-        TypeError or ValueError: the metric returns no floating-point tensor [m] on the logits' device.
+    The metric gets 16-bit logits in float32, and a label out of 0..K-1 as the nearest class: it may index with it.
     """
     copied = logits.to(result_dtype(logits), copy=True)  # the metric may change its arguments
     values = metric(copied, labels.clamp(0, logits.shape[1] - 1))

@@ -150,10 +150,9 @@ def check_attacked(policy: Policy, logits: Tensor, attacked: Tensor | None) -> N
 
 
 def decide(evidence: Evidence, ranks: Ranks | None, state: Tensor | None) -> MinedPlan:
-    """The plan of a minibatch. With ranks it is this rank's share of the plan of all samples, and a collective call.
+    """The plan of a minibatch. With ranks this rank's share of the plan of all samples, collective.
 
-    Args:
-        state: [2] int64, a random state: that of rank 0 becomes all ranks'.
+    `state` [2] int64 is a random state: that of rank 0 becomes all ranks'.
     """
     if ranks is not None:
         return _together(evidence, ranks, state)

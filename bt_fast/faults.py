@@ -136,8 +136,7 @@ def marked_rows(unfit: Tensor, name: str, order: Tensor | None = None) -> Fault:
 def gradients_without_direction(faulty: Tensor, order: Tensor | None = None) -> Fault:
     """The number of samples marked in `faulty` [m] by an attack, as `generate` fills it.
 
-    Args:
-        order: [m] int64, which sample of the minibatch each of these is; their own places if None.
+    `order` [m] int64 is which sample of the minibatch each of these is; its own place if None.
     """
     message = f"the model's input gradient must be finite, but held NaN for {{count}} of {len(faulty)} samples"
     return Fault(faulty.sum(), message + AGAINST_NAN, lambda: marked(faulty, order))
@@ -150,12 +149,7 @@ def marked(unfit: Tensor, order: Tensor | None = None) -> Tensor:
 
 
 def unfit_faults(unfit: Tensor, counts: Tensor, classes: int, names: tuple[str, str]) -> tuple[Fault, Fault]:
-    """The faults of the rows of `ops.assign_steps`.
-
-    Args:
-        unfit: [m] uint8, of `ops.signed_variance`. counts: the op's two counts of it.
-        names: of the logits and the labels.
-    """
+    """The faults in `unfit` [m] uint8 of `ops.signed_variance`, of these two counts; `names` of logits and labels."""
     m = len(unfit)
     return (
         Fault(counts[0], _without_number_message(m, names[0]), lambda: marked(unfit & 1)),

@@ -69,26 +69,22 @@ class Guard:
 
     An optimizer with `fused=True` (SGD, Adam, AdamW) skips a faulty step on the device itself. Then the host does not
     wait: a fault is raised in the `step` after, or in `settle`. (But for the first step, in which fused SGD would
-    begin with an undefined momentum.) Any other optimizer waits for the result in `step`, as with
-    `torch.amp.GradScaler`. A fault that `bullet` reports one call late on a GPU (`NonFiniteError.earlier`) costs the
-    minibatch of that call.
+    begin with an undefined momentum.) Any other optimizer waits for the result in `step`. A fault that `bullet` reports
+    one call late on a GPU (`NonFiniteError.earlier`) costs the minibatch of that call.
 
-    With a `GradScaler` do not use `step`, since Inf in scaled gradients is how it finds its scale: `scaler.step` skips
-    faulty ones itself. `minibatch` still handles the objectives' errors, and restores the buffers then.
+    With a `GradScaler` call `scaler.step` in place of `step`: it skips faulty ones itself, and Inf in scaled gradients
+    is how it adjusts its scale. `minibatch` still handles the objectives' errors, and restores the buffers then.
 
     Args:
         optimizer: any with a `step()` without closure.
         modules: their buffers are restored, e.g. the model and its `BulletTrain`.
         non_finite: "raise", or "skip" and go on with the next minibatch.
-        process_group: of data parallel training: a fault of one rank's loss or gradients is one of all, so that all
-            skip the same minibatches. Every rank calls `step` in each, then; an objective's error must be raised on
-            all ranks too (with a `BulletTrain` of the same group it is).
+        process_group: of data parallel training: all ranks skip a minibatch in which one has a fault. Every rank calls
+            `step` in each, then; an objective's error must be raised on all ranks too (with a `BulletTrain` of the
+            same group it is).
 
     Attributes:
         skipped: the minibatches skipped so far; complete after `settle`.
-
-    Raises:
-        TypeError or ValueError: an argument is none of these.
     """
 
     def __init__(
@@ -123,12 +119,9 @@ class Guard:
 
     @contextmanager
     def minibatch(self, indices: Indices = None) -> Iterator[None]:
-        """The forwards, the backward and the step of one minibatch.
+        """The forwards, the backward and the step of one minibatch; indices [m] in the data set are for reports alone.
 
         A `NonFiniteError` of an objective is raised again, or skipped; the buffers are restored before.
-
-        Args:
-            indices: [m] integers, of its samples in the data set: for reports alone.
         """
         self._indices_before, self._indices = self._indices, indices
         self._finish()
@@ -154,11 +147,8 @@ class Guard:
     def step(self, loss: Tensor) -> None:
         """`optimizer.step()`, unless the loss, one floating-point number, or a gradient is NaN or infinite.
 
-        Raises:
-            RuntimeError: outside of `minibatch`.
-            TypeError or ValueError: the loss is not one floating-point number; nothing has changed.
-            NonFiniteError: with non_finite="raise", for a fault in this minibatch or, from a fused optimizer on a GPU,
-                in the one before.
+        With non_finite="raise" a NonFiniteError then, for this minibatch or, from a fused optimizer on a GPU, for the
+        one before. RuntimeError outside of `minibatch`, TypeError or ValueError for another kind of loss.
         """
         if self._kept is None:
             raise RuntimeError(

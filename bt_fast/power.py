@@ -148,11 +148,8 @@ class PowerMonitor:
     def mark(self, label: str) -> None:
         """End the current span and begin the span `label`, up to the next mark or the end of the block.
 
-        It reads the devices at once: a few milliseconds for each.
-
-        Raises:
-            ValueError: there is a span of that name.
-            RuntimeError: the monitor is in no block.
+        It reads the devices at once: a few milliseconds for each. ValueError where there is a span of that name,
+        RuntimeError outside of the block.
         """
         if label in self.labels:
             raise ValueError(f"label must be new, but there is a span {label!r}: give another name")

@@ -80,12 +80,7 @@ def driver_version() -> str | None:
 
 
 def uuids_of(devices: Device | Iterable[Device] | None) -> list[str]:
-    """The UUIDs of the devices, or of the current one, as NVML writes them.
-
-    Raises:
-        UnavailableError: NVML, torch or the device has nothing to measure.
-        TypeError or ValueError: a device is none, neither torch nor the driver knows it, or it is given twice.
-    """
+    """The UUIDs of the devices, or of the current one, as NVML writes them; UnavailableError, TypeError, ValueError."""
     checked = _listed(devices)
     if CPU in checked:
         raise UnavailableError("the device is the CPU, of which NVML tells nothing")

@@ -69,9 +69,7 @@ class Together:
 
 
 class Ranks:
-    """A process group as mining uses it. All methods are collective: every rank calls them in the same order.
-
-    A copy of the module that holds it holds the same group.
+    """A process group as mining uses it; a copy is the same group. Its methods are collective, in the same order.
 
     Attributes:
         rank: this process's number in the group, of `count`.
@@ -90,10 +88,8 @@ class Ranks:
     def gather(self, certainty: Tensor, correct: Tensor, unfit: Tensor, state: Tensor, faults: Tensor) -> Together:
         """The samples of all ranks, in one all-gather. Waits for the device in its first call only.
 
-        Args:
-            certainty: [m] float32 or float64, correct: [m] bool, unfit: [m] uint8, of this rank. Samples beyond `rows`
-                are left out, and `Together.too_many` then says so on every rank.
-            state: [2] int64. faults: [f] int64.
+        certainty [m] is float32 or float64, correct [m] bool, unfit [m] uint8, state [2] and faults [f] int64. Samples
+        beyond `rows` are left out, and `Together.too_many` then says so on every rank.
         """
         m, device = len(certainty), certainty.device
         if self.rows is None:
@@ -124,13 +120,9 @@ class Ranks:
         )
 
     def start_sum(self, numbers: Tensor) -> Callable[[], Tensor]:
-        """Begin to add up numbers over the ranks, while the caller goes on.
+        """Begin to add up `numbers` [n] int64 on the device over the ranks, in place.
 
-        Args:
-            numbers: [n] int64, on the device; their sum takes their place.
-
-        Returns:
-            A function that gives the sum. On a GPU it makes the device wait, not the host.
+        The returned function gives the sum. On a GPU it makes the device wait, not the host.
         """
         work = dist.all_reduce(numbers, group=self.group, async_op=True)
 

@@ -100,10 +100,8 @@ def augmix_cost(boundary_fraction: float = 1.0) -> float:
 def mart_cost(mean_steps: float, corrupted_fraction: float = 1.0, *, mining: bool = True) -> float:
     """MART: two F for each attack step, three for each of the update's two forwards.
 
-    26 F for ten uniform steps, as its authors' code: the attack of the cross-entropy needs no clean forward.
-
-    Args:
-        mean_steps, corrupted_fraction: as of `trades_cost`. mining: with BulletTrain, which needs one clean forward.
+    26 F for ten uniform steps, as its authors' code: the attack of the cross-entropy needs no clean forward, but mining
+    does. mean_steps and corrupted_fraction are as in `trades_cost`.
     """
     return mining + 2.0 * mean_steps + 3.0 + 3.0 * corrupted_fraction
 

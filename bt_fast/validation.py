@@ -96,20 +96,19 @@ def real(name: str, value: Any) -> float:
         ) from error
 
 
-def positive(name: str, value: float) -> float:
+def positive(name: str, value: float, instead: str | None = None) -> float:
     """`value` as a float; TypeError or ValueError that names `name` unless it is a finite number greater than 0."""
     number = real(name, value)
-    if not (number > 0 and math.isfinite(number)):
-        raise ValueError(
-            f"{name} must be a finite number greater than 0, got {value}: write {name}=8/255, or another size of pixels"
-        )
+    if not 0 < number < math.inf:
+        instead = instead or f"write {name}=8/255, or another size of pixels"
+        raise ValueError(f"{name} must be a finite number greater than 0, got {value}: {instead}")
     return number
 
 
 def weight(name: str, value: float) -> float:
     """`value` as a float; TypeError or ValueError that names `name` unless it is a finite number of at least 0."""
     number = real(name, value)
-    if not (number >= 0 and math.isfinite(number)):
+    if not 0 <= number < math.inf:
         raise ValueError(f"{name} must be a finite number of at least 0, got {value}: write {name}=6.0")
     return number
 
@@ -123,11 +122,7 @@ def check_model(model: nn.Module) -> None:
 
 
 def check_kind(name: str, value: object, kind: type, instead: str, *, optional: bool = False) -> None:
-    """Raise TypeError that names `name` unless `value` is of the kind, or None if it is optional.
-
-    Args:
-        instead: what to write, for the end of the message.
-    """
+    """Raise TypeError that names `name` and ends with `instead` unless `value` is of the kind, or optional and None."""
     if isinstance(value, kind) or (optional and value is None):
         return
     of, *package = kind.__name__, *kind.__module__.split(".")[:2]
