@@ -18,6 +18,7 @@ from bt_fast.attack.pgd import PGD
 from bt_fast.attack.pixels import Normalization, Normalize
 from bt_fast.attack.streams import StreamRunner
 from bt_fast.attack.threat import ThreatModel
+from bt_fast.deprecated import renamed
 from bt_fast.engine import Engine
 from bt_fast.evaluation import evaluate
 from bt_fast.faults import NonFiniteError
@@ -33,21 +34,11 @@ from bt_fast.objectives.update import Update
 from bt_fast.plan import MinedPlan, Plan
 from bt_fast.power import PowerMonitor
 from bt_fast.speedup import Fractions, theoretical_speedup, theoretical_speedup_augmix
-from bt_fast.warning import warn_deprecated
 
 __version__ = "0.1.0"
 
-_RENAMED = {"Schedule": "Plan", "Assignment": "MinedPlan"}
-
-
-if not TYPE_CHECKING:  # a checker is to know what there is
-
-    def __getattr__(name: str) -> object:
-        """The names of the first version."""
-        if name not in _RENAMED:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        warn_deprecated(f"bt_fast.{name}", f"write bt_fast.{_RENAMED[name]}")
-        return globals()[_RENAMED[name]]
+if not TYPE_CHECKING:  # a checker is to know the new names only
+    __getattr__ = renamed(__name__, {"Schedule": "bt_fast.Plan", "Assignment": "bt_fast.MinedPlan"})
 
 
 __all__ = [

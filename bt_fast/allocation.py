@@ -1,14 +1,14 @@
-"""How sure the model is of a sample, and how many attack steps that earns it: metrics and policies (section 3.2).
+"""Metrics and policies (section 3.2): how sure the model is of a sample, and how many attack steps it gets for that.
 
-A metric is one small function of (logits [m, K], labels [m]) that returns a certainty [m]; a policy is one small
-function of what is then known of a minibatch, `Judged`, that returns steps [m]. A metric or policy of one's own is any
-such callable: `BulletTrain(metric=lambda z, y: ..., policy=lambda judged: ...)`. Nothing here waits for the device.
+A metric is a function of (logits [m, K], labels [m]) that returns a certainty [m]. A policy is a function of `Judged`,
+the values known of a minibatch, that returns steps [m]. Your own are any such callables:
+`BulletTrain(metric=lambda z, y: ..., policy=lambda judged: ...)`. Nothing here waits for the device.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -17,13 +17,13 @@ from torch import Tensor
 
 from bt_fast import ops
 from bt_fast.ops import BOUNDARY, OUTLIER, ROBUST
-from bt_fast.ops.numeric import computable, kind_of
+from bt_fast.ops.numeric import kind_of
 from bt_fast.ops.rows import result_dtype
-from bt_fast.validation import real, step_count
+from bt_fast.validation import check_floating, holds_integers, positive, step_count
 
 LARGEST = torch.finfo(torch.float32).max  # an infinite certainty counts as this: the percentile interpolates
 
-# Metrics: correct samples are at 0 or above, since Eq. 6 asks for T = max(0, percentile), and misclassified ones below
+# Metrics: correct samples are at 0 or above, since Eq. 6 has T = max(0, percentile), and misclassified ones below
 
 Metric = Callable[[Tensor, Tensor], Tensor]
 
@@ -57,10 +57,7 @@ def gradient_norm(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 METRICS: dict[str, Metric] = {
-    "signed_variance": signed_variance,
-    "cross_entropy": cross_entropy,
-    "margin": margin,
-    "gradient_norm": gradient_norm,
+    metric.__name__: metric for metric in (signed_variance, cross_entropy, margin, gradient_norm)
 }
 
 
@@ -77,10 +74,10 @@ def _correct(logits: Tensor, labels: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Judged:
-    """What is known of m samples before their steps are decided. Tensors are on the logits' device.
+    """The values known of m samples before their steps are decided. Tensors are on the logits' device.
 
     Attributes:
-        certainty: [m] float32 (float64 for float64 logits), what the metric gave.
+        certainty: [m] float32 (float64 for float64 logits), the metric's values.
         correct: [m] bool, whether the clean sample is classified correctly.
         group: [m] int64, one of `ops.OUTLIER`, `ops.BOUNDARY`, `ops.ROBUST`: by Eq. 6, or the oracle's.
         threshold: 0-dim float64, T of Eq. 6.
@@ -101,10 +98,15 @@ Policy = Callable[[Judged], Tensor]
 
 def three_groups(judged: Judged) -> Tensor:
     """N_O, N_B or N_R by the sample's group: the paper's. The default, which the fused op computes."""
-    steps = torch.full_like(judged.group, judged.group_steps[OUTLIER])
+    return by_group(judged.group, judged.group_steps)
+
+
+def by_group(group: Tensor, values: Sequence[float], dtype: torch.dtype = torch.int64) -> Tensor:
+    """For each sample of `group` [m] its group's value, of `values` for (outlier, boundary, robust)."""
+    result = torch.full_like(group, values[OUTLIER], dtype=dtype)
     for member in (BOUNDARY, ROBUST):
-        steps.masked_fill_(judged.group == member, judged.group_steps[member])
-    return steps
+        result.masked_fill_(group == member, values[member])
+    return result
 
 
 def uniform(judged: Judged) -> Tensor:
@@ -114,28 +116,20 @@ def uniform(judged: Judged) -> Tensor:
 
 @dataclass(frozen=True)
 class Gaussian:
-    """A quantised Gaussian over the certainty: what the closing remark of section 3.2 suggests.
+    """A quantised Gaussian over the certainty, as the closing remark of section 3.2 suggests.
 
-    `n_i = max(least_i, round(N_B · exp(-(c_i - μ)² / (2·(w·σ)²))))`, where μ and σ are the mean and the (biased)
-    standard deviation of the boundary samples' own certainties c, and halves round to even. `least_i` is N_R for a
-    correct sample and N_O for a misclassified one, and is what all get where no sample is boundary. Where σ is less
-    than 1e-6·|μ|, which is rounding, it counts as that: a single boundary sample takes N_B.
-
-    Boundary samples that spread evenly over [0, T) take 0.22·N_B steps at either end, at w = 1.
-
-    Attributes:
-        width: w > 0.
-
-    Raises:
-        TypeError or ValueError: the width is not a finite number greater than 0.
+    `n_i = max(least_i, round(N_B · exp(-(c_i - μ)² / (2·(w·σ)²))))` with the width w > 0. μ and σ are the mean and the
+    (biased) standard deviation of the boundary samples' certainties c; halves round to even. `least_i` is N_R for a
+    correct sample and N_O for a misclassified one, and is what all get where no sample is boundary. σ counts as at
+    least 1e-6·|μ|, which is rounding: a single boundary sample takes N_B. Boundary samples that spread evenly over
+    [0, T) take 0.22·N_B steps at either end, at w = 1. TypeError or ValueError for a width that is no finite number
+    greater than 0.
     """
 
     width: float = 1.0
 
     def __post_init__(self) -> None:
-        width = real("width", self.width)
-        if not 0 < width < math.inf:
-            raise ValueError(f"width must be a finite number greater than 0, got {width}: write Gaussian(width=1.0)")
+        positive("width", self.width, "write Gaussian(width=1.0)")
 
     def __call__(self, judged: Judged) -> Tensor:
         """Steps [m] int64."""
@@ -153,18 +147,12 @@ class Gaussian:
 
 @dataclass(frozen=True)
 class Oracle:
-    """N_O, N_B or N_R by groups that an attack tells, not the certainty (Fig. 2 of the paper).
+    """N_O, N_B or N_R by groups from an attack, not from the certainty (Fig. 2 of the paper).
 
     An outlier is misclassified before the attack, a boundary sample after it, a robust sample neither. The objectives
-    run the attack, their own but for its `steps` uniform steps of 1.7·ε/steps, which costs what the allocation is to
-    save: an upper bound on what a metric can find, not a method. They draw the training start's seed first, then the
-    oracle's, from the same generator.
-
-    Attributes:
-        steps: of that attack, at least 1.
-
-    Raises:
-        TypeError or ValueError: steps is not an integer of at least 1.
+    run the attack, their own but for its `steps` ≥ 1 uniform steps of 1.7·ε/steps. It costs as much as the allocation
+    saves: an upper bound for metrics, not a method. They draw the training start's seed first, then the oracle's, from
+    the same generator. TypeError or ValueError where steps is not an integer of at least 1.
     """
 
     steps: int = 10
@@ -173,12 +161,7 @@ class Oracle:
         step_count("steps", self.steps, least=1)
 
     def groups(self, correct: Tensor, attacked_correct: Tensor) -> Tensor:
-        """The group [m] int64 of each sample.
-
-        Args:
-            correct: [m] bool, whether it is classified correctly before the attack.
-            attacked_correct: [m] bool, whether it is under the attack.
-        """
+        """The group [m] int64, from [m] bool: correct before the attack, and after it (attacked_correct)."""
         return correct.long() + (correct & attacked_correct)  # OUTLIER, BOUNDARY, ROBUST are 0, 1, 2
 
     def __call__(self, judged: Judged) -> Tensor:
@@ -194,27 +177,17 @@ POLICIES: dict[str, Policy] = {
 }
 
 
-# By name or of one's own
+# By name, or your own
 
 _Rule = TypeVar("_Rule", bound=Callable[..., Tensor])
 
 
 def rule_of(name: str, given: str | _Rule, known: Mapping[str, _Rule]) -> _Rule:
-    """The metric or policy that an argument called `name` asks for: a name in `known`, or a callable.
-
-    Raises:
-        TypeError: it is neither.
-        ValueError: it is a name that is not known.
-    """
-    if isinstance(given, str):
-        if given not in known:
-            raise ValueError(
-                f"{name} must be one of {', '.join(map(repr, known))} or a function, got {given!r}: "
-                f"write {name}={next(iter(known))!r}"
-            )
+    """The metric or policy of an argument `name`: a name in `known`, or a callable. Else ValueError or TypeError."""
+    if isinstance(given, str) and given in known:
         return known[given]
-    if isinstance(given, type) or not callable(given):
-        raise TypeError(
+    if isinstance(given, (str, type)) or not callable(given):
+        raise (ValueError if isinstance(given, str) else TypeError)(
             f"{name} must be one of {', '.join(map(repr, known))} or a function, got {given!r}: "
             f"write {name}={next(iter(known))!r}"
         )
@@ -230,53 +203,37 @@ def name_of(rule: _Rule, known: Mapping[str, _Rule]) -> str:
 
 
 def certainty_of(metric: Metric, logits: Tensor, labels: Tensor) -> Tensor:
-    """What the metric says, checked: [m] in SVar's dtype. NaN is passed on; ±Inf becomes the largest finite float32.
+    """The metric's values [m] in SVar's dtype, checked; NaN is passed on, ±Inf becomes the largest finite float32.
 
-    Args:
-        logits: [m, K] floating point; the metric sees 16-bit ones in float32.
-        labels: [m] int64; the metric sees one out of 0..K-1 as the nearest class, since it may look something up.
-
-    Raises:
-        TypeError or ValueError: what it returns is no floating-point tensor [m] on the logits' device.
+    The metric gets 16-bit logits in float32, and a label out of 0..K-1 as the nearest class: it may index with it.
     """
-    copied = logits.to(result_dtype(logits), copy=True)  # it may work in its arguments
-    found = metric(copied, labels.clamp(0, logits.shape[1] - 1))
-    if not isinstance(found, Tensor) or not computable(found):
-        raise TypeError(
-            f"metric must return a floating-point tensor, got {kind_of(found)}: "
-            "let it return one number for each sample"
-        )
-    _check_placed("metric", found, len(logits), logits.device)
-    return found.detach().to(result_dtype(logits)).clamp(-LARGEST, LARGEST)
+    copied = logits.to(result_dtype(logits), copy=True)  # the metric may change its arguments
+    values = metric(copied, labels.clamp(0, logits.shape[1] - 1))
+    check_floating("metric", values, "let it return one number for each sample", "must return a floating-point tensor")
+    _check_placed("metric", values, len(logits), logits.device)
+    return values.detach().to(result_dtype(logits)).clamp(-LARGEST, LARGEST)
 
 
 def steps_of(policy: Policy, judged: Judged) -> Tensor:
-    """What the policy says, checked but for its values: [m] int64.
-
-    Raises:
-        TypeError or ValueError: what it returns is no tensor of integers [m] on the samples' device.
-    """
-    found = policy(judged)
-    integers = isinstance(found, Tensor) and not (
-        found.is_floating_point() or found.is_complex() or found.dtype == torch.bool
-    )
-    if not integers:
+    """The policy's steps, checked but for their values: [m] int64. Else TypeError or ValueError."""
+    steps = policy(judged)
+    if not isinstance(steps, Tensor) or not holds_integers(steps):
         raise TypeError(
-            f"policy must return a tensor of integers, got {kind_of(found)}: "
+            f"policy must return a tensor of integers, got {kind_of(steps)}: "
             "let it return one count of steps for each sample, with .long()"
         )
-    _check_placed("policy", found, len(judged.group), judged.group.device)
-    return found.long()
+    _check_placed("policy", steps, len(judged.group), judged.group.device)
+    return steps.long()
 
 
-def _check_placed(name: str, found: Tensor, m: int, device: torch.device) -> None:
-    if found.shape != (m,):
+def _check_placed(name: str, values: Tensor, m: int, device: torch.device) -> None:
+    if values.shape != (m,):
         raise ValueError(
-            f"{name} must return shape [{m}], one for each sample, got {list(found.shape)}: "
-            "let it return one value for each of the rows it is given"
+            f"{name} must return shape [{m}], one for each sample, got {list(values.shape)}: "
+            "let it return one value for each of its rows"
         )
-    if found.device != device:
+    if values.device != device:
         raise ValueError(
-            f"{name} must return a tensor on {device} like the samples, but it is on {found.device}: "
+            f"{name} must return a tensor on {device} like the samples, but it is on {values.device}: "
             f"let it make its tensors with device={str(device)!r}"
         )

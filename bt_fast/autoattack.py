@@ -1,4 +1,4 @@
-"""AutoAttack (Croce and Hein, 2020), where its package is installed, and a model as that package wants it."""
+"""AutoAttack (Croce and Hein, 2020), where its package is installed, and a model in the form for that package."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from bt_fast import faults
-from bt_fast.attack.frozen import clean_logits, eval_mode, logits_of
+from bt_fast.attack.frozen import eval_mode, logits_of
 from bt_fast.attack.threat import ThreatModel, check_threat
-from bt_fast.evaluation import Accuracy
-from bt_fast.ops.numeric import computable, kind_of
+from bt_fast.evaluation import Accuracy, classified_correctly
 from bt_fast.units import warn_of_units
-from bt_fast.validation import check_choice, check_labels, step_count
+from bt_fast.validation import check_choice, check_floating, check_labels, step_count
 
 INSTALL = "pip install git+https://github.com/fra31/auto-attack"
 VERSIONS = ("standard", "plus", "rand")
@@ -24,11 +23,11 @@ _NORMS = {"l_inf": "Linf", "l_2": "L2"}
 
 @dataclass(frozen=True, eq=False)
 class AutoAttacked(Accuracy):
-    """An accuracy, and what AutoAttack made of each sample.
+    """An accuracy, and AutoAttack's result for each sample.
 
     Attributes:
-        x_adv: [total, ...] the images: attacked where the sample fell, clean where it stood.
-        stood: [total] bool, classified correctly whatever AutoAttack tried.
+        x_adv: [total, ...] the images: clean where the sample stood, else attacked.
+        stood: [total] bool, classified correctly under all attacks.
     """
 
     x_adv: Tensor = field(repr=False)
@@ -39,18 +38,18 @@ class AutoAttacked(Accuracy):
 def for_autoattack(model: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
     """The model as AutoAttack (or any other attack) takes it: a callable from images [n, C, H, W] to logits [n, K].
 
-    Inside the block the model is in eval mode and its parameters need no gradient, so that an attack that calls
-    `backward` accumulates none and pays for none. At the end every submodule has its own mode again, and every
-    parameter its own `requires_grad`. The callable raises TypeError or ValueError for a model that returns no logits.
+    Inside the block the model is in eval mode and its parameters need no gradient, so that an attack's `backward`
+    computes none. Modes and `requires_grad` are restored at the end. The callable raises TypeError or ValueError for a
+    model that returns no logits.
     """
-    held = [p for p in model.parameters() if p.requires_grad]
+    with_gradient = [p for p in model.parameters() if p.requires_grad]
     with eval_mode(model):
-        for p in held:
+        for p in with_gradient:
             p.requires_grad_(False)
         try:
             yield lambda x: logits_of(model, x)
         finally:
-            for p in held:
+            for p in with_gradient:
                 p.requires_grad_(True)
 
 
@@ -75,7 +74,7 @@ def autoattack(
         batch_size: ≥ 1. seed: of AutoAttack's random numbers. verbose: let it print its progress.
 
     Raises:
-        ImportError: the package is not installed; the message says how to install it.
+        ImportError: the package is not installed.
         TypeError or ValueError: an argument does not fit; nothing has been run.
     """
     _check(x, y, threat, version)
@@ -90,23 +89,15 @@ def autoattack(
     devices = [x.device] if x.is_cuda else []
     with torch.inference_mode(False), torch.random.fork_rng(devices), for_autoattack(model) as classifier:
         clean = _correct(classifier, x, y, batch_size)
-        adversary = AutoAttack(
-            classifier,
-            norm=_NORMS[threat.norm],
-            eps=threat.epsilon,
-            seed=seed,
-            version=version,
-            verbose=verbose,
-            device=str(x.device),
-        )
+        options = {"seed": seed, "version": version, "verbose": verbose, "device": str(x.device)}
+        adversary = AutoAttack(classifier, norm=_NORMS[threat.norm], eps=threat.epsilon, **options)
         x_adv: Tensor = adversary.run_standard_evaluation(x, y, bs=batch_size)
         stood = clean & _correct(classifier, x_adv, y, batch_size)
     return AutoAttacked(int(clean.sum()), int(stood.sum()), len(y), x_adv, stood)
 
 
 def _check(x: Tensor, y: Tensor, threat: ThreatModel, version: str) -> None:
-    if not isinstance(x, Tensor) or not computable(x):
-        raise TypeError(f"x must be floating-point images, got {kind_of(x)}: of bytes write x.float() / 255")
+    check_floating("x", x, "of bytes write x.float() / 255", "must be floating-point images")
     if x.dim() != 4 or x.numel() == 0:
         raise ValueError(
             f"x must have shape [total, C, H, W] with at least 1 image, got {list(x.shape)}: of one image write x[None]"
@@ -124,10 +115,5 @@ def _check(x: Tensor, y: Tensor, threat: ThreatModel, version: str) -> None:
 
 def _correct(model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, batch_size: int) -> Tensor:
     """Which images are classified as `y`: [total] bool."""
-    found = []
-    for images, labels in zip(x.split(batch_size), y.split(batch_size), strict=True):
-        logits = clean_logits(model, images)
-        outside = faults.labels_outside(labels, logits.shape[1], "y")
-        faults.read([outside, faults.rows_without_number(logits, "the model's logits")]).wait()
-        found.append(logits.argmax(dim=1) == labels)
-    return torch.cat(found)
+    batches = zip(x.split(batch_size), y.split(batch_size), strict=True)
+    return torch.cat([classified_correctly(model, images, labels, "y") for images, labels in batches])

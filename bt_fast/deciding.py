@@ -2,35 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bt_fast import allocation, faults, ops
-from bt_fast.allocation import Judged, Oracle, Policy
+from bt_fast.allocation import Judged, Metric, Oracle, Policy
 from bt_fast.faults import CheckedRead, Fault
 from bt_fast.plan import MinedPlan
-from bt_fast.ranks import Ranks
+from bt_fast.ranks import Ranks, Together
+from bt_fast.validation import check_device, check_floating
 
 STEP_FACTOR = 1.7  # α = 1.7 ε / N (section 3.1, Fig. 2)
 
 
 @dataclass(frozen=True)
 class Rule:
-    """How steps and step sizes follow from groups.
+    """How certainties, steps and step sizes are decided.
 
     Attributes:
-        policy: who takes how many steps.
+        metric, policy: the functions, as in `BulletTrain`.
         steps: (N_O, N_B, N_R), as the ops number the groups.
         epsilon: ε. step_size: α of the boundary samples, 1.7·ε/N_B if None; all in pixel units.
     """
 
+    metric: Metric
     policy: Policy
     steps: tuple[int, int, int]
     epsilon: float
     step_size: float | None
+
+    @property
+    def by_groups(self) -> bool:
+        """Whether the paper's rule decides."""
+        return self.policy is allocation.three_groups
 
     @property
     def most_steps(self) -> int:
@@ -39,31 +47,37 @@ class Rule:
 
     @property
     def sizes(self) -> tuple[float, float, float]:
-        """α of (outlier, boundary, robust): 1.7·ε/N, or the step size that boundary samples were given."""
+        """α of (outlier, boundary, robust): 1.7·ε/N, or the given step size of boundary samples."""
         outlier, boundary, robust = (STEP_FACTOR * self.epsilon / n if n else 0.0 for n in self.steps)
         given = self.step_size if self.steps[ops.BOUNDARY] else None
         return outlier, boundary if given is None else given, robust
 
-    def sizes_by_group(self, group: Tensor) -> Tensor:
-        """α [m] float64 of the groups [m]."""
-        sizes = torch.full_like(group, self.sizes[ops.OUTLIER], dtype=torch.float64)
-        for member in (ops.BOUNDARY, ops.ROBUST):
-            sizes.masked_fill_(group == member, self.sizes[member])
-        return sizes
+    def certainty_of(self, logits: Tensor, labels: Tensor, of_logits: ops.SignedVariance) -> tuple[Tensor, list[Fault]]:
+        """The metric's certainty [m] of clean logits, and its fault where it is another than SVar."""
+        if self.metric is allocation.signed_variance:
+            return of_logits.svar, []
+        certainty = allocation.certainty_of(self.metric, logits, labels)
+        message = (
+            f"metric must return numbers, but gave NaN for {{count}} of {len(certainty)} samples: "
+            "let it give a number to those that it knows nothing of"
+        )
+        return certainty, [Fault((certainty.isnan() & (of_logits.unfit == 0)).sum(), message)]
 
-    def sizes_by_count(self, steps: Tensor) -> Tensor:
-        """α [m] float64 of any counts: that of boundary samples at N_B, 1.7·ε/n at any other n, and 0 at 0."""
+    def sizes_of(self, group: Tensor, steps: Tensor) -> Tensor:
+        """α [m] float64, by the group or by any counts: that of boundary samples at N_B, 1.7·ε/n at others, 0 at 0."""
+        if self.by_groups:
+            return allocation.by_group(group, self.sizes, torch.float64)
         travel = torch.full((), STEP_FACTOR * self.epsilon, dtype=torch.float64, device=steps.device)
         at_boundary = steps == self.steps[ops.BOUNDARY]
         sizes = torch.where(at_boundary, self.sizes[ops.BOUNDARY], travel / steps.clamp(min=1))
         return sizes.masked_fill_(steps == 0, 0.0)
 
-    def steps_of(self, judged: Judged, there: Tensor | None = None) -> tuple[Tensor, Fault]:
-        """[m] int64 in 0..most_steps, and whether the policy gave a sample (that is `there`) another count."""
+    def steps_of(self, judged: Judged, is_sample: Tensor | None = None) -> tuple[Tensor, Fault]:
+        """[m] int64 in 0..most_steps, and whether the policy gave a sample (that is no padding) another count."""
         steps = allocation.steps_of(self.policy, judged)
         outside = (steps < 0) | (steps > self.most_steps)
-        if there is not None:
-            outside &= there
+        if is_sample is not None:
+            outside &= is_sample
         message = (
             f"policy must return steps in 0..{self.most_steps}, but {{count}} of {len(steps)} are not: "
             f"let it end with .clamp(0, {self.most_steps})"
@@ -72,165 +86,179 @@ class Rule:
 
 
 @dataclass(frozen=True, eq=False)
-class Seen:
-    """What the clean logits of m samples tell, before anything is decided.
+class Evidence:
+    """All that decides about the m samples of a minibatch.
 
     Attributes:
-        of_logits: what `ops.signed_variance` makes of them.
-        certainty: [m], as the metric says.
+        of_logits: the result of `ops.signed_variance`. certainty: [m], the result of the metric.
         fraction: 0-dim float64, F_R.
-        earlier: what earlier updates left to be raised; found: what else is wrong with this minibatch.
-        unfit_faults: from the counts [2] of unfit rows, what is to be raised about them.
+        earlier: faults of earlier updates. current: faults of this minibatch, but for unfit rows.
+        names: of the logits and the labels in messages.
+        attacked_correct: [m] bool, whether attacked samples are classified correctly, for an Oracle.
+        of_attack: the faults of the Oracle's attack, raised last.
     """
 
+    rule: Rule
     of_logits: ops.SignedVariance
     certainty: Tensor
     fraction: Tensor
     earlier: Sequence[Fault]
-    found: Sequence[Fault]
-    unfit_faults: Callable[[Tensor], Sequence[Fault]]
+    current: Sequence[Fault]
+    names: tuple[str, str]
+    attacked_correct: Tensor | None = None
+    of_attack: Sequence[Fault] = ()
+
+    def unfit_faults(self, counts: Tensor) -> Sequence[Fault]:
+        """The faults of unfit rows, from their counts [2]."""
+        signs = self.of_logits
+        return faults.unfit_faults(signs.unfit, counts, signs.probabilities.shape[1], self.names)
+
+    def with_attacked(self, logits: Tensor, labels: Tensor, of_attack: Sequence[Fault]) -> Evidence:
+        """The same with the logits [m, K] of attacked samples, and the faults of their attack."""
+        attacked = ops.signed_variance(logits, labels)
+        of_attack = [*of_attack, faults.marked_rows(attacked.unfit & 1, "attacked_logits")]
+        return replace(self, attacked_correct=attacked.correct, of_attack=of_attack)
+
+    def plan(self, **decided: Any) -> MinedPlan:
+        """The plan with these decided fields."""
+        signs, most = self.of_logits, self.rule.most_steps
+        known: dict[str, Any] = {"svar": signs.svar, "certainty": self.certainty, "probabilities": signs.probabilities}
+        return MinedPlan(most_steps=most, **known, **decided)
 
 
-def by_group(rule: Rule, seen: Seen) -> MinedPlan:
-    """The paper's rule (Eq. 6), for this process alone: one op."""
-    signs, found = seen.of_logits, [*seen.earlier, *seen.found]
-    counted = torch.zeros(3, dtype=torch.int64, device=seen.certainty.device)
+def check_attacked(policy: Policy, logits: Tensor, attacked: Tensor | None) -> None:
+    """Raise TypeError or ValueError unless there are attacked logits for an Oracle, and none for another policy."""
+    if not isinstance(policy, Oracle):
+        if attacked is not None:
+            raise ValueError(
+                "attacked_logits are for the policy 'oracle' alone, but the policy is another: leave them out"
+            )
+        return
+    if attacked is None:
+        raise ValueError(
+            "policy is an Oracle, which needs attacked_logits=, the model's logits of attacked samples: "
+            "call TRADESLoss, MARTLoss or PGDLoss with mining=, which make them, or give them to `plan`"
+        )
+    instead = "give model(x_adv) of attacked samples"
+    check_floating("attacked_logits", attacked, instead, "must be a floating-point tensor")
+    if attacked.shape != logits.shape:
+        raise ValueError(
+            f"attacked_logits must have the logits' shape {list(logits.shape)}, got {list(attacked.shape)}: "
+            "give a row for each sample"
+        )
+    check_device("attacked_logits", attacked, logits.device, "the logits", "are")
+
+
+def decide(evidence: Evidence, ranks: Ranks | None, state: Tensor | None) -> MinedPlan:
+    """The plan of a minibatch. With ranks this rank's share of the plan of all samples, collective.
+
+    `state` [2] int64 is a random state: that of rank 0 becomes all ranks'.
+    """
+    if ranks is not None:
+        return _together(evidence, ranks, state)
+    return _by_groups(evidence) if evidence.rule.by_groups else _by_policy(evidence)
+
+
+def _by_groups(evidence: Evidence) -> MinedPlan:
+    """The paper's rule (Eq. 6) for this process alone: one op."""
+    rule, signs, certainty = evidence.rule, evidence.of_logits, evidence.certainty
+    every = [*evidence.earlier, *evidence.current]
+    counted, wrong = torch.zeros(3, dtype=torch.int64, device=certainty.device), faults.counts_of(every)
     threshold, group, steps, step_size, order, counts = ops.assign_steps(
-        seen.certainty,
-        signs.correct,
-        seen.fraction,
-        rule.steps,
-        rule.sizes,
-        signs.unfit,
-        faults.counts_of(found),
-        counted,
+        certainty, signs.correct, evidence.fraction, rule.steps, rule.sizes, signs.unfit, wrong, counted
     )
-    return MinedPlan(
+    return evidence.plan(
         steps=steps,
         step_size=step_size,
         order=order,
-        counts=CheckedRead(counts, [*found, *seen.unfit_faults(counts[-2:])]),
-        most_steps=rule.most_steps,
+        counts=CheckedRead(counts, [*every, *evidence.unfit_faults(counts[-2:])]),
         group=group,
         threshold=threshold,
-        svar=signs.svar,
-        certainty=seen.certainty,
-        probabilities=signs.probabilities,
         counted_groups=counted,
         counted_steps=None,
         ranks=None,
     )
 
 
-def by_policy(
-    rule: Rule, seen: Seen, attacked: ops.SignedVariance | None = None, of_attack: Sequence[Fault] = ()
-) -> MinedPlan:
-    """What `ops.assign_steps` does for three groups, by a policy.
-
-    Args:
-        attacked: of the attacked logits, for an Oracle; of_attack: the faults of its attack, raised last.
-    """
-    signs, late = seen.of_logits, list(of_attack)
-    threshold = ops.robust_threshold(seen.certainty, seen.fraction)
-    group = _groups(seen.certainty, signs.correct, threshold, seen.fraction)
-    if isinstance(rule.policy, Oracle) and attacked is not None:
-        group = rule.policy.groups(signs.correct, attacked.correct)
-        late.append(faults.marked_rows(attacked.unfit & 1, "attacked_logits"))
-    judged = Judged(seen.certainty, signs.correct, group, threshold, seen.fraction, rule.steps)
-    steps, outside = rule.steps_of(judged)
+def _by_policy(evidence: Evidence) -> MinedPlan:
+    """What `ops.assign_steps` does for three groups, by a policy."""
+    signs = evidence.of_logits
+    judged = _judged(evidence, evidence.certainty, signs.correct)
+    steps, outside = evidence.rule.steps_of(judged)
     unfit = torch.stack([(signs.unfit & bit > 0).sum() for bit in (1, 2)])
-    every = [*seen.earlier, *seen.found, *seen.unfit_faults(unfit), *late, outside]
-    wrong = faults.counts_of(every)
-    order, active = ops.order_by_steps(steps, rule.most_steps)
-    sizes, sound = _sizes_of(group), ~wrong.any()
-    return MinedPlan(
-        steps=steps,
-        step_size=rule.sizes_by_count(steps),
-        order=order,
-        counts=CheckedRead(torch.cat([active, sizes, wrong]), every),
-        most_steps=rule.most_steps,
-        group=group,
-        threshold=threshold,
-        svar=signs.svar,
-        certainty=seen.certainty,
-        probabilities=signs.probabilities,
-        counted_groups=sizes * sound,
-        counted_steps=_steps_counted(rule, steps, sound),
-        ranks=None,
-    )
+    every = [*evidence.earlier, *evidence.current, *evidence.unfit_faults(unfit), *evidence.of_attack, outside]
+    return _planned(evidence, judged, steps, faults.counts_of(every), every, None)
 
 
-def together(rule: Rule, seen: Seen, ranks: Ranks, state: Tensor | None = None) -> MinedPlan:
-    """The same of all ranks' samples, on every rank; of it this rank's share. Collective.
-
-    Args:
-        state: [2] int64, a random state: that of rank 0 becomes all ranks'.
-    """
-    signs, device = seen.of_logits, seen.certainty.device
+def _together(evidence: Evidence, ranks: Ranks, state: Tensor | None) -> MinedPlan:
+    """The rule or policy for the samples of all ranks."""
+    signs, device = evidence.of_logits, evidence.certainty.device
     state = torch.zeros(2, dtype=torch.int64, device=device) if state is None else state
     # every rank knows the earlier faults already
-    counted = faults.counts_of(seen.found) if seen.found else state[:0]
-    everyone = ranks.gather(seen.certainty, signs.correct, signs.unfit, state, counted)
-    there = everyone.there
-    threshold = ops.robust_threshold(everyone.certainty, seen.fraction, there.sum())
-    group = _groups(everyone.certainty, everyone.correct, threshold, seen.fraction)
-    judged = Judged(everyone.certainty, everyone.correct, group, threshold, seen.fraction, rule.steps)
-    steps, outside = rule.steps_of(judged, there)
+    counted = faults.counts_of(evidence.current) if evidence.current else state[:0]
+    everyone = ranks.gather(evidence.certainty, signs.correct, signs.unfit, state, counted)
+    judged = _judged(evidence, everyone.certainty, everyone.correct, everyone.is_sample)
+    steps, outside = evidence.rule.steps_of(judged, everyone.is_sample)
     unfit = torch.stack([(everyone.unfit & bit > 0).view(ranks.count, -1).sum(dim=1) for bit in (1, 2)], dim=1)
     of_ranks = torch.cat([everyone.faults, unfit, everyone.too_many[:, None]], dim=1)
-    of_all = [*seen.earlier, outside]
-    wrong = torch.cat([of_ranks.flatten(), faults.counts_of(of_all)])
-    sound = ~wrong.any()
-
-    own_group, own_steps = everyone.own(group), everyone.own(steps)
-    order, active = ops.order_by_steps(own_steps, rule.most_steps)
-    by_groups = rule.policy is allocation.three_groups
     too_many = Fault(
         everyone.too_many,
         f"minibatches must have at most {ranks.rows} samples, the most of the group's first, but one has more: "
         "let the loaders of all ranks have one batch size",
     )
-    own = [*seen.found, *seen.unfit_faults(unfit[ranks.rank]), too_many]
-    spread = _spread(steps, there, ranks.count, rule.most_steps)
-    return MinedPlan(
+    own = [*evidence.current, *evidence.unfit_faults(unfit[ranks.rank]), too_many]
+    of_all = [*evidence.earlier, outside]
+    wrong = torch.cat([of_ranks.flatten(), faults.counts_of(of_all)])
+    every = faults.OfRanks(own, ranks.rank, ranks.count, of_all)
+    return _planned(evidence, judged, steps, wrong, every, everyone)
+
+
+def _judged(evidence: Evidence, certainty: Tensor, correct: Tensor, is_sample: Tensor | None = None) -> Judged:
+    """The groups by Eq. 6, or the oracle's."""
+    rule, fraction = evidence.rule, evidence.fraction
+    threshold = ops.robust_threshold(certainty, fraction, None if is_sample is None else is_sample.sum())
+    if isinstance(rule.policy, Oracle) and evidence.attacked_correct is not None:
+        group = rule.policy.groups(correct, evidence.attacked_correct)
+    else:
+        robust = (certainty.double() >= threshold) & (fraction > 0)
+        group = correct.long() + (correct & robust)  # OUTLIER, BOUNDARY, ROBUST are 0, 1, 2
+    return Judged(certainty, correct, group, threshold, fraction, rule.steps)
+
+
+def _planned(
+    evidence: Evidence, judged: Judged, steps: Tensor, wrong: Tensor, every: Sequence[Fault], everyone: Together | None
+) -> MinedPlan:
+    """The plan of all samples with these steps, of which `wrong` counts every fault; with ranks, this rank's share."""
+    rule = evidence.rule
+    group, own_steps, spread = judged.group, steps, []
+    if everyone is not None:
+        group, own_steps = everyone.own(group), everyone.own(steps)
+        spread = [_spread(steps, everyone.is_sample, len(everyone.sizes), rule.most_steps)]
+        steps = steps * everyone.is_sample
+    order, active = ops.order_by_steps(own_steps, rule.most_steps)
+    sizes, sound = _sizes_of(group), ~wrong.any()
+    sizes_of_all = sizes if everyone is None else _sizes_of(judged.group, everyone.is_sample)
+    return evidence.plan(
         steps=own_steps,
-        step_size=rule.sizes_by_group(own_group) if by_groups else rule.sizes_by_count(own_steps),
+        step_size=rule.sizes_of(group, own_steps),
         order=order,
-        counts=CheckedRead(
-            torch.cat([active, _sizes_of(own_group), spread, wrong]),
-            faults.OfRanks(own, ranks.rank, ranks.count, of_all),
-        ),
-        most_steps=rule.most_steps,
-        group=own_group,
-        threshold=threshold,
-        svar=signs.svar,
-        certainty=seen.certainty,
-        probabilities=signs.probabilities,
-        counted_groups=_sizes_of(group, there) * sound,
-        counted_steps=_steps_counted(rule, steps * there, sound),
+        counts=CheckedRead(torch.cat([active, sizes, *spread, wrong]), every),
+        group=group,
+        threshold=judged.threshold,
+        counted_groups=sizes_of_all * sound,
+        counted_steps=None if rule.by_groups else steps.sum() * sound,
         ranks=everyone,
     )
 
 
-def _groups(certainty: Tensor, correct: Tensor, threshold: Tensor, fraction: Tensor) -> Tensor:
-    """Eq. 6: [m] int64."""
-    robust = (certainty.double() >= threshold) & (fraction > 0)
-    return correct.long() + (correct & robust)  # OUTLIER, BOUNDARY, ROBUST are 0, 1, 2
-
-
-def _sizes_of(group: Tensor, there: Tensor | None = None) -> Tensor:
-    """Samples in (outlier, boundary, robust), of those that are there: [3] int64."""
+def _sizes_of(group: Tensor, is_sample: Tensor | None = None) -> Tensor:
+    """The numbers of samples in (outlier, boundary, robust): [3] int64."""
     members = group == torch.arange(3, device=group.device)[:, None]
-    return (members if there is None else members & there).sum(dim=1)
+    return (members if is_sample is None else members & is_sample).sum(dim=1)
 
 
-def _steps_counted(rule: Rule, steps: Tensor, sound: Tensor) -> Tensor | None:
-    """All steps together, 0 if something is wrong; None where the groups' sizes give them."""
-    return None if rule.policy is allocation.three_groups else steps.sum() * sound
-
-
-def _spread(steps: Tensor, there: Tensor, ranks: int, most: int) -> Tensor:
+def _spread(steps: Tensor, is_sample: Tensor, ranks: int, most: int) -> Tensor:
     """[N · (most + 1)] int64: how many samples of each rank have 0, 1, ... steps."""
     spread = torch.zeros(ranks * (most + 1), dtype=torch.int64, device=steps.device)
     place = torch.arange(len(steps), device=steps.device) // max(len(steps) // ranks, 1)
-    return spread.scatter_add_(0, place * (most + 1) + steps, there.long())
+    return spread.scatter_add_(0, place * (most + 1) + steps, is_sample.long())

@@ -1,21 +1,31 @@
-"""Keywords of the first version: they work for this one, and each warns with the line to write instead."""
+"""The names and keywords of the first version: they work for this one, and each warns with the line to write."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pkgutil import resolve_name
 
 from bt_fast.warning import warn_deprecated
 
 
+def renamed(module: str, new_names: Mapping[str, str]) -> Callable[[str], object]:
+    """The `__getattr__` of a module with old names: `new_names` says where each is now."""
+
+    def get(name: str) -> object:
+        if name not in new_names:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        warn_deprecated(f"{module}.{name}", f"write {new_names[name]}")
+        return resolve_name(new_names[name])
+
+    return get
+
+
 def check_keywords(function: str, given: Mapping[str, object], new_lines: Mapping[str, str], **names: str) -> None:
-    """Warn of each old keyword that a function was given.
+    """Warn of each old keyword in a call of the function of that name. TypeError for a keyword that it never had.
 
     Args:
-        function: its name. given: the keywords beside its own.
-        new_lines: by old keyword, what to write; `{value}` stands for what was given, others for `names`.
-
-    Raises:
-        TypeError: it never had a keyword of that name.
+        given: the keywords beside the function's own.
+        new_lines: by old keyword, what to write; `{value}` stands for the keyword's value, others for `names`.
     """
     for name, value in given.items():
         if name not in new_lines:
@@ -23,6 +33,6 @@ def check_keywords(function: str, given: Mapping[str, object], new_lines: Mappin
                 f"{function}() has no argument {name!r}: write one of its own, which help(bt_fast.{function}) lists, "
                 "or leave it out"
             )
-        if value is not None:  # which was the default
+        if value is not None:  # the old default
             new = new_lines[name].format(value=repr(value), **names)
             warn_deprecated(f"the argument {name}= of {function}", new)

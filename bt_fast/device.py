@@ -1,4 +1,4 @@
-"""The one place where the host waits for the device, and how to tell that a memory is full."""
+"""The one place where the host waits for the device, and the recognition of a full memory."""
 
 from __future__ import annotations
 
@@ -7,16 +7,10 @@ from torch import Tensor
 
 
 class HostRead:
-    """A small tensor on its way from the device to the host.
+    """A small tensor, values int64 [n], on its way from any device to the host.
 
     The copy is enqueued at construction and does not block; `wait` blocks until this copy, and nothing that was
-    enqueued after it, has finished. On the CPU there is nothing to wait for.
-
-    Args:
-        values: int64 [n], on any device.
-
-    Raises:
-        ValueError: they are on the meta device, where there are none.
+    enqueued after it, has finished. On the CPU there is nothing to wait for; on the meta device it is a ValueError.
     """
 
     def __init__(self, values: Tensor) -> None:
@@ -41,7 +35,7 @@ class HostRead:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that a memory is full, in the words of torch, the driver, cuBLAS, cuDNN or the host."""
+    """Whether a memory is full, by the error's class or the words of torch, the driver, cuBLAS, cuDNN or the host."""
     words = ("out of memory", "ALLOC_FAILED", "can't allocate memory")
     full = (torch.OutOfMemoryError, MemoryError)
     return isinstance(error, full) or (isinstance(error, RuntimeError) and any(word in str(error) for word in words))

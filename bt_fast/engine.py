@@ -12,21 +12,18 @@ PRESETS_LINE = "write engine='exact', 'fast' or 'bf16', or an Engine of your own
 class Engine:
     """The execution of attack and update. `Engine()` is the authors' own: in eager mode, on the model as it is.
 
-    By name: "exact", "fast" (the same result up to rounding) and "bf16" ("fast" in 16 bits).
+    By name: "exact", "fast" (the same result up to rounding) and "bf16" ("fast" in 16 bits). TypeError for an option
+    that is no bool, ValueError for another precision, or for streams without graphs.
 
     Attributes:
         precision: "bf16" runs the forwards and backwards of attack and update under `torch.autocast` with bfloat16,
-            with weights, losses and gradients in their own precision; None, as the model and the caller have it.
-        fold: the attack sees a folded view of the model, in which each batch norm is part of the layer before it.
+            with weights, losses and gradients in their own precision; None leaves them as they are.
+        fold: the attack uses a folded view of the model, in which each batch norm is part of the layer before it.
         channels_last: 4-d images, and the view's weights, have the channel as the fastest index.
         graphs: attack steps, and the update with its backward, are replayed from CUDA graphs; on CUDA only.
         streams: with graphs, groups of samples are attacked on CUDA streams beside each other, where that is measured
             to be faster on the first minibatch; on CUDA only.
-        compile: `torch.compile` of the view that the attack sees (takes tens of seconds once).
-
-    Raises:
-        TypeError: an option is not a bool.
-        ValueError: precision is neither "bf16" nor None, or streams are asked for without graphs.
+        compile: `torch.compile` of the attack's view (takes tens of seconds once).
     """
 
     precision: str | None = None
@@ -42,7 +39,6 @@ class Engine:
         for name in SWITCHES:
             if not isinstance(value := getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {value!r}: write Engine({name}=True)")
-
         if self.streams and not self.graphs:
             raise ValueError(
                 "streams need graphs, of which their chains are made: write Engine(graphs=True, streams=True)"
@@ -50,12 +46,7 @@ class Engine:
 
     @classmethod
     def of(cls, engine: Engine | str) -> Engine:
-        """The engine of that name, or the engine itself.
-
-        Raises:
-            TypeError: it is neither an engine nor a name.
-            ValueError: there is none of that name.
-        """
+        """The engine of that name, or the engine itself; TypeError or ValueError where it is neither."""
         if isinstance(engine, Engine):
             return engine
         if not isinstance(engine, str):
@@ -66,11 +57,7 @@ class Engine:
 
     @classmethod
     def parse(cls, text: str) -> Engine:
-        """An engine as a command line has it: text is a name, and then options of it, as in `fast,graphs=off`.
-
-        Raises:
-            ValueError: the name or an option is not known.
-        """
+        """An engine from text: a name, then options, as in `fast,graphs=off`. ValueError where one is not known."""
         name, *options = text.split(",")
         engine, changes = cls.of(name), dict[str, Any]()
         for option in options:
@@ -87,10 +74,7 @@ class Engine:
     @property
     def name(self) -> str:
         """The preset's name, or the options as they would be written."""
-        for name, preset in ENGINES.items():
-            if preset == self:
-                return name
-        return repr(self)
+        return next((name for name, preset in ENGINES.items() if preset == self), repr(self))
 
     def __repr__(self) -> str:
         """The options that are not the default."""

@@ -1,4 +1,4 @@
-"""Clean accuracy, and accuracy under projected gradient descent with restarts: who falls, and when."""
+"""Clean accuracy, and accuracy under projected gradient descent with restarts."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from bt_fast.attack.threat import ThreatModel
 from bt_fast.attack.wrapped import unwrapped
 from bt_fast.deprecated import check_keywords
 from bt_fast.engine import Engine
-from bt_fast.ops.numeric import computable, kind_of
+from bt_fast.faults import Fault
 from bt_fast.units import warn_of_units
-from bt_fast.validation import check_choice, check_kind, check_labels, step_count
+from bt_fast.validation import check_choice, check_floating, check_kind, check_labels, step_count
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -51,12 +51,7 @@ NEW_LINES = {
 
 @dataclass(frozen=True)
 class Accuracy:
-    """How many samples are classified correctly.
-
-    Attributes:
-        clean_correct: without an attack. robust_correct: under every attack tried, too.
-        total: the number of samples.
-    """
+    """Of the total number of samples, those classified correctly: clean_correct, and robust_correct under attack."""
 
     clean_correct: int
     robust_correct: int
@@ -75,13 +70,12 @@ class Accuracy:
 
 @dataclass(frozen=True, eq=False)
 class Evaluation(Accuracy):
-    """An accuracy, and what became of each sample, in the order of the stream.
+    """An accuracy, and when each sample was misclassified first, in the order of the stream.
 
     Attributes:
-        restart: [total] int64 on the host: 0 where the clean image is misclassified, r in 1..restarts where the sample
-            fell in the r-th, `STOOD` (-1) where it never fell.
-        step: [total] int64 on the host: the number of steps after which it fell, 0 at the random start or clean, and
-            `STOOD` where it never fell.
+        restart: [total] int64 on the host: 0 for the clean image, r in 1..restarts for the r-th restart, `STOOD` (-1)
+            for a sample that stood them all.
+        step: [total] int64 on the host: the number of steps then, 0 at the random start or clean; `STOOD` likewise.
     """
 
     restart: Tensor = field(repr=False)
@@ -89,7 +83,7 @@ class Evaluation(Accuracy):
 
     @property
     def robust_samples(self) -> Tensor:
-        """The places in the stream of the samples that never fell, ascending: [robust_correct] int64."""
+        """The places in the stream of the samples that stood, ascending: [robust_correct] int64."""
         return (self.restart == STOOD).nonzero().flatten()
 
 
@@ -109,16 +103,13 @@ def evaluate(
     """Clean accuracy, and accuracy under PGD from each of `restarts` random starts.
 
     A sample is broken if the model misclassifies it clean, or at any iterate of any restart: the random start
-    (iterate 0) and the image after each of the N steps, projections included. Iterates 0 to N - 1 are judged by the
-    logits of the forward pass that the next step needs anyway, the last one by a forward of its own.
-    A restart begins at a point drawn uniformly from the ε-ball and clamped to the pixel bounds; a sample whose input
-    gradient is exactly 0 stays where it is.
+    (iterate 0) and the image after each of the N steps, projections included. A restart begins at a point drawn
+    uniformly from the ε-ball and clamped to the pixel bounds; a sample with an input gradient of exactly 0 stays.
 
-    So the result of a sample is that of the plain loop which attacks all of them to the end. What a sample's own
-    result has settled is left out: it leaves as soon as it is broken, and one that waits takes its place, so that the
-    attack runs on full batches (of the first batch's size) wherever its samples come from. At most two batches are held
-    at a time; the stream is read as places become free. Random starts depend on the generator's next number, the
-    restart and the sample's number in the stream, and not on batch sizes or on who else stands.
+    The result of a sample is that of the plain loop which attacks all of them to the end. But a broken sample leaves at
+    once and another takes its place, so that the attack runs on full batches (of the first batch's size). At most two
+    batches are held at a time. Random starts depend on the generator's next number, the restart and the sample's number
+    in the stream, not on batch sizes or other samples.
 
     Args:
         model: maps [n, ...] to logits [n, K]. It runs in eval mode and keeps its modes and gradients.
@@ -129,26 +120,40 @@ def evaluate(
         restarts: ≥ 1.
         loss: "ce", the cross-entropy, or "margin", the largest wrong logit minus the true one (Carlini and Wagner).
         generator: on the images' device; one number is drawn from it, the seed of all random starts.
-        engine: how the model is run, by name or as an `Engine`. With a folded view it is the view that judges, too: its
-            logits are the model's own up to rounding, so there is no "bf16". Graphs and streams are not used.
+        engine: how the model is run, by name or as an `Engine`. A folded view judges, too: its logits are the model's
+            own up to rounding, so there is no "bf16". Graphs and streams are not used.
         progress: called with the number of samples decided so far, whenever it grew.
-        first: ≥ 0, the number of the stream's first sample: evaluated in parts, each with its own `first` and a
-            generator of the same state, samples become of what they do in one evaluation.
+        first: ≥ 0, the number of the stream's first sample, for an evaluation in parts: with its own `first` and a
+            generator of the same state each gives the results of one evaluation.
         deprecated: keywords of the first version; each warns with the new line.
 
     Raises:
-        TypeError: images are not floating point, labels not integers, or the model does not return such logits.
-        ValueError: an argument is out of range, there are no samples, or a batch does not fit (shapes, devices, pixels
-            outside the threat model's bounds, labels out of range, NaN logits, or an input gradient with NaN of a
-            sample that still stood).
+        TypeError or ValueError: an argument, the model's logits or a batch does not fit (shapes, types, devices, pixels
+            out of bounds, labels out of range, NaN in logits or in an input gradient), or there are no samples.
     """
     check_keywords("evaluate", deprecated, NEW_LINES)
     step_count("restarts", restarts, least=1)
     step_count("first", first)
     given = _attack(attack, deprecated)
-    threat, bounds = given.threat, given.bounds
     check_choice("loss", loss, LOSSES)
-    frozen = _view(engine, deprecated)
+    verdicts = Verdicts(progress, first)
+    _judge(model, batches, given, _view(engine, deprecated), restarts, loss, generator, verdicts)
+    restart, step = verdicts.in_order()
+    clean, robust = int((restart != 0).sum()), int((restart == STOOD).sum())
+    return Evaluation(clean, robust, verdicts.seen, restart, step)
+
+
+def _judge(
+    model: nn.Module,
+    batches: Iterable[_Batch],
+    attack: PGD,
+    frozen: Frozen | None,
+    restarts: int,
+    loss: str,
+    generator: torch.Generator | None,
+    verdicts: Verdicts,
+) -> None:
+    """Record the verdict of each sample."""
     if not isinstance(batches, Iterable):
         raise TypeError(
             f"batches must be iterable, got {type(batches).__name__}: give a DataLoader, or [(x, y)] for one batch"
@@ -161,39 +166,32 @@ def evaluate(
             "give a DataLoader with samples, not an iterator that has ended"
         )
     _check_batch(begun)
-    x, kind, verdicts = begun[0].detach(), _kind(begun[0]), Verdicts(progress, first)
-    warn_of_units(threat.epsilon, threat.norm, bounds, given.step_size, x[0].numel())
+    threat, bounds = attack.threat, attack.bounds
+    x, kind = begun[0].detach(), _kind(begun[0])
+    warn_of_units(threat.epsilon, threat.norm, bounds, attack.step_size, x[0].numel())
     with (
         torch.inference_mode(False),
-        on_pixels(model, x, given.normalization, "the images", bounds) as (model, pixels),
+        on_pixels(model, x, attack.normalization, "the images", bounds) as (model, pixels),
         attack_model(model, frozen, pixels(x[:COMPARED].clone())) as view,
     ):
         warn_of_neighbours(unwrapped(model), pixels(x), threat, "compare evaluations with equal batches only")
         seed = torch.randint(2**63 - 1, (), device=x.device, generator=generator)
-        at_work = Attack(threat, loss, given.steps, given.step_size, restarts, seed)
+        at_work = Attack(threat, loss, attack.steps, attack.step_size, restarts, seed)
         working = WorkingBatch(at_work, x, channels_last=frozen is not None and frozen.channels_last)
         whole = _put_back([begun], stream)
         del begun, x  # a batch is held no longer than until its samples are copied
         correct = map(lambda batch: _correct(view, batch, kind, pixels, threat, verdicts), whole)
         working.run(view, Waiting(correct), verdicts)
-    restart, step = verdicts.in_order()
-    clean, robust = int((restart != 0).sum()), int((restart == STOOD).sum())
-    return Evaluation(clean, robust, verdicts.seen, restart, step)
 
 
 def _attack(attack: PGD | ThreatModel, deprecated: Deprecated) -> PGD:
-    """The attack, of old keywords too."""
+    """The attack, also by the keywords of the first version."""
     if isinstance(attack, ThreatModel):
         steps = step_count("steps", deprecated.get("steps", 20), least=1)
-        size = deprecated.get("step_size")
-        return PGD(
-            attack.epsilon,
-            2.0 * attack.epsilon / steps if size is None else size,
-            steps,
-            norm_of(attack.norm),
-            bounds=(attack.lower, attack.upper),
-            normalization=deprecated.get("normalization"),
-        )
+        size, normalization = deprecated.get("step_size"), deprecated.get("normalization")
+        size = 2.0 * attack.epsilon / steps if size is None else size
+        bounds = attack.lower, attack.upper
+        return PGD(attack.epsilon, size, steps, norm_of(attack.norm), bounds=bounds, normalization=normalization)
     check_kind("attack", attack, PGD, "write PGD(epsilon=8 / 255, step_size=2 / 255, steps=20)")
     changes: dict[str, Any] = {name: deprecated[name] for name in _OF_ATTACK if name in deprecated}  # type: ignore[literal-required]
     if changes:
@@ -219,6 +217,14 @@ def _view(engine: Engine | str, deprecated: Deprecated) -> Frozen | None:
     return frozen
 
 
+def classified_correctly(model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, name: str, *more: Fault) -> Tensor:
+    """Whether each image is classified as its label `y`: [n] bool. Raises `more`, and faults of labels and logits."""
+    logits = clean_logits(model, x)
+    labels = faults.labels_outside(y, logits.shape[1], name)
+    faults.read([*more, labels, faults.rows_without_number(logits, "the model's logits")]).wait()
+    return logits.argmax(dim=1) == y
+
+
 def _check_batch(batch: _Batch) -> None:
     pair: Any = batch
     if not isinstance(pair, (tuple, list)) or len(pair) != 2:
@@ -227,8 +233,7 @@ def _check_batch(batch: _Batch) -> None:
             "((b['image'], b['label']) for b in loader), and of one pair [(x, y)]"
         )
     x, y = batch
-    if not isinstance(x, Tensor) or not computable(x):
-        raise TypeError(f"the images must be floating point, got {kind_of(x)}: of bytes write x.float() / 255")
+    check_floating("the images", x, "of bytes write x.float() / 255")
     if x.dim() == 0 or x.numel() == 0:
         raise ValueError(
             f"the images must be at least 1 in each batch, got shape {list(x.shape)}: leave empty batches out"
@@ -237,7 +242,7 @@ def _check_batch(batch: _Batch) -> None:
 
 
 def _put_back(read: list[_Batch], stream: Iterator[_Batch]) -> Iterator[_Batch]:
-    """What was read, and what is still to come; lets go of each batch (`itertools.chain` does not)."""
+    """The batches of both; each is released when it is read (`itertools.chain` keeps them)."""
     while read:
         yield read.pop(0)
     yield from stream
@@ -255,7 +260,7 @@ def _correct(
     threat: ThreatModel,
     verdicts: Verdicts,
 ) -> Samples:
-    """The samples of a batch that are classified correctly; the others are recorded. Raises for all that is amiss."""
+    """The samples of a batch that are classified correctly; the others are recorded. Raises where a value is wrong."""
     _check_batch(batch)
     x, y = batch
     if _kind(x) != kind:
@@ -265,15 +270,7 @@ def _correct(
     x, y = pixels(x.detach()), y.long()
     outside = faults.pixels_outside(x, threat.lower, threat.upper, "the images")
     x = faults.onto_bounds(x, threat.lower, threat.upper)
-    logits = clean_logits(model, x)
-    found = [
-        outside,
-        faults.labels_outside(y, logits.shape[1], "the labels"),
-        faults.rows_without_number(logits, "the model's logits"),
-    ]
-    faults.read(found).wait()
-    correct = logits.argmax(dim=1) == y
-    on_host = correct.cpu()
+    on_host = classified_correctly(model, x, y, "the labels", outside).cpu()
     numbers = verdicts.number(len(y))
     wrong = numbers[~on_host]
     verdicts.record(wrong, torch.zeros_like(wrong), torch.zeros_like(wrong))

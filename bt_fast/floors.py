@@ -1,6 +1,6 @@
-"""The least versions of the packages that this one needs, as `pyproject.toml` has them, and the error for an older one.
+"""The minimum versions of the packages that this one needs, as in `pyproject.toml`, and the error for an older one.
 
-Imported before anything else of the package, which then may use what an older torch has not.
+Imported before anything else of the package, which then may rely on them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ FLOORS = {
 
 
 def numbers(version: str) -> list[int]:
-    """[2, 6, 0] of "2.6.0a0+git1234"; nothing of a version that begins with none."""
+    """[2, 6, 0] of "2.6.0a0+git1234"; empty for a version that begins with no number."""
     return [int(part) for part in re.match(r"[\d.]*", version)[0].split(".") if part]  # type: ignore[index]
 
 
@@ -37,11 +37,7 @@ def upgrade(name: str) -> str:
 
 
 def require(name: str, version: str) -> None:
-    """Accept this version of the package.
-
-    Raises:
-        ImportError: it is too old.
-    """
+    """Raise ImportError where this version of the package is too old."""
     if too_old(name, version):
         raise ImportError(f"bt_fast needs {name} >= {FLOORS[name]}, but {version} is installed: {upgrade(name)}")
 

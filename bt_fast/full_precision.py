@@ -22,21 +22,17 @@ _OTHERS: tuple[_Setting, ...] = tuple((backend, op) for backend in ("cuda", "mkl
 def full_precision() -> Iterator[None]:
     """Convolutions and matrix products of float32 inside are computed in no fewer bits, whatever the caller allows.
 
-    What the caller has set is put back as it was set, by torch's old API or by its new one. The settings are those of
-    the process: what other threads compute meanwhile is in full precision, too. Inside, torch since 2.9 refuses to read
-    the old `torch.backends.cudnn.allow_tf32` where that allows TF32.
+    The caller's settings are restored, of torch's old API and of its new one. They are those of the process: what other
+    threads compute meanwhile is in full precision, too. Inside, torch since 2.9 refuses to read the old
+    `torch.backends.cudnn.allow_tf32` where that allows TF32.
     """
-    settings = _Settings() if _has_new_api() else _OldSettings()
-    try:
-        settings.set_full()
+    with _full_by_new_api() if _has_new_api() else _full_by_old_api():
         yield
-    finally:
-        settings.restore()
 
 
 def tf32_convolutions() -> bool:
     """Whether cuDNN may convolve float32 in TF32 now."""
-    if _has_new_api():  # which tells it where the old one refuses, too
+    if _has_new_api():  # which can be read where the old one refuses, too
         return _get(("cuda", "conv")) == "tf32"
     return torch._C._get_cudnn_allow_tf32()
 
@@ -45,55 +41,51 @@ def _has_new_api() -> bool:
     return hasattr(torch._C, "_get_fp32_precision_getter")
 
 
-class _OldSettings:
-    """All of them before torch 2.9. The one for matrix products is the CPU's, too."""
-
-    def __init__(self) -> None:
-        self._cudnn, self._matmul = torch._C._get_cudnn_allow_tf32(), torch._C._get_float32_matmul_precision()
-
-    def set_full(self) -> None:
+@contextmanager
+def _full_by_old_api() -> Iterator[None]:
+    """All settings before torch 2.9. The one for matrix products is the CPU's, too."""
+    cudnn, matmul = torch._C._get_cudnn_allow_tf32(), torch._C._get_float32_matmul_precision()
+    try:
         torch._C._set_cudnn_allow_tf32(False)
         torch._C._set_float32_matmul_precision("highest")
+        yield
+    finally:
+        torch._C._set_cudnn_allow_tf32(cudnn)
+        torch._C._set_float32_matmul_precision(matmul)
 
-    def restore(self) -> None:
-        torch._C._set_cudnn_allow_tf32(self._cudnn)
-        torch._C._set_float32_matmul_precision(self._matmul)
 
+@contextmanager
+def _full_by_new_api() -> Iterator[None]:
+    """The settings of torch since 2.9, and the old one for matrix products.
 
-class _Settings:
-    """Those of torch since 2.9, and of the old ones that for matrix products.
-
-    torch tells what holds, not what was set. It cannot be given back cuDNN's default ("tf32" unless the backend says
-    otherwise), which setting the old `cudnn.allow_tf32` would lose: only what says another thing than its backend is
-    touched.
+    torch reports the effective values. cuDNN's default ("tf32" unless the backend has a value) cannot be set again, and
+    setting the old `cudnn.allow_tf32` would lose it: only a setting that differs from its backend's is changed.
     """
+    own: dict[_Setting, str] = {}
+    matmul: str | None = None
 
-    def __init__(self) -> None:
-        self._own: dict[_Setting, str] = {}
-        self._old: str | None = None
+    def change(setting: _Setting, precision: str) -> None:
+        own[setting] = _get(setting)
+        _set(setting, precision)
 
-    def set_full(self) -> None:
+    try:
         for setting in _ABOVE:
-            self._set(setting, "none")  # so that those below tell what they have of their own
+            change(setting, "none")  # so that those below report their own values
         for setting in _MATMUL:
-            self._set(setting, "ieee")
-        self._old = torch._C._get_float32_matmul_precision()  # refused where the new settings say another thing
+            change(setting, "ieee")
+        matmul = torch._C._get_float32_matmul_precision()  # refused where the new settings differ
         torch._C._set_float32_matmul_precision("highest")
         for setting in _ABOVE:
             _set(setting, "ieee")
         for setting in _OTHERS:
             if _get(setting) != "ieee":
-                self._set(setting, "ieee")
-
-    def _set(self, setting: _Setting, precision: str) -> None:
-        self._own[setting] = _get(setting)
-        _set(setting, precision)
-
-    def restore(self) -> None:
-        if self._old is not None:
-            torch._C._set_float32_matmul_precision(self._old)  # and the new settings of it
-        for setting, own in self._own.items():
-            _set(setting, own)
+                change(setting, "ieee")
+        yield
+    finally:
+        if matmul is not None:
+            torch._C._set_float32_matmul_precision(matmul)  # which changes the new settings of it
+        for setting, precision in own.items():
+            _set(setting, precision)
 
 
 def _get(setting: _Setting) -> str:

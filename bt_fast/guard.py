@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from bt_fast.device import HostRead
-from bt_fast.faults import NonFiniteError, told
+from bt_fast.faults import NonFiniteError, listed
 from bt_fast.mining import BulletTrain
-from bt_fast.ops.numeric import computable, kind_of
-from bt_fast.validation import check_choice
+from bt_fast.validation import check_choice, check_floating, check_kind, check_process_group
 
 NON_FINITE = ("raise", "skip")
 MOST_IN_A_ROW = 100  # skipped minibatches; then it is no accident
@@ -31,9 +30,9 @@ class Skipped:
     Attributes:
         minibatch: its number, from 0.
         reason: what was wrong, as an error would say it.
-        indices: what the samples are in the data set, if the guard was told; of the minibatch before, where the reason
-            is of that one (`NonFiniteError.earlier`).
-        samples: which of them are to blame, as places in their minibatch; empty where that cannot be told.
+        indices: of its samples in the data set, if the guard has them; of the minibatch before, where the reason is of
+            that one (`NonFiniteError.earlier`).
+        samples: the places of the samples to blame in their minibatch; empty where they are unknown.
     """
 
     minibatch: int
@@ -43,11 +42,11 @@ class Skipped:
 
     @property
     def blamed(self) -> tuple[int, ...]:
-        """What those to blame are in the data set; all of the minibatch where that cannot be told."""
+        """The indices of the samples to blame; all of the minibatch where they are unknown."""
         return tuple(self.indices[i] for i in self.samples if i < len(self.indices)) or self.indices
 
     def __str__(self) -> str:
-        return f"minibatch {self.minibatch}: {self.reason}{told(self.blamed, 'of the data')}"
+        return f"minibatch {self.minibatch}: {self.reason}{listed(self.blamed, 'of the data')}"
 
 
 class Guard:
@@ -63,35 +62,29 @@ class Guard:
     guard.settle()
     ```
 
-    The loss and the gradients are looked at on their device (two small operations over the gradients). Of a faulty
-    minibatch nothing stays: not its step, in the weights or in the optimizer's state, and not what its forwards left in
-    the buffers of `modules` (batch norm's statistics, F_R and the counts of a `BulletTrain`), which are copied at the
-    start of each minibatch for that. The random stream has moved on. A `NonFiniteError` of an objective, in the `with`
-    block, counts as a fault of the minibatch too.
+    Of a faulty minibatch nothing stays: not its step, in the weights or in the optimizer's state, and not the changes
+    of the buffers of `modules` (batch norm's statistics, F_R and the counts of a `BulletTrain`), which are copied at
+    the start of each minibatch. Only the random stream has moved on. A `NonFiniteError` of an objective in the `with`
+    block is a fault of the minibatch too.
 
-    An optimizer with `fused=True` (SGD, Adam, AdamW) leaves a faulty step out on the device itself. Then the host does
-    not wait: a fault becomes known, and is raised, in the `step` after, or in `settle`. (But for the first step, in
-    which fused SGD would begin with a momentum of no value.) Any other optimizer waits for the answer in `step`, as
-    with `torch.amp.GradScaler`; on the CPU there is nothing to wait for. What an objective with `bullet` tells on a GPU
-    one call late (`NonFiniteError.earlier`) costs the minibatch of that call.
+    An optimizer with `fused=True` (SGD, Adam, AdamW) skips a faulty step on the device itself. Then the host does not
+    wait: a fault is raised in the `step` after, or in `settle`. (But for the first step, in which fused SGD would
+    begin with an undefined momentum.) Any other optimizer waits for the result in `step`. A fault that `bullet` reports
+    one call late on a GPU (`NonFiniteError.earlier`) costs the minibatch of that call.
 
-    With a `GradScaler` do not use `step`, since Inf in scaled gradients is how it finds its scale: `scaler.step` leaves
-    faulty ones out itself. `minibatch` still takes what the objectives raise, and gives the buffers back then.
+    With a `GradScaler` call `scaler.step` in place of `step`: it skips faulty ones itself, and Inf in scaled gradients
+    is how it adjusts its scale. `minibatch` still handles the objectives' errors, and restores the buffers then.
 
     Args:
-        optimizer: any whose `step()` takes no closure.
-        modules: those whose buffers are given back, e.g. the model and its `BulletTrain`.
+        optimizer: any with a `step()` without closure.
+        modules: their buffers are restored, e.g. the model and its `BulletTrain`.
         non_finite: "raise", or "skip" and go on with the next minibatch.
-        process_group: of data parallel training: a fault of one rank's loss or gradients is one of all, so that all
-            skip the same minibatches. Every rank calls `step` in each, then; what an objective raises must be raised
-            on all ranks too (with a `BulletTrain` of the same group it is).
+        process_group: of data parallel training: all ranks skip a minibatch in which one has a fault. Every rank calls
+            `step` in each, then; an objective's error must be raised on all ranks too (with a `BulletTrain` of the
+            same group it is).
 
     Attributes:
-        skipped: what has been skipped so far; complete after `settle`.
-
-    Raises:
-        TypeError: the optimizer, a module or the process group is none.
-        ValueError: `non_finite` is neither.
+        skipped: the minibatches skipped so far; complete after `settle`.
     """
 
     def __init__(
@@ -101,11 +94,7 @@ class Guard:
         non_finite: Literal["raise", "skip"] = "raise",
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            raise TypeError(
-                f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}: "
-                "write Guard(optimizer, model, bullet)"
-            )
+        check_kind("optimizer", optimizer, torch.optim.Optimizer, "write Guard(optimizer, model, bullet)")
         for module in modules:
             if not isinstance(module, nn.Module):
                 raise TypeError(
@@ -113,11 +102,7 @@ class Guard:
                     "write Guard(optimizer, model, bullet)"
                 )
         check_choice("non_finite", non_finite, NON_FINITE)
-        if process_group is not None and not (dist.is_available() and isinstance(process_group, dist.ProcessGroup)):
-            raise TypeError(
-                f"process_group must be a ProcessGroup or None, got {process_group!r}: "
-                "write torch.distributed.group.WORLD"
-            )
+        check_process_group(process_group)
         self.skipped: list[Skipped] = []
         self._group = process_group
         self._optimizer = optimizer
@@ -127,59 +112,50 @@ class Guard:
         self._in_a_row = 0
         self._indices: Indices = None
         self._indices_before: Indices = None
-        self._kept: list[tuple[nn.Module, str, Tensor]] | None = None  # None outside of a minibatch
+        self._kept: list[tuple[nn.Module, str, Tensor]] | None = None  # buffers; None outside of a minibatch
         self._has_stepped = False
         self._unread: tuple[HostRead, int, Indices] | None = None
         self._raised: NonFiniteError | None = None
 
     @contextmanager
     def minibatch(self, indices: Indices = None) -> Iterator[None]:
-        """The forwards, the backward and the step of one minibatch.
+        """The forwards, the backward and the step of one minibatch; indices [m] in the data set are for reports alone.
 
-        Args:
-            indices: [m] integers, what its samples are in the data set: for reports alone.
-
-        Raises:
-            NonFiniteError: an objective raised it, and faults are raised; the buffers have been given back.
+        A `NonFiniteError` of an objective is raised again, or skipped; the buffers are restored before.
         """
         self._indices_before, self._indices = self._indices, indices
         self._finish()
-        self._kept = [(m, name, b.clone()) for m, name, b in self._buffers()]
+        self._kept = [
+            (module, name, buffer.clone())
+            for module in self._submodules()
+            for name, buffer in module.named_buffers(recurse=False)
+        ]
         try:
             yield
         except NonFiniteError as error:
-            self._give_back()
+            self._restore()
             if error is self._raised:  # by `step`
                 raise
-            self.settle()  # what comes first is told first
+            self.settle()  # the earlier fault is raised first
             faulty = self._indices_before if error.earlier else indices
-            self._tell(self._minibatches, str(error), faulty, error)
+            self._skip(self._minibatches, str(error), faulty, error)
         finally:
             self._kept = None
             self._minibatches += 1
 
     @torch.no_grad()
     def step(self, loss: Tensor) -> None:
-        """`optimizer.step()`, unless the loss or a gradient is NaN or infinite. Inside of `minibatch`.
+        """`optimizer.step()`, unless the loss, one floating-point number, or a gradient is NaN or infinite.
 
-        Args:
-            loss: of the minibatch, one number; only whether it is finite matters.
-
-        Raises:
-            RuntimeError: outside of `minibatch`.
-            TypeError or ValueError: the loss is not one floating-point number; nothing has changed.
-            NonFiniteError: faults are raised and there is one, in this minibatch or, from a fused optimizer on a GPU,
-                in the one before.
+        With non_finite="raise" a NonFiniteError then, for this minibatch or, from a fused optimizer on a GPU, for the
+        one before. RuntimeError outside of `minibatch`, TypeError or ValueError for another kind of loss.
         """
         if self._kept is None:
             raise RuntimeError(
                 "step belongs into the block of `with guard.minibatch():`: "
                 "write `with guard.minibatch(): ... guard.step(loss)`"
             )
-        if not isinstance(loss, Tensor) or not computable(loss):
-            raise TypeError(
-                f"loss must be a floating-point tensor, got {kind_of(loss)}: give the tensor that had its backward"
-            )
+        check_floating("loss", loss, "give the tensor that had its backward", "must be a floating-point tensor")
         if loss.numel() != 1:
             raise ValueError(f"loss must be one number, got shape {list(loss.shape)}: write loss.mean()")
         self.settle()
@@ -190,35 +166,30 @@ class Guard:
             if not faulty.is_cuda:
                 self.settle()
             return
-        found = HostRead(faulty.long()).wait()
-        if any(found):
-            self._give_back()
+        results = HostRead(faulty.long()).wait()
+        if any(results):
+            self._restore()
         else:
             self._optimizer.step()
             self._has_stepped = True
-        self._conclude(found, self._minibatches, self._indices)
+        self._conclude(results, self._minibatches, self._indices)
 
     def settle(self) -> None:
-        """Wait until it is known what became of the last step: before a checkpoint, an evaluation or the end.
+        """Wait for the result of the last step: before a checkpoint, an evaluation or the end.
 
-        Raises:
-            NonFiniteError: faults are raised, and it was one; the weights are those before it.
+        NonFiniteError where it was faulty and faults are raised; the weights are those before it.
         """
         if self._unread is not None:
             (read, number, indices), self._unread = self._unread, None
             self._conclude(read.wait(), number, indices)
 
     def state_dict(self) -> dict[str, Any]:
-        """How many minibatches there were and how many of the last were skipped; settles first."""
+        """The number of minibatches, and how many of the last were skipped; settles first."""
         self.settle()
         return {"minibatches": self._minibatches, "in_a_row": self._in_a_row}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was; what was `skipped` before is not kept.
-
-        Args:
-            state: what it returned.
-        """
+        """Go on from the state of `state_dict`; `skipped` is not part of it."""
         self._minibatches, self._in_a_row = int(state["minibatches"]), int(state["in_a_row"])
 
     def _faulty(self, loss: Tensor) -> Tensor:
@@ -234,7 +205,7 @@ class Guard:
         return of_ranks > 0
 
     def _step_on_device(self, faulty: Tensor) -> None:
-        """As `GradScaler` lets such an optimizer do it."""
+        """A step that the optimizer skips if it is faulty, by the protocol of `GradScaler`."""
         optimizer: Any = self._optimizer
         optimizer.grad_scale, optimizer.found_inf = None, faulty.float()
         try:
@@ -246,45 +217,42 @@ class Guard:
             buffer = getattr(module, name)
             buffer.copy_(torch.where(faulty.to(buffer.device), kept, buffer))
 
-    def _conclude(self, found: list[int], number: int, indices: Indices) -> None:
-        if any(found):
-            self._tell(number, REASONS[found.index(1)], indices)
+    def _conclude(self, results: list[int], number: int, indices: Indices) -> None:
+        if any(results):
+            self._skip(number, REASONS[results.index(1)], indices)
         else:
             self._in_a_row = 0
 
-    def _tell(self, number: int, reason: str, indices: Indices, cause: NonFiniteError | None = None) -> None:
-        """Take note of a skipped minibatch, or raise."""
-        listed = indices.tolist() if isinstance(indices, Tensor) else indices or ()
-        found = Skipped(number, reason, tuple(listed), cause.samples if cause else ())
-        message = f"{found}; lower the learning rate, or write non_finite='skip'"
+    def _skip(self, number: int, reason: str, indices: Indices, cause: NonFiniteError | None = None) -> None:
+        """Note a skipped minibatch, or raise."""
+        in_data = indices.tolist() if isinstance(indices, Tensor) else indices or ()
+        skipped = Skipped(number, reason, tuple(in_data), cause.samples if cause else ())
+        message = f"{skipped}; lower the learning rate, or write non_finite='skip'"
         if self._skips:
-            self.skipped.append(found)
+            self.skipped.append(skipped)
             self._in_a_row += 1
             if self._in_a_row < MOST_IN_A_ROW:
                 return
             message = (
-                f"{MOST_IN_A_ROW} minibatches in a row had to be skipped; the last is {found}; lower the learning "
+                f"{MOST_IN_A_ROW} minibatches in a row had to be skipped; the last is {skipped}; lower the learning "
                 "rate, and begin again from a checkpoint before them"
             )
         earlier = cause.earlier if cause else number < self._minibatches
-        self._raised = NonFiniteError(message, found.samples, earlier=earlier)
+        self._raised = NonFiniteError(message, skipped.samples, earlier=earlier)
         raise self._raised from cause
 
-    def _buffers(self) -> Iterator[tuple[nn.Module, str, Tensor]]:
+    def _submodules(self) -> Iterator[nn.Module]:
         for top in self._modules:
-            for module in top.modules():
-                for name, buffer in module.named_buffers(recurse=False):
-                    yield module, name, buffer
+            yield from top.modules()
 
     def _finish(self) -> None:
-        """Let mining whose ranks' sum is on its way move now: what is given back is then all that it moved."""
-        for top in self._modules:
-            for module in top.modules():
-                if isinstance(module, BulletTrain):
-                    module.finish()
+        """Let mining move by a pending sum of its ranks now: then the copies and the restored state are complete."""
+        for module in self._submodules():
+            if isinstance(module, BulletTrain):
+                module.finish()
 
     @torch.no_grad()
-    def _give_back(self) -> None:
+    def _restore(self) -> None:
         self._finish()
         for module, name, kept in self._kept or ():
             buffer = getattr(module, name)

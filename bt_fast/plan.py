@@ -10,14 +10,13 @@ from torch import Tensor
 
 from bt_fast import ops
 from bt_fast.device import HostRead
-from bt_fast.ops.numeric import computable, kind_of
 from bt_fast.ranks import Together
-from bt_fast.validation import positive, step_count
+from bt_fast.validation import check_device, check_floating, holds_integers, positive, step_count
 from bt_fast.warning import warn_deprecated
 
 
 class Counts(Protocol):
-    """Numbers that the host needs, perhaps still on their way from the device."""
+    """Numbers for the host, perhaps still on their way from the device."""
 
     def wait(self) -> list[int]:
         """The numbers, once they have arrived."""
@@ -40,7 +39,7 @@ class Plan:
 
     Attributes:
         steps: [m] int64.
-        step_size: [m] floating point, α in pixel units; of no meaning where `steps` is 0.
+        step_size: [m] floating point, α in pixel units; without meaning where `steps` is 0.
         order: [m] int64, the stable order by descending steps, in which the attack works: its row i is sample
             `order[i]`. None where the batch has this order already.
         counts: the numbers behind `active_counts`.
@@ -60,15 +59,10 @@ class Plan:
 
     @classmethod
     def uniform(cls, m: int, steps: int, step_size: float, device: torch.device) -> Plan:
-        """Every one of m samples takes the same steps, and nothing is reordered.
+        """Each of m samples takes the same steps of the same size α = step_size; nothing is reordered.
 
-        Args:
-            m: ≥ 0. steps: N ≥ 0, of each sample.
-            step_size: α > 0, in pixel units.
-            device: of the plan's tensors.
-
-        Raises:
-            TypeError or ValueError: m or steps is no integer of at least 0, or step_size no finite number above 0.
+        The tensors are on the device. TypeError or ValueError unless m and steps are integers of at least 0 and
+        step_size is a finite number above 0.
         """
         m, steps = step_count("m", m), step_count("steps", steps)
         sizes = torch.full((m,), positive("step_size", step_size), dtype=torch.float64, device=device)
@@ -77,15 +71,9 @@ class Plan:
 
     @classmethod
     def from_steps(cls, steps: Tensor, step_size: Tensor) -> Plan:
-        """Any step counts of one's own. Reads the counts back: waits for the device once.
+        """A plan of your own: steps [m] integers ≥ 0, step_size [m] floating point > 0 in pixel units.
 
-        Args:
-            steps: [m] integers ≥ 0.
-            step_size: [m] floating point > 0, in pixel units.
-
-        Raises:
-            TypeError: the steps are not integers, or the step sizes not floating point.
-            ValueError: shapes or devices differ, a count is negative, or a size is not a finite number above 0.
+        It waits for the device once. TypeError or ValueError unless types, shapes, devices and values fit.
         """
         _check(steps, step_size)
         bad_sizes = ~((step_size > 0) & step_size.isfinite())
@@ -119,18 +107,18 @@ class Plan:
 
 @dataclass(frozen=True, eq=False)
 class MinedPlan(Plan):
-    """The plan of a minibatch by BulletTrain: the groups, and what decided about them.
+    """BulletTrain's plan of a minibatch: the groups, and the numbers that decided about them.
 
     Attributes:
         group: [m] int64, one of `ops.OUTLIER`, `ops.BOUNDARY`, `ops.ROBUST`.
         threshold: 0-dim float64, T of Eq. 6.
         svar: [m] float32 (float64 for float64 logits), signed prediction variance.
-        certainty: [m] of the same dtype, what the metric gave; `svar` itself by default.
+        certainty: [m] of the same dtype, the metric's values; `svar` itself by default.
         probabilities: [m, K] of the same dtype, softmax of the clean logits.
-        counted_groups: [3] int64, the sizes of (outlier, boundary, robust) that `observe` is to count, of all ranks
+        counted_groups: [3] int64, the sizes of (outlier, boundary, robust) that `observe` counts, of all ranks
             together; 0 where something was wrong with the minibatch.
         counted_steps: 0-dim int64, the steps likewise; None where the groups' sizes give them.
-        ranks: what the process group's ranks know of each other, if there is one.
+        ranks: the samples of all ranks of a process group, or None.
     """
 
     order: Tensor
@@ -162,17 +150,12 @@ def _check(steps: Tensor, step_size: Tensor) -> None:
             f"steps and step_size must be tensors, got {type(steps).__name__}, {type(step_size).__name__}: "
             "write torch.as_tensor(...)"
         )
-    if steps.is_floating_point() or steps.is_complex() or steps.dtype == torch.bool:
+    if not holds_integers(steps):
         raise TypeError(f"steps must be integers, got {steps.dtype}: write steps.long()")
     if steps.dim() != 1 or step_size.shape != steps.shape:
         raise ValueError(
             f"steps and step_size must both have shape [m], got {list(steps.shape)} and {list(step_size.shape)}: "
             "give one of each for each sample"
         )
-    if not computable(step_size):
-        raise TypeError(f"step_size must be floating point, got {kind_of(step_size)}: write step_size.float()")
-    if step_size.device != steps.device:
-        raise ValueError(
-            f"step_size must be on {steps.device} like the steps, but is on {step_size.device}: "
-            f"write step_size.to({str(steps.device)!r})"
-        )
+    check_floating("step_size", step_size, "write step_size.float()")
+    check_device("step_size", step_size, steps.device, "the steps")

@@ -1,12 +1,11 @@
 """Named ranges of host time for profilers: mining, each attack step, the update.
 
-A range goes to one place. While a torch profiler is at work it is a `record_function`, so that traces of the CPU show
-it too, and under `torch.autograd.profiler.emit_nvtx` it becomes an NVTX range. Otherwise it is an NVTX range, pushed
-whether or not a tool listens: that costs less than asking, and Nsight Systems then needs no change of the code. A build
-of torch without CUDA has no NVTX, where nothing is left to do.
+While a torch profiler is at work a range is a `record_function`, so that traces of the CPU show it too; under
+`torch.autograd.profiler.emit_nvtx` that becomes an NVTX range. Otherwise it is an NVTX range, pushed whether or not a
+tool listens: Nsight Systems then needs no change of the code. A build of torch without CUDA has no NVTX.
 
-Ranges are the host's. They stand around replays of graphs, never inside a capture, which would say each once and then
-never again; what a device did for a range are the kernels that were launched within it.
+Ranges stand around replays of graphs, never inside a capture, which would record each once and then never again; the
+work of a device in a range are the kernels that were launched within it.
 """
 
 from __future__ import annotations

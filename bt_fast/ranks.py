@@ -1,4 +1,4 @@
-"""What the ranks of a process group tell each other about a minibatch: one all-gather, and one sum.
+"""What the ranks of a process group exchange about a minibatch: one all-gather, and one sum.
 
 Data parallel ranks that each mined their own samples would drift apart: F_R and the percentile of Eq. 6 are those of
 the whole minibatch. So every rank gets what all ranks know, 16 bytes a sample, and computes the same from it.
@@ -6,6 +6,7 @@ the whole minibatch. So every rank gets what all ranks know, 16 bytes a sample, 
 
 from __future__ import annotations
 
+from abc import ABC
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,33 +15,33 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-SIZE = 0  # of the header: the rank's number of samples; behind it the random state, then the counts of faults
-STATE = slice(1, 3)
-FAULTS = 3
-
-# the second is its older name
+# the second is the older name
 _all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
+
+
+class Sharing(ABC):  # noqa: B024, nothing is abstract: mining only hands it on
+    """How ranks share an attack out: `bt_fast.Balance`, of the layer of the attack, is registered as the one kind."""
 
 
 @dataclass(frozen=True, eq=False)
 class Together:
-    """A minibatch of all N ranks, each filled up to `rows` rows: M = N · rows in all. Tensors are on the device.
+    """A minibatch of all N ranks, each padded to `rows` rows: M = N · rows in all. Tensors are on the device.
 
     Attributes:
-        certainty: [M] floating point, NaN in rows that fill up.
-        correct: [M] bool; False in rows that fill up.
-        unfit: [M] uint8, as `ops.signed_variance` says.
-        there: [M] bool, whether a row is a sample.
+        certainty: [M] floating point, NaN in padding.
+        correct: [M] bool, False in padding.
+        unfit: [M] uint8, as of `ops.signed_variance`.
+        is_sample: [M] bool, False in padding.
         sizes: [N] int64, the ranks' numbers of samples.
         state: [2] int64, rank 0's random state, a tensor of its own.
-        faults: [N, f] int64, how often something else was wrong.
-        rank: whose view this is, m: its number of samples.
+        faults: [N, f] int64, the counts of other faults.
+        rank: this process's number. m: its number of samples.
     """
 
     certainty: Tensor
     correct: Tensor
     unfit: Tensor
-    there: Tensor
+    is_sample: Tensor
     sizes: Tensor
     state: Tensor
     faults: Tensor
@@ -54,27 +55,25 @@ class Together:
 
     @property
     def too_many(self) -> Tensor:
-        """Whether a rank has more samples than there is room for: [N] int64. What they got is not to be used then."""
+        """Whether a rank has more samples than rows: [N] int64. The results are not to be used then."""
         return (self.sizes > self._rows).long()
 
     def own(self, values: Tensor) -> Tensor:
-        """This rank's [m] of values [M]; 0 where there was no room."""
+        """This rank's [m] of values [M]; 0 for samples beyond the rows."""
         mine = values[self.rank * self._rows :][: min(self.m, self._rows)]
         return torch.cat([mine, mine.new_zeros(self.m - len(mine))])
 
     @property
     def _rows(self) -> int:
-        return len(self.there) // len(self.sizes)
+        return len(self.is_sample) // len(self.sizes)
 
 
 class Ranks:
-    """A process group, as the mining sees it. All methods are collective: every rank calls them in the same order.
-
-    A copy of what holds it holds the same group.
+    """A process group as mining uses it; a copy is the same group. Its methods are collective, in the same order.
 
     Attributes:
         rank: this process's number in the group, of `count`.
-        rows: the most samples that a minibatch of any rank had when the group first met; None before.
+        rows: the largest minibatch of any rank in the first call of `gather`; None before.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
@@ -87,48 +86,43 @@ class Ranks:
         return self
 
     def gather(self, certainty: Tensor, correct: Tensor, unfit: Tensor, state: Tensor, faults: Tensor) -> Together:
-        """What all ranks know of their samples, in one all-gather. Waits for the device in its first call only.
+        """The samples of all ranks, in one all-gather. Waits for the device in its first call only.
 
-        Args:
-            certainty: [m] float32 or float64, correct: [m] bool, unfit: [m] uint8, of this rank. More samples than
-                `rows` do not fit: `Together.too_many` says so then, on every rank.
-            state: [2] int64. faults: [f] int64.
+        certainty [m] is float32 or float64, correct [m] bool, unfit [m] uint8, state [2] and faults [f] int64. Samples
+        beyond `rows` are left out, and `Together.too_many` then says so on every rank.
         """
         m, device = len(certainty), certainty.device
         if self.rows is None:
-            self.rows = self._most(m, device)
-        rows, fits = self.rows, min(m, self.rows)
-        told = torch.zeros(FAULTS + len(faults) + 2 * rows, dtype=torch.int64, device=device)
-        told[SIZE].fill_(m)
-        told[STATE] = state
-        head = FAULTS + len(faults)
-        told[FAULTS:head] = faults
-        told[head : head + rows].view(torch.float64).fill_(torch.nan)
-        told[head : head + fits] = certainty[:fits].double().view(torch.int64)
-        told[head + rows : head + rows + fits] = (correct.long() | unfit.long() << 1)[:fits]
-        heard = told.new_empty(self.count, len(told))
-        _all_gather(heard.view(-1), told, group=self.group)
-        sizes, bits = heard[:, SIZE], heard[:, head + rows :]
+            most = torch.full((1,), m, dtype=torch.int64, device=device)
+            dist.all_reduce(most, dist.ReduceOp.MAX, self.group)
+            self.rows = int(most)
+        rows = self.rows
+        padded_certainty = torch.full((rows,), torch.nan, dtype=torch.float64, device=device)
+        padded_bits = torch.zeros(rows, dtype=torch.int64, device=device)
+        fits = min(m, rows)
+        padded_certainty[:fits] = certainty[:fits].double()
+        padded_bits[:fits] = (correct.long() | unfit.long() << 1)[:fits]
+        parts = [state.new_full((1,), m), state, faults, padded_certainty.view(torch.int64), padded_bits]
+        sent = torch.cat(parts)
+        received = sent.new_empty(self.count, len(sent))
+        _all_gather(received.view(-1), sent, group=self.group)
+        sizes, states, counts, certainties, bits = received.split([len(part) for part in parts], dim=1)
         return Together(
-            certainty=heard[:, head : head + rows].contiguous().view(torch.float64).flatten().to(certainty.dtype),
+            certainty=certainties.contiguous().view(torch.float64).flatten().to(certainty.dtype),
             correct=(bits & 1).bool().flatten(),
             unfit=(bits >> 1).to(torch.uint8).flatten(),
-            there=(torch.arange(rows, device=device) < sizes[:, None]).flatten(),
-            sizes=sizes,
-            state=heard[0, STATE].clone(),
-            faults=heard[:, FAULTS:head],
+            is_sample=(torch.arange(rows, device=device) < sizes).flatten(),
+            sizes=sizes[:, 0],
+            state=states[0].clone(),
+            faults=counts,
             rank=self.rank,
             m=m,
         )
 
     def start_sum(self, numbers: Tensor) -> Callable[[], Tensor]:
-        """Begin to add up numbers over the ranks, while the caller goes on.
+        """Begin to add up `numbers` [n] int64 on the device over the ranks, in place.
 
-        Args:
-            numbers: [n] int64, on the device; their sum takes their place.
-
-        Returns:
-            What gives the sum. On a GPU it makes the device wait, not the host.
+        The returned function gives the sum. On a GPU it makes the device wait, not the host.
         """
         work = dist.all_reduce(numbers, group=self.group, async_op=True)
 
@@ -137,8 +131,3 @@ class Ranks:
             return numbers
 
         return finish
-
-    def _most(self, m: int, device: torch.device) -> int:
-        most = torch.full((1,), m, dtype=torch.int64, device=device)
-        dist.all_reduce(most, dist.ReduceOp.MAX, self.group)
-        return int(most)

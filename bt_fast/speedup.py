@@ -1,22 +1,21 @@
-"""What BulletTrain saves by arithmetic: Eq. 7, its AugMix form, and the finer model in forward passes."""
+"""The speedup of BulletTrain by arithmetic: Eq. 7, its AugMix form, and a finer model of costs in forward passes.
+
+A cost is that of one iteration in F, forward passes of a full batch; an input or a weight gradient costs F too.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, fields
 
 from bt_fast.validation import check_choice, check_kind, real
 
 
 @dataclass(frozen=True)
 class Fractions:
-    """Shares of the samples in each group; they sum to 1, or are all 0 before the first assignment.
+    """Shares of the samples in each group: boundary F_B, robust F_R, outlier F_O, each in [0, 1].
 
-    Attributes:
-        boundary: F_B, robust: F_R, outlier: F_O; each in [0, 1].
-
-    Raises:
-        TypeError: a share is not a number.
-        ValueError: a share is outside [0, 1], or they sum to more than 1.
+    They sum to 1, or are all 0 before the first assignment. TypeError for a share that is no number, ValueError for one
+    outside [0, 1] or a sum above 1.
     """
 
     boundary: float
@@ -24,19 +23,18 @@ class Fractions:
     outlier: float
 
     def __post_init__(self) -> None:
-        shares = (self.boundary, self.robust, self.outlier)
-        for name, share in zip(("boundary", "robust", "outlier"), shares, strict=True):
-            real(name, share)
+        shares = astuple(self)
+        for field, share in zip(fields(self), shares, strict=True):
+            real(field.name, share)
         if not (all(0.0 <= share <= 1.0 for share in shares) and sum(shares) <= 1.0 + 1e-9):
             raise ValueError(
                 f"fractions must lie in [0, 1] and sum to at most 1, got {shares}: write shares, as 0.3 for 30 %"
             )
 
     def mean_steps(self, boundary_steps: int, robust_steps: int, outlier_steps: int) -> float:
-        """`F_B·N_B + F_R·N_R + F_O·N_O`: attack steps per sample.
+        """Attack steps per sample, `F_B·N_B + F_R·N_R + F_O·N_O`.
 
-        Args:
-            boundary_steps: N_B, robust_steps: N_R, outlier_steps: N_O.
+        N_B, N_R and N_O are boundary_steps, robust_steps and outlier_steps.
         """
         return self.boundary * boundary_steps + self.robust * robust_steps + self.outlier * outlier_steps
 
@@ -53,32 +51,24 @@ def theoretical_speedup(
 
     Args:
         fractions: measured shares F_B, F_R, F_O.
-        boundary_steps: N_B, robust_steps: N_R, outlier_steps: N_O.
-        baseline_steps: N of the training that it is compared with.
+        boundary_steps: N_B, robust_steps: N_R, outlier_steps: N_O; baseline_steps: N, of the training for comparison.
 
     Raises:
-        TypeError: the fractions are no `Fractions`, or a step count is not a number.
-        ValueError: a step count is negative.
+        TypeError or ValueError: the fractions are no `Fractions`, or a step count is no number of at least 0.
     """
     check_kind("fractions", fractions, Fractions, "write Fractions(boundary, robust, outlier)")
-    for name, steps in (
-        ("boundary_steps", boundary_steps),
-        ("robust_steps", robust_steps),
-        ("outlier_steps", outlier_steps),
-        ("baseline_steps", baseline_steps),
-    ):
-        real(name, steps)
-        if not 0 <= steps < 2**63:
-            raise ValueError(f"{name} must be at least 0 and fit into 63 bits, got {steps}: write {name}=10")
-    return (baseline_steps + 1) / (fractions.mean_steps(boundary_steps, robust_steps, outlier_steps) + 1)
+    steps = {"boundary_steps": boundary_steps, "robust_steps": robust_steps, "outlier_steps": outlier_steps}
+    for name, count in {**steps, "baseline_steps": baseline_steps}.items():
+        real(name, count)
+        if not 0 <= count < 2**63:
+            raise ValueError(f"{name} must be at least 0 and fit into 63 bits, got {count}: write {name}=10")
+    return (baseline_steps + 1) / (fractions.mean_steps(**steps) + 1)
 
 
 def theoretical_speedup_augmix(boundary_fraction: float) -> float:
     """The AugMix form of Eq. 7, `3 / (1 + 2·F_B)`: only boundary samples run their two augmented views.
 
-    Raises:
-        TypeError: `boundary_fraction` is not a number.
-        ValueError: `boundary_fraction` is outside [0, 1].
+    TypeError or ValueError where boundary_fraction, F_B, is no number in [0, 1].
     """
     real("boundary_fraction", boundary_fraction)
     if not 0.0 <= boundary_fraction <= 1.0:
@@ -89,72 +79,44 @@ def theoretical_speedup_augmix(boundary_fraction: float) -> float:
 
 
 def trades_cost(mean_steps: float, corrupted_fraction: float = 1.0, clean_forwards: int = 1) -> float:
-    """One iteration of our TRADES, in forward passes of a full batch, F (an input or a weight gradient costs F too).
+    """TRADES: one clean forward, two F for each attack step, three F for each forward of the update.
 
-    One clean forward, two F for each attack step, three F for each forward of the update. 27 F for ten uniform steps.
-
-    Args:
-        mean_steps: attack steps per sample.
-        corrupted_fraction: the share of samples in the update's corrupted forward.
-        clean_forwards: in the update; 2 where a model with dropout must repeat the authors' second.
+    27 F for ten uniform steps. mean_steps are attack steps per sample, corrupted_fraction is the share of samples in
+    the update's adversarial forward, clean_forwards is 2 where a model with dropout must repeat the authors' second.
     """
     return 1.0 + 2.0 * mean_steps + 3.0 * clean_forwards + 3.0 * corrupted_fraction
 
 
 def trades_reference_cost(steps: int) -> float:
-    """One iteration of TRADES as its authors wrote it, in F: a clean forward in each step, three in the loss.
-
-    Args:
-        steps: N, of the attack.
-    """
+    """TRADES as its authors wrote it, with so many steps: a clean forward in each step, three in the loss."""
     return 3.0 * steps + 9.0
 
 
 def augmix_cost(boundary_fraction: float = 1.0) -> float:
-    """One iteration of AugMix in F: `3 + 6·F_B`, the clean batch and two views of the boundary samples.
-
-    Args:
-        boundary_fraction: F_B; 1 without BulletTrain, 9 F.
-    """
+    """AugMix: `3 + 6·F_B`, the clean batch and two views of the boundary_fraction F_B, 1 without BulletTrain."""
     return 3.0 + 6.0 * boundary_fraction
 
 
 def mart_cost(mean_steps: float, corrupted_fraction: float = 1.0, *, mining: bool = True) -> float:
-    """One iteration of our MART, in F: two for each attack step, three for each of the update's two forwards.
+    """MART: two F for each attack step, three for each of the update's two forwards.
 
-    26 F for ten uniform steps, as its authors' code: the attack of the cross-entropy needs no clean forward.
-
-    Args:
-        mean_steps: attack steps per sample.
-        corrupted_fraction: the share of samples in the update's corrupted forward.
-        mining: with BulletTrain, whose groups need one clean forward.
+    26 F for ten uniform steps, as its authors' code: the attack of the cross-entropy needs no clean forward, but mining
+    does. mean_steps and corrupted_fraction are as in `trades_cost`.
     """
     return mining + 2.0 * mean_steps + 3.0 + 3.0 * corrupted_fraction
 
 
 def pgd_cost(mean_steps: float, *, mining: bool = True) -> float:
-    """One iteration of our PGD adversarial training, in F: as `mart_cost`, but with one forward in the update.
-
-    Args:
-        mean_steps: attack steps per sample.
-        mining: with BulletTrain.
-    """
+    """PGD adversarial training: as `mart_cost`, also in mean_steps and mining, with one forward in the update."""
     return mining + 2.0 * mean_steps + 3.0
 
 
 def yopo_cost(propagations: float, objective: str = "pgd") -> float:
-    """One iteration of YOPO-m-n, in F. The first layer's cost, in n steps too, is left out.
+    """YOPO-m-n, with m = propagations. The first layer's cost, in n steps too, is left out.
 
-    "pgd": three for each propagation, whose backward gives all gradients. "trades" and "mart": two for each, since the
-    weights' gradients are the update's, and the update's two forwards; TRADES adds its clean forward. 11 F for the
-    paper's TRADES + YOPO-2-5.
-
-    Args:
-        propagations: m.
-        objective: as of `yopo_loss`.
-
-    Raises:
-        ValueError: the objective is not known.
+    With the objective "pgd" three F for each propagation, whose backward gives all gradients. With "trades" and "mart"
+    two for each, since the weights' gradients are the update's, and the update's two forwards; TRADES adds its clean
+    forward: 11 F for the paper's TRADES + YOPO-2-5. ValueError for another objective.
     """
     check_choice("objective", objective, ("pgd", "trades", "mart"))
     if objective == "pgd":

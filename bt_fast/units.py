@@ -6,7 +6,7 @@ import math
 
 from bt_fast.warning import warn_caller
 
-_told: set[tuple[object, ...]] = set()
+_warned: set[tuple[object, ...]] = set()
 
 
 def warn_of_units(
@@ -18,10 +18,7 @@ def warn_of_units(
 ) -> None:
     """Warn, once for the same numbers, where ε covers the whole range of a pixel or a step is longer than the ball.
 
-    Args:
-        epsilon: ε > 0. norm: "l_inf" or "l_2". bounds: of a pixel.
-        step_size: α > 0, if a size is given.
-        pixels: of one image, over which an l_2 ball extends.
+    `pixels` is the number of values of an image, over which an l_2 ball extends.
     """
     lower, upper = bounds
     whole = (upper - lower) * (math.sqrt(pixels) if norm == "l_2" else 1.0)
@@ -32,20 +29,17 @@ def warn_of_units(
             likely = f"epsilon={epsilon:g}/255, if it is meant in steps of 8-bit images"
             if step_size is not None and step_size > 2 * epsilon / 255:
                 likely += f", and step_size={step_size:g}/255"
-        _tell(
-            ("epsilon", epsilon, norm, bounds),
-            f"epsilon={epsilon:g} covers the whole range [{lower:g}, {upper:g}] of the pixels: write {likely}",
-        )
+        numbers: tuple[object, ...] = ("epsilon", epsilon, norm, bounds)
+        message = f"epsilon={epsilon:g} covers the whole range [{lower:g}, {upper:g}] of the pixels: write {likely}"
     elif step_size is not None and step_size > 2 * epsilon:
         likely = f"{step_size:g}/255" if of_bytes and step_size / 255 <= 2 * epsilon else f"{epsilon / 4:g}"
-        _tell(
-            ("step_size", step_size, epsilon),
+        numbers = ("step_size", step_size, epsilon)
+        message = (
             f"step_size={step_size:g} is more than twice epsilon={epsilon:g}, so that each step crosses the whole "
-            f"ball: write step_size={likely}",
+            f"ball: write step_size={likely}"
         )
-
-
-def _tell(numbers: tuple[object, ...], message: str) -> None:
-    if numbers not in _told:
-        _told.add(numbers)
+    else:
+        return
+    if numbers not in _warned:
+        _warned.add(numbers)
         warn_caller(message)

@@ -10,17 +10,38 @@ from types import NoneType
 from typing import Any, SupportsIndex
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from bt_fast.ops.numeric import computable, kind_of
+
+# Tensors
+
+
+def check_floating(name: str, values: object, instead: str, must: str = "must be floating point") -> None:
+    """Raise TypeError unless `values` is a dense tensor in a floating-point type that torch computes with."""
+    if not isinstance(values, Tensor) or not computable(values):
+        raise TypeError(f"{name} {must}, got {kind_of(values)}: {instead}")
+
+
+def holds_integers(values: Tensor) -> bool:
+    """Whether a tensor has an integer type; bool is none."""
+    return not (values.is_floating_point() or values.is_complex() or values.dtype == torch.bool)
+
+
+def check_device(name: str, values: Tensor, device: torch.device, like: str, verb: str = "is") -> None:
+    """Raise ValueError unless `values` are on the device, on which `like` are."""
+    if values.device != device:
+        raise ValueError(
+            f"{name} must be on {device} like {like}, but {verb} on {values.device}: write {name}.to({str(device)!r})"
+        )
 
 
 def check_logits_and_labels(logits: Tensor, labels: Tensor) -> None:
     """Raise TypeError or ValueError unless logits are floating point [m, K], K ≥ 2, and labels integers [m]."""
     if not isinstance(logits, Tensor):
         raise TypeError(f"logits must be a tensor, got {type(logits).__name__}: write torch.as_tensor(logits)")
-    if not computable(logits):
-        raise TypeError(f"logits must be floating point, got {kind_of(logits)}: write logits.float()")
+    check_floating("logits", logits, "write logits.float()")
     if logits.dim() != 2 or logits.shape[1] < 2:
         raise ValueError(
             f"logits must have shape [m, K] with K >= 2 classes, got {list(logits.shape)}: "
@@ -33,38 +54,34 @@ def check_labels(labels: Tensor, m: int, device: torch.device, name: str = "labe
     """Raise TypeError or ValueError that names `name` unless labels are integers [m] on the device."""
     if not isinstance(labels, Tensor):
         raise TypeError(f"{name} must be a tensor of integers, got {type(labels).__name__}: write torch.as_tensor(...)")
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        instead = ".argmax(dim=1), if they are one-hot" if labels.dim() == 2 else ".long()"
+    one_hot = ".argmax(dim=1), if they are one-hot"
+    if not holds_integers(labels):
+        instead = one_hot if labels.dim() == 2 else ".long()"
         raise TypeError(f"{name} must be integers, got {labels.dtype}: write {name}{instead}")
     if labels.shape != (m,):
         instead = f"give as many {name} as images"
         if labels.dim() == 2 and len(labels) == m:
-            instead = f"write {name}" + (
-                ".squeeze(1)" if labels.shape[1] == 1 else ".argmax(dim=1), if they are one-hot"
-            )
-        found = list(labels.shape)
-        raise ValueError(f"{name} must have shape [{m}], one for each sample, got {found}: {instead}")
-    if labels.device != device:
-        raise ValueError(
-            f"{name} must be on {device} like the samples, but are on {labels.device}: write {name}.to({str(device)!r})"
-        )
+            instead = f"write {name}{'.squeeze(1)' if labels.shape[1] == 1 else one_hot}"
+        raise ValueError(f"{name} must have shape [{m}], one for each sample, got {list(labels.shape)}: {instead}")
+    check_device(name, labels, device, "the samples", "are")
+
+
+# Numbers
 
 
 def step_count(name: str, value: SupportsIndex, least: int = 0) -> int:
     """`value` as an int; TypeError or ValueError that names `name` unless it is an integer of at least `least`."""
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(_no_count(name, value, least))
     try:
+        if isinstance(value, bool):
+            raise TypeError
         count = operator.index(value)
-    except TypeError as error:  # of tensors and arrays
-        raise TypeError(_no_count(name, value, least)) from error
+    except TypeError as error:  # of tensors and arrays too
+        raise TypeError(
+            f"{name} must be an integer, got {value!r}: write a whole number, as {name}={max(least, 1)}"
+        ) from error
     if count < least:
         raise ValueError(f"{name} must be at least {least}, got {count}: write {name}={least} or more")
     return count
-
-
-def _no_count(name: str, value: object, least: int) -> str:
-    return f"{name} must be an integer, got {value!r}: write a whole number, as {name}={max(least, 1)}"
 
 
 def real(name: str, value: Any) -> float:
@@ -79,22 +96,24 @@ def real(name: str, value: Any) -> float:
         ) from error
 
 
-def positive(name: str, value: float) -> float:
+def positive(name: str, value: float, instead: str | None = None) -> float:
     """`value` as a float; TypeError or ValueError that names `name` unless it is a finite number greater than 0."""
-    found = real(name, value)
-    if not (found > 0 and math.isfinite(found)):
-        raise ValueError(
-            f"{name} must be a finite number greater than 0, got {value}: write {name}=8/255, or another size of pixels"
-        )
-    return found
+    number = real(name, value)
+    if not 0 < number < math.inf:
+        instead = instead or f"write {name}=8/255, or another size of pixels"
+        raise ValueError(f"{name} must be a finite number greater than 0, got {value}: {instead}")
+    return number
 
 
 def weight(name: str, value: float) -> float:
     """`value` as a float; TypeError or ValueError that names `name` unless it is a finite number of at least 0."""
-    found = real(name, value)
-    if not (found >= 0 and math.isfinite(found)):
+    number = real(name, value)
+    if not 0 <= number < math.inf:
         raise ValueError(f"{name} must be a finite number of at least 0, got {value}: write {name}=6.0")
-    return found
+    return number
+
+
+# Objects
 
 
 def check_model(model: nn.Module) -> None:
@@ -103,16 +122,12 @@ def check_model(model: nn.Module) -> None:
 
 
 def check_kind(name: str, value: object, kind: type, instead: str, *, optional: bool = False) -> None:
-    """Raise TypeError that names `name` unless `value` is of the kind, or None where that is allowed.
-
-    Args:
-        instead: what to write, for the end of the message.
-    """
+    """Raise TypeError that names `name` and ends with `instead` unless `value` is of the kind, or optional and None."""
     if isinstance(value, kind) or (optional and value is None):
         return
-    of = kind.__name__
-    if kind.__module__.startswith("torch"):
-        of = f"torch.nn.{of}" if kind is nn.Module else f"torch.{of}"
+    of, *package = kind.__name__, *kind.__module__.split(".")[:2]
+    if package[0] == "torch":  # as users write it: torch.Tensor, torch.nn.Module
+        of = ".".join([part for part in package if not part.startswith("_")] + [of])
     expected = f"{'an' if of[0] in 'AEIOU' else 'a'} {of}{' or None' if optional else ''}"
     raise TypeError(f"{name} must be {expected}, got {type(value).__name__}: {instead}")
 
@@ -127,9 +142,16 @@ def check_choice(name: str, value: object, choices: Iterable[str | None]) -> Non
 
 def check_generator(generator: torch.Generator | None, device: torch.device) -> None:
     """Raise TypeError or ValueError unless it is a generator for the images' device, or None."""
-    if generator is None:
-        return
     instead = f"write torch.Generator({str(device)!r}).manual_seed(0)"
     check_kind("generator", generator, torch.Generator, instead, optional=True)
-    if generator.device.type != device.type:
+    if generator is not None and generator.device.type != device.type:
         raise ValueError(f"generator must be on {device} like the images, but is on {generator.device}: {instead}")
+
+
+def check_process_group(group: object) -> None:
+    """Raise TypeError unless it is a process group, or None."""
+    if group is not None and not (dist.is_available() and isinstance(group, dist.ProcessGroup)):
+        raise TypeError(
+            f"process_group must be a torch.distributed.ProcessGroup or None, got {group!r}: "
+            "write torch.distributed.group.WORLD"
+        )

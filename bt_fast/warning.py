@@ -13,11 +13,7 @@ _PACKAGE = str(Path(__file__).parent) + os.sep
 def warn_caller(message: str, kind: type[Warning] = UserWarning) -> None:
     """Warn of `message` at the line that called the package.
 
-    Between that line and here other libraries may stand (context managers, torch): it is behind the last of our frames.
-
-    Args:
-        message: what is so, and what to write instead.
-        kind: of the warning.
+    There may be frames of other libraries (context managers, torch) in between: it is behind the last of our frames.
     """
     caller, level, frame = 1, 1, sys._getframe()
     while frame.f_back is not None:
@@ -28,5 +24,5 @@ def warn_caller(message: str, kind: type[Warning] = UserWarning) -> None:
 
 
 def warn_deprecated(old: str, new: str) -> None:
-    """Say that `old` goes with the next version, and what to write instead."""
+    """Warn that `old` goes with the next version; `new` says what to write instead."""
     warn_caller(f"{old} is deprecated and will go with the next version: {new}", DeprecationWarning)

@@ -13,7 +13,7 @@ from pretended_device import DEVICE, counted_waits, pretended_device
 from test_ops import batches, fractions, softmax
 from tolerances import assert_near
 
-from bt_fast import BulletTrain, Fractions, ops
+from bt_fast import Balance, BulletTrain, Fractions, ops
 from bt_fast.faults import Fault
 
 EPSILON = 0.031
@@ -215,11 +215,19 @@ def test_repr_is_the_configuration():
         ({"gamma": "x"}, TypeError, "gamma must be a number, got 'x'"),
         ({"momentum": 1.0}, ValueError, r"momentum.*\[0, 1\).*1.0"),
         ({"momentum": -0.1}, ValueError, r"momentum.*\[0, 1\).*-0.1"),
+        ({"balance": True}, TypeError, r"balance must be a Balance or None, got bool: write balance=.*Balance\(\)"),
+        ({"balance": Balance}, TypeError, "balance must be a Balance or None, got type"),
     ],
 )
 def test_bad_configuration(options, error, message):
     with pytest.raises(error, match=message):
         BulletTrain(**options)
+
+
+def test_a_balance_may_be_given_before_the_process_group():
+    balance = Balance()
+    assert BulletTrain(balance=balance).balance is balance
+    assert BulletTrain(balance=None).balance is None
 
 
 def test_steps_may_be_any_integer_object():

@@ -26,7 +26,7 @@ X, Y = batch(dtype=torch.float32)
 
 @pytest.fixture(autouse=True)
 def nothing_told_yet(monkeypatch):
-    monkeypatch.setattr(units, "_told", set())
+    monkeypatch.setattr(units, "_warned", set())
 
 
 def objective(loss, **options):

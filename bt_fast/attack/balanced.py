@@ -16,9 +16,11 @@ from bt_fast.attack.generate import StartedAttack, start_attack
 from bt_fast.attack.runners import Runner, start_of
 from bt_fast.attack.threat import ThreatModel
 from bt_fast.plan import Plan
+from bt_fast.ranks import Sharing
 from bt_fast.validation import step_count
 
 
+@Sharing.register
 @dataclass(frozen=True)
 class Balance:
     """How ranks share an attack out.

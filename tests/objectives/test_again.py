@@ -427,7 +427,7 @@ def test_the_images_are_let_go_when_the_next_minibatch_begins(name):
     model, bullet = confident(), mining_of(name, policy="uniform")
     x, y = minibatch(0, model)
     LOSSES[name](model, x, y, bullet=bullet)
-    kept, seen = weakref.ref(bullet._kept), []
+    kept, seen = weakref.ref(bullet._last.kept), []
     model.register_forward_pre_hook(lambda *_: seen.append(kept() is None))
     LOSSES[name](model, x, y, bullet=bullet)
     assert seen
