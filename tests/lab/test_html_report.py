@@ -602,7 +602,7 @@ def test_names_that_are_no_unicode_can_be_written(tmp_path):
 
 
 def test_text_is_escaped_once_and_shown_as_it_is(tmp_path):
-    foreign = "_a<b&'\"$x_2$ \\frac"
+    foreign = '_a<b&\'" id="c fill: #1a5fb4 $x_2$ \\frac'
     content = summary()
     content["methods"]["bullet"]["label"] = foreign
     reader = Reader(page_of(write_run(tmp_path / "run", content)))

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 
 from bt_fast.lab.html_report import drawing
-from bt_fast.lab.html_report.drawing import COLOURS, DRAWN, Columns, Panel, Style, Table, hollow, line, marks
+from bt_fast.lab.html_report.drawing import COLOURS, DRAWN, Columns, Panel, Style, Table, drawable, hollow, line, marks
 from bt_fast.lab.html_report.loading import LoadedRun, Record, Result
 from bt_fast.lab.html_report.numbers import count, duration, joules, percent, plain
 
@@ -31,6 +31,8 @@ _STYLES: dict[str, Style] = {
     "outlier": {"color": COLOURS["s0"], "marker": "^", "linestyle": "-."},
     _F_R: hollow({"color": COLOURS["s4"], "marker": "D", "linestyle": ":"}),
 }
+
+_SAMPLES = hollow({"color": COLOURS["s1"], "marker": "o", "linestyle": "none"})
 
 Styles = Mapping[str, Style]
 
@@ -48,19 +50,19 @@ def accuracy(runs: Sequence[LoadedRun], styles: Styles) -> list[Panel]:
     """A panel for each run, with the same axis of accuracy; that of time too, where the runs took alike."""
     records = {run.letter: [r for x in run.results for r in run.of_kind("epoch", x.name)] for run in runs}
     shares = [r.get(key) for of_run in records.values() for r in of_run for key in ("clean", "robust")]
-    least = min((100 * share for share in shares if share is not None and math.isfinite(share)), default=0)
-    low = min(10 * math.floor(least / 10), 90)
+    least = min((share for share in shares if share is not None and drawable(share)), default=0)
+    low = min(10 * math.floor(10 * least), 90)
     ends = {letter: max((r["seconds"] for r in of_run), default=0.0) for letter, of_run in records.items()}
-    finite = [seconds for seconds in ends.values() if 0 < seconds < math.inf]
-    if finite and max(finite) <= 4 * min(finite):
-        ends = dict.fromkeys(ends, max(finite))
+    known = [seconds for seconds in ends.values() if seconds > 0 and drawable(seconds)]
+    if known and max(known) <= 4 * min(known):
+        ends = dict.fromkeys(ends, max(known))
     return [_accuracy(run, styles, low, ends[run.letter]) for run in runs]
 
 
 def _accuracy(run: LoadedRun, styles: Styles, low: float, end: float) -> Panel:
     heading = f"{run.letter}: {run.title}"
     records = [(result, run.of_kind("epoch", result.name)) for result in run.results]
-    if not any(of_method for _, of_method in records) or not 0 < end < math.inf:
+    if not any(of_method for _, of_method in records) or not (end > 0 and drawable(end)):
         return Panel("metrics.jsonl has no accuracy of any epoch.", heading)
     unit, name = (3600.0, "hours") if end > 3600 else (1.0, "seconds")
     figure, axes = drawing.chart(f"training time ({name})", "accuracy (%)")
@@ -119,7 +121,7 @@ def _trade_off(runs: Sequence[LoadedRun], styles: Styles) -> Panel:
         (run.row_name(result), result, (100 * result.clean, 100 * result.robust))
         for run in runs
         for result in run.results
-        if result.robust is not None and math.isfinite(result.clean + result.robust)
+        if result.robust is not None and drawable(result.clean, result.robust)
     ]
     if not results:
         return Panel("No method has a robust accuracy.", heading)
@@ -191,7 +193,7 @@ def attacked_groups(run: LoadedRun) -> list[Panel]:
     heading = f"{run.letter}: {run.results[0].label}"
     shares = {group: [r["shares"][group] for r in records] for group in _GROUPS}
     means = ", ".join(f"{group} {percent(statistics.fmean(of_group))}" for group, of_group in shares.items())
-    title = f"Shares of the groups as an attack tells them, run {run.letter}"
+    title = f"Shares of the groups as an attack finds them, run {run.letter}"
     text = f"In mean over training: {means} (compare Fig. 3)."
     of_shares = Panel(text, f"{heading}, shares", f"groups-{run.letter}", title)
     variances = {group: [r["svar"].get(group) for r in records] for group in _GROUPS}
@@ -200,7 +202,7 @@ def attacked_groups(run: LoadedRun) -> list[Panel]:
     if known := [chance for chance in chances if chance is not None]:
         text += " The chance that a boundary sample's SVar lies below a robust one's: "
         text += f"{percent(statistics.fmean(known))} in mean over {len(known)} minibatches with both."
-    title = f"Mean signed prediction variance of the groups as an attack tells them, run {run.letter}"
+    title = f"Mean signed prediction variance of the groups as an attack finds them, run {run.letter}"
     of_variances = Panel(text, f"{heading}, signed variances", f"groups-svar-{run.letter}", title)
     return [
         _over_iterations(of_shares, records, shares),
@@ -238,7 +240,7 @@ def _allocation(row: str, label: str, records: list[Record]) -> Panel:
     """Signed variances and assigned steps of the samples of a method's last recorded minibatch."""
     last = records[-1]
     svar, steps, threshold = np.array(last["svar"], float), np.array(last["steps"], float), float(last["threshold"])
-    lines = {"0 ": 0.0, " T": threshold} if math.isfinite(threshold) else {"0 ": 0.0}
+    lines = {"0 ": 0.0, " T": threshold} if drawable(threshold) else {"0 ": 0.0}
     low, high = min(*svar, *lines.values()), max(*svar, *lines.values())
     margin = max(0.0005, 0.06 * (high - low))
     edges = np.linspace(low - margin, high + margin, _BINS + 1)
@@ -246,8 +248,10 @@ def _allocation(row: str, label: str, records: list[Record]) -> Panel:
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(2, 3))
     upper.hist(svar, edges, color=COLOURS["s1"], rwidth=0.95)
     upper.set_ylabel("samples")
-    marks(lower, list(zip(svar, steps, strict=True)), hollow({"color": COLOURS["s1"], "marker": "o"}))
+    upper.locator_params("y", nbins=5, integer=True)
+    marks(lower, list(zip(svar, steps, strict=True)), _SAMPLES)
     lower.set(xlabel="signed prediction variance (SVar)", ylabel="attack steps", xlim=(edges[0], edges[-1]))
+    lower.locator_params("x", nbins=6)
     for name, place in lines.items():
         for axes in (upper, lower):
             axes.axvline(place, color=COLOURS["text"], linestyle="--", linewidth=1)

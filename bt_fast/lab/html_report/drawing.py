@@ -16,13 +16,11 @@ from matplotlib.figure import Figure
 
 DRAWN = 8  # methods in a chart, or charts of a run: more cannot be told apart; tables have all
 MARKERS = "os^Dv+xp"
-COLOURS: dict[str, str] = dict(  # the light ones of the style sheet, by the names of its variables
-    re.findall(
-        r"--(\w+):(#\w{6})", Path(__file__).with_name("style.css").read_text(encoding="utf-8").split("@media")[0]
-    )
-)
+_LIGHT = Path(__file__).with_name("style.css").read_text(encoding="utf-8").partition("@media")[0]
+COLOURS: dict[str, str] = dict(re.findall(r"--(\w+):(#\w{6})", _LIGHT))  # by the names of the variables
 _VARIABLES = {colour: name for name, colour in COLOURS.items()}
 RC: Any = {  # of matplotlib; `Any`, since its types differ from version to version
+    "axes.axisbelow": True,
     "axes.edgecolor": COLOURS["rule"],
     "axes.facecolor": "none",
     "axes.grid": True,
@@ -86,9 +84,12 @@ class Panel:
         file = io.StringIO()
         self.figure.savefig(file, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
         svg = file.getvalue()
-        svg = svg[svg.index("<g ") : svg.rindex("</svg>")].replace("xlink:href", "href")
-        svg = re.sub(r'( id="| href="#|url\(#)', rf"\1{self.name}-", svg)
-        return re.sub(r"#[0-9a-f]{6}(?=[;\"])", lambda m: f"var(--{_VARIABLES[m[0]]})", svg)
+        return re.sub("<[^>]*>", self._tag, svg[svg.index("<g ") : svg.rindex("</svg>")])
+
+    def _tag(self, match: re.Match[str]) -> str:
+        tag = match[0].replace("xlink:href", "href")
+        tag = re.sub(r'( id="|href="#|url\(#)', rf"\1{self.name}-", tag)
+        return re.sub("(?<=: )#[0-9a-f]{6}", lambda colour: f"var(--{_VARIABLES[colour[0]]})", tag)
 
 
 def style_of(index: int) -> Style:
@@ -101,6 +102,11 @@ def hollow(style: Style) -> Style:
     return {"linestyle": "--", **style, "markerfacecolor": COLOURS["panel"]}
 
 
+def drawable(*values: float | None) -> bool:
+    """Whether a chart can show the values: numbers, and none so large that no axis holds it."""
+    return all(value is not None and abs(value) < 1e15 for value in values)
+
+
 def chart(x_label: str, y_label: str = "", height: float = 3.6) -> tuple[Figure, Axes]:
     """A figure of one chart, `height` inches high."""
     figure = Figure(figsize=(WIDTH, height))
@@ -110,22 +116,16 @@ def chart(x_label: str, y_label: str = "", height: float = 3.6) -> tuple[Figure,
 
 
 def line(axes: Axes, x: Iterable[float], y: Iterable[float | None], style: Style, scale: float = 100) -> Artist:
-    """Draw a line through the points that are finite, with about ten marks, one of them on the last point."""
-    known = [(float(a), float(b) * scale) for a, b in zip(x, y, strict=True) if b is not None and math.isfinite(a * b)]
-    every = max(1, math.ceil(len(known) / 10))
-    (drawn,) = axes.plot(
-        [a for a, _ in known],
-        [b for _, b in known],
-        markevery=((len(known) - 1) % every, every),
-        clip_on=False,
-        **style,
-    )
-    return drawn
+    """Draw a line through the points that are drawable, with about ten marks, one of them on the last point."""
+    points = [(a, scale * b) for a, b in zip(x, y, strict=True) if b is not None and drawable(a, b)]
+    every = max(1, math.ceil(len(points) / 10))
+    return marks(axes, points, {"linestyle": "-", **style, "markevery": ((len(points) - 1) % every, every)})
 
 
 def marks(axes: Axes, points: Sequence[tuple[float, float]], style: Style) -> Artist:
-    """Draw a mark on each point."""
-    (drawn,) = axes.plot(*zip(*points, strict=True), clip_on=False, **{**style, "linestyle": "none"})
+    """Draw a mark on each point, without a line if the style has none."""
+    x, y = zip(*points, strict=True) if points else ((), ())
+    (drawn,) = axes.plot(x, y, **{"linestyle": "none", **style}, clip_on=False, in_layout=False)
     return drawn
 
 

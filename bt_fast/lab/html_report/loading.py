@@ -143,13 +143,13 @@ def _load(letter: str, folder: Path) -> LoadedRun:
 def _parts(path: Path, summary: Any, records: list[Record]) -> dict[str, Any]:
     """The fields of `LoadedRun` that a summary holds."""
     where = f"{path}: not a summary of a run"
-    found = summary if isinstance(summary, dict) else {}
-    config, machine, methods = (_object(found, name, where) for name in ("config", "machine", "methods"))
+    entries = summary if isinstance(summary, dict) else {}
+    config, machine, methods = (_object(entries, name, where) for name in ("config", "machine", "methods"))
     if not methods:
         raise ValueError(f"{where}: methods is empty")
-    data = None if found.get("data") is None else _object(found, "data", where).get("sha256", 0)
+    data = None if entries.get("data") is None else _object(entries, "data", where).get("sha256", 0)
     if not isinstance(data, str | None):
-        raise ValueError(f"{where}: data must be an object with a sha256, got {found['data']!r}")
+        raise ValueError(f"{where}: data must be an object with a sha256, got {entries['data']!r}")
     corrupted = {r.get("method"): r["robust"] for r in records if r["kind"] == "corruptions"}
     results = []
     for name, entry in methods.items():

@@ -63,4 +63,4 @@ def shares(fractions: Mapping[str, float] | None) -> str:
     """F_B / F_R / F_O."""
     if fractions is None:
         return UNKNOWN
-    return " / ".join(f"{fractions[group]:.2f}" for group in ("boundary", "robust", "outlier"))
+    return " / ".join(_number(fractions[group], "{:.2f}") for group in ("boundary", "robust", "outlier"))

@@ -6,6 +6,7 @@ import functools
 import json
 import math
 import statistics
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
@@ -62,7 +63,8 @@ def check_path(path: Path) -> None:
 
 def page(runs: Sequence[LoadedRun], now: datetime) -> str:
     """The report as HTML, one file that fetches nothing and runs nothing."""
-    with matplotlib.rc_context(RC):
+    with matplotlib.rc_context(RC), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of glyphs that matplotlib's font lacks: the reader's draws them
         text = _TEMPLATES.get_template("page.html").render(
             runs=runs,
             date=_date(now),
@@ -84,7 +86,7 @@ def _sections(runs: Sequence[LoadedRun]) -> list[tuple[str, str, Sequence[Table 
         ("time", "Where an iteration's time goes", [waterfall(run) for run in runs]),
         ("fractions", "Fractions", charts.of_methods(runs, "fractions")),
         ("svar", "Signed variances and assigned steps", charts.of_methods(runs, "allocation")),
-        ("groups", "Groups as an attack tells them", [p for run in runs for p in charts.attacked_groups(run)]),
+        ("groups", "Groups as an attack finds them", [p for run in runs for p in charts.attacked_groups(run)]),
         ("corruptions", "Errors under corruptions", [p for run in runs for p in corruption_errors(run, styles)]),
         ("energy", "Energy", _energy(runs)),
         ("configuration", "Configuration", [_differences("Configuration", runs, [_configuration(r) for r in runs])]),
@@ -145,7 +147,8 @@ def _missing(runs: Sequence[LoadedRun]) -> list[Table]:
             for key in result.missing:
                 rows.setdefault(key, []).append(run.row_name(result))
     caption = "Not in the summaries, which an older version wrote"
-    return [Table(caption, {"entry": str, "missing in": ", ".join}, list(rows.items()))] if rows else []
+    columns = {"entry": str, "missing in": str}
+    return [Table(caption, columns, [(key, ", ".join(names)) for key, names in rows.items()])] if rows else []
 
 
 def _over_seeds(runs: Sequence[LoadedRun]) -> list[Table]:

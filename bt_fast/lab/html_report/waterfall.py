@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -75,7 +74,7 @@ def stages(results: Sequence[Result]) -> list[Stage]:
         ratio = result.speedup.get(first.name)
         if not way:
             way.append(Stage(first, ""))
-        elif ratio is None or not 0 < ratio < math.inf:
+        elif not ratio or ratio < 0 or not drawing.drawable(ratio, 1 / ratio):
             continue
         else:
             step = " + ".join(part for part in parts if part not in before)
@@ -87,7 +86,7 @@ def stages(results: Sequence[Result]) -> list[Stage]:
 
 
 def _over(a: float | None, b: float | None) -> float | None:
-    return a / b if a is not None and b and math.isfinite(a) and math.isfinite(b) else None
+    return a / b if a is not None and b and drawing.drawable(a, b, a / b) else None
 
 
 def waterfall(run: LoadedRun) -> Panel:
