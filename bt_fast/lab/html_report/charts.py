@@ -242,7 +242,7 @@ def _allocation(row: str, label: str, records: list[Record]) -> Panel:
     svar, steps, threshold = np.array(last["svar"], float), np.array(last["steps"], float), float(last["threshold"])
     lines = {"0 ": 0.0, " T": threshold} if drawable(threshold) else {"0 ": 0.0}
     low, high = min(*svar, *lines.values()), max(*svar, *lines.values())
-    margin = max(0.0005, 0.06 * (high - low))
+    margin = max((0.001 - (high - low)) / 2, 0.06 * (high - low))
     edges = np.linspace(low - margin, high + margin, _BINS + 1)
     figure = Figure(figsize=(drawing.WIDTH, 4.8))
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(2, 3))

@@ -25,8 +25,8 @@ def write_scalars(runs: Sequence[LoadedRun], folder: Path) -> None:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        install = "pip install 'bt-fast[tensorboard]'"
-        raise ValueError(f"--tensorboard needs the package tensorboard: {install} ({error})") from error
+        message = f"--tensorboard needs the package tensorboard: pip install 'bt-fast[tensorboard]' ({error})"
+        raise ValueError(message) from error
     _check_free(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with locks.held(folder):
