@@ -7,7 +7,7 @@ import sys
 
 from bt_fast.floors import FLOORS, too_old
 
-EXTRA = ("click", "rich", "matplotlib")  # of pyproject.toml's extra lab
+EXTRA = ("click", "rich", "matplotlib", "jinja2")  # of pyproject.toml's extra lab
 
 
 def main() -> None:

@@ -18,6 +18,7 @@ FLOORS = {
     "click": "8.1",
     "rich": "13",
     "matplotlib": "3.8",
+    "jinja2": "3.1",
 }
 
 

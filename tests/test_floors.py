@@ -13,11 +13,11 @@ PROJECT = (Path(__file__).parents[1] / "pyproject.toml").read_text()
 
 
 def test_the_floors_are_those_of_the_project():
-    declared = dict(re.findall(r'"([a-z-]+)>=([\d.]+)[;"]', PROJECT))
+    declared = dict(re.findall(r'"([a-z0-9-]+)>=([\d.]+)[;"]', PROJECT))
     assert {name: declared[name] for name in FLOORS} == FLOORS
     (block,) = re.findall(r"^dependencies = \[(.*?)^\]", PROJECT, re.DOTALL | re.MULTILINE)
     (lab,) = re.findall(r"^lab = \[(.*?)\]", PROJECT, re.MULTILINE)
-    assert set(re.findall(r'"([a-z-]+)>=', block + lab)) == set(FLOORS)
+    assert set(re.findall(r'"([a-z0-9-]+)>=', block + lab)) == set(FLOORS)
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,7 @@ def imported():
 
 def test_import_takes_nothing_that_it_does_not_need(imported):
     new = {name.split(".")[0] for name in imported["new"]}
-    assert not new & {"triton", "click", "rich", "matplotlib", "pynvml"}
+    assert not new & {"triton", "click", "rich", "matplotlib", "jinja2", "pynvml"}
     assert not [name for name in imported["new"] if name.startswith(("bt_fast.lab", "bt_fast.kernels"))]
 
 

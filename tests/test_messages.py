@@ -16,8 +16,8 @@ MESSAGE_OF = {"ValueError": 0, "TypeError": 0, "RuntimeError": 0, "ImportError":
 ENDED_ELSEWHERE = {
     *("faults.py pixels_outside", "faults.py __getitem__"),
     *("lab/checkpoint.py _check_archive", "lab/files.py parse_json", "lab/training.py _restore", "lab/world.py told"),
-    *(f"lab/html_report/loading.py {name}" for name in ("_number", "_object_of_numbers", "_record")),
-    *(f"lab/html_report/loading.py _check_{kind}" for kind in ("allocation", "groups", "errors")),
+    *(f"lab/html_report/loading.py {name}" for name in ("_parts", "_record", "_number", "_object")),
+    *(f"lab/html_report/loading.py {name}" for name in ("_allocation", "_severities")),
 }
 
 

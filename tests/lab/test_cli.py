@@ -317,7 +317,7 @@ def test_help_names_every_command():
         assert command in output
 
 
-@pytest.mark.parametrize("name", ["click", "rich", "matplotlib"])
+@pytest.mark.parametrize("name", ["click", "rich", "matplotlib", "jinja2"])
 def test_without_the_extra_the_command_says_what_to_install(name):
     code = f"import sys; sys.modules['{name}'] = None; from bt_fast.__main__ import main; main()"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -326,7 +326,7 @@ def test_without_the_extra_the_command_says_what_to_install(name):
 
 
 def test_a_package_of_the_extra_that_is_too_old_is_named_with_the_version_that_is_needed(monkeypatch):
-    installed = {"click": "7.1.2", "rich": "13.0", "matplotlib": "3.10.1"}
+    installed = {"click": "7.1.2", "rich": "13.0", "matplotlib": "3.10.1", "jinja2": "3.1.6"}
     monkeypatch.setattr(importlib.metadata, "version", lambda name: installed[name])
     with pytest.raises(SystemExit) as raised:
         main()

@@ -1,97 +1,70 @@
-"""Charts of the errors under common corruptions, by corruption and by severity."""
+"""The charts of the errors under common corruptions, by corruption and by severity."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from bt_fast.lab.corruptions import SEVERITIES
 from bt_fast.lab.html_report import drawing
-from bt_fast.lab.html_report.charts import DRAWN, HEIGHT, Styles, undrawn
-from bt_fast.lab.html_report.drawing import BOTTOM, TOP
+from bt_fast.lab.html_report.drawing import COLOURS, DRAWN, Columns, Panel, Style, Table
 from bt_fast.lab.html_report.loading import LoadedRun, Result
-from bt_fast.lab.html_report.markup import Html, element, panel, table
-from bt_fast.lab.html_report.numbers import percent
+from bt_fast.lab.html_report.numbers import percent, printable
 
-ABOUT_ERRORS = (
-    "Errors on the corrupted test set: marks are means over the severities, lines means over the corruptions. The "
-    "robust accuracy of these methods is 1 minus the mean over both."
-)
-_NAMES = 150  # the width of the corruptions' names
-_APART = 10  # between the marks of two methods
-
-Errors = dict[str, list[float]]  # shares for each severity, by corruption
+_SHARES = {**{f"severity {n}": percent for n in SEVERITIES}, "mean": percent}
+Errors = Sequence[tuple[Result, Mapping[str, Sequence[float]]]]  # of methods: shares by corruption, for each severity
 
 
-def corruption_errors(runs: Sequence[LoadedRun], styles: Styles) -> list[Html]:
-    """Two panels for each run with a record of such errors: by corruption, and by severity."""
-    found = []
-    for run in runs:
-        if errors := [(result, record[-1]["errors"]) for result in run.results if (record := _recorded(run, result))]:
-            found.append(panel(f"{run.letter}: by corruption", _by_corruption(run, errors, styles)))
-            found.append(panel(f"{run.letter}: by severity", _by_severity(run, errors, styles)))
-    return found
+def corruption_errors(run: LoadedRun, styles: Mapping[str, Style]) -> list[Panel]:
+    """The errors by corruption, and by severity, if the run recorded them."""
+    errors = [
+        (result, records[-1]["errors"])
+        for result in run.results
+        if (records := [r for r in run.of_kind("corruptions", result.name) if r.get("errors")])
+    ]
+    return [_by_corruption(run, errors, styles), _by_severity(run, errors, styles)] if errors else []
 
 
-def _recorded(run: LoadedRun, result: Result) -> list[dict[str, Errors]]:
-    return [record for record in run.of_kind("corruptions", result.name) if record.get("errors")]
-
-
-def _by_corruption(run: LoadedRun, errors: list[tuple[Result, Errors]], styles: Styles) -> Html:
+def _by_corruption(run: LoadedRun, errors: Errors, styles: Mapping[str, Style]) -> Panel:
     """A row for each corruption, in it a mark for each method, one below the other."""
-    shown, names = errors[:DRAWN], dict.fromkeys(name for _, found in errors for name in found)
-    row = _APART * (len(shown) + 1)
-    height = row * len(names) + BOTTOM
-    most = max(statistics.fmean(of_severities) for _, found in errors for of_severities in found.values())
-    x = drawing.Scale(0, _above(most), _NAMES, drawing.WIDTH - drawing.RIGHT)
-    drawn = [drawing.upright_grid(x, height - BOTTOM, "error, mean over severities (%)")]
-    for i, name in enumerate(names):
-        drawn.append(drawing.words(_NAMES - 8, (i + 0.5) * row + 4, name.replace("_", " "), "end"))
-        drawn.append(element("line", x1=0, y1=(i + 1) * row, x2=x.end, y2=(i + 1) * row, class_="grid"))
-        for k, (result, found) in enumerate(shown):
-            if name in found:
-                place = x(100 * statistics.fmean(found[name])), i * row + _APART * (k + 1)
-                drawn.append(drawing.mark(place, styles[result.name]))
-    title = f"Error by corruption, run {run.letter}"
-    worst = ", ".join(f"{result.label} {_worst(found)}" for result, found in shown)
+    names = {name: printable(name.replace("_", " ")) for _, of_method in errors for name in of_method}
+    means = [(r, {name: statistics.fmean(shares) for name, shares in of_method.items()}) for r, of_method in errors]
+    apart = 1 / (len(means[:DRAWN]) + 1)
+    figure, axes = drawing.chart("error, mean over severities (%)", height=0.7 + 0.15 * len(names) / apart)
+    series, worst = [], []
+    for k, (result, of_method) in enumerate(means[:DRAWN], start=1):
+        points = [(100 * of_method[name], i + k * apart) for i, name in enumerate(names) if name in of_method]
+        series.append((drawing.marks(axes, points, styles[result.name]), result.label))
+        name = max(of_method, key=lambda name: of_method[name])
+        worst.append(f"{result.label} under {names[name]}, {percent(of_method[name])}")
+    drawing.legend(figure, series)
+    axes.set(xlim=(0, max(axes.get_xlim()[1], 1)), ylim=(len(names), 0))
+    axes.set_yticks([i + 0.5 for i in range(len(names))], [drawing.shortened(name) for name in names.values()])
+    axes.grid(False, axis="y")
+    axes.grid(True, axis="x")
+    for i in range(len(names) + 1):
+        axes.axhline(i, color=COLOURS["grid"], linewidth=0.8)
     rows = [
-        [name.replace("_", " "), result.label, *map(percent, found[name]), percent(statistics.fmean(found[name]))]
+        (names[name], result.label, *of_method[name], statistics.fmean(of_method[name]))
         for name in names
-        for result, found in errors
-        if name in found
+        for result, of_method in errors
+        if name in of_method
     ]
-    header = ["corruption", "method", *(f"severity {n}" for n in SEVERITIES), "mean"]
-    legend = [drawing.key(styles[result.name], result.label, lined=False) for result, _ in shown]
-    name, text = f"corruptions-{run.letter}", f"Most errors: {worst}.{undrawn(len(errors))}"
-    return drawing.figure(name, title, text, height, drawn, legend, [table(title, header, rows)])
+    columns: Columns = {"corruption": str, "method": str, **_SHARES}
+    title, heading = f"Error by corruption, run {run.letter}", f"{run.letter}: by corruption"
+    text = f"Most errors: {', '.join(worst)}.{drawing.undrawn(len(errors))}"
+    return Panel(text, heading, f"corruptions-{run.letter}", title, figure, [Table(title, columns, rows)])
 
 
-def _above(most: float) -> float:
-    """The end of an axis of percents on which this share is the largest."""
-    return 105 * most if most > 0 else 1.0
-
-
-def _worst(errors: Errors) -> str:
-    name = max(errors, key=lambda each: statistics.fmean(errors[each]))
-    return f"under {name.replace('_', ' ')}, {percent(statistics.fmean(errors[name]))}"
-
-
-def _by_severity(run: LoadedRun, errors: list[tuple[Result, Errors]], styles: Styles) -> Html:
-    means = [
-        (result, [statistics.fmean(e[i] for e in found.values()) for i in range(len(SEVERITIES))])
-        for result, found in errors
-    ]
-    x = drawing.x_scale(SEVERITIES[0], SEVERITIES[-1])
-    most = max(max(of_severities) for _, of_severities in means)
-    y = drawing.y_scale(0, _above(most), TOP, HEIGHT - BOTTOM)
-    drawn, legend = [drawing.axes(x, y, "severity", "error, mean over corruptions (%)")], []
-    for result, of_severities in means[:DRAWN]:
-        points = [(x(n), y(100 * error)) for n, error in zip(SEVERITIES, of_severities, strict=True)]
-        drawn.append(drawing.line(points, styles[result.name]))
-        legend.append(drawing.key(styles[result.name], result.label))
-    title = f"Error by severity, run {run.letter}"
-    told = "; ".join(f"{result.label}, {percent(e[0])} to {percent(e[-1])}" for result, e in means[:DRAWN])
-    rows = [[result.label, *map(percent, e), percent(statistics.fmean(e))] for result, e in means]
-    header = ["method", *(f"severity {n}" for n in SEVERITIES), "mean"]
-    name, text = f"severities-{run.letter}", f"From the least severity to the greatest: {told}.{undrawn(len(errors))}"
-    return drawing.figure(name, title, text, HEIGHT, drawn, legend, [table(title, header, rows)])
+def _by_severity(run: LoadedRun, errors: Errors, styles: Mapping[str, Style]) -> Panel:
+    means = [(r, [statistics.fmean(e) for e in zip(*of_method.values(), strict=True)]) for r, of_method in errors]
+    figure, axes = drawing.chart("severity", "error, mean over corruptions (%)")
+    drawn = [(drawing.line(axes, SEVERITIES, e, styles[result.name]), result.label) for result, e in means[:DRAWN]]
+    drawing.legend(figure, drawn)
+    axes.set(xticks=SEVERITIES, ylim=(0, max(axes.get_ylim()[1], 1)))
+    title, heading = f"Error by severity, run {run.letter}", f"{run.letter}: by severity"
+    ends = "; ".join(f"{result.label}, {percent(e[0])} to {percent(e[-1])}" for result, e in means[:DRAWN])
+    text = f"From the least severity to the greatest: {ends}.{drawing.undrawn(len(errors))}"
+    columns: Columns = {"method": str, **_SHARES}
+    rows = [(result.label, *e, statistics.fmean(e)) for result, e in means]
+    return Panel(text, heading, f"severities-{run.letter}", title, figure, [Table(title, columns, rows)])

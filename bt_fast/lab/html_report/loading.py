@@ -1,17 +1,19 @@
-"""What run folders hold, checked: a report names what is missing or foreign instead of drawing it."""
+"""Run folders, read and checked: an error names what is missing or foreign in them."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import string
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from bt_fast.lab.corruptions import SEVERITIES
 from bt_fast.lab.files import parse_json
+from bt_fast.lab.html_report.numbers import printable
 from bt_fast.lab.methods import Method
 from bt_fast.lab.provenance import Provenance
 from bt_fast.lab.report import label
@@ -19,50 +21,38 @@ from bt_fast.ops import GROUPS
 
 Record = dict[str, Any]
 
-_BY_DEFINITION = {"reference": 1.0, "optimised": 1.0}  # Eq. 7 of the objective itself; older summaries leave it out
-_NUMBERS = {  # of a record by its kind; what a report does not draw is not looked at
-    "epoch": ("epoch", "clean", "seconds"),
-    "fractions": ("boundary", "robust", "outlier", "robust_fraction"),
-    "allocation": ("threshold",),
-    "corruptions": ("robust",),
-}
-
 
 @dataclass(frozen=True)
 class Result:
-    """What a method came to; None is what the summary does not tell.
+    """The result of one method of a run; None stands for what the summary lacks.
 
     Attributes:
-        name: as on the command line; label: as in tables.
-        algorithm: as of `Method`; "" where the name is none of this version.
-        engine: "exact", "fast" or "bf16", the run's where the name has none.
-        own: whether the method has options of its own.
-        clean, robust: accuracies in [0, 1], and `attack`, what `robust` stands against.
+        name: as on the command line. label: as in tables.
+        method: of that name, with the engine that it ran on; without an algorithm if this version knows none.
+        clean, robust: accuracies in [0, 1]. attack: the attack against which `robust` was measured.
         seconds: of training. iteration_seconds: the median of an iteration.
         forward_passes: F of an iteration. theoretical_speedup: Eq. 7.
         speedup: over the other methods by name, the median of the ratios of paired iterations.
         fractions: of `boundary`, `robust`, `outlier`; None without BulletTrain.
-        joules: of training. joules_reason: why there are none, where the summary says it.
-        missing: the names of what an older version did not write.
+        joules: of training. joules_reason: why there are none.
+        missing: the entries that the summary, of an older version, does not have.
     """
 
     name: str
     label: str
-    algorithm: str
-    engine: str
-    own: bool
+    method: Method
     clean: float
-    robust: float | None
-    attack: str
     seconds: float
-    iteration_seconds: float | None
-    forward_passes: float | None
-    theoretical_speedup: float | None
-    speedup: Mapping[str, float]
-    fractions: Mapping[str, float] | None
-    joules: float | None
-    joules_reason: str | None
-    missing: tuple[str, ...]
+    robust: float | None = None
+    attack: str = "an attack that the summary does not name"
+    iteration_seconds: float | None = None
+    forward_passes: float | None = None
+    theoretical_speedup: float | None = None
+    speedup: Mapping[str, float] = field(default_factory=dict)
+    fractions: Mapping[str, float] | None = None
+    joules: float | None = None
+    joules_reason: str | None = None
+    missing: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -70,10 +60,10 @@ class LoadedRun:
     """A run.
 
     Attributes:
-        letter: stands for it in the report, "A" for the first.
-        title: its folder as it was given. written: when its summary, or its last record, was, in seconds since 1970.
+        letter: stands for it in the report, "A" for the first. title: its folder as it was given.
+        written: the time of its summary, or of its last record, in seconds since 1970.
         records: of metrics.jsonl.
-        data: the SHA-256 of its data; None where its summary, of an older version, does not tell.
+        data: the SHA-256 of its data; None where its summary, of an older version, lacks it.
         unfinished: how far it is, in words; "" of one with a summary.
     """
 
@@ -89,13 +79,17 @@ class LoadedRun:
 
     @property
     def trained_on(self) -> str:
-        """What tells its data from others: what they are where that is known, else where they lay."""
+        """The identity of its data: their hash where it is known, else their place."""
         return self.data or str(self.config.get("data"))
 
     def of_kind(self, kind: str, method: str) -> list[Record]:
         """A method's records of that kind; older ones that name no method are of the first with BulletTrain."""
-        bullet = next((r.name for r in self.results if r.algorithm == "bullet"), self.results[0].name)
+        bullet = next((r.name for r in self.results if r.method.algorithm == "bullet"), self.results[0].name)
         return [r for r in self.records if r["kind"] == kind and r.get("method", bullet) == method]
+
+    def row_name(self, result: Result) -> str:
+        """`A2`, the second method of run A: the name of rows and points."""
+        return f"{self.letter}{list(self.results).index(result) + 1}"
 
 
 def load_runs(paths: Sequence[Path]) -> list[LoadedRun]:
@@ -116,19 +110,13 @@ def load_runs(paths: Sequence[Path]) -> list[LoadedRun]:
 def _run_folders(path: Path) -> list[Path]:
     if not path.is_dir():
         raise ValueError(f"{path}: {'a file' if path.exists() else 'no such folder'}, expected a run or study folder")
-    if _holds_run(path):
-        return [path]
-    found = [child for child in sorted(path.iterdir()) if child.is_dir() and _holds_run(child)]
-    if not found:
-        raise ValueError(
-            f"{path}: no run folder: there is no summary.json or checkpoint.pt in it or in a folder in it; name the "
-            "folder of a run"
-        )
-    return found
-
-
-def _holds_run(folder: Path) -> bool:
-    return (folder / "summary.json").exists() or (folder / "checkpoint.pt").exists()
+    for candidates in ([path], sorted(path.iterdir())):
+        if runs := [f for f in candidates if (f / "summary.json").exists() or (f / "checkpoint.pt").exists()]:
+            return runs
+    raise ValueError(
+        f"{path}: no run folder: there is no summary.json or checkpoint.pt in it or in a folder in it; name the "
+        "folder of a run"
+    )
 
 
 def _letter(index: int) -> str:
@@ -144,177 +132,97 @@ def _load(letter: str, folder: Path) -> LoadedRun:
         summary = parse_json(path.read_text(encoding="utf-8"))
     except ValueError as error:  # also of text that is not UTF-8
         raise ValueError(f"{path}: cut off, or not a summary ({error}); restore it, or make the run anew") from error
-    parts = summary if isinstance(summary, dict) else {}
-    for name in ("config", "machine", "methods"):
-        if not isinstance(parts.get(name), dict):
-            raise ValueError(
-                f"{path}: not a summary of a run: {name} must be an object, got {parts.get(name)!r}; "
-                "name a run that `bt-fast train` wrote"
-            )
-    if not parts["methods"]:
-        raise ValueError(f"{path}: not a summary of a run: methods is empty; name a run that `bt-fast train` wrote")
     records = _records(folder / "metrics.jsonl")
-    loss = str(parts["config"].get("loss"))
-    corrupted = {r.get("method"): r["robust"] for r in records if r["kind"] == "corruptions"}
     try:
-        engine = str(parts["config"].get("engine", "exact"))
-        methods = parts["methods"].items()
-        results = [_result(path, name, entry, loss, engine, corrupted.get(name)) for name, entry in methods]
+        parts = _parts(path, summary, records)
     except ValueError as error:
-        raise ValueError(f"{error}; restore the summary, or leave the run out") from error
-    written, data = path.stat().st_mtime, _sha256(path, parts.get("data"))
-    return LoadedRun(letter, str(folder), written, parts["config"], parts["machine"], results, records, data)
+        raise ValueError(f"{error}; restore the summary that `bt-fast train` wrote, or leave the run out") from error
+    return LoadedRun(letter, str(folder), path.stat().st_mtime, records=records, **parts)
 
 
-def _sha256(path: Path, data: Any) -> str | None:
-    if data is None:
-        return None
-    if not isinstance(data, dict) or not isinstance(data.get("sha256"), str):
-        raise ValueError(
-            f"{path}: not a summary of a run: data must be an object with a sha256, got {data!r}; "
-            "name a run that `bt-fast train` wrote"
-        )
-    return str(data["sha256"])
+def _parts(path: Path, summary: Any, records: list[Record]) -> dict[str, Any]:
+    """The fields of `LoadedRun` that a summary holds."""
+    where = f"{path}: not a summary of a run"
+    entries = summary if isinstance(summary, dict) else {}
+    config, machine, methods = (_object(entries, name, where) for name in ("config", "machine", "methods"))
+    if not methods:
+        raise ValueError(f"{where}: methods is empty")
+    data = None if entries.get("data") is None else _object(entries, "data", where).get("sha256", 0)
+    if not isinstance(data, str | None):
+        raise ValueError(f"{where}: data must be an object with a sha256, got {entries['data']!r}")
+    corrupted = {r.get("method"): r["robust"] for r in records if r["kind"] == "corruptions"}
+    results = []
+    for name, entry in methods.items():
+        if not isinstance(entry, dict):
+            raise ValueError(f"{path}, method {name}: expected an object, got {entry!r}")
+        results.append(_result(f"{path}, method {name}", name, entry, config, corrupted.get(name)))
+    return {"config": config, "machine": machine, "results": results, "data": data}
+
+
+def _result(where: str, name: str, entry: dict[str, Any], config: dict[str, Any], corrupted: float | None) -> Result:
+    fields = _of_name(name, str(config.get("loss")), str(config.get("engine", "exact")))
+    algorithm = fields["method"].algorithm
+    if "theoretical_speedup" not in entry and algorithm in ("reference", "optimised"):
+        fields["theoretical_speedup"] = 1.0  # by definition; older summaries leave it out
+    for key, read in _ENTRIES.items():
+        if key in ("clean", "seconds") or entry.get(key) is not None:
+            fields[key] = read(entry, key, where)
+    expected = (*_EXPECTED, "fractions") if algorithm == "bullet" else _EXPECTED
+    fields["missing"] = tuple(key for key in expected if key not in entry and key not in fields)
+    if corrupted is not None:
+        fields |= {"robust": corrupted, "attack": "corruptions"}
+    return Result(**fields)
+
+
+def _of_name(name: str, loss: str, engine: str) -> dict[str, Any]:
+    """The fields of `Result` that a method's name gives, in a run with that engine."""
+    try:
+        method, made = Method.parse(name), label(name, loss)
+    except (ValueError, KeyError):  # of another version
+        method, made = Method(name, ""), name
+    authors = method.algorithm in ("reference", "yopo")  # their code runs as it was written
+    ran_on = "exact" if authors else method.engine or engine.partition(",")[0]
+    return {"name": name, "label": printable(made), "method": dataclasses.replace(method, engine=ran_on)}
 
 
 def _load_unfinished(letter: str, folder: Path) -> LoadedRun:
     """A run without a summary, as it is after the last epoch of which every method has its record."""
-    records = _records(folder / "metrics.jsonl")
+    path = folder / "metrics.jsonl"
+    records = _records(path)
     epochs = {(record["method"], record["epoch"]): record for record in records if record["kind"] == "epoch"}
-    told = Provenance.read(folder / "run.json") if epochs else None
-    methods = () if told is None else told.config.methods
-    of_all = [epoch for _, epoch in epochs if all((method, epoch) in epochs for method in methods)]
-    if told is None or not of_all:
+    provenance = Provenance.read(folder / "run.json") if epochs else None
+    methods = provenance.config.methods if provenance else ()
+    ended = max((e for _, e in epochs if all((method, e) in epochs for method in methods)), default=None)
+    if provenance is None or ended is None:
         raise ValueError(
             f"{folder}: a run without a summary.json, so not finished, of which no epoch has ended; report it later, "
             f"go on with it by --resume {folder}, or leave it out"
         )
-    written = (folder / "metrics.jsonl").stat().st_mtime
-    config, ended = told.config, max(of_all)
-    attack = f"PGD-{config.eval_steps} x 1, {config.curve_size} test images"
+    config, starts = provenance.config, provenance.starts
     results = []
-    for name in config.methods:
-        kind, last = Method.parse(name), epochs[name, ended]
-        results.append(
-            Result(
-                name=name,
-                label=label(name, config.loss),
-                algorithm=kind.algorithm,
-                engine=_engine(kind, config.engine),
-                own=bool(kind.changes),
-                clean=float(last["clean"]),
-                robust=None if last.get("robust") is None else float(last["robust"]),
-                attack=attack,
-                seconds=float(last["seconds"]),
-                iteration_seconds=None,
-                forward_passes=None,
-                theoretical_speedup=None,
-                speedup={},
-                fractions=None,
-                joules=None if last.get("joules") is None else float(last["joules"]),
-                joules_reason="the run is not finished",
-                missing=(),
-            )
-        )
-    machine = told.starts[-1].get("machine", {}) if told.starts else {}
-    return LoadedRun(
-        letter,
-        str(folder),
-        written,
-        json.loads(config.to_json()),
-        machine,
-        results,
-        records,
-        told.data["sha256"],
-        f"epoch {ended:g} of {config.epochs} has ended",
-    )
-
-
-def _engine(kind: Method, of_run: str) -> str:
-    """What a method ran on: the authors' code as it was written."""
-    return "exact" if kind.algorithm in ("reference", "yopo") else kind.engine or of_run.partition(",")[0]
-
-
-def _result(path: Path, name: str, entry: Any, loss: str, engine: str, corrupted: float | None) -> Result:
-    where = f"{path}, method {name}"
-    if not isinstance(entry, dict):
-        raise ValueError(f"{where}: expected an object, got {entry!r}")
-    try:
-        kind, made = Method.parse(name), label(name, loss)
-    except (ValueError, KeyError):  # of another version
-        kind, made = Method(name, ""), name
-    speedup = _object_of_numbers(entry, "speedup", where)
-    fractions = _object_of_numbers(entry, "fractions", where)
-    for group in GROUPS if fractions is not None else ():
-        _number(fractions or {}, group, f"{where}, fractions")
-    theory = _optional(entry, "theoretical_speedup", where)
-    if "theoretical_speedup" not in entry:
-        theory = _BY_DEFINITION.get(kind.algorithm)
-    attack = str(entry.get("attack", "an attack that the summary does not name"))
-    robust = _optional(entry, "robust", where)
-    if corrupted is not None:
-        robust, attack = corrupted, "corruptions"
-    told = {"theoretical_speedup": theory is not None or "theoretical_speedup" in entry}
-    told |= {key: key in entry for key in ("attack", "iteration_seconds", "forward_passes", "speedup")}
-    told |= {"fractions": fractions is not None} if kind.algorithm == "bullet" else {}
-    return Result(
-        name=name,
-        label=str(entry.get("label", made)),
-        algorithm=kind.algorithm,
-        engine=_engine(kind, engine),
-        own=bool(kind.changes),
-        clean=_number(entry, "clean", where),
-        robust=robust,
-        attack=attack,
-        seconds=_number(entry, "seconds", where),
-        iteration_seconds=_optional(entry, "iteration_seconds", where),
-        forward_passes=_optional(entry, "forward_passes", where),
-        theoretical_speedup=theory,
-        speedup=speedup or {},
-        fractions=fractions,
-        joules=_optional(entry, "joules", where),
-        joules_reason=None if entry.get("joules_reason") is None else str(entry["joules_reason"]),
-        missing=tuple(key for key, there in told.items() if not there),
-    )
-
-
-def _number(entry: Mapping[str, Any], key: str, where: str) -> float:
-    value = entry.get(key)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ValueError(f"{where}: {key} must be a number, got {value!r}" if key in entry else f"{where}: no {key}")
-    try:
-        return float(value)
-    except OverflowError as error:
-        raise ValueError(f"{where}: {key} must be a number, got one of {len(str(value))} digits") from error
-
-
-def _optional(entry: Mapping[str, Any], key: str, where: str) -> float | None:
-    return None if entry.get(key) is None else _number(entry, key, where)
-
-
-def _object_of_numbers(entry: Mapping[str, Any], key: str, where: str) -> dict[str, float] | None:
-    value = entry.get(key)
-    if value is None:
-        return None
-    if not isinstance(value, dict):
-        raise ValueError(f"{where}: {key} must be an object, got {value!r}")
-    return {name: _number(value, name, f"{where}, {key}") for name in value}
+    for name in methods:
+        last, fields = epochs[name, ended], _of_name(name, config.loss, config.engine)
+        fields |= {key: last.get(key) for key in ("clean", "robust", "seconds", "joules")}
+        attack = f"PGD-{config.eval_steps} x 1, {config.curve_size} test images"
+        results.append(Result(**fields, attack=attack, joules_reason="the run is not finished"))
+    machine = starts[-1].get("machine", {}) if starts else {}
+    progress = f"epoch {ended:g} of {config.epochs} has ended"
+    settings, data = json.loads(config.to_json()), provenance.data["sha256"]
+    return LoadedRun(letter, str(folder), path.stat().st_mtime, settings, machine, results, records, data, progress)
 
 
 def _records(path: Path) -> list[Record]:
     """The records, but for a last line that was cut off while it was written."""
     if not path.exists():
         return []
-    text = path.read_text(encoding="utf-8", errors="replace")
-    whole = text[: text.rfind("\n") + 1].split("\n")[:-1]
-    return [_line(line, f"{path}, line {n}") for n, line in enumerate(whole, start=1)]
-
-
-def _line(line: str, where: str) -> Record:
-    try:
-        return _record(line, where)
-    except ValueError as error:
-        raise ValueError(f"{error}; mend or take out that line, or leave the run out") from error
+    *lines, _ = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    records = []
+    for n, line in enumerate(lines, start=1):
+        try:
+            records.append(_record(line, f"{path}, line {n}"))
+        except ValueError as error:
+            raise ValueError(f"{error}; mend or take out that line, or leave the run out") from error
+    return records
 
 
 def _record(line: str, where: str) -> Record:
@@ -324,49 +232,97 @@ def _record(line: str, where: str) -> Record:
         raise ValueError(f"{where}: not a record ({error})") from error
     if not isinstance(record, dict) or not isinstance(record.get("kind"), str):
         raise ValueError(f"{where}: not a record: expected an object with a kind, got {line[:80]!r}")
-    for key in ("iteration", *_NUMBERS.get(record["kind"], ())):
-        if not math.isfinite(_number(record, key, where)) and key == "iteration":
-            raise ValueError(f"{where}: iteration must be finite, got {record[key]}")
-    if record["kind"] == "epoch":
-        for key in ("robust", "loss", "joules"):
-            _optional(record, key, where)
-        if "method" not in record:
-            raise ValueError(f"{where}: no method")
-    for kind, check in (("allocation", _check_allocation), ("groups", _check_groups), ("corruptions", _check_errors)):
-        if record["kind"] == kind:
-            check(record, where)
+    if not math.isfinite(_number(record, "iteration", where)):
+        raise ValueError(f"{where}: iteration must be finite, got {record['iteration']}")
+    for key, read in _RECORDS.get(record["kind"], {}).items():
+        read(record, key, where)
+    if record["kind"] == "epoch" and "method" not in record:
+        raise ValueError(f"{where}: no method")
     if not isinstance(record.get("method", ""), str):
         raise ValueError(f"{where}: method must be a name, got {record['method']!r}")
     return record
 
 
-def _check_allocation(record: Record, where: str) -> None:
-    lists = [record.get(key) for key in ("svar", "steps")]
-    if not all(isinstance(values, list) for values in lists) or not 0 < len(lists[0] or ()) == len(lists[1] or ()):
+# Readers of an object's entry; the callers add to their errors what to do
+
+_Read = Callable[[Mapping[str, Any], str, str], Any]
+
+
+def _number(entries: Mapping[str, Any], key: str, where: str) -> float:
+    if key not in entries:
+        raise ValueError(f"{where}: no {key}")
+    value = entries[key]
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"{where}: {key} must be a number, got {value!r}")
+    try:
+        return float(value)
+    except OverflowError as error:
+        raise ValueError(f"{where}: {key} must be a number, got one of {len(str(value))} digits") from error
+
+
+def _object(entries: Mapping[str, Any], key: str, where: str) -> dict[str, Any]:
+    value = entries.get(key)
+    if not isinstance(value, dict):
+        raise ValueError(f"{where}: {key} must be an object, got {value!r}")
+    return value
+
+
+def _optional(read: _Read) -> _Read:
+    return lambda entries, key, where: None if entries.get(key) is None else read(entries, key, where)
+
+
+def _each(read: _Read, keys: Iterable[str] = ()) -> _Read:
+    """A reader of an object with those keys, or with any."""
+
+    def read_object(entries: Mapping[str, Any], key: str, where: str) -> dict[str, Any]:
+        inner = _object(entries, key, where)
+        return {name: read(inner, name, f"{where}, {key}") for name in keys or inner}
+
+    return read_object
+
+
+def _text(entries: Mapping[str, Any], key: str, where: str) -> str:
+    return printable(str(entries[key]))
+
+
+def _allocation(record: Mapping[str, Any], key: str, where: str) -> None:
+    svar, steps = record.get("svar"), record.get("steps")
+    if not isinstance(svar, list) or not isinstance(steps, list) or not 0 < len(svar) == len(steps):
         raise ValueError(f"{where}: svar and steps must be lists of the same length, of at least 1")
-    for key, low, high in (("svar", -1, 1), ("steps", 0, 2**63)):  # a variance of probabilities is below 1/4
-        for value in record[key]:
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-                raise ValueError(f"{where}: {key} must hold numbers in {low}..{high}, got {value!r}")
+    low, high = (-1, 1) if key == "svar" else (0, 2**63)  # a variance of probabilities is below 1/4
+    for value in record[key]:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+            raise ValueError(f"{where}: {key} must hold numbers in {low}..{high}, got {value!r}")
 
 
-def _check_groups(record: Record, where: str) -> None:
-    for key, number in (("shares", _number), ("svar", _optional)):
-        if not isinstance(record.get(key), dict):
-            raise ValueError(f"{where}: {key} must be an object, got {record.get(key)!r}")
-        for group in GROUPS:
-            number(record[key], group, f"{where}, {key}")
-    _optional(record, "boundary_below_robust", where)
+def _severities(errors: Mapping[str, Any], name: str, where: str) -> None:
+    shares = errors[name]
+    if not isinstance(shares, list) or len(shares) != len(SEVERITIES):
+        raise ValueError(f"{where} of {name} must be {len(SEVERITIES)} numbers, got {shares!r}")
+    for share in shares:
+        if not 0 <= _number({name: share}, name, where) <= 1:
+            raise ValueError(f"{where} of {name} must be in 0..1, got {share!r}")
 
 
-def _check_errors(record: Record, where: str) -> None:
-    """Of each corruption a share for each severity; a record without `errors` is one too."""
-    errors = record.get("errors", {})
-    if not isinstance(errors, dict):
-        raise ValueError(f"{where}: errors must be an object, got {errors!r}")
-    for name, of_severities in errors.items():
-        if not isinstance(of_severities, list) or len(of_severities) != len(SEVERITIES):
-            raise ValueError(f"{where}: errors of {name} must be {len(SEVERITIES)} numbers, got {of_severities!r}")
-        for value in of_severities:
-            if not 0 <= _number({name: value}, name, f"{where}, errors") <= 1:
-                raise ValueError(f"{where}: errors of {name} must be in 0..1, got {value!r}")
+_EXPECTED = ("theoretical_speedup", "attack", "iteration_seconds", "forward_passes", "speedup")
+_ENTRIES: dict[str, _Read] = {  # of a method in a summary
+    **dict.fromkeys(("clean", "robust", "seconds", "iteration_seconds", "forward_passes"), _number),
+    **dict.fromkeys(("theoretical_speedup", "joules"), _number),
+    **dict.fromkeys(("label", "attack", "joules_reason"), _text),
+    "speedup": _each(_number),
+    "fractions": _each(_number, GROUPS),
+}
+_RECORDS: dict[str, dict[str, _Read]] = {  # entries of records by kind; what a report does not draw is not read
+    "epoch": {
+        **dict.fromkeys(("epoch", "clean", "seconds"), _number),
+        **dict.fromkeys(("robust", "loss", "joules"), _optional(_number)),
+    },
+    "fractions": dict.fromkeys((*GROUPS, "robust_fraction"), _number),
+    "allocation": {"threshold": _number, "svar": _allocation, "steps": _allocation},
+    "groups": {
+        "shares": _each(_number, GROUPS),
+        "svar": _each(_optional(_number), GROUPS),
+        "boundary_below_robust": _optional(_number),
+    },
+    "corruptions": {"robust": _number, "errors": _optional(_each(_severities))},
+}

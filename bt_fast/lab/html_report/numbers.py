@@ -1,32 +1,47 @@
-"""Numbers as a report writes them."""
+"""Numbers and foreign text as a report writes them."""
 
 from __future__ import annotations
 
+import functools
 import math
+import re
 from collections.abc import Mapping
 
 UNKNOWN = "–"
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
+
+
+def printable(text: str) -> str:
+    """The text with U+FFFD or "?" for what no page may hold: control characters and lone surrogates."""
+    return _CONTROL.sub("\ufffd", text.encode("utf-8", "replace").decode())
+
+
+def _number(value: float | None, written: str) -> str:
+    if value is None:
+        return UNKNOWN
+    return written.format(value).replace("-", "−") if math.isfinite(value) else "not a number"
 
 
 def percent(share: float | None) -> str:
     """A share in percent with one decimal."""
-    return UNKNOWN if share is None else _finite(share, f"{100 * share:.1f} %")
+    return _number(None if share is None else 100 * share, "{:.1f} %")
 
 
 def times(ratio: float | None) -> str:
     """A speedup."""
-    return UNKNOWN if ratio is None else _finite(ratio, f"{ratio:.2f}×")
+    return _number(ratio, "{:.2f}×")
 
 
-def plain(value: float | None, unit: str = "", digits: int = 3) -> str:
-    """A number with so many significant digits, or all that are before the point."""
-    if value is None:
-        return UNKNOWN
-    if not math.isfinite(value):
-        return _finite(value, "")
-    decimals = max(0, digits - 1 - math.floor(math.log10(abs(value)))) if value else 0
-    text = f"{value:.{min(decimals, 9)}f}".replace("-", "−")
-    return f"{text} {unit}" if unit else text
+def points(change: float | None) -> str:
+    """A difference of two shares."""
+    return _number(None if change is None else 100 * change, "{:+.1f} points")
+
+
+def plain(value: float | None, unit: str = "") -> str:
+    """A number with three significant digits, or all that are before the point."""
+    finite = value is not None and math.isfinite(value)
+    decimals = max(0, 2 - math.floor(math.log10(abs(value)))) if value and finite else 0
+    return _number(value, f"{{:.{min(decimals, 9)}f}}{' ' if unit else ''}{unit}")
 
 
 def duration(seconds: float | None) -> str:
@@ -36,12 +51,16 @@ def duration(seconds: float | None) -> str:
     return plain(seconds, "s")
 
 
+joules, watts, passes = (functools.partial(plain, unit=unit) for unit in ("J", "W", "F"))
+
+
+def count(number: float) -> str:
+    """A number as it is."""
+    return str(number)
+
+
 def shares(fractions: Mapping[str, float] | None) -> str:
     """F_B / F_R / F_O."""
     if fractions is None:
         return UNKNOWN
-    return " / ".join(f"{fractions[group]:.2f}" for group in ("boundary", "robust", "outlier"))
-
-
-def _finite(value: float, text: str) -> str:
-    return text if math.isfinite(value) else "not a number"
+    return " / ".join(_number(fractions[group], "{:.2f}") for group in ("boundary", "robust", "outlier"))

@@ -10,8 +10,8 @@ from typing import Any
 from bt_fast.lab import locks
 from bt_fast.lab.html_report.loading import LoadedRun, Result
 
-_TAKEN = "already there and not an empty folder; name another"
-INSTALL = "pip install 'bt-fast[tensorboard]'"
+_TAGS = {"clean": "accuracy/clean", "robust": "accuracy/robust", "loss": "loss", "joules": "joules"}
+_FRACTIONS = ("boundary", "robust", "outlier", "robust_fraction")
 
 
 def write_scalars(runs: Sequence[LoadedRun], folder: Path) -> None:
@@ -22,40 +22,34 @@ def write_scalars(runs: Sequence[LoadedRun], folder: Path) -> None:
     Raises:
         ValueError: the tensorboard package is not installed, the folder is not empty, or another process writes there.
     """
-    writer_of = _summary_writer()
-    if not _is_free(folder):
-        raise ValueError(f"--tensorboard {folder}: {_TAKEN}")
-    folder.mkdir(parents=True, exist_ok=True)
-    with locks.held(folder):
-        if not _is_free(folder):  # another process has written there since
-            raise ValueError(f"--tensorboard {folder}: {_TAKEN}")
-        for run in runs:
-            for n, result in enumerate(run.results, start=1):
-                name = re.sub(r"[^\w.,=+-]", "_", result.name)
-                with writer_of(str(folder / f"{run.letter}{n}-{name}")) as writer:
-                    _write(writer, run, result)
-
-
-def _is_free(folder: Path) -> bool:
-    """Whether nothing is there, or an empty folder."""
-    return not folder.exists() or (folder.is_dir() and all(child.name == locks.NAME for child in folder.iterdir()))
-
-
-def _summary_writer() -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise ValueError(f"--tensorboard needs the package tensorboard: {INSTALL} ({error})") from error
-    return SummaryWriter
+        message = f"--tensorboard needs the package tensorboard: pip install 'bt-fast[tensorboard]' ({error})"
+        raise ValueError(message) from error
+    _check_free(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with locks.held(folder):
+        _check_free(folder)  # another process may have written there since
+        for run in runs:
+            for result in run.results:
+                name = re.sub(r"[^\w.,=+-]", "_", result.name)
+                with SummaryWriter(str(folder / f"{run.row_name(result)}-{name}")) as writer:
+                    _write(writer, run, result)
+
+
+def _check_free(folder: Path) -> None:
+    """Raise ValueError unless nothing is there, or an empty folder."""
+    if folder.exists() and not (folder.is_dir() and all(child.name == locks.NAME for child in folder.iterdir())):
+        raise ValueError(f"--tensorboard {folder}: already there and not an empty folder; name another")
 
 
 def _write(writer: Any, run: LoadedRun, result: Result) -> None:
     started = run.written - result.seconds
     for record in run.of_kind("epoch", result.name):
-        for key in ("clean", "robust", "loss", "joules"):
+        for key, tag in _TAGS.items():
             if record.get(key) is not None:
-                tag = f"accuracy/{key}" if key in ("clean", "robust") else key
                 writer.add_scalar(tag, record[key], record["iteration"], walltime=started + record["seconds"])
     for record in run.of_kind("fractions", result.name):
-        for key in ("boundary", "robust", "outlier", "robust_fraction"):
+        for key in _FRACTIONS:
             writer.add_scalar(f"fractions/{key}", record[key], record["iteration"], walltime=run.written)
