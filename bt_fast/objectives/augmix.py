@@ -20,7 +20,7 @@ from bt_fast.augment.mix import SEVERITY, augment_and_mix, check_images, check_s
 from bt_fast.engine import Engine
 from bt_fast.faults import Fault
 from bt_fast.mining import BulletTrain
-from bt_fast.objectives.again import NEW_ONES, check_alike, of_another
+from bt_fast.objectives.adversarial import NEW_ONES, check_alike, of_another
 from bt_fast.objectives.forwards import formatted
 from bt_fast.objectives.recomputed import update_modes
 from bt_fast.ranges import MINING, UPDATE, range_
