@@ -50,6 +50,14 @@ def check_labels(labels: Tensor, m: int, device: torch.device, name: str = "labe
         )
 
 
+def check_pixels(x: Tensor, name: str) -> None:
+    """Raise TypeError that names `name` unless x is a tensor of floating-point images."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor of images, got {type(x).__name__}: write torch.as_tensor({name})")
+    if not computable(x):
+        raise TypeError(f"{name} must be floating-point images, got {kind_of(x)}: of bytes write {name}.float() / 255")
+
+
 def step_count(name: str, value: SupportsIndex, least: int = 0) -> int:
     """`value` as an int; TypeError or ValueError that names `name` unless it is an integer of at least `least`."""
     if isinstance(value, bool) or not hasattr(value, "__index__"):

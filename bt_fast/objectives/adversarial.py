@@ -35,11 +35,11 @@ from bt_fast.objectives.forwards import Forwards
 from bt_fast.objectives.recomputed import update_modes
 from bt_fast.objectives.repeated_forward import moves_batch_norm_alone
 from bt_fast.objectives.update import Terms, run_update
-from bt_fast.ops.numeric import computable, kind_of, per_sample
+from bt_fast.ops.numeric import per_sample
 from bt_fast.plan import Plan
 from bt_fast.ranges import MINING, UPDATE, range_
 from bt_fast.units import warn_of_units
-from bt_fast.validation import check_generator, check_kind, check_labels
+from bt_fast.validation import check_generator, check_kind, check_labels, check_pixels
 
 Unperturbed = Literal["keep", "skip"]
 NEW_ONES = "write `with bullet.again(reuse=False):` to make new ones"
@@ -357,10 +357,7 @@ def in_callers_order(x_adv: Tensor, x: Tensor, plan: Plan, normalize: Normalize 
 
 def check_batch(x: Tensor, y: Tensor, name: str) -> None:
     """Raise TypeError or ValueError for images or labels that the host can see to be none; `name` is that of x."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a tensor of images, got {type(x).__name__}: write torch.as_tensor({name})")
-    if not computable(x):
-        raise TypeError(f"{name} must be floating-point images, got {kind_of(x)}: of bytes write x.float() / 255")
+    check_pixels(x, name)
     if x.dim() < 2 or x.numel() == 0:
         raise ValueError(
             f"{name} must have shape [m, ...] with m >= 1, got {list(x.shape)}: of one image write x[None], and "
