@@ -55,7 +55,7 @@ def check_pixels(x: Tensor, name: str) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor of images, got {type(x).__name__}: write torch.as_tensor({name})")
     if not computable(x):
-        raise TypeError(f"{name} must be floating-point images, got {kind_of(x)}: of bytes write {name}.float() / 255")
+        raise TypeError(f"{name} must be floating-point images, got {kind_of(x)}: of bytes write x.float() / 255")
 
 
 def step_count(name: str, value: SupportsIndex, least: int = 0) -> int:
