@@ -141,12 +141,10 @@ def _checked_first(model: nn.Module, first: nn.Module | None, x: Tensor, y: Tens
             raise ValueError(
                 "model must not be spread over devices: its first layer could not be reached; give model.module"
             )
-    called: list[nn.Module] = []
-    outputs: list[object] = []
+    calls: list[tuple[nn.Module, object]] = []
 
     def note(module: nn.Module, _: object, output: object) -> None:
-        called.append(module)
-        outputs.append(output)
+        calls.append((module, output))
 
     watched = [m for m in model.modules() if (m is first if first is not None else isinstance(m, _LAYERS))]
     hooks = [module.register_forward_hook(note) for module in watched]
@@ -155,16 +153,17 @@ def _checked_first(model: nn.Module, first: nn.Module | None, x: Tensor, y: Tens
     finally:
         for hook in hooks:
             hook.remove()
-    if first is None and not called:
+    if first is None and not calls:
         raise ValueError(
             "first must be given: the model's forward reaches no convolution or linear layer; "
             "name the layer that the images enter, as first=model.stem"
         )
-    layer = called[0] if first is None else first
-    _check_once(sum(module is layer for module in called))
-    if not isinstance(outputs[0], Tensor) or not outputs[0].is_floating_point():
+    layer = calls[0][0] if first is None else first
+    _check_once(sum(module is layer for module, _ in calls))
+    output = calls[0][1]
+    if not isinstance(output, Tensor) or not output.is_floating_point():
         raise TypeError(
-            f"first must return a floating-point tensor, got {type(outputs[0]).__name__}: "
+            f"first must return a floating-point tensor, got {type(output).__name__}: "
             "give a layer whose forward returns one"
         )
     return layer

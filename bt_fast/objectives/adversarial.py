@@ -5,7 +5,8 @@ Everything that TRADES, MART and PGD adversarial training share: all but their l
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -22,7 +23,7 @@ from bt_fast.attack.generate import COMPARED, StartedAttack, start_attack
 from bt_fast.attack.graph_cache import GraphCache
 from bt_fast.attack.neighbours import warn_of_neighbours
 from bt_fast.attack.pgd import PGD, InnerLoss
-from bt_fast.attack.pixels import Normalize
+from bt_fast.attack.pixels import Normalize, on_pixels
 from bt_fast.attack.start import Noise, ball_start, normal_noise, random_state, sorted_start, state_of_seed
 from bt_fast.attack.threat import ThreatModel
 from bt_fast.attack.wrapped import unwrapped
@@ -162,6 +163,30 @@ class Attack:
             return x_adv, read
         read.wait()
         return x_adv, None
+
+
+@contextmanager
+def attacking(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    attack: PGD,
+    defaults: tuple[Noise, InnerLoss],
+    bullet: BulletTrain | None,
+    call: Call,
+) -> Iterator[tuple[nn.Module, Attack]]:
+    """In the block, under the engine's autocast: the model on pixels, and the attack on it, joined at the end.
+
+    Args:
+        defaults: start and inner loss of an attack that names none.
+    """
+    images = on_pixels(model, x, attack.normalization, call.name, attack.bounds)
+    with images as (model, pixels), call.execution.autocast(x):
+        queued = start(model, pixels(x), y, Adversary.of(attack, *defaults, call), bullet)
+        with queued.started:
+            if queued.inputs is not None:
+                queued.inputs.wait()
+            yield model, queued
 
 
 def start(model: nn.Module, x: Tensor, y: Tensor, adversary: Adversary, bullet: BulletTrain | None) -> Attack:
@@ -320,20 +345,17 @@ def run(model: nn.Module, attack: Attack, forwards: Forwards, execution: Executi
         Terms as of `Forwards`, x' [m, ...] in the attack's order, and whether the clean forward ran beside the attack.
     """
     update = execution.update
-    with attack.started:
-        if attack.inputs is not None:
-            attack.inputs.wait()
-        with range_(UPDATE), update_modes(model) as modes:
-            alone = attack.started.beside and attack.independent and not (update is not None and update.graphs)
-            beside = alone and forwards.clean_first and moves_batch_norm_alone(model)
-            if beside:
-                clean = forwards.clean(model, attack.x)
-                x_adv, late = attack.perturbed()
-                terms, _ = forwards.adversarial_half(unwrapped(model), clean, attack.x, x_adv, attack.y)
-            else:
-                x_adv, late = attack.perturbed()
-                terms = run_update(update, model, forwards, attack.x, x_adv, attack.y, execution.cache)
-            modes.again_in_backward(terms)
+    with range_(UPDATE), update_modes(model) as modes:
+        alone = attack.started.beside and attack.independent and not (update is not None and update.graphs)
+        beside = alone and forwards.clean_first and moves_batch_norm_alone(model)
+        if beside:
+            clean = forwards.clean(model, attack.x)
+            x_adv, late = attack.perturbed()
+            terms, _ = forwards.adversarial_half(unwrapped(model), clean, attack.x, x_adv, attack.y)
+        else:
+            x_adv, late = attack.perturbed()
+            terms = run_update(update, model, forwards, attack.x, x_adv, attack.y, execution.cache)
+        modes.again_in_backward(terms)
     if late is not None:
         late.wait()
     return terms, x_adv, beside

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from bt_fast.attack.graph_cache import GraphCache
 from bt_fast.attack.pgd import PGD, InnerLoss
-from bt_fast.attack.pixels import Normalize, OnPixels, on_pixels
+from bt_fast.attack.pixels import Normalize, OnPixels
 from bt_fast.attack.start import Noise
 from bt_fast.attack.wrapped import unwrapped
 from bt_fast.engine import Engine
 from bt_fast.mining import BulletTrain
 from bt_fast.objectives import adversarial
-from bt_fast.objectives.adversarial import Adversary, Attack, Call
+from bt_fast.objectives.adversarial import Attack, Call
 from bt_fast.objectives.execution import Seen, lines
 from bt_fast.objectives.forwards import Forwards
 from bt_fast.plan import Plan
@@ -173,14 +173,9 @@ class AdversarialLoss(nn.Module, ABC):
 
     def of_call(self, model: nn.Module, x: Tensor, y: Tensor, call: Call) -> Tensor:
         """The loss of model, x and y, which have been checked; `call` is how it goes about it."""
-        mining, given, execution = self.mining, self.attack, call.execution
-        adversary = Adversary.of(given, self.default_start, self.default_inner, call)
-        with (
-            on_pixels(model, x, given.normalization, call.name, given.bounds) as (model, pixels),
-            execution.autocast(x),
-        ):
-            attack = adversarial.start(model, pixels(x), y, adversary, mining)
-            update = execution.update
+        mining, execution, update = self.mining, call.execution, call.execution.update
+        defaults = self.default_start, self.default_inner
+        with adversarial.attacking(model, x, y, self.attack, defaults, mining, call) as (model, attack):
             forwards = Forwards(
                 key=self._identity(),
                 of=self,

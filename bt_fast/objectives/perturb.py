@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from bt_fast.attack.graph_cache import shared_cache
 from bt_fast.attack.pgd import PGD
-from bt_fast.attack.pixels import OnPixels, on_pixels
+from bt_fast.attack.pixels import OnPixels
 from bt_fast.engine import Engine
 from bt_fast.mining import BulletTrain
 from bt_fast.objectives import adversarial
-from bt_fast.objectives.adversarial import Adversary, Call
+from bt_fast.objectives.adversarial import Call
 from bt_fast.plan import MinedPlan
 from bt_fast.warning import warn_caller
 
@@ -109,27 +109,21 @@ def perturb(
             "the last minibatch was not observed, so F_R stays where it is: "
             "call mining.observe(adversarial_logits, y) once for each minibatch"
         )
-    found = _perturbed(model, x, y, attack, mining, call)
-    return found if return_details else found.x_adv
+    result = _perturbed(model, x, y, attack, mining, call)
+    return result if return_details else result.x_adv
 
 
 def _perturbed(
     model: nn.Module, x: Tensor, y: Tensor, attack: PGD, mining: BulletTrain | None, call: Call
 ) -> Perturbed:
     """`perturb` on checked arguments."""
-    adversary = Adversary.of(attack, "normal", "kl", call)
-    images = on_pixels(model, x, attack.normalization, call.name, attack.bounds)
-    with images as (model, pixels), call.execution.autocast(x):
-        started = adversarial.start(model, pixels(x), y, adversary, mining)
-        with started.started:
-            if started.inputs is not None:
-                started.inputs.wait()
-            x_adv, late = started.perturbed()
+    with adversarial.attacking(model, x, y, attack, ("normal", "kl"), mining, call) as (model, queued):
+        x_adv, late = queued.perturbed()
     if late is not None:
         late.wait()
-    plan = started.plan
-    if mining is not None and started.faulty is not None and plan.order is not None:
-        mining.attacked(started.faulty, plan.order)
+    plan = queued.plan
+    if mining is not None and queued.faulty is not None and plan.order is not None:
+        mining.attacked(queued.faulty, plan.order)
     normalize = model.normalize if isinstance(model, OnPixels) else None
     x_adv = adversarial.in_callers_order(x_adv, x.detach(), plan, normalize)
-    return Perturbed(x_adv, started.logits, plan.steps, plan.group if isinstance(plan, MinedPlan) else None)
+    return Perturbed(x_adv, queued.logits, plan.steps, plan.group if isinstance(plan, MinedPlan) else None)
