@@ -170,7 +170,7 @@ def attacking(
     model: nn.Module,
     x: Tensor,
     y: Tensor,
-    attack: PGD,
+    pgd: PGD,
     defaults: tuple[Noise, InnerLoss],
     bullet: BulletTrain | None,
     call: Call,
@@ -178,15 +178,15 @@ def attacking(
     """In the block, under the engine's autocast: the model on pixels, and the attack on it, joined at the end.
 
     Args:
-        defaults: start and inner loss of an attack that names none.
+        defaults: start and inner loss of a `pgd` that names none.
     """
-    images = on_pixels(model, x, attack.normalization, call.name, attack.bounds)
+    images = on_pixels(model, x, pgd.normalization, call.name, pgd.bounds)
     with images as (model, pixels), call.execution.autocast(x):
-        queued = start(model, pixels(x), y, Adversary.of(attack, *defaults, call), bullet)
-        with queued.started:
-            if queued.inputs is not None:
-                queued.inputs.wait()
-            yield model, queued
+        attack = start(model, pixels(x), y, Adversary.of(pgd, *defaults, call), bullet)
+        with attack.started:
+            if attack.inputs is not None:
+                attack.inputs.wait()
+            yield model, attack
 
 
 def start(model: nn.Module, x: Tensor, y: Tensor, adversary: Adversary, bullet: BulletTrain | None) -> Attack:

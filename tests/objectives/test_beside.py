@@ -239,11 +239,11 @@ IN_FORWARDS = [
 ]
 IN_ADVERSARIAL = [
     Bug("x' is used before the attack has ended", "self.started.finish()", "self.started._x_adv", beside),
-    Bug("no join after an exception", "with queued.started:", "if True:", failing_forward),
+    Bug("no join after an exception", "with attack.started:", "if True:", failing_forward),
     Bug("beside an attack on the model itself", "attack.independent and", "", without_view),
     Bug("the oracle looks before its attack has ended", "view, attack.finish()", "view, attack._x_adv", oracle),
-    Bug("bad input goes unnoticed", "queued.inputs.wait()", "pass", bad_pixels),
-    Bug("perturb: bad input goes unnoticed", "queued.inputs.wait()", "pass", perturbed_bad_pixels),
+    Bug("bad input goes unnoticed", "attack.inputs.wait()", "pass", bad_pixels),
+    Bug("perturb: bad input goes unnoticed", "attack.inputs.wait()", "pass", perturbed_bad_pixels),
     Bug("bad gradients go unnoticed", "        read.wait()", "        pass", bad_gradients),
     Bug("bad gradients go unnoticed on a device", "late.wait()", "pass", bad_gradients_on_a_device),
 ]
