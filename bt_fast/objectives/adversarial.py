@@ -48,23 +48,14 @@ NEW_ONES = "write `with bullet.again(reuse=False):` to make new ones"
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """The options of one call of a loss or of `perturb`.
-
-    Attributes:
-        execution: of attack and update.
-        indices: [m] integers, the samples' numbers, where these and the seed alone decide the random starts.
-        generator: on the images' device, for the start, and for the stand-in of a zero ℓ2 gradient.
-        unperturbed: whether samples with 0 steps take part in the update's adversarial forward; None for the default.
-        balance: how the ranks of the mining's process group share the attack out, if they do.
-        name: of the images in messages.
-    """
+    """The options of one call of a loss or of `perturb`."""
 
     execution: Execution
-    indices: Tensor | None
-    generator: torch.Generator | None
-    unperturbed: Unperturbed | None
-    balance: Balance | None
-    name: str = "x"
+    indices: Tensor | None  # [m] integers: these and the seed alone decide the random starts
+    generator: torch.Generator | None  # for the start, and for the stand-in of a zero ℓ2 gradient
+    unperturbed: Unperturbed | None  # None for the default of N_R and N_O
+    balance: Balance | None  # how the ranks of the mining's process group share the attack out
+    name: str = "x"  # of the images in messages
 
     @classmethod
     def of(
@@ -87,15 +78,11 @@ class Call:
 
 @dataclass(frozen=True, eq=False)
 class Adversary:
-    """A `PGD` whose start and inner loss are decided, and the call in which it attacks.
-
-    Attributes:
-        steps: N ≥ 1; not used with BulletTrain, which has its own.
-    """
+    """A `PGD` with a start and an inner loss, and the call in which it attacks."""
 
     threat: ThreatModel
     step_size: float
-    steps: int
+    steps: int  # not used with BulletTrain, which has its own
     noise: Noise
     inner: InnerLoss
     call: Call
@@ -122,32 +109,19 @@ class Adversary:
 
 @dataclass(frozen=True, eq=False)
 class Attack:
-    """An attack whose steps are queued.
+    """An attack whose steps are queued. Rows are in the plan's sorted order."""
 
-    Attributes:
-        x: [m, ...] and y: [m] int64, in the plan's sorted order.
-        started: gives x'.
-        threat: what x' may be.
-        moving: the number of samples with steps.
-        independent: a training forward may run beside it.
-        inputs: the read of what is wrong with the input, if it has not been waited for.
-        faulty: [m] int32 in the plan's sorted order, samples whose input gradient held NaN; None for a further pass.
-        plan: who takes how many steps.
-        logits: [m, K], the clean ones of the attack's view in the minibatch's own order; None where it needed none.
-        observed: the mining's `observe` raises the error of `faulty`, not `perturbed`.
-    """
-
-    x: Tensor
-    y: Tensor
+    x: Tensor  # [m, ...], clean
+    y: Tensor  # [m] int64
     started: StartedAttack
     threat: ThreatModel
-    moving: int
-    independent: bool
-    inputs: CheckedRead | None
-    faulty: Tensor | None
+    moving: int  # the number of samples with steps
+    independent: bool  # a training forward may run beside it
+    inputs: CheckedRead | None  # of faults of the input, where nothing has waited for them yet
+    faulty: Tensor | None  # [m] int32, samples whose input gradient held NaN; None for a further pass
     plan: Plan
-    logits: Tensor | None
-    observed: bool = False
+    logits: Tensor | None  # [m, K], clean, in the minibatch's own order; None where the attack needed none
+    observed: bool = False  # the mining's `observe` raises the error of `faulty`, not `perturbed`
 
     def ended(self) -> Attack:
         """The same with nothing left to be checked, for a further pass."""
@@ -313,36 +287,29 @@ def _reused(kept: object, x: Tensor, y: Tensor, threat: ThreatModel, bullet: Bul
     if not isinstance(kept, Attack) or kept.threat != threat:
         made = f"with {kept.threat}" if isinstance(kept, Attack) else "by augmix_loss"
         raise ValueError(f"again(reuse=True) has the x' made {made}, but this loss attacks with {threat}: {NEW_ONES}")
-    check_alike(kept.x, x)
-    sort = kept.plan.sort
-    return replace(kept, inputs=bullet.start_again([of_another(kept.x, sort(x), kept.y, sort(y.long()))]))
+    return replace(kept, inputs=bullet.start_again([other_samples(kept.x, kept.y, x, y.long(), kept.plan)]))
 
 
-def check_alike(kept: Tensor, given: Tensor) -> None:
-    """Raise ValueError unless a further pass has images of the shape, dtype and device of the first pass's."""
-    if (kept.shape, kept.dtype, kept.device) != (given.shape, given.dtype, given.device):
-        first, now = (f"{list(t.shape)} {t.dtype} on {t.device}" for t in (kept, given))
-        raise ValueError(
-            f"again(reuse=True) needs the images and labels of the last call outside of its block, {first}, got {now}: "
-            f"call the loss on these once before, or {NEW_ONES}"
-        )
+def other_samples(kept_x: Tensor, kept_y: Tensor, x: Tensor, y: Tensor, plan: Plan | None = None) -> Fault:
+    """The number of samples that are not those of the first pass, which is in the order of `plan`, if given.
 
-
-def of_another(kept_x: Tensor, x: Tensor, kept_y: Tensor, y: Tensor) -> Fault:
-    """The number of samples of which the image or the label is not that of the first pass, in the same order."""
+    Raises:
+        ValueError: the images are of another shape, dtype or device.
+    """
+    needs = "again(reuse=True) needs the images and labels of the last call outside of its block"
+    instead = f"call the loss on these once before, or {NEW_ONES}"
+    if (kept_x.shape, kept_x.dtype, kept_x.device) != (x.shape, x.dtype, x.device):
+        first, now = (f"{list(t.shape)} {t.dtype} on {t.device}" for t in (kept_x, x))
+        raise ValueError(f"{needs}, {first}, got {now}: {instead}")
+    x, y = (x, y) if plan is None else (plan.sort(x), plan.sort(y))
     differs = (kept_x != x).flatten(1).any(dim=1) | (kept_y != y)
-    return Fault(
-        differs.sum(),
-        "again(reuse=True) needs the images and labels of the last call outside of its block, but {count} of "
-        f"{len(kept_y)} samples are others: call the loss on these once before, or {NEW_ONES}",
-    )
+    return Fault(differs.sum(), f"{needs}, but {{count}} of {len(y)} samples are others: {instead}")
 
 
 def run(model: nn.Module, attack: Attack, forwards: Forwards, execution: Execution) -> tuple[Terms, Tensor, bool]:
     """Run the update, its clean forward beside the attack where that is the same.
 
-    Returns:
-        Terms as of `Forwards`, x' [m, ...] in the attack's order, and whether the clean forward ran beside the attack.
+    It gives the terms of `forwards`, x' in the plan's sorted order, and whether the clean forward ran beside.
     """
     update = execution.update
     with range_(UPDATE), update_modes(model) as modes:

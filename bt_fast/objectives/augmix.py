@@ -19,7 +19,7 @@ from bt_fast.augment.mix import SEVERITY, augment_and_mix, check_images, check_s
 from bt_fast.engine import Engine
 from bt_fast.faults import Fault
 from bt_fast.mining import BulletTrain
-from bt_fast.objectives.adversarial import NEW_ONES, check_alike, of_another
+from bt_fast.objectives.adversarial import NEW_ONES, other_samples
 from bt_fast.objectives.execution import autocast, precision_of, yes
 from bt_fast.objectives.forwards import formatted
 from bt_fast.objectives.recomputed import update_modes
@@ -215,9 +215,8 @@ def _reused(kept: object, x: Tensor, y: Tensor, clean: Tensor, bullet: BulletTra
     """The views of the first pass, once it is known that it was over this minibatch."""
     if not isinstance(kept, _Views):
         raise ValueError(f"again(reuse=True) has the x' of another loss, but augmix_loss needs views: {NEW_ONES}")
-    check_alike(kept.x, x)
-    unfit = faults.rows_without_number(clean, "the model's logits")
-    bullet.start_again([of_another(kept.x, x, kept.y, y), unfit]).wait()
+    others = other_samples(kept.x, kept.y, x, y)
+    bullet.start_again([others, faults.rows_without_number(clean, "the model's logits")]).wait()
     return kept
 
 

@@ -1,7 +1,4 @@
-"""Losses called as their authors' functions are, with the same arguments in the same order.
-
-Beside those, the keywords of the first version, which work for this one with a warning that shows the new line.
-"""
+"""Losses called as their authors' functions are, and the keywords of the first version, which work with a warning."""
 
 from __future__ import annotations
 
@@ -107,13 +104,9 @@ def call(
     function: str = "",
     **of_loss: Any,
 ) -> Tensor:
-    """The loss `kind` of a drop-in's arguments.
+    """The loss `kind` of a drop-in's arguments, with the attack's start and the function's name if not its own.
 
-    Args:
-        deprecated: keywords of the first version.
-        start: of the attack, where the drop-in decides about it.
-        function: the drop-in's name, if it is not the loss's own.
-        of_loss: further arguments of the loss, `beta` say.
+    `of_loss` are further arguments of the loss, `beta` say.
     """
     known = NEW_LINES if kind.clean_forwards else {k: v for k, v in NEW_LINES.items() if k != "unperturbed"}
     check_keywords(function or kind.drop_in, deprecated, known, loss=kind.__name__)

@@ -22,21 +22,13 @@ from bt_fast.objectives.update import Update, explain_graphs
 
 @dataclass(frozen=True, eq=False)
 class Execution:
-    """An engine on one device.
+    """An engine on one device."""
 
-    Attributes:
-        view: of the model, for the attack; None for the model itself.
-        runner: of the attack's steps.
-        update: how the update is executed; None for eagerly, in the images' own format.
-        cache: of the update's graphs; None for the one of all callers.
-        precision: of the whole under autocast; None for the caller's.
-    """
-
-    view: Frozen | None
-    runner: Runner
-    update: Update | None
-    cache: GraphCache | None = None
-    precision: torch.dtype | None = None
+    view: Frozen | None  # what the attack sees; None for the model itself
+    runner: Runner  # of the attack's steps
+    update: Update | None  # None for eagerly, in the images' own format
+    cache: GraphCache | None = None  # of the update's graphs; None for the one of all callers
+    precision: torch.dtype | None = None  # of the whole under autocast; None for the caller's
 
     @classmethod
     def of(cls, engine: Engine, cache: GraphCache, x: Tensor) -> Execution:
@@ -62,18 +54,13 @@ def autocast(precision: torch.dtype | None, x: Tensor) -> AbstractContextManager
 
 @dataclass(frozen=True, eq=False)
 class Seen:
-    """The last call of a loss.
+    """The last call of a loss."""
 
-    Attributes:
-        model: as the attack knows it, updated: as the update does. device: of the images.
-        beside: whether the update's clean forward ran beside the attack.
-    """
-
-    model: Callable[[], nn.Module | None]
-    updated: Callable[[], nn.Module | None]
+    model: Callable[[], nn.Module | None]  # as the attack knows it
+    updated: Callable[[], nn.Module | None]  # as the update knows it
     device: torch.device
     execution: Execution
-    beside: bool
+    beside: bool  # the update's clean forward ran beside the attack
 
 
 def lines(seen: Seen) -> Iterator[str]:

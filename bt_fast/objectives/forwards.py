@@ -27,20 +27,13 @@ class Forwards:
 
     Its terms are the loss, the adversarial logits [m, K] without gradient, and, where there is a clean forward, the
     clean logits [m, K] without gradient.
-
-    Attributes:
-        key: distinguishes this loss's updates from others; None where that is not known.
-        of: the loss.
-        rows: the number of rows, from the first, that run an adversarial forward; the others' x' is x.
-        channels_last: the format of 4-d images.
-        rerun: a clean forward that cannot be replayed runs a second time, as in the authors' code.
     """
 
-    key: Hashable
+    key: Hashable  # distinguishes this loss's updates from others; None where that is not known
     of: AdversarialLoss
-    rows: int
+    rows: int  # how many, from the first, run an adversarial forward; the others' x' is x
     channels_last: bool
-    rerun: bool
+    rerun: bool  # a clean forward that cannot be replayed runs a second time, as in the authors' code
 
     def steady(self, m: int) -> bool:
         """Whether every batch of m samples has the same shapes throughout."""

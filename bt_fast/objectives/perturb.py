@@ -85,21 +85,16 @@ def perturb(
     itself, by `mining.observe(adversarial_logits, y)`; where it does not, F_R stays as it is, and a warning says so.
 
     Args:
-        model: maps [m, ...] to logits [m, K].
+        model, indices, generator: as for a call of `AdversarialLoss`, with its errors.
         x: [m, ...] floating point within the attack's bounds, m ≥ 1; not changed.
         y: [m] integers in 0..K-1.
         attack: how images are attacked.
         mining: who gets how many steps; None for all alike.
         engine: how the attack is executed, by name or as an `Engine`.
-        indices: [m] integers in 0..2^32-1, each sample's number; as for a loss.
-        generator: on the images' device, for the random start; without it as for a loss.
         return_details: whether to return a `Perturbed`.
 
     Returns:
         [m, ...] without gradient, in the dtype and order of x; or a `Perturbed` with it.
-
-    Raises:
-        TypeError, ValueError: as a loss's call, before anything has changed.
     """
     adversarial.check_attack(attack, mining)
     chosen = Engine.of(engine)
@@ -109,14 +104,6 @@ def perturb(
             "the last minibatch was not observed, so F_R stays where it is: "
             "call mining.observe(adversarial_logits, y) once for each minibatch"
         )
-    result = _perturbed(model, x, y, attack, mining, call)
-    return result if return_details else result.x_adv
-
-
-def _perturbed(
-    model: nn.Module, x: Tensor, y: Tensor, attack: PGD, mining: BulletTrain | None, call: Call
-) -> Perturbed:
-    """`perturb` on checked arguments."""
     with adversarial.attacking(model, x, y, attack, ("normal", "kl"), mining, call) as (model, queued):
         x_adv, late = queued.perturbed()
     if late is not None:
@@ -126,4 +113,6 @@ def _perturbed(
         mining.attacked(queued.faulty, plan.order)
     normalize = model.normalize if isinstance(model, OnPixels) else None
     x_adv = adversarial.in_callers_order(x_adv, x.detach(), plan, normalize)
+    if not return_details:
+        return x_adv
     return Perturbed(x_adv, queued.logits, plan.steps, plan.group if isinstance(plan, MinedPlan) else None)

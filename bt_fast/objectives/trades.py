@@ -96,7 +96,7 @@ def trades_loss(
         bullet: the mining state, on the images' device. One minibatch moves it once: for another pass over the same
             one, at other weights, call this within `with bullet.again():`.
         engine: "exact", the authors' own, "fast", the same up to rounding, "bf16", or an `Engine`.
-        generator: for the random start, as for a call of `TRADESLoss`.
+        generator: on the images' device, for the random start, as for a call of `TRADESLoss`.
         deprecated: keywords of the first version; each warns with the new line.
 
     Returns:
