@@ -50,6 +50,14 @@ def check_logits_and_labels(logits: Tensor, labels: Tensor) -> None:
     check_labels(labels, len(logits), logits.device)
 
 
+def check_pixels(x: Tensor, name: str) -> None:
+    """Raise TypeError that names `name` unless x is a tensor of floating-point images."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor of images, got {type(x).__name__}: write torch.as_tensor({name})")
+    if not computable(x):
+        raise TypeError(f"{name} must be floating-point images, got {kind_of(x)}: of bytes write x.float() / 255")
+
+
 def check_labels(labels: Tensor, m: int, device: torch.device, name: str = "labels") -> None:
     """Raise TypeError or ValueError that names `name` unless labels are integers [m] on the device."""
     if not isinstance(labels, Tensor):

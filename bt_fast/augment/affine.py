@@ -16,13 +16,9 @@ DECIMALS = 1e15  # Pillow rounds the sine and the cosine to 15
 
 
 def rotation(degrees: Tensor, height: int, width: int) -> Tensor:
-    """The matrices of `PIL.Image.rotate`: counter-clockwise about the centre; exactly the identity for 0°.
+    """The matrices [n, 6] of `PIL.Image.rotate` by degrees [n] float64: counter-clockwise about the centre.
 
-    Args:
-        degrees: [n] float64.
-
-    Returns:
-        [n, 6] float64.
+    Exactly the identity for 0°.
     """
     angle = -(degrees % 360.0 * (math.pi / 180.0))
     cosine, sine = ((t * DECIMALS).round() / DECIMALS for t in (angle.cos(), angle.sin()))
@@ -32,14 +28,9 @@ def rotation(degrees: Tensor, height: int, width: int) -> Tensor:
 
 
 def transform(images: Tensor, matrices: Tensor) -> Tensor:
-    """Each image mapped by its matrix: bilinear within, the edge repeated half a pixel outwards, black beyond.
+    """Each of the uint8 images [n, C, H, W], mapped by its matrix of [n, 6] float64.
 
-    Args:
-        images: [n, C, H, W] uint8.
-        matrices: [n, 6] float64.
-
-    Returns:
-        [n, C, H, W] uint8.
+    Bilinear within, the edge repeated half a pixel outwards, black beyond.
     """
     _, channels, height, width = images.shape
     x, y = (torch.arange(size, dtype=torch.float64, device=images.device) + 0.5 for size in (width, height))

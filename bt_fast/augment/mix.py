@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from bt_fast.augment.operations import LEAST_LEVEL, MOST_LEVEL, NONE, OPERATIONS, apply_operations
-from bt_fast.ops.numeric import computable, kind_of
-from bt_fast.validation import real, step_count
+from bt_fast.validation import check_pixels, real, step_count
 
 CHAINS, DEPTH = 3, 3  # the most operations of a chain
 SEVERITY = 3.0
@@ -35,23 +34,18 @@ class Choices:
 
 
 def draw_choices(
-    n: int,
-    device: torch.device,
-    *,
-    severity: float = SEVERITY,
-    generator: torch.Generator | None = None,
+    n: int, device: torch.device, *, severity: float = SEVERITY, generator: torch.Generator | None = None
 ) -> Choices:
     """Draw as the authors' code does: chains of 1 to 3 operations, Dirichlet(1, 1, 1) weights, Beta(1, 1) mixing.
 
     Args:
         n: the number of samples, at least 0.
-        device: where the choices are drawn, and lie.
+        device: where the choices are drawn.
         severity: the greatest level of an operation, in (0.1, 10].
         generator: on the device; its default generator if not given.
 
     Raises:
-        TypeError: n is not an integer, or severity not a number.
-        ValueError: n is negative, or severity out of range.
+        TypeError, ValueError: n is no integer of at least 0, or severity no number in range.
     """
     step_count("n", n)
     check_severity(severity)
@@ -73,9 +67,7 @@ def draw_choices(
 
 
 def augment_and_mix(x: Tensor, choices: Choices) -> Tensor:
-    """`(1 - m)·x + m·Σ_i w_i·chain_i(x)` with each sample's own choices.
-
-    The chains work on uint8, as Pillow does: on `round(255·x)`.
+    """`(1 - m)·x + m·Σ_i w_i·chain_i(x)` with each sample's own choices; the chains work on the bytes `round(255·x)`.
 
     Args:
         x: [n, C, H, W] floating point in [0, 1].
@@ -85,8 +77,7 @@ def augment_and_mix(x: Tensor, choices: Choices) -> Tensor:
         [n, C, H, W] of x's dtype, in [0, 1] up to rounding.
 
     Raises:
-        TypeError: x is not floating point.
-        ValueError: x has another shape, or the choices are not for n samples.
+        TypeError, ValueError: x is not floating point or has another shape, or the choices are not for n samples.
     """
     check_images(x, "x")
     n = len(x)
@@ -110,10 +101,7 @@ def augment_and_mix(x: Tensor, choices: Choices) -> Tensor:
 
 def check_images(x: Tensor, name: str) -> None:
     """Raise TypeError or ValueError that names `name` unless x is floating-point images [n, C, H, W]."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a tensor of images, got {type(x).__name__}: write torch.as_tensor({name})")
-    if not computable(x):
-        raise TypeError(f"{name} must be floating-point images, got {kind_of(x)}: of bytes write {name}.float() / 255")
+    check_pixels(x, name)
     if x.dim() != 4 or 0 in x.shape[1:]:
         raise ValueError(
             f"{name} must have shape [n, C, H, W] with C, H, W >= 1, got {list(x.shape)}: "

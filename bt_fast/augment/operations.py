@@ -12,35 +12,24 @@ from torch import Tensor
 from bt_fast.augment import affine, tables
 
 OPERATIONS = (
-    "autocontrast",
-    "equalize",
-    "posterize",
-    "rotate",
-    "solarize",
-    "shear_x",
-    "shear_y",
-    "translate_x",
-    "translate_y",
+    *("autocontrast", "equalize", "posterize", "rotate", "solarize"),
+    *("shear_x", "shear_y", "translate_x", "translate_y"),
 )
 NONE = -1  # in place of an operation: the image stays
 LEAST_LEVEL, MOST_LEVEL = 0.1, 10.0  # of an operation's strength
 
 
 def apply_operations(images: Tensor, operation: Tensor, level: Tensor, negative: Tensor) -> Tensor:
-    """One operation on each image, at the strength that the AugMix authors' code gives it at that level.
+    """One operation on each image [n, C, H, W] uint8, as Pillow computes it, at the AugMix authors' strength.
 
     At level l: posterize keeps `4 - int(4l/10)` bits, rotate turns by `int(30l/10)` degrees, solarize inverts from
     `256 - int(256l/10)` on, shear is by `0.3l/10`, and translate by `int(l/10 · size/3)` pixels (the authors' code has
     size 32). Autocontrast and equalize have no strength.
 
     Args:
-        images: [n, C, H, W] uint8.
         operation: [n] int64, indices into `OPERATIONS`, or `NONE`.
         level: [n] float64 in [0, 10].
         negative: [n] bool: whether an affine map goes the other way.
-
-    Returns:
-        [n, C, H, W] uint8, as Pillow computes it.
     """
     mapped = affine.transform(images, _matrices(images, operation, level, negative))
     return tables.apply_tables(mapped, _tables(images, operation, level))
@@ -70,18 +59,10 @@ def _matrices(images: Tensor, operation: Tensor, level: Tensor, negative: Tensor
     turn = affine.rotation(only("rotate", _whole(level, 30).double()), height, width)
     shear, none = _scaled(level, 0.3), torch.zeros_like(level)
     shift_x, shift_y = (_whole(level, size / 3).double() for size in (width, height))
+    x_row = [none, only("shear_x", shear), only("translate_x", shift_x)]
+    y_row = [only("shear_y", shear), none, only("translate_y", shift_y)]
     # a sample has one operation, so that one of the two summands is the identity or 0
-    return turn + torch.stack(
-        [
-            none,
-            only("shear_x", shear),
-            only("translate_x", shift_x),
-            only("shear_y", shear),
-            none,
-            only("translate_y", shift_y),
-        ],
-        dim=1,
-    )
+    return turn + torch.stack(x_row + y_row, dim=1)
 
 
 def _is(operation: Tensor, name: str) -> Tensor:

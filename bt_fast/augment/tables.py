@@ -1,4 +1,4 @@
-"""Operations that map grey values: each is a table of 256 values for every sample and channel, as in Pillow.
+"""Operations that map grey values, as in Pillow: each is a table [n, C, 256] uint8 for images [n, C, H, W] uint8.
 
 Nothing here waits for the device.
 """
@@ -12,15 +12,7 @@ VALUES = 256
 
 
 def apply_tables(images: Tensor, tables: Tensor) -> Tensor:
-    """Each grey value replaced by its entry in the table.
-
-    Args:
-        images: [n, C, H, W] uint8.
-        tables: [n, C, 256] uint8.
-
-    Returns:
-        [n, C, H, W] uint8.
-    """
+    """Each grey value replaced by its entry in the table."""
     return tables.gather(2, images.flatten(2).long()).view(images.shape)
 
 
@@ -30,14 +22,7 @@ def unchanged(images: Tensor) -> Tensor:
 
 
 def autocontrast(images: Tensor) -> Tensor:
-    """Stretch each channel's grey values over 0..255 (`PIL.ImageOps.autocontrast`); one that is flat stays.
-
-    Args:
-        images: [n, C, H, W] uint8.
-
-    Returns:
-        [n, C, 256] uint8.
-    """
+    """Stretch each channel's grey values over 0..255 (`PIL.ImageOps.autocontrast`); one that is flat stays."""
     values = unchanged(images)
     least, greatest = (extreme[:, :, None].double() for extreme in (images.amin((2, 3)), images.amax((2, 3))))
     span = (greatest - least).clamp(min=1.0)
@@ -47,14 +32,7 @@ def autocontrast(images: Tensor) -> Tensor:
 
 
 def equalize(images: Tensor) -> Tensor:
-    """Spread each channel's grey values evenly (`PIL.ImageOps.equalize`); one with too few distinct pixels stays.
-
-    Args:
-        images: [n, C, H, W] uint8.
-
-    Returns:
-        [n, C, 256] uint8.
-    """
+    """Spread each channel's grey values evenly (`PIL.ImageOps.equalize`); one with too few distinct pixels stays."""
     values, pixels = unchanged(images), images.flatten(2).long()
     histogram = torch.zeros(*pixels.shape[:2], VALUES, dtype=torch.int64, device=images.device)
     histogram.scatter_add_(2, pixels, torch.ones_like(pixels))
@@ -66,29 +44,13 @@ def equalize(images: Tensor) -> Tensor:
 
 
 def posterize(images: Tensor, bits: Tensor) -> Tensor:
-    """Keep the upper bits of each grey value (`PIL.ImageOps.posterize`).
-
-    Args:
-        images: [n, C, H, W] uint8.
-        bits: [n] int64 in 0..8 (0, which Pillow refuses, keeps none).
-
-    Returns:
-        [n, C, 256] uint8.
-    """
+    """Keep the upper bits [n] in 0..8 of each grey value (`PIL.ImageOps.posterize`, which refuses 0: it keeps none)."""
     values, dropped = unchanged(images), 2 ** (8 - bits)[:, None, None]
     return _for_each_channel(values - values % dropped, images)
 
 
 def solarize(images: Tensor, threshold: Tensor) -> Tensor:
-    """Invert the grey values from a threshold on (`PIL.ImageOps.solarize`).
-
-    Args:
-        images: [n, C, H, W] uint8.
-        threshold: [n] int64 in 0..256.
-
-    Returns:
-        [n, C, 256] uint8.
-    """
+    """Invert the grey values from a threshold [n] in 0..256 on (`PIL.ImageOps.solarize`)."""
     values = unchanged(images)
     return _for_each_channel(torch.where(values < threshold[:, None, None], values, 255 - values), images)
 

@@ -38,7 +38,7 @@ def fast_loss(
     step_size: float | None = None,
     **options: Any,
 ) -> Tensor:
-    """The objective's loss on images that FAST has found: a uniform start in the ε-ball, then `steps` equal steps.
+    """The objective's loss on the images of FAST: a uniform start in the ε-ball, then `steps` equal steps.
 
     `fast_loss(pgd_loss, ...)` is the method of Wong et al.; with `trades_loss` and `mart_loss` it is the rows "+ FAST"
     of the BulletTrain paper's Tables 2 and 3, with `steps` > 1 the multi-step variant of its Table 4. The attack runs
@@ -59,16 +59,31 @@ def fast_loss(
 
     Raises:
         TypeError, ValueError: as the objective; or it is not one of the three, or an option contradicts FAST
-            (`bullet`, which spends its steps unequally, `start`, `perturb_steps`, or a `step_size` that the objective
-            would not use). Nothing has been changed then.
+            (`bullet`, `start`, `perturb_steps`, or a `step_size` that the objective would not use).
     """
     if not any(objective is known for known in _OBJECTIVES):
         raise ValueError(
             f"objective must be trades_loss, mart_loss or pgd_loss of bt_fast, got {objective!r}: "
             "write fast_loss(trades_loss, model, ...)"
         )
-    epsilon = positive("epsilon", epsilon)
-    steps = step_count("steps", steps, least=1)
+    epsilon, steps = positive("epsilon", epsilon), step_count("steps", steps, least=1)
+    _check(options)
+    if step_size is None:
+        step_size = epsilon * (SINGLE_STEP_FACTOR if steps == 1 else STEP_FACTOR / steps)
+    elif options.get("distance") == "l_2" and objective is not pgd_loss:
+        raise ValueError("step_size is not used by this objective in l_2, where the step is 2ε/N: leave it out")
+    kind, of_loss = _OBJECTIVES[objective]
+    defaults = {**of_loss, "distance": "l_inf", "engine": "exact", "generator": None, "bullet": None}
+    own = {name: options.pop(name, default) for name, default in defaults.items()}
+    beta = {name: own.pop(name) for name in of_loss}
+    given = drop_in.Given(
+        model, x_natural, y, optimizer, step_size=step_size, epsilon=epsilon, perturb_steps=steps, **own
+    )
+    return drop_in.call(kind, given, options, start="uniform", function="fast_loss", **beta)
+
+
+def _check(options: dict[str, Any]) -> None:
+    """Raise TypeError or ValueError for options that contradict FAST."""
     if options.get("bullet") is not None:
         raise ValueError(
             "bullet cannot be combined with fast_loss, which spends equal steps on all samples: for BulletTrain from "
@@ -77,15 +92,3 @@ def fast_loss(
     for name, instead in (("start", "which is 'uniform' here"), ("perturb_steps", "whose name is steps here")):
         if name in options:
             raise TypeError(f"{name} is no option of fast_loss, {instead}")
-    if step_size is None:
-        step_size = epsilon * (SINGLE_STEP_FACTOR if steps == 1 else STEP_FACTOR / steps)
-    elif options.get("distance") == "l_2" and objective is not pgd_loss:
-        raise ValueError("step_size is not used by this objective in l_2, where the step is 2ε/N: leave it out")
-    kind, of_loss = _OBJECTIVES[objective]
-    of_loss = {name: options.pop(name, default) for name, default in of_loss.items()}
-    own = [options.pop(name, default) for name, default in (("distance", "l_inf"), ("engine", "exact"))]
-    options.pop("bullet", None)
-    given = drop_in.Given(
-        model, x_natural, y, optimizer, step_size, epsilon, steps, own[0], None, own[1], options.pop("generator", None)
-    )
-    return drop_in.call(kind, given, options, start="uniform", function="fast_loss", **of_loss)

@@ -32,27 +32,22 @@ def grad_align(
     As in the authors' code: η is uniform in [-ε, ε] and x + η is not clamped to the pixel bounds; the gradient at x is
     a constant, and that at x + η is differentiated once more, to the parameters; samples of which a gradient is exactly
     0 are left out of the mean. (Where all are, the term is 0 and so is its gradient; theirs is NaN.) The authors take
-    weights from 0.03 to 2, growing with ε: 0.2 for ε = 8/255.
-
-    Both forwards run in train mode as the update of `trades_loss` does, and batch norm sees both batches. (In the
-    authors' code the first of them is the attack's own.)
+    weights from 0.03 to 2, growing with ε: 0.2 for ε = 8/255. Both forwards run in train mode as the update of
+    `trades_loss` does, and batch norm sees both batches. (In the authors' code the first is the attack's own.)
 
     Args:
         model: maps [m, ...] to logits [m, K]; twice differentiable.
-        x_natural: [m, ...] floating point in [0, 1], m ≥ 1.
-        y: [m] integers in 0..K-1.
+        x_natural: [m, ...] floating point in [0, 1], m ≥ 1. y: [m] integers in 0..K-1.
         epsilon: ε > 0, in pixel units.
         generator: on the images' device, for η; without it the device's own.
         normalization: what the images' loader has done to the pixels, as for `trades_loss`.
 
     Returns:
-        0-dim term in 0..2 with gradient to the model's parameters, whose `.grad` is left alone; in the images' dtype,
-        or float32 where that is wider.
+        0-dim term in 0..2 with gradient to the model's parameters, in the images' dtype or float32, whichever is wider.
 
     Raises:
-        TypeError: images are not floating point, labels not integers, or the model does not return a tensor.
-        ValueError: a shape, device or value does not fit. Nothing has been changed then. Of the model's own values the
-            first two samples' logits are looked at: NaN elsewhere, or in a gradient, makes the term NaN.
+        TypeError, ValueError: as `trades_loss`, before anything has changed. Of the model's values only the first two
+            samples' logits are checked: NaN elsewhere, or in a gradient, makes the term NaN.
     """
     epsilon = ThreatModel(epsilon).epsilon
     adversarial.check_batch(x_natural, y, "x_natural")

@@ -1,4 +1,4 @@
-"""What is wrong with a batch's values, told before anything has changed."""
+"""The check of a batch's values before anything has changed."""
 
 from __future__ import annotations
 
@@ -15,18 +15,11 @@ SCALE = 1024.0
 def check_values(model: nn.Module, x: Tensor, y: Tensor) -> None:
     """Run the model, in eval mode, on two rows (some norms refuse one) and wait for the device.
 
-    Args:
-        x: [m, ...] images, y: [m] integers.
-
     Raises:
-        TypeError: the model does not return a tensor of logits.
-        ValueError: its logits do not fit or are not finite, or pixels or labels are out of range.
+        TypeError, ValueError: its logits do not fit or are not finite, or pixels or labels are out of range.
     """
     with eval_mode(model):
         logits = clean_logits(model, x[:2])
-    found = [
-        faults.pixels_outside(x, 0.0, 1.0, "x_natural"),
-        faults.labels_outside(y, logits.shape[1], "y"),
-        faults.rows_without_number(logits, "the model's logits of the first two samples"),
-    ]
-    faults.read(found).wait()
+    pixels, labels = faults.pixels_outside(x, 0.0, 1.0, "x_natural"), faults.labels_outside(y, logits.shape[1], "y")
+    unfit = faults.rows_without_number(logits, "the model's logits of the first two samples")
+    faults.read([pixels, labels, unfit]).wait()

@@ -2,6 +2,22 @@
 
 The gradient p with respect to the first layer's output comes with each full propagation. While it is held fixed, the
 image climbs `H = Σ f₀(x + η)·p`, which takes the first layer f₀ alone.
+
+"pgd", from the authors' CIFAR-10 and MNIST code: η starts uniform in [-ε, ε], at first not clipped to the pixel bounds.
+Each of the m propagations runs forward and backward on x + η; the backward gives the parameters' gradient of the
+cross-entropy and p at once; n steps `η + α·sign ∂H/∂η` follow, each clipped to ε and to the pixel bounds; then f₀ gets
+the gradient of H at the new η too, beside that of the cross-entropy. (One of their scripts means to take the latter
+back, but puts back the tensor to which it has been added.) The loss is the sum of the m cross-entropies, and its
+gradient the sum of all of these gradients: the authors divide their learning rate by m. (So f₀'s gradient is not that
+of the loss's value.) The gradients are computed within the call, with the memory of one propagation, and `backward()`
+adds them, times its own gradient; a gradient scaler does not scale what is computed there, but it is scaled by 1024 on
+its way. The propagations run in train mode as the update of `trades_loss` does, and batch norm sees m batches. (The
+authors run one forward more, to report its accuracy.)
+
+"trades", from their TRADES code: only x' is made by YOPO, in eval mode, from x and 0.001·N(0, 1) on the KL divergence
+from the clean distribution. The update is `CE(h(x), y) + β · mean KL(softmax h(x) ‖ softmax h(x'))` of two forwards in
+train mode: batch norm sees each batch once, where the TRADES code shows it the clean one twice. "mart", of which they
+have none, is built likewise: x' from the cross-entropy, and MART's loss.
 """
 
 from __future__ import annotations
@@ -58,132 +74,58 @@ def yopo_loss(
     generator: torch.Generator | None = None,
     normalization: Normalization | None = None,
 ) -> Tensor:
-    """The loss of YOPO-m-n, ready for `backward()`; the authors' YOPO-5-3 is `propagations=5, layer_steps=3`. ℓ∞ only.
-
-    "pgd", from the authors' CIFAR-10 and MNIST code: η starts uniform in [-ε, ε], at first not clipped to the pixel
-    bounds. Each of the m propagations runs forward and backward on x + η; the backward gives the parameters' gradient
-    of the cross-entropy and p at once; n steps `η + α·sign ∂H/∂η` follow, each clipped to ε and to the pixel bounds;
-    then f₀ gets the gradient of H at the new η too, beside that of the cross-entropy. (One of their scripts means to
-    take the latter back, but puts back the tensor to which it has been added.) The loss is the sum of the m cross-
-    entropies, and its gradient the sum of all of these gradients: the authors divide their learning rate by m. (So f₀'s
-    gradient is not that of the loss's value.) The gradients are computed within this call, with the memory of one
-    propagation, and `backward()` adds them, times its own gradient; a gradient scaler does not scale what is computed
-    here, but it is scaled by 1024 on its way. The propagations run in train mode as the update of `trades_loss` does,
-    and batch norm sees m batches. (The authors run one forward more, to report its accuracy.)
-
-    "trades", from their TRADES code: only x' is found by YOPO, in eval mode, from x and 0.001·N(0, 1) on the KL
-    divergence from the clean distribution. The update is `CE(h(x), y) + β · mean KL(softmax h(x) ‖ softmax h(x'))` of
-    two forwards in train mode: batch norm sees each batch once, where the TRADES code shows it the clean one twice.
-    "mart", of which they have none, is built likewise: x' from the cross-entropy, and MART's loss.
+    """The loss of YOPO-m-n in ℓ∞, ready for `backward()`; the authors' YOPO-5-3 is `propagations=5, layer_steps=3`.
 
     Args:
-        model: maps [m, ...] to logits [m, K]. Not spread over devices (DistributedDataParallel). A compiled one runs as
-            it was written: its compiled code would pass over the first layer's hooks.
-        x_natural: [m, ...] floating point in [0, 1], m ≥ 1.
-        y: [m] integers in 0..K-1.
+        model: maps [m, ...] to logits [m, K]; not DistributedDataParallel. A compiled one runs as it was written.
+        x_natural: [m, ...] floating point in [0, 1], m ≥ 1. y: [m] integers in 0..K-1.
         optimizer: its `zero_grad()` is called; None leaves the gradients as they are, for gradient accumulation.
         propagations: m ≥ 1, full propagations. layer_steps: n ≥ 1, steps against the first layer after each.
-        objective: "pgd", "trades" or "mart".
-        step_size: α > 0, in pixel units; the authors take 0.007 with ε = 0.031 for TRADES, 2/255 with 8/255 for PGD.
-        epsilon: ε > 0, in pixel units.
+        objective: "pgd", "trades" or "mart"; `help(bt_fast.baselines.yopo)` says how each is made.
+        step_size: α > 0, epsilon: ε > 0, in pixel units; the authors take 0.007 with 0.031 for TRADES, 2/255 with 8/255
+            for PGD.
         beta: β ≥ 0, the weight of the robust term of "trades" (by default 1, the authors') and of "mart" (6).
-        first: the layer whose output ends f₀; what the model does before it (scaling its images, say) belongs to f₀.
-            By default the first convolution or linear layer that the forward reaches. A layer with buffers of its
-            own, or one behind such layers, moves them in each of its forwards.
-        generator: on the images' device, for the start; without it the device's own (for "trades" and "mart" on the
-            CPU as `trades_loss`).
+        first: the layer whose output ends f₀, to which all before it belongs; by default the first convolution or
+            linear layer that the forward reaches. Buffers of f₀ move in each of its forwards.
+        generator: on the images' device, for the start; without it the device's own ("trades", "mart": as TRADES).
         normalization: what the images' loader has done to the pixels, as for `trades_loss`.
 
-    Returns:
-        0-dim loss with gradient to the model's parameters.
-
     Raises:
-        TypeError: images are not floating point, labels not integers, or the model does not return a tensor.
-        ValueError: a shape, device, option or value does not fit, or `first` is no layer of the model's that is called
-            exactly once in a forward. Nothing has been changed then, neither a buffer nor a gradient. NaN in the input
-            gradient is an error after the attack; with "pgd" batch-norm buffers have moved by then.
+        TypeError, ValueError: as `trades_loss`, or `first` is no layer that a forward calls exactly once. Nothing has
+            changed then; but NaN in an input gradient is raised after the attack, by which "pgd" moves batch norm.
     """
     threat = ThreatModel(epsilon)
     adversarial.check_batch(x_natural, y, "x_natural")
-    positive("step_size", step_size)
+    step_size = positive("step_size", step_size)
     adversarial.check_optimizer(optimizer)
     check_generator(generator, x_natural.device)
     m, n = step_count("propagations", propagations, least=1), step_count("layer_steps", layer_steps, least=1)
-    check_choice("objective", objective, ("pgd", "trades", "mart"))
-    if objective == "pgd" and beta is not None:
-        raise ValueError(f"beta is an option of 'trades' and 'mart', not of 'pgd', got {beta!r}: leave it out")
-    of_robust_term = weight("beta", _BETA.get(objective, 0.0) if beta is None else beta)
-    warn_of_units(threat.epsilon, step_size=float(step_size))
-    labels = y.long()
-    with (
-        uncompiled(),
-        torch.inference_mode(False),
-        reentrant_refused(),
-        on_pixels(model, x_natural, normalization) as (model, pixels),
-    ):
-        x = pixels(x_natural).detach()
-        split = _Split(model, _checked_first(model, first, x, y))
+    robust_weight = _checked_beta(objective, beta)
+    warn_of_units(threat.epsilon, step_size=step_size)
+    images = on_pixels(model, x_natural, normalization)
+    with uncompiled(), torch.inference_mode(False), reentrant_refused(), images as (model, pixels):
+        x, labels = pixels(x_natural).detach(), y.long()
+        first = _checked_first(model, first, x, labels)
         x = faults.onto_bounds(x, threat.lower, threat.upper)
-        faulty = torch.zeros(len(x), dtype=torch.bool, device=x.device)
-        attack = _Attack(split, x, threat, float(step_size), n, faulty)
-        if objective == "pgd":
-            loss = _propagations(attack, labels, m, generator)
-        else:
-            x_adv = _attacked(attack, labels, objective == "trades", m, generator)
-            loss = _update(model, x, x_adv, labels, objective == "trades", of_robust_term)
+        attack = _Attack(model, first, x, labels, threat, step_size, n, m, generator)
+        loss = _propagations(attack) if objective == "pgd" else _update(attack, objective == "trades", robust_weight)
     if optimizer is not None:
         optimizer.zero_grad()
     return loss
 
 
+def _checked_beta(objective: str, beta: float | None) -> float:
+    check_choice("objective", objective, ("pgd", "trades", "mart"))
+    if objective == "pgd" and beta is not None:
+        raise ValueError(f"beta is an option of 'trades' and 'mart', not of 'pgd', got {beta!r}: leave it out")
+    return weight("beta", _BETA.get(objective, 0.0) if beta is None else beta)
+
+
 # The first layer
 
 
-class _ReachedError(Exception):
-    """Ends a forward at the first layer's output."""
-
-    def __init__(self, output: Tensor) -> None:
-        self.output = output
-
-
-@dataclass(frozen=True, eq=False)
-class _Split:
-    """A model, and the layer whose output ends f₀."""
-
-    model: nn.Module
-    first: nn.Module
-
-    def whole(self, x: Tensor) -> tuple[Tensor, GradientEdge]:
-        """The logits, and where the gradient of the first layer's output will arrive: before any change in place."""
-        edges: list[GradientEdge] = []
-        hook = self.first.register_forward_hook(lambda _, __, output: edges.append(get_gradient_edge(output)))
-        try:
-            logits = logits_of(self.model, x)
-        finally:
-            hook.remove()
-        _check_once(len(edges))
-        if not logits.requires_grad:
-            raise without_gradient()
-        return logits, edges[0]
-
-    def alone(self, x: Tensor) -> Tensor:
-        """f₀(x): the model's forward, left at the first layer's output."""
-
-        def leave(_: nn.Module, __: object, output: Tensor) -> None:
-            raise _ReachedError(output)
-
-        hook = self.first.register_forward_hook(leave)
-        try:
-            self.model(x)
-        except _ReachedError as reached:
-            return reached.output
-        finally:
-            hook.remove()
-        raise _not_once(0)
-
-
 def _checked_first(model: nn.Module, first: nn.Module | None, x: Tensor, y: Tensor) -> nn.Module:
-    """The first layer, found or checked on the forward of one row, with which the values are checked too."""
+    """The first layer that a forward reaches, or `first`, checked in the forward that checks the values too."""
     check_model(model)
     if first is not None and not isinstance(first, nn.Module):
         raise TypeError(
@@ -199,12 +141,10 @@ def _checked_first(model: nn.Module, first: nn.Module | None, x: Tensor, y: Tens
             raise ValueError(
                 "model must not be spread over devices: its first layer could not be reached; give model.module"
             )
-    called: list[nn.Module] = []
-    outputs: list[object] = []
+    calls: list[tuple[nn.Module, object]] = []
 
     def note(module: nn.Module, _: object, output: object) -> None:
-        called.append(module)
-        outputs.append(output)
+        calls.append((module, output))
 
     watched = [m for m in model.modules() if (m is first if first is not None else isinstance(m, _LAYERS))]
     hooks = [module.register_forward_hook(note) for module in watched]
@@ -213,19 +153,20 @@ def _checked_first(model: nn.Module, first: nn.Module | None, x: Tensor, y: Tens
     finally:
         for hook in hooks:
             hook.remove()
-    if first is None and not called:
+    if first is None and not calls:
         raise ValueError(
             "first must be given: the model's forward reaches no convolution or linear layer; "
             "name the layer that the images enter, as first=model.stem"
         )
-    found = called[0] if first is None else first
-    _check_once(sum(module is found for module in called))
-    if not isinstance(outputs[0], Tensor) or not outputs[0].is_floating_point():
+    layer = calls[0][0] if first is None else first
+    _check_once(sum(module is layer for module, _ in calls))
+    output = calls[0][1]
+    if not isinstance(output, Tensor) or not output.is_floating_point():
         raise TypeError(
-            f"first must return a floating-point tensor, got {type(outputs[0]).__name__}: "
+            f"first must return a floating-point tensor, got {type(output).__name__}: "
             "give a layer whose forward returns one"
         )
-    return found
+    return layer
 
 
 def _check_once(calls: int) -> None:
@@ -240,33 +181,68 @@ def _not_once(calls: int) -> ValueError:
     )
 
 
+class _ReachedError(Exception):
+    """Ends a forward at the first layer's output."""
+
+    def __init__(self, output: Tensor) -> None:
+        self.output = output
+
+
 # The attack
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class _Attack:
-    """The steps against the first layer.
+    """The propagations of a model, and the steps against its layer `first`, whose output ends f₀."""
 
-    Attributes:
-        x: [m, ...], clean.
-        step_size: α; steps: n.
-        faulty: [m] bool, set for each sample that could not move in some step, since its gradient held NaN.
-    """
-
-    split: _Split
+    model: nn.Module
+    first: nn.Module
     x: Tensor
+    y: Tensor
     threat: ThreatModel
     step_size: float
     steps: int
-    faulty: Tensor
+    propagations: int
+    generator: torch.Generator | None
+
+    def __post_init__(self) -> None:
+        # [m], samples that could not move in some step, since their gradient held NaN
+        self.faulty = torch.zeros(len(self.x), dtype=torch.bool, device=self.x.device)
 
     def images(self, eta: Tensor) -> Tensor:
         """x + η within the pixel bounds."""
         return (self.x + eta).clamp(self.threat.lower, self.threat.upper)
 
+    def propagated(self, eta: Tensor) -> tuple[Tensor, GradientEdge]:
+        """The logits of x + η, and where the gradient of the first layer's output will arrive.
+
+        At the start x + η may lie outside the pixel bounds, as in the authors' code.
+        """
+        edges: list[GradientEdge] = []  # taken before any change of the output in place
+        hook = self.first.register_forward_hook(lambda _, __, output: edges.append(get_gradient_edge(output)))
+        try:
+            logits = logits_of(self.model, (self.x + eta).detach().requires_grad_())
+        finally:
+            hook.remove()
+        _check_once(len(edges))
+        if not logits.requires_grad:
+            raise without_gradient()
+        return logits, edges[0]
+
     def hamiltonian(self, eta: Tensor, p: Tensor) -> Tensor:
-        """H = Σ f₀(x + η)·p."""
-        return (self.split.alone(self.images(eta)) * p).sum()
+        """H = Σ f₀(x + η)·p: the model's forward, left at the first layer's output."""
+
+        def leave(_: nn.Module, __: object, output: Tensor) -> None:
+            raise _ReachedError(output)
+
+        hook = self.first.register_forward_hook(leave)
+        try:
+            self.model(self.images(eta))
+        except _ReachedError as reached:
+            return (reached.output * p).sum()
+        finally:
+            hook.remove()
+        raise _not_once(0)
 
     def moved(self, eta: Tensor, p: Tensor) -> Tensor:
         """η after n steps up H."""
@@ -279,24 +255,20 @@ class _Attack:
                 eta = self.images(eta.clamp(-self.threat.epsilon, self.threat.epsilon)) - self.x
         return eta
 
-    def propagated(self, eta: Tensor) -> tuple[Tensor, GradientEdge]:
-        """The full forward of x + η, which at the start may lie outside the pixel bounds, as in the authors' code."""
-        return self.split.whole((self.x + eta).detach().requires_grad_())
-
     def check(self) -> None:
         """Raise ValueError if a sample could not move."""
         faults.read([faults.gradients_without_direction(self.faulty)]).wait()
 
 
-def _attacked(attack: _Attack, y: Tensor, divergence: bool, m: int, generator: torch.Generator | None) -> Tensor:
+def _attacked(attack: _Attack, divergence: bool) -> Tensor:
     """x' of a model in eval mode, which climbs the divergence from the clean distribution, or the cross-entropy."""
-    x, model = attack.x, attack.split.model
+    x, model, generator = attack.x, attack.model, attack.generator
     with torch.enable_grad(), eval_mode(model):
         target = clean_logits(model, x).double().softmax(dim=1) if divergence else None
         eta = normal_noise(x, generator, on_cpu=generator is None and not x.is_cuda).to(x.dtype)
-        for _ in range(m):
+        for _ in range(attack.propagations):
             logits, edge = attack.propagated(eta)
-            away_from = F.one_hot(y, logits.shape[1]).double() if target is None else target
+            away_from = F.one_hot(attack.y, logits.shape[1]).double() if target is None else target
             direction = ops.ascent_direction(logits.detach(), away_from, in_float16(model, x, logits))
             (p,) = torch.autograd.grad(logits, [edge], direction)
             eta = attack.moved(eta, p)
@@ -307,29 +279,31 @@ def _attacked(attack: _Attack, y: Tensor, divergence: bool, m: int, generator: t
 # The update
 
 
-def _update(model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, divergence: bool, beta: float) -> Tensor:
-    """The loss of TRADES or MART on x' found before."""
+def _update(attack: _Attack, divergence: bool, beta: float) -> Tensor:
+    """The loss of TRADES (`divergence`) or MART on x' made before."""
+    x, y, model = attack.x, attack.y, attack.model
+    x_adv = _attacked(attack, divergence)
     with range_(UPDATE):
         with update_modes(model) as modes:
-            clean, corrupted = logits_of(model, x), logits_of(model, x_adv)
-            modes.again_in_backward([clean, corrupted])
+            clean, adversarial_logits = logits_of(model, x), logits_of(model, x_adv)
+            modes.again_in_backward([clean, adversarial_logits])
         if divergence:
-            return F.cross_entropy(ops.wide(clean), y) + beta / len(x) * ops.trades_kl(corrupted, clean)
-        return ops.mart_loss(clean, corrupted, y, beta)
+            return F.cross_entropy(ops.wide(clean), y) + beta / len(x) * ops.trades_kl(adversarial_logits, clean)
+        return ops.mart_loss(clean, adversarial_logits, y, beta)
 
 
-def _propagations(attack: _Attack, y: Tensor, m: int, generator: torch.Generator | None) -> Tensor:
+def _propagations(attack: _Attack) -> Tensor:
     """The sum of m cross-entropies, whose gradient is that of the propagations and of the first layer's H."""
-    x, model = attack.x, attack.split.model
+    x, model = attack.x, attack.model
     trained = [p for p in model.parameters() if p.requires_grad]
     sums: list[Tensor | None] = [None] * len(trained)
     losses = []
     with torch.enable_grad(), update_modes(model):
-        noise = torch.rand(x.shape, dtype=x.dtype, device=x.device, generator=generator)
+        noise = torch.rand(x.shape, dtype=x.dtype, device=x.device, generator=attack.generator)
         eta = (2.0 * noise - 1.0) * attack.threat.epsilon
-        for _ in range(m):
+        for _ in range(attack.propagations):
             logits, edge = attack.propagated(eta)
-            loss = F.cross_entropy(ops.wide(logits), y)
+            loss = F.cross_entropy(ops.wide(logits), attack.y)
             wanted: Any = [edge, *trained]  # torch's annotation knows lists of one kind only
             p, *gradients = torch.autograd.grad(SCALE * loss, wanted, allow_unused=True)
             sums = _added(sums, gradients)
@@ -339,10 +313,9 @@ def _propagations(attack: _Attack, y: Tensor, m: int, generator: torch.Generator
                 sums = _added(sums, torch.autograd.grad(hamiltonian, trained, allow_unused=True))
             losses.append(loss.detach())
     attack.check()
-    given = [(p, g) for p, g in zip(trained, sums, strict=True) if g is not None]
-    total: Tensor = _Carrier.apply(
-        torch.stack(losses).sum(), len(given), *(g for _, g in given), *(p for p, _ in given)
-    )  # type: ignore[no-untyped-call]
+    used = [k for k, gradient in enumerate(sums) if gradient is not None]
+    given = [sums[k] for k in used] + [trained[k] for k in used]
+    total: Tensor = _Carrier.apply(torch.stack(losses).sum(), len(used), *given)  # type: ignore[no-untyped-call]
     return total
 
 

@@ -23,8 +23,8 @@ from bt_fast.attack.graph_cache import GraphCache
 from bt_fast.attack.runners import Runner, run_eager
 from bt_fast.full_precision import full_precision
 from bt_fast.lab.models import build_model
+from bt_fast.objectives.adversarial import Call
 from bt_fast.objectives.execution import Execution
-from bt_fast.objectives.loss import Call
 from bt_fast.ops import divergence
 from bt_fast.ops.ascent_direction import ascent_direction_reference
 from bt_fast.ops.assign_steps import assign_reference

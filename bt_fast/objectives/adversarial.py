@@ -5,8 +5,10 @@ Everything that TRADES, MART and PGD adversarial training share: all but their l
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,97 +17,114 @@ from bt_fast import faults, ops
 from bt_fast.allocation import Oracle
 from bt_fast.attack.balanced import Balance, start_balanced_attack
 from bt_fast.attack.batch import AttackBatch
-from bt_fast.attack.folded import Frozen, attack_model, independent
+from bt_fast.attack.folded import attack_model, independent
 from bt_fast.attack.frozen import clean_logits
 from bt_fast.attack.generate import COMPARED, StartedAttack, start_attack
 from bt_fast.attack.graph_cache import GraphCache
 from bt_fast.attack.neighbours import warn_of_neighbours
 from bt_fast.attack.pgd import PGD, InnerLoss
-from bt_fast.attack.runners import Runner
+from bt_fast.attack.pixels import Normalize, on_pixels
 from bt_fast.attack.start import Noise, ball_start, normal_noise, random_state, sorted_start, state_of_seed
 from bt_fast.attack.threat import ThreatModel
 from bt_fast.attack.wrapped import unwrapped
 from bt_fast.deciding import STEP_FACTOR
+from bt_fast.engine import Engine
 from bt_fast.faults import CheckedRead, Fault
 from bt_fast.mining import BulletTrain
-from bt_fast.objectives.again import NEW_ONES, check_alike, of_another
+from bt_fast.objectives.execution import Execution
 from bt_fast.objectives.forwards import Forwards
 from bt_fast.objectives.recomputed import update_modes
 from bt_fast.objectives.repeated_forward import moves_batch_norm_alone
-from bt_fast.objectives.update import Terms, Update, run_update
-from bt_fast.ops.numeric import computable, kind_of
+from bt_fast.objectives.update import Terms, run_update
+from bt_fast.ops.numeric import per_sample
 from bt_fast.plan import Plan
 from bt_fast.ranges import MINING, UPDATE, range_
 from bt_fast.units import warn_of_units
-from bt_fast.validation import check_generator, check_labels
+from bt_fast.validation import check_generator, check_kind, check_labels, check_pixels
+
+Unperturbed = Literal["keep", "skip"]
+NEW_ONES = "write `with bullet.again(reuse=False):` to make new ones"
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """The options of one call of a loss or of `perturb`."""
+
+    execution: Execution
+    indices: Tensor | None  # [m] integers: these and the seed alone decide the random starts
+    generator: torch.Generator | None  # for the start, and for the stand-in of a zero ℓ2 gradient
+    unperturbed: Unperturbed | None  # None for the default of N_R and N_O
+    balance: Balance | None  # how the ranks of the mining's process group share the attack out
+    name: str = "x"  # of the images in messages
+
+    @classmethod
+    def of(
+        cls,
+        engine: Engine,
+        cache: GraphCache,
+        x: Tensor,
+        y: Tensor,
+        mining: BulletTrain | None,
+        indices: Tensor | None,
+        generator: torch.Generator | None,
+    ) -> Call:
+        """A call on images and labels, all checked."""
+        check_batch(x, y, "x")
+        check_draws(x, indices, generator, "indices")
+        balance = None if mining is None else checked_balance(mining.balance, mining)
+        unperturbed = None if mining is None else mining.unperturbed
+        return cls(Execution.of(engine, cache, x), indices, generator, unperturbed, balance)
 
 
 @dataclass(frozen=True, eq=False)
 class Adversary:
-    """How a minibatch is attacked.
-
-    Attributes:
-        threat: what a perturbation may be.
-        step_size: α > 0, in pixel units; with BulletTrain of the boundary samples.
-        steps: N ≥ 1; not used with BulletTrain, which has its own.
-        noise: of the start: "normal" as TRADES, or "uniform" in the ball.
-        inner: the loss that grows: "kl" away from the clean distribution, or "cross_entropy" away from the label.
-        generator: on the images' device; for the start, and for the stand-in of a zero ℓ2 gradient.
-        frozen: the view of the model that the attack sees; runner: how it is executed.
-        samples: [m] integers, the samples' numbers, where their starts are to be decided by these and the seed alone.
-        balance: how the ranks of BulletTrain's process group share the attack out, if they do.
-    """
+    """A `PGD` with a start and an inner loss, and the call in which it attacks."""
 
     threat: ThreatModel
     step_size: float
-    steps: int
+    steps: int  # not used with BulletTrain, which has its own
     noise: Noise
     inner: InnerLoss
-    generator: torch.Generator | None
-    frozen: Frozen | None
-    runner: Runner
-    samples: Tensor | None
-    balance: Balance | None
+    call: Call
+
+    @classmethod
+    def of(cls, attack: PGD, noise: Noise, inner: InnerLoss, call: Call) -> Adversary:
+        """The attack; `noise` and `inner` where it names none."""
+        return cls(attack.threat, attack.step_size, attack.steps, attack.start or noise, attack.inner or inner, call)
 
     @property
     def numbers(self) -> Tensor | None:
         """The samples' numbers as the ops take them."""
-        return None if self.samples is None else self.samples.long()
+        return None if self.call.indices is None else self.call.indices.long()
+
+    def random_state(self, x: Tensor, offset: int = 0) -> Tensor:
+        """Seed and offset of a start: drawn, or with numbered samples the generator's own seed and `offset`."""
+        generator = self.call.generator
+        return random_state(x, generator) if self.call.indices is None else state_of_seed(x, generator, offset)
+
+    def queue(self, view: Callable[[Tensor], Tensor], batch: AttackBatch) -> StartedAttack:
+        """Start the attack's steps."""
+        return start_attack(view, batch, self.threat, self.call.generator, self.call.execution.runner)
 
 
 @dataclass(frozen=True, eq=False)
 class Attack:
-    """An attack at work.
+    """An attack whose steps are queued. Rows are in the plan's sorted order."""
 
-    Attributes:
-        x: [m, ...] and y: [m] int64, in the plan's sorted order.
-        started: what gives x'.
-        threat: what x' may be.
-        moving: the number of samples with steps.
-        independent: a training forward may run beside it.
-        inputs: the read of what is wrong with the input, if it has not been waited for.
-        faulty: [m] int32, samples whose input gradient held NaN, in `order`; None where there has been no attack now.
-        plan: who takes how many steps.
-        logits: [m, K], the clean ones of the attack's view in the minibatch's own order; None where it needed none.
-        observed: it is for the mining's `observe` to raise an error of these, not for `perturbed`.
-        order: [m] int64, which sample of the minibatch each is; None where they are in its own order.
-    """
-
-    x: Tensor
-    y: Tensor
+    x: Tensor  # [m, ...], clean
+    y: Tensor  # [m] int64
     started: StartedAttack
     threat: ThreatModel
-    moving: int
-    independent: bool
-    inputs: CheckedRead | None
-    faulty: Tensor | None
+    moving: int  # the number of samples with steps
+    independent: bool  # a training forward may run beside it
+    inputs: CheckedRead | None  # of faults of the input, where nothing has waited for them yet
+    faulty: Tensor | None  # [m] int32, samples whose input gradient held NaN; None for a further pass
     plan: Plan
-    logits: Tensor | None
-    observed: bool = False
-    order: Tensor | None = None
+    logits: Tensor | None  # [m, K], clean, in the minibatch's own order; None where the attack needed none
+    observed: bool = False  # the mining's `observe` raises the error of `faulty`, not `perturbed`
 
     def ended(self) -> Attack:
-        """The same with nothing left to be checked, for a further pass and for who asks for x'."""
+        """The same with nothing left to be checked, for a further pass."""
         return replace(self, independent=False, inputs=None, faulty=None)
 
     def perturbed(self) -> tuple[Tensor, CheckedRead | None]:
@@ -113,79 +132,92 @@ class Attack:
         x_adv = self.started.finish()
         if self.faulty is None or self.observed:
             return x_adv, None
-        read = faults.read([faults.gradients_without_direction(self.faulty, self.order)])
+        read = faults.read([faults.gradients_without_direction(self.faulty, self.plan.order)])
         if x_adv.is_cuda:  # it has the update's forwards to do before
             return x_adv, read
         read.wait()
         return x_adv, None
 
 
-def start(
-    model: nn.Module, x: Tensor, y: Tensor, adversary: Adversary, bullet: BulletTrain | None, name: str
-) -> Attack:
-    """Start the attack on checked arguments. With `bullet` what is wrong with their values is raised here.
+@contextmanager
+def attacking(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    pgd: PGD,
+    defaults: tuple[Noise, InnerLoss],
+    bullet: BulletTrain | None,
+    call: Call,
+) -> Iterator[tuple[nn.Module, Attack]]:
+    """In the block, under the engine's autocast: the model on pixels, and the attack on it, joined at the end.
 
     Args:
-        name: of x in messages.
+        defaults: start and inner loss of a `pgd` that names none.
     """
+    images = on_pixels(model, x, pgd.normalization, call.name, pgd.bounds)
+    with images as (model, pixels), call.execution.autocast(x):
+        attack = start(model, pixels(x), y, Adversary.of(pgd, *defaults, call), bullet)
+        with attack.started:
+            if attack.inputs is not None:
+                attack.inputs.wait()
+            yield model, attack
+
+
+def start(model: nn.Module, x: Tensor, y: Tensor, adversary: Adversary, bullet: BulletTrain | None) -> Attack:
+    """Start the attack on checked arguments. With `bullet` what is wrong with their values is raised here."""
     x = x.detach()
     threat = adversary.threat
     bounds = threat.lower, threat.upper
     warn_of_units(threat.epsilon, threat.norm, bounds, adversary.step_size, x[0].numel())
-    pixels = faults.pixels_outside(x, *bounds, name)
+    pixels = faults.pixels_outside(x, *bounds, adversary.call.name)
     x = faults.onto_bounds(x, *bounds)
     model = unwrapped(model)
     if bullet is None:
         return _start_uniform(model, x, y, adversary, pixels)
     if (kept := bullet.reused()) is not None:
-        return _reused(kept, x, y, adversary.threat, bullet)
+        return _reused(kept, x, y, threat, bullet)
     return _start_ragged(model, x, y, adversary, bullet, pixels)
 
 
-def _start_uniform(model: nn.Module, x: Tensor, y: Tensor, adversary: Adversary, pixels: Fault) -> Attack:
+def _start_uniform(model: nn.Module, x: Tensor, y: Tensor, a: Adversary, pixels: Fault) -> Attack:
     """The authors' attack, in which every sample takes `steps` steps."""
-    a = adversary
     begin = _uniform_start(x, a)
-    with attack_model(model, a.frozen, x[:COMPARED]) as view:
+    with attack_model(model, a.call.execution.view, x[:COMPARED]) as view:
         if a.inner == "kl":
-            logits, whose = clean_logits(view, x), "the model's logits"
-            target = logits.double().softmax(dim=1).to(ops.wide(logits).dtype)  # rounded once, as the ops' own softmax
+            logits, name = clean_logits(view, x), "the model's logits"
+            target = _probabilities(logits)
         else:  # two rows of the model itself tell the number of classes: a view would be compiled anew for them
-            logits, whose = clean_logits(model, x[:2]), "the model's logits of the first two samples"
+            logits, name = clean_logits(model, x[:2]), "the model's logits of the first two samples"
             target = _one_hot(y, ops.wide(logits))
-        found = [pixels, faults.labels_outside(y, logits.shape[1], "y"), faults.rows_without_number(logits, whose)]
-        inputs = faults.read(found)
+        labels = faults.labels_outside(y, logits.shape[1], "y")
+        inputs = faults.read([pixels, labels, faults.rows_without_number(logits, name)])
         plan = Plan.uniform(len(x), a.steps, a.step_size, x.device)
         batch = AttackBatch.of(plan, begin, x, target)
-        started = start_attack(view, batch, a.threat, a.generator, a.runner)
+        started = a.queue(view, batch)
     clean = logits if a.inner == "kl" else None
     return Attack(x, y.long(), started, a.threat, len(x), independent(view), inputs, batch.faulty, plan, clean)
 
 
-def _uniform_start(x: Tensor, adversary: Adversary) -> Tensor:
-    if adversary.samples is not None:
-        state = state_of_seed(x, adversary.generator)
-        return sorted_start(x, None, None, state, adversary.noise, adversary.threat, adversary.numbers)[1]
-    if adversary.noise == "uniform":
-        return ball_start(x, adversary.threat, adversary.generator)
-    as_authors = adversary.generator is None and not x.is_cuda
-    noise = normal_noise(x, adversary.generator, on_cpu=as_authors)
-    if as_authors and adversary.threat.norm == "l_2":  # the TRADES code draws once more and uses the second
+def _uniform_start(x: Tensor, a: Adversary) -> Tensor:
+    generator = a.call.generator
+    if a.call.indices is not None:
+        return sorted_start(x, None, None, a.random_state(x), a.noise, a.threat, a.numbers)[1]
+    if a.noise == "uniform":
+        return ball_start(x, a.threat, generator)
+    as_authors = generator is None and not x.is_cuda
+    noise = normal_noise(x, generator, on_cpu=as_authors)
+    if as_authors and a.threat.norm == "l_2":  # the TRADES code draws once more and uses the second
         noise = normal_noise(x, None, on_cpu=True)
     return (x + noise).to(x.dtype)
 
 
-def _start_ragged(
-    model: nn.Module, x: Tensor, y: Tensor, adversary: Adversary, bullet: BulletTrain, pixels: Fault
-) -> Attack:
+def _start_ragged(model: nn.Module, x: Tensor, y: Tensor, a: Adversary, bullet: BulletTrain, pixels: Fault) -> Attack:
     """Algorithm 2's attack. Waits for the counts: what is wrong with the input is raised here."""
-    a = adversary
-    names = ("the model's logits", "y")
-    with attack_model(model, a.frozen, x[:COMPARED]) as view:
+    with attack_model(model, a.call.execution.view, x[:COMPARED]) as view:
         with range_(MINING):  # to the end of the wait for the counts
             logits = clean_logits(view, x)
             warn_of_neighbours(model, x, a.threat, "leave BulletTrain out")
-            state = random_state(x, a.generator) if a.samples is None else state_of_seed(x, a.generator)
+            state = a.random_state(x)
             attacked, of_attack = None, []
             if isinstance(bullet.policy, Oracle):
                 attacked, gradients = _attacked_logits(view, x, y, logits, a, bullet.policy.steps)
@@ -196,115 +228,125 @@ def _start_ragged(
                 epsilon=a.threat.epsilon,
                 step_size=a.step_size,
                 inputs=[pixels],
-                names=names,
+                names=("the model's logits", "y"),
                 attacked_logits=attacked,
                 of_attack=of_attack,
                 state=state,
             )
-            samples = a.numbers
+            numbers = a.numbers
             if plan.ranks is not None:
                 state, first = plan.ranks.state, plan.ranks.first
-                samples = torch.arange(len(x), device=x.device) + first if samples is None else samples
-            clean, begin = sorted_start(x, plan.order, plan.steps, state, a.noise, a.threat, samples)
+                numbers = torch.arange(len(x), device=x.device) + first if numbers is None else numbers
+            clean, begin = sorted_start(x, plan.order, plan.steps, state, a.noise, a.threat, numbers)
             labels = plan.sort(y).long()
             target = plan.sort(plan.probabilities) if a.inner == "kl" else _one_hot(labels, plan.probabilities)
             batch = AttackBatch.of(plan, begin, clean, target)
-        how = (batch, a.threat, a.generator, a.runner)
-        if a.balance is None or bullet.process_group is None:
-            started = start_attack(view, *how)
+        group, call = bullet.process_group, a.call
+        if call.balance is None or group is None:
+            started = a.queue(view, batch)
         else:
-            started = start_balanced_attack(view, *how, a.balance, plan.steps_of_ranks, bullet.process_group)
+            how = (a.threat, call.generator, call.execution.runner, call.balance)
+            started = start_balanced_attack(view, batch, *how, plan.steps_of_ranks, group)
     moving = batch.active[0] if batch.active else 0
-    later = x.is_cuda or bullet.process_group is not None
-    found = (started, a.threat, moving, independent(view), None, batch.faulty, plan, logits)
-    return Attack(clean, labels, *found, observed=later, order=plan.order)
-
-
-def _reused(kept: object, x: Tensor, y: Tensor, threat: ThreatModel, bullet: BulletTrain) -> Attack:
-    """The attack of the first pass over this minibatch, which has ended; its read tells whether it is this one."""
-    if not isinstance(kept, Attack) or kept.threat != threat:
-        made = f"with {kept.threat}" if isinstance(kept, Attack) else "by augmix_loss"
-        raise ValueError(f"again(reuse=True) has the x' made {made}, but this loss attacks with {threat}: {NEW_ONES}")
-    order = slice(None) if kept.order is None else kept.order
-    check_alike(kept.x, x)
-    return replace(kept, inputs=bullet.start_again([of_another(kept.x, x[order], kept.y, y.long()[order])]))
+    later = x.is_cuda or group is not None
+    return Attack(
+        clean, labels, started, a.threat, moving, independent(view), None, batch.faulty, plan, logits, observed=later
+    )
 
 
 def _attacked_logits(
-    view: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, logits: Tensor, adversary: Adversary, steps: int
+    view: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, logits: Tensor, a: Adversary, steps: int
 ) -> tuple[Tensor, Fault]:
-    """What the oracle's groups are told by: logits [m, K] after uniform steps of 1.7·ε/steps, and the attack's fault.
+    """Logits [m, K], by which the oracle groups, after uniform steps of 1.7·ε/steps, and the attack's fault.
 
     It is the objective's own attack but for its steps. Its random numbers are drawn after the training start's state.
     """
-    a = adversary
-    # offsets 0 and 1 are those of the training start
-    state = random_state(x, a.generator) if a.samples is None else state_of_seed(x, a.generator, offset=2)
+    state = a.random_state(x, offset=2)  # offsets 0 and 1 are those of the training start
     clean, begin = sorted_start(x, None, None, state, a.noise, a.threat, a.numbers)
-    probabilities = logits.double().softmax(dim=1).to(ops.wide(logits).dtype)
+    probabilities = _probabilities(logits)
     target = probabilities if a.inner == "kl" else _one_hot(y, probabilities)
     plan = Plan.uniform(len(x), steps, STEP_FACTOR * a.threat.epsilon / steps, x.device)
     batch = AttackBatch.of(plan, begin, clean, target)
-    attack = start_attack(view, batch, a.threat, a.generator, a.runner)
+    attack = a.queue(view, batch)
     attacked = clean_logits(view, attack.finish())
     return attacked, faults.gradients_without_direction(batch.faulty)
 
 
+def _probabilities(logits: Tensor) -> Tensor:
+    """Softmax of logits [m, K], rounded once, as that of the ops."""
+    return logits.double().softmax(dim=1).to(ops.wide(logits).dtype)
+
+
 def _one_hot(y: Tensor, like: Tensor) -> Tensor:
-    """[m, K] with the columns and dtype of `like`; no row has a 1 for a label out of range, which is told later."""
+    """[m, K] with the columns and dtype of `like`; a label out of range, an error later, has a row without a 1."""
     return (torch.arange(like.shape[1], device=y.device) == y.long()[:, None]).to(like.dtype)
 
 
-# The update
+def _reused(kept: object, x: Tensor, y: Tensor, threat: ThreatModel, bullet: BulletTrain) -> Attack:
+    """The attack of the first pass over this minibatch, which has ended; its read checks that the minibatch is this."""
+    if not isinstance(kept, Attack) or kept.threat != threat:
+        made = f"with {kept.threat}" if isinstance(kept, Attack) else "by augmix_loss"
+        raise ValueError(f"again(reuse=True) has the x' made {made}, but this loss attacks with {threat}: {NEW_ONES}")
+    return replace(kept, inputs=bullet.start_again([other_samples(kept.x, kept.y, x, y.long(), kept.plan)]))
 
 
-@dataclass(frozen=True, eq=False)
-class Ran:
-    """An update that has run.
+def other_samples(kept_x: Tensor, kept_y: Tensor, x: Tensor, y: Tensor, plan: Plan | None = None) -> Fault:
+    """The number of samples that are not those of the first pass, which is in the order of `plan`, if given.
 
-    Attributes:
-        terms: as `Forwards` gives them.
-        x_adv: [m, ...], x', in the attack's order.
-        beside: whether its clean forward ran beside the attack.
+    Raises:
+        ValueError: the images are of another shape, dtype or device.
     """
+    needs = "again(reuse=True) needs the images and labels of the last call outside of its block"
+    instead = f"call the loss on these once before, or {NEW_ONES}"
+    if (kept_x.shape, kept_x.dtype, kept_x.device) != (x.shape, x.dtype, x.device):
+        first, now = (f"{list(t.shape)} {t.dtype} on {t.device}" for t in (kept_x, x))
+        raise ValueError(f"{needs}, {first}, got {now}: {instead}")
+    x, y = (x, y) if plan is None else (plan.sort(x), plan.sort(y))
+    differs = (kept_x != x).flatten(1).any(dim=1) | (kept_y != y)
+    return Fault(differs.sum(), f"{needs}, but {{count}} of {len(y)} samples are others: {instead}")
 
-    terms: Terms
-    x_adv: Tensor
-    beside: bool
 
+def run(model: nn.Module, attack: Attack, forwards: Forwards, execution: Execution) -> tuple[Terms, Tensor, bool]:
+    """Run the update, its clean forward beside the attack where that is the same.
 
-def run(model: nn.Module, attack: Attack, forwards: Forwards, update: Update | None, cache: GraphCache | None) -> Ran:
-    """Run the update, its clean forward beside the attack where that is the same."""
-    with attack.started:
-        if attack.inputs is not None:
-            attack.inputs.wait()
-        with range_(UPDATE), update_modes(model) as modes:
-            alone = attack.started.beside and attack.independent and not (update is not None and update.graphs)
-            beside = alone and forwards.clean_first and moves_batch_norm_alone(model)
-            if beside:
-                clean = forwards.clean(model, attack.x)
-                x_adv, late = attack.perturbed()
-                terms, _ = forwards.adversarial_half(unwrapped(model), clean, attack.x, x_adv, attack.y)
-            else:
-                x_adv, late = attack.perturbed()
-                terms = run_update(update, model, forwards, attack.x, x_adv, attack.y, cache)
-            modes.again_in_backward(terms)
+    It gives the terms of `forwards`, x' in the plan's sorted order, and whether the clean forward ran beside.
+    """
+    update = execution.update
+    with range_(UPDATE), update_modes(model) as modes:
+        alone = attack.started.beside and attack.independent and not (update is not None and update.graphs)
+        beside = alone and forwards.clean_first and moves_batch_norm_alone(model)
+        if beside:
+            clean = forwards.clean(model, attack.x)
+            x_adv, late = attack.perturbed()
+            terms, _ = forwards.adversarial_half(unwrapped(model), clean, attack.x, x_adv, attack.y)
+        else:
+            x_adv, late = attack.perturbed()
+            terms = run_update(update, model, forwards, attack.x, x_adv, attack.y, execution.cache)
+        modes.again_in_backward(terms)
     if late is not None:
         late.wait()
-    return Ran(terms, x_adv, beside)
+    return terms, x_adv, beside
+
+
+def in_callers_order(x_adv: Tensor, x: Tensor, plan: Plan, normalize: Normalize | None) -> Tensor:
+    """x' [m, ...] in the order and the units of the caller's x: a sample without steps is x itself, to the bit.
+
+    Args:
+        x_adv: [m, ...] pixels in the plan's sorted order.
+        normalize: makes images like x of pixels; None where they are pixels.
+    """
+    x_adv = plan.unsort(x_adv)
+    if normalize is None:
+        return x_adv
+    return torch.where(per_sample(plan.steps > 0, x), normalize(x_adv), x)
 
 
 # Arguments
 
-AS_FLOATS = "of bytes write x.float() / 255"
-
 
 def check_batch(x: Tensor, y: Tensor, name: str) -> None:
     """Raise TypeError or ValueError for images or labels that the host can see to be none; `name` is that of x."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a tensor of images, got {type(x).__name__}: write torch.as_tensor({name})")
-    if not computable(x):
-        raise TypeError(f"{name} must be floating-point images, got {kind_of(x)}: {AS_FLOATS}")
+    check_pixels(x, name)
     if x.dim() < 2 or x.numel() == 0:
         raise ValueError(
             f"{name} must have shape [m, ...] with m >= 1, got {list(x.shape)}: of one image write x[None], and "
@@ -322,8 +364,10 @@ def check_optimizer(optimizer: object) -> None:
         )
 
 
-def check_steps(attack: PGD, mining: BulletTrain | None) -> None:
-    """Raise ValueError unless attack and mining agree on the steps of a boundary sample."""
+def check_attack(attack: PGD, mining: BulletTrain | None) -> None:
+    """Raise TypeError or ValueError unless they are an attack and a mining with the same steps of a boundary sample."""
+    check_kind("attack", attack, PGD, "write PGD(epsilon=8 / 255, step_size=2 / 255, steps=10)")
+    check_kind("mining", mining, BulletTrain, "write mining=BulletTrain()", optional=True)
     if mining is not None and mining.boundary_steps not in (0, attack.steps):
         raise ValueError(
             f"attack takes {attack.steps} steps, but mining {mining.boundary_steps} boundary steps: "
@@ -340,10 +384,9 @@ def check_draws(x: Tensor, indices: Tensor | None, generator: torch.Generator | 
 
 def checked_balance(balance: object, mining: BulletTrain | None) -> Balance | None:
     """The balance; TypeError or ValueError unless there are ranks that could share an attack out so."""
-    if balance is None:
-        return None
+    check_kind("balance", balance, Balance, "write balance=Balance()", optional=True)
     if not isinstance(balance, Balance):
-        raise TypeError(f"balance must be a Balance or None, got {type(balance).__name__}: write balance=Balance()")
+        return None
     if mining is None or mining.process_group is None:
         raise ValueError(
             "balance shares an attack out over ranks: it needs a BulletTrain with process_group=...: "

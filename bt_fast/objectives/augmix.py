@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from bt_fast import faults, ops
 from bt_fast.allocation import Oracle
 from bt_fast.attack.frozen import checked_logits, logits_of
-from bt_fast.attack.graph_cache import DTYPES
 from bt_fast.attack.pixels import Normalization, on_pixels
 from bt_fast.attack.wrapped import unwrapped
 from bt_fast.augment.mix import SEVERITY, augment_and_mix, check_images, check_severity, draw_choices
 from bt_fast.engine import Engine
 from bt_fast.faults import Fault
 from bt_fast.mining import BulletTrain
-from bt_fast.objectives.again import NEW_ONES, check_alike, of_another
+from bt_fast.objectives.adversarial import NEW_ONES, other_samples
+from bt_fast.objectives.execution import autocast, precision_of, yes
 from bt_fast.objectives.forwards import formatted
 from bt_fast.objectives.recomputed import update_modes
 from bt_fast.ranges import MINING, UPDATE, range_
@@ -37,24 +37,21 @@ class AugMixLoss(nn.Module):
     authors' loss, from one forward of the three views together: 9 forward-pass equivalents with backward. With `jsd`
     off it is their `--no-jsd`, the paper's "AugMix − JSD": `CE(h(x'), y)` on one view, at 3.
 
-    With `mining` it is Algorithm 2 of the BulletTrain paper at N_B = 1, N_R = N_O = 0: a clean forward, whose logits
-    both assign the groups and enter the loss (so it runs in train mode: a forward of its own would cost one more), then
-    only the boundary samples are augmented and run one forward of their two views, and JS is summed over them and
-    divided by m: 3 + 6·F_B. F_R moves by the accuracy, over all m samples, on the first view x', as in Eq. 5; where a
-    sample has no view, its z' is its clean z.
+    With `mining` it is Algorithm 2 of the BulletTrain paper at N_B = 1, N_R = N_O = 0: a clean forward in train mode,
+    whose logits both assign the groups and enter the loss, then one forward of the boundary samples' two views; JS is
+    summed over these and divided by m: 3 + 6·F_B. F_R moves by the accuracy, over all m samples, on the first view x',
+    as in Eq. 5; where a sample has no view, its z' is its clean z.
 
     Batch norm sees the three views as one batch without `mining`, and with it first the clean batch and then the views,
-    so its buffers are moved twice. The forwards run in the modes in which the model was found, module by module; a
-    model found in eval mode as a whole runs them in train mode, as the authors' code does. The modes are restored.
+    so its buffers are moved twice. The forwards run in the modes of `AdversarialLoss`'s update.
 
     Args:
         mining: `BulletTrain(1, 0, 0)`, with any metric and any policy but the oracle: a sample with a step is augmented
             ("uniform" augments all). It is a part of this module, moves and saves with it.
-        jsd: whether there is a divergence term. Off, there is nothing for `mining` to leave out, and it must be None.
+        jsd: whether there is a divergence term. Off, `mining` must be None: it has nothing to leave out.
         severity: of the operations, in (0.1, 10]; 3 in the authors' code.
-        normalization: what the images' loader has done to the pixels: it is the pixels that are augmented.
-        engine: how the forwards are executed, by name or as an `Engine`. There is no attack: precision and
-            channels_last are what is used of it.
+        normalization: what the images' loader has done to the pixels, which are augmented.
+        engine: how the forwards are executed, by name or as an `Engine`: its precision and channels_last.
 
     Raises:
         TypeError, ValueError: an option does not fit; the message names it.
@@ -96,8 +93,8 @@ class AugMixLoss(nn.Module):
             model: maps [m, C, H, W] to logits [m, K].
             x: [m, C, H, W] floating point in [0, 1], m ≥ 1.
             y: [m] integers in 0..K-1.
-            generator: on the images' device, for the augmentation; the device's default generator if not given. The
-                number of samples that are augmented with `mining` decides how much is drawn.
+            generator: on the images' device, for the augmentation; the device's default generator if not given. With
+                `mining` it draws for the augmented samples alone.
 
         Returns:
             0-dim loss with gradient to the model's parameters.
@@ -105,11 +102,10 @@ class AugMixLoss(nn.Module):
         Raises:
             TypeError: images are not floating point, labels not integers, or the model does not return a tensor.
             ValueError: a shape, device or value does not fit (pixels outside [0, 1], labels out of range, NaN logits).
-                Nothing has been changed then: no buffer, no F_R, no count. On a GPU with `mining`, NaN in the views'
-                logits is raised by the next call.
+                Nothing has changed then. On a GPU with `mining`, NaN in the views' logits is raised by the next call.
         """
         _check_batch(x, y, generator)
-        with on_pixels(model, x, self.normalization, "x") as (model, pixels), self._autocast(x):
+        with on_pixels(model, x, self.normalization, "x") as (model, pixels), autocast(precision_of(self.engine), x):
             images = pixels(x).detach()
             outside = faults.pixels_outside(images, 0.0, 1.0, "x")
             images = faults.onto_bounds(images, 0.0, 1.0)
@@ -125,20 +121,13 @@ class AugMixLoss(nn.Module):
 
     def explain(self) -> str:
         """What is used of the engine, in lines."""
-        engine = self.engine
-        precision = f"{DTYPES[engine.precision]}, under autocast" if engine.precision else "as the model and the caller"
-        return "\n".join(
-            [
-                f"{type(self).__name__}, engine {engine.name!r}",
-                f"channels last: {'yes' if engine.channels_last else 'no'}",
-                f"precision: {precision}",
-                "there is no attack: folded view, graphs and streams are not used",
-            ]
+        engine, precision = self.engine, precision_of(self.engine)
+        return (
+            f"{type(self).__name__}, engine {engine.name!r}\n"
+            f"channels last: {yes(engine.channels_last)}\n"
+            f"precision: {f'{precision}, under autocast' if precision else 'as the model and the caller'}\n"
+            "there is no attack: folded view, graphs and streams are not used"
         )
-
-    def _autocast(self, x: Tensor) -> AbstractContextManager[object]:
-        precision = self.engine.precision
-        return nullcontext() if precision is None else torch.autocast(x.device.type, DTYPES[precision])
 
     def _loss_of_all(
         self, model: nn.Module, x: Tensor, y: Tensor, outside: Fault, generator: torch.Generator | None
@@ -149,13 +138,12 @@ class AugMixLoss(nn.Module):
         with range_(UPDATE):
             logits = checked_logits(model(formatted(inputs, self.engine.channels_last)), len(inputs))
             classes = logits.shape[1]
-            samples = torch.arange(len(logits), device="cpu") % len(x)
-            unfit = faults.rows_without_number(logits, "the model's logits", samples)
+            indices = torch.arange(len(logits), device="cpu") % len(x)
+            unfit = faults.rows_without_number(logits, "the model's logits", indices)
             read = faults.read([outside, faults.labels_outside(y, classes, "y"), unfit])
             clean, *of_views = logits.split(len(x))
             labels = y.long().clamp(0, classes - 1)  # one out of range is a fault, not a crash
-            divergence = ops.js_divergence(clean, *of_views) if self.jsd else None
-            loss = self.objective(clean, labels, divergence)
+            loss = self.objective(clean, labels, ops.js_divergence(clean, *of_views) if self.jsd else None)
             read.wait()
             return loss
 
@@ -199,18 +187,12 @@ def augmix_loss(
     normalization: Normalization | None = None,
     engine: Engine | str = "exact",
 ) -> Tensor:
-    """`AugMixLoss` as a function.
+    """`AugMixLoss` as a function, with its result and its errors.
 
     Args:
         model, x, y, generator: as for a call of `AugMixLoss`.
         bullet: `BulletTrain(1, 0, 0)`, on the images' device.
         jsd, severity, normalization, engine: as for `AugMixLoss`.
-
-    Returns:
-        0-dim loss with gradient to the model's parameters, ready for `backward()`. Gradients are not zeroed.
-
-    Raises:
-        TypeError, ValueError: as `AugMixLoss` and its call.
     """
     _check_batch(x, y, generator)
     _check_options(bullet, jsd, severity, "bullet")
@@ -221,13 +203,7 @@ def augmix_loss(
 
 @dataclass(frozen=True, eq=False)
 class _Views:
-    """A minibatch and its views.
-
-    Attributes:
-        x: [m, C, H, W], y: [m]; the minibatch.
-        boundary: [b] int64, the samples that are augmented.
-        drawn: two views [b, C, H, W] of them.
-    """
+    """A minibatch x [m, C, H, W], y [m], and two views [b, C, H, W] of the samples `boundary` [b] int64."""
 
     x: Tensor
     y: Tensor
@@ -236,12 +212,11 @@ class _Views:
 
 
 def _reused(kept: object, x: Tensor, y: Tensor, clean: Tensor, bullet: BulletTrain) -> _Views:
-    """The views of the first pass over this minibatch, once it is known that it is this one."""
+    """The views of the first pass, once it is known that it was over this minibatch."""
     if not isinstance(kept, _Views):
         raise ValueError(f"again(reuse=True) has the x' of another loss, but augmix_loss needs views: {NEW_ONES}")
-    check_alike(kept.x, x)
-    unfit = faults.rows_without_number(clean, "the model's logits")
-    bullet.start_again([of_another(kept.x, x, kept.y, y), unfit]).wait()
+    others = other_samples(kept.x, kept.y, x, y)
+    bullet.start_again([others, faults.rows_without_number(clean, "the model's logits")]).wait()
     return kept
 
 
@@ -257,12 +232,12 @@ def _unchanged_by_errors(model: nn.Module) -> Iterator[None]:
 
     The first forward moves batch norm's buffers, and only its logits tell whether the input was sound.
     """
-    found = [(m, name, b, b.clone()) for m in model.modules() for name, b in m.named_buffers(recurse=False)]
+    buffers = [(m, name, b, b.clone()) for m in model.modules() for name, b in m.named_buffers(recurse=False)]
     try:
         yield
     except BaseException:
         with torch.no_grad():
-            for module, name, buffer, value in found:
+            for module, name, buffer, value in buffers:
                 setattr(module, name, buffer.copy_(value))  # some modules put a new tensor in its place
         raise
 

@@ -1,8 +1,4 @@
-"""Losses called as their authors' functions are, with the same arguments in the same order.
-
-What is added to a loss class here: the authors' names, their step size in ℓ2, the optimizer whose gradients they zero,
-and the keywords of the first version, which work for this one with a warning that shows the new line.
-"""
+"""Losses called as their authors' functions are, and the keywords of the first version, which work with a warning."""
 
 from __future__ import annotations
 
@@ -24,8 +20,9 @@ from bt_fast.deprecated import check_keywords
 from bt_fast.engine import Engine
 from bt_fast.mining import BulletTrain
 from bt_fast.objectives import adversarial
+from bt_fast.objectives.adversarial import Call, Unperturbed
 from bt_fast.objectives.execution import Execution
-from bt_fast.objectives.loss import AdversarialLoss, Call, Unperturbed
+from bt_fast.objectives.loss import AdversarialLoss
 from bt_fast.objectives.update import Update
 from bt_fast.validation import check_choice, check_kind, positive, step_count
 
@@ -107,82 +104,60 @@ def call(
     function: str = "",
     **of_loss: Any,
 ) -> Tensor:
-    """The loss `kind` of a drop-in's arguments.
+    """The loss `kind` of a drop-in's arguments, with the attack's start and the function's name if not its own.
 
-    Args:
-        deprecated: keywords of the first version.
-        start: of the attack, where the drop-in decides about it.
-        function: the drop-in's name, if it is not the loss's own.
-        of_loss: what else the loss is made with, `beta` say.
+    `of_loss` are further arguments of the loss, `beta` say.
     """
     known = NEW_LINES if kind.clean_forwards else {k: v for k, v in NEW_LINES.items() if k != "unperturbed"}
     check_keywords(function or kind.drop_in, deprecated, known, loss=kind.__name__)
     given.check()
-    old, bullet = _Old.of(deprecated, given), given.bullet
-    adversarial.check_draws(given.x_natural, old.samples, given.generator, "samples")
+    _check_old(deprecated, given.bullet)
+    bullet, old = given.bullet, deprecated.get
+    unperturbed, balance = old("unperturbed"), old("balance")
+    if bullet is not None:
+        unperturbed, balance = unperturbed or bullet.unperturbed, balance or bullet.balance
+    balance = adversarial.checked_balance(balance, bullet)
+    adversarial.check_draws(given.x_natural, old("samples"), given.generator, "samples")
     authors_l2 = given.distance == "l_2" and kind.step_in_l2_is_its_own
     attack = PGD(
         given.epsilon,
         2.0 * float(given.epsilon) / given.steps if authors_l2 else given.step_size,
         given.steps,
         norm_of(given.distance),
-        start=start or old.start,
-        normalization=old.normalization,
+        start=start or old("start"),
+        normalization=old("normalization"),
     )
     loss = kind(attack, mining=bullet, engine=given.engine, **of_loss)
-    execution = old.execution(loss.engine) or Execution.of(loss.engine, shared_cache(loss.engine), given.x_natural)
-    how = Call(execution, old.samples, given.generator, old.unperturbed, old.balance, "x_natural")
-    found = loss.of_call(given.model, given.x_natural, given.y, how)
+    execution = _execution(loss.engine, deprecated, given.x_natural)
+    how = Call(execution, old("samples"), given.generator, unperturbed, balance, "x_natural")
+    value = loss.of_call(given.model, given.x_natural, given.y, how)
     if given.optimizer is not None:
         given.optimizer.zero_grad()
-    return found
+    return value
 
 
-@dataclass(frozen=True, eq=False)
-class _Old:
-    """Keywords of the first version, checked."""
-
-    unperturbed: Unperturbed | None
-    start: Noise | None
-    frozen: Frozen | None
-    runner: Runner | str | None
-    update: Update | None
-    samples: Tensor | None
-    balance: Balance | None
-    normalization: Normalization | None
-
-    @classmethod
-    def of(cls, deprecated: Mapping[str, Any], given: Given) -> _Old:
-        old = cls(**{name: deprecated.get(name) for name in NEW_LINES})
-        check_kind("frozen", old.frozen, Frozen, "write engine='fast'", optional=True)
-        check_kind("update", old.update, Update, "write engine='fast'", optional=True)
-        if "runner" in deprecated:
-            runner_of(deprecated["runner"])
-        check_choice("start", old.start, ("normal", "uniform", None))
-        check_choice("unperturbed", old.unperturbed, ("keep", "skip", None))
-        if old.unperturbed is not None and given.bullet is None:
-            raise ValueError(
-                "unperturbed is an option of BulletTrain: it needs bullet=: give that, or leave unperturbed out"
-            )
-        if given.bullet is None:
-            adversarial.checked_balance(old.balance, None)
-            return old
-        mining = given.bullet
-        return cls(
-            **{
-                **{name: getattr(old, name) for name in NEW_LINES},
-                "unperturbed": old.unperturbed or mining.unperturbed,
-                "balance": adversarial.checked_balance(old.balance or mining.balance, mining),
-            }
+def _check_old(deprecated: Mapping[str, Any], bullet: BulletTrain | None) -> None:
+    """Raise TypeError or ValueError for values of old keywords."""
+    for name, kind in (("frozen", Frozen), ("update", Update)):
+        check_kind(name, deprecated.get(name), kind, "write engine='fast'", optional=True)
+    if "runner" in deprecated:
+        runner_of(deprecated["runner"])
+    check_choice("start", deprecated.get("start"), ("normal", "uniform", None))
+    check_choice("unperturbed", deprecated.get("unperturbed"), ("keep", "skip", None))
+    if deprecated.get("unperturbed") is not None and bullet is None:
+        raise ValueError(
+            "unperturbed is an option of BulletTrain: it needs bullet=: give that, or leave unperturbed out"
         )
 
-    def execution(self, engine: Engine) -> Execution | None:
-        """What old keywords say of it; None where they say nothing."""
-        if self.frozen is None and self.runner is None and self.update is None:
-            return None
-        if engine != Engine():
-            raise ValueError(
-                f"engine={engine.name!r} says already how it is executed, but frozen, runner or update does, too: "
-                "leave these out"
-            )
-        return Execution(self.frozen, runner_of(self.runner or "eager"), self.update)
+
+def _execution(engine: Engine, deprecated: Mapping[str, Any], x: Tensor) -> Execution:
+    """That of the engine, or of the old keywords that replace it."""
+    frozen, runner, update = (deprecated.get(name) for name in ("frozen", "runner", "update"))
+    if frozen is None and runner is None and update is None:
+        return Execution.of(engine, shared_cache(engine), x)
+    if engine != Engine():
+        raise ValueError(
+            f"engine={engine.name!r} says already how it is executed, but frozen, runner or update does, too: "
+            "leave these out"
+        )
+    return Execution(frozen, runner_of(runner or "eager"), update)

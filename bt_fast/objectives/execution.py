@@ -1,4 +1,4 @@
-"""How one loss runs on one device: its engine there, and in words what came of it."""
+"""An engine on the device of one loss, and what a loss's `explain` says of it."""
 
 from __future__ import annotations
 
@@ -22,50 +22,45 @@ from bt_fast.objectives.update import Update, explain_graphs
 
 @dataclass(frozen=True, eq=False)
 class Execution:
-    """An engine, as it is for one device.
+    """An engine on one device."""
 
-    Attributes:
-        view: of the model, for the attack; None for the model itself.
-        runner: how the attack's steps are executed.
-        update: how the update is executed; None for eagerly, in the images' own format.
-        cache: of the update's graphs; None for the one of all callers.
-        precision: of the whole under autocast; None for the caller's.
-    """
-
-    view: Frozen | None
-    runner: Runner
-    update: Update | None
-    cache: GraphCache | None = None
-    precision: torch.dtype | None = None
+    view: Frozen | None  # what the attack sees; None for the model itself
+    runner: Runner  # of the attack's steps
+    update: Update | None  # None for eagerly, in the images' own format
+    cache: GraphCache | None = None  # of the update's graphs; None for the one of all callers
+    precision: torch.dtype | None = None  # of the whole under autocast; None for the caller's
 
     @classmethod
     def of(cls, engine: Engine, cache: GraphCache, x: Tensor) -> Execution:
         """The engine on the device of x."""
-        runner = cache.runner(engine, x)
         graphs = engine.graphs and device.has_graphs(x)
         update = Update(channels_last=engine.channels_last, graphs=graphs) if engine.channels_last or graphs else None
-        return cls(view_of(engine), runner, update, cache, DTYPES[engine.precision] if engine.precision else None)
+        return cls(view_of(engine), cache.runner(engine, x), update, cache, precision_of(engine))
 
     def autocast(self, x: Tensor) -> AbstractContextManager[object]:
         """The precision, around attack and update."""
-        return nullcontext() if self.precision is None else torch.autocast(x.device.type, self.precision)
+        return autocast(self.precision, x)
+
+
+def precision_of(engine: Engine) -> torch.dtype | None:
+    """The dtype of the engine's autocast; None for the caller's."""
+    return DTYPES[engine.precision] if engine.precision else None
+
+
+def autocast(precision: torch.dtype | None, x: Tensor) -> AbstractContextManager[object]:
+    """Autocast on the device of x; None leaves the caller's as it is."""
+    return nullcontext() if precision is None else torch.autocast(x.device.type, precision)
 
 
 @dataclass(frozen=True, eq=False)
 class Seen:
-    """What a loss has run.
+    """The last call of a loss."""
 
-    Attributes:
-        model: as the attack knows it, updated: as the update does. device: of the images.
-        execution: how it ran.
-        beside: whether the update's clean forward ran beside the attack.
-    """
-
-    model: Callable[[], nn.Module | None]
-    updated: Callable[[], nn.Module | None]
+    model: Callable[[], nn.Module | None]  # as the attack knows it
+    updated: Callable[[], nn.Module | None]  # as the update knows it
     device: torch.device
     execution: Execution
-    beside: bool
+    beside: bool  # the update's clean forward ran beside the attack
 
 
 def lines(seen: Seen) -> Iterator[str]:
@@ -74,25 +69,25 @@ def lines(seen: Seen) -> Iterator[str]:
     if model is None or updated is None:
         yield "the model of the last call is gone: explain while there is one"
         return
-    view = None if execution.view is None else known_view(model, execution.view)
-    yield f"folded view: {_fold(execution.view, view)}"
-    update = execution.update
-    last = execution.view is not None and execution.view.channels_last
-    yield f"channels last: attack {_yes(last)}, update {_yes(update is not None and update.channels_last)}"
-    attacked = model if view is None else view
-    yield f"attack steps: {_runner(execution.runner, attacked, seen.device)}"
+    recipe, update = execution.view, execution.update
+    view = None if recipe is None else known_view(model, recipe)
+    yield f"folded view: {_fold(recipe, view)}"
+    attack_last, update_last = (kind is not None and kind.channels_last for kind in (recipe, update))
+    yield f"channels last: attack {yes(attack_last)}, update {yes(update_last)}"
+    yield f"attack steps: {_runner(execution.runner, model if view is None else view, seen.device)}"
     graphs = update is not None and update.graphs
     yield f"update: {explain_graphs(updated, execution.cache) if graphs else 'eagerly'}"
-    yield f"clean forward beside the attack: {_yes(seen.beside)}"
+    yield f"clean forward beside the attack: {yes(seen.beside)}"
     if execution.precision is not None:
         yield f"precision: {execution.precision}, under autocast"
-    elif execution.view is not None and execution.view.autocast is not None:
-        yield f"precision: the attack in {execution.view.autocast}"
+    elif recipe is not None and recipe.autocast is not None:
+        yield f"precision: the attack in {recipe.autocast}"
     else:
         yield "precision: as the model and the caller have it"
 
 
-def _yes(value: bool) -> str:
+def yes(value: bool) -> str:
+    """A bool in words."""
     return "yes" if value else "no"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -15,47 +15,25 @@ from bt_fast.attack.wrapped import unwrapped
 from bt_fast.objectives.repeated_forward import RepeatedForward, watched_forward
 from bt_fast.objectives.update import Terms
 
-
-class Objective(Protocol):
-    """A loss as a function of logits.
-
-    Attributes:
-        clean_forwards: how often the authors' update runs the clean images: 0, 1, or 2 where the second forward moves
-            batch norm's buffers once more and gives the target of the robust term.
-    """
-
-    clean_forwards: int
-
-    def objective(self, clean_logits: Tensor | None, adversarial_logits: Tensor, y: Tensor) -> Tensor:
-        """The loss."""
-
-    def objective_of_two(self, first: Tensor, second: Tensor, adversarial_logits: Tensor, y: Tensor) -> Tensor:
-        """The loss where the two clean forwards differ, since the model draws random numbers."""
-
+if TYPE_CHECKING:
+    from bt_fast.objectives.loss import AdversarialLoss
 
 Clean = tuple[Tensor, RepeatedForward | None]
 
 
 @dataclass(frozen=True, eq=False)
 class Forwards:
-    """The update of an objective on m samples.
+    """The update of a loss on m samples.
 
     Its terms are the loss, the adversarial logits [m, K] without gradient, and, where there is a clean forward, the
     clean logits [m, K] without gradient.
-
-    Attributes:
-        key: what tells this objective's updates from others; None where that is not known.
-        of: the objective.
-        rows: the number of rows, from the first, that run an adversarial forward; the others' x' is x.
-        channels_last: the format of 4-d images.
-        rerun: a clean forward that cannot be replayed runs a second time, as in the authors' code.
     """
 
-    key: Hashable
-    of: Objective
-    rows: int
+    key: Hashable  # distinguishes this loss's updates from others; None where that is not known
+    of: AdversarialLoss
+    rows: int  # how many, from the first, run an adversarial forward; the others' x' is x
     channels_last: bool
-    rerun: bool
+    rerun: bool  # a clean forward that cannot be replayed runs a second time, as in the authors' code
 
     def steady(self, m: int) -> bool:
         """Whether every batch of m samples has the same shapes throughout."""

@@ -32,13 +32,7 @@ class MARTLoss(RobustTermLoss):
     that of the TRADES code, of the cross-entropy.
 
     Args:
-        attack: how images are attacked.
-        beta: β ≥ 0, the weight of the robust term.
-        mining: who gets how many steps; None for all alike.
-        engine: how attack and update are executed, by name or as an `Engine`.
-
-    Raises:
-        TypeError, ValueError: as `TRADESLoss`.
+        attack, beta, mining, engine: as for `TRADESLoss`, with its errors.
     """
 
     step_in_l2_is_its_own = True
@@ -74,13 +68,7 @@ def mart_loss(
 
     Args:
         model, x_natural, y, optimizer, step_size, epsilon, perturb_steps, beta, distance, bullet, engine, generator,
-            deprecated: as for `trades_loss`.
-
-    Returns:
-        0-dim loss with gradient to the model's parameters, ready for `backward()`.
-
-    Raises:
-        TypeError, ValueError: as `MARTLoss` and its call, with the names of these arguments.
+            deprecated: as for `trades_loss`, with its result and its errors.
     """
     given = drop_in.Given(
         model, x_natural, y, optimizer, step_size, epsilon, perturb_steps, distance, bullet, engine, generator

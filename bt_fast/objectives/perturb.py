@@ -10,21 +10,18 @@ from torch import Tensor, nn
 
 from bt_fast.attack.graph_cache import shared_cache
 from bt_fast.attack.pgd import PGD
-from bt_fast.attack.pixels import OnPixels, on_pixels
+from bt_fast.attack.pixels import OnPixels
 from bt_fast.engine import Engine
 from bt_fast.mining import BulletTrain
 from bt_fast.objectives import adversarial
-from bt_fast.objectives.adversarial import Adversary
-from bt_fast.objectives.execution import Execution
-from bt_fast.objectives.given_back import given_back
+from bt_fast.objectives.adversarial import Call
 from bt_fast.plan import MinedPlan
-from bt_fast.validation import check_kind
 from bt_fast.warning import warn_caller
 
 
 @dataclass(frozen=True, eq=False)
 class Perturbed:
-    """What is known of m perturbed samples, in the caller's order.
+    """m perturbed samples, in the caller's order.
 
     Attributes:
         x_adv: [m, ...], x'.
@@ -83,68 +80,39 @@ def perturb(
 ) -> Tensor | Perturbed:
     """x' of a minibatch, for a script with a loss of its own: `x_adv = perturb(model, x, y, attack, mining)`.
 
-    The model runs in eval mode and comes back in the modes in which it was found; no parameter's gradient is touched.
-    An attack that names no inner loss and no start has TRADES': "kl" and "normal". On the CPU, with the engine "exact"
-    and without mining, it then draws as the authors' code does.
-
-    With mining the script ends each minibatch itself, by `mining.observe(adversarial_logits, y)` of its update's own
-    adversarial logits; where it does not, F_R stays where it is, and a warning says so.
+    The model runs in eval mode and comes back in the modes that it had; no parameter's gradient is touched. An attack
+    that names no inner loss and no start has TRADES': "kl" and "normal". With mining the script ends each minibatch
+    itself, by `mining.observe(adversarial_logits, y)`; where it does not, F_R stays as it is, and a warning says so.
 
     Args:
-        model: maps [m, ...] to logits [m, K].
+        model, indices, generator: as for a call of `AdversarialLoss`, with its errors.
         x: [m, ...] floating point within the attack's bounds, m ≥ 1; not changed.
         y: [m] integers in 0..K-1.
         attack: how images are attacked.
         mining: who gets how many steps; None for all alike.
         engine: how the attack is executed, by name or as an `Engine`.
-        indices: [m] integers in 0..2^32-1, each sample's number; as for a loss.
-        generator: on the images' device, for the random start; without it the device's own.
-        return_details: whether to return what else is known.
+        return_details: whether to return a `Perturbed`.
 
     Returns:
         [m, ...] without gradient, in the dtype and order of x; or a `Perturbed` with it.
-
-    Raises:
-        TypeError, ValueError: as a loss's call, before anything has changed.
     """
-    check_kind("attack", attack, PGD, "write PGD(epsilon=8 / 255, step_size=2 / 255, steps=10)")
-    check_kind("mining", mining, BulletTrain, "write mining=BulletTrain()", optional=True)
-    adversarial.check_steps(attack, mining)
+    adversarial.check_attack(attack, mining)
     chosen = Engine.of(engine)
-    adversarial.check_batch(x, y, "x")
-    adversarial.check_draws(x, indices, generator, "indices")
-    balance = None if mining is None else adversarial.checked_balance(mining.balance, mining)
+    call = Call.of(chosen, shared_cache(chosen), x, y, mining, indices, generator)
     if mining is not None and mining.unobserved:
         warn_caller(
             "the last minibatch was not observed, so F_R stays where it is: "
             "call mining.observe(adversarial_logits, y) once for each minibatch"
         )
-    how = Execution.of(chosen, shared_cache(chosen), x)
-    adversary = Adversary(
-        attack.threat,
-        attack.step_size,
-        attack.steps,
-        attack.start or "normal",
-        attack.inner or "kl",
-        generator,
-        how.view,
-        how.runner,
-        indices,
-        balance,
-    )
-    images = on_pixels(model, x, attack.normalization, "x", attack.bounds)
-    with images as (model, pixels), how.autocast(x):
-        started = adversarial.start(model, pixels(x), y, adversary, mining, "x")
-        with started.started:
-            if started.inputs is not None:
-                started.inputs.wait()
-            x_adv, late = started.perturbed()
+    with adversarial.attacking(model, x, y, attack, ("normal", "kl"), mining, call) as (model, queued):
+        x_adv, late = queued.perturbed()
     if late is not None:
         late.wait()
-    plan = started.plan
-    if mining is not None and started.faulty is not None and plan.order is not None:
-        mining.attacked(started.faulty, plan.order)
-    x_adv = given_back(x_adv, x, plan, model.normalize if isinstance(model, OnPixels) else None)()
+    plan = queued.plan
+    if mining is not None and queued.faulty is not None and plan.order is not None:
+        mining.attacked(queued.faulty, plan.order)
+    normalize = model.normalize if isinstance(model, OnPixels) else None
+    x_adv = adversarial.in_callers_order(x_adv, x.detach(), plan, normalize)
     if not return_details:
         return x_adv
-    return Perturbed(x_adv, started.logits, plan.steps, plan.group if isinstance(plan, MinedPlan) else None)
+    return Perturbed(x_adv, queued.logits, plan.steps, plan.group if isinstance(plan, MinedPlan) else None)

@@ -30,12 +30,7 @@ class PGDLoss(AdversarialLoss):
     the first two samples' logits is raised as such, in those of another as NaN in its input gradient.
 
     Args:
-        attack: how images are attacked.
-        mining: who gets how many steps; None for all alike.
-        engine: how attack and update are executed, by name or as an `Engine`.
-
-    Raises:
-        TypeError, ValueError: as `TRADESLoss`.
+        attack, mining, engine: as for `TRADESLoss`, with its errors.
     """
 
     clean_forwards = 0
@@ -70,14 +65,8 @@ def pgd_loss(
 
     Args:
         model, x_natural, y, optimizer, epsilon, perturb_steps, distance, bullet, engine, generator, deprecated: as for
-            `trades_loss`.
+            `trades_loss`, with its result and its errors.
         step_size: α > 0 (with `bullet`: of the boundary samples), in pixel units; in ℓ2 the length of a step.
-
-    Returns:
-        0-dim loss with gradient to the model's parameters, ready for `backward()`.
-
-    Raises:
-        TypeError, ValueError: as `PGDLoss` and its call, with the names of these arguments.
     """
     given = drop_in.Given(
         model, x_natural, y, optimizer, step_size, epsilon, perturb_steps, distance, bullet, engine, generator

@@ -1,7 +1,6 @@
-"""Activations that the caller's backward computes again (checkpoints): in the modes of the update, and told apart.
+"""The modes of an update, also where the caller's backward computes activations again (`torch.utils.checkpoint`).
 
-A forward under `torch.utils.checkpoint` keeps less than its backward needs, which runs parts of the model once more. By
-then the model is back in the modes in which it was found.
+Such a backward runs parts of the model once more, when the model is back in the modes that it had before the update.
 """
 
 from __future__ import annotations
@@ -20,24 +19,23 @@ from bt_fast.attack.frozen import Modes, modes_of, modes_restored, set_modes
 
 @contextmanager
 def update_modes(model: nn.Module) -> Iterator[DeferredModes]:
-    """The modes of an update: those in which each module was found, or, where all were found in eval mode, train mode.
+    """In the block, the modes of an update: those that each module has, or train mode where all are in eval mode.
 
-    They are left with the block, whatever happens in it. `again_in_backward` of what is yielded has the backward of
-    given tensors run in them too.
+    `again_in_backward` of what is yielded has the backward of given tensors run in them too.
     """
     with modes_restored(model):
-        found = modes_of(model)
-        if not any(training for _, training in found):
+        before = modes_of(model)
+        if not any(training for _, training in before):
             model.train()
-        yield DeferredModes(model, found)
+        yield DeferredModes(model, before)
 
 
 class DeferredModes:
-    """A model's present modes, for a backward that comes when it has others."""
+    """A model's present modes, for a backward that comes when it is back in those `before`."""
 
-    def __init__(self, model: nn.Module, found: Modes) -> None:
+    def __init__(self, model: nn.Module, before: Modes) -> None:
         self._model, self._modes = model, modes_of(model)
-        self._differ = any(now != before for (_, now), (_, before) in zip(self._modes, found, strict=True))
+        self._differ = self._modes != before
         self._entered = False
 
     def again_in_backward(self, terms: Sequence[Tensor]) -> None:
@@ -50,25 +48,25 @@ class DeferredModes:
         if self._entered:
             return
         self._entered = True
-        depth, found = _entered.get(self._model, (0, []))
-        _entered[self._model] = depth + 1, found or [(module, module.training) for module, _ in self._modes]
+        depth, before = _entered.get(self._model, (0, []))
+        _entered[self._model] = depth + 1, before or [(module, module.training) for module, _ in self._modes]
         engine: Any = torch.autograd.Variable._execution_engine
         engine.queue_callback(_AtTheEnd(self))
         set_modes(self._modes)
 
     def leave(self) -> None:
-        """Put the model back into the modes in which the first of its backwards under way has found it."""
+        """Put the model back into the modes that it had before the first of its backwards under way."""
         if not self._entered:
             return
         self._entered = False
-        depth, found = _entered.pop(self._model)
+        depth, before = _entered.pop(self._model)
         if depth > 1:
-            _entered[self._model] = depth - 1, found
+            _entered[self._model] = depth - 1, before
         else:
-            set_modes(found)
+            set_modes(before)
 
 
-# of models with such a backward under way: how many there are, and in which modes the first has found it
+# of models with such a backward under way: how many there are, and the modes before the first
 _entered: WeakKeyDictionary[nn.Module, tuple[int, Modes]] = WeakKeyDictionary()
 
 
@@ -81,23 +79,16 @@ class _AtTheEnd:
     def __call__(self) -> None:
         self._modes.leave()
 
-    def __del__(self) -> None:
-        self._modes.leave()
+    __del__ = __call__
 
 
 class Recomputing:
-    """Whether a forward leaves something to its backward to compute again.
+    """In a `with` block, `seen` becomes whether a forward leaves something to its backward to compute again."""
 
-    with Recomputing() as watched:
-        logits = model(x)
-    watched.seen
-    """
-
-    def __init__(self) -> None:
-        self.seen = False
+    seen = False
 
     def __enter__(self) -> Recomputing:
-        # a checkpoint, as whatever else has a word in what is saved, comes by this way
+        # a checkpoint, as all that decides about what is saved, comes by this way
         enter = self._enter = saved_tensors_hooks.__enter__
 
         def watched(hooks: saved_tensors_hooks) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TypeGuard, cast
 from weakref import WeakKeyDictionary
 
@@ -25,24 +24,11 @@ from bt_fast.ops import wide
 
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 _BATCH_NORM_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
-
-# whether a model's forward in given modes leaves its other buffers alone: found once, since comparing values waits
+_Statistics = list[Tensor]  # the values of a layer's `_BUFFERS`
 _Modes = tuple[bool, ...]
+
+# whether a model's forward in given modes leaves its other buffers alone: decided once, since comparing values waits
 _leaves_alone: WeakKeyDictionary[nn.Module, dict[_Modes, bool]] = WeakKeyDictionary()
-
-
-@dataclass(frozen=True, eq=False)
-class _Statistics:
-    """One batch norm's buffers at some moment."""
-
-    layer: _BatchNorm
-    mean: Tensor
-    variance: Tensor
-    seen: Tensor
-
-    @classmethod
-    def of(cls, layer: _BatchNorm) -> _Statistics:
-        return cls(layer, *(cast(Tensor, getattr(layer, name)).clone() for name in _BUFFERS))
 
 
 class RepeatedForward:
@@ -55,26 +41,24 @@ class RepeatedForward:
         if repeat.replayable: repeat.replay()        # the buffers as after another h(x), whose logits are `logits`
         else: logits_again = model(x)
 
-    Randomness is seen in torch's default generators and state in the model's buffers: a training forward that uses a
-    generator of its own, or keeps state elsewhere, is not recognised. The first time that a model is seen in its
-    current modes, its other buffers are compared by value, which on a GPU waits for the device; later nothing does.
+    Randomness is seen in torch's default generators and state in the model's buffers, and nowhere else. The first
+    forward of a model in its current modes compares other buffers by value, which on a GPU waits for the device.
+
+    Args:
+        replayable: the answer, where it is known: then nothing is looked at on the host, and a graph can capture all.
 
     Attributes:
         replayable: whether a replay does all that a second forward would.
         recomputed: whether the backward runs parts of the forward again: of a second forward it would run them twice.
-
-    Args:
-        replayable: the answer, where it is known. Nothing is looked at on the host then, so that all that is left can
-            be captured in a graph.
     """
 
     def __init__(self, model: nn.Module, device: torch.device, replayable: bool | None = None) -> None:
         model = unwrapped(model)
         self.replayable, self.recomputed = bool(replayable), False
-        layers = [] if replayable is False else [m for m in model.modules() if _is_tracking_batch_norm(m)]
-        self._before = [_Statistics.of(layer) for layer in layers]
+        self._layers = [] if replayable is False else [m for m in model.modules() if _is_tracking_batch_norm(m)]
+        self._before = [_copied_statistics(layer) for layer in self._layers]
         self._after: list[_Statistics] = []
-        self._watch = _Watch(model, device, layers) if replayable is None else None
+        self._watch = _Watch(model, device, self._layers) if replayable is None else None
 
     @contextmanager
     def first(self) -> Iterator[None]:
@@ -82,14 +66,14 @@ class RepeatedForward:
         with Recomputing() as watched:
             yield
         self.recomputed = watched.seen
-        self._after = [_Statistics.of(before.layer) for before in self._before]
+        self._after = [_copied_statistics(layer) for layer in self._layers]
         if self._watch is not None:
             self.replayable = self._watch.repeatable()
 
     def replay(self) -> None:
         """Move the batch-norm buffers as the same forward would move them again. Never waits for the device."""
-        for before, after in zip(self._before, self._after, strict=True):
-            _replay(before, after)
+        for layer, before, after in zip(self._layers, self._before, self._after, strict=True):
+            _replay(layer, before, after)
 
 
 class _Watch:
@@ -97,7 +81,7 @@ class _Watch:
 
     def __init__(self, model: nn.Module, device: torch.device, layers: list[_BatchNorm]) -> None:
         self._model = model
-        self._moved = {id(getattr(layer, name)) for layer in layers for name in _BUFFERS}
+        self._moved = {id(buffer) for layer in layers for buffer in _statistics(layer)}
         means = [id(layer.running_mean) for layer in layers]
         self._shared = len(means) > len(set(means))  # layers that move one tensor in turn
         self._modes = _modes(model)
@@ -159,16 +143,23 @@ def _same(now: Tensor | None, before: Tensor) -> bool:
     return now is not None and now.shape == before.shape and bool(torch.equal(now, before))
 
 
-def _replay(before: _Statistics, after: _Statistics) -> None:
+def _statistics(layer: _BatchNorm) -> _Statistics:
+    return [cast(Tensor, getattr(layer, name)) for name in _BUFFERS]
+
+
+def _copied_statistics(layer: _BatchNorm) -> _Statistics:
+    return [buffer.clone() for buffer in _statistics(layer)]
+
+
+def _replay(layer: _BatchNorm, before: _Statistics, after: _Statistics) -> None:
     # .data: autograd saved these buffers in the forward, and batch norm itself moves them without a new version
-    layer = after.layer
-    mean, variance, seen = (cast(Tensor, getattr(layer, name)) for name in _BUFFERS)
-    updates = after.seen - before.seen  # a norm may be used several times in a forward, or not at all
-    for now, was, then in ((mean, before.mean, after.mean), (variance, before.variance, after.variance)):
+    (*moments, seen), (*moments_before, seen_before), (*moments_after, seen_after) = _statistics(layer), before, after
+    updates = seen_after - seen_before  # a norm may be used several times in a forward, or not at all
+    for now, was, then in zip(moments, moments_before, moments_after, strict=True):
         if layer.momentum is None:
             # cumulative average over n batches: r·n is their sum, to which the first forward added its own part
             # (in float64, since n exceeds what 16 bits hold)
-            added = then.double() * after.seen.double() - was.double() * before.seen.double()
+            added = then.double() * seen_after.double() - was.double() * seen_before.double()
             moved = (now.double() * seen.double() + added) / (seen + updates).double()
             now.data.copy_(torch.where(updates > 0, moved, now.double()))
         else:

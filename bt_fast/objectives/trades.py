@@ -28,8 +28,8 @@ class TRADESLoss(RobustTermLoss):
     result (loss, gradients, batch norm's buffers) at 27 forward-pass equivalents for ten steps instead of their 39.
 
     The authors' update runs the clean batch twice; the second forward changes nothing but batch norm's buffers, which
-    are moved as it would move them. A model that draws random numbers in its forward (dropout) runs it twice without
-    `mining`, and once with it.
+    are moved without it. A model that draws random numbers in its forward (dropout) runs it twice without `mining`, and
+    once with it.
 
     Args:
         attack: how images are attacked.
@@ -52,7 +52,7 @@ class TRADESLoss(RobustTermLoss):
         return (self.beta,)
 
     def objective(self, clean_logits: Tensor | None, adversarial_logits: Tensor, y: Tensor) -> Tensor:
-        """Cross-entropy of clean_logits [m, K], and the KL term of adversarial_logits [m, K]; y is [m] int64."""
+        """Cross-entropy of clean_logits [m, K], and β times the KL term of adversarial_logits; y is [m] int64."""
         assert clean_logits is not None
         return self.objective_of_two(clean_logits, clean_logits, adversarial_logits, y)
 
@@ -95,11 +95,8 @@ def trades_loss(
         distance: "l_inf" or "l_2".
         bullet: the mining state, on the images' device. One minibatch moves it once: for another pass over the same
             one, at other weights, call this within `with bullet.again():`.
-        engine: how attack and update are executed: "exact", the authors' own, "fast", the same up to rounding, "bf16",
-            or an `Engine`.
-        generator: on the images' device, for the random start. Without it and without `bullet`, images on the CPU
-            draw as the authors' code does, so that a seeded script repeats its numbers. With `bullet`, only a seed is
-            drawn, from this generator or the device's own: a sample's noise is that of `ops.gather_start`.
+        engine: "exact", the authors' own, "fast", the same up to rounding, "bf16", or an `Engine`.
+        generator: on the images' device, for the random start, as for a call of `TRADESLoss`.
         deprecated: keywords of the first version; each warns with the new line.
 
     Returns:

@@ -243,11 +243,11 @@ IN_ADVERSARIAL = [
     Bug("beside an attack on the model itself", "attack.independent and", "", without_view),
     Bug("the oracle looks before its attack has ended", "view, attack.finish()", "view, attack._x_adv", oracle),
     Bug("bad input goes unnoticed", "attack.inputs.wait()", "pass", bad_pixels),
+    Bug("perturb: bad input goes unnoticed", "attack.inputs.wait()", "pass", perturbed_bad_pixels),
     Bug("bad gradients go unnoticed", "        read.wait()", "        pass", bad_gradients),
     Bug("bad gradients go unnoticed on a device", "late.wait()", "pass", bad_gradients_on_a_device),
 ]
 IN_PERTURB = [
-    Bug("perturb: bad input goes unnoticed", "started.inputs.wait()", "pass", perturbed_bad_pixels),
     Bug("perturb: bad gradients go unnoticed", "late.wait()", "pass", perturbed_bad_gradients_on_a_device),
 ]
 IN_GENERATE = [
@@ -266,7 +266,7 @@ def eager(scenario):
 
 PLACES = [
     (trades, ("trades_loss",)),
-    (adversarial, ("start", "run", "start_attack")),
+    (adversarial, ("attacking", "run", "start_attack")),
     (generate, ("generate", "StartedAttack")),
     (perturb, ("perturb",)),
     (loss, ("Forwards",)),

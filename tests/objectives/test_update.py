@@ -39,7 +39,7 @@ class Training:
     def __init__(self, options, build="conv_bn", bullet=None, seed=0, loss_of=trades_loss):
         self.loss_of = loss_of
         self.model, self.bullet = small_models.build(build, seed), bullet
-        self.update = adversarial.Update(**options)
+        self.update = update.Update(**options)
         self.found, self.given, self.steps = [], [], 0
 
     def loss(self, m=6, batch=None, **options):
@@ -357,7 +357,7 @@ def mlp():
 
 def ordinary_loop(options, build="conv_bn"):
     """As in any script: a loss is alive until the next one has been computed."""
-    found = ordinary_loops.iterations("cpu", build, update=adversarial.Update(**options))
+    found = ordinary_loops.iterations("cpu", build, update=update.Update(**options))
     return [value for iteration in found for value in iteration]
 
 
@@ -587,8 +587,7 @@ IN_UPDATE = [
 def caught(changed, scenario):
     """Whether some order of the work gives another result than the eager one, or something raises."""
     with ExitStack() as patches:
-        for attribute in ("Update", "run_update"):
-            patches.enter_context(mock.patch.object(adversarial, attribute, vars(changed)[attribute]))
+        patches.enter_context(mock.patch.object(adversarial, "run_update", changed.run_update))
         emulated = patches.enter_context(EmulatedDevice())
         patches.enter_context(warnings.catch_warnings(record=True))
         try:
