@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from bt_fast.attack import device
-from bt_fast.attack.batch import AttackBatch
+from bt_fast.attack.batch import AttackBatch, View
+from bt_fast.attack.frozen import caller_autocast
 from bt_fast.attack.graphs import GraphRunner
-from bt_fast.attack.runners import Runner, run_eager, start_of
+from bt_fast.attack.runners import Runner, run_eager, run_queued, start_of
 from bt_fast.attack.streams import StreamRunner
 from bt_fast.attack.threat import ThreatModel
 from bt_fast.device import synchronize
@@ -47,23 +48,15 @@ class AutoRunner:
                 'candidates must hold at least 1 runner, got none: leave it out, or give {"eager": run_eager}'
             )
         self._candidates = dict(candidates)
-        self._chosen: WeakKeyDictionary[Callable[[Tensor], Tensor], dict[object, Runner]] = WeakKeyDictionary()
+        self._chosen: WeakKeyDictionary[View, dict[object, Runner]] = WeakKeyDictionary()
+        self._reason: WeakKeyDictionary[View, str] = WeakKeyDictionary()
         self.reasons: list[str] = []
-        self._reason: WeakKeyDictionary[Callable[[Tensor], Tensor], str] = WeakKeyDictionary()
 
     def explain(self, model: Any) -> str:
         """How a model's attacks run, in words: of the configuration measured last."""
         return self._reason.get(model, "not measured yet")
 
-    def __call__(
-        self,
-        model: Callable[[Tensor], Tensor],
-        batch: AttackBatch,
-        threat: ThreatModel,
-        generator: torch.Generator | None,
-    ) -> None:
-        """As `run_eager`."""
-        self.start(model, batch, threat, generator)()
+    __call__ = run_queued
 
     def start(
         self,
@@ -74,16 +67,14 @@ class AutoRunner:
     ) -> Callable[[], None]:
         """Queue the attack as the chosen runner does; what this returns makes the caller's stream wait for it."""
         x = batch.x_adv
-        kind = x.device.type
-        autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
-        configuration = (x.shape[1:], batch.target.shape[1], x.dtype, x.device, threat, autocast)
+        configuration = (x.shape[1:], batch.target.shape[1], x.dtype, x.device, threat, caller_autocast(x))
         chosen = self._chosen.setdefault(model, {})
         if configuration not in chosen:
             chosen[configuration] = self._choose(model, batch, threat)
             self._reason[model] = self.reasons[-1]
         return start_of(chosen[configuration])(model, batch, threat, generator)
 
-    def _choose(self, model: Callable[[Tensor], Tensor], batch: AttackBatch, threat: ThreatModel) -> Runner:
+    def _choose(self, model: View, batch: AttackBatch, threat: ThreatModel) -> Runner:
         x = batch.x_adv
         what = f"{len(x)} x {list(x.shape[1:])} {x.dtype}"
         if reason := device.no_graphs_reason(x):
@@ -131,14 +122,12 @@ def runner_of(runner: Runner | str) -> Runner:
         ValueError: there is none of that name.
     """
     if isinstance(runner, str):
-        if runner not in RUNNERS:
-            raise ValueError(
-                f"runner must be a runner or one of {', '.join(RUNNERS)}, got {runner!r}: "
-                f"write runner={next(iter(RUNNERS))!r}"
-            )
-        return RUNNERS[runner]
+        if runner in RUNNERS:
+            return RUNNERS[runner]
+        raise ValueError(f"runner must be a runner or one of {', '.join(RUNNERS)}, got {runner!r}: {_INSTEAD}")
     if isinstance(runner, type) or not callable(runner):
-        raise TypeError(
-            f"runner must be a runner or its name, got {type(runner).__name__}: write runner={next(iter(RUNNERS))!r}"
-        )
+        raise TypeError(f"runner must be a runner or its name, got {type(runner).__name__}: {_INSTEAD}")
     return runner
+
+
+_INSTEAD = "write runner='eager'"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -9,13 +10,15 @@ from torch import Tensor
 
 from bt_fast.plan import Plan
 
+View = Callable[[Tensor], Tensor]  # a model in eval mode, or a folded view of it
+
 
 @dataclass(frozen=True, eq=False)
 class AttackBatch:
     """m samples by descending numbers of steps; each tensor has a row for each sample.
 
     Attributes:
-        x_adv: [m, ...] floating point, x': where the attack is, changed in place by its steps.
+        x_adv: [m, ...] floating point, x', changed in place by the attack's steps.
         clean: [m, ...] of the same dtype, x.
         target: [m, K], the distribution to move away from.
         step_size: [m] floating point, α in pixel units.
@@ -52,12 +55,5 @@ class AttackBatch:
         """Some rows that lie side by side, as views."""
         start, stop, _ = rows.indices(len(self))
         active = tuple(min(n, stop) - start for n in self.active if n > start)
-        return AttackBatch(
-            self.x_adv[rows],
-            self.clean[rows],
-            self.target[rows],
-            self.step_size[rows],
-            self.steps[rows],
-            active,
-            self.faulty[rows],
-        )
+        tensors = {name: value[rows] for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return AttackBatch(active=active, **tensors)

@@ -212,6 +212,11 @@ class RandomStates:
     def __init__(self, *generators: torch.Generator | None) -> None:
         self._states = [(g, g.get_state()) for g in generators if g is not None]
 
+    @classmethod
+    def of(cls, where: torch.device, *others: torch.Generator | None) -> RandomStates:
+        """Those of the host's and the device's default generators, and of others."""
+        return cls(host_generator(where), device_generator(where), *others)
+
     @property
     def moved(self) -> bool:
         """Whether any has drawn since. Never waits for the device: a state is the host's."""

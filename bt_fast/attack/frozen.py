@@ -75,12 +75,12 @@ def uncached(x: Tensor) -> AbstractContextManager[object]:
 
     A graph cannot share the lifetime of what is cached, nor an update what was cast without gradient.
     """
-    dtype = _autocast_dtype(x)
+    dtype = caller_autocast(x)
     return nullcontext() if dtype is None else torch.autocast(x.device.type, dtype, cache_enabled=False)
 
 
-def _autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """Of the caller's autocast on the device of x, if there is one."""
+def caller_autocast(x: Tensor) -> torch.dtype | None:
+    """The dtype of the caller's autocast on the device of x, if there is one."""
     kind = x.device.type
     enabled = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     return torch.get_autocast_dtype(kind) if enabled else None
@@ -185,7 +185,7 @@ def in_float16(model: Callable[[Tensor], Tensor], x: Tensor, logits: Tensor) -> 
     """
     if logits.dtype in (torch.float16, torch.float64):
         return logits.dtype == torch.float16
-    key = (x.dtype, logits.dtype, _autocast_dtype(x))
+    key = (x.dtype, logits.dtype, caller_autocast(x))
     known = _in_float16.setdefault(model, {})
     if key not in known:
         known[key] = any(dtype == torch.float16 for dtype in _dtypes_behind(logits))

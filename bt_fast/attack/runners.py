@@ -1,4 +1,4 @@
-"""How an attack is executed."""
+"""How an attack is executed: what every runner is, and the eager one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bt_fast import ops
-from bt_fast.attack.batch import AttackBatch
+from bt_fast.attack.batch import AttackBatch, View
 from bt_fast.attack.frozen import gradient_of, in_float16, logits_of
 from bt_fast.attack.threat import ThreatModel
 from bt_fast.ranges import ATTACK_STEP, range_
@@ -29,38 +29,39 @@ class Runner(Protocol):
         """Change the batch's `x_adv` as `run_eager` does."""
 
 
-class Start(Protocol):
-    """A runner's `start`: it queues the attack, and what it returns makes the caller's stream wait for it.
+Join = Callable[[], None]  # makes the caller's stream wait for an attack; to call it again does no harm
+Start = Callable[[View, AttackBatch, ThreatModel, "torch.Generator | None"], Join]
 
-    Until then nothing may be done with the attack's tensors. Calling it again does no harm.
+
+class Queued(Protocol):
+    """A runner that can queue an attack beside what its caller queues next.
+
+    Until what `start` returns is called, nothing may be done with the attack's tensors.
     """
 
-    def __call__(
-        self,
-        model: Callable[[Tensor], Tensor],
-        batch: AttackBatch,
-        threat: ThreatModel,
-        generator: torch.Generator | None,
-    ) -> Callable[[], None]:
+    def start(self, model: View, batch: AttackBatch, threat: ThreatModel, generator: torch.Generator | None, /) -> Join:
         """Change the batch's `x_adv` as `run_eager` does, at the latest when what is returned is called."""
+
+
+def run_queued(
+    self: Queued,
+    model: Callable[[Tensor], Tensor],
+    batch: AttackBatch,
+    threat: ThreatModel,
+    generator: torch.Generator | None,
+) -> None:
+    """As `run_eager`: the `__call__` of runners that have a `start`."""
+    self.start(model, batch, threat, generator)()
 
 
 def start_of(runner: Runner) -> Start:
     """The runner's own `start`, or its whole run."""
-    start: Start | None = getattr(runner, "start", None)
-    if start is not None:
-        return start
 
-    def run(
-        model: Callable[[Tensor], Tensor],
-        batch: AttackBatch,
-        threat: ThreatModel,
-        generator: torch.Generator | None,
-    ) -> Callable[[], None]:
+    def run(model: View, batch: AttackBatch, threat: ThreatModel, generator: torch.Generator | None) -> Join:
         runner(model, batch, threat, generator)
         return joined
 
-    return run
+    return getattr(runner, "start", run)
 
 
 def joined() -> None:
@@ -90,11 +91,7 @@ def run_eager(
 
 
 def take_step(
-    model: Callable[[Tensor], Tensor],
-    batch: AttackBatch,
-    threat: ThreatModel,
-    seed: Tensor | None,
-    step: Tensor | None = None,
+    model: View, batch: AttackBatch, threat: ThreatModel, seed: Tensor | None, step: Tensor | None = None
 ) -> None:
     """One step of these samples: forward, input gradient, projected step in place.
 
@@ -120,7 +117,7 @@ def stand_in_seeds(batch: AttackBatch, threat: ThreatModel, generator: torch.Gen
     return torch.randint(2**63 - 1, (len(batch.active),), device=x.device, generator=generator)
 
 
-def input_gradient(model: Callable[[Tensor], Tensor], x: Tensor, target: Tensor) -> Tensor:
+def input_gradient(model: View, x: Tensor, target: Tensor) -> Tensor:
     """The inner loss's gradient with respect to `x` alone: no parameter's gradient is computed or touched."""
     x = x.detach().requires_grad_()
     with torch.enable_grad():
