@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bt_fast import faults
-from bt_fast.attack.frozen import clean_logits, eval_mode, logits_of
+from bt_fast.attack.forward import clean_logits, eval_mode, logits_of
 from bt_fast.attack.threat import ThreatModel, check_threat
 from bt_fast.evaluation import Accuracy
 from bt_fast.ops.numeric import computable, kind_of

@@ -15,34 +15,19 @@ View = Callable[[Tensor], Tensor]  # a model in eval mode, or a folded view of i
 
 @dataclass(frozen=True, eq=False)
 class AttackBatch:
-    """m samples by descending numbers of steps; each tensor has a row for each sample.
+    """m samples by descending numbers of steps; each tensor has a row for each sample."""
 
-    Attributes:
-        x_adv: [m, ...] floating point, x', changed in place by the attack's steps.
-        clean: [m, ...] of the same dtype, x.
-        target: [m, K], the distribution to move away from.
-        step_size: [m] floating point, α in pixel units.
-        steps: [m] int64, never increasing.
-        active: for each step, the number of rows that take it. Never increases.
-        faulty: [m] int32, set to 1 for a sample that stayed in some step, since its gradient held NaN (in ℓ2: or Inf).
-    """
-
-    x_adv: Tensor
-    clean: Tensor
-    target: Tensor
-    step_size: Tensor
-    steps: Tensor
-    active: tuple[int, ...]
-    faulty: Tensor
+    x_adv: Tensor  # [m, ...] floating point, x', changed in place by the attack's steps
+    clean: Tensor  # [m, ...] of the same dtype, x
+    target: Tensor  # [m, K], the distribution to move away from
+    step_size: Tensor  # [m] floating point, α in pixel units
+    steps: Tensor  # [m] int64, never increasing
+    active: tuple[int, ...]  # for each step, the number of rows that take it; never increasing
+    faulty: Tensor  # [m] int32, 1 for a sample that stayed in some step, since its gradient held NaN (in ℓ2: or Inf)
 
     @classmethod
     def of(cls, plan: Plan, start: Tensor, clean: Tensor, target: Tensor, faulty: Tensor | None = None) -> AttackBatch:
-        """Samples in the plan's sorted order, at the start of their attack. Waits for the plan's counts.
-
-        Args:
-            start: [m, ...], clean: [m, ...], target: [m, K].
-            faulty: [m] int32; zeros if not given.
-        """
+        """Samples in the plan's sorted order, at the start of their attack. Waits for the plan's counts."""
         if faulty is None:
             faulty = torch.zeros(len(start), dtype=torch.int32, device=start.device)
         sizes, steps = plan.sort(plan.step_size), plan.sort(plan.steps)

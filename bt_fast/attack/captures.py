@@ -24,21 +24,13 @@ V = TypeVar("V")
 
 @dataclass(frozen=True)
 class GraphKey:
-    """All that a captured computation has fixed.
-
-    Attributes:
-        computation: what is computed.
-        inputs: the layout of its inputs.
-        autocast: the dtype of the caller's, if there is one.
-        values: modes, numbers and names in the model's modules.
-        tensors: the addresses of the model's tensors, and what else of them is fixed.
-    """
+    """All that a captured computation has fixed."""
 
     computation: Hashable
-    inputs: tuple[object, ...]
-    autocast: torch.dtype | None
-    values: tuple[object, ...]
-    tensors: tuple[object, ...]
+    inputs: tuple[object, ...]  # their layout
+    autocast: torch.dtype | None  # the caller's
+    values: tuple[object, ...]  # modes, numbers and names in the model's modules
+    tensors: tuple[object, ...]  # the addresses of the model's, and their layout where that may change
 
 
 def hook_reason(model: nn.Module) -> str | None:
@@ -67,8 +59,7 @@ class GraphPool(Recent[K, V]):
     def add(self, key: K, most: int, record: Callable[[object], V]) -> V:
         """Keep what `record(pool)` captures; the least recently used make room where there are `most`.
 
-        Raises:
-            CaptureError: whatever the model or the driver raised, out of memory too.
+        Whatever the model or the driver raises, out of memory too, is a CaptureError.
         """
         while len(self) >= most:
             self.popitem(last=False)
@@ -84,19 +75,13 @@ class GraphPool(Recent[K, V]):
 
 
 class ModelGraphs(Generic[V]):
-    """What was captured of one model for one purpose, by key; and why its calls run eagerly.
-
-    Attributes:
-        captured: by key.
-        failed: why the model is never captured again.
-        reason: why the last call ran eagerly, if something forbade graphs.
-    """
+    """The graphs of one model for one subject ("attack" or "update") by key, and why its calls run eagerly."""
 
     def __init__(self, subject: str, captured: Recent[GraphKey, V]) -> None:
         self._subject = subject
         self.captured = captured
-        self.failed: str | None = None
-        self.reason: str | None = None
+        self.failed: str | None = None  # why the model is never captured again
+        self.reason: str | None = None  # why the last call could not use graphs
         self._warned: set[str] = set()
 
     def use(self, key: GraphKey) -> V | None:

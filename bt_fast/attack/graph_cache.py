@@ -1,4 +1,4 @@
-"""What was captured and measured for one loss: the graphs of its attack steps and of its updates, by model."""
+"""The graphs of one loss, of its attack steps and of its updates, and how an engine executes its attack."""
 
 from __future__ import annotations
 
@@ -20,18 +20,14 @@ DTYPES = {"bf16": torch.bfloat16}
 
 
 class GraphCache:
-    """The runner of a loss's attacks and the graphs of its updates. It holds no model alive, and is never copied.
-
-    Attributes:
-        updates: of each model, its captured updates.
-    """
+    """The runners of a loss's attacks and the graphs of its updates. It holds no model alive, and is never copied."""
 
     def __init__(self) -> None:
         self._runners: dict[tuple[bool, bool], Runner] = {}
-        self.updates: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+        self.updates: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()  # by model
 
     def runner(self, engine: Engine, x: Tensor) -> Runner:
-        """How the engine attacks images like x: as it says on CUDA, eagerly elsewhere."""
+        """The runner of the engine's attack on images like x: eager where there are no graphs."""
         if not device.has_graphs(x):
             return run_eager
         kind = (engine.graphs, engine.streams)
@@ -55,7 +51,7 @@ def view_of(engine: Engine) -> Frozen | None:
 
 
 def shared_cache(engine: Engine) -> GraphCache:
-    """The cache of all calls of functions with this engine, which have no loss of their own to keep one."""
+    """The cache of all functions called with this engine, which have no loss of their own to keep one."""
     return _shared.setdefault(engine, GraphCache())
 
 

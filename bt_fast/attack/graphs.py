@@ -19,8 +19,8 @@ from bt_fast.attack import device
 from bt_fast.attack.batch import AttackBatch, View
 from bt_fast.attack.captures import GraphKey, GraphPool, ModelGraphs, Recent, hook_reason
 from bt_fast.attack.device import RandomStates
-from bt_fast.attack.folded import FrozenModel
-from bt_fast.attack.frozen import caller_autocast, plain_values, uncached
+from bt_fast.attack.folded import FoldedModel
+from bt_fast.attack.forward import caller_autocast, plain_values, uncached
 from bt_fast.attack.runners import Join, joined, run_eager, run_queued, stand_in_seeds, take_step
 from bt_fast.attack.threat import ThreatModel
 from bt_fast.device import out_of_memory
@@ -79,10 +79,10 @@ class GraphRunner:
         *,
         capacity: int = 0,
     ) -> Callable[[], None] | None:
-        """As `start`, but None, with nothing done, where the model cannot run from graphs; a warning has said why.
+        """As `start`, but None, with a warning and nothing done, where the model cannot run from graphs.
 
         Args:
-            capacity: make room for so many samples, if that is more than there are.
+            capacity: the least number of samples to make room for.
         """
         graphs = self._of(model)
         graphs.reason = None
@@ -191,7 +191,7 @@ class _Session:
                 batch.x_adv.copy_(own.x_adv)
                 torch.maximum(batch.faulty, own.faulty, out=batch.faulty)
         except BaseException:
-            caller.wait_stream(self._stream)  # whose buffers may be freed next, for the caller to use
+            caller.wait_stream(self._stream)  # its buffers may be freed next, for the caller to use
             raise
         # until then the caller's stream must be given none of the memory that this one works on
         return partial(_join, caller, self._stream, (self, batch, seeds))
@@ -232,7 +232,7 @@ def _join(caller: device.Stream, stream: device.Stream, kept: tuple[object, ...]
 
 def _reason(model: View, x: Tensor) -> str | None:
     """Why the attack on this model cannot be captured now."""
-    root = model.model if isinstance(model, FrozenModel) else model
+    root = model.model if isinstance(model, FoldedModel) else model
     reason = hook_reason(root) if isinstance(root, nn.Module) else None
     return reason or device.no_graphs_reason(x)
 
@@ -243,7 +243,7 @@ def _values(model: View) -> tuple[object, ...]:
 
 
 def _tensors(model: View) -> list[Tensor]:
-    if isinstance(model, FrozenModel):
+    if isinstance(model, FoldedModel):
         return model.tensors()
     return [*model.parameters(), *model.buffers()] if isinstance(model, nn.Module) else []
 

@@ -1,4 +1,4 @@
-"""What PGD ascends when it is to break a classification: the gradient with respect to the logits."""
+"""The losses that an evaluation's PGD ascends, by their gradients with respect to the logits."""
 
 from __future__ import annotations
 

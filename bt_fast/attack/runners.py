@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bt_fast import ops
 from bt_fast.attack.batch import AttackBatch, View
-from bt_fast.attack.frozen import gradient_of, in_float16, logits_of
+from bt_fast.attack.forward import gradient_of, in_float16, logits_of
 from bt_fast.attack.threat import ThreatModel
 from bt_fast.ranges import ATTACK_STEP, range_
 
@@ -76,10 +76,8 @@ def run_eager(
 ) -> None:
     """Step t runs forward, input gradient and projected step on the prefix of the samples that still have steps left.
 
-    Groups with different counts advance together, so there are as many launch sequences as the largest count.
-
-    Args:
-        generator: on the images' device; for the stand-in of a zero ℓ2 gradient.
+    Groups with different counts advance together, so there are as many launch sequences as the largest count. The
+    generator is on the images' device, for the stand-in of a zero ℓ2 gradient.
     """
     batch = replace(batch, step_size=batch.step_size.to(batch.x_adv.dtype))
     seeds = stand_in_seeds(batch, threat, generator)
@@ -128,8 +126,8 @@ def input_gradient(model: View, x: Tensor, target: Tensor) -> Tensor:
 def _as_authors(grad: Tensor) -> Tensor:
     """Normal noise for the rows of `grad`, on the CPU, that are 0: drawn for those rows only and descended along.
 
-    So the TRADES code does, whose random numbers a seeded script then repeats. To find the rows on a GPU would mean to
-    wait: there the step itself makes them of a seed.
+    This repeats the random numbers of the TRADES code in a seeded script. To find the rows on a GPU would mean to wait:
+    there the step itself makes the noise of a seed.
     """
     zero = ~grad.flatten(1).any(dim=1)
     stand_in = torch.zeros_like(grad)

@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 from bt_fast.attack import device
 from bt_fast.attack.captures import GraphKey, GraphPool, ModelGraphs, Recent, hook_reason
 from bt_fast.attack.device import RandomStates
-from bt_fast.attack.frozen import caller_autocast, plain_values, uncached
+from bt_fast.attack.forward import caller_autocast, plain_values, uncached
 from bt_fast.attack.graph_cache import GraphCache
 
 MOST_CAPTURED = 8  # of one model: each keeps gradients of the model's size

@@ -574,8 +574,8 @@ IN_UPDATE = [
     Bug("replayed where it must run again", "met.replayable, given", "True, given", dropout),
     Bug(
         "the cast weights are cached",
-        "from bt_fast.attack.frozen import caller_autocast, plain_values, uncached",
-        "from bt_fast.attack.frozen import caller_autocast, plain_values\n"
+        "from bt_fast.attack.forward import caller_autocast, plain_values, uncached",
+        "from bt_fast.attack.forward import caller_autocast, plain_values\n"
         'def uncached(x): return torch.autocast("cpu", torch.bfloat16, torch.is_autocast_enabled("cpu"), True)',
         casts,
     ),
