@@ -45,9 +45,8 @@ class AutoRunner:
         if candidates is None:
             candidates = {"eager": run_eager, "graphs": GraphRunner(), "streams": StreamRunner()}
         if not candidates:
-            raise ValueError(
-                'candidates must hold at least 1 runner, got none: leave it out, or give {"eager": run_eager}'
-            )
+            instead = 'leave it out, or give {"eager": run_eager}'
+            raise ValueError(f"candidates must hold at least 1 runner, got none: {instead}")
         self._candidates = dict(candidates)
         self._chosen: WeakKeyDictionary[View, dict[object, Runner]] = WeakKeyDictionary()
         self._reason: WeakKeyDictionary[View, str] = WeakKeyDictionary()
@@ -66,7 +65,7 @@ class AutoRunner:
         threat: ThreatModel,
         generator: torch.Generator | None,
     ) -> Callable[[], None]:
-        """Queue the attack as the chosen runner does; what this returns makes the caller's stream wait for it."""
+        """Queue the attack as the chosen runner does; the returned function makes the caller's stream wait for it."""
         x = batch.x_adv
         configuration = (x.shape[1:], batch.target.shape[1], x.dtype, x.device, threat, caller_autocast(x))
         chosen = self._chosen.setdefault(model, {})
@@ -99,7 +98,7 @@ class AutoRunner:
 
 
 def median_seconds(works: Sequence[Callable[[], Callable[[], object]]], x: Tensor) -> list[float]:
-    """The median time of each work on the device of x, in interleaved rounds; a call of it prepares what is timed."""
+    """Median seconds of some works on the device of x, in interleaved rounds. A work returns its timed part."""
     seconds: list[list[float]] = [[] for _ in works]
     for _ in range(WARM + ROUNDS):
         for prepare, times in zip(works, seconds, strict=True):
@@ -116,7 +115,7 @@ def now(x: Tensor) -> float:
     return time.perf_counter()
 
 
-# one of each for every caller: they keep what they captured by model, and hold no model alive
+# one of each for every caller: they keep their graphs by model, and hold no model alive
 RUNNERS: dict[str, Runner] = {
     "eager": run_eager,
     "graphs": GraphRunner(),

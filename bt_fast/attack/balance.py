@@ -187,7 +187,7 @@ class Costs:
         return self.row_seconds * (counts * levels).sum(dim=1).double() + self.step_seconds * longest.double()
 
     def exchange_seconds(self, exchange: Exchange) -> float:
-        """There and back: two all-to-alls, as long as the rank with the most samples to send or to receive takes."""
+        """The exchange there and back: two all-to-alls, as long as the rank with the most samples on the way takes."""
         if len(exchange.number) == 0:
             return 0.0
         return 2 * self.latency_seconds + exchange.busiest * self.sample_bytes / self.bytes_per_second

@@ -51,7 +51,7 @@ def start_balanced_attack(
     steps_of_ranks: Tensor,
     group: dist.ProcessGroup,
 ) -> StartedAttack:
-    """`start_attack` after an exchange, if that pays. Collective, and so is what is returned.
+    """`start_attack` after an exchange, if that pays. Collective, and so is the `finish` of its result.
 
     Args:
         steps_of_ranks: [N, n+1] int64 on the host, how many samples of each rank of the group have 0, 1, ... steps.
@@ -78,7 +78,7 @@ _measured: WeakKeyDictionary[View, dict[tuple[object, ...], Costs]] = WeakKeyDic
 
 
 def _costs(view: View, batch: AttackBatch, threat: ThreatModel, runner: Runner, group: dist.ProcessGroup) -> Costs:
-    """Measured once. (All ranks meet the same kinds of images in the same order.)"""
+    """Costs measured once for each kind of images. (These come in the same order on all ranks.)"""
     clean, target = batch.clean, batch.target
     known = _measured.setdefault(view, {})
     kind = (clean.shape[1:], clean.dtype, target.shape[1], threat.norm)

@@ -1,7 +1,7 @@
-"""The cache of CUDA graphs: what attack steps (`graphs.py`) and updates (`objectives/update.py`) have in common.
+"""The cache of CUDA graphs for attack steps (`graphs.py`) and updates (`objectives/update.py`).
 
-Graphs are found by all that they have fixed, share a memory pool, and are dropped when a tensor of the model has moved
-or when they are the least recently used. A model that cannot be captured runs eagerly, with one warning that says why.
+The key of a graph is all that it has fixed. Graphs share a memory pool, and are dropped when a tensor of the model has
+moved or when they are the least recently used. A model that cannot be captured runs eagerly, with a warning why.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class GraphPool(Recent[K, V]):
         self._pool: object = None
 
     def add(self, key: K, most: int, record: Callable[[object], V]) -> V:
-        """Keep what `record(pool)` captures; the least recently used make room where there are `most`.
+        """Keep the graphs that `record(pool)` captures; the least recently used make room where there are `most`.
 
         Whatever the model or the driver raises, out of memory too, is a CaptureError.
         """
@@ -101,7 +101,7 @@ class ModelGraphs(Generic[V]):
             warn_caller(f"the {self._subject} runs without graphs: {reason}")
 
     def explain(self, graphs: int, until: str) -> str:
-        """How the calls run, in words: `graphs` is how many were captured, `until` what they wait for."""
+        """How the calls run, in words, with so many captured graphs. Without any they are eager `until` ..."""
         if self.reason:
             return f"eagerly, since {self.reason}"
         return f"from CUDA graphs, {graphs} captured" if graphs else f"eagerly, until {until}"

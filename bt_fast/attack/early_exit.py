@@ -49,18 +49,14 @@ class Samples:
     def __len__(self) -> int:
         return len(self.number)
 
-    def split(self, n: int) -> tuple[Samples, Samples]:
-        """The first n, and the others."""
-        first = Samples(self.x[:n], self.y[:n], self.number[:n])
-        return first, Samples(self.x[n:], self.y[n:], self.number[n:])
+    def __getitem__(self, rows: slice) -> Samples:
+        return Samples(self.x[rows], self.y[rows], self.number[rows])
 
 
 class Verdicts:
     """The fate of each sample of the stream: in which restart and at which iterate it fell, or that it stood.
 
-    Args:
-        progress: called with the number of samples decided so far, whenever it grew.
-        first: the number of the first sample.
+    `progress` is called with the number of samples decided so far, whenever it grew.
     """
 
     def __init__(self, progress: Callable[[int], None] | None = None, first: int = 0) -> None:
@@ -90,7 +86,7 @@ class Verdicts:
 
 
 class Waiting:
-    """Samples that are not under attack yet: what is left of one batch of the stream, which is read on demand."""
+    """Samples that are not under attack yet: the rest of one batch of the stream, which is read on demand."""
 
     def __init__(self, stream: Iterator[Samples]) -> None:
         self._stream = stream
@@ -103,16 +99,14 @@ class Waiting:
             self._rest = next(self._stream, None)
             if self._rest is None:
                 return None
-        taken, self._rest = self._rest.split(most)
+        taken, self._rest = self._rest[:most], self._rest[most:]
         return taken
 
 
 class WorkingBatch:
-    """The samples under attack, in rows [0, count) of buffers that hold `width` of them.
+    """The samples under attack, in rows [0, count) of buffers that hold as many as `like` [width, ...] has.
 
-    Args:
-        like: [width, ...] floating point, images of the size, dtype and device of all that come.
-        channels_last: hold images [n, C, H, W] with the channel as the fastest index; else as `like` does.
+    All are of the size, dtype and device of `like`, and of its memory format if not `channels_last`.
     """
 
     def __init__(self, attack: Attack, like: Tensor, *, channels_last: bool = False) -> None:
@@ -127,18 +121,13 @@ class WorkingBatch:
         self._still = torch.zeros_like(self._x) if attack.threat.norm == "l_2" else None
         self._counter = torch.arange(self._burst, device=device)
         # known to the host without a wait: a row moves in every step until it falls
-        self._number, self._restart, self._step = (
-            torch.zeros(width, dtype=torch.int64, device="cpu") for _ in range(3)
-        )
+        on_host = [torch.zeros(width, dtype=torch.int64, device="cpu") for _ in range(3)]
+        self._number, self._restart, self._step = on_host
         self._count = 0
 
     @torch.no_grad()
     def run(self, model: Callable[[Tensor], Tensor], waiting: Waiting, verdicts: Verdicts) -> None:
-        """Attack all that wait, and record their fates.
-
-        Raises:
-            ValueError: the model's logits or input gradients hold NaN for a sample that still stood.
-        """
+        """Attack all that wait, and record their fates. A ValueError, if the model gives NaN for one that stood."""
         leaving = torch.zeros(0, dtype=torch.bool, device="cpu")
         while True:
             self._replace(leaving, waiting)
@@ -147,7 +136,7 @@ class WorkingBatch:
             leaving = self._settle(self._advance(model), verdicts)
 
     def _advance(self, model: Callable[[Tensor], Tensor]) -> Tensor:
-        """A burst of steps. [count] int64 on the host: at the start of which of them a row fell, or STOOD.
+        """A burst of steps. [count] int64 on the host: the step of the burst before which a row fell, or STOOD.
 
         Step j first looks at the logits of iterate j, which its forward pass gives for nothing. A row moves until it
         falls or its restart ends.
@@ -242,10 +231,10 @@ class WorkingBatch:
 
 
 def burst_length(steps: int, x: Tensor) -> int:
-    """How many steps are taken before the host looks who fell.
+    """The number of steps before the host reads which samples fell.
 
-    On the CPU one, since to look costs nothing there. On a GPU the host would wait in each step, so up to eight: a
-    broken row stays, unmoved, for less than a burst. A restart's `steps + 1` iterates are shared out evenly.
+    On the CPU one, where a read costs nothing. On a GPU the host would wait in each step, so up to eight: a broken row
+    stays, unmoved, for less than a burst. A restart's `steps + 1` iterates are shared out evenly.
     """
     if x.is_cpu:
         return 1

@@ -4,7 +4,7 @@ In eval mode batch norm is `s·x + t` for each channel, so that behind a convolu
 into that layer's weights: `bn(conv(x, W, b)) = conv(x, s·W, s·b + t)`. The view runs the model's own computation,
 traced once, on such folded weights, which `refresh` writes anew in place after the optimiser moved the model.
 
-A compiled model is traced as what it was compiled from, and an average of models as a model. Not folded is a norm that
+A compiled model is traced as it was before, and an average of models as a model. Not folded is a norm that
 does not directly follow one layer: in a pre-activation block the first, since the sum before it is also the skip
 connection. (Its scale could pass through the relu into the next convolution, but only while every scale is positive,
 and to know that is to wait for the device.)

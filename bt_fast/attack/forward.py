@@ -167,10 +167,9 @@ _in_float16: WeakKeyDictionary[Callable[[Tensor], Tensor], dict[object, bool]] =
 
 
 def in_float16(model: Callable[[Tensor], Tensor], x: Tensor, logits: Tensor) -> bool:
-    """Whether the gradient of `logits`, which the model gave for x, passes through float16, where small ones are lost.
+    """Whether the gradient of `logits`, the model's for x, passes through float16, where small ones are lost.
 
-    Known after one walk over the backward for each model, kind of images and autocast. (The inside of a compiled part
-    is not seen.)
+    Known after one walk over the backward for each model, kind of images and autocast, without compiled parts.
     """
     if logits.dtype in (torch.float16, torch.float64):
         return logits.dtype == torch.float16

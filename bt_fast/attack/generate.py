@@ -63,8 +63,8 @@ def generate(
         clean: [m, ...] floating point, x.
         start: [m, ...], where the attack begins; not changed.
         target: [m, K]: the clean probabilities for KL, a one-hot label for cross-entropy.
-        plan: who takes how many steps of which size.
-        threat: what a perturbation may be.
+        plan: the number and the size of each sample's steps.
+        threat: the ball and the pixel bounds of a perturbation.
         generator: on the images' device; its numbers stand in for a direction where an ℓ2 gradient is 0.
         faulty: [m] int32 on the images' device, set to 1 for each sample that could not move in some step, since its
             input gradient held NaN (in ℓ2: or Inf). `faults.gradients_without_direction` makes an error of it.
@@ -106,7 +106,7 @@ class StartedAttack:
 
     @property
     def beside(self) -> bool:
-        """Whether what the caller queues now runs beside the attack."""
+        """Whether the caller's work from now on runs beside the attack."""
         return self.join is not joined
 
     def __enter__(self) -> StartedAttack:

@@ -61,9 +61,9 @@ class GraphRunner:
         threat: ThreatModel,
         generator: torch.Generator | None,
     ) -> Callable[[], None]:
-        """Queue the attack beside whatever the caller queues next, until it calls what this returns: then that waits.
+        """Queue the attack beside the caller's next work, which waits for it once the returned function is called.
 
-        An exception leaves the caller's stream waiting for what was queued, and the batch as it was.
+        An exception leaves the caller's stream waiting for the queued work, and the batch as it was.
         """
         join = self.queued(model, batch, threat, generator)
         if join is None:
@@ -170,7 +170,7 @@ class _Session:
         self._step, self._seed = (torch.zeros((), dtype=torch.int64, device=x.device) for _ in range(2))
 
     def start(self, model: View, batch: AttackBatch, seeds: Tensor | None) -> Join:
-        """Queue the attack; what is returned makes the caller wait. An exception leaves the batch as it was."""
+        """Queue the attack; the returned function makes the caller wait. An exception leaves the batch as it was."""
         own, caller = self._own[: len(batch)], device.current_stream(batch.x_adv)
         self._stream.wait_stream(caller)
         try:

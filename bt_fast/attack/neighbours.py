@@ -26,7 +26,7 @@ def warn_of_neighbours(model: nn.Module, x: Tensor, threat: ThreatModel, instead
 
     Args:
         x: [m, ...], m ≥ 1, images within the threat model's bounds.
-        instead: of changing the model, what else the caller can do.
+        instead: another way out for the caller than to change the model.
     """
     if model in _looked_at or x.is_meta:
         return

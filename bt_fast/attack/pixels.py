@@ -152,16 +152,10 @@ def on_pixels(
     name: str = "x_natural",
     bounds: tuple[float, float] = (0.0, 1.0),
 ) -> Iterator[tuple[nn.Module, Callable[[Tensor], Tensor]]]:
-    """The model as a function of pixels, and a function that makes pixels of images like x.
+    """The model as a function of pixels, and a function that makes pixels of images like x [n, C, ...].
 
-    Args:
-        x: [n, C, ...] floating point; `name` is its name in messages.
-        normalization: of the images; None where they are pixels.
-        bounds: of a pixel.
-
-    Raises:
-        TypeError: normalization is no `Normalization`, or the model no module.
-        ValueError: x does not have its channels.
+    Without a normalization these are the model itself and the identity. `name` is that of x in messages: a TypeError
+    or ValueError, where normalization, model or the number of channels do not fit.
     """
     if normalization is None:
         del x  # this suspended frame would hold it

@@ -1,4 +1,4 @@
-"""How an attack is executed: what every runner is, and the eager one."""
+"""How an attack is executed: the protocol of runners, and the eager one."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ Start = Callable[[View, AttackBatch, ThreatModel, "torch.Generator | None"], Joi
 
 
 class Queued(Protocol):
-    """A runner that can queue an attack beside what its caller queues next.
+    """A runner that can queue an attack beside its caller's next work.
 
-    Until what `start` returns is called, nothing may be done with the attack's tensors.
+    Until the function that `start` returns is called, nothing may be done with the attack's tensors.
     """
 
     def start(self, model: View, batch: AttackBatch, threat: ThreatModel, generator: torch.Generator | None, /) -> Join:
-        """Change the batch's `x_adv` as `run_eager` does, at the latest when what is returned is called."""
+        """Change the batch's `x_adv` as `run_eager` does, at the latest when the returned function is called."""
 
 
 def run_queued(

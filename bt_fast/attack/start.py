@@ -99,12 +99,8 @@ def sorted_start(
 def uniform_start(x: Tensor, samples: Tensor, restart: int, threat: ThreatModel, seed: Tensor) -> Tensor:
     """`ball_start` of x [n, ...] with the noise of a counter (`ops.gather_start`'s Philox), for evaluation.
 
-    The noise depends on the seed, the restart, the sample's number and the pixel alone.
-
-    Args:
-        samples: [n] int64 in 0..2^32-1, on the images' device, the number of each sample.
-        restart: ≥ 0.
-        seed: 0-dim int64, on the images' device.
+    The noise depends on the seed (0-dim int64), the restart, the sample's number (`samples`, [n] int64 in 0..2^32-1)
+    and the pixel alone.
     """
     length, dtype = math.prod(x.shape[1:]), torch.promote_types(x.dtype, torch.float32)
     if threat.norm == "l_inf":

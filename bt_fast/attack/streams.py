@@ -20,7 +20,7 @@ class StreamRunner:
     """Runs the samples with the same number of steps (boundary, robust, outlier) as one chain, the chains concurrently.
 
     Each chain is replayed from graphs on a stream and from a memory pool of its own. The streams start with what the
-    caller's holds, and the caller's waits for them all. In ℓ2 there is one chain, of all samples: what stands in for a
+    caller's holds, and the caller's waits for them all. In ℓ2 there is one chain, of all samples: the stand-in for a
     zero gradient is drawn for a sample by its place in the chain.
 
     Args:
@@ -44,7 +44,7 @@ class StreamRunner:
         threat: ThreatModel,
         generator: torch.Generator | None,
     ) -> Callable[[], None]:
-        """Queue all chains; what this returns makes the caller's stream wait for them."""
+        """Queue all chains; the returned function makes the caller's stream wait for them."""
         groups = _groups(batch.active) if threat.norm == "l_inf" else [slice(None)]
         self._chains += [self._new_chain() for _ in groups[len(self._chains) :]]
         joins: list[Join] = []
