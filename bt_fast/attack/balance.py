@@ -234,7 +234,7 @@ def measured_costs(
         return work
 
     of_few, of_many, of_nothing, of_parcel = median_seconds([partial(together, work) for work in works], clean)
-    row = max(0.0, (of_many - of_few) / (many - few))  # of this rank, whose numbers of rows are its own
+    row = max(0.0, (of_many - of_few) / (many - few))  # of this rank alone: ranks differ in rows
     mine = torch.tensor(
         [row, max(0.0, of_few - few * row), of_nothing, of_parcel], dtype=torch.float64, device=clean.device
     )

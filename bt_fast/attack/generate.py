@@ -119,7 +119,9 @@ class StartedAttack:
         """x' [m, ...], once the caller's stream waits for the steps."""
         self.join()
         self.join = joined  # not once more at the end of the block
-        return self.result()
+        x_adv = self.result()
+        self.result = lambda: x_adv  # which keeps no batch in another memory format
+        return x_adv
 
 
 def start_attack(

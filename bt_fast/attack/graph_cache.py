@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -23,17 +22,16 @@ class GraphCache:
     """The runners of a loss's attacks and the graphs of its updates. It holds no model alive, and is never copied."""
 
     def __init__(self) -> None:
-        self._runners: dict[tuple[bool, bool], Runner] = {}
+        self._runners: dict[bool, Runner] = {}  # by whether it may use streams
         self.updates: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()  # by model
 
     def runner(self, engine: Engine, x: Tensor) -> Runner:
         """The runner of the engine's attack on images like x: eager where there are no graphs."""
-        if not device.has_graphs(x):
+        if not (engine.graphs and device.has_graphs(x)):
             return run_eager
-        kind = (engine.graphs, engine.streams)
-        if kind not in self._runners:
-            self._runners[kind] = _RUNNERS[kind]()
-        return self._runners[kind]
+        if engine.streams not in self._runners:
+            self._runners[engine.streams] = AutoRunner() if engine.streams else GraphRunner()
+        return self._runners[engine.streams]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GraphCache:
         return GraphCache()
@@ -55,9 +53,4 @@ def shared_cache(engine: Engine) -> GraphCache:
     return _shared.setdefault(engine, GraphCache())
 
 
-_RUNNERS: dict[tuple[bool, bool], Callable[[], Runner]] = {  # (graphs, streams)
-    (False, False): lambda: run_eager,
-    (True, False): GraphRunner,
-    (True, True): AutoRunner,
-}
 _shared: dict[Engine, GraphCache] = {}
