@@ -20,7 +20,7 @@ from benchmarks.gpu_model import Action, Gpu, kernels_of, simulate
 from benchmarks.gpu_trace import NOWHERE, trace
 from bt_fast import BulletTrain, trades_loss
 from bt_fast.attack.auto import now
-from bt_fast.attack.frozen import clean_logits, eval_mode
+from bt_fast.attack.forward import clean_logits, eval_mode
 from bt_fast.attack.graphs import GraphRunner
 from bt_fast.attack.streams import StreamRunner
 from bt_fast.baselines.trades_reference import trades_reference_loss

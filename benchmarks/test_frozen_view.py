@@ -21,7 +21,7 @@ from benchmarks.work_ratio import work_ratio
 from bt_fast import BulletTrain, Frozen, Plan, ThreatModel, generate, trades_loss
 from bt_fast.attack.auto import now
 from bt_fast.attack.folded import attack_model
-from bt_fast.attack.frozen import clean_logits, eval_mode
+from bt_fast.attack.forward import clean_logits, eval_mode
 from bt_fast.attack.runners import input_gradient
 from bt_fast.lab.data import images, load_dataset, minibatches
 from bt_fast.lab.models import build_model

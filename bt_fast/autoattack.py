@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bt_fast import faults
-from bt_fast.attack.frozen import eval_mode, logits_of
+from bt_fast.attack.forward import eval_mode, logits_of
 from bt_fast.attack.threat import ThreatModel, check_threat
 from bt_fast.evaluation import Accuracy, classified_correctly
 from bt_fast.units import warn_of_units

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from bt_fast import faults
 from bt_fast.attack.early_exit import STOOD, Attack, Samples, Verdicts, Waiting, WorkingBatch
 from bt_fast.attack.folded import Frozen, attack_model
-from bt_fast.attack.frozen import clean_logits
+from bt_fast.attack.forward import clean_logits
 from bt_fast.attack.generate import COMPARED
 from bt_fast.attack.graph_cache import view_of
 from bt_fast.attack.losses import LOSSES

@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from bt_fast import BulletTrain, Frozen, Normalization, augmix_loss, mart_loss, ops, pgd_loss, trades_loss
 from bt_fast.attack.folded import attack_model
-from bt_fast.attack.frozen import eval_mode, modes_restored
+from bt_fast.attack.forward import eval_mode, modes_restored
 from bt_fast.baselines.fast import fast_loss
 from bt_fast.baselines.yopo import yopo_loss
 from bt_fast.objectives.repeated_forward import moves_batch_norm_alone

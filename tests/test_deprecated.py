@@ -27,6 +27,7 @@ from bt_fast import (
     pgd_loss,
     trades_loss,
 )
+from bt_fast.attack import forward
 from bt_fast.baselines.fast import fast_loss
 from bt_fast.warning import warn_deprecated
 
@@ -53,8 +54,11 @@ def test_names_in_their_old_modules():
         from bt_fast.mining import Assignment
     with pytest.warns(DeprecationWarning, match="write bt_fast.deciding.STEP_FACTOR"):
         from bt_fast.mining import STEP_FACTOR
+    with pytest.warns(DeprecationWarning, match="write bt_fast.attack.forward.eval_mode"):
+        from bt_fast.attack.frozen import eval_mode
     assert (Schedule, Assignment, STEP_FACTOR) == (Plan, MinedPlan, 1.7)
-    for module in ("bt_fast.mining", "bt_fast.attack.schedule"):
+    assert eval_mode is forward.eval_mode
+    for module in ("bt_fast.mining", "bt_fast.attack.schedule", "bt_fast.attack.frozen"):
         with pytest.raises(AttributeError, match="has no attribute 'Scheduler'"):
             _ = importlib.import_module(module).Scheduler
 

@@ -25,7 +25,7 @@ from bt_fast import (
     trades_loss,
 )
 from bt_fast.attack.folded import attack_model
-from bt_fast.attack.frozen import in_float16
+from bt_fast.attack.forward import in_float16
 from bt_fast.attack.runners import input_gradient
 from bt_fast.baselines.fast import fast_loss
 from bt_fast.baselines.grad_align import grad_align

@@ -1,11 +1,12 @@
-"""Choose how the attack is executed by trying."""
+"""Choose the runner of an attack by timing the candidates."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -13,14 +14,15 @@ import torch
 from torch import Tensor
 
 from bt_fast.attack import device
-from bt_fast.attack.batch import AttackBatch
+from bt_fast.attack.batch import AttackBatch, View
+from bt_fast.attack.forward import caller_autocast
 from bt_fast.attack.graphs import GraphRunner
-from bt_fast.attack.runners import Runner, run_eager, start_of
+from bt_fast.attack.runners import Runner, run_eager, run_queued, start_of
 from bt_fast.attack.streams import StreamRunner
 from bt_fast.attack.threat import ThreatModel
 from bt_fast.device import synchronize
 
-WARM, ROUNDS = 3, 5  # a graph is captured when its size is met again, and replayed from then on
+WARM, ROUNDS = 3, 5  # a graph is captured when its size comes again, and replayed from then on
 
 
 class AutoRunner:
@@ -33,7 +35,7 @@ class AutoRunner:
         candidates: runners by name; eager, graphs and streams if not given.
 
     Attributes:
-        reasons: a line for each configuration: what was measured, and what is used.
+        reasons: a line for each configuration, with the measured times and the choice.
 
     Raises:
         ValueError: there is no candidate.
@@ -43,27 +45,18 @@ class AutoRunner:
         if candidates is None:
             candidates = {"eager": run_eager, "graphs": GraphRunner(), "streams": StreamRunner()}
         if not candidates:
-            raise ValueError(
-                'candidates must hold at least 1 runner, got none: leave it out, or give {"eager": run_eager}'
-            )
+            instead = 'leave it out, or give {"eager": run_eager}'
+            raise ValueError(f"candidates must hold at least 1 runner, got none: {instead}")
         self._candidates = dict(candidates)
-        self._chosen: WeakKeyDictionary[Callable[[Tensor], Tensor], dict[object, Runner]] = WeakKeyDictionary()
+        self._chosen: WeakKeyDictionary[View, dict[object, Runner]] = WeakKeyDictionary()
+        self._reason: WeakKeyDictionary[View, str] = WeakKeyDictionary()
         self.reasons: list[str] = []
-        self._reason: WeakKeyDictionary[Callable[[Tensor], Tensor], str] = WeakKeyDictionary()
 
     def explain(self, model: Any) -> str:
         """How a model's attacks run, in words: of the configuration measured last."""
         return self._reason.get(model, "not measured yet")
 
-    def __call__(
-        self,
-        model: Callable[[Tensor], Tensor],
-        batch: AttackBatch,
-        threat: ThreatModel,
-        generator: torch.Generator | None,
-    ) -> None:
-        """As `run_eager`."""
-        self.start(model, batch, threat, generator)()
+    __call__ = run_queued
 
     def start(
         self,
@@ -72,49 +65,57 @@ class AutoRunner:
         threat: ThreatModel,
         generator: torch.Generator | None,
     ) -> Callable[[], None]:
-        """Queue the attack as the chosen runner does; what this returns makes the caller's stream wait for it."""
+        """Queue the attack as the chosen runner does; the returned function makes the caller's stream wait for it."""
         x = batch.x_adv
-        kind = x.device.type
-        autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
-        configuration = (x.shape[1:], batch.target.shape[1], x.dtype, x.device, threat, autocast)
+        configuration = (x.shape[1:], batch.target.shape[1], x.dtype, x.device, threat, caller_autocast(x))
         chosen = self._chosen.setdefault(model, {})
         if configuration not in chosen:
             chosen[configuration] = self._choose(model, batch, threat)
             self._reason[model] = self.reasons[-1]
         return start_of(chosen[configuration])(model, batch, threat, generator)
 
-    def _choose(self, model: Callable[[Tensor], Tensor], batch: AttackBatch, threat: ThreatModel) -> Runner:
+    def _choose(self, model: View, batch: AttackBatch, threat: ThreatModel) -> Runner:
         x = batch.x_adv
-        what = f"{len(x)} x {list(x.shape[1:])} {x.dtype}"
+        images = f"{len(x)} x {list(x.shape[1:])} {x.dtype}"
         if reason := device.no_graphs_reason(x):
-            self.reasons.append(f"{what}: eager, since {reason}")
+            self.reasons.append(f"{images}: eager, since {reason}")
             return run_eager
         generator = torch.Generator(x.device).manual_seed(0)
 
-        def seconds(run: Runner) -> float:
+        def prepared(run: Runner) -> Callable[[], object]:
             attacked = replace(batch, x_adv=x.clone(), faulty=batch.faulty.clone())
-            start = now(x)
-            run(model, attacked, threat, generator)
-            return now(x) - start
+            return lambda: run(model, attacked, threat, generator)
 
-        rounds = [{name: seconds(run) for name, run in self._candidates.items()} for _ in range(WARM + ROUNDS)]
-        medians = {name: statistics.median(times[name] for times in rounds[WARM:]) for name in self._candidates}
-        fastest = min(medians, key=lambda name: medians[name])
-        measured = ", ".join(f"{name} {1e3 * median:.3g} ms" for name, median in medians.items())
-        self.reasons.append(f"{what}: {fastest}, since {measured}")
+        works = [partial(prepared, run) for run in self._candidates.values()]
+        seconds = dict(zip(self._candidates, median_seconds(works, x), strict=True))
+        fastest = min(seconds, key=lambda name: seconds[name])
+        measured = ", ".join(f"{name} {1e3 * median:.3g} ms" for name, median in seconds.items())
+        self.reasons.append(f"{images}: {fastest}, since {measured}")
         for name, runner in self._candidates.items():
             if name != fastest and isinstance(runner, (GraphRunner, StreamRunner)):
-                runner.forget(model)  # whose graphs would keep the memory of a whole step each
+                runner.forget(model)  # each graph keeps the memory of a whole step
         return self._candidates[fastest]
 
 
+def median_seconds(works: Sequence[Callable[[], Callable[[], object]]], x: Tensor) -> list[float]:
+    """Median seconds of some works on the device of x, in interleaved rounds. A work returns its timed part."""
+    seconds: list[list[float]] = [[] for _ in works]
+    for _ in range(WARM + ROUNDS):
+        for prepare, times in zip(works, seconds, strict=True):
+            work = prepare()
+            began = now(x)
+            work()
+            times.append(now(x) - began)
+    return [statistics.median(times[WARM:]) for times in seconds]
+
+
 def now(x: Tensor) -> float:
-    """The time, once the device of `x` has done all that it was given."""
+    """The time, once the device of `x` has done all its work."""
     synchronize(x.device)
     return time.perf_counter()
 
 
-# one of each for every caller: they keep what they captured by model, and hold no model alive
+# one of each for every caller: they keep their graphs by model, and hold no model alive
 RUNNERS: dict[str, Runner] = {
     "eager": run_eager,
     "graphs": GraphRunner(),
@@ -124,21 +125,14 @@ RUNNERS: dict[str, Runner] = {
 
 
 def runner_of(runner: Runner | str) -> Runner:
-    """The runner itself, or the one of that name.
-
-    Raises:
-        TypeError: it is neither a runner nor a name.
-        ValueError: there is none of that name.
-    """
+    """The runner itself, or the one of that name; a TypeError or ValueError for anything else."""
     if isinstance(runner, str):
-        if runner not in RUNNERS:
-            raise ValueError(
-                f"runner must be a runner or one of {', '.join(RUNNERS)}, got {runner!r}: "
-                f"write runner={next(iter(RUNNERS))!r}"
-            )
-        return RUNNERS[runner]
+        if runner in RUNNERS:
+            return RUNNERS[runner]
+        raise ValueError(f"runner must be a runner or one of {', '.join(RUNNERS)}, got {runner!r}: {_INSTEAD}")
     if isinstance(runner, type) or not callable(runner):
-        raise TypeError(
-            f"runner must be a runner or its name, got {type(runner).__name__}: write runner={next(iter(RUNNERS))!r}"
-        )
+        raise TypeError(f"runner must be a runner or its name, got {type(runner).__name__}: {_INSTEAD}")
     return runner
+
+
+_INSTEAD = "write runner='eager'"

@@ -1,23 +1,23 @@
 """Balanced raggedness: ranks of a data-parallel training with much to attack hand samples to ranks with little.
 
 Each rank has its own samples by step count, and all wait for the last one when the gradients are reduced. From the
-counts of all ranks every rank makes the same plan on the host, without a word to the others; images travel before the
-attack and perturbed ones after it, each in one all-to-all whose sizes the plan tells.
+counts of all ranks every rank makes the same plan on the host, without communication; images travel before the attack
+and perturbed ones after it, each in one all-to-all of sizes that the plan gives.
 """
 
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bt_fast.attack.auto import ROUNDS, WARM, now
+from bt_fast.attack.auto import median_seconds
 from bt_fast.attack.batch import AttackBatch
 from bt_fast.ops.launch import dense_format
 from bt_fast.validation import real, step_count
@@ -30,17 +30,12 @@ PARCEL = 32  # samples, some more than the busiest rank sends in `benchmarks/res
 
 @dataclass(frozen=True, eq=False)
 class Exchange:
-    """Who attacks how many samples of whom: N ranks, step counts 0..n. All tensors are int64 on the CPU.
+    """The plan of an exchange between N ranks, for step counts 0..n. Tensors are int64 on the CPU."""
 
-    Attributes:
-        counts: [N, n+1], the samples of rank r that take exactly k steps.
-        quotas: [N, n+1], those that rank r attacks. Samples without steps stay: column 0 is that of the counts.
-        source, target, level, number: [moves], `number` samples of `level` steps go from rank `source` to `target`.
-            Ascending in source, then in target; descending in level. No rank both sends and receives a level.
-    """
-
-    counts: Tensor
-    quotas: Tensor
+    counts: Tensor  # [N, n+1], the samples of rank r that take exactly k steps
+    quotas: Tensor  # [N, n+1], those that rank r attacks; samples without steps stay with their rank
+    # [moves]: `number` samples of `level` steps go from rank `source` to `target`. Ascending in source, then in target;
+    # descending in level. No rank both sends and receives a level.
     source: Tensor
     target: Tensor
     level: Tensor
@@ -58,17 +53,17 @@ class Exchange:
         return max((int(np.bincount(end, self.number.numpy()).max()) for end in ends if len(end)), default=0)
 
     def outgoing(self, rank: int) -> Tensor:
-        """[N, n+1] int64: how many samples of each step count a rank sends to each other."""
+        """[N, n+1]: how many samples of each step count a rank sends to each other."""
         return self._moves_of(self.source == rank, self.target)
 
     def incoming(self, rank: int) -> Tensor:
-        """[N, n+1] int64: how many samples of each step count a rank receives from each other."""
+        """[N, n+1]: how many samples of each step count a rank receives from each other."""
         return self._moves_of(self.target == rank, self.source)
 
     def _moves_of(self, mine: Tensor, other: Tensor) -> Tensor:
-        found = torch.zeros_like(self.counts)
-        found[other[mine], self.level[mine]] = self.number[mine]
-        return found
+        moves = torch.zeros_like(self.counts)
+        moves[other[mine], self.level[mine]] = self.number[mine]
+        return moves
 
 
 def plan(counts: Tensor, ranks_per_node: int = 1) -> Exchange:
@@ -76,16 +71,14 @@ def plan(counts: Tensor, ranks_per_node: int = 1) -> Exchange:
 
     Where that leaves a choice, the rank with the least work so far gets one more, so that the sums over all steps are
     near each other, too. No rank attacks more samples than it has where all have as many. Samples move within a node
-    first. The same counts give the same plan, on every rank; `benchmarks/results/stragglers.md` says how fast.
+    first. The same counts give the same plan on every rank.
 
     Args:
         counts: [N, n+1] int64 on the CPU: counts[r, k] samples of rank r take exactly k steps.
         ranks_per_node: ranks r with the same `r // ranks_per_node` are near each other.
 
     Raises:
-        TypeError: counts is no tensor of int64, or ranks_per_node no integer.
-        ValueError: counts is not [N, n+1] with N ≥ 1, is not on the CPU, or holds a negative number; or ranks_per_node
-            is less than 1.
+        TypeError or ValueError: counts are not such a tensor, or ranks_per_node is no integer of at least 1.
     """
     if not isinstance(counts, Tensor) or counts.dtype != torch.int64:
         raise TypeError(
@@ -108,11 +101,10 @@ def plan(counts: Tensor, ranks_per_node: int = 1) -> Exchange:
 
 
 def _quotas(counts: np.ndarray) -> np.ndarray:
-    """How many samples of each step count each rank attacks: [N, n+1].
+    """[N, n+1], the samples of each step count for each rank, from the most steps down.
 
-    From the most steps down: of the samples with at least k steps each rank gets the same number, and some get one
-    more. Those that had one more than that already must be among them; then come those with the least work so far,
-    then those with the most samples of their own to spare, which then need not travel.
+    Of the samples with at least k steps each rank gets the same number, and some get one more: those that have one more
+    already, then those with the least work so far, then those with the most samples of their own to spare.
     """
     ranks, most = counts.shape[0], counts.shape[1] - 1
     quotas: np.ndarray = counts.copy()
@@ -160,7 +152,7 @@ def _moves(surplus: np.ndarray, ranks_per_node: int) -> tuple[np.ndarray, ...]:
 
 @dataclass(frozen=True)
 class Costs:
-    """What attack and exchange take. The same on all ranks, or some would wait for an exchange that others leave out.
+    """The costs of attack and exchange. The same on all ranks, or some would wait for an exchange without the others.
 
     Attributes:
         row_seconds: for one sample in one attack step.
@@ -195,11 +187,7 @@ class Costs:
         return self.row_seconds * (counts * levels).sum(dim=1).double() + self.step_seconds * longest.double()
 
     def exchange_seconds(self, exchange: Exchange) -> float:
-        """There and back: two all-to-alls, as long as the rank with the most samples to send or to receive takes.
-
-        Args:
-            exchange: the plan.
-        """
+        """The exchange there and back: two all-to-alls, as long as the rank with the most samples on the way takes."""
         if len(exchange.number) == 0:
             return 0.0
         return 2 * self.latency_seconds + exchange.busiest * self.sample_bytes / self.bytes_per_second
@@ -212,11 +200,7 @@ def pays(exchange: Exchange, costs: Costs) -> bool:
 
 
 def sample_bytes(clean: Tensor, target: Tensor) -> int:
-    """What one sample that is attacked elsewhere carries: x, start, target and step size there, x' and its flag back.
-
-    Args:
-        clean: [m, ...] images, target: [m, K].
-    """
+    """Bytes of one sample that is attacked elsewhere: x, start, target and step size there, x' and its flag back."""
     image = math.prod(clean.shape[1:]) * clean.element_size()
     return 3 * image + target.shape[1] * target.element_size() + 8 + 4
 
@@ -224,7 +208,7 @@ def sample_bytes(clean: Tensor, target: Tensor) -> int:
 def measured_costs(
     attack: Callable[[int], object], rows: int, clean: Tensor, target: Tensor, group: dist.ProcessGroup | None = None
 ) -> Costs:
-    """By the clock: the same on all ranks, since they take the mean of theirs. Every rank of the group must call it.
+    """Costs by the clock, the mean of all ranks. Every rank of the group must call it.
 
     For once before a training: it waits for the device. The bytes per second hold the latency too, and so are too few.
 
@@ -232,9 +216,6 @@ def measured_costs(
         attack: `attack(n)` takes one attack step on n samples.
         rows: ≥ 2, of this rank's usual minibatch; ranks may have different ones.
         clean: [m, ...] images, target: [m, K], like those of the training and on its device.
-
-    Raises:
-        TypeError or ValueError: rows is no integer of at least 2.
     """
     few, many = max(1, step_count("rows", rows, least=2) // 4), rows
     size, ranks = sample_bytes(clean, target), dist.get_world_size(group)
@@ -247,19 +228,18 @@ def measured_costs(
         lambda: dist.all_to_all_single(parcel[:0].clone(), parcel[:0], [0] * ranks, [0] * ranks, group=group),
         lambda: dist.all_to_all_single(parcel.clone(), parcel, from_last, to_next, group=group),
     ]
-    seconds: list[list[float]] = [[] for _ in works]
-    for _ in range(WARM + ROUNDS):
-        for work, times in zip(works, seconds, strict=True):
-            dist.barrier(group)  # or the wait for a slower rank would be measured
-            began = now(clean)
-            work()
-            times.append(now(clean) - began)
-    of_few, of_many, of_nothing, of_parcel = (statistics.median(t[WARM:]) for t in seconds)
-    row = max(0.0, (of_many - of_few) / (many - few))  # here, where it is known how many rows they were
-    mine = [row, max(0.0, of_few - few * row), of_nothing, of_parcel]
-    told = torch.tensor(mine, dtype=torch.float64, device=clean.device)
-    of_all = [torch.empty_like(told) for _ in range(ranks)]
-    dist.all_gather(of_all, told, group=group)
+
+    def together(work: Callable[[], object]) -> Callable[[], object]:
+        dist.barrier(group)  # or the wait for a slower rank would be measured
+        return work
+
+    of_few, of_many, of_nothing, of_parcel = median_seconds([partial(together, work) for work in works], clean)
+    row = max(0.0, (of_many - of_few) / (many - few))  # of this rank alone: ranks differ in rows
+    mine = torch.tensor(
+        [row, max(0.0, of_few - few * row), of_nothing, of_parcel], dtype=torch.float64, device=clean.device
+    )
+    of_all = [torch.empty_like(mine) for _ in range(ranks)]
+    dist.all_gather(of_all, mine, group=group)
     per_row, per_step, latency, parcel_seconds = torch.stack(of_all).cpu().mean(dim=0).tolist()
     return Costs(per_row, per_step, size, latency, PARCEL * size / parcel_seconds)
 
@@ -269,27 +249,18 @@ def measured_costs(
 
 @dataclass(frozen=True, eq=False)
 class Route:
-    """One all-to-all of a rank: which rows it sends, and where in its new batch they and others end up.
+    """One all-to-all of a rank: the rows that it sends, and the order of its new batch."""
 
-    Attributes:
-        leaving: [sent] int64, rows of the old batch in the order of sending.
-        sent, received: rows to and from each of the N ranks.
-        order: [new] int64: new row i is row order[i] of the old batch and the received rows behind it.
-    """
-
-    leaving: Tensor
-    sent: list[int]
-    received: list[int]
-    order: Tensor
+    leaving: Tensor  # [sent] int64, rows of the old batch in the order of sending
+    sent: list[int]  # rows to each of the N ranks
+    received: list[int]  # rows from each of them
+    order: Tensor  # [new] int64: new row i is row order[i] of the old batch and the received rows behind it
 
     def carry(self, tensors: Sequence[Tensor], group: dist.ProcessGroup | None) -> list[Tensor]:
-        """Each tensor's new rows, in the tensors' own memory formats. Every rank of the group must call it.
+        """Each tensor's new rows, in its own memory format. Every rank of the group must call it.
 
-        Everything travels as bytes in one all-to-all, so that any dtype does, to the bit. The host waits for nothing
-        but for what the group's backend waits for.
-
-        Args:
-            tensors: [old, ...] each, on one device. On all ranks their shapes but for `old`, and their dtypes, agree.
+        All travel as bytes in one all-to-all, to the bit. The host waits only where the group's backend does. On all
+        ranks the tensors agree in dtype, and in shape but for the number of rows.
         """
         device = tensors[0].device
         leaving, order = (_to(index, device) for index in (self.leaving, self.order))
@@ -301,8 +272,7 @@ class Route:
         news = []
         for own, rows in zip(tensors, arrived.split(widths, dim=1), strict=True):
             guests = rows.clone(memory_format=torch.contiguous_format).view(own.dtype).view(len(rows), *own.shape[1:])
-            new = torch.cat([own.detach(), guests])[order]
-            news.append(new.contiguous(memory_format=dense_format(own) or torch.contiguous_format))
+            news.append(_in_format_of(own, torch.cat([own.detach(), guests])[order]))
         return news
 
 
@@ -310,8 +280,8 @@ def routes(exchange: Exchange, rank: int) -> tuple[Route, Route]:
     """A rank's way out and its way home.
 
     Out: from its samples in sorted order to those that it attacks, by descending steps, first its own and then those of
-    others by their ranks. Of each step count its last samples leave, to the lowest rank first. Samples without steps
-    are not attacked. Home: from what it attacked, followed by the starts of its own samples, to the x' of its own.
+    others by their ranks. Of each step count its last samples leave, to the lowest rank first. Home: from the attacked
+    samples, followed by the starts of its own, to the x' of its own.
     """
     most = exchange.counts.shape[1] - 1
     levels = np.arange(most, 0, -1)
@@ -337,11 +307,7 @@ def routes(exchange: Exchange, rank: int) -> tuple[Route, Route]:
 
 @dataclass(frozen=True, eq=False)
 class Rebalanced:
-    """What this rank attacks: its own samples with steps that stay, and those of others.
-
-    Attributes:
-        batch: these a samples, at their start.
-    """
+    """The a samples that this rank attacks, at their start: its own with steps that stay, and those of others."""
 
     batch: AttackBatch
     _own_start: Tensor
@@ -349,41 +315,25 @@ class Rebalanced:
     _group: dist.ProcessGroup | None
 
     def bring_home(self, x_adv: Tensor, faulty: Tensor) -> tuple[Tensor, Tensor]:
-        """x' [m, ...] and the flags [m] int32 of this rank's own samples, in its own sorted order.
+        """x' [m, ...] and the flags [m] int32 of this rank's own samples, in its own sorted order. Collective.
 
-        Those without steps are as they started, and not faulty. Every rank of the group must call it.
-
-        Args:
-            x_adv: [a, ...] and faulty: [a] int32, of what this rank attacked.
-
-        Raises:
-            ValueError: a shape is not that, or a dtype.
+        Those without steps are as they started, and not faulty. `x_adv` [a, ...] and `faulty` [a] are those of `batch`.
         """
         for name, given, like in (("x_adv", x_adv, self.batch.x_adv), ("faulty", faulty, self.batch.faulty)):
             if given.shape != like.shape or given.dtype != like.dtype:
                 raise ValueError(
                     f"{name} must be {like.dtype} of shape {list(like.shape)}, "
-                    f"got {given.dtype} of shape {list(given.shape)}: "
-                    "let it stay as it was made"
+                    f"got {given.dtype} of shape {list(given.shape)}: let it stay as it was made"
                 )
         own = self._own_start
         images = torch.cat([x_adv.detach(), own])
         flags = torch.cat([faulty, faulty.new_zeros(len(own))])
         x_home, faulty_home = self._home.carry([images, flags], self._group)
-        return x_home.contiguous(memory_format=dense_format(own) or torch.contiguous_format), faulty_home
+        return _in_format_of(own, x_home), faulty_home
 
 
 def send_out(batch: AttackBatch, exchange: Exchange, group: dist.ProcessGroup | None = None) -> Rebalanced:
-    """Hand this rank's surplus to others and take in theirs. Every rank of the group must call it with the same plan.
-
-    Args:
-        batch: this rank's m samples, at their start.
-        exchange: the plan, whose rank r is the group's.
-        group: the ranks; None for all.
-
-    Raises:
-        ValueError: the plan is not for so many ranks, or not for m samples of this rank.
-    """
+    """Hand this rank's surplus to others and take in theirs. Every rank must call it with the same plan."""
     ranks, rank = dist.get_world_size(group), dist.get_rank(group)
     if exchange.ranks != ranks:
         raise ValueError(
@@ -406,7 +356,7 @@ def send_out(batch: AttackBatch, exchange: Exchange, group: dist.ProcessGroup | 
 
 
 def _ranges(begin: np.ndarray, length: np.ndarray) -> np.ndarray:
-    """begin[0], begin[0]+1, ... so many as length[0]; then those of 1, and so on."""
+    """The ranges [begin[i], begin[i] + length[i]), one after another."""
     before = length.cumsum() - length
     return np.repeat(begin - before, length) + np.arange(int(length.sum()))
 
@@ -418,6 +368,10 @@ def _index(values: np.ndarray) -> Tensor:
 def _to(index: Tensor, device: torch.device) -> Tensor:
     """On the device; the host does not wait for the copy."""
     return index.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else index.to(device)
+
+
+def _in_format_of(like: Tensor, images: Tensor) -> Tensor:
+    return images.contiguous(memory_format=dense_format(like) or torch.contiguous_format)
 
 
 def _bytes_of(rows: Tensor) -> Tensor:

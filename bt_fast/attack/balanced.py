@@ -1,8 +1,7 @@
-"""An attack of which ranks with much to do hand samples to ranks with little, where that is the shorter way."""
+"""Attacks that several ranks share out: those with much to attack hand samples to those with little, if it pays."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
@@ -10,14 +9,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bt_fast.attack.balance import Costs, Rebalanced, measured_costs, pays, plan, send_out
-from bt_fast.attack.batch import AttackBatch
+from bt_fast.attack.balance import Costs, measured_costs, pays, plan, send_out
+from bt_fast.attack.batch import AttackBatch, View
 from bt_fast.attack.generate import StartedAttack, start_attack
 from bt_fast.attack.runners import Runner, start_of
 from bt_fast.attack.threat import ThreatModel
 from bt_fast.plan import Plan
 from bt_fast.ranks import Sharing
-from bt_fast.validation import step_count
+from bt_fast.validation import check_kind, step_count
 
 
 @Sharing.register
@@ -25,7 +24,7 @@ from bt_fast.validation import step_count
 class Balance:
     """How ranks share an attack out.
 
-    Every sample's perturbation is what it would be at home, up to the rounding of another batch size.
+    Every sample's perturbation is that of its own rank, up to the rounding of another batch size.
 
     Attributes:
         costs: by which it is decided in each minibatch whether an exchange pays; the same on all ranks. None: measured
@@ -40,37 +39,12 @@ class Balance:
     ranks_per_node: int = 1
 
     def __post_init__(self) -> None:
-        if self.costs is not None and not isinstance(self.costs, Costs):
-            raise TypeError(
-                f"costs must be a Costs or None, got {type(self.costs).__name__}: "
-                "write Balance(measured_costs(...)), or Balance()"
-            )
+        check_kind("costs", self.costs, Costs, "write Balance(measured_costs(...)), or Balance()", optional=True)
         step_count("ranks_per_node", self.ranks_per_node, least=1)
 
 
-class _BalancedAttack(StartedAttack):
-    """An attack on samples of several ranks, whose results come home at the end."""
-
-    def __init__(self, away: StartedAttack, rebalanced: Rebalanced, faulty: Tensor) -> None:
-        self._away, self._rebalanced, self._faulty = away, rebalanced, faulty
-
-    @property
-    def beside(self) -> bool:
-        """Whether what the caller queues now runs beside the attack."""
-        return self._away.beside
-
-    def __exit__(self, *error: object) -> None:
-        self._away.__exit__(*error)
-
-    def finish(self) -> Tensor:
-        """x' [m, ...] of this rank's own samples. Collective."""
-        x_adv, flags = self._rebalanced.bring_home(self._away.finish(), self._rebalanced.batch.faulty)
-        self._faulty.copy_(flags)
-        return x_adv
-
-
 def start_balanced_attack(
-    view: Callable[[Tensor], Tensor],
+    view: View,
     batch: AttackBatch,
     threat: ThreatModel,
     generator: torch.Generator | None,
@@ -79,7 +53,7 @@ def start_balanced_attack(
     steps_of_ranks: Tensor,
     group: dist.ProcessGroup,
 ) -> StartedAttack:
-    """`start_attack` after an exchange, if that pays. Collective, and so is what is returned.
+    """`start_attack` after an exchange, if that pays. Collective, and so is the `finish` of its result.
 
     Args:
         steps_of_ranks: [N, n+1] int64 on the host, how many samples of each rank of the group have 0, 1, ... steps.
@@ -91,20 +65,22 @@ def start_balanced_attack(
     if costs is None or not pays(exchange, costs):
         return start_attack(view, batch, threat, generator, runner)
     there = send_out(batch, exchange, group)
-    return _BalancedAttack(start_attack(view, there.batch, threat, generator, runner), there, batch.faulty)
+    away = start_attack(view, there.batch, threat, generator, runner)
+
+    def result() -> Tensor:
+        """Of this rank's own samples. Collective."""
+        x_adv, flags = there.bring_home(away.result(), there.batch.faulty)
+        batch.faulty.copy_(flags)
+        return x_adv
+
+    return StartedAttack(away.join, result)
 
 
-_measured: WeakKeyDictionary[Callable[[Tensor], Tensor], dict[tuple[object, ...], Costs]] = WeakKeyDictionary()
+_measured: WeakKeyDictionary[View, dict[tuple[object, ...], Costs]] = WeakKeyDictionary()
 
 
-def _costs(
-    view: Callable[[Tensor], Tensor],
-    batch: AttackBatch,
-    threat: ThreatModel,
-    runner: Runner,
-    group: dist.ProcessGroup,
-) -> Costs:
-    """Measured once. (All ranks meet the same kinds of images in the same order.)"""
+def _costs(view: View, batch: AttackBatch, threat: ThreatModel, runner: Runner, group: dist.ProcessGroup) -> Costs:
+    """Costs measured once for each kind of images. (These come in the same order on all ranks.)"""
     clean, target = batch.clean, batch.target
     known = _measured.setdefault(view, {})
     kind = (clean.shape[1:], clean.dtype, target.shape[1], threat.norm)

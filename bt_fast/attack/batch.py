@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -9,37 +10,24 @@ from torch import Tensor
 
 from bt_fast.plan import Plan
 
+View = Callable[[Tensor], Tensor]  # a model in eval mode, or a folded view of it
+
 
 @dataclass(frozen=True, eq=False)
 class AttackBatch:
-    """m samples by descending numbers of steps; each tensor has a row for each sample.
+    """m samples by descending numbers of steps; each tensor has a row for each sample."""
 
-    Attributes:
-        x_adv: [m, ...] floating point, x': where the attack is, changed in place by its steps.
-        clean: [m, ...] of the same dtype, x.
-        target: [m, K], the distribution to move away from.
-        step_size: [m] floating point, α in pixel units.
-        steps: [m] int64, never increasing.
-        active: for each step, the number of rows that take it. Never increases.
-        faulty: [m] int32, set to 1 for a sample that stayed in some step, since its gradient held NaN (in ℓ2: or Inf).
-    """
-
-    x_adv: Tensor
-    clean: Tensor
-    target: Tensor
-    step_size: Tensor
-    steps: Tensor
-    active: tuple[int, ...]
-    faulty: Tensor
+    x_adv: Tensor  # [m, ...] floating point, x', changed in place by the attack's steps
+    clean: Tensor  # [m, ...] of the same dtype, x
+    target: Tensor  # [m, K], the distribution to move away from
+    step_size: Tensor  # [m] floating point, α in pixel units
+    steps: Tensor  # [m] int64, never increasing
+    active: tuple[int, ...]  # for each step, the number of rows that take it; never increasing
+    faulty: Tensor  # [m] int32, 1 for a sample that stayed in some step, since its gradient held NaN (in ℓ2: or Inf)
 
     @classmethod
     def of(cls, plan: Plan, start: Tensor, clean: Tensor, target: Tensor, faulty: Tensor | None = None) -> AttackBatch:
-        """Samples in the plan's sorted order, at the start of their attack. Waits for the plan's counts.
-
-        Args:
-            start: [m, ...], clean: [m, ...], target: [m, K].
-            faulty: [m] int32; zeros if not given.
-        """
+        """Samples in the plan's sorted order, at the start of their attack. Waits for the plan's counts."""
         if faulty is None:
             faulty = torch.zeros(len(start), dtype=torch.int32, device=start.device)
         sizes, steps = plan.sort(plan.step_size), plan.sort(plan.steps)
@@ -52,12 +40,5 @@ class AttackBatch:
         """Some rows that lie side by side, as views."""
         start, stop, _ = rows.indices(len(self))
         active = tuple(min(n, stop) - start for n in self.active if n > start)
-        return AttackBatch(
-            self.x_adv[rows],
-            self.clean[rows],
-            self.target[rows],
-            self.step_size[rows],
-            self.steps[rows],
-            active,
-            self.faulty[rows],
-        )
+        tensors = {name: value[rows] for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return AttackBatch(active=active, **tensors)

@@ -1,6 +1,6 @@
-"""CUDA streams, graphs and random numbers, as runners and the update reach them: through this module and nothing else.
+"""CUDA streams, graphs and generators for runners and the update, which reach them by this module alone.
 
-So that a stand-in can take their place where there is no GPU.
+So that an emulation can take their place where there is no GPU.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import gc
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,19 +17,8 @@ from torch import Tensor
 from bt_fast.floors import numbers
 from bt_fast.warning import warn_caller
 
-
-class Stream(Protocol):
-    """A queue of work on the device: `torch.cuda.Stream`."""
-
-    def wait_stream(self, other: Any) -> None:
-        """What is enqueued from now on starts after all that `other` holds now."""
-
-
-class Graph(Protocol):
-    """A captured sequence of launches: `torch.cuda.CUDAGraph`."""
-
-    def replay(self) -> None:
-        """Enqueue the sequence on the current stream."""
+Stream = torch.cuda.Stream
+Graph = torch.cuda.CUDAGraph
 
 
 def has_graphs(x: Tensor) -> bool:
@@ -56,7 +45,7 @@ def new_stream(x: Tensor) -> Stream:
     return torch.cuda.Stream(x.device)
 
 
-def on(stream: Any) -> AbstractContextManager[object]:
+def on(stream: Stream) -> AbstractContextManager[object]:
     """Work inside goes to the stream."""
     return torch.cuda.stream(stream)
 
@@ -68,14 +57,11 @@ def new_pool() -> Any:
 
 @contextmanager
 def capture(pool: Any) -> Iterator[Graph]:
-    """Record what is launched on the current stream, which must not be the default one, instead of running it.
+    """Record the launches on the current stream, which must not be the default one, instead of running them.
 
     Nothing inside may wait for the device or be launched there for the first time; other threads may go on meanwhile.
-    A capture that breaks off leaves streams, generators and torch's allocator as they were. Where that cannot be had, a
-    warning says so, and `no_graphs_reason` from then on.
-
-    Args:
-        pool: a new one, or one that a graph still uses.
+    The pool is a new one, or one that a graph still uses. A capture that breaks off leaves streams, generators and
+    torch's allocator as they were; where that fails, a warning says so, and `no_graphs_reason` from then on.
     """
     graph, stream, phase = torch.cuda.CUDAGraph(), torch.cuda.current_stream(), "begin"
     with _no_collection(), _own_workspaces():
@@ -93,16 +79,16 @@ def capture(pool: Any) -> Iterator[Graph]:
 
 
 def free_unused() -> None:
-    """Give memory that torch keeps for its streams back, so that a capture, whose memory is its own, finds some."""
+    """Give back memory that torch keeps for its streams: that of a capture is its own."""
     torch.cuda.empty_cache()
 
 
 class CaptureError(RuntimeError):
-    """Why a capture failed."""
+    """A capture that failed, and why."""
 
     @classmethod
     def of(cls, error: BaseException) -> CaptureError:
-        """With what the model or the driver said."""
+        """With the error of the model or the driver."""
         return cls(f"capture failed ({type(error).__name__}: {error})")
 
 
@@ -113,13 +99,13 @@ _unusable: str | None = None  # why no graph is captured in this process any mor
 
 
 def _unwind(graph: Any, pool: Any, stream: Any, phase: str) -> None:
-    """Undo what a capture that broke off in this phase has left under way."""
+    """End what a capture that broke off in this phase has left under way."""
     with on(stream):  # which the model may have left
         if phase == "inside":
             with suppress(RuntimeError), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # that it may be empty
                 graph.capture_end()
-                return  # what broke off was no error of CUDA's
+                return  # what broke it off was no error of CUDA's
         graph.reset()
     with suppress(RuntimeError):  # newer ones have done so
         _end_allocation(stream.device_index, pool)
@@ -144,7 +130,7 @@ def _end_allocation(device_index: int, pool: Any) -> None:
 def _try_out(where: torch.device) -> None:
     """Capture a launch on a stream and into a pool of its own, and draw a number.
 
-    Before 2.13 the end of a capture is also what tells the generators that the broken one is over.
+    Before 2.13 only the end of a capture ends the broken one for the generators.
     """
     free_unused()
     graph, random = torch.cuda.CUDAGraph(), RandomStates(device_generator(where))
@@ -162,8 +148,8 @@ def _give_up(error: RuntimeError) -> None:
     global _unusable
     if _unusable is not None:
         return
-    said = str(error).partition("\n")[0]
-    _unusable = f"a capture that broke off has left CUDA unable to capture another ({said})"
+    reason = str(error).partition("\n")[0]
+    _unusable = f"a capture that broke off has left CUDA unable to capture another ({reason})"
     warn_caller(f"no more graphs in this process, start a new one to have them: {_unusable}")
 
 
@@ -181,10 +167,10 @@ def _no_collection() -> Iterator[None]:
 
 @contextmanager
 def _own_workspaces() -> Iterator[None]:
-    """A capture takes the memory in which cuBLAS works from its own pool, and leaves none of that to its stream.
+    """A capture takes the workspace of cuBLAS from its own pool, and leaves none of that to its stream.
 
-    torch keeps one such memory for each stream, and before 2.15 a graph uses its stream's. But it may be freed while
-    the graph is still there: since 2.12 where another graph of that stream goes, and wherever a model that was compiled
+    torch keeps one workspace for each stream, and before 2.15 a graph uses its stream's. But it may be freed while the
+    graph is still there: since 2.12 where another graph of that stream goes, and wherever a model that was compiled
     with graphs of its own captures one.
     """
     torch._C._cuda_clearCublasWorkspaces()
@@ -195,22 +181,27 @@ def _own_workspaces() -> Iterator[None]:
 
 
 def host_generator(device: torch.device) -> torch.Generator | None:
-    """The default generator of the host, where the device has one of its own: what it draws no graph draws again."""
+    """The default generator of the host, where the device has one of its own. A graph does not draw from it again."""
     return None if device.type == "cpu" else torch.default_generator
 
 
 def device_generator(device: torch.device) -> torch.Generator | None:
-    """The default generator of the device, from which graphs draw on as the eager code does."""
+    """The default generator of the device, from which graphs draw as the eager code does."""
     if device.type == "cuda":
         return torch.cuda.default_generators[device.index]
     return torch.default_generator if device.type == "cpu" else None
 
 
 class RandomStates:
-    """Where some generators stand now (None among them is none)."""
+    """The states of some generators now (None among them is none)."""
 
     def __init__(self, *generators: torch.Generator | None) -> None:
         self._states = [(g, g.get_state()) for g in generators if g is not None]
+
+    @classmethod
+    def of(cls, where: torch.device, *others: torch.Generator | None) -> RandomStates:
+        """The states of the host's and the device's default generators, and of others."""
+        return cls(host_generator(where), device_generator(where), *others)
 
     @property
     def moved(self) -> bool:

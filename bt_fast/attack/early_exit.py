@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bt_fast import faults, ops
-from bt_fast.attack.frozen import gradient_of, in_float16, logits_of
+from bt_fast.attack.forward import gradient_of, in_float16, logits_of
 from bt_fast.attack.losses import direction_of
 from bt_fast.attack.start import uniform_start
 from bt_fast.attack.threat import ThreatModel
@@ -28,10 +28,7 @@ LONGEST_BURST = 8
 
 @dataclass(frozen=True)
 class Attack:
-    """What every sample is up against: `restarts` times `steps` steps of size `step_size` along a loss.
-
-    `seed` is a 0-dim int64 on the images' device.
-    """
+    """PGD on every sample: `restarts` times `steps` steps of `step_size`; `seed` is a 0-dim int64 on the device."""
 
     threat: ThreatModel
     loss: str
@@ -52,24 +49,19 @@ class Samples:
     def __len__(self) -> int:
         return len(self.number)
 
-    def split(self, n: int) -> tuple[Samples, Samples]:
-        """The first n, and the others."""
-        fields = (self.x, self.y, self.number)
-        return Samples(*(f[:n] for f in fields)), Samples(*(f[n:] for f in fields))
+    def __getitem__(self, rows: slice) -> Samples:
+        return Samples(self.x[rows], self.y[rows], self.number[rows])
 
 
 class Verdicts:
-    """What became of each sample of the stream: in which restart and at which iterate it fell, if it did.
+    """The fate of each sample of the stream: in which restart and at which iterate it fell, or that it stood.
 
-    Args:
-        progress: told the number of samples decided so far, whenever it grew.
-        first: the number of the first sample.
+    `progress` is called with the number of samples decided so far, whenever it grew.
     """
 
     def __init__(self, progress: Callable[[int], None] | None = None, first: int = 0) -> None:
-        self._progress = progress
-        self._first = first
-        self._found: list[Tensor] = []
+        self._progress, self._first = progress, first
+        self._decided: list[Tensor] = []
         self.seen = self.decided = 0
 
     def number(self, n: int) -> Tensor:
@@ -81,42 +73,40 @@ class Verdicts:
         """Samples [n] that are decided: all int64, on the host."""
         if len(numbers) == 0:
             return
-        self._found.append(torch.stack([numbers, restart, step]))
+        self._decided.append(torch.stack([numbers, restart, step]))
         self.decided += len(numbers)
         if self._progress is not None:
             self._progress(self.decided)
 
     def in_order(self) -> tuple[Tensor, Tensor]:
         """Restart and step of all samples, each [seen] int64; all must be decided."""
-        number, restart, step = torch.cat(self._found, dim=1)
+        number, restart, step = torch.cat(self._decided, dim=1)
         order = number.argsort()
         return restart[order], step[order]
 
 
 class Waiting:
-    """Samples that are not under attack yet: what is left of one batch of the stream, which is read on demand."""
+    """Samples that are not under attack yet: the rest of one batch of the stream, which is read on demand."""
 
     def __init__(self, stream: Iterator[Samples]) -> None:
         self._stream = stream
-        self._left: Samples | None = None
+        self._rest: Samples | None = None
 
     def take(self, most: int) -> Samples | None:
         """Up to `most` samples, at least one; None where there are no more."""
-        while self._left is None or len(self._left) == 0:
-            self._left = None  # let go of a batch before the next is read
-            self._left = next(self._stream, None)
-            if self._left is None:
+        while not self._rest:
+            self._rest = None  # let go of a batch before the next is read
+            self._rest = next(self._stream, None)
+            if self._rest is None:
                 return None
-        taken, self._left = self._left.split(most)
+        taken, self._rest = self._rest[:most], self._rest[most:]
         return taken
 
 
 class WorkingBatch:
-    """The samples under attack, in rows [0, count) of buffers that hold `width` of them.
+    """The samples under attack, in rows [0, count) of buffers that hold as many as `like` [width, ...] has.
 
-    Args:
-        like: [width, ...] floating point, images of the size, dtype and device of all that come.
-        channels_last: hold images [n, C, H, W] with the channel as the fastest index; else as `like` does.
+    All are of the size, dtype and device of `like`, and of its memory format if not `channels_last`.
     """
 
     def __init__(self, attack: Attack, like: Tensor, *, channels_last: bool = False) -> None:
@@ -130,19 +120,14 @@ class WorkingBatch:
         self._step_size = torch.full((width,), attack.step_size, dtype=like.dtype, device=device)
         self._still = torch.zeros_like(self._x) if attack.threat.norm == "l_2" else None
         self._counter = torch.arange(self._burst, device=device)
-        # what the host knows without asking: a row moves in every step until it falls
-        self._number, self._restart, self._step = (
-            torch.zeros(width, dtype=torch.int64, device="cpu") for _ in range(3)
-        )
+        # known to the host without a wait: a row moves in every step until it falls
+        on_host = [torch.zeros(width, dtype=torch.int64, device="cpu") for _ in range(3)]
+        self._number, self._restart, self._step = on_host
         self._count = 0
 
     @torch.no_grad()
     def run(self, model: Callable[[Tensor], Tensor], waiting: Waiting, verdicts: Verdicts) -> None:
-        """Attack all that wait, and record what becomes of them.
-
-        Raises:
-            ValueError: the model's logits or input gradients hold NaN for a sample that still stood.
-        """
+        """Attack all that wait, and record their fates. A ValueError, if the model gives NaN for one that stood."""
         leaving = torch.zeros(0, dtype=torch.bool, device="cpu")
         while True:
             self._replace(leaving, waiting)
@@ -151,7 +136,7 @@ class WorkingBatch:
             leaving = self._settle(self._advance(model), verdicts)
 
     def _advance(self, model: Callable[[Tensor], Tensor]) -> Tensor:
-        """A burst of steps; the step of the burst at whose start a row fell, or STOOD: [count] int64 on the host.
+        """A burst of steps. [count] int64 on the host: the step of the burst before which a row fell, or STOOD.
 
         Step j first looks at the logits of iterate j, which its forward pass gives for nothing. A row moves until it
         falls or its restart ends.
@@ -167,23 +152,23 @@ class WorkingBatch:
             probe = x.detach().requires_grad_(moves)
             with torch.set_grad_enabled(moves):
                 logits = logits_of(model, probe)
-            seen = logits.detach()
+            plain = logits.detach()
             standing = left >= j
-            unfit |= standing & ~has_softmax(seen)
-            falls = standing & (seen.argmax(dim=1) != labels)
+            unfit |= standing & ~has_softmax(plain)
+            falls = standing & (plain.argmax(dim=1) != labels)
             fell.masked_fill_(falls, j)
             left.masked_fill_(falls, 0)
             if moves:
                 scaled = in_float16(model, probe, logits)
-                grad = gradient_of(logits, probe, direction_of(attack.loss, seen, labels, scaled))
+                grad = gradient_of(logits, probe, direction_of(attack.loss, plain, labels, scaled))
                 self._move(grad, self._counter[j], faulty)
         number = self._number[:n]
-        found = [
+        wrong = [
             faults.marked_rows(unfit, "the model's logits", number),
             faults.gradients_without_direction(faulty, number),
         ]
-        numbers = torch.cat([fell, faults.counts_of(found)])
-        return torch.tensor(CheckedRead(numbers, found).wait(), device="cpu")
+        numbers = torch.cat([fell, faults.counts_of(wrong)])
+        return torch.tensor(CheckedRead(numbers, wrong).wait(), device="cpu")
 
     def _move(self, grad: Tensor, step: Tensor, faulty: Tensor) -> None:
         """One projected step of the rows that have more than `step` steps left."""
@@ -196,7 +181,7 @@ class WorkingBatch:
             ops.l2_step_(*images, *box, self._still[:n], steps=self._left[:n], step=step, faulty=faulty)
 
     def _settle(self, fell: Tensor, verdicts: Verdicts) -> Tensor:
-        """Record those that fell or stood to the end, and begin the next restarts; which rows leave: [count] bool."""
+        """Record those that fell or stood to the end, and begin the next restarts. [count] bool: which rows leave."""
         n, attack = self._count, self._attack
         number, restart, step = self._number[:n], self._restart[:n], self._step[:n]
         falls = fell != STOOD
@@ -246,10 +231,10 @@ class WorkingBatch:
 
 
 def burst_length(steps: int, x: Tensor) -> int:
-    """How many steps are taken before the host looks who fell.
+    """The number of steps before the host reads which samples fell.
 
-    On the CPU one, since to look costs nothing there. On a GPU the host would wait in each step, so up to eight: a
-    broken row stays, unmoved, for less than a burst. A restart's `steps + 1` iterates are shared out evenly.
+    On the CPU one, where a read costs nothing. On a GPU the host would wait in each step, so up to eight: a broken row
+    stays, unmoved, for less than a burst. A restart's `steps + 1` iterates are shared out evenly.
     """
     if x.is_cpu:
         return 1

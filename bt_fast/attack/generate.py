@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypedDict
 
 import torch
 from torch import Tensor, nn
 
 from bt_fast.attack.auto import runner_of
-from bt_fast.attack.batch import AttackBatch
-from bt_fast.attack.folded import Frozen, FrozenModel, attack_model
+from bt_fast.attack.batch import AttackBatch, View
+from bt_fast.attack.folded import FoldedModel, Frozen, attack_model
 from bt_fast.attack.graph_cache import shared_cache, view_of
-from bt_fast.attack.runners import Runner, joined, start_of
+from bt_fast.attack.runners import Join, Runner, joined, start_of
 from bt_fast.attack.threat import ThreatModel, check_threat
 from bt_fast.deprecated import check_keywords
 from bt_fast.engine import Engine
@@ -53,22 +53,21 @@ def generate(
     engine: Engine | str = "exact",
     **deprecated: Unpack[Deprecated],
 ) -> Tensor:
-    """Run the ragged attack: maximise the divergence of the model's output from `target`.
+    """The ragged attack on images in a plan's sorted order: the divergence of the model's output from `target` grows.
 
-    The model runs in eval mode and comes back in the modes in which it was found; its parameters' gradients are not
-    touched. Each sample's result depends on no other sample. A sample with 0 steps comes back as its `start`.
+    The model runs in eval mode and comes back in its modes; its parameters' gradients are not touched. Each sample's
+    result depends on no other sample. A sample with 0 steps comes back as its `start`.
 
     Args:
         model: maps [n, ...] to logits [n, K].
-        clean: [m, ...] floating point in the plan's sorted order, x.
-        start: [m, ...] in the plan's sorted order, where the attack begins; not changed.
-        target: [m, K] in the plan's sorted order: the clean probabilities for KL, a one-hot label for cross-entropy.
-        plan: who takes how many steps of which size.
-        threat: what a perturbation may be.
+        clean: [m, ...] floating point, x.
+        start: [m, ...], where the attack begins; not changed.
+        target: [m, K]: the clean probabilities for KL, a one-hot label for cross-entropy.
+        plan: the number and the size of each sample's steps.
+        threat: the ball and the pixel bounds of a perturbation.
         generator: on the images' device; its numbers stand in for a direction where an ℓ2 gradient is 0.
-        faulty: [m] int32 in the plan's sorted order, on the images' device, set to 1 for each sample that could not
-            move in some step, since its input gradient held NaN (in ℓ2: or Inf).
-            `faults.gradients_without_direction` makes an error of it.
+        faulty: [m] int32 on the images' device, set to 1 for each sample that could not move in some step, since its
+            input gradient held NaN (in ℓ2: or Inf). `faults.gradients_without_direction` makes an error of it.
         engine: how the attack is executed, by name or as an `Engine`.
         deprecated: keywords of the first version; each warns with the new line.
 
@@ -98,60 +97,54 @@ def generate(
         return start_attack(view, batch, threat, generator, runner).finish()
 
 
+@dataclass(eq=False)
 class StartedAttack:
-    """An attack whose steps are queued, perhaps on streams of its own. A `with` block leaves with it joined."""
+    """An attack with its steps queued, perhaps on streams of its own. A `with` block leaves with it joined."""
 
-    def __init__(self, x_adv: Tensor, join: Callable[[], None], contiguous: bool) -> None:
-        self._x_adv, self._join, self._contiguous = x_adv, join, contiguous
+    join: Join
+    result: Callable[[], Tensor]  # gives x' [m, ...], once it is joined
 
     @property
     def beside(self) -> bool:
-        """Whether what the caller queues now runs beside the attack."""
-        return self._join is not joined
+        """Whether the caller's work from now on runs beside the attack."""
+        return self.join is not joined
 
     def __enter__(self) -> StartedAttack:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._join()
+        self.join()
 
     def finish(self) -> Tensor:
         """x' [m, ...], once the caller's stream waits for the steps."""
-        self._join()
-        self._join = joined  # not once more at the end of the block
-        if self._contiguous:
-            self._x_adv, self._contiguous = self._x_adv.contiguous(), False
-        return self._x_adv
+        self.join()
+        self.join = joined  # not once more at the end of the block
+        x_adv = self.result()
+        self.result = lambda: x_adv  # which keeps no batch in another memory format
+        return x_adv
 
 
 def start_attack(
-    view: Callable[[Tensor], Tensor],
-    batch: AttackBatch,
-    threat: ThreatModel,
-    generator: torch.Generator | None,
-    runner: Runner,
+    view: View, batch: AttackBatch, threat: ThreatModel, generator: torch.Generator | None, runner: Runner
 ) -> StartedAttack:
     """Queue the attack on a view of the model, as `attack_model` gives it and inside its `with` block.
 
-    Where the runner has streams of its own, what the caller queues before `finish` runs beside the attack.
-
-    Args:
-        batch: its `x_adv` is where the attack starts, and is not changed.
+    Where the runner has streams of its own, the caller's work before `finish` runs beside the attack. The batch's
+    `x_adv` is the attack's start, and is not changed.
     """
     start = batch.x_adv
-    if not batch.active or batch.active[0] == 0:
-        return StartedAttack(start.detach().clone(memory_format=torch.preserve_format), joined, False)
     with torch.inference_mode(False):
-        last = isinstance(view, FrozenModel) and view.channels_last and start.dim() == 4
+        idle = not batch.active or batch.active[0] == 0
+        last = not idle and isinstance(view, FoldedModel) and view.channels_last and start.dim() == 4
+        x_adv = start.detach().clone(memory_format=torch.channels_last if last else torch.preserve_format)
+        if idle:
+            return StartedAttack(joined, lambda: x_adv)
         clean = batch.clean.detach()
-        if last:
-            x_adv = start.detach().clone(memory_format=torch.channels_last)
-            clean = clean.contiguous(memory_format=torch.channels_last)
-        else:
-            x_adv = start.detach().clone(memory_format=torch.preserve_format)
+        clean = clean.contiguous(memory_format=torch.channels_last) if last else clean
         attacked = replace(batch, x_adv=x_adv, clean=clean, target=batch.target.detach())
         join = start_of(runner)(view, attacked, threat, generator)
-        return StartedAttack(x_adv, join, last and start.is_contiguous())
+    restored = last and start.is_contiguous()
+    return StartedAttack(join, lambda: x_adv.contiguous() if restored else x_adv)
 
 
 def _check(clean: Tensor, start: Tensor, target: Tensor, plan: Plan, faulty: Tensor | None) -> None:
@@ -165,21 +158,16 @@ def _check(clean: Tensor, start: Tensor, target: Tensor, plan: Plan, faulty: Ten
                 f"{name} must be floating-point images, got {kind_of(images)}: of bytes write {name}.float() / 255"
             )
     m = len(plan.step_size)
-    if clean.dim() == 0 or len(clean) != m:
-        raise ValueError(
-            f"clean must hold the plan's {m} samples, got shape {list(clean.shape)}: "
-            "give the images that the plan was made for"
-        )
+    if clean.shape[:1] != (m,):
+        raise _misfit("clean", clean, f"hold the plan's {m} samples", "give the images that the plan was made for")
     if start.shape != clean.shape:
-        raise ValueError(
-            f"start must have clean's shape {list(clean.shape)}, got {list(start.shape)}: give one start for each image"
-        )
+        raise _misfit("start", start, f"have clean's shape {list(clean.shape)}", "give one start for each image")
     if target.dim() != 2 or len(target) != m:
-        raise ValueError(
-            f"target must have shape [{m}, K], got {list(target.shape)}: "
-            "give a row for each image, its softmax or its one-hot label"
-        )
+        instead = "give a row for each image, its softmax or its one-hot label"
+        raise _misfit("target", target, f"have shape [{m}, K]", instead)
     if faulty is not None and faulty.shape != (m,):
-        raise ValueError(
-            f"faulty must have shape [{m}], got {list(faulty.shape)}: write torch.zeros({m}, dtype=torch.int32)"
-        )
+        raise _misfit("faulty", faulty, f"have shape [{m}]", f"write torch.zeros({m}, dtype=torch.int32)")
+
+
+def _misfit(name: str, given: Tensor, expected: str, instead: str) -> ValueError:
+    return ValueError(f"{name} must {expected}, got {list(given.shape)}: {instead}")

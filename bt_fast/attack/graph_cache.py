@@ -1,8 +1,7 @@
-"""What was captured and measured for one loss: the graphs of its attack steps and of its updates, by model."""
+"""The graphs of one loss, of its attack steps and of its updates, and how an engine executes its attack."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -20,24 +19,19 @@ DTYPES = {"bf16": torch.bfloat16}
 
 
 class GraphCache:
-    """The runner of a loss's attacks and the graphs of its updates. It holds no model alive, and is never copied.
-
-    Attributes:
-        updates: of each model, its captured updates.
-    """
+    """The runners of a loss's attacks and the graphs of its updates. It holds no model alive, and is never copied."""
 
     def __init__(self) -> None:
-        self._runners: dict[tuple[bool, bool], Runner] = {}
-        self.updates: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+        self._runners: dict[bool, Runner] = {}  # by whether it may use streams
+        self.updates: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()  # by model
 
     def runner(self, engine: Engine, x: Tensor) -> Runner:
-        """How the engine attacks images like x: as it says on CUDA, eagerly elsewhere."""
-        if not device.has_graphs(x):
+        """The runner of the engine's attack on images like x: eager where there are no graphs."""
+        if not (engine.graphs and device.has_graphs(x)):
             return run_eager
-        kind = (engine.graphs, engine.streams)
-        if kind not in self._runners:
-            self._runners[kind] = _RUNNERS[kind]()
-        return self._runners[kind]
+        if engine.streams not in self._runners:
+            self._runners[engine.streams] = AutoRunner() if engine.streams else GraphRunner()
+        return self._runners[engine.streams]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GraphCache:
         return GraphCache()
@@ -55,13 +49,8 @@ def view_of(engine: Engine) -> Frozen | None:
 
 
 def shared_cache(engine: Engine) -> GraphCache:
-    """The cache of all calls of functions with this engine, which have no loss of their own to keep one."""
+    """The cache of all functions called with this engine, which have no loss of their own to keep one."""
     return _shared.setdefault(engine, GraphCache())
 
 
-_RUNNERS: dict[tuple[bool, bool], Callable[[], Runner]] = {  # (graphs, streams)
-    (False, False): lambda: run_eager,
-    (True, False): GraphRunner,
-    (True, True): AutoRunner,
-}
 _shared: dict[Engine, GraphCache] = {}

@@ -1,15 +1,13 @@
 """Replay the ragged attack's step from CUDA graphs: one graph for each size of prefix, rounded up to a bucket.
 
-All buckets are prefixes of one set of static buffers, sorted by descending steps, so that their number is m / 8 and not
-that of the pairs of group sizes. The samples that pad a bucket have no steps left, and the step leaves those alone (or
-are rows of an earlier, larger batch, that nobody reads): the result is the eager one.
+All buckets are prefixes of one set of static buffers, sorted by descending steps, so that there are m / 8 of them, and
+not one for each pair of group sizes. The samples that pad a bucket have no steps left, and the step leaves those alone
+(or they are rows of an earlier, larger batch, that nobody reads): the result is the eager one.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -18,21 +16,21 @@ import torch
 from torch import Tensor, nn
 
 from bt_fast.attack import device
-from bt_fast.attack.batch import AttackBatch
+from bt_fast.attack.batch import AttackBatch, View
+from bt_fast.attack.captures import GraphKey, GraphPool, ModelGraphs, Recent, hook_reason
 from bt_fast.attack.device import RandomStates
-from bt_fast.attack.folded import FrozenModel, hooked
-from bt_fast.attack.frozen import plain_values, uncached
-from bt_fast.attack.runners import joined, run_eager, stand_in_seeds, take_step
+from bt_fast.attack.folded import FoldedModel
+from bt_fast.attack.forward import caller_autocast, plain_values, uncached
+from bt_fast.attack.runners import Join, joined, run_eager, run_queued, stand_in_seeds, take_step
 from bt_fast.attack.threat import ThreatModel
 from bt_fast.device import out_of_memory
 from bt_fast.ops.launch import dense_format
 from bt_fast.ranges import ATTACK_STEP, range_
 from bt_fast.validation import step_count
-from bt_fast.warning import warn_caller
 
 
 class GraphRunner:
-    """Runs schedules from graphs, captured when a prefix's size is met for the second time.
+    """Runs schedules from graphs, captured when a prefix's size comes for the second time.
 
     Work is queued on a stream of the runner's own, which waits for the caller's and which the caller's then waits for.
     A model that cannot be captured runs eagerly, with one warning that says why: one with hooks (which run on the
@@ -52,21 +50,9 @@ class GraphRunner:
     def __init__(self, *, bucket: int = 8, most_graphs: int = 64) -> None:
         self._bucket = step_count("bucket", bucket, least=1)
         self._most = step_count("most_graphs", most_graphs, least=1)
-        self._sessions: WeakKeyDictionary[Callable[[Tensor], Tensor], OrderedDict[_Key, _Session]] = WeakKeyDictionary()
-        self._failed: WeakKeyDictionary[Callable[[Tensor], Tensor], str] = WeakKeyDictionary()
-        self._said: WeakKeyDictionary[Callable[[Tensor], Tensor], set[str]] = WeakKeyDictionary()
-        # why a model's last attack ran eagerly
-        self._now: WeakKeyDictionary[Callable[[Tensor], Tensor], str] = WeakKeyDictionary()
+        self._graphs: WeakKeyDictionary[View, ModelGraphs[_Session]] = WeakKeyDictionary()
 
-    def __call__(
-        self,
-        model: Callable[[Tensor], Tensor],
-        batch: AttackBatch,
-        threat: ThreatModel,
-        generator: torch.Generator | None,
-    ) -> None:
-        """As `run_eager`."""
-        self.start(model, batch, threat, generator)()
+    __call__ = run_queued
 
     def start(
         self,
@@ -75,15 +61,14 @@ class GraphRunner:
         threat: ThreatModel,
         generator: torch.Generator | None,
     ) -> Callable[[], None]:
-        """Queue the attack beside whatever the caller queues next, until it calls what this returns: then that waits.
+        """Queue the attack beside the caller's next work, which waits for it once the returned function is called.
 
-        An exception leaves the caller's stream waiting for what was queued, and the batch as it was.
+        An exception leaves the caller's stream waiting for the queued work, and the batch as it was.
         """
         join = self.queued(model, batch, threat, generator)
         if join is None:
             run_eager(model, batch, threat, generator)
-            return joined
-        return join
+        return join or joined
 
     def queued(
         self,
@@ -94,119 +79,85 @@ class GraphRunner:
         *,
         capacity: int = 0,
     ) -> Callable[[], None] | None:
-        """As `start`, but None where the model cannot run from graphs: it was said why, and nothing has been done.
+        """As `start`, but None, with a warning and nothing done, where the model cannot run from graphs.
 
         Args:
-            capacity: make room for so many samples, if that is more than there are.
+            capacity: the least number of samples to make room for.
         """
-        reason = self._failed.get(model) or _reason(model, batch.x_adv)
-        self._now.pop(model, None)
-        if reason is None:
-            where = batch.x_adv.device
-            random = RandomStates(device.host_generator(where), device.device_generator(where), generator)
-            session: _Session | None = None
-            try:
-                session = self._session(model, batch, threat, max(capacity, len(batch)))
-                seeds = stand_in_seeds(batch, threat, generator)
-                with uncached(batch.x_adv):
-                    return session.start(model, batch, seeds)
-            except device.CaptureError as error:
-                reason = str(error)
-            except RuntimeError as error:
-                if not out_of_memory(error):
-                    raise
-                reason = f"out of memory ({error})"
-            del session  # with the error gone too, no frame holds its memory when the attack runs eagerly
-            self._sessions.clear()
-            random.restore()
-            self._failed[model] = reason
-        self._now[model] = reason
-        said = self._said.setdefault(model, set())
-        if reason not in said:
-            said.add(reason)
-            warn_caller(f"the attack runs without graphs: {reason}")
+        graphs = self._of(model)
+        graphs.reason = None
+        if reason := graphs.failed or _reason(model, batch.x_adv):
+            graphs.refuse(reason)
+            return None
+        random = RandomStates.of(batch.x_adv.device, generator)
+        session: _Session | None = None
+        try:
+            session = self._session(graphs, model, batch, threat, max(capacity, len(batch)))
+            seeds = stand_in_seeds(batch, threat, generator)
+            with uncached(batch.x_adv):
+                return session.start(model, batch, seeds)
+        except device.CaptureError as error:
+            reason = str(error)
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            reason = f"out of memory ({error})"
+        del session  # with the error gone too, no frame holds its memory when the attack runs eagerly
+        for of_model in self._graphs.values():
+            of_model.captured.clear()
+        random.restore()
+        graphs.refuse(reason, for_good=True)
         return None
 
     def forget(self, model: Callable[[Tensor], Tensor]) -> None:
         """Let go of a model's graphs and their memory."""
-        self._sessions.pop(model, None)
+        self._of(model).captured.clear()
 
     def explain(self, model: Any) -> str:
         """How a model's attacks run, in words."""
-        if reason := self._now.get(model):
-            return f"eagerly, since {reason}"
-        captured = sum(len(session.graphs) for session in self._sessions.get(model, {}).values())
-        return f"from CUDA graphs, {captured} captured" if captured else "eagerly, until a size comes again"
+        graphs = self._of(model)
+        return graphs.explain(sum(len(s.graphs) for s in graphs.captured.values()), "a size comes again")
+
+    def _of(self, model: View) -> ModelGraphs[_Session]:
+        return self._graphs.setdefault(model, ModelGraphs("attack", Recent()))
 
     def _session(
-        self, model: Callable[[Tensor], Tensor], batch: AttackBatch, threat: ThreatModel, capacity: int
+        self, graphs: ModelGraphs[_Session], model: View, batch: AttackBatch, threat: ThreatModel, capacity: int
     ) -> _Session:
-        key = _Key.of(model, batch, threat)
-        sessions = self._sessions.setdefault(model, OrderedDict())
-        for old in [k for k in sessions if k.addresses != key.addresses]:
-            del sessions[old]  # its graphs read memory that is the model's no more
-        session = sessions.get(key)
+        key, sessions = _key(model, batch, threat), graphs.captured
+        session = graphs.use(key)
         if session is None or session.capacity < capacity:
-            session = sessions[key] = _Session(model, batch, threat, self._bucket, capacity)
-        sessions.move_to_end(key)
+            session = sessions[key] = _Session(model, batch, threat, self._bucket, self._most, capacity)
         while len(sessions) > 1 and sum(len(s.graphs) for s in sessions.values()) > self._most:
             sessions.popitem(last=False)
-        session.most_graphs = self._most
         return session
 
 
-@dataclass(frozen=True)
-class _Key:
-    """All that a captured step has fixed."""
-
-    shape: tuple[int, ...]
-    classes: int
-    dtypes: tuple[torch.dtype, ...]
-    strides: tuple[int, ...]
-    device: torch.device
-    threat: ThreatModel
-    autocast: tuple[bool, torch.dtype]
-    values: tuple[object, ...]
-    addresses: tuple[int, ...]
-
-    @classmethod
-    def of(cls, model: Callable[[Tensor], Tensor], batch: AttackBatch, threat: ThreatModel) -> _Key:
-        x, target = batch.x_adv, batch.target
-        kind = x.device.type
-        return cls(
-            shape=tuple(x.shape[1:]),
-            classes=target.shape[1],
-            dtypes=(x.dtype, batch.clean.dtype, target.dtype),
-            strides=x.stride(),
-            device=x.device,
-            threat=threat,
-            autocast=(torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)),
-            values=_values(model),
-            addresses=tuple(t.data_ptr() for t in _tensors(model)),
-        )
+def _key(model: View, batch: AttackBatch, threat: ThreatModel) -> GraphKey:
+    x, target = batch.x_adv, batch.target
+    return GraphKey(
+        computation=threat,
+        inputs=(x.shape[1:], target.shape[1], x.dtype, batch.clean.dtype, target.dtype, x.stride(), x.device),
+        autocast=caller_autocast(x),
+        values=_values(model),
+        tensors=tuple(t.data_ptr() for t in _tensors(model)),
+    )
 
 
 class _Session:
-    """Static buffers for at most `capacity` samples, and the graphs that work on them."""
+    """Static buffers for at most `capacity` samples, and the graphs that work on them, by number of rows."""
 
     def __init__(
-        self,
-        model: Callable[[Tensor], Tensor],
-        batch: AttackBatch,
-        threat: ThreatModel,
-        bucket: int,
-        capacity: int,
+        self, model: View, batch: AttackBatch, threat: ThreatModel, bucket: int, most: int, capacity: int
     ) -> None:
         x = batch.x_adv
         self.capacity = -(-capacity // bucket) * bucket
-        self.graphs: OrderedDict[int, device.Graph] = OrderedDict()
-        self.most_graphs = 1
-        self._bucket, self._threat = bucket, threat
+        self.graphs: GraphPool[int, device.Graph] = GraphPool()
+        self._bucket, self._most, self._threat = bucket, most, threat
         # the graphs hold their addresses, which no other tensor must get
         self._kept = [t.detach() for t in _tensors(model)]
         self._warm: set[int] = set()
         self._stream = device.new_stream(x)
-        self._pool: object = None
         self._own = AttackBatch(
             x_adv=_room(x, self.capacity),
             clean=_room(batch.clean, self.capacity),
@@ -218,8 +169,8 @@ class _Session:
         )
         self._step, self._seed = (torch.zeros((), dtype=torch.int64, device=x.device) for _ in range(2))
 
-    def start(self, model: Callable[[Tensor], Tensor], batch: AttackBatch, seeds: Tensor | None) -> Callable[[], None]:
-        """Queue the attack; what is returned makes the caller wait. An exception leaves the batch as it was."""
+    def start(self, model: View, batch: AttackBatch, seeds: Tensor | None) -> Join:
+        """Queue the attack; the returned function makes the caller wait. An exception leaves the batch as it was."""
         own, caller = self._own[: len(batch)], device.current_stream(batch.x_adv)
         self._stream.wait_stream(caller)
         try:
@@ -240,44 +191,37 @@ class _Session:
                 batch.x_adv.copy_(own.x_adv)
                 torch.maximum(batch.faulty, own.faulty, out=batch.faulty)
         except BaseException:
-            caller.wait_stream(self._stream)  # whose buffers may be freed next, for the caller to use
+            caller.wait_stream(self._stream)  # its buffers may be freed next, for the caller to use
             raise
         # until then the caller's stream must be given none of the memory that this one works on
         return partial(_join, caller, self._stream, (self, batch, seeds))
 
-    def _advance(self, model: Callable[[Tensor], Tensor], n: int) -> None:
+    def _advance(self, model: View, n: int) -> None:
         """One step of the first n samples: replayed, or run where this size is new."""
-        graph = self.graphs.get(n)
-        if graph is None and n in self._warm:
-            graph = self._capture(model, n)
+        graph = self.graphs.use(n)
+        if graph is None and n not in self._warm:
+            self._try(model, n)
+            return
         if graph is None:
-            where = self._own.x_adv.device
-            random = RandomStates(device.host_generator(where), device.device_generator(where))
-            values = _values(model)
-            self._take_step(model, n)
-            if _values(model) != values:
-                raise device.CaptureError("the model's forward changes a number of its own, as no graph does")
-            if random.moved:
-                raise device.CaptureError("the model draws random numbers, of which padding would take some")
-            self._warm.add(n)
-        else:
-            self.graphs.move_to_end(n)
-            graph.replay()
+            graph = self.graphs.add(n, self._most, partial(self._record, model, n))
+        graph.replay()
 
-    def _capture(self, model: Callable[[Tensor], Tensor], n: int) -> device.Graph:
-        while len(self.graphs) >= self.most_graphs:
-            self.graphs.popitem(last=False)
-        if not self.graphs:  # torch takes no pool that no graph uses any more
-            self._pool = device.new_pool()
-        try:
-            with device.capture(self._pool) as graph:
-                self._take_step(model, n)
-        except Exception as error:  # whatever the model or the driver raise: the eager run will tell which
-            raise device.CaptureError.of(error) from error
-        self.graphs[n] = graph
+    def _try(self, model: View, n: int) -> None:
+        """Run a step eagerly, and look whether a graph could do the same."""
+        random, values = RandomStates.of(self._own.x_adv.device), _values(model)
+        self._take_step(model, n)
+        if _values(model) != values:
+            raise device.CaptureError("the model's forward changes a number of its own, as no graph does")
+        if random.moved:
+            raise device.CaptureError("the model draws random numbers, of which padding would take some")
+        self._warm.add(n)
+
+    def _record(self, model: View, n: int, pool: object) -> device.Graph:
+        with device.capture(pool) as graph:
+            self._take_step(model, n)
         return graph
 
-    def _take_step(self, model: Callable[[Tensor], Tensor], n: int) -> None:
+    def _take_step(self, model: View, n: int) -> None:
         take_step(model, self._own[:n], self._threat, self._seed, self._step)
         self._step.add_(1)
 
@@ -286,26 +230,25 @@ def _join(caller: device.Stream, stream: device.Stream, kept: tuple[object, ...]
     caller.wait_stream(stream)
 
 
-def _reason(model: Callable[[Tensor], Tensor], x: Tensor) -> str | None:
-    root = model.model if isinstance(model, FrozenModel) else model
-    if isinstance(root, nn.Module) and (name := hooked(root)):
-        return f"{name} has a hook, which a graph would not run"
-    return device.no_graphs_reason(x)
+def _reason(model: View, x: Tensor) -> str | None:
+    """Why the attack on this model cannot be captured now."""
+    root = model.model if isinstance(model, FoldedModel) else model
+    reason = hook_reason(root) if isinstance(root, nn.Module) else None
+    return reason or device.no_graphs_reason(x)
 
 
-def _values(model: Callable[[Tensor], Tensor]) -> tuple[object, ...]:
+def _values(model: View) -> tuple[object, ...]:
     """A view's are in its trace."""
     return plain_values(model) if isinstance(model, nn.Module) else ()
 
 
-def _tensors(model: Callable[[Tensor], Tensor]) -> list[Tensor]:
-    if isinstance(model, FrozenModel):
+def _tensors(model: View) -> list[Tensor]:
+    if isinstance(model, FoldedModel):
         return model.tensors()
     return [*model.parameters(), *model.buffers()] if isinstance(model, nn.Module) else []
 
 
 def _room(x: Tensor, capacity: int) -> Tensor:
     """Zeros for `capacity` samples like those of `x`, in its memory format."""
-    return torch.zeros_like(
-        x[:1].expand(capacity, *x.shape[1:]), memory_format=dense_format(x) or torch.contiguous_format
-    )
+    rows = x[:1].expand(capacity, *x.shape[1:])
+    return torch.zeros_like(rows, memory_format=dense_format(x) or torch.contiguous_format)

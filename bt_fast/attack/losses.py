@@ -1,4 +1,4 @@
-"""What PGD ascends when it is to break a classification: the gradient with respect to the logits."""
+"""The losses that an evaluation's PGD ascends, by their gradients with respect to the logits."""
 
 from __future__ import annotations
 
@@ -13,16 +13,10 @@ LOSSES = ("ce", "margin")
 
 
 def direction_of(loss: str, logits: Tensor, labels: Tensor, scaled: bool) -> Tensor:
-    """The loss's gradient with respect to the logits, if `scaled` each row up to a positive factor.
+    """The loss's gradient with respect to the logits [n, K], K ≥ 2; if `scaled` each row up to a positive factor.
 
-    Args:
-        loss: "ce", the cross-entropy; or "margin", the largest wrong logit minus the true one (Carlini and Wagner's
-            f_6 without confidence): 1 at the first largest wrong logit and -1 at the label.
-        logits: [n, K] floating point, K ≥ 2.
-        labels: [n] int64 in 0..K-1.
-
-    Returns:
-        [n, K] in the logits' dtype.
+    "ce" is the cross-entropy. "margin" is the largest wrong logit minus the true one (Carlini and Wagner's f_6 without
+    confidence): 1 at the first largest wrong logit and -1 at the label.
     """
     at = labels[:, None]
     if loss == "ce":

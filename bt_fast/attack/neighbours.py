@@ -1,6 +1,6 @@
-"""Whether a sample's logits depend on the others of its batch in eval mode: then no sample can be attacked by itself.
+"""Models whose logits of a sample depend on the other samples of its batch in eval mode.
 
-A batch norm without statistics of its own does so, a layer that takes the batch's mean or attends to it.
+A batch norm without statistics of its own makes them so, or a layer that takes the batch's mean or attends to it.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
-from bt_fast.attack.device import RandomStates, device_generator, host_generator
-from bt_fast.attack.frozen import clean_logits, uncompiled
+from bt_fast.attack.device import RandomStates
+from bt_fast.attack.forward import clean_logits, uncompiled
 from bt_fast.attack.threat import ThreatModel
 from bt_fast.warning import warn_caller
 
 _looked_at: WeakSet[nn.Module] = WeakSet()
-ROOM = 1e-2  # of the largest logit: far above what 16 bits round, far below what another image in the batch does
+ROOM = 1e-2  # of the largest logit: far above rounding in 16 bits, far below the effect of another image
 
 
 def warn_of_neighbours(model: nn.Module, x: Tensor, threat: ThreatModel, instead: str) -> None:
@@ -25,11 +25,10 @@ def warn_of_neighbours(model: nn.Module, x: Tensor, threat: ThreatModel, instead
     Two forwards of two images, which leave buffers and generators as they were; on a GPU they are waited for.
 
     Args:
-        model: in eval mode.
         x: [m, ...], m ≥ 1, images within the threat model's bounds.
-        instead: what else the caller can do than to change the model.
+        instead: another way out for the caller than to change the model.
     """
-    if model in _looked_at or x.is_meta:  # where there are no values
+    if model in _looked_at or x.is_meta:
         return
     alone = _alone(model, x[:1].detach(), threat)
     _looked_at.add(model)
@@ -43,18 +42,18 @@ def warn_of_neighbours(model: nn.Module, x: Tensor, threat: ThreatModel, instead
 
 def _alone(model: nn.Module, image: Tensor, threat: ThreatModel) -> bool:
     other = threat.lower + threat.upper - image
-    random = RandomStates(host_generator(image.device), device_generator(image.device))
+    random = RandomStates.of(image.device)
     buffers = [(b, b.clone()) for b in model.buffers()]
-    found = []
+    both = []
     try:
         with uncompiled():  # two rows are no size to compile for
             for beside in (image, other):
                 random.restore()
-                found.append(clean_logits(model, torch.cat([image, beside]))[0].float())
+                both.append(clean_logits(model, torch.cat([image, beside]))[0].float())
     finally:
         random.restore()
         with torch.no_grad():
             for buffer, value in buffers:
                 buffer.copy_(value)
-    same, moved = (logits.nan_to_num(0.0, 0.0, 0.0) for logits in found)
+    same, moved = (logits.nan_to_num(0.0, 0.0, 0.0) for logits in both)
     return bool((same - moved).abs().max() <= ROOM * same.abs().max().clamp_min(1e-30))

@@ -1,4 +1,4 @@
-"""The attack by projected gradient ascent, as plain data: what losses, `perturb` and `evaluate` share."""
+"""The attack by projected gradient ascent, as plain data for losses, `perturb` and `evaluate`."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class PGD:
         inner: the inner loss: "kl", away from the clean distribution, or "cross_entropy", away from the label. None:
             the loss's own, "kl" for `TRADESLoss` and `perturb`, "cross_entropy" for the others.
         bounds: the least and the greatest value of a pixel.
-        normalization: what the images' loader has done to the pixels; without it they are pixels. ε, step sizes and
-            bounds are in pixel units with it too.
+        normalization: of the images by their loader; without it they are pixels. ε, step sizes and bounds are in
+            pixel units with it too.
 
     Raises:
         TypeError: an argument is not of its kind.
@@ -47,13 +47,8 @@ class PGD:
     normalization: Normalization | None = None
 
     def __post_init__(self) -> None:
-        for name, value in (
-            ("epsilon", positive("epsilon", self.epsilon)),
-            ("step_size", positive("step_size", self.step_size)),
-            ("steps", step_count("steps", self.steps, least=1)),
-            ("bounds", _bounds(self.bounds)),
-        ):
-            object.__setattr__(self, name, value)
+        sizes = {name: positive(name, getattr(self, name)) for name in ("epsilon", "step_size")}
+        vars(self).update(sizes, steps=step_count("steps", self.steps, least=1), bounds=_bounds(self.bounds))
         check_choice("norm", self.norm, _NORMS)
         check_choice("start", self.start, ("normal", "uniform", None))
         check_choice("inner", self.inner, ("kl", "cross_entropy", None))
@@ -62,7 +57,7 @@ class PGD:
 
     @property
     def threat(self) -> ThreatModel:
-        """What a perturbation may be."""
+        """The perturbations that the attack may make."""
         return ThreatModel(self.epsilon, _NORMS[self.norm], *self.bounds)
 
 

@@ -1,7 +1,7 @@
-"""Images of which the loader has taken a mean and a standard deviation out, channel by channel.
+"""Normalised images, with a mean and a standard deviation taken out of each channel by the loader.
 
-An attack's ε, its steps and its bounds are those of pixels in [0, 1]. So such images are put back to pixels first, and
-taking mean and deviation out becomes a part of the model.
+An attack's ε, its steps and its bounds are those of pixels in [0, 1]. So such images are made pixels again first, and
+the normalisation becomes a part of the model.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from bt_fast.validation import check_kind, check_model, real
 
 @dataclass(frozen=True)
 class Normalization:
-    """`(pixel - mean) / std` of each channel, as a loader that normalises its images has applied it.
+    """`(pixel - mean) / std` of each channel, as a loader has applied it to its images.
 
-    `trades_loss(model, ..., normalization=Normalization(mean, std))` takes that loader's images. It gives what the same
-    call without it gives for `nn.Sequential(Normalize(mean, std), model)` and the pixels, up to their rounding: ε and
-    step sizes are in pixel units of [0, 1]. Two of the same numbers are the same: it may be built anew for each call.
+    `PGD(..., normalization=Normalization(mean, std))` takes that loader's images. The result is that for
+    `nn.Sequential(Normalize(mean, std), model)` and the pixels, up to their rounding: ε and step sizes are in pixel
+    units of [0, 1]. Two of the same numbers are equal: it may be built anew for each call.
 
     Attributes:
         mean: [C], std: [C] > 0, in pixel units; kept as tuples.
@@ -95,24 +95,21 @@ class Normalize(nn.Module):
         return (x - self.mean) / self.std
 
     def pixels(self, x: Tensor, lower: float, upper: float) -> Tensor:
-        """What has become x [n, C, ...], in its dtype. Never waits for the device.
+        """The pixels of normalised images x [n, C, ...], in their dtype. Never waits for the device.
 
-        Pixels outside the bounds by no more than rounding are moved onto them. Others are left for the check of the
-        bounds to tell.
-
-        Args:
-            lower, upper: the bounds of a pixel.
+        Those outside the bounds [lower, upper] by no more than rounding are moved onto them. The check of the bounds
+        refuses others.
         """
-        found = wide(x) * self.std + self.mean
-        inside = found.clamp(lower, upper)
+        values = wide(x) * self.std + self.mean
+        inside = values.clamp(lower, upper)
         room = rounding_of_pixels(x.dtype, lower, upper)
-        return torch.where((found - inside).abs() <= room, inside, found).to(x.dtype)
+        return torch.where((values - inside).abs() <= room, inside, values).to(x.dtype)
 
 
 class OnPixels(Fronted):
-    """A model behind `Normalize`. It holds the model only while it is used: what is kept for a model must not keep it.
+    """A model behind `Normalize`. It holds the model only while it is used, so that its cache does not keep the model.
 
-    There is one for each model and normalization: what others keep for it (traced views, graphs) is found again.
+    There is one for each model and normalization, by which folded views and graphs of it are found again.
     """
 
     def __init__(self, normalization: Normalization, dims: int) -> None:
@@ -122,7 +119,7 @@ class OnPixels(Fronted):
 
     @property
     def unwrapped(self) -> nn.Module:
-        """The same in front of the module inside, while the model is held."""
+        """The same in front of the module that the model may wrap, while the model is held."""
         return self._unwrapped[0]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -131,7 +128,7 @@ class OnPixels(Fronted):
 
     @contextmanager
     def holding(self, model: nn.Module, inside: nn.Module) -> Iterator[None]:
-        """Be this model's, in its mode; `inside` is what is in front of the module that it may wrap."""
+        """Be in front of this model, in its mode; `inside` is in front of the module that it may wrap."""
         outer, unwrapped_before = self._modules.get("model"), self._unwrapped
         self.model, self._unwrapped = model, (inside,)
         self.training = self.normalize.training = model.training
@@ -155,22 +152,23 @@ def on_pixels(
     name: str = "x_natural",
     bounds: tuple[float, float] = (0.0, 1.0),
 ) -> Iterator[tuple[nn.Module, Callable[[Tensor], Tensor]]]:
-    """The model as it is on pixels, and what makes pixels of images like x. Without `normalization` they are pixels.
+    """The model as a function of pixels, and a function that makes pixels of images like x [n, C, ...].
 
-    Args:
-        x: [n, C, ...] floating point; `name` is its name in messages.
-        bounds: of a pixel.
-
-    Raises:
-        TypeError: normalization is no `Normalization`, or the model no module.
-        ValueError: x does not have its channels.
+    Without a normalization these are the model itself and the identity. `name` is that of x in messages: a TypeError
+    or ValueError, where normalization, model or the number of channels do not fit.
     """
     if normalization is None:
-        del x  # what is suspended here would hold it
+        del x  # this suspended frame would hold it
         yield model, lambda images: images
         return
     check_model(model)
-    _check(x, normalization, name)
+    check_kind("normalization", normalization, Normalization, "write Normalization(mean, std)", optional=True)
+    channels = len(normalization.mean)
+    if x.dim() < 2 or x.shape[1] != channels:
+        raise ValueError(
+            f"{name} must have {channels} channels as normalization has, got shape {list(x.shape)}: "
+            "give mean and std as many numbers as the images have channels"
+        )
     front, inside = (_front(m, x, normalization) for m in (model, unwrapped(model)))
     del x
 
@@ -182,7 +180,7 @@ def on_pixels(
 
 
 def _front(model: nn.Module, x: Tensor, normalization: Normalization) -> OnPixels:
-    """The one that is kept for this model, on the device and in the dtype of x."""
+    """The front of this model, kept for it, on the device and in the dtype of x."""
     kept = _kept.setdefault(model, {})
     with torch.inference_mode(False):
         front = kept.get((normalization, x.dim()))
@@ -194,23 +192,13 @@ def _front(model: nn.Module, x: Tensor, normalization: Normalization) -> OnPixel
     return front
 
 
-def _check(x: Tensor, normalization: Normalization, name: str) -> None:
-    check_kind("normalization", normalization, Normalization, "write Normalization(mean, std)", optional=True)
-    channels = len(normalization.mean)
-    if x.dim() < 2 or x.shape[1] != channels:
-        raise ValueError(
-            f"{name} must have {channels} channels as normalization has, got shape {list(x.shape)}: "
-            "give mean and std as many numbers as the images have channels"
-        )
-
-
 def _numbers(name: str, values: Any) -> tuple[float, ...]:
     if isinstance(values, str) or not hasattr(values, "__iter__"):
         raise TypeError(
             f"{name} must be a sequence of numbers, one for each channel, got {values!r}: "
             f"write {name}=(0.5,), if there is one channel"
         )
-    found = tuple(real(name, value.item() if isinstance(value, Tensor) else value) for value in values)
-    if not all(map(math.isfinite, found)):
-        raise ValueError(f"{name} must hold finite numbers, got {found}: look for a division by 0 in what gave them")
-    return found
+    reals = tuple(real(name, value.item() if isinstance(value, Tensor) else value) for value in values)
+    if not all(map(math.isfinite, reals)):
+        raise ValueError(f"{name} must hold finite numbers, got {reals}: look for a division by 0 in what gave them")
+    return reals

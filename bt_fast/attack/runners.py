@@ -1,4 +1,4 @@
-"""How an attack is executed."""
+"""How an attack is executed: the protocol of runners, and the eager one."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from bt_fast import ops
-from bt_fast.attack.batch import AttackBatch
-from bt_fast.attack.frozen import gradient_of, in_float16, logits_of
+from bt_fast.attack.batch import AttackBatch, View
+from bt_fast.attack.forward import gradient_of, in_float16, logits_of
 from bt_fast.attack.threat import ThreatModel
 from bt_fast.ranges import ATTACK_STEP, range_
 
@@ -29,38 +29,39 @@ class Runner(Protocol):
         """Change the batch's `x_adv` as `run_eager` does."""
 
 
-class Start(Protocol):
-    """A runner's `start`: it queues the attack, and what it returns makes the caller's stream wait for it.
+Join = Callable[[], None]  # makes the caller's stream wait for an attack; to call it again does no harm
+Start = Callable[[View, AttackBatch, ThreatModel, "torch.Generator | None"], Join]
 
-    Until then nothing may be done with the attack's tensors. Calling it again does no harm.
+
+class Queued(Protocol):
+    """A runner that can queue an attack beside its caller's next work.
+
+    Until the function that `start` returns is called, nothing may be done with the attack's tensors.
     """
 
-    def __call__(
-        self,
-        model: Callable[[Tensor], Tensor],
-        batch: AttackBatch,
-        threat: ThreatModel,
-        generator: torch.Generator | None,
-    ) -> Callable[[], None]:
-        """Change the batch's `x_adv` as `run_eager` does, at the latest when what is returned is called."""
+    def start(self, model: View, batch: AttackBatch, threat: ThreatModel, generator: torch.Generator | None, /) -> Join:
+        """Change the batch's `x_adv` as `run_eager` does, at the latest when the returned function is called."""
+
+
+def run_queued(
+    self: Queued,
+    model: Callable[[Tensor], Tensor],
+    batch: AttackBatch,
+    threat: ThreatModel,
+    generator: torch.Generator | None,
+) -> None:
+    """As `run_eager`: the `__call__` of runners that have a `start`."""
+    self.start(model, batch, threat, generator)()
 
 
 def start_of(runner: Runner) -> Start:
     """The runner's own `start`, or its whole run."""
-    start: Start | None = getattr(runner, "start", None)
-    if start is not None:
-        return start
 
-    def run(
-        model: Callable[[Tensor], Tensor],
-        batch: AttackBatch,
-        threat: ThreatModel,
-        generator: torch.Generator | None,
-    ) -> Callable[[], None]:
+    def run(model: View, batch: AttackBatch, threat: ThreatModel, generator: torch.Generator | None) -> Join:
         runner(model, batch, threat, generator)
         return joined
 
-    return run
+    return getattr(runner, "start", run)
 
 
 def joined() -> None:
@@ -75,10 +76,8 @@ def run_eager(
 ) -> None:
     """Step t runs forward, input gradient and projected step on the prefix of the samples that still have steps left.
 
-    Groups with different counts advance together, so there are as many launch sequences as the largest count.
-
-    Args:
-        generator: on the images' device; for the stand-in of a zero ℓ2 gradient.
+    Groups with different counts advance together, so there are as many launch sequences as the largest count. The
+    generator is on the images' device, for the stand-in of a zero ℓ2 gradient.
     """
     batch = replace(batch, step_size=batch.step_size.to(batch.x_adv.dtype))
     seeds = stand_in_seeds(batch, threat, generator)
@@ -90,11 +89,7 @@ def run_eager(
 
 
 def take_step(
-    model: Callable[[Tensor], Tensor],
-    batch: AttackBatch,
-    threat: ThreatModel,
-    seed: Tensor | None,
-    step: Tensor | None = None,
+    model: View, batch: AttackBatch, threat: ThreatModel, seed: Tensor | None, step: Tensor | None = None
 ) -> None:
     """One step of these samples: forward, input gradient, projected step in place.
 
@@ -120,7 +115,7 @@ def stand_in_seeds(batch: AttackBatch, threat: ThreatModel, generator: torch.Gen
     return torch.randint(2**63 - 1, (len(batch.active),), device=x.device, generator=generator)
 
 
-def input_gradient(model: Callable[[Tensor], Tensor], x: Tensor, target: Tensor) -> Tensor:
+def input_gradient(model: View, x: Tensor, target: Tensor) -> Tensor:
     """The inner loss's gradient with respect to `x` alone: no parameter's gradient is computed or touched."""
     x = x.detach().requires_grad_()
     with torch.enable_grad():
@@ -131,8 +126,8 @@ def input_gradient(model: Callable[[Tensor], Tensor], x: Tensor, target: Tensor)
 def _as_authors(grad: Tensor) -> Tensor:
     """Normal noise for the rows of `grad`, on the CPU, that are 0: drawn for those rows only and descended along.
 
-    So the TRADES code does, whose random numbers a seeded script then repeats. To find the rows on a GPU would mean to
-    wait: there the step itself makes them of a seed.
+    This repeats the random numbers of the TRADES code in a seeded script. To find the rows on a GPU would mean to wait:
+    there the step itself makes the noise of a seed.
     """
     zero = ~grad.flatten(1).any(dim=1)
     stand_in = torch.zeros_like(grad)

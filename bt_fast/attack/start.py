@@ -1,4 +1,4 @@
-"""Where an attack begins: at the clean image and a little noise, or anywhere in the ball."""
+"""Starting points of an attack: the clean image and a little noise, or anywhere in the ball."""
 
 from __future__ import annotations
 
@@ -18,12 +18,10 @@ TRADES_NOISE = 0.001  # standard deviation of the normal start
 
 
 def normal_noise(x: Tensor, generator: torch.Generator | None, *, on_cpu: bool = False) -> Tensor:
-    """The TRADES start's `0.001·N(0, 1)`, in the shape of `x`.
+    """The TRADES start's `0.001·N(0, 1)`, in the shape of `x`, drawn by a generator on its device.
 
-    Args:
-        generator: on the images' device.
-        on_cpu: draw as the TRADES code does, in the default dtype from the CPU's default generator, so that a seeded
-            script repeats its own numbers.
+    With `on_cpu` it is drawn as the TRADES code does, in the default dtype from the CPU's default generator, so that a
+    seeded script repeats its own numbers.
     """
     if on_cpu:
         return TRADES_NOISE * torch.randn(x.shape, device="cpu")
@@ -33,18 +31,15 @@ def normal_noise(x: Tensor, generator: torch.Generator | None, *, on_cpu: bool =
 def ball_start(x: Tensor, threat: ThreatModel, generator: torch.Generator | None = None) -> Tensor:
     """`x` [n, ...] moved to a point drawn uniformly from its ε-ball, then clamped to the pixel bounds.
 
-    Args:
-        x: floating point.
-        threat: the ball, and the pixel bounds.
-        generator: on the images' device, its default generator if not given.
+    The generator is on the images' device; without it the device's default one draws.
     """
     given: dict[str, Any] = {"dtype": x.dtype, "device": x.device, "generator": generator}
     if threat.norm == "l_inf":
-        moved = x + (2.0 * torch.rand(x.shape, **given) - 1.0) * threat.epsilon
+        delta = (2.0 * torch.rand(x.shape, **given) - 1.0) * threat.epsilon
     else:
         direction = torch.randn(x.shape, **given)
-        moved = x + _in_l2_ball(direction, torch.rand(len(x), **given), threat.epsilon)
-    return moved.clamp(threat.lower, threat.upper).to(x.dtype)
+        delta = _in_l2_ball(direction, torch.rand(len(x), **given), threat.epsilon)
+    return _within_bounds(x + delta, x, threat)
 
 
 def random_state(x: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -53,7 +48,7 @@ def random_state(x: Tensor, generator: torch.Generator | None) -> Tensor:
 
 
 def state_of_seed(x: Tensor, generator: torch.Generator | None, offset: int = 0) -> Tensor:
-    """The seed that the generator (or the device's own) was given last, and an offset: nothing is drawn."""
+    """The seed that the generator (or the device's own) was given last, and an offset. Nothing is drawn."""
     if generator is not None:
         seed = generator.initial_seed()
     else:
@@ -72,10 +67,10 @@ def sorted_start(
     threat: ThreatModel,
     samples: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The batch in sorted order, and where the attack on it starts: each sample's noise is that of a counter.
+    """The batch in sorted order, and the starts of the attack on it, with the noise of a counter.
 
-    A sample without steps starts at x, to the bit. So the noise of a sample depends neither on the order nor on what
-    else is in the batch. Never waits for the device.
+    The noise of a sample depends neither on the order nor on its neighbours in the batch. A sample without steps starts
+    at x, to the bit. Never waits for the device.
 
     Args:
         x: [m, ...], order: [m], steps: [m], state: [2], samples: [m]; as `ops.gather_start`, which makes the noise.
@@ -86,46 +81,26 @@ def sorted_start(
         clean and start, both new, of x's shape and dtype.
     """
     if noise == "normal":
-        clean, start = ops.gather_start(x, order, steps, state, "normal", TRADES_NOISE, samples=samples)
-    elif threat.norm == "l_inf":
+        return ops.gather_start(x, order, steps, state, "normal", TRADES_NOISE, samples=samples)
+    if threat.norm == "l_inf":
         box = (threat.lower, threat.upper)
-        clean, start = ops.gather_start(x, order, steps, state, "uniform", threat.epsilon, *box, samples)
-    else:
-        clean, start = _sorted_l2_start(x, order, steps, state, threat, samples)
-    return clean, start
-
-
-def _sorted_l2_start(
-    x: Tensor,
-    order: Tensor | None,
-    steps: Tensor | None,
-    state: Tensor,
-    threat: ThreatModel,
-    samples: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+        return ops.gather_start(x, order, steps, state, "uniform", threat.epsilon, *box, samples)
     _, direction = ops.gather_start(torch.zeros_like(x), order, None, state, "normal", 1.0, samples=samples)
     rows = torch.arange(len(x), device=x.device) if order is None else order
     share = unit_noise(rows if samples is None else samples[rows], 1, state, "uniform")[:, 0].abs()
     state[1].add_(1)
     clean = x if order is None else x[order]
-    moved = ops.wide(clean) + _in_l2_ball(direction, share, threat.epsilon)
-    moved = moved.clamp(threat.lower, threat.upper).to(x.dtype)
+    moved = _within_bounds(ops.wide(clean) + _in_l2_ball(direction, share, threat.epsilon), x, threat)
     if steps is None:
         return clean.clone(), moved
     return clean, torch.where(per_sample(steps[rows] > 0, x), moved, clean)
 
 
 def uniform_start(x: Tensor, samples: Tensor, restart: int, threat: ThreatModel, seed: Tensor) -> Tensor:
-    """`x` [n, ...], each moved to a point drawn uniformly from its ε-ball, then clamped to the pixel bounds.
+    """`ball_start` of x [n, ...] with the noise of a counter (`ops.gather_start`'s Philox), for evaluation.
 
-    The noise is that of a counter (`ops.gather_start`'s Philox): it depends on the seed, the restart, the sample's
-    number and the pixel, and neither on what else is in the batch nor on how the images lie in memory.
-
-    Args:
-        x: [n, ...] floating point.
-        samples: [n] int64 in 0..2^32-1, on the images' device, the number of each sample.
-        restart: ≥ 0.
-        seed: 0-dim int64, on the images' device.
+    The noise depends on the seed (0-dim int64), the restart, the sample's number (`samples`, [n] int64 in 0..2^32-1)
+    and the pixel alone.
     """
     length, dtype = math.prod(x.shape[1:]), torch.promote_types(x.dtype, torch.float32)
     if threat.norm == "l_inf":
@@ -134,7 +109,11 @@ def uniform_start(x: Tensor, samples: Tensor, restart: int, threat: ThreatModel,
         direction = _noise(samples, length, seed, 2 * restart, "normal").to(dtype)
         uniform = (_noise(samples, 1, seed, 2 * restart + 1, "uniform")[:, 0] + 1) / 2
         delta = _in_l2_ball(direction, uniform, threat.epsilon)
-    return (x + delta.view(x.shape)).clamp(threat.lower, threat.upper).to(x.dtype)
+    return _within_bounds(x + delta.view(x.shape), x, threat)
+
+
+def _within_bounds(moved: Tensor, x: Tensor, threat: ThreatModel) -> Tensor:
+    return moved.clamp(threat.lower, threat.upper).to(x.dtype)
 
 
 def _noise(samples: Tensor, length: int, seed: Tensor, offset: int, noise: Noise) -> Tensor:
@@ -142,11 +121,7 @@ def _noise(samples: Tensor, length: int, seed: Tensor, offset: int, noise: Noise
 
 
 def _in_l2_ball(direction: Tensor, share: Tensor, epsilon: float) -> Tensor:
-    """A uniform point of the ball of d dimensions: its radius is ε·u^(1/d).
-
-    Args:
-        direction: [n, ...] normal numbers; share: [n], u, uniform in [0, 1].
-    """
+    """A uniform point of the ball of d dimensions: along a normal `direction` [n, ...], at radius ε·share^(1/d)."""
     direction = ops.wide(direction)
     radius = epsilon * ops.wide(share).to(direction.dtype) ** (1.0 / direction[0].numel())
     norms = direction.flatten(1).norm(dim=1).clamp_min(torch.finfo(direction.dtype).tiny)

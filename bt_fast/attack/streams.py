@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from bt_fast.attack.batch import AttackBatch
 from bt_fast.attack.graphs import GraphRunner
-from bt_fast.attack.runners import joined, run_eager
+from bt_fast.attack.runners import Join, joined, run_eager, run_queued
 from bt_fast.attack.threat import ThreatModel
 
 
@@ -19,7 +20,7 @@ class StreamRunner:
     """Runs the samples with the same number of steps (boundary, robust, outlier) as one chain, the chains concurrently.
 
     Each chain is replayed from graphs on a stream and from a memory pool of its own. The streams start with what the
-    caller's holds, and the caller's waits for them all. In ℓ2 there is one chain, of all samples: what stands in for a
+    caller's holds, and the caller's waits for them all. In ℓ2 there is one chain, of all samples: the stand-in for a
     zero gradient is drawn for a sample by its place in the chain.
 
     Args:
@@ -31,18 +32,10 @@ class StreamRunner:
     """
 
     def __init__(self, *, bucket: int = 8, most_graphs: int = 64) -> None:
-        self._options = {"bucket": bucket, "most_graphs": most_graphs}
-        self._chains = [GraphRunner(**self._options)]
+        self._new_chain = partial(GraphRunner, bucket=bucket, most_graphs=most_graphs)
+        self._chains = [self._new_chain()]
 
-    def __call__(
-        self,
-        model: Callable[[Tensor], Tensor],
-        batch: AttackBatch,
-        threat: ThreatModel,
-        generator: torch.Generator | None,
-    ) -> None:
-        """As `run_eager`."""
-        self.start(model, batch, threat, generator)()
+    __call__ = run_queued
 
     def start(
         self,
@@ -51,10 +44,10 @@ class StreamRunner:
         threat: ThreatModel,
         generator: torch.Generator | None,
     ) -> Callable[[], None]:
-        """Queue all chains; what this returns makes the caller's stream wait for them."""
-        groups = groups_of(batch.active) if threat.norm == "l_inf" else [slice(None)]
-        self._chains += [GraphRunner(**self._options) for _ in groups[len(self._chains) :]]
-        joins: list[Callable[[], None]] = []
+        """Queue all chains; the returned function makes the caller's stream wait for them."""
+        groups = _groups(batch.active) if threat.norm == "l_inf" else [slice(None)]
+        self._chains += [self._new_chain() for _ in groups[len(self._chains) :]]
+        joins: list[Join] = []
         try:
             for chain, rows in zip(self._chains, groups, strict=False):
                 part = batch[rows]
@@ -80,16 +73,11 @@ class StreamRunner:
         return f"{len(self._chains)} chains beside each other, the first {self._chains[0].explain(model)}"
 
 
-def _join_all(joins: list[Callable[[], None]]) -> None:
+def _join_all(joins: list[Join]) -> None:
     for join in joins:
         join()
 
 
-def groups_of(active: Sequence[int]) -> list[slice]:
-    """The rows of each number of steps above 0, the largest first.
-
-    Args:
-        active: for each step, the number of rows that take it.
-    """
-    ends = sorted(set(active) - {0})
-    return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+def _groups(active: Sequence[int]) -> list[slice]:
+    """The rows of each number of steps above 0, the largest number first."""
+    return [slice(*ends) for ends in pairwise([0, *sorted(set(active) - {0})])]

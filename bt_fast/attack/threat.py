@@ -1,4 +1,4 @@
-"""What a perturbation may be."""
+"""Threat models: the perturbations that an attack may make."""
 
 from __future__ import annotations
 

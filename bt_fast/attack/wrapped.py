@@ -1,11 +1,20 @@
-"""Models in a wrapper that makes their gradients those of all ranks.
+"""Models in wrappers that span the ranks: an attack, whose gradients are the images', communicates nothing.
 
-`DistributedDataParallel` prepares its sum of gradients in its forward: so an attack, whose gradients are the images',
-runs on the module inside, and of an update's forwards exactly one goes through the wrapper. (A second one would also
-send the buffers again, in place, while the first one's graph still holds them.)
+`DistributedDataParallel` prepares its sum of gradients in its forward: so an attack runs on the module inside, and of
+an update's forwards exactly one goes through the wrapper. (A second one would also send the buffers again, in place,
+while the first one's graph still holds them.)
+
+FSDP2's `fully_shard` spreads the parameters over the ranks. A ragged attack takes other numbers of forwards on other
+ranks, so that none of them may wait for the others: the parameters are gathered before its first step, and let go after
+its last. (So for the attack, unlike the update, they must fit into one device's memory.)
 """
 
 from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -21,7 +30,7 @@ class Fronted(nn.Module):
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The module inside, or the model itself where it has no such wrapper.
+    """The module inside `DistributedDataParallel`, or the model itself.
 
     Of a wrapper that was compiled as a whole it is the module as it was written: compile the module itself, and wrap
     that, to have both compiled.
@@ -30,3 +39,38 @@ def unwrapped(model: nn.Module) -> nn.Module:
         return model.unwrapped
     wrapper = getattr(model, "_orig_mod", model)
     return wrapper.module if isinstance(wrapper, DistributedDataParallel) else model
+
+
+def sharded_parts(model: nn.Module) -> list[Any]:
+    """The modules that `fully_shard` has spread, the outermost first."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # whoever has sharded a model has imported it; it takes a second
+    kind = getattr(fsdp, "FSDPModule", None)
+    return [] if kind is None else [module for module in model.modules() if isinstance(module, kind)]
+
+
+@contextmanager
+def gathered(model: nn.Module) -> Iterator[None]:
+    """The model's parameters are whole on every rank, and neither forwards nor backwards of it communicate.
+
+    Collective: every rank enters and leaves it. A model that is not sharded is as it is.
+    """
+    parts = sharded_parts(model)
+    before = [(group, group.post_forward_mesh_info, group.reshard_after_backward) for group in _parameter_groups(parts)]
+    for part in parts:
+        part.unshard()
+    for group, _, _ in before:
+        group.post_forward_mesh_info, group.reshard_after_backward = None, False
+    try:
+        yield
+    finally:
+        for group, after_forward, after_backward in before:
+            group.post_forward_mesh_info, group.reshard_after_backward = after_forward, after_backward
+        for part in parts:
+            part.reshard()
+
+
+def _parameter_groups(parts: list[Any]) -> list[Any]:
+    states = [part._get_fsdp_state() for part in parts]
+    # one each until torch 2.11
+    groups = [g for s in states for g in getattr(s, "_fsdp_param_groups", None) or [s._fsdp_param_group]]
+    return [group for group in groups if group is not None]

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bt_fast import faults, ops
-from bt_fast.attack.frozen import gradient_of, logits_of
+from bt_fast.attack.forward import gradient_of, logits_of
 from bt_fast.attack.pixels import Normalization, on_pixels
 from bt_fast.attack.threat import ThreatModel
 from bt_fast.attack.wrapped import unwrapped

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from bt_fast import faults
-from bt_fast.attack.frozen import clean_logits, eval_mode
+from bt_fast.attack.forward import clean_logits, eval_mode
 
 # of a mean loss whose gradient is taken within a call, where no gradient scaler reaches it: a power of 2, so that in
 # higher precision nothing changes, below those at which scalers settle (tens of thousands)

@@ -33,7 +33,7 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from bt_fast import faults, ops
-from bt_fast.attack.frozen import (
+from bt_fast.attack.forward import (
     clean_logits,
     eval_mode,
     in_float16,

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from bt_fast import faults
-from bt_fast.attack.frozen import clean_logits, eval_mode
+from bt_fast.attack.forward import clean_logits, eval_mode
 from bt_fast.lab.data import images as as_floats
 from bt_fast.lab.files import parse_json
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from bt_fast.allocation import Oracle
 from bt_fast.attack.balanced import Balance
-from bt_fast.attack.frozen import clean_logits, eval_mode
+from bt_fast.attack.forward import clean_logits, eval_mode
 from bt_fast.attack.pgd import PGD
 from bt_fast.baselines.fast import fast_loss
 from bt_fast.baselines.grad_align import grad_align

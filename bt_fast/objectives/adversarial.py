@@ -18,7 +18,7 @@ from bt_fast.allocation import Oracle
 from bt_fast.attack.balanced import Balance, start_balanced_attack
 from bt_fast.attack.batch import AttackBatch
 from bt_fast.attack.folded import attack_model, independent
-from bt_fast.attack.frozen import clean_logits
+from bt_fast.attack.forward import clean_logits
 from bt_fast.attack.generate import COMPARED, StartedAttack, start_attack
 from bt_fast.attack.graph_cache import GraphCache
 from bt_fast.attack.neighbours import warn_of_neighbours

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from bt_fast import faults, ops
 from bt_fast.allocation import Oracle
-from bt_fast.attack.frozen import checked_logits, logits_of
+from bt_fast.attack.forward import checked_logits, logits_of
 from bt_fast.attack.pixels import Normalization, on_pixels
 from bt_fast.attack.wrapped import unwrapped
 from bt_fast.augment.mix import SEVERITY, augment_and_mix, check_images, check_severity, draw_choices

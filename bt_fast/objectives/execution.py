@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from bt_fast.attack import device
 from bt_fast.attack.auto import AutoRunner
-from bt_fast.attack.folded import Frozen, FrozenModel, known_view
+from bt_fast.attack.folded import FoldedModel, Frozen, known_view
 from bt_fast.attack.graph_cache import DTYPES, GraphCache, view_of
 from bt_fast.attack.graphs import GraphRunner
 from bt_fast.attack.runners import Runner, run_eager
@@ -91,7 +91,7 @@ def yes(value: bool) -> str:
     return "yes" if value else "no"
 
 
-def _fold(recipe: Frozen | None, view: FrozenModel | None) -> str:
+def _fold(recipe: Frozen | None, view: FoldedModel | None) -> str:
     if recipe is None or not recipe.fold:
         return "no, not asked for"
     if view is None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bt_fast.attack.frozen import logits_of
+from bt_fast.attack.forward import logits_of
 from bt_fast.attack.wrapped import unwrapped
 from bt_fast.objectives.repeated_forward import RepeatedForward, watched_forward
 from bt_fast.objectives.update import Terms

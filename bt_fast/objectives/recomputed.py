@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from bt_fast.attack.frozen import Modes, modes_of, modes_restored, set_modes
+from bt_fast.attack.forward import Modes, modes_of, modes_restored, set_modes
 
 
 @contextmanager

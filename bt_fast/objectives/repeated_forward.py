@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bt_fast.attack.device import RandomStates, device_generator, host_generator
-from bt_fast.attack.frozen import logits_of
+from bt_fast.attack.forward import logits_of
 from bt_fast.attack.wrapped import unwrapped
 from bt_fast.objectives.recomputed import Recomputing
 from bt_fast.ops import wide

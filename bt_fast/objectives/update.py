@@ -11,9 +11,9 @@ are replaced, during the capture, by leaves on the same memory.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol, cast
 from weakref import WeakKeyDictionary, ref
 
@@ -22,11 +22,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from bt_fast.attack import device
+from bt_fast.attack.captures import GraphKey, GraphPool, ModelGraphs, Recent, hook_reason
 from bt_fast.attack.device import RandomStates
-from bt_fast.attack.folded import hooked
-from bt_fast.attack.frozen import plain_values, uncached
+from bt_fast.attack.forward import caller_autocast, plain_values, uncached
 from bt_fast.attack.graph_cache import GraphCache
-from bt_fast.warning import warn_caller
 
 MOST_CAPTURED = 8  # of one model: each keeps gradients of the model's size
 MOST_MET = 64
@@ -34,6 +33,7 @@ WARM_UPS = 3
 OFTEN = 8  # a capture costs as much as several updates, and sizes that vary do not all come again
 
 Terms = tuple[Tensor, ...]
+Given = tuple[Tensor, Tensor, Tensor]  # x, x' and y
 
 
 @dataclass(frozen=True)
@@ -99,82 +99,57 @@ def run_update(
     """
     if update is None or not update.graphs:
         return computation(model, x, x_adv, y)[0]
+    return _graphs_of(model, cache)(model, computation, (x, x_adv, y))
+
+
+def explain_graphs(model: nn.Module, cache: GraphCache | None) -> str:
+    """How a model's updates run with graphs, in words."""
+    graphs = _graphs_of(model, cache)
+    return graphs.explain(len(graphs.captured), "the same shapes come again")
+
+
+def _graphs_of(model: nn.Module, cache: GraphCache | None) -> _UpdateGraphs:
     kept = _graphs if cache is None else cache.updates
-    return cast(_Graphs, kept.setdefault(model, _Graphs()))(model, computation, x, x_adv, y)
+    return cast(_UpdateGraphs, kept.setdefault(model, _UpdateGraphs()))
 
 
 @dataclass(eq=False)
 class _Met:
-    """How often an update was met, and whether its clean forward can be replayed on the buffers."""
+    """How often an update came, and whether its clean forward can be replayed on the buffers."""
 
     times: int = 0
     replayable: bool = False
 
 
-@dataclass(frozen=True)
-class _Key:
-    """All that a captured update has fixed."""
-
-    computation: Hashable
-    given: tuple[object, ...]
-    autocast: tuple[bool, torch.dtype]
-    values: tuple[object, ...]
-    tensors: tuple[object, ...]
-
-    @classmethod
-    def of(cls, model: nn.Module, computation: Computation, *given: Tensor) -> _Key:
-        kind = given[0].device.type
-        return cls(
-            computation=computation.identity,
-            given=tuple((t.shape, t.stride(), t.dtype, t.device) for t in given),
-            autocast=(torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)),
-            values=plain_values(model),
-            tensors=tuple((t.data_ptr(), t.shape, t.stride(), t.dtype, t.requires_grad) for t in _tensors(model)),
-        )
-
-
-class _Graphs:
+class _UpdateGraphs(ModelGraphs["_Captured"]):
     """One model's captured updates."""
 
+    captured: GraphPool[GraphKey, _Captured]
+
     def __init__(self) -> None:
-        self._pool: object = None
+        super().__init__("update", GraphPool())
         self._side: device.Stream | None = None  # on which all are captured, as memory of a pool is the stream's
-        self._met: OrderedDict[_Key, _Met] = OrderedDict()
-        self._captured: OrderedDict[_Key, _Captured] = OrderedDict()
+        self._met: Recent[GraphKey, _Met] = Recent()
         self._latest: Callable[[], _Replay | None] = lambda: None
         self._stream: device.Stream | None = None  # on which the latest replay was queued
-        self._failed: str | None = None
-        self._said: set[str] = set()
-        self._now: str | None = None  # why the last update ran eagerly
-        self._new = 0  # updates in a row that had not been met
+        self._new = 0  # updates in a row that had not come before
 
-    def __call__(self, model: nn.Module, computation: Computation, x: Tensor, x_adv: Tensor, y: Tensor) -> Terms:
-        self._now = self._failed or _unknown(computation) or _reason(model, x) or self._awaited()
-        if self._now:
-            self._say(self._now)
-            return _eagerly(model, computation, x, x_adv, y)[0]
-        key = _Key.of(model, computation, x, x_adv, y)
-        for old in [k for k in self._captured if k.tensors != key.tensors]:
-            del self._captured[old]  # it works on memory that is the model's no more
-        met = self._met.setdefault(key, _Met())
-        self._met.move_to_end(key)
-        if key not in self._captured:
+    def __call__(self, model: nn.Module, computation: Computation, given: Given) -> Terms:
+        self.reason = None
+        if reason := self.failed or _unknown(computation) or _reason(model, given[0]) or self._awaited():
+            self.refuse(reason)
+            return _eagerly(model, computation, given)[0]
+        key = _key(model, computation, given)
+        captured = self.use(key)
+        met = self._met.use(key) or self._met.setdefault(key, _Met())
+        if captured is None:
             met.times += 1
-            if met.times < (2 if computation.steady(len(x)) else OFTEN):
-                return self._meet(met, model, computation, x, x_adv, y)
-            self._failed = self._capture(key, met, model, computation, x, x_adv, y)
-            self._now = self._failed
-            if self._failed:
-                self._say(self._failed)
-                return _eagerly(model, computation, x, x_adv, y)[0]
-        return self._replay(key, model, x, x_adv, y)
-
-    def explain(self) -> str:
-        """How the updates run, in words."""
-        if self._failed or self._now:
-            return f"eagerly, since {self._failed or self._now}"
-        captured = len(self._captured)
-        return f"from CUDA graphs, {captured} captured" if captured else "eagerly, until the same shapes come again"
+            if met.times < (2 if computation.steady(len(given[0])) else OFTEN):
+                return self._meet(met, model, computation, given)
+            captured = self._capture(key, met, model, computation, given)
+        if captured is None:
+            return _eagerly(model, computation, given)[0]
+        return self._replay(captured, model, given)
 
     def _awaited(self) -> str | None:
         replay = self._latest()
@@ -182,63 +157,62 @@ class _Graphs:
             return None
         return "an earlier loss still awaits its backward, for which the graphs' memory is kept"
 
-    def _say(self, reason: str) -> None:
-        if reason not in self._said:
-            self._said.add(reason)
-            warn_caller(f"the update runs without graphs: {reason}")
-
-    def _meet(
-        self, met: _Met, model: nn.Module, computation: Computation, x: Tensor, x_adv: Tensor, y: Tensor
-    ) -> Terms:
+    def _meet(self, met: _Met, model: nn.Module, computation: Computation, given: Given) -> Terms:
         """An eager update, of which it is noted what a graph would leave out."""
         while len(self._met) > MOST_MET:
             self._met.popitem(last=False)
         self._new = self._new + 1 if met.times == 1 else 0
-        before, host = _tensors(model), RandomStates(device.host_generator(x.device))
-        terms, met.replayable = _eagerly(model, computation, x, x_adv, y)
+        before, host = _tensors(model), RandomStates(device.host_generator(given[0].device))
+        terms, met.replayable = _eagerly(model, computation, given)
         after = _tensors(model)
         if len(before) != len(after) or any(a is not b for a, b in zip(before, after, strict=True)):
-            self._failed = "the model's forward replaces its parameters or buffers"
+            self.refuse("the model's forward replaces its parameters or buffers", for_good=True)
         elif host.moved:
-            self._failed = "the model's forward draws from the host's generator, whose numbers a graph would repeat"
+            what = "the model's forward draws from the host's generator, whose numbers a graph would repeat"
+            self.refuse(what, for_good=True)
         elif self._new > MOST_MET:
-            self._failed = f"each of the last {MOST_MET} updates was another one: does the model count its forwards?"
-        if self._failed:
-            self._say(self._failed)
+            what = f"each of the last {MOST_MET} updates was another one: does the model count its forwards?"
+            self.refuse(what, for_good=True)
         return terms
 
     def _capture(
-        self, key: _Key, met: _Met, model: nn.Module, computation: Computation, x: Tensor, x_adv: Tensor, y: Tensor
-    ) -> str | None:
-        """Capture the update, or say why that failed and free all graphs. The model is as it was."""
-        while len(self._captured) >= MOST_CAPTURED:
-            self._captured.popitem(last=False)
-        if not self._captured:  # torch takes no pool that no graph uses any more
-            self._pool = device.new_pool()
-        self._side = self._side or device.new_stream(x)
+        self, key: GraphKey, met: _Met, model: nn.Module, computation: Computation, given: Given
+    ) -> _Captured | None:
+        """Capture the update; None, with all graphs freed, where that failed. The model is as it was."""
+        side = self._side = self._side or device.new_stream(given[0])
         buffers = [(b, b.detach().clone()) for b in model.buffers()]
-        random = RandomStates(device.host_generator(x.device), device.device_generator(x.device))
+        random = RandomStates.of(given[0].device)
         try:
-            self._captured[key] = _Captured(model, computation, met.replayable, (x, x_adv, y), self._pool, self._side)
+            record = partial(_Captured, model, computation, met.replayable, given, side)
+            return self.captured.add(key, MOST_CAPTURED, record)
         except device.CaptureError as error:
-            self._captured.clear()
-            return str(error)
+            reason = str(error)
         finally:
             random.restore()
             for buffer, value in buffers:
                 buffer.data.copy_(value)  # .data: an eager loss may still await its backward
+        self.refuse(reason, for_good=True)
         return None
 
-    def _replay(self, key: _Key, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor) -> Terms:
-        self._captured.move_to_end(key)
-        stream = device.current_stream(x)
+    def _replay(self, captured: _Captured, model: nn.Module, given: Given) -> Terms:
+        stream = device.current_stream(given[0])
         if self._stream is not None:
             stream.wait_stream(self._stream)
         self._stream = stream
         replay = _Replay()
         self._latest = ref(replay)
-        terms: Terms = _Replayed.apply(self._captured[key], replay, x, x_adv, y, *_trained(model))  # type: ignore[no-untyped-call]
+        terms: Terms = _Replayed.apply(captured, replay, *given, *_trained(model))  # type: ignore[no-untyped-call]
         return terms
+
+
+def _key(model: nn.Module, computation: Computation, given: Given) -> GraphKey:
+    return GraphKey(
+        computation=computation.identity,
+        inputs=tuple((t.shape, t.stride(), t.dtype, t.device) for t in given),
+        autocast=caller_autocast(given[0]),
+        values=plain_values(model),
+        tensors=tuple((t.data_ptr(), t.shape, t.stride(), t.dtype, t.requires_grad) for t in _tensors(model)),
+    )
 
 
 class _Captured:
@@ -250,14 +224,10 @@ class _Captured:
         computation: Computation,
         replayable: bool,
         given: tuple[Tensor, ...],
-        pool: object,
         side: device.Stream,
+        pool: object,
     ) -> None:
-        """Capture it on the stream `side`. What its runs move (buffers, generators) is the caller's to restore.
-
-        Raises:
-            CaptureError: whatever the model or the driver raised, out of memory too.
-        """
+        """Capture it on the stream `side`. What its runs move (buffers, generators) is the caller's to restore."""
         self._kept = [t.detach() for t in _tensors(model)]  # the graphs hold their addresses, which no other may get
         self._given = tuple(t.clone(memory_format=torch.preserve_format) for t in given)
         trial = _Trial(model, computation, replayable)
@@ -275,10 +245,6 @@ class _Captured:
                         terms = trial.terms(self._given)
                     with device.capture(pool) as self._backward:
                         self._gradients = trial.gradients(terms, self._arriving)
-        except device.CaptureError:
-            raise
-        except Exception as error:
-            raise device.CaptureError.of(error) from error
         finally:
             caller.wait_stream(side)  # whose runs end before the caller restores anything
         self._terms = tuple(t.detach() for t in terms)
@@ -397,15 +363,9 @@ class _Replayed(torch.autograd.Function):
         return (None, None, None, None, None, *copies)
 
 
-def explain_graphs(model: nn.Module, cache: GraphCache | None) -> str:
-    """How a model's updates run with graphs, in words."""
-    kept = (_graphs if cache is None else cache.updates).get(model)
-    return "eagerly" if kept is None else cast(_Graphs, kept).explain()
-
-
-def _eagerly(model: nn.Module, computation: Computation, x: Tensor, x_adv: Tensor, y: Tensor) -> tuple[Terms, bool]:
-    with uncached(x):  # as the graphs
-        return computation(model, x, x_adv, y)
+def _eagerly(model: nn.Module, computation: Computation, given: Given) -> tuple[Terms, bool]:
+    with uncached(given[0]):  # as the graphs
+        return computation(model, *given)
 
 
 def _unknown(computation: Computation) -> str | None:
@@ -418,8 +378,8 @@ def _reason(model: nn.Module, x: Tensor) -> str | None:
     """Why an update of this model cannot be captured now."""
     if reason := device.no_graphs_reason(x):
         return reason
-    if name := hooked(model):
-        return f"{name} has a hook, which a graph would not run"
+    if reason := hook_reason(model):
+        return reason
     for name, p in model.named_parameters():
         if p._backward_hooks:
             return f"parameter {name} has a hook, which a graph would run a second time"
@@ -440,4 +400,4 @@ def _trained(model: nn.Module) -> list[Tensor]:
     return [p for p in model.parameters() if p.requires_grad]
 
 
-_graphs: WeakKeyDictionary[nn.Module, _Graphs] = WeakKeyDictionary()
+_graphs: WeakKeyDictionary[nn.Module, _UpdateGraphs] = WeakKeyDictionary()

@@ -82,7 +82,7 @@ def test_what_was_not_chosen_keeps_no_graphs():
     with mock.patch.object(auto, "now", side_effect=lambda x: next(clock)):
         attack(AutoRunner({"eager": run_eager, "graphs": graphs, "streams": streams}), model)
     assert graphs.explain(model) == "eagerly, until a size comes again"
-    assert not any(chain._sessions.get(model) for chain in streams._chains)
+    assert not any(chain._graphs[model].captured for chain in streams._chains)
 
 
 def test_on_the_cpu_it_runs_eagerly_and_says_so():

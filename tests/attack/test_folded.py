@@ -18,8 +18,8 @@ from torch.nn.functional import avg_pool2d
 
 from bt_fast import BulletTrain, Frozen, Plan, ThreatModel, generate, trades_loss
 from bt_fast.attack import folded
-from bt_fast.attack.folded import FrozenModel, attack_model
-from bt_fast.attack.frozen import eval_mode
+from bt_fast.attack.folded import FoldedModel, attack_model
+from bt_fast.attack.forward import eval_mode
 from bt_fast.attack.runners import input_gradient
 from bt_fast.lab.models import build_model
 
@@ -112,7 +112,7 @@ def test_logits_and_input_gradient_are_the_models(name, recipe):
     model, x = trained(MODELS[name]()), images(name)
     target = torch.rand(5, 5, dtype=torch.float64).softmax(dim=1)
     with attack_model(model, recipe, x) as view:
-        assert isinstance(view, FrozenModel)
+        assert isinstance(view, FoldedModel)
         assert view.reason is None
         torch.testing.assert_close(view(x), model(x), rtol=0, atol=1e-9)
         found, expected = (input_gradient(m, x, target) for m in (view, model))
@@ -489,7 +489,7 @@ def test_where_float32_is_tf32_a_sound_fold_is_told_from_its_rounding():
         device,
         pytest.warns(UserWarning, match="not folded"),
     ):
-        FrozenModel(model.eval(), Frozen(), x)
+        FoldedModel(model.eval(), Frozen(), x)
 
 
 def test_where_float32_is_tf32_a_wrong_fold_is_refused():
@@ -497,7 +497,7 @@ def test_where_float32_is_tf32_a_wrong_fold_is_refused():
     right = folded._affine
     wrong = mock.patch.object(folded, "_affine", lambda norm: (1.01 * right(norm)[0], right(norm)[1]))
     with wrong, device, pytest.warns(UserWarning, match="other logits than the model itself"):
-        FrozenModel(model.eval(), Frozen(), x)
+        FoldedModel(model.eval(), Frozen(), x)
 
 
 @pytest.mark.filterwarnings("ignore:.*not folded")  # since torch 2.9, where it cannot be compared

@@ -16,7 +16,7 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from bt_fast import BulletTrain, Frozen, Plan, ThreatModel, trades_loss
-from bt_fast.attack import graphs, streams
+from bt_fast.attack import captures, graphs, streams
 from bt_fast.attack.batch import AttackBatch
 from bt_fast.attack.folded import attack_model
 from bt_fast.attack.graphs import GraphRunner
@@ -297,9 +297,11 @@ def caught(changed, scenario):
 
 def under_emulation(scenario, runner, changed):
     classes = {**vars(graphs), **vars(streams), **vars(changed)}
+    pool = vars(changed).get("GraphPool", captures.GraphPool)
     with (
         EmulatedDevice() as emulated,
         mock.patch.object(streams, "GraphRunner", classes["GraphRunner"]),
+        mock.patch.object(graphs, "GraphPool", pool),
         warnings.catch_warnings(record=True),
     ):
         try:
@@ -313,7 +315,7 @@ def near(found, expected):
     return all(torch.allclose(a, b, rtol=0, atol=1e-13, equal_nan=True) for a, b in zip(found, expected, strict=True))
 
 
-CAPTURE = "with device.capture(self._pool) as graph:\n                "
+CAPTURE = "with device.capture(pool) as graph:\n            "
 IN_GRAPHS = [
     Bug("it does not wait for the caller", "self._stream.wait_stream(caller)"),
     Bug("the caller does not wait", "    caller.wait_stream(stream)", "    pass"),
@@ -322,8 +324,6 @@ IN_GRAPHS = [
     Bug("work goes to the caller's stream", "device.on(self._stream)", "device.on(caller)"),
     Bug("memory is not kept", "(self, batch, seeds))", "())", used_beside),
     Bug("NaN is not reported", "torch.maximum(batch.faulty, own.faulty, out=batch.faulty)"),
-    Bug("one pool for all chains", "device.new_pool()", "'the only one'", side_by_side),
-    Bug("a pool that is gone", "if not self.graphs:", "if self._pool is None:", evicted),
     Bug("x' is not copied in", "own.x_adv.copy_(batch.x_adv)"),
     Bug("x is not copied in", "own.clean.copy_(batch.clean)"),
     Bug("the target is not copied in", "own.target.copy_(batch.target)"),
@@ -336,13 +336,17 @@ IN_GRAPHS = [
     Bug("the counter stands still", "self._step.add_(1)"),
     Bug("padding moves", "self._seed, self._step)", "self._seed, self._step - 9)"),
     Bug("a bucket is too small", "-(-n // self._bucket) * self._bucket)", "n // self._bucket * self._bucket)"),
-    Bug("a graph of another size is replayed", "self.graphs.get(n)", "next(iter(self.graphs.values()), None)"),
+    Bug("a graph of another size is replayed", "self.graphs.use(n)", "next(iter(self.graphs.values()), None)"),
     Bug("a graph is not replayed", "graph.replay()"),
     Bug("a graph of nothing", f"{CAPTURE}self._take_step(model, n)", f"{CAPTURE}pass"),
     Bug("graphs of weights that are gone", "t.data_ptr() for t in _tensors(model)", "0 for t in _tensors(model)"),
     Bug("graphs of numbers that are gone", "values=_values(model)", "values=()", another_number),
     Bug("random numbers are drawn twice", "random.restore()", scenario=drawn),
     Bug("a model that draws is captured", "if random.moved:", "if False:", drawn),
+]
+IN_CAPTURES = [
+    Bug("one pool for all chains", "device.new_pool()", "'the only one'", side_by_side),
+    Bug("a pool that is gone", "if not self:", "if self._pool is None:", evicted),
 ]
 IN_STREAMS = [
     Bug("the caller does not wait for the chains", "return partial(_join_all, joins)", "return joined"),
@@ -368,7 +372,16 @@ def test_a_bug_planted_into_streams_is_caught(bug, tmp_path):
     assert caught(planted(streams, bug, tmp_path), bug.scenario or replaced_weights)
 
 
-@pytest.mark.parametrize(("module", "bugs"), [(graphs, IN_GRAPHS), (streams, IN_STREAMS)])
+@pytest.mark.parametrize("bug", IN_CAPTURES, ids=str)
+def test_a_bug_planted_into_the_cache_of_graphs_is_caught(bug, tmp_path):
+    assert caught(planted(captures, bug, tmp_path), bug.scenario)
+
+
+@pytest.mark.parametrize(
+    ("module", "bugs"),
+    [(graphs, IN_GRAPHS), (captures, IN_CAPTURES), (streams, IN_STREAMS)],
+    ids=["graphs", "cache", "streams"],
+)
 def test_no_call_that_orders_work_is_without_a_planted_bug(module, bugs):
     assert left_out(module, bugs) == []
 
@@ -514,7 +527,7 @@ def test_out_of_memory_frees_the_graphs_before_the_attack_goes_on_without(runner
         training.batches = [first]
         found = training.run(run)
         (graph_runner,) = [run] if runner is GraphRunner else run._chains
-        training.model.watched = weakref.ref(next(iter(graph_runner._sessions[training.model].values())))
+        training.model.watched = weakref.ref(next(iter(graph_runner._graphs[training.model].captured.values())))
         training.batches = [second]
         with pytest.warns(UserWarning, match="CUDA error: out of memory") as warned:
             found += training.run(run)
@@ -566,7 +579,7 @@ def test_graphs_are_bounded_and_the_least_recently_used_go():
     training, runner = Training(mlp, counts), GraphRunner(bucket=3, most_graphs=2)
     with EmulatedDevice() as emulated:
         found = training.run(runner)
-        (session,) = runner._sessions[training.model].values()
+        (session,) = runner._graphs[training.model].captured.values()
         assert list(session.graphs) == [6, 3]
     assert emulated.captures > 3
     assert same(found, Training(mlp, counts).run(run_eager))
@@ -588,7 +601,7 @@ def test_a_smaller_last_batch_needs_no_new_buffers_and_a_larger_one_does():
         for batch in list(training.batches):
             training.batches = [batch]
             training.run(runner)
-            sessions.append(next(iter(runner._sessions[training.model].values())))
+            sessions.append(next(iter(runner._graphs[training.model].captured.values())))
     assert sessions[0] is sessions[1] is not sessions[2]
 
 
@@ -600,7 +613,7 @@ def test_what_a_graph_has_fixed_is_captured_anew(change):
     def key(x_adv, threat=THREAT):
         schedule = Plan.uniform(2, 1, 0.1, x.device)
         batch = AttackBatch.of(schedule, x_adv, x.clone(), target.clone(), torch.zeros(2, dtype=torch.int32))
-        return graphs._Key.of(model, batch, threat)
+        return graphs._key(model, batch, threat)
 
     before = key(x)
     assert before == key(x.clone())

@@ -112,7 +112,7 @@ def test_it_runs_after_the_attack_where_that_could_be_told(options):
 
 def test_a_loss_refreshes_the_view_once():
     with mock.patch.object(
-        folded.FrozenModel, "refresh", autospec=True, side_effect=folded.FrozenModel.refresh
+        folded.FoldedModel, "refresh", autospec=True, side_effect=folded.FoldedModel.refresh
     ) as refresh:
         training(run_eager)
         assert refresh.call_count == 1 + 3  # the first when it is made
@@ -233,15 +233,15 @@ SCENARIOS = [
     *(perturbed_bad_pixels, perturbed_bad_gradients_on_a_device),
 ]
 LEFT = "object) -> None:\n        "
-CLONE = "start.detach().clone(memory_format=torch."
+CLONE = "start.detach().clone(memory_format=torch.channels_last if last else torch.preserve_format)"
 IN_FORWARDS = [
     Bug("batch norm moves once too little", "repeat.replay()", "pass", beside),
 ]
 IN_ADVERSARIAL = [
-    Bug("x' is used before the attack has ended", "self.started.finish()", "self.started._x_adv", beside),
+    Bug("x' is used before the attack has ended", "self.started.finish()", "self.started.result()", beside),
     Bug("no join after an exception", "with attack.started:", "if True:", failing_forward),
     Bug("beside an attack on the model itself", "attack.independent and", "", without_view),
-    Bug("the oracle looks before its attack has ended", "view, attack.finish()", "view, attack._x_adv", oracle),
+    Bug("the oracle looks before its attack has ended", "view, attack.finish()", "view, attack.result()", oracle),
     Bug("bad input goes unnoticed", "attack.inputs.wait()", "pass", bad_pixels),
     Bug("perturb: bad input goes unnoticed", "attack.inputs.wait()", "pass", perturbed_bad_pixels),
     Bug("bad gradients go unnoticed", "        read.wait()", "        pass", bad_gradients),
@@ -251,11 +251,11 @@ IN_PERTURB = [
     Bug("perturb: bad gradients go unnoticed", "late.wait()", "pass", perturbed_bad_gradients_on_a_device),
 ]
 IN_GENERATE = [
-    Bug("it does not wait for the steps", "self._join()\n        self._join", "self._join", beside),
-    Bug("it does not join after an exception", f"{LEFT}self._join()", f"{LEFT}pass", failing_forward),
-    Bug("nothing is waited for", "runner).finish()", "runner)._x_adv", own_attack),
-    Bug("it changes the start", f"{CLONE}preserve_format)", "start.detach()", own_attack),
-    Bug("it changes a start with channels last", f"{CLONE}channels_last)", "start.detach()", own_attack),
+    Bug("it does not wait for the steps", "self.join()\n        self.join", "self.join", beside),
+    Bug("it does not join after an exception", f"{LEFT}self.join()", f"{LEFT}pass", failing_forward),
+    Bug("nothing is waited for", "runner).finish()", "runner).result()", own_attack),
+    Bug("it changes the start", CLONE, f"({CLONE} if last else start.detach())", own_attack),
+    Bug("it changes a start with channels last", CLONE, f"(start.detach() if last else {CLONE})", own_attack),
 ]
 
 

@@ -31,7 +31,7 @@ from torch import nn
 
 from bt_fast import BulletTrain
 from bt_fast import Frozen as FrozenView
-from bt_fast.attack.folded import FrozenModel
+from bt_fast.attack.folded import FoldedModel
 from bt_fast.attack.runners import run_eager
 from bt_fast.ops import GROUPS
 
@@ -421,8 +421,8 @@ def test_a_clean_forward_known_to_move_batch_norm_alone_runs_beside_an_attack_on
 
 @pytest.mark.parametrize("objective", [o for o in OBJECTIVES if o.rows_seen_before == 2], ids=str)
 def test_the_number_of_classes_is_not_asked_of_a_view_which_may_have_to_be_compiled_for_two_rows(objective):
-    sizes, call = [], FrozenModel.__call__
-    with mock.patch.object(FrozenModel, "__call__", lambda view, x: sizes.append(len(x)) or call(view, x)):
+    sizes, call = [], FoldedModel.__call__
+    with mock.patch.object(FoldedModel, "__call__", lambda view, x: sizes.append(len(x)) or call(view, x)):
         objective.loss(build("conv_bn"), *batch(), None, frozen=FrozenView())
     assert sizes == [8] * 10
 

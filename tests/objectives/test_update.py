@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from bt_fast import BulletTrain, Frozen, GraphRunner, StreamRunner, Update, mart_loss, pgd_loss, trades_loss
-from bt_fast.attack import device
+from bt_fast.attack import captures, device
 from bt_fast.attack.runners import run_eager
 from bt_fast.objectives import adversarial, update
 
@@ -530,8 +530,6 @@ IN_UPDATE = [
     Bug(
         "gradients of what was not used", "None if g is None else torch.empty_like", "torch.zeros_like", idle_parameter
     ),
-    Bug("one pool for all models", "device.new_pool()", "'the only one'", two_models),
-    Bug("a pool that is gone", "if not self._captured:", "if self._pool is None:", replaced_parameter),
     Bug("it does not wait for another stream", "stream.wait_stream(self._stream)", scenario=on_streams),
     Bug("the forward is not replayed", "self._forward.replay()"),
     Bug("the backward is not replayed", "self._backward.replay()"),
@@ -546,13 +544,13 @@ IN_UPDATE = [
         "[]):\n            pass",
         weighted,
     ),
-    Bug("arguments change places", "replay, x, x_adv, y,", "replay, x_adv, x, y,"),
+    Bug("arguments change places", "replay, *given, *", "replay, given[1], given[0], given[2], *"),
     Bug("it captures the parameters themselves", "nn.Parameter(p.detach())", "p", ordinary_loop),
     Bug("a trained tensor elsewhere goes unnoticed", "if _leaves_of(terms) -", "if set() -", outside_its_modules),
     Bug("runs on the side do not wait for the caller", "side.wait_stream(caller)"),
     Bug("the caller does not wait for runs on the side", "caller.wait_stream(side)"),
     Bug("it is captured on the caller's stream", "device.on(side)", "device.on(caller)"),
-    Bug("no stream on the side", "device.new_stream(x)", "device.current_stream(x)"),
+    Bug("no stream on the side", "device.new_stream(given[0])", "device.current_stream(given[0])"),
     Bug(
         "the backward is outside its capture",
         "capture(pool) as self._backward:",
@@ -569,25 +567,31 @@ IN_UPDATE = [
         "0 for t in given",
         skipped_rows,
     ),
-    Bug("one graph with and without autocast", "torch.is_autocast_enabled(kind), torch.get", "False, torch.get", casts),
+    Bug("one graph with and without autocast", "autocast=caller_autocast(given[0])", "autocast=None", casts),
     Bug("one graph for all modes", "values=plain_values(model)", "values=()", other_numbers),
     Bug("graphs of weights that are gone", "(t.data_ptr(), t.shape", "(t.shape", replaced_parameter),
     Bug("one graph whatever is trained", "t.dtype, t.requires_grad)", "t.dtype)", fewer_trained),
-    Bug("replayed where it must run again", "met.replayable, (x", "True, (x", dropout),
+    Bug("replayed where it must run again", "met.replayable, given", "True, given", dropout),
     Bug(
         "the cast weights are cached",
-        "from bt_fast.attack.frozen import plain_values, uncached",
-        "from bt_fast.attack.frozen import plain_values\n"
+        "from bt_fast.attack.forward import caller_autocast, plain_values, uncached",
+        "from bt_fast.attack.forward import caller_autocast, plain_values\n"
         'def uncached(x): return torch.autocast("cpu", torch.bfloat16, torch.is_autocast_enabled("cpu"), True)',
         casts,
     ),
+]
+IN_CAPTURES = [
+    Bug("one pool for all models", "device.new_pool()", "'the only one'", two_models),
+    Bug("a pool that is gone", "if not self:", "if self._pool is None:", replaced_parameter),
 ]
 
 
 def caught(changed, scenario):
     """Whether some order of the work gives another result than the eager one, or something raises."""
     with ExitStack() as patches:
-        patches.enter_context(mock.patch.object(adversarial, "run_update", changed.run_update))
+        for module, attribute in ((adversarial, "Update"), (adversarial, "run_update"), (update, "GraphPool")):
+            if attribute in vars(changed):
+                patches.enter_context(mock.patch.object(module, attribute, vars(changed)[attribute]))
         emulated = patches.enter_context(EmulatedDevice())
         patches.enter_context(warnings.catch_warnings(record=True))
         try:
@@ -605,6 +609,11 @@ def caught(changed, scenario):
 @pytest.mark.parametrize("bug", IN_UPDATE, ids=str)
 def test_a_bug_planted_into_the_update_is_caught(bug, tmp_path):
     assert caught(planted(update, bug, tmp_path), bug.scenario or epochs)
+
+
+@pytest.mark.parametrize("bug", IN_CAPTURES, ids=str)
+def test_a_bug_planted_into_the_cache_of_graphs_is_caught(bug, tmp_path):
+    assert caught(planted(captures, bug, tmp_path), bug.scenario)
 
 
 def test_no_call_that_orders_work_is_without_a_planted_bug():
@@ -626,7 +635,7 @@ def test_after_a_broken_capture_another_model_is_captured_and_memory_comes_back(
 class TorchsHelper(update._Captured):
     """The update captured as before: by `torch.cuda.make_graphed_callables`, of the model's own parameters."""
 
-    def __init__(self, model, computation, replayable, given, pool, side):
+    def __init__(self, model, computation, replayable, given, side, pool):
         static, self.constant = tuple(t.clone() for t in given), ()
         self.trained = update._trained(model)
         of = weakref.ref(model)
@@ -779,7 +788,7 @@ def test_a_failed_capture_frees_all_graphs_before_the_update_goes_on_eagerly():
     training, alive = Training(GRAPHS, lambda: Breaking(error=torch.OutOfMemoryError)), []
     with EmulatedDevice():
         training.run()
-        (captured,) = map(weakref.ref, update._graphs[training.model]._captured.values())
+        (captured,) = map(weakref.ref, update._graphs[training.model].captured.values())
         assert captured() is not None
         training.model.left[0] = -1000
         training.step(4)
@@ -798,7 +807,7 @@ def test_the_graphs_of_a_model_are_bounded():
     training = Training(GRAPHS)
     with EmulatedDevice(), mock.patch.object(update, "MOST_CAPTURED", 2):
         training.run((6, 6, 4, 4, 5, 5, 6))
-        sizes = [key.given[0][0][0] for key in update._graphs[training.model]._captured]
+        sizes = [key.inputs[0][0][0] for key in update._graphs[training.model].captured]
     assert sizes == [5, 6]
 
 

@@ -1,4 +1,4 @@
-"""What docs/distributed.md shows for Accelerate and Lightning, as it stands there, in two processes started by torchrun."""
+"""What docs/distributed.md shows for Accelerate and Lightning, as it stands there, in two processes of torchrun."""
 
 import json
 import subprocess

@@ -8,7 +8,7 @@ from small_models import CLASSES, batch
 from torch import nn
 
 from bt_fast import BulletTrain, Frozen, ThreatModel, mart_loss, pgd_loss, trades_loss
-from bt_fast.attack.sharded import gathered, sharded_parts
+from bt_fast.attack.wrapped import gathered, sharded_parts
 from bt_fast.evaluation import evaluate
 
 LOSSES = {"trades": trades_loss, "mart": mart_loss, "pgd": pgd_loss}

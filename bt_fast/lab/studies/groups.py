@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bt_fast import ops
 from bt_fast.allocation import Oracle
-from bt_fast.attack.frozen import clean_logits, eval_mode
+from bt_fast.attack.forward import clean_logits, eval_mode
 from bt_fast.attack.generate import generate
 from bt_fast.attack.start import ball_start
 from bt_fast.attack.threat import ThreatModel

@@ -3,7 +3,7 @@ import torch
 from small_models import batch, build
 from torch import nn
 
-from bt_fast.attack.frozen import clean_logits, eval_mode, logits_of, modes_restored
+from bt_fast.attack.forward import clean_logits, eval_mode, logits_of, modes_restored
 
 
 def mixed():

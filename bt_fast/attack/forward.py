@@ -1,0 +1,198 @@
+"""A model's forward in an attack: its modes, its logits and the gradient of its images."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from bt_fast.validation import check_model
+
+Modes = list[tuple[nn.Module, bool]]  # of a module and all in it, parents first: true in train mode
+
+
+def modes_of(model: nn.Module) -> Modes:
+    """The train or eval mode of each module."""
+    return [(module, module.training) for module in model.modules()]
+
+
+def set_modes(modes: Modes) -> None:
+    """Put each module into its mode.
+
+    By `train(mode)`, parents first, since some modules do work there (adapters merge and unmerge their weights); then
+    the flags are set exactly, since others refuse.
+    """
+    for module, training in modes:
+        if module.training != training:
+            module.train(training)
+    for module, training in modes:
+        module.training = training
+
+
+def plain_values(model: nn.Module) -> tuple[tuple[str, object], ...]:
+    """Modes, numbers and names in the model's modules, which a graph of its forward has fixed beside tensors."""
+    return tuple([item for module in model.modules() for item in vars(module).items() if type(item[1]) in _PLAIN])
+
+
+_PLAIN = frozenset({bool, int, float, str, type(None)})
+
+
+@contextmanager
+def modes_restored(model: nn.Module) -> Iterator[None]:
+    """Give every submodule its own train or eval mode back at the end. A TypeError, if the model is no module."""
+    check_model(model)
+    modes = modes_of(model)
+    try:
+        yield
+    finally:
+        set_modes(modes)
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """The whole model in eval mode: batch-norm statistics are frozen, and no sample sees its neighbours."""
+    with modes_restored(model):
+        model.eval()
+        yield
+
+
+def uncompiled() -> AbstractContextManager[object]:
+    """Compiled modules run as they were written. (Without the compiler imported there are none.)"""
+    compiled = "torch._dynamo" in sys.modules and not torch.compiler.is_compiling()
+    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+
+
+def uncached(x: Tensor) -> AbstractContextManager[object]:
+    """The caller's autocast, on the device of x, without its cache of cast weights.
+
+    A graph would outlive the cache, and an update needs casts that have a gradient.
+    """
+    dtype = caller_autocast(x)
+    return nullcontext() if dtype is None else torch.autocast(x.device.type, dtype, cache_enabled=False)
+
+
+def caller_autocast(x: Tensor) -> torch.dtype | None:
+    """The dtype of the caller's autocast on the device of x, if there is one."""
+    kind = x.device.type
+    enabled = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if enabled else None
+
+
+def logits_of(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """`model(x)` of x [n, ...], checked: [n, K]. A model that changes its images in place changes a copy of them.
+
+    Raises:
+        TypeError: the model does not return a floating-point tensor.
+        ValueError: it does not return one row of at least two logits for each sample.
+    """
+    return checked_logits(model(x.clone()), len(x))
+
+
+def checked_logits(logits: object, n: int) -> Tensor:
+    """A model's output for n images, if it is logits [n, K]; else the errors of `logits_of`."""
+    if not isinstance(logits, Tensor) or not logits.is_floating_point():
+        kind = logits.dtype if isinstance(logits, Tensor) else type(logits).__name__
+        raise TypeError(f"model must return a floating-point tensor of logits, got {kind}: {_instead(logits, n)}")
+    if logits.dim() != 2 or len(logits) != n or logits.shape[1] < 2:
+        raise ValueError(
+            f"model must return logits of shape [{n}, K] with K >= 2 classes, got {list(logits.shape)}: "
+            "let its forward end with .flatten(1), and with a logit for each class"
+        )
+    return logits
+
+
+def _instead(returned: object, n: int) -> str:
+    """Advice for a model that returned something else than logits for n images."""
+
+    def fits(value: object) -> bool:
+        return isinstance(value, Tensor) and value.is_floating_point() and value.dim() == 2 and len(value) == n
+
+    which = None
+    if isinstance(returned, Mapping):
+        which = next((f"[{key!r}]" for key, value in returned.items() if fits(value)), "['logits']")
+    elif isinstance(returned, Sequence):
+        which = next((f"[{k}]" for k, value in enumerate(returned) if fits(value)), "[0]")
+    elif hasattr(returned, "logits"):
+        which = ".logits"
+    if which is None:
+        return "let its forward return the scores of the classes before any softmax, [n, K]"
+    return (
+        "give a model that returns them alone, such as Logits(model) of "
+        f"`class Logits(torch.nn.Sequential): forward = lambda self, x: self[0](x){which}`"
+    )
+
+
+@contextmanager
+def reentrant_refused() -> Iterator[None]:
+    """Around `autograd.grad`: a ValueError for a model with reentrant checkpoints, which only `backward()` can run."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "use_reentrant" not in str(error):
+            raise
+        raise ValueError(
+            "model must not recompute activations by a reentrant checkpoint, which gives images no gradient: write "
+            "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
+        ) from error
+
+
+def gradient_of(outputs: Tensor, x: Tensor, weights: Tensor | None = None, *, create_graph: bool = False) -> Tensor:
+    """The gradient of the model's `outputs` (times `weights`, if they are no number) with respect to its images `x`.
+
+    Raises:
+        ValueError: the outputs have no gradient to the images, or a reentrant checkpoint stands between them.
+    """
+    grad = None
+    if outputs.requires_grad:
+        with reentrant_refused():
+            (grad,) = torch.autograd.grad(outputs, x, weights, create_graph=create_graph, allow_unused=True)
+    if grad is None:
+        raise without_gradient()
+    return grad
+
+
+def without_gradient() -> ValueError:
+    """The error of a model that gives its images no gradient."""
+    return ValueError(
+        "model must return logits with a gradient to its images, but gave logits without one: "
+        "take .detach(), torch.no_grad() or a rounding out of its forward"
+    )
+
+
+_in_float16: WeakKeyDictionary[Callable[[Tensor], Tensor], dict[object, bool]] = WeakKeyDictionary()
+
+
+def in_float16(model: Callable[[Tensor], Tensor], x: Tensor, logits: Tensor) -> bool:
+    """Whether the gradient of `logits`, the model's for x, passes through float16, where small ones are lost.
+
+    Known after one walk over the backward for each model, kind of images and autocast, without compiled parts.
+    """
+    if logits.dtype in (torch.float16, torch.float64):
+        return logits.dtype == torch.float16
+    key = (x.dtype, logits.dtype, caller_autocast(x))
+    known = _in_float16.setdefault(model, {})
+    if key not in known:
+        known[key] = any(dtype == torch.float16 for dtype in _dtypes_behind(logits))
+    return known[key]
+
+
+def _dtypes_behind(outputs: Tensor) -> Iterator[torch.dtype]:
+    """The dtypes of all gradients in a backward of `outputs`."""
+    waiting, visited = [outputs.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in visited:
+            continue
+        visited.add(node)
+        yield from (kind.dtype for kind in getattr(node, "_input_metadata", None) or () if kind is not None)
+        waiting += [following for following, _ in node.next_functions]
+
+
+def clean_logits(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """The logits of clean samples for the attack, without gradient: computed once, not in every step."""
+    with torch.no_grad(), uncached(x):
+        return logits_of(model, x)
