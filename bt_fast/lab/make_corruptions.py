@@ -21,8 +21,8 @@ from bt_fast.lab.files import write_text
 from bt_fast.lab.locks import alone
 
 LIBRARY = "imagecorruptions-imaug"  # the kept fork: the package it forks does not run with today's scikit-image
-LEAST_SIZE = 32  # that the library takes
-WITH_SEED = ("impulse_noise", "glass_blur")  # these do not draw from numpy's global generator
+LEAST_SIZE = 32  # pixels a side that the library needs
+WITH_SEED = ("impulse_noise", "glass_blur")  # these take a seed, the others draw from numpy's global generator
 
 _Image = npt.NDArray[np.uint8]
 
@@ -39,16 +39,15 @@ def make_corruptions(
     """Write `labels.npy`, a file for each corruption and `made.json`; the folder appears when all of them are whole.
 
     An image's corruption depends on its pixels, its place and the seed alone; numpy's global random state is left as it
-    was. Images of fewer than 32 pixels a side are padded with their edge for the library, and cut again. A grey image
-    takes the first channel of what the library makes of it.
+    was. Images of fewer than 32 pixels a side are padded with their edge for the library, and cropped again. A grey
+    image takes the first channel of the result.
 
     Args:
-        x: [n, C, H, W] uint8, C 1 or 3, n ≥ 1.
-        y: [n] int64.
-        folder: new, or empty. While another process makes it, it is waited for; what it made of the same is kept.
+        x: [n, C, H, W] uint8, C 1 or 3, n ≥ 1. y: [n] int64.
+        folder: new or empty. What another process makes of the same images meanwhile is awaited and kept.
         seed: at least 0.
         done: called with each corruption's name when it is written.
-        waiting: called with who is waited for.
+        waiting: called once with a description of the other process.
 
     Raises:
         ValueError: the library is not installed, the folder holds files, or the images do not fit.
