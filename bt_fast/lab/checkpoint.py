@@ -27,11 +27,7 @@ def save_checkpoint(path: Path, config: RunConfig, state: dict[str, Any]) -> Non
 
 
 def load_checkpoint(path: Path) -> tuple[RunConfig, dict[str, Any]]:
-    """The configuration and state that `save_checkpoint` wrote, tensors on the CPU.
-
-    Raises:
-        ValueError: the file is missing, or not a readable checkpoint of this version.
-    """
+    """The configuration and state that `save_checkpoint` wrote, tensors on the CPU; ValueError for another file."""
     content = read_tensors(path)
     version = content.get("bt_fast", "none") if isinstance(content, dict) else type(content).__name__
     if type(version) is int and version > FORMAT:  # the type first: a tensor is not comparable
@@ -58,10 +54,9 @@ def load_checkpoint(path: Path) -> tuple[RunConfig, dict[str, Any]]:
 
 
 def read_tensors(path: Path) -> Any:
-    """What `torch.save` or safetensors wrote to `path`, tensors on the CPU. No code in the file is run.
+    """What `torch.save` or safetensors wrote to `path`, tensors on the CPU; no code in it is run.
 
-    Raises:
-        ValueError: the file is missing, damaged, or holds more than tensors and plain values.
+    ValueError if the file is missing, damaged, or holds more than tensors and plain values.
     """
     if (path / ".metadata").is_file():
         raise ValueError(

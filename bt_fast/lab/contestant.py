@@ -51,9 +51,6 @@ class Contestant:
         seconds: of each step. interval: begin and end of the last step, on the clock of `time.perf_counter`.
         loss_sum, left_out: the summed losses of this epoch, and the number of its skipped minibatches.
         counted: int64 [3], samples in each group up to the last record.
-
-    Raises:
-        ValueError: the method does not run on several ranks.
     """
 
     def __init__(
@@ -115,17 +112,14 @@ class Contestant:
         return {} if self.config.loss == "pgd" else {"beta": self.config.beta}
 
     def step(self, x: Tensor, y: Tensor, indices: Tensor | None = None) -> Skipped | None:
-        """Take one timed training step. Collective.
+        """Take one timed training step; returns why the minibatch was skipped, or None. Collective.
 
         Args:
             x: [m, C, H, W] in [0, 1], this rank's images. y: int64 [m], their labels.
             indices: int64, the places in the training set of the whole minibatch, for reports and for its size.
 
-        Returns:
-            What was wrong with the minibatch if it was skipped, else None.
-
         Raises:
-            NonFiniteError: the minibatch holds NaN or Inf, and the run does not skip such minibatches.
+            NonFiniteError: NaN or Inf in the minibatch, in a run that does not skip such minibatches.
         """
         skipped_before, loss = len(self.guard.skipped), torch.zeros((), device=self.device)
         share = self.world.share(len(x) if indices is None else len(indices))

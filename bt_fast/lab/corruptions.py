@@ -82,9 +82,7 @@ class Made:
 class CorruptedTestSet:
     """The files of a folder, checked when the object is made; pixels are read when they are needed.
 
-    Args:
-        folder: in the published layout; files of other corruptions in it are not read.
-        first: how many test images of each severity to take; None for all.
+    Takes the first `first` test images of each severity, or all. Files of other corruptions are not read.
 
     Attributes:
         labels: int64 [n], the same at each severity.
@@ -92,8 +90,7 @@ class CorruptedTestSet:
         made: the folder's origin, or None.
 
     Raises:
-        ValueError: a file is missing or not what it should be, or holds too few images; the message names it, what was
-            found and what was expected.
+        ValueError: a file is missing, not what it should be, or holds too few images; the message names it.
     """
 
     def __init__(self, folder: Path, first: int | None = None) -> None:
@@ -166,11 +163,8 @@ def corruption_errors(
 ) -> Iterator[tuple[str, list[float]]]:
     """For each corruption its name and the error rates at the five severities, in [0, 1].
 
-    The model, on the device, maps images [m, C, H, W] in [0, 1] to logits [m, K]. It runs in eval mode and keeps its
-    modes.
-
-    Raises:
-        TypeError, ValueError: the model does not return such logits, they hold NaN, or a label is outside 0..K-1.
+    The model, on the device, maps images [m, C, H, W] in [0, 1] to logits [m, K]; it runs in eval mode. TypeError or
+    ValueError if it does not, if logits hold NaN, or a label is outside 0..K-1.
     """
     for name in CORRUPTIONS:
         yield name, [_error(model, *test_set.severity(name, severity), device) for severity in SEVERITIES]

@@ -21,14 +21,8 @@ from bt_fast.lab.data_files import FORMATS, OR_NPZ, Format, check_split, locate,
 class ImageDataset:
     """Labelled images for training and testing, checked when the object is made.
 
-    Attributes:
-        name: what reports call the data set.
-        x_train, x_test: uint8 [n, C, H, W] in 0..255, with the same C, H, W; `images` turns them into floats.
-        y_train, y_test: int64 [n] in 0..classes-1.
-        classes: the number of classes.
-
-    Raises:
-        ValueError: an array is not like this; the message names it, what was found and what was expected.
+    Images are uint8 [n, C, H, W] with the same C, H, W in both halves (`images` turns them into floats), labels int64
+    [n] in 0..classes-1. ValueError, which names the array, if they are not.
     """
 
     name: str
@@ -98,7 +92,7 @@ def load_dataset(source: str, data_dir: Path = Path("data")) -> ImageDataset:
     of classes is the greatest label plus one.
 
     Raises:
-        ValueError: a file is damaged or missing; the message names it, what was found and what was expected.
+        ValueError: a file is damaged or missing; the message names it.
     """
     if source == "digits":
         return _npz_dataset(Path(__file__).with_name("mnist_subset.npz"), source)

@@ -63,9 +63,7 @@ def check_split(split: Split, classes: int, images_name: str, labels_name: str) 
 def locate(places: Sequence[Place], *, missing_ok: bool = False, advice: str = "") -> list[Path]:
     """The files of the first place that has all of them.
 
-    Raises:
-        ValueError: no place has; the message lists what is missing where, and ends with `advice`. With `missing_ok` the
-            result is empty instead.
+    Without such a place, nothing with `missing_ok`, else a ValueError that lists what is missing where, and `advice`.
     """
     lines = []
     for folder, expected in places:
@@ -85,12 +83,7 @@ def locate(places: Sequence[Place], *, missing_ok: bool = False, advice: str = "
 
 @dataclass(frozen=True)
 class Format:
-    """A published data set.
-
-    Attributes:
-        places: where its files may lie below a folder.
-        read: its training and its test split, from the files in the order of a place.
-    """
+    """A published data set: where its files may lie below a folder, and how to read them, in the order of a place."""
 
     title: str
     classes: int
@@ -110,18 +103,14 @@ def _mnist_places(folder: Path) -> list[Place]:
     return [(place, names) for place in (folder, folder / "MNIST" / "raw", folder / "mnist")]
 
 
-def _read_mnist(files: list[Path]) -> tuple[Split, Split]:
-    return _read_idx_split(*files[:2]), _read_idx_split(*files[2:])
-
-
-def _read_idx_split(images_path: Path, labels_path: Path) -> Split:
-    x = torch.from_numpy(_read_idx(images_path, 3)).unsqueeze(1)
-    y = torch.from_numpy(_read_idx(labels_path, 1)).long()
+def _read_idx(images_path: Path, labels_path: Path) -> Split:
+    x = torch.from_numpy(_idx_array(images_path, 3)).unsqueeze(1)
+    y = torch.from_numpy(_idx_array(labels_path, 1)).long()
     check_split((x, y), 10, str(images_path), str(labels_path))
     return x, y
 
 
-def _read_idx(path: Path, ndim: int) -> Array:
+def _idx_array(path: Path, ndim: int) -> Array:
     """The array of an IDX file: 0, 0, 8 (uint8), ndim, then ndim big-endian int32 sizes, then the values."""
     if path.suffix == ".gz":
         with blaming(path, "a whole gzip file"), gzip.open(path) as file:
@@ -247,7 +236,7 @@ def _unpickled_images(array: object, where: str) -> Tensor:
 
 _BATCHES = tuple(f"data_batch_{i}" for i in range(1, 6))
 FORMATS = {
-    "mnist": Format("MNIST", 10, _mnist_places, _read_mnist),
+    "mnist": Format("MNIST", 10, _mnist_places, lambda files: (_read_idx(*files[:2]), _read_idx(*files[2:]))),
     "cifar10": _cifar(
         "CIFAR-10", ("cifar-10-batches-bin", "cifar-10-batches-py"), (*_BATCHES, "test_batch"), 10, 1, b"labels"
     ),

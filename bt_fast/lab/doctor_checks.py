@@ -60,13 +60,12 @@ class Check:
     """An op and its reference.
 
     Attributes:
-        op: its name in `bt_fast.ops`.
+        op: its name in `bt_fast.ops`. reference: the same in plain torch.
         results: calls its first argument with the others; returns what the call returns and changes, by name.
-        reference: the same in plain torch.
         cases: arguments on the CPU, by the case's name.
         tolerance: relative and absolute, of float32 or wider results; 16 bits have two units in the last place more.
-        cuda_tests: a word in the name of its full check in tests/kernels/test_on_cuda.py.
-        tests: of the file in tests that needs no GPU.
+        cuda_tests, tests: words in the names of its full check in tests/kernels/test_on_cuda.py, and of the file in
+            tests that needs no GPU.
         fused: what its kernel takes; anything else runs in plain torch.
     """
 
@@ -83,8 +82,7 @@ class Check:
 def largest_difference(check: Check, arguments: Arguments, device: torch.device) -> float:
     """The largest absolute difference of the op on the device from the reference in float64 on the CPU, in one case.
 
-    Raises:
-        AssertionError: a result is wrong; the message says which, and by how much or in how many places.
+    Raises AssertionError as `compare`.
     """
     # looked up at every call; of a loss the op is that of its rows
     run = getattr(divergence, f"{check.op}_rows", None) or getattr(ops, check.op)
@@ -104,10 +102,7 @@ def _widened(value: Any) -> Any:
 def compare(results: Outputs, expected: Outputs, tolerance: float) -> float:
     """The largest absolute difference of floating-point results within `tolerance` (both relative and absolute).
 
-    Integers and signs must be equal, and NaN stand in the same places.
-
-    Raises:
-        AssertionError: they are not; the message names the result.
+    Raises AssertionError, which names the result, beyond it, or if integers, signs or the places of NaN differ.
     """
     largest = 0.0
     for name, right in expected.items():
@@ -367,10 +362,9 @@ def skip_reason(check: StepCheck, device: torch.device) -> str | None:
 
 
 def step_difference(check: StepCheck, device: torch.device) -> float:
-    """The largest difference of the losses and fractions F_R of some updates.
+    """The largest difference of losses, gradients and F_R in some updates.
 
-    Raises:
-        AssertionError: it is beyond the tolerance, or the step fell back to another way (the message says why).
+    Raises AssertionError beyond the tolerance, or if the step fell back to another way.
     """
     with full_precision(), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

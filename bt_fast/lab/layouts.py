@@ -85,11 +85,8 @@ class Candidate:
 def network_in(content: object, own: Mapping[str, Tensor]) -> Candidate | None:
     """The tensors in a checkpoint that have most of a network's names; None if none has.
 
-    Those of an average (of weights, say) are taken only where the network itself is missing.
-
-    Args:
-        content: of the file: mappings within each other.
-        own: the network's state_dict.
+    Those of an average (of weights, say) are taken only where the network itself is missing. `content` is any nesting
+    of mappings, `own` the network's state_dict.
     """
     candidates = [c for path, tensors in _state_dicts(content, ()) for c in _by_prefix(path, tensors, own)]
     if not candidates:

@@ -56,11 +56,8 @@ _LOCKS: dict[Path, _Lock] = {}
 def hold(folder: Path) -> Callable[[], None]:
     """Lock an existing folder until the returned function is called, or the process ends, killed or not.
 
-    A process may hold a folder several times; its forks do not hold it. Readers need no lock.
-
-    Raises:
-        ValueError: another process holds it; the message says which.
-        OSError: no file can be made in the folder.
+    A process may hold a folder several times; its forks do not hold it. Readers need no lock. ValueError if another
+    process holds it, which the message names; OSError if no file can be made in it.
     """
     path = folder.resolve() / NAME
     lock = _LOCKS.get(path)

@@ -43,9 +43,8 @@ def make_corruptions(
     image takes the first channel of the result.
 
     Args:
-        x: [n, C, H, W] uint8, C 1 or 3, n ≥ 1. y: [n] int64.
+        x: uint8 [n, C, H, W], C 1 or 3, n ≥ 1. y: int64 [n].
         folder: new or empty. What another process makes of the same images meanwhile is awaited and kept.
-        seed: at least 0.
         done: called with each corruption's name when it is written.
         waiting: called once with a description of the other process.
 
@@ -98,9 +97,9 @@ def _corrupted(
     height, width, channels = image.shape
     drawn = int(np.random.SeedSequence(key).generate_state(1)[0])
     np.random.seed(drawn)  # the library's own generator
-    top, left = (max(0, LEAST_SIZE - size) // 2 for size in (height, width))
-    bottom, right = (max(0, LEAST_SIZE - size - before) for size, before in ((height, top), (width, left)))
-    padded = np.pad(image, ((top, bottom), (left, right), (0, 0)), mode="edge")
+    missing = [max(0, LEAST_SIZE - size) for size in (height, width)]
+    top, left = (n // 2 for n in missing)
+    padded = np.pad(image, ((top, missing[0] - top), (left, missing[1] - left), (0, 0)), mode="edge")
     options = {"seed": drawn} if name in WITH_SEED else {}
     made: _Image = corrupt(padded, corruption_name=name, severity=severity, **options)
     return made[top : top + height, left : left + width, :channels]

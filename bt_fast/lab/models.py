@@ -7,7 +7,7 @@ import os
 import re
 import warnings
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -29,16 +29,12 @@ _Projection = Literal["shortcut", "convShortcut"]
 class SmallCNN(nn.Module):
     """Four convolutions and three linear layers: the MNIST network of TRADES, and of the paper's Figures 2 and 3.
 
-    The last layer starts at zero, so a new network gives zero logits and a zero input gradient. `forward` maps images
-    [m, in_channels, height, width] to logits [m, num_classes] of the same dtype.
+    The last layer starts at zero, so a new network gives zero logits and a zero input gradient.
 
     Args:
-        image_size: height and width of an image, at least 16 each; one number where they are the same.
+        image_size: height and width of an image, one number where they are the same; ValueError below 16.
         width: channels of the first two convolutions, 32 as published; the last two have twice as many.
         dropout: probability of dropping a hidden unit after the first linear layer.
-
-    Raises:
-        ValueError: the images are too small.
     """
 
     def __init__(
@@ -87,7 +83,7 @@ class SmallCNN(nn.Module):
             nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits [m, num_classes]."""
+        """Logits [m, num_classes] of images [m, in_channels, height, width], same dtype."""
         logits: Tensor = self.classifier(self.feature_extractor(x).flatten(1))
         return logits
 
@@ -125,7 +121,7 @@ def _stage(
 
 
 def _pool(x: Tensor) -> Tensor:
-    """Mean over all positions, [batch, channels, height, width] -> [batch, channels]."""
+    """The mean over all positions, [m, channels]."""
     # Not adaptive_avg_pool2d: it sums in another order, and published logits would differ in the last bits.
     return F.avg_pool2d(x, x.shape[-2:]).flatten(1)
 
@@ -133,8 +129,7 @@ def _pool(x: Tensor) -> Tensor:
 class PreActResNet18(nn.Module):
     """Pre-activation ResNet-18 as in pytorch-cifar, without a norm before the pooling.
 
-    The network of the FAST line of work, which the paper's Tables 2 and 4 compare with; no table of the paper uses it
-    itself. `forward` maps images [m, in_channels, height, width] to logits [m, num_classes] of the same dtype.
+    FAST and its successors use it, which the paper's Tables 2 and 4 compare with; no table of the paper does.
     """
 
     def __init__(self, in_channels: int = 3, num_classes: int = 10) -> None:
@@ -147,7 +142,7 @@ class PreActResNet18(nn.Module):
         self.linear = nn.Linear(512, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits [m, num_classes]."""
+        """Logits [m, num_classes] of images [m, in_channels, height, width], same dtype."""
         out = self.layer4(self.layer3(self.layer2(self.layer1(self.conv1(x)))))
         logits: Tensor = self.linear(_pool(out))
         return logits
@@ -156,17 +151,13 @@ class PreActResNet18(nn.Module):
 class WideResNet(nn.Module):
     """Wide residual network as in TRADES: WRN-34-10 of the paper's Tables 2 to 4, WRN-40-2 of Table 1.
 
-    `forward` maps images [m, in_channels, height, width] to logits [m, num_classes] of the same dtype.
     `load_state_dict` takes published checkpoints as they are: it strips the `module.` of DataParallel and drops
     `sub_block1`, which TRADES creates and never runs.
 
     Args:
-        depth: the D of WRN-D-K, 6 n + 4 for n >= 1 blocks a stage.
+        depth: the D of WRN-D-K, 6 n + 4 for n >= 1 blocks a stage; ValueError for another number.
         widen_factor: the K of WRN-D-K, a factor on the 16, 32 and 64 channels of the three stages.
         dropout: probability of dropping an activation between the two convolutions of a block.
-
-    Raises:
-        ValueError: `depth` is not 6 n + 4.
     """
 
     def __init__(
@@ -203,7 +194,7 @@ class WideResNet(nn.Module):
         self.register_load_state_dict_pre_hook(_rename_published)  # type: ignore[no-untyped-call]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits [m, num_classes]."""
+        """Logits [m, num_classes] of images [m, in_channels, height, width], same dtype."""
         out = self.block3(self.block2(self.block1(self.conv1(x))))
         logits: Tensor = self.fc(_pool(F.relu(self.bn1(out), inplace=True)))
         return logits
@@ -221,16 +212,10 @@ def _rename_published(_module: nn.Module, state_dict: dict[str, Any], prefix: st
 def build_model(
     name: str, *, in_channels: int, image_size: int | tuple[int, int], num_classes: int, width: int | None = None
 ) -> nn.Module:
-    """Build a network, newly initialised, by the name that the command line and the configurations use.
+    """Build a new network by its name: "small-cnn", "preactresnet-18", or "wrn-D-K", as "wrn-34-10".
 
-    Args:
-        name: "small-cnn", "preactresnet-18", or "wrn-D-K" with depth D and widening factor K, as "wrn-34-10".
-        image_size: height and width of an image, or one number for both; only "small-cnn" depends on it.
-        width: channels of the first convolutions of "small-cnn"; None for the published 32.
-
-    Raises:
-        ValueError: unknown name, `width` with another network than "small-cnn", or a size or depth that the network
-            refuses.
+    Only "small-cnn" depends on `image_size` and takes a `width` (None for 32). ValueError for an unknown name, another
+    network with a width, and a size or depth that the network refuses.
     """
     if name == "small-cnn":
         return SmallCNN(in_channels, image_size, num_classes, width=32 if width is None else width)
@@ -252,9 +237,9 @@ class Size:
     """The size of a network, computed without building it.
 
     Attributes:
-        weights: numbers that are trained.
-        activations: numbers that its convolutions and linear layers return for one image.
-        positions: of a channel at the smallest batch norm, which needs two values of it; 2 where there is no such norm.
+        weights: the number of parameters.
+        activations: the number of outputs of its convolutions and linear layers, for one image.
+        positions: of a channel at the smallest batch norm, which needs two values of it; 2 without batch norm.
     """
 
     weights: int
@@ -310,16 +295,13 @@ def load_published(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
 
     The file holds a state_dict, bare or under any key, as `torch.save({"model": model.state_dict()}, path)` writes it;
     no code in it is run. Its names may be those of a wrapper (DataParallel, torch.compile, AveragedModel, ...) or of a
-    model of which the network is a part. `sub_block1` of TRADES is dropped; where batch norm's step counts are missing
-    (torch 0.4.0 kept none), `model` keeps its own. Warns where the file has the network twice with other values, and
-    where it holds tensors of something else.
-
-    Args:
-        model: the network itself, without a wrapper.
+    model of which the network is a part; `model` itself has no wrapper. Batch norm's step counts, which torch 0.4.0 did
+    not keep, may be missing. Warns where the file has the network twice with other values, or tensors of something
+    else.
 
     Returns:
-        What takes images in [0, 1]: `model`, or where the file has the mean and the deviation of a layer in front of
-        the network, `nn.Sequential(Normalize(mean, std), model)`.
+        `model`, or where the file has the mean and the deviation of a layer in front of the network,
+        `nn.Sequential(Normalize(mean, std), model)`: both take images in [0, 1].
 
     Raises:
         ValueError: the file cannot be read, holds no state_dict, or none whose names and shapes are those of `model`,
@@ -340,7 +322,8 @@ def load_published(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         ) from error
     tensors = {name: own[name] for name in own if name.endswith(".num_batches_tracked")} | candidate.tensors
     _check_fit(own, tensors, f"{path} does not fit {kind}", candidate.place)
-    _warn(candidate, path, kind)
+    for remark in _remarks(candidate, path, kind):
+        warnings.warn(remark, stacklevel=2)
     model.load_state_dict(tensors)
     if normalization is None:
         return model
@@ -350,26 +333,23 @@ def load_published(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     return nn.Sequential(front.to(weight.device, weight.dtype), model).train(model.training)
 
 
-def _warn(candidate: Candidate, path: str | os.PathLike[str], kind: str) -> None:
-    """Warn of what else the file holds, and of a layer in front that it does not hold."""
+def _remarks(candidate: Candidate, path: str | os.PathLike[str], kind: str) -> Iterator[str]:
+    """What a user should know of the rest of the file, and of a layer in front that it does not hold."""
     if candidate.again:
-        warnings.warn(
+        yield (
             f"{path} has the network in several places with other values: read is {candidate.place}, not "
-            f"{' or '.join(candidate.again)}; to read another, torch.save it alone",
-            stacklevel=3,
+            f"{' or '.join(candidate.again)}; to read another, torch.save it alone"
         )
     if candidate.behind_unknown:
-        warnings.warn(
+        yield (
             f"{path}: the network stood behind another layer ({candidate.place}) of which the file holds nothing: if "
             "it takes a mean and a deviation out, put Normalize(mean, std) in front of the network and evaluate both "
-            "together with bt_fast.evaluation.evaluate",
-            stacklevel=3,
+            "together with bt_fast.evaluation.evaluate"
         )
     if candidate.others:
-        warnings.warn(
+        yield (
             f"{path}: {listed(candidate.others)} are of something beside {kind}, and are not read; if it works on the "
-            "images or the logits, evaluate the whole model with bt_fast.evaluation.evaluate",
-            stacklevel=3,
+            "images or the logits, evaluate the whole model with bt_fast.evaluation.evaluate"
         )
 
 

@@ -28,12 +28,7 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Provenance:
-    """A run's configuration, data and starts.
-
-    Attributes:
-        data: as `data_summary` returns it.
-        starts: as `this_start` returns them: one for the run, and one for each time that it was resumed.
-    """
+    """A run's configuration, its data as of `data_summary`, and its start and resumptions as of `this_start`."""
 
     config: RunConfig
     data: dict[str, Any]

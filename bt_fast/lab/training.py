@@ -53,17 +53,16 @@ class Progress(NamedTuple):
 class Run:
     """A run folder and the training that fills it.
 
-    `metrics.jsonl` holds one record a line, `checkpoint.pt` everything needed to resume, and `run.json` the run's
-    configuration, data and starts (`provenance.Provenance`). Until `close`, or until the run is garbage-collected, no
-    other process may write into the folder; any process may read it. A process that dies leaves it free.
+    `metrics.jsonl` holds one record a line, `checkpoint.pt` everything needed to resume, and `run.json` a
+    `provenance.Provenance`. No other process can write into the folder until `close`, the end of the run as a Python
+    object, or the death of the process; any can read it.
 
     Args:
         folder: made if missing; None for a new one, `runs/DATE-TIME`.
         resume: go on from the folder's checkpoint, with its configuration; the data may lie in another place.
-        observe: called with the run after every tenth iteration, to `append` records of its own. It must leave models
-            and random numbers as they are.
-        world: the ranks that train together. Each makes a run of the same arguments; methods are collective, and rank
-            0 writes.
+        observe: called with the run after every tenth iteration, to `append` records. It must leave models and random
+            numbers as they are.
+        world: the ranks, each with a run of the same arguments; methods are collective, and rank 0 writes.
         balance: how the ranks share out BulletTrain's attacks.
 
     Attributes:
@@ -227,11 +226,10 @@ class Run:
         save_checkpoint(self.checkpoint_path, self.config, state)
 
     def evaluate(self, contestant: Contestant, size: int | None, restarts: int) -> dict[str, Any]:
-        """Accuracy on the first `size` test images (None: all), with the same random starts each time. Collective.
+        """`clean` and `robust` accuracy in [0, 1] on the first `size` test images (None: all), and their number.
 
-        Returns:
-            `clean` and `robust` in [0, 1], and `images`, their number. `robust` is None of AugMix, which defends
-            against no attack: `corruptions.corruption_errors` is its measure.
+        Random starts are the same each time. `robust` is None of AugMix, which defends against no attack:
+        `corruptions.corruption_errors` is its measure. Collective.
         """
         x, y = self.dataset.x_test[:size], self.dataset.y_test[:size]
         share = self.world.share(len(y))
@@ -259,22 +257,16 @@ class Run:
 
         Collective; only rank 0 reads the records, and returns all of one.
         """
-        for record in self.records() if self.world.leads else ():
-            if record["kind"] == "final" and record["method"] == contestant.method:
-                self.world.most(1)
-                return record
-        if self.world.most(0):
-            return {}
+        records = self.records() if self.world.leads else []
+        finals = [r for r in records if r["kind"] == "final" and r["method"] == contestant.method]
+        if self.world.most(len(finals)):
+            return finals[0] if finals else {}
         accuracy = self.evaluate(contestant, None, self.config.eval_restarts)
         self.append(kind="final", method=contestant.method, **accuracy)
         return self.records()[-1] if self.world.leads else accuracy
 
     def records(self) -> list[dict[str, Any]]:
-        """The records in metrics.jsonl, without a last line that was cut off while it was written.
-
-        Raises:
-            ValueError: another line is not a record.
-        """
+        """The records in metrics.jsonl; ValueError if a line other than a cut-off last one is not a record."""
         path = self._metrics_path
         if not path.exists():
             return []

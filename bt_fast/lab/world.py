@@ -49,10 +49,8 @@ class Share:
 class World:
     """The ranks that train together. Every rank must call the methods marked collective, in the same order.
 
-    Attributes:
-        rank, count: this process's rank, and the number of ranks.
-        group: of all ranks, for tensors on the CPU (gloo) and on the training's device; None for a single process.
-        per_node: ranks on this machine.
+    `group` is that of all `count` ranks, for tensors on the CPU and on the training's device, or None for a single
+    process; `per_node` is the number of ranks on this machine.
     """
 
     rank: int = 0
@@ -148,8 +146,7 @@ class World:
         Where a rank fails before a forward in which the others wait for it (that of a synchronised batch norm, or of
         the second minibatch, when DistributedDataParallel settles its buckets), the job ends in the group's time limit.
 
-        Raises:
-            NonFiniteError: that of the first rank that names samples, by their places in the whole minibatch.
+        The NonFiniteError is that of the first rank that names samples, by their places in the whole minibatch.
         """
         if self.group is None:
             if fault is not None:
@@ -177,12 +174,8 @@ def norms_alone(model: nn.Module) -> bool:
 def joined(device: str | None, minutes: float) -> Iterator[tuple[World, str | None]]:
     """For the block, the world in which torchrun started this process, and the name of its device.
 
-    Args:
-        device: "cpu", "cuda" or None for either; a single process gets it back as it is.
-        minutes: after which a rank that does not answer is an error on the others.
-
-    Raises:
-        ValueError: the environment or the device does not fit several ranks.
+    `device` is "cpu", "cuda" or None for either; a single process gets it back as it is. A rank that does not answer
+    for so many `minutes` is an error on the others. ValueError if the environment or the device does not fit.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield ALONE, device
