@@ -75,8 +75,7 @@ class Contestant:
         self.image_shape = dataset.x_train.shape[1:]
         channels, height, width = self.image_shape
         sizes: dict[str, Any] = {"in_channels": channels, "image_size": (height, width), "num_classes": dataset.classes}
-        self.model = world.together(build_model(config.model, width=config.width, **sizes), device).to(device)
-        self._wrapped = world.wrap(self.model, device)
+        self.model, self._wrapped = world.place(build_model(config.model, width=config.width, **sizes), device)
         self.optimizer = torch.optim.SGD(
             self.model.parameters(),
             lr=config.lr,

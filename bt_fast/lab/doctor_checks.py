@@ -8,7 +8,7 @@ fail on the CPU too.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -152,11 +152,12 @@ ROWS = {
     "bfloat16, 100 classes": (33, 100, torch.bfloat16, False),
     "float16, 9000 classes": (5, 9000, torch.float16, True),
 }
-IMAGE_BATCHES = {
-    "16 x 3 x 32 x 32": ((16, 3, 32, 32), torch.float32, False),
-    "one sample": ((1, 1, 28, 28), torch.float32, False),
-    "NaN, float16, channels-last": ((5, 3, 15, 37), torch.float16, True),
-    "bfloat16, long samples": ((4, 3, 64, 64), torch.bfloat16, False),
+CONTIGUOUS, CHANNELS_LAST = torch.contiguous_format, torch.channels_last
+IMAGE_BATCHES = {  # shape, dtype, layout, whether with NaN
+    "16 x 3 x 32 x 32": ((16, 3, 32, 32), torch.float32, CONTIGUOUS, False),
+    "one sample": ((1, 1, 28, 28), torch.float32, CONTIGUOUS, False),
+    "NaN, float16, channels-last": ((5, 3, 15, 37), torch.float16, CHANNELS_LAST, True),
+    "bfloat16, long samples": ((4, 3, 64, 64), torch.bfloat16, CONTIGUOUS, False),
 }
 
 
@@ -232,40 +233,35 @@ def _order_stated(steps: Tensor, most: int) -> tuple[Tensor, Tensor]:
     return torch.tensor(order).long(), torch.tensor([sum(n > t for n in counts) for t in range(most)])
 
 
-def _image_cases() -> Iterator[tuple[str, Tensor, torch.Generator, Callable[[Tensor], Tensor], bool]]:
-    """By kind of batch its name, images in float32, the generator behind them, a conversion, and whether with NaN."""
-    for name, (shape, dtype, faults) in IMAGE_BATCHES.items():
-        layout = torch.channels_last if faults else torch.contiguous_format
-        g = _generator()
-        yield name, torch.rand(shape, generator=g), g, partial(Tensor.to, dtype=dtype, memory_format=layout), faults
-
-
 def _step_cases(norm: str) -> dict[str, Arguments]:
     cases = {}
-    for name, clean, g, converted, faults in _image_cases():
-        grad = torch.randn(clean.shape, generator=g)
-        x_adv = clean + 0.1 * torch.randn(clean.shape, generator=g)
+    for name, (shape, dtype, layout, faults) in IMAGE_BATCHES.items():
+        g = _generator()
+        clean, grad = torch.rand(shape, generator=g), torch.randn(shape, generator=g)
+        x_adv = clean + 0.1 * torch.randn(shape, generator=g)
         grad[:, :, 0] = 0.0
         if faults:
             grad[1, 0, 3, 4] = torch.nan
         size, n = 1.0 if norm == "l_inf" else clean[0].numel() ** 0.5, len(clean)
-        arguments: Arguments = {"x_adv": converted(x_adv), "grad": converted(grad), "clean": converted(clean)}
+        images = {"x_adv": x_adv, "grad": grad, "clean": clean}
+        arguments: Arguments = {k: v.to(dtype, memory_format=layout) for k, v in images.items()}
         arguments |= {"step_size": torch.full((n,), 0.125 * size), "epsilon": 0.25 * size, "lower": 0.0, "upper": 1.0}
         arguments |= {"steps": torch.tensor([2, 2, 1, 3, 0] * n)[:n], "step": torch.tensor(1)}
         if norm == "l_2":
             arguments["stand_in"] = torch.tensor(5)  # a seed, for the sample whose gradient is 0
-            arguments["grad"][0].mul_(float(arguments["grad"].dtype != torch.bfloat16))
+            arguments["grad"][0].mul_(float(dtype != torch.bfloat16))
         cases[name] = {**arguments, "faulty": torch.zeros(n, dtype=torch.int32)}
     return cases
 
 
 def _start_cases() -> dict[str, Arguments]:
     cases = {}
-    for name, x, g, converted, faults in _image_cases():
-        m = len(x)
-        arguments: Arguments = {"x": converted(x), "order": torch.randperm(m, generator=g), "lower": 0.0, "upper": 1.0}
-        arguments |= {"steps": torch.tensor([2, 0, 3, 1] * m)[:m], "state": torch.tensor([2**40 + 7, 11])}
-        cases[name] = {**arguments, "noise": "uniform" if faults else "normal", "scale": 0.25}
+    for name, (shape, dtype, layout, faults) in IMAGE_BATCHES.items():
+        m, g = shape[0], _generator()
+        arguments: Arguments = {"x": torch.rand(shape, generator=g).to(dtype, memory_format=layout)}
+        arguments |= {"order": torch.randperm(m, generator=g), "steps": torch.tensor([2, 0, 3, 1] * m)[:m]}
+        arguments |= {"state": torch.tensor([2**40 + 7, 11]), "noise": "uniform" if faults else "normal"}
+        cases[name] = {**arguments, "scale": 0.25, "lower": 0.0, "upper": 1.0}
     return cases
 
 

@@ -194,7 +194,10 @@ class Run:
             saved = time.monotonic()
             while self.iteration < self.iterations:
                 epoch, first = divmod(self.iteration, self.iterations_per_epoch)
-                self._set_learning_rate(epoch)
+                drops = sum(epoch >= drop for drop in self.config.decay_epochs)
+                for contestant in self.contestants:
+                    for group in contestant.optimizer.param_groups:
+                        group["lr"] = self.config.lr * 0.1**drops
                 n, size, seed = len(self.dataset.x_train), self.config.batch_size, self.config.seed
                 for batch in islice(minibatches(n, size, seed=seed, epoch=epoch), first, None):
                     self._step(batch)
@@ -206,12 +209,6 @@ class Run:
                         self.save()
                         saved = time.monotonic()
                     yield Progress(self.iteration, ended)
-
-    def _set_learning_rate(self, epoch: int) -> None:
-        drops = sum(epoch >= drop for drop in self.config.decay_epochs)
-        for contestant in self.contestants:
-            for group in contestant.optimizer.param_groups:
-                group["lr"] = self.config.lr * 0.1**drops
 
     def save(self) -> None:
         """Write the checkpoint, on rank 0."""

@@ -81,22 +81,23 @@ class World:
                     "the ranks share: give a larger one, or start fewer ranks"
                 )
 
-    def wrap(self, model: nn.Module, device: torch.device) -> nn.Module:
-        """The model in DistributedDataParallel, which averages gradients; the attack runs on the model inside."""
+    def place(self, model: nn.Module, device: torch.device) -> tuple[nn.Module, nn.Module]:
+        """The model on the device, for attacks, and the same wrapped so that its gradients are averaged over the ranks.
+
+        On CUDA, where torch can do it, batch norms see all ranks' samples.
+        """
         if self.group is None:
-            return model
-        devices = [device] if device.type == "cuda" else None
+            model = model.to(device)
+            return model, model
+        is_cuda = device.type == "cuda"
+        if is_cuda:
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model, self.group)
+        model = model.to(device)
         with warnings.catch_warnings():  # the option is renamed from torch 2.13 on, and older ones lack the new name
             warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)
             # a synchronised norm's buffers are the same on all ranks; `follow` broadcasts the others
-            return DistributedDataParallel(model, devices, process_group=self.group, broadcast_buffers=False)
-
-    def together(self, model: nn.Module, device: torch.device) -> nn.Module:
-        """The model with batch norms over all ranks' samples, on CUDA, where torch has them."""
-        if self.group is None or device.type != "cuda":
-            return model
-        converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(model, self.group)
-        return converted
+            devices = [device] if is_cuda else None
+            return model, DistributedDataParallel(model, devices, process_group=self.group, broadcast_buffers=False)
 
     def follow(self, model: nn.Module) -> None:
         """Broadcast rank 0's buffers if batch norms are not synchronised. Collective."""
