@@ -134,9 +134,11 @@ def _by_prefix(path: tuple[str, ...], tensors: dict[str, Tensor], own: Mapping[s
         named = {name for name in tensors if name.startswith(prefix) and name.removeprefix(prefix) in own}
         rest = [name for name in tensors if name not in named and not name.startswith(prefix + _UNUSED)]
         front = [name for pair in _fronts({name: tensors[name] for name in rest}) for name in pair]
+        # the network again, in a part of the model under this prefix
         copies = tuple(other for other in prefixes if other != prefix and other.startswith(prefix))
         left = [n for n in rest if n not in front and n.split(".")[-1] not in _COUNTS and not n.startswith(copies)]
         named |= {name for name in left if name.startswith(prefix)}  # too many, which loading reports
+        # the network again, outside of it
         elsewhere = tuple(other for other in prefixes if other not in copies and other != prefix)
         yield Candidate(
             path,

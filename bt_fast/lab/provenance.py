@@ -112,9 +112,9 @@ def fingerprint(dataset: ImageDataset) -> str:
     return digest.hexdigest()
 
 
-def check_configuration(asked: RunConfig, stored: RunConfig, path: Path, *, but_data: bool) -> None:
+def check_configuration(config: RunConfig, stored: RunConfig, path: Path, *, but_data: bool) -> None:
     """Raise ValueError, which names `path`, unless the two are equal; with `but_data` the data's place may differ."""
-    differences = asked.differences(stored, but=("data",) if but_data else ())
+    differences = config.differences(stored, but=("data",) if but_data else ())
     if differences:
         raise ValueError(
             f"{path}: of another configuration ({'; '.join(differences)}, as asked and as stored); leave these options "
