@@ -12,16 +12,10 @@ PADDING = 4
 
 
 def crop_and_flip(x: Tensor, *, seed: int, iteration: int, share: Share | None = None) -> Tensor:
-    """Each image cropped at random from its zero-padded self and mirrored with probability 1/2.
+    """Crop each image [m, C, H, W] at random from its zero-padded self, and mirror it with probability 1/2.
 
-    What is drawn depends on `seed` and `iteration` alone, so a resumed run repeats it.
-
-    Args:
-        x: [m, C, H, W] on any device.
-        share: which images of a larger minibatch they are: what is drawn for them is the same as in the whole of it.
-
-    Returns:
-        [m, C, H, W].
+    The random numbers depend on `seed` and `iteration` alone, so a resumed run repeats them. With `share`, x is that
+    share of a larger minibatch, and gets the numbers that it has in the whole.
     """
     m, _, height, width = x.shape
     share = Share(0, m, m) if share is None else share

@@ -27,21 +27,17 @@ def save_checkpoint(path: Path, config: RunConfig, state: dict[str, Any]) -> Non
 
 
 def load_checkpoint(path: Path) -> tuple[RunConfig, dict[str, Any]]:
-    """The configuration and state that `save_checkpoint` wrote; tensors on the CPU.
-
-    Raises:
-        ValueError: there is no such file, or it is not a readable checkpoint of this version.
-    """
+    """The configuration and state that `save_checkpoint` wrote, tensors on the CPU; ValueError for another file."""
     content = read_tensors(path)
     version = content.get("bt_fast", "none") if isinstance(content, dict) else type(content).__name__
-    if type(version) is not int or version != FORMAT:  # it might be a tensor, which is not comparable
-        if type(version) is int and version > FORMAT:
-            raise ValueError(
-                f"{path}: written by a newer version of bt_fast: found format {version}, expected {FORMAT}; upgrade"
-            )
-        found = version if isinstance(version, (int, str)) else type(version).__name__
+    if type(version) is int and version > FORMAT:  # the type first: a tensor is not comparable
         raise ValueError(
-            f"{path}: not a checkpoint of this package: found format {found}, expected {FORMAT}, in "
+            f"{path}: written by a newer version of bt_fast: found format {version}, expected {FORMAT}; upgrade"
+        )
+    if type(version) is not int or version != FORMAT:
+        shown = version if isinstance(version, (int, str)) else type(version).__name__
+        raise ValueError(
+            f"{path}: not a checkpoint of this package: found format {shown}, expected {FORMAT}, in "
             f"{described(content)}; of weights that another script saved, say of which network they are: --model "
             "small-cnn, preactresnet-18 or wrn-D-K"
         )
@@ -58,10 +54,9 @@ def load_checkpoint(path: Path) -> tuple[RunConfig, dict[str, Any]]:
 
 
 def read_tensors(path: Path) -> Any:
-    """What `torch.save` or safetensors wrote to `path`, tensors on the CPU; nothing that the file contains is run.
+    """What `torch.save` or safetensors wrote to `path`, tensors on the CPU; no code in it is run.
 
-    Raises:
-        ValueError: there is no such file, or it is damaged or holds more than tensors and plain values.
+    ValueError if the file is missing, damaged, or holds more than tensors and plain values.
     """
     if (path / ".metadata").is_file():
         raise ValueError(
@@ -70,11 +65,11 @@ def read_tensors(path: Path) -> Any:
         )
     if not path.is_file():
         raise ValueError(f"{path}: no such checkpoint file; give the path of one")
-    if _is_of_safetensors(path):
+    if _is_safetensors(path):
         return _safetensors(path)
     try:
-        # one file, though a run puts another in its place
-        with path.open("rb") as file, warnings.catch_warnings(), torch.serialization.safe_globals(_BESIDE):
+        # opened once, since a run may put another file in its place
+        with path.open("rb") as file, warnings.catch_warnings(), torch.serialization.safe_globals(_IGNORED):
             if zipfile.is_zipfile(file):  # else of the form before torch 1.6, in which some networks were published
                 _check_archive(file)
             file.seek(0)
@@ -92,7 +87,7 @@ def read_tensors(path: Path) -> Any:
         ) from error
 
 
-def _is_of_safetensors(path: Path) -> bool:
+def _is_safetensors(path: Path) -> bool:
     """Whether the file begins with the length of a JSON header that fits, and that header."""
     with path.open("rb") as file:
         start = file.read(9)
@@ -102,17 +97,17 @@ def _is_of_safetensors(path: Path) -> bool:
 def _safetensors(path: Path) -> dict[str, Tensor]:
     try:
         from safetensors.torch import load_file
+
+        tensors: dict[str, Tensor] = load_file(path)
     except ImportError as error:
         raise ValueError(f"{path}: a file of safetensors; install them: pip install safetensors") from error
-    try:
-        found: dict[str, Tensor] = load_file(path)
     except Exception as error:  # of the library's own kind
         raise ValueError(f"{path}: not a readable file of safetensors ({_first_line(error)}); write it anew") from error
-    return found
+    return tensors
 
 
-class _Unread:
-    """Stands for what scripts keep beside the weights, of kinds that torch does not read: it takes no notice of it."""
+class _Ignored:
+    """Stands for objects of kinds that torch does not read and that scripts keep beside the weights."""
 
     def __init__(self, *_: object) -> None:
         pass
@@ -121,8 +116,8 @@ class _Unread:
         pass
 
 
-_BESIDE: list[Any] = [
-    (_Unread, name)
+_IGNORED: list[Any] = [
+    (_Ignored, name)
     for name in (
         "argparse.Namespace",
         "numpy.dtype",
@@ -135,9 +130,9 @@ _BESIDE: list[Any] = [
 
 
 def _check_archive(file: IO[bytes]) -> None:
-    """Raise ValueError or BadZipFile unless the archive is as `torch.save` writes one, bit for bit.
+    """Raise ValueError or BadZipFile unless the archive is as `torch.save` writes one, with the right checksums.
 
-    torch itself does not look at the checksums, and would inflate whatever a foreign archive says.
+    torch does not check them, and inflates whatever a foreign archive says.
     """
     with zipfile.ZipFile(file) as archive:
         members = archive.infolist()
@@ -154,6 +149,6 @@ def _check_archive(file: IO[bytes]) -> None:
 
 def _first_line(error: Exception) -> str:
     lines = str(error).splitlines() or [type(error).__name__]
-    # what torch's unpickler stopped at comes behind advice of running the file
+    # torch puts the unpickler's reason behind the advice to run the file
     stopped = (line[line.index(_STOPPED) :] for line in lines if _STOPPED in line)
     return next(stopped, lines[0]).strip()[:200]

@@ -1,8 +1,8 @@
 """What `bt-fast doctor` runs: every op on a device against its reference in float64 on the CPU, and a whole step.
 
-`pytest -m cuda` is the full check. Here one case stands for each of a kernel's ways: short and long rows, one sample,
-NaN, 16 bits, channels-last. In float64 on the CPU neither a kernel nor the op's own dtype has a part in a reference, so
-that a check can fail on the CPU too.
+`pytest -m cuda` is the full check. Here each kind of input has one case: short and long rows, one sample, NaN, 16 bits,
+channels-last. A reference in float64 on the CPU shares neither a kernel nor the op's own dtype, so that a check can
+fail on the CPU too.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from bt_fast.attack.auto import AutoRunner
 from bt_fast.attack.device import no_graphs_reason
 from bt_fast.attack.graph_cache import GraphCache
 from bt_fast.attack.runners import Runner, run_eager
+from bt_fast.device import out_of_memory
 from bt_fast.full_precision import full_precision
 from bt_fast.lab.models import build_model
 from bt_fast.objectives.adversarial import Call
@@ -28,6 +29,7 @@ from bt_fast.objectives.execution import Execution
 from bt_fast.ops import divergence
 from bt_fast.ops.ascent_direction import ascent_direction_reference
 from bt_fast.ops.assign_steps import assign_reference
+from bt_fast.ops.availability import said as type_and_message
 from bt_fast.ops.gather_start import gather_start_reference
 from bt_fast.ops.pgd_l2_step import l2_reference
 from bt_fast.ops.pgd_step import linf_reference
@@ -35,7 +37,7 @@ from bt_fast.ops.signed_variance import signed_variance_reference
 from bt_fast.ops.update_fraction import update_fraction_reference
 
 Outputs = Mapping[str, Tensor]
-Given = dict[str, Any]
+Arguments = dict[str, Any]
 
 LOGITS = "float32, float16, bfloat16"
 IMAGES = f"dense images in {LOGITS}"
@@ -43,80 +45,86 @@ SAMPLES = "up to 2^20 samples"
 SVAR = f"SVar in float32 of {SAMPLES}"
 
 
+FULL = "the memory is full"
+
+
+def reason(error: BaseException) -> str:
+    """Type and first line of an error's message; of a check's AssertionError the first line alone."""
+    if isinstance(error, AssertionError):
+        return (str(error).splitlines() or ["no message"])[0]
+    return f"{FULL}: {type_and_message(error)}" if out_of_memory(error) else type_and_message(error)
+
+
 @dataclass(frozen=True)
 class Check:
-    """An op and what it is held against.
+    """An op and its reference.
 
     Attributes:
-        op: its name in `bt_fast.ops`.
-        results: calls what it is given first with the other arguments; all that this returns or changes, by name.
-        reference: the same in plain torch.
+        op: its name in `bt_fast.ops`. reference: the same in plain torch.
+        results: calls its first argument with the others; returns what the call returns and changes, by name.
         cases: arguments on the CPU, by the case's name.
-        tolerance: relative and absolute, of results in float32 or wider; 16 bits have two units in the last place more.
-        cuda_tests: a word of its full check's name in tests/kernels/test_on_cuda.py.
-        tests: of the file in tests that needs no GPU.
+        tolerance: relative and absolute, of float32 or wider results; 16 bits have two units in the last place more.
+        cuda_tests, tests: words in the names of its full check in tests/kernels/test_on_cuda.py, and of the file in
+            tests that needs no GPU.
         fused: what its kernel takes; anything else runs in plain torch.
     """
 
     op: str
     results: Callable[..., Outputs]
     reference: Callable[..., Any]
-    cases: Callable[[], Mapping[str, Given]]
+    cases: Callable[[], Mapping[str, Arguments]]
     tolerance: float
     cuda_tests: str
     tests: str
     fused: str = LOGITS
 
 
-def largest_difference(check: Check, given: Given, device: torch.device) -> float:
-    """The largest absolute difference of one case, of the op on the device from the reference in float64 on the CPU.
+def largest_difference(check: Check, arguments: Arguments, device: torch.device) -> float:
+    """The largest absolute difference of the op on the device from the reference in float64 on the CPU, in one case.
 
-    Raises:
-        AssertionError: a result is not as it should be; the message says which, by how much or in how many places.
+    Raises AssertionError as `compare`.
     """
     # looked up at every call; of a loss the op is that of its rows
     run = getattr(divergence, f"{check.op}_rows", None) or getattr(ops, check.op)
-    found = check.results(run, **{name: _copied(value, device) for name, value in given.items()})
-    expected = check.results(check.reference, **{name: _widened(value) for name, value in given.items()})
-    return compare({name: value.cpu() for name, value in found.items()}, expected, check.tolerance)
-
-
-def _copied(value: Any, device: torch.device) -> Any:
-    return value.clone().to(device) if isinstance(value, Tensor) else value
+    on_device = {k: v.clone().to(device) if isinstance(v, Tensor) else v for k, v in arguments.items()}
+    results = check.results(run, **on_device)
+    expected = check.results(check.reference, **{name: _widened(value) for name, value in arguments.items()})
+    return compare({name: value.cpu() for name, value in results.items()}, expected, check.tolerance)
 
 
 def _widened(value: Any) -> Any:
+    """A copy, in float64 if it is a tensor of floating-point numbers."""
     if not isinstance(value, Tensor):
         return value
-    return value.double() if value.is_floating_point() and value.dtype != torch.float64 else value.clone()
+    return value.to(torch.float64, copy=True) if value.is_floating_point() else value.clone()
 
 
-def compare(found: Outputs, expected: Outputs, tolerance: float) -> float:
+def compare(results: Outputs, expected: Outputs, tolerance: float) -> float:
     """The largest absolute difference of floating-point results within `tolerance` (both relative and absolute).
 
-    Integers and signs must be equal, and NaN stand in the same places.
-
-    Raises:
-        AssertionError: they are not; the message names the result.
+    Raises AssertionError, which names the result, beyond it, or if integers, signs or the places of NaN differ.
     """
     largest = 0.0
-    for name, wanted in expected.items():
-        value = found[name]
-        if value.shape != wanted.shape:
-            raise AssertionError(f"{name} has shape {list(value.shape)}, expected {list(wanted.shape)}")
+    for name, right in expected.items():
+        value = results[name]
+        if value.shape != right.shape:
+            raise AssertionError(f"{name} has shape {list(value.shape)}, expected {list(right.shape)}")
         if not value.is_floating_point():
-            if places := int((value != wanted).sum()):
+            if places := int((value != right).sum()):
                 raise AssertionError(f"{name} differs in {places} of {value.numel()} places")
             continue
-        if places := int((value.isnan() != wanted.isnan()).sum()):
+        if places := int((value.isnan() != right.isnan()).sum()):
             raise AssertionError(f"{name} is NaN in other places than it should ({places} of {value.numel()})")
-        gap = torch.where(value.double() == wanted, 0.0, (value.double() - wanted).abs()).nan_to_num(0.0, torch.inf)
+        gap = torch.where(value.double() == right, 0.0, (value.double() - right).abs()).nan_to_num(0.0, torch.inf)
         most = float(gap.max()) if gap.numel() else 0.0
         bound = tolerance + (2 * torch.finfo(value.dtype).eps if value.dtype.itemsize == 2 else 0.0)
-        if bool((gap > bound * (1 + wanted.abs().nan_to_num(0.0))).any()):
+        if bool((gap > bound * (1 + right.abs().nan_to_num(0.0))).any()):
             raise AssertionError(f"{name} differs by up to {most:.2g} (allowed: {bound:.2g})")
         largest = max(largest, most)
     return largest
+
+
+# Cases
 
 
 def _generator() -> torch.Generator:
@@ -144,38 +152,39 @@ ROWS = {
     "bfloat16, 100 classes": (33, 100, torch.bfloat16, False),
     "float16, 9000 classes": (5, 9000, torch.float16, True),
 }
-IMAGE_BATCHES = {
-    "16 x 3 x 32 x 32": ((16, 3, 32, 32), torch.float32, False),
-    "one sample": ((1, 1, 28, 28), torch.float32, False),
-    "NaN, float16, channels-last": ((5, 3, 15, 37), torch.float16, True),
-    "bfloat16, long samples": ((4, 3, 64, 64), torch.bfloat16, False),
+CONTIGUOUS, CHANNELS_LAST = torch.contiguous_format, torch.channels_last
+IMAGE_BATCHES = {  # shape, dtype, layout, whether with NaN
+    "16 x 3 x 32 x 32": ((16, 3, 32, 32), torch.float32, CONTIGUOUS, False),
+    "one sample": ((1, 1, 28, 28), torch.float32, CONTIGUOUS, False),
+    "NaN, float16, channels-last": ((5, 3, 15, 37), torch.float16, CHANNELS_LAST, True),
+    "bfloat16, long samples": ((4, 3, 64, 64), torch.bfloat16, CONTIGUOUS, False),
 }
 
 
-def _rows(of: Callable[..., Given], count: int = 1) -> Callable[[], dict[str, Given]]:
-    """Cases of ops over rows of logits, from `of(*logits)`, when they are wanted."""
+def _rows(of: Callable[..., Arguments], count: int = 1) -> Callable[[], dict[str, Arguments]]:
+    """Cases of an op over rows of logits, whose arguments are `of(*logits)`."""
     return lambda: {name: of(*_logits(*kind, count)) for name, kind in ROWS.items()}
 
 
 def _outputs(returned: Sequence[str] = (), changed: Sequence[str] = ()) -> Callable[..., Outputs]:
-    """Calls an op: names for what it returns, and the names of the arguments that it changes."""
+    """A call of an op, with names for what it returns, and the names of the arguments that it changes."""
 
-    def results(run: Callable[..., Any], **given: Any) -> Outputs:
-        out = run(**given) or ()
-        return {**dict(zip(returned, out, strict=True)), **{name: given[name] for name in changed}}
+    def results(run: Callable[..., Any], **arguments: Any) -> Outputs:
+        out = run(**arguments) or ()
+        return {**dict(zip(returned, out, strict=True)), **{name: arguments[name] for name in changed}}
 
     return results
 
 
-def _way_case(z: Tensor) -> Given:
+def _way_case(z: Tensor) -> Arguments:
     far = torch.randn(z.shape, generator=_generator().manual_seed(1)).softmax(dim=1)
     far[::2] = torch.nn.functional.one_hot(_labels(z), z.shape[1]).float()[::2]
     return {"logits": z, "target": far}
 
 
-def _directed(run: Callable[..., Any], **given: Any) -> Outputs:
+def _directed(run: Callable[..., Any], **arguments: Any) -> Outputs:
     """The direction scaled to 1, and whether it is within its own scale: a power of two, that the last bit can move."""
-    direction = run(**given)
+    direction = run(**arguments)
     largest = direction.double().abs().amax(dim=1, keepdim=True)
     return {"direction": (direction / largest).to(direction.dtype), "scale": (largest >= 1) & (largest <= 2)}
 
@@ -187,20 +196,20 @@ def _mined(run: Callable[..., Any], logits: Tensor, labels: Tensor) -> Outputs:
     return {"svar": scaled, "sign": signs, "correct": correct, "probabilities": probabilities, "unfit": unfit}
 
 
-def _fraction_case(z: Tensor) -> Given:
+def _fraction_case(z: Tensor) -> Arguments:
     state = {"robust_fraction": torch.tensor(0.3, dtype=torch.float64), "unreported_faults": torch.tensor(2)}
     return {**state, "logits": z, "labels": _labels(z), "gamma": 0.8, "momentum": 0.9}
 
 
-def _assign_cases() -> dict[str, Given]:
-    found = {}
+def _assign_cases() -> dict[str, Arguments]:
+    cases = {}
     for m, kind in ((128, "plain"), (1, "one sample"), (0, "no sample"), (33, "NaN"), (300, "ties"), (10_000, "many")):
         g = _generator()
         svar = torch.randn(m, generator=g) * 0.1
         svar = svar.mul(20).round() / 20 if kind == "ties" else svar
         if kind == "NaN":
             svar[::5] = torch.nan
-        found[kind] = {
+        cases[kind] = {
             "svar": svar,
             "correct": torch.rand(m, generator=g) < 0.7,
             "robust_fraction": torch.tensor(1 / 3, dtype=torch.float64),
@@ -209,24 +218,24 @@ def _assign_cases() -> dict[str, Given]:
             "unfit": torch.arange(m).eq(3).to(torch.uint8) if kind == "NaN" else None,
             "group_counts": torch.tensor([5, 6, 7]),
         }
-    return found
+    return cases
 
 
-def _order_cases() -> dict[str, Given]:
+def _order_cases() -> dict[str, Arguments]:
     sizes = {"128": 128, "one sample": 1, "no sample": 0, "many": 10_000}
     return {k: {"steps": torch.randint(0, 12, (m,), generator=_generator()), "most": 12} for k, m in sizes.items()}
 
 
 def _order_stated(steps: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """The order in Python's words."""
+    """The order by Python's sort."""
     counts = steps.tolist()
     order = sorted(range(len(counts)), key=lambda i: -counts[i])
     return torch.tensor(order).long(), torch.tensor([sum(n > t for n in counts) for t in range(most)])
 
 
-def _step_cases(norm: str) -> dict[str, Given]:
-    found = {}
-    for name, (shape, dtype, faults) in IMAGE_BATCHES.items():
+def _step_cases(norm: str) -> dict[str, Arguments]:
+    cases = {}
+    for name, (shape, dtype, layout, faults) in IMAGE_BATCHES.items():
         g = _generator()
         clean, grad = torch.rand(shape, generator=g), torch.randn(shape, generator=g)
         x_adv = clean + 0.1 * torch.randn(shape, generator=g)
@@ -235,48 +244,44 @@ def _step_cases(norm: str) -> dict[str, Given]:
             grad[1, 0, 3, 4] = torch.nan
         size, n = 1.0 if norm == "l_inf" else clean[0].numel() ** 0.5, len(clean)
         images = {"x_adv": x_adv, "grad": grad, "clean": clean}
-        given: Given = {k: v.to(dtype, memory_format=_format(faults)) for k, v in images.items()}
-        given |= {"step_size": torch.full((n,), 0.125 * size), "epsilon": 0.25 * size, "lower": 0.0, "upper": 1.0}
-        given |= {"steps": torch.tensor([2, 2, 1, 3, 0] * n)[:n], "step": torch.tensor(1)}
+        arguments: Arguments = {k: v.to(dtype, memory_format=layout) for k, v in images.items()}
+        arguments |= {"step_size": torch.full((n,), 0.125 * size), "epsilon": 0.25 * size, "lower": 0.0, "upper": 1.0}
+        arguments |= {"steps": torch.tensor([2, 2, 1, 3, 0] * n)[:n], "step": torch.tensor(1)}
         if norm == "l_2":
-            given["stand_in"] = torch.tensor(5)  # a seed, for the sample whose gradient is 0
-            given["grad"][0].mul_(float(dtype != torch.bfloat16))
-        found[name] = {**given, "faulty": torch.zeros(n, dtype=torch.int32)}
-    return found
+            arguments["stand_in"] = torch.tensor(5)  # a seed, for the sample whose gradient is 0
+            arguments["grad"][0].mul_(float(dtype != torch.bfloat16))
+        cases[name] = {**arguments, "faulty": torch.zeros(n, dtype=torch.int32)}
+    return cases
 
 
-def _format(last: bool) -> torch.memory_format:
-    return torch.channels_last if last else torch.contiguous_format
-
-
-def _start_cases() -> dict[str, Given]:
-    found = {}
-    for name, (shape, dtype, faults) in IMAGE_BATCHES.items():
+def _start_cases() -> dict[str, Arguments]:
+    cases = {}
+    for name, (shape, dtype, layout, faults) in IMAGE_BATCHES.items():
         m, g = shape[0], _generator()
-        given: Given = {"x": torch.rand(shape, generator=g).to(dtype, memory_format=_format(faults))}
-        given |= {"order": torch.randperm(m, generator=g), "steps": torch.tensor([2, 0, 3, 1] * m)[:m]}
-        given |= {"state": torch.tensor([2**40 + 7, 11]), "noise": "uniform" if faults else "normal", "scale": 0.25}
-        found[name] = {**given, "lower": 0.0, "upper": 1.0}
-    return found
+        arguments: Arguments = {"x": torch.rand(shape, generator=g).to(dtype, memory_format=layout)}
+        arguments |= {"order": torch.randperm(m, generator=g), "steps": torch.tensor([2, 0, 3, 1] * m)[:m]}
+        arguments |= {"state": torch.tensor([2**40 + 7, 11]), "noise": "uniform" if faults else "normal"}
+        cases[name] = {**arguments, "scale": 0.25, "lower": 0.0, "upper": 1.0}
+    return cases
 
 
-def _start_stated(**given: Any) -> tuple[Tensor, Tensor]:
-    found = gather_start_reference(**given)
-    given["state"][1] += 1
-    return found
+def _start_stated(**arguments: Any) -> tuple[Tensor, Tensor]:
+    start = gather_start_reference(**arguments)
+    arguments["state"][1] += 1
+    return start
 
 
-def _losses(run: Callable[..., Any], **given: Any) -> Outputs:
-    loss, *gradients = run(*given.values())
+def _losses(run: Callable[..., Any], **arguments: Any) -> Outputs:
+    loss, *gradients = run(*arguments.values())
     return {"loss": loss, **{f"gradient {i}": g for i, g in enumerate(gradients)}}
 
 
 def _graded(op: str) -> Callable[..., tuple[Tensor, ...]]:
-    """The reference's loss, and autograd's gradients of it: nothing that it derives by hand."""
+    """The reference's loss and its gradients by autograd, not the reference's own derivation of them."""
 
-    def reference(*given: Any) -> tuple[Tensor, ...]:
-        logits = [a.requires_grad_() for a in given if isinstance(a, Tensor) and a.is_floating_point()]
-        loss = getattr(divergence, f"{op}_reference")(*given)[0]
+    def reference(*arguments: Any) -> tuple[Tensor, ...]:
+        logits = [a.requires_grad_() for a in arguments if isinstance(a, Tensor) and a.is_floating_point()]
+        loss = getattr(divergence, f"{op}_reference")(*arguments)[0]
         return loss.detach(), *torch.autograd.grad(loss.sum(), logits)
 
     return reference
@@ -321,7 +326,7 @@ class StepCheck:
     """`TRADESLoss` with BulletTrain, executed in one way without TF32, against float64 eagerly on the same device.
 
     Attributes:
-        runner: makes the runner of the attack. update: how the update is executed.
+        runner: makes the runner of the attack. update: how the update runs.
         dtype: of the network and the images.
         tolerance: relative and absolute. In float32 signs differ where a gradient is next to 0, in float64 hardly any.
         graphs: whether it needs CUDA graphs.
@@ -335,8 +340,8 @@ class StepCheck:
     update: Update | None = None
 
 
-SHARPER = 10.0  # than a new network's: without its attack an update's loss is another by a third
-LOOSE, TIGHT = 0.1, 1e-6  # the loose one is not for TF32, which leads the attack elsewhere
+SHARPER = 10.0  # a factor on a new network's weights; an update's loss without the attack then differs by a third
+LOOSE, TIGHT = 0.1, 1e-6  # LOOSE holds without TF32 only, which leads the attack elsewhere
 STEPS = (
     StepCheck("eager, float32", _eager, torch.float32, LOOSE, graphs=False),
     StepCheck("graphs, float64", GraphRunner, torch.float64, TIGHT),
@@ -353,20 +358,19 @@ def skip_reason(check: StepCheck, device: torch.device) -> str | None:
 
 
 def step_difference(check: StepCheck, device: torch.device) -> float:
-    """The largest difference of the losses and fractions F_R of some updates.
+    """The largest difference of losses, gradients and F_R in some updates.
 
-    Raises:
-        AssertionError: it is beyond the tolerance, or the step fell back to another way (the message says why).
+    Raises AssertionError beyond the tolerance, or if the step fell back to another way.
     """
-    with full_precision(), warnings.catch_warnings(record=True) as said:
+    with full_precision(), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         expected = _updates(device, torch.float64, run_eager, None)
-        found = _updates(device, check.dtype, check.runner(), check.update)
-    if fallen := [str(w.message) for w in said if "without graphs" in str(w.message)]:
+        results = _updates(device, check.dtype, check.runner(), check.update)
+    if fallen := [str(w.message) for w in caught if "without graphs" in str(w.message)]:
         raise AssertionError(fallen[0])
     if not all(bool(v.isfinite().all()) for v in expected.values()):
         raise AssertionError("a loss or a gradient of the eager step is not finite")
-    return compare(found, expected, check.tolerance)
+    return compare(results, expected, check.tolerance)
 
 
 def _updates(
@@ -391,5 +395,5 @@ def _updates(
         losses.append(loss.detach().clone())
         gradients = [p.grad.double().norm() for p in model.parameters() if p.grad is not None]
         sizes.append(torch.stack(gradients).norm())
-    found = {"losses": torch.stack(losses), "gradients": torch.stack(sizes), "F_R": mining.robust_fraction}
-    return {name: value.detach().cpu() for name, value in found.items()}
+    results = {"losses": torch.stack(losses), "gradients": torch.stack(sizes), "F_R": mining.robust_fraction}
+    return {name: value.detach().cpu() for name, value in results.items()}

@@ -1,10 +1,9 @@
-"""Random numbers of a minibatch that ranks share: each draws those of all samples, and takes its own.
+"""Random numbers of a minibatch that ranks share: each rank draws those of all samples, and takes its own.
 
-So all ranks' random streams stay the same, and a sample's numbers are those that a process alone would draw for it:
-random starts of the objectives without BulletTrain (with it they are counted, not drawn), those of the authors' code,
-AugMix without BulletTrain, GradAlign, and dropout. (A BulletTrain sorts its samples by their steps, each rank its own:
-the masks of dropout are then drawn alike, but fall to other samples than in a process alone.) It costs each rank the
-memory of the whole minibatch's numbers.
+So all ranks' random streams stay the same, and a sample gets the numbers that a single process would draw for it: for
+random starts without BulletTrain (with it they are counted, not drawn), the authors' code, AugMix without BulletTrain,
+GradAlign, and dropout. With BulletTrain, which sorts each rank's samples by their steps, dropout's masks fall to other
+samples than in a single process. Each rank needs the memory of the whole minibatch's numbers.
 """
 
 from __future__ import annotations
@@ -19,9 +18,9 @@ from torch.overrides import TorchFunctionMode
 
 
 class DrawsOfAll(TorchFunctionMode):
-    """In its block, what is drawn for `count` samples is drawn for `of`, and those from `first` on are taken.
+    """A context in which random numbers for `count` samples are drawn for `of` samples, and those from `first` taken.
 
-    Of k views of each sample in one draw, k·count rows, likewise. What has a generator of its own is left alone.
+    Likewise for k views of each sample in one draw of k·count rows. Draws from an explicit generator stay as they are.
     """
 
     def __init__(self, first: int, count: int, of: int) -> None:
@@ -29,7 +28,7 @@ class DrawsOfAll(TorchFunctionMode):
         self._first, self._count, self._of = first, count, of
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """As torch wants it."""
+        """Replace the functions that draw."""
         kwargs = kwargs or {}
         if func is F.dropout:
             return self._dropout(*args, **kwargs)
@@ -46,7 +45,7 @@ class DrawsOfAll(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _dropout(self, x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-        """Of fewer rows than samples (those that are attacked) the masks are the first of its own."""
+        """Dropout with the first of this rank's masks where x has fewer rows than samples (those under attack)."""
         if not training or p == 0 or len(x) == 0:
             return F.dropout(x, p, training, inplace)
         views = -(-len(x) // self._count)
@@ -54,7 +53,7 @@ class DrawsOfAll(TorchFunctionMode):
         return x * self._own(masks)[: len(x)]
 
     def _views(self, size: Sequence[int]) -> int:
-        """How many views of each sample it is; 0 where it is something else."""
+        """The number of views of each sample in a draw of this size; 0 if it is not a draw by sample."""
         return size[0] // self._count if len(size) and size[0] % self._count == 0 else 0
 
     def _whole(self, size: Sequence[int]) -> list[int]:

@@ -1,4 +1,4 @@
-"""Writing files so that a reader finds the old one or the new one, never half of one; and reading JSON of anyone's."""
+"""Files that a reader finds whole, old or new, never half-written; and the parsing of JSON from anywhere."""
 
 from __future__ import annotations
 
@@ -16,26 +16,27 @@ from bt_fast.lab.locks import remove_abandoned, take
 
 @contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A binary file that takes the place of `path` when the block ends without an exception: synced, then renamed.
+    """A binary file that replaces `path` when the block ends without an exception: synced, then renamed.
 
-    A process that is killed in the block leaves `.NAME.PID.RANDOM.part` behind, which the next one to write `path`
-    removes; that of a process which is still writing is locked, and stays. Of several that write, the last one wins.
+    A process that is killed in the block leaves `.NAME.PID.RANDOM.part` behind, which the next writer of `path`
+    removes; the file of a process that is still writing is locked, and stays. Of several writers the last one wins.
 
     Raises:
-        OSError: it cannot be written (a full disk, a folder that is read-only or not there); it names `path`, and what
-            was there before is still there.
+        OSError: the file cannot be written (a full disk, a folder that is read-only or missing); it names `path`, which
+            keeps its old content.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.part")
     with naming(path):
         _remove_leftovers(path)
         try:
-            with open(temporary, "wb", opener=_locked) as file:
+            with open(temporary, "wb", opener=_open_locked) as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
                 os.replace(temporary, path)  # still locked, so that nobody takes it for abandoned
         finally:
-            _remove(temporary)
+            with suppress(OSError):  # the write itself raises what keeps the file from being removed
+                temporary.unlink(missing_ok=True)
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
@@ -50,11 +51,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def parse_json(text: str) -> Any:
-    """What the JSON text says.
-
-    Raises:
-        ValueError: it is no JSON, or nested more deeply than Python's parser goes.
-    """
+    """`json.loads`, which raises ValueError also for JSON that is nested more deeply than Python's parser goes."""
     try:
         return json.loads(text)
     except RecursionError as error:
@@ -71,7 +68,7 @@ def append_line(path: Path, line: str) -> None:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Let the system's errors tell `path` where they tell no file, or the temporary one in its place."""
+    """Make OSErrors in the block name `path` where they name no file, or a temporary one."""
     try:
         yield
     except OSError as error:
@@ -81,22 +78,17 @@ def naming(path: Path) -> Iterator[None]:
         raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
 
 
-def _locked(path: str, _: int) -> int:
-    """An opener of new files that the process has for itself until they are closed."""
+def _open_locked(path: str, _: int) -> int:
+    """An opener of new files that stay locked until they are closed."""
     while (descriptor := take(Path(path))) is None:
-        pass  # another process looks whether it was abandoned, and in a moment knows
+        pass  # another process is testing whether the file was abandoned, for a moment
     return descriptor
 
 
 def _remove_leftovers(path: Path) -> None:
-    """Remove the temporary files of processes that are no more."""
-    form = re.compile(rf"\.{re.escape(path.name)}\.\d+(\.[0-9a-f]{{8}})?\.part")  # the version before this drew nothing
+    """Remove the temporary files of processes that have ended."""
+    form = re.compile(rf"\.{re.escape(path.name)}\.\d+(\.[0-9a-f]{{8}})?\.part")  # the first version had no RANDOM
     with suppress(OSError):
         for name in os.listdir(path.parent):
             if form.fullmatch(name):
                 remove_abandoned(path.parent / name)
-
-
-def _remove(path: Path) -> None:
-    with suppress(OSError):  # what keeps it from being removed is told by the write itself, or was told
-        path.unlink(missing_ok=True)

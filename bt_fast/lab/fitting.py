@@ -1,4 +1,4 @@
-"""Whether data, network and machine fit together: found out before a weight is made or anything is written."""
+"""Checks that data, network and machine fit together, before a weight is made or anything is written."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _UNITS = ("bytes", "kB", "MB", "GB", "TB", "PB", "EB")
 
 
 def check_training(config: RunConfig, dataset: ImageDataset, device: torch.device, world: World = ALONE) -> None:
-    """Raise ValueError, in one line that names the data, for a training that cannot be.
+    """Raise ValueError, which names the data, for a training that cannot be.
 
-    That is one of data with a single class, of images that the network does not take, of a minibatch that is too small
-    for its batch norm, or one for which the device has not the memory. What is needed is counted from below: weights,
-    their gradients and momenta, and one update's activations.
+    That is one of data with a single class, of images that the network does not take, of a minibatch too small for its
+    batch norm, or too large for the device's memory. The memory is a lower bound: weights, their gradients and momenta,
+    and one update's activations.
     """
     if dataset.classes < 2:
         raise ValueError(f"{dataset.name}: all labels are 0, one class: training needs at least two; give other --data")
@@ -42,12 +42,13 @@ def check_training(config: RunConfig, dataset: ImageDataset, device: torch.devic
     n, b = len(dataset.x_train), config.batch_size
     copies = 1 + len(config.methods) * (2 if config.sgd_momentum else 1)
     needed = _FLOAT * (copies * size.weights + world.most_in_a_share(min(n, b)) * size.activations)
-    if needed > (there := memory(device)):
+    if needed > (available := memory(device)):
         raise ValueError(
             f"{about}: {config.model} and minibatches of {min(n, b)} need at least {_bytes(needed)}, {device} has "
-            f"{_bytes(there)}: take a smaller --model, --width or --batch-size{_of_labels(dataset)}"
+            f"{_bytes(available)}: take a smaller --model, --width or --batch-size{_of_labels(dataset)}"
         )
-    least = (n % b or min(n, b)) // (1 if device.type == "cuda" else world.count)  # there norms see all ranks' samples
+    ranks = 1 if device.type == "cuda" else world.count  # on CUDA, norms see all ranks' samples
+    least = (n % b or min(n, b)) // ranks
     if least * size.positions < 2:
         raise ValueError(
             f"{about}: the last minibatch of an epoch has {least} image where the batch norm of {config.model} has one "
@@ -55,32 +56,28 @@ def check_training(config: RunConfig, dataset: ImageDataset, device: torch.devic
         )
 
 
-def check_labels(classes: int, labels: Tensor, where: str, told: str) -> None:
-    """Raise ValueError if labels are none of those that a network of so many classes tells apart.
-
-    Args:
-        labels: int64 [n]; where: in which data. told: which network.
-    """
+def check_labels(classes: int, labels: Tensor, where: str, network: str) -> None:
+    """Raise ValueError if labels int64 [n] of the data `where` exceed the classes of a network, `network` in words."""
     greatest = int(labels.max())
     if greatest >= classes:
         raise ValueError(
-            f"{where}: labels up to {greatest}, but {told} tells {classes} classes apart; evaluate it on data with "
+            f"{where}: labels up to {greatest}, but {network} tells {classes} classes apart; evaluate it on data with "
             f"labels in 0..{classes - 1}"
         )
 
 
 def memory(device: torch.device) -> float:
-    """The bytes that a device has, free or not: with swap, and within a container's limit; infinite where unknown."""
+    """The bytes of a device's memory, free or not: with swap, within a container's limit; infinite where unknown."""
     if device.type == "cuda":
         return float(torch.cuda.get_device_properties(device).total_memory)
     try:
-        there = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+        size = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     except (AttributeError, ValueError, OSError):
         return float("inf")
     swap = re.search(r"SwapTotal: *(\d+) kB", _text("/proc/meminfo"))
-    there += 1024 * int(swap[1]) if swap else 0
+    size += 1024 * int(swap[1]) if swap else 0
     limit = _text("/sys/fs/cgroup/memory.max").strip()
-    return min(there, float(limit)) if limit.isdecimal() else there
+    return min(size, float(limit)) if limit.isdecimal() else size
 
 
 def _text(path: str) -> str:
@@ -91,13 +88,12 @@ def _text(path: str) -> str:
 
 
 def _of_labels(dataset: ImageDataset) -> str:
-    """What to do where labels are not numbered from 0 on."""
+    """Advice where labels are not numbered from 0 on."""
     different = len(torch.cat([dataset.y_train, dataset.y_test]).unique())
     if 2 * different > dataset.classes:
         return ""
-    return (
-        f", or number the labels 0..{different - 1}: there are {different} different ones up to {dataset.classes - 1}"
-    )
+    greatest = dataset.classes - 1
+    return f", or number the labels 0..{different - 1}: there are {different} different ones up to {greatest}"
 
 
 def _bytes(size: float) -> str:

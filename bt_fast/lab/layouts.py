@@ -1,15 +1,15 @@
-"""Where in a checkpoint that somebody's script wrote the tensors of a network lie, and under which names.
+"""Where a network's tensors lie in a checkpoint that somebody's script wrote, and under which names.
 
 Scripts keep a state_dict bare or under some key, beside an optimizer's, an average's, an epoch; wrappers put words in
-front of its names or into them. So no list of keys and words is kept here: what is looked for are the network's own
-names.
+front of its names or into them. So the search is for the network's own names, not for known keys and words.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -18,74 +18,28 @@ from torch import Tensor
 from bt_fast.attack.pixels import Normalization
 
 DEEPEST = 6  # keys within keys
-# what wrappers put into names: torch.compile, activation checkpoints, FSDP
-_INSIDE = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
+# words that wrappers put into names: torch.compile, activation checkpoints, FSDP
+_INSIDE = re.compile(r"_orig_mod\.|_checkpoint_wrapped_module\.|_fsdp_wrapped_module\.")
 _AVERAGE = re.compile(r"ema|swa|avg|averag|teacher|shadow", re.IGNORECASE)
 _MEAN = re.compile(r"(^|\.)(new_|_)?(mean|mu)$")
 _DEVIATION = re.compile(r"(^|\.)(new_|_)?(std|sigma)$")
 _BEHIND = re.compile(r"(^|\.)[1-9][0-9]*\.$")  # not the first of a Sequential
-# of an AveragedModel and of a BulletTrain
+# the state of an AveragedModel and of a BulletTrain
 _COUNTS = {"n_averaged", "robust_fraction", "group_counts", "steps_assigned"}
 _COUNTS |= {"unreported_faults", "unreported_gradients"}
-_UNUSED = "sub_block1."  # of the TRADES code's wide networks, which never run it
+_UNUSED = "sub_block1."  # in the TRADES code's wide networks, which never run it
 
 
 @dataclass(frozen=True, eq=False)
-class Found:
-    """A network's tensors.
+class Candidate:
+    """The tensors in one mapping of a checkpoint that a network may load: those whose names begin alike.
 
     Attributes:
-        tensors: by the network's own names; some may be missing, others too many.
-        place: where they are, as it is said in messages.
-        normalization: of a layer in front of the network, whose mean and deviation are there too.
-        behind: whether there was a layer in front of which nothing is there.
-        others: names beside the network's, which are of something else.
-        again: places of further tensors of the network that have other values.
-    """
-
-    tensors: dict[str, Tensor]
-    place: str
-    normalization: Normalization | None
-    behind: bool
-    others: tuple[str, ...]
-    again: tuple[str, ...]
-
-
-def network_in(content: object, own: Mapping[str, Tensor]) -> Found | None:
-    """The tensors in a checkpoint's content that have most of a network's names; None where there are none.
-
-    Those of an average (of its weights, say) are taken only where the network's are not there themselves.
-
-    Args:
-        content: what the file holds: mappings, within each other.
-        own: the network's state_dict.
-    """
-    sets = [named for path, tensors in _state_dicts(content, ()) for named in _by_prefix(path, tensors, own)]
-    if not sets:
-        return None
-    best = min(sets, key=lambda named: (named.missing(own), named.average))  # the first, of several as good
-    again = [named.place for named in sets if not named.missing(own) and not named.equals(best)]
-    front = _normalization(best.front)
-    behind = front is None and _BEHIND.search(best.prefix) is not None
-    return Found(best.tensors, best.place, front, behind, best.others, tuple(again))
-
-
-def described(content: object) -> str:
-    """What a file holds, for a message."""
-    if not isinstance(content, Mapping):
-        return f"a {type(content).__name__}"
-    kinds = [f"{key!r} ({type(value).__name__})" for key, value in content.items()]
-    shown = ", ".join(kinds[:8]) + (f" and {len(kinds) - 8} more" if len(kinds) > 8 else "")
-    return f"the keys {shown}" if kinds else "an empty dict"
-
-
-@dataclass(frozen=True, eq=False)
-class _Named:
-    """The tensors of one mapping whose names begin alike.
-
-    Attributes:
-        path: the keys to the mapping; prefix: what its names begin with.
-        tensors: by what follows; front: mean and deviation of a layer in front of the network; others: further names.
+        path: the keys to the mapping. prefix: what the names begin with.
+        tensors: by the name without the prefix; some may be missing, others too many.
+        front: mean and deviation of a layer in front of the network, or nothing.
+        others: names of tensors that belong to something else.
+        again: places of further candidates, complete but with other values.
     """
 
     path: tuple[str, ...]
@@ -93,61 +47,100 @@ class _Named:
     tensors: dict[str, Tensor]
     front: tuple[Tensor, ...]
     others: tuple[str, ...]
+    again: tuple[str, ...] = ()
 
     @property
     def place(self) -> str:
+        """Where the tensors are, for messages."""
         keys = "".join(f"[{key!r}]" for key in self.path) or "the file itself"
         return f"{keys}, names without {self.prefix!r}" if self.prefix else keys
 
     @property
-    def average(self) -> bool:
+    def normalization(self) -> Normalization | None:
+        """Of the layer in front, in units of [0, 1]; ValueError if its numbers are those of no normalization."""
+        if not self.front:
+            return None
+        unit = 255.0 if float(self.front[0].max()) > 1.0 else 1.0  # a mean above 1 is one of bytes
+        mean, std = ((t.double().flatten() / unit).tolist() for t in self.front)
+        return Normalization(mean, std)
+
+    @property
+    def behind_unknown(self) -> bool:
+        """Whether the network stood behind a layer of which the checkpoint holds nothing."""
+        return not self.front and _BEHIND.search(self.prefix) is not None
+
+    def is_average(self) -> bool:
+        """Whether a key or the prefix calls it an average of weights."""
         return any(_AVERAGE.search(word) for word in (*self.path, self.prefix))
 
-    def missing(self, own: Mapping[str, Tensor]) -> int:
+    def missing(self, own: Iterable[str]) -> int:
+        """How many of the network's names it lacks, batch norm's counters aside."""
         return sum(not name.endswith(".num_batches_tracked") and name not in self.tensors for name in own)
 
-    def equals(self, other: _Named) -> bool:
-        shared = self.tensors.keys() & other.tensors.keys()
-        return all(_same(self.tensors[name], other.tensors[name]) for name in shared)
+    def equals(self, other: Candidate) -> bool:
+        """Whether both have the same values under the names that they share."""
+        return all(_same(self.tensors[name], other.tensors[name]) for name in self.tensors.keys() & other.tensors)
+
+
+def network_in(content: object, own: Mapping[str, Tensor]) -> Candidate | None:
+    """The tensors in a checkpoint that have most of a network's names; None if none has.
+
+    Those of an average (of weights, say) are taken only where the network itself is missing. `content` is any nesting
+    of mappings, `own` the network's state_dict.
+    """
+    candidates = [c for path, tensors in _state_dicts(content, ()) for c in _by_prefix(path, tensors, own)]
+    if not candidates:
+        return None
+    best = min(candidates, key=lambda c: (c.missing(own), c.is_average()))  # the first of several as good
+    again = tuple(c.place for c in candidates if not c.missing(own) and not c.equals(best))
+    return dataclasses.replace(best, again=again)
+
+
+def described(content: object) -> str:
+    """What a file holds, for a message."""
+    if not isinstance(content, Mapping):
+        return f"a {type(content).__name__}"
+    kinds = [f"{key!r} ({type(value).__name__})" for key, value in content.items()]
+    return f"the keys {listed(kinds, 8)}" if kinds else "an empty dict"
+
+
+def listed(names: list[str] | tuple[str, ...], most: int = 3) -> str:
+    """The first names and the number of the others."""
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest
 
 
 def _state_dicts(content: object, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], dict[str, Tensor]]]:
-    """Every mapping with names of tensors, outer ones first, and the keys to it."""
+    """Every mapping with names of tensors and the keys to it, outer ones first."""
     if not isinstance(content, Mapping):
         return
-    tensors = {_without(name): t for name, t in content.items() if isinstance(name, str) and isinstance(t, Tensor)}
-    if tensors:
-        yield path, tensors
+    named = {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, Tensor)}
+    if named:
+        yield path, {_INSIDE.sub("", name): tensor for name, tensor in named.items()}
     if len(path) < DEEPEST:
         for key, value in content.items():
             yield from _state_dicts(value, (*path, str(key)))
 
 
-def _without(name: str) -> str:
-    for word in _INSIDE:
-        name = name.replace(word, "")
-    return name
-
-
-def _by_prefix(path: tuple[str, ...], tensors: dict[str, Tensor], own: Mapping[str, Tensor]) -> Iterator[_Named]:
-    """The mapping's tensors under each prefix under which there are as many of the network's names as under any."""
+def _by_prefix(path: tuple[str, ...], tensors: dict[str, Tensor], own: Mapping[str, Tensor]) -> Iterator[Candidate]:
+    """The mapping's tensors under each of the prefixes that have the most of the network's names."""
     counts: Counter[str] = Counter()
     for name in tensors:
-        at = 0
-        while at >= 0:
-            counts[name[:at]] += name[at:] in own
-            at = name.find(".", at) + 1 or -1
+        starts = [0, *(dot.end() for dot in re.finditer(r"\.", name))]
+        counts.update({name[:start]: name[start:] in own for start in starts})
     most = max(counts.values())
     prefixes = sorted((prefix for prefix, count in counts.items() if count == most > 0), key=len)
     for prefix in prefixes:
         named = {name for name in tensors if name.startswith(prefix) and name.removeprefix(prefix) in own}
         rest = [name for name in tensors if name not in named and not name.startswith(prefix + _UNUSED)]
         front = [name for pair in _fronts({name: tensors[name] for name in rest}) for name in pair]
+        # the network again, in a part of the model under this prefix
         copies = tuple(other for other in prefixes if other != prefix and other.startswith(prefix))
         left = [n for n in rest if n not in front and n.split(".")[-1] not in _COUNTS and not n.startswith(copies)]
-        named |= {name for name in left if name.startswith(prefix)}  # too many, which is told when they are loaded
+        named |= {name for name in left if name.startswith(prefix)}  # too many, which loading reports
+        # the network again, outside of it
         elsewhere = tuple(other for other in prefixes if other not in copies and other != prefix)
-        yield _Named(
+        yield Candidate(
             path,
             prefix,
             {name.removeprefix(prefix): tensors[name] for name in tensors if name in named},
@@ -159,19 +152,12 @@ def _by_prefix(path: tuple[str, ...], tensors: dict[str, Tensor], own: Mapping[s
 def _fronts(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, str]]:
     """Pairs of names of a mean and a deviation in one place."""
     for name, mean in tensors.items():
-        for other, std in tensors.items() if _MEAN.search(name) and mean.is_floating_point() and mean.numel() else ():
+        if not _MEAN.search(name) or not mean.is_floating_point() or not mean.numel():
+            continue
+        for other, std in tensors.items():
             same = _DEVIATION.search(other) and _MEAN.sub("", name) == _DEVIATION.sub("", other)
             if same and std.is_floating_point() and std.shape == mean.shape:
                 yield name, other
-
-
-def _normalization(front: tuple[Tensor, ...]) -> Normalization | None:
-    """In units of [0, 1]; those of bytes are told by a mean above 1. ValueError if no normalization has them."""
-    if not front:
-        return None
-    unit = 255.0 if float(front[0].max()) > 1.0 else 1.0
-    mean, std = ((t.double().flatten() / unit).tolist() for t in front)
-    return Normalization(mean, std)
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

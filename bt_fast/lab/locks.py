@@ -1,8 +1,8 @@
 """Locks that die with their process: on a run's folder, on what several processes would make, on half-written files.
 
-A lock is the system's, on an open file. The file's content tells people who has it; that it lies there means nothing.
-Not by the library filelock, whose lock files stay for ever: here the locked file goes with its holder, and it may be
-the half-written file itself.
+A lock is the system's, on an open file whose content names the holder; a file that merely exists locks nothing. The
+library filelock does not serve: its lock files stay for ever, while here the locked file is removed by its holder, and
+it may be the half-written file itself.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 if sys.platform == "win32":
     import msvcrt
 
     def _lock(descriptor: int) -> None:
-        os.lseek(descriptor, 2**30, os.SEEK_SET)  # behind the content, which others are to read
+        os.lseek(descriptor, 2**30, os.SEEK_SET)  # behind the content, which others read
         msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
         os.lseek(descriptor, 0, os.SEEK_SET)
 
@@ -36,38 +37,32 @@ else:
 
 NAME = "run.lock"
 _TAKEN = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
-_NONE_HERE = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK)  # of some network file systems
-_WAIT = 0.1  # seconds
+_UNSUPPORTED = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK)  # of some network file systems
+_WAIT = 0.1  # seconds between attempts
 
 
 @dataclass(eq=False)
-class _Held:
-    """A lock of this process, and how often it was asked for."""
+class _Lock:
+    """A lock of this process, and how many holders it has."""
 
     path: Path
     descriptor: int | None  # None in a fork
-    times: int = 1
+    holders: int = 1
 
 
-_HELD: dict[Path, _Held] = {}
+_LOCKS: dict[Path, _Lock] = {}
 
 
 def hold(folder: Path) -> Callable[[], None]:
-    """Make the folder this process's until what is returned is called, or the process ends, killed or not.
+    """Lock an existing folder until the returned function is called, or the process ends, killed or not.
 
-    A process may ask several times. Its forks do not have the lock. Reading needs none.
-
-    Args:
-        folder: it is there.
-
-    Raises:
-        ValueError: another process has it; the message says which.
-        OSError: no file can be made in the folder.
+    A process may hold a folder several times; its forks do not hold it. Readers need no lock. ValueError if another
+    process holds it, which the message names; OSError if no file can be made in it.
     """
     path = folder.resolve() / NAME
-    held = _HELD.get(path)
-    if held is not None and held.descriptor is not None and _is_at(held.descriptor, path):
-        held.times += 1
+    lock = _LOCKS.get(path)
+    if lock is not None and lock.descriptor is not None and _is_at(lock.descriptor, path):
+        lock.holders += 1
     else:
         descriptor = take(path)
         if descriptor is None:
@@ -75,66 +70,60 @@ def hold(folder: Path) -> Callable[[], None]:
                 f"{folder}: {_holder(path)} writes there; wait for its end or stop it, or take another folder "
                 "(reports and evaluations may read this one meanwhile)"
             )
-        _write_holder(descriptor)
-        held = _HELD[path] = _Held(path, descriptor)
-    return lambda: _let_go(held)
+        lock = _registered(path, descriptor)
+    return partial(_release, lock)
 
 
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
     """`hold` for the time of the block."""
-    let_go = hold(folder)
+    release = hold(folder)
     try:
         yield
     finally:
-        let_go()
+        release()
 
 
 @contextmanager
 def alone(path: Path, waiting: Callable[[str], object]) -> Iterator[None]:
-    """In the block no other process is in the block of the same path, a file that is there as long as one is.
+    """Only one process at a time runs the block of a path, a file that exists while one does.
 
-    Args:
-        waiting: is told once who is waited for.
-
-    Raises:
-        OSError: the file cannot be made.
+    `waiting` is called once with the description of another process that is in it. OSError if the file cannot be made.
     """
-    told = False
+    is_reported = False
     while (descriptor := take(path)) is None:
-        if not told:
+        if not is_reported:
             waiting(_holder(path))
-            told = True
+            is_reported = True
         time.sleep(_WAIT)
-    held = _HELD[path] = _Held(path, descriptor)
+    lock = _registered(path, descriptor)
     try:
-        _write_holder(descriptor)
         yield
     finally:
-        _let_go(held)
+        _release(lock)
 
 
 def take(path: Path) -> int | None:
-    """A descriptor of the file, made if it is not there, and locked until it is closed; None if another has it.
+    """A descriptor of the file, made if missing, and locked until it is closed; None if another process has the lock.
 
-    Where the file system has no locks, a warning says so, and it is not locked.
+    Where the file system has no locks, it warns and does not lock.
     """
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
+        is_locked = False
         try:
-            if not _locked(descriptor, path):
-                os.close(descriptor)
+            if not _try_lock(descriptor, path):
                 return None
-            if _is_at(descriptor, path):  # else who had it removed it, and another may have made it anew
+            is_locked = _is_at(descriptor, path)  # not if its holder has removed it, when another may be in its place
+            if is_locked:
                 return descriptor
-        except BaseException:
-            os.close(descriptor)
-            raise
-        os.close(descriptor)
+        finally:
+            if not is_locked:
+                os.close(descriptor)
 
 
 def remove_abandoned(path: Path) -> None:
-    """Remove a file that `take` made and whose process is no more; one that cannot be locked or removed stays."""
+    """Remove a file that `take` made in a process that has ended; one that cannot be locked or removed stays."""
     with suppress(OSError):
         descriptor = os.open(path, os.O_RDWR)
         try:
@@ -145,7 +134,7 @@ def remove_abandoned(path: Path) -> None:
 
 
 def new_folder(parent: Path) -> Path:
-    """A folder of today's date and time in `parent`, which no other process has made, nor will."""
+    """Make a folder in `parent`, named by date and time, that no other process makes."""
     parent.mkdir(parents=True, exist_ok=True)
     folder = dated = parent / datetime.now().strftime("%Y%m%d-%H%M%S")
     number = 1
@@ -158,16 +147,16 @@ def new_folder(parent: Path) -> Path:
             folder = parent / f"{dated.name}-{number}"
 
 
-def _locked(descriptor: int, path: Path) -> bool:
+def _try_lock(descriptor: int, path: Path) -> bool:
     try:
         _lock(descriptor)
     except OSError as error:
         if error.errno in _TAKEN:
             return False
-        if error.errno not in _NONE_HERE:
+        if error.errno not in _UNSUPPORTED:
             raise
-        why = f"its file system has no locks ({error.strerror}): see to it that no other process writes there"
-        warnings.warn(f"{path.parent}: {why}", stacklevel=4)
+        reason = f"its file system has no locks ({error.strerror}): see to it that no other process writes there"
+        warnings.warn(f"{path.parent}: {reason}", stacklevel=4)
     return True
 
 
@@ -178,38 +167,44 @@ def _is_at(descriptor: int, path: Path) -> bool:
         return False
 
 
-def _write_holder(descriptor: int) -> None:
-    os.ftruncate(descriptor, 0)
-    os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
+def _registered(path: Path, descriptor: int) -> _Lock:
+    """The lock of a descriptor that `take` returned, with this process's name in the file."""
+    lock = _LOCKS[path] = _Lock(path, descriptor)
+    try:
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
+    except BaseException:
+        _release(lock)
+        raise
+    return lock
 
 
 def _holder(path: Path) -> str:
     with suppress(OSError, UnicodeDecodeError):
-        if told := path.read_text(encoding="utf-8"):
-            return told
+        return path.read_text(encoding="utf-8") or "another process"
     return "another process"
 
 
-def _let_go(held: _Held) -> None:
-    held.times -= 1
-    if held.times or held.descriptor is None:
+def _release(lock: _Lock) -> None:
+    lock.holders -= 1
+    if lock.holders or lock.descriptor is None:
         return
-    if _HELD.get(held.path) is held:
-        del _HELD[held.path]
+    if _LOCKS.get(lock.path) is lock:
+        del _LOCKS[lock.path]
     with suppress(OSError):  # Windows does not remove an open file: it stays, unlocked
-        if _is_at(held.descriptor, held.path):
-            held.path.unlink()
-    os.close(held.descriptor)
+        if _is_at(lock.descriptor, lock.path):
+            lock.path.unlink()
+    os.close(lock.descriptor)
 
 
-def _forked() -> None:
-    """A fork shares the open files, and would keep the locks beyond the death of the process that it came from."""
-    for held in _HELD.values():
-        if held.descriptor is not None:
-            os.close(held.descriptor)
-        held.descriptor = None
-    _HELD.clear()
+def _forget_in_fork() -> None:
+    """Close a fork's descriptors, which would keep the locks beyond the death of the process that it came from."""
+    for lock in _LOCKS.values():
+        if lock.descriptor is not None:
+            os.close(lock.descriptor)
+        lock.descriptor = None
+    _LOCKS.clear()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forked)
+    os.register_at_fork(after_in_child=_forget_in_fork)

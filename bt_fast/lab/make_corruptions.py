@@ -21,8 +21,8 @@ from bt_fast.lab.files import write_text
 from bt_fast.lab.locks import alone
 
 LIBRARY = "imagecorruptions-imaug"  # the kept fork: the package it forks does not run with today's scikit-image
-LEAST_SIZE = 32  # that the library takes
-WITH_SEED = ("impulse_noise", "glass_blur")  # these do not draw from numpy's global generator
+LEAST_SIZE = 32  # pixels a side that the library needs
+WITH_SEED = ("impulse_noise", "glass_blur")  # these take a seed, the others draw from numpy's global generator
 
 _Image = npt.NDArray[np.uint8]
 
@@ -39,16 +39,14 @@ def make_corruptions(
     """Write `labels.npy`, a file for each corruption and `made.json`; the folder appears when all of them are whole.
 
     An image's corruption depends on its pixels, its place and the seed alone; numpy's global random state is left as it
-    was. Images of fewer than 32 pixels a side are padded with their edge for the library, and cut again. A grey image
-    takes the first channel of what the library makes of it.
+    was. Images of fewer than 32 pixels a side are padded with their edge for the library, and cropped again. A grey
+    image takes the first channel of the result.
 
     Args:
-        x: [n, C, H, W] uint8, C 1 or 3, n ≥ 1.
-        y: [n] int64.
-        folder: new, or empty. While another process makes it, it is waited for; what it made of the same is kept.
-        seed: at least 0.
+        x: uint8 [n, C, H, W], C 1 or 3, n ≥ 1. y: int64 [n].
+        folder: new or empty. What another process makes of the same images meanwhile is awaited and kept.
         done: called with each corruption's name when it is written.
-        waiting: called with who is waited for.
+        waiting: called once with a description of the other process.
 
     Raises:
         ValueError: the library is not installed, the folder holds files, or the images do not fit.
@@ -99,9 +97,9 @@ def _corrupted(
     height, width, channels = image.shape
     drawn = int(np.random.SeedSequence(key).generate_state(1)[0])
     np.random.seed(drawn)  # the library's own generator
-    top, left = (max(0, LEAST_SIZE - size) // 2 for size in (height, width))
-    bottom, right = (max(0, LEAST_SIZE - size - before) for size, before in ((height, top), (width, left)))
-    padded = np.pad(image, ((top, bottom), (left, right), (0, 0)), mode="edge")
+    missing = [max(0, LEAST_SIZE - size) for size in (height, width)]
+    top, left = (n // 2 for n in missing)
+    padded = np.pad(image, ((top, missing[0] - top), (left, missing[1] - left), (0, 0)), mode="edge")
     options = {"seed": drawn} if name in WITH_SEED else {}
     made: _Image = corrupt(padded, corruption_name=name, severity=severity, **options)
     return made[top : top + height, left : left + width, :channels]

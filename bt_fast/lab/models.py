@@ -1,11 +1,13 @@
 """The networks of the experiments, under the tensor names of the checkpoints that were published for them."""
 
+from __future__ import annotations
+
 import math
 import os
 import re
 import warnings
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,27 +18,23 @@ from torch import Tensor, nn
 
 from bt_fast.attack.pixels import Normalize
 from bt_fast.lab.checkpoint import read_tensors
-from bt_fast.lab.layouts import described, network_in
+from bt_fast.lab.layouts import Candidate, described, listed, network_in
 
-SMALLEST = 16  # height and width of an image, of which small-cnn's convolutions leave something
+SMALLEST = 16  # pixels: the least height and width of which small-cnn's convolutions leave something
 _WIDE = r"wrn-([1-9][0-9]*)-([1-9][0-9]*)"
+_LAST_BIAS = {"small-cnn": "classifier.fc3.bias", "preactresnet-18": "linear.bias"}  # else "fc.bias"
+_Projection = Literal["shortcut", "convShortcut"]
 
 
 class SmallCNN(nn.Module):
-    """Four convolutions and three linear layers: the MNIST network of TRADES.
+    """Four convolutions and three linear layers: the MNIST network of TRADES, and of the paper's Figures 2 and 3.
 
-    It stands for the "four layer convolutional neural network" of the paper's Figures 2 and 3.
     The last layer starts at zero, so a new network gives zero logits and a zero input gradient.
 
     Args:
-        in_channels: channels of an image.
-        image_size: height and width of an image, at least 16 each; one number where they are the same.
-        num_classes: logits of an image.
-        width: channels of the first two convolutions; the last two have twice as many. 32 as published.
+        image_size: height and width of an image, one number where they are the same; ValueError below 16.
+        width: channels of the first two convolutions, 32 as published; the last two have twice as many.
         dropout: probability of dropping a hidden unit after the first linear layer.
-
-    Raises:
-        ValueError: `image_size` leaves nothing to classify after the convolutions.
     """
 
     def __init__(
@@ -49,9 +47,9 @@ class SmallCNN(nn.Module):
     ) -> None:
         super().__init__()
         height, breadth = (image_size, image_size) if isinstance(image_size, int) else image_size
-        rows, columns = (((side - 4) // 2 - 4) // 2 for side in (height, breadth))
         if min(height, breadth) < SMALLEST:
             raise ValueError(f"image_size must be at least {SMALLEST}, got {min(height, breadth)}: resize the images")
+        rows, columns = (((side - 4) // 2 - 4) // 2 for side in (height, breadth))
         self.feature_extractor = nn.Sequential(
             OrderedDict[str, nn.Module](
                 conv1=nn.Conv2d(in_channels, width, 3),
@@ -66,15 +64,14 @@ class SmallCNN(nn.Module):
                 maxpool2=nn.MaxPool2d(2),
             )
         )
-        fc1, fc2, fc3 = nn.Linear(2 * width * rows * columns, 200), nn.Linear(200, 200), nn.Linear(200, num_classes)
         self.classifier = nn.Sequential(
             OrderedDict[str, nn.Module](
-                fc1=fc1,
+                fc1=nn.Linear(2 * width * rows * columns, 200),
                 relu1=nn.ReLU(inplace=True),
                 drop=nn.Dropout(dropout),
-                fc2=fc2,
+                fc2=nn.Linear(200, 200),
                 relu2=nn.ReLU(inplace=True),
-                fc3=fc3,
+                fc3=nn.Linear(200, num_classes),
             )
         )
         for module in self.feature_extractor.modules():
@@ -82,11 +79,11 @@ class SmallCNN(nn.Module):
                 nn.init.kaiming_normal_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        nn.init.zeros_(fc3.weight)
-        nn.init.zeros_(fc3.bias)
+        for parameter in self.classifier[-1].parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits [batch, num_classes] of images [batch, in_channels, height, width] of `image_size`, same dtype."""
+        """Logits [m, num_classes] of images [m, in_channels, height, width], same dtype."""
         logits: Tensor = self.classifier(self.feature_extractor(x).flatten(1))
         return logits
 
@@ -94,14 +91,7 @@ class SmallCNN(nn.Module):
 class _PreActBlock(nn.Module):
     """Norm, relu, convolution, twice, plus the input, which a 1x1 convolution reshapes where it has to."""
 
-    def __init__(
-        self,
-        in_planes: int,
-        planes: int,
-        stride: int,
-        projection: Literal["shortcut", "convShortcut"],
-        dropout: float = 0.0,
-    ) -> None:
+    def __init__(self, in_planes: int, planes: int, stride: int, projection: _Projection, dropout: float = 0.0) -> None:
         super().__init__()
         self.bn1 = nn.BatchNorm2d(in_planes)
         self.conv1 = nn.Conv2d(in_planes, planes, 3, stride, padding=1, bias=False)
@@ -123,12 +113,7 @@ class _PreActBlock(nn.Module):
 
 
 def _stage(
-    depth: int,
-    in_planes: int,
-    planes: int,
-    stride: int,
-    projection: Literal["shortcut", "convShortcut"],
-    dropout: float = 0.0,
+    depth: int, in_planes: int, planes: int, stride: int, projection: _Projection, dropout: float = 0.0
 ) -> nn.Sequential:
     """`depth` blocks, of which the first changes the shape."""
     first = _PreActBlock(in_planes, planes, stride, projection, dropout)
@@ -136,7 +121,7 @@ def _stage(
 
 
 def _pool(x: Tensor) -> Tensor:
-    """Mean over all positions, [batch, channels, height, width] -> [batch, channels]."""
+    """The mean over all positions, [m, channels]."""
     # Not adaptive_avg_pool2d: it sums in another order, and published logits would differ in the last bits.
     return F.avg_pool2d(x, x.shape[-2:]).flatten(1)
 
@@ -144,12 +129,7 @@ def _pool(x: Tensor) -> Tensor:
 class PreActResNet18(nn.Module):
     """Pre-activation ResNet-18 as in pytorch-cifar, without a norm before the pooling.
 
-    The network of the FAST line of work, which the paper's Tables 2 and 4 compare with; no table of the paper
-    uses it itself.
-
-    Args:
-        in_channels: channels of an image.
-        num_classes: logits of an image.
+    FAST and its successors use it, which the paper's Tables 2 and 4 compare with; no table of the paper does.
     """
 
     def __init__(self, in_channels: int = 3, num_classes: int = 10) -> None:
@@ -162,7 +142,7 @@ class PreActResNet18(nn.Module):
         self.linear = nn.Linear(512, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits [batch, num_classes] of images [batch, in_channels, height, width], same dtype."""
+        """Logits [m, num_classes] of images [m, in_channels, height, width], same dtype."""
         out = self.layer4(self.layer3(self.layer2(self.layer1(self.conv1(x)))))
         logits: Tensor = self.linear(_pool(out))
         return logits
@@ -171,18 +151,13 @@ class PreActResNet18(nn.Module):
 class WideResNet(nn.Module):
     """Wide residual network as in TRADES: WRN-34-10 of the paper's Tables 2 to 4, WRN-40-2 of Table 1.
 
-    `load_state_dict` takes published checkpoints as they are: it strips the `module.` of DataParallel and
-    drops `sub_block1`, which TRADES creates and never runs.
+    `load_state_dict` takes published checkpoints as they are: it strips the `module.` of DataParallel and drops
+    `sub_block1`, which TRADES creates and never runs.
 
     Args:
-        depth: the D of WRN-D-K, 6 n + 4 for n >= 1 blocks a stage.
+        depth: the D of WRN-D-K, 6 n + 4 for n >= 1 blocks a stage; ValueError for another number.
         widen_factor: the K of WRN-D-K, a factor on the 16, 32 and 64 channels of the three stages.
-        in_channels: channels of an image.
-        num_classes: logits of an image.
         dropout: probability of dropping an activation between the two convolutions of a block.
-
-    Raises:
-        ValueError: `depth` is not 6 n + 4.
     """
 
     def __init__(
@@ -219,30 +194,28 @@ class WideResNet(nn.Module):
         self.register_load_state_dict_pre_hook(_rename_published)  # type: ignore[no-untyped-call]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits [batch, num_classes] of images [batch, in_channels, height, width], same dtype."""
+        """Logits [m, num_classes] of images [m, in_channels, height, width], same dtype."""
         out = self.block3(self.block2(self.block1(self.conv1(x))))
         logits: Tensor = self.fc(_pool(F.relu(self.bn1(out), inplace=True)))
         return logits
 
 
+def _rename_published(_module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: object) -> None:
+    """Strip `module.` and drop `sub_block1.*` below `prefix`, in place: a pre-hook of load_state_dict."""
+    for name in [name for name in state_dict if name.startswith(prefix)]:
+        tensor = state_dict.pop(name)
+        bare = name.removeprefix(prefix).removeprefix("module.")
+        if not bare.startswith("sub_block1."):
+            state_dict[prefix + bare] = tensor
+
+
 def build_model(
     name: str, *, in_channels: int, image_size: int | tuple[int, int], num_classes: int, width: int | None = None
 ) -> nn.Module:
-    """Build a network by the name that the command line and the configurations use.
+    """Build a new network by its name: "small-cnn", "preactresnet-18", or "wrn-D-K", as "wrn-34-10".
 
-    Args:
-        name: "small-cnn", "preactresnet-18", or "wrn-D-K" with depth D and widening factor K, as "wrn-34-10".
-        in_channels: channels of an image.
-        image_size: height and width of an image, or one number for both; only "small-cnn" depends on it.
-        num_classes: logits of an image.
-        width: channels of the first convolutions of "small-cnn"; None for the published 32.
-
-    Returns:
-        The network, newly initialised, float32, in training mode.
-
-    Raises:
-        ValueError: unknown name; `width` with another network than "small-cnn"; a size or depth that the
-            network refuses.
+    Only "small-cnn" depends on `image_size` and takes a `width` (None for 32). ValueError for an unknown name, another
+    network with a width, and a size or depth that the network refuses.
     """
     if name == "small-cnn":
         return SmallCNN(in_channels, image_size, num_classes, width=32 if width is None else width)
@@ -261,12 +234,12 @@ def build_model(
 
 @dataclass(frozen=True)
 class Size:
-    """What a network takes, counted in advance.
+    """The size of a network, computed without building it.
 
     Attributes:
-        weights: numbers that are trained.
-        activations: numbers that its convolutions and linear layers return for one image.
-        positions: of a channel at the smallest batch norm, which needs two values of it; 2 where there is no such norm.
+        weights: the number of parameters.
+        activations: the number of outputs of its convolutions and linear layers, for one image.
+        positions: of a channel at the smallest batch norm, which needs two values of it; 2 without batch norm.
     """
 
     weights: int
@@ -277,27 +250,27 @@ class Size:
 def size_of(
     name: str, *, in_channels: int, image_size: tuple[int, int], num_classes: int, width: int | None = None
 ) -> Size:
-    """The size of what `build_model` would build of the same arguments; nothing is allocated, however large it is."""
+    """The size of the network that `build_model` would build; nothing is allocated, however large the network is."""
     height, breadth = image_size
     if name == "small-cnn":
         w = 32 if width is None else width
         weights, activations, planes = 0, 0, in_channels
-        for out, pool in ((w, False), (w, True), (2 * w, False), (2 * w, True)):
+        for out, pool in ((w, 1), (w, 2), (2 * w, 1), (2 * w, 2)):
             height, breadth = height - 2, breadth - 2
             weights, activations, planes = weights + (9 * planes + 1) * out, activations + out * height * breadth, out
-            height, breadth = (height // 2, breadth // 2) if pool else (height, breadth)
+            height, breadth = height // pool, breadth // pool
         weights += (planes * height * breadth + 1) * 200 + 201 * 200 + 201 * num_classes
         return Size(weights, activations + 400 + num_classes, 2)
     wide = re.fullmatch(_WIDE, name)
     if wide:
-        planes, blocks, stages = 16, (int(wide[1]) - 4) // 6, [(16 * 2**i * int(wide[2]), i > 0) for i in range(3)]
+        planes, blocks, stages = 16, (int(wide[1]) - 4) // 6, [16 * 2**i * int(wide[2]) for i in range(3)]
     else:
-        planes, blocks, stages = 64, 2, [(64 * 2**i, i > 0) for i in range(4)]
+        planes, blocks, stages = 64, 2, [64 * 2**i for i in range(4)]
     weights, activations = 9 * in_channels * planes, planes * height * breadth
-    for out, halves in stages:
-        if halves:
+    for number, out in enumerate(stages):
+        if number > 0:
             height, breadth = -(-height // 2), -(-breadth // 2)
-        projection = planes * out if halves or planes != out else 0
+        projection = planes * out if number > 0 or planes != out else 0
         weights += 9 * (planes + (2 * blocks - 1) * out) * out + projection + 2 * planes + (2 * blocks - 1) * 2 * out
         activations += (2 * blocks + (projection > 0)) * out * height * breadth
         planes = out
@@ -306,117 +279,94 @@ def size_of(
 
 
 def classes_in(name: str, content: object) -> int | None:
-    """How many classes the network of that name tells apart whose tensors are somewhere in a checkpoint's content.
-
-    None where the content, however deep, has no bias of its last layer.
-    """
-    last = {"small-cnn": "classifier.fc3.bias", "preactresnet-18": "linear.bias"}.get(name, "fc.bias")
+    """The number of classes of the named network in a checkpoint, from the bias of its last layer; None without it."""
+    last = _LAST_BIAS.get(name, "fc.bias")
     for key, value in content.items() if isinstance(content, Mapping) else ():
         if isinstance(value, Tensor):
             if value.dim() == 1 and f".{key}".endswith(f".{last}"):
                 return len(value)
-        elif (found := classes_in(name, value)) is not None:
-            return found
+        elif (classes := classes_in(name, value)) is not None:
+            return classes
     return None
 
 
 def load_published(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     """Load a checkpoint file into `model`, which stays on its device and in its dtype.
 
-    The file holds a state_dict, bare or under any key ("state_dict", "model", "net", "params", ...), as
-    `torch.save({"model": model.state_dict(), "bullet": bullet.state_dict()}, path)` writes it. Its names may be those
-    of a wrapper (DataParallel, DistributedDataParallel, torch.compile, AveragedModel, a module of one's own) or of a
-    model of which the network is a part. What `WideResNet` drops is dropped for every network. Where the file has no
-    batch-norm step counts (torch 0.4.0 kept none), `model` keeps its own.
-
-    Warns where the file has the network twice with other values (an average of its weights, say), and which is read,
-    and where it holds tensors of something beside the network.
-
-    Args:
-        model: the network itself, without a DataParallel or another wrapper.
-        path: the checkpoint file; it is read with `weights_only=True`, so no code in it runs.
+    The file holds a state_dict, bare or under any key, as `torch.save({"model": model.state_dict()}, path)` writes it;
+    no code in it is run. Its names may be those of a wrapper (DataParallel, torch.compile, AveragedModel, ...) or of a
+    model of which the network is a part; `model` itself has no wrapper. Batch norm's step counts, which torch 0.4.0 did
+    not keep, may be missing. Warns where the file has the network twice with other values, or tensors of something
+    else.
 
     Returns:
-        What takes images in [0, 1]: `model`, or where the file has the mean and the deviation of a layer in front of
-        the network, `nn.Sequential(Normalize(mean, std), model)`.
+        `model`, or where the file has the mean and the deviation of a layer in front of the network,
+        `nn.Sequential(Normalize(mean, std), model)`: both take images in [0, 1].
 
     Raises:
         ValueError: the file cannot be read, holds no state_dict, or none whose names and shapes are those of `model`,
-            which is then left as it was; the message says what was found.
+            which is then left as it was; the message says what the file holds.
     """
     content, own = read_tensors(Path(path)), model.state_dict()
+    candidate, kind = network_in(content, own), type(model).__name__
+    if candidate is None:
+        raise ValueError(
+            f"{path} holds no state_dict of {kind}: found {described(content)}, and looked in "
+            f"all of it for names such as {next(iter(own), 'none')}; write torch.save(model.state_dict(), path)"
+        )
     try:
-        found = network_in(content, own)
+        normalization = candidate.normalization
     except ValueError as error:
         raise ValueError(
             f"{path}: a layer in front of the network is no normalization: {error}; give a file of the network alone"
         ) from error
-    if found is None:
-        raise ValueError(
-            f"{path} holds no state_dict of {type(model).__name__}: found {described(content)}, and looked in "
-            f"all of it for names such as {next(iter(own), 'none')}; write torch.save(model.state_dict(), path)"
-        )
-    tensors = dict(found.tensors)
-    for name in own.keys() - tensors.keys():
-        if name.endswith(".num_batches_tracked"):
-            tensors[name] = own[name]
-    _check_fit(own, tensors, f"{path} does not fit {type(model).__name__}", found.place)
-    if found.again:
-        warnings.warn(
-            f"{path} has the network in several places with other values: read is {found.place}, not "
-            f"{' or '.join(found.again)}; to read another, torch.save it alone",
-            stacklevel=2,
-        )
-    if found.behind:
-        warnings.warn(
-            f"{path}: the network stood behind another layer ({found.place}) of which the file holds nothing: if it "
-            "takes a mean and a deviation out, put Normalize(mean, std) in front of the network and evaluate both "
-            "together with bt_fast.evaluation.evaluate",
-            stacklevel=2,
-        )
-    if found.others:
-        names = ", ".join(found.others[:3]) + (f" and {len(found.others) - 3} more" if len(found.others) > 3 else "")
-        warnings.warn(
-            f"{path}: {names} are of something beside {type(model).__name__}, and are not read; if it works on the "
-            "images or the logits, evaluate the whole model with bt_fast.evaluation.evaluate",
-            stacklevel=2,
-        )
+    tensors = {name: own[name] for name in own if name.endswith(".num_batches_tracked")} | candidate.tensors
+    _check_fit(own, tensors, f"{path} does not fit {kind}", candidate.place)
+    for remark in _remarks(candidate, path, kind):
+        warnings.warn(remark, stacklevel=2)
     model.load_state_dict(tensors)
-    if found.normalization is None:
+    if normalization is None:
         return model
     weight = next(model.parameters())
     with torch.device("cpu"):  # not the caller's default device
-        front = Normalize(found.normalization.mean, found.normalization.std)
+        front = Normalize(normalization.mean, normalization.std)
     return nn.Sequential(front.to(weight.device, weight.dtype), model).train(model.training)
 
 
-def _check_fit(own: Mapping[str, Tensor], found: Mapping[str, Tensor], message: str, place: str) -> None:
-    """Raise ValueError with the first names of each kind that keep `found`, at `place`, from being loaded."""
+def _remarks(candidate: Candidate, path: str | os.PathLike[str], kind: str) -> Iterator[str]:
+    """What a user should know of the rest of the file, and of a layer in front that it does not hold."""
+    if candidate.again:
+        yield (
+            f"{path} has the network in several places with other values: read is {candidate.place}, not "
+            f"{' or '.join(candidate.again)}; to read another, torch.save it alone"
+        )
+    if candidate.behind_unknown:
+        yield (
+            f"{path}: the network stood behind another layer ({candidate.place}) of which the file holds nothing: if "
+            "it takes a mean and a deviation out, put Normalize(mean, std) in front of the network and evaluate both "
+            "together with bt_fast.evaluation.evaluate"
+        )
+    if candidate.others:
+        yield (
+            f"{path}: {listed(candidate.others)} are of something beside {kind}, and are not read; if it works on the "
+            "images or the logits, evaluate the whole model with bt_fast.evaluation.evaluate"
+        )
+
+
+def _check_fit(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], message: str, place: str) -> None:
+    """Raise ValueError with the first names of each kind that keep the tensors, at `place`, from being loaded."""
     offending = {
-        "missing": [name for name in own if name not in found],
-        "unexpected": [name for name in found if name not in own],
+        "missing": [name for name in own if name not in tensors],
+        "unexpected": [name for name in tensors if name not in own],
         "mis-shaped": [
-            f"{name} {tuple(found[name].shape)} for {tuple(own[name].shape)}"
+            f"{name} {tuple(tensors[name].shape)} for {tuple(own[name].shape)}"
             for name in own
-            if name in found and found[name].shape != own[name].shape
+            if name in tensors and tensors[name].shape != own[name].shape
         ],
     }
-    parts = [
-        f"{kind} {', '.join(names[:3])}" + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        for kind, names in offending.items()
-        if names
-    ]
+    parts = [f"{kind} {listed(names)}" for kind, names in offending.items() if names]
     if parts:
         raise ValueError(
             f"{message}: {'; '.join(parts)} (of what was found the nearest is {place}); name the network that it is, "
             "small-cnn, preactresnet-18 or wrn-D-K, or data with its channels and classes"
         )
-
-
-def _rename_published(_module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: object) -> None:
-    """Strip `module.` and drop `sub_block1.*` below `prefix`, in place: a pre-hook of load_state_dict."""
-    for name in [name for name in state_dict if name.startswith(prefix)]:
-        tensor = state_dict.pop(name)
-        bare = name.removeprefix(prefix).removeprefix("module.")
-        if not bare.startswith("sub_block1."):
-            state_dict[prefix + bare] = tensor

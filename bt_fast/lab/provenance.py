@@ -28,14 +28,7 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Provenance:
-    """A run's configuration, its data and its starts.
-
-    Attributes:
-        data: `sha256`, as `fingerprint` returns it, and for people the name and the numbers of images and classes.
-        starts: one for the run and one for each time that it was resumed: `iteration`, `time`, `command`, `ranks`,
-            `machine`, `settings` of torch, and `revision` of the package, as git tells it, where it lies in a
-            repository.
-    """
+    """A run's configuration, its data as of `data_summary`, and its start and resumptions as of `this_start`."""
 
     config: RunConfig
     data: dict[str, Any]
@@ -43,29 +36,19 @@ class Provenance:
 
     def write(self, path: Path) -> None:
         """Replace the file as a whole."""
-        content = {
-            "format": FORMAT,
-            "config": dataclasses.asdict(self.config),
-            "data": self.data,
-            "starts": self.starts,
-        }
-        write_text(path, json.dumps(content, indent=2) + "\n")
+        write_text(path, json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=2) + "\n")
 
     @classmethod
     def read(cls, path: Path) -> Provenance:
-        """What `write` wrote.
-
-        Raises:
-            ValueError: there is no such file, or it is another thing; the message names it.
-        """
+        """Read what `write` wrote; ValueError, which names the file, if it is missing or holds something else."""
         try:
             content = parse_json(path.read_text(encoding="utf-8"))
             if content["format"] != FORMAT:
                 raise ValueError(f"found format {content['format']}, expected {FORMAT}")
-            found = cls(RunConfig.from_json(json.dumps(content["config"])), content["data"], content["starts"])
-            if not isinstance(found.starts, list) or not isinstance(found.data["sha256"], str):
+            run = cls(RunConfig.from_json(json.dumps(content["config"])), content["data"], content["starts"])
+            if not isinstance(run.starts, list) or not isinstance(run.data["sha256"], str):
                 raise TypeError("expected starts, a list, and data.sha256, a text")
-            if not all(isinstance(s.get(key, {}), dict) for s in found.starts for key in ("machine", "settings")):
+            if not all(isinstance(s.get(key, {}), dict) for s in run.starts for key in ("machine", "settings")):
                 raise TypeError("expected machine and settings of a start to be objects")
         except FileNotFoundError as error:
             raise ValueError(
@@ -75,16 +58,11 @@ class Provenance:
             raise ValueError(
                 f"{path}: not the description of a run ({error!r}); restore it, or start the run anew"
             ) from error
-        return found
+        return run
 
 
-def described(config: RunConfig, dataset: ImageDataset, sha256: str) -> Provenance:
-    """A run that has not been started."""
-    return Provenance(config, data_told(dataset, sha256), [])
-
-
-def data_told(dataset: ImageDataset, sha256: str) -> dict[str, Any]:
-    """Data as `Provenance.data` tells them."""
+def data_summary(dataset: ImageDataset, sha256: str) -> dict[str, Any]:
+    """The data set's name and fingerprint, and its numbers of images and classes."""
     return {
         "name": dataset.name,
         "sha256": sha256,
@@ -95,7 +73,11 @@ def data_told(dataset: ImageDataset, sha256: str) -> dict[str, Any]:
 
 
 def this_start(iteration: int, device: torch.device, ranks: int) -> dict[str, Any]:
-    """This process, the first of so many ranks, as one of `Provenance.starts`."""
+    """A start of a run by this process: when, with which command, and on which machine and settings of torch."""
+    try:
+        precision = torch.get_float32_matmul_precision()
+    except RuntimeError:  # torch's old and new settings of TF32 were used together, and only the new one can be read
+        precision = str(torch.backends.cuda.matmul.fp32_precision)
     return {
         "iteration": iteration,
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -105,7 +87,7 @@ def this_start(iteration: int, device: torch.device, ranks: int) -> dict[str, An
         "settings": {
             "numpy": np.__version__,
             "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
-            "float32_matmul_precision": _matmul_precision(),
+            "float32_matmul_precision": precision,
             "cudnn_benchmark": torch.backends.cudnn.benchmark,
             "cudnn_allow_tf32": tf32_convolutions(),
         },
@@ -114,19 +96,11 @@ def this_start(iteration: int, device: torch.device, ranks: int) -> dict[str, An
 
 
 def changes(start: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """`name: then, now` of what two of `Provenance.starts` differ in, and rounding may depend on."""
+    """`name: then, now` for everything that rounding may depend on and in which two starts differ."""
     one, other = (
         {**s.get("machine", {}), **s.get("settings", {}), "revision": s.get("revision")} for s in (start, now)
     )
     return [f"{name}: {one[name]}, now {other[name]}" for name in one if name in other and one[name] != other[name]]
-
-
-def _matmul_precision() -> str:
-    """By torch's old API; where that does not tell, what CUDA's products are computed in by its new one."""
-    try:
-        return torch.get_float32_matmul_precision()
-    except RuntimeError:  # the two were used together
-        return str(torch.backends.cuda.matmul.fp32_precision)
 
 
 def fingerprint(dataset: ImageDataset) -> str:
@@ -138,13 +112,9 @@ def fingerprint(dataset: ImageDataset) -> str:
     return digest.hexdigest()
 
 
-def check_configuration(asked: RunConfig, stored: RunConfig, path: Path, *, but_data: bool) -> None:
-    """Raise ValueError, which names `path`, unless the run that is described there is the one that is asked for.
-
-    Args:
-        but_data: where the data lie makes no difference, since `check_data` looks at what they are.
-    """
-    differences = asked.differences(stored, but=("data",) if but_data else ())
+def check_configuration(config: RunConfig, stored: RunConfig, path: Path, *, but_data: bool) -> None:
+    """Raise ValueError, which names `path`, unless the two are equal; with `but_data` the data's place may differ."""
+    differences = config.differences(stored, but=("data",) if but_data else ())
     if differences:
         raise ValueError(
             f"{path}: of another configuration ({'; '.join(differences)}, as asked and as stored); leave these options "
@@ -153,7 +123,7 @@ def check_configuration(asked: RunConfig, stored: RunConfig, path: Path, *, but_
 
 
 def check_data(dataset: ImageDataset, sha256: str, expected: str, path: Path) -> None:
-    """Raise ValueError, which names `path`, unless the data are those of the run that is described there."""
+    """Raise ValueError, which names `path`, unless the data have the fingerprint that is stored there."""
     if sha256 != expected:
         raise ValueError(
             f"{path}: of a run on other data than {dataset.name}: its images or labels have the SHA-256 "
@@ -162,7 +132,7 @@ def check_data(dataset: ImageDataset, sha256: str, expected: str, path: Path) ->
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """Versions and hardware that a figure depends on; the driver is None on the CPU, and where NVML does not tell."""
+    """Versions and hardware that a measurement depends on; the driver is None on the CPU and without NVML."""
     return {
         "bt_fast": bt_fast.__version__,
         "torch": torch.__version__,
@@ -184,13 +154,12 @@ def _processor() -> str:
 
 
 def _revision() -> str | None:
-    """The commit of the package's repository, with `-dirty` behind it if files were changed."""
+    """The commit of the package's repository, with `-dirty` appended if files were changed."""
     root = Path(bt_fast.__file__).parents[1]
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        if not (root / ".git").exists():
+        if not (root / ".git").exists():  # git would look in the folders above
             return None
-        found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
-    return found.stdout.strip()

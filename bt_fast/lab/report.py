@@ -26,7 +26,7 @@ from torch import nn
 from bt_fast.lab.corruptions import SEVERITIES, mean_corruption_error
 from bt_fast.lab.files import replacing, write_text
 from bt_fast.lab.methods import Method
-from bt_fast.lab.provenance import data_told, machine
+from bt_fast.lab.provenance import data_summary, machine
 from bt_fast.lab.training import WARM_UP, Contestant, Run, median_speedup
 from bt_fast.objectives.repeated_forward import RepeatedForward
 from bt_fast.speedup import augmix_cost, mart_cost, pgd_cost, trades_cost, trades_reference_cost, yopo_cost
@@ -90,7 +90,7 @@ def summarise(run: Run, evaluated: Callable[[str], None]) -> dict[str, Any]:
         evaluated(contestant.method)
     summary = {
         "config": dataclasses.asdict(run.config),
-        "data": data_told(run.dataset, run.fingerprint),
+        "data": data_summary(run.dataset, run.fingerprint),
         "machine": machine(run.device),
         "methods": methods,
     }

@@ -21,8 +21,9 @@ from bt_fast.attack import device as engine
 from bt_fast.attack.runners import run_eager
 from bt_fast.lab import doctor, doctor_checks
 from bt_fast.lab.cli import cli
-from bt_fast.lab.doctor import Finding, Nvml, TorchCuda
+from bt_fast.lab.doctor import Finding
 from bt_fast.lab.doctor_checks import CHECKS, STEPS
+from bt_fast.lab.doctor_gpu import Nvml, TorchCuda
 from bt_fast.ops import availability, divergence
 from bt_fast.ops.availability import NO_TRITON, Plain
 

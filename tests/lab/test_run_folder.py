@@ -17,7 +17,7 @@ from gloo_ranks import run_ranks
 from test_faults import CONFIG, SMALL, blobs, npz, one_line  # noqa: F401
 from test_locks import child, kill
 
-from bt_fast.lab import training
+from bt_fast.lab import contestant
 from bt_fast.lab.checkpoint import load_checkpoint, save_checkpoint
 from bt_fast.lab.cli import cli
 from bt_fast.lab.html_report.loading import load_runs
@@ -265,7 +265,7 @@ def test_runs_are_alike_by_their_data_and_a_seed_counts_once(tmp_path, npz):  # 
 
 
 def test_training_looks_at_what_is_needed_before_it_makes_a_model(tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "build_model", None)
+    monkeypatch.setattr(contestant, "build_model", None)
     nought = {half: getattr(blobs(), half) * 0 for half in ("y_train", "y_test")}
     with pytest.raises(ValueError, match="one class"):
         Run(tmp_path / "run", CONFIG, dataclasses.replace(blobs(), **nought, classes=1), CPU)
