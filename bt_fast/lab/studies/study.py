@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from bt_fast.lab.files import write_text
 from bt_fast.lab.fitting import check_training
 from bt_fast.lab.locks import alone
 from bt_fast.lab.provenance import check_configuration
+from bt_fast.lab.session import train
+from bt_fast.lab.terminal import console, progress_bar, stop_signals
 from bt_fast.lab.training import Contestant, Observe, Run
 
 SCALES = ("laptop", "paper")
@@ -141,6 +144,26 @@ def _under_corruption(run: Run, contestant: Contestant, test_set: CorruptedTestS
     kept = {key: found[key] for key in ("robust", "images", "sha256", "errors")}
     run.append(kind="corruptions", method=contestant.method, **kept)
     return run.records()[-1]
+
+
+def conduct(
+    study: Study,
+    config: RunConfig,
+    dataset: ImageDataset,
+    folder: Path,
+    device: torch.device,
+    test_set: CorruptedTestSet | None,
+) -> tuple[Run, dict[str, Any]]:
+    """Train the run of the configuration's seed, or what is left of it, and print its summary."""
+    with ExitStack() as stack:
+        with stop_signals() as stop:
+            run = open_run(study, config, dataset, folder, device)
+            stack.callback(run.close)
+            train(run, stop, f"the same command goes on in {folder}")
+        with progress_bar(f"evaluation, seed {config.seed}", len(config.methods)) as bar:
+            summary = conclude(run, test_set, bar.advance)
+    console.print(report.table(summary))
+    return run, summary
 
 
 def write(study: Study, scale: str, runs: Sequence[tuple[Run, dict[str, Any]]], folder: Path) -> list[Path]:
