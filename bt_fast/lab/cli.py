@@ -19,8 +19,8 @@ from bt_fast.device import out_of_memory
 from bt_fast.engine import Engine
 from bt_fast.evaluation import evaluate as evaluate_model
 from bt_fast.lab import doctor as examination
+from bt_fast.lab import options, report
 from bt_fast.lab import profile as profiling
-from bt_fast.lab import report
 from bt_fast.lab.corruptions import CORRUPTIONS, corruption_errors
 from bt_fast.lab.data import load_dataset
 from bt_fast.lab.evaluating import Source, corrupted_test_set, read_networks
@@ -30,22 +30,7 @@ from bt_fast.lab.html_report.loading import load_runs
 from bt_fast.lab.html_report.page import check_path, write_page
 from bt_fast.lab.html_report.scalars import write_scalars
 from bt_fast.lab.methods import COMPARED, FORMS
-from bt_fast.lab.options import (
-    CHECKPOINT_OPTIONS,
-    COUNT,
-    DATA_DIR,
-    DEVICE,
-    FILE,
-    FOLDER,
-    METHOD,
-    PATH,
-    RUN_OPTIONS,
-    TRAINING_OPTIONS,
-    TYPES,
-    given,
-    with_options,
-)
-from bt_fast.lab.session import Start, adapt, configure, run_training, sizes, usable_device
+from bt_fast.lab.session import Start, adapt, configure, named_device, run_training, sizes, usable_device
 from bt_fast.lab.studies.catalogue import STUDIES
 from bt_fast.lab.studies.study import SCALES, check_run, conduct
 from bt_fast.lab.studies.study import write as write_study
@@ -113,24 +98,20 @@ def _training(command: Any) -> Any:
     Several GPUs: torchrun --nproc-per-node N -m bt_fast {command.__name__} ...; --batch-size is that of the whole
     minibatch, which the ranks share, so that any number of them trains the same.
     """
-    return with_options(TRAINING_OPTIONS)(command)
+    return options.with_options(options.TRAINING_OPTIONS)(command)
 
 
 def _run(methods: tuple[str, ...], default: tuple[str, ...], values: dict[str, Any]) -> None:
     """Train these methods, or the default ones; `values` of all options but --method."""
     names = {field.name for field in dataclasses.fields(Start)}
     start = Start(**{name: values[name] for name in names})
-    options = given({name: value for name, value in values.items() if name not in names})
-    chosen = methods or (default if start.anew else ())
-    run_training(start, options | ({"methods": chosen} if chosen else {}))
+    chosen = methods or (default if start.previous is None else ())
+    run_training(start, options.given({"methods": chosen} | {k: v for k, v in values.items() if k not in names}))
 
 
 @cli.command()
-@click.option(
-    "--method",
+@options.method(
     "methods",
-    metavar="METHOD",
-    type=METHOD,
     multiple=True,
     help=f"What to compare with each other (repeatable): {FORMS}; also on an engine of its own (bullet-exact, "
     f"bullet-bf16) and with options of its own (bullet,robust-steps=0). [{', '.join(COMPARED)}]",
@@ -148,7 +129,7 @@ def compare(methods: tuple[str, ...], **values: Any) -> None:
 
 
 @cli.command()
-@click.option("--method", metavar="METHOD", type=METHOD, help="What to train. [bullet]")
+@options.method(help="What to train. [bullet]")
 @_training
 def train(method: str | None, **values: Any) -> None:
     """Train one model."""
@@ -158,14 +139,16 @@ def train(method: str | None, **values: Any) -> None:
 @cli.command()
 @click.argument("name", type=click.Choice(list(STUDIES)), metavar="|".join(STUDIES))
 @click.option("--scale", type=click.Choice(SCALES), default="laptop", show_default=True, help="Network, data, epochs.")
-@click.option("--seed", "seeds", type=TYPES["seed"], multiple=True, help="One run for each (repeatable). [0]")
-@click.option("--out", type=PATH, help="Folder; a study left there goes on. [studies/NAME]")
+@click.option("--seed", "seeds", type=options.TYPES["seed"], multiple=True, help="One run for each (repeatable). [0]")
+@click.option("--out", type=options.PATH, help="Folder; a study left there goes on. [studies/NAME]")
 @click.option(
     "--corruptions-dir",
-    type=FOLDER,
+    type=options.FOLDER,
     help="For table1: CIFAR-10-C or a like folder; one that is not there is made of the test set. [OUT/corrupted]",
 )
-@with_options([DATA_DIR, DEVICE, *(option for name, option in RUN_OPTIONS.items() if name != "seed")])
+@options.DATA_DIR
+@options.DEVICE
+@options.with_options(option for name, option in options.RUN_OPTIONS.items() if name != "seed")
 def study(
     name: str,
     scale: str,
@@ -180,9 +163,9 @@ def study(
 
     Options other than the study's own (--data, --train-size, ...) replace those of the scale.
     """
-    where, chosen, options = usable_device(device), STUDIES[name], given(values)
+    where, chosen, values = usable_device(device), STUDIES[name], options.given(values)
     base = chosen.config(scale)
-    config, dataset = adapt(base, options, load_dataset(options.get("data", base.data), data_dir))
+    config, dataset = adapt(base, values, load_dataset(values.get("data", base.data), data_dir))
     folder = out or Path("studies") / name
     if corruptions_dir is not None and not chosen.corruptions:
         which = ", ".join(other.name for other in STUDIES.values() if other.corruptions)
@@ -201,14 +184,14 @@ def study(
 
 
 @cli.command()
-@click.option("--method", metavar="METHOD", type=METHOD, default="bullet", show_default=True)
-@click.option("--iterations", type=COUNT, default=10, show_default=True, help="Timed ones, for the energy too.")
-@with_options([*RUN_OPTIONS.values(), DATA_DIR, DEVICE])
-@click.option("--out", type=PATH, help="Folder of trace.json. [profiles/DATE-TIME]")
+@options.method(default="bullet", show_default=True)
+@click.option("--iterations", type=options.COUNT, default=10, show_default=True, help="Timed ones, for the energy too.")
+@options.with_options([*options.RUN_OPTIONS.values(), options.DATA_DIR, options.DEVICE])
+@click.option("--out", type=options.PATH, help="Folder of trace.json. [profiles/DATE-TIME]")
 def profile(method: str, iterations: int, data_dir: Path, device: str | None, out: Path | None, **values: Any) -> None:
     """Time of a few iterations phase by phase, their energy by NVML, and a trace for Perfetto or chrome://tracing."""
     where = usable_device(device)
-    config, dataset = configure(given(values) | {"methods": (method,)}, data_dir)
+    config, dataset = configure(options.given(values) | {"methods": (method,)}, data_dir)
     result, folder = profiling.profile(config, dataset, where, out, iterations)
     console.print(profiling.table(result))
     for line in profiling.lines(result):
@@ -220,15 +203,15 @@ def profile(method: str, iterations: int, data_dir: Path, device: str | None, ou
 
 
 @cli.command()
-@with_options(CHECKPOINT_OPTIONS)
-@click.option("--epsilon", type=TYPES["epsilon"], help="[the checkpoint's]")
+@options.with_options(options.CHECKPOINT_OPTIONS)
+@click.option("--epsilon", type=options.TYPES["epsilon"], help="[the checkpoint's]")
 @click.option("--distance", type=click.Choice(["l_inf", "l_2"]), default="l_inf", show_default=True)
 @click.option("--loss", type=click.Choice(LOSSES), default="ce", show_default=True, help="What the attack ascends.")
-@click.option("--steps", type=COUNT, default=20, show_default=True)
-@click.option("--step-size", type=TYPES["step_size"], help="[2 epsilon / steps]")
-@click.option("--restarts", type=COUNT, default=1, show_default=True)
-@click.option("--seed", type=TYPES["seed"], default=0, show_default=True)
-@RUN_OPTIONS["engine"]
+@click.option("--steps", type=options.COUNT, default=20, show_default=True)
+@click.option("--step-size", type=options.TYPES["step_size"], help="[2 epsilon / steps]")
+@click.option("--restarts", type=options.COUNT, default=1, show_default=True)
+@click.option("--seed", type=options.TYPES["seed"], default=0, show_default=True)
+@options.RUN_OPTIONS["engine"]
 def evaluate(
     epsilon: float | None,
     distance: str,
@@ -268,13 +251,13 @@ def evaluate(
 
 
 @cli.command()
-@with_options(CHECKPOINT_OPTIONS)
+@options.with_options(options.CHECKPOINT_OPTIONS)
 @click.option(
     "--corruptions-dir",
-    type=FOLDER,
+    type=options.FOLDER,
     help="CIFAR-10-C, CIFAR-100-C or a like folder; one that is not there is made of the test set. [a temporary one]",
 )
-@click.option("--seed", type=TYPES["seed"], help="Of the corruptions that are made. [0]")
+@click.option("--seed", type=options.TYPES["seed"], help="Of the corruptions that are made. [0]")
 def corruptions(corruptions_dir: Path | None, seed: int | None, device: str | None, **source: Any) -> None:
     """Error of CHECKPOINT under fifteen corruptions at five severities."""
     where = usable_device(device)
@@ -292,9 +275,9 @@ def corruptions(corruptions_dir: Path | None, seed: int | None, device: str | No
 
 
 @cli.command("report")
-@click.argument("runs", metavar="RUN...", nargs=-1, required=True, type=PATH)
-@click.option("--out", type=PATH, default=Path("report.html"), show_default=True)
-@click.option("--tensorboard", type=PATH, help="Also write TensorBoard scalars into this folder.")
+@click.argument("runs", metavar="RUN...", nargs=-1, required=True, type=options.PATH)
+@click.option("--out", type=options.PATH, default=Path("report.html"), show_default=True)
+@click.option("--tensorboard", type=options.PATH, help="Also write TensorBoard scalars into this folder.")
 def html_report(runs: tuple[Path, ...], out: Path, tensorboard: Path | None) -> None:
     """Write one HTML page about the runs in run folders or study folders RUN, side by side. It needs no network.
 
@@ -313,23 +296,12 @@ def html_report(runs: tuple[Path, ...], out: Path, tensorboard: Path | None) -> 
 
 @cli.command()
 @click.option("--device", help="cpu, cuda or cuda:N. [cuda where it can be used]")
-@click.option("--json", "path", type=FILE, help="Write the same for a bug report.")
+@click.option("--json", "path", type=options.FILE, help="Write the same for a bug report.")
 def doctor(device: str | None, path: Path | None) -> int:
     """What is installed, what runs fused, and whether it computes what it should; exit code 1 if something fails."""
-    findings = examination.examine(_named(device))
+    findings = examination.examine(None if device is None else named_device(device))
     for line in examination.lines(findings):
         say(line, markup=False)
     if path is not None:
         write_text(path, json.dumps(examination.as_json(findings), indent=2) + "\n")
     return 0 if examination.verdict(findings)[0] else 1
-
-
-def _named(name: str | None) -> torch.device | None:
-    """The device of that name, which need not be there."""
-    try:
-        device = None if name is None else torch.device(name)
-    except RuntimeError:
-        device = torch.device("meta")
-    if device is not None and device.type not in ("cpu", "cuda"):
-        raise ValueError(f"--device {name}: expected cpu, cuda or cuda:N")
-    return device

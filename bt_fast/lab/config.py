@@ -39,8 +39,8 @@ def option(
         choices: the values that it takes, if they are names.
         limits: of a number, as of click's ranges: min, max, and min_open or max_open if the limit itself is outside.
     """
-    metadata = {"help": help, "metavar": metavar, "choices": tuple(choices), "limits": limits}
-    return dataclasses.field(default=default, metadata=metadata)
+    shown = {"help": help, "metavar": metavar}
+    return dataclasses.field(default=default, metadata={"shown": shown, "choices": tuple(choices), "limits": limits})
 
 
 _at_least_1 = functools.partial(option, min=1)

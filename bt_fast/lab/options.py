@@ -49,34 +49,35 @@ class Parsed(click.types.StringParamType):
         return value
 
 
-METHOD = Parsed(Method.parse)
-_ENGINE = Parsed(Engine.parse, "--engine: ")
-
-
 def _type_of(field: dataclasses.Field[Any]) -> click.ParamType[Any]:
     """The values that the option of a `RunConfig` field takes."""
     kinds = {KINDS[field.name], *typing.get_args(KINDS[field.name])}
     if field.name == "engine":
-        return _ENGINE
+        return Parsed(Engine.parse, "--engine: ")
     if field.metadata["choices"]:
         return click.Choice(field.metadata["choices"])
     if int in kinds:
         return click.IntRange(**field.metadata["limits"])
-    return FiniteRange(**field.metadata["limits"]) if float in kinds else click.STRING
+    if float in kinds:
+        return FiniteRange(**field.metadata["limits"])
+    return click.BOOL if bool in kinds else click.STRING
 
 
 def _option_of(field: dataclasses.Field[Any]) -> Decorator:
     """The option of a `RunConfig` field; its value is None, or () of several, where it is not given."""
     name, kind = field.name.replace("_", "-"), KINDS[field.name]
-    if kind is bool:
-        return click.option(f"--{name}/--no-{name}", default=None, help=field.metadata["help"])
     return click.option(
-        f"--{name}",
+        f"--{name}/--no-{name}" if kind is bool else f"--{name}",
         type=TYPES[field.name],
+        default=None,
         multiple=typing.get_origin(kind) is tuple,
-        metavar=field.metadata["metavar"],
-        help=field.metadata["help"],
+        **field.metadata["shown"],
     )
+
+
+def method(*name: str, **attributes: Any) -> Decorator:
+    """The option --method, whose value is one that `Method.parse` takes."""
+    return click.option("--method", *name, metavar="METHOD", type=Parsed(Method.parse), **attributes)
 
 
 _FIELDS = [field for field in dataclasses.fields(RunConfig) if field.name != "methods"]  # --method differs by command
@@ -104,7 +105,7 @@ TRAINING_OPTIONS = [
 ]
 CHECKPOINT_OPTIONS = [
     click.argument("checkpoint", type=PATH),
-    click.option("--method", metavar="METHOD", type=METHOD, help="Which model of a comparison. [the only one, or all]"),
+    method(help="Which model of a comparison. [the only one, or all]"),
     click.option("--model", metavar="NAME", help="Network of a published checkpoint: small-cnn, wrn-D-K, ..."),
     click.option("--data", metavar=SOURCE_FORMS, help="Data set. [the checkpoint's]"),
     DATA_DIR,

@@ -256,9 +256,9 @@ def _plot_fractions(run: Run, records: list[dict[str, Any]]) -> Path:
     return save_figure(figure, run.folder / "fractions.png")
 
 
-def new_figure(title: str) -> tuple[Figure, Any]:
-    """A figure, and its axes with a grid and the title."""
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+def new_figure(title: str, height: float = 4.5) -> tuple[Figure, Any]:
+    """A figure of so many inches, and its axes with a grid and the title."""
+    figure, axes = plt.subplots(figsize=(7, height), layout="constrained")
     axes.set_title(title, fontsize=10)
     axes.grid(alpha=0.3)
     return figure, axes

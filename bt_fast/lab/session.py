@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,9 @@ class Start:
 
     Attributes:
         rank_timeout: in minutes.
+
+    Raises:
+        ValueError: a run that is resumed is to go on elsewhere.
     """
 
     data_dir: Path
@@ -40,19 +43,17 @@ class Start:
     balance: bool
     rank_timeout: float
 
+    def __post_init__(self) -> None:
+        for option, value in (("--out", self.out), ("--repeat", self.repeat)):
+            if self.resume is not None and value is not None:
+                raise ValueError(f"{option}: a resumed run stays in its folder; leave {option} or --resume away")
+
     @property
-    def anew(self) -> bool:
-        """Whether it goes on from no run."""
-        return self.resume is None and self.repeat is None
-
-
-@dataclass(frozen=True)
-class Place:
-    """This process's device, the ranks that train together, and whether they share BulletTrain's attack out."""
-
-    device: torch.device
-    world: World
-    balance: bool
+    def previous(self) -> Path | None:
+        """The folder of the run that is resumed or repeated."""
+        if self.resume is not None and self.resume.name == "checkpoint.pt":
+            return self.resume.parent
+        return self.resume or self.repeat
 
 
 def run_training(start: Start, options: dict[str, Any]) -> None:
@@ -61,44 +62,67 @@ def run_training(start: Start, options: dict[str, Any]) -> None:
     Args:
         options: values of `RunConfig`'s fields.
     """
-    with _joined_ranks(start) as place:
-        if place.balance and place.world.group is None:
+    with _joined_ranks(start) as (world, device), ExitStack() as stack:
+        if start.balance and world.group is None:
             raise ValueError(
                 "--balance shares an attack out over ranks: start several with torchrun; leave it away on one"
             )
-        if start.resume is not None:
-            _resume(start.resume, start, options, place)
-        elif start.repeat is not None:
-            config, dataset = _repeated(start.repeat, options, start.data_dir)
-            _say_changes(start.repeat, place)
-            _train_and_report(config, dataset, start.out, place)
+        folder, resume = start.out, start.resume is not None
+        if start.previous is None:
+            config, dataset = configure(options, start.data_dir)
+        elif resume:
+            folder = start.previous
+            if world.leads and (folder / "checkpoint.pt").is_file():
+                stack.enter_context(held(folder))  # refused before the data are read
+            config, dataset = _resumed(folder, options, start.data_dir)
         else:
-            _train_and_report(*configure(options, start.data_dir), start.out, place)
+            config, dataset = _repeated(start.previous, options, start.data_dir)
+        if start.previous is not None and world.leads:
+            _say_changes(start.previous, device)
+        if start.balance and (config.loss == "augmix" or not any(m.startswith("bullet") for m in config.methods)):
+            raise ValueError(
+                "--balance shares BulletTrain's attack out: it needs a method bullet, and a loss but augmix; "
+                "leave it away"
+            )
+        balance = Balance(ranks_per_node=world.per_node) if start.balance else None
+        with stop_signals() as stop:
+            run = Run(folder, config, dataset, device, resume=resume, world=world, balance=balance)
+            stack.callback(run.close)
+            begun = run.iteration
+            if world.group is not None and norms_alone(run.contestants[0].model):
+                say("batch norm: torch synchronises it on CUDA alone; here it sees each rank's own samples")
+            say(f"{config.data}: {sizes(dataset)}; run folder {run.folder}")
+            train(run, stop, f"go on with --resume {run.folder}")
+        _report(run, trained=run.iteration > begun)
 
 
 @contextmanager
-def _joined_ranks(start: Start) -> Iterator[Place]:
-    """The place of this process among the ranks; only the first prints."""
+def _joined_ranks(start: Start) -> Iterator[tuple[World, torch.device]]:
+    """The ranks that train together and this process's device; only the first rank prints."""
     with joined(start.device, start.rank_timeout) as (world, name):
         quiet, console.quiet = console.quiet, not world.leads
         try:
-            yield Place(usable_device(name), world, start.balance)
+            yield world, usable_device(name)
         finally:
             console.quiet = quiet
 
 
+def named_device(name: str) -> torch.device:
+    """The device of that name, which need not be there."""
+    with suppress(RuntimeError):
+        if (device := torch.device(name)).type in ("cpu", "cuda"):
+            return device
+    raise ValueError(f"--device {name}: expected cpu, cuda or cuda:N")
+
+
 def usable_device(name: str | None) -> torch.device:
     """The device of that name, or the default one; ValueError if nothing can be computed there."""
-    chosen = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    hint = ""
+    device = named_device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     try:
-        device = torch.device(chosen)
-        if device.type not in ("cpu", "cuda"):
-            raise RuntimeError("expected cpu, cuda or cuda:N")
-        hint = "; bt-fast doctor says what to do, and --device cpu goes without" if device.type == "cuda" else ""
         torch.zeros(1, device=device)  # a launch, which a GPU that torch was not built for does not take
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {chosen}: {str(error).splitlines()[0].split('. ')[0]}{hint}") from error
+        hint = "bt-fast doctor says what to do, and --device cpu goes without"
+        raise ValueError(f"--device {device}: {str(error).splitlines()[0].split('. ')[0]}; {hint}") from error
     return device
 
 
@@ -154,58 +178,26 @@ def _repeated(folder: Path, options: dict[str, Any], data_dir: Path) -> tuple[Ru
     return config, dataset
 
 
-def _resume(folder: Path, start: Start, options: dict[str, Any], place: Place) -> None:
-    """Go on with the run in the folder; its data may lie in another place."""
-    if start.out is not None or start.repeat is not None:
-        other = "--out" if start.out is not None else "--repeat"
-        raise ValueError(f"{other}: a resumed run stays in its folder; leave {other} or --resume away")
-    folder = folder.parent if folder.name == "checkpoint.pt" else folder
+def _resumed(folder: Path, options: dict[str, Any], data_dir: Path) -> tuple[RunConfig, ImageDataset]:
+    """The same of a run that goes on in its folder."""
     path = folder / "checkpoint.pt"
-    with held(folder) if path.is_file() and place.world.leads else nullcontext():  # refused before the data are read
-        if folder.is_dir() and not path.exists():
-            raise ValueError(f"{folder}: has no checkpoint.pt, so nothing was saved yet: start it with --out instead")
-        stored, state = load_checkpoint(path)
-        config = dataclasses.replace(stored, **options)
-        check_configuration(config, stored, path, but_data=state.get("data") is not None)
-        dataset = data_of(config, start.data_dir)
-        _say_changes(folder, place)
-        _train_and_report(config, dataset, folder, place, resume=True)
+    if folder.is_dir() and not path.exists():
+        raise ValueError(f"{folder}: has no checkpoint.pt, so nothing was saved yet: start it with --out instead")
+    stored, state = load_checkpoint(path)
+    config = dataclasses.replace(stored, **options)
+    check_configuration(config, stored, path, but_data=state.get("data") is not None)
+    return config, data_of(config, data_dir)
 
 
-def _say_changes(folder: Path, place: Place) -> None:
+def _say_changes(folder: Path, device: torch.device) -> None:
     """Print what has changed since the run in the folder was started last, and why that matters."""
     path = folder / "run.json"
-    starts = Provenance.read(path).starts if place.world.leads and path.exists() else []
-    if starts and (differences := changes(starts[-1], this_start(0, place.device, 1))):
+    starts = Provenance.read(path).starts if path.exists() else []
+    if starts and (differences := changes(starts[-1], this_start(0, device, 1))):
         say(f"{folder}: what follows may differ in its last bits, for it was started with {'; '.join(differences)}")
 
 
 # Training
-
-
-def _train_and_report(
-    config: RunConfig, dataset: ImageDataset, folder: Path | None, place: Place, *, resume: bool = False
-) -> None:
-    if place.balance and (config.loss == "augmix" or not any(m.startswith("bullet") for m in config.methods)):
-        raise ValueError(
-            "--balance shares BulletTrain's attack out: it needs a method bullet, and a loss but augmix; leave it away"
-        )
-    world = place.world
-    balance = Balance(ranks_per_node=world.per_node) if place.balance else None
-    with ExitStack() as stack:
-        with stop_signals() as stop:
-            run = Run(folder, config, dataset, place.device, resume=resume, world=world, balance=balance)
-            stack.callback(run.close)
-            if world.group is not None and norms_alone(run.contestants[0].model):
-                say("batch norm: torch synchronises it on CUDA alone; here it sees each rank's own samples")
-            say(f"{config.data}: {sizes(dataset)}; run folder {run.folder}")
-            begun = run.iteration
-            train(run, stop, f"go on with --resume {run.folder}")
-        if world.leads:
-            _report(run, trained=run.iteration > begun)
-        else:
-            for contestant in run.contestants:
-                run.final(contestant)
 
 
 def sizes(dataset: ImageDataset) -> str:
@@ -255,7 +247,11 @@ def _ratios(run: Run) -> str:
 
 
 def _report(run: Run, *, trained: bool) -> None:
-    """Evaluate the run's models, write the summary and the plots, and print them."""
+    """Evaluate the run's models, write the summary and the plots, and print them. Collective; the first rank writes."""
+    if not run.world.leads:
+        for contestant in run.contestants:
+            run.final(contestant)
+        return
     with progress_bar("final evaluation", len(run.config.methods)) as bar:
         summary = report.summarise(run, bar.advance)
     paths = report.plot(run)

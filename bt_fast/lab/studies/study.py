@@ -1,4 +1,4 @@
-"""What a study is, and what it leaves behind: a run folder for each seed, NAME.json and NAME.png."""
+"""The parts of a study: its configurations, a run folder for each seed, and NAME.json and NAME.png in the end."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from bt_fast.lab.training import Contestant, Observe, Run
 
 SCALES = ("laptop", "paper")
 # for two cores, in minutes; with --data and --train-size for more than the embedded digits
-LAPTOP = dataclasses.replace(PRESETS["digits"], epochs=5, decay_epochs=(4,), width=16)
+LAPTOP = dataclasses.replace(PRESETS["digits"], epochs=5, decay_epochs=(4,))
 PAPER = PRESETS["cifar10"]
 
 
@@ -37,10 +37,10 @@ class Study:
     """One table or figure of the paper.
 
     Attributes:
-        name: as on the command line; title: what it asks, in a line.
+        name: as on the command line; title: its question, in a line.
         laptop, paper: the configuration of a run at either scale; the seed is set for each run.
         picture: draws the findings.
-        answers: what the findings say, in numbers.
+        answers: the findings in numbers.
         observe: called with the run after every tenth iteration.
         corruptions: robust accuracy is that on a corrupted test set.
     """
@@ -61,12 +61,7 @@ class Study:
 
 @dataclass(frozen=True)
 class Findings:
-    """What the runs of a study came to.
-
-    Attributes:
-        summaries: of each seed's run, as `report.summarise` returns it.
-        records: of each seed's run.
-    """
+    """The results of a study's runs: of each seed's run the summary (`report.summarise`) and the records."""
 
     study: str
     title: str
@@ -77,8 +72,8 @@ class Findings:
     @property
     def config(self) -> dict[str, Any]:
         """The first run's."""
-        found: dict[str, Any] = self.summaries[0]["config"]
-        return found
+        config: dict[str, Any] = self.summaries[0]["config"]
+        return config
 
     @property
     def methods(self) -> list[str]:
@@ -86,13 +81,12 @@ class Findings:
         return list(self.summaries[0]["methods"])
 
     def values(self, method: str, key: str) -> list[Any]:
-        """An entry of a method's summary, for each seed."""
-        return [summary["methods"][method][key] for summary in self.summaries]
+        """An entry of a method's summary, for each seed; None where there is none."""
+        return [summary["methods"][method].get(key) for summary in self.summaries]
 
     def mean(self, method: str, key: str) -> float:
         """Its mean over the seeds."""
-        values = self.values(method, key)
-        return float(sum(values) / len(values))
+        return mean(self.values(method, key))
 
     def label(self, method: str) -> str:
         """A method's name in tables and pictures."""
@@ -100,10 +94,12 @@ class Findings:
 
     def clock(self, method: str, over: str) -> float:
         """The speedup over another method by the clock, the mean over the seeds of the median ratios of iterations."""
-        if method == over:
-            return 1.0
-        ratios = [summary["methods"][method]["speedup"][over] for summary in self.summaries]
-        return float(sum(ratios) / len(ratios))
+        return 1.0 if method == over else mean([ratios[over] for ratios in self.values(method, "speedup")])
+
+
+def mean(values: Sequence[float]) -> float:
+    """The arithmetic mean."""
+    return float(sum(values) / len(values))
 
 
 def check_run(config: RunConfig, dataset: ImageDataset, folder: Path, device: torch.device) -> None:
@@ -121,31 +117,6 @@ def open_run(study: Study, config: RunConfig, dataset: ImageDataset, folder: Pat
     return Run(place, config, dataset, device, resume=(place / "checkpoint.pt").exists(), observe=study.observe)
 
 
-def conclude(run: Run, test_set: CorruptedTestSet | None, evaluated: Callable[[str], None]) -> dict[str, Any]:
-    """A finished run's summary; with a corrupted test set, `robust` is each method's accuracy on it."""
-    summary = report.summarise(run, evaluated)
-    if test_set is not None:
-        for contestant in run.contestants:
-            found = _under_corruption(run, contestant, test_set)
-            summary["methods"][contestant.method] |= {"robust": found["robust"], "errors": found["errors"]}
-    return summary
-
-
-def _under_corruption(run: Run, contestant: Contestant, test_set: CorruptedTestSet) -> dict[str, Any]:
-    """The record of a method's accuracy under corruption, the method's last one; measured once on the same test set."""
-    records = [r for r in run.records() if r["kind"] == "corruptions" and r["method"] == contestant.method]
-    found = next((r for r in reversed(records) if r.get("sha256") == test_set.fingerprint), None)
-    if found is None:
-        errors = dict(corruption_errors(contestant.model, test_set, run.device))
-        robust = 1.0 - mean_corruption_error(errors)
-        found = {"robust": robust, "images": len(test_set.labels), "sha256": test_set.fingerprint, "errors": errors}
-    elif found is records[-1]:
-        return found
-    kept = {key: found[key] for key in ("robust", "images", "sha256", "errors")}
-    run.append(kind="corruptions", method=contestant.method, **kept)
-    return run.records()[-1]
-
-
 def conduct(
     study: Study,
     config: RunConfig,
@@ -154,16 +125,39 @@ def conduct(
     device: torch.device,
     test_set: CorruptedTestSet | None,
 ) -> tuple[Run, dict[str, Any]]:
-    """Train the run of the configuration's seed, or what is left of it, and print its summary."""
+    """Train the run of the configuration's seed, or what is left of it, and print its summary.
+
+    With a corrupted test set, `robust` in the summary is each method's accuracy on it.
+    """
     with ExitStack() as stack:
         with stop_signals() as stop:
             run = open_run(study, config, dataset, folder, device)
             stack.callback(run.close)
             train(run, stop, f"the same command goes on in {folder}")
         with progress_bar(f"evaluation, seed {config.seed}", len(config.methods)) as bar:
-            summary = conclude(run, test_set, bar.advance)
+            summary = report.summarise(run, bar.advance)
+        if test_set is not None:
+            for contestant in run.contestants:
+                record = _under_corruption(run, contestant, test_set)
+                summary["methods"][contestant.method] |= {"robust": record["robust"], "errors": record["errors"]}
     console.print(report.table(summary))
     return run, summary
+
+
+def _under_corruption(run: Run, contestant: Contestant, test_set: CorruptedTestSet) -> dict[str, Any]:
+    """The record of a method's accuracy under corruption, the method's last one; measured once on the same test set."""
+    records = [r for r in run.records() if r["kind"] == "corruptions" and r["method"] == contestant.method]
+    if records and records[-1].get("sha256") == test_set.fingerprint:
+        return records[-1]
+    same = [r for r in records if r.get("sha256") == test_set.fingerprint]
+    if same:
+        measured = {key: same[-1][key] for key in ("robust", "images", "sha256", "errors")}
+    else:
+        errors = dict(corruption_errors(contestant.model, test_set, run.device))
+        robust = 1.0 - mean_corruption_error(errors)
+        measured = {"robust": robust, "images": len(test_set.labels), "sha256": test_set.fingerprint, "errors": errors}
+    run.append(kind="corruptions", method=contestant.method, **measured)
+    return run.records()[-1]
 
 
 def write(study: Study, scale: str, runs: Sequence[tuple[Run, dict[str, Any]]], folder: Path) -> list[Path]:
