@@ -39,7 +39,7 @@ from bt_fast.lab.training import evaluation_batches
 
 
 class _Command(click.Command):
-    """A command whose errors of a user's making, and full memories, are click's errors."""
+    """A command that turns a user's mistakes and full memories into click's errors."""
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
@@ -199,7 +199,7 @@ def profile(method: str, iterations: int, data_dir: Path, device: str | None, ou
     say(f"wrote {folder / 'profile.json'}, and {folder / 'trace.json'}, which ui.perfetto.dev shows")
 
 
-# What a training left
+# Checkpoints and run folders
 
 
 @cli.command()

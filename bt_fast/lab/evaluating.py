@@ -1,4 +1,4 @@
-"""What `bt-fast evaluate` and `corruptions` work on: the networks in a checkpoint, their data, and corrupted images."""
+"""The networks in a checkpoint, their data, and corrupted test sets, for `bt-fast evaluate` and `corruptions`."""
 
 from __future__ import annotations
 

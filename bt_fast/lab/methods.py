@@ -1,4 +1,4 @@
-"""What a run trains, as one writes it: `bullet`, `optimised-bf16`, `fast-2`, `bullet-exact,robust-steps=0`."""
+"""The methods of a run, as one writes them: `bullet`, `optimised-bf16`, `fast-2`, `bullet-exact,robust-steps=0`."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from bt_fast.engine import Engine
-from bt_fast.lab.config import KINDS, SOURCE_FORMS, RunConfig
+from bt_fast.lab.config import KINDS, SOURCES, RunConfig
 from bt_fast.lab.methods import Method
 
 Decorator = Callable[[Any], Any]
@@ -76,7 +76,7 @@ def _option_of(field: dataclasses.Field[Any]) -> Decorator:
 
 
 def method(*name: str, **attributes: Any) -> Decorator:
-    """The option --method, whose value is one that `Method.parse` takes."""
+    """The option --method, for values that `Method.parse` takes."""
     return click.option("--method", *name, metavar="METHOD", type=Parsed(Method.parse), **attributes)
 
 
@@ -107,7 +107,7 @@ CHECKPOINT_OPTIONS = [
     click.argument("checkpoint", type=PATH),
     method(help="Which model of a comparison. [the only one, or all]"),
     click.option("--model", metavar="NAME", help="Network of a published checkpoint: small-cnn, wrn-D-K, ..."),
-    click.option("--data", metavar=SOURCE_FORMS, help="Data set. [the checkpoint's]"),
+    click.option("--data", metavar=SOURCES, help="Data set. [the checkpoint's]"),
     DATA_DIR,
     click.option("--test-size", type=COUNT, help="Use the first N test images. [the checkpoint's]"),
     DEVICE,

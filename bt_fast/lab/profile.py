@@ -30,7 +30,7 @@ from bt_fast.lab.training import WARM_UP, Contestant
 from bt_fast.power import PowerMonitor, Summary
 from bt_fast.ranges import PHASES
 
-TRACED = 3  # iterations in the trace, whose files are large
+TRACED = 3  # iterations in the trace: its files are large
 ITERATION, OTHER = "bt_fast::iteration", "other"
 _LAUNCHES = ("cuda_runtime", "cuda_driver")
 _WORK = ("kernel", "gpu_memcpy", "gpu_memset")
@@ -161,7 +161,7 @@ def _traced(contestant: Contestant, batches: Sequence[tuple[Tensor, Tensor]], pa
                 synchronize(contestant.device)
     profiled.export_chrome_trace(str(path))
     trace: dict[str, Any] = json.loads(path.read_text())
-    for name in ("host_name", "traceName"):  # whose machine it was is nobody's business
+    for name in ("host_name", "traceName"):  # they name the machine
         trace.pop(name, None)
     write_text(path, json.dumps(trace))
     events: list[Event] = trace["traceEvents"]
@@ -242,7 +242,7 @@ def table(result: Profile) -> Table:
 
 
 def lines(result: Profile) -> list[str]:
-    """Time and energy per iteration, sample and epoch, and what NVML tells besides."""
+    """Time and energy per iteration, sample and epoch, and NVML's other figures."""
     seconds, m, n = statistics.median(result.seconds), result.batch_size, result.epoch
     time = (
         f"time: {1e3 * seconds:.2f} ms per iteration (median of {len(result.seconds)}, not traced), "

@@ -49,16 +49,14 @@ SYMBOLS = {  # of a method's own options
     "fraction_momentum": "p",
     "grad_align": "GradAlign",
 }
-COLOURS = {  # by algorithm and engine
-    ("reference", ""): "#7a7a7a",
-    ("optimised", ""): "#1f77b4",
-    ("optimised", "exact"): "#1f77b4",
-    ("optimised", "fast"): "#17becf",
-    ("optimised", "bf16"): "#9467bd",
-    ("bullet", ""): "#d62728",
-    ("bullet", "exact"): "#d62728",
-    ("bullet", "fast"): "#ff7f0e",
-    ("bullet", "bf16"): "#e377c2",
+COLOURS = {  # by algorithm and engine; the engine "exact" has the colour of none
+    "reference": "#7a7a7a",
+    "optimised": "#1f77b4",
+    "optimised-fast": "#17becf",
+    "optimised-bf16": "#9467bd",
+    "bullet": "#d62728",
+    "bullet-fast": "#ff7f0e",
+    "bullet-bf16": "#e377c2",
 }
 GROUP_COLOURS = {"boundary": "#d62728", "robust": "#2ca02c", "outlier": "#7a7a7a"}
 
@@ -161,7 +159,7 @@ def _repeats_itself(contestant: Contestant) -> bool:
     model = copy.deepcopy(contestant.model).train()
     for module in model.modules():
         if isinstance(module, nn.SyncBatchNorm):
-            module.eval()  # else it waits for other ranks, which are not asked
+            module.eval()  # else it waits for the other ranks
     x = torch.zeros(2, *contestant.image_shape, device=contestant.device)
     with torch.random.fork_rng([contestant.device] if contestant.device.type == "cuda" else []), torch.no_grad():
         repeat = RepeatedForward(model, contestant.device)
@@ -233,8 +231,7 @@ def _plot_accuracy(run: Run, records: list[dict[str, Any]]) -> Path:
     figure, axes = new_figure(f"Accuracy against time ({attack}{config.curve_size} test images)")
     spare = itertools.cycle(plt.colormaps["tab20"](range(20)))
     for method in config.methods:
-        kind = Method.parse(method)
-        colour = (None if kind.changes else COLOURS.get((kind.algorithm, kind.engine))) or next(spare)
+        colour = COLOURS.get(method.removesuffix("-exact").replace("-frozen", "-fast")) or next(spare)
         mine = [r for r in records if r["method"] == method]
         for measure, line in measures.items():
             percent = [100 * r[measure] for r in mine]

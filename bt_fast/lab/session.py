@@ -32,7 +32,7 @@ class Start:
         rank_timeout: in minutes.
 
     Raises:
-        ValueError: a run that is resumed is to go on elsewhere.
+        ValueError: a resumed run has another folder, too.
     """
 
     data_dir: Path
@@ -57,7 +57,7 @@ class Start:
 
 
 def run_training(start: Start, options: dict[str, Any]) -> None:
-    """Begin, resume or repeat a run, train it to its end, and print what it came to.
+    """Begin, resume or repeat a run, train it to its end, and print its results.
 
     Args:
         options: values of `RunConfig`'s fields.
@@ -225,7 +225,7 @@ def _train_until_signal(run: Run, stop: list[int], bar: Bar) -> int:
             say(_epoch_line(run))
         if number := run.world.most(stop[0] if stop else 0):
             run.save()
-            run.world.most(0)  # whose rank ends is followed by torchrun's signal to the others: not before
+            run.world.most(0)  # when one rank ends, torchrun signals the others: not before they are here
             return number
     return 0
 

@@ -1,4 +1,4 @@
-"""What the commands print, their progress bars, and the signals that stop them."""
+"""Output of the commands, their progress bars, and the signals that stop them."""
 
 from __future__ import annotations
 

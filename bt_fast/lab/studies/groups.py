@@ -21,13 +21,11 @@ from bt_fast.attack.threat import ThreatModel
 from bt_fast.deciding import STEP_FACTOR
 from bt_fast.lab.config import PRESETS
 from bt_fast.lab.report import GROUP_COLOURS, new_figure
-from bt_fast.lab.studies.study import LAPTOP, Findings, Study
+from bt_fast.lab.studies.study import LAPTOP, PGD, STEPS, Findings, Study
 from bt_fast.lab.training import Run
 from bt_fast.plan import Plan
 
 ORACLE = Oracle()  # its ten-step attack tells the groups apart, as in section 3.1
-_PGD_STEPS = 7
-_EPSILON = 0.3
 
 
 def oracle_groups(run: Run, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -77,37 +75,37 @@ def _of_kind(records: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
     return [record for record in records if record["kind"] == kind]
 
 
-def _series(found: Findings, key: str, group: str) -> np.ndarray[Any, Any]:
+def _series(findings: Findings, key: str, group: str) -> np.ndarray[Any, Any]:
     """[seeds, observations]; NaN where there was none of the group."""
-    rows = [[record[key][group] for record in _of_kind(records, "groups")] for records in found.records]
+    rows = [[record[key][group] for record in _of_kind(records, "groups")] for records in findings.records]
     return np.array(rows, dtype=float)
 
 
-def _epochs(found: Findings) -> list[float]:
+def _epochs(findings: Findings) -> list[float]:
     """The epoch of each observation, as a fraction."""
-    records = found.records[0]
+    records = findings.records[0]
     last = max(record["iteration"] for record in records)
-    return [record["iteration"] / last * found.config["epochs"] for record in _of_kind(records, "groups")]
+    return [record["iteration"] / last * findings.config["epochs"] for record in _of_kind(records, "groups")]
 
 
 # Figure 3
 
 
-def _answer_fig3(found: Findings) -> dict[str, Any]:
+def _answer_fig3(findings: Findings) -> dict[str, Any]:
     """Each group's share in the first and in the last fifth of training."""
     answers: dict[str, Any] = {}
     for group in GROUP_COLOURS:
-        series = _series(found, "shares", group)
+        series = _series(findings, "shares", group)
         fifth = max(1, series.shape[1] // 5)
         first, last = float(series[:, :fifth].mean()), float(series[:, -fifth:].mean())
         answers[group] = {"first fifth": first, "last fifth": last, "rises": last > first}
     return answers
 
 
-def _draw_fig3(found: Findings) -> Figure:
-    figure, axes = new_figure(found.title)
+def _draw_fig3(findings: Findings) -> Figure:
+    figure, axes = new_figure(findings.title)
     for group, colour in GROUP_COLOURS.items():
-        axes.plot(_epochs(found), 100 * _series(found, "shares", group).mean(axis=0), color=colour, label=group)
+        axes.plot(_epochs(findings), 100 * _series(findings, "shares", group).mean(axis=0), color=colour, label=group)
     axes.set(xlabel="epoch", ylabel="share of the minibatch (%)", ylim=(0, 100))
     axes.legend()
     return figure
@@ -116,12 +114,12 @@ def _draw_fig3(found: Findings) -> Figure:
 # Figure 4
 
 
-def _answer_fig4(found: Findings) -> dict[str, Any]:
+def _answer_fig4(findings: Findings) -> dict[str, Any]:
     """How often the groups' mean SVar are in the paper's order, and how well SVar separates boundary from robust."""
-    outlier, boundary, robust = (_series(found, "svar", group) for group in ops.GROUPS)
+    outlier, boundary, robust = (_series(findings, "svar", group) for group in ops.GROUPS)
     whole = ~np.isnan(outlier + boundary + robust)
     ordered = (outlier <= boundary) & (boundary <= robust)
-    groups = [record for records in found.records for record in _of_kind(records, "groups")]
+    groups = [record for records in findings.records for record in _of_kind(records, "groups")]
     chances = [r["boundary_below_robust"] for r in groups if r["boundary_below_robust"] is not None]
     return {
         "observations with all three groups": int(whole.sum()),
@@ -130,10 +128,10 @@ def _answer_fig4(found: Findings) -> dict[str, Any]:
     }
 
 
-def _draw_fig4(found: Findings) -> Figure:
-    figure, axes = new_figure(found.title)
+def _draw_fig4(findings: Findings) -> Figure:
+    figure, axes = new_figure(findings.title)
     for group, colour in GROUP_COLOURS.items():
-        axes.plot(_epochs(found), _series(found, "svar", group)[0], ".", color=colour, label=group, markersize=4)
+        axes.plot(_epochs(findings), _series(findings, "svar", group)[0], ".", color=colour, label=group, markersize=4)
     axes.set(xlabel="epoch", ylabel="mean signed prediction variance")
     axes.legend()
     return figure
@@ -142,19 +140,19 @@ def _draw_fig4(found: Findings) -> Figure:
 # Figure 5
 
 
-def _answer_fig5(found: Findings) -> dict[str, Any]:
+def _answer_fig5(findings: Findings) -> dict[str, Any]:
     """The last minibatch's threshold, and how many samples took how many steps."""
     answers = []
-    for records in found.records:
+    for records in findings.records:
         last = _of_kind(records, "allocation")[-1]
         counts = {str(n): last["steps"].count(n) for n in sorted(set(last["steps"]))}
         answers.append({"threshold": last["threshold"], "samples by steps": counts})
     return {"of each seed": answers}
 
 
-def _draw_fig5(found: Findings) -> Figure:
+def _draw_fig5(findings: Findings) -> Figure:
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
-    allocations = [_of_kind(records, "allocation")[-1] for records in found.records]
+    allocations = [_of_kind(records, "allocation")[-1] for records in findings.records]
     last = allocations[-1]
     left.hist(np.concatenate([record["svar"] for record in allocations]), bins=40, color="#1f77b4")
     left.axvline(0, color="#7a7a7a")
@@ -166,7 +164,7 @@ def _draw_fig5(found: Findings) -> Figure:
     right.step(svar, steps, where="mid", color="#7a7a7a")
     right.plot(svar, steps, ".", color="#1f77b4")
     right.set(xlabel="signed prediction variance", ylabel="attack steps", title="(b) steps assigned")
-    figure.suptitle(found.title, fontsize=10)
+    figure.suptitle(findings.title, fontsize=10)
     return figure
 
 
@@ -178,15 +176,9 @@ def _study(
     answers: Callable[[Findings], dict[str, Any]],
 ) -> Study:
     """PGD training by one method, with looks at its groups."""
-    options: dict[str, Any] = {
-        "methods": (method,),
-        "loss": "pgd",
-        "epsilon": _EPSILON,
-        "steps": _PGD_STEPS,
-        "step_size": STEP_FACTOR * _EPSILON / _PGD_STEPS,
-        "boundary_steps": _PGD_STEPS,
-    }
-    laptop, paper = (dataclasses.replace(base, **options) for base in (LAPTOP, PRESETS["mnist"]))
+    laptop, paper = (
+        dataclasses.replace(base, methods=(method,), boundary_steps=STEPS, **PGD) for base in (LAPTOP, PRESETS["mnist"])
+    )
     return Study(name, title, laptop, paper, picture, answers, observe=_observe)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 
+from bt_fast.deciding import STEP_FACTOR
 from bt_fast.lab import report
 from bt_fast.lab.checkpoint import load_checkpoint
 from bt_fast.lab.config import PRESETS, RunConfig
@@ -30,6 +31,9 @@ SCALES = ("laptop", "paper")
 # for two cores, in minutes; with --data and --train-size for more than the embedded digits
 LAPTOP = dataclasses.replace(PRESETS["digits"], epochs=5, decay_epochs=(4,))
 PAPER = PRESETS["cifar10"]
+# PGD training of the figures
+EPSILON, STEPS = 0.3, 7
+PGD: dict[str, Any] = {"loss": "pgd", "epsilon": EPSILON, "steps": STEPS, "step_size": STEP_FACTOR * EPSILON / STEPS}
 
 
 @dataclass(frozen=True)

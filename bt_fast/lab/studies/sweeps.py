@@ -15,13 +15,12 @@ from matplotlib.figure import Figure
 from bt_fast.deciding import STEP_FACTOR
 from bt_fast.lab.config import PRESETS
 from bt_fast.lab.report import new_figure
-from bt_fast.lab.studies.study import LAPTOP, PAPER, Findings, Study
+from bt_fast.lab.studies.study import EPSILON, LAPTOP, PAPER, PGD, Findings, Study
+from bt_fast.lab.studies.study import STEPS as MOST_STEPS
 
 # Figure 2: with groups known from a ten-step attack, one group's steps are 0 and the other two vary
 
 GROUPS = ("boundary", "outlier", "robust")  # in the order of the figure's panels
-MOST_STEPS = 7
-EPSILON = 0.3
 PAPER_STEPS = tuple(range(MOST_STEPS + 1))
 LAPTOP_STEPS = (0, MOST_STEPS)  # eight trainings of three attacks each
 
@@ -48,28 +47,28 @@ def _leave_one_out(steps: Sequence[int]) -> tuple[str, ...]:
     return tuple(dict.fromkeys([_BASELINE, *cells]))
 
 
-def _steps_of(found: Findings) -> Sequence[int]:
-    return LAPTOP_STEPS if found.scale == "laptop" else PAPER_STEPS
+def _steps_of(findings: Findings) -> Sequence[int]:
+    return LAPTOP_STEPS if findings.scale == "laptop" else PAPER_STEPS
 
 
-def _panel(found: Findings, without: str) -> np.ndarray[Any, Any]:
+def _panel(findings: Findings, without: str) -> np.ndarray[Any, Any]:
     """Robust accuracy in percent, [steps of the second group, steps of the first]."""
-    steps = _steps_of(found)
-    return np.array([[100 * found.mean(_cell(without, a, b), "robust") for a in steps] for b in steps])
+    steps = _steps_of(findings)
+    return np.array([[100 * findings.mean(_cell(without, a, b), "robust") for a in steps] for b in steps])
 
 
-def _answer_fig2(found: Findings) -> dict[str, Any]:
+def _answer_fig2(findings: Findings) -> dict[str, Any]:
     """The best robust accuracy without steps for a group."""
-    best = {f"N_{group[0].upper()} = 0": float(_panel(found, group).max()) for group in GROUPS}
-    baseline = 100 * found.mean(_BASELINE, "robust")
+    best = {f"N_{group[0].upper()} = 0": float(_panel(findings, group).max()) for group in GROUPS}
+    baseline = 100 * findings.mean(_BASELINE, "robust")
     return {"baseline": baseline, "best robust accuracy": best, "most missed first": sorted(best, key=best.__getitem__)}
 
 
-def _draw_fig2(found: Findings) -> Figure:
-    steps = _steps_of(found)
+def _draw_fig2(findings: Findings) -> Figure:
+    steps = _steps_of(findings)
     figure, panels = plt.subplots(1, 3, figsize=(13, 4.4), layout="constrained")
     for axes, without in zip(panels, GROUPS, strict=True):
-        values = _panel(found, without)
+        values = _panel(findings, without)
         image = axes.imshow(values, origin="lower", vmin=0, vmax=100, cmap="viridis")
         for (row, column), value in np.ndenumerate(values):
             axes.text(column, row, f"{value:.0f}", ha="center", va="center", color="w" if value < 60 else "k")
@@ -78,24 +77,16 @@ def _draw_fig2(found: Findings) -> Figure:
         axes.set_yticks(range(len(steps)), steps)
         axes.set(xlabel=f"N_{one[0].upper()}", ylabel=f"N_{other[0].upper()}", title=f"N_{without[0].upper()} = 0")
     figure.colorbar(image, ax=panels, label="robust accuracy (%)")
-    baseline = 100 * found.mean(_BASELINE, "robust")
-    figure.suptitle(f"{found.title}; N = {MOST_STEPS} for all: {baseline:.1f} %", fontsize=10)
+    baseline = 100 * findings.mean(_BASELINE, "robust")
+    figure.suptitle(f"{findings.title}; N = {MOST_STEPS} for all: {baseline:.1f} %", fontsize=10)
     return figure
 
 
-_PGD: dict[str, Any] = {
-    "loss": "pgd",
-    "epsilon": EPSILON,
-    "steps": MOST_STEPS,
-    "step_size": STEP_FACTOR * EPSILON / MOST_STEPS,
-}
 FIG2 = Study(
     "fig2",
     "Figure 2: robust accuracy of PGD training without steps for one group",
-    dataclasses.replace(LAPTOP, methods=_leave_one_out(LAPTOP_STEPS), **_PGD),
-    dataclasses.replace(
-        PRESETS["mnist"], methods=_leave_one_out(PAPER_STEPS), eval_steps=100, eval_restarts=20, **_PGD
-    ),
+    dataclasses.replace(LAPTOP, methods=_leave_one_out(LAPTOP_STEPS), **PGD),
+    dataclasses.replace(PRESETS["mnist"], methods=_leave_one_out(PAPER_STEPS), eval_steps=100, eval_restarts=20, **PGD),
     _draw_fig2,
     _answer_fig2,
 )
@@ -104,27 +95,27 @@ FIG2 = Study(
 # Figures 6 and 7: TRADES with BulletTrain at several values of one option
 
 
-def _answer_sweep(found: Findings) -> dict[str, Any]:
+def _answer_sweep(findings: Findings) -> dict[str, Any]:
     """How far accuracy moves over the values."""
-    robust = {found.label(m): found.mean(m, "robust") for m in found.methods}
-    clean = {found.label(m): found.mean(m, "clean") for m in found.methods}
+    robust = {findings.label(m): findings.mean(m, "robust") for m in findings.methods}
+    clean = {findings.label(m): findings.mean(m, "clean") for m in findings.methods}
     return {
         "robust": robust,
         "clean": clean,
-        "theoretical speedup": {found.label(m): found.mean(m, "theoretical_speedup") for m in found.methods},
+        "theoretical speedup": {findings.label(m): findings.mean(m, "theoretical_speedup") for m in findings.methods},
         "range of robust": max(robust.values()) - min(robust.values()),
         "range of clean": max(clean.values()) - min(clean.values()),
     }
 
 
-def _draw_sweep(found: Findings, symbol: str) -> Figure:
-    figure, axes = new_figure(found.title, height=4.8)
-    speed = [found.mean(m, "theoretical_speedup") for m in found.methods]
+def _draw_sweep(findings: Findings, symbol: str) -> Figure:
+    figure, axes = new_figure(findings.title, height=4.8)
+    speed = [findings.mean(m, "theoretical_speedup") for m in findings.methods]
     for measure, line in (("robust", "o-"), ("clean", "o--")):
-        axes.plot(speed, [100 * found.mean(m, measure) for m in found.methods], line, label=measure)
-    for method, x in zip(found.methods, speed, strict=True):
-        value = found.label(method).rpartition("=")[2]
-        at, above = (x, 100 * found.mean(method, "robust")), (0, 7)
+        axes.plot(speed, [100 * findings.mean(m, measure) for m in findings.methods], line, label=measure)
+    for method, x in zip(findings.methods, speed, strict=True):
+        value = findings.label(method).rpartition("=")[2]
+        at, above = (x, 100 * findings.mean(method, "robust")), (0, 7)
         axes.annotate(f"{symbol}={value}", at, above, textcoords="offset points", ha="center", fontsize=8)
     axes.set(xlabel="theoretical speedup", ylabel="accuracy (%)")
     axes.margins(y=0.15)

@@ -1,4 +1,4 @@
-"""Tables 1 to 4: accuracy and speedup of BulletTrain, and of what it is compared with."""
+"""Tables 1 to 4: accuracy and speedup of BulletTrain, and of the methods beside it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from bt_fast.lab.report import GROUP_COLOURS, new_figure
 from bt_fast.lab.studies.study import LAPTOP, PAPER, Findings, Study, mean
 
 Row = tuple[float | None, float | None, str]  # clean, robust in percent; theory / wall clock
-TRADES_METHODS: dict[str, Row] = {  # and what the paper reports of them: CIFAR-10, WRN-34-10, PGD-20
+TRADES_METHODS: dict[str, Row] = {  # with the paper's results: CIFAR-10, WRN-34-10, PGD-20
     "reference": (84.92, 56.61, "1 / 1"),
     "fast": (93.94, 4.48, "5.5 / 3.7"),
     "yopo-2-5": (89.95, 46.60, "- / 3.1"),
@@ -51,47 +51,47 @@ BULLET_METHODS: dict[str, Row] = {
 # The tables' answers
 
 
-def _rows(found: Findings, baseline: str, reported: Mapping[str, Row]) -> dict[str, Any]:
+def _rows(findings: Findings, baseline: str, reported: Mapping[str, Row]) -> dict[str, Any]:
     """Each method beside the baseline and the paper."""
     rows = []
-    for method in found.methods:
-        theory, robust = found.values(method, "theoretical_speedup"), found.values(method, "robust")
+    for method in findings.methods:
+        theory, robust = findings.values(method, "theoretical_speedup"), findings.values(method, "robust")
         rows.append(
             {
                 "method": method,
-                "label": found.label(method),
-                "clean": found.mean(method, "clean"),
+                "label": findings.label(method),
+                "clean": findings.mean(method, "clean"),
                 "robust": mean(robust),
                 "robust of each seed": robust,
-                "robust over the baseline": mean(robust) - found.mean(baseline, "robust"),
+                "robust over the baseline": mean(robust) - findings.mean(baseline, "robust"),
                 "theoretical speedup": None if None in theory else mean(theory),
-                "wall-clock speedup": found.clock(method, baseline),
+                "wall-clock speedup": findings.clock(method, baseline),
                 "paper": reported.get(method),
             }
         )
     return {"baseline": baseline, "rows": rows}
 
 
-def _fast_against_bullet(found: Findings) -> dict[str, Any]:
+def _fast_against_bullet(findings: Findings) -> dict[str, Any]:
     """For each number of steps of FAST, the configurations of BulletTrain that are no slower and no less robust."""
     dominated = {}
     for fast in FAST_METHODS:
-        speed, robust = found.mean(fast, "theoretical_speedup"), found.mean(fast, "robust")
-        dominated[found.label(fast)] = [
-            found.label(bullet)
+        speed, robust = findings.mean(fast, "theoretical_speedup"), findings.mean(fast, "robust")
+        dominated[findings.label(fast)] = [
+            findings.label(bullet)
             for bullet in BULLET_METHODS
-            if found.mean(bullet, "theoretical_speedup") >= speed and found.mean(bullet, "robust") >= robust
+            if findings.mean(bullet, "theoretical_speedup") >= speed and findings.mean(bullet, "robust") >= robust
         ]
-    rows = _rows(found, "fast-5", FAST_METHODS | BULLET_METHODS)["rows"]
+    rows = _rows(findings, "fast-5", FAST_METHODS | BULLET_METHODS)["rows"]
     return {"dominated by": dominated, "rows": rows}
 
 
 # Pictures
 
 
-def _draw_table(found: Findings, baseline: str, reported: Mapping[str, Row]) -> Figure:
+def _draw_table(findings: Findings, baseline: str, reported: Mapping[str, Row]) -> Figure:
     cells = []
-    for row in _rows(found, baseline, reported)["rows"]:
+    for row in _rows(findings, baseline, reported)["rows"]:
         seeds = ", ".join(f"{100 * robust:.1f}" for robust in row["robust of each seed"])
         theory, (clean, robust, speedup) = row["theoretical speedup"], row["paper"]
         cells.append(
@@ -99,7 +99,7 @@ def _draw_table(found: Findings, baseline: str, reported: Mapping[str, Row]) -> 
                 row["label"],
                 f"{100 * row['clean']:.1f} %",
                 f"{100 * row['robust']:.1f} % ({seeds})",
-                _shares(found.values(row["method"], "fractions")),
+                _shares(findings.values(row["method"], "fractions")),
                 "-" if theory is None else f"{theory:.2f}x",
                 f"{row['wall-clock speedup']:.2f}x",
                 f"{'' if clean is None else f'{clean:.1f} / '}{robust:.1f} %, {speedup}",
@@ -109,7 +109,7 @@ def _draw_table(found: Findings, baseline: str, reported: Mapping[str, Row]) -> 
     columns.append("paper: clean / robust, speedup")
     figure, axes = plt.subplots(figsize=(12, 0.8 + 0.36 * len(cells)), layout="constrained")
     axes.axis("off")
-    axes.set_title(_caption(found), fontsize=10)
+    axes.set_title(_caption(findings), fontsize=10)
     drawn = axes.table(cells, colLabels=columns, loc="center", cellLoc="right", colLoc="right")
     drawn.auto_set_font_size(False)
     drawn.set_fontsize(9)
@@ -125,23 +125,23 @@ def _shares(fractions: list[dict[str, float] | None]) -> str:
     return " / ".join(f"{mean([f[group] for f in fractions if f]):.2f}".lstrip("0") for group in GROUP_COLOURS)
 
 
-def _caption(found: Findings) -> str:
-    config, seeds = found.config, len(found.summaries)
+def _caption(findings: Findings) -> str:
+    config, seeds = findings.config, len(findings.summaries)
     return (
-        f"{found.title}\n{config['data']}, {config['train_size'] or 'all'} images, {config['model']}, "
-        f"{config['epochs']} epochs, {seeds} seed{'s' if seeds > 1 else ''} (scale: {found.scale})"
+        f"{findings.title}\n{config['data']}, {config['train_size'] or 'all'} images, {config['model']}, "
+        f"{config['epochs']} epochs, {seeds} seed{'s' if seeds > 1 else ''} (scale: {findings.scale})"
     )
 
 
-def _scatter(found: Findings) -> Figure:
-    figure, axes = new_figure(_caption(found), height=4.8)
+def _scatter(findings: Findings) -> Figure:
+    figure, axes = new_figure(_caption(findings), height=4.8)
     for name, methods, colour in (
         ("multi-step FAST", FAST_METHODS, "#1f77b4"),
         ("BulletTrain", BULLET_METHODS, "#d62728"),
     ):
-        speed = [found.mean(m, "theoretical_speedup") for m in methods]
+        speed = [findings.mean(m, "theoretical_speedup") for m in methods]
         for measure, line in (("robust", "o-"), ("clean", "o:")):
-            percent = [100 * found.mean(m, measure) for m in methods]
+            percent = [100 * findings.mean(m, measure) for m in methods]
             axes.plot(speed, percent, line, color=colour, label=f"TRADES + {name}: {measure}")
     axes.set(xlabel="theoretical speedup over TRADES", ylabel="accuracy (%)")
     axes.legend(fontsize=8)
@@ -151,7 +151,7 @@ def _scatter(found: Findings) -> Figure:
 def _table(
     name: str, title: str, baseline: str, reported: Mapping[str, Row], laptop: dict[str, Any], paper: dict[str, Any]
 ) -> Study:
-    """The study of a table: its methods, and what is another than in `LAPTOP` and `PAPER`."""
+    """The study of a table: its methods, and the options that replace those of `LAPTOP` and `PAPER`."""
     methods = tuple(reported)
     return Study(
         name,
