@@ -50,22 +50,13 @@ _share = functools.partial(option, min=0, max=1, max_open=True)
 
 @dataclass(frozen=True)
 class RunConfig:
-    """What a run trains and how. Step sizes, ε and pixels are in [0, 1] units; the defaults are those of the digits.
+    """The training of a run: its options as the command line has them, with the defaults of the digits.
 
-    Attributes:
-        methods: trained in lockstep on the same minibatches; each as `Method.parse` reads it.
-        engine: of the methods that name none, as `Engine.parse` reads it.
-        data: as `load_dataset`'s source; train_size, test_size: images of it, None for all.
-        model, width: as of `build_model`.
-        augment: random crops with 4 pixels of padding, and horizontal flips.
-        loss: the objective. "augmix" attacks nothing: such a run has no robust accuracy of its own.
-        epsilon, step_size, steps: the attack. beta: the weight of the robust term, which PGD has not.
-        boundary_steps, robust_steps, outlier_steps, gamma, fraction_momentum, metric, policy: BulletTrain's.
-        eval_steps, eval_restarts: PGD for the final robust accuracy.
-        curve_size: test images for the accuracy after each epoch (PGD-`eval_steps`, one start).
+    Step sizes, ε and pixels are in [0, 1] units. The objective "augmix" attacks nothing: such a run has no robust
+    accuracy of its own.
     """
 
-    methods: tuple[str, ...] = COMPARED
+    methods: tuple[str, ...] = COMPARED  # in lockstep on the same minibatches; each as `Method.parse` reads it
     engine: str = option(
         "fast",
         "How attack and update are executed, and options of it (fast,graphs=off). [fast]",

@@ -27,21 +27,16 @@ _FORM = re.compile(r"(reference|optimised|bullet|no-jsd|fast(?:-\d+)?|yopo-\d+-\
 class Method:
     """An algorithm, the engine that it runs on, and the run's options of which it has values of its own.
 
-    Attributes:
-        name: as it was written.
-        algorithm: "reference" (the objective as its authors wrote it), "optimised" (ours, the same result), "bullet"
-            (ours with BulletTrain), "fast" (`steps` steps from a uniform start), "yopo" (YOPO-`propagations`-
-            `layer_steps`) or "no-jsd" (AugMix without its divergence).
-        engine: "exact", "fast" or "bf16"; "" for the run's. ("frozen" was the first version's name of "fast".)
-        numbers: (N,) of fast, (m, n) of yopo, else empty.
-        changes: its own values, by the names of `RunConfig`'s fields.
+    Algorithms are "reference" (the objective as its authors wrote it), "optimised" (ours, the same result), "bullet"
+    (ours with BulletTrain), "fast" (N steps from a uniform start), "yopo" (YOPO-m-n) and "no-jsd" (AugMix without its
+    divergence).
     """
 
-    name: str
+    name: str  # as it was written
     algorithm: str
-    engine: str = ""
-    numbers: tuple[int, ...] = ()
-    changes: Mapping[str, float | int | str] = field(default_factory=dict)
+    engine: str = ""  # "exact", "fast" (in the first version "frozen") or "bf16"; "" for the run's
+    numbers: tuple[int, ...] = ()  # (N,) of fast, (m, n) of yopo
+    changes: Mapping[str, float | int | str] = field(default_factory=dict)  # by the names of `RunConfig`'s fields
 
     @classmethod
     def parse(cls, name: str) -> Method:

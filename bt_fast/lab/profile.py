@@ -41,45 +41,28 @@ Work = list[tuple[float, float]] | None  # when each piece was launched and how 
 
 @dataclass(frozen=True)
 class Phase:
-    """A phase of the traced iterations, per iteration.
+    """A phase of the traced iterations, in mean per iteration."""
 
-    Attributes:
-        name: one of `PHASES`, or "other": what lies in none of them.
-        calls: how often it was entered; 0 for "other".
-        host: seconds of the host in it; on the CPU that is the time of its work.
-        device: seconds of the GPU's work that was launched in it; None where none was traced.
-    """
-
-    name: str
-    calls: float
-    host: float
-    device: float | None
+    name: str  # one of `PHASES`, or "other", which is the rest
+    calls: float  # 0 for "other"
+    host: float  # seconds of the host; on the CPU that is the time of its work
+    device: float | None  # seconds of the GPU's work that was launched in it; None where none was traced
 
 
 @dataclass(frozen=True)
 class Profile:
-    """Time and energy of a method's iterations.
+    """Time and energy of a method's iterations."""
 
-    Attributes:
-        method: as `Method.parse` reads it; loss: its objective.
-        batch_size: m. epoch: the number of training images.
-        seconds: of each iteration without a trace.
-        phases: of `TRACED` further iterations, which tracing slows down.
-        power: of each device during the iterations of `seconds`. reason: why there is none, or None.
-        joules: per iteration, of all devices; None where they are not known.
-        machine: as of `provenance.machine`.
-    """
-
-    method: str
+    method: str  # as `Method.parse` reads it
     loss: str
     batch_size: int
-    epoch: int
-    seconds: tuple[float, ...]
-    phases: tuple[Phase, ...]
-    power: tuple[Summary, ...]
-    reason: str | None
-    joules: float | None
-    machine: dict[str, Any]
+    epoch: int  # the number of training images
+    seconds: tuple[float, ...]  # of each iteration without a trace
+    phases: tuple[Phase, ...]  # of `TRACED` further iterations, which tracing slows down
+    power: tuple[Summary, ...]  # of each device during the iterations of `seconds`
+    reason: str | None  # why there is no power, or None
+    joules: float | None  # per iteration, of all devices; None where they are not known
+    machine: dict[str, Any]  # as of `provenance.machine`
 
 
 def profile(

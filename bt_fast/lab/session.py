@@ -28,9 +28,6 @@ from bt_fast.lab.world import World, joined, norms_alone
 class Start:
     """Where a training's data, device and folder are, and which run it goes on from; named as the options are.
 
-    Attributes:
-        rank_timeout: in minutes.
-
     Raises:
         ValueError: a resumed run has another folder, too.
     """
@@ -41,7 +38,7 @@ class Start:
     resume: Path | None
     repeat: Path | None
     balance: bool
-    rank_timeout: float
+    rank_timeout: float  # minutes
 
     def __post_init__(self) -> None:
         for option, value in (("--out", self.out), ("--repeat", self.repeat)):

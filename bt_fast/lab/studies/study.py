@@ -38,25 +38,16 @@ PGD: dict[str, Any] = {"loss": "pgd", "epsilon": EPSILON, "steps": STEPS, "step_
 
 @dataclass(frozen=True)
 class Study:
-    """One table or figure of the paper.
-
-    Attributes:
-        name: as on the command line; title: its question, in a line.
-        laptop, paper: the configuration of a run at either scale; the seed is set for each run.
-        picture: draws the findings.
-        answers: the findings in numbers.
-        observe: called with the run after every tenth iteration.
-        corruptions: robust accuracy is that on a corrupted test set.
-    """
+    """One table or figure of the paper."""
 
     name: str
     title: str
-    laptop: RunConfig
+    laptop: RunConfig  # the configuration of a run at either scale; the seed is set for each run
     paper: RunConfig
     picture: Callable[[Findings], Figure]
-    answers: Callable[[Findings], dict[str, Any]]
-    observe: Observe | None = None
-    corruptions: bool = False
+    answers: Callable[[Findings], dict[str, Any]]  # the findings in numbers
+    observe: Observe | None = None  # called with the run after every tenth iteration
+    corruptions: bool = False  # robust accuracy is that on a corrupted test set
 
     def config(self, scale: str) -> RunConfig:
         """The configuration at a scale."""
