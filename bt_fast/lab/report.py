@@ -228,7 +228,7 @@ def _plot_accuracy(run: Run, records: list[dict[str, Any]]) -> Path:
     config = run.config
     measures = {"clean": "o:"} if config.loss == "augmix" else {"robust": "o-", "clean": "o:"}
     attack = "" if config.loss == "augmix" else f"PGD-{config.eval_steps}, "
-    figure, axes = new_figure(f"Accuracy against time ({attack}{config.curve_size} test images)")
+    figure, axes = new_figure(f"Accuracy against time ({attack}{config.curve_size} test images)", size=12)
     spare = itertools.cycle(plt.colormaps["tab20"](range(20)))
     for method in config.methods:
         colour = COLOURS.get(method.removesuffix("-exact").replace("-frozen", "-fast")) or next(spare)
@@ -243,7 +243,7 @@ def _plot_accuracy(run: Run, records: list[dict[str, Any]]) -> Path:
 
 
 def _plot_fractions(run: Run, records: list[dict[str, Any]]) -> Path:
-    figure, axes = new_figure("Assigned groups (compare Fig. 3)")
+    figure, axes = new_figure("Assigned groups (compare Fig. 3)", size=12)
     iterations = [r["iteration"] for r in records]
     for group, colour in GROUP_COLOURS.items():
         axes.plot(iterations, [100 * r[group] for r in records], color=colour, label=group)
@@ -253,10 +253,10 @@ def _plot_fractions(run: Run, records: list[dict[str, Any]]) -> Path:
     return save_figure(figure, run.folder / "fractions.png")
 
 
-def new_figure(title: str, height: float = 4.5) -> tuple[Figure, Any]:
-    """A figure of so many inches, and its axes with a grid and the title."""
+def new_figure(title: str, *, height: float = 4.5, size: float = 10) -> tuple[Figure, Any]:
+    """A figure of that height in inches, and its axes with a grid and the title in that size."""
     figure, axes = plt.subplots(figsize=(7, height), layout="constrained")
-    axes.set_title(title, fontsize=10)
+    axes.set_title(title, fontsize=size)
     axes.grid(alpha=0.3)
     return figure, axes
 
