@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import sys
+from contextlib import suppress
 
 from bt_fast.floors import FLOORS, too_old
 
@@ -11,11 +12,12 @@ EXTRA = ("click", "rich", "matplotlib", "jinja2")  # of pyproject.toml's extra l
 
 
 def main() -> None:
-    """Run the command line, or say what is missing for it."""
+    """Run the command line, or say which package it needs."""
     for name in EXTRA:
-        if (version := _version(name)) and too_old(name, version):
-            needed = f"{name} >= {FLOORS[name]}, but {version} is installed"
-            sys.exit(f"bt-fast: the command line needs {needed}: pip install --upgrade 'bt-fast[lab]'")
+        with suppress(importlib.metadata.PackageNotFoundError):
+            if (version := importlib.metadata.version(name)) and too_old(name, version):
+                needed = f"{name} >= {FLOORS[name]}, but {version} is installed"
+                sys.exit(f"bt-fast: the command line needs {needed}: pip install --upgrade 'bt-fast[lab]'")
     try:
         from bt_fast.lab.cli import cli
     except ModuleNotFoundError as error:
@@ -24,13 +26,6 @@ def main() -> None:
             raise
         sys.exit(f"bt-fast: the command line needs {missing}: pip install 'bt-fast[lab]'")
     cli()
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 if __name__ == "__main__":

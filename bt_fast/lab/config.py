@@ -3,75 +3,95 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
+import typing
+from collections.abc import Iterable
 from dataclasses import dataclass
+from types import UnionType
 from typing import Any
 
 from bt_fast.allocation import METRICS, POLICIES
-from bt_fast.engine import Engine
+from bt_fast.engine import ENGINES, Engine
 from bt_fast.guard import NON_FINITE
 from bt_fast.lab.files import parse_json
 from bt_fast.lab.methods import COMPARED, Method
 from bt_fast.units import warn_of_units
 
 OBJECTIVES = ("trades", "mart", "pgd", "augmix")
+SOURCES = "digits|mnist|cifar10|cifar100|PATH"
+
+
+def option(
+    default: object,
+    help: str | None = None,
+    *,
+    choices: Iterable[str] = (),
+    metavar: str | None = None,
+    **limits: float,
+) -> Any:
+    """A field of `RunConfig` with what the command line needs for it.
+
+    Args:
+        default: its value for the digits.
+        help, metavar: as of click's options.
+        choices: the values that it takes, if they are names.
+        limits: of a number, as of click's ranges: min, max, and min_open or max_open if the limit itself is outside.
+    """
+    shown = {"help": help, "metavar": metavar}
+    return dataclasses.field(default=default, metadata={"shown": shown, "choices": tuple(choices), "limits": limits})
+
+
+_at_least_1 = functools.partial(option, min=1)
+_at_least_0 = functools.partial(option, min=0)
+_above_0 = functools.partial(option, min=0, min_open=True)
+_share = functools.partial(option, min=0, max=1, max_open=True)
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """What a run trains and how. Step sizes, ε and pixels are in [0, 1] units.
+    """The training of a run: its options as the command line has them, with the defaults of the digits.
 
-    Attributes:
-        methods: what is trained, in lockstep on the same minibatches; each as `Method.parse` reads it, with options of
-            its own where it has them.
-        engine: of the methods that name none, as `Engine.parse` reads it.
-        loss: the objective, one of `OBJECTIVES`.
-        data: as `load_dataset`'s source. train_size, test_size: how many images of it; None is all.
-        model: as `build_model`'s name. width: of small-cnn.
-        augment: random crops with 4 pixels of padding, and horizontal flips.
-        epochs, batch_size, lr, sgd_momentum, weight_decay: SGD. lr falls tenfold after each of `decay_epochs`.
-        epsilon, step_size, steps: the attack. beta: the weight of the robust term, which PGD has not.
-        boundary_steps, robust_steps, outlier_steps, gamma, fraction_momentum, metric, policy: BulletTrain's.
-        non_finite: what becomes of a minibatch with NaN or Inf, one of `guard.NON_FINITE`.
-        grad_align: the weight of GradAlign's regulariser, added to the loss.
-        eval_steps, eval_restarts: PGD for the final robust accuracy.
-        curve_size: test images for the accuracy after each epoch (PGD-`eval_steps`, one start).
-
-    A run with the objective "augmix" attacks nothing: it has no robust accuracy of its own.
+    Step sizes, ε and pixels are in [0, 1] units. The objective "augmix" attacks nothing: such a run has no robust
+    accuracy of its own.
     """
 
-    methods: tuple[str, ...]
-    engine: str
-    data: str
-    train_size: int | None
-    test_size: int | None
-    model: str
-    width: int | None
-    augment: bool
-    loss: str
-    epochs: int
-    batch_size: int
-    lr: float
-    sgd_momentum: float
-    weight_decay: float
-    decay_epochs: tuple[int, ...]
-    epsilon: float
-    step_size: float
-    steps: int
-    beta: float
-    boundary_steps: int
-    robust_steps: int
-    outlier_steps: int
-    gamma: float
-    fraction_momentum: float
-    metric: str
-    policy: str
-    grad_align: float
-    non_finite: str
-    eval_steps: int
-    eval_restarts: int
-    curve_size: int
-    seed: int
+    methods: tuple[str, ...] = COMPARED  # in lockstep on the same minibatches; each as `Method.parse` reads it
+    engine: str = option(
+        "fast",
+        "How attack and update are executed, and options of it (fast,graphs=off). [fast]",
+        metavar="|".join(ENGINES),
+    )
+    data: str = option("digits", "Data set; PATH is an .npz or a folder. [digits]", metavar=SOURCES)
+    train_size: int | None = _at_least_1(None, "Use the first N training images. [all]")
+    test_size: int | None = _at_least_1(None, "Use the first N test images. [all]")
+    model: str = option("small-cnn", "small-cnn, preactresnet-18 or wrn-D-K.", metavar="NAME")
+    width: int | None = _at_least_1(16, "Channels of small-cnn's first layer.")
+    augment: bool = option(False, "Random crops and flips.")
+    loss: str = option("trades", "Objective. [trades]", choices=OBJECTIVES)
+    epochs: int = _at_least_1(3)
+    batch_size: int = _at_least_1(50)
+    lr: float = _above_0(0.03, "SGD learning rate.")
+    sgd_momentum: float = _share(0.9)
+    weight_decay: float = _at_least_0(0.0)
+    decay_epochs: tuple[int, ...] = _at_least_1((2,), "Epochs after which lr falls tenfold (repeatable).")
+    epsilon: float = _above_0(0.2, "Radius of the l_inf ball, in [0, 1] pixel units.")
+    step_size: float = _above_0(0.04, "Step size of the attack.")
+    steps: int = _at_least_1(10, "Attack steps N without BulletTrain. [10]")
+    beta: float = _at_least_0(6.0, "Weight of the robust term (not of pgd).")
+    boundary_steps: int = _at_least_0(10, "N_B of BulletTrain. [--steps]")
+    robust_steps: int = _at_least_0(2, "N_R of BulletTrain. [2]")
+    outlier_steps: int = _at_least_0(0, "N_O of BulletTrain. [0]")
+    gamma: float = _above_0(0.8, "Scale of F_R. [0.8]", max=1)
+    fraction_momentum: float = _share(0.9, "p of F_R. [0.9]")
+    metric: str = option("signed_variance", "Of a sample's certainty. [signed_variance]", choices=METRICS)
+    policy: str = option("three_groups", "Certainty to steps. [three_groups]", choices=POLICIES)
+    grad_align: float = _at_least_0(0.0, "Weight of GradAlign's regulariser. [0]")
+    non_finite: str = option("raise", "A minibatch with NaN or Inf. [raise]", choices=NON_FINITE)
+    eval_steps: int = _at_least_1(20, "Steps of the final PGD. [20]")
+    eval_restarts: int = _at_least_1(1, "Restarts of the final PGD. [1]")
+    curve_size: int = _at_least_1(250, "Test images evaluated after each epoch.")
+    seed: int = _at_least_0(0, max=2**32 - 1)  # torch's CPU generator keeps 32 bits
 
     def to_json(self) -> str:
         """One line of JSON."""
@@ -85,49 +105,36 @@ class RunConfig:
             ValueError: it is not one, or of another version.
         """
         try:
-            fields = parse_json(text)
+            values = parse_json(text)
         except ValueError as error:
             raise ValueError(f"not a run configuration: {error}; expected what `to_json` wrote") from error
-        if isinstance(fields, dict):
-            fields = _ADDED | fields
-        names = {field.name for field in dataclasses.fields(cls)}
-        if not isinstance(fields, dict) or set(fields) != names:
-            found = sorted(fields) if isinstance(fields, dict) else type(fields).__name__
+        if isinstance(values, dict):
+            values = {"engine": "exact"} | values  # configurations from before there were engines
+        if not isinstance(values, dict) or not set(KINDS) - _LATER <= set(values) <= set(KINDS):
+            names = sorted(values) if isinstance(values, dict) else type(values).__name__
             raise ValueError(
-                f"not a run configuration of this version: found {found}, expected {sorted(names)}; "
+                f"not a run configuration of this version: found {names}, expected {sorted(KINDS)}; "
                 "give it to the version of bt_fast that wrote it"
             )
-        lists = {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
-        config = cls(**{**fields, **lists})
-        for name, kinds in _KINDS.items():
-            value = getattr(config, name)
-            if (isinstance(value, bool) and bool not in kinds) or not isinstance(value, kinds):
+        for name, value in values.items():
+            values[name] = tuple(value) if isinstance(value, list) else value
+            if not _fits(values[name], KINDS[name]):
                 raise ValueError(
-                    f"{name} in the run configuration has the wrong kind of value: {value!r}; "
-                    f"write a value like {getattr(_DIGITS, name)!r}"
+                    f"{name} in the run configuration has the wrong kind of value: {values[name]!r}; "
+                    f"write a value like {getattr(cls, name)!r}"
                 )
-        for name, kind in (("methods", str), ("decay_epochs", int)):
-            values = getattr(config, name)
-            if any(type(value) is not kind for value in values):
-                raise ValueError(
-                    f"{name} in the run configuration has the wrong kind of values: {values!r}; "
-                    f"write values like {getattr(_DIGITS, name)!r}"
-                )
+        config = cls(**values)
         config.check()
         return config
 
     def check(self) -> None:
         """Raise ValueError, which names the option, for a choice that there is not, or not for the objective."""
-        for name, value, choices in (
-            ("loss", self.loss, OBJECTIVES),
-            ("metric", self.metric, METRICS),
-            ("policy", self.policy, POLICIES),
-            ("non_finite", self.non_finite, NON_FINITE),
-        ):
-            if value not in choices:
+        for field in dataclasses.fields(self):
+            value, choices = getattr(self, field.name), field.metadata.get("choices")
+            if choices and value not in choices:
                 raise ValueError(
-                    f"{name} in the run configuration must be one of {', '.join(choices)}, got {value!r}; "
-                    f"write {name}={next(iter(choices))!r}"
+                    f"{field.name} in the run configuration must be one of {', '.join(choices)}, got {value!r}; "
+                    f"write {field.name}={choices[0]!r}"
                 )
         Engine.parse(self.engine)
         if len(set(self.methods)) < len(self.methods) or not self.methods:
@@ -140,15 +147,15 @@ class RunConfig:
                 warn_of_units(config.epsilon, step_size=config.step_size)
 
     def of_method(self, name: str) -> tuple[Method, RunConfig]:
-        """The method of that name, and this configuration with what the method has for itself.
+        """The method of that name, and this configuration with the method's own options.
 
         Raises:
             ValueError: there is no such method, or not for this objective.
         """
         method = Method.parse(name)
-        taken = _OF_AUGMIX if self.loss == "augmix" else _OF_ATTACKS
-        if method.algorithm not in taken:
-            raise ValueError(f"--method {name}: {self.loss} has {', '.join(taken)}; name one of these")
+        algorithms = _OF_AUGMIX if self.loss == "augmix" else _OF_ATTACKS
+        if method.algorithm not in algorithms:
+            raise ValueError(f"--method {name}: {self.loss} has {', '.join(algorithms)}; name one of these")
         changes: dict[str, Any] = dict(method.changes)
         return method, dataclasses.replace(self, **changes)
 
@@ -159,44 +166,21 @@ class RunConfig:
         return [f"{name}: {mine[name]} against {theirs[name]}" for name in names]
 
 
-_DIGITS = RunConfig(
-    methods=COMPARED,
-    engine="fast",
-    data="digits",
-    train_size=None,
-    test_size=None,
-    model="small-cnn",
-    width=16,
-    augment=False,
-    loss="trades",
-    epochs=3,
-    batch_size=50,
-    lr=0.03,
-    sgd_momentum=0.9,
-    weight_decay=0.0,
-    decay_epochs=(2,),
-    epsilon=0.2,
-    step_size=0.04,
-    steps=10,
-    beta=6.0,
-    boundary_steps=10,
-    robust_steps=2,
-    outlier_steps=0,
-    gamma=0.8,
-    fraction_momentum=0.9,
-    metric="signed_variance",
-    policy="three_groups",
-    grad_align=0.0,
-    non_finite="raise",
-    eval_steps=20,
-    eval_restarts=1,
-    curve_size=250,
-    seed=0,
-)
+def _fits(value: object, kind: Any) -> bool:
+    """Whether a value, read from JSON, has the type of its field; an integer is a float, too, a bool is no number."""
+    if isinstance(kind, UnionType):
+        return any(_fits(value, member) for member in typing.get_args(kind))
+    if typing.get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(type(member) is typing.get_args(kind)[0] for member in value)
+    return type(value) is kind or (kind is float and type(value) is int)
 
-# the scripts of TRADES, as the paper's Table 2 runs them
-_CIFAR = dataclasses.replace(
-    _DIGITS,
+
+KINDS: dict[str, Any] = typing.get_type_hints(RunConfig)
+_OF_ATTACKS = ("reference", "optimised", "bullet", "fast", "yopo")
+_OF_AUGMIX = ("optimised", "bullet", "no-jsd")
+_LATER = {"metric", "policy", "grad_align", "non_finite"}  # options that older configurations lack: the default
+
+_CIFAR = RunConfig(  # the scripts of TRADES, as the paper's Table 2 runs them
     data="cifar10",
     model="wrn-34-10",
     width=None,
@@ -210,34 +194,9 @@ _CIFAR = dataclasses.replace(
     step_size=0.007,
     curve_size=500,
 )
-
-# The defaults for each data set. "digits" is chosen so that two CPU cores finish a comparison in minutes.
-PRESETS = {
-    "digits": _DIGITS,
-    "mnist": dataclasses.replace(_DIGITS, data="mnist", width=32, epochs=10, decay_epochs=(8,), curve_size=500),
+PRESETS = {  # the defaults for each data set; those of the digits let two CPU cores finish a comparison in minutes
+    "digits": RunConfig(),
+    "mnist": RunConfig(data="mnist", width=32, epochs=10, decay_epochs=(8,), curve_size=500),
     "cifar10": _CIFAR,
     "cifar100": dataclasses.replace(_CIFAR, data="cifar100"),
 }
-
-_OF_ATTACKS = ("reference", "optimised", "bullet", "fast", "yopo")
-_OF_AUGMIX = ("optimised", "bullet", "no-jsd")
-
-# what configurations that were written before these options existed mean
-_ADDED = {
-    "metric": "signed_variance",
-    "policy": "three_groups",
-    "grad_align": 0.0,
-    "non_finite": "raise",
-    "engine": "exact",
-}
-
-_OPTIONAL = {"train_size", "test_size", "width"}
-
-
-def _kinds(name: str, example: object) -> tuple[type, ...]:
-    if name in _OPTIONAL:
-        return (int, type(None))
-    return (int, float) if isinstance(example, float) else (type(example),)
-
-
-_KINDS = {name: _kinds(name, value) for name, value in dataclasses.asdict(_DIGITS).items()}

@@ -16,30 +16,33 @@ Interval = tuple[float, float]
 
 
 class TrainingEnergy:
-    """Measures in its `with` block, and adds up over any number of blocks and resumed runs.
+    """The joules of each method's steps, measured in `with` blocks and added up over them and over resumed runs.
 
-    A sum of which a part is unknown is unknown. Of several methods nothing is told where the device's power is an
-    average over a second, or their steps are short: it would be shared out by chance.
+    A sum of which a part is unknown is unknown. Those of several methods are unknown where the device's power is an
+    average over a second, or their steps are short: the energy would be shared out by chance.
 
     Args:
         device: that of training, or its UUID.
-        methods: whose steps `add` is told.
+        methods: those whose steps `add` takes.
     """
 
     def __init__(self, device: torch.device | str, methods: Sequence[str]) -> None:
         self._monitor = PowerMonitor(device, INTERVAL)
         self._unknown: str | None = None
         self._steps: dict[str, list[Interval]] = {method: [] for method in methods}  # since samples were added up
-        self._joules = dict.fromkeys(methods, 0.0)
-        self._seconds = dict.fromkeys(methods, 0.0)
-        self._counts = dict.fromkeys(methods, 0)
+        self._sums: dict[str, dict[str, Any]] = {
+            "joules": dict.fromkeys(methods, 0.0),
+            "seconds": dict.fromkeys(methods, 0.0),
+            "counts": dict.fromkeys(methods, 0),
+        }
 
     @property
     def reason(self) -> str | None:
         """Why the joules are unknown, or None."""
-        if self._unknown is not None or len(self._counts) == 1:
+        counts, seconds = self._sums["counts"], self._sums["seconds"]
+        if self._unknown is not None or len(counts) == 1:
             return self._unknown
-        shortest = min((self._seconds[m] / n for m, n in self._counts.items() if n), default=SHORTEST)
+        shortest = min((seconds[method] / n for method, n in counts.items() if n), default=SHORTEST)
         if shortest >= SHORTEST:
             return None
         return (
@@ -48,7 +51,7 @@ class TrainingEnergy:
 
     def joules(self, method: str) -> float | None:
         """Of the method's steps up to the last `settle` or end of a block; None where `reason` says why."""
-        return None if self.reason is not None else self._joules[method]
+        return None if self.reason is not None else self._sums["joules"][method]
 
     def __enter__(self) -> TrainingEnergy:
         if self._unknown is None:
@@ -74,31 +77,31 @@ class TrainingEnergy:
 
     def _add_up(self) -> None:
         taken, self._steps = self._steps, {method: [] for method in self._steps}
-        used = {method: self._monitor.joules_during(steps) for method, steps in taken.items() if steps}
-        self._unknown = self._why_unknown(used)
-        for method, joules in used.items():
-            self._joules[method] += joules or 0.0
-            self._seconds[method] += sum(end - begin for begin, end in taken[method])
-            self._counts[method] += len(taken[method])
+        joules = {method: self._monitor.joules_during(steps) for method, steps in taken.items() if steps}
+        self._unknown = self._why_unknown(joules)
+        for method, used in joules.items():
+            self._sums["joules"][method] += used or 0.0
+            self._sums["seconds"][method] += sum(end - begin for begin, end in taken[method])
+            self._sums["counts"][method] += len(taken[method])
 
-    def _why_unknown(self, used: dict[str, float | None]) -> str | None:
+    def _why_unknown(self, joules: dict[str, float | None]) -> str | None:
         """Why the joules of these methods' last steps are not known, or None."""
-        told = self._monitor.summary()
-        if not used:
+        if not joules:
             return None
-        if not told:
+        if not (summaries := self._monitor.summary()):
             return "the GPU was lost"
-        if None in used.values():
-            lost = told[0].lost
+        summary = summaries[0]
+        if None in joules.values():
+            lost = summary.lost
             return "the GPU did not tell its power all the time" if lost is None else f"the GPU was lost ({lost})"
-        if told[0].power_source == "average" and len(self._counts) > 1:
+        if summary.power_source == "average" and len(self._steps) > 1:
             return "the GPU tells its power as an average over a second, in which several methods take steps"
-        return told[0].shared
+        return summary.shared
 
     def state(self) -> dict[str, Any]:
         """What `load` takes."""
         self.settle()
-        return {"unknown": self._unknown, **{name: dict(of_methods) for name, of_methods in self._sums().items()}}
+        return {"unknown": self._unknown, **{name: dict(of_methods) for name, of_methods in self._sums.items()}}
 
     def load(self, state: dict[str, Any] | None) -> None:
         """Go on from what `state` returned; None is of a version that measured nothing."""
@@ -106,8 +109,5 @@ class TrainingEnergy:
             self._unknown = "the run was begun by a version that did not measure it"
             return
         self._unknown = state["unknown"]
-        for name, of_methods in self._sums().items():
+        for name, of_methods in self._sums.items():
             of_methods.update({method: state[name][method] for method in of_methods})
-
-    def _sums(self) -> dict[str, dict[str, Any]]:
-        return {"joules": self._joules, "seconds": self._seconds, "counts": self._counts}

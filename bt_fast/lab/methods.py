@@ -1,4 +1,4 @@
-"""What a run trains, as one writes it: `bullet`, `optimised-bf16`, `fast-2`, `bullet-exact,robust-steps=0`."""
+"""The methods of a run, as one writes them: `bullet`, `optimised-bf16`, `fast-2`, `bullet-exact,robust-steps=0`."""
 
 from __future__ import annotations
 
@@ -20,28 +20,23 @@ CHANGES = {  # options of a run that a method may have for itself, and their kin
     "policy": str,
     "grad-align": float,
 }
-_FORM = re.compile(r"(reference|optimised|bullet|fast(?:-\d+)?|yopo-\d+-\d+|no-jsd)(?:-(exact|fast|bf16|frozen))?")
+_FORM = re.compile(r"(reference|optimised|bullet|no-jsd|fast(?:-\d+)?|yopo-\d+-\d+)(?:-(exact|fast|bf16|frozen))?")
 
 
 @dataclass(frozen=True)
 class Method:
-    """An algorithm, the engine that it runs on, and what it has for itself of the run's options.
+    """An algorithm, the engine that it runs on, and the run's options of which it has values of its own.
 
-    Attributes:
-        name: as it was written.
-        algorithm: "reference" (the objective as its authors wrote it), "optimised" (ours, the same result), "bullet"
-            (ours with BulletTrain), "fast" (`steps` steps from a uniform start), "yopo" (YOPO-`propagations`-
-            `layer_steps`) or "no-jsd" (AugMix without its divergence).
-        engine: "exact", "fast" or "bf16"; "" for the run's. ("frozen" was the first version's name of "fast".)
-        numbers: (N,) of fast, (m, n) of yopo, else empty.
-        changes: values by the names of `RunConfig`'s fields.
+    Algorithms are "reference" (the objective as its authors wrote it), "optimised" (ours, the same result), "bullet"
+    (ours with BulletTrain), "fast" (N steps from a uniform start), "yopo" (YOPO-m-n) and "no-jsd" (AugMix without its
+    divergence).
     """
 
-    name: str
+    name: str  # as it was written
     algorithm: str
-    engine: str = ""
-    numbers: tuple[int, ...] = ()
-    changes: Mapping[str, float | int | str] = field(default_factory=dict)
+    engine: str = ""  # "exact", "fast" (in the first version "frozen") or "bf16"; "" for the run's
+    numbers: tuple[int, ...] = ()  # (N,) of fast, (m, n) of yopo
+    changes: Mapping[str, float | int | str] = field(default_factory=dict)  # by the names of `RunConfig`'s fields
 
     @classmethod
     def parse(cls, name: str) -> Method:
@@ -51,25 +46,23 @@ class Method:
             ValueError: there is none; the message says what there is.
         """
         form, *options = name.split(",")
-        found = _FORM.fullmatch(form)
-        if not found:
+        match = _FORM.fullmatch(form)
+        if not match:
             raise ValueError(
                 f"--method {name}: no such method; write one of {FORMS}, each also with -exact, -fast or -bf16 "
                 f"behind it, and then NAME=VALUE after a comma for {', '.join(CHANGES)}"
             )
-        algorithm, *digits = found[1].split("-") if found[1] != "no-jsd" else ["no-jsd"]
-        numbers = tuple(int(n) for n in digits) or ((1,) if algorithm == "fast" else ())
-        engine = "fast" if found[2] == "frozen" else found[2] or ""
+        form, engine = match.groups(default="")
+        algorithm, *counts = [form] if form == "no-jsd" else form.split("-")
+        numbers = tuple(map(int, counts)) or ((1,) if algorithm == "fast" else ())
         if 0 in numbers:
             raise ValueError(f"--method {name}: counts must be at least 1; write 1 or more")
         if engine and algorithm in ("reference", "yopo"):
-            raise ValueError(
-                f"--method {name}: {algorithm} runs as it was written, on no engine; leave -{found[2]} away"
-            )
+            raise ValueError(f"--method {name}: {algorithm} runs as it was written, on no engine; leave -{engine} away")
         changes = dict(_change(name, option) for option in options)
         if len(changes) < len(options):
             raise ValueError(f"--method {name}: an option is given twice; give each once")
-        return cls(name, algorithm, engine, numbers, changes)
+        return cls(name, algorithm, "fast" if engine == "frozen" else engine, numbers, changes)
 
 
 def _change(name: str, option: str) -> tuple[str, float | int | str]:
@@ -80,7 +73,5 @@ def _change(name: str, option: str) -> tuple[str, float | int | str]:
     try:
         return key.replace("-", "_"), kind(text)
     except ValueError as error:
-        raise ValueError(f"--method {name}: {key} must be {_KINDS[kind]}, got {text!r}; give one") from error
-
-
-_KINDS = {int: "an integer", float: "a number", str: "a name"}
+        expected = {int: "an integer", float: "a number"}[kind]
+        raise ValueError(f"--method {name}: {key} must be {expected}, got {text!r}; give one") from error

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich import box
 from rich.table import Table
 from torch import Tensor
 from torch.profiler import ProfilerActivity, record_function
@@ -26,65 +25,44 @@ from bt_fast.lab.files import write_text
 from bt_fast.lab.fitting import check_training
 from bt_fast.lab.locks import held, new_folder
 from bt_fast.lab.provenance import machine
-from bt_fast.lab.report import label
+from bt_fast.lab.report import label, plain_table
 from bt_fast.lab.training import WARM_UP, Contestant
 from bt_fast.power import PowerMonitor, Summary
 from bt_fast.ranges import PHASES
 
-TRACED = 3  # iterations in the trace, whose files are large
+TRACED = 3  # iterations in the trace: its files are large
 ITERATION, OTHER = "bt_fast::iteration", "other"
 _LAUNCHES = ("cuda_runtime", "cuda_driver")
 _WORK = ("kernel", "gpu_memcpy", "gpu_memset")
 
 Event = dict[str, Any]
+Work = list[tuple[float, float]] | None  # when each piece was launched and how long it took, in microseconds
 
 
 @dataclass(frozen=True)
 class Phase:
-    """A phase of the traced iterations, per iteration.
+    """A phase of the traced iterations, in mean per iteration."""
 
-    Attributes:
-        name: one of `PHASES`, or "other": what lies in none of them.
-        calls: how often it was entered; 0 for "other".
-        host: seconds of the host in it; on the CPU that is the time of its work.
-        device: seconds of the GPU's work that was launched in it; None where none was traced.
-    """
-
-    name: str
-    calls: float
-    host: float
-    device: float | None
+    name: str  # one of `PHASES`, or "other", which is the rest
+    calls: float  # 0 for "other"
+    host: float  # seconds of the host; on the CPU that is the time of its work
+    device: float | None  # seconds of the GPU's work that was launched in it; None where none was traced
 
 
 @dataclass(frozen=True)
 class Profile:
-    """What some iterations of a method came to.
+    """Time and energy of a method's iterations."""
 
-    Attributes:
-        method: as `Method.parse` reads it; loss: its objective.
-        batch_size: m. epoch: the number of training images.
-        seconds: of each iteration without a trace.
-        phases: of `TRACED` further iterations, which tracing slows down.
-        power: of each device during the iterations of `seconds`. reason: why there is none, or None.
-        joules: per iteration, of all devices; None where they do not tell.
-        machine: as `report.machine`.
-    """
-
-    method: str
+    method: str  # as `Method.parse` reads it
     loss: str
     batch_size: int
-    epoch: int
-    seconds: tuple[float, ...]
-    phases: tuple[Phase, ...]
-    power: tuple[Summary, ...]
-    reason: str | None
-    joules: float | None
-    machine: dict[str, Any]
-
-    @property
-    def joules_per_sample(self) -> float | None:
-        """Of a training image."""
-        return None if self.joules is None else self.joules / self.batch_size
+    epoch: int  # the number of training images
+    seconds: tuple[float, ...]  # of each iteration without a trace
+    phases: tuple[Phase, ...]  # of `TRACED` further iterations, which tracing slows down
+    power: tuple[Summary, ...]  # of each device during the iterations of `seconds`
+    reason: str | None  # why there is no power, or None
+    joules: float | None  # per iteration, of all devices; None where they are not known
+    machine: dict[str, Any]  # as of `provenance.machine`
 
 
 def profile(
@@ -93,13 +71,10 @@ def profile(
     """Run `WARM_UP` iterations of the configuration's only method, then `iterations` timed and `TRACED` traced ones.
 
     Writes `trace.json`, for Perfetto or chrome://tracing, and `profile.json` into the folder, which is this process's
-    meanwhile.
-
-    Args:
-        folder: None for a new one, `profiles/DATE-TIME`.
+    meanwhile. A folder of None is a new one, `profiles/DATE-TIME`.
 
     Returns:
-        what came of it, and the folder.
+        the profile and the folder.
 
     Raises:
         ValueError: as of `fitting.check_training`; the folder holds such a file already, or another process writes one.
@@ -127,7 +102,7 @@ def _profiled(contestant: Contestant, dataset: ImageDataset, folder: Path, itera
     seconds = tuple(contestant.seconds[-iterations:])
     events = _traced(contestant, ready[-TRACED:], folder / "trace.json")
     joules = monitor.joules()
-    found = Profile(
+    result = Profile(
         method=contestant.method,
         loss=config.loss,
         batch_size=len(ready[0][1]),
@@ -139,22 +114,22 @@ def _profiled(contestant: Contestant, dataset: ImageDataset, folder: Path, itera
         joules=None if joules is None else joules / iterations,
         machine=machine(device),
     )
-    write_text(folder / "profile.json", json.dumps(dataclasses.asdict(found), indent=2) + "\n")
-    return found
+    write_text(folder / "profile.json", json.dumps(dataclasses.asdict(result), indent=2) + "\n")
+    return result
 
 
 def _batches(config: RunConfig, dataset: ImageDataset, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
     """Whole minibatches as training sees them, without end."""
-    size, iteration = min(config.batch_size, len(dataset.x_train)), 0
+    n = len(dataset.x_train)
+    size, iteration = min(config.batch_size, n), count()
     for epoch in count():
-        for batch in minibatches(len(dataset.x_train), size, seed=config.seed, epoch=epoch):
+        for batch in minibatches(n, size, seed=config.seed, epoch=epoch):
             if len(batch) < size:  # an epoch's last one would not compare
                 continue
             x = images(dataset.x_train[batch], device)
             if config.augment:
-                x = crop_and_flip(x, seed=config.seed, iteration=iteration)
+                x = crop_and_flip(x, seed=config.seed, iteration=next(iteration))
             yield x, dataset.y_train[batch].to(device)
-            iteration += 1
 
 
 def _traced(contestant: Contestant, batches: Sequence[tuple[Tensor, Tensor]], path: Path) -> list[Event]:
@@ -169,7 +144,7 @@ def _traced(contestant: Contestant, batches: Sequence[tuple[Tensor, Tensor]], pa
                 synchronize(contestant.device)
     profiled.export_chrome_trace(str(path))
     trace: dict[str, Any] = json.loads(path.read_text())
-    for name in ("host_name", "traceName"):  # whose machine it was is nobody's business
+    for name in ("host_name", "traceName"):  # they name the machine
         trace.pop(name, None)
     write_text(path, json.dumps(trace))
     events: list[Event] = trace["traceEvents"]
@@ -191,70 +166,54 @@ def phases_of(events: Sequence[Event]) -> tuple[Phase, ...]:
     iterations = _annotations(events, [ITERATION])
     if not iterations:
         raise ValueError(f"the trace holds no {ITERATION}: give one that `bt-fast profile` wrote")
-    ranges, end = [], float("-inf")
+    outermost: dict[str, list[Event]] = {name: [] for name in PHASES}
+    end = float("-inf")
     for event in _annotations(events, PHASES):
         if event["ts"] >= end:
-            ranges.append(event)
+            outermost[event["name"]].append(event)
             end = event["ts"] + event["dur"]
-    work = _launched(events)
-    n = len(iterations)
-    found = []
-    for name in PHASES:
-        mine = [event for event in ranges if event["name"] == name]
-        if mine:
-            found.append(Phase(name, len(mine) / n, _host(mine) / n, _within(work, mine, n)))
-    host = _host(iterations) / n - sum(phase.host for phase in found)
-    device = _within(work, iterations, n)
-    if device is not None:
-        device -= sum(phase.device for phase in found if phase.device is not None)
-    return (*found, Phase(OTHER, 0, host, device))
+    work, n = _launched(events), len(iterations)
+    phases = [_phase(name, ranges, work, n) for name, ranges in outermost.items() if ranges]
+    whole = _phase(ITERATION, iterations, work, n)
+    host = whole.host - sum(phase.host for phase in phases)
+    device = None if whole.device is None else whole.device - sum(phase.device or 0.0 for phase in phases)
+    return (*phases, Phase(OTHER, 0, host, device))
 
 
 def _annotations(events: Sequence[Event], names: Sequence[str]) -> list[Event]:
     """The host's ranges of these names, by their start."""
-    found = [e for e in events if e.get("cat") == "user_annotation" and e.get("ph") == "X" and e["name"] in names]
-    return sorted(found, key=lambda event: (event["ts"], -event["dur"]))
+    ranges = [e for e in events if e.get("cat") == "user_annotation" and e.get("ph") == "X" and e["name"] in names]
+    return sorted(ranges, key=lambda event: (event["ts"], -event["dur"]))
 
 
-def _host(ranges: Sequence[Event]) -> float:
-    return sum(float(event["dur"]) for event in ranges) / 1e6
+def _launched(events: Sequence[Event]) -> Work:
+    """The GPU's work; None without any."""
+    linked = [e for e in events if "correlation" in e.get("args", {})]
+    launches = {e["args"]["correlation"]: e["ts"] for e in linked if e.get("cat") in _LAUNCHES}
+    work = [(launches.get(e["args"]["correlation"]), e["dur"]) for e in linked if e.get("cat") in _WORK]
+    return [(launched, duration) for launched, duration in work if launched is not None] or None
 
 
-def _launched(events: Sequence[Event]) -> list[tuple[float, float]] | None:
-    """When each piece of the GPU's work was launched and how long it took, in microseconds; None without any."""
-    launches = {e["args"]["correlation"]: e["ts"] for e in events if e.get("cat") in _LAUNCHES and _correlated(e)}
-    work = [e for e in events if e.get("cat") in _WORK and _correlated(e) and e["args"]["correlation"] in launches]
-    return [(launches[e["args"]["correlation"]], e["dur"]) for e in work] or None
-
-
-def _correlated(event: Event) -> bool:
-    return "correlation" in event.get("args", {})
-
-
-def _within(work: list[tuple[float, float]] | None, ranges: Sequence[Event], iterations: int) -> float | None:
-    """Seconds per iteration of the work that was launched within the ranges, which do not overlap."""
-    if work is None:
-        return None
-    starts = [event["ts"] for event in ranges]
-    total = 0.0
-    for launched, duration in work:
+def _phase(name: str, ranges: Sequence[Event], work: Work, iterations: int) -> Phase:
+    """The phase of these ranges, which do not overlap and are in order."""
+    starts, device = [event["ts"] for event in ranges], 0.0
+    for launched, duration in work or ():
         k = bisect_right(starts, launched) - 1
         if k >= 0 and launched < ranges[k]["ts"] + ranges[k]["dur"]:
-            total += duration
-    return total / 1e6 / iterations
+            device += duration
+    host = sum(float(event["dur"]) for event in ranges)
+    seconds_on_device = None if work is None else device / 1e6 / iterations
+    return Phase(name, len(ranges) / iterations, host / 1e6 / iterations, seconds_on_device)
 
 
 # For the terminal
 
 
-def table(found: Profile) -> Table:
+def table(result: Profile) -> Table:
     """The phases of one iteration, for the terminal."""
-    view = Table(box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False)
-    view.add_column(label(found.method, found.loss), no_wrap=True)
-    for column in ("calls", "host ms", "share", "GPU ms"):
-        view.add_column(column, justify="right", no_wrap=True)
-    whole = sum(phase.host for phase in found.phases)
-    for phase in found.phases:
+    view = plain_table(None, label(result.method, result.loss), "calls", "host ms", "share", "GPU ms")
+    whole = sum(phase.host for phase in result.phases)
+    for phase in result.phases:
         view.add_row(
             phase.name.removeprefix("bt_fast::").replace("_", " "),
             f"{phase.calls:.3g}" if phase.calls else "-",
@@ -265,43 +224,38 @@ def table(found: Profile) -> Table:
     return view
 
 
-def lines(found: Profile) -> list[str]:
-    """Time and energy per iteration, sample and epoch, and what NVML tells besides."""
-    seconds = statistics.median(found.seconds)
-    per_epoch = found.epoch / found.batch_size
-    said = [
-        f"time: {1e3 * seconds:.2f} ms per iteration (median of {len(found.seconds)}, not traced), "
-        f"{1e6 * seconds / found.batch_size:.1f} us per sample, {per_epoch * seconds:.1f} s per epoch of {found.epoch}"
-    ]
-    if found.reason is not None:
-        return [*said, f"energy: not measured: {found.reason}"]
-    if found.joules is None or found.joules_per_sample is None:
-        said.append("energy: not measured: the device does not tell it, or was lost")
-    else:
-        said.append(
-            f"energy: {found.joules:.4g} J per iteration, {found.joules_per_sample:.4g} J per sample, "
-            f"{found.joules_per_sample * found.epoch:.4g} J per epoch of {found.epoch}, at this rate"
+def lines(result: Profile) -> list[str]:
+    """Time and energy per iteration, sample and epoch, and NVML's other figures."""
+    seconds, m, n = statistics.median(result.seconds), result.batch_size, result.epoch
+    time = (
+        f"time: {1e3 * seconds:.2f} ms per iteration (median of {len(result.seconds)}, not traced), "
+        f"{1e6 * seconds / m:.1f} us per sample, {n / m * seconds:.1f} s per epoch of {n}"
+    )
+    if result.reason is not None:
+        return [time, f"energy: not measured: {result.reason}"]
+    energy = "energy: not measured: the device does not tell it, or was lost"
+    if result.joules is not None:
+        energy = (
+            f"energy: {result.joules:.4g} J per iteration, {result.joules / m:.4g} J per sample, "
+            f"{result.joules / m * n:.4g} J per epoch of {n}, at this rate"
         )
-    return [*said, *(_line(summary) for summary in found.power)]
+    return [time, energy, *map(_line, result.power)]
 
 
 def _line(s: Summary) -> str:
-    """What there is of a summary."""
-    parts = [
-        None if s.energy_source is None else f"energy from the {s.energy_source}",
-        _said("{:.0f} W in mean", s.mean_power),
-        _said("{:.0f} W at most", s.max_power),
-        _said("SM {:.0%}", s.mean_sm_utilisation),
-        _said("memory {:.0%}", s.mean_memory_utilisation),
-        _said("{:.0f} MHz", s.mean_sm_clock),
-        _said("{:.0f} C", s.max_temperature),
-        None if s.peak_memory is None else f"{s.peak_memory / 2**30:.1f} GiB in use",
-        None if not s.throttle else "clocks held back: " + ", ".join(f"{n} {v:.0%}" for n, v in s.throttle.items()),
-        None if s.lost is None else f"LOST: {s.lost}",
-        s.shared,
-    ]
-    return f"{s.name}: " + ", ".join(part for part in parts if part)
-
-
-def _said(form: str, value: float | None) -> str | None:
-    return None if value is None else form.format(value)
+    """A device's summary, without what is not known."""
+    throttled = ", ".join(f"{name} {share:.0%}" for name, share in (s.throttle or {}).items())
+    parts = {
+        "energy from the {}": s.energy_source,
+        "{:.0f} W in mean": s.mean_power,
+        "{:.0f} W at most": s.max_power,
+        "SM {:.0%}": s.mean_sm_utilisation,
+        "memory {:.0%}": s.mean_memory_utilisation,
+        "{:.0f} MHz": s.mean_sm_clock,
+        "{:.0f} C": s.max_temperature,
+        "{:.1f} GiB in use": None if s.peak_memory is None else s.peak_memory / 2**30,
+        "clocks held back: {}": throttled or None,
+        "LOST: {}": s.lost,
+        "{}": s.shared,
+    }
+    return f"{s.name}: " + ", ".join(form.format(value) for form, value in parts.items() if value is not None)

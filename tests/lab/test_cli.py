@@ -19,6 +19,7 @@ from bt_fast.lab.checkpoint import load_checkpoint
 from bt_fast.lab.cli import cli
 from bt_fast.lab.methods import COMPARED
 from bt_fast.lab.models import build_model
+from bt_fast.lab.training import Run
 
 SMALL = [
     "--width",
@@ -365,7 +366,7 @@ def test_a_gpu_that_cannot_be_used_is_one_line_that_says_why_and_how_to_go_on(da
     ],
 )
 def test_a_full_memory_is_one_line_that_says_what_to_lower(data, compared, tmp_path, error):
-    with mock.patch.object(cli_module.Run, "train", side_effect=error):
+    with mock.patch.object(Run, "train", side_effect=error):
         line = one_line(bt_fast("train", "--data", data, "--out", tmp_path / "run", *SMALL))
     assert "the memory is full: try a smaller --batch-size or --model, --device cpu, or end what else" in line
     assert line.endswith(str(error).splitlines()[0])
@@ -375,7 +376,7 @@ def test_a_full_memory_is_one_line_that_says_what_to_lower(data, compared, tmp_p
 
 
 def test_another_error_is_not_taken_for_a_full_memory(data, tmp_path):
-    with mock.patch.object(cli_module.Run, "train", side_effect=RuntimeError("CUDA error: misaligned address")):
+    with mock.patch.object(Run, "train", side_effect=RuntimeError("CUDA error: misaligned address")):
         result = bt_fast("train", "--data", data, "--out", tmp_path / "run", *SMALL)
     assert str(result.exception) == "CUDA error: misaligned address"
 

@@ -26,13 +26,14 @@ from killed_runs import same
 from bt_fast import NonFiniteError
 from bt_fast.lab import files, training
 from bt_fast.lab.checkpoint import load_checkpoint, read_tensors, save_checkpoint
-from bt_fast.lab.cli import _stop_signals, cli
+from bt_fast.lab.cli import cli
 from bt_fast.lab.config import PRESETS
 from bt_fast.lab.data import ImageDataset, minibatches
 from bt_fast.lab.files import append_line, replacing, write_text
 from bt_fast.lab.locks import take
 from bt_fast.lab.provenance import Provenance, fingerprint
 from bt_fast.lab.report import summarise
+from bt_fast.lab.terminal import stop_signals
 from bt_fast.lab.training import Contestant, Run
 
 CPU = torch.device("cpu")
@@ -462,7 +463,7 @@ def test_where_every_minibatch_is_skipped_no_loss_and_no_fractions_are_told(tmp_
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_first_signal_asks_to_stop_and_the_second_exits_at_once(number, capfd):
     before = signal.getsignal(number)
-    with _stop_signals() as stop:
+    with stop_signals() as stop:
         os.kill(os.getpid(), number)
         assert stop == [number]
         assert "once more to stop at once" in capfd.readouterr().err

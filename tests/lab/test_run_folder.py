@@ -77,7 +77,7 @@ def test_a_run_that_another_process_writes_is_not_resumed_or_begun_but_read(tmp_
 
 def test_a_second_resume_is_told_before_the_data_are_read(tmp_path, npz, monkeypatch):  # noqa: F811
     assert bt_fast("train", "--data", npz, "--out", tmp_path / "run", *SMALL).exit_code == 0
-    monkeypatch.setattr("bt_fast.lab.cli.load_dataset", None)
+    monkeypatch.setattr("bt_fast.lab.session.load_dataset", None)
     process, _ = child(lambda: hold(tmp_path / "run"))
     try:
         assert "writes there; wait for its end or stop it" in one_line(bt_fast("train", "--resume", tmp_path / "run"))

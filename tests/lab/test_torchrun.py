@@ -35,13 +35,13 @@ SMALL += ["--eval-steps=2", "--curve-size=13"]
 WITHOUT_DROPOUT = """
 import os, signal, sys, time
 from functools import partialmethod
-from bt_fast.lab import cli, models
+from bt_fast.lab import cli, models, session
 
 models.SmallCNN.__init__ = partialmethod(models.SmallCNN.__init__, dropout=0.0)
 """
 STOPPED = """
-stops, step = [], cli.Run._step
-def noted(run, stop, how, train=cli._train):
+stops, step = [], session.Run._step
+def noted(run, stop, how, train=session.train):
     stops.append(stop)
     train(run, stop, how)
 def preempted(run, batch):
@@ -50,7 +50,7 @@ def preempted(run, batch):
         os.kill(os.getppid(), signal.SIGTERM)  # as a cluster does it: torchrun tells the ranks
         while not stops[0]:
             time.sleep(0.01)
-cli._train, cli.Run._step = noted, preempted
+session.train, session.Run._step = noted, preempted
 """
 CONFIG = dataclasses.replace(
     PRESETS["digits"],

@@ -1,9 +1,9 @@
-"""Figures 3, 4 and 5: who is boundary, robust and outlier, and whether the signed prediction variance tells."""
+"""Figures 3, 4 and 5: the groups over training, and how well the signed prediction variance tells them apart."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -20,14 +20,12 @@ from bt_fast.attack.start import ball_start
 from bt_fast.attack.threat import ThreatModel
 from bt_fast.deciding import STEP_FACTOR
 from bt_fast.lab.config import PRESETS
-from bt_fast.lab.report import GROUP_COLOURS
-from bt_fast.lab.studies.study import LAPTOP, Findings, Study
+from bt_fast.lab.report import GROUP_COLOURS, new_figure
+from bt_fast.lab.studies.study import LAPTOP, PGD, STEPS, Findings, Study
 from bt_fast.lab.training import Run
 from bt_fast.plan import Plan
 
-ORACLE = Oracle()  # its ten-step attack tells the groups, as in section 3.1
-_PGD_STEPS = 7
-_EPSILON = 0.3
+ORACLE = Oracle()  # its ten-step attack tells the groups apart, as in section 3.1
 
 
 def oracle_groups(run: Run, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -77,63 +75,52 @@ def _of_kind(records: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
     return [record for record in records if record["kind"] == kind]
 
 
+def _series(findings: Findings, key: str, group: str) -> np.ndarray[Any, Any]:
+    """[seeds, observations]; NaN where there was none of the group."""
+    rows = [[record[key][group] for record in _of_kind(records, "groups")] for records in findings.records]
+    return np.array(rows, dtype=float)
+
+
+def _epochs(findings: Findings) -> list[float]:
+    """The epoch of each observation, as a fraction."""
+    records = findings.records[0]
+    last = max(record["iteration"] for record in records)
+    return [record["iteration"] / last * findings.config["epochs"] for record in _of_kind(records, "groups")]
+
+
 # Figure 3
 
 
-def _answer_fig3(found: Findings) -> dict[str, Any]:
+def _answer_fig3(findings: Findings) -> dict[str, Any]:
     """Each group's share in the first and in the last fifth of training."""
     answers: dict[str, Any] = {}
     for group in GROUP_COLOURS:
-        series = _series(found, "shares", group)
+        series = _series(findings, "shares", group)
         fifth = max(1, series.shape[1] // 5)
         first, last = float(series[:, :fifth].mean()), float(series[:, -fifth:].mean())
         answers[group] = {"first fifth": first, "last fifth": last, "rises": last > first}
     return answers
 
 
-def _draw_fig3(found: Findings) -> Figure:
-    figure, axes = _axes(found)
+def _draw_fig3(findings: Findings) -> Figure:
+    figure, axes = new_figure(findings.title)
     for group, colour in GROUP_COLOURS.items():
-        axes.plot(_epochs(found), 100 * _series(found, "shares", group).mean(axis=0), color=colour, label=group)
+        axes.plot(_epochs(findings), 100 * _series(findings, "shares", group).mean(axis=0), color=colour, label=group)
     axes.set(xlabel="epoch", ylabel="share of the minibatch (%)", ylim=(0, 100))
     axes.legend()
     return figure
 
 
-def _series(found: Findings, key: str, group: str) -> np.ndarray[Any, Any]:
-    """[seeds, observations]; NaN where there was none of the group."""
-    rows = [[record[key][group] for record in _of_kind(records, "groups")] for records in found.records]
-    return np.array(rows, dtype=float)
-
-
-def _epochs(found: Findings) -> np.ndarray[Any, Any]:
-    iterations = np.array([record["iteration"] for record in _of_kind(found.records[0], "groups")])
-    last = max(record["iteration"] for record in found.records[0])
-    epochs: np.ndarray[Any, Any] = iterations / last * found.config["epochs"]
-    return epochs
-
-
-def _axes(found: Findings) -> tuple[Figure, Any]:
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    axes.set_title(found.title, fontsize=10)
-    axes.grid(alpha=0.3)
-    return figure, axes
-
-
 # Figure 4
 
 
-def _answer_fig4(found: Findings) -> dict[str, Any]:
-    """How often the groups' mean SVar are in the paper's order, and how well SVar tells boundary from robust."""
-    outlier, boundary, robust = (_series(found, "svar", group) for group in ops.GROUPS)
+def _answer_fig4(findings: Findings) -> dict[str, Any]:
+    """How often the groups' mean SVar are in the paper's order, and how well SVar separates boundary from robust."""
+    outlier, boundary, robust = (_series(findings, "svar", group) for group in ops.GROUPS)
     whole = ~np.isnan(outlier + boundary + robust)
     ordered = (outlier <= boundary) & (boundary <= robust)
-    chances = [
-        record["boundary_below_robust"]
-        for records in found.records
-        for record in _of_kind(records, "groups")
-        if record["boundary_below_robust"] is not None
-    ]
+    groups = [record for records in findings.records for record in _of_kind(records, "groups")]
+    chances = [r["boundary_below_robust"] for r in groups if r["boundary_below_robust"] is not None]
     return {
         "observations with all three groups": int(whole.sum()),
         "share in the order outlier <= boundary <= robust": float(ordered[whole].mean()) if whole.any() else None,
@@ -141,11 +128,10 @@ def _answer_fig4(found: Findings) -> dict[str, Any]:
     }
 
 
-def _draw_fig4(found: Findings) -> Figure:
-    figure, axes = _axes(found)
+def _draw_fig4(findings: Findings) -> Figure:
+    figure, axes = new_figure(findings.title)
     for group, colour in GROUP_COLOURS.items():
-        values = _series(found, "svar", group)[0]
-        axes.plot(_epochs(found), values, ".", color=colour, label=group, markersize=4)
+        axes.plot(_epochs(findings), _series(findings, "svar", group)[0], ".", color=colour, label=group, markersize=4)
     axes.set(xlabel="epoch", ylabel="mean signed prediction variance")
     axes.legend()
     return figure
@@ -154,69 +140,53 @@ def _draw_fig4(found: Findings) -> Figure:
 # Figure 5
 
 
-def _answer_fig5(found: Findings) -> dict[str, Any]:
+def _answer_fig5(findings: Findings) -> dict[str, Any]:
     """The last minibatch's threshold, and how many samples took how many steps."""
     answers = []
-    for records in found.records:
+    for records in findings.records:
         last = _of_kind(records, "allocation")[-1]
         counts = {str(n): last["steps"].count(n) for n in sorted(set(last["steps"]))}
         answers.append({"threshold": last["threshold"], "samples by steps": counts})
     return {"of each seed": answers}
 
 
-def _draw_fig5(found: Findings) -> Figure:
+def _draw_fig5(findings: Findings) -> Figure:
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
-    taken = [_of_kind(records, "allocation")[-1] for records in found.records]
-    svar = np.concatenate([record["svar"] for record in taken])
-    last = taken[-1]
-    left.hist(svar, bins=40, color="#1f77b4")
+    allocations = [_of_kind(records, "allocation")[-1] for records in findings.records]
+    last = allocations[-1]
+    left.hist(np.concatenate([record["svar"] for record in allocations]), bins=40, color="#1f77b4")
     left.axvline(0, color="#7a7a7a")
     left.axvline(last["threshold"], color="#2ca02c", label="threshold T")
     left.set(xlabel="signed prediction variance", ylabel="samples", title="(a) distribution")
     left.legend()
     order = np.argsort(last["svar"])
-    right.step(np.array(last["svar"])[order], np.array(last["steps"])[order], where="mid", color="#7a7a7a")
-    right.plot(np.array(last["svar"])[order], np.array(last["steps"])[order], ".", color="#1f77b4")
+    svar, steps = np.array(last["svar"])[order], np.array(last["steps"])[order]
+    right.step(svar, steps, where="mid", color="#7a7a7a")
+    right.plot(svar, steps, ".", color="#1f77b4")
     right.set(xlabel="signed prediction variance", ylabel="attack steps", title="(b) steps assigned")
-    figure.suptitle(found.title, fontsize=10)
+    figure.suptitle(findings.title, fontsize=10)
     return figure
 
 
-_OPTIONS: dict[str, Any] = {
-    "loss": "pgd",
-    "epsilon": _EPSILON,
-    "steps": _PGD_STEPS,
-    "step_size": STEP_FACTOR * _EPSILON / _PGD_STEPS,
-    "boundary_steps": _PGD_STEPS,
-}
-_BASELINE = {"methods": ("optimised",), **_OPTIONS}
-_BULLET = {"methods": ("bullet",), **_OPTIONS}
+def _study(
+    name: str,
+    title: str,
+    method: str,
+    picture: Callable[[Findings], Figure],
+    answers: Callable[[Findings], dict[str, Any]],
+) -> Study:
+    """PGD training by one method, with looks at its groups."""
+    laptop, paper = (
+        dataclasses.replace(base, methods=(method,), boundary_steps=STEPS, **PGD) for base in (LAPTOP, PRESETS["mnist"])
+    )
+    return Study(name, title, laptop, paper, picture, answers, observe=_observe)
 
-FIG3 = Study(
-    "fig3",
-    "Figure 3: shares of boundary, robust and outlier samples over PGD training",
-    dataclasses.replace(LAPTOP, **_BASELINE),
-    dataclasses.replace(PRESETS["mnist"], **_BASELINE),
-    _draw_fig3,
-    _answer_fig3,
-    observe=_observe,
+
+_TITLE3 = "Figure 3: shares of boundary, robust and outlier samples over PGD training"
+_TITLE4 = "Figure 4: mean signed prediction variance of each group over PGD training"
+_TITLE5 = "Figure 5: signed prediction variance in the last minibatches of PGD + BulletTrain, and the steps assigned"
+GROUP_STUDIES: Sequence[Study] = (
+    _study("fig3", _TITLE3, "optimised", _draw_fig3, _answer_fig3),
+    _study("fig4", _TITLE4, "optimised", _draw_fig4, _answer_fig4),
+    _study("fig5", _TITLE5, "bullet", _draw_fig5, _answer_fig5),
 )
-FIG4 = Study(
-    "fig4",
-    "Figure 4: mean signed prediction variance of each group over PGD training",
-    FIG3.laptop,
-    FIG3.paper,
-    _draw_fig4,
-    _answer_fig4,
-    observe=_observe,
-)
-FIG5 = Study(
-    "fig5",
-    "Figure 5: signed prediction variance in the last minibatches of PGD + BulletTrain, and the steps assigned",
-    dataclasses.replace(LAPTOP, **_BULLET),
-    dataclasses.replace(PRESETS["mnist"], **_BULLET),
-    _draw_fig5,
-    _answer_fig5,
-    observe=_observe,
-)
-GROUP_STUDIES: Sequence[Study] = (FIG3, FIG4, FIG5)

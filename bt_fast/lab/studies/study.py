@@ -1,10 +1,11 @@
-"""What a study is, and what it leaves behind: a run folder for each seed, NAME.json and NAME.png."""
+"""The parts of a study: its configurations, a run folder for each seed, and NAME.json and NAME.png in the end."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 
+from bt_fast.deciding import STEP_FACTOR
 from bt_fast.lab import report
 from bt_fast.lab.checkpoint import load_checkpoint
 from bt_fast.lab.config import PRESETS, RunConfig
@@ -21,35 +23,31 @@ from bt_fast.lab.files import write_text
 from bt_fast.lab.fitting import check_training
 from bt_fast.lab.locks import alone
 from bt_fast.lab.provenance import check_configuration
+from bt_fast.lab.session import train
+from bt_fast.lab.terminal import console, progress_bar, stop_signals
 from bt_fast.lab.training import Contestant, Observe, Run
 
 SCALES = ("laptop", "paper")
 # for two cores, in minutes; with --data and --train-size for more than the embedded digits
-LAPTOP = dataclasses.replace(PRESETS["digits"], epochs=5, decay_epochs=(4,), width=16)
+LAPTOP = dataclasses.replace(PRESETS["digits"], epochs=5, decay_epochs=(4,))
 PAPER = PRESETS["cifar10"]
+# PGD training of the figures
+EPSILON, STEPS = 0.3, 7
+PGD: dict[str, Any] = {"loss": "pgd", "epsilon": EPSILON, "steps": STEPS, "step_size": STEP_FACTOR * EPSILON / STEPS}
 
 
 @dataclass(frozen=True)
 class Study:
-    """One table or figure of the paper.
-
-    Attributes:
-        name: as on the command line; title: what it asks, in a line.
-        laptop, paper: the configuration of a run at either scale; the seed is set for each run.
-        picture: draws the findings.
-        answers: what the findings say, in numbers.
-        observe: called with the run after every tenth iteration.
-        corruptions: robust accuracy is that on a corrupted test set.
-    """
+    """One table or figure of the paper."""
 
     name: str
     title: str
-    laptop: RunConfig
+    laptop: RunConfig  # the configuration of a run at either scale; the seed is set for each run
     paper: RunConfig
     picture: Callable[[Findings], Figure]
-    answers: Callable[[Findings], dict[str, Any]]
-    observe: Observe | None = None
-    corruptions: bool = False
+    answers: Callable[[Findings], dict[str, Any]]  # the findings in numbers
+    observe: Observe | None = None  # called with the run after every tenth iteration
+    corruptions: bool = False  # robust accuracy is that on a corrupted test set
 
     def config(self, scale: str) -> RunConfig:
         """The configuration at a scale."""
@@ -58,12 +56,7 @@ class Study:
 
 @dataclass(frozen=True)
 class Findings:
-    """What the runs of a study came to.
-
-    Attributes:
-        summaries: of each seed's run, as `report.summarise` returns it.
-        records: of each seed's run.
-    """
+    """The results of a study's runs: of each seed's run the summary (`report.summarise`) and the records."""
 
     study: str
     title: str
@@ -74,8 +67,8 @@ class Findings:
     @property
     def config(self) -> dict[str, Any]:
         """The first run's."""
-        found: dict[str, Any] = self.summaries[0]["config"]
-        return found
+        config: dict[str, Any] = self.summaries[0]["config"]
+        return config
 
     @property
     def methods(self) -> list[str]:
@@ -83,13 +76,12 @@ class Findings:
         return list(self.summaries[0]["methods"])
 
     def values(self, method: str, key: str) -> list[Any]:
-        """An entry of a method's summary, for each seed."""
-        return [summary["methods"][method][key] for summary in self.summaries]
+        """An entry of a method's summary, for each seed; None where there is none."""
+        return [summary["methods"][method].get(key) for summary in self.summaries]
 
     def mean(self, method: str, key: str) -> float:
         """Its mean over the seeds."""
-        values = self.values(method, key)
-        return float(sum(values) / len(values))
+        return mean(self.values(method, key))
 
     def label(self, method: str) -> str:
         """A method's name in tables and pictures."""
@@ -97,10 +89,12 @@ class Findings:
 
     def clock(self, method: str, over: str) -> float:
         """The speedup over another method by the clock, the mean over the seeds of the median ratios of iterations."""
-        if method == over:
-            return 1.0
-        ratios = [summary["methods"][method]["speedup"][over] for summary in self.summaries]
-        return float(sum(ratios) / len(ratios))
+        return 1.0 if method == over else mean([ratios[over] for ratios in self.values(method, "speedup")])
+
+
+def mean(values: Sequence[float]) -> float:
+    """The arithmetic mean."""
+    return float(sum(values) / len(values))
 
 
 def check_run(config: RunConfig, dataset: ImageDataset, folder: Path, device: torch.device) -> None:
@@ -118,28 +112,46 @@ def open_run(study: Study, config: RunConfig, dataset: ImageDataset, folder: Pat
     return Run(place, config, dataset, device, resume=(place / "checkpoint.pt").exists(), observe=study.observe)
 
 
-def conclude(run: Run, test_set: CorruptedTestSet | None, evaluated: Callable[[str], None]) -> dict[str, Any]:
-    """A finished run's summary; with a corrupted test set, `robust` is each method's accuracy on it."""
-    summary = report.summarise(run, evaluated)
-    if test_set is not None:
-        for contestant in run.contestants:
-            found = _under_corruption(run, contestant, test_set)
-            summary["methods"][contestant.method] |= {"robust": found["robust"], "errors": found["errors"]}
-    return summary
+def conduct(
+    study: Study,
+    config: RunConfig,
+    dataset: ImageDataset,
+    folder: Path,
+    device: torch.device,
+    test_set: CorruptedTestSet | None,
+) -> tuple[Run, dict[str, Any]]:
+    """Train the run of the configuration's seed, or what is left of it, and print its summary.
+
+    With a corrupted test set, `robust` in the summary is each method's accuracy on it.
+    """
+    with ExitStack() as stack:
+        with stop_signals() as stop:
+            run = open_run(study, config, dataset, folder, device)
+            stack.callback(run.close)
+            train(run, stop, f"the same command goes on in {folder}")
+        with progress_bar(f"evaluation, seed {config.seed}", len(config.methods)) as bar:
+            summary = report.summarise(run, bar.advance)
+        if test_set is not None:
+            for contestant in run.contestants:
+                record = _under_corruption(run, contestant, test_set)
+                summary["methods"][contestant.method] |= {"robust": record["robust"], "errors": record["errors"]}
+    console.print(report.table(summary))
+    return run, summary
 
 
 def _under_corruption(run: Run, contestant: Contestant, test_set: CorruptedTestSet) -> dict[str, Any]:
     """The record of a method's accuracy under corruption, the method's last one; measured once on the same test set."""
     records = [r for r in run.records() if r["kind"] == "corruptions" and r["method"] == contestant.method]
-    found = next((r for r in reversed(records) if r.get("sha256") == test_set.fingerprint), None)
-    if found is None:
+    if records and records[-1].get("sha256") == test_set.fingerprint:
+        return records[-1]
+    same = [r for r in records if r.get("sha256") == test_set.fingerprint]
+    if same:
+        measured = {key: same[-1][key] for key in ("robust", "images", "sha256", "errors")}
+    else:
         errors = dict(corruption_errors(contestant.model, test_set, run.device))
         robust = 1.0 - mean_corruption_error(errors)
-        found = {"robust": robust, "images": len(test_set.labels), "sha256": test_set.fingerprint, "errors": errors}
-    elif found is records[-1]:
-        return found
-    kept = {key: found[key] for key in ("robust", "images", "sha256", "errors")}
-    run.append(kind="corruptions", method=contestant.method, **kept)
+        measured = {"robust": robust, "images": len(test_set.labels), "sha256": test_set.fingerprint, "errors": errors}
+    run.append(kind="corruptions", method=contestant.method, **measured)
     return run.records()[-1]
 
 

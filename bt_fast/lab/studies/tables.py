@@ -1,19 +1,20 @@
-"""Tables 1 to 4: accuracy and speedup of BulletTrain, and of what it is compared with."""
+"""Tables 1 to 4: accuracy and speedup of BulletTrain, and of the methods beside it."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
-from bt_fast.lab.config import RunConfig
-from bt_fast.lab.studies.study import LAPTOP, PAPER, Findings, Study
+from bt_fast.lab.report import GROUP_COLOURS, new_figure
+from bt_fast.lab.studies.study import LAPTOP, PAPER, Findings, Study, mean
 
 Row = tuple[float | None, float | None, str]  # clean, robust in percent; theory / wall clock
-TRADES_METHODS: dict[str, Row] = {  # and what the paper reports of them: CIFAR-10, WRN-34-10, PGD-20
+TRADES_METHODS: dict[str, Row] = {  # with the paper's results: CIFAR-10, WRN-34-10, PGD-20
     "reference": (84.92, 56.61, "1 / 1"),
     "fast": (93.94, 4.48, "5.5 / 3.7"),
     "yopo-2-5": (89.95, 46.60, "- / 3.1"),
@@ -47,158 +48,137 @@ BULLET_METHODS: dict[str, Row] = {
 }
 
 
-# What the tables say
+# The tables' answers
 
 
-def _against(baseline: str, reported: Mapping[str, Row]) -> Callable[[Findings], dict[str, Any]]:
-    def answers(found: Findings) -> dict[str, Any]:
-        rows = []
-        for method in found.methods:
-            theory = found.values(method, "theoretical_speedup")
-            rows.append(
-                {
-                    "method": method,
-                    "label": found.label(method),
-                    "clean": found.mean(method, "clean"),
-                    "robust": found.mean(method, "robust"),
-                    "robust of each seed": found.values(method, "robust"),
-                    "robust over the baseline": found.mean(method, "robust") - found.mean(baseline, "robust"),
-                    "theoretical speedup": None if None in theory else sum(theory) / len(theory),
-                    "wall-clock speedup": found.clock(method, baseline),
-                    "paper": reported.get(method),
-                }
-            )
-        return {"baseline": baseline, "rows": rows}
-
-    return answers
+def _rows(findings: Findings, baseline: str, reported: Mapping[str, Row]) -> dict[str, Any]:
+    """Each method beside the baseline and the paper."""
+    rows = []
+    for method in findings.methods:
+        theory, robust = findings.values(method, "theoretical_speedup"), findings.values(method, "robust")
+        rows.append(
+            {
+                "method": method,
+                "label": findings.label(method),
+                "clean": findings.mean(method, "clean"),
+                "robust": mean(robust),
+                "robust of each seed": robust,
+                "robust over the baseline": mean(robust) - findings.mean(baseline, "robust"),
+                "theoretical speedup": None if None in theory else mean(theory),
+                "wall-clock speedup": findings.clock(method, baseline),
+                "paper": reported.get(method),
+            }
+        )
+    return {"baseline": baseline, "rows": rows}
 
 
-def _fast_against_bullet(found: Findings) -> dict[str, Any]:
+def _fast_against_bullet(findings: Findings) -> dict[str, Any]:
     """For each number of steps of FAST, the configurations of BulletTrain that are no slower and no less robust."""
     dominated = {}
     for fast in FAST_METHODS:
-        speed, robust = found.mean(fast, "theoretical_speedup"), found.mean(fast, "robust")
-        dominated[found.label(fast)] = [
-            found.label(bullet)
+        speed, robust = findings.mean(fast, "theoretical_speedup"), findings.mean(fast, "robust")
+        dominated[findings.label(fast)] = [
+            findings.label(bullet)
             for bullet in BULLET_METHODS
-            if found.mean(bullet, "theoretical_speedup") >= speed and found.mean(bullet, "robust") >= robust
+            if findings.mean(bullet, "theoretical_speedup") >= speed and findings.mean(bullet, "robust") >= robust
         ]
-    rows = _against("fast-5", FAST_METHODS | BULLET_METHODS)(found)["rows"]
+    rows = _rows(findings, "fast-5", FAST_METHODS | BULLET_METHODS)["rows"]
     return {"dominated by": dominated, "rows": rows}
 
 
 # Pictures
 
 
-def _as_table(baseline: str, reported: Mapping[str, Row]) -> Callable[[Findings], Figure]:
-    def picture(found: Findings) -> Figure:
-        cells = [_cells(found, method, baseline, reported[method]) for method in found.methods]
-        figure, axes = plt.subplots(figsize=(12, 0.8 + 0.36 * len(cells)), layout="constrained")
-        axes.axis("off")
-        axes.set_title(_caption(found), fontsize=10)
-        columns = [
-            "",
-            "clean",
-            "robust (each seed)",
-            "F_B / F_R / F_O",
-            "theory",
-            "clock",
-            "paper: clean / robust, speedup",
-        ]
-        drawn = axes.table(cells, colLabels=columns, loc="center", cellLoc="right", colLoc="right")
-        drawn.auto_set_font_size(False)
-        drawn.set_fontsize(9)
-        drawn.auto_set_column_width(range(len(columns)))
-        drawn.scale(1, 1.4)
-        return figure
-
-    return picture
-
-
-def _cells(found: Findings, method: str, baseline: str, paper: Row) -> list[str]:
-    robust = found.values(method, "robust")
-    theory = found.values(method, "theoretical_speedup")
-    fractions = [entry.get("fractions") for entry in (s["methods"][method] for s in found.summaries)]
-    shares = "1 / 0 / 0"
-    if fractions[0]:
-        means = (sum(f[g] for f in fractions) / len(fractions) for g in ("boundary", "robust", "outlier"))
-        shares = " / ".join(f"{share:.2f}".lstrip("0") for share in means)
-    clean, reported, speedup = paper
-    return [
-        found.label(method),
-        f"{100 * found.mean(method, 'clean'):.1f} %",
-        f"{100 * found.mean(method, 'robust'):.1f} % ({', '.join(f'{100 * r:.1f}' for r in robust)})",
-        shares,
-        "-" if None in theory else f"{sum(theory) / len(theory):.2f}x",
-        f"{found.clock(method, baseline):.2f}x",
-        f"{'' if clean is None else f'{clean:.1f} / '}{reported:.1f} %, {speedup}",
-    ]
+def _draw_table(findings: Findings, baseline: str, reported: Mapping[str, Row]) -> Figure:
+    cells = []
+    for row in _rows(findings, baseline, reported)["rows"]:
+        seeds = ", ".join(f"{100 * robust:.1f}" for robust in row["robust of each seed"])
+        theory, (clean, robust, speedup) = row["theoretical speedup"], row["paper"]
+        cells.append(
+            [
+                row["label"],
+                f"{100 * row['clean']:.1f} %",
+                f"{100 * row['robust']:.1f} % ({seeds})",
+                _shares(findings.values(row["method"], "fractions")),
+                "-" if theory is None else f"{theory:.2f}x",
+                f"{row['wall-clock speedup']:.2f}x",
+                f"{'' if clean is None else f'{clean:.1f} / '}{robust:.1f} %, {speedup}",
+            ]
+        )
+    columns = ["", "clean", "robust (each seed)", "F_B / F_R / F_O", "theory", "clock"]
+    columns.append("paper: clean / robust, speedup")
+    figure, axes = plt.subplots(figsize=(12, 0.8 + 0.36 * len(cells)), layout="constrained")
+    axes.axis("off")
+    axes.set_title(_caption(findings), fontsize=10)
+    drawn = axes.table(cells, colLabels=columns, loc="center", cellLoc="right", colLoc="right")
+    drawn.auto_set_font_size(False)
+    drawn.set_fontsize(9)
+    drawn.auto_set_column_width(range(len(columns)))
+    drawn.scale(1, 1.4)
+    return figure
 
 
-def _caption(found: Findings) -> str:
-    config = found.config
-    images = config["train_size"] or "all"
-    seeds = len(found.summaries)
+def _shares(fractions: list[dict[str, float] | None]) -> str:
+    """The mean fractions of the groups over the seeds; None is of a method without BulletTrain."""
+    if None in fractions:
+        return "1 / 0 / 0"
+    return " / ".join(f"{mean([f[group] for f in fractions if f]):.2f}".lstrip("0") for group in GROUP_COLOURS)
+
+
+def _caption(findings: Findings) -> str:
+    config, seeds = findings.config, len(findings.summaries)
     return (
-        f"{found.title}\n{config['data']}, {images} images, {config['model']}, {config['epochs']} epochs, "
-        f"{seeds} seed{'s' if seeds > 1 else ''} (scale: {found.scale})"
+        f"{findings.title}\n{config['data']}, {config['train_size'] or 'all'} images, {config['model']}, "
+        f"{config['epochs']} epochs, {seeds} seed{'s' if seeds > 1 else ''} (scale: {findings.scale})"
     )
 
 
-def _scatter(found: Findings) -> Figure:
-    figure, axes = plt.subplots(figsize=(7, 4.8), layout="constrained")
+def _scatter(findings: Findings) -> Figure:
+    figure, axes = new_figure(_caption(findings), height=4.8)
     for name, methods, colour in (
         ("multi-step FAST", FAST_METHODS, "#1f77b4"),
         ("BulletTrain", BULLET_METHODS, "#d62728"),
     ):
-        speed = [found.mean(m, "theoretical_speedup") for m in methods]
+        speed = [findings.mean(m, "theoretical_speedup") for m in methods]
         for measure, line in (("robust", "o-"), ("clean", "o:")):
-            percent = [100 * found.mean(m, measure) for m in methods]
+            percent = [100 * findings.mean(m, measure) for m in methods]
             axes.plot(speed, percent, line, color=colour, label=f"TRADES + {name}: {measure}")
     axes.set(xlabel="theoretical speedup over TRADES", ylabel="accuracy (%)")
-    axes.set_title(_caption(found), fontsize=10)
-    axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     return figure
 
 
-def _of(base: RunConfig, reported: Mapping[str, Row], **changes: Any) -> RunConfig:
-    return dataclasses.replace(base, methods=tuple(reported), **changes)
+def _table(
+    name: str, title: str, baseline: str, reported: Mapping[str, Row], laptop: dict[str, Any], paper: dict[str, Any]
+) -> Study:
+    """The study of a table: its methods, and the options that replace those of `LAPTOP` and `PAPER`."""
+    methods = tuple(reported)
+    return Study(
+        name,
+        title,
+        dataclasses.replace(LAPTOP, methods=methods, **laptop),
+        dataclasses.replace(PAPER, methods=methods, **paper),
+        functools.partial(_draw_table, baseline=baseline, reported=reported),
+        functools.partial(_rows, baseline=baseline, reported=reported),
+    )
 
 
 _AUGMIX: dict[str, Any] = {"loss": "augmix", "boundary_steps": 1, "robust_steps": 0, "outlier_steps": 0}
-
-TABLE1 = Study(
-    "table1",
-    "Table 1: AugMix, without its divergence, and with BulletTrain; accuracy under fifteen corruptions",
-    _of(LAPTOP, AUGMIX_METHODS, **_AUGMIX),
-    _of(PAPER, AUGMIX_METHODS, **_AUGMIX, model="wrn-40-2", epochs=100, decay_epochs=(50, 75), weight_decay=5e-4),
-    _as_table("optimised", AUGMIX_METHODS),
-    _against("optimised", AUGMIX_METHODS),
-    corruptions=True,
+_AUGMIX_PAPER = {"model": "wrn-40-2", "epochs": 100, "decay_epochs": (50, 75), "weight_decay": 5e-4, **_AUGMIX}
+_TITLE1 = "Table 1: AugMix, without its divergence, and with BulletTrain; accuracy under fifteen corruptions"
+_TITLE2 = "Table 2: TRADES with FAST, YOPO and BulletTrain"
+_TITLE3 = "Table 3: MART with FAST and BulletTrain"
+_TITLE4 = "Table 4: TRADES with multi-step FAST (N = 2 to 5) against BulletTrain (N_B = 3 to 6, N_R = 2, γ = 0.75)"
+_MART = {"loss": "mart", "lr": 0.02}  # at a learning rate of 0.03 one of four diverged
+TABLES: Sequence[Study] = (
+    dataclasses.replace(
+        _table("table1", _TITLE1, "optimised", AUGMIX_METHODS, _AUGMIX, _AUGMIX_PAPER), corruptions=True
+    ),
+    _table("table2", _TITLE2, "reference", TRADES_METHODS, {}, {}),
+    _table("table3", _TITLE3, "reference", MART_METHODS, _MART, {"loss": "mart"}),
+    dataclasses.replace(
+        _table("table4", _TITLE4, "fast-5", FAST_METHODS | BULLET_METHODS, {}, {}),
+        picture=_scatter,
+        answers=_fast_against_bullet,
+    ),
 )
-TABLE2 = Study(
-    "table2",
-    "Table 2: TRADES with FAST, YOPO and BulletTrain",
-    _of(LAPTOP, TRADES_METHODS),
-    _of(PAPER, TRADES_METHODS),
-    _as_table("reference", TRADES_METHODS),
-    _against("reference", TRADES_METHODS),
-)
-TABLE3 = Study(
-    "table3",
-    "Table 3: MART with FAST and BulletTrain",
-    _of(LAPTOP, MART_METHODS, loss="mart", lr=0.02),  # at 0.03 one of four diverged
-    _of(PAPER, MART_METHODS, loss="mart"),
-    _as_table("reference", MART_METHODS),
-    _against("reference", MART_METHODS),
-)
-TABLE4 = Study(
-    "table4",
-    "Table 4: TRADES with multi-step FAST (N = 2 to 5) against BulletTrain (N_B = 3 to 6, N_R = 2, γ = 0.75)",
-    _of(LAPTOP, FAST_METHODS | BULLET_METHODS),
-    _of(PAPER, FAST_METHODS | BULLET_METHODS),
-    _scatter,
-    _fast_against_bullet,
-)
-TABLES: Sequence[Study] = (TABLE1, TABLE2, TABLE3, TABLE4)
