@@ -34,9 +34,9 @@ _CIFAR_SHAPE = (3, 32, 32)
 _PIXELS = prod(_CIFAR_SHAPE)
 
 
-def wrong(where: object, found: str, expected: str) -> ValueError:
+def wrong(where: object, given: str, expected: str) -> ValueError:
     """The error for data that are not what they should be."""
-    return ValueError(f"{where}: found {found}, expected {expected}")
+    return ValueError(f"{where}: found {given}, expected {expected}")
 
 
 @contextmanager
@@ -170,8 +170,8 @@ def _read_pickle(path: Path, key: bytes, classes: int) -> Split:
     with blaming(path, f"a pickle of arrays and plain values; {OR_NPZ}"), path.open("rb") as file:
         batch = _ArrayUnpickler(file, encoding="bytes").load()
     if not isinstance(batch, dict) or not {b"data", key} <= batch.keys():
-        found = f"keys {sorted(map(repr, batch))}" if isinstance(batch, dict) else type(batch).__name__
-        raise wrong(path, found, f"a dict with the keys b'data' and {key!r}")
+        given = f"keys {sorted(map(repr, batch))}" if isinstance(batch, dict) else type(batch).__name__
+        raise wrong(path, given, f"a dict with the keys b'data' and {key!r}")
     x, labels = _unpickled_images(batch[b"data"], f"{path}: b'data'"), batch[key]
     if not isinstance(labels, list) or any(type(y) is not int or not 0 <= y < classes for y in labels):
         raise wrong(f"{path}: {key!r}", repr(labels)[:60], f"a list of integers within 0..{classes - 1}")
@@ -228,10 +228,10 @@ def _unpickled_images(array: object, where: str) -> Tensor:
             x = np.frombuffer(content, np.uint8).reshape((n, _PIXELS), order="F" if fortran else "C")
             return torch.from_numpy(np.array(x, order="C")).view(-1, *_CIFAR_SHAPE)
     if isinstance(array, _Recorded):
-        found = f"an array of {repr(array.state or array.args)[:60]}"
+        given = f"an array of {repr(array.state or array.args)[:60]}"
     else:
-        found = type(array).__name__
-    raise wrong(where, found, f"an array, uint8 [n, {_PIXELS}], n at least 1")
+        given = type(array).__name__
+    raise wrong(where, given, f"an array, uint8 [n, {_PIXELS}], n at least 1")
 
 
 _BATCHES = tuple(f"data_batch_{i}" for i in range(1, 6))
@@ -299,8 +299,8 @@ def _as_uint8(x: Array, where: str) -> Array:
     if x.dtype not in (np.float32, np.float64):
         raise wrong(where, str(x.dtype), "uint8, or float32 or float64 in [0, 1]")
     if not np.isfinite(x).all():
-        found = f"{np.isnan(x).sum()} NaN and {np.isinf(x).sum()} infinite of {x.size} values"
-        raise wrong(where, found, "[0, 1]: look for a division by 0 in what made them")
+        given = f"{np.isnan(x).sum()} NaN and {np.isinf(x).sum()} infinite of {x.size} values"
+        raise wrong(where, given, "[0, 1]: look for a division by 0 in what made them")
     least, greatest = x.min(), x.max()
     room = rounding_of_pixels(torch.float32, 0.0, 1.0)
     if not (least >= -room and greatest <= 1 + room):
@@ -310,6 +310,6 @@ def _as_uint8(x: Array, where: str) -> Array:
     rounded: Array = np.rint(scaled)
     error = np.abs(scaled - rounded).max()
     if error > 1e-3:
-        found = f"floats whose 255-fold is up to {error:.3g} from an integer"
-        raise wrong(where, found, "at most 0.001; or store uint8")
+        given = f"floats whose 255-fold is up to {error:.3g} from an integer"
+        raise wrong(where, given, "at most 0.001; or store uint8")
     return rounded.astype(np.uint8)

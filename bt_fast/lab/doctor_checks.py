@@ -29,7 +29,7 @@ from bt_fast.objectives.execution import Execution
 from bt_fast.ops import divergence
 from bt_fast.ops.ascent_direction import ascent_direction_reference
 from bt_fast.ops.assign_steps import assign_reference
-from bt_fast.ops.availability import said as type_and_message
+from bt_fast.ops.availability import first_line as type_and_message
 from bt_fast.ops.gather_start import gather_start_reference
 from bt_fast.ops.pgd_l2_step import l2_reference
 from bt_fast.ops.pgd_step import linf_reference

@@ -28,7 +28,7 @@ from bt_fast.attack.forward import caller_autocast, plain_values, uncached
 from bt_fast.attack.graph_cache import GraphCache
 
 MOST_CAPTURED = 8  # of one model: each keeps gradients of the model's size
-MOST_MET = 64
+MOST_REMEMBERED = 64
 WARM_UPS = 3
 OFTEN = 8  # a capture costs as much as several updates, and sizes that vary do not all come again
 
@@ -44,9 +44,9 @@ class Update:
         channels_last: 4-d images enter the update's forwards with the channel as the fastest index: the same gradients
             up to rounding.
         graphs: forwards, loss and backward are replayed from CUDA graphs: the eager result, exactly. An update is
-            captured when it is met for the second time with the same shapes, modes and weights' addresses; one whose
-            number of corrupted rows varies (`unperturbed="skip"`) when that number is met for the eighth time. The 8
-            used last are kept for each model. A change of anything that a graph has fixed is met anew: a parameter
+            captured when it comes for the second time with the same shapes, modes and weights' addresses; one whose
+            number of corrupted rows varies (`unperturbed="skip"`) when that number comes for the eighth time. The 8
+            used last are kept for each model. A change of anything that a graph has fixed makes a new key: a parameter
             replaced, moved, or no longer trained, a mode, a Python number of a module (a norm's momentum, say), MART's
             β, the caller's autocast, whose cast weights are not cached then. The loss has one backward; an earlier one
             may be alive. It runs eagerly, with one warning that says why: not on CUDA, a hook, DistributedDataParallel,
@@ -80,7 +80,7 @@ class Computation(Protocol):
     def __call__(
         self, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, replayable: bool | None = None
     ) -> tuple[Terms, bool]:
-        """Terms, of which the first has a gradient, and whether `RepeatedForward` found its forward replayable."""
+        """Terms, of which the first has a gradient, and whether `RepeatedForward` can replay its forward."""
 
 
 def run_update(
@@ -114,8 +114,8 @@ def _graphs_of(model: nn.Module, cache: GraphCache | None) -> _UpdateGraphs:
 
 
 @dataclass(eq=False)
-class _Met:
-    """How often an update came, and whether its clean forward can be replayed on the buffers."""
+class _History:
+    """How often an update of one key has come, and whether its clean forward can be replayed on the buffers."""
 
     times: int = 0
     replayable: bool = False
@@ -129,7 +129,7 @@ class _UpdateGraphs(ModelGraphs["_Captured"]):
     def __init__(self) -> None:
         super().__init__("update", GraphPool())
         self._side: device.Stream | None = None  # on which all are captured, as memory of a pool is the stream's
-        self._met: Recent[GraphKey, _Met] = Recent()
+        self._histories: Recent[GraphKey, _History] = Recent()
         self._latest: Callable[[], _Replay | None] = lambda: None
         self._stream: device.Stream | None = None  # on which the latest replay was queued
         self._new = 0  # updates in a row that had not come before
@@ -141,12 +141,12 @@ class _UpdateGraphs(ModelGraphs["_Captured"]):
             return _eagerly(model, computation, given)[0]
         key = _key(model, computation, given)
         captured = self.use(key)
-        met = self._met.use(key) or self._met.setdefault(key, _Met())
+        history = self._histories.use(key) or self._histories.setdefault(key, _History())
         if captured is None:
-            met.times += 1
-            if met.times < (2 if computation.steady(len(given[0])) else OFTEN):
-                return self._meet(met, model, computation, given)
-            captured = self._capture(key, met, model, computation, given)
+            history.times += 1
+            if history.times < (2 if computation.steady(len(given[0])) else OFTEN):
+                return self._run_eagerly(history, model, computation, given)
+            captured = self._capture(key, history, model, computation, given)
         if captured is None:
             return _eagerly(model, computation, given)[0]
         return self._replay(captured, model, given)
@@ -157,33 +157,33 @@ class _UpdateGraphs(ModelGraphs["_Captured"]):
             return None
         return "an earlier loss still awaits its backward, for which the graphs' memory is kept"
 
-    def _meet(self, met: _Met, model: nn.Module, computation: Computation, given: Given) -> Terms:
+    def _run_eagerly(self, history: _History, model: nn.Module, computation: Computation, given: Given) -> Terms:
         """An eager update, of which it is noted what a graph would leave out."""
-        while len(self._met) > MOST_MET:
-            self._met.popitem(last=False)
-        self._new = self._new + 1 if met.times == 1 else 0
+        while len(self._histories) > MOST_REMEMBERED:
+            self._histories.popitem(last=False)
+        self._new = self._new + 1 if history.times == 1 else 0
         before, host = _tensors(model), RandomStates(device.host_generator(given[0].device))
-        terms, met.replayable = _eagerly(model, computation, given)
+        terms, history.replayable = _eagerly(model, computation, given)
         after = _tensors(model)
         if len(before) != len(after) or any(a is not b for a, b in zip(before, after, strict=True)):
             self.refuse("the model's forward replaces its parameters or buffers", for_good=True)
         elif host.moved:
             what = "the model's forward draws from the host's generator, whose numbers a graph would repeat"
             self.refuse(what, for_good=True)
-        elif self._new > MOST_MET:
-            what = f"each of the last {MOST_MET} updates was another one: does the model count its forwards?"
+        elif self._new > MOST_REMEMBERED:
+            what = f"each of the last {MOST_REMEMBERED} updates was another one: does the model count its forwards?"
             self.refuse(what, for_good=True)
         return terms
 
     def _capture(
-        self, key: GraphKey, met: _Met, model: nn.Module, computation: Computation, given: Given
+        self, key: GraphKey, history: _History, model: nn.Module, computation: Computation, given: Given
     ) -> _Captured | None:
         """Capture the update; None, with all graphs freed, where that failed. The model is as it was."""
         side = self._side = self._side or device.new_stream(given[0])
         buffers = [(b, b.detach().clone()) for b in model.buffers()]
         random = RandomStates.of(given[0].device)
         try:
-            record = partial(_Captured, model, computation, met.replayable, given, side)
+            record = partial(_Captured, model, computation, history.replayable, given, side)
             return self.captured.add(key, MOST_CAPTURED, record)
         except device.CaptureError as error:
             reason = str(error)
@@ -302,17 +302,17 @@ class _Trial(nn.Module):
 
 def _leaves_of(terms: Terms) -> set[int]:
     """The identities of the tensors that the gradients of `terms` lead to."""
-    found, met = set(), {t.grad_fn for t in terms}
-    waiting = list(met)
+    leaves, visited = set(), {t.grad_fn for t in terms}
+    waiting = list(visited)
     while waiting:
         node = waiting.pop()
         if node is not None:
             if node.name() == "torch::autograd::AccumulateGrad":
-                found.add(id(cast(Any, node).variable))
-            new = {n for n, _ in node.next_functions} - met
-            met |= new
+                leaves.add(id(cast(Any, node).variable))
+            new = {n for n, _ in node.next_functions} - visited
+            visited |= new
             waiting += new
-    return found
+    return leaves
 
 
 class _Replay:

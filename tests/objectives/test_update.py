@@ -777,7 +777,7 @@ def test_a_model_that_counts_its_forwards_in_python_is_named():
     training = Training(GRAPHS, lambda: Counting(*small_models.conv_bn()))
     with (
         EmulatedDevice() as emulated,
-        mock.patch.object(update, "MOST_MET", 3),
+        mock.patch.object(update, "MOST_REMEMBERED", 3),
         pytest.warns(UserWarning, match="does the model count its forwards"),
     ):
         training.run((6,) * 5)
