@@ -225,6 +225,7 @@ def _over_iterations(
     ]
     drawing.legend(figure, series)
     axes.set_xlim(left=0)
+    axes.locator_params("x", integer=True)
     if not variance:
         axes.set_ylim(0, 100)
     columns: Columns = {"iteration": str, **{name: write if name in _STYLES else percent for name in values}}
