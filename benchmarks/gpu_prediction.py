@@ -16,6 +16,7 @@ from rich import box
 from rich.table import Table
 from torch import Tensor
 
+from benchmarks.engine_parts import trades_by
 from benchmarks.gpu_model import Action, Gpu, kernels_of, simulate
 from benchmarks.gpu_trace import NOWHERE, trace
 from bt_fast import BulletTrain, trades_loss
@@ -92,10 +93,10 @@ class Workload:
         return {
             "reference": iteration(trades_reference_loss),
             "optimised": iteration(trades_loss),
-            "optimised, graphs": iteration(trades_loss, runner=GraphRunner()),
+            "optimised, graphs": iteration(trades_by(GraphRunner())),
             "bullet": iteration(trades_loss, bullet=self.bullet),
-            "bullet, graphs": iteration(trades_loss, bullet=self.bullet, runner=GraphRunner()),
-            "bullet, streams": iteration(trades_loss, bullet=self.bullet, runner=StreamRunner()),
+            "bullet, graphs": iteration(trades_by(GraphRunner(), bullet=self.bullet)),
+            "bullet, streams": iteration(trades_by(StreamRunner(), bullet=self.bullet)),
         }
 
     def counts(self) -> list[int]:

@@ -19,8 +19,9 @@ import torch
 from test_training_iteration import Case, FlopCounter, Workload
 from torch import Tensor
 
+from benchmarks.engine_parts import trades_by
 from benchmarks.exactness import ITERATIONS, same_noise
-from bt_fast import BulletTrain, Frozen, GraphRunner, StreamRunner, Update, trades_loss
+from bt_fast import BulletTrain, Frozen, GraphRunner, StreamRunner, Update
 from bt_fast.attack.runners import run_eager
 from bt_fast.baselines.trades_reference import trades_reference_loss
 
@@ -55,15 +56,15 @@ class Variant:
             return frozenset({"streams", "captured", "fast"})
         return frozenset({self.runner, *(["captured"] * self.captured)} - {"eager"})
 
-    def options(self, bullet: BulletTrain) -> dict[str, Any]:
-        """What `trades_loss` is called with, runners new."""
-        options: dict[str, Any] = {"bullet": bullet} if self.method == "bullet" else {}
+    def loss_of(self, bullet: BulletTrain) -> Callable[..., Tensor]:
+        """The loss, with the authors' arguments; runners are new."""
+        if self.method == "reference":
+            return trades_reference_loss
+        mining = bullet if self.method == "bullet" else None
         if self.fast:
-            return options | {"frozen": Frozen(), "runner": StreamRunner(), "update": Update(graphs=True)}
-        options["runner"] = RUNNERS[self.runner]()
-        if self.captured:
-            options["update"] = Update(channels_last=False, graphs=True)
-        return options
+            return trades_by(StreamRunner(), view=Frozen(), update=Update(graphs=True), bullet=mining)
+        update = Update(channels_last=False, graphs=True) if self.captured else None
+        return trades_by(RUNNERS[self.runner](), update=update, bullet=mining)
 
 
 # the wanted most first; without BulletTrain all samples are one chain, so that streams are graphs
@@ -135,12 +136,11 @@ class Bench:
     def iteration(self, variant: Variant) -> Callable[[], None]:
         """One iteration: loss, backward and the optimizer's step."""
         w = self.workload
-        loss_of = trades_reference_loss if variant.method == "reference" else trades_loss
-        options = {} if variant.method == "reference" else variant.options(w.bullet)
+        loss_of = variant.loss_of(w.bullet)
 
         def run() -> None:
             with self._autocast():
-                loss = loss_of(w.model, w.x, w.y, w.optimizer, **self.setting, **options)
+                loss = loss_of(w.model, w.x, w.y, w.optimizer, **self.setting)
             loss.backward()
             w.optimizer.step()
 
@@ -184,14 +184,13 @@ class Exactness:
 
     def _updates(self, variant: Variant) -> list[Tensor]:
         model, bullet = copy.deepcopy(self._model), copy.deepcopy(self._bullet)
-        loss_of = trades_reference_loss if variant.method == "reference" else trades_loss
-        options = {} if variant.method == "reference" else variant.options(bullet)
+        loss_of = variant.loss_of(bullet)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
         result = []
         torch.manual_seed(1)
         with same_noise():
             for _ in range(ITERATIONS):
-                loss = loss_of(model, self._x, self._y, optimizer, **self._setting, **options)
+                loss = loss_of(model, self._x, self._y, optimizer, **self._setting)
                 loss.backward()
                 result += [loss.detach().clone(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
                 result += [b.double().clone() for b in model.buffers()]

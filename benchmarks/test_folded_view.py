@@ -1,6 +1,6 @@
-"""The frozen view of the model: what it costs to keep it up to date, and what its rounding does to the attack.
+"""The folded view of the model: what it costs to keep it up to date, and what its rounding does to the attack.
 
-python -m pytest benchmarks/test_frozen_view.py --full -s --benchmark-json benchmarks/results/frozen-view.json
+python -m pytest benchmarks/test_folded_view.py --full -s --benchmark-json benchmarks/results/folded-view.json
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ KINDS = {
 }
 VIEWS = {
     "as it is": None,
-    "frozen": Frozen(),
+    "folded": Frozen(),
     "bf16": Frozen(autocast=torch.bfloat16),
     "fp16": Frozen(autocast=torch.float16),
 }
@@ -58,7 +58,7 @@ def test_the_refresh_is_a_small_share_of_an_iteration(
         assert share <= MOST_SHARE
 
 
-@pytest.mark.parametrize("view", ["frozen", "bf16"])
+@pytest.mark.parametrize("view", ["folded", "bf16"])
 @pytest.mark.parametrize("name", quick_and_full(["small-cnn"], ["small-cnn", "wrn-16-2"]))
 def test_where_a_step_of_the_attack_goes(name: str, view: str, benchmark: Any, device: torch.device) -> None:
     """Shares of a step's time, and the rate of its convolutions beside that of a large matrix product."""
@@ -110,12 +110,12 @@ def _endless(n: int) -> Any:
         epoch += 1
 
 
-def attacked(model: torch.nn.Module, x: torch.Tensor, frozen: Frozen | None) -> torch.Tensor:
-    with attack_model(model, frozen, x[:8]) as view:
-        target = clean_logits(view, x).to(x.dtype).softmax(dim=1)
-    schedule = Plan.uniform(len(x), STEPS, STEP_SIZE, x.device)
+def attacked(model: torch.nn.Module, x: torch.Tensor, recipe: Frozen | None) -> torch.Tensor:
+    plan = Plan.uniform(len(x), STEPS, STEP_SIZE, x.device)
     start = x + 0.001 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
-    return generate(model, x, start, target, schedule, ThreatModel(EPSILON), frozen=frozen)
+    with attack_model(model, recipe, x[:8]) as view:
+        target = clean_logits(view, x).to(x.dtype).softmax(dim=1)
+        return generate(view, x, start, target, plan, ThreatModel(EPSILON))
 
 
 @pytest.mark.full
