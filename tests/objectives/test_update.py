@@ -606,6 +606,10 @@ def caught(changed, scenario):
         return True
 
 
+def test_a_copy_of_the_update_without_a_bug_passes(tmp_path):
+    assert not caught(planted(update, Bug("none", "run_update", "run_update"), tmp_path), epochs)
+
+
 @pytest.mark.parametrize("bug", IN_UPDATE, ids=str)
 def test_a_bug_planted_into_the_update_is_caught(bug, tmp_path):
     assert caught(planted(update, bug, tmp_path), bug.scenario or epochs)
