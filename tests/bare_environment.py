@@ -44,15 +44,15 @@ def plain(name):
 
 def with_dependencies(requirements):
     """The names of the installed distributions that these requirements bring."""
-    found, left = set(), [Requirement(r) for r in requirements]
+    result, left = set(), [Requirement(r) for r in requirements]
     while left:
         requirement = left.pop()
         name, marker = plain(requirement.name), requirement.marker
-        if name in found or (marker and not marker.evaluate({"extra": ""})):
+        if name in result or (marker and not marker.evaluate({"extra": ""})):
             continue
-        found.add(name)
+        result.add(name)
         left += map(Requirement, importlib.metadata.requires(name) or ())
-    return found
+    return result
 
 
 if __name__ == "__main__":

@@ -49,9 +49,9 @@ def planted(module, text, instead, path):
     assert text in source
     path.write_text(source.replace(text, instead))
     spec = importlib.util.spec_from_file_location("planted", path)
-    found = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(found)
-    return found
+    result = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(result)
+    return result
 
 
 class CompiledKernel:

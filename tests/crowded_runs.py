@@ -37,13 +37,13 @@ def ended(process):
 
 def judged(code, log, killed, lines):
     """What is wrong with how a process ended; None if nothing is."""
-    told = log.read_text() if log.exists() else ""
-    errors = [line for line in told.splitlines() if line.startswith("bt-fast: ")]
+    reported = log.read_text() if log.exists() else ""
+    errors = [line for line in reported.splitlines() if line.startswith("bt-fast: ")]
     if code == 0 or (killed and code == -signal.SIGKILL):
         return None
-    if code == 2 and len(errors) == 1 and any(line in errors[0] for line in lines) and "Traceback" not in told:
+    if code == 2 and len(errors) == 1 and any(line in errors[0] for line in lines) and "Traceback" not in reported:
         return None
-    return f"exit code {code}: {told[-1500:] or log.name}"
+    return f"exit code {code}: {reported[-1500:] or log.name}"
 
 
 def crowded(place, data, epochs, whole, rng):
@@ -109,15 +109,15 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    found = []
+    actual = []
     with tempfile.TemporaryDirectory() as place:
         for result in rounds(Path(place), given.rounds, given.epochs, given.seed):
-            found.append(result)
+            actual.append(result)
             print(json.dumps(result), flush=True)
         os.chdir("/")
-    failed = [result for result in found if not result["identical"] or result["wrong"] or result["left"]]
-    print(f"{len(found)} rounds, {sum(result['refused'] for result in found)} refusals, {len(failed)} failed")
-    sys.exit(1 if failed or not found else 0)
+    failed = [result for result in actual if not result["identical"] or result["wrong"] or result["left"]]
+    print(f"{len(actual)} rounds, {sum(result['refused'] for result in actual)} refusals, {len(failed)} failed")
+    sys.exit(1 if failed or not actual else 0)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ class EmulatedTf32(TorchDispatchMode):
     def __torch_dispatch__(self, call, types, args=(), kwargs=None):
         name = call.overloadpacket.__name__
         allowed = {CONVOLUTIONS: tf32_convolutions, PRODUCTS: lambda: torch.backends.cuda.matmul.allow_tf32}
-        if any(name in names and asked() for names, asked in allowed.items()):
+        if any(name in names and requested() for names, requested in allowed.items()):
             args = tree_map(lambda value: rounded(value) if is_float32(value) else value, args)
         return call(*args, **(kwargs or {}))
 

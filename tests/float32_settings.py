@@ -62,37 +62,37 @@ ALLOWED = {"nothing": True, "old": False, "old, back": True}  # TF32 in convolut
 
 def holds():
     """What every operation computes in, and what the old API tells or refuses to."""
-    found = {names: torch._C._get_fp32_precision_getter(*names) for names in (ABOVE + BELOW if NEW else ())}
+    result = {names: torch._C._get_fp32_precision_getter(*names) for names in (ABOVE + BELOW if NEW else ())}
     for name, read in {
         "cudnn": lambda: CUDNN.allow_tf32,
         "cublas": lambda: MATMUL.allow_tf32,
         "matmul": torch.get_float32_matmul_precision,
     }.items():
         try:
-            found[name] = read()
+            result[name] = read()
         except RuntimeError:
-            found[name] = "refused"
-    return found
+            result[name] = "refused"
+    return result
 
 
 def told():
     """The same as it is, and with the settings above at each value; these are put back."""
-    found = [holds()]
+    result = [holds()]
     if not NEW:
-        return found
+        return result
     own = {}
     for names in ABOVE:  # none is above it that says anything
         own[names] = torch._C._get_fp32_precision_getter(*names)
         torch._C._set_fp32_precision_setter(*names, "none")
-    found.append(own)
+    result.append(own)
     for value in ("none", "ieee", "tf32"):
         for names in ABOVE:
             torch._C._set_fp32_precision_setter(*names, value)
-        found.append(holds())
+        result.append(holds())
     for names, value in own.items():
         torch._C._set_fp32_precision_setter(*names, value)
-    assert holds() == found[0]
-    return found
+    assert holds() == result[0]
+    return result
 
 
 def check(way):

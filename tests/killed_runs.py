@@ -135,8 +135,8 @@ def wait(process, seconds):
     """The exit code, minus the signal's number where it died of one; None where it still runs after these seconds."""
     end = time.monotonic() + seconds
     while True:
-        found, status = os.waitpid(process, os.WNOHANG)
-        if found:
+        result, status = os.waitpid(process, os.WNOHANG)
+        if result:
             return os.waitstatus_to_exitcode(status)
         if time.monotonic() > end:
             return None
@@ -273,21 +273,21 @@ def main():
     parser.add_argument("--out", type=Path, help="JSON file for the results")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    found = []
+    actual = []
     with tempfile.TemporaryDirectory() as place:
         which = (given.epochs, given.moments, given.operations, given.only, given.seed)
         for result in trials(Path(place), *which):
-            found.append(result)
+            actual.append(result)
             print(json.dumps(result), flush=True)
             if not result["ok"]:
                 home = max(Path(place).iterdir(), key=lambda path: path.stat().st_mtime)
                 print((home / "log").read_text()[-2000:], file=sys.stderr)
-    failed = sum(not result["ok"] for result in found)
-    print(f"{len(found)} runs killed, {failed} failed")
+    failed = sum(not result["ok"] for result in actual)
+    print(f"{len(actual)} runs killed, {failed} failed")
     if given.out:
-        content = {"machine": machine(torch.device("cpu")), "seed": given.seed, "failed": failed, "runs": found}
+        content = {"machine": machine(torch.device("cpu")), "seed": given.seed, "failed": failed, "runs": actual}
         write_text(given.out, json.dumps(content, indent=1) + "\n")
-    sys.exit(1 if failed or not found else 0)
+    sys.exit(1 if failed or not actual else 0)
 
 
 if __name__ == "__main__":

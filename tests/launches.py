@@ -71,6 +71,6 @@ def traffic(work, *args):
 def _kernels():
     from bt_fast import kernels
 
-    for found in pkgutil.iter_modules(kernels.__path__):
-        file = importlib.import_module(f"bt_fast.kernels.{found.name}")
+    for result in pkgutil.iter_modules(kernels.__path__):
+        file = importlib.import_module(f"bt_fast.kernels.{result.name}")
         yield from ((file, name) for name in vars(file) if name.endswith("_kernel"))

@@ -35,7 +35,7 @@ def raises(*given, **options):
 def left_out(scratch):
     """What is left out of a case in which ours is computed by one of these."""
     bench = variants.Bench("wrn-10-1", "tf32", 4, CPU, tiny=True)
-    found, tried, exact = {}, {}, {}
+    result, tried, exact = {}, {}, {}
     for name, ours in {"as it is": trades_loss, "beta": wrong_beta, "warns": warns, "raises": raises}.items():
         context = Context(name, "", time.monotonic() + 1000, scratch, True, "", None, 8.0)
         with mock.patch.object(variants, "trades_loss", ours):
@@ -43,9 +43,9 @@ def left_out(scratch):
                 iteration.check(context, "n/tf32", bench, [variants.BY_NAME["optimised"]])
             except iteration.LeftOutError as error:
                 print(error)
-        found[name], tried[name] = context.records("left_out"), tried_last(context, "n/tf32")
+        result[name], tried[name] = context.records("left_out"), tried_last(context, "n/tf32")
         exact[name] = len(context.records("exact"))
-    return found | {"tried last": tried, "exact": exact}
+    return result | {"tried last": tried, "exact": exact}
 
 
 class FakeBench:
@@ -63,8 +63,8 @@ class FakeBench:
     def iteration(self, variant):
         def run():
             self.ran.append(variant.name)
-            if said := self.says.get(variant.name):
-                warnings.warn(said, stacklevel=1)
+            if messages := self.says.get(variant.name):
+                warnings.warn(messages, stacklevel=1)
 
         return run
 
@@ -96,9 +96,9 @@ def peaks(scratch):
     context = Context("x", "", time.monotonic() + 1000, scratch, True, "", None, 8.0)
     bench = FakeBench(torch.device("cuda", 0))
     works = {variant: bench.iteration(variant) for variant in some("reference", "bullet, graphs", "bullet, captured")}
-    told = dict.fromkeys(("memory_allocated", "max_memory_allocated", "memory_reserved"), lambda: 7)
+    reported = dict.fromkeys(("memory_allocated", "max_memory_allocated", "memory_reserved"), lambda: 7)
     nothing = dict.fromkeys(("reset_peak_memory_stats", "synchronize"), lambda *_: None)
-    with mock.patch.multiple(torch.cuda, **told, **nothing):
+    with mock.patch.multiple(torch.cuda, **reported, **nothing):
         iteration.peaks(context, "n/tf32", bench, works)
     return [record["variant"] for record in context.records("memory")]
 
@@ -138,11 +138,11 @@ def checked(scratch):
     with mock.patch.object(variants, "trades_loss", noted):
         differences = [exactness.difference(variant) for variant in some("optimised", "bullet")]
     expected = bench.workload.bullet.robust_fraction.item()
-    told = {"steps": steps, "differences": differences, "as the bench": robust[3] == expected == robust[6]}
+    reported = {"steps": steps, "differences": differences, "as the bench": robust[3] == expected == robust[6]}
     one, nan = torch.ones(()), torch.full((), torch.nan)
     with mock.patch.object(exactness, "_updates", side_effect=[[one, nan], [nan, one]]):
         exactness._expected = {"reference": [one, one]}
-        return told | {"of NaN": [exactness.difference(variants.BY_NAME["optimised"]) for _ in range(2)]}
+        return reported | {"of NaN": [exactness.difference(variants.BY_NAME["optimised"]) for _ in range(2)]}
 
 
 def runs(scratch):

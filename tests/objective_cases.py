@@ -49,10 +49,10 @@ class Objective:
 
     def options(self, distance):
         """Five or ten steps of fitting sizes."""
-        found = {"epsilon": 0.031, "perturb_steps": 10, "step_size": 0.007}
+        result = {"epsilon": 0.031, "perturb_steps": 10, "step_size": 0.007}
         if distance == "l_2":
-            found = {"epsilon": 0.3, "perturb_steps": 5, "step_size": 0.1}
-        return found | {"distance": distance} | ({"beta": 6.0} if self.robust else {})
+            result = {"epsilon": 0.3, "perturb_steps": 5, "step_size": 0.1}
+        return result | {"distance": distance} | ({"beta": 6.0} if self.robust else {})
 
     def boundary_step(self, options, n):
         """α of a boundary sample that takes n steps."""

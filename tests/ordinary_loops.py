@@ -20,7 +20,7 @@ def iterations(device, build="conv_bn", steps=4, **options):
     """Losses, gradients and buffers. Each loss is alive until the next one has been computed."""
     torch.manual_seed(0)
     model = small_models.build(build).to(device)
-    optimizer, found = torch.optim.SGD(model.parameters(), lr=0.1), []
+    optimizer, result = torch.optim.SGD(model.parameters(), lr=0.1), []
     for k in range(steps):
         x, y = (t.to(device) for t in small_models.batch(6, seed=k))
         optimizer.zero_grad()
@@ -29,8 +29,8 @@ def iterations(device, build="conv_bn", steps=4, **options):
         loss.backward()
         optimizer.step()
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        found.append([t.detach().clone() for t in (loss, *gradients, *model.buffers())])
-    return found
+        result.append([t.detach().clone() for t in (loss, *gradients, *model.buffers())])
+    return result
 
 
 class BesideALoader(nn.Module):

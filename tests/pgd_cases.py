@@ -58,8 +58,8 @@ def case(n, shape, dtype, seed, *, last=False, counts=False, flags=False, specia
             # an eighth of all
             k = -(-values.numel() // 8)
             places = torch.randperm(values.numel(), generator=g)[:k]
-            found = torch.tensor(SPECIAL if whole is grad else [NAN, *SPECIAL])
-            values.view(-1)[places] = found.repeat(k)[:k]
+            result = torch.tensor(SPECIAL if whole is grad else [NAN, *SPECIAL])
+            values.view(-1)[places] = result.repeat(k)[:k]
         for i in range((2 - seed) % 3, n, 3):
             grad[i].view(-1)[torch.randint(grad[i].numel(), (), generator=g)] = NAN
     buffer[n:] = float("nan")
@@ -88,8 +88,8 @@ def l2_case(n, shape, dtype, seed, *, last=False, counts=False, flags=False, see
     Args:
         seeded: what stands in for a zero gradient is drawn from a seed, else given.
     """
-    found = case(n, shape, dtype, seed, last=last, counts=counts, special=False)
-    grad, g = found.arguments["grad"].float(), torch.Generator().manual_seed(seed)
+    result = case(n, shape, dtype, seed, last=last, counts=counts, special=False)
+    grad, g = result.arguments["grad"].float(), torch.Generator().manual_seed(seed)
     tiny, huge = TINY_AND_HUGE.get(dtype, (1e-30, 1e30))
     for i in range(n):
         kind, one = KINDS[(seed + i) % len(KINDS)], grad[i].view(-1) if not last else grad[i].reshape(-1)
@@ -102,16 +102,16 @@ def l2_case(n, shape, dtype, seed, *, last=False, counts=False, flags=False, see
             one[place] = NAN if kind == "NaN" else (-1) ** seed * float("inf")
         grad[i] = one.view(shape)
         if i % 3 == 0:
-            found.buffer[i] += torch.randn(shape, generator=g).to(dtype)
+            result.buffer[i] += torch.randn(shape, generator=g).to(dtype)
     noise = torch.randn(n, *shape, generator=g).to(dtype)
     length = grad[0].numel() if n else 1
     return Case(
-        found.buffer,
-        found.arguments
+        result.buffer,
+        result.arguments
         | {
-            "grad": torch.empty_like(found.arguments["grad"]).copy_(grad),
+            "grad": torch.empty_like(result.arguments["grad"]).copy_(grad),
             "epsilon": 0.05 * length**0.5,
-            "step_size": found.arguments["step_size"] * length**0.5,
+            "step_size": result.arguments["step_size"] * length**0.5,
             "stand_in": torch.tensor((seed << 31) - 3) if seeded else noise,
             "faulty": torch.zeros(n, dtype=torch.int32) if flags else None,
         },

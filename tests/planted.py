@@ -47,14 +47,14 @@ def left_out(original, bugs):
     for line in source.encode().splitlines(keepends=True):
         starts.append(starts[-1] + len(line))
     touched = [span for bug in bugs for span in spans(source.encode(), bug.text.encode())]
-    found = []
+    result = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Call) and name_of(node.func) in ORDERING and not of_words(node.func):
             start = starts[node.lineno - 1] + node.col_offset
             end = starts[node.end_lineno - 1] + node.end_col_offset
             if not any(a < end and start < b for a, b in touched):
-                found.append(ast.get_source_segment(source, node))
-    return found
+                result.append(ast.get_source_segment(source, node))
+    return result
 
 
 def of_words(function):

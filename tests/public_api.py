@@ -57,9 +57,9 @@ def public_objects():
 
 def lines():
     """The whole public API, sorted."""
-    found = {line for name, value in public_objects() for line in described(name, value)}
-    found |= {f"torch.ops.{schema}" for schema in op_schemas()}
-    return sorted(found | set(command_lines()))
+    result = {line for name, value in public_objects() for line in described(name, value)}
+    result |= {f"torch.ops.{schema}" for schema in op_schemas()}
+    return sorted(result | set(command_lines()))
 
 
 def described(name, value):
@@ -100,11 +100,11 @@ def described_class(name, cls):
 
 def members(cls):
     """What classes of the package define, names with an underscore left out but for calls and `with` blocks."""
-    found = {}
+    result = {}
     for base in reversed(cls.__mro__):
         if base.__module__.startswith("bt_fast"):
-            found |= vars(base)
-    for name, value in found.items():
+            result |= vars(base)
+    for name, value in result.items():
         if not name.startswith("_") or name in ("__call__", "__enter__", "__exit__"):
             yield name, value
 

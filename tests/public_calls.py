@@ -67,9 +67,9 @@ def criterion(kind, mining=None, attack=ATTACK, **options):
 
     def run(model, x, y):
         made = kind(attack, mining=copy.deepcopy(mining), **options)
-        found = made(model, x, y, generator=seeded())
+        result = made(model, x, y, generator=seeded())
         assert made.last.x_adv.shape == x.shape
-        return found
+        return result
 
     return run
 
@@ -77,10 +77,10 @@ def criterion(kind, mining=None, attack=ATTACK, **options):
 def perturbed(mining=None, attack=ATTACK, **options):
     def run(model, x, y):
         bullet = copy.deepcopy(mining)
-        found = perturb(model, x, y, attack, bullet, generator=seeded(), **options)
+        result = perturb(model, x, y, attack, bullet, generator=seeded(), **options)
         if bullet is not None:
             bullet.observe(logits_of(x), y)
-        return found
+        return result
 
     return run
 
@@ -100,8 +100,8 @@ def generated(**options):
 
 def evaluated(**options):
     def run(model, x, y):
-        found = evaluate(model, [(x, y)], ATTACK, generator=seeded(), **options)
-        return torch.tensor([found.clean_correct, found.robust_correct, *found.restart, *found.step])
+        result = evaluate(model, [(x, y)], ATTACK, generator=seeded(), **options)
+        return torch.tensor([result.clean_correct, result.robust_correct, *result.restart, *result.step])
 
     return run
 
@@ -119,8 +119,8 @@ def autoattacked(model, x, y):
     attack = SimpleNamespace(run_standard_evaluation=lambda x, y, bs: x)
     package = SimpleNamespace(AutoAttack=lambda *_, **__: attack)
     with mock.patch.dict(sys.modules, {"autoattack": package}):
-        found = autoattack(model, x, y, THREAT)
-    return found.x_adv + found.clean_correct
+        result = autoattack(model, x, y, THREAT)
+    return result.x_adv + result.clean_correct
 
 
 def logits_of(x):
@@ -142,9 +142,9 @@ def mined(model, x, y):
 def measured(model, x, y):
     logits = logits_of(x)
     given = logits.clone()
-    found = torch.stack([metric(logits, y) for metric in METRICS.values()])
+    result = torch.stack([metric(logits, y) for metric in METRICS.values()])
     assert torch.equal(logits, given)
-    return found
+    return result
 
 
 def guarded(model, x, y):

@@ -200,16 +200,16 @@ def looked_at(model):
 
 def snapshot(*modules):
     """Everything that a call must not change: parameters, buffers, gradients, modes, requires_grad."""
-    found = {}
+    result = {}
     for k, module in enumerate(modules):
         for name, value in module.state_dict().items():
-            found[k, "state", name] = value.clone()
+            result[k, "state", name] = value.clone()
         for name, p in module.named_parameters():
-            found[k, "grad", name] = None if p.grad is None else p.grad.clone()
-            found[k, "requires_grad", name] = p.requires_grad
+            result[k, "grad", name] = None if p.grad is None else p.grad.clone()
+            result[k, "requires_grad", name] = p.requires_grad
         for name, child in module.named_modules():
-            found[k, "training", name] = child.training
-    return found
+            result[k, "training", name] = child.training
+    return result
 
 
 def assert_unchanged(before, *modules):

@@ -95,10 +95,10 @@ def slope(samples, what):
 def sample(iteration):
     """A `Sample` as a plain tuple, which the collector does not count."""
     gc.collect()
-    found = gc.get_objects()
-    tensors = sum(issubclass(type(o), torch.Tensor) for o in found)
+    actual = gc.get_objects()
+    tensors = sum(issubclass(type(o), torch.Tensor) for o in actual)
     pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return iteration, pages * mmap.PAGESIZE / 1024, tensors, len(found)
+    return iteration, pages * mmap.PAGESIZE / 1024, tensors, len(actual)
 
 
 class Training:
@@ -198,17 +198,17 @@ def main(arguments=None):
     parser.add_argument("--out", type=Path)
     given = parser.parse_args(arguments)
     stub = with_stub()
-    found = {}
+    actual = {}
     if given.iterations:
-        found["training"] = result("training", Training(), given.iterations, monitored=stub)
+        actual["training"] = result("training", Training(), given.iterations, monitored=stub)
     if given.emulated:
-        found["emulated graphs and streams"] = result("emulated", Emulated(), given.emulated)
+        actual["emulated graphs and streams"] = result("emulated", Emulated(), given.emulated)
     if given.out:
         criterion = {"warm_up": WARM_UP, "most_kib_per_1000": MOST_KIB, "most_objects_per_1000": MOST_OBJECTS}
         columns = ["iteration", "resident_kib", "tensors", "objects"]
         head = {"machine": machine(torch.device("cpu")), "criterion": criterion, "columns": columns}
-        write_text(given.out, json.dumps(head | found, indent=1) + "\n")
-    return 0 if all(one["flat"] for one in found.values()) else 1
+        write_text(given.out, json.dumps(head | actual, indent=1) + "\n")
+    return 0 if all(one["flat"] for one in actual.values()) else 1
 
 
 if __name__ == "__main__":

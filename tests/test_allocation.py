@@ -252,13 +252,13 @@ def test_a_policy_sees_what_is_known_of_the_minibatch():
     seen = []
     bullet = at_fraction(0.4, 7, 3, 1, metric="margin", policy=lambda judged: seen.append(judged) or judged.group)
     got = bullet.plan(Z, Y)
-    (found,) = seen
-    assert found.group_steps == (1, 7, 3)
-    assert torch.equal(found.certainty, got.certainty)
-    assert torch.equal(found.correct, Z.argmax(dim=1) == Y)
-    assert torch.equal(found.group, got.group)
-    assert torch.equal(found.threshold, got.threshold)
-    assert found.robust_fraction.item() == 0.4
+    (result,) = seen
+    assert result.group_steps == (1, 7, 3)
+    assert torch.equal(result.certainty, got.certainty)
+    assert torch.equal(result.correct, Z.argmax(dim=1) == Y)
+    assert torch.equal(result.group, got.group)
+    assert torch.equal(result.threshold, got.threshold)
+    assert result.robust_fraction.item() == 0.4
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.uint8])
@@ -299,7 +299,7 @@ def test_mean_steps_of_three_groups_are_those_of_their_fractions():
     assert bullet.steps_assigned is None
 
 
-def test_what_augmix_saves_is_told_by_the_samples_that_take_their_step():
+def test_what_augmix_saves_is_reported_by_the_samples_that_take_their_step():
     bullet = BulletTrain(1, 0, 0, policy="uniform")
     assert math.isnan(bullet.theoretical_speedup_augmix())
     planned_and_ended(bullet, Z, Y)
@@ -427,9 +427,9 @@ def test_bad_configuration(make, error, message):
 
 def only(count, value, like):
     """Zeros with so many values of another kind."""
-    found = torch.zeros(len(like), dtype=like.dtype)
-    found[:count] = value
-    return found
+    result = torch.zeros(len(like), dtype=like.dtype)
+    result[:count] = value
+    return result
 
 
 @pytest.mark.parametrize(
@@ -473,7 +473,7 @@ def test_values_that_only_the_device_can_see_are_raised_with_the_counts():
 
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("metric", METRICS)
-def test_logits_without_softmax_are_told_as_such_and_not_as_the_metric_s_or_policy_s(metric, policy):
+def test_logits_without_softmax_are_reported_as_such_and_not_as_the_metric_s_or_policy_s(metric, policy):
     z = Z.clone().index_put((torch.tensor(2), torch.tensor(1)), torch.tensor(math.nan))
     bullet = at_fraction(0.3, metric=metric, policy=policy)
     before = state(bullet)

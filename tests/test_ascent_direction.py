@@ -28,16 +28,16 @@ def test_it_is_the_kl_gradient_up_to_a_power_of_two_for_each_row(dtype, batch, s
     z = batch[0].to(dtype)
     target = 2 * torch.randn(z.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     target = target.softmax(dim=1).to(ops.wide(z).dtype)
-    found = ops.ascent_direction(z, target)
-    assert found.dtype == dtype
-    assert found.isfinite().all()
+    result = ops.ascent_direction(z, target)
+    assert result.dtype == dtype
+    assert result.isfinite().all()
 
     exact = torch.tensor(softmax(z.double().numpy())) - target.double()
     size = exact.abs().amax(dim=1, keepdim=True)
     clear = size[:, 0] > 0.2  # above the rounding of the difference
-    found, exact, size = found.double()[clear], exact[clear], size[clear]
-    largest = found.abs().amax(dim=1, keepdim=True)
-    assert_near(found / largest, exact / size, dtype)
+    result, exact, size = result.double()[clear], exact[clear], size[clear]
+    largest = result.abs().amax(dim=1, keepdim=True)
+    assert_near(result / largest, exact / size, dtype)
     assert ((largest >= 1) & (largest <= 2)).all()
     if dtype not in HALF:
         power = (largest / size).log2()
@@ -64,8 +64,8 @@ def test_gaps_that_are_hardly_there(exponent):
     """Two classes ruled out: their probabilities are 0, so the gap is the target, of any size."""
     gap = 2.0**exponent
     z = torch.tensor([[0.0, -math.inf, -math.inf]])
-    found = ops.ascent_direction(z, torch.tensor([[1.0, gap, 0.0]]))
-    assert found.tolist() == [[0.0, -(gap * 2.0 ** min(-exponent, 126)), 0.0]]
+    result = ops.ascent_direction(z, torch.tensor([[1.0, gap, 0.0]]))
+    assert result.tolist() == [[0.0, -(gap * 2.0 ** min(-exponent, 126)), 0.0]]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -130,16 +130,16 @@ def test_compiled_it_is_one_op():
 
     torch._dynamo.reset()
     z, target = torch.randn(3, 4), torch.eye(4)[:3]
-    found = torch.compile(ops.ascent_direction, fullgraph=True, backend=backend)(z, target)
-    assert torch.equal(found, ops.ascent_direction(z, target))
+    result = torch.compile(ops.ascent_direction, fullgraph=True, backend=backend)(z, target)
+    assert torch.equal(result, ops.ascent_direction(z, target))
     assert targets == [torch.ops.bt_fast.ascent_direction.default]
 
 
 def test_the_reference_waits_for_nothing():
     with pretended_device():
         z, target = torch.empty(6, 4, device=DEVICE).half(), torch.empty(6, 4, device=DEVICE)
-        found, expected = ascent_direction_reference(z, target), ops.ascent_direction(z, target)
-    assert (found.shape, found.dtype, found.device) == (expected.shape, expected.dtype, expected.device)
+        result, expected = ascent_direction_reference(z, target), ops.ascent_direction(z, target)
+    assert (result.shape, result.dtype, result.device) == (expected.shape, expected.dtype, expected.device)
 
 
 Z = torch.randn(4, 3)

@@ -142,8 +142,8 @@ def test_a_compiled_assignment_is_one_op():
 def test_the_reference_waits_for_nothing():
     given_ = {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in case(6, 0).items()}
     with pretended_device():
-        found = assign_steps(**given_ | {"svar": given_["svar"].double()})
-    assert all(t.device == DEVICE for t in found)
+        result = assign_steps(**given_ | {"svar": given_["svar"].double()})
+    assert all(t.device == DEVICE for t in result)
 
 
 def test_nothing_changes_before_the_checks_and_the_results_are_new():

@@ -25,9 +25,9 @@ def model_in_training():
 def test_forwards_without_gradient_are_those_of_the_eval_mode():
     model = model_in_training()
     with for_autoattack(model) as classifier, torch.no_grad():
-        found = [classifier(X) for _ in range(2)]
-    assert torch.equal(*found)
-    assert torch.equal(found[0], model.eval()(X))
+        result = [classifier(X) for _ in range(2)]
+    assert torch.equal(*result)
+    assert torch.equal(result[0], model.eval()(X))
 
 
 def test_a_gradient_reaches_the_images_and_no_parameter():
@@ -93,13 +93,13 @@ def test_the_package_is_run_and_its_images_are_judged(package):
     y[:3] = (y[:3] + 1) % 5
     model.train()
     before, state = snapshot(model), torch.get_rng_state()
-    found = autoattack(model, X, y, ThreatModel(0.3, "l_2"), batch_size=4, seed=5)
+    result = autoattack(model, X, y, ThreatModel(0.3, "l_2"), batch_size=4, seed=5)
     assert_unchanged(before, model)
     assert package.calls == [("L2", 0.3, 5, "standard", False, "cpu")]
     model.eval()
-    stood = (model(X).argmax(dim=1) == y) & (model(found.x_adv).argmax(dim=1) == y)
-    assert torch.equal(found.stood, stood)
-    assert (found.clean_correct, found.robust_correct, found.total) == (7, int(stood.sum()), 10)
+    stood = (model(X).argmax(dim=1) == y) & (model(result.x_adv).argmax(dim=1) == y)
+    assert torch.equal(result.stood, stood)
+    assert (result.clean_correct, result.robust_correct, result.total) == (7, int(stood.sum()), 10)
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -146,8 +146,8 @@ def test_the_real_package_breaks_at_least_what_it_reports():
     model = build(Many, dtype=torch.float32)
     y = model(X).argmax(dim=1)
     before = snapshot(model)
-    found = autoattack(model, X[:4], y[:4], ThreatModel(0.02))
-    assert found.clean_correct == 4
-    assert (found.x_adv - X[:4]).abs().max() <= 0.02 * (1 + 1e-5)
-    assert torch.equal(found.stood, model(found.x_adv).argmax(dim=1) == y[:4])
+    result = autoattack(model, X[:4], y[:4], ThreatModel(0.02))
+    assert result.clean_correct == 4
+    assert (result.x_adv - X[:4]).abs().max() <= 0.02 * (1 + 1e-5)
+    assert torch.equal(result.stood, model(result.x_adv).argmax(dim=1) == y[:4])
     assert_unchanged(before, model)

@@ -53,18 +53,18 @@ def gpu(monkeypatch):
 def launching(launch):
     """Every kernel's launch is `launch()`, on tensors of the CPU that call themselves CUDA's; gives the warnings."""
     files = {}
-    for found in pkgutil.iter_modules([str(ROOT / "kernels")]):
-        names = [w for w in (ROOT / "kernels" / f"{found.name}.py").read_text().split() if w.endswith("_kernel(")]
+    for result in pkgutil.iter_modules([str(ROOT / "kernels")]):
+        names = [w for w in (ROOT / "kernels" / f"{result.name}.py").read_text().split() if w.endswith("_kernel(")]
         kernel = mock.MagicMock()
         kernel.__getitem__.return_value = lambda *_, **__: launch()
-        files[f"bt_fast.kernels.{found.name}"] = SimpleNamespace(**{name[:-1]: kernel for name in names})
+        files[f"bt_fast.kernels.{result.name}"] = SimpleNamespace(**{name[:-1]: kernel for name in names})
     package = importlib.import_module("bt_fast.kernels")
-    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(record=True) as said, cuda_tensors():
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(record=True) as messages, cuda_tensors():
         warnings.simplefilter("always")
         for name, file in files.items():
             patch.setitem(sys.modules, name, file)
             patch.setattr(package, name.rpartition(".")[2], file, raising=False)
-        yield said
+        yield messages
 
 
 def raising(error):
@@ -77,8 +77,8 @@ def ordered():
 
 def assert_plain(said, *words):
     """The op is plain torch's, whose warning was alone and has these words."""
-    for found, expected in zip(ordered(), order_reference(STEPS, 5), strict=True):
-        assert torch.equal(found, expected)
+    for result, expected in zip(ordered(), order_reference(STEPS, 5), strict=True):
+        assert torch.equal(result, expected)
     (warning,) = said
     text = str(warning.message)
     assert text.startswith("bt_fast runs in plain torch on cpu, since ")
@@ -99,24 +99,24 @@ def assert_plain(said, *words):
         ({"capability": (6, 1)}, ["compute capability 6.1 is below 7.5"]),
     ],
 )
-def test_what_is_known_without_a_launch_is_said_once_and_nothing_is_launched(gpu, known, words):
+def test_what_is_known_without_a_launch_is_reported_once_and_nothing_is_launched(gpu, known, words):
     gpu(**known)
     launch = mock.Mock()
-    with launching(launch) as said:
+    with launching(launch) as messages:
         for _ in range(3):
             ordered()
-        assert_plain(said, *words)
+        assert_plain(messages, *words)
     launch.assert_not_called()
 
 
-def test_what_holds_for_every_dtype_is_said_once_for_all(gpu):
+def test_what_holds_for_every_dtype_is_reported_once_for_all(gpu):
     gpu(problem=NO_TRITON)
-    with launching(mock.Mock()) as said:
+    with launching(mock.Mock()) as messages:
         assert not any(availability.kernels_run(torch.ones(1, dtype=d)) for d in (torch.float32, torch.bfloat16))
-    assert len(said) == 1
+    assert len(messages) == 1
 
 
-def test_tensors_of_the_cpu_ask_for_nothing_and_nothing_is_said(gpu):
+def test_tensors_of_the_cpu_ask_for_nothing_and_nothing_is_reported(gpu):
     gpu(problem=NO_TRITON)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -124,11 +124,11 @@ def test_tensors_of_the_cpu_ask_for_nothing_and_nothing_is_said(gpu):
     assert availability._plain == {}
 
 
-def test_where_kernels_run_they_are_launched_and_nothing_is_said(gpu):
+def test_where_kernels_run_they_are_launched_and_nothing_is_reported(gpu):
     launch = mock.Mock()
-    with launching(launch) as said:
+    with launching(launch) as messages:
         ordered()
-    assert (launch.call_count, said) == (1, [])
+    assert (launch.call_count, messages) == (1, [])
 
 
 def test_each_way_of_triton_to_be_unfit_has_its_reason_and_command(monkeypatch):
@@ -150,13 +150,15 @@ def test_a_gpu_that_is_newer_than_triton_is_tried_in_another_process_which_it_ma
     gpu(capability=(13, 0))
     run = mock.Mock(return_value=SimpleNamespace(returncode=code))
     monkeypatch.setattr(availability.subprocess, "run", run)
-    with launching(mock.Mock()) as said:
+    with launching(mock.Mock()) as messages:
         if code:
-            assert_plain(said, "triton 3.6.0 does not compile for compute capability 13.0", "--upgrade torch triton")
+            assert_plain(
+                messages, "triton 3.6.0 does not compile for compute capability 13.0", "--upgrade torch triton"
+            )
         ordered()
     assert run.call_count == 1
     assert run.call_args.args[0][1:] == ["-m", "bt_fast.ops.trial_compile", "130"]
-    assert len(said) == bool(code)
+    assert len(messages) == bool(code)
 
 
 @pytest.mark.parametrize(("triton", "tried"), [("3.2.0", True), ("3.5.1", True), ("3.6.0", False), ("3.10.0", False)])
@@ -175,13 +177,13 @@ def test_blackwell_is_tried_first_with_a_triton_that_was_not_tested_on_it(gpu, m
 )
 def test_bfloat16_of_turing_needs_a_newer_triton_and_nothing_else_does(gpu, capability, triton, runs):
     gpu(capability=capability, triton=triton)
-    with launching(mock.Mock()) as said:
+    with launching(mock.Mock()) as messages:
         assert availability.kernels_run(torch.ones(1))
         assert availability.kernels_run(torch.ones(1).half())
         assert availability.kernels_run(torch.ones(1).bfloat16()) == runs
-        assert len(said) == (not runs)
+        assert len(messages) == (not runs)
     if not runs:
-        assert "triton 3.2.0 does not compile bfloat16 for compute capability 7.5" in str(said[0].message)
+        assert "triton 3.2.0 does not compile bfloat16 for compute capability 7.5" in str(messages[0].message)
 
 
 def test_this_triton_compiles_for_what_it_is_trusted_with():
@@ -190,7 +192,7 @@ def test_this_triton_compiles_for_what_it_is_trusted_with():
         trial_compile.main(10 * major + minor)
 
 
-def test_what_this_triton_cannot_compile_is_found_and_this_process_lives_on(gpu, monkeypatch):
+def test_what_this_triton_cannot_compile_is_recognised_and_this_process_lives_on(gpu, monkeypatch):
     monkeypatch.setattr(availability, "triton_version", lambda: importlib.import_module("triton").__version__)
     assert not availability.compiles_for((99, 0))
     monkeypatch.setattr(availability, "CAPABILITIES", ())
@@ -211,26 +213,26 @@ def test_what_this_triton_cannot_compile_is_found_and_this_process_lives_on(gpu,
         (ValueError("ptxas fatal"), ["first launch failed (ValueError: ptxas fatal)"]),
     ],
 )
-def test_a_first_launch_that_fails_is_said_once_and_not_tried_again(gpu, error, words):
+def test_a_first_launch_that_fails_is_reported_once_and_not_tried_again(gpu, error, words):
     launch = raising(error)
-    with launching(launch) as said:
+    with launching(launch) as messages:
         for _ in range(3):
             ordered()
-        assert_plain(said, *words)
+        assert_plain(messages, *words)
     assert launch.call_count == 1
 
 
 def test_a_header_of_python_that_is_missing_is_named(gpu, monkeypatch, tmp_path):
     monkeypatch.setattr(availability.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
-    with launching(raising(subprocess.CalledProcessError(1, ["gcc", "main.c"]))) as said:
+    with launching(raising(subprocess.CalledProcessError(1, ["gcc", "main.c"]))) as messages:
         package = f"python{sys.version_info.major}.{sys.version_info.minor}-dev"
-        assert_plain(said, f"{tmp_path / 'Python.h'} is missing", f"sudo apt-get install {package}")
+        assert_plain(messages, f"{tmp_path / 'Python.h'} is missing", f"sudo apt-get install {package}")
 
 
 def test_a_compiler_that_cc_names_and_that_is_not_there_is_named(gpu, monkeypatch):
     monkeypatch.setenv("CC", "/no/cc")
-    with launching(raising(FileNotFoundError(2, "No such file or directory", "/no/cc"))) as said:
-        assert_plain(said, "CC=/no/cc cannot be run", "unset CC")
+    with launching(raising(FileNotFoundError(2, "No such file or directory", "/no/cc"))) as messages:
+        assert_plain(messages, "CC=/no/cc cannot be run", "unset CC")
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.op)
@@ -241,10 +243,10 @@ def test_every_op_gives_plain_torch_s_result_when_its_launch_fails(gpu, check):
         availability._plain.clear()
         expected = check.results(op, **copied(case))
         with launching(raising(RuntimeError(NO_COMPILER))):
-            found = check.results(op, **copied(case))
+            actual = check.results(op, **copied(case))
         assert availability._plain, name
         for result, right in expected.items():
-            assert torch.equal(found[result].nan_to_num(7.0), right.nan_to_num(7.0)), (name, result)
+            assert torch.equal(actual[result].nan_to_num(7.0), right.nan_to_num(7.0)), (name, result)
 
 
 def length(value):
@@ -264,53 +266,53 @@ def test_every_launch_can_fall_back():
 
 def test_after_a_launch_that_went_well_a_bug_is_raised_and_what_triton_lacks_is_not(gpu):
     launch = mock.Mock()
-    with launching(launch) as said:
+    with launching(launch) as messages:
         ordered()
         launch.side_effect = ValueError("a bug")
         with pytest.raises(ValueError, match="a bug"):
             ordered()
-        assert said == []
+        assert messages == []
         launch.side_effect = RuntimeError(NO_COMPILER)
-        assert_plain(said, "triton finds no C compiler")
+        assert_plain(messages, "triton finds no C compiler")
 
 
 def test_an_op_on_nothing_launches_nothing_and_says_nothing_of_the_device(gpu):
-    with launching(raising(ValueError("first"))) as said:
+    with launching(raising(ValueError("first"))) as messages:
         ops.ascent_direction(torch.empty(0, 3), torch.empty(0, 3))
-        assert_plain(said, "the first launch failed (ValueError: first)")
+        assert_plain(messages, "the first launch failed (ValueError: first)")
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("full"), RuntimeError("Triton Error [CUDA]: out of memory")])
 def test_a_full_memory_is_raised_and_says_nothing_of_kernels(gpu, error):
     launch = raising(error)
-    with launching(launch) as said:
+    with launching(launch) as messages:
         for _ in range(2):
             with pytest.raises(RuntimeError, match=str(error).split(": ")[-1]):
                 ordered()
-    assert (launch.call_count, said) == (2, [])
+    assert (launch.call_count, messages) == (2, [])
 
 
 def test_a_launch_inside_a_capture_says_nothing_of_kernels(gpu, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     launch = raising(RuntimeError("operation not permitted when stream is capturing"))
-    with launching(launch) as said:
+    with launching(launch) as messages:
         with pytest.raises(RuntimeError, match="not permitted"):
             ordered()
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
         launch.side_effect = None
         ordered()
-    assert (launch.call_count, said) == (2, [])
+    assert (launch.call_count, messages) == (2, [])
 
 
 def test_a_step_that_is_half_done_is_not_done_again_by_plain_torch(gpu):
     x = torch.full((2, 1, 4, 4), 0.5)
     given = (x, torch.ones_like(x), x.clone(), torch.full((2,), 0.1), 0.3, 0.0, 1.0, torch.tensor(5))
     launch = mock.Mock(side_effect=[None, RuntimeError(NO_COMPILER)])
-    with launching(launch) as said, pytest.raises(RuntimeError, match="C compiler"):
+    with launching(launch) as messages, pytest.raises(RuntimeError, match="C compiler"):
         ops.l2_step_(*given)
     assert torch.equal(x, torch.full_like(x, 0.5))  # as the kernels, which did nothing here, have left it
-    assert said == []
+    assert messages == []
 
 
 # What triton really says
@@ -357,16 +359,16 @@ def test_triton_s_own_errors_are_recognised_and_the_results_are_plain_torch_s(tm
     environment.pop("TRITON_INTERPRET", None)
     result = subprocess.run([sys.executable, "-c", REAL, tmp_path], env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    found = {}
+    actual = {}
     for line in result.stdout.splitlines():
-        found |= json.loads(line)
+        actual |= json.loads(line)
     words = {
         "no driver": "the first launch failed (RuntimeError: 0 active drivers",
         "no compiler": "triton finds no C compiler to build its launcher with",
         "no cache": f"triton's cache cannot be written (NotADirectoryError: [Errno 20] Not a directory: '{tmp_path}",
         "broken compiler": "triton cannot build its launcher (CalledProcessError: Command '['/bin/false'",
     }
-    assert list(found) == list(words)
+    assert list(actual) == list(words)
     for case, text in words.items():
-        (warning,) = found[case]
+        (warning,) = actual[case]
         assert text in warning

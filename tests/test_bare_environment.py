@@ -17,9 +17,9 @@ def test_the_tests_that_need_a_gpu_are_all_collected_in_a_bare_environment():
         [sys.executable, bare_environment.__file__, *collect], cwd=TESTS.parent, capture_output=True, text=True
     )
     assert run.returncode == 0, run.stdout + run.stderr
-    found = {line.split("::")[0] for line in run.stdout.splitlines() if "::" in line}
+    result = {line.split("::")[0] for line in run.stdout.splitlines() if "::" in line}
     marked = {path for path in TESTS.rglob("test_*.py") if MARK in path.read_text()}
-    assert found == {str(path.relative_to(TESTS.parent)) for path in marked}
+    assert result == {str(path.relative_to(TESTS.parent)) for path in marked}
 
 
 def test_a_bare_environment_has_the_package_s_dependencies_and_no_extras():

@@ -100,12 +100,12 @@ def test_on_a_slower_machine_the_speedups_stay(compared):
     assert "speedup" not in out
 
 
-def test_a_greater_speedup_is_told(compared):
+def test_a_greater_speedup_is_reported(compared):
     old, new = {"reference": times(2), "bullet": times(1)}, {"reference": times(2), "bullet": times(0.5)}
     assert "more    speedup of bullet over reference: 2.00x -> 4.00x" in compared([entry(old)], [entry(new)])[1]
 
 
-def test_every_change_of_a_whole_number_is_told_exactly(compared):
+def test_every_change_of_a_whole_number_is_reported_exactly(compared):
     old = entry(launches=10, flops={"bullet": 10**12}, gone=1, kept=3, share=0.5, ok=True)
     new = entry(launches=11, flops={"bullet": 10**12 + 1}, kept=3, share=0.6, ok=False)
     status, out = compared([old], [new])
@@ -161,8 +161,8 @@ def test_the_interval_is_mann_and_whitneys(n, m, critical):
     """The critical values are those of the printed tables, two-sided at 5 %."""
     old, new = [1.0 + 1e-3 * k for k in range(n)], [2.0 + 7e-5 * k for k in range(m)]
     ratios = sorted(b / a for a in old for b in new)
-    found = change(Times.of(old), Times.of(new)).interval
-    assert found == (None if critical is None else (ratios[critical], ratios[-critical - 1]))
+    result = change(Times.of(old), Times.of(new)).interval
+    assert result == (None if critical is None else (ratios[critical], ratios[-critical - 1]))
 
 
 def test_of_many_rounds_some_are_taken_from_all_over_the_run():

@@ -57,10 +57,10 @@ def launch(tiles, seconds, stream=0):
 
 
 def test_a_kernel_starts_after_its_launch_and_takes_a_tiles_time():
-    found = simulate([launch(1, 10)], Counted(launch=3.0, start=2.0))
-    assert found.seconds == 3 + 2 + 10
-    assert found.host_seconds == 3
-    assert found.device_seconds == found.sm_seconds == 10
+    result = simulate([launch(1, 10)], Counted(launch=3.0, start=2.0))
+    assert result.seconds == 3 + 2 + 10
+    assert result.host_seconds == 3
+    assert result.device_seconds == result.sm_seconds == 10
 
 
 def test_kernels_of_a_stream_run_one_after_another_while_the_host_goes_on():
@@ -77,9 +77,9 @@ def test_long_kernels_take_the_devices_time():
 
 @pytest.mark.parametrize(("tiles", "waves"), [(1, 1), (4, 1), (5, 2), (8, 2), (9, 3)])
 def test_tiles_beyond_the_sms_take_another_wave(tiles, waves):
-    found = simulate([launch(tiles, 10)], Counted(**NOTHING))
-    assert found.seconds == 10 * waves
-    assert found.sm_seconds == 10 * tiles
+    result = simulate([launch(tiles, 10)], Counted(**NOTHING))
+    assert result.seconds == 10 * waves
+    assert result.sm_seconds == 10 * tiles
 
 
 def test_a_host_that_waits_launches_after_the_event():
@@ -93,8 +93,8 @@ def test_to_wait_for_what_has_happened_costs_nothing():
 
 
 def test_a_device_without_a_queue_is_done_before_the_next_launch():
-    found = simulate([launch(1, 10), launch(1, 5)], Counted(launch=3.0, asynchronous=False))
-    assert found.seconds == 3 + 10 + 3 + 5
+    result = simulate([launch(1, 10), launch(1, 5)], Counted(launch=3.0, asynchronous=False))
+    assert result.seconds == 3 + 10 + 3 + 5
 
 
 # Graphs
@@ -153,15 +153,15 @@ DEVICES = st.builds(Counted, st.integers(1, 5), *[st.sampled_from([0.0, 0.5, 3.0
 @settings(max_examples=100, deadline=None)
 @given(STREAMS, DEVICES)
 def test_no_program_beats_its_longest_chain_its_work_or_its_launches(program, device):
-    found = simulate(program, device)
+    result = simulate(program, device)
     work = sum(k.rows * k.bytes for k in kernels_of(program))
     chains = [
         sum(device.start + -(-k.rows // device.sms) * k.bytes for k in kernels_of(a for a in program if a.stream == s))
         for s in range(3)
     ]
-    assert found.seconds >= max(max(chains), work / device.sms, device.launch * len(program)) - 1e-9
-    assert found.sm_seconds == pytest.approx(work)
-    assert work / device.sms - 1e-9 <= found.device_seconds <= found.seconds + 1e-9
+    assert result.seconds >= max(max(chains), work / device.sms, device.launch * len(program)) - 1e-9
+    assert result.sm_seconds == pytest.approx(work)
+    assert work / device.sms - 1e-9 <= result.device_seconds <= result.seconds + 1e-9
 
 
 @settings(max_examples=100, deadline=None)
@@ -207,8 +207,8 @@ def test_a_small_products_depth_is_cut_so_that_it_finds_more_sms():
 
 
 def test_what_streams_takes_the_time_of_its_bytes():
-    found = simulate([Launch((Kernel("", "stream", 0, 10**9, 8192 * 100),))], ROUND)
-    assert found.device_seconds == pytest.approx(1e9 / 1e11)
+    result = simulate([Launch((Kernel("", "stream", 0, 10**9, 8192 * 100),))], ROUND)
+    assert result.device_seconds == pytest.approx(1e9 / 1e11)
 
 
 def test_ops_of_this_package_take_the_host_longer():
@@ -248,22 +248,22 @@ def test_the_flops_are_those_that_torch_counts(inputs):
 def test_each_kernels_bytes_and_shape_are_those_by_hand():
     x, w, y, logits = 2 * 3 * 8 * 8, 8 * 3 * 3 * 3, 2 * 8 * 4 * 4, 2 * 5  # elements
     kernels = kernels_of(trace(iteration(tiny(NOWHERE), NOWHERE)))
-    found = {(k.name, k.kind): k for k in kernels}
+    result = {(k.name, k.kind): k for k in kernels}
     outputs = 2 * 4 * 4
 
-    conv = found["convolution", "conv"]
+    conv = result["convolution", "conv"]
     assert (conv.bytes, conv.rows, conv.columns, conv.depth) == (4 * (x + w + y), outputs, 8, 27)
     assert conv.flops == 2 * outputs * 8 * 27
-    relu = found["relu", "stream"]
+    relu = result["relu", "stream"]
     assert (relu.bytes, relu.rows, relu.flops) == (4 * (y + y), y, 0)
-    linear = found["addmm", "matmul"]
+    linear = result["addmm", "matmul"]
     assert linear.bytes == 4 * (y + 5 * 128 + 5 + logits)
     assert (linear.rows, linear.columns, linear.depth) == (2, 5, 128)
-    weight = found["convolution_backward", "conv_weight"]
+    weight = result["convolution_backward", "conv_weight"]
     assert (weight.bytes, weight.rows, weight.columns, weight.depth) == (4 * (y + x + w), 8, 27, outputs)
-    data = found["convolution_backward", "conv_input"]
+    data = result["convolution_backward", "conv_input"]
     assert (data.bytes, data.rows, data.columns) == (4 * (y + w + x), 2 * 8 * 8, 3)
-    assert found["threshold_backward", "stream"].bytes == 4 * 3 * y
+    assert result["threshold_backward", "stream"].bytes == 4 * 3 * y
 
 
 def test_views_and_room_launch_nothing():
@@ -356,19 +356,19 @@ def test_a_faster_gpu_is_predicted_to_take_less_time():
 
 def test_graphs_pay_where_the_host_is_the_limit_and_padding_where_it_is_not():
     slow_host = replace(GPUS["h100"], launch_seconds=1e-3)
-    found = predict(slow_host, "small-cnn", 50)
-    assert found.rows["bullet, graphs"].seconds < 0.5 * found.rows["bullet"].seconds
+    result = predict(slow_host, "small-cnn", 50)
+    assert result.rows["bullet, graphs"].seconds < 0.5 * result.rows["bullet"].seconds
     slow_device = replace(GPUS["h100"], tf32=1e9)
-    found = predict(slow_device, "small-cnn", 50)
-    assert found.rows["bullet, graphs"].seconds > found.rows["bullet"].seconds
-    assert found.rows["bullet"].busy > 0.99
+    result = predict(slow_device, "small-cnn", 50)
+    assert result.rows["bullet, graphs"].seconds > result.rows["bullet"].seconds
+    assert result.rows["bullet"].busy > 0.99
 
 
 def test_the_limit_is_reached_where_nothing_but_flops_takes_time_and_no_sm_idles():
     slow = replace(GPUS["h100"], sms=1, fp32=1e9, tf32=1e9)
-    found = predict(slow, "small-cnn", 50)
-    assert found.limit("bullet", "reference") == pytest.approx(2.65, abs=0.01)
-    assert found.speedup("bullet", "reference") == pytest.approx(found.limit("bullet", "reference"), rel=0.05)
+    result = predict(slow, "small-cnn", 50)
+    assert result.limit("bullet", "reference") == pytest.approx(2.65, abs=0.01)
+    assert result.speedup("bullet", "reference") == pytest.approx(result.limit("bullet", "reference"), rel=0.05)
     assert predict(replace(slow, sms=132), "small-cnn", 50).speedup("bullet", "reference") < 2
 
 
@@ -381,10 +381,10 @@ def test_the_workloads_groups_have_the_papers_sizes():
 
 
 def test_results_say_whether_they_are_predicted():
-    found = as_dict(predict(GPUS["a100"], "small-cnn", 50))
-    assert found["predicted"] is True
-    json.dumps(found)
-    over = found["methods"]["bullet"]["over reference"]
+    result = as_dict(predict(GPUS["a100"], "small-cnn", 50))
+    assert result["predicted"] is True
+    json.dumps(result)
+    over = result["methods"]["bullet"]["over reference"]
     assert over["of_flop_limit"] == pytest.approx(over["speedup"] / over["flop_limit"])
     assert over["of_eq7"] == pytest.approx(over["speedup"] / 2.254, rel=1e-3)
 
@@ -434,10 +434,10 @@ def test_measurements_are_medians_of_rounds_that_alternate(monkeypatch):
     works = {name: (lambda name=name: order.append(name) or [next(ticks) for _ in range(len(name))]) for name in names}
     monkeypatch.setattr(Workload, "variants", lambda self: works)
     monkeypatch.setattr(gpu_prediction, "programs", lambda *_: dict.fromkeys(names, ()))
-    found = measure(torch.device("cpu"), "small-cnn", 2, rounds=3, warm=1)
+    result = measure(torch.device("cpu"), "small-cnn", 2, rounds=3, warm=1)
     assert order == names * 4
-    assert [row.seconds for row in found.rows.values()] == [len(name) + 1 for name in names]
-    assert not found.predicted
+    assert [row.seconds for row in result.rows.values()] == [len(name) + 1 for name in names]
+    assert not result.predicted
 
 
 @pytest.mark.parametrize(

@@ -52,9 +52,9 @@ def test_records_tell_how_much_minibatches_differ(overdispersion):
     generator = np.random.default_rng(1)
     counts = draw_counts(PAPER, overdispersion, 4000, 100, "global", generator).numpy() / 100
     runs = [[Fractions(*row[list(STEPS)]) for row in half] for half in (counts[:2000], counts[2000:])]
-    found = measured_groups(runs, 100)
-    assert found.overdispersion == pytest.approx(overdispersion, rel=0.1)
-    assert found.fractions == tuple(runs[0] + runs[1])
+    result = measured_groups(runs, 100)
+    assert result.overdispersion == pytest.approx(overdispersion, rel=0.1)
+    assert result.fractions == tuple(runs[0] + runs[1])
 
 
 @pytest.mark.parametrize(
@@ -70,12 +70,12 @@ def test_records_that_tell_nothing_are_an_error(runs, message):
 def test_more_ranks_wait_longer_but_hardly_so_when_balanced(threshold):
     few, many = (lost(ranks, threshold=threshold) for ranks in (8, 512))
     assert 0.02 < few.lost < many.lost
-    for found in (few, many):
-        assert found.lost_balanced < 0.01
-        assert found.lost_balanced == pytest.approx(found.left, abs=1e-4)  # the network is free
-        assert found.exchanged == 1.0
-        assert found.sent_bytes > found.busiest_bytes > 0
-        assert 1 <= found.most_partners < found.ranks
+    for result in (few, many):
+        assert result.lost_balanced < 0.01
+        assert result.lost_balanced == pytest.approx(result.left, abs=1e-4)  # the network is free
+        assert result.exchanged == 1.0
+        assert result.sent_bytes > result.busiest_bytes > 0
+        assert 1 <= result.most_partners < result.ranks
 
 
 def test_one_rank_waits_for_nobody():
@@ -104,18 +104,18 @@ def test_the_same_seed_finds_the_same():
 
 
 def test_the_affine_time_is_near_that_of_an_iteration_which_it_has_not_seen():
-    found = predicted_time(GPUS["h100"], "small-cnn", 32)
+    result = predicted_time(GPUS["h100"], "small-cnn", 32)
     workload = Workload("small-cnn", 32, NOWHERE)
-    told = simulate(trace(workload.variants()["bullet"], reads=workload.counts()), GPUS["h100"]).seconds
+    reported = simulate(trace(workload.variants()["bullet"], reads=workload.counts()), GPUS["h100"]).seconds
     row_steps = workload.boundary * 10 + workload.robust * 2
-    affine = found.other_seconds + 10 * found.step_seconds + row_steps * found.row_seconds
-    assert affine == pytest.approx(told, rel=0.05)
-    assert 0 < found.worst_fit < 0.1
+    affine = result.other_seconds + 10 * result.step_seconds + row_steps * result.row_seconds
+    assert affine == pytest.approx(reported, rel=0.05)
+    assert 0 < result.worst_fit < 0.1
 
 
 def test_the_table_has_a_line_for_each_number_of_ranks():
-    found = [lost(ranks) for ranks in (8, 1024)]
-    head, rule, *rows = table(found)
+    result = [lost(ranks) for ranks in (8, 1024)]
+    head, rule, *rows = table(result)
     assert len({line.count("|") for line in (head, rule, *rows)}) == 1
     assert [row.split("|")[1].strip() for row in rows] == ["8", "1,024"]
-    assert as_dict(found[0])["lost"] == found[0].lost
+    assert as_dict(result[0])["lost"] == result[0].lost

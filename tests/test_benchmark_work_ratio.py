@@ -25,9 +25,9 @@ def of_work(device, kernels):
     work = {name: lambda name=name: run.append(name) for name in NAMES}
     prepared = mock.Mock()
     with mock.patch.multiple(work_ratio, profile=profiled, synchronize=mock.Mock()):
-        found = work_ratio.work_ratio(NAMES, work, prepared, SECONDS, torch.device(device))
+        result = work_ratio.work_ratio(NAMES, work, prepared, SECONDS, torch.device(device))
     assert [call.args[0] for call in prepared.call_args_list] == run
-    return found
+    return result
 
 
 def test_on_the_cpu_it_is_the_median_of_the_times():

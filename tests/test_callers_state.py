@@ -109,7 +109,7 @@ def test_a_call_that_raises_leaves_it_too(name, n):
 
 @pytest.mark.parametrize("name", CALLS)
 def test_a_model_that_writes_into_its_images_gives_what_it_gives_out_of_place(name):
-    found = []
+    actual = []
     for out_of_place in (False, True):
         model, x, y = prepared(lambda: nn.Sequential(ScaledInPlace(), conv_bn()))
         model[0].out_of_place = out_of_place
@@ -118,8 +118,8 @@ def test_a_model_that_writes_into_its_images_gives_what_it_gives_out_of_place(na
         if result.requires_grad:
             result.backward()
         assert torch.equal(x, before)
-        found.append([result.detach(), *(p.grad for p in model.parameters() if p.grad is not None), *model.buffers()])
-    for a, b in zip(*found, strict=True):
+        actual.append([result.detach(), *(p.grad for p in model.parameters() if p.grad is not None), *model.buffers()])
+    for a, b in zip(*actual, strict=True):
         assert torch.equal(a, b)
 
 
@@ -147,11 +147,11 @@ def spoiling_policy(judged):
     ],
 )
 def test_a_metric_or_policy_of_ones_own_works_on_copies(spoilt, kind):
-    found = []
+    result = []
     for options in (spoilt, kind):
         model, x, y = prepared()
         labels = y.clone()
         bullet = BulletTrain(STEPS, 1, 0, **options)
-        found.append(trades_loss(model, x, y, None, bullet=bullet, generator=seeded()).detach())
+        result.append(trades_loss(model, x, y, None, bullet=bullet, generator=seeded()).detach())
         assert torch.equal(y, labels)
-    assert torch.equal(*found)
+    assert torch.equal(*result)

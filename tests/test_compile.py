@@ -72,9 +72,9 @@ def outcome(loss, run, model, bullet, calls=2, **options):
     for seed in range(calls):
         value = loss(run, *batch(seed=seed), bullet, **options)
         value.backward()
-    found = {"loss": value.detach(), **dict(model.named_buffers())}
-    found |= {f"{name}.grad": p.grad for name, p in model.named_parameters()}
-    return found if bullet is None else found | {f"bullet.{k}": v for k, v in bullet.state_dict().items()}
+    result = {"loss": value.detach(), **dict(model.named_buffers())}
+    result |= {f"{name}.grad": p.grad for name, p in model.named_parameters()}
+    return result if bullet is None else result | {f"bullet.{k}": v for k, v in bullet.state_dict().items()}
 
 
 # Models
@@ -114,8 +114,8 @@ def test_however_it_was_compiled(name, compiled):
     loss, bullet = LOSSES[name]
     model, plain = build(), build()
     expected, run = outcome(loss, plain, plain, bullet), compiled(model)
-    found = {name.replace("_orig_mod.", ""): value for name, value in outcome(loss, run, model, bullet).items()}
-    assert_near_nested(found, expected)
+    result = {name.replace("_orig_mod.", ""): value for name, value in outcome(loss, run, model, bullet).items()}
+    assert_near_nested(result, expected)
 
 
 def test_through_autograd_of_the_compiler_too():
@@ -123,8 +123,8 @@ def test_through_autograd_of_the_compiler_too():
     loss, bullet = LOSSES["trades, bullet"]
     model, plain = build(), build()
     expected = outcome(loss, plain, plain, bullet, calls=1)
-    found = outcome(loss, torch.compile(model, backend="aot_eager"), model, bullet, calls=1)
-    assert_near_nested(found, expected)
+    result = outcome(loss, torch.compile(model, backend="aot_eager"), model, bullet, calls=1)
+    assert_near_nested(result, expected)
 
 
 def test_ragged_sizes_compile_a_few_times_and_no_more():
@@ -148,16 +148,16 @@ def test_its_modes_are_restored_module_by_module(compiled, training):
     model = build().train(training)
     run = compiled(model)
     model[1].eval()
-    found = [m.training for m in run.modules()]
+    result = [m.training for m in run.modules()]
     with eval_mode(run):
         assert not any(m.training for m in run.modules())
         with modes_restored(run):
             run.train()
             assert model.training
             assert model[1].training
-    assert [m.training for m in run.modules()] == found
+    assert [m.training for m in run.modules()] == result
     trades_loss(run, *batch(), None, perturb_steps=1)
-    assert [m.training for m in run.modules()] == found
+    assert [m.training for m in run.modules()] == result
 
 
 @pytest.mark.parametrize("compiled", [whole, in_place, a_part, inside, lambda m: AveragedModel(COMPILE(m))])
@@ -233,10 +233,10 @@ def differentiated(terms, dtype, seed=0):
 def test_the_terms_compile_as_one_graph_with_their_gradients(terms, dtype):
     compiled = torch.compile(terms, backend="aot_eager", fullgraph=True)
     for seed in range(2):
-        for found, expected in zip(
+        for result, expected in zip(
             differentiated(compiled, dtype, seed), differentiated(terms, dtype, seed), strict=True
         ):
-            assert_near(found, expected)
+            assert_near(result, expected)
     assert not counters["graph_break"]
 
 
@@ -247,7 +247,7 @@ def test_the_terms_explained(terms):
     assert (explained.graph_count, explained.graph_break_count) == (1, 0)
 
 
-def test_a_graph_break_is_found():
+def test_a_graph_break_is_recognised():
     def broken(z, z_adv, y):
         loss = F.cross_entropy(z, y)
         torch._dynamo.graph_break()
@@ -262,10 +262,10 @@ def test_a_graph_break_is_found():
 
 def test_the_code_that_the_compiler_generates():
     compiled = torch.compile(trades_terms, fullgraph=True)
-    for found, expected in zip(
+    for result, expected in zip(
         differentiated(compiled, torch.float32), differentiated(trades_terms, torch.float32), strict=True
     ):
-        assert_near(found, expected)
+        assert_near(result, expected)
 
 
 def test_a_training_step_of_ones_own_is_one_graph():
@@ -292,7 +292,7 @@ def test_a_whole_loss_compiles_in_parts(loss, bullet):
     for steps in (3, 6):
         torch._dynamo.reset()
         counters.clear()
-        found = []
+        result = []
         for run in (COMPILE(loss), loss):
             model, policy = build(), bullet and BulletTrain(steps, 1, 0)
 
@@ -300,7 +300,7 @@ def test_a_whole_loss_compiles_in_parts(loss, bullet):
                 return run(model, x, y, None, perturb_steps=steps, bullet=bullet)
 
             torch.manual_seed(0)
-            found.append(outcome(attacked, model, model, policy, calls=1))
-        assert_near_nested(*found)
+            result.append(outcome(attacked, model, model, policy, calls=1))
+        assert_near_nested(*result)
         breaks.append(sum(counters["graph_break"].values()))
     assert breaks[0] == breaks[1] > 0

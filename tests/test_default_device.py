@@ -62,14 +62,14 @@ def model_and_batch():
 def trained(loss_of, *arguments, bullet=None, **options):
     """Three updates: the losses, the gradients and the mining's state."""
     model, x, y = model_and_batch()
-    found = []
+    result = []
     with CPU:
         bullet = None if bullet is None else BulletTrain(**{"boundary_steps": 3, "robust_steps": 1} | bullet)
     for _ in range(3):
         loss = loss_of(model, x, y, *arguments, **options, **({} if bullet is None else {"bullet": bullet}))
         loss.backward()
-        found.append(loss)
-    return found, [p.grad for p in model.parameters()], [] if bullet is None else list(bullet.buffers())
+        result.append(loss)
+    return result, [p.grad for p in model.parameters()], [] if bullet is None else list(bullet.buffers())
 
 
 def of_loss(loss_of, steps=10, **options):
@@ -98,8 +98,8 @@ def generated(norm="l_inf", **options):
 def evaluated(**options):
     def run():
         model, x, y = model_and_batch()
-        found = evaluate(model, [(x[:5], y[:5]), (x[5:], y[5:])], ThreatModel(EPSILON), steps=3, restarts=2, **options)
-        return found.clean, found.robust, found.restart, found.step
+        result = evaluate(model, [(x[:5], y[:5]), (x[5:], y[5:])], ThreatModel(EPSILON), steps=3, restarts=2, **options)
+        return result.clean, result.robust, result.restart, result.step
 
     return run
 
@@ -109,9 +109,9 @@ def emulated(case):
 
     def run():
         with EmulatedDevice() as device:
-            found = case()
+            result = case()
         assert device.replays
-        return found
+        return result
 
     return run
 
@@ -141,18 +141,18 @@ def bad_pixels():
 
 def further_passes():
     """Over one minibatch, with the x' of the first pass and with new ones."""
-    found = []
+    result = []
     for loss_of, steps in ((pgd_loss, (3, 1, 0)), (augmix_loss, (1, 0, 0))):
         model, x, y = model_and_batch()
         with CPU:
             bullet = BulletTrain(*steps)
         options = {"optimizer": None} if loss_of is pgd_loss else {}
-        found.append(loss_of(model, x, y, bullet=bullet, **options))
+        result.append(loss_of(model, x, y, bullet=bullet, **options))
         for reuse in (True, False):
             with bullet.again(reuse=reuse):
-                found.append(loss_of(model, x, y, bullet=bullet, **options))
-        found += bullet.buffers()
-    return found
+                result.append(loss_of(model, x, y, bullet=bullet, **options))
+        result += bullet.buffers()
+    return result
 
 
 def loaded():
@@ -245,8 +245,8 @@ CASES = {
 def test_a_default_device_changes_nothing(name):
     expected = CASES[name]()
     with torch.device("meta"):
-        found = CASES[name]()
-    pairs = list(zip(tree_leaves(found), tree_leaves(expected), strict=True))
+        result = CASES[name]()
+    pairs = list(zip(tree_leaves(result), tree_leaves(expected), strict=True))
     for mine, as_usual in pairs:
         if isinstance(mine, torch.Tensor):
             torch.testing.assert_close(mine, as_usual, rtol=0, atol=0, equal_nan=True)
@@ -296,11 +296,11 @@ def without_a_device(source):
 
 @pytest.mark.parametrize("path", [str(p.relative_to(ROOT)) for p in sorted((ROOT / "bt_fast").rglob("*.py"))])
 def test_every_tensor_that_is_made_says_where(path):
-    found = without_a_device((ROOT / path).read_text())
-    assert (not found) == (path not in ELSEWHERE), found
+    result = without_a_device((ROOT / path).read_text())
+    assert (not result) == (path not in ELSEWHERE), result
 
 
-def test_a_tensor_that_is_made_anywhere_is_found():
+def test_a_tensor_that_is_made_anywhere_is_recognised():
     lines = ["a = torch.zeros(3)", "b = torch.zeros(3, device=d)", "c = torch.full((), 1.0, **given)"]
     lines += ["self.register_buffer('d', torch.ones(2).view(2))", "e = [torch.arange(torch.tensor(2))]"]
     assert without_a_device("\n".join(lines)) == ["torch.zeros(3)", "torch.arange(torch.tensor(2))", "torch.tensor(2)"]

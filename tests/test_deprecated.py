@@ -87,8 +87,8 @@ def test_an_assignments_schedule():
     with pytest.warns(DeprecationWarning, match=r"what bullet.plan returns"):
         schedule = Plan.from_assignment(plan)
     rows = [schedule.sort(t) for t in (x, x, target)]
-    found = generate(model, *rows, schedule, ThreatModel(0.1))
-    assert torch.equal(found, generate(model, *rows, plan, ThreatModel(0.1)))
+    result = generate(model, *rows, schedule, ThreatModel(0.1))
+    assert torch.equal(result, generate(model, *rows, plan, ThreatModel(0.1)))
 
 
 # Keywords
@@ -131,10 +131,10 @@ def test_an_old_keyword_is_its_new_line(name):
     model, twin = small_models.build("conv_bn"), small_models.build("conv_bn")
     torch.manual_seed(0)
     with pytest.warns(DeprecationWarning, match=f"the argument {name}= of trades_loss .*: write ") as warned:
-        found = trades_loss(model, X, LABELS, None, *SMALL, **keywords)
+        result = trades_loss(model, X, LABELS, None, *SMALL, **keywords)
     assert warned[0].filename == __file__
     torch.manual_seed(0)
-    assert torch.equal(found, new(twin))
+    assert torch.equal(result, new(twin))
 
 
 @pytest.mark.parametrize("name", ["frozen", "update"])
@@ -144,9 +144,9 @@ def test_old_ways_of_execution_are_an_engine(name):
     model, twin = small_models.build("conv_bn"), small_models.build("conv_bn")
     torch.manual_seed(0)
     with pytest.warns(DeprecationWarning, match=f"{name}= .*write engine='fast', or engine=Engine"):
-        found = trades_loss(model, X, LABELS, None, *SMALL, **{name: old})
+        result = trades_loss(model, X, LABELS, None, *SMALL, **{name: old})
     torch.manual_seed(0)
-    torch.testing.assert_close(found, trades_loss(twin, X, LABELS, None, *SMALL, engine=new))
+    torch.testing.assert_close(result, trades_loss(twin, X, LABELS, None, *SMALL, engine=new))
 
 
 @pytest.mark.parametrize("loss", [trades_loss, mart_loss, pgd_loss])

@@ -108,13 +108,13 @@ def test_a_backward_runs_on_the_streams_of_its_forward_and_the_caller_waits_for_
 
     with EmulatedDevice() as emulated:
         streams = torch.cuda.Stream(), torch.cuda.Stream()
-        found = run(*(torch.cuda.stream(stream) for stream in streams))
+        result = run(*(torch.cuda.stream(stream) for stream in streams))
         assert emulated.stream is emulated.default
     of = {stream: [w.call._schema.name for w in emulated.work if w.stream is stream] for stream in streams}
     assert any("mm" in name for name in of[streams[0]][1:])  # the weight's gradient, beside the forward
     assert sum("mul" in name for name in of[streams[1]]) > 1
     for seed in range(200):
-        assert all(torch.equal(a, b) for a, b in zip(emulated.shuffled(seed, found), found, strict=True)), seed
+        assert all(torch.equal(a, b) for a, b in zip(emulated.shuffled(seed, result), result, strict=True)), seed
 
 
 # Streams and threads beside a capture

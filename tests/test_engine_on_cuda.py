@@ -29,15 +29,15 @@ def updates(loss_of, steps=4, bullet=True, **options):
     model = build_model("wrn-10-1", in_channels=3, image_size=16, num_classes=10).double().to(DEVICE)
     x, y = torch.rand(M, 3, 16, 16, dtype=torch.float64).to(DEVICE), (torch.arange(M) % 10).to(DEVICE)
     mining = BulletTrain(4, 2, 1).to(DEVICE) if bullet else None
-    generator, found = torch.Generator(DEVICE).manual_seed(0), []
+    generator, result = torch.Generator(DEVICE).manual_seed(0), []
     for k in range(steps):
         m = M if k < steps - 1 else M - 5
         given = {"bullet": mining, "generator": generator, "epsilon": EPSILON, "perturb_steps": 4}
         model.zero_grad()
         loss = loss_of(model, x[:m], y[:m], None, 0.02, **given, **options)
         loss.backward()
-        found.append([t.detach().clone() for t in (loss, *(p.grad for p in model.parameters()), *model.buffers())])
-    return found
+        result.append([t.detach().clone() for t in (loss, *(p.grad for p in model.parameters()), *model.buffers())])
+    return result
 
 
 def assert_same(found, expected):
@@ -73,7 +73,7 @@ def test_an_update_of_a_model_with_dropout_draws_from_graphs_what_it_draws_eager
     original = build_model("small-cnn", in_channels=1, image_size=16, num_classes=10).double().to(DEVICE)
     torch.nn.init.normal_(original.classifier.fc3.weight)
     x, y = torch.rand(M, 1, 16, 16, dtype=torch.float64).to(DEVICE), (torch.arange(M) % 10).to(DEVICE)
-    found = []
+    result = []
     for update in (Update(), Update(graphs=True)):
         model, losses = copy.deepcopy(original), []
         torch.manual_seed(1)
@@ -81,8 +81,8 @@ def test_an_update_of_a_model_with_dropout_draws_from_graphs_what_it_draws_eager
             loss = trades_loss(model, x, y, None, bullet=BulletTrain(3, 1, 1).to(DEVICE), update=update)
             loss.backward()
             losses.append(loss.detach().clone())
-        found.append(torch.stack(losses))
-    torch.testing.assert_close(*found, rtol=TOLERANCE, atol=0)
+        result.append(torch.stack(losses))
+    torch.testing.assert_close(*result, rtol=TOLERANCE, atol=0)
 
 
 # As in any script: an earlier loss is alive, a loader pins memory, another capture has broken off

@@ -97,11 +97,11 @@ class Sizes:
 def test_a_sample_is_robust_if_its_margin_exceeds_epsilon():
     x = pixels(0.0, 0.39, 0.45, 0.55, 0.61, 1.0, 0.7)
     y = torch.tensor([0, 0, 0, 1, 1, 1, 0])
-    found = evaluate(Thresholds(), [(x, y)], LINF, steps=5)
-    assert counts(found) == (6, 4, 7)
-    assert (found.clean, found.robust) == (6 / 7, 4 / 7)
-    assert found.robust_samples.tolist() == [0, 1, 4, 5]
-    assert found.restart.tolist() == [STOOD, STOOD, 1, 1, STOOD, STOOD, 0]
+    result = evaluate(Thresholds(), [(x, y)], LINF, steps=5)
+    assert counts(result) == (6, 4, 7)
+    assert (result.clean, result.robust) == (6 / 7, 4 / 7)
+    assert result.robust_samples.tolist() == [0, 1, 4, 5]
+    assert result.restart.tolist() == [STOOD, STOOD, 1, 1, STOOD, STOOD, 0]
 
 
 def test_l2_breaks_what_lies_within_the_radius():
@@ -113,9 +113,11 @@ def test_l2_breaks_what_lies_within_the_radius():
 def test_the_random_start_and_the_last_iterate_count():
     x, y = pixels(0.4999, 0.4), torch.tensor([0, 0])
     threat = ThreatModel(0.101)
-    found = [evaluate(Thresholds(), [(x, y)], threat, steps=1, step_size=0.202, generator=generator(s)) for s in (0, 3)]
-    assert {fate(f)[0] for f in found} == {(1, 0), (1, 1)}
-    assert {fate(f)[1] for f in found} == {(1, 1)}
+    result = [
+        evaluate(Thresholds(), [(x, y)], threat, steps=1, step_size=0.202, generator=generator(s)) for s in (0, 3)
+    ]
+    assert {fate(f)[0] for f in result} == {(1, 0), (1, 1)}
+    assert {fate(f)[1] for f in result} == {(1, 1)}
 
 
 # The same as the plain loop
@@ -138,7 +140,7 @@ def test_each_sample_fares_as_in_the_plain_loop(norm, loss, m, size, steps, rest
     model, x, y = classifier(m, name, seed)
     threat = ThreatModel({"l_inf": 0.05, "l_2": 0.3}[norm] * scale, norm)
     with mock.patch.object(early_exit, "burst_length", return_value=burst):
-        found = evaluate(
+        result = evaluate(
             model,
             in_batches(x, y, size),
             threat,
@@ -150,26 +152,26 @@ def test_each_sample_fares_as_in_the_plain_loop(norm, loss, m, size, steps, rest
     size = 2 * threat.epsilon / steps
     options = {"steps": steps, "step_size": size, "restarts": restarts, "loss": loss, "seed": seed_of(seed)}
     restart, step = plain_loop(model.eval(), x, y, threat, **options)
-    assert fate(found) == list(zip(restart.tolist(), step.tolist(), strict=True))
-    assert counts(found) == (int((restart != 0).sum()), int((restart == STOOD).sum()), m)
+    assert fate(result) == list(zip(restart.tolist(), step.tolist(), strict=True))
+    assert counts(result) == (int((restart != 0).sum()), int((restart == STOOD).sum()), m)
 
 
 @pytest.mark.filterwarnings("ignore:epsilon=")
 @pytest.mark.parametrize(("scale", "least", "most"), [(1e-6, 32, 32), (0.5, 5, 28), (20.0, 0, 0)])
-def test_none_some_and_all_of_the_hypothesis_are_met(scale, least, most):
+def test_none_some_and_all_of_the_hypothesis_are_reached(scale, least, most):
     model, x, y = classifier(40)
-    found = evaluate(model, [(x, y)], ThreatModel(0.05 * scale), steps=4, generator=generator())
-    assert found.clean_correct == 32
-    assert least <= found.robust_correct <= most
+    result = evaluate(model, [(x, y)], ThreatModel(0.05 * scale), steps=4, generator=generator())
+    assert result.clean_correct == 32
+    assert least <= result.robust_correct <= most
 
 
 def test_a_frozen_view_judges_alike():
     model, x, y = classifier(40)
-    found = [
+    result = [
         evaluate(model, in_batches(x, y, 16), LINF, steps=4, restarts=2, generator=generator(), frozen=view)
         for view in (None, Frozen())
     ]
-    assert fate(found[0]) == fate(found[1])
+    assert fate(result[0]) == fate(result[1])
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -192,7 +194,7 @@ def test_samples_fall_where_foolbox_makes_them_fall(norm, loss):
     y = torch.where(torch.arange(48) % 5 == 0, y, model(x).argmax(dim=1))
     threat, steps = {"l_inf": ThreatModel(0.03), "l_2": ThreatModel(0.15, "l_2")}[norm], 6
     size = 2 * threat.epsilon / steps
-    found = evaluate(model, in_batches(x, y, 20), threat, steps=steps, loss=loss, generator=generator(1))
+    result = evaluate(model, in_batches(x, y, 20), threat, steps=steps, loss=loss, generator=generator(1))
 
     kind = {"l_inf": foolbox.attacks.LinfPGD, "l_2": foolbox.attacks.L2PGD}[norm]
     start = uniform_start(x, torch.arange(48), 0, threat, seed_of(1))
@@ -204,8 +206,8 @@ def test_samples_fall_where_foolbox_makes_them_fall(norm, loss):
         attack.get_loss_fn = lambda run, at: lambda z: type(z)(loss_of(loss, run(z).raw, at.raw))
         x_adv = attack.run(theirs, x, foolbox.criteria.Misclassification(y), epsilon=threat.epsilon)
         expected[(expected == STOOD) & (model(x_adv).argmax(dim=1) != y)] = t
-    assert found.step.tolist() == expected.tolist()
-    assert len(set(found.step.tolist())) >= 4  # early, late and never
+    assert result.step.tolist() == expected.tolist()
+    assert len(set(result.step.tolist())) >= 4  # early, late and never
 
 
 # What it costs
@@ -215,10 +217,10 @@ def test_samples_fall_where_foolbox_makes_them_fall(norm, loss):
 def test_a_sample_costs_what_it_lives_through(size):
     model, x, y = classifier(40)
     sizes = Sizes(model)
-    found = evaluate(model, in_batches(x, y, size), LINF, steps=4, restarts=3, generator=generator())
-    lived = sum(0 if r == 0 else 3 * 5 if r == STOOD else (r - 1) * 5 + t + 1 for r, t in fate(found))
+    result = evaluate(model, in_batches(x, y, size), LINF, steps=4, restarts=3, generator=generator())
+    lived = sum(0 if r == 0 else 3 * 5 if r == STOOD else (r - 1) * 5 + t + 1 for r, t in fate(result))
     assert sum(sizes) == 40 + lived
-    assert 0 < found.robust_correct < 20
+    assert 0 < result.robust_correct < 20
 
 
 def test_nothing_is_attacked_that_has_fallen():
@@ -266,8 +268,8 @@ def test_no_more_than_two_batches_are_held(scale):
         assert count > decided
         decided = count
 
-    found = evaluate(model, stream(), ThreatModel(0.1 * scale), steps=3, generator=generator(), progress=progress)
-    assert decided == found.total == 80
+    result = evaluate(model, stream(), ThreatModel(0.1 * scale), steps=3, generator=generator(), progress=progress)
+    assert decided == result.total == 80
     assert max(most) <= 16
 
 
@@ -314,8 +316,8 @@ def test_the_images_stay_as_they_were_and_need_no_gradient():
 
 def test_inference_mode_is_no_obstacle():
     with torch.inference_mode():
-        found = evaluate(Thresholds(), [(pixels(0.0, 0.45, 1.0), torch.tensor([0, 0, 1]))], LINF, steps=5)
-    assert counts(found) == (3, 2, 3)
+        result = evaluate(Thresholds(), [(pixels(0.0, 0.45, 1.0), torch.tensor([0, 0, 1]))], LINF, steps=5)
+    assert counts(result) == (3, 2, 3)
 
 
 # Bad input

@@ -193,8 +193,8 @@ def test_a_model_that_returns_no_logits_to_its_view():
 def test_numbers_of_other_kinds():
     model = small_models.conv_bn()
     assert grad_align(model, X, Y, epsilon=2**63).isfinite()
-    found = [evaluate(model, [(X, Y)], THREAT, steps=1, step_size=s).clean_correct for s in (Fraction(1, 2), 0.5)]
-    assert found[0] == found[1]
+    result = [evaluate(model, [(X, Y)], THREAT, steps=1, step_size=s).clean_correct for s in (Fraction(1, 2), 0.5)]
+    assert result[0] == result[1]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])

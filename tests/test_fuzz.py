@@ -36,9 +36,9 @@ def test_readers_accept_or_refuse_by_name(name):
 
 
 def failures_of(run, **given):
-    found = Run("planted")
-    found(Case(run, ("x",), **given))
-    return list(found.outcome.failures)
+    result = Run("planted")
+    result(Case(run, ("x",), **given))
+    return list(result.outcome.failures)
 
 
 def raising(error):
@@ -99,13 +99,13 @@ def test_a_model_s_own_error_is_its_own():
 
 def test_what_a_pickle_runs_is_a_failure(monkeypatch):
     monkeypatch.setattr(checkpoint, "read_tensors", lambda path: pickle.loads(path.read_bytes()))
-    found = Run("load_checkpoint")
-    found(readers.case_of("load_checkpoint", readers.MALICIOUS))
-    (failure,) = found.outcome.failures
+    result = Run("load_checkpoint")
+    result(readers.case_of("load_checkpoint", readers.MALICIOUS))
+    (failure,) = result.outcome.failures
     assert "ExecutedError" in failure
 
 
-def test_a_planted_bug_is_found(monkeypatch):
+def test_a_planted_bug_is_caught(monkeypatch):
     monkeypatch.setattr(bt_fast.mining, "positive", lambda *_: None)
     outcome = fuzz("plan", api.TARGETS["plan"], 300, seed=0)
     assert outcome.failures

@@ -35,8 +35,8 @@ NORMAL_TOLERANCE = 1e-5
     ],
 )
 def test_philox_gives_the_published_numbers(counter, seed, expected):
-    found = op.philox(torch.tensor(seed), tuple(torch.tensor(c) for c in counter))
-    assert [c.item() for c in found] == expected
+    result = op.philox(torch.tensor(seed), tuple(torch.tensor(c) for c in counter))
+    assert [c.item() for c in result] == expected
 
 
 def philox_literally(counter, key):
@@ -124,14 +124,14 @@ def test_normal_numbers_are_the_transforms_at_every_edge():
     g = torch.Generator().manual_seed(0)
     drawn = torch.randint(2**32, (2, 200), generator=g)
     u, v = torch.cat([torch.tensor([*itertools.product(EDGES, EDGES)]).T, drawn], dim=1)
-    found = torch.empty(len(u), 2)
-    op._normal_pair(u, v, found)
+    result = torch.empty(len(u), 2)
+    op._normal_pair(u, v, result)
     expected = torch.tensor([normal_pair(*pair) for pair in zip(u.tolist(), v.tolist(), strict=True)])
     # where u is near 2^32, float32 has not all of it
-    torch.testing.assert_close(found, expected, rtol=0, atol=NORMAL_TOLERANCE + 2**-11.5)
+    torch.testing.assert_close(result, expected, rtol=0, atol=NORMAL_TOLERANCE + 2**-11.5)
     inner = (u < 2**31) & (u > 0)
-    torch.testing.assert_close(found[inner], expected[inner], rtol=0, atol=NORMAL_TOLERANCE)
-    assert found.abs().max() < 6.8
+    torch.testing.assert_close(result[inner], expected[inner], rtol=0, atol=NORMAL_TOLERANCE)
+    assert result.abs().max() < 6.8
 
 
 def test_uniform_noise_lies_within_epsilon_and_the_bounds():
@@ -174,8 +174,10 @@ def test_a_numbered_samples_noise_goes_with_it_into_any_batch(noise):
     x = torch.zeros(6, 9)
     whole = start(x, noise=noise)
     picked = torch.tensor([4, 1, 5])
-    found = ops.gather_start(x[picked], torch.tensor([2, 0, 1]), None, torch.tensor([1, 2]), noise, 1.0, samples=picked)
-    assert torch.equal(found[1], whole[picked][[2, 0, 1]])
+    result = ops.gather_start(
+        x[picked], torch.tensor([2, 0, 1]), None, torch.tensor([1, 2]), noise, 1.0, samples=picked
+    )
+    assert torch.equal(result[1], whole[picked][[2, 0, 1]])
 
 
 @pytest.mark.parametrize("noise", NOISES)
@@ -184,9 +186,9 @@ def test_every_seed_offset_sample_and_call_has_noise_of_its_own(noise):
     seeds = [start(torch.zeros(1, 8), seed=seed, noise=noise) for seed in large]
     offsets = [start(torch.zeros(1, 8), offset=offset, noise=noise) for offset in large]
     samples = start(torch.zeros(500, 8), noise=noise)
-    found = torch.cat([*seeds, *offsets, samples]).view(-1, 4).tolist()
+    result = torch.cat([*seeds, *offsets, samples]).view(-1, 4).tolist()
     # of these, seed 1 with offset 2 has been drawn three times
-    assert len({tuple(four) for four in found}) == len(found) - 4
+    assert len({tuple(four) for four in result}) == len(result) - 4
 
 
 def test_the_offset_moves_on_the_device_and_the_seed_stays():
@@ -203,9 +205,9 @@ def test_the_offset_moves_on_the_device_and_the_seed_stays():
 def test_images_that_are_not_dense_come_back_contiguous():
     x = torch.rand(4, 6, 10)[:, ::2, 1:]
     order = torch.tensor([3, 1, 0, 2])
-    found = ops.gather_start(x, order, None, torch.tensor([1, 2]), "normal", 1.0)
+    result = ops.gather_start(x, order, None, torch.tensor([1, 2]), "normal", 1.0)
     expected = ops.gather_start(x.contiguous(), order, None, torch.tensor([1, 2]), "normal", 1.0)
-    for a, b in zip(found, expected, strict=True):
+    for a, b in zip(result, expected, strict=True):
         assert a.is_contiguous()
         assert torch.equal(a, b)
 

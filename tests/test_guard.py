@@ -86,7 +86,7 @@ def test_of_a_faulty_minibatch_nothing_stays_when_it_is_skipped(optimizer, at, f
     guard.settle()
     assert_same(model.state_dict(), other.state_dict())
     assert_same(state_of(guarded), state_of(undisturbed))
-    assert [found.minibatch for found in guard.skipped] == [at]
+    assert [result.minibatch for result in guard.skipped] == [at]
     assert guard.skipped[0].indices == guard.skipped[0].blamed == tuple(range(100, 108))
     assert guard.skipped[0].reason == guard_reason(fault)
     assert not its_guard.skipped
@@ -143,11 +143,11 @@ def test_an_error_of_the_objective_tells_the_samples_and_is_skipped(loss_of, bul
     with guard.minibatch(INDICES):
         loss_of(model, x, y, optimizer, perturb_steps=2, bullet=bullet).backward()
         raise AssertionError("the objective went on")
-    (found,) = guard.skipped
-    assert found.samples == (1, 4, 5)
-    assert found.blamed == (101, 104, 105)
-    assert "held NaN for 3 of 8 samples" in found.reason
-    assert found.reason.endswith(": samples 1, 4, 5")
+    (result,) = guard.skipped
+    assert result.samples == (1, 4, 5)
+    assert result.blamed == (101, 104, 105)
+    assert "held NaN for 3 of 8 samples" in result.reason
+    assert result.reason.endswith(": samples 1, 4, 5")
     assert_unchanged(before, model, *([bullet] if bullet else []))
 
 
@@ -166,7 +166,7 @@ class NanLogits(nn.Module):
 
 
 @pytest.mark.parametrize("since", [1, 5])  # the clean forward of the mining; the corrupted one, in the sorted order
-def test_nan_logits_are_told_with_their_samples_in_the_minibatchs_order(since):
+def test_nan_logits_are_reported_with_their_samples_in_the_minibatchs_order(since):
     model = NanLogits(since).double()
     x, y = misclassified_first(model.body)
     with pytest.raises(NonFiniteError, match="samples 1, 4, 5") as raised:
@@ -174,7 +174,7 @@ def test_nan_logits_are_told_with_their_samples_in_the_minibatchs_order(since):
     assert raised.value.samples == (1, 4, 5)
 
 
-def test_the_views_of_augmix_are_told_as_the_samples_that_they_are_of():
+def test_the_views_of_augmix_are_reported_as_the_samples_that_they_are_of():
     from bt_fast import augmix_loss
 
     model = NanLogits(1).double()
@@ -191,9 +191,9 @@ def test_an_error_that_an_objective_tells_late_is_blamed_on_the_minibatch_before
         pass
     with guard.minibatch(INDICES):
         raise NonFiniteError("NaN in an earlier attack", [2], earlier=True)
-    (found,) = guard.skipped
-    assert (found.minibatch, found.blamed) == (1, (2,))
-    assert str(found) == "minibatch 1: NaN in an earlier attack: of the data 2"
+    (result,) = guard.skipped
+    assert (result.minibatch, result.blamed) == (1, (2,))
+    assert str(result) == "minibatch 1: NaN in an earlier attack: of the data 2"
 
 
 def test_other_errors_pass_through_and_change_no_count():

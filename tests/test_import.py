@@ -105,8 +105,8 @@ LAYERS = [
 
 def layer(module):
     """The layer with the longest prefix of the module's name."""
-    found = [(len(p), i) for i, names in enumerate(LAYERS) for p in names if f"{module}.".startswith(f"{p}.")]
-    return max(found)[1]
+    result = [(len(p), i) for i, names in enumerate(LAYERS) for p in names if f"{module}.".startswith(f"{p}.")]
+    return max(result)[1]
 
 
 def imports_of(path, module):

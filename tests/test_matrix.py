@@ -24,10 +24,10 @@ def results(tmp_path, monkeypatch):
 
 
 def test_counts_failures_and_reasons(results):
-    found = matrix.outcome(results)
-    assert [found[k] for k in ("passed", "failed", "skipped", "minutes")] == [2, 2, 2, 1.5]
-    assert found["failures"] == ["tests.test_a::test_three", "tests.test_b::test_four"]
-    assert found["reasons"] == {"needs a GPU": 2}
+    result = matrix.outcome(results)
+    assert [result[k] for k in ("passed", "failed", "skipped", "minutes")] == [2, 2, 2, 1.5]
+    assert result["failures"] == ["tests.test_a::test_three", "tests.test_b::test_four"]
+    assert result["reasons"] == {"needs a GPU": 2}
 
 
 def test_an_environment_has_one_row_however_often_it_ran(results, tmp_path):

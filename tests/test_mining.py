@@ -32,9 +32,9 @@ def state(bullet):
 
 
 def assert_state(bullet, expected):
-    found = bullet.state_dict()
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    result = bullet.state_dict()
+    assert result.keys() == expected.keys()
+    assert all(torch.equal(result[name], value) for name, value in expected.items())
 
 
 def three():

@@ -108,9 +108,9 @@ def outcome(loss, run, model, x, y, bullet, **options):
     for _ in range(2):
         value = loss(run, x, y, bullet, **options)
         value.backward()
-    found = {"loss": value.detach(), **dict(model.named_buffers())}
-    found |= {f"{name}.grad": p.grad for name, p in model.named_parameters()}
-    return found if bullet is None else found | {f"bullet.{k}": v for k, v in bullet.state_dict().items()}
+    result = {"loss": value.detach(), **dict(model.named_buffers())}
+    result |= {f"{name}.grad": p.grad for name, p in model.named_parameters()}
+    return result if bullet is None else result | {f"bullet.{k}": v for k, v in bullet.state_dict().items()}
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -118,18 +118,18 @@ def outcome(loss, run, model, x, y, bullet, **options):
 def test_loss_gradients_and_buffers_are_those_of_the_pixels(name, dtype):
     (loss, bullet), (x, y) = LOSSES[name], images(dtype=dtype)
     ours, theirs = model_of(dtype), model_of(dtype)
-    found = outcome(loss, ours, ours, loaded(x), y, bullet, normalization=IMAGENET)
+    result = outcome(loss, ours, ours, loaded(x), y, bullet, normalization=IMAGENET)
     expected = outcome(loss, behind(theirs), theirs, x, y, bullet)
-    assert_near_nested(found, expected, "normalised" if dtype == torch.float32 else None)
+    assert_near_nested(result, expected, "normalised" if dtype == torch.float32 else None)
 
 
 @pytest.mark.parametrize("name", ["trades", "trades, folded", "augmix, bullet", "yopo"])
 def test_what_it_is_compared_with_is_not_the_loss_of_the_images_as_they_come(name):
     (loss, bullet), (x, y) = LOSSES[name], images()
     ours, theirs = model_of(), model_of()
-    found = outcome(loss, ours, ours, loaded(x), y, bullet, normalization=IMAGENET)
+    result = outcome(loss, ours, ours, loaded(x), y, bullet, normalization=IMAGENET)
     expected = outcome(loss, theirs, theirs, x, y, bullet)
-    assert (found["loss"] - expected["loss"]).abs() > 1e-3
+    assert (result["loss"] - expected["loss"]).abs() > 1e-3
 
 
 @pytest.mark.parametrize("frozen", [None, Frozen()])
@@ -141,14 +141,14 @@ def test_every_sample_falls_where_it_does_on_pixels(norm, frozen):
     y[:3] = (y[:3] + 1) % 5
     threat = ThreatModel(0.02 if norm == "l_inf" else 0.2, norm)
     options = {"steps": 3, "restarts": 2, "frozen": frozen}
-    found = evaluate(
+    result = evaluate(
         model, zip(loaded(x).split(6), y.split(6), strict=True), threat,
         generator=seeded(), normalization=IMAGENET, **options,
     )  # fmt: skip
     expected = evaluate(behind(model), zip(x.split(6), y.split(6), strict=True), threat, generator=seeded(), **options)
-    assert torch.equal(found.restart, expected.restart)
-    assert torch.equal(found.step, expected.step)
-    assert 0 < found.robust < found.clean < 1
+    assert torch.equal(result.restart, expected.restart)
+    assert torch.equal(result.step, expected.step)
+    assert 0 < result.robust < result.clean < 1
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -196,10 +196,10 @@ ANY = [IMAGENET, Normalization((0.5,) * 3, (0.5,) * 3), Normalization((0.9, 0.01
 def test_every_value_of_8_bits_comes_back_within_the_bounds(normalization, dtype):
     x = (torch.arange(256, dtype=torch.float64) / 255).to(dtype).expand(3, 256).view(1, 3, 16, 16)
     module = Normalize(normalization.mean, normalization.std).to(dtype)
-    found = module.pixels(loaded(x, normalization), 0.0, 1.0)
-    assert found.dtype == dtype
-    assert 0 <= found.min() <= found.max() <= 1
-    assert (found - x).abs().max() <= 4 * torch.finfo(dtype).eps
+    result = module.pixels(loaded(x, normalization), 0.0, 1.0)
+    assert result.dtype == dtype
+    assert 0 <= result.min() <= result.max() <= 1
+    assert (result - x).abs().max() <= 4 * torch.finfo(dtype).eps
 
 
 def test_a_pixel_outside_by_rounding_is_moved_and_one_beyond_is_an_error_before_anything_changes():
@@ -246,13 +246,13 @@ def test_a_view_is_traced_once_and_follows_the_weights():
 def test_two_normalizations_of_one_model_do_not_meet():
     model, (x, y) = model_of(), images()
     model.train()(x)
-    found = []
+    result = []
     for n in (IMAGENET, ANY[1], IMAGENET):
         twin = copy.deepcopy(model)
         loss = pgd_loss(model, loaded(x, n), y, None, generator=seeded(), normalization=n, frozen=Frozen())
         assert_near(loss, pgd_loss(behind(twin, n), x, y, None, generator=seeded()).detach())
-        found.append(loss.detach())
-    assert (found[0] - found[1]).abs() > 1e-3
+        result.append(loss.detach())
+    assert (result[0] - result[1]).abs() > 1e-3
 
 
 @pytest.mark.parametrize("error", [False, True])
@@ -292,9 +292,9 @@ def test_nothing_more_waits_for_the_device(bullet, reads):
     bullet = bullet and copy.deepcopy(bullet).to(DEVICE)
     with on_pixels(model, x, IMAGENET):
         pass  # the numbers are copied to the device once for each model
-    with pretended_device(plan=[5, 2, 2, 3, 2, 3] if bullet else []) as found:
+    with pretended_device(plan=[5, 2, 2, 3, 2, 3] if bullet else []) as result:
         trades_loss(model, x, y, None, perturb_steps=3, bullet=bullet, normalization=IMAGENET)
-    assert found.started == found.waited == reads
+    assert result.started == result.waited == reads
 
 
 # Normalize
@@ -326,8 +326,8 @@ def test_samples_that_are_no_images():
     front = nn.Sequential(Normalize(normalization.mean, normalization.std, dims=2), model).double()
     assert_near(front[0](x), given, torch.float32)
     y = torch.arange(5) % 3
-    found = mart_loss(model, front[0](x), y, None, generator=seeded(), normalization=normalization)
-    assert_near(found, mart_loss(front, x, y, None, generator=seeded()).detach())
+    result = mart_loss(model, front[0](x), y, None, generator=seeded(), normalization=normalization)
+    assert_near(result, mart_loss(front, x, y, None, generator=seeded()).detach())
 
 
 # Bad input

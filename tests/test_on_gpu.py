@@ -95,10 +95,10 @@ def results(out):
 def until(condition, seconds=60.0):
     """What the condition gives once that is true."""
     end = time.monotonic() + seconds
-    while not (found := condition()):
+    while not (result := condition()):
         assert time.monotonic() < end
         time.sleep(0.05)
-    return found
+    return result
 
 
 def gone(pid):
@@ -113,12 +113,12 @@ def gone(pid):
 
 
 def test_a_stage_that_hangs_is_killed_in_its_time_with_all_that_it_started_and_the_others_run(tmp_path):
-    code, printed, found = conducted(tmp_path, {"hangs": HANGS, "good": GOOD}, seconds=24.0)
-    hung = found["stages"]["hangs"]
+    code, printed, result = conducted(tmp_path, {"hangs": HANGS, "good": GOOD}, seconds=24.0)
+    hung = result["stages"]["hangs"]
     assert hung["verdict"] == "cut"
     assert hung["seconds"] < 24 / 3 + 4
     assert gone(hung["records"][0]["value"])
-    assert found["stages"]["good"]["verdict"] == "passed"
+    assert result["stages"]["good"]["verdict"] == "passed"
     assert code == 0
     assert "the stage hangs: CUT" in printed
     assert "ended after its 8 s; 1 findings until then" in printed
@@ -134,10 +134,10 @@ def test_a_stage_that_hangs_is_killed_in_its_time_with_all_that_it_started_and_t
     ],
 )
 def test_a_stage_that_breaks_fails_and_the_others_run(tmp_path, stage, message):
-    code, printed, found = conducted(tmp_path, {"broken": stage, "good": GOOD})
-    assert found["stages"]["broken"]["verdict"] == "failed"
-    assert message in found["stages"]["broken"]["message"]
-    assert found["stages"]["good"]["records"] == [{"kind": "found", "value": 1}]
+    code, printed, result = conducted(tmp_path, {"broken": stage, "good": GOOD})
+    assert result["stages"]["broken"]["verdict"] == "failed"
+    assert message in result["stages"]["broken"]["message"]
+    assert result["stages"]["good"]["records"] == [{"kind": "found", "value": 1}]
     assert message in (tmp_path / "page.md").read_text()
     assert printed.count("the stage good: PASSED") == 2  # when it is done, and on the page
     assert code == 1
@@ -149,15 +149,15 @@ def recorded(folder, stage):
     return state if state and state["records"] else None
 
 
-def test_what_was_found_survives_a_kill_of_the_conductor_and_nothing_goes_on_running(tmp_path):
+def test_results_survive_a_kill_of_the_conductor_and_nothing_goes_on_running(tmp_path):
     process = started(tmp_path, {"good": GOOD, "hangs": HANGS})
     hung = until(lambda: recorded(tmp_path, "hangs"))
     process.kill()
     process.communicate()
-    found = results(tmp_path)
-    assert found["stages"]["good"]["verdict"] == "passed"
-    assert found["stages"]["hangs"]["verdict"] == "running"
-    assert not found["finished"]
+    result = results(tmp_path)
+    assert result["stages"]["good"]["verdict"] == "passed"
+    assert result["stages"]["hangs"]["verdict"] == "running"
+    assert not result["finished"]
     until(lambda: gone(hung["records"][0]["value"]), 10.0)
 
 
@@ -168,37 +168,37 @@ def test_it_ends_at_once_when_it_is_asked_to_and_says_what_did_not_run(tmp_path)
     process.send_signal(signal.SIGTERM)
     printed, _ = process.communicate(timeout=30)
     assert time.monotonic() < began + 10
-    found = results(tmp_path)
-    assert [state["verdict"] for state in found["stages"].values()] == ["passed", "cut", "not run"]
-    assert found["stopped"] == "stopped by SIGTERM"
+    result = results(tmp_path)
+    assert [state["verdict"] for state in result["stages"].values()] == ["passed", "cut", "not run"]
+    assert result["stopped"] == "stopped by SIGTERM"
     assert "the stage later: NOT RUN (0 s): stopped by SIGTERM" in printed
     assert process.returncode == 1
     assert gone(hung["records"][0]["value"])
 
 
-def test_an_error_of_the_conductor_s_own_is_told_and_what_was_found_stays(tmp_path):
+def test_an_error_of_the_conductor_s_own_is_reported_and_earlier_results_stay(tmp_path):
     spoils = "import os, shutil\ndef run(context):\n    os.remove(context.scratch + '/' + 'spoils.log')\n"
     spoils += "    os.mkdir(context.scratch + '/spoils.log')\n    return 'passed', ''"
-    code, printed, found = conducted(tmp_path, {"good": GOOD, "spoils": spoils, "later": GOOD})
-    assert found["stages"]["good"]["verdict"] == "passed"
-    assert found["stopped"].startswith("IsADirectoryError")
+    code, printed, result = conducted(tmp_path, {"good": GOOD, "spoils": spoils, "later": GOOD})
+    assert result["stages"]["good"]["verdict"] == "passed"
+    assert result["stopped"].startswith("IsADirectoryError")
     assert "IsADirectoryError" in printed
-    assert (code, found["finished"]) == (1, False)
+    assert (code, result["finished"]) == (1, False)
 
 
 def test_it_is_done_in_time_whatever_happens(tmp_path):
     began = time.monotonic()
-    _, _, found = conducted(tmp_path, dict.fromkeys(["a", "b", "c", "d"], HANGS), seconds=15.0)
+    _, _, result = conducted(tmp_path, dict.fromkeys(["a", "b", "c", "d"], HANGS), seconds=15.0)
     assert time.monotonic() < began + 15 + 3  # Python's start and end
-    assert {state["verdict"] for state in found["stages"].values()} == {"cut", "not run"}
-    assert found["seconds"] <= 15
+    assert {state["verdict"] for state in result["stages"].values()} == {"cut", "not run"}
+    assert result["seconds"] <= 15
 
 
 def test_records_that_the_page_cannot_show_stop_nothing(tmp_path):
     odd = "def run(context):\n    context.record('overlap', model=1)\n    return 'passed', ''"
-    code, printed, found = conducted(tmp_path, {"overlap": odd, "good": GOOD})
-    assert (code, found["finished"]) == (0, True)
-    assert found["stages"]["good"]["verdict"] == "passed"
+    code, printed, result = conducted(tmp_path, {"overlap": odd, "good": GOOD})
+    assert (code, result["finished"]) == (0, True)
+    assert result["stages"]["good"]["verdict"] == "passed"
     assert "No table: KeyError: " in printed
 
 
@@ -211,22 +211,22 @@ def run(context):
     return 'passed', ''
 """
     conducted(tmp_path, {"loud": loud, "traces": traces % 1000, "too": traces % (9 << 20)})
-    found = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
-    assert set(found) == set(FILES)
+    result = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
+    assert set(result) == set(FILES)
     assert len(FILES) <= 6
-    assert found["log.txt"] < LOG_BYTES + 1000
-    assert found["trace.json.gz"] == 1000
+    assert result["log.txt"] < LOG_BYTES + 1000
+    assert result["trace.json.gz"] == 1000
 
 
 def test_the_results_have_these_keys(tmp_path):
-    _, _, found = conducted(tmp_path, {"good": GOOD.replace("value=1", "value=float('nan')")})
-    assert found.keys() == {
+    _, _, result = conducted(tmp_path, {"good": GOOD.replace("value=1", "value=float('nan')")})
+    assert result.keys() == {
         *("format", "rehearsal", "minutes", "began", "finished", "stopped", "source_sha256", "machine", "stages"),
         "seconds",
     }
-    assert found["finished"]
-    assert found["stages"]["good"].keys() == {"letter", "title", "verdict", "message", "seconds", "records"}
-    assert found["stages"]["good"]["records"] == [{"kind": "found", "value": None}]  # JSON has no NaN
+    assert result["finished"]
+    assert result["stages"]["good"].keys() == {"letter", "title", "verdict", "message", "seconds", "records"}
+    assert result["stages"]["good"]["records"] == [{"kind": "found", "value": None}]  # JSON has no NaN
 
 
 def test_a_rehearsal_passes_as_a_whole_or_not_at_all(tmp_path):
@@ -256,7 +256,7 @@ def command(*arguments, root=ROOT, python=sys.executable):
         (["--data", "there/is/none.npz"], "--data: there/is/none.npz is no .npz file"),
     ],
 )
-def test_arguments_that_do_not_fit_are_told_in_a_line(tmp_path, arguments, message):
+def test_arguments_that_do_not_fit_are_reported_in_a_line(tmp_path, arguments, message):
     done = command("--out", tmp_path / "out", *arguments)
     assert done.returncode == 2
     assert done.stderr.startswith(message)
@@ -294,9 +294,9 @@ def test_nvidia_smi_that_hangs_hides_no_gpu(monkeypatch):
     monkeypatch.setattr(machine.shutil, "which", lambda name: f"/bin/{name}")
     monkeypatch.setattr(machine.subprocess, "run", hangs)
     monkeypatch.setattr(machine, "gpu", lambda: {"device": "H100"})
-    found = machine.machine()
-    assert found["device"] == "H100"
-    assert found["nvidia_smi"].startswith("TimeoutExpired: ")
+    result = machine.machine()
+    assert result["device"] == "H100"
+    assert result["nvidia_smi"].startswith("TimeoutExpired: ")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -320,11 +320,11 @@ def test_it_works_from_a_copy_without_git_in_a_place_of_its_own_and_installs_the
     (packages / "others.pth").write_text("\n".join(paths))  # whose own .pth, that of an installed package, are not read
     done = command("--out", tmp_path / "out", "--stages", "b", "--minutes", "5", "--rehearse", root=copy, python=python)
     assert done.returncode == 0, done.stdout + done.stderr
-    found = results(tmp_path / "out")
-    assert found["machine"]["installed"]
-    assert found["machine"]["bt_fast"] == str(copy / "bt_fast")
-    assert found["machine"]["kernels"] == str(copy / "kernels")
-    assert found["rehearsal"]
+    result = results(tmp_path / "out")
+    assert result["machine"]["installed"]
+    assert result["machine"]["bt_fast"] == str(copy / "bt_fast")
+    assert result["machine"]["kernels"] == str(copy / "kernels")
+    assert result["rehearsal"]
 
 
 # The plan
@@ -385,8 +385,8 @@ def interrupted(tmp_path, monkeypatch):
     context = Context("kernel_tests", "", time.monotonic() + 8, str(tmp_path), False, "", None, 8.0)
     assert kernel_tests.run(context) == ("failed", "1 passed, 1 failed until the time was up")
     assert context.left > 0
-    told = [(r["id"], r["message"]) for r in context.records("failure")]
-    assert told == [("tests/k/test_a.py::test_b", ""), ("tests/k/test_a.py::test_b", "AssertionError: 1")]
+    reported = [(r["id"], r["message"]) for r in context.records("failure")]
+    assert reported == [("tests/k/test_a.py::test_b", ""), ("tests/k/test_a.py::test_b", "AssertionError: 1")]
     shown = TABLES["kernel_tests"](context.records("failure"), {})
     assert shown == ["- `tests/k/test_a.py::test_b`: AssertionError: 1"]
     assert TABLES["kernel_tests"](context.records("failure")[:1], {})[0].endswith("before the reason was known")
@@ -433,8 +433,8 @@ def event(ts, dur, stream, cat="kernel", name="k"):
 
 def test_overlap_counts_the_time_in_which_two_streams_work():
     # stream 7: 0-10 and 10-14; stream 9: 6-12, and two pieces of its own beside each other: 20-24
-    found = busy([event(0, 10, 7), event(10, 4, 7), event(6, 6, 9), event(20, 4, 9), event(21, 2, 9)])
-    assert found == pytest.approx({"busy": 18e-6, "overlapping": 6e-6, "work": 26e-6})
+    result = busy([event(0, 10, 7), event(10, 4, 7), event(6, 6, 9), event(20, 4, 9), event(21, 2, 9)])
+    assert result == pytest.approx({"busy": 18e-6, "overlapping": 6e-6, "work": 26e-6})
     assert busy([event(0, 10, 7), event(10, 5, 9)])["overlapping"] == 0
     assert busy([]) == {"busy": 0.0, "overlapping": 0.0, "work": 0.0}
 
@@ -554,13 +554,13 @@ def test_jpeg_files_and_arrays_give_the_same_kind_of_data_set(tmp_path):
         arrays[f"{half}_offset"] = np.array([0, *itertools.accumulate(map(len, files))])
         arrays[f"{half}_label"] = np.arange(n) % 3
     np.savez(tmp_path / "pictures.npz", **arrays)
-    found = images_of(tmp_path / "pictures.npz")
-    assert (found.name, found.classes, list(found.x_train.shape)) == ("pictures", 3, [5, 3, 32, 32])
-    assert found.y_test.tolist() == [0, 1, 2]
-    assert [round(float(x.float().mean()) / 40) for x in found.x_train] == [0, 1, 2, 3, 4]
-    plain = {"x_train": found.x_train, "y_train": found.y_train, "x_test": found.x_test, "y_test": found.y_test}
+    result = images_of(tmp_path / "pictures.npz")
+    assert (result.name, result.classes, list(result.x_train.shape)) == ("pictures", 3, [5, 3, 32, 32])
+    assert result.y_test.tolist() == [0, 1, 2]
+    assert [round(float(x.float().mean()) / 40) for x in result.x_train] == [0, 1, 2, 3, 4]
+    plain = {"x_train": result.x_train, "y_train": result.y_train, "x_test": result.x_test, "y_test": result.y_test}
     np.savez(tmp_path / "plain.npz", **{key: value.numpy() for key, value in plain.items()})
-    assert torch.equal(images_of(tmp_path / "plain.npz").x_train, found.x_train)
+    assert torch.equal(images_of(tmp_path / "plain.npz").x_train, result.x_train)
 
 
 # What a case is measured by, in a process of its own: the benchmarks have a conftest of their own name
@@ -577,33 +577,33 @@ def measured(tmp_path, function, **environment):
 
 
 def test_what_is_not_exact_or_falls_back_or_raises_is_left_out(tmp_path):
-    found = measured(tmp_path, "left_out")
-    assert found["as it is"] == []
-    assert "not exact: an update in float64 differs by" in found["beta"][0]["message"]
-    assert [r["message"] for r in found["warns"]] == ["the attack runs without graphs: so"]
-    assert [r["message"] for r in found["raises"]] == ["RuntimeError: capture failed"]
-    assert found["tried last"] == {"as it is": None, "beta": None, "warns": "optimised", "raises": "optimised"}
-    assert found["exact"] == {"as it is": 1, "beta": 0, "warns": 0, "raises": 0}
+    result = measured(tmp_path, "left_out")
+    assert result["as it is"] == []
+    assert "not exact: an update in float64 differs by" in result["beta"][0]["message"]
+    assert [r["message"] for r in result["warns"]] == ["the attack runs without graphs: so"]
+    assert [r["message"] for r in result["raises"]] == ["RuntimeError: capture failed"]
+    assert result["tried last"] == {"as it is": None, "beta": None, "warns": "optimised", "raises": "optimised"}
+    assert result["exact"] == {"as it is": 1, "beta": 0, "warns": 0, "raises": 0}
 
 
 def test_a_check_for_exactness_takes_three_steps_of_ten_so_that_there_is_time_for_all_of_them(tmp_path):
-    found = measured(tmp_path, "checked")
-    assert found["steps"] == [[3, None]] * 3 + [[3, 3]] * 6  # three updates of each; BulletTrain is its own base
-    assert found["as the bench"]
-    assert max(found["differences"]) < 1e-9
-    assert all(map(math.isnan, found["of NaN"]))
+    result = measured(tmp_path, "checked")
+    assert result["steps"] == [[3, None]] * 3 + [[3, 3]] * 6  # three updates of each; BulletTrain is its own base
+    assert result["as the bench"]
+    assert max(result["differences"]) < 1e-9
+    assert all(map(math.isnan, result["of NaN"]))
 
 
 def test_what_shares_the_part_of_the_engine_that_broke_is_left_out_with_it(tmp_path):
-    found = measured(tmp_path, "without")
-    assert len(found["nothing"]) == 13
-    assert [name for name in found["nothing"] if name not in found["bullet, graphs"]] == [
+    result = measured(tmp_path, "without")
+    assert len(result["nothing"]) == 13
+    assert [name for name in result["nothing"] if name not in result["bullet, graphs"]] == [
         *("bullet, graphs", "bullet, graphs, captured", "optimised, graphs", "optimised, graphs, captured"),
     ]
-    assert not any("captured" in name or "fast" in name for name in found["bullet, captured"])
+    assert not any("captured" in name or "fast" in name for name in result["bullet, captured"])
     both = "bullet, streams, captured"  # whose parts work alone
-    assert [name for name in found["nothing"] if name not in found[both]] == [both]
-    assert [name for name in found["nothing"] if name not in found["bullet"]] == ["bullet"]
+    assert [name for name in result["nothing"] if name not in result[both]] == [both]
+    assert [name for name in result["nothing"] if name not in result["bullet"]] == ["bullet"]
 
 
 def test_times_are_taken_when_all_that_runs_step_by_step_has_its_memory_again(tmp_path):
@@ -613,29 +613,29 @@ def test_times_are_taken_when_all_that_runs_step_by_step_has_its_memory_again(tm
 
 
 def test_in_sixteen_bits_the_groups_have_the_paper_s_sizes(tmp_path):
-    found = measured(tmp_path, "groups")
-    assert found["found"] == found["expected"]
+    result = measured(tmp_path, "groups")
+    assert result["found"] == result["expected"]
 
 
-def test_the_page_tells_the_groups_sizes_and_whose_differ(tmp_path):
-    told = measured(tmp_path, "warmed")["groups"]
-    assert [(r["variant"], r["sizes"]) for r in told] == [("bullet", [2, 0, 0]), ("bullet, captured", [2, 0, 0])]
-    assert groups(told) == ["- n/tf32: outliers / boundary / robust samples: 2 / 0 / 0"]
-    told[1]["sizes"] = [1, 0.5, 0]
-    assert groups(told)[0].endswith("2 / 0 / 0 (BulletTrain), 1 / 0.5 / 0 (BulletTrain, captured)")
+def test_the_page_shows_the_groups_sizes_and_which_variants_differ(tmp_path):
+    reported = measured(tmp_path, "warmed")["groups"]
+    assert [(r["variant"], r["sizes"]) for r in reported] == [("bullet", [2, 0, 0]), ("bullet, captured", [2, 0, 0])]
+    assert groups(reported) == ["- n/tf32: outliers / boundary / robust samples: 2 / 0 / 0"]
+    reported[1]["sizes"] = [1, 0.5, 0]
+    assert groups(reported)[0].endswith("2 / 0 / 0 (BulletTrain), 1 / 0.5 / 0 (BulletTrain, captured)")
 
 
-def test_what_falls_back_while_times_are_taken_or_runs_without_kernels_is_told(tmp_path):
-    found = measured(tmp_path, "fell_back_later")
-    message = [(r["case"], r.get("variant"), r["message"]) for r in found["broke"]]
+def test_what_falls_back_while_times_are_taken_or_runs_without_kernels_is_reported(tmp_path):
+    result = measured(tmp_path, "fell_back_later")
+    message = [(r["case"], r.get("variant"), r["message"]) for r in result["broke"]]
     assert message == [
         ("n/tf32", None, "while times were taken: the attack runs without graphs: so"),
         ("n/bfloat16", "optimised", "bt_fast runs in plain torch on cuda:0, since so"),
     ]
-    assert found["warmed"] == ["reference", "optimised"]
+    assert result["warmed"] == ["reference", "optimised"]
 
 
-def test_no_peak_is_told_of_what_works_in_a_graph_s_pool(tmp_path):
+def test_no_peak_is_reported_of_what_works_in_a_graph_s_pool(tmp_path):
     assert measured(tmp_path, "peaks") == ["reference"]
 
 
@@ -652,9 +652,9 @@ def test_joules_are_those_of_each_variant(tmp_path):
         pytest.skip("the stub of NVML needs a C compiler, and there is neither gcc nor cc")
     nvml_stub.compile_stub(tmp_path)
     path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("LD_LIBRARY_PATH")])])
-    found = measured(tmp_path, "joules", LD_LIBRARY_PATH=path)
-    assert [r["variant"] for r in found] == ["reference", "optimised"]
-    for record in found:
+    result = measured(tmp_path, "joules", LD_LIBRARY_PATH=path)
+    assert [r["variant"] for r in result] == ["reference", "optimised"]
+    for record in result:
         assert record["source"] == "power"
         assert record["watts"] == pytest.approx(300.0)
         # every iteration is a sleep of 10 ms or a little more

@@ -67,11 +67,11 @@ def offset(x, at):
 )
 def test_l2_is_its_equation(n, shape, dtype, seed, options):
     case = pgd_cases.l2_case(n, shape, dtype, seed, **options)
-    found, expected = case.run(pgd_l2_step_), case.run(literally)
+    result, expected = case.run(pgd_l2_step_), case.run(literally)
     if dtype == torch.float64 and options["seeded"]:  # its noise is in single precision
-        torch.testing.assert_close(found[0], expected[0], rtol=0, atol=1e-6, equal_nan=True)
+        torch.testing.assert_close(result[0], expected[0], rtol=0, atol=1e-6, equal_nan=True)
     else:
-        pgd_cases.assert_near(found, expected)
+        pgd_cases.assert_near(result, expected)
 
 
 @quick
@@ -89,14 +89,14 @@ def test_a_gradient_of_any_magnitude_gives_the_same_step(dtype):
     g = torch.Generator().manual_seed(0)
     signs = torch.randn(1, 50, generator=g).sign().to(dtype)
     info = torch.finfo(dtype)
-    found = []
+    result = []
     for size in (1.0, info.smallest_normal, info.max):
         x = torch.full((1, 50), 0.5, dtype=dtype)
         ops.l2_step_(x, signs * size, x.clone(), torch.ones(1, dtype=dtype), 10.0, 0.0, 1.0, torch.tensor(0))
-        found.append(x)
-    assert not torch.equal(found[0], torch.full((1, 50), 0.5, dtype=dtype))
-    torch.testing.assert_close(found[1], found[0], rtol=0, atol=info.eps)
-    torch.testing.assert_close(found[2], found[0], rtol=0, atol=info.eps)
+        result.append(x)
+    assert not torch.equal(result[0], torch.full((1, 50), 0.5, dtype=dtype))
+    torch.testing.assert_close(result[1], result[0], rtol=0, atol=info.eps)
+    torch.testing.assert_close(result[2], result[0], rtol=0, atol=info.eps)
 
 
 def test_a_gradient_without_a_norm_spares_its_sample_and_is_counted():

@@ -45,13 +45,13 @@ def literally(x, grad, clean, step_size, epsilon, lower, upper, steps, step, fau
 )
 def test_linf_is_its_equation(n, shape, dtype, seed, options):
     case = pgd_cases.case(n, shape, dtype, seed, **options)
-    found, expected = case.run(pgd_linf_step_), case.run(literally)
+    result, expected = case.run(pgd_linf_step_), case.run(literally)
     if dtype == torch.float64:
-        pgd_cases.assert_same(found, expected)
+        pgd_cases.assert_same(result, expected)
     else:  # the sum is rounded once more
-        assert torch.equal(found[0].isnan(), expected[0].isnan())
-        torch.testing.assert_close(found[0], expected[0], rtol=torch.finfo(dtype).eps, atol=1e-7, equal_nan=True)
-        assert found[1] is None or torch.equal(found[1], expected[1])
+        assert torch.equal(result[0].isnan(), expected[0].isnan())
+        torch.testing.assert_close(result[0], expected[0], rtol=torch.finfo(dtype).eps, atol=1e-7, equal_nan=True)
+        assert result[1] is None or torch.equal(result[1], expected[1])
 
 
 def before_there_was_a_kernel(x_adv, grad, clean, step_size, epsilon, lower, upper, **_):

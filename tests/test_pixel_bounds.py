@@ -45,9 +45,9 @@ def reported(dtype):
 def test_what_rounding_left_outside_is_moved_onto_the_bounds(call, dtype):
     rounded, meant, y = reported(dtype)
     given = rounded.clone()
-    found = call(build("conv_bn", dtype=dtype), rounded, y)
+    result = call(build("conv_bn", dtype=dtype), rounded, y)
     expected = call(build("conv_bn", dtype=dtype), meant, y)
-    assert torch.equal(found, expected)
+    assert torch.equal(result, expected)
     assert torch.equal(rounded, given)
 
 
@@ -56,9 +56,9 @@ def test_so_it_is_in_16_bits(dtype):
     rounded, meant, y = reported(dtype)
     for loss in (trades_loss, pgd_loss, mart_loss):
         torch.manual_seed(0)
-        found = loss(build("instance norm", dtype=dtype), rounded, y, None)
+        result = loss(build("instance norm", dtype=dtype), rounded, y, None)
         torch.manual_seed(0)
-        assert torch.equal(found, loss(build("instance norm", dtype=dtype), meant, y, None))
+        assert torch.equal(result, loss(build("instance norm", dtype=dtype), meant, y, None))
 
 
 def test_the_arithmetic_of_the_report():
@@ -97,7 +97,7 @@ WRONG = {
 
 @EACH
 @pytest.mark.parametrize(("spoilt", "message"), WRONG.values(), ids=WRONG)
-def test_other_values_are_told_with_their_range_and_what_to_do(call, spoilt, message):
+def test_other_values_are_reported_with_their_range_and_what_to_do(call, spoilt, message):
     x, y = batch(dtype=torch.float32)
     model = build("conv_bn", dtype=torch.float32)
     before = snapshot(model)
@@ -106,7 +106,7 @@ def test_other_values_are_told_with_their_range_and_what_to_do(call, spoilt, mes
     assert_unchanged(before, model)
 
 
-def test_infinity_is_not_told_as_nan():
+def test_infinity_is_not_reported_as_nan():
     x = torch.zeros(2, 3)
     x[1] = math.inf
     with pytest.raises(ValueError, match="but 3 of 6 pixels are infinite"):
@@ -117,11 +117,11 @@ def test_the_bounds_are_those_of_the_threat():
     model, (x, y) = build("conv_bn", dtype=torch.float32), batch(dtype=torch.float32)
     threat = ThreatModel(8.0, lower=0.0, upper=255.0)
     beyond = torch.where(x == 1, 255.0 + 4e-5, 255 * x)
-    found = [
+    result = [
         evaluate(model, [(images, y)], threat, steps=2, generator=torch.Generator().manual_seed(0)).step
         for images in (beyond, 255 * x)
     ]
-    assert torch.equal(*found)
+    assert torch.equal(*result)
     with pytest.raises(ValueError, match=r"must lie in \[0, 255\], but its values are from 0 to 255\.255: "):
         evaluate(model, [(255.255 * x, y)], threat)
 
@@ -130,11 +130,11 @@ def test_normalised_images_are_moved_as_pixels():
     x, y = batch()
     normalization = Normalization([0.4], [0.2])
     shifted = (torch.where(x == 1, 1 + 2e-7, x) - 0.4) / 0.2
-    found, expected = (
+    result, expected = (
         pgd_loss(build(), images, y, None, normalization=normalization, generator=torch.Generator().manual_seed(0))
         for images in (shifted, (x - 0.4) / 0.2)
     )
-    assert_near(found, expected)
+    assert_near(result, expected)
 
 
 def test_floats_of_a_file_too(tmp_path):

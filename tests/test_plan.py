@@ -28,11 +28,11 @@ def test_a_mined_plan_is_that_of_its_steps():
     torch.manual_seed(0)
     bullet = BulletTrain(4, 2, 1)
     bullet.robust_fraction.fill_(0.15)
-    found = bullet.plan(torch.randn(30, 3), torch.randint(3, (30,)))
-    assert len(set(found.steps.tolist())) == 3
-    expected = Plan.from_steps(found.steps, found.step_size)
-    assert found.active_counts == expected.active_counts
-    assert torch.equal(found.order, expected.order)
+    result = bullet.plan(torch.randn(30, 3), torch.randint(3, (30,)))
+    assert len(set(result.steps.tolist())) == 3
+    expected = Plan.from_steps(result.steps, result.step_size)
+    assert result.active_counts == expected.active_counts
+    assert torch.equal(result.order, expected.order)
 
 
 @pytest.mark.parametrize(("m", "steps"), [(5, 3), (1, 0), (0, 2)])

@@ -98,14 +98,14 @@ def measured_in_a_thread():
 
 
 def measured_in_threads_twice():
-    monitor, found = PowerMonitor([A], interval=0.001), []
+    monitor, result = PowerMonitor([A], interval=0.001), []
     for _ in range(2):
         with monitor:
             deadline = time.monotonic() + 10
             while len(monitor.samples) < 5 and time.monotonic() < deadline:
                 time.sleep(0.001)
-            found.append(len(monitor.samples))
-    return found
+            result.append(len(monitor.samples))
+    return result
 
 
 def used_in_a_middle_third(devices):
@@ -121,13 +121,13 @@ def used_in_a_middle_third(devices):
 
 def measured_twice():
     monitor = PowerMonitor([A], interval=NEVER)
-    found = []
+    result = []
     for marks in (3, 1):
         with monitor:
             for k in range(marks):
                 monitor.mark(str(k))
-        found.append((len(monitor.samples), monitor.labels))
-    return found
+        result.append((len(monitor.samples), monitor.labels))
+    return result
 
 
 def references_of_nested_blocks():
@@ -178,13 +178,13 @@ def misused():
 
 
 def test_a_sample_holds_every_reading_in_its_unit(run):
-    found = run(EVERYTHING, measured, [A])
-    assert found.available
-    assert found.reason is None
-    assert len(found.samples) == 10
-    assert found.samples[0] == Sample(
+    result = run(EVERYTHING, measured, [A])
+    assert result.available
+    assert result.reason is None
+    assert len(result.samples) == 10
+    assert result.samples[0] == Sample(
         device=A,
-        time=found.samples[0].time,
+        time=result.samples[0].time,
         power=350.0,  # the first values were the probes'
         energy=5_000_100,
         sm_utilisation=1.0,
@@ -195,16 +195,16 @@ def test_a_sample_holds_every_reading_in_its_unit(run):
         throttle=(),
         memory_used=9000,
     )
-    assert found.samples[1].throttle == ("sw_power_cap", "hw_thermal_slowdown")
-    times = [s.time for s in found.samples]
+    assert result.samples[1].throttle == ("sw_power_cap", "hw_thermal_slowdown")
+    times = [s.time for s in result.samples]
     assert times == sorted(times)
 
 
 def test_a_summary_holds_means_over_the_block_and_the_worst(run):
-    found = run(EVERYTHING, measured, [A], 18)
-    (summary,) = found.summaries[None]
+    result = run(EVERYTHING, measured, [A], 18)
+    (summary,) = result.summaries[None]
     assert (summary.device, summary.name, summary.samples) == (A, "Stub GPU", 20)
-    assert summary.seconds == found.samples[-1].time - found.samples[0].time
+    assert summary.seconds == result.samples[-1].time - result.samples[0].time
     assert (summary.joules, summary.energy_source) == (1.9, "counter")
     assert 300 < summary.mean_power < 350
     assert (summary.max_power, summary.power_source) == (350.0, "instant")
@@ -226,31 +226,31 @@ def test_an_older_driver_is_asked_by_its_older_names(run):
     assert (sample.throttle, sample.temperature) == (("hw_slowdown",), 50)
 
 
-def test_a_reason_without_a_name_is_told_as_its_bit(run):
+def test_a_reason_without_a_name_is_reported_as_its_bit(run):
     (sample, *_) = run(f"device {A}\nevents {0x1 + 0x4 + 0x200 + 0x3000}", measured, [A]).samples
     assert sample.throttle == ("gpu_idle", "sw_power_cap", "board_limit", "0x3000")
 
 
 def test_what_is_not_supported_is_none_and_never_0(run):
-    found = run(f"device {A}\ntemperature_v 40\ntemperature 40", measured, [A])
-    (summary,) = found.summaries[None]
-    assert found.available
-    assert found.samples[0] == Sample(A, found.samples[0].time, temperature=40)
+    result = run(f"device {A}\ntemperature_v 40\ntemperature 40", measured, [A])
+    (summary,) = result.summaries[None]
+    assert result.available
+    assert result.samples[0] == Sample(A, result.samples[0].time, temperature=40)
     assert (summary.joules, summary.energy_source, summary.mean_power, summary.max_power) == (None,) * 4
     assert (summary.mean_sm_utilisation, summary.mean_sm_clock, summary.throttle, summary.peak_memory) == (None,) * 4
-    assert set(summary.unsupported) == {f for f in vars(found.samples[0])} - {"device", "time", "temperature"}
-    assert (found.joules[None], found.per_sample) == (None, None)
+    assert set(summary.unsupported) == {f for f in vars(result.samples[0])} - {"device", "time", "temperature"}
+    assert (result.joules[None], result.per_sample) == (None, None)
 
 
 def test_what_is_not_supported_is_asked_once_and_then_left_out(run):
-    found = run(f"device {A}\npower !3 90000\nenergy 0 +1", measured, [A])
-    assert [s.power for s in found.samples] == [None] * 10
+    result = run(f"device {A}\npower !3 90000\nenergy 0 +1", measured, [A])
+    assert [s.power for s in result.samples] == [None] * 10
 
 
 def test_a_reading_that_fails_once_is_none_in_that_sample(run):
-    found = run(f"device {A}\npower 100000 100000 !10 !999 90000", measured, [A], 2)
-    assert [s.power for s in found.samples] == [100.0, None, None, 90.0]
-    assert found.summaries[None][0].lost is None
+    result = run(f"device {A}\npower 100000 100000 !10 !999 90000", measured, [A], 2)
+    assert [s.power for s in result.samples] == [100.0, None, None, 90.0]
+    assert result.summaries[None][0].lost is None
 
 
 # Energy
@@ -258,8 +258,8 @@ def test_a_reading_that_fails_once_is_none_in_that_sample(run):
 
 def test_the_counter_tells_the_energy_once_it_has_moved_ten_times(run):
     script = f"device {A}\npower 100000\nenergy 7000 +2000"
-    found = run(script, measured, [A], 9)
-    assert (found.summaries[None][0].energy_source, found.joules[None], found.per_sample) == ("counter", 20.0, 2.0)
+    result = run(script, measured, [A], 9)
+    assert (result.summaries[None][0].energy_source, result.joules[None], result.per_sample) == ("counter", 20.0, 2.0)
     (summary,) = run(script, measured, [A], 8).summaries[None]
     assert (summary.energy_source, summary.joules) == ("power", pytest.approx(100 * summary.seconds))
 
@@ -270,15 +270,15 @@ def test_without_power_a_counter_that_has_moved_has_to_do(run):
 
 
 def test_a_counter_that_stands_still_tells_nothing(run):
-    found = run(f"device {A}\nenergy 7000", measured, [A])
-    assert (found.summaries[None][0].energy_source, found.joules[None]) == (None, None)
+    result = run(f"device {A}\nenergy 7000", measured, [A])
+    assert (result.summaries[None][0].energy_source, result.joules[None]) == (None, None)
 
 
 @pytest.mark.parametrize("bits", [32, 64])
 def test_a_counter_that_wraps_goes_on(run, bits):
-    found = run(f"device {A}\nenergy {2**bits - 1000} +300 %{2**bits}", measured, [A], 10)
-    assert found.samples[-1].energy < 300 * 12 < found.samples[0].energy
-    assert (found.summaries[None][0].energy_source, found.joules[None]) == ("counter", pytest.approx(3.3, rel=1e-12))
+    result = run(f"device {A}\nenergy {2**bits - 1000} +300 %{2**bits}", measured, [A], 10)
+    assert result.samples[-1].energy < 300 * 12 < result.samples[0].energy
+    assert (result.summaries[None][0].energy_source, result.joules[None]) == ("counter", pytest.approx(3.3, rel=1e-12))
 
 
 def test_a_counter_that_is_set_back_leaves_the_word_to_the_power(run):
@@ -338,7 +338,7 @@ def test_intervals_have_the_power_between_the_samples_around_them():
     assert power_within(samples, []) == 0.0
 
 
-def test_energy_is_told_of_intervals_inside_the_block_alone(run):
+def test_energy_is_reported_of_intervals_inside_the_block_alone(run):
     middle, beyond, third = run(f"device {A}\npower 90000", used_in_a_middle_third, [A])
     assert middle == pytest.approx(90 * third)
     assert beyond == [None] * 3
@@ -359,9 +359,9 @@ def test_one_reading_tells_no_energy():
 
 
 def test_spans_share_the_sample_at_their_mark_and_sum_to_the_whole(run):
-    found = run(f"device {A}\nenergy 0 +1000", measured, [A], 5)
-    assert [found.joules[label] for label in (None, "0", "1", "2", "3", "4")] == [6.0, 1.0, 1.0, 1.0, 1.0, 1.0]
-    assert [found.summaries[label][0].samples for label in (None, "0", "4")] == [7, 2, 2]
+    result = run(f"device {A}\nenergy 0 +1000", measured, [A], 5)
+    assert [result.joules[label] for label in (None, "0", "1", "2", "3", "4")] == [6.0, 1.0, 1.0, 1.0, 1.0, 1.0]
+    assert [result.summaries[label][0].samples for label in (None, "0", "4")] == [7, 2, 2]
 
 
 def test_a_new_block_begins_anew(run):
@@ -387,8 +387,8 @@ def test_misuse_is_an_error_that_says_so(run):
 
 
 def test_the_thread_samples_during_the_block_and_ends_with_it(run):
-    found, inside, daemon, alive, more = run(EVERYTHING, measured_in_a_thread)
-    assert len(found.samples) >= 20
+    result, inside, daemon, alive, more = run(EVERYTHING, measured_in_a_thread)
+    assert len(result.samples) >= 20
     assert inside[0].samples >= 20
     assert daemon
     assert not alive
@@ -413,18 +413,18 @@ def test_monitors_count_their_uses_of_the_library(run):
 
 
 def test_what_was_measured_before_a_gpu_is_lost_stays(run):
-    found = run(f"device {A}\nenergy 0 +1000\nlost_after 5", measured, [A], 6)
-    (summary,) = found.summaries[None]
+    result = run(f"device {A}\nenergy 0 +1000\nlost_after 5", measured, [A], 6)
+    (summary,) = result.summaries[None]
     assert (summary.samples, summary.joules, summary.lost) == (3, 2.0, "GPU is lost")
-    assert (found.joules[None], found.per_sample) == (None, None)  # the rest of the block was not measured
-    assert (found.joules["0"], found.summaries["0"][0].lost) == (1.0, None)  # whole
-    assert (found.joules["1"], found.summaries["1"][0].lost) == (None, "GPU is lost")
-    assert (found.joules["3"], found.summaries["3"]) == (None, ())
+    assert (result.joules[None], result.per_sample) == (None, None)  # the rest of the block was not measured
+    assert (result.joules["0"], result.summaries["0"][0].lost) == (1.0, None)  # whole
+    assert (result.joules["1"], result.summaries["1"][0].lost) == (None, "GPU is lost")
+    assert (result.joules["3"], result.summaries["3"]) == (None, ())
 
 
 def test_a_gpu_that_is_lost_from_the_first_raises_nothing(run):
-    found = run(f"device {A}\nenergy 0 +1000\nlost_after 1", measured, [A])
-    assert (found.samples, found.summaries[None], found.joules[None]) == ((), (), None)
+    result = run(f"device {A}\nenergy 0 +1000\nlost_after 1", measured, [A])
+    assert (result.samples, result.summaries[None], result.joules[None]) == ((), (), None)
 
 
 # Several devices
@@ -434,36 +434,36 @@ TWO = f"device {A}\nenergy 0 +1000\ndevice {B}\nenergy 0 +3000\n"
 
 
 def test_several_devices_have_a_summary_each_and_sum_their_energy(run):
-    found = run(TWO, measured, [B, A], 9)
-    assert [(s.device, s.joules) for s in found.summaries[None]] == [(B, 30.0), (A, 10.0)]
-    assert (found.joules[None], found.per_sample) == (40.0, 4.0)
+    result = run(TWO, measured, [B, A], 9)
+    assert [(s.device, s.joules) for s in result.summaries[None]] == [(B, 30.0), (A, 10.0)]
+    assert (result.joules[None], result.per_sample) == (40.0, 4.0)
 
 
 def test_without_one_of_several_devices_there_is_no_sum(run):
-    found = run(TWO + "lost_after 4", measured, [A, B], 9)
-    assert [(s.device, s.joules, s.lost) for s in found.summaries[None]] == [(A, 10.0, None), (B, 3.0, "GPU is lost")]
-    assert found.joules[None] is None
-    found = run(TWO + f"device {B}2", measured, [A, f"{B}2"], 9)
-    assert [s.joules for s in found.summaries[None]] == [10.0, None]
-    assert found.joules[None] is None
+    result = run(TWO + "lost_after 4", measured, [A, B], 9)
+    assert [(s.device, s.joules, s.lost) for s in result.summaries[None]] == [(A, 10.0, None), (B, 3.0, "GPU is lost")]
+    assert result.joules[None] is None
+    result = run(TWO + f"device {B}2", measured, [A, f"{B}2"], 9)
+    assert [s.joules for s in result.summaries[None]] == [10.0, None]
+    assert result.joules[None] is None
 
 
 def test_the_others_are_measured_where_one_cannot_be_opened_and_it_is_named(run):
-    found = run(TWO + "closed 4", measured, [A, B], 9)
-    assert found.available
-    assert found.missing == {B: "Insufficient Permissions"}
-    assert [(s.device, s.joules) for s in found.summaries[None]] == [(A, 10.0)]
-    assert (found.joules[None], found.per_sample) == (None, None)  # not of all
+    result = run(TWO + "closed 4", measured, [A, B], 9)
+    assert result.available
+    assert result.missing == {B: "Insufficient Permissions"}
+    assert [(s.device, s.joules) for s in result.summaries[None]] == [(A, 10.0)]
+    assert (result.joules[None], result.per_sample) == (None, None)  # not of all
 
 
 def test_where_none_can_be_opened_there_is_nothing_to_measure(run):
-    found = run(f"device {A}\nclosed 4\ndevice {B}\nclosed 15", measured, [A, B])
-    assert (found.available, found.missing, found.samples) == (False, {}, ())
-    assert found.reason == "NVML does not open the device: Insufficient Permissions; GPU is lost"
+    result = run(f"device {A}\nclosed 4\ndevice {B}\nclosed 15", measured, [A, B])
+    assert (result.available, result.missing, result.samples) == (False, {}, ())
+    assert result.reason == "NVML does not open the device: Insufficient Permissions; GPU is lost"
 
 
 @pytest.mark.parametrize("devices", [1, "cuda:1", torch.device("cuda", 1), [torch.device("cuda:1")], (1,)])
-def test_devices_of_torch_are_found_by_uuid_and_not_by_their_number(run, devices):
+def test_devices_of_torch_are_identified_by_uuid_and_not_by_their_number(run, devices):
     uuids = [B.removeprefix("GPU-"), A.removeprefix("GPU-")]  # torch counts the other way round
     assert run(TWO, measured_by_torch, devices, uuids).summaries[None][0].device == A
 
@@ -484,8 +484,8 @@ OF_MIG = f"device {A}\npower 400000\nenergy 0 +1000\nmemory 70000\nmig {MIG} {A}
 @pytest.mark.parametrize("by_torch", [False, True])
 def test_an_instance_of_mig_has_the_power_of_its_gpu_and_memory_of_its_own(run, by_torch):
     call = (measured_by_torch, None, [MIG.removeprefix("MIG-")]) if by_torch else (measured, MIG)
-    found = run(OF_MIG, *call)
-    (summary,) = found.summaries[None]
+    result = run(OF_MIG, *call)
+    (summary,) = result.summaries[None]
     assert (summary.device, summary.name) == (MIG, "Stub GPU MIG 1g")
     assert (summary.max_power, summary.peak_memory) == (400.0, 800)
     assert "physical GPU" in summary.shared
@@ -500,11 +500,11 @@ def test_without_a_driver_it_does_nothing_and_says_so(monkeypatch):
     monkeypatch.setattr(pynvml, "CDLL", mock.Mock(side_effect=OSError))
     with PowerMonitor() as monitor:
         monitor.mark("epoch 1")
-    found = told(monitor)
-    assert not found.available
-    assert found.reason == "there is no NVIDIA driver on this machine (libnvidia-ml.so.1 was not found)"
-    assert (found.samples, found.summaries) == ((), {None: (), "epoch 1": ()})
-    assert (found.joules, found.per_sample) == ({None: None, "epoch 1": None}, None)
+    result = told(monitor)
+    assert not result.available
+    assert result.reason == "there is no NVIDIA driver on this machine (libnvidia-ml.so.1 was not found)"
+    assert (result.samples, result.summaries) == ((), {None: (), "epoch 1": ()})
+    assert (result.joules, result.per_sample) == ({None: None, "epoch 1": None}, None)
     assert monitor.seconds > 0
     assert "bt_fast.PowerMonitor" not in {t.name for t in threading.enumerate()}
 
@@ -523,14 +523,14 @@ def test_nvidia_ml_py_that_takes_no_strings_is_called_too_old(monkeypatch):
     assert driver_version() is None
 
 
-def test_nvidia_ml_py_that_cannot_be_imported_is_told(monkeypatch, tmp_path):
+def test_nvidia_ml_py_that_cannot_be_imported_is_reported(monkeypatch, tmp_path):
     (tmp_path / "pynvml.py").write_text("raise OSError('libcuda')")
     monkeypatch.delitem(sys.modules, "pynvml")
     monkeypatch.syspath_prepend(tmp_path)
     assert PowerMonitor().reason.startswith("nvidia-ml-py cannot be imported (OSError: libcuda): python -m pip")
 
 
-def test_a_driver_that_does_not_start_is_told(run):
+def test_a_driver_that_does_not_start_is_reported(run):
     reason = run(f"init 9\ndevice {A}", constructed, [A])
     assert reason.startswith("NVML does not start: ")
 
@@ -540,7 +540,7 @@ def test_the_driver_tells_its_version_unless_it_does_not_start(run):
     assert run("init 9", driver_version) is None
 
 
-def test_a_driver_that_torch_does_not_use_is_told(run):
+def test_a_driver_that_torch_does_not_use_is_reported(run):
     assert run(f"device {A}", constructed) == "torch sees no CUDA device: name one by its UUID (nvidia-smi -L)"
 
 

@@ -100,7 +100,7 @@ def smooth():
 def test_a_step_under_autocast_is_that_of_single_precision(name, dtype):
     loss, bullet = LOSSES[name]
     x, y = batch(dtype=torch.float32)
-    found = []
+    result = []
     for enabled in (False, True):
         # near a smooth model's minimum 1 - cos is smaller than 16 bits can tell: there kinks are needed
         model = build(dtype=torch.float32) if name == "grad_align" else smooth()
@@ -118,10 +118,10 @@ def test_a_step_under_autocast_is_that_of_single_precision(name, dtype):
         scaler.update()
         step = nn.utils.parameters_to_vector(model.parameters()).detach() - before
         buffers = torch.cat([b.flatten().float() for n, b in model.named_buffers() if "running" in n])
-        found.append((value.detach(), gradients, step, buffers))
-    for ours, plain in zip(*reversed(found), strict=True):
+        result.append((value.detach(), gradients, step, buffers))
+    for ours, plain in zip(*reversed(result), strict=True):
         assert far(ours, plain) < AUTOCAST[dtype]
-    assert not torch.equal(found[0][1], found[1][1])
+    assert not torch.equal(result[0][1], result[1][1])
 
 
 class Watching(nn.Module):
@@ -157,9 +157,9 @@ def test_the_view_s_own_autocast_is_not_the_caller_s(fold, dtype):
         alone = view(x)
         with torch.autocast("cpu", outer):
             assert model(x).dtype == outer
-            found = view(x)
-    assert found.dtype == alone.dtype == dtype
-    assert torch.equal(found, alone)
+            result = view(x)
+    assert result.dtype == alone.dtype == dtype
+    assert torch.equal(result, alone)
 
 
 def perturbed(model, x, **options):
@@ -181,11 +181,11 @@ def flat(scale, model=None):
 def test_the_caller_s_autocast_gives_the_attack_of_the_view_s_own(dtype, scale):
     model, (x, _) = flat(scale), batch(m=32, dtype=torch.float32)
     with torch.autocast("cpu", dtype):
-        found = perturbed(model, x)
-    assert torch.equal(found, perturbed(model, x, frozen=Frozen(False, False, dtype)))
+        result = perturbed(model, x)
+    assert torch.equal(result, perturbed(model, x, frozen=Frozen(False, False, dtype)))
     exact, double = perturbed(model, x), copy.deepcopy(model).double()
     labels = torch.arange(len(x)) % 5
-    plain, full, ours = (F.cross_entropy(double(images.double()), labels).item() for images in (x, exact, found))
+    plain, full, ours = (F.cross_entropy(double(images.double()), labels).item() for images in (x, exact, result))
     assert ours - plain > 0.95 * (full - plain) > 0
 
 
@@ -195,9 +195,9 @@ def test_in_float16_no_sample_stands_still_near_its_clean_point():
     target = model(x).softmax(dim=1).detach()
     start = x + 1e-5 * torch.randn(x.shape, generator=seeded())
     with torch.autocast("cpu", torch.float16):
-        found = input_gradient(model, start, target)
-    assert found.isfinite().all()
-    assert (found != 0).double().mean() > 0.9
+        result = input_gradient(model, start, target)
+    assert result.isfinite().all()
+    assert (result != 0).double().mean() > 0.9
 
 
 class Prepared(nn.Module):
@@ -216,8 +216,8 @@ def test_a_model_that_computes_in_float16_by_itself_loses_no_sample_either():
     model, (x, _) = Prepared(flat(1e-2), torch.float16), batch(dtype=torch.float32)
     target = model(x).softmax(dim=1).detach()
     start = x + 1e-5 * torch.randn(x.shape, generator=seeded())
-    found = input_gradient(model, start, target)
-    assert (found != 0).double().mean() > 0.9
+    result = input_gradient(model, start, target)
+    assert (result != 0).double().mean() > 0.9
 
 
 @pytest.mark.parametrize(
@@ -248,14 +248,14 @@ def test_the_callers_autocast_decides_anew_whether_rows_are_scaled():
 def test_in_float16_yopo_loses_no_sample_and_no_gradient(objective):
     """Its gradients are computed within the call, where no gradient scaler reaches them."""
     x, y = batch(m=64, dtype=torch.float32)
-    found = []
+    result = []
     for enabled in (False, True):
         model = flat(1e-3, smooth()).train()
         with torch.autocast("cpu", torch.float16, enabled=enabled):
             loss = yopo_loss(model, x, y, None, propagations=2, layer_steps=2, objective=objective, generator=seeded())
         (2.0**16 * loss).backward()
-        found.append(model[0].weight.grad)
-    assert far(found[1], found[0]) < AUTOCAST[torch.float16]
+        result.append(model[0].weight.grad)
+    assert far(result[1], result[0]) < AUTOCAST[torch.float16]
 
 
 # Gradient scaling
@@ -356,16 +356,16 @@ def test_channels_last_models_and_images(name):
     """With BulletTrain a sample's noise is counted as its pixels lie in memory: there the images stay contiguous."""
     loss, bullet = LOSSES[name]
     x, y = batch()
-    found = []
+    result = []
     for memory_format in (torch.contiguous_format, torch.channels_last):
         model, images = build(widened).to(memory_format=memory_format), x.repeat(1, 3, 1, 1)
         if bullet is None or name.startswith("augmix"):
             images = images.contiguous(memory_format=memory_format)
         value = loss(model, images, y, copy.deepcopy(bullet))
         value.backward()
-        found.append({"loss": value.detach(), **dict(model.named_buffers())})
-        found[-1] |= {f"{n}.grad": p.grad for n, p in model.named_parameters()}
-    assert_near_nested(*found, UPDATES)
+        result.append({"loss": value.detach(), **dict(model.named_buffers())})
+        result[-1] |= {f"{n}.grad": p.grad for n, p in model.named_parameters()}
+    assert_near_nested(*result, UPDATES)
 
 
 def widened():
@@ -402,19 +402,19 @@ def test_micro_batches_add_up_to_the_gradient_of_one_batch(name, model_of, froze
     """Where no norm sees a batch: in float64, from one generator, whose noise four batches of four get as one of 16."""
     x, y = batch(m=16)
     options = {} if name.startswith("yopo") else {"frozen": frozen}
-    found = []
+    result = []
     for parts in (1, 4):
         model, generator = model_of(), seeded()
         for images, labels in zip(x.chunk(parts), y.chunk(parts), strict=True):
             (MICRO[name](model, images, labels, generator=generator, **options) / parts).backward()
-        found.append(gradient(model))
-    assert_near(*found)
+        result.append(gradient(model))
+    assert_near(*result)
 
 
 @pytest.mark.parametrize("frozen", [None, Frozen()])
 def test_clipped_steps_and_averaged_weights_are_the_authors(frozen):
     """Three updates with clipped gradients and an exponential average, in double precision."""
-    found = []
+    result = []
     for loss in (trades_loss, reference_trades_loss):
         torch.manual_seed(0)
         model = build()
@@ -426,8 +426,8 @@ def test_clipped_steps_and_averaged_weights_are_the_authors(frozen):
             nn.utils.clip_grad_norm_(model.parameters(), 0.1)
             optimizer.step()
             average.update_parameters(model)
-        found.append(dict(average.module.state_dict()))
-    assert_near_nested(*found, UPDATES)
+        result.append(dict(average.module.state_dict()))
+    assert_near_nested(*result, UPDATES)
 
 
 @pytest.mark.parametrize("averaging", [None, get_ema_multi_avg_fn(0.5)])
@@ -446,11 +446,11 @@ def test_an_average_of_a_model_that_has_views_is_evaluated_with_its_own_weights(
     plain.load_state_dict(average.module.state_dict())
     assert not torch.equal(plain[0].weight, model[0].weight)
     for frozen in (None, Frozen()):
-        found, expected = (
+        result, expected = (
             evaluate(m, [(x, y)], ThreatModel(0.05), steps=5, frozen=f, generator=seeded())
             for m, f in ((average, frozen), (plain, None))
         )
-        assert torch.equal(found.restart, expected.restart)
-        assert torch.equal(found.step, expected.step)
+        assert torch.equal(result.restart, expected.restart)
+        assert torch.equal(result.step, expected.step)
         with attack_model(average, frozen, x) as view:
             assert_near(view(x), plain.eval()(x))

@@ -56,8 +56,8 @@ def test_bfloat16_widens_to_double():
         "cvt.rn.f32.f64 %r3, %d4; mov.u32 %r6, %ctaid.x; setp.eq.u32 %p3, %r6, 0; @%p3 st.global.b32 [%d3], %r3;"
     )
     values = np.linspace(-3e38, 3e38, 64, dtype=np.float32).view(np.uint32)
-    found = run(body, values.copy(), check_races=False)
-    assert (found == values & np.uint32(0xFFFF0000)).all()  # a bfloat16 is a float32's upper half
+    result = run(body, values.copy(), check_races=False)
+    assert (result == values & np.uint32(0xFFFF0000)).all()  # a bfloat16 is a float32's upper half
 
 
 def test_the_absolute_value_of_packed_bfloat16_is_that_of_both_halves():
@@ -66,8 +66,8 @@ def test_the_absolute_value_of_packed_bfloat16_is_that_of_both_halves():
         "ld.global.b32 %r2, [%d3]; abs.bf16x2 %r3, %r2; mov.u32 %r6, %ctaid.x; setp.eq.u32 %p3, %r6, 0;"
         "@%p3 st.global.b32 [%d3], %r3;"
     )
-    found = run(body, halves.view(np.uint32), check_races=False).view(np.uint16)
-    assert found[:4].tolist() == [0x3F80, 0x7FC1, 0x3F80, 0]
+    result = run(body, halves.view(np.uint32), check_races=False).view(np.uint16)
+    assert result[:4].tolist() == [0x3F80, 0x7FC1, 0x3F80, 0]
 
 
 @pytest.mark.parametrize("kind", ["u16x2", "s16x2"])
@@ -77,5 +77,5 @@ def test_packed_integers_are_added_each_for_itself(kind):
         f"ld.global.b32 %r2, [%d3]; add.{kind} %r3, %r2, %r2; mov.u32 %r6, %ctaid.x; setp.eq.u32 %p3, %r6, 0;"
         "@%p3 st.global.b32 [%d3], %r3;"
     )
-    found = run(body, halves.view(np.uint32), check_races=False).view(np.uint16)
-    assert found[:4].tolist() == [0xFFFE, 6, 0xFFFE, 0]  # nothing is carried from the low half into the high one
+    result = run(body, halves.view(np.uint32), check_races=False).view(np.uint16)
+    assert result[:4].tolist() == [0xFFFE, 6, 0xFFFE, 0]  # nothing is carried from the low half into the high one

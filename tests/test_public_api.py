@@ -22,8 +22,8 @@ def difference(found, expected):
 
 
 def test_the_public_api_is_the_one_that_was_published():
-    found, expected = public_api.lines(), public_api.SNAPSHOT.read_text().splitlines()
-    assert found == expected, f"The public API changed:\n{difference(found, expected)}\n{MEANT}"
+    result, expected = public_api.lines(), public_api.SNAPSHOT.read_text().splitlines()
+    assert result == expected, f"The public API changed:\n{difference(result, expected)}\n{MEANT}"
 
 
 def test_another_default_and_a_new_argument_are_changes(monkeypatch):
@@ -31,15 +31,17 @@ def test_another_default_and_a_new_argument_are_changes(monkeypatch):
         return 0.0
 
     monkeypatch.setattr(speedup, "trades_cost", trades_cost)
-    told = difference(public_api.lines(), public_api.SNAPSHOT.read_text().splitlines())
-    assert re.fullmatch(r"- bt_fast\.speedup\.trades_cost\(.*\n\+ .*fraction: float = 0\.5, \*, more: int = 0.*", told)
+    reported = difference(public_api.lines(), public_api.SNAPSHOT.read_text().splitlines())
+    assert re.fullmatch(
+        r"- bt_fast\.speedup\.trades_cost\(.*\n\+ .*fraction: float = 0\.5, \*, more: int = 0.*", reported
+    )
 
 
 def test_another_option_of_the_command_line_is_a_change(monkeypatch):
     monkeypatch.setattr(public_api.cli.commands["train"].params[0], "opts", ["--means"])
-    told = difference(public_api.lines(), public_api.SNAPSHOT.read_text().splitlines())
-    assert "- bt-fast train --method" in told
-    assert "+ bt-fast train --means" in told
+    reported = difference(public_api.lines(), public_api.SNAPSHOT.read_text().splitlines())
+    assert "- bt-fast train --method" in reported
+    assert "+ bt-fast train --means" in reported
 
 
 @pytest.mark.parametrize("path", ["README.md", "docs/features.md", "docs/guide.md"])

@@ -48,8 +48,8 @@ def counts(work):
     """How often each range is in a trace of the CPU."""
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
         work()
-    found = {event.key: event.count for event in profiled.key_averages() if event.key.startswith("bt_fast::")}
-    return {name: found[name] for name in PHASES if name in found}
+    result = {event.key: event.count for event in profiled.key_averages() if event.key.startswith("bt_fast::")}
+    return {name: result[name] for name in PHASES if name in result}
 
 
 class Nvtx:
@@ -88,8 +88,8 @@ def test_the_authors_losses_show_the_same_phases(loss_of):
 def test_augmix_has_mining_and_an_update():
     model = small_models.conv_bn()
     model[0] = torch.nn.Conv2d(3, 4, 3, padding=1)
-    found = counts(lambda: loss(augmix_loss, BulletTrain(1, 0, 0), model=model))
-    assert (found[MINING], found.keys()) == (1, {MINING, UPDATE})
+    result = counts(lambda: loss(augmix_loss, BulletTrain(1, 0, 0), model=model))
+    assert (result[MINING], result.keys()) == (1, {MINING, UPDATE})
     assert counts(lambda: loss(augmix_loss, model=model)) == {UPDATE: 1}
 
 

@@ -64,9 +64,9 @@ def test_another_import_alone_keeps_the_result_of_a_trades_script():
 
 
 def test_the_diff_of_a_trades_script_runs_with_bullettrain():
-    found = run(diff("+"))
-    assert found["bullet"].group_counts.sum() == 8
-    assert found["loss"].isfinite()
+    result = run(diff("+"))
+    assert result["bullet"].group_counts.sum() == 8
+    assert result["loss"].isfinite()
 
 
 def test_the_readme_is_a_front_page():

@@ -55,9 +55,11 @@ def assert_accurate(found, expected, k):
 )
 def test_signed_variance_is_its_equation(m, k, dtype, seed, layout):
     z, y = rows_cases.batch(m, k, dtype, seed, layout=layout)
-    found = ops.signed_variance(z, y)
-    assert found.svar.dtype == found.probabilities.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    assert_accurate(found, literally(z, y), k)
+    result = ops.signed_variance(z, y)
+    assert (
+        result.svar.dtype == result.probabilities.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    )
+    assert_accurate(result, literally(z, y), k)
 
 
 @pytest.mark.parametrize("scale", [1e-7, 1e-4, 1.0, 30.0, 1e4])
@@ -104,8 +106,8 @@ def test_a_label_that_is_no_class():
 
 
 def test_of_nothing():
-    found = ops.signed_variance(torch.empty(0, 5), torch.empty(0, dtype=torch.int64))
-    assert [list(t.shape) for t in found] == [[0], [0], [0, 5], [0]]
+    result = ops.signed_variance(torch.empty(0, 5), torch.empty(0, dtype=torch.int64))
+    assert [list(t.shape) for t in result] == [[0], [0], [0, 5], [0]]
 
 
 # Its registration
@@ -136,8 +138,8 @@ def test_compiled_it_is_one_op():
 def test_the_reference_waits_for_nothing():
     with pretended_device():
         z, y = torch.empty(6, 4, device=DEVICE), torch.empty(6, dtype=torch.int64, device=DEVICE)
-        found, expected = signed_variance_reference(z, y), ops.signed_variance(z, y)
-    assert [(t.shape, t.dtype, t.device) for t in found] == [(t.shape, t.dtype, t.device) for t in expected]
+        result, expected = signed_variance_reference(z, y), ops.signed_variance(z, y)
+    assert [(t.shape, t.dtype, t.device) for t in result] == [(t.shape, t.dtype, t.device) for t in expected]
 
 
 Z, Y = torch.randn(4, 3), torch.tensor([0, 1, 2, 0])

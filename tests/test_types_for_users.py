@@ -95,8 +95,8 @@ def test_right_uses_pass_and_wrong_ones_are_errors(environment):
     # the project's own cache and options: torch is read once for both: ten seconds
     options = ["--config-file", str(ROOT / "pyproject.toml"), "--cache-dir", str(ROOT / ".mypy_cache")]
     command = [sys.executable, "-m", "mypy", *options, "--python-executable", str(python), "script.py"]
-    told = subprocess.run(command, cwd=folder, capture_output=True, text=True).stdout
-    found = re.findall(r"^script\.py:(\d+): error: .*\[([\w-]+)\]$", told, flags=re.MULTILINE)
+    reported = subprocess.run(command, cwd=folder, capture_output=True, text=True).stdout
+    result = re.findall(r"^script\.py:(\d+): error: .*\[([\w-]+)\]$", reported, flags=re.MULTILINE)
     lines = enumerate(SCRIPT.splitlines(), start=1)
     expected = [(str(n), line.split("# error: ")[1]) for n, line in lines if "# error: " in line]
-    assert found == expected, told
+    assert result == expected, reported

@@ -69,13 +69,13 @@ OF_EPSILON_ALONE = {
 
 
 @pytest.mark.parametrize("call", [*CALLS.values(), *OF_EPSILON_ALONE.values()], ids=[*CALLS, *OF_EPSILON_ALONE])
-def test_an_epsilon_of_the_whole_range_is_told_with_the_likely_one(call):
+def test_an_epsilon_of_the_whole_range_is_reported_with_the_likely_one(call):
     with pytest.warns(UserWarning, match=r"^epsilon=8 covers the whole range \[0, 1\].* write epsilon=8/255"):
         call(8, 2.0)
 
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
-def test_a_step_longer_than_the_ball_is_told_with_the_likely_one(call):
+def test_a_step_longer_than_the_ball_is_reported_with_the_likely_one(call):
     with pytest.warns(UserWarning, match=r"^step_size=2 is more than twice epsilon=0\.03.*write step_size=2/255$"):
         call(0.03, 2.0)
 
@@ -88,14 +88,14 @@ def test_everyday_sizes_are_no_warning(call):
             call(epsilon, step_size)
 
 
-def test_both_are_told_in_one_sentence():
+def test_both_are_reported_in_one_sentence():
     with pytest.warns(UserWarning, match=r"write epsilon=8/255, .*, and step_size=2/255$"):
         units.warn_of_units(8, step_size=2)
     with pytest.warns(UserWarning, match=r"write epsilon=1/255, if it is meant in steps of 8-bit images$"):
         units.warn_of_units(1, step_size=0.007)
 
 
-def test_a_step_that_is_no_number_of_bytes_is_told_with_a_quarter_of_epsilon():
+def test_a_step_that_is_no_number_of_bytes_is_reported_with_a_quarter_of_epsilon():
     with pytest.warns(UserWarning, match=r"write step_size=0\.0005$"):
         units.warn_of_units(0.002, step_size=1.5)
 
@@ -114,13 +114,13 @@ def test_the_range_is_that_of_the_bounds_and_of_the_norm():
             pgd_loss(build(dtype=torch.float32), X, Y, None, epsilon=20, distance=norm)
 
 
-def test_it_is_told_once_and_of_the_callers_line():
-    with warnings.catch_warnings(record=True) as told:
+def test_it_is_reported_once_and_of_the_callers_line():
+    with warnings.catch_warnings(record=True) as reported:
         warnings.simplefilter("always")
         for _ in range(3):
             line = inspect.currentframe().f_lineno + 1
             pgd_loss(build(dtype=torch.float32), X, Y, None, epsilon=8, perturb_steps=1)
-    (warning,) = told
+    (warning,) = reported
     assert (warning.filename, warning.lineno) == (__file__, line)
 
 
@@ -129,8 +129,8 @@ def test_the_command_line_tells_it_before_it_trains(tmp_path):
     small += ["--eval-steps", "1", "--curve-size", "8", "--batch-size", "8", "--device", "cpu"]
     options = [*small, "--epsilon", "8", "--step-size", "2", "--out", str(tmp_path / "run")]
     with pytest.warns(UserWarning, match=r"write epsilon=8/255, .*, and step_size=2/255$"):
-        found = CliRunner().invoke(cli, ["train", "--method", "bullet", *options])
-    assert found.exit_code == 0, found.output
+        result = CliRunner().invoke(cli, ["train", "--method", "bullet", *options])
+    assert result.exit_code == 0, result.output
 
 
 @pytest.mark.parametrize("preset", PRESETS.values(), ids=PRESETS)

@@ -19,10 +19,10 @@ quick = settings(max_examples=60, deadline=None)
 @given(batches(least=1), fractions, st.floats(0.01, 1.0), st.floats(0.0, 0.99))
 def test_update_fraction_is_its_equation(batch, f_r, gamma, p):
     z, y = batch
-    found, faults = rows_cases.state(f_r, 3)
-    ops.update_fraction_(found, faults, z, y, gamma, p)
+    result, faults = rows_cases.state(f_r, 3)
+    ops.update_fraction_(result, faults, z, y, gamma, p)
     hits = sum(row.index(max(row)) == label for row, label in zip(z.tolist(), y.tolist(), strict=True))
-    assert found.item() == p * f_r + (1 - p) * gamma * (hits / len(z))
+    assert result.item() == p * f_r + (1 - p) * gamma * (hits / len(z))
     assert faults.item() == 3
 
 
@@ -39,18 +39,18 @@ def test_update_fraction_is_its_equation(batch, f_r, gamma, p):
 )
 def test_a_fault_leaves_the_fraction_and_is_counted_once(dtype, row, label):
     z = torch.tensor([[1.0, 0.0, 0.0], row, row, [-math.inf, 0.0, 0.0]]).to(dtype)
-    found, faults = rows_cases.state(0.3, 2)
-    ops.update_fraction_(found, faults, z, torch.tensor([0, label, label, 1]), 0.8, 0.9)
-    assert (found.item(), faults.item()) == (0.3, 3)
+    result, faults = rows_cases.state(0.3, 2)
+    ops.update_fraction_(result, faults, z, torch.tensor([0, label, label, 1]), 0.8, 0.9)
+    assert (result.item(), faults.item()) == (0.3, 3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_infinities_of_excluded_classes_and_the_largest_numbers_are_no_fault(dtype):
     largest = torch.finfo(dtype).max
     z = torch.tensor([[largest, largest, -largest], [largest, -largest, -math.inf]], dtype=dtype)
-    found, faults = rows_cases.state(0.0, 0)
-    ops.update_fraction_(found, faults, z, torch.tensor([0, 0]), 0.8, 0.9)
-    assert (found.item(), faults.item()) == ((1 - 0.9) * 0.8, 0)
+    result, faults = rows_cases.state(0.0, 0)
+    ops.update_fraction_(result, faults, z, torch.tensor([0, 0]), 0.8, 0.9)
+    assert (result.item(), faults.item()) == ((1 - 0.9) * 0.8, 0)
 
 
 # Its registration

@@ -44,16 +44,16 @@ def attack(runner, model, n=4, threat=THREAT):
 @pytest.fixture
 def candidates():
     clock = [0.0]
-    found = {"one": Slow(0.3, clock), "two": Slow(0.1, clock), "three": Slow(0.2, clock)}
+    result = {"one": Slow(0.3, clock), "two": Slow(0.1, clock), "three": Slow(0.2, clock)}
     with mock.patch.object(auto, "now", side_effect=lambda x: clock[0]):
-        yield found
+        yield result
 
 
 @pytest.mark.parametrize("norm", ["l_inf", "l_2"])
 def test_the_fastest_is_kept_and_the_result_is_the_eager_one(candidates, norm):
     model, runner = small_models.conv_bn().double().eval(), AutoRunner(candidates)
-    found = [attack(runner, model, threat=ThreatModel(0.1, norm)) for _ in range(2)]
-    assert all(torch.equal(x, attack(run_eager, model, threat=ThreatModel(0.1, norm))) for x in found)
+    result = [attack(runner, model, threat=ThreatModel(0.1, norm)) for _ in range(2)]
+    assert all(torch.equal(x, attack(run_eager, model, threat=ThreatModel(0.1, norm))) for x in result)
     tried = auto.WARM + auto.ROUNDS
     assert [run.runs for run in candidates.values()] == [tried, tried + 2, tried]
     assert runner.reasons == ["4 x [1, 6, 6] torch.float64: two, since one 300 ms, two 100 ms, three 200 ms"]
@@ -86,12 +86,12 @@ def test_what_was_not_chosen_keeps_no_graphs():
 
 
 def test_on_the_cpu_it_runs_eagerly_and_says_so():
-    original, found = small_models.conv_bn(), []
+    original, result = small_models.conv_bn(), []
     x, y = torch.rand(6, *small_models.SHAPE), torch.arange(6) % small_models.CLASSES
     for runner in (run_eager, AutoRunner()):
         options = {"bullet": BulletTrain(2, 1, 0), "generator": torch.Generator().manual_seed(0)}
-        found.append(trades_loss(copy.deepcopy(original), x, y, None, runner=runner, **options).detach())
-    assert torch.equal(*found)
+        result.append(trades_loss(copy.deepcopy(original), x, y, None, runner=runner, **options).detach())
+    assert torch.equal(*result)
     assert "eager, since the images are on cpu" in runner.reasons[0]
 
 
@@ -103,15 +103,15 @@ def test_no_candidate_is_refused():
 @pytest.mark.parametrize("name", RUNNERS)
 def test_a_name_stands_for_a_runner_shared_by_all(name):
     x, y = torch.rand(6, *small_models.SHAPE, dtype=torch.float64), torch.arange(6) % small_models.CLASSES
-    original, found = small_models.conv_bn().double(), []
+    original, result = small_models.conv_bn().double(), []
     for runner in ("eager", name):
         model, bullet = copy.deepcopy(original), BulletTrain(2, 1, 0)
         with EmulatedDevice() as emulated:
             for _ in range(3):
                 options = {"bullet": bullet, "generator": torch.Generator().manual_seed(0)}
                 loss = trades_loss(model, x, y, None, runner=runner, **options)
-        found.append([loss.detach(), *model.buffers()])
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+        result.append([loss.detach(), *model.buffers()])
+    assert all(torch.equal(a, b) for a, b in zip(*result, strict=True))
     assert bool(emulated.captures) == (name != "eager")
 
 

@@ -28,9 +28,9 @@ def active(counts):
 
 
 def by_level(exchange, end):
-    found = torch.zeros_like(exchange.counts)
-    found.index_put_((end, exchange.level), exchange.number, accumulate=True)
-    return found
+    result = torch.zeros_like(exchange.counts)
+    result.index_put_((end, exchange.level), exchange.number, accumulate=True)
+    return result
 
 
 # The plan
@@ -140,7 +140,7 @@ def test_no_rank_attacks_more_samples_than_it_has_where_all_have_as_many(ranks, 
         (torch.ones(2, 2, dtype=torch.int64), 0, ValueError, "ranks_per_node.*0"),
     ],
 )
-def test_bad_counts_are_told(counts, near, error, message):
+def test_bad_counts_are_reported(counts, near, error, message):
     with pytest.raises(error, match=message):
         plan(counts, near)
 
@@ -182,7 +182,7 @@ def test_no_exchange_never_pays():
         ({"step_seconds": "1"}, "step_seconds.*'1'"),
     ],
 )
-def test_bad_costs_are_told(changed, message):
+def test_bad_costs_are_reported(changed, message):
     with pytest.raises((TypeError, ValueError), match=message):
         Costs(**FREE | changed)
 
@@ -205,8 +205,8 @@ def test_the_routes_lead_out_and_home_again(counts):
     for rank, batch in enumerate(attacked):
         taken = [(-steps[source][i], source != rank, source, i) for source, i in batch]
         assert taken == sorted(taken)  # by descending steps; first the rank's own, then those of others by rank
-        found = [sum(steps[source][i] == k for source, i in batch) for k in range(1, counts.shape[1])]
-        assert found == exchange.quotas[rank, 1:].tolist()
+        result = [sum(steps[source][i] == k for source, i in batch) for k in range(1, counts.shape[1])]
+        assert result == exchange.quotas[rank, 1:].tolist()
     moving = [(rank, i) for rank, i in itertools.chain(*rows) if steps[rank][i]]
     assert sorted(itertools.chain(*attacked)) == moving
     behind = [[(*sample, "x'") for sample in batch] + own for batch, own in zip(attacked, rows, strict=True)]
@@ -311,11 +311,11 @@ def all_is_as_if_nobody_had_helped(group):
                 assert away.active == again.active_counts
                 assert away.clean.dtype == away.x_adv.dtype == dtype
                 assert away.clean.is_contiguous(memory_format=memory_format)
-                found, flags = there.bring_home(*exact_attack(away.clean, away.x_adv, away.target, again))
+                result, flags = there.bring_home(*exact_attack(away.clean, away.x_adv, away.target, again))
                 expected, expected_flags = exact_attack(clean, start, target, schedule)
-                assert torch.equal(found, expected)
+                assert torch.equal(result, expected)
                 assert torch.equal(flags, expected_flags)
-                assert found.is_contiguous(memory_format=memory_format)
+                assert result.is_contiguous(memory_format=memory_format)
                 assert all(torch.equal(a, b) for a, b in zip((clean, start, target), before, strict=True))
 
 
@@ -335,8 +335,8 @@ def the_attack_of_a_network_is_the_same(group):
     away = there.batch
     of_away = Plan(away.steps, away.step_size, None, Known(away.active), len(away.active))
     x_adv = generate(model, away.clean, away.x_adv, away.target, of_away, threat, faulty=away.faulty)
-    found, flags = there.bring_home(x_adv, away.faulty)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
+    result, flags = there.bring_home(x_adv, away.faulty)
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-10)
     assert not flags.any()
 
 
@@ -365,15 +365,15 @@ def measured_costs_are_those_of_all_ranks():
         time.sleep(0.002 + 1e-4 * n * (1 + rank))  # ranks differ: 2.5e-4 for a sample in the mean
 
     clean, target = torch.empty(1, 3, 8, 8), torch.empty(1, 4)
-    found = measured_costs(attack, rows, clean, target)
+    result = measured_costs(attack, rows, clean, target)
     of_all = [None] * 4
-    dist.all_gather_object(of_all, found)
-    assert of_all == [found] * 4
+    dist.all_gather_object(of_all, result)
+    assert of_all == [result] * 4
     assert sizes == {rows // 4, rows}
-    assert found.row_seconds == pytest.approx(2.5e-4, rel=0.5)
-    assert 0 <= found.step_seconds < 0.02
-    assert found.sample_bytes == sample_bytes(clean, target)
-    assert found.latency_seconds > 0
-    assert found.bytes_per_second > 0
+    assert result.row_seconds == pytest.approx(2.5e-4, rel=0.5)
+    assert 0 <= result.step_seconds < 0.02
+    assert result.sample_bytes == sample_bytes(clean, target)
+    assert result.latency_seconds > 0
+    assert result.bytes_per_second > 0
     with pytest.raises(ValueError, match="rows"):
         measured_costs(attack, 1, clean, target)

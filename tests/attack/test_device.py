@@ -183,7 +183,7 @@ def test_no_call_that_orders_work_is_without_a_planted_bug():
     assert left_out(device, BUGS) == []
 
 
-def test_where_torch_cannot_capture_any_more_it_is_said_once_and_no_graph_is_captured():
+def test_where_torch_cannot_capture_any_more_it_is_reported_once_and_no_graph_is_captured():
     x = torch.ones(3)
 
     def break_off():

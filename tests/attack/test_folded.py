@@ -115,8 +115,8 @@ def test_logits_and_input_gradient_are_the_models(name, recipe):
         assert isinstance(view, FoldedModel)
         assert view.reason is None
         torch.testing.assert_close(view(x), model(x), rtol=0, atol=1e-9)
-        found, expected = (input_gradient(m, x, target) for m in (view, model))
-    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+        result, expected = (input_gradient(m, x, target) for m in (view, model))
+    torch.testing.assert_close(result, expected, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -279,14 +279,14 @@ def test_a_view_of_such_a_model_does_not_keep_it():
     assert gone() is None
 
 
-def test_the_line_that_cannot_be_traced_is_told_and_what_to_do():
+def test_the_line_that_cannot_be_traced_is_reported_and_what_to_do():
     with (
-        pytest.warns(UserWarning, match="cannot be traced") as told,
+        pytest.warns(UserWarning, match="cannot be traced") as reported,
         attack_model(trained(Branching()), RECIPES[0], images("conv_bn")),
     ):
         pass
     line = Branching.forward.__code__.co_firstlineno + 1
-    message = str(told[0].message)
+    message = str(reported[0].message)
     assert f"line {line} of test_folded.py, `return self.body(x if x.sum() > 0 else -x)`: TraceError" in message
     assert message.endswith("decide by their shape, or put what decides into a function marked by torch.fx.wrap")
 
@@ -321,9 +321,9 @@ def test_a_model_that_cannot_be_folded_runs_as_it_is_and_says_why_once(build, re
         warnings.simplefilter("error")
         with attack_model(model, RECIPES[0], x) as view:
             torch.manual_seed(1)
-            found = view(x)
+            result = view(x)
             torch.manual_seed(1)
-            assert torch.equal(found, model(x))
+            assert torch.equal(result, model(x))
 
 
 def test_a_hook_that_came_later_is_run():
@@ -378,9 +378,9 @@ def attack(model, x, frozen, norm="l_inf"):
 @pytest.mark.parametrize("norm", ["l_inf", "l_2"])
 def test_the_attack_finds_the_same_perturbation(norm, recipe):
     model, x = trained(small_models.conv_bn()), images("conv_bn")
-    found, expected = attack(model, x, recipe, norm), attack(model, x, None, norm)
-    assert found.is_contiguous()
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
+    result, expected = attack(model, x, recipe, norm), attack(model, x, None, norm)
+    assert result.is_contiguous()
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -389,22 +389,22 @@ def test_in_16_bits_no_gradient_is_lost(dtype):
     with attack_model(model, Frozen(autocast=dtype), x) as view:
         assert {b.dtype for layer in view._layers for b in layer.buffers()} == {dtype}
         start = x + 1e-6 * torch.randn_like(x)
-        found = input_gradient(view, start, model(x).softmax(dim=1).detach())
-    assert found.dtype == torch.float32
-    assert found.isfinite().all()
-    assert (found.flatten(1).abs().amax(dim=1) > 0).all()
+        result = input_gradient(view, start, model(x).softmax(dim=1).detach())
+    assert result.dtype == torch.float32
+    assert result.isfinite().all()
+    assert (result.flatten(1).abs().amax(dim=1) > 0).all()
 
 
 def test_the_training_loss_with_and_without_a_view_is_the_same():
-    found, x, original = [], images("conv_bn"), trained(small_models.conv_bn()).train()
+    result, x, original = [], images("conv_bn"), trained(small_models.conv_bn()).train()
     for frozen in (None, Frozen()):
         model = copy.deepcopy(original)
         bullet, generator = BulletTrain(3, 1, 0), torch.Generator().manual_seed(0)
         bullet.robust_fraction.fill_(0.5)
         loss = trades_loss(model, x, torch.arange(5), None, bullet=bullet, generator=generator, frozen=frozen, beta=6.0)
         loss.backward()
-        found.append([loss.detach(), *(p.grad for p in model.parameters()), *model.buffers()])
-    for ours, exact in zip(*found, strict=True):
+        result.append([loss.detach(), *(p.grad for p in model.parameters()), *model.buffers()])
+    for ours, exact in zip(*result, strict=True):
         torch.testing.assert_close(ours, exact, rtol=0, atol=1e-8)
 
 
@@ -413,9 +413,9 @@ def test_compiled_it_finds_the_same_perturbation():
     expected = attack(model, x, None)
     for fold in (True, False):
         with mock.patch("torch.compile", side_effect=functools.partial(torch.compile, backend="aot_eager")) as compiled:
-            found = attack(model, x, Frozen(fold=fold, compile=True))
+            result = attack(model, x, Frozen(fold=fold, compile=True))
         assert compiled.call_count == 1
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
+        torch.testing.assert_close(result, expected, rtol=0, atol=1e-9)
 
 
 def test_what_cannot_be_compiled_runs_uncompiled_and_says_why_once():
@@ -427,9 +427,9 @@ def test_what_cannot_be_compiled_runs_uncompiled_and_says_why_once():
 
     broken = functools.partial(torch.compile, backend=failing)
     with mock.patch("torch.compile", side_effect=broken), pytest.warns(UserWarning, match="no compiler") as warned:
-        found = [attack(model, x, Frozen(compile=True)) for _ in range(2)]
+        result = [attack(model, x, Frozen(compile=True)) for _ in range(2)]
     assert len(warned) == 1
-    for x_adv in found:
+    for x_adv in result:
         torch.testing.assert_close(x_adv, expected, rtol=0, atol=1e-9)
 
 
@@ -478,7 +478,7 @@ def in_tf32():
     return model, x, EmulatedTf32()
 
 
-def test_where_float32_is_tf32_a_sound_fold_is_told_from_its_rounding():
+def test_where_float32_is_tf32_a_sound_fold_is_distinguished_from_its_rounding():
     model, x, device = in_tf32()
     with device, attack_model(model, Frozen(), x) as view, torch.no_grad():
         assert (view.reason, view.independent) == (None, True)

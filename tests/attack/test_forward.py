@@ -22,7 +22,7 @@ def modes(model):
 @pytest.mark.parametrize("error", [None, RuntimeError, KeyboardInterrupt])
 def test_every_module_gets_its_own_mode_back(context, error):
     model = mixed()
-    found = modes(model)
+    result = modes(model)
     try:
         with context(model):
             model.train()
@@ -30,7 +30,7 @@ def test_every_module_gets_its_own_mode_back(context, error):
                 raise error
     except (RuntimeError, KeyboardInterrupt):
         pass
-    assert modes(model) == found
+    assert modes(model) == result
 
 
 def test_eval_mode_is_for_every_module():

@@ -38,9 +38,9 @@ def attack(model, x, start, target, steps, sizes, norm="l_inf", **options):
     plan = Plan.from_steps(steps, sizes)
     threat = ThreatModel(EPSILON[norm], norm)
     rows = [plan.sort(t) for t in (x, start, target)]
-    found = generate(model, *rows, plan, threat, **options)
-    unsorted = torch.full_like(found, math.nan)
-    unsorted[plan.order] = found
+    result = generate(model, *rows, plan, threat, **options)
+    unsorted = torch.full_like(result, math.nan)
+    unsorted[plan.order] = result
     return unsorted
 
 
@@ -73,8 +73,8 @@ def one_by_one(model, x, start, steps, sizes, norm):
 def test_every_policy_of_steps_is_each_sample_attacked_alone(norm, steps, seed):
     model, x, start, target = case(len(steps), seed=seed)
     steps, sizes = torch.tensor(steps), sizes_of(len(steps))
-    found = attack(model, x, start, target, steps, sizes, norm)
-    assert_near(found, one_by_one(model, x, start, steps, sizes, norm))
+    result = attack(model, x, start, target, steps, sizes, norm)
+    assert_near(result, one_by_one(model, x, start, steps, sizes, norm))
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -91,9 +91,9 @@ def test_a_samples_result_does_not_depend_on_its_batch(norm):
 def test_zero_steps_give_the_start_to_the_bit_even_outside_the_threat_model(norm, dtype):
     model, x, start, target = case(dtype=dtype)
     start[1], start[4] = 7.0, -math.inf
-    found = attack(model, x, start, target, STEPS, sizes_of(8), norm)
-    assert torch.equal(found[STEPS == 0], start[STEPS == 0])
-    assert not torch.equal(found[STEPS > 0], start[STEPS > 0])
+    result = attack(model, x, start, target, STEPS, sizes_of(8), norm)
+    assert torch.equal(result[STEPS == 0], start[STEPS == 0])
+    assert not torch.equal(result[STEPS > 0], start[STEPS > 0])
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -101,30 +101,30 @@ def test_zero_steps_give_the_start_to_the_bit_even_outside_the_threat_model(norm
 def test_a_perturbation_stays_in_the_threat_model(norm, dtype):
     model, x, _, target = case(dtype=dtype)
     far = x + 5.0 * torch.randn(x.shape).to(dtype)
-    found = attack(model, x, far, target, STEPS.clamp(min=1), 10 * sizes_of(8), norm)
-    delta = (found - x).double().flatten(1)
+    result = attack(model, x, far, target, STEPS.clamp(min=1), 10 * sizes_of(8), norm)
+    delta = (result - x).double().flatten(1)
     size = delta.abs().amax(dim=1) if norm == "l_inf" else delta.norm(dim=1)
     assert (size <= EPSILON[norm] + TOLERANCES[dtype]["atol"]).all()
-    assert found.min() >= 0.0
-    assert found.max() <= 1.0
+    assert result.min() >= 0.0
+    assert result.max() <= 1.0
 
 
 @pytest.mark.filterwarnings("ignore:epsilon=")
 def test_bounds_other_than_0_and_1():
     model, x, start, target = case()
     plan = Plan.uniform(8, 5, 0.5, x.device)
-    found = generate(model, x, start, target, plan, ThreatModel(10.0, "l_inf", -0.25, 0.75))
-    assert (found.min(), found.max()) == (-0.25, 0.75)
+    result = generate(model, x, start, target, plan, ThreatModel(10.0, "l_inf", -0.25, 0.75))
+    assert (result.min(), result.max()) == (-0.25, 0.75)
 
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_an_attack_ascends(norm):
     model, x, start, target = case()
-    found = attack(model, x, start, target, torch.full((8,), 5), sizes_of(8) + 0.02, norm)
+    result = attack(model, x, start, target, torch.full((8,), 5), sizes_of(8) + 0.02, norm)
     model.eval()
     before, after = (
         torch.tensor([reference_trades.divergence(model, t[i : i + 1], x[i : i + 1]).item() for i in range(8)])
-        for t in (start, found)
+        for t in (start, result)
     )
     assert (after > before).all()
 
@@ -186,10 +186,10 @@ def test_samples_whose_gradient_holds_nan_stay_and_are_marked(norm):
     target = model.eval()(x).detach().flip(1).softmax(dim=1)
     plan, faulty = Plan.from_steps(STEPS, sizes_of(8)), torch.zeros(8, dtype=torch.int32)
     rows = [plan.sort(t) for t in (x, x, target)]
-    found = generate(model, *rows, plan, ThreatModel(EPSILON[norm], norm), faulty=faulty)
+    result = generate(model, *rows, plan, ThreatModel(EPSILON[norm], norm), faulty=faulty)
     marked = torch.tensor([1, 0, 0, 1, 0, 0, 0, 0], dtype=torch.bool)  # sample 4 takes no step
     assert torch.equal(faulty.bool(), marked[plan.order])
-    stays = (found == rows[0]).flatten(1).all(dim=1)
+    stays = (result == rows[0]).flatten(1).all(dim=1)
     assert torch.equal(stays, (marked | (STEPS == 0))[plan.order])
     with pytest.raises(ValueError, match=r"faulty must have shape \[8\], got \[7\]"):
         generate(model, *rows, plan, ThreatModel(0.03), faulty=faulty[1:])
@@ -223,8 +223,8 @@ def test_an_attack_waits_for_nothing_on_a_device(norm):
     steps, sizes = torch.ones(8, device=DEVICE).long(), torch.full((8,), 0.01, device=DEVICE)
     plan = Plan(steps, sizes, None, Known((8, 8, 3, 1)), 4)
     with pretended_device() as reads:
-        found = generate(model, x, start, target, plan, ThreatModel(0.031, norm))
-    assert found.device == DEVICE
+        result = generate(model, x, start, target, plan, ThreatModel(0.031, norm))
+    assert result.device == DEVICE
     assert reads.started == 0
 
 
@@ -274,9 +274,9 @@ def test_channels_last_images_stay_channels_last():
     plan = Plan.uniform(4, 3, 0.01, x.device)
     plain = generate(model, x, x, target, plan, ThreatModel(0.031))
     last = x.to(memory_format=torch.channels_last)
-    found = generate(model, last, last, target, plan, ThreatModel(0.031))
-    assert found.is_contiguous(memory_format=torch.channels_last)
-    assert_near(found, plain)
+    result = generate(model, last, last, target, plan, ThreatModel(0.031))
+    assert result.is_contiguous(memory_format=torch.channels_last)
+    assert_near(result, plain)
 
 
 # Random numbers
@@ -288,9 +288,9 @@ def dead_case():
 
 
 def test_a_zero_l2_gradient_is_replaced_by_noise_and_a_zero_linf_gradient_by_nothing():
-    found = attack(*dead_case(), STEPS, sizes_of(8), "l_2")
+    result = attack(*dead_case(), STEPS, sizes_of(8), "l_2")
     x = dead_case()[1]
-    moved = (found - x).flatten(1).norm(dim=1)
+    moved = (result - x).flatten(1).norm(dim=1)
     assert torch.equal(moved > 0, STEPS > 0)
     assert (moved <= EPSILON["l_2"] + 1e-9).all()
     assert torch.equal(attack(*dead_case(), STEPS, sizes_of(8), "l_inf"), x)

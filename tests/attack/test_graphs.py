@@ -42,20 +42,20 @@ class Training:
             self.batches.append((clean, target, schedule))
 
     def run(self, runner, frozen=None):
-        found, generator = [], torch.Generator().manual_seed(0)
+        result, generator = [], torch.Generator().manual_seed(0)
         for clean, target, schedule in self.batches:
             x_adv, clean, target = clean + 0.001, clean.clone(), target.clone()
             with attack_model(self.model, frozen, clean) as view:
                 faulty = torch.zeros(len(x_adv), dtype=torch.int32)
                 batch = AttackBatch.of(schedule, x_adv, clean, target, faulty)
                 runner(view, batch, self.threat, generator)
-            found += [x_adv.clone(), faulty.clone()]
+            result += [x_adv.clone(), faulty.clone()]
             for memory in (x_adv, clean, target):
                 memory.fill_(float("nan"))  # the caller is done with it
             with torch.no_grad():
                 for parameter in self.model.parameters():
                     parameter.mul_(1.1)
-        return found
+        return result
 
 
 def same(found, expected):
@@ -97,22 +97,22 @@ def test_the_eager_result_in_any_order(runner, model, frozen, norm, orders):
     expected = Training(model, threat=threat).run(run_eager, frozen)
     training = Training(model, threat=threat)
     with EmulatedDevice() as emulated:
-        found = training.run(runner(bucket=2), frozen)
+        result = training.run(runner(bucket=2), frozen)
     if norm == "l_inf":
-        assert same(found, expected)
+        assert same(result, expected)
     else:  # where no sign hides it, the last bit of a library's result depends on the batch's size
-        for a, b in zip(found, expected, strict=True):
+        for a, b in zip(result, expected, strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-14)
     assert emulated.captures > 1
     assert emulated.replays > emulated.captures
     for seed in range(orders):
-        assert same(emulated.shuffled(seed, found), found), seed
+        assert same(emulated.shuffled(seed, result), result), seed
 
 
 @pytest.mark.parametrize("runner", [GraphRunner, StreamRunner])
 @pytest.mark.parametrize("bullet", [False, True])
 def test_the_training_loss_of_either_runner_is_the_eager_one(bullet, runner):
-    found = []
+    result = []
     for run in (run_eager, runner(bucket=2)):
         torch.manual_seed(0)
         model = small_models.conv_bn().double()
@@ -122,15 +122,15 @@ def test_the_training_loss_of_either_runner_is_the_eager_one(bullet, runner):
             for _ in range(3):
                 options = {"generator": torch.Generator().manual_seed(1), "bullet": mining, "runner": run}
                 loss = trades_loss(model, x, y, None, perturb_steps=10 if bullet else 2, **options)
-        found.append([loss.detach(), *model.buffers()])
+        result.append([loss.detach(), *model.buffers()])
     assert emulated.replays
-    assert same(*found)
+    assert same(*result)
 
 
 @pytest.mark.parametrize("runner", [GraphRunner, StreamRunner])
 def test_under_the_caller_s_autocast_a_graph_reads_the_weights_of_its_replay_not_casts_of_its_capture(runner):
     """The cache of cast weights is freed where the autocast ends."""
-    found = []
+    result = []
     for run in (run_eager, runner(bucket=2)):
         torch.manual_seed(0)
         model, x, y = mlp(), torch.rand(6, *small_models.SHAPE), torch.arange(6) % small_models.CLASSES
@@ -143,9 +143,9 @@ def test_under_the_caller_s_autocast_a_graph_reads_the_weights_of_its_replay_not
                 losses.append(loss.detach())
                 with torch.no_grad():
                     model[1].weight.mul_(1.3)
-        found.append(losses)
+        result.append(losses)
     assert emulated.replays
-    assert same(*found)
+    assert same(*result)
 
 
 @pytest.mark.parametrize("runner", [GraphRunner, StreamRunner])
@@ -153,11 +153,11 @@ def test_under_the_caller_s_autocast_a_graph_reads_the_weights_of_its_replay_not
 def test_in_an_ordinary_loop_with_an_earlier_loss_alive_and_a_loader_at_work_it_is_captured(build, runner):
     expected = ordinary_loops.iterations("cpu", build)
     with EmulatedDevice() as emulated:
-        found = ordinary_loops.iterations("cpu", build, runner=runner(bucket=2))
+        result = ordinary_loops.iterations("cpu", build, runner=runner(bucket=2))
     assert emulated.replays == 7  # of 8 steps; the first is to be met before
-    assert all(same(*pair) for pair in zip(found, expected, strict=True))
+    assert all(same(*pair) for pair in zip(result, expected, strict=True))
     for seed in range(5):
-        assert same(emulated.shuffled(seed, found[-1]), expected[-1]), seed
+        assert same(emulated.shuffled(seed, result[-1]), expected[-1]), seed
 
 
 @pytest.mark.parametrize("runner", [GraphRunner, StreamRunner])
@@ -166,10 +166,10 @@ def test_after_a_capture_that_broke_off_numbers_are_drawn_and_another_model_is_c
     builds, run = (ordinary_loops.Waiting, "dropout"), runner(bucket=2)
     expected = [ordinary_loops.iterations("cpu", build) for build in builds]
     with EmulatedDevice(as_torch) as emulated, pytest.warns(UserWarning, match="_local_scalar_dense") as warned:
-        found = [ordinary_loops.iterations("cpu", build, runner=run) for build in builds]
+        result = [ordinary_loops.iterations("cpu", build, runner=run) for build in builds]
     assert len(warned) == 1
     assert emulated.replays == 7
-    for mine, theirs in zip(found, expected, strict=True):
+    for mine, theirs in zip(result, expected, strict=True):
         assert all(same(*pair) for pair in zip(mine, theirs, strict=True))
     assert not emulated.under_way
 
@@ -180,11 +180,11 @@ def test_after_a_capture_that_broke_off_numbers_are_drawn_and_another_model_is_c
 def replaced_weights(runner, model=Troubled):
     """Two trainings, between which every weight is replaced by another tensor."""
     training = Training(model)
-    found = training.run(runner)
+    result = training.run(runner)
     for layer in training.model.body:
         if isinstance(layer, nn.Linear):
             layer.weight = nn.Parameter(layer.weight.detach() * 2)
-    return found + training.run(runner)
+    return result + training.run(runner)
 
 
 class Tempered(nn.Module):
@@ -203,9 +203,9 @@ class Tempered(nn.Module):
 def another_number(runner):
     """Two trainings, between which a number of the model becomes another."""
     training = Training(Tempered)
-    found = training.run(runner)
+    result = training.run(runner)
     training.model.temperature = -0.5
-    return found + training.run(runner)
+    return result + training.run(runner)
 
 
 def zero_gradients(runner):
@@ -252,7 +252,7 @@ def evicted(runner):
 
 def used_beside(runner):
     """The caller lets go of the tensors of an attack that is still at work, and takes memory for others."""
-    training, found = Training(mlp, [[2, 2, 1]] * 3), []
+    training, result = Training(mlp, [[2, 2, 1]] * 3), []
     for clean, target, schedule in training.batches:
         x_adv = clean + 0.001
         flags = torch.zeros(len(clean), dtype=torch.int32)
@@ -261,8 +261,8 @@ def used_beside(runner):
         del given, flags
         others = [torch.full_like(t, 3.0) for t in (clean, target, clean, target)]
         join()
-        found += [x_adv, *others]
-    return found
+        result += [x_adv, *others]
+    return result
 
 
 # and whether they end with graphs
@@ -287,10 +287,10 @@ def eager(scenario):
 def caught(changed, scenario):
     """Whether some order of the work gives another result than the eager one, or something raises."""
     for runner in ("GraphRunner", "StreamRunner"):
-        found, emulated = under_emulation(scenario, runner, changed)
-        if found is None or (SCENARIOS[scenario] and not emulated.replays):
+        result, emulated = under_emulation(scenario, runner, changed)
+        if result is None or (SCENARIOS[scenario] and not emulated.replays):
             return True
-        if any(not near(emulated.shuffled(seed, found), eager(scenario)) for seed in range(20)):
+        if any(not near(emulated.shuffled(seed, result), eager(scenario)) for seed in range(20)):
             return True
     return False
 
@@ -422,17 +422,17 @@ def test_a_model_that_cannot_be_captured_runs_eagerly_and_says_why_once(build, r
     expected = Training(build).run(run_eager)
     training = Training(build)
     with EmulatedDevice() as emulated, pytest.warns(UserWarning, match=reason) as warned:
-        found = training.run(GraphRunner(bucket=2))
+        result = training.run(GraphRunner(bucket=2))
     assert len(warned) == 1
     assert emulated.replays == 0
-    assert same(found, expected)
-    assert same(emulated.shuffled(0, found), expected)
+    assert same(result, expected)
+    assert same(emulated.shuffled(0, result), expected)
 
 
 def test_on_the_cpu_there_are_no_graphs_and_it_says_so():
     with pytest.warns(UserWarning, match="on cpu"):
-        found = Training(mlp).run(GraphRunner())
-    assert same(found, Training(mlp).run(run_eager))
+        result = Training(mlp).run(GraphRunner())
+    assert same(result, Training(mlp).run(run_eager))
 
 
 class Drawing(nn.Module):
@@ -489,12 +489,12 @@ def test_an_exception_in_the_model_leaves_streams_joined_and_training_able_to_go
         assert emulated.graph is None
         if captured:
             return
-        found = training.run(runner)
+        result = training.run(runner)
         assert emulated.stream is caller
     expected = Training(lambda: Failing(-1), counts).run(run_eager)
-    assert same(found, expected)
+    assert same(result, expected)
     for seed in range(20):
-        assert same(emulated.shuffled(seed, found), expected)
+        assert same(emulated.shuffled(seed, result), expected)
 
 
 class Exhausting(nn.Module):
@@ -525,13 +525,13 @@ def test_out_of_memory_frees_the_graphs_before_the_attack_goes_on_without(runner
     first, second = training.batches
     with EmulatedDevice() as emulated:
         training.batches = [first]
-        found = training.run(run)
+        result = training.run(run)
         (graph_runner,) = [run] if runner is GraphRunner else run._chains
         training.model.watched = weakref.ref(next(iter(graph_runner._graphs[training.model].captured.values())))
         training.batches = [second]
         with pytest.warns(UserWarning, match="CUDA error: out of memory") as warned:
-            found += training.run(run)
-        found += training.run(run)
+            result += training.run(run)
+        result += training.run(run)
     assert len(warned) == 1
     assert emulated.stream is emulated.default
     assert training.model.alive == [True] * (forward - 2) + [False] * 6
@@ -540,7 +540,7 @@ def test_out_of_memory_frees_the_graphs_before_the_attack_goes_on_without(runner
     training.batches = training.batches[1:]
     expected += training.run(run_eager)
     for seed in range(20):
-        assert same(emulated.shuffled(seed, found), expected), seed
+        assert same(emulated.shuffled(seed, result), expected), seed
 
 
 def test_a_hook_counts_from_when_it_is_there_until_it_is_gone():
@@ -562,36 +562,36 @@ def test_a_hook_counts_from_when_it_is_there_until_it_is_gone():
 @pytest.mark.parametrize("runner", [GraphRunner, StreamRunner])
 @pytest.mark.parametrize("norm", ["l_inf", "l_2"])
 def test_a_model_that_draws_random_numbers_runs_eagerly_and_draws_the_same(runner, norm):
-    found, run = [], runner(bucket=2)
+    result, run = [], runner(bucket=2)
     for each in (run_eager, run):
         torch.manual_seed(0)
         training = Training(Drawing, threat=ThreatModel(0.1, norm))
         with EmulatedDevice(), warnings.catch_warnings(record=True) as warned:
-            found.append([*training.run(each), torch.rand(2)])
+            result.append([*training.run(each), torch.rand(2)])
     assert [str(w.message) for w in warned] == [
         "the attack runs without graphs: the model draws random numbers, of which padding would take some"
     ]
-    assert same(*found)
+    assert same(*result)
 
 
 def test_graphs_are_bounded_and_the_least_recently_used_go():
     counts = [[9] * 3 + [6] * 3 + [3] * 3] * 3
     training, runner = Training(mlp, counts), GraphRunner(bucket=3, most_graphs=2)
     with EmulatedDevice() as emulated:
-        found = training.run(runner)
+        result = training.run(runner)
         (session,) = runner._graphs[training.model].captured.values()
         assert list(session.graphs) == [6, 3]
     assert emulated.captures > 3
-    assert same(found, Training(mlp, counts).run(run_eager))
+    assert same(result, Training(mlp, counts).run(run_eager))
 
 
 def test_where_no_graph_is_left_the_next_is_captured_into_a_new_pool():
     counts = [[9] * 3 + [6] * 3 + [3] * 3] * 3
     training, runner = Training(mlp, counts), GraphRunner(bucket=3, most_graphs=1)
     with EmulatedDevice() as emulated:
-        found = training.run(runner)
+        result = training.run(runner)
     assert emulated.captures > 3
-    assert same(found, Training(mlp, counts).run(run_eager))
+    assert same(result, Training(mlp, counts).run(run_eager))
 
 
 def test_a_smaller_last_batch_needs_no_new_buffers_and_a_larger_one_does():

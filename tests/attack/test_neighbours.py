@@ -36,7 +36,7 @@ def trained(model, loss=trades_loss):
 
 
 @pytest.mark.parametrize("name", ACROSS)
-def test_it_is_told_once_for_a_model(name):
+def test_it_is_reported_once_for_a_model(name):
     if name != "untracked norm, 1d":  # which refuses a single row, and so what is left of a batch
         model = build(ACROSS[name])
         assert len(told(trained(model))) == 1
@@ -48,7 +48,7 @@ def test_it_is_told_once_for_a_model(name):
 
 
 @pytest.mark.parametrize("name", APART)
-def test_of_a_model_whose_samples_are_apart_nothing_is_said(name):
+def test_of_a_model_whose_samples_are_apart_nothing_is_reported(name):
     assert not told(trained(build(APART[name]), mart_loss))
     assert not told(evaluated(build(APART[name])))
 
@@ -99,8 +99,8 @@ def test_images_without_a_number_are_for_others_to_tell():
 
 def test_the_warning_points_at_the_callers_line():
     for run in (trained, evaluated):
-        (found,) = told(run(build(ACROSS["centred"])))
-        assert found.filename == __file__
+        (result,) = told(run(build(ACROSS["centred"])))
+        assert result.filename == __file__
 
 
 def test_a_warning_from_behind_a_context_manager_points_at_the_callers_line_too():

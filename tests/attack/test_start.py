@@ -156,8 +156,8 @@ def test_a_state_of_the_seed_draws_nothing(seed):
     generator = torch.Generator().manual_seed(seed)
     torch.rand(3, generator=generator)
     before = generator.get_state()
-    found = state_of_seed(images(), generator)
-    assert [found[0].item() % 2**64, found[1].item()] == [seed, 0]
+    result = state_of_seed(images(), generator)
+    assert [result[0].item() % 2**64, result[1].item()] == [seed, 0]
     assert torch.equal(generator.get_state(), before)
     torch.manual_seed(7)
     assert state_of_seed(images(), None).tolist() == [7, 0]

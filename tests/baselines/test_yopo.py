@@ -282,13 +282,13 @@ def test_the_optimizers_gradients_are_zeroed_and_modes_come_back(objective):
     model.body[0].bias.requires_grad_(False)
     for p in model.parameters():
         p.grad = torch.ones_like(p)
-    found = snapshot(model)
+    result = snapshot(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     images = X.clone().requires_grad_()
     loss = yopo_loss(model, images, Y, optimizer, propagations=2, layer_steps=2, objective=objective)
     assert all(p.grad is None for p in model.parameters())
     after = snapshot(model)
-    assert all(after[k] is v for k, v in found.items() if k[1] in ("training", "requires_grad"))
+    assert all(after[k] is v for k, v in result.items() if k[1] in ("training", "requires_grad"))
     loss.backward()
     assert images.grad is None
     assert model.body[0].bias.grad is None

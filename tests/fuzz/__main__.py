@@ -61,19 +61,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--verbose", action="store_true", help="print the first case of each failure")
     given = parser.parse_args(arguments)
     resource.setrlimit(resource.RLIMIT_AS, (MOST_MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
-    found: list[Outcome] = []
+    result: list[Outcome] = []
     try:
         for outcome in outcomes(given.cases, given.seed, given.only, given.verbose):
-            found.append(outcome)
+            result.append(outcome)
             print(outcome, outcome.engine, flush=True)
             for failure, count in outcome.failures.items():
                 print(f"  {count} x {failure}", flush=True)
             if given.out:
-                write_text(given.out, json.dumps(report(found, given.seed), indent=1) + "\n")
+                write_text(given.out, json.dumps(report(result, given.seed), indent=1) + "\n")
     finally:
         readers.clean_up()
-    print(report(found, given.seed)["total"])
-    return 1 if any(outcome.failures for outcome in found) else 0
+    print(report(result, given.seed)["total"])
+    return 1 if any(outcome.failures for outcome in result) else 0
 
 
 if __name__ == "__main__":

@@ -53,8 +53,8 @@ def caught(module):
             for scaled in (True, False):
                 given = z, rows_cases.target_for(z, 0), scaled
                 try:
-                    found = launch_ascent_direction(*given)
-                    rows_cases.assert_same_direction(found, ascent_direction_reference(*given))
+                    result = launch_ascent_direction(*given)
+                    rows_cases.assert_same_direction(result, ascent_direction_reference(*given))
                 except (AssertionError, ptxrun.FaultError):
                     return True
     return False

@@ -41,8 +41,8 @@ def test_ascent_direction(compiled, n, k, dtype, layout, scaled):
     z, _ = rows_cases.batch(n, k, dtype, k, layout=layout)
     target = rows_cases.target_for(z, k)
     with rows_cases.poisoned():
-        found = launch_ascent_direction(z, target, scaled)
-    rows_cases.assert_same_direction(found, ascent_direction_reference(z, target, scaled))
+        result = launch_ascent_direction(z, target, scaled)
+    rows_cases.assert_same_direction(result, ascent_direction_reference(z, target, scaled))
 
 
 @pytest.mark.parametrize(

@@ -81,10 +81,10 @@ def order_is_wrong(module):
         for launch in (order_op.launch_order, order_op.launch_order_in_blocks):
             steps = torch.randint(5, (300,), generator=torch.Generator().manual_seed(0))
             try:
-                found = launch(steps, 6)
+                result = launch(steps, 6)
             except ptxrun.FaultError:
                 return True
-            if not all(map(torch.equal, found, order_op.order_reference(steps, 6))):
+            if not all(map(torch.equal, result, order_op.order_reference(steps, 6))):
                 return True
     return False
 

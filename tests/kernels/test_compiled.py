@@ -32,9 +32,9 @@ def test_a_step_in_single_precision_divisible_by_16_takes_128_bits():
 
 def test_no_kernel_is_left_out():
     files = [importlib.import_module(f"bt_fast.kernels.{file.name}") for file in pkgutil.iter_modules(kernels.__path__)]
-    found = {f for file in files for name, f in vars(file).items() if isinstance(f, JITFunction) and "_kernel" in name}
-    assert found
-    assert found == {variant.function for variant in VARIANTS.values()}
+    result = {f for file in files for name, f in vars(file).items() if isinstance(f, JITFunction) and "_kernel" in name}
+    assert result
+    assert result == {variant.function for variant in VARIANTS.values()}
 
 
 def test_the_report_is_up_to_date():

@@ -66,8 +66,8 @@ def counted_kernels():
     """A list that grows by one with every kernel that would be launched; none is."""
     launched = []
     with contextlib.ExitStack() as stack:
-        for found in pkgutil.iter_modules(kernels.__path__):
-            file = importlib.import_module(f"bt_fast.kernels.{found.name}")
+        for result in pkgutil.iter_modules(kernels.__path__):
+            file = importlib.import_module(f"bt_fast.kernels.{result.name}")
             for name in [name for name in vars(file) if name.endswith("_kernel")]:
                 stand_in = mock.MagicMock()
                 stand_in.__getitem__.return_value = lambda *_, name=name, **__: launched.append(name)

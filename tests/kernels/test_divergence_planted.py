@@ -52,12 +52,12 @@ LOOPED = [
 def cases(name, looped):
     if looped:
         return [divergence_cases.case(name, 3, 2100, torch.float32, 0, special=special) for special in (False, True)]
-    found = [divergence_cases.case(name, 3, 1000, torch.float32, 0)]
-    found += [divergence_cases.case(name, 6, 10, torch.float32, seed, special=True) for seed in (0, 2, 4)]
-    found += [divergence_cases.case(name, 6, 10, torch.float32, 0, spread=0.0, strides="apart")]
+    result = [divergence_cases.case(name, 3, 1000, torch.float32, 0)]
+    result += [divergence_cases.case(name, 6, 10, torch.float32, seed, special=True) for seed in (0, 2, 4)]
+    result += [divergence_cases.case(name, 6, 10, torch.float32, 0, spread=0.0, strides="apart")]
     if name == "mart_loss":
-        found[-1].arguments[2][1] = 10
-    return found
+        result[-1].arguments[2][1] = 10
+    return result
 
 
 def caught(module, name, looped):

@@ -61,8 +61,8 @@ def test_the_op_launches_it_and_moves_the_offset(compiled):
     case = cases.case(4, (3, 4, 4), torch.float32, 0)
     state = case.arguments["state"].clone()
     with mock.patch.object(cases.op, "_kernel_takes", return_value=True):
-        found = ops.gather_start(**case.arguments | {"state": state})
-    cases.assert_same(found, case.run(cases.op.gather_start_reference))
+        result = ops.gather_start(**case.arguments | {"state": state})
+    cases.assert_same(result, case.run(cases.op.gather_start_reference))
     assert (state - case.arguments["state"]).tolist() == [0, 1]
     assert compiled["gather_start_fwd_kernel"].statistics
 
@@ -71,6 +71,6 @@ SMALL = ("order", "steps", "samples", "state")
 
 
 def test_single_precision_divisible_by_16_takes_128_bits():
-    found = [v for v in VARIANTS.values() if v.types.get("start") == "*fp32" and "length" in v.divisible]
-    assert found
-    assert all(v.load_bits == v.store_bits == 128 for v in found)
+    result = [v for v in VARIANTS.values() if v.types.get("start") == "*fp32" and "length" in v.divisible]
+    assert result
+    assert all(v.load_bits == v.store_bits == 128 for v in result)

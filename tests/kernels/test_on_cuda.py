@@ -66,8 +66,8 @@ def test_gather_start(shape, dtype, noise):
     given = gather_start_cases.case(33, shape, dtype, 0, noise=noise, bounded=True).arguments
     expected = gather_start_cases.op.gather_start_reference(**given)
     state = given["state"].clone()
-    found = on_device(ops.gather_start)(**given | {"state": state})
-    gather_start_cases.assert_same(found, expected)
+    result = on_device(ops.gather_start)(**given | {"state": state})
+    gather_start_cases.assert_same(result, expected)
     assert (state - given["state"]).tolist() == [0, 1]
 
 
@@ -82,8 +82,8 @@ def test_assign_steps(m, kind):
 @pytest.mark.parametrize("m", [0, 1, 128, 8193, 2**20])
 def test_order_by_steps(m):
     steps = torch.randint(0, 12, (m,), generator=torch.Generator().manual_seed(0))
-    for found, expected in zip(on_device(ops.order_by_steps)(steps, 12), order_reference(steps, 12), strict=True):
-        assert torch.equal(found, expected)
+    for result, expected in zip(on_device(ops.order_by_steps)(steps, 12), order_reference(steps, 12), strict=True):
+        assert torch.equal(result, expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -94,8 +94,8 @@ def test_rows_of_logits(m, k, layout, dtype):
     rows_cases.assert_same_mining(on_device(ops.signed_variance)(z, y), signed_variance_reference(z, y))
     target = rows_cases.target_for(z, 0)
     for scaled in (True, False):
-        found = on_device(ops.ascent_direction)(z, target, scaled)
-        rows_cases.assert_same_direction(found, ascent_direction_reference(z, target, scaled), ulps=1)
+        result = on_device(ops.ascent_direction)(z, target, scaled)
+        rows_cases.assert_same_direction(result, ascent_direction_reference(z, target, scaled), ulps=1)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -103,10 +103,10 @@ def test_rows_of_logits(m, k, layout, dtype):
 @pytest.mark.parametrize(("m", "k"), [(128, 10), (8193, 10), (300, 1000)])
 def test_update_fraction(m, k, sound, dtype):
     z, y = rows_cases.batch(m, k, dtype, 0, faults=not sound, strays=not sound)
-    found, expected = rows_cases.state(), rows_cases.state()
-    on_device(ops.update_fraction_)(*found, z, y, 0.8, 0.9)
+    result, expected = rows_cases.state(), rows_cases.state()
+    on_device(ops.update_fraction_)(*result, z, y, 0.8, 0.9)
     update_fraction_reference(*expected, z, y, 0.8, 0.9)
-    assert [v.item() for v in found] == [v.item() for v in expected]
+    assert [v.item() for v in result] == [v.item() for v in expected]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -142,11 +142,11 @@ def test_a_replayed_graph_draws_new_noise_and_moves_by_the_device_s_own_counter(
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         work()
-    found = []
+    result = []
     for _ in range(2):
         t.zero_()
         graph.replay()
-        found.append(out.clone())
-    assert not torch.equal(found[0][:5], found[1][:5])
-    assert torch.equal(found[0][5:], x[5:])
+        result.append(out.clone())
+    assert not torch.equal(result[0][:5], result[1][:5])
+    assert torch.equal(result[0][5:], x[5:])
     assert state.tolist() == [5, 3]

@@ -28,5 +28,5 @@ def test_an_order(compiled, launch, m, most):
     steps = torch.randint(most + 1, (m,), generator=torch.Generator().manual_seed(m))
     expected = op.order_reference(steps, most)
     with poisoned_memory():
-        found = launch(steps, most)
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        result = launch(steps, most)
+    assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))

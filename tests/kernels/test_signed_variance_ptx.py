@@ -24,8 +24,8 @@ def compiled(request):
 
 def same(z, y):
     with rows_cases.poisoned():
-        found = launch_signed_variance(z, y)
-    rows_cases.assert_same_mining(found, signed_variance_reference(z, y))
+        result = launch_signed_variance(z, y)
+    rows_cases.assert_same_mining(result, signed_variance_reference(z, y))
 
 
 @pytest.mark.parametrize(

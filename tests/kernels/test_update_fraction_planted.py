@@ -59,12 +59,12 @@ def caught(module):
     with mock.patch.multiple(kernels, **compiled_kernels(module, 80)), rows_cases.poisoned():
         for most in (ops.MOST_ROWS, 1):
             for case in CASES:
-                found, expected = rows_cases.state(), rows_cases.state()
+                result, expected = rows_cases.state(), rows_cases.state()
                 try:
                     with mock.patch.multiple(ops, MOST_ROWS=most, **SMALL):
-                        ops.launch_update_fraction(*found, *case, 0.8, 0.9)
+                        ops.launch_update_fraction(*result, *case, 0.8, 0.9)
                     ops.update_fraction_reference(*expected, *case, 0.8, 0.9)
-                    assert found == expected
+                    assert result == expected
                 except (AssertionError, ptxrun.FaultError):
                     return True
     return False

@@ -23,11 +23,11 @@ def compiled(request):
 
 
 def same(z, y):
-    found, expected = rows_cases.state(), rows_cases.state()
+    result, expected = rows_cases.state(), rows_cases.state()
     with rows_cases.poisoned():
-        ops.launch_update_fraction(*found, z, y, 0.8, 0.9)
+        ops.launch_update_fraction(*result, z, y, 0.8, 0.9)
     ops.update_fraction_reference(*expected, z, y, 0.8, 0.9)
-    assert found == expected
+    assert result == expected
 
 
 @pytest.mark.parametrize("bad", [False, True])

@@ -139,7 +139,7 @@ def test_evaluate_on_data_that_the_network_does_not_fit_is_refused(compared, tmp
     assert "does not fit the data" in error
 
 
-def test_compare_takes_the_methods_that_it_is_told(data, tmp_path):
+def test_compare_takes_the_methods_that_it_is_given(data, tmp_path):
     options = ["--data", data, "--out", tmp_path / "run", *SMALL]
     result = bt_fast("compare", "--method", "bullet", "--method", "bullet-bf16", *options)
     assert result.exit_code == 0, result.output
@@ -177,8 +177,8 @@ def test_the_engine_is_an_option_of_every_command_that_runs_one(compared, data, 
     methods = json.loads((tmp_path / "b" / "summary.json").read_text())["methods"]
     assert list(methods) == ["reference", "optimised-exact", "bullet-exact", "bullet"]
     for engine in ("exact", "fast"):
-        found = bt_fast("evaluate", compared[0] / "checkpoint.pt", "--engine", engine, "--steps", "1")
-        assert found.exit_code == 0, found.output
+        actual = bt_fast("evaluate", compared[0] / "checkpoint.pt", "--engine", engine, "--steps", "1")
+        assert actual.exit_code == 0, actual.output
     assert "own precision" in one_line(bt_fast("evaluate", compared[0] / "checkpoint.pt", "--engine", "bf16"))
     for command in ("train", "compare", "profile"):
         error = one_line(bt_fast(command, "--engine", "quick", *options))

@@ -106,9 +106,9 @@ def write_npz(path, **arrays):
 
 def assert_holds(dataset, arrays):
     for key, array in arrays.items():
-        found = getattr(dataset, key)
-        assert found.dtype == (torch.uint8 if key.startswith("x") else torch.int64)
-        assert torch.equal(found, torch.from_numpy(array.astype(found.numpy().dtype))), key
+        result = getattr(dataset, key)
+        assert result.dtype == (torch.uint8 if key.startswith("x") else torch.int64)
+        assert torch.equal(result, torch.from_numpy(array.astype(result.numpy().dtype))), key
 
 
 def assert_holds_cifar(dataset, batches):
@@ -593,7 +593,7 @@ def test_a_directory_without_data_lists_what_was_looked_for(tmp_path):
 
 
 @pytest.mark.parametrize("source", ["imagenet", "absent.npz", "present.txt"])
-def test_an_unknown_source_is_told_what_there_is(tmp_path, monkeypatch, source):
+def test_an_unknown_source_is_reported_with_what_there_is(tmp_path, monkeypatch, source):
     monkeypatch.chdir(tmp_path)
     Path("present.txt").touch()
     assert f"{source}: found no such data, expected digits, mnist, cifar10, cifar100" in error_of(source)

@@ -39,8 +39,8 @@ def bt_fast(*arguments):
 
 
 def only(findings):
-    (found,) = findings
-    return found
+    (result,) = findings
+    return result
 
 
 def failed(findings):
@@ -57,8 +57,8 @@ def test_a_machine_without_a_gpu_works_and_the_report_says_that_nothing_fused_ra
     written = json.loads((tmp_path / "found.json").read_text())
     assert written["works"]
     assert list(dict.fromkeys(f["section"] for f in written["findings"])) == list(doctor.SECTIONS)
-    for found in written["findings"]:
-        row = f"{found['name']} {found['status']} {found['text']}"
+    for actual in written["findings"]:
+        row = f"{actual['name']} {actual['status']} {actual['text']}"
         assert row in [" ".join(line.split()) for line in result.output.splitlines()]
     checked = {f["name"]: f["status"] for f in written["findings"] if f["section"] == "self-check"}
     assert checked == dict.fromkeys(OPS, "ok")
@@ -111,10 +111,10 @@ def test_a_device_of_another_kind_is_a_mistake_of_the_user(name):
     ],
 )
 def test_a_gpu_that_is_there_and_cannot_be_used_fails_with_the_reason(cuda, nvml, pci, visible, reason, command):
-    found = doctor.gpu(cuda, nvml, pci, visible, None, None)[-1]
-    assert found.status == "FAILED"
-    assert reason in found.text
-    assert command in found.next
+    result = doctor.gpu(cuda, nvml, pci, visible, None, None)[-1]
+    assert result.status == "FAILED"
+    assert reason in result.text
+    assert command in result.next
 
 
 @pytest.mark.parametrize(
@@ -129,23 +129,23 @@ def test_a_gpu_that_is_there_and_cannot_be_used_fails_with_the_reason(cuda, nvml
 )
 def test_each_way_of_a_driver_to_be_missing_has_its_reason_and_command(kind, reason, command):
     nvml = Nvml(error=f"{kind}: words of its own", kind=kind)
-    found = doctor.gpu(TorchCuda("13.0", 0, "RuntimeError: no driver"), nvml, 1, None, None, None)[-1]
-    assert (found.status, found.next) == ("FAILED", command)
-    assert reason in found.text
-    assert "words of its own" in found.text
-    assert "RuntimeError: no driver" in found.text
+    result = doctor.gpu(TorchCuda("13.0", 0, "RuntimeError: no driver"), nvml, 1, None, None, None)[-1]
+    assert (result.status, result.next) == ("FAILED", command)
+    assert reason in result.text
+    assert "words of its own" in result.text
+    assert "RuntimeError: no driver" in result.text
 
 
 def test_without_a_gpu_in_the_machine_there_is_nothing_to_repair_unless_one_is_asked_for():
     nothing = (TorchCuda("13.0", 0), Nvml(error="no library", kind="NVMLError_LibraryNotFound"), 0, None)
-    found = doctor.gpu(*nothing, None, None)[-1]
-    assert (found.status, found.next) == ("note", None)
-    assert "no GPU is in this machine" in found.text
-    asked = doctor.gpu(*nothing, GPU, None)[-1]
-    assert (asked.status, asked.next) == ("FAILED", "bt-fast doctor --device cpu")
+    result = doctor.gpu(*nothing, None, None)[-1]
+    assert (result.status, result.next) == ("note", None)
+    assert "no GPU is in this machine" in result.text
+    requested = doctor.gpu(*nothing, GPU, None)[-1]
+    assert (requested.status, requested.next) == ("FAILED", "bt-fast doctor --device cpu")
 
 
-def test_an_index_that_the_environment_hides_is_told_from_one_that_is_not_there():
+def test_an_index_that_the_environment_hides_is_distinguished_from_one_that_is_not_there():
     two = Nvml("580.1", (13, 0), ("H100", "H100"))
     hidden, missing = (doctor.gpu(TorchCuda("13.0", 1), two, 2, "0", torch.device("cuda", i), None)[-1] for i in (1, 2))
     assert "CUDA_VISIBLE_DEVICES=0 hides it: torch sees 1 of 2" in hidden.text
@@ -154,9 +154,9 @@ def test_an_index_that_the_environment_hides_is_told_from_one_that_is_not_there(
 
 def test_a_gpu_that_can_be_used_is_described():
     properties = SimpleNamespace(name="H100", major=9, minor=0, total_memory=80 * 2**30)
-    driver, found = doctor.gpu(TorchCuda("13.0", 1), ONE, 1, None, None, lambda index: properties)
+    driver, result = doctor.gpu(TorchCuda("13.0", 1), ONE, 1, None, None, lambda index: properties)
     assert (driver.status, driver.text) == ("ok", "580.1, up to CUDA 13.0")
-    assert (found.status, found.text) == ("ok", "H100, compute capability 9.0, 80.0 GiB")
+    assert (result.status, result.text) == ("ok", "H100, compute capability 9.0, 80.0 GiB")
 
 
 def test_nvml_is_read_and_its_own_error_kept():
@@ -200,17 +200,17 @@ def test_a_package_that_is_missing_is_a_row_like_the_others():
             raise importlib.metadata.PackageNotFoundError(name)
         return "99.2"
 
-    found = {f.name: (f.status, f.text) for f in doctor.versions(version_of)}
-    assert found["triton"] == ("note", "not installed")
-    assert found["numpy"] == ("ok", "99.2")
-    assert found["torch"][1].startswith(torch.__version__)
+    result = {f.name: (f.status, f.text) for f in doctor.versions(version_of)}
+    assert result["triton"] == ("note", "not installed")
+    assert result["numpy"] == ("ok", "99.2")
+    assert result["torch"][1].startswith(torch.__version__)
 
 
 def test_a_package_that_is_too_old_fails_with_what_is_needed_and_the_command():
-    found = {f.name: f for f in doctor.versions(lambda name: "1.2")}
-    assert (found["numpy"].status, found["numpy"].text) == ("FAILED", "1.2, needed: 1.24")
-    assert found["nvidia-ml-py"].next == "python -m pip install --upgrade 'nvidia-ml-py>=12'"
-    assert found["triton"].status == "note"  # nothing is lost without a GPU
+    result = {f.name: f for f in doctor.versions(lambda name: "1.2")}
+    assert (result["numpy"].status, result["numpy"].text) == ("FAILED", "1.2, needed: 1.24")
+    assert result["nvidia-ml-py"].next == "python -m pip install --upgrade 'nvidia-ml-py>=12'"
+    assert result["triton"].status == "note"  # nothing is lost without a GPU
 
 
 @pytest.mark.parametrize("needed", [True, False])
@@ -220,26 +220,26 @@ def test_what_triton_lacks_fails_where_kernels_would_run_and_is_a_note_elsewhere
     file.write_text("")
 
     broken = Plain("triton cannot be imported (ImportError: libcuda)", "pip install --force-reinstall triton")
-    found = [
+    result = [
         only(doctor.compiler(lambda name: None, file, needed)),
         only(doctor.compiler(lambda name: f"/bin/{name}", tmp_path / "Python.h", needed)),
         only(doctor.cache(file / "cache", needed)),
         only(doctor.imported(broken, needed)),
     ]
-    assert [f.status for f in found] == ["FAILED" if needed else "note"] * 4
+    assert [f.status for f in result] == ["FAILED" if needed else "note"] * 4
     if needed:
         commands = ("apt-get install gcc", "-dev", "export TRITON_CACHE_DIR=", "--force-reinstall triton")
-        assert all(command in f.next for command, f in zip(commands, found, strict=True))
+        assert all(command in f.next for command, f in zip(commands, result, strict=True))
     else:
-        assert not any(f.next for f in found)
+        assert not any(f.next for f in result)
 
 
 def test_what_triton_has_is_ok_and_its_cache_is_not_made(tmp_path, monkeypatch):
     monkeypatch.setenv("CC", "cc-of-mine")
     assert only(doctor.compiler(lambda name: name, tmp_path, True)).status == "FAILED"  # a folder is no header
     (tmp_path / "Python.h").write_text("")
-    found = only(doctor.compiler(lambda name: f"/bin/{name}", tmp_path / "Python.h", True))
-    assert (found.status, found.text) == ("ok", "/bin/cc-of-mine")
+    result = only(doctor.compiler(lambda name: f"/bin/{name}", tmp_path / "Python.h", True))
+    assert (result.status, result.text) == ("ok", "/bin/cc-of-mine")
     assert only(doctor.cache(tmp_path / "a" / "b", True)).status == "ok"
     assert [p.name for p in tmp_path.iterdir()] == ["Python.h"]
     assert doctor.triton_cache({"TRITON_HOME": "/home/me"}).as_posix() == "/home/me/.triton/cache"
@@ -265,7 +265,7 @@ def test_each_op_says_why_it_does_not_run_fused():
     assert {f.status for f in doctor.fused(CHECKS, GPU, None)} == {"ok"}
 
 
-def test_what_is_said_to_run_fused_is_what_the_ops_take():
+def test_what_is_reported_to_run_fused_is_what_the_ops_take():
     pytest.importorskip("triton")
     takes = {name: importlib.import_module(f"bt_fast.ops.{name}") for name in ("rows", "pgd_step", "gather_start")}
     with pretended_device():
@@ -300,7 +300,7 @@ def test_a_launch_that_fails_is_a_finding_with_the_command(forgotten, monkeypatc
     assert only(doctor.launched(CPU)) == Finding("triton", "launch", "FAILED", *problem)
 
 
-def test_a_launch_that_goes_well_is_said_and_that_bfloat16_does_not_compile_is_a_note(forgotten, monkeypatch):
+def test_a_launch_that_goes_well_is_reported_and_that_bfloat16_does_not_compile_is_a_note(forgotten, monkeypatch):
     where = torch.device("cpu", 0)
     availability._plain |= {(where, False): None, (where, True): None}
     assert [f.status for f in doctor.launched(CPU)] == ["ok"]
@@ -308,7 +308,7 @@ def test_a_launch_that_goes_well_is_said_and_that_bfloat16_does_not_compile_is_a
     assert [(f.name, f.status) for f in doctor.launched(CPU)] == [("launch", "ok"), ("bfloat16", "note")]
 
 
-def test_a_look_at_the_device_that_fails_is_told_in_place_of_kernels(forgotten, monkeypatch):
+def test_a_look_at_the_device_that_fails_is_reported_in_place_of_kernels(forgotten, monkeypatch):
     monkeypatch.setattr(availability, "triton_problem", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", mock.Mock(side_effect=RuntimeError("lost")))
     assert doctor.plain_on(GPU) == Plain("RuntimeError: lost")
@@ -356,13 +356,13 @@ def test_an_op_that_is_wrong_in_one_of_its_cases_is_caught_and_the_case_named():
     real, check = ops.signed_variance, CHECKS[0]
 
     def only_wrong_in_16_bits(logits, labels):
-        found = real(logits, labels)
-        return found if logits.dtype != torch.bfloat16 else found._replace(correct=~found.correct)
+        result = real(logits, labels)
+        return result if logits.dtype != torch.bfloat16 else result._replace(correct=~result.correct)
 
     with mock.patch.object(ops, "signed_variance", only_wrong_in_16_bits):
-        found = only(doctor.self_check([check], CPU))
-    assert found.status == "FAILED"
-    assert found.text == "bfloat16, 100 classes: correct differs in 33 of 33 places"
+        result = only(doctor.self_check([check], CPU))
+    assert result.status == "FAILED"
+    assert result.text == "bfloat16, 100 classes: correct differs in 33 of 33 places"
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=OPS)
@@ -394,8 +394,8 @@ def test_a_full_gpu_is_called_full_and_no_op_is_blamed(error):
     with mock.patch.object(doctor, "step_difference", mock.Mock(side_effect=error)):
         steps = doctor.training_steps([STEPS[0], STEPS[0]], CPU)
     assert [(f.status, f.next) for f in steps] == [("FAILED", "nvidia-smi"), ("skipped", None)]
-    found = only(doctor.probe("device", doctor.GRAPHS, mock.Mock(side_effect=error)))
-    assert (found.status, found.next) == ("FAILED", "nvidia-smi")
+    result = only(doctor.probe("device", doctor.GRAPHS, mock.Mock(side_effect=error)))
+    assert (result.status, result.next) == ("FAILED", "nvidia-smi")
 
 
 def test_a_gpu_that_torch_was_not_built_for_is_not_called_lost():
@@ -405,11 +405,11 @@ def test_a_gpu_that_torch_was_not_built_for_is_not_called_lost():
     assert {f.text for f in findings[1:]} == {"torch was not built for this GPU, as was seen in signed_variance"}
 
 
-def test_when_time_is_up_every_op_has_been_checked_and_the_rest_is_said_to_be_skipped():
-    for check, found in zip(CHECKS, doctor.self_check(CHECKS, CPU, seconds=0.0), strict=True):
-        assert found.status == "ok"
-        assert found.text.startswith("1 case, ")
-        assert f"{len(check.cases()) - 1} skipped, since 0 s were up" in found.text
+def test_when_time_is_up_every_op_has_been_checked_and_the_rest_is_reported_to_be_skipped():
+    for check, result in zip(CHECKS, doctor.self_check(CHECKS, CPU, seconds=0.0), strict=True):
+        assert result.status == "ok"
+        assert result.text.startswith("1 case, ")
+        assert f"{len(check.cases()) - 1} skipped, since 0 s were up" in result.text
 
 
 @pytest.mark.parametrize(
@@ -422,15 +422,15 @@ def test_when_time_is_up_every_op_has_been_checked_and_the_rest_is_said_to_be_sk
         (torch.tensor([1.0]), "x has shape"),
     ],
 )
-def test_what_is_not_equal_is_said(found, words):
+def test_what_is_not_equal_is_reported(found, words):
     with pytest.raises(AssertionError, match=words):
         doctor_checks.compare({"x": found}, {"x": torch.tensor([1.0, 2.0], dtype=torch.float64)}, 1e-6)
 
 
 def test_equal_within_the_tolerance_gives_the_largest_difference():
     expected = torch.tensor([1.0, torch.nan, torch.inf, 3.0], dtype=torch.float64)
-    found = {"x": (expected + torch.tensor([0.0, 0.0, 0.0, 1e-6])).float()}
-    assert doctor_checks.compare(found, {"x": expected}, 1e-6) == pytest.approx(1e-6, rel=0.2)
+    result = {"x": (expected + torch.tensor([0.0, 0.0, 0.0, 1e-6])).float()}
+    assert doctor_checks.compare(result, {"x": expected}, 1e-6) == pytest.approx(1e-6, rel=0.2)
     assert doctor_checks.compare({"x": torch.empty(0)}, {"x": torch.empty(0).double()}, 0.0) == 0.0
 
 
@@ -443,8 +443,8 @@ def step(name):
 
 def test_a_step_from_graphs_is_compared_where_there_are_graphs():
     with EmulatedDevice(), mock.patch.object(engine, "capture", wraps=engine.capture) as captured:
-        found = only(doctor.training_steps([step("graphs, float64")], CPU))
-    assert found.status == "ok", found.text
+        result = only(doctor.training_steps([step("graphs, float64")], CPU))
+    assert result.status == "ok", result.text
     assert captured.called
 
 
@@ -461,11 +461,11 @@ def test_a_runner_that_is_wrong_or_falls_back_fails(kind, name):
             batch.x_adv.copy_(batch.clean)
 
     check = dataclasses.replace(step(name), graphs=False, runner=lambda: runner)
-    found = only(doctor.training_steps([check], CPU))
-    assert found.status == "FAILED"
+    result = only(doctor.training_steps([check], CPU))
+    assert result.status == "FAILED"
     words = {"wrong": "differs by up to", "raises": "ValueError: no stream", "falls back": "without graphs: no memory"}
-    assert words[kind] in found.text
-    assert 'to go on without graphs: engine="exact", or --engine fast,graphs=off' in doctor.lines([found])
+    assert words[kind] in result.text
+    assert 'to go on without graphs: engine="exact", or --engine fast,graphs=off' in doctor.lines([result])
 
 
 def test_a_step_in_float32_is_compared_without_tf32():

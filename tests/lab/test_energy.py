@@ -35,10 +35,10 @@ def run(tmp_path_factory):
 def trained(folder, config):
     """The summary's methods and the epochs' records of a run on the stub's GPU, where no step is too short."""
     with mock.patch.object(energy, "SHORTEST", 0.0):
-        found = on_stub(folder, config)
-        for _ in found.train():
+        result = on_stub(folder, config)
+        for _ in result.train():
             pass
-        return told(found)
+        return told(result)
 
 
 def on_stub(folder, config, **options):
@@ -69,29 +69,29 @@ def trained_with_a_break(folder):
 def samples_kept(folder):
     """The number of samples in memory after each save."""
     with mock.patch.object(energy, "INTERVAL", 3600.0):  # samples at the ends of blocks alone
-        found, kept = on_stub(folder, ALONE), []
-    for _ in found.train():
-        found.save()
-        kept.append(len(found.energy._monitor.samples))
+        result, kept = on_stub(folder, ALONE), []
+    for _ in result.train():
+        result.save()
+        kept.append(len(result.energy._monitor.samples))
     return kept
 
 
 def added(*steps, methods="ab", device=A, blocks=1):
     """Each method's joules, and why they are unknown, after blocks of steps: of whom, and for how many seconds."""
-    found = TrainingEnergy(device, methods)
+    result = TrainingEnergy(device, methods)
     for _ in range(blocks):
-        with found:
+        with result:
             for method, seconds in steps:
                 begin = time.perf_counter()
                 time.sleep(seconds)  # at least so long
-                found.add(method, (begin, begin + seconds))
-    return [found.joules(method) for method in methods], found.reason
+                result.add(method, (begin, begin + seconds))
+    return [result.joules(method) for method in methods], result.reason
 
 
 def resumed_from(state):
-    found = TrainingEnergy(A, "a")
-    found.load(state)
-    return found.reason, found.joules("a")
+    result = TrainingEnergy(A, "a")
+    result.load(state)
+    return result.reason, result.joules("a")
 
 
 # Through a whole run
@@ -159,7 +159,7 @@ def test_blocks_add_up(run):
     assert joules == pytest.approx(3.0, rel=1e-6)
 
 
-def test_short_steps_in_turn_are_not_told_apart(run):
+def test_short_steps_in_turn_are_not_distinguished(run):
     steps = [("a", 0.02), ("b", 0.25)]
     joules, reason = run(STEADY, added, *steps)
     assert joules == [None, None]
@@ -185,10 +185,10 @@ def test_the_power_of_other_instances_is_not_counted_as_ones_own(run):
 
 def test_a_checkpoint_of_a_version_that_measured_nothing_is_gone_on_with(tmp_path):
     folder = tmp_path / "run"
-    found = Run(folder, ALONE, blobs(), CPU)
-    content = torch.load(found.checkpoint_path)
+    result = Run(folder, ALONE, blobs(), CPU)
+    content = torch.load(result.checkpoint_path)
     del content["state"]["energy"]
-    torch.save(content, found.checkpoint_path)
+    torch.save(content, result.checkpoint_path)
     test_training.run_to_the_end(folder, ALONE, resume=True)
 
 
@@ -202,9 +202,9 @@ def test_what_was_not_measured_before_a_break_stays_unknown(run):
 
 
 def test_what_was_measured_stays_known_elsewhere_until_a_step_is_taken_there():
-    found = TrainingEnergy(CPU, "a")
-    found.load({"unknown": None, **SUMS})
-    with found:
-        assert found.joules("a") == 7.0
-        found.add("a", (0.0, 1.0))
-    assert (found.joules("a"), found.reason) == (None, "the device is the CPU, of which NVML tells nothing")
+    result = TrainingEnergy(CPU, "a")
+    result.load({"unknown": None, **SUMS})
+    with result:
+        assert result.joules("a") == 7.0
+        result.add("a", (0.0, 1.0))
+    assert (result.joules("a"), result.reason) == (None, "the device is the CPU, of which NVML tells nothing")

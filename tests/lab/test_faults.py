@@ -252,9 +252,9 @@ def test_a_folder_without_a_checkpoint_yet_says_what_to_do(tmp_path):
 # Damaged, older, newer and foreign checkpoints
 
 
-def test_a_flipped_bit_is_found_or_changes_nothing(finished, tmp_path):
+def test_a_flipped_bit_is_detected_or_changes_nothing(finished, tmp_path):
     content, expected = finished.checkpoint_path.read_bytes(), read_tensors(finished.checkpoint_path)
-    path, rng, found = tmp_path / "checkpoint.pt", random.Random(0), []
+    path, rng, result = tmp_path / "checkpoint.pt", random.Random(0), []
     for _ in range(300):
         damaged = bytearray(content)
         damaged[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
@@ -262,9 +262,9 @@ def test_a_flipped_bit_is_found_or_changes_nothing(finished, tmp_path):
         try:
             assert same(read_tensors(path), expected)
         except ValueError as error:
-            found.append(str(error))
-    assert len(found) > 100
-    assert all(message.startswith(f"{path}: not a readable checkpoint") for message in found)
+            result.append(str(error))
+    assert len(result) > 100
+    assert all(message.startswith(f"{path}: not a readable checkpoint") for message in result)
 
 
 def test_a_flipped_weight_stops_a_resume_and_the_file_is_left(trained, tmp_path):
@@ -400,13 +400,13 @@ SKIPPING = dataclasses.replace(CONFIG, non_finite="skip")
 @pytest.mark.usefixtures("faulty_minibatches")
 def test_skipped_minibatches_are_recorded_with_their_images_and_counted_in_the_summary(tmp_path):
     run = to_the_end(tmp_path / "run", SKIPPING)
-    found = [record for record in run.records() if record["kind"] == "skipped"]
+    result = [record for record in run.records() if record["kind"] == "skipped"]
     _, second, third = (batch.tolist() for batch in minibatches(40, 16, seed=0, epoch=0))
-    assert [(r["iteration"], r["method"], r["images"], r["blamed"]) for r in found] == [
+    assert [(r["iteration"], r["method"], r["images"], r["blamed"]) for r in result] == [
         (2, "bullet", second, []),
         (3, "bullet", third, [third[1], third[3]]),
     ]
-    assert [r["reason"] for r in found] == ["the loss is NaN or infinite", "the model's logits must be finite"]
+    assert [r["reason"] for r in result] == ["the loss is NaN or infinite", "the model's logits must be finite"]
     assert summarise(run, lambda _: None)["methods"]["bullet"]["skipped"] == 2
     assert all(0 < r["loss"] < 20 for r in run.records() if r["kind"] == "epoch")
     assert len(run.contestants[0].seconds) == 6
@@ -449,7 +449,7 @@ def test_a_fault_that_is_raised_names_method_minibatch_and_images_in_one_line(np
     assert "bullet: 2 minibatches skipped for NaN or Inf; metrics.jsonl tells which and why" in result.output
 
 
-def test_where_every_minibatch_is_skipped_no_loss_and_no_fractions_are_told(tmp_path, monkeypatch):
+def test_where_every_minibatch_is_skipped_no_loss_and_no_fractions_are_reported(tmp_path, monkeypatch):
     monkeypatch.setattr(Contestant, "_loss", lambda contestant, x, y: torch.full((), math.nan, requires_grad=True))
     monkeypatch.setattr(training, "RECORD_EVERY", 2)
     run = to_the_end(tmp_path / "run", SKIPPING)
@@ -477,19 +477,19 @@ def test_the_first_signal_asks_to_stop_and_the_second_exits_at_once(number, capf
 
 
 def test_a_run_folder_says_what_the_run_is_made_of(trained, npz):
-    told = json.loads((trained / "run.json").read_text())
+    reported = json.loads((trained / "run.json").read_text())
     config, state = load_checkpoint(trained / "checkpoint.pt")
-    assert told["config"] == json.loads(config.to_json())
-    assert told["data"]["sha256"] == state["data"]
-    assert {"name", "training_images", "test_images", "classes"} <= told["data"].keys()
-    (start,) = told["starts"]
+    assert reported["config"] == json.loads(config.to_json())
+    assert reported["data"]["sha256"] == state["data"]
+    assert {"name", "training_images", "test_images", "classes"} <= reported["data"].keys()
+    (start,) = reported["starts"]
     assert start["iteration"] == 0
     assert start["command"]
     assert {"torch", "python", "bt_fast", "threads", "device"} <= start["machine"].keys()
     assert {"revision", "settings", "time"} <= start.keys()
 
 
-def test_every_start_of_a_run_is_told(tmp_path):
+def test_every_start_of_a_run_is_reported(tmp_path):
     run = Run(tmp_path / "run", CONFIG, blobs(), CPU)
     for at in run.train():
         if at.iteration == 2:
@@ -543,6 +543,6 @@ def test_the_fingerprint_is_of_every_pixel_label_shape_and_class():
         dataclasses.replace(data, x_train=data.x_train.view(40, 1, 8, 32), x_test=data.x_test.view(12, 1, 8, 32)),
         data.take(39),
     ]
-    found = {fingerprint(other) for other in [data, *others]}
-    assert len(found) == 6
+    result = {fingerprint(other) for other in [data, *others]}
+    assert len(result) == 6
     assert fingerprint(blobs()) == fingerprint(dataclasses.replace(data, name="another name"))

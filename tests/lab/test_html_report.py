@@ -31,9 +31,9 @@ MACHINE = {"torch": "2.13.0", "device": "cpu"}
 
 
 def entry(clean=0.9, robust=0.7, seconds=40.0, theory=1.0, passes=39.0, **more):
-    found = {"label": "a label", "clean": clean, "robust": robust, "attack": "PGD-20 x 1", "seconds": seconds}
-    found |= {"iteration_seconds": seconds / 100, "theoretical_speedup": theory, "forward_passes": passes}
-    return found | {"speedup": {}} | more
+    result = {"label": "a label", "clean": clean, "robust": robust, "attack": "PGD-20 x 1", "seconds": seconds}
+    result |= {"iteration_seconds": seconds / 100, "theoretical_speedup": theory, "forward_passes": passes}
+    return result | {"speedup": {}} | more
 
 
 def bullet(speedup, **more):
@@ -120,25 +120,25 @@ class Reader(html.parser.HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         assert len(dict(attrs)) == len(attrs), f"an attribute twice: {tag} {attrs}"
-        found = Element(tag, dict(attrs), tuple(self._open), [])
-        self.elements.append(found)
+        result = Element(tag, dict(attrs), tuple(self._open), [])
+        self.elements.append(result)
         if tag not in VOID:
-            self._open.append(found)
+            self._open.append(result)
 
     def handle_endtag(self, tag):
         assert self._open, f"closed, but not open: {tag}"
         assert self._open.pop().name == tag
 
     def handle_data(self, data):
-        for found in self._open:
-            found.texts.append(data)
+        for result in self._open:
+            result.texts.append(data)
 
     def all(self, *names):
         return [e for e in self.elements if e.name in names]
 
     def with_id(self, name):
-        (found,) = (e for e in self.elements if e.attributes.get("id") == name)
-        return found
+        (result,) = (e for e in self.elements if e.attributes.get("id") == name)
+        return result
 
 
 @dataclasses.dataclass(eq=False)
@@ -175,13 +175,13 @@ def reader(text):
 def test_ids_are_unique_and_references_lead_somewhere(reader):
     ids = [e.attributes["id"] for e in reader.elements if "id" in e.attributes]
     assert [name for name, n in collections.Counter(ids).items() if n > 1] == []
-    for found in reader.elements:
-        for name in found.attributes.get("aria-labelledby", "").split():
+    for result in reader.elements:
+        for name in result.attributes.get("aria-labelledby", "").split():
             assert name in ids
-        if found.name in ("a", "use"):
-            assert found.attributes["href"].removeprefix("#") in ids
-        if "clip-path" in found.attributes:
-            assert found.attributes["clip-path"].removeprefix("url(#").removesuffix(")") in ids
+        if result.name in ("a", "use"):
+            assert result.attributes["href"].removeprefix("#") in ids
+        if "clip-path" in result.attributes:
+            assert result.attributes["clip-path"].removeprefix("url(#").removesuffix(")") in ids
 
 
 def test_every_chart_has_a_title_a_description_and_its_numbers(reader):
@@ -215,12 +215,12 @@ def test_headings_are_in_order(reader):
 
 def test_tables_have_captions_and_headers_and_scroll_with_the_keyboard(reader):
     assert reader.all("table")
-    for found in reader.all("table"):
-        inside = [e for e in reader.elements if found in e.ancestors]
+    for result in reader.all("table"):
+        inside = [e for e in reader.elements if result in e.ancestors]
         assert [e.text for e in inside if e.name == "caption"] != [""]
         assert {"col", "row"} == {e.attributes["scope"] for e in inside if e.name == "th"}
-        assert found.ancestors[-1].attributes["tabindex"] == "0"
-        assert found.ancestors[-1].attributes["aria-label"]
+        assert result.ancestors[-1].attributes["tabindex"] == "0"
+        assert result.ancestors[-1].attributes["aria-label"]
         rows = [[e for e in inside if e.ancestors[-1] is row] for row in inside if row.name == "tr"]
         assert len({len(row) for row in rows}) == 1
 
@@ -236,10 +236,10 @@ def test_a_page_takes_nothing_from_elsewhere_and_runs_nothing(text, reader):
     assert text.count("url(") == text.count("url(#")  # of the page itself
     assert "@import" not in text
     assert not reader.all("script", "link", "img", "iframe", "object", "embed", "form", "base")
-    for found in reader.elements:
-        assert not [name for name in found.attributes if name.startswith("on") or name == "src"]
-        assert "url" not in found.attributes.get("style", "")
-        assert "style" not in found.attributes or any(e.name == "svg" for e in found.ancestors)
+    for result in reader.elements:
+        assert not [name for name in result.attributes if name.startswith("on") or name == "src"]
+        assert "url" not in result.attributes.get("style", "")
+        assert "style" not in result.attributes or any(e.name == "svg" for e in result.ancestors)
     (policy,) = (e for e in reader.all("meta") if "http-equiv" in e.attributes)
     assert policy.attributes["content"].startswith("default-src 'none'")
 
@@ -301,8 +301,8 @@ def test_a_method_looks_the_same_in_every_run(folders):
 
 def cells(reader, caption):
     """The table of that caption, row by row."""
-    (found,) = (t for t in reader.all("table") if t.texts and t.text.startswith(caption))
-    rows = [e for e in reader.all("tr") if found in e.ancestors]
+    (result,) = (t for t in reader.all("table") if t.texts and t.text.startswith(caption))
+    rows = [e for e in reader.all("tr") if result in e.ancestors]
     return [[e.text for e in reader.all("th", "td") if e.ancestors[-1] is row] for row in rows]
 
 
@@ -316,11 +316,11 @@ def test_the_first_table_has_every_method_of_every_run(reader):
     assert (third["iteration"], third["time"]) == ("200 ms", "20.0 s")
 
 
-def test_differences_of_configuration_are_said_in_words(reader):
+def test_differences_of_configuration_are_reported_in_words(reader):
     _, *rows = cells(reader, "Configuration")
-    told = {row[0]: row[1:] for row in rows}
-    assert told["epsilon"] == ["0.2", "0.1", "differ"]
-    assert told["steps"] == ["10", "10", "agree"]
+    reported = {row[0]: row[1:] for row in rows}
+    assert reported["epsilon"] == ["0.2", "0.1", "differ"]
+    assert reported["steps"] == ["10", "10", "agree"]
 
 
 def test_an_older_summary_is_read_and_what_it_lacks_is_named(tmp_path):
@@ -370,7 +370,7 @@ def test_energy_that_nobody_measured_is_no_zero_and_says_why(text, tmp_path):
     ]
 
 
-def test_the_groups_that_a_study_records_are_drawn_and_told(folders):
+def test_the_groups_that_a_study_records_are_drawn_and_described(folders):
     reader = Reader(page_of(folders[0]))
     assert cells(reader, "Shares of the groups as an attack") == [
         ["iteration", "boundary", "robust", "outlier"],
@@ -385,7 +385,7 @@ def test_the_groups_that_a_study_records_are_drawn_and_told(folders):
     assert "87.5 % in mean over 1 minibatches with both" in reader.with_id("groups-svar-A-desc").text
 
 
-def test_errors_under_corruptions_are_drawn_and_told(reader):
+def test_errors_under_corruptions_are_drawn_and_described(reader):
     header, *rows = cells(reader, "Error by corruption, run B")
     assert header == ["corruption", "method", *(f"severity {n}" for n in (1, 2, 3, 4, 5)), "mean"]
     assert rows[0] == ["fog", "a label", "10.0 %", "20.0 %", "30.0 %", "40.0 %", "50.0 %", "30.0 %"]
@@ -420,8 +420,8 @@ def test_seeds_are_averaged_where_nothing_else_differs(text, tmp_path):
 def test_without_any_records_the_page_says_so(tmp_path):
     text = page_of(write_run(tmp_path / "run", lines=[]))
     Reader(text)
-    for said in ("no accuracy of any epoch", "No method of these runs recorded fractions", "Not recorded"):
-        assert said in text
+    for messages in ("no accuracy of any epoch", "No method of these runs recorded fractions", "Not recorded"):
+        assert messages in text
 
 
 def test_a_loss_that_is_not_a_number_breaks_nothing(tmp_path):
@@ -430,9 +430,9 @@ def test_a_loss_that_is_not_a_number_breaks_nothing(tmp_path):
     lines = [r | {"clean": float("nan")} if r["kind"] == "epoch" else r for r in records()]
     text = page_of(write_run(tmp_path / "run", broken, lines))
     assert "not a number" in text
-    for found in Reader(text).elements:
+    for result in Reader(text).elements:
         assert not [
-            v for k, v in found.attributes.items() if k in ("d", "x", "y", "viewbox", "transform") and "nan" in str(v)
+            v for k, v in result.attributes.items() if k in ("d", "x", "y", "viewbox", "transform") and "nan" in str(v)
         ]
 
 
@@ -483,11 +483,11 @@ def test_many_methods_are_all_in_the_tables_and_the_rest_of_the_charts_is_named(
 
 
 def test_each_optimisation_is_a_stage_with_its_time_and_its_limits(folders):
-    found = stages(load_runs(folders)[1].results)
-    assert [s.step for s in found] == ["", "our code", "BulletTrain", "fast engine"]
-    assert [s.time for s in found] == pytest.approx([1.0, 0.8, 0.5, 1 / 1.8])
-    assert [s.equation_7 for s in found] == pytest.approx([1.0, 1.0, 1 / 2.1, 1 / 2.1])
-    assert [s.forward_passes for s in found] == pytest.approx([1.0, 30 / 39, 15.4 / 39, 15.4 / 39])
+    result = stages(load_runs(folders)[1].results)
+    assert [s.step for s in result] == ["", "our code", "BulletTrain", "fast engine"]
+    assert [s.time for s in result] == pytest.approx([1.0, 0.8, 0.5, 1 / 1.8])
+    assert [s.equation_7 for s in result] == pytest.approx([1.0, 1.0, 1 / 2.1, 1 / 2.1])
+    assert [s.forward_passes for s in result] == pytest.approx([1.0, 30 / 39, 15.4 / 39, 15.4 / 39])
 
 
 def test_time_added_is_drawn_in_another_way_than_time_saved(reader):
@@ -570,7 +570,7 @@ def test_durations_have_three_digits(seconds, said):
     assert duration(seconds) == said
 
 
-def test_numbers_that_are_none_are_said_to_be():
+def test_numbers_that_are_none_are_reported_to_be():
     assert plain(float("nan")) == "not a number"
     assert plain(-0.00123) == "−0.00123"
 
@@ -674,13 +674,13 @@ def test_a_summary_that_was_cut_off_is_named(tmp_path, cut):
 
 def change(where, value):
     """A summary with one entry replaced."""
-    found = copy.deepcopy(summary())
+    result = copy.deepcopy(summary())
     *path, last = where
-    inner = found
+    inner = result
     for key in path:
         inner = inner[key]
     inner[last] = value
-    return found
+    return result
 
 
 @pytest.mark.parametrize(
@@ -696,7 +696,7 @@ def change(where, value):
         (change(["methods", "bullet", "fractions"], {"boundary": 1}), "method bullet, fractions: no outlier"),
     ],
 )
-def test_what_is_wrong_with_a_summary_is_said(tmp_path, content, said):
+def test_what_is_wrong_with_a_summary_is_reported(tmp_path, content, said):
     assert said in error_of(write_run(tmp_path / "run", content), "--out", tmp_path / "out.html")
 
 
@@ -748,7 +748,7 @@ def test_a_last_record_cut_off_while_it_was_written_is_left_out(tmp_path):
     assert len(load_runs([folder])[0].records) == len(list(records()))
 
 
-def test_a_page_that_cannot_be_written_is_said_before_anything_else(folders, tmp_path):
+def test_a_page_that_cannot_be_written_is_reported_before_anything_else(folders, tmp_path):
     assert "there is no folder" in error_of(folders[0], "--out", tmp_path / "none" / "out.html")
     assert "it is a folder" in error_of(folders[0], "--out", tmp_path, "--tensorboard", tmp_path / "events")
     assert not list(tmp_path.iterdir())
@@ -831,11 +831,11 @@ def test_a_browser_shows_all_charts_without_errors_requests_or_overflow(browser,
         assert 0 <= left < right <= width
     behind = browser.evaluate("getComputedStyle(document.body).backgroundColor")
     assert behind == ("rgb(255, 255, 255)" if scheme == "light" else "rgb(20, 23, 28)")
-    told = [e for e in browser.events if e["method"] in ("Log.entryAdded", "Runtime.consoleAPICalled")]
-    told += [e for e in browser.events if e["method"] == "Runtime.exceptionThrown"]
-    assert told == []
-    asked = [e["params"]["request"]["url"] for e in browser.events if e["method"] == "Network.requestWillBeSent"]
-    assert asked == [written.resolve().as_uri()]
+    reported = [e for e in browser.events if e["method"] in ("Log.entryAdded", "Runtime.consoleAPICalled")]
+    reported += [e for e in browser.events if e["method"] == "Runtime.exceptionThrown"]
+    assert reported == []
+    requested = [e["params"]["request"]["url"] for e in browser.events if e["method"] == "Network.requestWillBeSent"]
+    assert requested == [written.resolve().as_uri()]
 
 
 def test_words_in_charts_stay_inside_them(browser, written):
@@ -866,7 +866,7 @@ def test_the_keyboard_reaches_the_skip_link_the_tables_and_the_numbers(browser, 
     assert browser.evaluate("document.querySelector('details').open")
 
 
-def test_a_screen_reader_is_told_what_each_chart_shows(browser, written):
+def test_a_screen_reader_gets_what_each_chart_shows(browser, written):
     browser.open(written, 1280)
     nodes = browser.send("Accessibility.getFullAXTree")["nodes"]
     images = [n for n in nodes if n.get("role", {}).get("value") in ("image", "img") and not n.get("ignored")]

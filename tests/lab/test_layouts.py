@@ -260,7 +260,7 @@ def test_a_layer_in_front_that_saves_nothing_is_a_warning(tmp_path):
 # Which of several
 
 
-def test_the_network_is_read_before_its_average_and_it_is_said(tmp_path):
+def test_the_network_is_read_before_its_average_and_it_is_reported(tmp_path):
     model, average = trained(seed=0), trained(seed=1)
     path = saved({"ema": average.state_dict(), "model": model.state_dict()}, tmp_path)
     other = WideResNet(10, 1)
@@ -274,7 +274,7 @@ def test_a_copy_of_the_same_values_is_no_choice(tmp_path):
     assert_read(saved({"best": model.state_dict(), "last": model.state_dict()}, tmp_path), model)
 
 
-def test_what_is_beside_the_network_is_said_not_to_be_read(tmp_path):
+def test_what_is_beside_the_network_is_reported_not_to_be_read(tmp_path):
     model = trained()
     whole = Robust(model)
     whole.purifier = nn.Linear(2, 2)
@@ -293,7 +293,7 @@ def test_a_deeper_network_is_not_taken_for_a_shallower_one(tmp_path):
         load_published(WideResNet(10, 1), path)
 
 
-def test_another_network_is_told_with_what_was_found_and_tried(tmp_path):
+def test_another_network_is_reported_with_the_keys_that_were_tried(tmp_path):
     path = saved({"epoch": 3, "net": nn.Linear(2, 2).state_dict()}, tmp_path)
     expected = (
         r"holds no state_dict of WideResNet: found the keys 'epoch' \(int\), 'net' \(OrderedDict\), and looked in all "
@@ -334,11 +334,11 @@ def test_the_guides_checkpoint_is_evaluated_by_the_command_line(tmp_path):
     model = SmallCNN()
     path = saved({"model": torch.compile(model).state_dict(), "bullet": BulletTrain().state_dict()}, tmp_path)
     options = ["--data", "digits", "--test-size", "20", "--steps", "1", "--device", "cpu"]
-    found = CliRunner().invoke(cli, ["evaluate", str(path), "--model", "small-cnn", *options])
-    assert found.exit_code == 0, found.output
-    found = CliRunner().invoke(cli, ["evaluate", str(path), *options])
-    assert found.exit_code != 0
-    assert "--model small-cnn" in " ".join(found.output.split())
+    result = CliRunner().invoke(cli, ["evaluate", str(path), "--model", "small-cnn", *options])
+    assert result.exit_code == 0, result.output
+    result = CliRunner().invoke(cli, ["evaluate", str(path), *options])
+    assert result.exit_code != 0
+    assert "--model small-cnn" in " ".join(result.output.split())
 
 
 # Written by other means than torch.save

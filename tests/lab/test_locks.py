@@ -30,9 +30,9 @@ def child(work):
         finally:
             os._exit(1)
     os.close(writing)
-    told = os.read(reading, 1000).decode()
+    reported = os.read(reading, 1000).decode()
     os.close(reading)
-    return process, told
+    return process, reported
 
 
 def kill(process):
@@ -76,13 +76,13 @@ def test_a_fork_that_outlives_its_process_does_not_keep_the_lock(tmp_path):
 def test_a_process_may_ask_twice_and_the_folder_is_free_after_the_last(tmp_path):
     first, second = hold(tmp_path), hold(tmp_path)
     first()
-    process, told = child(lambda: attempt(tmp_path))
+    process, reported = child(lambda: attempt(tmp_path))
     kill(process)
-    assert "writes there" in told
+    assert "writes there" in reported
     second()
-    process, told = child(lambda: attempt(tmp_path))
+    process, reported = child(lambda: attempt(tmp_path))
     kill(process)
-    assert told == "free"
+    assert reported == "free"
 
 
 def attempt(folder):
@@ -101,9 +101,9 @@ def test_a_folder_that_was_removed_and_made_anew_is_not_taken_for_the_old_one(tm
     folder.mkdir()
     new = hold(folder)
     old()
-    process, told = child(lambda: attempt(folder))
+    process, reported = child(lambda: attempt(folder))
     kill(process)
-    assert "writes there" in told
+    assert "writes there" in reported
     new()
 
 
@@ -121,7 +121,7 @@ def test_what_was_removed_while_somebody_opened_it_is_opened_anew(tmp_path, monk
     os.close(descriptor)
 
 
-def test_a_file_system_without_locks_is_said_and_nothing_is_kept_from_anybody(tmp_path, monkeypatch):
+def test_a_file_system_without_locks_is_reported_and_nothing_is_kept_from_anybody(tmp_path, monkeypatch):
     def none(_):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
@@ -130,20 +130,20 @@ def test_a_file_system_without_locks_is_said_and_nothing_is_kept_from_anybody(tm
         pass
 
 
-def test_in_the_block_of_a_path_one_process_is_alone_and_the_next_is_told_for_whom_it_waits(tmp_path):
-    path, told = tmp_path / ".lock", []
+def test_in_the_block_of_a_path_one_process_is_alone_and_the_next_learns_for_whom_it_waits(tmp_path):
+    path, reported = tmp_path / ".lock", []
 
     def inside():
-        with alone(path, told.append):
+        with alone(path, reported.append):
             (tmp_path / "mine").touch()
             time.sleep(1)
             (tmp_path / "mine").unlink()
 
     process, _ = child(lambda: (os.fork() or (inside(), os._exit(0)), time.sleep(0.3)))
-    with alone(path, told.append):
+    with alone(path, reported.append):
         assert not (tmp_path / "mine").exists()
     kill(process)
-    assert len(told) == 1
+    assert len(reported) == 1
     assert not path.exists()
 
 
@@ -175,9 +175,9 @@ def test_windows_locks_a_byte_behind_the_content(tmp_path, monkeypatch):
     monkeypatch.undo()
     with windows.held(tmp_path):
         assert (tmp_path / "run.lock").read_text().startswith(f"process {os.getpid()} on ")
-        process, told = child(lambda: windows_attempt(windows, tmp_path))
+        process, reported = child(lambda: windows_attempt(windows, tmp_path))
         kill(process)
-        assert "writes there" in told
+        assert "writes there" in reported
     assert windows_attempt(windows, tmp_path) == "free"
 
 

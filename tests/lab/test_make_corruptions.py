@@ -25,16 +25,16 @@ def pictures(n=3, shape=(3, 32, 32)):
 @pytest.fixture
 def calls(monkeypatch):
     """A library that adds a number from numpy's global generator, severity and channel, and records its calls."""
-    found = []
+    result = []
 
     def corrupt(image, severity, corruption_name, seed=None):
-        found.append((image, severity, corruption_name, seed))
+        result.append((image, severity, corruption_name, seed))
         three = np.broadcast_to(image, (*image.shape[:2], 3))
         return three ^ (np.random.randint(128) + severity * np.arange(3)).astype(np.uint8)
 
     monkeypatch.setitem(sys.modules, "imagecorruptions", SimpleNamespace(corrupt=corrupt))
     monkeypatch.setattr(module, "version", lambda _: "1.1.5")
-    return found
+    return result
 
 
 def files(folder):
@@ -204,9 +204,9 @@ def test_of_two_processes_the_second_waits_and_takes_what_the_first_has_made(cal
             if waited[0] == 0:
                 code = 1
                 try:
-                    told = []
-                    make_corruptions(x, y, tmp_path / "c", waiting=told.append)
-                    code = 0 if told == [f"process {os.getppid()} on {socket.gethostname()}"] else 2
+                    reported = []
+                    make_corruptions(x, y, tmp_path / "c", waiting=reported.append)
+                    code = 0 if reported == [f"process {os.getppid()} on {socket.gethostname()}"] else 2
                 finally:
                     os._exit(code)
             time.sleep(0.5)

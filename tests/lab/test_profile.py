@@ -185,9 +185,9 @@ def found(summary, joules=50.0):
     return Profile("bullet", "trades", 100, 50_000, (0.5, 0.3, 0.4), phases, (summary,), None, joules, {})
 
 
-def test_energy_is_told_per_iteration_sample_and_epoch_beside_the_time():
-    said = lines(found(Summary(**NOTHING | TOLD)))
-    assert said == [
+def test_energy_is_reported_per_iteration_sample_and_epoch_beside_the_time():
+    messages = lines(found(Summary(**NOTHING | TOLD)))
+    assert messages == [
         "time: 400.00 ms per iteration (median of 3, not traced), 4000.0 us per sample, 200.0 s per epoch of 50000",
         "energy: 50 J per iteration, 0.5 J per sample, 2.5e+04 J per epoch of 50000, at this rate",
         "Stub GPU: energy from the counter, 250 W in mean, 300 W at most, SM 96%, memory 40%, 1700 MHz, 71 C, "
@@ -197,8 +197,8 @@ def test_energy_is_told_per_iteration_sample_and_epoch_beside_the_time():
 
 def test_what_the_device_does_not_tell_is_left_out():
     silent = NOTHING | {"name": "Stub GPU", "lost": "GPU is lost", "shared": "MIG: shared"}
-    said = lines(found(Summary(**silent), joules=None))
-    assert said[1:] == [
+    messages = lines(found(Summary(**silent), joules=None))
+    assert messages[1:] == [
         "energy: not measured: the device does not tell it, or was lost",
         "Stub GPU: LOST: GPU is lost, MIG: shared",
     ]

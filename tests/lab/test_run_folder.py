@@ -75,7 +75,7 @@ def test_a_run_that_another_process_writes_is_not_resumed_or_begun_but_read(tmp_
     assert not list(folder.glob("*.lock"))
 
 
-def test_a_second_resume_is_told_before_the_data_are_read(tmp_path, npz, monkeypatch):  # noqa: F811
+def test_a_second_resume_is_reported_before_the_data_are_read(tmp_path, npz, monkeypatch):  # noqa: F811
     assert bt_fast("train", "--data", npz, "--out", tmp_path / "run", *SMALL).exit_code == 0
     monkeypatch.setattr("bt_fast.lab.session.load_dataset", None)
     process, _ = child(lambda: hold(tmp_path / "run"))
@@ -89,9 +89,9 @@ def test_a_run_that_was_refused_leaves_the_folder_to_others(tmp_path):
     stopped(tmp_path / "run")
     with pytest.raises(ValueError, match=r"already holds a run \(checkpoint\.pt\); go on with it by --resume"):
         Run(tmp_path / "run", CONFIG, blobs(), CPU)
-    process, told = child(lambda: hold(tmp_path / "run") and "mine")
+    process, reported = child(lambda: hold(tmp_path / "run") and "mine")
     kill(process)
-    assert told == "mine"
+    assert reported == "mine"
 
 
 def test_a_folder_with_a_summary_alone_is_not_taken_for_an_empty_one(tmp_path):
@@ -151,8 +151,8 @@ def test_a_run_goes_on_with_its_data_wherever_they_are_now(tmp_path, npz, monkey
     assert result.exit_code == 0, result.output
     one, other = (load_checkpoint(f / "checkpoint.pt")[1]["contestants"]["bullet"] for f in (whole, tmp_path / "run"))
     assert all(torch.equal(value, other["model"][key]) for key, value in one["model"].items())
-    told = Provenance.read(tmp_path / "run" / "run.json")
-    assert (told.config.data, len(told.starts)) == ("renamed.npz", 2)
+    reported = Provenance.read(tmp_path / "run" / "run.json")
+    assert (reported.config.data, len(reported.starts)) == ("renamed.npz", 2)
     assert bt_fast("train", "--resume", tmp_path / "run").exit_code == 0  # which knows the new place
     assert "epochs: 9 against 2" in one_line(bt_fast("train", "--resume", tmp_path / "run", "--epochs", 9))
 
@@ -182,13 +182,13 @@ def test_a_checkpoint_without_a_fingerprint_has_but_the_place_to_know_its_data_b
     Run(tmp_path / "run", CONFIG, blobs(), CPU, resume=True)
 
 
-def test_what_is_another_than_at_the_last_start_is_said(tmp_path, npz):  # noqa: F811
+def test_what_is_another_than_at_the_last_start_is_reported(tmp_path, npz):  # noqa: F811
     folder, path = tmp_path / "run", tmp_path / "run" / "run.json"
     assert bt_fast("train", "--data", npz, "--out", folder, *SMALL).exit_code == 0
     assert "last bits" not in bt_fast("train", "--resume", folder).output
-    told = json.loads(path.read_text())
-    told["starts"][-1]["machine"]["torch"] = "1.0"
-    path.write_text(json.dumps(told))
+    reported = json.loads(path.read_text())
+    reported["starts"][-1]["machine"]["torch"] = "1.0"
+    path.write_text(json.dumps(reported))
     for options in (["--resume", folder], ["--repeat", folder, "--out", tmp_path / "again"]):
         output = bt_fast("train", *options).output
         assert f"may differ in its last bits, for it was started with torch: 1.0, now {torch.__version__}" in output
@@ -236,7 +236,7 @@ def training_started():
     return datetime(2026, 1, 1, tzinfo=timezone.utc)
 
 
-def test_of_an_epoch_that_not_every_method_has_ended_nothing_is_told(tmp_path):
+def test_of_an_epoch_that_not_every_method_has_ended_nothing_is_reported(tmp_path):
     config = dataclasses.replace(CONFIG, methods=("optimised", "bullet"), epochs=2)
     run = Run(tmp_path / "run", config, blobs(), CPU)
     for _ in run.train():

@@ -24,8 +24,8 @@ SMALL = ["--width", "2", "--epochs", "1", "--batch-size", "4", "--curve-size", "
 def data(tmp_path_factory):
     """An npz of three classes of 16x16 images, and the layout of CIFAR-10-C with its test images in it."""
     folder = tmp_path_factory.mktemp("data")
-    found = blobs(train=40, test=12)
-    arrays = {name: getattr(found, name).numpy() for name in ("x_train", "y_train", "x_test", "y_test")}
+    result = blobs(train=40, test=12)
+    arrays = {name: getattr(result, name).numpy() for name in ("x_train", "y_train", "x_test", "y_test")}
     np.savez(folder / "blobs.npz", **arrays)
     (folder / "corrupted").mkdir()
     np.save(folder / "corrupted" / "labels.npy", np.tile(arrays["y_test"], 5))
@@ -69,13 +69,13 @@ def test_every_study_has_a_sound_configuration_at_either_scale(name, scale):
 @pytest.mark.parametrize("name", STUDIES)
 def test_a_study_leaves_answers_a_picture_and_every_run(name, conducted):
     folder = conducted(name)
-    found = json.loads((folder / f"{name}.json").read_text())
+    result = json.loads((folder / f"{name}.json").read_text())
     assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-    assert found["study"] == name
-    assert found["seeds"] == [0, 1]
-    assert [run["config"]["seed"] for run in found["runs"]] == [0, 1]
-    assert list(found["runs"][0]["methods"]) == list(STUDIES[name].laptop.methods)
-    assert found["answers"]
+    assert result["study"] == name
+    assert result["seeds"] == [0, 1]
+    assert [run["config"]["seed"] for run in result["runs"]] == [0, 1]
+    assert list(result["runs"][0]["methods"]) == list(STUDIES[name].laptop.methods)
+    assert result["answers"]
 
 
 def test_the_same_command_goes_on_with_a_study_and_repeats_nothing(conducted, data, monkeypatch):
@@ -122,8 +122,8 @@ def test_a_corrupted_test_set_is_measured_once_and_another_one_anew(conducted, d
         result = study("table1", data, folder, "--corruptions-dir", corrupted, "--seed", 0)
         assert result.exit_code == 0, result.output
         lines = (folder / "seed0" / "metrics.jsonl").read_text().splitlines()
-        found = json.loads((folder / "table1.json").read_text())["runs"][0]["methods"]
-        return [json.loads(line) for line in lines if '"corruptions"' in line], found
+        actual = json.loads((folder / "table1.json").read_text())["runs"][0]["methods"]
+        return [json.loads(line) for line in lines if '"corruptions"' in line], actual
 
     folder, other, moved = tmp_path / "study", tmp_path / "other", tmp_path / "moved"
     shutil.copytree(conducted("table1"), folder)
@@ -151,7 +151,7 @@ def test_corruptions_that_a_study_has_no_use_for_are_refused(data, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_seed_that_cannot_go_on_is_told_before_another_is_trained(conducted, data, tmp_path, monkeypatch):
+def test_a_seed_that_cannot_go_on_is_reported_before_another_is_trained(conducted, data, tmp_path, monkeypatch):
     shutil.copytree(conducted("fig7") / "seed1", tmp_path / "out" / "seed1")
     monkeypatch.setattr("bt_fast.lab.training.Run.train", None)
     result = study("fig7", data, tmp_path / "out", *SEEDS, "--epsilon", 0.1)
@@ -214,12 +214,12 @@ def findings(name, *summaries, records=()):
 
 
 def test_a_table_compares_with_its_baseline():
-    found = findings(
+    result = findings(
         "table3",
         summary(reference=(0.5, 1.0), bullet=(0.6, 2.0)),
         summary(reference=(0.7, 1.0), bullet=(0.6, 3.0)),
     )
-    _, row = STUDIES["table3"].answers(found)["rows"]
+    _, row = STUDIES["table3"].answers(result)["rows"]
     assert row["robust over the baseline"] == pytest.approx(0.0)
     assert row["robust of each seed"] == [0.6, 0.6]
     assert row["theoretical speedup"] == 2.5

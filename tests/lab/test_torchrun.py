@@ -86,21 +86,21 @@ def contestants(folder):
 
 
 def records(folder):
-    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in record.items() if k not in ("seconds", "joules")} for record in found]
+    result = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in record.items() if k not in ("seconds", "joules")} for record in result]
 
 
 def assert_same_run(folder, expected, atol=1e-5):
     """In float32, whose sums are in another order; groups, counts and accuracies are the same numbers."""
     close = partial(torch.testing.assert_close, rtol=0, atol=atol)
     for method, state in contestants(expected).items():
-        found = contestants(folder)[method]
+        result = contestants(folder)[method]
         for key, value in state["model"].items():
-            close(found["model"][key], value)
-        assert (found["bullet"] is None) == (state["bullet"] is None)
+            close(result["model"][key], value)
+        assert (result["bullet"] is None) == (state["bullet"] is None)
         for key, value in (state["bullet"] or {}).items():
-            assert torch.equal(found["bullet"][key], value), key
-        assert torch.equal(found["random"][0], state["random"][0])
+            assert torch.equal(result["bullet"][key], value), key
+        assert torch.equal(result["random"][0], state["random"][0])
     for one, other in zip(records(folder), records(expected), strict=True):
         assert one.keys() == other.keys()
         for key, value in one.items():
@@ -141,8 +141,8 @@ def test_a_rank_that_is_killed_ends_the_job_and_what_was_saved_is_whole(tmp_path
     command = torchrun(2, "-m", "bt_fast", "train", *SMALL, "--epochs=2000", "--out", folder)
     job = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     try:
-        end, told = time.monotonic() + 300, folder / "metrics.jsonl"
-        while not (told.exists() and '"epoch": 2' in told.read_text()):
+        end, reported = time.monotonic() + 300, folder / "metrics.jsonl"
+        while not (reported.exists() and '"epoch": 2' in reported.read_text()):
             assert job.poll() is None
             assert time.monotonic() < end
             time.sleep(0.02)

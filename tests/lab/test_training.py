@@ -110,9 +110,9 @@ def test_the_fractions_recorded_are_the_shares_of_each_group(tmp_path):
 
 
 def test_after_each_epoch_the_steps_of_each_sample_are_recorded(finished):
-    found = [r for r in finished.records() if r["kind"] == "allocation"]
-    assert [r["method"] for r in found] == ["bullet", "bullet-fast", "bullet-bf16"] * 2
-    for record in found:
+    result = [r for r in finished.records() if r["kind"] == "allocation"]
+    assert [r["method"] for r in result] == ["bullet", "bullet-fast", "bullet-bf16"] * 2
+    for record in result:
         assert len(record["svar"]) == len(record["steps"]) == 40 % 16
         for svar, steps in zip(record["svar"], record["steps"], strict=True):
             assert steps == (0 if svar < 0 else 3 if svar <= record["threshold"] else 1)
@@ -141,8 +141,8 @@ def test_a_runs_engine_has_options(tmp_path):
 def test_the_fast_engine_moves_the_weights_by_rounding_only(finished):
     for objective, view, most in (("optimised", "fast", 1e-3), ("bullet", "fast", 1e-3), ("bullet", "bf16", 0.05)):
         for name, exact in weights(finished)[objective].items():
-            found = weights(finished)[f"{objective}-{view}"][name]
-            torch.testing.assert_close(found, exact, rtol=0, atol=most)
+            result = weights(finished)[f"{objective}-{view}"][name]
+            torch.testing.assert_close(result, exact, rtol=0, atol=most)
     assert not torch.equal(weights(finished)["bullet-bf16"]["classifier.fc1.weight"], exact_fc1(finished))
 
 

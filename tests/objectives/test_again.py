@@ -110,8 +110,8 @@ def test_at_the_same_weights_a_further_pass_is_the_first(name, reuse, rules):
         with bullet.again(reuse=reuse):
             second = LOSSES[name](model, x, y, bullet=bullet, generator=seeded(0))
         assert torch.equal(first, second)
-        found = gradient_of(model, second)
-        assert all(torch.equal(found[name], expected[name]) for name in expected)
+        result = gradient_of(model, second)
+        assert all(torch.equal(result[name], expected[name]) for name in expected)
 
 
 @EACH
@@ -143,9 +143,9 @@ def test_made_anew_they_are_those_of_the_weights_as_they_are_now(name):
     moved(model)
     twin = copy.deepcopy(model)
     with bullet.again(reuse=False):
-        found = LOSSES[name](model, x, y, bullet=bullet, generator=seeded(1))
+        result = LOSSES[name](model, x, y, bullet=bullet, generator=seeded(1))
     expected = LOSSES[name](twin, x, y, bullet=other, generator=seeded(1))
-    assert torch.equal(found, expected)
+    assert torch.equal(result, expected)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
@@ -379,7 +379,7 @@ NOTHING_TO_GO_OVER = {
 
 @pytest.mark.parametrize("before", NOTHING_TO_GO_OVER.values(), ids=NOTHING_TO_GO_OVER)
 @WAYS
-def test_where_there_is_no_minibatch_to_go_over_it_is_said(before, reuse):
+def test_where_there_is_no_minibatch_to_go_over_it_is_reported(before, reuse):
     model, bullet = confident(), BulletTrain(3, 2, 1)
     before(model, bullet, *minibatch(0, model))
     with pytest.raises(RuntimeError, match="none that ended without an error: call the loss"):  # noqa: SIM117
@@ -449,7 +449,7 @@ def test_normalised_images_are_reused_too(name):
 
 def two_passes(loss, frozen, runner, update):
     """Losses, gradients and F_R of some minibatches, each with a reused and a new second pass; memory is spoilt."""
-    model, bullet, found = build("conv_bn"), BulletTrain(2, 1, 0), []
+    model, bullet, result = build("conv_bn"), BulletTrain(2, 1, 0), []
     for k in range(4):
         x, y = small_models.batch(6, seed=k)
         for reuse in (None, True, False):
@@ -460,12 +460,12 @@ def two_passes(loss, frozen, runner, update):
                 with bullet.again(reuse=reuse):
                     value = loss(model, x, y, **options, generator=seeded(k))
             gradient = gradient_of(model, value)
-            found += [value.detach().clone(), *gradient.values(), bullet.robust_fraction.clone()]
+            result += [value.detach().clone(), *gradient.values(), bullet.robust_fraction.clone()]
             with torch.no_grad():
                 for p in model.parameters():
                     p.sub_(0.1 * gradient[next(n for n, q in model.named_parameters() if q is p)])
         x.fill_(-1), y.fill_(-1)
-    return found
+    return result
 
 
 @pytest.mark.parametrize("name", ["trades", "mart", "pgd"])
@@ -475,10 +475,10 @@ def test_from_graphs_and_on_streams_it_is_the_same_in_every_order(name, runner):
     with torch.autograd.set_multithreading_enabled(False):
         expected = two_passes(LOSSES[name], frozen, "eager", eager)
         with EmulatedDevice() as emulated:
-            found = two_passes(LOSSES[name], frozen, runner(), graphs)
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+            result = two_passes(LOSSES[name], frozen, runner(), graphs)
+    assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
     for seed in range(5):
-        shuffled = emulated.shuffled(seed, found)
+        shuffled = emulated.shuffled(seed, result)
         assert all(torch.equal(a, b) for a, b in zip(shuffled, expected, strict=True)), seed
 
 

@@ -263,14 +263,14 @@ def test_the_measured_fraction_gives_the_theoretical_speedup():
 
 @KINDS
 def test_gradients_accumulate(options):
-    found = []
+    result = []
     for start in (0.0, 0.5):
         model = build()
         for p in model.parameters():
             p.grad = torch.full_like(p, start)
         augmix_loss(model, *batch(), generator=seeded(0), **copy.deepcopy(options)).backward()
-        found.append(gradients(model))
-    assert_near_nested(found[1], {name: g + 0.5 for name, g in found[0].items()})
+        result.append(gradients(model))
+    assert_near_nested(result[1], {name: g + 0.5 for name, g in result[0].items()})
 
 
 @KINDS
@@ -367,8 +367,8 @@ def test_reduced_precision(options, dtype):
     half = build(dtype=dtype)
     half_loss = augmix_loss(half, x.to(dtype), y, **copy.deepcopy(options))
     half_loss.backward()
-    for found, trained in ((loss, model), (half_loss, half)):
-        assert found.isfinite()
+    for result, trained in ((loss, model), (half_loss, half)):
+        assert result.isfinite()
         assert all(p.grad is not None and p.grad.isfinite().all() for p in trained.parameters())
 
 

@@ -36,19 +36,19 @@ def same(found, expected):
 def training(runner, bullet=lambda: None, frozen=VIEW, build="conv_bn", steps=3):
     """Losses, gradients and buffers of some updates; batches are spoilt when they are done with."""
     torch.manual_seed(0)
-    model, bullet, found = small_models.build(build), bullet(), []
+    model, bullet, result = small_models.build(build), bullet(), []
     for k in range(steps):
         x, y = small_models.batch(6, seed=k)
         options = {"generator": torch.Generator().manual_seed(k), "bullet": bullet, "frozen": frozen, "runner": runner}
         loss = trades.trades_loss(model, x, y, None, perturb_steps=2, **options)
         loss.backward()
-        found += [v.detach().clone() for v in (loss, *(p.grad for p in model.parameters()), *model.buffers())]
+        result += [v.detach().clone() for v in (loss, *(p.grad for p in model.parameters()), *model.buffers())]
         x.fill_(-1), y.fill_(-1)
         with torch.no_grad():
             for p in model.parameters():
                 p.sub_(0.1 * p.grad)
                 p.grad = None
-    return found
+    return result
 
 
 RUNNERS = {
@@ -68,11 +68,11 @@ RUNNERS = {
 def test_the_result_is_that_of_one_after_the_other_in_any_order(model, bullet, runner):
     expected = training(run_eager, BULLETS[bullet], build=model)
     with EmulatedDevice() as emulated:
-        found = training(RUNNERS[runner](), BULLETS[bullet], build=model)
+        result = training(RUNNERS[runner](), BULLETS[bullet], build=model)
     assert emulated.replays
-    assert same(found, expected)
+    assert same(result, expected)
     for seed in range(5):
-        assert same(emulated.shuffled(seed, found), expected), seed
+        assert same(emulated.shuffled(seed, result), expected), seed
 
 
 def order(**options):
@@ -162,15 +162,15 @@ def beside(runner):
 
 def oracle(runner):
     """The groups are told by an attack of its own, which changes them."""
-    model, bullet, found = small_models.build("conv_bn"), BULLETS["oracle"](), []
+    model, bullet, result = small_models.build("conv_bn"), BULLETS["oracle"](), []
     for k in range(3):
         x, _ = small_models.batch(6, seed=k)
         y = model.eval()(x).argmax(dim=1)
         model.train()
         options = {"generator": torch.Generator().manual_seed(k), "bullet": bullet, "frozen": VIEW, "runner": runner}
         loss = trades.trades_loss(model, x, y, None, epsilon=0.3, **options)
-        found += [v.detach().clone() for v in (loss, bullet.group_counts)]
-    return found
+        result += [v.detach().clone() for v in (loss, bullet.group_counts)]
+    return result
 
 
 def own_attack(runner):
@@ -180,10 +180,10 @@ def own_attack(runner):
     start, target = x + 0.001, torch.eye(5, dtype=torch.float64)[torch.arange(6) % 5]
     schedule = Plan.uniform(6, 2, 0.01, x.device)
     for frozen in (None, Frozen()):
-        found = generate.generate(model, x, start, target, schedule, ThreatModel(0.1), frozen=frozen, runner=runner)
+        result = generate.generate(model, x, start, target, schedule, ThreatModel(0.1), frozen=frozen, runner=runner)
     idle = generate.generate(model, x, start, target, Plan.uniform(6, 0, 0.01, x.device), ThreatModel(0.1))
     idle.fill_(0.0)
-    return [found.clone(), start.clone()]
+    return [result.clone(), start.clone()]
 
 
 def bad_pixels(runner):
@@ -284,10 +284,10 @@ def caught(changed, scenario):
             return not same(scenario(None), eager(scenario))
         emulated = patches.enter_context(EmulatedDevice())
         try:
-            found = scenario(GraphRunner(bucket=2))
+            result = scenario(GraphRunner(bucket=2))
         except (Exception, pytest.fail.Exception):
             return True
-    return any(not same(emulated.shuffled(seed, found), eager(scenario)) for seed in range(20))
+    return any(not same(emulated.shuffled(seed, result), eager(scenario)) for seed in range(20))
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)

@@ -56,7 +56,7 @@ def same(a, b):
 @pytest.mark.parametrize("norm", NORMS)
 @EACH
 def test_with_the_engine_exact_it_is_the_function_to_the_bit(kind, norm, mining):
-    found = []
+    result = []
     for as_module in (False, True):
         torch.manual_seed(0)
         model, (x, y) = small_models.build("conv_bn"), small_models.batch(8)
@@ -70,8 +70,8 @@ def test_with_the_engine_exact_it_is_the_function_to_the_bit(kind, norm, mining)
             steps = {} if mining else {"perturb_steps": 4}
             loss = KINDS[kind](model, x, y, None, 0.03, 0.1, distance=NORMS[norm], bullet=bullet, **beta, **steps)
         loss.backward()
-        found.append(state(model, loss, *([] if bullet is None else bullet.buffers())))
-    assert same(*found)
+        result.append(state(model, loss, *([] if bullet is None else bullet.buffers())))
+    assert same(*result)
 
 
 @pytest.mark.parametrize("mining", [False, True])
@@ -192,12 +192,12 @@ def test_the_repr_is_how_it_would_be_written():
 
 @pytest.mark.parametrize("kind", [TRADESLoss, MARTLoss])
 def test_unperturbed_is_an_option_of_mining(kind):
-    found = {}
+    result = {}
     for unperturbed in ("keep", "skip", None):
         torch.manual_seed(0)
         model, (x, y) = small_models.build("conv_bn"), small_models.batch(12)
-        found[unperturbed] = kind(ATTACK, mining=BulletTrain(4, 0, 0, unperturbed=unperturbed))(model, x, y).item()
-    assert found[None] == found["skip"] != found["keep"]
+        result[unperturbed] = kind(ATTACK, mining=BulletTrain(4, 0, 0, unperturbed=unperturbed))(model, x, y).item()
+    assert result[None] == result["skip"] != result["keep"]
 
 
 @EACH
@@ -209,10 +209,10 @@ def test_normalised_images_are_attacked_as_their_pixels(kind):
     loader = (x - torch.tensor(mean).view(shape)) / torch.tensor(std).view(shape)
     torch.manual_seed(0)
     attack = PGD(0.1, 0.03, 4, normalization=Normalization(mean, std))
-    found = kind(attack, engine="exact")(model, loader, y)
+    result = kind(attack, engine="exact")(model, loader, y)
     torch.manual_seed(0)
     expected = kind(ATTACK, engine="exact")(nn.Sequential(Normalize(mean, std).double(), twin), x, y)
-    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert result.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_other_bounds_of_pixels():
@@ -308,30 +308,30 @@ def test_it_explains_what_ran_and_what_did_not():
 
 def test_under_graphs_it_is_the_eager_loss_in_any_order_and_says_what_it_captured():
     def run(engine):
-        model, bullet, found = small_models.build("conv_bn"), mined(), []
+        model, bullet, result = small_models.build("conv_bn"), mined(), []
         criterion = TRADESLoss(ATTACK, mining=bullet, engine=engine)
         for k in range(4):
             torch.manual_seed(k)
             x, y = small_models.batch(6, seed=k)
             loss = criterion(model, x, y)
             loss.backward()
-            found += [v.detach().clone() for v in (loss, *(p.grad for p in model.parameters()), *model.buffers())]
+            result += [v.detach().clone() for v in (loss, *(p.grad for p in model.parameters()), *model.buffers())]
             model.zero_grad()
-        return found, criterion.explain()
+        return result, criterion.explain()
 
     expected, _ = run("exact")
     with EmulatedDevice() as emulated:
-        found, explained = run(Engine(graphs=True))
+        result, explained = run(Engine(graphs=True))
     assert emulated.replays
     assert "attack steps: from CUDA graphs" in explained
     for seed in range(5):
-        shuffled = emulated.shuffled(seed, found)
+        shuffled = emulated.shuffled(seed, result)
         assert all(torch.equal(a, b) for a, b in zip(shuffled, expected, strict=True)), seed
 
 
 def under_graphs(make, change, engine):
     """Losses of six minibatches; before the fourth something of the loss is changed."""
-    model, found, criterion = small_models.build("conv_bn"), [], make(engine)
+    model, result, criterion = small_models.build("conv_bn"), [], make(engine)
     for k in range(6):
         if k == 3:
             change(criterion)
@@ -339,8 +339,8 @@ def under_graphs(make, change, engine):
         loss = criterion(model, *small_models.batch(6, seed=k))
         loss.backward()
         model.zero_grad()
-        found.append(loss.detach().clone())
-    return found, criterion.explain()
+        result.append(loss.detach().clone())
+    return result, criterion.explain()
 
 
 class Keyed(Margin):
@@ -362,12 +362,12 @@ def test_a_number_that_changes_is_no_longer_that_of_a_graph(kind, name, captured
     options = {"beta": 1.0} if name == "beta" else {}
     arguments = (lambda engine: kind(ATTACK, engine=engine, **options), lambda loss: setattr(loss, name, number))
     expected, _ = under_graphs(*arguments, "exact")
-    with EmulatedDevice(), warnings.catch_warnings(record=True) as said:
+    with EmulatedDevice(), warnings.catch_warnings(record=True) as messages:
         warnings.simplefilter("always")
-        found, explained = under_graphs(*arguments, Engine(graphs=True))
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        result, explained = under_graphs(*arguments, Engine(graphs=True))
+    assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
     assert ("update: from CUDA graphs" in explained) == captured
-    assert any("without a graph_key" in str(w.message) for w in said) == (not captured)
+    assert any("without a graph_key" in str(w.message) for w in messages) == (not captured)
 
 
 def test_beta_and_engine_may_be_set_and_are_checked():
@@ -399,7 +399,7 @@ def test_what_stopped_once_is_not_why_the_next_runs():
 
 @pytest.mark.parametrize("mining", [None, BulletTrain(1, 0, 0)])
 def test_augmix_with_the_engine_exact_is_the_function_to_the_bit(mining):
-    found = []
+    result = []
     for as_module in (False, True):
         model, (x, y) = small_models.build("conv_bn"), small_models.batch(8)
         bullet, generator = copy.deepcopy(mining), torch.Generator().manual_seed(0)
@@ -408,8 +408,8 @@ def test_augmix_with_the_engine_exact_is_the_function_to_the_bit(mining):
         else:
             loss = augmix_loss(model, x, y, bullet=bullet, generator=generator)
         loss.backward()
-        found.append(state(model, loss, *([] if bullet is None else bullet.buffers())))
-    assert same(*found)
+        result.append(state(model, loss, *([] if bullet is None else bullet.buffers())))
+    assert same(*result)
 
 
 # perturb
@@ -423,22 +423,22 @@ def test_perturb_draws_and_attacks_as_the_authors_trades_does(norm):
     torch.manual_seed(0)
     criterion(copy.deepcopy(model), x, y)
     torch.manual_seed(0)
-    found = perturb(model, x, y, attack)
-    assert torch.equal(found, criterion.last.x_adv)
+    result = perturb(model, x, y, attack)
+    assert torch.equal(result, criterion.last.x_adv)
     assert all(p.grad is None for p in model.parameters())
 
 
 def test_perturb_with_mining_is_in_the_callers_order_and_tells_the_rest():
     model, (x, y) = small_models.build("conv_bn"), small_models.batch(12)
     mining = mined()
-    found = perturb(model, x, y, ATTACK, mining, return_details=True)
+    result = perturb(model, x, y, ATTACK, mining, return_details=True)
     model.eval()
-    assert torch.equal(found.logits, model(x))
-    assert torch.equal(found.steps == 4, model(x).argmax(dim=1) == y)
-    assert torch.equal((found.x_adv != x).flatten(1).any(dim=1), found.steps > 0)
-    assert torch.equal(found.group == ops.OUTLIER, model(x).argmax(dim=1) != y)
+    assert torch.equal(result.logits, model(x))
+    assert torch.equal(result.steps == 4, model(x).argmax(dim=1) == y)
+    assert torch.equal((result.x_adv != x).flatten(1).any(dim=1), result.steps > 0)
+    assert torch.equal(result.group == ops.OUTLIER, model(x).argmax(dim=1) != y)
     assert not mining.group_counts.any()
-    mining.observe(model(found.x_adv), y)
+    mining.observe(model(result.x_adv), y)
     assert mining.group_counts.sum() == 12
 
 
@@ -466,8 +466,8 @@ def test_perturbed_images_are_in_the_units_of_those_given():
     model, (x, y) = small_models.build("conv_bn"), small_models.batch(8)
     loader = (x - torch.tensor(mean).view(shape)) / torch.tensor(std).view(shape)
     attack, mining = PGD(0.1, 0.03, 4, normalization=Normalization(mean, std)), mined()
-    found = perturb(model, loader, y, attack, mining)
-    moved = ((found - loader).abs() * torch.tensor(std).view(shape)).flatten(1).amax(dim=1)
+    result = perturb(model, loader, y, attack, mining)
+    moved = ((result - loader).abs() * torch.tensor(std).view(shape)).flatten(1).amax(dim=1)
     assert 0.09 < moved.max() <= 0.1 + 1e-6
     assert (moved == 0).any(), "a sample without steps is itself, to the bit"
     criterion = TRADESLoss(attack, mining=mined(), engine="exact")

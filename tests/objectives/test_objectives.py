@@ -184,14 +184,14 @@ def test_a_generator_replaces_the_global_random_numbers(objective):
 @EACH
 def test_a_seeded_script_repeats_its_numbers_with_bullettrain(objective):
     x, y = batch()
-    found = []
+    result = []
     for seed in (1, 1, 2):
         model = build("conv_bn", 0)
         torch.manual_seed(seed)
-        found.append([objective.loss(model, x, y, None, bullet=BulletTrain()).item() for _ in range(2)])
-    assert found[0] == found[1]
-    assert found[0][0] != found[0][1]
-    assert found[0] != found[2]
+        result.append([objective.loss(model, x, y, None, bullet=BulletTrain()).item() for _ in range(2)])
+    assert result[0] == result[1]
+    assert result[0][0] != result[0][1]
+    assert result[0] != result[2]
 
 
 # With BulletTrain: Algorithm 2
@@ -436,17 +436,17 @@ BULLETS = pytest.mark.parametrize("bullet", [None, BulletTrain(3, 1, 0)], ids=["
 @BULLETS
 @EACH
 def test_an_optimizer_is_zeroed_and_none_accumulates(objective, bullet):
-    found = {}
+    result = {}
     for start, with_optimizer in ((0.0, False), (0.5, False), (0.5, True)):
         model, own = build("conv_bn"), copy.deepcopy(bullet)
         for p in model.parameters():
             p.grad = torch.full_like(p, start)
         torch.manual_seed(0)
         objective.loss(model, *batch(), sgd(model) if with_optimizer else None, perturb_steps=3, bullet=own).backward()
-        found[start, with_optimizer] = gradients(model)
-    fresh = found[0.0, False]
-    assert_near_nested(found[0.5, False], {name: g + 0.5 for name, g in fresh.items()})
-    assert_near_nested(found[0.5, True], fresh)
+        result[start, with_optimizer] = gradients(model)
+    fresh = result[0.0, False]
+    assert_near_nested(result[0.5, False], {name: g + 0.5 for name, g in fresh.items()})
+    assert_near_nested(result[0.5, True], fresh)
 
 
 @BULLETS
@@ -699,7 +699,7 @@ def test_bad_input(objective, name, bullet):
 
 
 @pytest.mark.parametrize("objective", [o for o in OBJECTIVES if o.rows_seen_before == 2], ids=str)
-def test_logits_that_are_not_looked_at_before_the_attack_are_told_by_their_gradient(objective):
+def test_logits_that_are_not_looked_at_before_the_attack_are_reported_by_their_gradient(objective):
     model = Wrapped(lambda z: torch.cat([z[:3], z[3:4] * math.nan, z[4:]]))
     for p in model.parameters():
         p.grad = torch.ones_like(p)

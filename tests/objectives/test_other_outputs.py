@@ -52,17 +52,17 @@ class Returning(nn.Module):
 def test_the_wrapper_of_the_message_makes_it_fit(call, returns):
     model, (x, y) = Returning(returns), batch()
     before = snapshot(model)
-    with pytest.raises(TypeError, match="model must return a floating-point tensor of logits, got") as told:
+    with pytest.raises(TypeError, match="model must return a floating-point tensor of logits, got") as reported:
         call(model, x, y)
     assert_unchanged(before, model)
     scope = {"torch": torch, "model": model}
-    exec(re.search(r"`(class .*)`$", str(told.value))[1], scope)
-    assert eval(re.search(r"such as (\S+) of", str(told.value))[1], scope)(x).shape == (8, 5)
+    exec(re.search(r"`(class .*)`$", str(reported.value))[1], scope)
+    assert eval(re.search(r"such as (\S+) of", str(reported.value))[1], scope)(x).shape == (8, 5)
     call(scope["Logits"](model), x, y)
 
 
 @pytest.mark.parametrize("returns", [lambda z: None, lambda z: z.long(), lambda z: 3], ids=["nothing", "integers", "3"])
-def test_where_there_are_no_logits_it_is_said_what_they_are(returns):
+def test_outputs_that_are_no_logits_are_reported_as_what_they_are(returns):
     with pytest.raises(TypeError, match=r"let its forward return the scores of the classes before any softmax"):
         trades_loss(Returning(returns), *batch(), None)
 
@@ -83,18 +83,18 @@ LABELS = {
 
 
 @pytest.mark.parametrize(("spoilt", "message"), LABELS.values(), ids=LABELS)
-def test_images_and_labels_of_another_kind_are_told_with_what_to_write(spoilt, message):
+def test_images_and_labels_of_another_kind_are_reported_with_what_to_write(spoilt, message):
     x, y = spoilt(*batch())
     with pytest.raises((TypeError, ValueError), match=message):
         trades_loss(conv_bn().double(), x, y, None)
 
 
-def test_a_loader_of_dicts_is_told_with_what_to_write():
+def test_a_loader_of_dicts_is_reported_with_what_to_write():
     x, y = batch()
     with pytest.raises(TypeError, match=r"write \(\(b\['image'\], b\['label'\]\) for b in loader\)"):
         evaluate(conv_bn().double(), [{"image": x, "label": y}], ThreatModel(0.03))
 
 
-def test_a_function_is_told_to_be_a_module():
+def test_a_function_in_place_of_a_module_is_refused():
     with pytest.raises(TypeError, match=r"got function: of a function make the forward of one$"):
         trades_loss(lambda x: x, *batch(), None)

@@ -109,7 +109,7 @@ def told_by_attack(objective, model, x, y, starts, k, options):
 @pytest.mark.parametrize("k", [10, 3])
 @pytest.mark.parametrize("distance", DISTANCES)
 @EACH
-def test_the_oracle_s_groups_are_told_by_an_attack_and_its_update_is_algorithm_2(objective, distance, k):
+def test_the_oracle_s_groups_come_from_an_attack_and_its_update_is_algorithm_2(objective, distance, k):
     """The training attack's start is drawn first, the oracle's next, from the same generator."""
     models, bullet = [confident(), confident()], BulletTrain(*STEPS, policy=Oracle(k))
     options = objective.options(distance) | {"perturb_steps": STEPS[0]}
@@ -182,7 +182,7 @@ def test_reads_on_the_cpu(policy):
 
 @pytest.mark.parametrize("policy", ["oracle", "gaussian", "uniform"])
 @EACH
-def test_bad_input_is_told_as_with_three_groups(objective, policy):
+def test_bad_input_is_reported_as_with_three_groups(objective, policy):
     model, bullet = build(), BulletTrain(policy=policy)
     x, y = batch()
     before = snapshot(model, bullet)

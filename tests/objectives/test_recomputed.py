@@ -43,7 +43,7 @@ LOSSES = {
 @pytest.mark.parametrize("model", [noisy, normed])
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_model_found_in_eval_mode_has_the_gradient_of_one_found_in_train_mode(name, model):
-    found = []
+    result = []
     x, y = batch()
     for training in (True, False):
         m = build(model).train(training)
@@ -52,8 +52,8 @@ def test_a_model_found_in_eval_mode_has_the_gradient_of_one_found_in_train_mode(
         assert all(module.training == training for module in m.modules())
         loss.backward()
         assert all(module.training == training for module in m.modules())
-        found.append({"loss": loss.detach()} | gradients(m) | copy.deepcopy(m.state_dict()))
-    assert_near_nested(*found)
+        result.append({"loss": loss.detach()} | gradients(m) | copy.deepcopy(m.state_dict()))
+    assert_near_nested(*result)
 
 
 def test_a_norm_in_a_checkpoint_sees_as_many_batches_as_in_the_authors_code():
@@ -88,14 +88,14 @@ def test_a_backward_that_raises_leaves_the_modes_as_it_found_them():
 def test_two_losses_in_one_backward_and_a_second_backward():
     model, (x, y) = build(noisy), batch()
     expected = []
-    for found in (True, False):
-        model.train(found)
+    for result in (True, False):
+        model.train(result)
         torch.manual_seed(0)
         total = sum(trades_loss(model, x, y, None, perturb_steps=n) for n in (1, 2))
         model.zero_grad()
         total.backward(retain_graph=True)
         total.backward()
-        assert all(module.training == found for module in model.modules())
+        assert all(module.training == result for module in model.modules())
         expected.append(gradients(model))
     assert_near_nested(*expected)
 

@@ -357,8 +357,8 @@ def mlp():
 
 def ordinary_loop(options, build="conv_bn"):
     """As in any script: a loss is alive until the next one has been computed."""
-    found = ordinary_loops.iterations("cpu", build, update=update.Update(**options))
-    return [value for iteration in found for value in iteration]
+    result = ordinary_loops.iterations("cpu", build, update=update.Update(**options))
+    return [value for iteration in result for value in iteration]
 
 
 beside_a_loader = functools.partial(ordinary_loop, build=ordinary_loops.BesideALoader)
@@ -501,13 +501,13 @@ def eager(scenario):
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=name)
 def test_whatever_a_caller_does_the_result_is_the_eager_one(scenario):
     with EmulatedDevice() as emulated, warnings.catch_warnings(record=True) as warned:
-        found = scenario(GRAPHS)
-    assert same(found, eager(scenario))
+        result = scenario(GRAPHS)
+    assert same(result, eager(scenario))
     assert [WARNED.get(scenario, "unexpected") in str(w.message) for w in warned] == [True] * (scenario in WARNED)
     assert emulated.replays == SCENARIOS[scenario]
     assert emulated.stream is emulated.default
     for seed in range(5):
-        assert same(emulated.shuffled(seed, found), eager(scenario)), seed
+        assert same(emulated.shuffled(seed, result), eager(scenario)), seed
 
 
 # Planted bugs
@@ -595,13 +595,13 @@ def caught(changed, scenario):
         emulated = patches.enter_context(EmulatedDevice())
         patches.enter_context(warnings.catch_warnings(record=True))
         try:
-            found = scenario(GRAPHS)
+            result = scenario(GRAPHS)
         except (Exception, pytest.fail.Exception):
             return True
     if emulated.replays != SCENARIOS[scenario] or emulated.stream is not emulated.default:
         return True
     try:
-        return any(not same(emulated.shuffled(seed, found), eager(scenario)) for seed in range(20))
+        return any(not same(emulated.shuffled(seed, result), eager(scenario)) for seed in range(20))
     except IndexError:  # garbage where a label was to be
         return True
 
@@ -627,9 +627,9 @@ def test_no_call_that_orders_work_is_without_a_planted_bug():
 @pytest.mark.parametrize("as_torch", UNWINDS)
 def test_after_a_broken_capture_another_model_is_captured_and_memory_comes_back(as_torch):
     with EmulatedDevice(as_torch) as emulated, pytest.warns(UserWarning, match="capture failed") as warned:
-        found = broken_then_good(GRAPHS)
+        result = broken_then_good(GRAPHS)
     gc.collect()
-    assert same(found, eager(broken_then_good))
+    assert same(result, eager(broken_then_good))
     assert emulated.replays == SCENARIOS[broken_then_good]
     assert len(warned) == 1
     assert not emulated.under_way
@@ -674,18 +674,18 @@ def by_torchs_helper(scenario):
 
 
 def test_torchs_own_helper_captures_where_nothing_is_beside_it():
-    found, replays, warned = by_torchs_helper(epochs)
+    result, replays, warned = by_torchs_helper(epochs)
     assert replays == SCENARIOS[epochs]
-    assert same(found, eager(epochs))
+    assert same(result, eager(epochs))
     assert warned == []
 
 
 @pytest.mark.parametrize("scenario", [ordinary_loop, beside_a_loader], ids=["an earlier loss", "a loader"])
 def test_what_breaks_torchs_own_helper_is_seen(scenario):
-    found, replays, warned = by_torchs_helper(scenario)
+    result, replays, warned = by_torchs_helper(scenario)
     assert replays == 0
     assert ["capture failed" in message for message in warned] == [True]
-    assert same(found, eager(scenario))
+    assert same(result, eager(scenario))
 
 
 def test_that_torchs_own_helper_leaves_a_broken_capture_under_way_is_seen():
@@ -736,7 +736,7 @@ class HostDrawing(nn.Module):
     ],
 )
 def test_what_a_graph_would_leave_out_is_named_once_and_runs_eagerly(prepare, reason):
-    found = []
+    result = []
     for options in (EAGER, GRAPHS):
         HostDrawing.generator.manual_seed(0)
         training = Training(options)
@@ -746,10 +746,10 @@ def test_what_a_graph_would_leave_out_is_named_once_and_runs_eagerly(prepare, re
             mock.patch.object(device, "host_generator", return_value=HostDrawing.generator),
             warnings.catch_warnings(record=True) as warned,
         ):
-            found.append(training.run())
+            result.append(training.run())
     assert [reason in str(w.message) for w in warned] == [True]
     assert emulated.replays == 0
-    assert same(*found)
+    assert same(*result)
 
 
 def test_without_a_gradient_to_take_it_runs_eagerly():
@@ -836,7 +836,7 @@ def colourful():
 @pytest.mark.parametrize("bullet", BULLETS)
 def test_channels_last_is_the_format_of_the_update_and_moves_gradients_by_rounding(bullet):
     x, y = torch.rand(6, 3, 6, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64), torch.arange(6) % 5
-    found, formats = [], []
+    result, formats = [], []
     for option in (None, Update()):
         model = small_models.build(colourful)
         model.register_forward_pre_hook(
@@ -844,8 +844,8 @@ def test_channels_last_is_the_format_of_the_update_and_moves_gradients_by_roundi
         )
         generator = torch.Generator().manual_seed(0)
         trades_loss(model, x, y, None, bullet=BULLETS[bullet](), generator=generator, update=option).backward()
-        found.append(small_models.gradients(model))
-    assert_near_nested(*found)
+        result.append(small_models.gradients(model))
+    assert_near_nested(*result)
     halves = formats[: len(formats) // 2], formats[len(formats) // 2 :]
     assert [{last for training, last in half if training} for half in halves] == [{False}, {True}]
 
@@ -867,7 +867,7 @@ def test_of_mart_each_weight_of_the_robust_term_has_its_own_graph():
 )
 def test_everything_together(loss_of, fast):
     """The clean forward of the update runs beside the attack where the update is not from graphs."""
-    found = []
+    result = []
     for runner, how in ((run_eager, Update()), (fast[0](bucket=2), fast[1])):
         model, bullet = small_models.build("conv_bn"), BulletTrain(2, 1, 0)
         x, y = small_models.batch(6)
@@ -876,11 +876,11 @@ def test_everything_together(loss_of, fast):
                 options = {"bullet": bullet, "frozen": Frozen(), "generator": torch.Generator().manual_seed(k)}
                 loss = loss_of(model, x, y, None, **options, runner=runner, update=how)
                 loss.backward()
-        found.append([loss.detach(), *(p.grad for p in model.parameters()), *model.buffers(), bullet.robust_fraction])
+        result.append([loss.detach(), *(p.grad for p in model.parameters()), *model.buffers(), bullet.robust_fraction])
     assert emulated.captures >= (3 if how.graphs else 2)
-    assert same(*found)
+    assert same(*result)
     for seed in range(10):
-        assert same(emulated.shuffled(seed, found[1]), found[0]), seed
+        assert same(emulated.shuffled(seed, result[1]), result[0]), seed
 
 
 @pytest.mark.parametrize("option", ["channels_last", "graphs"])

@@ -33,7 +33,7 @@ def interrupted(how, path):
 
 
 @pytest.mark.parametrize("how", ["dies", "hangs"])
-def test_the_others_are_told_within_the_limit(how, tmp_path):
+def test_the_others_are_notified_within_the_limit(how, tmp_path):
     with pytest.raises(RankError):
         run_ranks(2, interrupted, how, tmp_path / "told")
     step, seconds, error = (tmp_path / "told").read_text().split(maxsplit=2)
@@ -54,5 +54,5 @@ def set_later():
 
 
 def test_a_group_may_be_joined_later():
-    for found in run_ranks(2, set_later):
-        assert found.tolist() == [5, 5, 0]
+    for result in run_ranks(2, set_later):
+        assert result.tolist() == [5, 5, 0]

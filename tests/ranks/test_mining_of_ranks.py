@@ -25,12 +25,12 @@ RULES = {
 def minibatches(sizes, seed, dtype=torch.float32):
     """Clean and adversarial logits and labels of ranks with so many samples."""
     g = torch.Generator().manual_seed(seed)
-    found = []
+    result = []
     for m in sizes:
         z, y = torch.randn(m, 5, generator=g, dtype=torch.float64).to(dtype) * 2, torch.randint(5, (m,), generator=g)
         z = torch.where(torch.rand(m, 1, generator=g) < 0.6, z + 3 * torch.nn.functional.one_hot(y, 5), z)
-        found.append((z, z.flip(0), y))
-    return found
+        result.append((z, z.flip(0), y))
+    return result
 
 
 def mined(bullet, z, z_adv, y):
@@ -56,20 +56,20 @@ def states(bullet):
 
 def together(rule, rounds, dtype):
     bullet = BulletTrain(4, 2, 1, **RULES[rule], process_group=dist.group.WORLD)
-    found = []
+    result = []
     for seed, sizes in enumerate(rounds):
         own = minibatches(sizes, seed, dtype)[dist.get_rank()]
-        found.append(mined(bullet, *own) | states(bullet))
-    return found
+        result.append(mined(bullet, *own) | states(bullet))
+    return result
 
 
 def alone(rule, rounds, dtype):
     bullet = BulletTrain(4, 2, 1, **RULES[rule])
-    found = []
+    result = []
     for seed, sizes in enumerate(rounds):
         whole = [torch.cat(parts) for parts in zip(*minibatches(sizes, seed, dtype), strict=True)]
-        found.append(mined(bullet, *whole) | states(bullet))
-    return found
+        result.append(mined(bullet, *whole) | states(bullet))
+    return result
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -142,10 +142,10 @@ def with_a_fault(where, rank_of_fault):
 )
 def test_a_fault_of_one_rank_is_raised_on_all_and_the_next_minibatch_is_sound(where, step, message):
     (first, f_r), (second, same) = run_ranks(2, with_a_fault, where, 1)
-    assert [found and found.split(": samples")[0] for found in second] == first
+    assert [result and result.split(": samples")[0] for result in second] == first
     assert (where == "logits") == str(second[step]).endswith(": samples 2")  # as only the rank itself knows
     assert f_r == same
-    assert [found is not None for found in first] == [k == step for k in range(3)]
+    assert [result is not None for result in first] == [k == step for k in range(3)]
     assert first[step].startswith(message)
 
 
@@ -158,16 +158,16 @@ def saved_by_one_rank():
     z, z_adv, y = minibatches((4, 4), 0)[dist.get_rank()]
     bullet.plan(z, y)
     bullet.observe(z_adv, y)
-    found = {}
+    result = {}
     if dist.get_rank() == 0:
         file = io.BytesIO()
         torch.save(bullet.state_dict(), file)
-        found["saved"] = torch.load(io.BytesIO(file.getvalue()), weights_only=True)["robust_fraction"]
+        result["saved"] = torch.load(io.BytesIO(file.getvalue()), weights_only=True)["robust_fraction"]
         twin = copy.deepcopy(bullet)
         assert twin.ranks is bullet.ranks
-        found["copied"] = twin.robust_fraction.clone()
+        result["copied"] = twin.robust_fraction.clone()
     bullet.plan(z, y)
-    return found | {"robust_fraction": bullet.robust_fraction.clone()}
+    return result | {"robust_fraction": bullet.robust_fraction.clone()}
 
 
 def test_one_rank_saves_what_all_have():
@@ -200,8 +200,8 @@ def guarded_together():
 
 def test_a_minibatch_that_is_skipped_moves_nothing_with_a_group_either():
     expected = after_a_skipped_minibatch(None)
-    (found,) = run_ranks(1, guarded_together)
-    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    (result,) = run_ranks(1, guarded_together)
+    assert all(torch.equal(result[name], value) for name, value in expected.items())
 
 
 def test_what_is_no_process_group_is_refused():

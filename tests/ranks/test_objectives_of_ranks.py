@@ -72,7 +72,7 @@ LOSSES = {
 
 def trained(model, loss_of, x, y, numbers, bullet, generator, **options):
     """Losses, gradients and states of three iterations of SGD. In ℓ2 the attack draws too: starts go by numbers."""
-    optimizer, found = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9), []
+    optimizer, result = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9), []
     for step in range(3):
         given = OPTIONS | {"bullet": bullet, "generator": generator} | options
         images = x[step] if "normalization" not in options else (x[step] - 0.4) / 0.3
@@ -81,7 +81,7 @@ def trained(model, loss_of, x, y, numbers, bullet, generator, **options):
         loss = loss_of(model, images, y[step], optimizer, **given)
         loss.backward()
         optimizer.step()
-        found.append(
+        result.append(
             {
                 "loss": loss.detach(),
                 "gradients": [p.grad.clone() for p in model.parameters()],
@@ -90,7 +90,7 @@ def trained(model, loss_of, x, y, numbers, bullet, generator, **options):
                 "bullet": {k: v.clone() for k, v in bullet.state_dict().items()},
             }
         )
-    return found
+    return result
 
 
 def data(count, rank):
@@ -129,7 +129,7 @@ def test_ranks_train_as_one_process(name, build, count, balance):
     of_ranks = run_ranks(count, on_ranks, name, build, balance)
     assert bullet.group_counts.min() > 0
     for step, one in enumerate(expected):
-        each = [found[step] for found in of_ranks]
+        each = [result[step] for result in of_ranks]
         torch.testing.assert_close(sum(e["loss"] for e in each) / count, one["loss"], **CLOSE)
         for e in each:
             torch.testing.assert_close(e["gradients"], one["gradients"], **CLOSE)
@@ -205,7 +205,7 @@ def wrapped_losses(build, wrap):
     model = DistributedDataParallel(model, broadcast_buffers=True) if wrap else model
     x, y = batch(8)
     images = x.repeat(1, 1, 4, 4)[..., :16, :16].float()
-    found = []
+    result = []
     for loss_of in (
         lambda: trades_loss(model, x, y, None, **OPTIONS),
         lambda: mart_loss(model, x, y, None, **OPTIONS),
@@ -216,8 +216,8 @@ def wrapped_losses(build, wrap):
         loss = loss_of()
         model.zero_grad()
         loss.backward()
-        found.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
-    return found
+        result.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
+    return result
 
 
 def batch_norm():
@@ -227,5 +227,5 @@ def batch_norm():
 @pytest.mark.parametrize("build", [plain, batch_norm])
 def test_a_wrapped_model_of_one_rank_trains_as_the_model_itself(build):
     (wrapped,) = run_ranks(1, wrapped_losses, build, True)
-    for found, expected in zip(wrapped, wrapped_losses(build, False), strict=True):
-        torch.testing.assert_close(found, expected, **CLOSE)
+    for result, expected in zip(wrapped, wrapped_losses(build, False), strict=True):
+        torch.testing.assert_close(result, expected, **CLOSE)

@@ -79,8 +79,8 @@ def test_a_sharded_model_trains_as_one_process_with_all_samples(name):
     assert [*first["robust"], *second["robust"]] == expected["robust"]
     for a, b, one in zip(first["losses"], second["losses"], expected["losses"], strict=True):
         torch.testing.assert_close((a + b) / 2, one, **CLOSE)
-    for found in (first, second):
-        torch.testing.assert_close(found["parameters"], expected["parameters"], **CLOSE)
+    for result in (first, second):
+        torch.testing.assert_close(result["parameters"], expected["parameters"], **CLOSE)
 
 
 def uneven_attacks(frozen):

@@ -14,8 +14,8 @@ CLASSES = st.one_of(st.sampled_from([2, 3, 10, 16, 100, 1000, 1001]), st.integer
 def same(z, target):
     for scaled in (True, False):
         with rows_cases.poisoned():
-            found = launch_ascent_direction(z, target, scaled)
-        rows_cases.assert_same_direction(found, ascent_direction_reference(z, target, scaled))
+            result = launch_ascent_direction(z, target, scaled)
+        rows_cases.assert_same_direction(result, ascent_direction_reference(z, target, scaled))
 
 
 @settings(max_examples=30, deadline=None)

@@ -18,8 +18,8 @@ def check(launch, arguments):
     expected = run(op.assign_reference, arguments)
     with poisoned_memory(), warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # numpy's, of Inf - Inf
-        found = run(launch, arguments)
-    assert_same(found, expected)
+        result = run(launch, arguments)
+    assert_same(result, expected)
 
 
 cases = st.builds(

@@ -64,9 +64,9 @@ def test_rows_whose_loss_is_infinite_or_without_a_class(name, classes):
     if name == "mart_loss":
         case.arguments[2][:4] = torch.tensor([-1, classes, 1, 2**40])
     case.logits[0][4] = -torch.inf
-    found, expected = case.run("launch"), case.run("reference")
-    assert found[0][2].isinf() == (name != "js_divergence")
-    for a, b in zip(found, expected, strict=True):
+    result, expected = case.run("launch"), case.run("reference")
+    assert result[0][2].isinf() == (name != "js_divergence")
+    for a, b in zip(result, expected, strict=True):
         assert torch.equal(a.isnan(), b.isnan())
         assert torch.equal(a.isinf(), b.isinf())
         torch.testing.assert_close(a[[1, 3]], b[[1, 3]], rtol=1e-5, atol=2e-2, equal_nan=True)
@@ -88,9 +88,9 @@ def test_of_equal_runner_ups_the_first(classes):
     adversarial[:, [2, classes - 2]] = 5.0
     labels = torch.tensor([0, 2])
     case = divergence_cases.Case("mart_loss", (torch.zeros(2, classes), adversarial, labels, 0.0))
-    found = case.run("launch")
-    assert_right(case, found)
-    assert found[2].argmax(dim=1).tolist() == [2, classes - 2]
+    result = case.run("launch")
+    assert_right(case, result)
+    assert result[2].argmax(dim=1).tolist() == [2, classes - 2]
 
 
 @pytest.mark.parametrize("name", LOSSES)

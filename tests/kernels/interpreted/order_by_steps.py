@@ -17,8 +17,8 @@ LAUNCHES = [op.launch_order, op.launch_order_in_blocks]
 def check(launch, steps, most):
     expected = op.order_reference(steps, most)
     with poisoned_memory():
-        found = launch(steps, most)
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        result = launch(steps, most)
+    assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
 
 
 @pytest.mark.parametrize("launch", LAUNCHES)

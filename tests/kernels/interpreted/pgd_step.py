@@ -23,8 +23,8 @@ options = {"last": flag, "counts": flag, "flags": flag}
 )
 def test_linf(n, shape, dtype, seed, options):
     case = pgd_cases.case(n, shape, dtype, seed, **options)
-    found = case.run(pgd_step.launch_linf)
-    pgd_cases.assert_same(found, case.run(pgd_step.linf_reference))
+    result = case.run(pgd_step.launch_linf)
+    pgd_cases.assert_same(result, case.run(pgd_step.linf_reference))
 
 
 @settings(max_examples=40, deadline=None)

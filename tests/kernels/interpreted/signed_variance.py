@@ -13,8 +13,8 @@ CLASSES = st.one_of(st.sampled_from([2, 3, 10, 16, 100, 1000, 1001]), st.integer
 
 def same(z, y):
     with rows_cases.poisoned():
-        found = launch_signed_variance(z, y)
-    rows_cases.assert_same_mining(found, signed_variance_reference(z, y))
+        result = launch_signed_variance(z, y)
+    rows_cases.assert_same_mining(result, signed_variance_reference(z, y))
 
 
 @settings(max_examples=30, deadline=None)

@@ -15,11 +15,11 @@ unit = st.floats(0, 1)
 
 
 def same(z, y, f_r=0.3, gamma=0.8, momentum=0.9):
-    found, expected = rows_cases.state(f_r), rows_cases.state(f_r)
+    result, expected = rows_cases.state(f_r), rows_cases.state(f_r)
     with rows_cases.poisoned():
-        ops.launch_update_fraction(*found, z, y, gamma, momentum)
+        ops.launch_update_fraction(*result, z, y, gamma, momentum)
     ops.update_fraction_reference(*expected, z, y, gamma, momentum)
-    assert found == expected
+    assert result == expected
 
 
 @settings(max_examples=40, deadline=None)
