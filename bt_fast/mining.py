@@ -210,14 +210,14 @@ class BulletTrain(nn.Module):
             self._last = LastMinibatch()
         return self._last.reused() if self._reuse else None
 
-    def start_again(self, new: Sequence[Fault]) -> CheckedRead:
-        """The read of a pass that plans nothing, of unreported faults and this pass's; collective with ranks."""
-        counts = faults.counts_of(new)
+    def start_again(self, inputs: Sequence[Fault]) -> CheckedRead:
+        """The read of a pass that plans nothing: unreported faults, then those of its inputs; collective with ranks."""
+        counts = faults.counts_of(inputs)
         if self.ranks is not None:
             counts = self.ranks.start_sum(counts)()
         self.finish()
         earlier = self._earlier_faults()
-        read = CheckedRead(torch.cat([faults.counts_of(earlier), counts]), [*earlier, *new])
+        read = CheckedRead(torch.cat([faults.counts_of(earlier), counts]), [*earlier, *inputs])
         self._clear_earlier_faults()
         return read
 

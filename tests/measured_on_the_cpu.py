@@ -10,6 +10,7 @@ from unittest import mock
 import nvml_stub
 import torch
 
+from benchmarks.engine_parts import trades_by
 from benchmarks.on_gpu import bandwidth, captures, iteration, variants
 from benchmarks.on_gpu.iterations import tried_last
 from benchmarks.on_gpu.stage import Context
@@ -38,7 +39,7 @@ def left_out(scratch):
     result, tried, exact = {}, {}, {}
     for name, ours in {"as it is": trades_loss, "beta": wrong_beta, "warns": warns, "raises": raises}.items():
         context = Context(name, "", time.monotonic() + 1000, scratch, True, "", None, 8.0)
-        with mock.patch.object(variants, "trades_loss", ours):
+        with mock.patch.object(variants, "trades_by", lambda *_, ours=ours, **__: ours):
             try:
                 iteration.check(context, "n/tf32", bench, [variants.BY_NAME["optimised"]])
             except iteration.LeftOutError as error:
@@ -129,13 +130,18 @@ def checked(scratch):
     """The steps of each update in a check for exactness on a bench that takes ten; its robust share; what NaN gives."""
     bench, steps, robust = variants.Bench("wrn-10-1", "tf32", 4, CPU), [], []
 
-    def noted(*given, bullet=None, **options):
-        steps.append([options.get("perturb_steps"), None if bullet is None else bullet.boundary_steps])
-        robust.append(None if bullet is None else bullet.robust_fraction.item())
-        return trades_loss(*given, bullet=bullet, **options)
+    def noted_by(*parts, bullet=None, **more):
+        loss_of = trades_by(*parts, bullet=bullet, **more)
+
+        def noted(*given, **options):
+            steps.append([options.get("perturb_steps"), None if bullet is None else bullet.boundary_steps])
+            robust.append(None if bullet is None else bullet.robust_fraction.item())
+            return loss_of(*given, **options)
+
+        return noted
 
     exactness = variants.Exactness(bench)
-    with mock.patch.object(variants, "trades_loss", noted):
+    with mock.patch.object(variants, "trades_by", noted_by):
         differences = [exactness.difference(variant) for variant in some("optimised", "bullet")]
     expected = bench.workload.bullet.robust_fraction.item()
     reported = {"steps": steps, "differences": differences, "as the bench": robust[3] == expected == robust[6]}

@@ -571,7 +571,7 @@ IN_UPDATE = [
     Bug("one graph for all modes", "values=plain_values(model)", "values=()", other_numbers),
     Bug("graphs of weights that are gone", "(t.data_ptr(), t.shape", "(t.shape", replaced_parameter),
     Bug("one graph whatever is trained", "t.dtype, t.requires_grad)", "t.dtype)", fewer_trained),
-    Bug("replayed where it must run again", "met.replayable, given", "True, given", dropout),
+    Bug("replayed where it must run again", "history.replayable, given", "True, given", dropout),
     Bug(
         "the cast weights are cached",
         "from bt_fast.attack.forward import caller_autocast, plain_values, uncached",
