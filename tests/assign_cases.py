@@ -55,10 +55,10 @@ def run(assign, arguments):
     return *assign(**given), given["group_counts"]
 
 
-def assert_same(found, expected):
+def assert_same(result, expected):
     """Equal to the bit, NaN for NaN."""
     names = ("threshold", "group", "steps", "step_size", "order", "counts", "group_counts")
-    for name, a, b in zip(names, found, expected, strict=True):
+    for name, a, b in zip(names, result, expected, strict=True):
         assert (a is None) == (b is None), name
         if a is not None:
             assert a.dtype == b.dtype, name

@@ -83,23 +83,23 @@ def _strided(z, strides, g):
     return wide[:, :classes]
 
 
-def assert_right(case, found):
+def assert_right(case, result):
     """`found` is what the reference gives in double precision, to the rounding of float32 and then of the dtype.
 
     A row's rounding scales with its loss, since a gradient is a difference of terms as large, and a class's with its
     probabilities p, which have the rounding of log p.
     """
     loss, *gradients = case.double().run("reference")
-    assert found[0].dtype == torch.float32
+    assert result[0].dtype == torch.float32
     scale = 1.0 + loss.abs()
-    _assert_close(found[0], loss, 2e-6 * scale)
+    _assert_close(result[0], loss, 2e-6 * scale)
     log_ps = [z.log_softmax(dim=1).clamp(min=-1e4) for z in case.double().logits]
     terms = scale[:, None] * (1e-36 + sum(log_p.exp() * (1.0 - log_p) for log_p in log_ps))
     if case.name == "js_divergence":  # at the clamp's bound the gradient jumps
         mean = sum(log_p.exp() for log_p in log_ps) / 3
         terms[(mean - 1e-7).abs() < 1e-12] = torch.inf
-    assert len(found) == 1 + len(gradients)
-    for a, b, z in zip(found[1:], gradients, case.logits, strict=True):
+    assert len(result) == 1 + len(gradients)
+    for a, b, z in zip(result[1:], gradients, case.logits, strict=True):
         assert a.dtype == z.dtype
         assert a.is_contiguous()
         kind = torch.finfo(z.dtype)
@@ -108,7 +108,7 @@ def assert_right(case, found):
         _assert_close(a, b, 2e-6 * (terms + b.abs()) + stored)
 
 
-def _assert_close(found, expected, bound):
-    assert torch.equal(found.isnan(), expected.isnan())
-    error = (found.double() - expected).abs() / bound
+def _assert_close(result, expected, bound):
+    assert torch.equal(result.isnan(), expected.isnan())
+    error = (result.double() - expected).abs() / bound
     assert not (error > 1.0).any(), error.nan_to_num().max()

@@ -82,11 +82,11 @@ def case(
     )
 
 
-def assert_same(found, expected, ulp=0):
+def assert_same(result, expected, ulp=0):
     """Two results of `Case.run`: clean equal to the bit, start to `ulp` units in the last place."""
-    assert torch.equal(bits(found[0]), bits(expected[0]))
-    pgd_cases.assert_same((found[1], None), (expected[1], None), ulp)
-    for a, b in zip(found, expected, strict=True):
+    assert torch.equal(bits(result[0]), bits(expected[0]))
+    pgd_cases.assert_same((result[1], None), (expected[1], None), ulp)
+    for a, b in zip(result, expected, strict=True):
         assert a.stride() == b.stride()
 
 

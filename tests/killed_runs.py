@@ -214,18 +214,18 @@ class Trial:
             kills += 1
         return self._resume({"moment_s": round(seconds, 4), "kills": kills})
 
-    def _resume(self, found):
+    def _resume(self, result):
         left = sorted(path.name for path in self.folder.iterdir()) if self.folder.exists() else []
-        found["half_written_temporary_file"] = any(name.endswith(".part") for name in left)
-        found["checkpoint"] = None
+        result["half_written_temporary_file"] = any(name.endswith(".part") for name in left)
+        result["checkpoint"] = None
         if "checkpoint.pt" in left:
-            found["checkpoint"] = load_checkpoint(self.folder / "checkpoint.pt")[1]["iteration"]
+            result["checkpoint"] = load_checkpoint(self.folder / "checkpoint.pt")[1]["iteration"]
         again = command(self.data, self.folder, self.epochs)
-        found["exit_code"] = to_the_end(again, self.log, self.every_iteration)
-        found["identical"] = found["exit_code"] == 0 and same(outcome(self.folder), self.whole)
-        found["nothing_left"] = not [*self.folder.glob(".*"), *self.folder.glob("*.lock")]
-        found["ok"] = found["identical"] and found["nothing_left"] and found.get("died", True)
-        return found
+        result["exit_code"] = to_the_end(again, self.log, self.every_iteration)
+        result["identical"] = result["exit_code"] == 0 and same(outcome(self.folder), self.whole)
+        result["nothing_left"] = not [*self.folder.glob(".*"), *self.folder.glob("*.lock")]
+        result["ok"] = result["identical"] and result["nothing_left"] and result.get("died", True)
+        return result
 
 
 def pick(operations, count, only, rng):

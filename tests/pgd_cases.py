@@ -118,9 +118,9 @@ def l2_case(n, shape, dtype, seed, *, last=False, counts=False, flags=False, see
     )
 
 
-def assert_same(found, expected, ulp=0):
+def assert_same(result, expected, ulp=0):
     """Two results of `Case.run` are equal, NaN for NaN, to `ulp` units in the last place of the buffer."""
-    a, b = found[0], expected[0]
+    a, b = result[0], expected[0]
     if ulp:
         assert torch.equal(a.isnan(), b.isnan())
         bits = {2: torch.int16, 4: torch.int32}[a.element_size()]
@@ -128,14 +128,14 @@ def assert_same(found, expected, ulp=0):
         assert (apart[~a.isnan() & (a != b)] <= ulp).all()
     else:
         torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
-    assert (found[1] is None) == (expected[1] is None)
-    assert found[1] is None or torch.equal(found[1], expected[1])
+    assert (result[1] is None) == (expected[1] is None)
+    assert result[1] is None or torch.equal(result[1], expected[1])
 
 
-def assert_near(found, expected):
+def assert_near(result, expected):
     """Two results of `Case.run` are equal but for the last bits, which depend on the order of the norms' sums."""
-    eps = torch.finfo(found[0].dtype).eps
-    atol = eps if found[0].element_size() == 2 else 8 * eps
-    torch.testing.assert_close(found[0], expected[0], rtol=0, atol=atol, equal_nan=True)
-    assert (found[1] is None) == (expected[1] is None)
-    assert found[1] is None or torch.equal(found[1], expected[1])
+    eps = torch.finfo(result[0].dtype).eps
+    atol = eps if result[0].element_size() == 2 else 8 * eps
+    torch.testing.assert_close(result[0], expected[0], rtol=0, atol=atol, equal_nan=True)
+    assert (result[1] is None) == (expected[1] is None)
+    assert result[1] is None or torch.equal(result[1], expected[1])

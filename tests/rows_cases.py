@@ -89,12 +89,12 @@ def poisoned():
         torch.use_deterministic_algorithms(False)
 
 
-def assert_same_mining(found, expected):
+def assert_same_mining(result, expected):
     """Two results of `signed_variance`: SVar and probabilities to an ulp of float32, the sign of 0 too."""
-    for a, b in zip(found, expected, strict=True):
+    for a, b in zip(result, expected, strict=True):
         assert a.dtype == b.dtype
         assert a.shape == b.shape
-    (svar, correct, probabilities, unfit), b = found, expected
+    (svar, correct, probabilities, unfit), b = result, expected
     assert torch.equal(correct, b[1])
     assert torch.equal(unfit, b[3])
     assert_ulp(probabilities, b[2])
@@ -126,8 +126,8 @@ def target_for(z, seed):
     return torch.stack([own, near, far, hot, tiny, broken])[choice, torch.arange(n)]
 
 
-def assert_same_direction(found, expected, ulps=0):
+def assert_same_direction(result, expected, ulps=0):
     """Two results of `ascent_direction`, to the bit where the softmax is the same, the sign of 0 apart."""
-    assert found.dtype == expected.dtype
-    eps = torch.finfo(found.dtype).eps
-    torch.testing.assert_close(found, expected, rtol=ulps * eps, atol=0, equal_nan=True)
+    assert result.dtype == expected.dtype
+    eps = torch.finfo(result.dtype).eps
+    torch.testing.assert_close(result, expected, rtol=ulps * eps, atol=0, equal_nan=True)

@@ -75,11 +75,11 @@ def ordered():
     return order_by_steps(STEPS, 5)
 
 
-def assert_plain(said, *words):
+def assert_plain(messages, *words):
     """The op is plain torch's, whose warning was alone and has these words."""
     for result, expected in zip(ordered(), order_reference(STEPS, 5), strict=True):
         assert torch.equal(result, expected)
-    (warning,) = said
+    (warning,) = messages
     text = str(warning.message)
     assert text.startswith("bt_fast runs in plain torch on cpu, since ")
     assert "results are the same, but without fused kernels each op is many launches" in text

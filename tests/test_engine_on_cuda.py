@@ -40,8 +40,8 @@ def updates(loss_of, steps=4, bullet=True, **options):
     return result
 
 
-def assert_same(found, expected):
-    for mine, theirs in zip(found, expected, strict=True):
+def assert_same(result, expected):
+    for mine, theirs in zip(result, expected, strict=True):
         for a, b in zip(mine, theirs, strict=True):
             scale = max(1e-3, float(b.abs().max()))
             torch.testing.assert_close(a, b, rtol=0, atol=TOLERANCE * scale)

@@ -45,8 +45,8 @@ def pixels(*values):
     return torch.tensor(values, dtype=torch.float64).view(-1, 1, 1, 1)
 
 
-def counts(found):
-    return found.clean_correct, found.robust_correct, found.total
+def counts(result):
+    return result.clean_correct, result.robust_correct, result.total
 
 
 def generator(seed=3):
@@ -75,8 +75,8 @@ def in_batches(x, y, size):
     return zip(x.split(size), y.split(size), strict=True)
 
 
-def fate(found):
-    return list(zip(found.restart.tolist(), found.step.tolist(), strict=True))
+def fate(result):
+    return list(zip(result.restart.tolist(), result.step.tolist(), strict=True))
 
 
 class Sizes:

@@ -15,10 +15,10 @@ ROOT = Path(__file__).parents[1]
 MEANT = "If the change is meant: python -m tests.public_api --write, and say so to users in the commit."
 
 
-def difference(found, expected):
+def difference(result, expected):
     """Lines that are gone and lines that are new."""
-    gone = [f"- {line}" for line in expected if line not in found]
-    return "\n".join([*gone, *(f"+ {line}" for line in found if line not in expected)])
+    gone = [f"- {line}" for line in expected if line not in result]
+    return "\n".join([*gone, *(f"+ {line}" for line in result if line not in expected)])
 
 
 def test_the_public_api_is_the_one_that_was_published():

@@ -33,12 +33,12 @@ def literally(z, y):
     return [np.array(column) for column in zip(*results, strict=True)]
 
 
-def assert_accurate(found, expected, k):
+def assert_accurate(result, expected, k):
     """To 1e-6 of each number, and where a row is all but uniform, to 1e-24/K²."""
     svar, correct, probabilities, unfit = expected
-    assert found.correct.tolist() == correct.tolist()
-    assert found.unfit.tolist() == unfit.tolist()
-    for a, b, least in ((found.svar, svar, 1e-24 / k**2), (found.probabilities, probabilities, 1e-45)):
+    assert result.correct.tolist() == correct.tolist()
+    assert result.unfit.tolist() == unfit.tolist()
+    for a, b, least in ((result.svar, svar, 1e-24 / k**2), (result.probabilities, probabilities, 1e-45)):
         a = a.numpy().astype(np.longdouble)
         assert (np.isnan(a) == np.isnan(b)).all()
         number = ~np.isnan(b)

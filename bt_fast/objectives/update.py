@@ -45,7 +45,7 @@ class Update:
             up to rounding.
         graphs: forwards, loss and backward are replayed from CUDA graphs: the eager result, exactly. An update is
             captured when it comes for the second time with the same shapes, modes and weights' addresses; one whose
-            number of corrupted rows varies (`unperturbed="skip"`) when that number comes for the eighth time. The 8
+            number of adversarial rows varies (`unperturbed="skip"`) when that number comes for the eighth time. The 8
             used last are kept for each model. A change of anything that a graph has fixed makes a new key: a parameter
             replaced, moved, or no longer trained, a mode, a Python number of a module (a norm's momentum, say), MART's
             β, the caller's autocast, whose cast weights are not cached then. The loss has one backward; an earlier one

@@ -58,8 +58,8 @@ class Training:
         return result
 
 
-def same(found, expected):
-    return all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+def same(result, expected):
+    return all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
 
 
 def mlp():
@@ -310,9 +310,9 @@ def under_emulation(scenario, runner, changed):
             return None, emulated
 
 
-def near(found, expected):
+def near(result, expected):
     """To the last bits, which in ℓ2 depend on the batch's size."""
-    return all(torch.allclose(a, b, rtol=0, atol=1e-13, equal_nan=True) for a, b in zip(found, expected, strict=True))
+    return all(torch.allclose(a, b, rtol=0, atol=1e-13, equal_nan=True) for a, b in zip(result, expected, strict=True))
 
 
 CAPTURE = "with device.capture(pool) as graph:\n            "

@@ -41,14 +41,14 @@ def outcomes(cases: int, seed: int, only: list[str], verbose: bool):
         yield fuzz_bytes(name, count - by_coverage * (count // 2), seed, verbose)
 
 
-def report(found: list[Outcome], seed: int) -> dict[str, object]:
-    totals = {key: sum(getattr(o, key) for o in found) for key in ("cases", "accepted", "rejected")}
+def report(result: list[Outcome], seed: int) -> dict[str, object]:
+    totals = {key: sum(getattr(o, key) for o in result) for key in ("cases", "accepted", "rejected")}
     versions = {"hypothesis": hypothesis.__version__, "atheris": "used" if has_atheris() else "not installed"}
     return {
         "machine": machine(torch.device("cpu")) | versions,
         "seed": seed,
-        "total": totals | {"failures": sum(sum(o.failures.values()) for o in found)},
-        "targets": [asdict(o) | {"seconds": round(o.seconds, 1)} for o in found],
+        "total": totals | {"failures": sum(sum(o.failures.values()) for o in result)},
+        "targets": [asdict(o) | {"seconds": round(o.seconds, 1)} for o in result],
     }
 
 

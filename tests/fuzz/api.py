@@ -78,7 +78,7 @@ def call(function, arguments, *, check=None, state=lambda: (), reset=lambda: Non
         run=lambda: function(**arguments),
         names=(*arguments, *names),
         told=told(arguments),
-        check=lambda found: check(found) if check else None,
+        check=lambda result: check(result) if check else None,
         state=lambda: (*given, *state()),
         reset=reset,
         late=late,
@@ -330,11 +330,11 @@ def perturbed(draw):
     mining = options.get("mining")
     model.train(draw(st.booleans()))
 
-    def check(found):
+    def check(result):
         attack = options["attack"]
-        expect(found.shape == x.shape and found.dtype == x.dtype, "another shape or dtype")
-        expect(not found.requires_grad and bool(found.isfinite().all()), "a gradient, or no finite pixels")
-        moved = (found - x).flatten(1).abs()
+        expect(result.shape == x.shape and result.dtype == x.dtype, "another shape or dtype")
+        expect(not result.requires_grad and bool(result.isfinite().all()), "a gradient, or no finite pixels")
+        moved = (result - x).flatten(1).abs()
         reach = moved.amax() if attack.norm == "linf" else moved.norm(dim=1).amax()
         room = attack.epsilon * (1 + 1e-4) + (
             0.01 if attack.start != "uniform" else 1e-5
@@ -449,8 +449,8 @@ def further_pass(draw):
         with bullet.again(reuse=reuse):
             return loss(**given)
 
-    def check(found):
-        expect(math.isfinite(found.item()) and found.requires_grad, "the loss is not finite, or has no gradient")
+    def check(result):
+        expect(math.isfinite(result.item()) and result.requires_grad, "the loss is not finite, or has no gradient")
         expect(all(map(torch.equal, state_of(bullet), state)), "the mining has moved")
 
     return call(
@@ -604,12 +604,12 @@ def evaluation(draw):
     if absurd(arguments["restarts"]):
         arguments["restarts"] = 1
 
-    def check(found):
+    def check(result):
         total = sum(len(x) for x, _ in batches)
-        expect(found.total == total == len(found.restart), "the samples do not sum to the total")
-        expect(found.robust_correct <= found.clean_correct <= total, "more robust than clean")
-        expect(len(found.robust_samples) == found.robust_correct, "the robust samples are others")
-        expect(bool(((found.step == STOOD) == (found.restart == STOOD)).all()), "step and restart differ")
+        expect(result.total == total == len(result.restart), "the samples do not sum to the total")
+        expect(result.robust_correct <= result.clean_correct <= total, "more robust than clean")
+        expect(len(result.robust_samples) == result.robust_correct, "the robust samples are others")
+        expect(bool(((result.step == STOOD) == (result.restart == STOOD)).all()), "step and restart differ")
 
     words = ("images", "labels", "samples", "logits", "gradient", "tensors")
     return call(
@@ -655,7 +655,7 @@ def normalisation(draw):
         x = torch.rand(2, len(given["mean"]), 3, 3)
         return x, front.pixels(front(x), 0.0, 1.0)
 
-    return call(run, arguments, check=lambda found: expect(torch.allclose(*found, atol=1e-5), "other pixels"))
+    return call(run, arguments, check=lambda result: expect(torch.allclose(*result, atol=1e-5), "other pixels"))
 
 
 # Several ranks
@@ -770,15 +770,15 @@ def plan(draw):
     if isinstance(bullet.policy, allocation.Oracle) or draw(st.integers(0, 19)) == 0:
         arguments["attacked_logits"] = logits_of(draw, count_of(logits), classes_of(logits))
 
-    def check(found):
+    def check(result):
         m, most = len(logits), max(bullet.boundary_steps, bullet.robust_steps, bullet.outlier_steps)
-        expect(sum(found.group_sizes) == m == int(found.counted_groups.sum()), "the groups do not sum to m")
-        expect(sorted(found.order.tolist()) == list(range(m)), "the order is no permutation")
-        expect(bool((found.steps[found.order].diff() <= 0).all()), "steps increase")
-        expect(bool(((found.steps >= 0) & (found.steps <= most)).all()), "steps out of range")
-        expect(sum(found.active_counts) == int(found.steps.sum()), "the counts do not sum to the steps")
-        expect(bool(((found.step_size > 0) == (found.steps > 0)).all()), "a size of 0, or of no step")
-        expect(bool(((found.probabilities.sum(1) - 1).abs() < 1e-3).all()), "probabilities do not sum to 1")
+        expect(sum(result.group_sizes) == m == int(result.counted_groups.sum()), "the groups do not sum to m")
+        expect(sorted(result.order.tolist()) == list(range(m)), "the order is no permutation")
+        expect(bool((result.steps[result.order].diff() <= 0).all()), "steps increase")
+        expect(bool(((result.steps >= 0) & (result.steps <= most)).all()), "steps out of range")
+        expect(sum(result.active_counts) == int(result.steps.sum()), "the counts do not sum to the steps")
+        expect(bool(((result.step_size > 0) == (result.steps > 0)).all()), "a size of 0, or of no step")
+        expect(bool(((result.probabilities.sum(1) - 1).abs() < 1e-3).all()), "probabilities do not sum to 1")
 
     return call(
         bullet.plan,
@@ -815,8 +815,8 @@ def rules_of_ones_own(draw):
     bullet = BulletTrain(2, 1, 0, **rule)
     arguments = {"logits": torch.randn(m, CLASSES), "labels": torch.zeros(m, dtype=torch.int64)}
 
-    def check(found):
-        expect(sum(found.active_counts) == int(found.steps.sum()), "the counts do not sum to the steps")
+    def check(result):
+        expect(sum(result.active_counts) == int(result.steps.sum()), "the counts do not sum to the steps")
 
     return call(bullet.plan, arguments, check=check, state=lambda: state_of(bullet), names=("metric", "policy"))
 
@@ -861,8 +861,8 @@ def loaded_state(draw):
             raise ValueError("state_dict: give a state that fits") from error
         return bullet.plan(torch.randn(3, CLASSES), torch.tensor([0, 1, 2]))
 
-    def check(found):
-        expect(sum(found.group_sizes) == 3, "the groups do not sum to m")
+    def check(result):
+        expect(sum(result.group_sizes) == 3, "the groups do not sum to m")
 
     return Case(load, ("state_dict", "earlier", "BulletTrain", *state), told(state), check)
 
@@ -897,9 +897,9 @@ def rows_ops(draw):
     }
     function = draw(st.sampled_from(list(calls)))
 
-    def check(found):
+    def check(result):
         if function is ops.signed_variance:
-            expect(found.svar.shape == (len(z),) and found.probabilities.shape == z.shape, "shapes")
+            expect(result.svar.shape == (len(z),) and result.probabilities.shape == z.shape, "shapes")
 
     return call(function, calls[function], check=check)
 
@@ -936,8 +936,8 @@ def assign_op(draw):
     if draw(st.booleans()):
         arguments["unfit"] = draw(any_tensor(mostly(tensors(st.just((m,)), st.just(torch.uint8)), WILD_TENSORS)))
 
-    def check(found):
-        _, _, steps, _, order, counts = found
+    def check(result):
+        _, _, steps, _, order, counts = result
         if not steps.is_meta:
             expect(sorted(order.tolist()) == list(range(m)), "the order is no permutation")
             expect(int(counts[max(arguments["group_steps"]) :][:3].sum()) == m, "the groups do not sum to m")
@@ -1010,8 +1010,8 @@ def gather_start_op(draw):
         "scale": draw(st.floats(0, 1)),
     }
 
-    def check(found):
-        clean, start = found
+    def check(result):
+        clean, start = result
         expect(clean.shape == x.shape == start.shape and clean.dtype == x.dtype, "shapes")
 
     return call(ops.gather_start, arguments, check=check)
@@ -1030,8 +1030,8 @@ def augmix_choices(draw):
         "generator": draw(st.one_of(st.none(), SEEDS.map(lambda s: torch.Generator().manual_seed(s)))),
     }
 
-    def check(found):
-        expect(bool(((found.weights.sum(1) - 1).abs() < 1e-9).all()), "weights do not sum to 1")
+    def check(result):
+        expect(bool(((result.weights.sum(1) - 1).abs() < 1e-9).all()), "weights do not sum to 1")
 
     return call(draw_choices, arguments, check=check)
 
@@ -1043,10 +1043,10 @@ def augmix_images(draw):
     x = draw(floats_of((n, *shape), ("uniform", "constant", "zero"), FLOATS, 10))
     choices = draw_choices(draw(mostly(st.just(n), st.integers(0, 4))), torch.device("cpu"))
 
-    def check(found):
-        expect(found.shape == x.shape and found.dtype == x.dtype, "shapes")
+    def check(result):
+        expect(result.shape == x.shape and result.dtype == x.dtype, "shapes")
         if bool(((x >= 0) & (x <= 1)).all()):
-            expect(bool((found >= -1e-2).all() and (found <= 1 + 1e-2).all()), "out of bounds")
+            expect(bool((result >= -1e-2).all() and (result <= 1 + 1e-2).all()), "out of bounds")
 
     return call(augment_and_mix, {"x": x, "choices": choices}, check=check)
 

@@ -46,10 +46,10 @@ def on_stub(folder, config, **options):
         return Run(folder, config, blobs(), CPU, **options)
 
 
-def told(found):
-    report.summarise(found, lambda _: None)
-    summary = json.loads((found.folder / "summary.json").read_text())
-    return summary["methods"], [r for r in found.records() if r["kind"] == "epoch"]
+def told(result):
+    report.summarise(result, lambda _: None)
+    summary = json.loads((result.folder / "summary.json").read_text())
+    return summary["methods"], [r for r in result.records() if r["kind"] == "epoch"]
 
 
 def trained_with_a_break(folder):

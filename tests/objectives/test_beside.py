@@ -29,8 +29,8 @@ BULLETS = {
 VIEW = Frozen(channels_last=False)
 
 
-def same(found, expected):
-    return len(found) == len(expected) and all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+def same(result, expected):
+    return len(result) == len(expected) and all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
 
 
 def training(runner, bullet=lambda: None, frozen=VIEW, build="conv_bn", steps=3):

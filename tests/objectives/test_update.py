@@ -75,8 +75,8 @@ class Training:
         return self.found
 
 
-def same(found, expected):
-    return len(found) == len(expected) and all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+def same(result, expected):
+    return len(result) == len(expected) and all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
 
 
 NOT_CAPTURED = {

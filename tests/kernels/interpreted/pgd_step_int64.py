@@ -38,9 +38,9 @@ def last(value, dtype=torch.int8):
     return x
 
 
-def linf(name, found):
+def linf(name, result):
     x, grad, clean = images(10, 20, 30), images(1, -1, 1), images(10, 20, 30)
-    kernels[name][(ROWS,)](x, grad, clean, torch.full((ROWS,), 7.0), None, None, *found, 5.0, 0.0, 100.0, BLOCK=BLOCK)
+    kernels[name][(ROWS,)](x, grad, clean, torch.full((ROWS,), 7.0), None, None, *result, 5.0, 0.0, 100.0, BLOCK=BLOCK)
     assert [x[s : s + BLOCK].tolist() for s in STARTS] == [[15] * 4, [15] * 4, [35] * 4]
 
 
