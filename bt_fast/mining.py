@@ -147,6 +147,10 @@ class BulletTrain(nn.Module):
         self.finish()
         return self.__dict__ | {"_last": LastMinibatch(), "_reuse": None}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        state = {"_last": LastMinibatch(), "_reuse": None} | state  # a module pickled by an older version lacks them
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+
     def _save_to_state_dict(self, *args: Any) -> None:
         self.finish()
         super()._save_to_state_dict(*args)
@@ -276,7 +280,8 @@ class BulletTrain(nn.Module):
         rule = Rule(self.metric, self.policy, self._group_steps, epsilon, step_size)
         of_logits = ops.signed_variance(logits, labels)
         certainty, current = rule.certainty_of(logits, labels, of_logits)
-        fraction, earlier = self._deciding_fraction(), self._earlier_faults()
+        before, earlier = self._last.fraction_before, self._earlier_faults()
+        fraction = self.robust_fraction if before is None else before  # in a further pass that of the first
         evidence = Evidence(rule, of_logits, certainty, fraction, earlier, [*inputs, *current], names)
         if attacked_logits is not None:
             evidence = evidence.with_attacked(attacked_logits.detach(), labels, of_attack)
@@ -284,11 +289,6 @@ class BulletTrain(nn.Module):
         self._clear_earlier_faults()
         self._last.planned = plan
         return plan
-
-    def _deciding_fraction(self) -> Tensor:
-        """F_R by which samples are judged: in a further pass that of the first."""
-        before = self._last.fraction_before
-        return self.robust_fraction if before is None else before
 
     def _earlier_faults(self) -> list[Fault]:
         return faults.unreported(self.unreported_faults, self.unreported_gradients, *self._last_attack)

@@ -413,3 +413,14 @@ def test_update_refuses_infinite_logits_as_assign_does():
     with pytest.raises(ValueError, match="adversarial_logits must be finite, but 1 of 2"):
         bullet.observe(infinite, torch.tensor([0, 1]))
     assert bullet.robust_fraction == 0
+
+
+def test_a_module_pickled_whole_by_an_older_version_goes_on():
+    bullet = BulletTrain(3, 1, 0)
+    state = {name: value for name, value in bullet.__getstate__().items() if name not in ("_last", "_reuse")}
+    older = BulletTrain.__new__(BulletTrain)
+    older.__setstate__(state)
+    logits, labels = torch.randn(4, 3), torch.zeros(4, dtype=torch.int64)
+    older.plan(logits, labels)
+    older.observe(logits, labels)
+    assert older.group_counts.sum() == 4
