@@ -107,8 +107,7 @@ class BulletTrain(nn.Module):
         self._reuse: bool | None = None  # the argument of `again`, in its block
         # the sum over the ranks by which F_R is about to move, and whether it moves
         self._moving: tuple[Callable[[], Tensor], bool] | None = None
-        # which samples had gradients with NaN, and in which order they are
-        self._last_attack: tuple[Tensor, Tensor | None] = torch.empty(0, device="cpu"), None
+        self._last_attack: tuple[Tensor, Tensor | None] = torch.empty(0, device="cpu"), None  # faulty, order
         self.register_buffer("robust_fraction", torch.zeros((), dtype=torch.float64))
         self.register_buffer("group_counts", torch.zeros(3, dtype=torch.int64))
         for name in ("steps_assigned", "unreported_faults", "unreported_gradients"):
@@ -148,8 +147,7 @@ class BulletTrain(nn.Module):
         return self.__dict__ | {"_last": LastMinibatch(), "_reuse": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        state = {"_last": LastMinibatch(), "_reuse": None} | state  # a module pickled by an older version lacks them
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        super().__setstate__({"_last": LastMinibatch(), "_reuse": None} | state)  # type: ignore[no-untyped-call]
 
     def _save_to_state_dict(self, *args: Any) -> None:
         self.finish()
@@ -280,8 +278,7 @@ class BulletTrain(nn.Module):
         rule = Rule(self.metric, self.policy, self._group_steps, epsilon, step_size)
         of_logits = ops.signed_variance(logits, labels)
         certainty, current = rule.certainty_of(logits, labels, of_logits)
-        before, earlier = self._last.fraction_before, self._earlier_faults()
-        fraction = self.robust_fraction if before is None else before  # in a further pass that of the first
+        fraction, earlier = self._deciding_fraction(), self._earlier_faults()
         evidence = Evidence(rule, of_logits, certainty, fraction, earlier, [*inputs, *current], names)
         if attacked_logits is not None:
             evidence = evidence.with_attacked(attacked_logits.detach(), labels, of_attack)
@@ -289,6 +286,9 @@ class BulletTrain(nn.Module):
         self._clear_earlier_faults()
         self._last.planned = plan
         return plan
+
+    def _deciding_fraction(self) -> Tensor:  # in a further pass that of the first
+        return self.robust_fraction if (before := self._last.fraction_before) is None else before
 
     def _earlier_faults(self) -> list[Fault]:
         return faults.unreported(self.unreported_faults, self.unreported_gradients, *self._last_attack)
