@@ -27,7 +27,7 @@ from bt_fast import (
     pgd_loss,
     trades_loss,
 )
-from bt_fast.attack import forward
+from bt_fast.attack import folded, forward, wrapped
 from bt_fast.baselines.fast import fast_loss
 from bt_fast.warning import warn_deprecated
 
@@ -57,10 +57,14 @@ def test_names_in_their_old_modules():
     with pytest.warns(DeprecationWarning, match="write bt_fast.attack.forward.eval_mode"):
         from bt_fast.attack.frozen import eval_mode
     assert (Schedule, Assignment, STEP_FACTOR) == (Plan, MinedPlan, 1.7)
-    assert eval_mode is forward.eval_mode
-    for module in ("bt_fast.mining", "bt_fast.attack.schedule", "bt_fast.attack.frozen"):
+    with pytest.warns(DeprecationWarning, match="write bt_fast.attack.wrapped.gathered"):
+        from bt_fast.attack.sharded import gathered
+    with pytest.warns(DeprecationWarning, match="write bt_fast.attack.folded.FoldedModel"):
+        from bt_fast.attack.folded import FrozenModel
+    assert (eval_mode, gathered, FrozenModel) == (forward.eval_mode, wrapped.gathered, folded.FoldedModel)
+    for module in ("mining", "attack.schedule", "attack.frozen", "attack.sharded", "attack.folded"):
         with pytest.raises(AttributeError, match="has no attribute 'Scheduler'"):
-            _ = importlib.import_module(module).Scheduler
+            _ = importlib.import_module(f"bt_fast.{module}").Scheduler
 
 
 def test_a_name_that_never_was():

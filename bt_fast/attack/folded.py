@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakKeyDictionary, ref
 
 import torch
@@ -29,6 +29,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from bt_fast.attack.forward import eval_mode, logits_of, uncached, uncompiled
 from bt_fast.attack.wrapped import gathered, unwrapped
+from bt_fast.deprecated import renamed
 from bt_fast.full_precision import full_precision
 from bt_fast.validation import check_kind
 from bt_fast.warning import warn_caller
@@ -433,3 +434,7 @@ def _same(logits: Tensor, expected: Tensor) -> bool:
 
 def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+
+
+if not TYPE_CHECKING:  # a checker is to know the new name only
+    __getattr__ = renamed(__name__, {"FrozenModel": "bt_fast.attack.folded.FoldedModel"})
