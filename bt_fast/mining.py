@@ -61,7 +61,7 @@ class BulletTrain(nn.Module):
             samples with NaN in an attack's input gradient, since the last read; raised by the next.
 
     Raises:
-        TypeError or ValueError: an argument is none of these, or the policy an Oracle in a process group.
+        TypeError: an argument is of another kind. ValueError: out of range, unknown, or an Oracle in a process group.
     """
 
     robust_fraction: Tensor
