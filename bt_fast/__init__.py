@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from bt_fast import floors  # noqa: F401, first: torch and numpy are new enough
 from bt_fast.allocation import METRICS, POLICIES, Gaussian, Judged, Oracle
+from bt_fast.attack.apgd import APGD
 from bt_fast.attack.auto import RUNNERS, AutoRunner
 from bt_fast.attack.balance import Costs
 from bt_fast.attack.balanced import Balance
@@ -42,6 +43,7 @@ if not TYPE_CHECKING:  # a checker is to know the new names only
 
 
 __all__ = [
+    "APGD",
     "METRICS",
     "PGD",
     "POLICIES",

@@ -10,6 +10,7 @@ from small_models import CLASSES
 from torch import nn
 
 from bt_fast import (
+    APGD,
     METRICS,
     PGD,
     AugMixLoss,
@@ -98,9 +99,9 @@ def generated(**options):
     return run
 
 
-def evaluated(**options):
+def evaluated(attack=ATTACK, **options):
     def run(model, x, y):
-        result = evaluate(model, [(x, y)], ATTACK, generator=seeded(), **options)
+        result = evaluate(model, [(x, y)], attack, generator=seeded(), **options)
         return torch.tensor([result.clean_correct, result.robust_correct, *result.restart, *result.step])
 
     return run
@@ -183,6 +184,10 @@ CALLS = {
     "perturb": perturbed(),
     "perturb, mining": perturbed(THREE, engine="fast"),
     "perturb, normalised": perturbed(attack=PGD(0.1, 0.05, STEPS, normalization=PIXELS)),
+    "TRADESLoss, APGD": criterion(TRADESLoss, THREE, APGD(0.1, STEPS)),
+    "PGDLoss, APGD": criterion(PGDLoss, attack=APGD(0.1, STEPS, inner="dlr_targeted")),
+    "PGDLoss, best": criterion(PGDLoss, attack=PGD(0.1, 0.05, STEPS, keep="best"), engine="exact"),
+    "perturb, APGD": perturbed(THREE, attack=APGD(0.1, STEPS, "l2", "uniform", "dlr")),
     "AugMixLoss": lambda m, x, y: AugMixLoss()(m, x, y, generator=seeded()),
     "AugMixLoss, mining": lambda m, x, y: AugMixLoss(copy.deepcopy(ONE))(m, x, y, generator=seeded()),
     "augmix_loss": augmix(),
@@ -195,6 +200,7 @@ CALLS = {
     "generate, view": generated(engine="fast"),
     "evaluate": evaluated(),
     "evaluate, margin, view": evaluated(loss="margin", engine="fast"),
+    "evaluate, APGD": evaluated(APGD(0.1, STEPS), restarts=2, engine="fast"),
     "autoattack": autoattacked,
     "augment_and_mix": lambda m, x, y: augment_and_mix(x, draw_choices(len(x), x.device, generator=seeded())),
     "Normalize": lambda m, x, y: Normalize((0.5,), (0.25,))(x),

@@ -18,7 +18,7 @@ from tests.public_calls import CALLS, STEPS, seeded
 
 # plain data, errors, options of the losses; runners and Balance need a device or ranks, and have tests of their own
 NO_CALLS = {
-    *("AdversarialLoss", "Engine", "PGD"),
+    *("AdversarialLoss", "Engine", "PGD", "APGD"),
     "MinedPlan",
     *("Assignment", "Balance", "Costs", "Fractions", "Judged", "NonFiniteError", "Skipped", "POLICIES", "RUNNERS"),
     *("AutoRunner", "GraphRunner", "StreamRunner", "theoretical_speedup", "theoretical_speedup_augmix"),

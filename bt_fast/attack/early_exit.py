@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from bt_fast import faults, ops
+from bt_fast.attack.batch import View
 from bt_fast.attack.forward import gradient_of, in_float16, logits_of
 from bt_fast.attack.losses import direction_of
-from bt_fast.attack.start import uniform_start
+from bt_fast.attack.start import Noise, numbered_start
 from bt_fast.attack.threat import ThreatModel
 from bt_fast.faults import CheckedRead
 from bt_fast.ops.launch import dense_format
@@ -28,7 +29,10 @@ LONGEST_BURST = 8
 
 @dataclass(frozen=True)
 class Attack:
-    """PGD on every sample: `restarts` times `steps` steps of `step_size`; `seed` is a 0-dim int64 on the device."""
+    """PGD on every sample: `restarts` times `steps` steps of `step_size`; `seed` is a 0-dim int64 on the device.
+
+    `start` is "uniform", "surface" or "clean".
+    """
 
     threat: ThreatModel
     loss: str
@@ -36,21 +40,27 @@ class Attack:
     step_size: float
     restarts: int
     seed: Tensor
+    start: Noise = "uniform"
 
 
 @dataclass(frozen=True, eq=False)
 class Samples:
-    """Images [n, ...] and labels [n] int64 on the device, and their numbers in the stream: [n] int64 on the host."""
+    """Images [n, ...] and labels [n] int64 on the device, and their numbers in the stream: [n] int64 on the host.
+
+    `goals` [n, T] int64 on the device are the classes that a targeted attack goes to in turn; None for another attack.
+    """
 
     x: Tensor
     y: Tensor
     number: Tensor
+    goals: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.number)
 
     def __getitem__(self, rows: slice) -> Samples:
-        return Samples(self.x[rows], self.y[rows], self.number[rows])
+        goals = None if self.goals is None else self.goals[rows]
+        return Samples(self.x[rows], self.y[rows], self.number[rows], goals)
 
 
 class Verdicts:
@@ -77,6 +87,13 @@ class Verdicts:
         self.decided += len(numbers)
         if self._progress is not None:
             self._progress(self.decided)
+
+    def overrule(self, numbers: Tensor, restart: int) -> None:
+        """Samples [n] int64 on the host, recorded as standing, that fell to a later attack, counted as this restart."""
+        all_of_them = torch.cat(self._decided, dim=1)
+        fell = torch.isin(all_of_them[0], numbers)
+        all_of_them[1, fell], all_of_them[2, fell] = restart, 0
+        self._decided = [all_of_them]
 
     def in_order(self) -> tuple[Tensor, Tensor]:
         """Restart and step of all samples, each [seen] int64; all must be decided."""
@@ -159,9 +176,7 @@ class WorkingBatch:
             fell.masked_fill_(falls, j)
             left.masked_fill_(falls, 0)
             if moves:
-                scaled = in_float16(model, probe, logits)
-                grad = gradient_of(logits, probe, direction_of(attack.loss, plain, labels, scaled))
-                self._move(grad, self._counter[j], faulty)
+                self._ascend(model, probe, logits, j, faulty)
         number = self._number[:n]
         wrong = [
             faults.marked_rows(unfit, "the model's logits", number),
@@ -170,9 +185,12 @@ class WorkingBatch:
         numbers = torch.cat([fell, faults.counts_of(wrong)])
         return torch.tensor(CheckedRead(numbers, wrong).wait(), device="cpu")
 
-    def _move(self, grad: Tensor, step: Tensor, faulty: Tensor) -> None:
-        """One projected step of the rows that have more than `step` steps left."""
+    def _ascend(self, model: View, probe: Tensor, logits: Tensor, j: int, faulty: Tensor) -> None:
+        """Step j of the burst, of the rows that have more than j left; `logits` are those of `probe`, the iterates."""
         n, threat = self._count, self._attack.threat
+        scaled = in_float16(model, probe, logits)
+        direction = direction_of(self._attack.loss, logits.detach(), self._labels[:n], scaled)
+        grad, step = gradient_of(logits, probe, direction), self._counter[j]
         images = (self._x[:n], grad, self._clean[:n], self._step_size[:n])
         box = (threat.epsilon, threat.lower, threat.upper)
         if self._still is None:
@@ -204,21 +222,30 @@ class WorkingBatch:
         while len(free) and (arriving := waiting.take(len(free))) is not None:
             rows, free = free[: len(arriving)], free[len(arriving) :]
             at = rows.to(self._x.device)
-            self._clean[at], self._labels[at] = arriving.x, arriving.y
+            self._take_in(at, arriving)
             self._number[rows], self._restart[rows] = arriving.number, 0
             self._begin(rows)
             self._count += len(rows)
         gaps, kept = free[free < self._count], (~leaving).nonzero().flatten()
         self._copy_rows(kept[kept >= self._count], gaps)
 
+    def _take_in(self, at: Tensor, arriving: Samples) -> None:
+        """Put samples into the rows `at` (int64 on the device)."""
+        self._clean[at], self._labels[at] = arriving.x, arriving.y
+
     def _begin(self, rows: Tensor) -> None:
-        """Put rows (int64 on the host) at the random starts of their restarts."""
+        """Put rows (int64 on the host) at the starts of their restarts."""
         self._step[rows] = 0
         for restart in self._restart[rows].unique().tolist():
             some = rows[self._restart[rows] == restart]
             at, numbers = (t.to(self._x.device) for t in (some, self._number[some]))
-            self._x[at] = uniform_start(self._clean[at], numbers, restart, self._attack.threat, self._attack.seed)
+            self._begin_restart(at, numbers, restart)
             self._left[at] = self._attack.steps
+
+    def _begin_restart(self, at: Tensor, numbers: Tensor, restart: int) -> None:
+        """Put the rows `at`, the samples of these numbers (both int64 on the device), at their starts."""
+        attack = self._attack
+        self._x[at] = numbered_start(self._clean[at], attack.start, numbers, restart, attack.threat, attack.seed)
 
     def _copy_rows(self, source: Tensor, target: Tensor) -> None:
         if len(source) == 0:
@@ -226,8 +253,13 @@ class WorkingBatch:
         for values in (self._number, self._restart, self._step):
             values[target] = values[source]
         source, target = source.to(self._x.device), target.to(self._x.device)
-        for values in (self._x, self._clean, self._labels, self._left):
+        for values in self._tensors:
             values[target] = values[source]
+
+    @property
+    def _tensors(self) -> tuple[Tensor, ...]:
+        """All on the device that a sample takes along from one row to another."""
+        return self._x, self._clean, self._labels, self._left
 
 
 def burst_length(steps: int, x: Tensor) -> int:

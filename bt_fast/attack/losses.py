@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bt_fast import ops
+from bt_fast.attack.dlr import dlr
 
 LOSSES = ("ce", "margin")
 
@@ -16,8 +17,10 @@ def direction_of(loss: str, logits: Tensor, labels: Tensor, scaled: bool) -> Ten
     """The loss's gradient with respect to the logits [n, K], K ≥ 2; if `scaled` each row up to a positive factor.
 
     "ce" is the cross-entropy. "margin" is the largest wrong logit minus the true one (Carlini and Wagner's f_6 without
-    confidence): 1 at the first largest wrong logit and -1 at the label.
+    confidence): 1 at the first largest wrong logit and -1 at the label. "dlr" is that of `attack.dlr`.
     """
+    if loss == "dlr":
+        return dlr(logits, labels)[1]
     at = labels[:, None]
     if loss == "ce":
         return ops.ascent_direction(logits, torch.zeros_like(logits).scatter_(1, at, 1.0), scaled)

@@ -10,9 +10,10 @@ from bt_fast.attack.start import Noise
 from bt_fast.attack.threat import ThreatModel
 from bt_fast.validation import check_choice, check_kind, positive, real, step_count
 
-InnerLoss = Literal["kl", "cross_entropy"]
+InnerLoss = Literal["kl", "cross_entropy", "margin", "dlr", "dlr_targeted"]
 Norm = Literal["linf", "l2"]
-_NORMS: dict[str, str] = {"linf": "l_inf", "l2": "l_2"}  # as the threat model, and the authors' `distance`, call them
+NORMS: dict[str, str] = {"linf": "l_inf", "l2": "l_2"}  # as the threat model, and the authors' `distance`, call them
+STARTS = ("normal", "uniform", "clean", None)
 
 
 @dataclass(frozen=True)
@@ -24,10 +25,14 @@ class PGD:
         step_size: α > 0, in pixel units; with BulletTrain of the boundary samples.
         steps: N ≥ 1; with BulletTrain its N_B.
         norm: "linf" or "l2" (over all pixels of one image).
-        start: "normal", at x and 0.001·N(0, 1), or "uniform" in the ε-ball, clamped to the bounds. None: the loss's
-            own, "uniform" for `PGDLoss` and "normal" for all others.
-        inner: the inner loss: "kl", away from the clean distribution, or "cross_entropy", away from the label. None:
-            the loss's own, "kl" for `TRADESLoss` and `perturb`, "cross_entropy" for the others.
+        start: "normal", at x and 0.001·N(0, 1), "uniform" in the ε-ball, clamped to the bounds, or "clean", at x. None:
+            the loss's own, "uniform" for `PGDLoss` and "normal" for all others.
+        inner: the inner loss: "kl", away from the clean distribution, "cross_entropy", away from the label, "margin",
+            the largest wrong logit minus the true one (Carlini and Wagner), or "dlr" (`attack.dlr`; K ≥ 3 classes).
+            None: the loss's own, "kl" for `TRADESLoss` and `perturb`, "cross_entropy" for the others.
+        keep: x' is the "last" iterate, or the "best": of start and all iterates that of the greatest inner loss (the
+            earliest of equals), as in MadryLab's robustness library. That takes one forward more, runs eagerly, and
+            begins at the start's projection onto ball and bounds. An evaluation judges every iterate anyway.
         bounds: the least and the greatest value of a pixel.
         normalization: of the images by their loader; without it they are pixels. ε, step sizes and bounds are in
             pixel units with it too.
@@ -43,22 +48,24 @@ class PGD:
     norm: Norm = "linf"
     start: Noise | None = None
     inner: InnerLoss | None = None
+    keep: Literal["last", "best"] = "last"
     bounds: tuple[float, float] = (0.0, 1.0)
     normalization: Normalization | None = None
 
     def __post_init__(self) -> None:
         sizes = {name: positive(name, getattr(self, name)) for name in ("epsilon", "step_size")}
-        vars(self).update(sizes, steps=step_count("steps", self.steps, least=1), bounds=_bounds(self.bounds))
-        check_choice("norm", self.norm, _NORMS)
-        check_choice("start", self.start, ("normal", "uniform", None))
-        check_choice("inner", self.inner, ("kl", "cross_entropy", None))
+        vars(self).update(sizes, steps=step_count("steps", self.steps, least=1), bounds=checked_bounds(self.bounds))
+        check_choice("norm", self.norm, NORMS)
+        check_choice("start", self.start, STARTS)
+        check_choice("inner", self.inner, ("kl", "cross_entropy", "margin", "dlr", None))
+        check_choice("keep", self.keep, ("last", "best"))
         instead = "write normalization=Normalization(mean, std)"
         check_kind("normalization", self.normalization, Normalization, instead, optional=True)
 
     @property
     def threat(self) -> ThreatModel:
         """The perturbations that the attack may make."""
-        return ThreatModel(self.epsilon, _NORMS[self.norm], *self.bounds)
+        return ThreatModel(self.epsilon, NORMS[self.norm], *self.bounds)
 
 
 def norm_of(distance: str) -> Norm:
@@ -66,7 +73,8 @@ def norm_of(distance: str) -> Norm:
     return "linf" if distance == "l_inf" else "l2"
 
 
-def _bounds(bounds: tuple[float, float]) -> tuple[float, float]:
+def checked_bounds(bounds: tuple[float, float]) -> tuple[float, float]:
+    """The bounds as two floats; TypeError or ValueError unless they are a smaller and a greater number."""
     if not isinstance(bounds, (tuple, list)) or len(bounds) != 2:
         raise TypeError(f"bounds must be two numbers, got {bounds!r}: write bounds=(0, 1)")
     lower, upper = (real("bounds", value) for value in bounds)

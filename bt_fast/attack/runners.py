@@ -97,7 +97,13 @@ def take_step(
         seed: for the direction where an ℓ2 gradient is 0; without it, as the TRADES code draws it on the CPU.
         step: 0-dim integer, the counter: only samples with more steps than it move. Without it, all do.
     """
-    grad = input_gradient(model, batch.x_adv, batch.target)
+    move(batch, input_gradient(model, batch.x_adv, batch.target), threat, seed, step)
+
+
+def move(
+    batch: AttackBatch, grad: Tensor, threat: ThreatModel, seed: Tensor | None, step: Tensor | None = None
+) -> None:
+    """The projected step of `take_step` along a gradient [n, ...], in place."""
     images = (batch.x_adv, grad, batch.clean, batch.step_size, threat.epsilon, threat.lower, threat.upper)
     steps = None if step is None else batch.steps
     if threat.norm == "l_inf":

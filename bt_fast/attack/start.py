@@ -13,8 +13,10 @@ from bt_fast.attack.threat import ThreatModel
 from bt_fast.ops.gather_start import unit_noise
 from bt_fast.ops.numeric import per_sample
 
-Noise = Literal["normal", "uniform"]
+Noise = Literal["normal", "uniform", "clean", "surface"]  # the last is APGD's "uniform"
 TRADES_NOISE = 0.001  # standard deviation of the normal start
+AGAINST_ZERO = 1e-12  # added to norms, as AutoAttack does
+_SURFACE: dict[str, Literal["normal", "uniform"]] = {"l_inf": "uniform", "l_2": "normal"}
 
 
 def normal_noise(x: Tensor, generator: torch.Generator | None, *, on_cpu: bool = False) -> Tensor:
@@ -40,6 +42,23 @@ def ball_start(x: Tensor, threat: ThreatModel, generator: torch.Generator | None
         direction = torch.randn(x.shape, **given)
         delta = _in_l2_ball(direction, torch.rand(len(x), **given), threat.epsilon)
     return _within_bounds(x + delta, x, threat)
+
+
+def surface_start(x: Tensor, threat: ThreatModel, generator: torch.Generator | None = None) -> Tensor:
+    """`x` [n, ...] moved onto the ε-ball's surface, as AutoAttack starts, then clamped; drawn as for `ball_start`.
+
+    `x + ε·t / ‖t‖`, in ℓ∞ with t uniform in [-1, 1] (its largest entry is moved by ε), in ℓ2 with t normal.
+    """
+    given: dict[str, Any] = {"dtype": x.dtype, "device": x.device, "generator": generator}
+    direction = 2.0 * torch.rand(x.shape, **given) - 1.0 if threat.norm == "l_inf" else torch.randn(x.shape, **given)
+    return _on_surface(x, direction, threat)
+
+
+def drawn_start(x: Tensor, noise: Noise, threat: ThreatModel, generator: torch.Generator | None) -> Tensor:
+    """Starts of x [n, ...] within ball and bounds: `ball_start`, `surface_start`, or x itself for "clean"."""
+    if noise == "clean":
+        return x
+    return (surface_start if noise == "surface" else ball_start)(x, threat, generator)
 
 
 def random_state(x: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -75,13 +94,18 @@ def sorted_start(
     Args:
         x: [m, ...], order: [m], steps: [m], state: [2], samples: [m]; as `ops.gather_start`, which makes the noise.
         noise: "normal" as TRADES, without a bound, or "uniform" in the ε-ball and clamped to the pixel bounds; in ℓ2
-            from a normal direction and a radius, which is drawn at the next offset (`state` moves on by two).
+            from a normal direction and a radius, which is drawn at the next offset (`state` moves on by two). "clean"
+            is x itself, "surface" as `surface_start`.
 
     Returns:
         clean and start, both new, of x's shape and dtype.
     """
     if noise == "normal":
         return ops.gather_start(x, order, steps, state, "normal", TRADES_NOISE, samples=samples)
+    if noise == "clean":
+        return ops.gather_start(x, order, None, state, "normal", 0.0, samples=samples)
+    if noise == "surface":
+        return _sorted_surface_start(x, order, steps, state, threat, samples)
     if threat.norm == "l_inf":
         box = (threat.lower, threat.upper)
         return ops.gather_start(x, order, steps, state, "uniform", threat.epsilon, *box, samples)
@@ -94,6 +118,20 @@ def sorted_start(
     if steps is None:
         return clean.clone(), moved
     return clean, torch.where(per_sample(steps[rows] > 0, x), moved, clean)
+
+
+def _sorted_surface_start(
+    x: Tensor, order: Tensor | None, steps: Tensor | None, state: Tensor, threat: ThreatModel, samples: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    _, direction = ops.gather_start(
+        torch.zeros_like(x), order, None, state, _SURFACE[threat.norm], 1.0, samples=samples
+    )
+    clean = x.clone() if order is None else x[order]
+    moved = _on_surface(clean, direction, threat)
+    if steps is None:
+        return clean, moved
+    sorted_steps = steps if order is None else steps[order]
+    return clean, torch.where(per_sample(sorted_steps > 0, x), moved, clean)
 
 
 def uniform_start(x: Tensor, samples: Tensor, restart: int, threat: ThreatModel, seed: Tensor) -> Tensor:
@@ -112,8 +150,26 @@ def uniform_start(x: Tensor, samples: Tensor, restart: int, threat: ThreatModel,
     return _within_bounds(x + delta.view(x.shape), x, threat)
 
 
+def numbered_start(x: Tensor, noise: Noise, samples: Tensor, restart: int, threat: ThreatModel, seed: Tensor) -> Tensor:
+    """`drawn_start` with the noise of a counter, as `uniform_start`."""
+    if noise == "clean":
+        return x
+    if noise == "uniform":
+        return uniform_start(x, samples, restart, threat, seed)
+    numbers = _noise(samples, math.prod(x.shape[1:]), seed, 2 * restart, _SURFACE[threat.norm])
+    return _on_surface(x, numbers.view(x.shape), threat)
+
+
 def _within_bounds(moved: Tensor, x: Tensor, threat: ThreatModel) -> Tensor:
     return moved.clamp(threat.lower, threat.upper).to(x.dtype)
+
+
+def _on_surface(x: Tensor, direction: Tensor, threat: ThreatModel) -> Tensor:
+    """x [n, ...] moved by ε along each direction, in the norm of the threat, and clamped."""
+    order = math.inf if threat.norm == "l_inf" else 2
+    direction = ops.wide(direction)
+    norms = torch.linalg.vector_norm(direction.flatten(1), order, dim=1) + AGAINST_ZERO
+    return _within_bounds(ops.wide(x) + threat.epsilon * (direction / per_sample(norms, direction)), x, threat)
 
 
 def _noise(samples: Tensor, length: int, seed: Tensor, offset: int, noise: Noise) -> Tensor:

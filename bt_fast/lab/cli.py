@@ -14,7 +14,7 @@ import click
 import torch
 
 from bt_fast.attack.losses import LOSSES
-from bt_fast.attack.pgd import PGD, norm_of
+from bt_fast.attack.pgd import PGD, InnerLoss, norm_of
 from bt_fast.device import out_of_memory
 from bt_fast.engine import Engine
 from bt_fast.evaluation import evaluate as evaluate_model
@@ -230,7 +230,8 @@ def evaluate(
         raise ValueError(f"--engine {engine}: an evaluation has the network's own precision; write exact or fast")
     evaluated = read_networks(Source(**source))
     x, y, radius = evaluated.dataset.x_test, evaluated.dataset.y_test, epsilon or evaluated.epsilon
-    attack = PGD(radius, step_size or 2 * radius / steps, steps, norm_of(distance))
+    inner: InnerLoss = "margin" if loss == "margin" else "cross_entropy"
+    attack = PGD(radius, step_size or 2 * radius / steps, steps, norm_of(distance), inner=inner)
     attacked = distance if loss == "ce" else f"{distance}, {loss} loss"
     for name, network in evaluated.networks.items():
         with progress_bar(name, len(y)) as bar:
@@ -239,7 +240,6 @@ def evaluate(
                 evaluation_batches(x, y, where),
                 attack,
                 restarts=restarts,
-                loss=loss,
                 engine=chosen,
                 generator=torch.Generator(where).manual_seed(seed),
                 progress=bar.reach,

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 from bt_fast import faults, ops
 from bt_fast.allocation import Oracle
+from bt_fast.attack.apgd import APGD, AT_X
 from bt_fast.attack.balanced import Balance, start_balanced_attack
 from bt_fast.attack.batch import AttackBatch
+from bt_fast.attack.dlr import check_classes, with_goal
 from bt_fast.attack.folded import attack_model, independent
 from bt_fast.attack.forward import clean_logits
 from bt_fast.attack.generate import COMPARED, StartedAttack, start_attack
@@ -24,8 +26,9 @@ from bt_fast.attack.graph_cache import GraphCache
 from bt_fast.attack.neighbours import warn_of_neighbours
 from bt_fast.attack.pgd import PGD, InnerLoss
 from bt_fast.attack.pixels import Normalize, on_pixels
-from bt_fast.attack.start import Noise, ball_start, normal_noise, random_state, sorted_start, state_of_seed
+from bt_fast.attack.start import Noise, drawn_start, normal_noise, random_state, sorted_start, state_of_seed
 from bt_fast.attack.threat import ThreatModel
+from bt_fast.attack.valued_runners import runner_for
 from bt_fast.attack.wrapped import unwrapped
 from bt_fast.deciding import STEP_FACTOR
 from bt_fast.engine import Engine
@@ -75,10 +78,15 @@ class Call:
         unperturbed = None if mining is None else mining.unperturbed
         return cls(Execution.of(engine, cache, x), indices, generator, unperturbed, balance)
 
+    def of_attack(self, attack: PGD | APGD, inner: InnerLoss) -> Call:
+        """The call with the runner of an attack that needs one of its own; `inner` where it names no inner loss."""
+        runner = runner_for(attack, attack.inner or inner)
+        return self if runner is None else replace(self, execution=replace(self.execution, runner=runner))
+
 
 @dataclass(frozen=True, eq=False)
 class Adversary:
-    """A `PGD` with a start and an inner loss, and the call in which it attacks."""
+    """A `PGD` or an `APGD` with a start and an inner loss, and the call in which it attacks."""
 
     threat: ThreatModel
     step_size: float
@@ -88,9 +96,14 @@ class Adversary:
     call: Call
 
     @classmethod
-    def of(cls, attack: PGD, noise: Noise, inner: InnerLoss, call: Call) -> Adversary:
+    def of(cls, attack: PGD | APGD, noise: Noise, inner: InnerLoss, call: Call) -> Adversary:
         """The attack; `noise` and `inner` where it names none."""
-        return cls(attack.threat, attack.step_size, attack.steps, attack.start or noise, attack.inner or inner, call)
+        noise, inner = attack.start or noise, attack.inner or inner
+        if (noise, inner) == ("clean", "kl"):
+            raise ValueError(AT_X)
+        if isinstance(attack, APGD) and noise == "uniform":
+            noise = "surface"
+        return cls(attack.threat, attack.step_size, attack.steps, noise, inner, call)
 
     @property
     def numbers(self) -> Tensor | None:
@@ -144,7 +157,7 @@ def attacking(
     model: nn.Module,
     x: Tensor,
     y: Tensor,
-    pgd: PGD,
+    pgd: PGD | APGD,
     defaults: tuple[Noise, InnerLoss],
     bullet: BulletTrain | None,
     call: Call,
@@ -183,18 +196,19 @@ def _start_uniform(model: nn.Module, x: Tensor, y: Tensor, a: Adversary, pixels:
     """The authors' attack, in which every sample takes `steps` steps."""
     begin = _uniform_start(x, a)
     with attack_model(model, a.call.execution.view, x[:COMPARED]) as view:
-        if a.inner == "kl":
+        if a.inner in ("kl", "dlr_targeted"):
             logits, name = clean_logits(view, x), "the model's logits"
-            target = _probabilities(logits)
+            target = _target(a.inner, y, _probabilities(logits))
         else:  # two rows of the model itself tell the number of classes: a view would be compiled anew for them
             logits, name = clean_logits(model, x[:2]), "the model's logits of the first two samples"
             target = _one_hot(y, ops.wide(logits))
+        check_classes(a.inner, logits.shape[1])
         labels = faults.labels_outside(y, logits.shape[1], "y")
         inputs = faults.read([pixels, labels, faults.rows_without_number(logits, name)])
         plan = Plan.uniform(len(x), a.steps, a.step_size, x.device)
         batch = AttackBatch.of(plan, begin, x, target)
         started = a.queue(view, batch)
-    clean = logits if a.inner == "kl" else None
+    clean = logits if a.inner in ("kl", "dlr_targeted") else None
     return Attack(x, y.long(), started, a.threat, len(x), independent(view), inputs, batch.faulty, plan, clean)
 
 
@@ -202,8 +216,8 @@ def _uniform_start(x: Tensor, a: Adversary) -> Tensor:
     generator = a.call.generator
     if a.call.indices is not None:
         return sorted_start(x, None, None, a.random_state(x), a.noise, a.threat, a.numbers)[1]
-    if a.noise == "uniform":
-        return ball_start(x, a.threat, generator)
+    if a.noise != "normal":
+        return drawn_start(x, a.noise, a.threat, generator)
     as_authors = generator is None and not x.is_cuda
     noise = normal_noise(x, generator, on_cpu=as_authors)
     if as_authors and a.threat.norm == "l_2":  # the TRADES code draws once more and uses the second
@@ -216,6 +230,7 @@ def _start_ragged(model: nn.Module, x: Tensor, y: Tensor, a: Adversary, bullet: 
     with attack_model(model, a.call.execution.view, x[:COMPARED]) as view:
         with range_(MINING):  # to the end of the wait for the counts
             logits = clean_logits(view, x)
+            check_classes(a.inner, logits.shape[1])
             warn_of_neighbours(model, x, a.threat, "leave BulletTrain out")
             state = a.random_state(x)
             attacked, of_attack = None, []
@@ -239,7 +254,7 @@ def _start_ragged(model: nn.Module, x: Tensor, y: Tensor, a: Adversary, bullet: 
                 numbers = torch.arange(len(x), device=x.device) + first if numbers is None else numbers
             clean, begin = sorted_start(x, plan.order, plan.steps, state, a.noise, a.threat, numbers)
             labels = plan.sort(y).long()
-            target = plan.sort(plan.probabilities) if a.inner == "kl" else _one_hot(labels, plan.probabilities)
+            target = _target(a.inner, labels, plan.sort(plan.probabilities))
             batch = AttackBatch.of(plan, begin, clean, target)
         group, call = bullet.process_group, a.call
         if call.balance is None or group is None:
@@ -264,12 +279,20 @@ def _attacked_logits(
     state = a.random_state(x, offset=2)  # offsets 0 and 1 are those of the training start
     clean, begin = sorted_start(x, None, None, state, a.noise, a.threat, a.numbers)
     probabilities = _probabilities(logits)
-    target = probabilities if a.inner == "kl" else _one_hot(y, probabilities)
+    target = _target(a.inner, y, probabilities)
     plan = Plan.uniform(len(x), steps, STEP_FACTOR * a.threat.epsilon / steps, x.device)
     batch = AttackBatch.of(plan, begin, clean, target)
     attack = a.queue(view, batch)
     attacked = clean_logits(view, attack.finish())
     return attacked, faults.gradients_without_direction(batch.faulty)
+
+
+def _target(inner: InnerLoss, y: Tensor, probabilities: Tensor) -> Tensor:
+    """What an inner loss of samples with these clean probabilities [m, K] is of."""
+    if inner == "kl":
+        return probabilities
+    target = _one_hot(y, probabilities)
+    return with_goal(target, probabilities) if inner == "dlr_targeted" else target
 
 
 def _probabilities(logits: Tensor) -> Tensor:
@@ -364,9 +387,10 @@ def check_optimizer(optimizer: object) -> None:
         )
 
 
-def check_attack(attack: PGD, mining: BulletTrain | None) -> None:
+def check_attack(attack: PGD | APGD, mining: BulletTrain | None) -> None:
     """Raise TypeError or ValueError unless they are an attack and a mining with the same steps of a boundary sample."""
-    check_kind("attack", attack, PGD, "write PGD(epsilon=8 / 255, step_size=2 / 255, steps=10)")
+    if not isinstance(attack, APGD):
+        check_kind("attack", attack, PGD, "write PGD(epsilon=8 / 255, step_size=2 / 255, steps=10)")
     check_kind("mining", mining, BulletTrain, "write mining=BulletTrain()", optional=True)
     if mining is not None and mining.boundary_steps not in (0, attack.steps):
         raise ValueError(

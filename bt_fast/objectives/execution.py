@@ -16,6 +16,7 @@ from bt_fast.attack.graph_cache import DTYPES, GraphCache, view_of
 from bt_fast.attack.graphs import GraphRunner
 from bt_fast.attack.runners import Runner, run_eager
 from bt_fast.attack.streams import StreamRunner
+from bt_fast.attack.valued_runners import APGDRunner, PGDRunner
 from bt_fast.engine import Engine
 from bt_fast.objectives.update import Update, explain_graphs
 
@@ -100,7 +101,7 @@ def _fold(recipe: Frozen | None, view: FoldedModel | None) -> str:
 
 
 def _runner(runner: Runner, attacked: object, where: torch.device) -> str:
-    if isinstance(runner, (AutoRunner, GraphRunner, StreamRunner)):
+    if isinstance(runner, (AutoRunner, GraphRunner, StreamRunner, PGDRunner, APGDRunner)):
         return runner.explain(attacked)
     if runner is run_eager and where.type != "cuda":
         return f"eagerly, since graphs and streams are CUDA's and the images are on {where}"

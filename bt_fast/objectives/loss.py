@@ -12,6 +12,7 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
+from bt_fast.attack.apgd import APGD
 from bt_fast.attack.graph_cache import GraphCache
 from bt_fast.attack.pgd import PGD, InnerLoss
 from bt_fast.attack.pixels import Normalize, OnPixels
@@ -67,7 +68,7 @@ class AdversarialLoss(nn.Module, ABC):
     group, the samples sorted by descending steps, F_R moved by the adversarial samples' accuracy.
 
     Args:
-        attack: how images are attacked.
+        attack: how images are attacked, a `PGD` or an `APGD`.
         mining: who gets how many steps; None for all alike. It is a part of this module, moves and saves with it.
         engine: how attack and update are executed, by name or as an `Engine`.
 
@@ -86,7 +87,7 @@ class AdversarialLoss(nn.Module, ABC):
     step_in_l2_is_its_own: ClassVar[bool] = False  # the authors' function does not use its step size there
     drop_in: ClassVar[str] = ""  # the authors' function
 
-    def __init__(self, attack: PGD, *, mining: BulletTrain | None = None, engine: Engine | str = "fast") -> None:
+    def __init__(self, attack: PGD | APGD, *, mining: BulletTrain | None = None, engine: Engine | str = "fast") -> None:
         super().__init__()
         adversarial.check_attack(attack, mining)
         if mining is not None and mining.unperturbed == "skip" and self.clean_forwards == 0:
@@ -173,6 +174,7 @@ class AdversarialLoss(nn.Module, ABC):
 
     def of_call(self, model: nn.Module, x: Tensor, y: Tensor, call: Call) -> Tensor:
         """The loss of model, x and y, which have been checked; `call` is how it goes about it."""
+        call = call.of_attack(self.attack, self.default_inner)
         mining, execution, update = self.mining, call.execution, call.execution.update
         defaults = self.default_start, self.default_inner
         with adversarial.attacking(model, x, y, self.attack, defaults, mining, call) as (model, attack):
@@ -248,7 +250,7 @@ class RobustTermLoss(AdversarialLoss):
     """
 
     def __init__(
-        self, attack: PGD, beta: float = 6.0, *, mining: BulletTrain | None = None, engine: Engine | str = "fast"
+        self, attack: PGD | APGD, beta: float = 6.0, *, mining: BulletTrain | None = None, engine: Engine | str = "fast"
     ) -> None:
         super().__init__(attack, mining=mining, engine=engine)
         self.beta = beta

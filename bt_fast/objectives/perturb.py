@@ -8,6 +8,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor, nn
 
+from bt_fast.attack.apgd import APGD
 from bt_fast.attack.graph_cache import shared_cache
 from bt_fast.attack.pgd import PGD
 from bt_fast.attack.pixels import OnPixels
@@ -41,7 +42,7 @@ def perturb(
     model: nn.Module,
     x: Tensor,
     y: Tensor,
-    attack: PGD,
+    attack: PGD | APGD,
     mining: BulletTrain | None = ...,
     *,
     engine: Engine | str = ...,
@@ -56,7 +57,7 @@ def perturb(
     model: nn.Module,
     x: Tensor,
     y: Tensor,
-    attack: PGD,
+    attack: PGD | APGD,
     mining: BulletTrain | None = ...,
     *,
     engine: Engine | str = ...,
@@ -70,7 +71,7 @@ def perturb(
     model: nn.Module,
     x: Tensor,
     y: Tensor,
-    attack: PGD,
+    attack: PGD | APGD,
     mining: BulletTrain | None = None,
     *,
     engine: Engine | str = "exact",
@@ -88,7 +89,7 @@ def perturb(
         model, indices, generator: as for a call of `AdversarialLoss`, with its errors.
         x: [m, ...] floating point within the attack's bounds, m ≥ 1; not changed.
         y: [m] integers in 0..K-1.
-        attack: how images are attacked.
+        attack: how images are attacked, a `PGD` or an `APGD`.
         mining: who gets how many steps; None for all alike.
         engine: how the attack is executed, by name or as an `Engine`.
         return_details: whether to return a `Perturbed`.
@@ -98,7 +99,7 @@ def perturb(
     """
     adversarial.check_attack(attack, mining)
     chosen = Engine.of(engine)
-    call = Call.of(chosen, shared_cache(chosen), x, y, mining, indices, generator)
+    call = Call.of(chosen, shared_cache(chosen), x, y, mining, indices, generator).of_attack(attack, "kl")
     if mining is not None and mining.unobserved:
         warn_caller(
             "the last minibatch was not observed, so F_R stays where it is: "
