@@ -5,6 +5,7 @@ import warnings
 from types import SimpleNamespace
 from unittest import mock
 
+import plain_apgd
 import pytest
 import reference_apgd
 import torch
@@ -251,6 +252,17 @@ def test_without_the_package_it_is_apgd_ce_and_apgd_t_and_a_warning_says_so(norm
     assert fates(result) == expected
     assert result.attacks == ("apgd-ce", "apgd-t")
     assert {1, STOOD} <= set(result.restart.tolist())
+
+
+@pytest.mark.parametrize("drop", [True, False])
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_loop_over_whole_batches_breaks_the_same(norm, drop, no_package):
+    model, x, y = classifier(40)
+    threat = ThreatModel(RADII[norm], NORMS[norm])
+    with pytest.warns(UserWarning, match="alone"):
+        result = evaluate(model, in_batches(x, y, 12), threat, attacks="standard", generator=generator())
+    expected = plain_apgd.standard(model, in_batches(x, y, 12), threat, 7, 4, seed_of(3), drop=drop)
+    assert torch.equal(torch.stack([result.restart, result.step]), expected)
 
 
 def test_both_parts_break_samples_that_the_other_does_not():
