@@ -103,10 +103,10 @@ def test_each_sample_fares_as_in_the_plain_attack(m, size, steps, restarts, norm
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_early_late_and_no_falls_are_among_them(norm):
-    model, x, y = classifier(40)
-    result = evaluate(model, in_batches(x, y, 16), APGD(RADII[norm], 12, norm), restarts=2, generator=generator())
+    model, x, y = classifier(120)
+    result = evaluate(model, in_batches(x, y, 32), APGD(RADII[norm], 12, norm), restarts=2, generator=generator())
     assert {0, 1, STOOD} <= set(result.restart.tolist()) <= {0, 1, 2, STOOD}
-    assert len(set(result.step.tolist())) >= 4
+    assert len(set(result.step.tolist())) >= 3
     assert result.attacks == ("apgd-ce",)
 
 
