@@ -10,6 +10,7 @@ from small_models import CLASSES
 from torch import nn
 
 from bt_fast import (
+    AWP,
     METRICS,
     PGD,
     AugMixLoss,
@@ -70,6 +71,15 @@ def criterion(kind, mining=None, attack=ATTACK, **options):
         result = made(model, x, y, generator=seeded())
         assert made.last.x_adv.shape == x.shape
         return result
+
+    return run
+
+
+def weight_perturbed(mining=None, **options):
+    def run(model, x, y):
+        made = TRADESLoss(ATTACK, mining=copy.deepcopy(mining))
+        with AWP(model, **options)(made, x, y, generator=seeded()) as loss:
+            return loss.detach()
 
     return run
 
@@ -180,6 +190,10 @@ CALLS = {
     **{f"{kind.__name__}, mining": criterion(kind, THREE) for kind in LOSSES},
     "TRADESLoss, bf16": criterion(TRADESLoss, THREE, engine="bf16"),
     "TRADESLoss, normalised": criterion(TRADESLoss, attack=PGD(0.1, 0.05, STEPS, normalization=PIXELS)),
+    "AWP": weight_perturbed(),
+    "AWP, mining": weight_perturbed(THREE),
+    "AWP, moved": weight_perturbed(THREE, samples="moved"),
+    "AWP, warm-up": weight_perturbed(gamma=0),
     "perturb": perturbed(),
     "perturb, mining": perturbed(THREE, engine="fast"),
     "perturb, normalised": perturbed(attack=PGD(0.1, 0.05, STEPS, normalization=PIXELS)),
