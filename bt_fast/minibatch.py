@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from bt_fast.plan import MinedPlan
@@ -18,8 +19,8 @@ class LastMinibatch:
     planned: MinedPlan | None = None  # until `observe` counts it
     attacked: tuple[Tensor, Tensor] | None = None  # the arguments of `BulletTrain.attacked`, until `observe`
 
-    def check_again(self, reuse: object) -> None:
-        """Raise TypeError or RuntimeError unless a further pass is possible."""
+    def begin_again(self, reuse: object) -> None:
+        """Begin a further pass, at other weights; TypeError or RuntimeError where it is not possible."""
         if not isinstance(reuse, bool):
             raise TypeError(
                 f"reuse must be True (the x' of the first pass) or False (made anew), got {reuse!r}: "
@@ -30,6 +31,7 @@ class LastMinibatch:
                 "again goes over the last minibatch once more, but there is none that ended without an error: call the "
                 "loss with it (or plan and observe) first, outside of the block of `with bullet.again():`"
             )
+        torch.clear_autocast_cache()  # of the caller's autocast: it holds casts of the weights of the first pass
 
     def reused(self) -> object:
         """The kept results; RuntimeError where there are none."""

@@ -125,12 +125,14 @@ class AWP:
             gamma = self.gamma
             for weight, gradient in self._gradients(call) if gamma > 0 else ():
                 moved.append(_Moved(weight, gradient, gamma))
+            torch.clear_autocast_cache()  # of the caller's autocast: it holds casts of the weights as they were
             with wanting(Pass(further=gamma > 0, adversarial_first=True)):
                 value = call(self.model)
             yield value
         finally:
             for one in moved:
                 one.take_back()
+            torch.clear_autocast_cache()
             self._open = False
 
     def _gradients(self, call: Callable[[nn.Module], Tensor]) -> list[tuple[Tensor, Tensor]]:

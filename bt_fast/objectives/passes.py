@@ -75,7 +75,7 @@ class Passes:
             with mining.again(reuse=reuse):
                 yield
             return
-        self._last.check_again(reuse)
+        self._last.begin_again(reuse)
         outer, self._reuse = self._reuse, reuse
         try:
             yield

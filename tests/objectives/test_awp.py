@@ -430,6 +430,29 @@ def test_a_scaler_scales_both_passes_and_may_skip_the_step(overflow):
     assert_near_nested(weights_of(model), weights_of(twin))
 
 
+@pytest.mark.parametrize("engine", ["exact", "fast"])
+def test_under_autocast_no_weight_is_cast_as_it_was_before_its_move(engine):
+    """The caller's autocast keeps casts of the weights, from one pass to the next and beyond the block."""
+    model, (x, y) = build(dtype=torch.float32), batch(dtype=torch.float32)
+    criterion, pairs = TRADESLoss(ATTACK, mining=mined(), engine=engine), []
+
+    @torch.no_grad()
+    def look():
+        pairs.append((model[0](x), copy.deepcopy(model[0])(x)))
+
+    def watched(model, x, y):
+        look()
+        return criterion(model, x, y, generator=seeded(0))
+
+    with torch.autocast("cpu", torch.bfloat16):
+        with AWP(model)(watched, x, y) as loss:
+            loss.backward()
+        look()
+    assert all(torch.equal(kept, new) for kept, new in pairs)
+    assert not torch.equal(pairs[0][0], pairs[1][0])
+    assert torch.equal(pairs[0][0], pairs[2][0])
+
+
 def test_an_average_after_the_block_is_of_the_weights_that_came_back():
     model, (x, y) = build(), batch()
     average = torch.optim.swa_utils.AveragedModel(model)

@@ -138,6 +138,23 @@ def test_an_attack_at_the_moved_weights_is_seen(name, monkeypatch):
         test_sharpness_aware_minimisation_gives_the_weights_of_the_two_passes_written_out(name)
 
 
+@EACH
+@MINING
+def test_under_autocast_no_weight_is_cast_as_it_was_in_the_first_pass(name, mining):
+    """The caller's autocast keeps casts of the weights from one pass to the next."""
+    model, criterion = confident(dtype=torch.float32), criterion_of(name, mining)
+    x, y = minibatch(0, model.double())
+    model, x = model.float(), x.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        first = criterion(model, x, y)
+        moved(model)
+        with criterion.again() if criterion.mining is None else criterion.mining.again():
+            second = criterion(model, x, y)
+    with torch.autocast("cpu", torch.bfloat16), criterion.again():
+        assert torch.equal(criterion(model, x, y), second)
+    assert not torch.equal(first, second)
+
+
 # What may go wrong in between
 
 
