@@ -6,7 +6,7 @@ Everything that TRADES, MART and PGD adversarial training share: all but their l
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -18,13 +18,15 @@ from bt_fast.allocation import Oracle
 from bt_fast.attack.balanced import Balance, start_balanced_attack
 from bt_fast.attack.batch import AttackBatch
 from bt_fast.attack.folded import attack_model, independent
-from bt_fast.attack.forward import clean_logits
+from bt_fast.attack.forward import clean_logits, eval_mode
 from bt_fast.attack.generate import COMPARED, StartedAttack, start_attack
 from bt_fast.attack.graph_cache import GraphCache
+from bt_fast.attack.inner import Inner, by_label, check_classes, of_clean
 from bt_fast.attack.neighbours import warn_of_neighbours
-from bt_fast.attack.pgd import PGD, InnerLoss
+from bt_fast.attack.pgd import PGD
 from bt_fast.attack.pixels import Normalize, on_pixels
 from bt_fast.attack.start import Noise, ball_start, normal_noise, random_state, sorted_start, state_of_seed
+from bt_fast.attack.statistics import Statistics, attack_view, check_statistics, undone_by_errors
 from bt_fast.attack.threat import ThreatModel
 from bt_fast.attack.wrapped import unwrapped
 from bt_fast.deciding import STEP_FACTOR
@@ -35,6 +37,7 @@ from bt_fast.objectives.execution import Execution
 from bt_fast.objectives.forwards import Forwards
 from bt_fast.objectives.recomputed import update_modes
 from bt_fast.objectives.repeated_forward import moves_batch_norm_alone
+from bt_fast.objectives.training_outputs import check_training_outputs
 from bt_fast.objectives.update import Terms, run_update
 from bt_fast.ops.numeric import per_sample
 from bt_fast.plan import Plan
@@ -56,6 +59,8 @@ class Call:
     unperturbed: Unperturbed | None  # None for the default of N_R and N_O
     balance: Balance | None  # how the ranks of the mining's process group share the attack out
     name: str = "x"  # of the images in messages
+    updates: bool = True  # the model is trained on x' next, and so returns logits in the update's modes too
+    embeds: bool = False  # its outputs need not be logits of the labels' classes
 
     @classmethod
     def of(
@@ -63,17 +68,19 @@ class Call:
         engine: Engine,
         cache: GraphCache,
         x: Tensor,
-        y: Tensor,
+        y: Tensor | None,
         mining: BulletTrain | None,
         indices: Tensor | None,
         generator: torch.Generator | None,
+        *,
+        updates: bool = True,
     ) -> Call:
-        """A call on images and labels, all checked."""
-        check_batch(x, y, "x")
+        """A call on images and labels, all checked; without an update there may be no labels."""
+        check_batch(x, y, "x", optional=not updates)
         check_draws(x, indices, generator, "indices")
         balance = None if mining is None else checked_balance(mining.balance, mining)
         unperturbed = None if mining is None else mining.unperturbed
-        return cls(Execution.of(engine, cache, x), indices, generator, unperturbed, balance)
+        return cls(Execution.of(engine, cache, x), indices, generator, unperturbed, balance, updates=updates)
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,13 +91,23 @@ class Adversary:
     step_size: float
     steps: int  # not used with BulletTrain, which has its own
     noise: Noise
-    inner: InnerLoss
+    inner: Inner
     call: Call
+    statistics: Statistics
 
     @classmethod
-    def of(cls, attack: PGD, noise: Noise, inner: InnerLoss, call: Call) -> Adversary:
+    def of(cls, attack: PGD, noise: Noise, inner: Inner, call: Call) -> Adversary:
         """The attack; `noise` and `inner` where it names none."""
-        return cls(attack.threat, attack.step_size, attack.steps, attack.start or noise, attack.inner or inner, call)
+        noise, inner = attack.start or noise, attack.inner or inner
+        return cls(attack.threat, attack.step_size, attack.steps, noise, inner, call, attack.statistics)
+
+    def batch(self, plan: Plan, start: Tensor, clean: Tensor, target: Tensor, y: Tensor | None) -> AttackBatch:
+        """The attack's samples, in the plan's sorted order as all of these are."""
+        labels = None
+        if y is not None and by_label(self.inner):
+            labels = y.long() if self.call.embeds else y.long().clamp(0, target.shape[1] - 1)  # else a fault later
+        batch = AttackBatch.of(plan, start, clean, target)
+        return replace(batch, inner=self.inner, labels=labels, together=self.statistics != "running")
 
     @property
     def numbers(self) -> Tensor | None:
@@ -112,7 +129,7 @@ class Attack:
     """An attack whose steps are queued. Rows are in the plan's sorted order."""
 
     x: Tensor  # [m, ...], clean
-    y: Tensor  # [m] int64
+    y: Tensor | None  # [m] int64
     started: StartedAttack
     threat: ThreatModel
     moving: int  # the number of samples with steps
@@ -143,9 +160,9 @@ class Attack:
 def attacking(
     model: nn.Module,
     x: Tensor,
-    y: Tensor,
+    y: Tensor | None,
     pgd: PGD,
-    defaults: tuple[Noise, InnerLoss],
+    defaults: tuple[Noise, Inner],
     bullet: BulletTrain | None,
     call: Call,
 ) -> Iterator[tuple[nn.Module, Attack]]:
@@ -155,7 +172,9 @@ def attacking(
         defaults: start and inner loss of a `pgd` that names none.
     """
     images = on_pixels(model, x, pgd.normalization, call.name, pgd.bounds)
-    with images as (model, pixels), call.execution.autocast(x):
+    with images as (model, pixels), call.execution.autocast(x), undone_by_errors(model, pgd.statistics):
+        if call.updates:
+            check_training_outputs(model, x, pixels)
         attack = start(model, pixels(x), y, Adversary.of(pgd, *defaults, call), bullet)
         with attack.started:
             if attack.inputs is not None:
@@ -163,7 +182,7 @@ def attacking(
             yield model, attack
 
 
-def start(model: nn.Module, x: Tensor, y: Tensor, adversary: Adversary, bullet: BulletTrain | None) -> Attack:
+def start(model: nn.Module, x: Tensor, y: Tensor | None, adversary: Adversary, bullet: BulletTrain | None) -> Attack:
     """Start the attack on checked arguments. With `bullet` what is wrong with their values is raised here."""
     x = x.detach()
     threat = adversary.threat
@@ -174,28 +193,46 @@ def start(model: nn.Module, x: Tensor, y: Tensor, adversary: Adversary, bullet: 
     model = unwrapped(model)
     if bullet is None:
         return _start_uniform(model, x, y, adversary, pixels)
+    assert y is not None
     if (kept := bullet.reused()) is not None:
         return _reused(kept, x, y, threat, bullet)
     return _start_ragged(model, x, y, adversary, bullet, pixels)
 
 
-def _start_uniform(model: nn.Module, x: Tensor, y: Tensor, a: Adversary, pixels: Fault) -> Attack:
+def _start_uniform(model: nn.Module, x: Tensor, y: Tensor | None, a: Adversary, pixels: Fault) -> Attack:
     """The authors' attack, in which every sample takes `steps` steps."""
     begin = _uniform_start(x, a)
-    with attack_model(model, a.call.execution.view, x[:COMPARED]) as view:
-        if a.inner == "kl":
-            logits, name = clean_logits(view, x), "the model's logits"
-            target = _probabilities(logits)
+    plan = Plan.uniform(len(x), a.steps, a.step_size, x.device)
+    with attack_view(model, a.call.execution.view, x[:COMPARED], a.statistics) as view:
+        if of_clean(a.inner):
+            logits, name = clean_logits(view, x, least=1 if a.call.embeds else 2), "the model's logits"
+            target = _target(a.inner, plan, y, logits, _probabilities)
         else:  # two rows of the model itself tell the number of classes: a view would be compiled anew for them
-            logits, name = clean_logits(model, x[:2]), "the model's logits of the first two samples"
-            target = _one_hot(y, ops.wide(logits))
-        labels = faults.labels_outside(y, logits.shape[1], "y")
-        inputs = faults.read([pixels, labels, faults.rows_without_number(logits, name)])
-        plan = Plan.uniform(len(x), a.steps, a.step_size, x.device)
-        batch = AttackBatch.of(plan, begin, x, target)
+            with nullcontext() if a.statistics == "running" else eval_mode(model):
+                logits, name = clean_logits(model, x[:2]), "the model's logits of the first two samples"
+            target = _target(a.inner, plan, y, logits, ops.wide)
+        check_classes(a.inner, logits.shape[1])
+        wrong = [pixels, faults.rows_without_number(logits, name)]
+        if y is not None and not a.call.embeds:
+            wrong.insert(1, faults.labels_outside(y, logits.shape[1], "y"))
+        inputs = faults.read(wrong)
+        batch = a.batch(plan, begin, x, target, y)
         started = a.queue(view, batch)
-    clean = logits if a.inner == "kl" else None
-    return Attack(x, y.long(), started, a.threat, len(x), independent(view), inputs, batch.faulty, plan, clean)
+    labels, clean = None if y is None else y.long(), logits if of_clean(a.inner) else None
+    return Attack(x, labels, started, a.threat, len(x), independent(view), inputs, batch.faulty, plan, clean)
+
+
+def _target(
+    inner: Inner, plan: Plan, y: Tensor | None, logits: Tensor, probabilities: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """[m, K] in the plan's sorted order, as y is: what the attack moves away from. The logits are in their own."""
+    if not isinstance(inner, str):
+        return plan.sort(ops.wide(logits))
+    of_logits = probabilities(logits)
+    if of_clean(inner):
+        return plan.sort(of_logits)
+    assert y is not None
+    return _one_hot(y, of_logits)
 
 
 def _uniform_start(x: Tensor, a: Adversary) -> Tensor:
@@ -216,6 +253,7 @@ def _start_ragged(model: nn.Module, x: Tensor, y: Tensor, a: Adversary, bullet: 
     with attack_model(model, a.call.execution.view, x[:COMPARED]) as view:
         with range_(MINING):  # to the end of the wait for the counts
             logits = clean_logits(view, x)
+            check_classes(a.inner, logits.shape[1])
             warn_of_neighbours(model, x, a.threat, "leave BulletTrain out")
             state = a.random_state(x)
             attacked, of_attack = None, []
@@ -239,8 +277,8 @@ def _start_ragged(model: nn.Module, x: Tensor, y: Tensor, a: Adversary, bullet: 
                 numbers = torch.arange(len(x), device=x.device) + first if numbers is None else numbers
             clean, begin = sorted_start(x, plan.order, plan.steps, state, a.noise, a.threat, numbers)
             labels = plan.sort(y).long()
-            target = plan.sort(plan.probabilities) if a.inner == "kl" else _one_hot(labels, plan.probabilities)
-            batch = AttackBatch.of(plan, begin, clean, target)
+            target = _target(a.inner, plan, labels, logits, lambda _: plan.probabilities)
+            batch = a.batch(plan, begin, clean, target, labels)
         group, call = bullet.process_group, a.call
         if call.balance is None or group is None:
             started = a.queue(view, batch)
@@ -263,10 +301,8 @@ def _attacked_logits(
     """
     state = a.random_state(x, offset=2)  # offsets 0 and 1 are those of the training start
     clean, begin = sorted_start(x, None, None, state, a.noise, a.threat, a.numbers)
-    probabilities = _probabilities(logits)
-    target = probabilities if a.inner == "kl" else _one_hot(y, probabilities)
     plan = Plan.uniform(len(x), steps, STEP_FACTOR * a.threat.epsilon / steps, x.device)
-    batch = AttackBatch.of(plan, begin, clean, target)
+    batch = a.batch(plan, begin, clean, _target(a.inner, plan, y, logits, _probabilities), y)
     attack = a.queue(view, batch)
     attacked = clean_logits(view, attack.finish())
     return attacked, faults.gradients_without_direction(batch.faulty)
@@ -287,6 +323,7 @@ def _reused(kept: object, x: Tensor, y: Tensor, threat: ThreatModel, bullet: Bul
     if not isinstance(kept, Attack) or kept.threat != threat:
         made = f"with {kept.threat}" if isinstance(kept, Attack) else "by augmix_loss"
         raise ValueError(f"again(reuse=True) has the x' made {made}, but this loss attacks with {threat}: {NEW_ONES}")
+    assert kept.y is not None
     return replace(kept, inputs=bullet.start_again([other_samples(kept.x, kept.y, x, y.long(), kept.plan)]))
 
 
@@ -311,6 +348,7 @@ def run(model: nn.Module, attack: Attack, forwards: Forwards, execution: Executi
 
     It gives the terms of `forwards`, x' in the plan's sorted order, and whether the clean forward ran beside.
     """
+    assert attack.y is not None
     update = execution.update
     with range_(UPDATE), update_modes(model) as modes:
         alone = attack.started.beside and attack.independent and not (update is not None and update.graphs)
@@ -344,15 +382,19 @@ def in_callers_order(x_adv: Tensor, x: Tensor, plan: Plan, normalize: Normalize 
 # Arguments
 
 
-def check_batch(x: Tensor, y: Tensor, name: str) -> None:
-    """Raise TypeError or ValueError for images or labels that the host can see to be none; `name` is that of x."""
+def check_batch(x: Tensor, y: Tensor | None, name: str, *, optional: bool = False) -> None:
+    """Raise TypeError or ValueError for images or labels that the host can see to be none; `name` is that of x.
+
+    `optional` labels may be None.
+    """
     check_pixels(x, name)
     if x.dim() < 2 or x.numel() == 0:
         raise ValueError(
             f"{name} must have shape [m, ...] with m >= 1, got {list(x.shape)}: of one image write x[None], and "
             "leave empty minibatches out"
         )
-    check_labels(y, len(x), x.device, "y")
+    if y is not None or not optional:
+        check_labels(y, len(x), x.device, "y")
 
 
 def check_optimizer(optimizer: object) -> None:
@@ -373,6 +415,8 @@ def check_attack(attack: PGD, mining: BulletTrain | None) -> None:
             f"attack takes {attack.steps} steps, but mining {mining.boundary_steps} boundary steps: "
             f"write BulletTrain({attack.steps}, ...), or the same number for both"
         )
+    if mining is not None:
+        check_statistics(attack.statistics, "with BulletTrain", "leave statistics or mining out")
 
 
 def check_draws(x: Tensor, indices: Tensor | None, generator: torch.Generator | None, name: str) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
 from weakref import ref
@@ -13,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from bt_fast.attack.graph_cache import GraphCache
-from bt_fast.attack.pgd import PGD, InnerLoss
+from bt_fast.attack.inner import InnerLoss
+from bt_fast.attack.logits import Select, Selection
+from bt_fast.attack.pgd import PGD
 from bt_fast.attack.pixels import Normalize, OnPixels
 from bt_fast.attack.start import Noise
 from bt_fast.attack.wrapped import unwrapped
@@ -70,6 +73,8 @@ class AdversarialLoss(nn.Module, ABC):
         attack: how images are attacked.
         mining: who gets how many steps; None for all alike. It is a part of this module, moves and saves with it.
         engine: how attack and update are executed, by name or as an `Engine`.
+        logits: of a model that returns a tuple, a dict or an object: the function that takes its logits [m, K], as
+            `select` of `Logits`. None for a model that returns them.
 
     Attributes:
         clean_forwards: how often the update runs the clean images: 0, 1, or 2 as TRADES' authors do.
@@ -86,7 +91,14 @@ class AdversarialLoss(nn.Module, ABC):
     step_in_l2_is_its_own: ClassVar[bool] = False  # the authors' function does not use its step size there
     drop_in: ClassVar[str] = ""  # the authors' function
 
-    def __init__(self, attack: PGD, *, mining: BulletTrain | None = None, engine: Engine | str = "fast") -> None:
+    def __init__(
+        self,
+        attack: PGD,
+        *,
+        mining: BulletTrain | None = None,
+        engine: Engine | str = "fast",
+        logits: Select | None = None,
+    ) -> None:
         super().__init__()
         adversarial.check_attack(attack, mining)
         if mining is not None and mining.unperturbed == "skip" and self.clean_forwards == 0:
@@ -97,6 +109,7 @@ class AdversarialLoss(nn.Module, ABC):
         self.attack = attack
         self.mining = mining
         self._engine = Engine.of(engine)
+        self._selection = None if logits is None else Selection(logits)
         self._cache = GraphCache()
         self._seen: Seen | None = None
         self._last: Callable[[], Record] | None = None
@@ -173,9 +186,14 @@ class AdversarialLoss(nn.Module, ABC):
 
     def of_call(self, model: nn.Module, x: Tensor, y: Tensor, call: Call) -> Tensor:
         """The loss of model, x and y, which have been checked; `call` is how it goes about it."""
+        call = replace(call, execution=call.execution.fitting(self.attack))
         mining, execution, update = self.mining, call.execution, call.execution.update
         defaults = self.default_start, self.default_inner
-        with adversarial.attacking(model, x, y, self.attack, defaults, mining, call) as (model, attack):
+        selected = nullcontext(model) if self._selection is None else self._selection.in_front_of(model)
+        with (
+            selected as model,
+            adversarial.attacking(model, x, y, self.attack, defaults, mining, call) as (model, attack),
+        ):
             forwards = Forwards(
                 key=self._identity(),
                 of=self,
@@ -186,7 +204,7 @@ class AdversarialLoss(nn.Module, ABC):
             terms, x_adv, beside = adversarial.run(model, attack, forwards, execution)
             self._seen = Seen(ref(unwrapped(model)), ref(model), x.device, execution, beside)
         loss, *logits = terms
-        if mining is not None:
+        if mining is not None and attack.y is not None:
             mining.observe(logits[0], attack.y, order=attack.plan.order, faulty=attack.faulty)
             mining.keep(attack.ended())
         normalize = model.normalize if isinstance(model, OnPixels) else None
@@ -241,16 +259,22 @@ class RobustTermLoss(AdversarialLoss):
     """An adversarial loss of a clean and a robust term.
 
     Args:
-        beta: β ≥ 0, the weight of the robust term. attack, mining, engine: as for `AdversarialLoss`.
+        beta: β ≥ 0, the weight of the robust term. attack, mining, engine, logits: as for `AdversarialLoss`.
 
     Raises:
         TypeError, ValueError: as `AdversarialLoss`, or beta is no finite number of at least 0.
     """
 
     def __init__(
-        self, attack: PGD, beta: float = 6.0, *, mining: BulletTrain | None = None, engine: Engine | str = "fast"
+        self,
+        attack: PGD,
+        beta: float = 6.0,
+        *,
+        mining: BulletTrain | None = None,
+        engine: Engine | str = "fast",
+        logits: Select | None = None,
     ) -> None:
-        super().__init__(attack, mining=mining, engine=engine)
+        super().__init__(attack, mining=mining, engine=engine, logits=logits)
         self.beta = beta
 
     @property

@@ -32,7 +32,7 @@ class MARTLoss(RobustTermLoss):
     that of the TRADES code, of the cross-entropy.
 
     Args:
-        attack, beta, mining, engine: as for `TRADESLoss`, with its errors.
+        attack, beta, mining, engine, logits: as for `TRADESLoss`, with its errors.
     """
 
     step_in_l2_is_its_own = True

@@ -30,7 +30,7 @@ class PGDLoss(AdversarialLoss):
     the first two samples' logits is raised as such, in those of another as NaN in its input gradient.
 
     Args:
-        attack, mining, engine: as for `TRADESLoss`, with its errors.
+        attack, mining, engine, logits: as for `TRADESLoss`, with its errors.
     """
 
     clean_forwards = 0

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bt_fast import ops
-from bt_fast.attack.pgd import InnerLoss
+from bt_fast.attack.inner import InnerLoss
 from bt_fast.engine import Engine
 from bt_fast.mining import BulletTrain
 from bt_fast.objectives import drop_in
@@ -36,6 +36,7 @@ class TRADESLoss(RobustTermLoss):
         beta: β ≥ 0, the weight of the robust term.
         mining: who gets how many steps; None for all alike.
         engine: how attack and update are executed, by name or as an `Engine`.
+        logits: a function that takes the logits out of the model's output, where that is not they; as for `Logits`.
 
     Raises:
         TypeError: an argument is not of its kind.
