@@ -128,11 +128,11 @@ def checked_logits(logits: object, n: int, *, least: int = 2, where: str = "") -
             instead = (
                 f"write Logits(model, lambda output: output{which}), or of a loss logits=lambda output: output{which}"
             )
-        raise TypeError(f"model must return{where} a floating-point tensor of logits, got {kind}: {instead}")
+        raise TypeError(f"model must return a floating-point tensor of logits, got {kind}{where}: {instead}")
     if logits.dim() != 2 or len(logits) != n or logits.shape[1] < least:
         expected = f"logits of shape [{n}, K] with K >= 2 classes" if least > 1 else f"outputs of shape [{n}, d]"
         raise ValueError(
-            f"model must return{where} {expected}, got {list(logits.shape)}: "
+            f"model must return {expected}, got {list(logits.shape)}{where}: "
             "let its forward end with .flatten(1), and with a logit for each class"
         )
     return logits

@@ -159,7 +159,7 @@ def _of_function(inner: InnerFunction, z: Tensor, rows: Rows) -> Tensor:
         )
     gradient = None
     if values.requires_grad:
-        (gradient,) = torch.autograd.grad(values.sum(), z, allow_unused=True)
+        (gradient,) = torch.autograd.grad(values, z, torch.ones_like(values), allow_unused=True)
     if gradient is None:
         raise ValueError(
             "inner must return a loss with a gradient to its outputs, but gave one without: "

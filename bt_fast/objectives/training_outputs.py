@@ -57,7 +57,7 @@ def _look(model: nn.Module, images: Tensor) -> None:
         return
     finally:
         random.restore()
-    checked_logits(returned, len(images), where=" in train mode, in which the update runs,")
+    checked_logits(returned, len(images), where=" in train mode, in which the update runs")
 
 
 def _reads_its_mode(module: nn.Module) -> bool:

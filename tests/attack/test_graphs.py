@@ -122,7 +122,8 @@ def test_every_inner_loss_with_a_name_is_captured(runner, inner):
     with EmulatedDevice() as emulated:
         result = training.run(runner(bucket=2))
     assert same(result, expected)
-    assert not same(result, Training(mlp).run(run_eager))
+    if inner != "cross_entropy":  # for one target it is the direction of "kl"
+        assert not same(result, Training(mlp).run(run_eager))
     assert emulated.replays > emulated.captures > 1
     for seed in range(20):
         assert same(emulated.shuffled(seed, result), result), seed

@@ -47,7 +47,7 @@ def test_it_is_refused_before_the_attack_with_nothing_changed(build_net, mining,
     before, state = snapshot(model), torch.get_rng_state()
     bullet = BulletTrain(3, 1, 0) if mining else None
     message = (
-        r"model must return in train mode, in which the update runs, a .* tensor of logits, got tuple: write Logits"
+        r"model must return a .* tensor of logits, got tuple in train mode, in which the update runs: write Logits"
     )
     with pytest.raises(TypeError, match=message):
         kind(ATTACK, mining=bullet)(model, x, y)
