@@ -17,6 +17,7 @@ from bt_fast import (
     Frozen,
     Gaussian,
     Guard,
+    Logits,
     MARTLoss,
     Normalization,
     Normalize,
@@ -83,6 +84,15 @@ def perturbed(mining=None, attack=ATTACK, **options):
         return result
 
     return run
+
+
+def away(outputs, rows):
+    """An inner loss of one's own."""
+    return (outputs - rows.clean_outputs).square().sum(dim=1)
+
+
+def selected(model, x, y):
+    return perturb(Logits(model, lambda output: output), x, y, ATTACK, generator=seeded())
 
 
 def augmix(bullet=None, **options):
@@ -180,7 +190,13 @@ CALLS = {
     **{f"{kind.__name__}, mining": criterion(kind, THREE) for kind in LOSSES},
     "TRADESLoss, bf16": criterion(TRADESLoss, THREE, engine="bf16"),
     "TRADESLoss, normalised": criterion(TRADESLoss, attack=PGD(0.1, 0.05, STEPS, normalization=PIXELS)),
+    "TRADESLoss, selected": criterion(TRADESLoss, THREE, logits=lambda output: output),
+    "MARTLoss, batch": criterion(MARTLoss, attack=PGD(0.1, 0.05, STEPS, statistics="batch")),
+    "PGDLoss, tracked": criterion(PGDLoss, attack=PGD(0.1, 0.05, STEPS, statistics="tracked")),
+    "Logits": selected,
     "perturb": perturbed(),
+    "perturb, dlr, mining": perturbed(THREE, PGD(0.1, 0.05, STEPS, inner="dlr")),
+    "perturb, a function": perturbed(attack=PGD(0.1, 0.05, STEPS, inner=away)),
     "perturb, mining": perturbed(THREE, engine="fast"),
     "perturb, normalised": perturbed(attack=PGD(0.1, 0.05, STEPS, normalization=PIXELS)),
     "AugMixLoss": lambda m, x, y: AugMixLoss()(m, x, y, generator=seeded()),
@@ -195,6 +211,7 @@ CALLS = {
     "generate, view": generated(engine="fast"),
     "evaluate": evaluated(),
     "evaluate, margin, view": evaluated(loss="margin", engine="fast"),
+    "evaluate, lse": evaluated(loss="lse"),
     "autoattack": autoattacked,
     "augment_and_mix": lambda m, x, y: augment_and_mix(x, draw_choices(len(x), x.device, generator=seeded())),
     "Normalize": lambda m, x, y: Normalize((0.5,), (0.25,))(x),
