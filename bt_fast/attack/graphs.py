@@ -86,7 +86,7 @@ class GraphRunner:
         """
         graphs = self._of(model)
         graphs.reason = None
-        if reason := graphs.failed or _reason(model, batch.x_adv):
+        if reason := graphs.failed or own_inner_reason(batch) or _reason(model, batch.x_adv):
             graphs.refuse(reason)
             return None
         random = RandomStates.of(batch.x_adv.device, generator)
@@ -136,7 +136,7 @@ class GraphRunner:
 def _key(model: View, batch: AttackBatch, threat: ThreatModel) -> GraphKey:
     x, target = batch.x_adv, batch.target
     return GraphKey(
-        computation=threat,
+        computation=(threat, batch.inner),
         inputs=(x.shape[1:], target.shape[1], x.dtype, batch.clean.dtype, target.dtype, x.stride(), x.device),
         autocast=caller_autocast(x),
         values=_values(model),
@@ -166,6 +166,8 @@ class _Session:
             steps=torch.zeros(self.capacity, dtype=torch.int64, device=x.device),
             active=(),
             faulty=torch.zeros(self.capacity, dtype=torch.int32, device=x.device),
+            inner=batch.inner,
+            labels=None if batch.labels is None else batch.labels.new_zeros(self.capacity),
         )
         self._step, self._seed = (torch.zeros((), dtype=torch.int64, device=x.device) for _ in range(2))
 
@@ -178,6 +180,8 @@ class _Session:
                 own.x_adv.copy_(batch.x_adv)
                 own.clean.copy_(batch.clean)
                 own.target.copy_(batch.target)
+                if own.labels is not None and batch.labels is not None:
+                    own.labels.copy_(batch.labels)
                 own.step_size.copy_(batch.step_size)
                 own.steps.copy_(batch.steps)
                 self._step.zero_()
@@ -228,6 +232,13 @@ class _Session:
 
 def _join(caller: device.Stream, stream: device.Stream, kept: tuple[object, ...]) -> None:
     caller.wait_stream(stream)
+
+
+def own_inner_reason(batch: AttackBatch) -> str | None:
+    """Why a batch with an inner loss of one's own is not attacked from graphs; None for a named one."""
+    if isinstance(batch.inner, str):
+        return None
+    return "the inner loss is a function of your own, of which a graph could not know what it reads"
 
 
 def _reason(model: View, x: Tensor) -> str | None:

@@ -29,15 +29,48 @@ class Fronted(nn.Module):
         raise NotImplementedError
 
 
+class Lent(Fronted):
+    """One that holds its model only while it is used, so that a cache of it does not keep the model.
+
+    There is one for each model, by which folded views and graphs of it are found again.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._unwrapped: tuple[nn.Module, ...] = ()  # in a tuple, so that it is no submodule
+
+    @property
+    def unwrapped(self) -> nn.Module:
+        """The same in front of the module that the model may wrap, while the model is held."""
+        return self._unwrapped[0]
+
+    @contextmanager
+    def holding(self, model: nn.Module, inside: nn.Module) -> Iterator[None]:
+        """Be in front of this model, in its mode; `inside` is in front of the module that it may wrap."""
+        outer, unwrapped_before = self._modules.get("model"), self._unwrapped
+        self.model, self._unwrapped = model, (inside,)
+        for own in (self, *self.children()):
+            if own is not model:
+                own.training = model.training
+        try:
+            yield
+        finally:
+            del self.model
+            self._unwrapped = unwrapped_before
+            if outer is not None:
+                self.model = outer
+
+
 def unwrapped(model: nn.Module) -> nn.Module:
     """The module inside `DistributedDataParallel`, or the model itself.
 
     Of a wrapper that was compiled as a whole it is the module as it was written: compile the module itself, and wrap
     that, to have both compiled.
     """
-    if isinstance(model, Fronted):
-        return model.unwrapped
     wrapper = getattr(model, "_orig_mod", model)
+    if isinstance(wrapper, Fronted):
+        inside = wrapper.unwrapped
+        return model if inside is wrapper else inside
     return wrapper.module if isinstance(wrapper, DistributedDataParallel) else model
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from bt_fast import faults, ops
 from bt_fast.allocation import Oracle
-from bt_fast.attack.forward import checked_logits, logits_of
+from bt_fast.attack.forward import buffers_kept, checked_logits, logits_of
 from bt_fast.attack.pixels import Normalization, on_pixels
 from bt_fast.attack.wrapped import unwrapped
 from bt_fast.augment.mix import SEVERITY, augment_and_mix, check_images, check_severity, draw_choices
@@ -126,7 +125,8 @@ class AugMixLoss(nn.Module):
             images = pixels(x).detach()
             outside = faults.pixels_outside(images, 0.0, 1.0, "x")
             images = faults.onto_bounds(images, 0.0, 1.0)
-            with update_modes(model) as modes, _unchanged_by_errors(model):
+            # the first forward moves batch norm's buffers, and only its logits tell whether the input was sound
+            with update_modes(model) as modes, buffers_kept(model, after_errors_only=True):
                 loss_of = self._loss_of_all if self.mining is None else self._loss_of_boundary
                 loss = loss_of(model, images, y, outside, generator)
                 modes.again_in_backward([loss])
@@ -258,22 +258,6 @@ def _views(x: Tensor, count: int, severity: float, generator: torch.Generator | 
     """`count` AugMix views of each sample, drawn together."""
     choices = draw_choices(count * len(x), x.device, severity=severity, generator=generator)
     return augment_and_mix(x.repeat(count, 1, 1, 1), choices).chunk(count)
-
-
-@contextmanager
-def _unchanged_by_errors(model: nn.Module) -> Iterator[None]:
-    """Give the model's buffers their values back if an error leaves the block.
-
-    The first forward moves batch norm's buffers, and only its logits tell whether the input was sound.
-    """
-    buffers = [(m, name, b, b.clone()) for m in model.modules() for name, b in m.named_buffers(recurse=False)]
-    try:
-        yield
-    except BaseException:
-        with torch.no_grad():
-            for module, name, buffer, value in buffers:
-                setattr(module, name, buffer.copy_(value))  # some modules put a new tensor in its place
-        raise
 
 
 def _check_batch(x: Tensor, y: Tensor, generator: torch.Generator | None) -> None:

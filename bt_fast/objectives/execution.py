@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,9 @@ from bt_fast.attack.auto import AutoRunner
 from bt_fast.attack.folded import FoldedModel, Frozen, known_view
 from bt_fast.attack.graph_cache import DTYPES, GraphCache, view_of
 from bt_fast.attack.graphs import GraphRunner
+from bt_fast.attack.pgd import PGD
 from bt_fast.attack.runners import Runner, run_eager
+from bt_fast.attack.statistics import why_apart
 from bt_fast.attack.streams import StreamRunner
 from bt_fast.engine import Engine
 from bt_fast.objectives.update import Update, explain_graphs
@@ -29,6 +31,7 @@ class Execution:
     update: Update | None  # None for eagerly, in the images' own format
     cache: GraphCache | None = None  # of the update's graphs; None for the one of all callers
     precision: torch.dtype | None = None  # of the whole under autocast; None for the caller's
+    apart: str | None = None  # why the attack runs without view, graphs and streams
 
     @classmethod
     def of(cls, engine: Engine, cache: GraphCache, x: Tensor) -> Execution:
@@ -36,6 +39,12 @@ class Execution:
         graphs = engine.graphs and device.has_graphs(x)
         update = Update(channels_last=engine.channels_last, graphs=graphs) if engine.channels_last or graphs else None
         return cls(view_of(engine), cache.runner(engine, x), update, cache, precision_of(engine))
+
+    def fitting(self, attack: PGD) -> Execution:
+        """The same, but for what this attack cannot use of it."""
+        if attack.statistics == "running":
+            return self
+        return replace(self, view=None, runner=run_eager, apart=why_apart(attack.statistics))
 
     def autocast(self, x: Tensor) -> AbstractContextManager[object]:
         """The precision, around attack and update."""
@@ -71,10 +80,12 @@ def lines(seen: Seen) -> Iterator[str]:
         return
     recipe, update = execution.view, execution.update
     view = None if recipe is None else known_view(model, recipe)
-    yield f"folded view: {_fold(recipe, view)}"
+    apart = execution.apart
+    yield f"folded view: {f'no, since {apart}' if apart else _fold(recipe, view)}"
     attack_last, update_last = (kind is not None and kind.channels_last for kind in (recipe, update))
     yield f"channels last: attack {yes(attack_last)}, update {yes(update_last)}"
-    yield f"attack steps: {_runner(execution.runner, model if view is None else view, seen.device)}"
+    runner = _runner(execution.runner, model if view is None else view, seen.device)
+    yield f"attack steps: {f'eagerly, since {apart}' if apart else runner}"
     graphs = update is not None and update.graphs
     yield f"update: {explain_graphs(updated, execution.cache) if graphs else 'eagerly'}"
     yield f"clean forward beside the attack: {yes(seen.beside)}"
