@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bt_fast.attack.forward import logits_of
+from bt_fast.attack.memory_format import formatted
 from bt_fast.attack.wrapped import unwrapped
 from bt_fast.objectives.repeated_forward import RepeatedForward, watched_forward
 from bt_fast.objectives.update import Terms
@@ -95,8 +96,3 @@ class Forwards:
         logits = logits_of(model, formatted(x_adv[:rows], self.channels_last))[: self.rows]
         left_out = clean[self.rows :]
         return torch.cat([logits, left_out]) if len(left_out) else logits
-
-
-def formatted(x: Tensor, channels_last: bool) -> Tensor:
-    """4-d images with the channel as the fastest index, if so."""
-    return x.contiguous(memory_format=torch.channels_last) if channels_last and x.dim() == 4 else x

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from bt_fast.attack.graph_cache import GraphCache
+from bt_fast.attack.memory_format import takes_channels_last
 from bt_fast.attack.pgd import PGD, InnerLoss
 from bt_fast.attack.pixels import Normalize, OnPixels
 from bt_fast.attack.start import Noise
@@ -180,7 +181,7 @@ class AdversarialLoss(nn.Module, ABC):
                 key=self._identity(),
                 of=self,
                 rows=self._adversarial_rows(attack, call),
-                channels_last=update is not None and update.channels_last,
+                channels_last=update is not None and update.channels_last and takes_channels_last(model),
                 rerun=mining is None,
             )
             terms, x_adv, beside = adversarial.run(model, attack, forwards, execution)
