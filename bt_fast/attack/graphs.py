@@ -23,6 +23,7 @@ from bt_fast.attack.folded import FoldedModel
 from bt_fast.attack.forward import caller_autocast, plain_values, uncached
 from bt_fast.attack.runners import Join, joined, run_eager, run_queued, stand_in_seeds, take_step
 from bt_fast.attack.threat import ThreatModel
+from bt_fast.attack.wrapped import spread
 from bt_fast.device import out_of_memory
 from bt_fast.ops.launch import dense_format
 from bt_fast.ranges import ATTACK_STEP, range_
@@ -245,6 +246,8 @@ def _reason(model: View, x: Tensor) -> str | None:
     """Why the attack on this model cannot be captured now."""
     root = model.model if isinstance(model, FoldedModel) else model
     reason = hook_reason(root) if isinstance(root, nn.Module) else None
+    if isinstance(root, nn.Module) and any(map(spread, root.modules())):
+        reason = reason or "the model is spread over devices"
     return reason or device.no_graphs_reason(x)
 
 

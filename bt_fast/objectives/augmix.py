@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from bt_fast import faults, ops
 from bt_fast.allocation import Oracle
 from bt_fast.attack.forward import buffers_kept, checked_logits, logits_of
+from bt_fast.attack.memory_format import formatted, takes_channels_last
 from bt_fast.attack.pixels import Normalization, on_pixels
 from bt_fast.attack.wrapped import unwrapped
 from bt_fast.augment.mix import SEVERITY, augment_and_mix, check_images, check_severity, draw_choices
@@ -22,7 +23,6 @@ from bt_fast.mining import BulletTrain
 from bt_fast.objectives.adversarial import NEW_ONES, other_samples
 from bt_fast.objectives.cross_entropy import CrossEntropy, Smoothing
 from bt_fast.objectives.execution import autocast, precision_of, yes
-from bt_fast.objectives.forwards import formatted
 from bt_fast.objectives.passes import Pass, Passes, check_moving, check_outside, wanted
 from bt_fast.objectives.recomputed import update_modes
 from bt_fast.ranges import MINING, UPDATE, range_
@@ -144,9 +144,10 @@ class AugMixLoss(nn.Module):
     def explain(self) -> str:
         """What is used of the engine, in lines."""
         engine, precision = self.engine, precision_of(self.engine)
+        why = ", where the model's forward takes such images" if engine.channels_last else ""
         return (
             f"{type(self).__name__}, engine {engine.name!r}\n"
-            f"channels last: {yes(engine.channels_last)}\n"
+            f"channels last: {yes(engine.channels_last)}{why}\n"
             f"precision: {f'{precision}, under autocast' if precision else 'as the model and the caller'}\n"
             "there is no attack: folded view, graphs and streams are not used"
         )
@@ -162,7 +163,8 @@ class AugMixLoss(nn.Module):
             views = _views(x, 2 if self.jsd else 1, self.severity, generator)
         inputs = torch.cat([x, *views]) if self.jsd else views[0]
         with range_(UPDATE):
-            logits = checked_logits(model(formatted(inputs, self.engine.channels_last)), len(inputs))
+            last = self.engine.channels_last and takes_channels_last(model, x)
+            logits = checked_logits(model(formatted(inputs, last)), len(inputs))
             classes = logits.shape[1]
             indices = torch.arange(len(logits), device="cpu") % len(x)
             check_classes("y", y, classes)
@@ -181,7 +183,7 @@ class AugMixLoss(nn.Module):
         self, model: nn.Module, x: Tensor, y: Tensor, outside: Fault, generator: torch.Generator | None
     ) -> Tensor:
         """The loss with BulletTrain. Its one read gives the number of samples to augment."""
-        mining, last = self.mining, self.engine.channels_last
+        mining, last = self.mining, self.engine.channels_last and takes_channels_last(model, x)
         assert mining is not None
         with range_(MINING):
             kept = mining.reused()

@@ -14,6 +14,7 @@ from bt_fast.attack.auto import AutoRunner
 from bt_fast.attack.folded import FoldedModel, Frozen, known_view
 from bt_fast.attack.graph_cache import DTYPES, GraphCache, view_of
 from bt_fast.attack.graphs import GraphRunner
+from bt_fast.attack.memory_format import CONTIGUOUS, takes_channels_last
 from bt_fast.attack.pgd import PGD
 from bt_fast.attack.runners import Runner, run_eager
 from bt_fast.attack.statistics import why_apart
@@ -82,8 +83,11 @@ def lines(seen: Seen) -> Iterator[str]:
     view = None if recipe is None else known_view(model, recipe)
     apart = execution.apart
     yield f"folded view: {f'no, since {apart}' if apart else _fold(recipe, view)}"
-    attack_last, update_last = (kind is not None and kind.channels_last for kind in (recipe, update))
-    yield f"channels last: attack {yes(attack_last)}, update {yes(update_last)}"
+    attack_last, update_last = (kind is not None and kind.channels_last for kind in (view or recipe, update))
+    contiguous = (recipe or update) and not takes_channels_last(model)
+    update_last = update_last and not contiguous
+    why = f"; {CONTIGUOUS}" if contiguous else ""
+    yield f"channels last: attack {yes(attack_last)}, update {yes(update_last)}{why}"
     runner = _runner(execution.runner, model if view is None else view, seen.device)
     yield f"attack steps: {f'eagerly, since {apart}' if apart else runner}"
     graphs = update is not None and update.graphs
@@ -107,7 +111,16 @@ def _fold(recipe: Frozen | None, view: FoldedModel | None) -> str:
         return "no, not asked for"
     if view is None:
         return "no longer known"
-    return "yes" if view.reason is None else f"no, {view.reason}"
+    return folded_in_words(view) if view.reason is None else f"no, {view.reason}"
+
+
+def folded_in_words(view: FoldedModel) -> str:
+    """What is folded in a view, and what runs as it is inside it."""
+    folded, left = view.norms
+    norms = f"{folded} of {folded + left} batch norms" if folded + left else "without a batch norm"
+    (name, why), more = next(iter(view.kept.items()), ("", "")), len(view.kept) - 1
+    kept = f"; {name} runs as it is, not traced: {why}" if name else ""
+    return f"yes, {norms}{kept}{f'; so do {more} more modules' if more > 0 else ''}"
 
 
 def _runner(runner: Runner, attacked: object, where: torch.device) -> str:

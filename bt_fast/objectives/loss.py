@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from bt_fast.attack.graph_cache import GraphCache
 from bt_fast.attack.inner import InnerLoss
 from bt_fast.attack.logits import Select, Selection
+from bt_fast.attack.memory_format import takes_channels_last
 from bt_fast.attack.pgd import PGD
 from bt_fast.attack.pixels import Normalize, OnPixels
 from bt_fast.attack.start import Noise
@@ -219,7 +220,7 @@ class AdversarialLoss(nn.Module, ABC):
                 key=self._identity(),
                 of=self,
                 rows=self._adversarial_rows(updated, call),
-                channels_last=update is not None and update.channels_last,
+                channels_last=update is not None and update.channels_last and takes_channels_last(model),
                 rerun=mining is None,
                 extra=None if self.extra is None else ExtraTerm(self.extra, x.detach(), attack.plan, normalize),
                 adversarial_first=this.adversarial_first and self.clean_forwards == 2,
