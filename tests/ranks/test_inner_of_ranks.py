@@ -23,6 +23,8 @@ class Net(nn.Module):
         self.body = nn.Sequential(nn.Conv2d(1, 4, 3), nn.GELU(), nn.Flatten())
         self.head = nn.Linear(64, CLASSES)
         self.double()
+        with torch.no_grad():  # no class wins everywhere
+            self.head.bias -= self(batch(64, seed=9)[0])["logits"].mean(dim=0)
 
     def forward(self, x):
         features = self.body(x)
@@ -48,7 +50,8 @@ def trained(inner, model, rows, **of_ranks):
     generator = torch.Generator().manual_seed(0 if not of_ranks else dist.get_rank())  # rank 0's is everyone's
     for seed in (1, 2):
         x, y = batch(M, seed=seed)
-        y = torch.where(torch.arange(M) % 4 == 0, y, logits(Net()(x)).argmax(dim=1))  # most of them are correct
+        right = logits(Net()(x)).argmax(dim=1)
+        y = torch.where(torch.arange(M) < 7, right, (right + 1 + y) % CLASSES)  # those of the first rank are attacked
         x, y = x[rows], y[rows]
         optimizer.zero_grad()
         loss = criterion(model, x, y, generator=generator)
