@@ -11,6 +11,9 @@ from torch.nn.parallel import DistributedDataParallel
 from bt_fast import PGD, Balance, BulletTrain, Costs, Logits, TRADESLoss, perturb
 
 M = 12
+sharding = pytest.mark.skipif(
+    not hasattr(torch.cpu.Stream, "record_event"), reason="this torch's fully_shard runs on CUDA only"
+)
 ALWAYS = Balance(Costs(1.0, 0.0, 1.0, 1e-9, 1e9))
 
 
@@ -23,6 +26,8 @@ class Net(nn.Module):
         self.body = nn.Sequential(nn.Conv2d(1, 4, 3), nn.GELU(), nn.Flatten())
         self.head = nn.Linear(64, CLASSES)
         self.double()
+        with torch.no_grad():  # no class wins everywhere
+            self.head.bias -= self(batch(64, seed=9)[0])["logits"].mean(dim=0)
 
     def forward(self, x):
         features = self.body(x)
@@ -48,14 +53,19 @@ def trained(inner, model, rows, **of_ranks):
     generator = torch.Generator().manual_seed(0 if not of_ranks else dist.get_rank())  # rank 0's is everyone's
     for seed in (1, 2):
         x, y = batch(M, seed=seed)
-        y = torch.where(torch.arange(M) % 4 == 0, y, logits(Net()(x)).argmax(dim=1))  # most of them are correct
+        right = logits(Net()(x)).argmax(dim=1)
+        y = torch.where(torch.arange(M) < 7, right, (right + 1 + y) % CLASSES)  # those of the first rank are attacked
         x, y = x[rows], y[rows]
         optimizer.zero_grad()
         loss = criterion(model, x, y, generator=generator)
         loss.backward()
         optimizer.step()
-        fraction = mining.state_dict()["robust_fraction"].clone()
-        result += [loss.detach(), criterion.last.x_adv, criterion.last.steps, fraction]
+        result += [
+            loss.detach(),
+            criterion.last.x_adv,
+            criterion.last.steps,
+            mining.state_dict()["robust_fraction"].clone(),
+        ]
     front, mining = Logits(model, logits), BulletTrain(3, 1, 0, gamma=1.0, momentum=0.5, **of_ranks)
     result.append(perturb(front, x, y, criterion.attack, mining, generator=generator))
     return result
@@ -69,11 +79,28 @@ def on_a_rank(inner):
     )
 
 
+def on_a_rank_sharded(inner):
+    from torch.distributed.fsdp import fully_shard
+
+    rank, model = dist.get_rank(), Net()
+    fully_shard(model.body)
+    fully_shard(model)
+    return trained(inner, model, slice(rank * M // 2, (rank + 1) * M // 2), process_group=dist.group.WORLD)
+
+
+@sharding
+@pytest.mark.parametrize("inner", ["dlr"])
+def test_a_net_that_is_sharded_over_two_ranks_returns_a_dict_too(inner):
+    assert_as_one_process(inner, *run_ranks(2, on_a_rank_sharded, inner))
+
+
 @pytest.mark.parametrize("inner", INNER)
 def test_two_ranks_that_share_the_attack_out_find_what_one_process_finds(inner):
-    expected = trained(inner, Net(), slice(None))
-    first, second = run_ranks(2, on_a_rank, inner)
-    close = {"rtol": 0, "atol": 1e-10}
+    assert_as_one_process(inner, *run_ranks(2, on_a_rank, inner))
+
+
+def assert_as_one_process(inner, first, second):
+    expected, close = trained(inner, Net(), slice(None)), {"rtol": 0, "atol": 1e-10}
     for one, a, b in zip(expected, first, second, strict=True):
         if one.dim() == 0 and one.is_floating_point():
             torch.testing.assert_close((a + b) / 2, one, **close)
