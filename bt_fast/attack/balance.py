@@ -346,12 +346,14 @@ def send_out(batch: AttackBatch, exchange: Exchange, group: dist.ProcessGroup | 
             f"batch must hold the {m} samples that the plan counts, got {len(batch)}: give the samples of this rank"
         )
     there, home = routes(exchange, rank)
-    begin, clean, target, sizes = there.carry([batch.x_adv, batch.clean, batch.target, batch.step_size], group)
+    epsilon = [] if batch.epsilon is None else [batch.epsilon]
+    travelling = [batch.x_adv, batch.clean, batch.target, batch.step_size, *epsilon]
+    begin, clean, target, sizes, *epsilon = there.carry(travelling, group)
     quota = exchange.quotas[rank].flip(0)[:-1]  # by descending steps, without those of 0
     steps = torch.arange(len(quota), 0, -1, device="cpu").repeat_interleave(quota)
     active = tuple(n for n in quota.cumsum(0).flip(0).tolist() if n)
     faulty = torch.zeros(len(begin), dtype=torch.int32, device=begin.device)
-    attacked = AttackBatch(begin, clean, target, sizes, _to(steps, begin.device), active, faulty)
+    attacked = AttackBatch(begin, clean, target, sizes, _to(steps, begin.device), active, faulty, *epsilon)
     return Rebalanced(attacked, batch.x_adv.detach(), home, group)
 
 

@@ -88,7 +88,7 @@ def _costs(view: View, batch: AttackBatch, threat: ThreatModel, runner: Runner, 
         begin, generator = start_of(runner), torch.Generator(clean.device).manual_seed(0)
 
         def attack(n: int) -> None:
-            one = Plan.uniform(n, 1, threat.epsilon, clean.device)
+            one = Plan.uniform(n, 1, threat.epsilon or 1.0, clean.device)
             begin(view, AttackBatch.of(one, clean[:n].clone(), clean[:n], target[:n]), threat, generator)()
 
         known[kind] = measured_costs(attack, len(clean), clean, target, group)

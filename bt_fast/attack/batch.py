@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ class AttackBatch:
     steps: Tensor  # [m] int64, never increasing
     active: tuple[int, ...]  # for each step, the number of rows that take it; never increasing
     faulty: Tensor  # [m] int32, 1 for a sample that stayed in some step, since its gradient held NaN (in ℓ2: or Inf)
+    epsilon: Tensor | None = None  # [m], each sample's own ε as the steps take it; None: the threat model's
 
     @classmethod
     def of(cls, plan: Plan, start: Tensor, clean: Tensor, target: Tensor, faulty: Tensor | None = None) -> AttackBatch:
@@ -41,4 +42,4 @@ class AttackBatch:
         start, stop, _ = rows.indices(len(self))
         active = tuple(min(n, stop) - start for n in self.active if n > start)
         tensors = {name: value[rows] for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return AttackBatch(active=active, **tensors)
+        return replace(self, active=active, **tensors)

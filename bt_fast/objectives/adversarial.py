@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from bt_fast import faults, ops
-from bt_fast.allocation import Oracle
+from bt_fast.allocation import Oracle, three_groups
+from bt_fast.attack import by_sample
 from bt_fast.attack.balanced import Balance, start_balanced_attack
 from bt_fast.attack.batch import AttackBatch
+from bt_fast.attack.by_sample import NOTHING, PerSample
 from bt_fast.attack.folded import attack_model, independent
 from bt_fast.attack.forward import clean_logits
 from bt_fast.attack.generate import COMPARED, StartedAttack, start_attack
@@ -24,13 +26,14 @@ from bt_fast.attack.graph_cache import GraphCache
 from bt_fast.attack.neighbours import warn_of_neighbours
 from bt_fast.attack.pgd import PGD, InnerLoss
 from bt_fast.attack.pixels import Normalize, on_pixels
-from bt_fast.attack.start import Noise, ball_start, normal_noise, random_state, sorted_start, state_of_seed
+from bt_fast.attack.start import Noise, random_state, state_of_seed
 from bt_fast.attack.threat import ThreatModel
 from bt_fast.attack.wrapped import unwrapped
 from bt_fast.deciding import STEP_FACTOR
 from bt_fast.engine import Engine
 from bt_fast.faults import CheckedRead, Fault
 from bt_fast.mining import BulletTrain
+from bt_fast.objectives import starts
 from bt_fast.objectives.execution import Execution
 from bt_fast.objectives.forwards import Forwards
 from bt_fast.objectives.recomputed import update_modes
@@ -56,6 +59,7 @@ class Call:
     unperturbed: Unperturbed | None  # None for the default of N_R and N_O
     balance: Balance | None  # how the ranks of the mining's process group share the attack out
     name: str = "x"  # of the images in messages
+    own: PerSample = NOTHING  # what samples have of their own, in the units of x
 
     @classmethod
     def of(
@@ -75,6 +79,11 @@ class Call:
         unperturbed = None if mining is None else mining.unperturbed
         return cls(Execution.of(engine, cache, x), indices, generator, unperturbed, balance)
 
+    def on_pixels(self, pixels: Callable[[Tensor], Tensor]) -> Call:
+        """The same with starts that are made pixels."""
+        start = self.own.start
+        return self if start is None else replace(self, own=replace(self.own, start=pixels(start)))
+
 
 @dataclass(frozen=True, eq=False)
 class Adversary:
@@ -93,6 +102,20 @@ class Adversary:
         return cls(attack.threat, attack.step_size, attack.steps, attack.start or noise, attack.inner or inner, call)
 
     @property
+    def own(self) -> PerSample:
+        """What samples have of their own."""
+        return self.call.own
+
+    @property
+    def still(self) -> bool:
+        """Whether no sample can move."""
+        return by_sample.still(self.own, self.threat)
+
+    def radii(self, x: Tensor) -> Tensor | None:
+        """Each sample's own ε, if it has one, for images like x."""
+        return by_sample.radii(self.own, self.threat, x)
+
+    @property
     def numbers(self) -> Tensor | None:
         """The samples' numbers as the ops take them."""
         return None if self.call.indices is None else self.call.indices.long()
@@ -101,6 +124,11 @@ class Adversary:
         """Seed and offset of a start: drawn, or with numbered samples the generator's own seed and `offset`."""
         generator = self.call.generator
         return random_state(x, generator) if self.call.indices is None else state_of_seed(x, generator, offset)
+
+    def batch(self, plan: Plan, begin: Tensor, clean: Tensor, target: Tensor) -> AttackBatch:
+        """The samples, in the plan's sorted order, at the start of their attack. Waits for the plan's counts."""
+        batch, epsilon = AttackBatch.of(plan, begin, clean, target), self.radii(clean)
+        return batch if epsilon is None else replace(batch, epsilon=plan.sort(epsilon))
 
     def queue(self, view: Callable[[Tensor], Tensor], batch: AttackBatch) -> StartedAttack:
         """Start the attack's steps."""
@@ -156,7 +184,7 @@ def attacking(
     """
     images = on_pixels(model, x, pgd.normalization, call.name, pgd.bounds)
     with images as (model, pixels), call.execution.autocast(x):
-        attack = start(model, pixels(x), y, Adversary.of(pgd, *defaults, call), bullet)
+        attack = start(model, pixels(x), y, Adversary.of(pgd, *defaults, call.on_pixels(pixels)), bullet)
         with attack.started:
             if attack.inputs is not None:
                 attack.inputs.wait()
@@ -168,20 +196,22 @@ def start(model: nn.Module, x: Tensor, y: Tensor, adversary: Adversary, bullet: 
     x = x.detach()
     threat = adversary.threat
     bounds = threat.lower, threat.upper
-    warn_of_units(threat.epsilon, threat.norm, bounds, adversary.step_size, x[0].numel())
+    if adversary.own.epsilon is None and adversary.own.step_size is None:
+        warn_of_units(threat.epsilon, threat.norm, bounds, adversary.step_size, x[0].numel())
     pixels = faults.pixels_outside(x, *bounds, adversary.call.name)
     x = faults.onto_bounds(x, *bounds)
     model = unwrapped(model)
     if bullet is None:
         return _start_uniform(model, x, y, adversary, pixels)
     if (kept := bullet.reused()) is not None:
+        by_sample.check_made_anew(adversary.own)
         return _reused(kept, x, y, threat, bullet)
     return _start_ragged(model, x, y, adversary, bullet, pixels)
 
 
 def _start_uniform(model: nn.Module, x: Tensor, y: Tensor, a: Adversary, pixels: Fault) -> Attack:
-    """The authors' attack, in which every sample takes `steps` steps."""
-    begin = _uniform_start(x, a)
+    """The authors' attack, in which every sample takes `steps` steps, or its own number of them."""
+    begin = starts.in_order(x, a)
     with attack_model(model, a.call.execution.view, x[:COMPARED]) as view:
         if a.inner == "kl":
             logits, name = clean_logits(view, x), "the model's logits"
@@ -190,25 +220,16 @@ def _start_uniform(model: nn.Module, x: Tensor, y: Tensor, a: Adversary, pixels:
             logits, name = clean_logits(model, x[:2]), "the model's logits of the first two samples"
             target = _one_hot(y, ops.wide(logits))
         labels = faults.labels_outside(y, logits.shape[1], "y")
-        inputs = faults.read([pixels, labels, faults.rows_without_number(logits, name)])
-        plan = Plan.uniform(len(x), a.steps, a.step_size, x.device)
-        batch = AttackBatch.of(plan, begin, x, target)
+        wrong = [pixels, labels, faults.rows_without_number(logits, name)]
+        plan, inputs = by_sample.planned(a.own, a.threat, a.steps, a.step_size, x, wrong)
+        if plan.order is not None:
+            warn_of_neighbours(model, x, a.threat, "leave steps and epsilon of per_sample out")
+        begin = by_sample.begun(a.own, a.threat, begin, x, plan.steps)
+        x, y, begin, target = (plan.sort(values) for values in (x, y.long(), begin, target))
+        batch = a.batch(plan, begin, x, target)
         started = a.queue(view, batch)
     clean = logits if a.inner == "kl" else None
-    return Attack(x, y.long(), started, a.threat, len(x), independent(view), inputs, batch.faulty, plan, clean)
-
-
-def _uniform_start(x: Tensor, a: Adversary) -> Tensor:
-    generator = a.call.generator
-    if a.call.indices is not None:
-        return sorted_start(x, None, None, a.random_state(x), a.noise, a.threat, a.numbers)[1]
-    if a.noise == "uniform":
-        return ball_start(x, a.threat, generator)
-    as_authors = generator is None and not x.is_cuda
-    noise = normal_noise(x, generator, on_cpu=as_authors)
-    if as_authors and a.threat.norm == "l_2":  # the TRADES code draws once more and uses the second
-        noise = normal_noise(x, None, on_cpu=True)
-    return (x + noise).to(x.dtype)
+    return Attack(x, y, started, a.threat, len(x), independent(view), inputs, batch.faulty, plan, clean)
 
 
 def _start_ragged(model: nn.Module, x: Tensor, y: Tensor, a: Adversary, bullet: BulletTrain, pixels: Fault) -> Attack:
@@ -217,7 +238,8 @@ def _start_ragged(model: nn.Module, x: Tensor, y: Tensor, a: Adversary, bullet: 
         with range_(MINING):  # to the end of the wait for the counts
             logits = clean_logits(view, x)
             warn_of_neighbours(model, x, a.threat, "leave BulletTrain out")
-            state = a.random_state(x)
+            state, own = a.random_state(x), a.own
+            sizes = by_sample.sizes_of(own, a.threat, a.step_size, x)
             attacked, of_attack = None, []
             if isinstance(bullet.policy, Oracle):
                 attacked, gradients = _attacked_logits(view, x, y, logits, a, bullet.policy.steps)
@@ -225,9 +247,9 @@ def _start_ragged(model: nn.Module, x: Tensor, y: Tensor, a: Adversary, bullet: 
             plan = bullet.start_plan(
                 logits,
                 y,
-                epsilon=a.threat.epsilon,
-                step_size=a.step_size,
-                inputs=[pixels],
+                epsilon=a.threat.epsilon if own.epsilon is None else 1.0,
+                step_size=a.step_size or None,
+                inputs=[pixels, *by_sample.wrong_values(own)],
                 names=("the model's logits", "y"),
                 attacked_logits=attacked,
                 of_attack=of_attack,
@@ -237,10 +259,13 @@ def _start_ragged(model: nn.Module, x: Tensor, y: Tensor, a: Adversary, bullet: 
             if plan.ranks is not None:
                 state, first = plan.ranks.state, plan.ranks.first
                 numbers = torch.arange(len(x), device=x.device) + first if numbers is None else numbers
-            clean, begin = sorted_start(x, plan.order, plan.steps, state, a.noise, a.threat, numbers)
+            at_boundary = None if bullet.policy is three_groups else bullet.boundary_steps
+            plan = by_sample.mined(own, a.threat, plan, at_boundary, a.step_size)
+            clean, begin = starts.sorted_by(x, plan.order, plan.steps, state, a, numbers)
             labels = plan.sort(y).long()
             target = plan.sort(plan.probabilities) if a.inner == "kl" else _one_hot(labels, plan.probabilities)
-            batch = AttackBatch.of(plan, begin, clean, target)
+            batch = a.batch(plan, begin, clean, target)
+            by_sample.warn_of(sizes)
         group, call = bullet.process_group, a.call
         if call.balance is None or group is None:
             started = a.queue(view, batch)
@@ -262,11 +287,12 @@ def _attacked_logits(
     It is the objective's own attack but for its steps. Its random numbers are drawn after the training start's state.
     """
     state = a.random_state(x, offset=2)  # offsets 0 and 1 are those of the training start
-    clean, begin = sorted_start(x, None, None, state, a.noise, a.threat, a.numbers)
+    clean, begin = starts.sorted_by(x, None, None, state, a, a.numbers)
     probabilities = _probabilities(logits)
     target = probabilities if a.inner == "kl" else _one_hot(y, probabilities)
-    plan = Plan.uniform(len(x), steps, STEP_FACTOR * a.threat.epsilon / steps, x.device)
-    batch = AttackBatch.of(plan, begin, clean, target)
+    sizes = STEP_FACTOR * by_sample.filled(a.own.epsilon, a.threat.epsilon, x) / steps
+    plan = replace(Plan.uniform(len(x), 0 if a.still else steps, 1.0, x.device), step_size=sizes)
+    batch = a.batch(plan, clean if a.still else begin, clean, target)
     attack = a.queue(view, batch)
     attacked = clean_logits(view, attack.finish())
     return attacked, faults.gradients_without_direction(batch.faulty)
@@ -328,17 +354,20 @@ def run(model: nn.Module, attack: Attack, forwards: Forwards, execution: Executi
     return terms, x_adv, beside
 
 
-def in_callers_order(x_adv: Tensor, x: Tensor, plan: Plan, normalize: Normalize | None) -> Tensor:
-    """x' [m, ...] in the order and the units of the caller's x: a sample without steps is x itself, to the bit.
+def in_callers_order(
+    x_adv: Tensor, x: Tensor, plan: Plan, normalize: Normalize | None, moved: Tensor | None = None
+) -> Tensor:
+    """x' [m, ...] in the order and the units of the caller's x: a sample that has not moved is x itself, to the bit.
 
     Args:
         x_adv: [m, ...] pixels in the plan's sorted order.
         normalize: makes images like x of pixels; None where they are pixels.
+        moved: [m] bool, the samples that may have; None: those with steps.
     """
     x_adv = plan.unsort(x_adv)
     if normalize is None:
         return x_adv
-    return torch.where(per_sample(plan.steps > 0, x), normalize(x_adv), x)
+    return torch.where(per_sample(plan.steps > 0 if moved is None else moved, x), normalize(x_adv), x)
 
 
 # Arguments
@@ -364,14 +393,25 @@ def check_optimizer(optimizer: object) -> None:
         )
 
 
-def check_attack(attack: PGD, mining: BulletTrain | None) -> None:
-    """Raise TypeError or ValueError unless they are an attack and a mining with the same steps of a boundary sample."""
+def check_attack(
+    attack: PGD, mining: BulletTrain | None, defaults: tuple[Noise, InnerLoss], own: PerSample = NOTHING
+) -> None:
+    """Raise TypeError or ValueError unless they are an attack and a mining with the same steps of a boundary sample.
+
+    `defaults` are start and inner loss of an attack that names none; `own` is what samples have of their own.
+    """
     check_kind("attack", attack, PGD, "write PGD(epsilon=8 / 255, step_size=2 / 255, steps=10)")
     check_kind("mining", mining, BulletTrain, "write mining=BulletTrain()", optional=True)
     if mining is not None and mining.boundary_steps not in (0, attack.steps):
         raise ValueError(
             f"attack takes {attack.steps} steps, but mining {mining.boundary_steps} boundary steps: "
             f"write BulletTrain({attack.steps}, ...), or the same number for both"
+        )
+    start, inner = attack.start or defaults[0], attack.inner or defaults[1]
+    if start == "clean" and inner == "kl" and own.start is None:
+        raise ValueError(
+            "attack must not start at x with the inner loss 'kl', the divergence from x's own distribution, which has "
+            "no gradient there: write start='normal', or inner='cross_entropy'"
         )
 
 

@@ -88,7 +88,7 @@ class AdversarialLoss(nn.Module, ABC):
 
     def __init__(self, attack: PGD, *, mining: BulletTrain | None = None, engine: Engine | str = "fast") -> None:
         super().__init__()
-        adversarial.check_attack(attack, mining)
+        adversarial.check_attack(attack, mining, (self.default_start, self.default_inner))
         if mining is not None and mining.unperturbed == "skip" and self.clean_forwards == 0:
             raise ValueError(
                 f"mining's unperturbed must be 'keep' or None for {type(self).__name__}, got 'skip': "

@@ -1,5 +1,6 @@
 """From graphs and on streams the attack finds what it finds eagerly, in every order of work that CUDA permits."""
 
+import dataclasses
 import functools
 import gc
 import warnings
@@ -30,10 +31,10 @@ COUNTS = [[3, 3, 1, 0], [2, 3, 2, 1, 3], [0, 3, 2], [1, 2, 1, 0, 1]]
 class Training:
     """An attack on each of several batches, and after each an update of the weights and of the batch's memory."""
 
-    def __init__(self, build, counts=COUNTS, threat=THREAT):
+    def __init__(self, build, counts=COUNTS, threat=THREAT, own=False):
         torch.manual_seed(0)
         self.model = build().double().eval()
-        self.batches, self.threat = [], threat
+        self.batches, self.threat, self.own = [], threat, own  # whether each sample has an ε of its own
         for steps in counts:
             steps = torch.tensor(steps)
             schedule = Plan.from_steps(steps, torch.linspace(0.01, 0.03, len(steps)))
@@ -48,6 +49,8 @@ class Training:
             with attack_model(self.model, frozen, clean) as view:
                 faulty = torch.zeros(len(x_adv), dtype=torch.int32)
                 batch = AttackBatch.of(schedule, x_adv, clean, target, faulty)
+                if self.own:
+                    batch = dataclasses.replace(batch, epsilon=torch.linspace(0.02, 0.004, len(x_adv)).double())
                 runner(view, batch, self.threat, generator)
             result += [x_adv.clone(), faulty.clone()]
             for memory in (x_adv, clean, target):
@@ -212,6 +215,14 @@ def zero_gradients(runner):
     return Training(Troubled, threat=ThreatModel(0.1, "l_2")).run(runner)
 
 
+def own_radii(runner):
+    """Each sample has an ε of its own, and then one is all samples' again."""
+    training = Training(mlp, own=True)
+    result = training.run(runner)
+    training.own = False
+    return result + training.run(runner)
+
+
 def broken_capture(runner):
     """The capture of the second size breaks off, and the attack goes on eagerly in memory that is free again."""
     training = Training(lambda: Uncapturable(rows=2), [[4, 4, 4, 2, 2]])
@@ -270,6 +281,7 @@ SCENARIOS = {
     replaced_weights: True,
     another_number: True,
     zero_gradients: True,
+    own_radii: True,
     exception: True,
     used_beside: True,
     side_by_side: True,
@@ -329,6 +341,10 @@ IN_GRAPHS = [
     Bug("the target is not copied in", "own.target.copy_(batch.target)"),
     Bug("step sizes are not copied in", "own.step_size.copy_(batch.step_size)"),
     Bug("steps are not copied in", "own.steps.copy_(batch.steps)"),
+    Bug("each sample's ε is not copied in", "own.epsilon.copy_(batch.epsilon)", scenario=own_radii),
+    Bug(
+        "a graph of one ε is replayed", "(x, batch.clean, target, batch.epsilon)", "(x, batch.clean, target)", own_radii
+    ),
     Bug("the seed is not copied in", "self._seed.copy_(seeds[t])", scenario=zero_gradients),
     Bug("x' is not copied out", "batch.x_adv.copy_(own.x_adv)"),
     Bug("flags of an earlier attack", "own.faulty.zero_()"),
