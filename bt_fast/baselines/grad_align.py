@@ -38,7 +38,7 @@ def grad_align(
     Args:
         model: maps [m, ...] to logits [m, K]; twice differentiable.
         x_natural: [m, ...] floating point in [0, 1], m ≥ 1. y: [m] integers in 0..K-1.
-        epsilon: ε > 0, in pixel units.
+        epsilon: ε ≥ 0, in pixel units.
         generator: on the images' device, for η; without it the device's own.
         normalization: what the images' loader has done to the pixels, as for `trades_loss`.
 

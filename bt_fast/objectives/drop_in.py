@@ -25,7 +25,7 @@ from bt_fast.objectives.execution import Execution
 from bt_fast.objectives.loss import AdversarialLoss
 from bt_fast.objectives.passes import check_outside
 from bt_fast.objectives.update import Update
-from bt_fast.validation import check_choice, check_kind, positive, step_count
+from bt_fast.validation import check_choice, check_kind, size_of_step, step_count
 
 if TYPE_CHECKING:
     from bt_fast.attack.balanced import Balance
@@ -80,7 +80,7 @@ class Given:
         check_choice("distance", self.distance, NORMS)
         ThreatModel(self.epsilon, self.distance)
         adversarial.check_batch(self.x_natural, self.y, "x_natural")
-        positive("step_size", self.step_size)
+        size_of_step("step_size", self.step_size, self.epsilon)
         adversarial.check_optimizer(self.optimizer)
         check_kind("bullet", bullet, BulletTrain, "write bullet=BulletTrain() once, before the loop", optional=True)
         step_count("perturb_steps", self.perturb_steps, least=1 if bullet is None else 0)

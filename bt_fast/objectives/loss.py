@@ -108,7 +108,7 @@ class AdversarialLoss(nn.Module, ABC):
         logits: Select | None = None,
     ) -> None:
         super().__init__()
-        adversarial.check_attack(attack, mining)
+        adversarial.check_attack(attack, mining, (self.default_start, self.default_inner))
         check_extra(extra)
         if mining is not None and mining.unperturbed == "skip" and self.clean_forwards == 0:
             raise ValueError(
