@@ -46,7 +46,7 @@ from bt_fast.attack.pixels import Normalization, on_pixels
 from bt_fast.attack.start import normal_noise
 from bt_fast.attack.threat import ThreatModel
 from bt_fast.baselines.values import SCALE, check_values
-from bt_fast.objectives import adversarial
+from bt_fast.objectives import arguments
 from bt_fast.objectives.recomputed import update_modes
 from bt_fast.ranges import ATTACK_STEP, UPDATE, range_
 from bt_fast.units import warn_of_units
@@ -103,10 +103,10 @@ def yopo_loss(
             changed then; but NaN in an input gradient is raised after the attack, by which "pgd" moves batch norm.
     """
     threat = ThreatModel(epsilon)
-    adversarial.check_batch(x_natural, y, "x_natural")
+    arguments.check_batch(x_natural, y, "x_natural")
     check_labels(y, len(x_natural), x_natural.device, "y")
     step_size = size_of_step("step_size", step_size, threat.epsilon)
-    adversarial.check_optimizer(optimizer)
+    arguments.check_optimizer(optimizer)
     check_generator(generator, x_natural.device)
     m, n = step_count("propagations", propagations, least=1), step_count("layer_steps", layer_steps, least=1)
     robust_weight = _checked_beta(objective, beta)

@@ -23,20 +23,20 @@ from bt_fast.attack.folded import attack_model, independent
 from bt_fast.attack.forward import clean_logits, eval_mode
 from bt_fast.attack.generate import COMPARED, StartedAttack, start_attack
 from bt_fast.attack.graph_cache import GraphCache
-from bt_fast.attack.inner import Inner, InnerLoss, by_label, check_enough_classes, of_clean
+from bt_fast.attack.inner import Inner, by_label, check_enough_classes, of_clean
 from bt_fast.attack.neighbours import warn_of_neighbours
 from bt_fast.attack.pgd import PGD
 from bt_fast.attack.pixels import Normalize, on_pixels
 from bt_fast.attack.start import Noise, random_state, state_of_seed
-from bt_fast.attack.statistics import Statistics, attack_view, check_statistics, undone_by_errors
+from bt_fast.attack.statistics import Statistics, attack_view, undone_by_errors
 from bt_fast.attack.threat import ThreatModel
 from bt_fast.attack.wrapped import unwrapped
 from bt_fast.deciding import STEP_FACTOR
 from bt_fast.engine import Engine
 from bt_fast.faults import CheckedRead, Fault
-from bt_fast.labels import check_classes, check_either, check_without_gradient, class_of, for_loss, is_soft, target_of
+from bt_fast.labels import check_classes, class_of, for_loss, is_soft, target_of
 from bt_fast.mining import BulletTrain
-from bt_fast.objectives import starts
+from bt_fast.objectives import arguments, starts
 from bt_fast.objectives.execution import Execution
 from bt_fast.objectives.forwards import Forwards
 from bt_fast.objectives.recomputed import update_modes
@@ -47,7 +47,6 @@ from bt_fast.ops.numeric import per_sample
 from bt_fast.plan import Plan
 from bt_fast.ranges import MINING, UPDATE, range_
 from bt_fast.units import warn_of_units
-from bt_fast.validation import check_generator, check_kind, check_labels, check_pixels
 
 Unperturbed = Literal["keep", "skip"]
 NEW_ONES = "write again(reuse=False) to make new ones"
@@ -82,9 +81,9 @@ class Call:
         updates: bool = True,
     ) -> Call:
         """A call on images and labels, all checked; without an update there may be no labels."""
-        check_batch(x, y, "x", optional=not updates)
-        check_draws(x, indices, generator, "indices")
-        balance = None if mining is None else checked_balance(mining.balance, mining)
+        arguments.check_batch(x, y, "x", optional=not updates)
+        arguments.check_draws(x, indices, generator, "indices")
+        balance = None if mining is None else arguments.checked_balance(mining.balance, mining)
         unperturbed = None if mining is None else mining.unperturbed
         return cls(Execution.of(engine, cache, x), indices, generator, unperturbed, balance, updates=updates)
 
@@ -420,79 +419,3 @@ def in_callers_order(
     if normalize is None:
         return x_adv
     return torch.where(per_sample(plan.steps > 0 if moved is None else moved, x), normalize(x_adv), x)
-
-
-# Arguments
-
-
-def check_batch(x: Tensor, y: Tensor | None, name: str, *, optional: bool = False) -> None:
-    """Raise TypeError or ValueError for images or labels that the host can see to be none; `name` is that of x.
-
-    `optional` labels may be None.
-    """
-    check_pixels(x, name)
-    if x.dim() < 2 or x.numel() == 0:
-        raise ValueError(
-            f"{name} must have shape [m, ...] with m >= 1, got {list(x.shape)}: of one image write x[None], and "
-            "leave empty minibatches out"
-        )
-    if y is None and optional:
-        return
-    check_either(y, len(x), x.device, "y")
-    check_without_gradient("y", y)
-
-
-def check_optimizer(optimizer: object) -> None:
-    """Raise TypeError unless it is an optimizer or None."""
-    if optimizer is not None and not hasattr(optimizer, "zero_grad"):
-        raise TypeError(
-            f"optimizer must be an optimizer or None, got {type(optimizer).__name__}: "
-            "give the one of the model's parameters"
-        )
-
-
-def check_attack(
-    attack: PGD, mining: BulletTrain | None, defaults: tuple[Noise, InnerLoss], own: PerSample = NOTHING
-) -> None:
-    """Raise TypeError or ValueError unless they are an attack and a mining with the same steps of a boundary sample.
-
-    `defaults` are start and inner loss of an attack that names none; `own` is what samples have of their own.
-    """
-    check_kind("attack", attack, PGD, "write PGD(epsilon=8 / 255, step_size=2 / 255, steps=10)")
-    check_kind("mining", mining, BulletTrain, "write mining=BulletTrain()", optional=True)
-    if mining is not None and mining.boundary_steps not in (0, attack.steps):
-        raise ValueError(
-            f"attack takes {attack.steps} steps, but mining {mining.boundary_steps} boundary steps: "
-            f"write BulletTrain({attack.steps}, ...), or the same number for both"
-        )
-    if mining is not None:
-        check_statistics(attack.statistics, "with BulletTrain", "leave statistics or mining out")
-    if own.steps is not None or own.epsilon is not None:
-        instead = "leave statistics, or steps and epsilon of per_sample, out"
-        check_statistics(attack.statistics, "where samples take their own numbers of steps", instead)
-    start, inner = attack.start or defaults[0], attack.inner or defaults[1]
-    if start == "clean" and inner == "kl" and own.start is None:
-        raise ValueError(
-            "attack must not start at x with the inner loss 'kl', the divergence from x's own distribution, which has "
-            "no gradient there: write start='normal', or inner='cross_entropy'"
-        )
-
-
-def check_draws(x: Tensor, indices: Tensor | None, generator: torch.Generator | None, name: str) -> None:
-    """Raise TypeError or ValueError for what decides the random start; `name` is that of the indices."""
-    if indices is not None:
-        check_labels(indices, len(x), x.device, name)
-    check_generator(generator, x.device)
-
-
-def checked_balance(balance: object, mining: BulletTrain | None) -> Balance | None:
-    """The balance; TypeError or ValueError unless there are ranks that could share an attack out so."""
-    check_kind("balance", balance, Balance, "write balance=Balance()", optional=True)
-    if not isinstance(balance, Balance):
-        return None
-    if mining is None or mining.process_group is None:
-        raise ValueError(
-            "balance shares an attack out over ranks: it needs a BulletTrain with process_group=...: "
-            "give that, or leave balance out"
-        )
-    return balance

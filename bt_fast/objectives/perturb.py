@@ -17,7 +17,7 @@ from bt_fast.attack.pixels import OnPixels
 from bt_fast.attack.start import Noise
 from bt_fast.engine import Engine
 from bt_fast.mining import BulletTrain
-from bt_fast.objectives import adversarial
+from bt_fast.objectives import adversarial, arguments
 from bt_fast.objectives.adversarial import Call
 from bt_fast.objectives.passes import check_outside
 from bt_fast.plan import MinedPlan
@@ -111,7 +111,7 @@ def perturb(
         [m, ...] without gradient, in the dtype and order of x; or a `Perturbed` with it.
     """
     check_outside("perturb", "call it before the block, and give its x' to the loss")
-    adversarial.check_attack(attack, mining, DEFAULTS, per_sample if isinstance(per_sample, PerSample) else NOTHING)
+    arguments.check_attack(attack, mining, DEFAULTS, per_sample if isinstance(per_sample, PerSample) else NOTHING)
     _check_labels_given(y, attack, mining)
     chosen = Engine.of(engine)
     call = Call.of(chosen, shared_cache(chosen), x, y, mining, indices, generator, updates=False)
