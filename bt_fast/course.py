@@ -10,22 +10,21 @@ import torch
 from torch import Tensor, nn
 
 from bt_fast.attack.apgd import APGD
-from bt_fast.attack.dlr import LEAST_CLASSES, check_classes
+from bt_fast.attack.dlr import LEAST_CLASSES
 from bt_fast.attack.early_exit import Attack, Samples, WorkingBatch
-from bt_fast.attack.losses import LOSSES
-from bt_fast.attack.packed_apgd import TARGETED, PackedAPGD, Rounds
+from bt_fast.attack.inner import SHORT, TARGETED, OfAPGD, check_enough_classes, check_inner, check_not_at_x
+from bt_fast.attack.packed_apgd import PackedAPGD, Rounds
 from bt_fast.attack.pgd import PGD, norm_of
 from bt_fast.attack.start import Noise
+from bt_fast.attack.statistics import check_statistics
 from bt_fast.attack.threat import ThreatModel
 from bt_fast.autoattack import OTHERS, TARGETS, stands_others, why_not
-from bt_fast.validation import check_choice, check_kind, step_count
+from bt_fast.validation import check_kind, step_count
 from bt_fast.warning import warn_caller
 
 OF_ATTACK = ("steps", "step_size", "normalization")  # keywords of the first version that a PGD has now
 STANDARD_STEPS = 100
-_OF_PGD = {"cross_entropy": "ce", "margin": "margin", "dlr": "dlr"}  # what `direction_of` calls inner losses
-_OF_LOSS = {"ce": "cross_entropy", "margin": "margin"}
-_NAMES = {"cross_entropy": "apgd-ce", "margin": "apgd-margin", "dlr": "apgd-dlr", TARGETED: "apgd-t"}
+_NAMES = {"cross_entropy": "apgd-ce", TARGETED: "apgd-t"}  # as AutoAttack has them
 
 
 @dataclass(frozen=True)
@@ -33,18 +32,18 @@ class Course:
     """An attack with an inner loss for each restart; `standard` where FAB-T and Square follow."""
 
     attack: PGD | APGD
-    inner: tuple[str, ...]
+    inner: tuple[OfAPGD, ...]
     standard: bool = False
 
     @property
     def names(self) -> tuple[str, ...]:
         """Of the attacks, in the order in which they run."""
-        return ("pgd",) if isinstance(self.attack, PGD) else tuple(dict.fromkeys(_NAMES[i] for i in self.inner))
+        return ("pgd",) if isinstance(self.attack, PGD) else tuple(dict.fromkeys(map(_name_of, self.inner)))
 
     @property
     def needs_classes(self) -> bool:
         """Whether it depends on the model's number of classes."""
-        return any(inner in LEAST_CLASSES for inner in self.inner)
+        return any(isinstance(inner, str) and inner in LEAST_CLASSES for inner in self.inner)
 
     def of_classes(self, classes: int) -> Course:
         """The course on a model of so many classes. ValueError where an inner loss needs more."""
@@ -54,7 +53,7 @@ class Course:
                 f"{classes}: write APGD({self.attack.epsilon:g}, {STANDARD_STEPS}) in place of it"
             )
         for inner in self.inner:
-            check_classes(inner, classes)
+            check_enough_classes(inner, classes)
         return replace(self, inner=self.inner[:classes]) if self.standard else self
 
     def goals(self, classes: int) -> int:
@@ -66,38 +65,33 @@ class Course:
         a, threat = self.attack, self.attack.threat
         start: Noise = "clean" if a.start == "clean" else "uniform"
         if isinstance(a, PGD):
-            attack = Attack(threat, _OF_PGD[self.inner[0]], a.steps, a.step_size, len(self.inner), seed, start)
+            loss: Any = self.inner[0]
+            attack = Attack(threat, loss, a.steps, a.step_size, len(self.inner), seed, start)
             return WorkingBatch(attack, like, channels_last=channels_last)
         start = "surface" if start == "uniform" else start
-        attack = Attack(threat, "", a.steps, a.step_size, len(self.inner), seed, start)
+        attack = Attack(threat, "cross_entropy", a.steps, a.step_size, len(self.inner), seed, start)
         options: dict[str, Any] = {"channels_last": channels_last, "goals": self.goals(classes), "keep": self.standard}
         return PackedAPGD(attack, Rounds(self.inner, a.rho), like, **options)
 
 
-def course_of(attack: object, restarts: int, old: Mapping[str, Any]) -> Course:
+def course_of(attack: object, restarts: int, loss: object, old: Mapping[str, Any]) -> Course:
     """The course of evaluate's attack, also by the keywords `old` of the first version; TypeError or ValueError."""
-    loss = old.get("loss")
-    check_choice("loss", "ce" if loss is None else loss, LOSSES)
     if isinstance(attack, ThreatModel):
         steps = step_count("steps", old.get("steps", 20), least=1)
         size, normalization = old.get("step_size"), old.get("normalization")
         size = 2.0 * attack.epsilon / steps if size is None else size
         bounds = attack.lower, attack.upper
         attack = PGD(attack.epsilon, size, steps, norm_of(attack.norm), bounds=bounds, normalization=normalization)
-        return Course(attack, (_OF_LOSS[loss or "ce"],) * restarts)
+        return Course(attack, (_inner(attack, loss),) * restarts)
     if not isinstance(attack, APGD):
         check_kind("attack", attack, PGD, "write PGD(epsilon=8 / 255, step_size=2 / 255, steps=20)")
     assert isinstance(attack, (PGD, APGD))
     _check_old(old)
     if attack.start == "normal":
         raise ValueError("attack must start anywhere in the ball or at x, got start='normal': leave start out")
-    if attack.inner == "kl":
-        raise ValueError(
-            "attack must have no inner loss of its own, got 'kl': leave inner out, or write inner='margin'"
-        )
-    if attack.inner is not None and loss is not None and _OF_LOSS[loss] != attack.inner:
-        raise ValueError(f"attack has the inner loss {attack.inner!r}, but loss is {loss!r}: leave loss out")
-    inner = attack.inner or _OF_LOSS[loss or "ce"]
+    check_statistics(attack.statistics, "in an evaluation", "leave statistics out")
+    inner = _inner(attack, loss)
+    check_not_at_x(attack.start, inner)
     if attack.start == "clean" and restarts > 1 and inner != TARGETED:
         raise ValueError(
             f"restarts must be 1 for an attack that starts at x, since all are the same, got {restarts}: "
@@ -106,12 +100,27 @@ def course_of(attack: object, restarts: int, old: Mapping[str, Any]) -> Course:
     return Course(attack, (inner,) * restarts)
 
 
-def standard_course(threat: object, restarts: int, old: Mapping[str, Any]) -> Course:
+def _inner(attack: PGD | APGD, loss: object) -> OfAPGD:
+    """What the attack ascends, where `evaluate` has this `loss`."""
+    named: Any = SHORT.get(loss, loss) if isinstance(loss, str) else loss
+    check_inner("loss", named)
+    if named is not None and attack.inner not in (None, named):
+        raise ValueError(f"the attack ascends {attack.inner!r}, but loss is {loss!r}: leave one of the two out")
+    inner: OfAPGD = named or attack.inner or "cross_entropy"
+    return inner
+
+
+def _name_of(inner: OfAPGD) -> str:
+    return _NAMES.get(inner, f"apgd-{inner}") if isinstance(inner, str) else "apgd"
+
+
+def standard_course(threat: object, restarts: int, loss: object, old: Mapping[str, Any]) -> Course:
     """The course of AutoAttack's standard version; TypeError or ValueError."""
     instead = "write evaluate(model, batches, ThreatModel(8 / 255), attacks='standard')"
     check_kind("attack", threat, ThreatModel, instead)
     assert isinstance(threat, ThreatModel)
     changed = [name for name, value in old.items() if value is not None and name != "frozen"]
+    changed += [] if loss is None else ["loss"]
     if restarts != 1:
         changed.insert(0, "restarts")
     if changed:
@@ -121,7 +130,8 @@ def standard_course(threat: object, restarts: int, old: Mapping[str, Any]) -> Co
             "nn.Sequential(Normalize(mean, std), model) and a loader without"
         )
     attack = APGD(threat.epsilon, STANDARD_STEPS, norm_of(threat.norm), "uniform", bounds=(threat.lower, threat.upper))
-    return Course(attack, ("cross_entropy", *[TARGETED] * TARGETS), standard=True)
+    targeted: list[OfAPGD] = [TARGETED] * TARGETS
+    return Course(attack, ("cross_entropy", *targeted), standard=True)
 
 
 def run_others(

@@ -13,17 +13,19 @@ from bt_fast import faults
 from bt_fast.accuracy import Accuracy, sound_logits
 from bt_fast.attack.apgd import APGD
 from bt_fast.attack.dlr import ranked_wrong
-from bt_fast.attack.early_exit import STOOD, Samples, Verdicts, Waiting
+from bt_fast.attack.early_exit import STOOD, Samples, Verdicts, Waiting, target_of
 from bt_fast.attack.folded import Frozen, attack_model
 from bt_fast.attack.forward import clean_logits
 from bt_fast.attack.generate import COMPARED
 from bt_fast.attack.graph_cache import view_of
+from bt_fast.attack.inner import Inner
 from bt_fast.attack.neighbours import warn_of_neighbours
 from bt_fast.attack.packed_apgd import PackedAPGD
 from bt_fast.attack.pgd import PGD
 from bt_fast.attack.pixels import Normalization, on_pixels
 from bt_fast.attack.threat import ThreatModel
 from bt_fast.attack.wrapped import unwrapped
+from bt_fast.autoattack import OTHERS
 from bt_fast.course import OF_ATTACK, Course, course_of, run_others, standard_course
 from bt_fast.deprecated import check_keywords
 from bt_fast.engine import Engine
@@ -42,13 +44,11 @@ class Deprecated(TypedDict, total=False):
     steps: int
     step_size: float | None
     normalization: Normalization | None
-    loss: str
     frozen: Frozen | None
 
 
 NEW_LINES = {
     **dict.fromkeys(OF_ATTACK, "write evaluate(model, batches, PGD(epsilon, step_size, steps, ...))"),
-    "loss": "write evaluate(model, batches, PGD(..., inner='margin')), or inner='cross_entropy'",
     "frozen": "write engine='fast'",
 }
 
@@ -84,6 +84,7 @@ def evaluate(
     *,
     restarts: int = 1,
     attacks: Literal["standard"] | None = None,
+    loss: Inner | Literal["ce"] | None = None,
     generator: torch.Generator | None = None,
     engine: Engine | str = "exact",
     progress: Callable[[int], None] | None = None,
@@ -103,9 +104,8 @@ def evaluate(
     `attacks="standard"` is AutoAttack's standard version (Croce and Hein, 2020): APGD-CE, APGD-T towards the nine
     likeliest wrong classes, 100 steps each, here; then FAB-T and Square by the `autoattack` package, on the samples
     that still stand, which are kept on the host for it. A verdict can differ from that of the package run whole in what
-    is random (starts are of a counter, as with another seed; FAB-T's and Square's numbers depend on who stands) and by
-    rounding (other batch sizes; a folded view). Without the package a warning says so, and the result's `attacks` which
-    parts ran: robust accuracy is then an upper bound of AutoAttack's.
+    is random (starts are of a counter; FAB-T's and Square's numbers depend on who stands) and by rounding. Without the
+    package a warning says so, and the result's `attacks` which parts ran: robust accuracy is then an upper bound.
 
     Args:
         model: maps [n, ...] to logits [n, K]; it runs in eval mode and keeps its modes and gradients.
@@ -114,6 +114,7 @@ def evaluate(
             model of `attacks`. A `ThreatModel` alone, as in the first version, is attacked by 20 steps of ε/10.
         restarts: ≥ 1; 1 from x, but for targeted DLR, which goes to the next wrong class in each, round and round.
         attacks: "standard", or None for the attack alone.
+        loss: what is ascended, an inner loss as `PGD` has them, or "ce"; None: the attack's own, or "cross_entropy".
         generator: on the images' device; one number is drawn from it, the seed of all random starts.
         engine: how the model is run, by name or as an `Engine`. A folded view judges, too: its logits are the model's
             up to rounding, so there is no "bf16". Graphs and streams are not used; FAB-T and Square run the model.
@@ -123,15 +124,14 @@ def evaluate(
         deprecated: keywords of the first version; each warns with the new line.
 
     Raises:
-        TypeError or ValueError: an argument, the model's logits or a batch does not fit (shapes, types, devices, pixels
-            out of bounds, labels out of range, too few classes, NaN in logits or in an input gradient), or there are no
-            samples.
+        TypeError or ValueError: an argument, the logits or a batch does not fit (shapes, types, devices, pixels out of
+            bounds, labels out of range, too few classes, NaN in logits or an input gradient), or there are no samples.
     """
     check_keywords("evaluate", deprecated, NEW_LINES)
     step_count("restarts", restarts, least=1)
     step_count("first", first)
     check_choice("attacks", attacks, ("standard", None))
-    course = (standard_course if attacks == "standard" else course_of)(attack, restarts, deprecated)
+    course = (standard_course if attacks == "standard" else course_of)(attack, restarts, loss, deprecated)
     verdicts = Verdicts(progress, first)
     names = _judge(model, batches, course, _view(engine, deprecated), generator, verdicts)
     restart, step = verdicts.in_order()
@@ -177,8 +177,11 @@ def _judge(
         whole = _put_back([begun], stream)
         like = x.new_empty(()).expand(x.shape)
         del begun, x  # a batch is held no longer than until its samples are copied
-        goals = course.goals(classes)
-        correct = map(lambda batch: _correct(view, batch, kind, pixels, threat, verdicts, goals), whole)
+        correct = map(lambda batch: _correct(view, batch, kind, pixels, course, verdicts, classes), whole)
+        if threat.epsilon == 0:  # then every x' is x
+            for samples in correct:
+                verdicts.record(samples.number, *[torch.full_like(samples.number, STOOD)] * 2)
+            return *course.names, *(OTHERS if course.standard else ())
         working.run(view, Waiting(correct), verdicts)
         if not (course.standard and isinstance(working, PackedAPGD)):
             return course.names
@@ -230,11 +233,11 @@ def _correct(
     batch: _Batch,
     kind: str,
     pixels: Callable[[Tensor], Tensor],
-    threat: ThreatModel,
+    course: Course,
     verdicts: Verdicts,
-    goals: int,
+    classes: int,
 ) -> Samples:
-    """The samples of a batch that are classified correctly, each with so many wrong classes to go to, likeliest first.
+    """The samples of a batch that are classified correctly, with what the course needs to know of them.
 
     The others are recorded. Raises where a value is wrong.
     """
@@ -244,14 +247,15 @@ def _correct(
         raise ValueError(
             f"the images must be alike in all batches, got {_kind(x)} after {kind}: resize them, or evaluate them apart"
         )
-    x, y = pixels(x.detach()), y.long()
+    x, y, threat = pixels(x.detach()), y.long(), course.attack.threat
     outside = faults.pixels_outside(x, threat.lower, threat.upper, "the images")
     x = faults.onto_bounds(x, threat.lower, threat.upper)
     logits = sound_logits(model, x, y, "the labels", outside)
-    on_host = (logits.argmax(dim=1) == y).cpu()
+    on_host, target = (logits.argmax(dim=1) == y).cpu(), target_of(course.inner[0], logits)
     numbers = verdicts.number(len(y))
     wrong = numbers[~on_host]
     verdicts.record(wrong, torch.zeros_like(wrong), torch.zeros_like(wrong))
     rows = on_host.nonzero().flatten().to(x.device)
+    goals = course.goals(classes)
     ranked = ranked_wrong(logits[rows], y[rows], goals) if goals else None
-    return Samples(x[rows], y[rows], numbers[on_host], ranked)
+    return Samples(x[rows], y[rows], numbers[on_host], None if target is None else target[rows], ranked)

@@ -163,7 +163,7 @@ class _Denormalising(torch.nn.Module):
 @pytest.mark.parametrize("norm", NORMS.values())
 def test_the_host_waits_at_the_end_of_a_burst_only(norm):
     model, seed = build("conv_bn").to(DEVICE).eval(), torch.zeros((), dtype=torch.int64, device=DEVICE)
-    attack = Attack(ThreatModel(0.1, norm), "", 20, 0.2, 5, seed)
+    attack = Attack(ThreatModel(0.1, norm), "cross_entropy", 20, 0.2, 5, seed)
     rounds = Rounds(("cross_entropy", *["dlr_targeted"] * 4), 0.75)
     working = PackedAPGD(attack, rounds, torch.empty(5, 1, 6, 6, dtype=torch.float64, device=DEVICE), goals=4)
     with pretended_device() as reads:
@@ -337,10 +337,16 @@ def test_a_model_of_more_classes_goes_to_nine(no_package):
     ("attack", "options", "error", "message"),
     [
         (APGD(0.1, 2, start="normal"), {}, ValueError, "attack must start anywhere in the ball or at x, got start='n"),
-        (APGD(0.1, 2, inner="kl"), {}, ValueError, "attack must have no inner loss of its own, got 'kl'"),
+        (
+            APGD(0.1, 2, start="clean"),
+            {"loss": "kl"},
+            ValueError,
+            "attack must not start at x with the inner loss 'kl'",
+        ),
+        (PGD(0.1, 0.1, 2, start="clean", inner="lse"), {}, ValueError, "attack must not start at x with the inner"),
         (APGD(0.1, 2), {"steps": 3}, ValueError, "steps is an option of the attack"),
-        (APGD(0.1, 2, inner="dlr"), {"loss": "margin"}, ValueError, "the inner loss 'dlr', but loss is 'margin'"),
-        (APGD(0.1, 2), {"loss": "hinge"}, ValueError, "loss must be one of 'ce', 'margin', got 'hinge'"),
+        (APGD(0.1, 2, inner="dlr"), {"loss": "margin"}, ValueError, "the attack ascends 'dlr', but loss is 'margin'"),
+        (APGD(0.1, 2), {"loss": "hinge"}, ValueError, "loss must be one of 'kl', .* got 'hinge'"),
         (APGD(0.1, 2, start="clean"), {"restarts": 2}, ValueError, "restarts must be 1 for an attack that starts at x"),
         (PGD(0.1, 0.1, 2, start="clean"), {"restarts": 2}, ValueError, "restarts must be 1 for an attack that starts"),
         (PGD(0.1, 0.1, 2), {"attacks": "plus"}, ValueError, "attacks must be one of 'standard', None, got 'plus'"),
@@ -377,9 +383,9 @@ class Few(torch.nn.Module):
 @pytest.mark.parametrize(
     ("attack", "options", "classes", "message"),
     [
-        (PGD(0.1, 0.1, 2, inner="dlr"), {}, 2, "inner='dlr' needs a model of at least 3 classes, got logits of 2"),
-        (APGD(0.1, 2, inner="dlr"), {}, 2, "inner='dlr' needs a model of at least 3 classes, got logits of 2"),
-        (APGD(0.1, 2, inner="dlr_targeted"), {}, 3, "needs a model of at least 4 classes, got logits of 3"),
+        (PGD(0.1, 0.1, 2, inner="dlr"), {}, 2, "inner='dlr' divides .* must have K >= 3 classes, got 2"),
+        (APGD(0.1, 2, inner="dlr"), {}, 2, "inner='dlr' divides .* must have K >= 3 classes, got 2"),
+        (APGD(0.1, 2, inner="dlr_targeted"), {}, 3, "must have K >= 4 classes, got 3"),
         (ThreatModel(0.1), {"attacks": "standard"}, 3, "attacks='standard' needs a model of at least 4 classes, got"),
     ],
 )
@@ -435,7 +441,7 @@ def test_samples_that_left_take_nothing_of_their_successors_along():
 
 
 def test_unused_names_of_the_packed_attack_are_what_they_were():
-    samples = Samples(torch.zeros(2, 1), torch.zeros(2, dtype=torch.int64), torch.arange(2), torch.ones(2, 3))
+    samples = Samples(torch.zeros(2, 1), torch.zeros(2, dtype=torch.int64), torch.arange(2), goals=torch.ones(2, 3))
     assert samples[:1].goals.shape == (1, 3)
     verdicts = Verdicts()
     verdicts.number(3)

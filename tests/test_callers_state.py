@@ -18,11 +18,11 @@ from tests.public_calls import CALLS, STEPS, seeded
 
 # plain data, errors, options of the losses; runners and Balance need a device or ranks, and have tests of their own
 NO_CALLS = {
-    *("AdversarialLoss", "Engine", "PGD", "APGD"),
+    *("AdversarialLoss", "Engine", "PGD", "APGD", "PerSample"),
     "MinedPlan",
     *("Assignment", "Balance", "Costs", "Fractions", "Judged", "NonFiniteError", "Skipped", "POLICIES", "RUNNERS"),
     *("AutoRunner", "GraphRunner", "StreamRunner", "theoretical_speedup", "theoretical_speedup_augmix"),
-    *("Frozen", "Gaussian", "Normalization", "Oracle", "Plan", "ThreatModel", "Update"),
+    *("Frozen", "Gaussian", "Normalization", "Oracle", "Plan", "ThreatModel", "Update", "UpdateBatch"),
 }
 
 

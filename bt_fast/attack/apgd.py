@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
-from bt_fast.attack.pgd import NORMS, STARTS, InnerLoss, Norm, checked_bounds
+from bt_fast.attack.inner import NAMES, TARGETED, OfAPGD, check_inner, check_not_at_x
+from bt_fast.attack.pgd import NORMS, STARTS, Norm, checked_bounds
 from bt_fast.attack.pixels import Normalization
 from bt_fast.attack.start import Noise
+from bt_fast.attack.statistics import Statistics
 from bt_fast.attack.threat import ThreatModel
-from bt_fast.validation import check_choice, check_kind, positive, real, step_count
-
-INNER = ("kl", "cross_entropy", "margin", "dlr", "dlr_targeted", None)
+from bt_fast.validation import check_choice, check_kind, real, size, step_count
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class APGD:
     an inner loss of 0; "at most ρ" instead of "less than ρ"; and ε-balls are projected onto by a norm plus 1e-12.
 
     Attributes:
-        epsilon: ε > 0, in pixel units.
+        epsilon: ε ≥ 0, in pixel units. At 0 x' is x and no step is run.
         steps: N ≥ 1, N + 1 forwards and N backwards; with BulletTrain its N_B, and the step sizes of its plan are not
             used.
         norm: "linf" or "l2" (over all pixels of one image).
@@ -36,7 +37,7 @@ class APGD:
             "uniform" for `evaluate`.
         inner: as for `PGD`, or "dlr_targeted" (K ≥ 4 classes), towards the most likely wrong class of the clean image;
             in `evaluate` towards the next one in each restart. None: the loss's own, and "cross_entropy" for
-            `evaluate`. "kl" has no gradient at x, and so no "clean" start; it is not for `evaluate`.
+            `evaluate`. "kl" and "lse" have no gradient at x, and so no "clean" start.
         rho: ρ in [0, 1].
         bounds, normalization: as for `PGD`.
 
@@ -49,22 +50,22 @@ class APGD:
     steps: int
     norm: Norm = "linf"
     start: Noise | None = None
-    inner: InnerLoss | None = None
+    inner: OfAPGD | None = None
     rho: float = 0.75
     bounds: tuple[float, float] = (0.0, 1.0)
     normalization: Normalization | None = None
+    statistics: ClassVar[Statistics] = "running"
 
     def __post_init__(self) -> None:
         steps, rho = step_count("steps", self.steps, least=1), real("rho", self.rho)
-        vars(self).update(epsilon=positive("epsilon", self.epsilon), steps=steps, rho=rho)
+        vars(self).update(epsilon=size("epsilon", self.epsilon), steps=steps, rho=rho)
         vars(self).update(bounds=checked_bounds(self.bounds))
         check_choice("norm", self.norm, NORMS)
         check_choice("start", self.start, STARTS)
-        check_choice("inner", self.inner, INNER)
+        check_inner("inner", self.inner, (*NAMES, TARGETED))
         if not 0.0 <= rho <= 1.0:
             raise ValueError(f"rho must lie in [0, 1], got {self.rho}: write rho=0.75")
-        if (self.start, self.inner) == ("clean", "kl"):
-            raise ValueError(AT_X)
+        check_not_at_x(self.start, self.inner)
         instead = "write normalization=Normalization(mean, std)"
         check_kind("normalization", self.normalization, Normalization, instead, optional=True)
 
@@ -77,12 +78,6 @@ class APGD:
     def step_size(self) -> float:
         """2ε, that of the first step."""
         return 2.0 * self.epsilon
-
-
-AT_X = (
-    "start must not be 'clean' where the inner loss is 'kl', whose gradient is 0 at x, got both: "
-    "write inner='cross_entropy', or start='normal'"
-)
 
 
 def checkpoints(steps: int) -> dict[int, int]:

@@ -42,20 +42,11 @@ def dlr(logits: Tensor, labels: Tensor, goals: Tensor | None = None) -> tuple[Te
     return value[:, 0], (gradient / scale).to(logits.dtype)
 
 
-def check_classes(inner: str, classes: int) -> None:
-    """Raise ValueError unless the inner loss is one of models with so many classes."""
-    if classes < (least := LEAST_CLASSES.get(inner, 2)):
-        raise ValueError(
-            f"inner={inner!r} needs a model of at least {least} classes, got logits of {classes}: "
-            "write inner='margin' or 'cross_entropy'"
-        )
-
-
 def ranked_wrong(scores: Tensor, labels: Tensor, most: int) -> Tensor:
     """The `most` likeliest wrong classes by the scores [n, K], the likeliest first: [n, most] int64."""
     return scores.scatter(1, labels[:, None], -torch.inf).topk(most, dim=1).indices
 
 
 def with_goal(target: Tensor, scores: Tensor) -> Tensor:
-    """One-hot labels [n, K] with -1 at the likeliest wrong class of the clean image: the target of "dlr_targeted"."""
+    """Distributions [n, K] of labels, with -1 at the likeliest wrong class by the clean image's scores [n, K]."""
     return target.scatter(1, ranked_wrong(scores, target.argmax(dim=1), 1), -1.0)

@@ -16,12 +16,12 @@ from torch import Tensor
 from bt_fast import faults, ops
 from bt_fast.attack.batch import View
 from bt_fast.attack.forward import gradient_of, in_float16, logits_of
-from bt_fast.attack.losses import direction_of
+from bt_fast.attack.inner import Inner, OfAPGD, direction_of, of_clean
 from bt_fast.attack.start import Noise, numbered_start
 from bt_fast.attack.threat import ThreatModel
 from bt_fast.faults import CheckedRead
 from bt_fast.ops.launch import dense_format
-from bt_fast.ops.rows import has_softmax
+from bt_fast.ops.rows import has_softmax, softmax
 
 STOOD = -1  # instead of the restart and the step in which a sample fell
 LONGEST_BURST = 8
@@ -35,7 +35,7 @@ class Attack:
     """
 
     threat: ThreatModel
-    loss: str
+    loss: Inner
     steps: int
     step_size: float
     restarts: int
@@ -53,14 +53,15 @@ class Samples:
     x: Tensor
     y: Tensor
     number: Tensor
+    target: Tensor | None = None  # [n, K], where the loss compares with the clean outputs
     goals: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.number)
 
     def __getitem__(self, rows: slice) -> Samples:
-        goals = None if self.goals is None else self.goals[rows]
-        return Samples(self.x[rows], self.y[rows], self.number[rows], goals)
+        target, goals = (None if values is None else values[rows] for values in (self.target, self.goals))
+        return Samples(self.x[rows], self.y[rows], self.number[rows], target, goals)
 
 
 class Verdicts:
@@ -135,6 +136,7 @@ class WorkingBatch:
         self._x, self._clean = (torch.empty_like(like, memory_format=memory_format) for _ in range(2))
         self._labels, self._left = (torch.zeros(width, dtype=torch.int64, device=device) for _ in range(2))
         self._step_size = torch.full((width,), attack.step_size, dtype=like.dtype, device=device)
+        self._target: Tensor | None = None  # [width, K], once K is known
         self._still = torch.zeros_like(self._x) if attack.threat.norm == "l_2" else None
         self._counter = torch.arange(self._burst, device=device)
         # known to the host without a wait: a row moves in every step until it falls
@@ -189,7 +191,9 @@ class WorkingBatch:
         """Step j of the burst, of the rows that have more than j left; `logits` are those of `probe`, the iterates."""
         n, threat = self._count, self._attack.threat
         scaled = in_float16(model, probe, logits)
-        direction = direction_of(self._attack.loss, logits.detach(), self._labels[:n], scaled)
+        plain, labels = logits.detach(), self._labels[:n]
+        target = one_hot(labels, plain) if self._target is None else self._target[:n]
+        direction = direction_of(self._attack.loss, plain, target, labels, scaled=scaled)
         grad, step = gradient_of(logits, probe, direction), self._counter[j]
         images = (self._x[:n], grad, self._clean[:n], self._step_size[:n])
         box = (threat.epsilon, threat.lower, threat.upper)
@@ -232,6 +236,10 @@ class WorkingBatch:
     def _take_in(self, at: Tensor, arriving: Samples) -> None:
         """Put samples into the rows `at` (int64 on the device)."""
         self._clean[at], self._labels[at] = arriving.x, arriving.y
+        if arriving.target is not None:
+            if self._target is None:
+                self._target = arriving.target.new_zeros(len(self._x), arriving.target.shape[1])
+            self._target[at] = arriving.target
 
     def _begin(self, rows: Tensor) -> None:
         """Put rows (int64 on the host) at the starts of their restarts."""
@@ -259,7 +267,20 @@ class WorkingBatch:
     @property
     def _tensors(self) -> tuple[Tensor, ...]:
         """All on the device that a sample takes along from one row to another."""
-        return self._x, self._clean, self._labels, self._left
+        targets = () if self._target is None else (self._target,)
+        return self._x, self._clean, self._labels, self._left, *targets
+
+
+def one_hot(labels: Tensor, like: Tensor) -> Tensor:
+    """[n, K] in the dtype of `like` [n, K]; labels [n] int64 in 0..K-1."""
+    return torch.zeros_like(like).scatter_(1, labels[:, None], 1.0)
+
+
+def target_of(loss: OfAPGD, logits: Tensor) -> Tensor | None:
+    """[n, K], what the loss compares with where that is the clean logits [n, K]."""
+    if not of_clean(loss):
+        return None
+    return softmax(logits).to(ops.wide(logits).dtype) if isinstance(loss, str) else ops.wide(logits)
 
 
 def burst_length(steps: int, x: Tensor) -> int:

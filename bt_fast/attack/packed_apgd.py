@@ -12,16 +12,18 @@ from bt_fast.attack.apgd_steps import Trail, with_direction
 from bt_fast.attack.batch import View
 from bt_fast.attack.early_exit import STOOD, Attack, Samples, Verdicts, WorkingBatch
 from bt_fast.attack.forward import gradient_of, in_float16
+from bt_fast.attack.inner import TARGETED, OfAPGD
 from bt_fast.attack.inner_values import Aim, values_and_directions
-
-TARGETED = "dlr_targeted"
 
 
 @dataclass(frozen=True)
 class Rounds:
-    """The inner loss of each restart, and ρ. Targeted restarts go to the likeliest wrong class, the next one, ..."""
+    """The inner loss of each restart, and ρ. Targeted restarts go to the likeliest wrong class, the next one, ...
 
-    inner: tuple[str, ...]
+    All others are of one inner loss.
+    """
+
+    inner: tuple[OfAPGD, ...]
     rho: float
 
     def goal(self, restart: int, classes: int) -> int | None:
@@ -74,13 +76,13 @@ class PackedAPGD(WorkingBatch):
     def _inner(self, logits: Tensor, scaled: bool) -> tuple[Tensor, Tensor]:
         """Values and directions of all rows, each in its restart's loss."""
         n = self._count
-        present = {self._rounds.inner[r] for r in self._restart[:n].unique().tolist()}
+        present = [self._rounds.inner[r] for r in self._restart[:n].unique().tolist()]
+        plain = [inner for inner in present if inner != TARGETED]
         goal = self._goal[:n]
-        aim = Aim(None, self._labels[:n], goal.clamp(min=0))
-        if len(present) == 1:
-            return values_and_directions(present.pop(), logits, aim, scaled)
-        (other,) = present - {TARGETED}
-        both = (values_and_directions(inner, logits, aim, scaled) for inner in (TARGETED, other))
+        aim = Aim(None if self._target is None else self._target[:n], self._labels[:n], goal.clamp(min=0))
+        if len(plain) in (0, len(present)):
+            return values_and_directions(present[0], logits, aim, scaled=scaled)
+        both = (values_and_directions(inner, logits, aim, scaled=scaled) for inner in (TARGETED, plain[0]))
         (values, directions), (others, other_directions) = both
         targeted = goal >= 0
         return torch.where(targeted, values, others), torch.where(targeted[:, None], directions, other_directions)

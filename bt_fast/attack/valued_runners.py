@@ -21,45 +21,30 @@ from bt_fast.ops.numeric import per_sample, wide
 from bt_fast.ranges import ATTACK_STEP, range_
 
 
-def runner_for(attack: PGD | APGD, inner: str) -> Runner | None:
-    """The runner that the attack needs in place of the engine's; None where it needs none. `inner` is its loss."""
+def runner_for(attack: PGD | APGD) -> Runner | None:
+    """The runner that the attack needs in place of the engine's; None where it needs none."""
     if isinstance(attack, APGD):
-        return APGDRunner(inner, attack.rho)
-    if attack.keep == "best" or inner not in ("kl", "cross_entropy"):
-        return PGDRunner(inner, attack.keep)
-    return None
+        return APGDRunner(attack.rho)
+    return PGDRunner() if attack.keep == "best" else None
 
 
 @dataclass(frozen=True)
 class PGDRunner:
-    """PGD of any inner loss; with `keep` "best" each sample ends at its iterate of the greatest inner loss."""
-
-    inner: str
-    keep: str
+    """PGD in which each sample ends at its iterate of the greatest inner loss."""
 
     def explain(self, _: object) -> str:
         """How the attack runs, in words."""
-        why = "each sample keeps its best iterate" if self.keep == "best" else f"the inner loss is {self.inner!r}"
-        return f"eagerly, without graphs and streams, since {why}"
+        return "eagerly, without graphs and streams, since each sample keeps its best iterate"
 
     def __call__(self, model: View, batch: AttackBatch, threat: ThreatModel, generator: torch.Generator | None) -> None:
         """Change the batch's `x_adv` to the iterates that are kept."""
         batch = replace(batch, step_size=batch.step_size.to(batch.x_adv.dtype))
         seeds = stand_in_seeds(batch, threat, generator)
-        if self.keep == "last":
-            for t, n in enumerate(batch.active):
-                if n == 0:
-                    break
-                with range_(ATTACK_STEP):
-                    aim = Aim.of(self.inner, batch[:n])
-                    _, gradient = _value_and_gradient(model, batch.x_adv[:n], self.inner, aim)
-                    move(batch[:n], gradient, threat, None if seeds is None else seeds[t])
-            return
         moving = batch[: batch.active[0]]
-        project(moving.x_adv, moving.clean, threat, threat.epsilon)
+        project(moving.x_adv, moving.clean, threat, _radii(moving, threat))
         best = moving.x_adv.clone()
         value = torch.full((len(best),), -math.inf, dtype=wide(best).dtype, device=best.device)
-        for t, rows, values, grad in _iterates(model, moving, self.inner):
+        for t, rows, values, grad in _iterates(model, moving):
             x = moving.x_adv[rows]
             better = values > value[rows]
             torch.where(per_sample(better, x), x, best[rows], out=best[rows])
@@ -73,7 +58,6 @@ class PGDRunner:
 class APGDRunner:
     """APGD of an inner loss; each sample has the checkpoints of its own number of steps."""
 
-    inner: str
     rho: float
 
     def explain(self, _: object) -> str:
@@ -83,10 +67,11 @@ class APGDRunner:
     def __call__(self, model: View, batch: AttackBatch, threat: ThreatModel, generator: torch.Generator | None) -> None:
         """Change the batch's `x_adv` to the iterates of the greatest inner loss. No random number is drawn."""
         moving = batch[: batch.active[0]]
-        project(moving.x_adv, moving.clean, threat, threat.epsilon)
-        trail = Trail.of(moving.x_adv, threat.epsilon)
+        epsilon = _radii(moving, threat)
+        project(moving.x_adv, moving.clean, threat, epsilon)
+        trail = Trail.of(moving.x_adv, epsilon)
         periods = _periods(moving.active)
-        for t, rows, values, grad in _iterates(model, moving, self.inner):
+        for t, rows, values, grad in _iterates(model, moving):
             x, clean, of_rows, first = moving.x_adv[rows], moving.clean[rows], trail[rows], t == 0
             if grad is not None:
                 grad = with_direction(grad, moving.faulty[rows], threat.norm)
@@ -97,7 +82,7 @@ class APGDRunner:
                 grad = grad.clone()  # a model's gradient may be one number, expanded
             for some, period in periods.get(t, ()):
                 trail[some].check(moving.x_adv[some], grad[some], self.rho, period)
-            of_rows.step(x, clean, grad, threat, threat.epsilon, first)
+            of_rows.step(x, clean, grad, threat, epsilon[rows] if isinstance(epsilon, Tensor) else epsilon, first)
         moving.x_adv.copy_(trail.best)
 
 
@@ -116,33 +101,43 @@ def _periods(active: tuple[int, ...]) -> dict[int, list[tuple[slice, int]]]:
 Iterate = tuple[int, slice, Tensor, "Tensor | None"]
 
 
-def _iterates(model: View, batch: AttackBatch, inner: str) -> Iterator[Iterate]:
+def _iterates(model: View, batch: AttackBatch) -> Iterator[Iterate]:
     """All iterates of all samples: (their number, rows, inner losses, gradients), before the caller moves these rows.
 
     The last iterates of samples come alone and with None: they need no backward.
     """
-    aim, ends = Aim.of(inner, batch), [*batch.active, 0]
+    aim, ends = Aim.of(batch), [*batch.active, 0]
     before = ends[0]
     for t, n in enumerate(ends):
         if n < before:
             rows = slice(n, before)
             with range_(ATTACK_STEP):
-                logits = clean_logits(model, batch.x_adv[rows])
-                yield t, rows, values_and_directions(inner, logits, aim[rows])[0], None
+                outputs = clean_logits(model, batch.x_adv[rows], least=_least(batch))
+                yield t, rows, values_and_directions(batch.inner, outputs, aim[rows])[0], None
         if n == 0:
             return
         rows, before = slice(0, n), n
         with range_(ATTACK_STEP):
-            yield t, rows, *_value_and_gradient(model, batch.x_adv[rows], inner, aim[rows])
+            yield t, rows, *_value_and_gradient(model, batch[rows], aim[rows])
 
 
-def _value_and_gradient(model: View, x: Tensor, inner: str, aim: Aim) -> tuple[Tensor, Tensor]:
-    """The inner loss of each image, and its gradient with respect to the images alone."""
-    x = x.detach().requires_grad_()
+def _value_and_gradient(model: View, batch: AttackBatch, aim: Aim) -> tuple[Tensor, Tensor]:
+    """The inner loss of each x', and its gradient with respect to these images alone."""
+    x = batch.x_adv.detach().requires_grad_()
     with torch.enable_grad():
-        logits = logits_of(model, x)
-    values, direction = values_and_directions(inner, logits.detach(), aim, in_float16(model, x, logits))
-    return values, gradient_of(logits, x, direction)
+        outputs = logits_of(model, x, least=_least(batch))
+    how = {"scaled": in_float16(model, x, outputs), "together": batch.together}
+    values, direction = values_and_directions(batch.inner, outputs.detach(), aim, **how)
+    return values, gradient_of(outputs, x, direction)
+
+
+def _least(batch: AttackBatch) -> int:
+    return 2 if isinstance(batch.inner, str) else 1
+
+
+def _radii(batch: AttackBatch, threat: ThreatModel) -> float | Tensor:
+    """ε of all, or each sample's own [n]."""
+    return threat.epsilon if batch.epsilon is None else batch.epsilon
 
 
 def project(x: Tensor, clean: Tensor, threat: ThreatModel, epsilon: float | Tensor) -> None:

@@ -1,7 +1,9 @@
 """APGD in training and in `perturb`, sample by sample against the plain reference."""
 
 import copy
+import itertools
 import warnings
+from dataclasses import replace
 
 import pytest
 import reference_apgd
@@ -32,7 +34,8 @@ def network(m, seed=0, scale=2.0):
     model, (x, _) = looked_at(build("conv_bn", seed)).eval(), batch(m, seed)
     with torch.no_grad():
         model[-1].weight.mul_(scale)
-        model[-1].bias.sub_(model(x).mean(dim=0))
+        if m > 1:  # or all logits were 0
+            model[-1].bias.sub_(model(x).mean(dim=0))
         y = model(x).argmax(dim=1)
     y[::4] = (y[::4] + 1) % 5
     g = torch.Generator().manual_seed(seed)
@@ -69,10 +72,10 @@ def run(model, x, y, start, norm, inner, steps, rho=0.75):
     """The runner's x' in the caller's order, and the images that the model was given, forward by forward."""
     plan = Plan.from_steps(torch.tensor(steps), torch.ones(len(x)))
     rows = [plan.sort(values) for values in (start, x, target_of(inner, model, x, y))]
-    attacked, seen = AttackBatch.of(plan, rows[0].clone(), *rows[1:]), []
+    attacked, seen = replace(AttackBatch.of(plan, rows[0].clone(), *rows[1:]), inner=inner, labels=plan.sort(y)), []
     with torch.enable_grad():
         hook = model.register_forward_hook(lambda _, args, __: seen.append((args[0].detach(), torch.is_grad_enabled())))
-        APGDRunner(inner, rho)(model, attacked, ThreatModel(NORMS[norm], {"linf": "l_inf", "l2": "l_2"}[norm]), None)
+        APGDRunner(rho)(model, attacked, ThreatModel(NORMS[norm], {"linf": "l_inf", "l2": "l_2"}[norm]), None)
         hook.remove()
     assert not attacked.faulty.any()
     return plan.unsort(attacked.x_adv), seen
@@ -106,6 +109,9 @@ def test_each_sample_has_the_checkpoints_of_its_own_number_of_steps(steps, norm,
     model, x, y, start = network(len(steps), seed)
     result, _ = run(model, x, y, start, norm, inner, steps, rho)
     for i, r in enumerate(reference(model, x, y, start, norm, inner, steps, rho)):
+        ordered = sorted(map(float, r.values))
+        if any(high - low < 1e-12 for low, high in itertools.pairwise(ordered)):
+            continue  # two iterates have one inner loss, so that rounding decides whether it rose
         expected = r.best if steps[i] else start[i : i + 1]
         torch.testing.assert_close(result[i : i + 1], expected, **CLOSE[norm])
 
@@ -384,8 +390,9 @@ def test_no_step_waits_for_the_device(inner, norm):
     with pretended_device() as reads:
         numbers = torch.empty(6, dtype=torch.float64, device=DEVICE)
         steps, faulty = (torch.empty(6, dtype=kind, device=DEVICE) for kind in (torch.int64, torch.int32))
-        attacked = AttackBatch(x, x.clone(), target, numbers, steps, (6, 6, 4, 4, 1), faulty)
-        APGDRunner(inner, 0.75)(model, attacked, ThreatModel(0.1, norm), None)
+        labels = torch.empty(6, dtype=torch.int64, device=DEVICE)
+        attacked = AttackBatch(x, x.clone(), target, numbers, steps, (6, 6, 4, 4, 1), faulty, inner, labels)
+        APGDRunner(0.75)(model, attacked, ThreatModel(0.1, norm), None)
     assert (reads.started, reads.waited) == (0, 0)
 
 
@@ -404,15 +411,20 @@ def test_nan_in_a_samples_gradient_is_reported_and_the_model_stays(norm):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"epsilon": -1}, ValueError, "epsilon must be a finite number greater than 0, got -1"),
+        ({"epsilon": -1}, ValueError, "epsilon must be a finite number of at least 0, got -1"),
         ({"epsilon": "8/255"}, TypeError, "epsilon must be a number"),
         ({"steps": 0}, ValueError, "steps must be at least 1, got 0"),
         ({"steps": 2.5}, TypeError, "steps must be an integer, got 2.5"),
         ({"norm": "l1"}, ValueError, "norm must be one of 'linf', 'l2', got 'l1'"),
         ({"start": "ball"}, ValueError, "start must be one of 'normal', 'uniform', 'clean', None, got 'ball'"),
         ({"start": "surface"}, ValueError, "start must be one of .*, got 'surface'"),
-        ({"inner": "hinge"}, ValueError, "inner must be one of 'kl', .*'dlr_targeted', None, got 'hinge'"),
-        ({"start": "clean", "inner": "kl"}, ValueError, "start must not be 'clean' .* 'kl', whose gradient is 0 at x"),
+        (
+            {"inner": "hinge"},
+            ValueError,
+            "inner must be one of 'kl', .*'dlr_targeted' or a function of .*, got 'hinge'",
+        ),
+        ({"start": "clean", "inner": "kl"}, ValueError, "attack must not start at x with the inner loss 'kl'"),
+        ({"start": "clean", "inner": "lse"}, ValueError, "attack must not start at x with the inner loss 'lse'"),
         ({"rho": 1.5}, ValueError, r"rho must lie in \[0, 1\], got 1.5: write rho=0.75"),
         ({"rho": None}, TypeError, "rho must be a number, got None"),
         ({"rho": float("nan")}, ValueError, r"rho must lie in \[0, 1\], got nan"),
@@ -453,7 +465,7 @@ def test_too_few_classes_are_refused_with_nothing_changed(kind, inner, mining):
     before = snapshot(model)
     attack = APGD(0.1, 3, inner=inner) if kind is APGD else PGD(0.1, 0.02, 3, inner=inner)
     bullet = BulletTrain(3, 1, 0) if mining else None
-    with pytest.raises(ValueError, match=f"inner='{inner}' needs a model of at least . classes, got logits of 2"):
+    with pytest.raises(ValueError, match=f"inner='{inner}' divides by .* must have K >= . classes, got 2"):
         TRADESLoss(attack, mining=bullet)(model, x, y % 2)
     assert_unchanged(before, model)
 
@@ -462,7 +474,7 @@ def test_a_loss_that_ascends_the_divergence_cannot_start_at_x():
     model, (x, y) = build("conv_bn"), batch()
     for attack in (APGD(0.1, 3, start="clean"), PGD(0.1, 0.02, 3, start="clean")):
         before = snapshot(model)
-        with pytest.raises(ValueError, match="start must not be 'clean' where the inner loss is 'kl'"):
+        with pytest.raises(ValueError, match="attack must not start at x with the inner loss 'kl'"):
             TRADESLoss(attack)(model, x, y)
         assert_unchanged(before, model)
 

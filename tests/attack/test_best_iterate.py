@@ -1,7 +1,8 @@
-"""`PGD(keep="best")` and PGD of other inner losses, sample by sample against a plain loop."""
+"""`PGD(keep="best")`, sample by sample against a plain loop."""
 
 import copy
 import warnings
+from dataclasses import replace
 
 import pytest
 import reference_apgd
@@ -15,6 +16,9 @@ from small_models import Dead, Undefined, assert_unchanged, batch, build, looked
 
 from bt_fast import PGD, BulletTrain, MARTLoss, PGDLoss, Plan, ThreatModel, TRADESLoss, perturb
 from bt_fast.attack.batch import AttackBatch
+from bt_fast.attack.inner import NAMES
+from bt_fast.attack.runners import run_eager
+from bt_fast.attack.start import given_start
 from bt_fast.attack.valued_runners import PGDRunner
 
 NORMS = {"linf": (0.1, 0.06), "l2": (0.5, 0.4)}  # long steps, so that the last iterate is not always the best
@@ -34,20 +38,38 @@ def network(m, seed=0):
     return model, x, y, start
 
 
+def squared(z, rows):
+    """An inner loss of one's own."""
+    return ((z - rows.clean_outputs).square().sum(dim=1) + 0.1 * z.sum(dim=1)) * (1 + rows.labels)
+
+
 def loss_of(inner, clean):
-    return reference_apgd.kl_from(clean) if inner == "kl" else reference_apgd.LOSSES[inner]
+    if inner == "kl":
+        return reference_apgd.kl_from(clean)
+    if inner == "lse":
+        return lambda z, y: (z.softmax(dim=0) - clean.softmax(dim=0)).square().sum()
+    if inner is squared:
+        return lambda z, y: ((z - clean).square().sum() + 0.1 * z.sum()) * (1 + y)
+    return reference_apgd.LOSSES[inner]
 
 
-def iterates(model, x, y, start, norm, inner, steps, size):
+def target_of(inner, model, x, y):
+    clean = model(x).detach()
+    if inner is squared:
+        return clean
+    return clean.softmax(dim=1) if inner in ("kl", "lse") else F.one_hot(y, 5).to(x.dtype)
+
+
+def iterates(model, x, y, start, threat, inner, steps, size):
     """Images and inner losses of one sample's attack, plainly."""
-    loss, x_adv, seen = loss_of(inner, model(x)[0]), start, []
+    loss, x_adv, seen = loss_of(inner, model(x)[0].detach()), start, []
     for t in range(steps + 1):
         x_adv = x_adv.detach().requires_grad_()
         value = loss(model(x_adv)[0], int(y))
         seen.append((x_adv.detach(), float(value.detach())))
         if t < steps:
             (grad,) = torch.autograd.grad(value, x_adv)
-            x_adv = projected_step(x_adv.detach(), grad, x, THREATS[norm], size)
+            x_adv = projected_step(x_adv.detach(), grad, x, threat, size)
     return seen
 
 
@@ -59,22 +81,29 @@ def best_of(seen):
 @given(
     steps=st.lists(st.integers(0, 6), min_size=1, max_size=6).filter(any),
     norm=st.sampled_from(list(NORMS)),
-    inner=st.sampled_from(["kl", "cross_entropy", "margin", "dlr"]),
+    inner=st.sampled_from([*NAMES, squared]),
     keep=st.sampled_from(["best", "last"]),
+    radii=st.booleans(),
     seed=st.integers(0, 100),
 )
-def test_each_sample_keeps_the_iterate_that_a_plain_loop_keeps(steps, norm, inner, keep, seed):
+def test_each_sample_keeps_the_iterate_that_a_plain_loop_keeps(steps, norm, inner, keep, radii, seed):
     model, x, y, start = network(len(steps), seed)
     size = NORMS[norm][1]
     plan = Plan.from_steps(torch.tensor(steps), torch.full((len(x),), size, dtype=x.dtype))
-    target = model(x).softmax(dim=1).detach() if inner == "kl" else F.one_hot(y, 5).to(x.dtype)
-    rows = [plan.sort(values) for values in (start, x, target)]
-    attacked = AttackBatch.of(plan, rows[0].clone(), *rows[1:])
-    PGDRunner(inner, keep)(model, attacked, THREATS[norm], None)
+    rows = [plan.sort(values) for values in (start, x, target_of(inner, model, x, y))]
+    attacked = replace(AttackBatch.of(plan, rows[0].clone(), *rows[1:]), inner=inner, labels=plan.sort(y))
+    threats = [THREATS[norm]] * len(x)
+    if radii:
+        threats = [replace(THREATS[norm], epsilon=(0.3 + i) * THREATS[norm].epsilon) for i in range(len(x))]
+        own = torch.tensor([threat.epsilon for threat in threats], dtype=x.dtype)
+        attacked = replace(attacked, epsilon=plan.sort(own))
+        if keep == "best":  # from the start's projection
+            start = torch.cat([given_start(start[i : i + 1], x[i : i + 1], threats[i]) for i in range(len(x))])
+    (PGDRunner() if keep == "best" else run_eager)(model, attacked, THREATS[norm], None)
     result = plan.unsort(attacked.x_adv)
     for i, n in enumerate(steps):
         one = slice(i, i + 1)
-        seen = iterates(model, x[one], y[one], start[one], norm, inner, n, size)
+        seen = iterates(model, x[one], y[one], start[one], threats[i], inner, n, size)
         if n and len({value for _, value in seen}) == 1:
             continue  # dead units: there is no gradient, and ours goes in ℓ2 along random numbers
         expected = best_of(seen) if keep == "best" and n else seen[-1][0]
@@ -87,7 +116,7 @@ def test_the_cases_above_keep_first_middle_and_last_iterates():
     for inner in ("kl", "cross_entropy", "margin"):
         for i in range(20):
             one = slice(i, i + 1)
-            seen = iterates(model, x[one], y[one], start[one], "l2", inner, 6, NORMS["l2"][1])
+            seen = iterates(model, x[one], y[one], start[one], THREATS["l2"], inner, 6, NORMS["l2"][1])
             kept.add(max(range(7), key=lambda t: seen[t][1]))
     assert len(kept) >= 3
     assert 6 in kept
@@ -137,7 +166,7 @@ def test_losses_train_on_the_best_iterate(kind, mining):
     for i, n in enumerate(steps):
         one = slice(i, i + 1)
         size = 0.06 if n == 4 else 1.7 * 0.1 / max(n, 1)
-        seen = iterates(model, x[one], y[one], begin[one], "linf", "cross_entropy", n, size)
+        seen = iterates(model, x[one], y[one], begin[one], THREATS["linf"], "cross_entropy", n, size)
         torch.testing.assert_close(x_adv[one], best_of(seen) if n else x[one], rtol=0, atol=1e-9)
 
 
@@ -172,12 +201,8 @@ def losses(engine, attack, mining):
 
 
 @pytest.mark.parametrize("mining", [False, True])
-@pytest.mark.parametrize(
-    ("options", "why"),
-    [({"keep": "best"}, "each sample keeps its best iterate"), ({"inner": "margin"}, "the inner loss is 'margin'")],
-)
-def test_graphs_and_streams_give_way_to_an_eager_attack_and_explain_says_so(options, why, mining):
-    attack = PGD(0.1, 0.06, 3, **options)
+def test_graphs_and_streams_give_way_to_an_eager_attack_and_explain_says_so(mining):
+    attack, why = PGD(0.1, 0.06, 3, keep="best"), "each sample keeps its best iterate"
     expected, _ = losses("exact", attack, BulletTrain(3, 1, 0) if mining else None)
     fast, explained = losses("fast", attack, BulletTrain(3, 1, 0) if mining else None)
     torch.testing.assert_close(fast, expected, rtol=1e-6, atol=0)
