@@ -22,6 +22,7 @@ from bt_fast.attack.pixels import Normalize, OnPixels
 from bt_fast.attack.start import Noise
 from bt_fast.attack.wrapped import unwrapped
 from bt_fast.engine import Engine
+from bt_fast.labels import is_soft
 from bt_fast.mining import BulletTrain
 from bt_fast.objectives import adversarial, arguments
 from bt_fast.objectives.adversarial import Attack, Call
@@ -191,7 +192,7 @@ class AdversarialLoss(nn.Module, ABC):
             TypeError: images are not floating point, labels of another kind, or the model does not return a tensor.
             ValueError: a shape, device or value does not fit (pixels outside the bounds, labels out of range, NaN
                 logits, NaN in the input gradient). No buffer, no gradient and no F_R has changed then, unless it is the
-                update's own forwards that went wrong. On a GPU, NaN in an input gradient is raised after these
+                update that went wrong, its forwards or its further term: batch norm has moved then. On a GPU, NaN in an input gradient is raised after these
                 forwards, and with mining by the next call.
         """
         call = Call.of(self.engine, self._cache, x, y, self.mining, indices, generator)
@@ -231,7 +232,8 @@ class AdversarialLoss(nn.Module, ABC):
         loss, *logits = terms
         assert attack.y is not None
         if mining is not None:
-            mining.observe(attack.of_all(logits[0]), attack.y, order=attack.plan.order, faulty=attack.faulty)
+            labels = attack.plan.sort(y) if is_soft(y) else attack.y  # as given: in 16 bits their sums are off
+            mining.observe(attack.of_all(logits[0]), labels, order=attack.plan.order, faulty=attack.faulty)
             mining.keep(attack.ended())
         else:
             self._passes.keep(attack.ended())
