@@ -145,7 +145,8 @@ def place_of_logits(returned: object, n: int) -> str | None:
         return isinstance(value, Tensor) and value.is_floating_point() and value.dim() == 2 and len(value) == n
 
     if isinstance(returned, Mapping):
-        return next((f"[{key!r}]" for key, value in returned.items() if fits(value)), "['logits']")
+        keys = [key for key, value in returned.items() if fits(value)]
+        return f"[{'logits' if 'logits' in keys or not keys else keys[0]!r}]"
     if isinstance(returned, Sequence) and not isinstance(returned, str):
         return next((f"[{k}]" for k, value in enumerate(returned) if fits(value)), "[0]")
     return ".logits" if hasattr(returned, "logits") else None

@@ -74,7 +74,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
     if isinstance(wrapper, Fronted):
         front = wrapper.unwrapped
         return model if front is wrapper else front
-    return inside(wrapper) or model
+    called = inside(wrapper)  # whose truth is its length, which a compiled one may not have
+    return model if called is None else called
 
 
 def inside(model: nn.Module) -> nn.Module | None:

@@ -36,7 +36,7 @@ from bt_fast.attack.wrapped import unwrapped
 from bt_fast.deciding import STEP_FACTOR
 from bt_fast.engine import Engine
 from bt_fast.faults import CheckedRead, Fault
-from bt_fast.labels import check_classes, class_of, for_loss, is_soft, target_of
+from bt_fast.labels import check_classes, for_loss, is_soft, largest_part, target_of
 from bt_fast.mining import BulletTrain
 from bt_fast.objectives import arguments, starts
 from bt_fast.objectives.execution import Execution
@@ -119,7 +119,7 @@ class Adversary:
         """The samples, in the plan's sorted order as all of these are, at the start. Waits for the plan's counts."""
         labels = None
         if y is not None and by_label(self.inner):
-            labels = class_of(y) if isinstance(self.inner, str) else for_loss(y, target.dtype)
+            labels = largest_part(y) if isinstance(self.inner, str) else for_loss(y, target.dtype)
             if not self.call.embeds and not is_soft(labels):
                 labels = labels.clamp(0, target.shape[1] - 1)  # one out of range is a fault later
         together, epsilon = self.statistics != "running", self.radii(clean)

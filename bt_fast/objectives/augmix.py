@@ -82,8 +82,9 @@ class AugMixLoss(nn.Module):
         self.cross_entropy = CrossEntropy(label_smoothing, smoothing)
         self._passes = Passes()
 
-    def __setstate__(self, state: dict[str, Any]) -> None:  # of a version without passes too
-        super().__setstate__({"_passes": Passes()} | state)  # type: ignore[no-untyped-call]
+    def __setstate__(self, state: dict[str, Any]) -> None:  # of a version without these too
+        added = {"_passes": Passes(), "cross_entropy": CrossEntropy()}
+        super().__setstate__(added | state)  # type: ignore[no-untyped-call]
 
     def objective(self, clean_logits: Tensor, y: Tensor, divergence: Tensor | None) -> Tensor:
         """The loss of a minibatch of m samples, 0-dim.

@@ -23,6 +23,7 @@ from bt_fast.attack.pixels import Normalize, OnPixels
 from bt_fast.attack.start import Noise
 from bt_fast.attack.wrapped import unwrapped
 from bt_fast.engine import Engine
+from bt_fast.labels import is_soft
 from bt_fast.mining import BulletTrain
 from bt_fast.objectives import adversarial, arguments
 from bt_fast.objectives.adversarial import Attack, Call
@@ -75,7 +76,7 @@ class AdversarialLoss(nn.Module, ABC):
     group, the samples sorted by descending steps, F_R moved by the adversarial samples' accuracy.
 
     Args:
-        attack: how images are attacked, a `PGD` or an `APGD`.
+        attack: how images are attacked, a `PGD` or an `APGD`; it may be set, to follow a schedule of ε say.
         mining: who gets how many steps; None for all alike. It is a part of this module, moves and saves with it.
         engine: how attack and update are executed, by name or as an `Engine`.
         extra: a further term: a function of an `UpdateBatch` that returns a 0-dim tensor, which is added to the loss,
@@ -109,8 +110,7 @@ class AdversarialLoss(nn.Module, ABC):
         logits: Select | None = None,
     ) -> None:
         super().__init__()
-        arguments.check_attack(attack, mining, (self.default_start, self.default_inner))
-        check_extra(extra)
+        self._check(attack, mining, extra)
         if mining is not None and mining.unperturbed == "skip" and self.clean_forwards == 0:
             raise ValueError(
                 f"mining's unperturbed must be 'keep' or None for {type(self).__name__}, got 'skip': "
@@ -192,8 +192,8 @@ class AdversarialLoss(nn.Module, ABC):
             TypeError: images are not floating point, labels of another kind, or the model does not return a tensor.
             ValueError: a shape, device or value does not fit (pixels outside the bounds, labels out of range, NaN
                 logits, NaN in the input gradient). No buffer, no gradient and no F_R has changed then, unless it is the
-                update's own forwards that went wrong. On a GPU, NaN in an input gradient is raised after these
-                forwards, and with mining by the next call.
+                update that went wrong, its forwards or its further term: batch norm may have moved. On a GPU, NaN in an
+                input gradient is raised after these forwards, and with mining by the next call.
         """
         call = Call.of(self.engine, self._cache, x, y, self.mining, indices, generator)
         return self.of_call(model, x, y, call)
@@ -205,6 +205,7 @@ class AdversarialLoss(nn.Module, ABC):
             return self._of_pass(model, x, y, call, this)
 
     def _of_pass(self, model: nn.Module, x: Tensor, y: Tensor, call: Call, this: Pass) -> Tensor:
+        self._check(self.attack, self.mining, self.extra)  # which may have been set since
         check_moving(this.of_moving and self.mining is None)
         call = replace(call, execution=call.execution.fitting(self.attack), kept=self._passes.begin())
         mining, execution, update = self.mining, call.execution, call.execution.update
@@ -232,7 +233,8 @@ class AdversarialLoss(nn.Module, ABC):
         loss, *logits = terms
         assert attack.y is not None
         if mining is not None:
-            mining.observe(attack.of_all(logits[0]), attack.y, order=attack.plan.order, faulty=attack.faulty)
+            labels = attack.plan.sort(y) if is_soft(y) else attack.y  # as given: in 16 bits their sums are off
+            mining.observe(attack.of_all(logits[0]), labels, order=attack.plan.order, faulty=attack.faulty)
             mining.keep(attack.ended())
         else:
             self._passes.keep(attack.ended())
@@ -281,8 +283,13 @@ class AdversarialLoss(nn.Module, ABC):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_last": None, "_seen": None}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:  # of a version without passes too
-        super().__setstate__({"_passes": Passes()} | state)  # type: ignore[no-untyped-call]
+    def __setstate__(self, state: dict[str, Any]) -> None:  # of a version without these too
+        added = {"_passes": Passes(), "extra": None, "_selection": None, "cross_entropy": CrossEntropy()}
+        super().__setstate__(added | state)  # type: ignore[no-untyped-call]
+
+    def _check(self, attack: PGD, mining: BulletTrain | None, extra: Extra | None) -> None:
+        arguments.check_attack(attack, mining, (self.default_start, self.default_inner))
+        check_extra(extra)
 
     def _adversarial_rows(self, attack: Attack, call: Call) -> int:
         """How many rows, from the first, run an adversarial forward.

@@ -102,7 +102,7 @@ def perturb(
             mining where `attack.inner` is a function: the model's outputs may then be any [m, d], embeddings say, and
             labels, if given, any, which only that function reads.
         attack: how images are attacked, a `PGD` or an `APGD`.
-        mining: who gets how many steps; None for all alike.
+        mining, engine: who gets how many steps, and how the attack is executed, as for `AdversarialLoss`.
         per_sample: step counts, ε, step sizes and starts of the samples' own. Where steps or ε are, the attack waits
             for its one read of the device before its first step, as with mining; samples without steps left leave it.
         return_details: whether to return a `Perturbed`.

@@ -170,6 +170,22 @@ def test_a_copy_has_its_numbers_and_nothing_of_its_last_minibatch(copied):
     twin(model, x, y)
 
 
+@pytest.mark.parametrize("kind", [*KINDS, AugMixLoss])
+def test_a_loss_that_was_saved_before_there_were_these_options_loads(kind):
+    model, x, y = small_models.build("conv_bn").float(), torch.rand(4, *small_models.SHAPE), torch.tensor([0, 1, 2, 0])
+    criterion = kind() if kind is AugMixLoss else kind(ATTACK)
+    state = dict(criterion.__reduce_ex__(2)[2])
+    for name in ("_passes", "extra", "_selection", "cross_entropy"):
+        state.pop(name, None)
+    loaded = kind.__new__(kind)
+    loaded.__setstate__(state)
+    losses = []
+    for one in (criterion, loaded):
+        torch.manual_seed(0)
+        losses.append(one(copy.deepcopy(model), x, y))
+    assert torch.equal(*losses)
+
+
 def test_it_holds_no_model_alive():
     criterion = TRADESLoss(ATTACK, mining=mined(), engine="fast")
     model, (x, y) = small_models.build("conv_bn"), small_models.batch(8)
@@ -378,6 +394,37 @@ def test_beta_and_engine_may_be_set_and_are_checked():
         criterion.beta = -1.0
     with pytest.raises(ValueError, match="engine must be one of"):
         criterion.engine = "quick"
+
+
+@EACH
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("attack", PGD(0.1, 0.03, 3), "attack takes 3 steps, but mining 4 boundary steps"),
+        ("attack", PGD(0.1, 0.03, 4, statistics="batch"), "attack's statistics must be 'running' with BulletTrain"),
+        ("attack", PGD(0.1, 0.03, 4, start="clean", inner="lse"), "attack must not start at x with the inner loss"),
+        ("attack", 0.1, "attack must be a PGD, got float"),
+        ("mining", mined(5), "attack takes 4 steps, but mining 5 boundary steps"),
+        ("extra", 3, "extra must be a function of an UpdateBatch, got int"),
+    ],
+)
+def test_attack_mining_and_extra_may_be_set_and_are_checked_by_the_next_call(kind, name, value, message):
+    model, (x, y) = small_models.build("conv_bn"), small_models.batch(6)
+    criterion = kind(ATTACK, mining=mined(), extra=len)
+    setattr(criterion, name, value)
+    before = state(model, *criterion.mining.buffers())
+    with pytest.raises((TypeError, ValueError), match=message):
+        criterion(model, x, y)
+    assert same(before, state(model, *criterion.mining.buffers()))
+
+
+def test_a_schedule_of_epsilon_sets_the_attack():
+    model, (x, y) = small_models.build("conv_bn"), small_models.batch(6)
+    criterion = PGDLoss(PGD(0.0, 0.0, 4))
+    for epsilon in (0.0, 0.02, 0.1):
+        criterion.attack = PGD(epsilon, epsilon / 2, 4)
+        criterion(model, x, y)
+        assert (criterion.last.x_adv - x).abs().max().item() == pytest.approx(epsilon, rel=1e-6)
 
 
 def test_what_stopped_once_is_not_why_the_next_runs():
