@@ -287,7 +287,7 @@ class AdversarialLoss(nn.Module, ABC):
         added = {"_passes": Passes(), "extra": None, "_selection": None, "cross_entropy": CrossEntropy()}
         super().__setstate__(added | state)  # type: ignore[no-untyped-call]
 
-    def _check(self, attack: PGD, mining: BulletTrain | None, extra: Extra | None) -> None:
+    def _check(self, attack: PGD | APGD, mining: BulletTrain | None, extra: Extra | None) -> None:
         arguments.check_attack(attack, mining, (self.default_start, self.default_inner))
         check_extra(extra)
 
