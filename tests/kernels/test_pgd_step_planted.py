@@ -1,4 +1,4 @@
-"""Checks are worth something only if they see bugs: each of these, planted into a kernel's source, must be caught."""
+"""Plants bugs into the kernels' source; the checks must catch each of them."""
 
 from unittest import mock
 
@@ -15,7 +15,7 @@ from bt_fast.kernels import pgd_step as kernels
 from bt_fast.ops import pgd_l2_step, pgd_step
 
 FULL = {"counts": True, "flags": True}
-# what is planted: a name, the text, and its replacement
+# name, text, and replacement of each planted bug
 LINF = [
     ("a mask that ends too late", "m_x = o_x < length", "m_x = o_x <= length"),
     ("a mask that ends too early", "m_x = o_x < length", "m_x = o_x < length - 1"),
@@ -78,7 +78,7 @@ NORMS = {
 
 
 def caught(module, norm):
-    """Whether a case comes out wrong, or faults, with the kernels of this module."""
+    """Returns whether this module's kernels fault or give a wrong result in some case."""
     launch, reference, cases = NORMS[norm]
     with mock.patch.multiple(kernels, **compiled_kernels(module, 80)):
         for case in cases:
