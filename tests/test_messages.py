@@ -1,4 +1,4 @@
-"""Every message of an error says how to get out of it: what to write, give, name, leave out, ... instead."""
+"""Every error message says how to fix the problem: what to write, give, name, leave out, ... instead."""
 
 import ast
 import importlib
@@ -12,7 +12,7 @@ from tests.ways_out import has_way_out
 
 PACKAGE = Path(bt_fast.__file__).parent
 MESSAGE_OF = {"ValueError": 0, "TypeError": 0, "RuntimeError": 0, "ImportError": 0, "Fault": 1, "wrong": 1}
-# of these functions another one ends the message, or only our own code can meet it
+# in these functions the message is completed elsewhere, or only our own code can trigger it
 ENDED_ELSEWHERE = {
     *("faults.py pixels_outside", "faults.py __getitem__"),
     *("lab/checkpoint.py _check_archive", "lab/files.py parse_json"),
@@ -23,7 +23,7 @@ ENDED_ELSEWHERE = {
 
 
 def text_of(node, constants):
-    """What an expression of strings says: constants in full, `{...}` for what else is put into it."""
+    """Returns the text of an expression of strings: constants in full, `{...}` for other values."""
     if isinstance(node, ast.Constant):
         return str(node.value)
     if isinstance(node, ast.JoinedStr):
@@ -37,7 +37,7 @@ def text_of(node, constants):
 
 
 def messages():
-    """(place, message) of every error that the package makes with words of its own."""
+    """Yields (place, message) of every error for which the package writes the text."""
     for path in sorted(PACKAGE.rglob("*.py")):
         name = path.relative_to(PACKAGE).as_posix()
         module = ".".join(("bt_fast", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__")
@@ -52,7 +52,7 @@ def _in(tree, name, function, constants):
             message = "".join(text_of(part, constants) for part in node.args[MESSAGE_OF[node.func.id] :][:1])
             if node.func.id == "wrong":
                 message = "found {}, expected {}".format(*(text_of(part, constants) for part in node.args[1:]))
-            own_words = " " in re.sub(r"{[^}]*}", "", message).strip()  # else it passes one on
+            own_words = " " in re.sub(r"{[^}]*}", "", message).strip()  # else it passes a message on
             if own_words and f"{name} {function}" not in ENDED_ELSEWHERE:
                 yield pytest.param(message, id=f"{name}:{node.lineno} {function}")
         yield from _in(node, name, inner, constants)

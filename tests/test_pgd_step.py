@@ -17,7 +17,7 @@ options = st.fixed_dictionaries({"last": flag, "counts": flag, "flags": flag})
 
 
 def literally(x, grad, clean, step_size, epsilon, lower, upper, steps, step, faulty):
-    """The step, one number at a time, in double precision."""
+    """Computes the step one number at a time, in double precision."""
     width = torch.tensor(epsilon, dtype=x.dtype).item()
     for i in range(len(x)):
         if steps is not None and not steps[i] > step:
@@ -92,7 +92,7 @@ def test_the_counter_moves_without_the_host():
     assert moved == [[True, False, True], [True, False, False], [False, False, False]]
 
 
-# Its registration
+# Registration
 
 
 def some(options, dtype=torch.float32):
