@@ -37,8 +37,7 @@ class Case:
 
 
 def case(n, shape, dtype, seed, *, last=False, counts=False, flags=False, special=True, spare=2) -> Case:
-    """Makes n samples of the shape before `spare` poisoned ones, with gradients that hold zeros and, if `special`,
-    ±Inf.
+    """Makes n samples of the shape before `spare` poisoned ones; gradients hold zeros and, if `special`, ±Inf.
 
     If `special`, one sample in three has NaN at one place of its gradient, and images have NaN too.
 
