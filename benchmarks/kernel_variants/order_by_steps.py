@@ -1,4 +1,4 @@
-"""The forms of the kernels of `order_by_steps`: a launch that compares all pairs, or count, sum and placing in blocks."""
+"""The forms of the kernels of `order_by_steps`: one launch for all pairs, or count, sum and placing in blocks."""
 
 from __future__ import annotations
 
