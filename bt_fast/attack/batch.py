@@ -1,4 +1,4 @@
-"""The samples that an attack works on, as one object: every runner takes it, and slices it whole."""
+"""The samples of an attack as one object, which every runner takes and slices as a whole."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class AttackBatch:
     step_size: Tensor  # [m] floating point, α in pixel units
     steps: Tensor  # [m] int64, never increasing
     active: tuple[int, ...]  # for each step, the number of rows that take it; never increasing
-    faulty: Tensor  # [m] int32, 1 for a sample that stayed in some step, since its gradient held NaN (in ℓ2: or Inf)
+    faulty: Tensor  # [m] int32, 1 for a sample that did not move in some step: its gradient held NaN (in ℓ2: or Inf)
 
     @classmethod
     def of(cls, plan: Plan, start: Tensor, clean: Tensor, target: Tensor, faulty: Tensor | None = None) -> AttackBatch:
-        """Samples in the plan's sorted order, at the start of their attack. Waits for the plan's counts."""
+        """Returns samples in the plan's sorted order, at the start of their attack. Waits for the plan's counts."""
         if faulty is None:
             faulty = torch.zeros(len(start), dtype=torch.int32, device=start.device)
         sizes, steps = plan.sort(plan.step_size), plan.sort(plan.steps)
@@ -37,7 +37,7 @@ class AttackBatch:
         return len(self.x_adv)
 
     def __getitem__(self, rows: slice) -> AttackBatch:
-        """Some rows that lie side by side, as views."""
+        """Returns a slice of rows, as views."""
         start, stop, _ = rows.indices(len(self))
         active = tuple(min(n, stop) - start for n in self.active if n > start)
         tensors = {name: value[rows] for name, value in vars(self).items() if isinstance(value, Tensor)}

@@ -1,13 +1,13 @@
-"""A faster view of the model for the attack, during which the weights stand still.
+"""The folded view: a faster form of the model for the attack, during which the weights do not change.
 
-In eval mode batch norm is `s·x + t` for each channel, so that behind a convolution or a linear layer it can be folded
+In eval mode batch norm is `s·x + t` for each channel, so that after a convolution or a linear layer it can be folded
 into that layer's weights: `bn(conv(x, W, b)) = conv(x, s·W, s·b + t)`. The view runs the model's own computation,
-traced once, on such folded weights, which `refresh` writes anew in place after the optimiser moved the model.
+traced once, on folded weights, which `refresh` rewrites in place after the optimiser has moved the model.
 
-A compiled model is traced as it was before, and an average of models as a model. Not folded is a norm that
-does not directly follow one layer: in a pre-activation block the first, since the sum before it is also the skip
-connection. (Its scale could pass through the relu into the next convolution, but only while every scale is positive,
-and to know that is to wait for the device.)
+A compiled model is traced as it was before compilation, and an average of models like a model. A norm is not folded if
+it does not directly follow one layer: for example the first of a pre-activation block, since the sum before it is also
+the skip connection. (Its scale could pass through the relu into the next convolution, but only while every scale is
+positive, which cannot be known without waiting for the device.)
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ AGREEMENT = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.1, torc
 class Frozen:
     """The folded view of a model in the attack: each choice changes its gradients by rounding only.
 
-    In the model's own precision that moves next to no pixel of x'. In 16 bits it turns the signs of many small
-    gradients: x' is another one, found by an attack of the same strength (the README has the figures).
+    In the model's own precision rounding moves almost no pixel of x'. In 16 bits it flips the signs of many small
+    gradients: it gives another x', by an attack of the same strength (the README has the figures).
 
     Attributes:
         fold: batch norm becomes part of the layer before it.
-        channels_last: images and convolution weights with the channel as the fastest index.
-        autocast: torch.bfloat16 or torch.float16, for the attack's forwards and backwards, whatever the caller's own
-            autocast; None for the caller's, and without one the model's own precision.
+        channels_last: images and convolution weights have the channel as the fastest index.
+        autocast: torch.bfloat16 or torch.float16 for the attack's forwards and backwards, regardless of the caller's
+            autocast; None for the caller's, or without one the model's own precision.
         compile: `torch.compile` of the view (takes tens of seconds once; batch sizes are dynamic).
 
     Raises:
@@ -76,14 +76,14 @@ class Frozen:
 
 
 class _FoldedLayer(nn.Module):
-    """A convolution or a linear layer on weights of its own, without gradients; a norm behind it is folded in."""
+    """A convolution or linear layer with its own weights, without gradients; a norm after it is folded in."""
 
     weight: Tensor
     bias: Tensor | None
 
     def __init__(self, layer: Any, norm: Any, channels_last: bool) -> None:
         super().__init__()
-        self._source = (layer, norm)  # in a tuple, so that they are not submodules of the view
+        self._source = (layer, norm)  # in a tuple, so that they do not become submodules of the view
         weight = layer.weight.detach()
         last = channels_last and weight.dim() == 4
         memory_format = torch.channels_last if last else torch.preserve_format
@@ -98,7 +98,7 @@ class _FoldedLayer(nn.Module):
         return cast(Tensor, layer._conv_forward(x, self.weight, self.bias))
 
     def refresh(self) -> None:
-        """Take the weights as they are now."""
+        """Copies the current weights."""
         layer, norm = self._source
         weight, bias = layer.weight, layer.bias
         if norm is None:
@@ -112,7 +112,7 @@ class _FoldedLayer(nn.Module):
 
 
 class _KeptNorm(nn.Module):
-    """A norm that stays one, `s·x + t` with numbers of its own, without gradients to its parameters."""
+    """A norm that is not folded: `s·x + t` with its own numbers, without gradients to its parameters."""
 
     scale: Tensor
     shift: Tensor
@@ -131,14 +131,14 @@ class _KeptNorm(nn.Module):
         return torch.batch_norm(x, self.scale, self.shift, self.mean, self.variance, False, 0.0, 0.0, on)
 
     def refresh(self) -> None:
-        """Take the statistics and parameters as they are now."""
+        """Copies the current statistics and parameters."""
         scale, shift = _affine(self._source[0])
         self.scale.copy_(scale)
         self.shift.copy_(shift)
 
 
 def _affine(norm: Any) -> tuple[Tensor, Tensor]:
-    """The norm in eval mode as `s·x + t`: s and t, new tensors [channels]."""
+    """Returns s and t of the norm in eval mode, `s·x + t`, as new tensors [channels]."""
     scale = (norm.running_var + norm.eps).rsqrt_()
     if norm.weight is not None:
         scale = scale * norm.weight
@@ -147,21 +147,21 @@ def _affine(norm: Any) -> tuple[Tensor, Tensor]:
 
 
 class NotFoldedError(Exception):
-    """A model that cannot be folded, and why."""
+    """Raised with the reason why a model cannot be folded."""
 
 
 class FoldedModel:
     """The folded view of one model. Call it inside `eval_mode(model)`.
 
     Attributes:
-        reason: why the model runs as it is, or None where it runs folded.
-        channels_last: whether images are best given with the channel as the fastest index.
-        independent: whether it reads no statistics of the model's own norms, so that a training forward of the model
-            may move these while an attack runs on the view.
+        reason: why the model runs unfolded, or None if it runs folded.
+        channels_last: whether images should have the channel as the fastest index.
+        independent: whether it reads no statistics of the model's norms, so that a training forward of the model may
+            change them while an attack runs on the view.
     """
 
     def __init__(self, model: nn.Module, recipe: Frozen, x: Tensor) -> None:
-        """Trace the model and compare the view with it on `x` [n, ...]: waits for the device, once."""
+        """Traces the model and compares the view with it on `x` [n, ...]: waits for the device, once."""
         self._model = ref(model)
         self._recipe = recipe
         self.channels_last = recipe.channels_last
@@ -175,7 +175,7 @@ class FoldedModel:
             self._compile(model, x)
 
     def _fold(self, model: nn.Module, x: Tensor) -> str | None:
-        """Trace the model; or why that cannot be."""
+        """Traces the model; returns the reason if that is impossible."""
         try:
             graph, self._layers = _traced(model, self._recipe.channels_last)
             self.refresh()
@@ -186,7 +186,7 @@ class FoldedModel:
             warn_caller(f"the attack runs on the model as it is, not folded: {error}")
             return str(error)
         for layer in self._layers:
-            if isinstance(layer, _FoldedLayer) and layer.weight.dtype != torch.float64:  # which autocast leaves alone
+            if isinstance(layer, _FoldedLayer) and layer.weight.dtype != torch.float64:  # autocast leaves float64 alone
                 layer.to(self._recipe.autocast)  # once, not in every step
         self._folded = graph
         read = {id(buffer) for buffer in graph.buffers()}
@@ -195,21 +195,21 @@ class FoldedModel:
         return None
 
     def _compile(self, model: nn.Module, x: Tensor) -> None:
-        """Compile forward and backward now, so that a failure is known now."""
+        """Compiles forward and backward now, so that a failure is known now."""
         plain = self._folded
         self._folded = torch.compile(model if plain is None else plain, dynamic=True)  # for prefixes of many sizes
         leaf = x.detach().clone().requires_grad_()
         try:
             with torch.enable_grad():
                 torch.autograd.grad(self(leaf).float().sum(), leaf)
-        except Exception as error:  # whatever the compiler raises, or its C++ compiler that is not there
+        except Exception as error:  # any error of the compiler, or a missing C++ compiler
             why = " ".join(str(error).splitlines()[:2])  # the second line names what the backend raised
             warn_caller(f"the attack's view of the model is not compiled: {type(error).__name__}: {why}")
             self._folded = plain
 
     @property
     def model(self) -> nn.Module:
-        """The model of which this is a view."""
+        """The model that this is a view of."""
         model = self._model()
         assert model is not None, "the model is gone"
         return model
@@ -231,7 +231,7 @@ class FoldedModel:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Follow the model's weights and statistics, in place: nothing is traced or allocated for them."""
+        """Copies the model's current weights and statistics, in place: nothing is traced or allocated."""
         for layer in self._layers:
             layer.refresh()
 
@@ -251,7 +251,7 @@ class FoldedModel:
 
 
 def independent(view: Callable[[Tensor], Tensor]) -> bool:
-    """Whether a training forward of the model may run beside calls of this view of it."""
+    """Whether a training forward of the model may run beside calls of this view."""
     return isinstance(view, FoldedModel) and view.independent
 
 
@@ -260,13 +260,13 @@ _views: WeakKeyDictionary[nn.Module, dict[Frozen, FoldedModel]] = WeakKeyDiction
 
 @contextmanager
 def attack_model(model: nn.Module, recipe: Frozen | None, x: Tensor) -> Iterator[Callable[[Tensor], Tensor]]:
-    """The view of the model by this recipe, up to date and in eval mode; without a recipe the model itself.
+    """Yields the view of the model by this recipe, up to date and in eval mode; without a recipe the model itself.
 
     Args:
         x: [n, ...], n ≥ 1, a batch on which a new view is compared with the model.
 
     Raises:
-        TypeError: the recipe is no `Frozen`, the model no module, or its output no logits.
+        TypeError: the recipe is not a `Frozen`, the model not a module, or its output not logits.
     """
     check_kind("frozen", recipe, Frozen, "write frozen=Frozen()", optional=True)
     model = unwrapped(model)
@@ -283,12 +283,12 @@ def attack_model(model: nn.Module, recipe: Frozen | None, x: Tensor) -> Iterator
 
 
 def known_view(model: nn.Module, recipe: Frozen) -> FoldedModel | None:
-    """The view of a model by this recipe, if there is one."""
+    """Returns the view of a model by this recipe, or None."""
     return _views.get(model, {}).get(recipe)
 
 
 def _held(model: nn.Module) -> list[object]:
-    """The modules and tensors of a trace. (A storage that moved needs no new trace: it is the same tensor.)
+    """Returns the modules and tensors of a trace. (A moved storage needs no new trace: the tensor is the same.)
 
     Modules are held by weak reference: a user's model may be one inside another.
     """
@@ -297,25 +297,25 @@ def _held(model: nn.Module) -> list[object]:
 
 
 def _kinds(held: list[object]) -> list[tuple[torch.dtype, torch.device]]:
-    """A parameter stays the same tensor when its module is cast or moved."""
+    """Returns dtypes and devices, since a parameter stays the same tensor when its module is cast or moved."""
     return [(t.dtype, t.device) for t in held if isinstance(t, Tensor)]
 
 
 def _traced(model: nn.Module, channels_last: bool) -> tuple[fx.GraphModule, list[_FoldedLayer | _KeptNorm]]:
-    """The model's computation on folded layers, and these layers."""
+    """Returns the model's computation on folded layers, and these layers."""
     if name := hooked(model):
         raise NotFoldedError(f"{name} has a hook, which a folded model would not run")
     try:
         tracer = _Tracer()
         traced = tracer.trace(_of_images_alone(_as_written(model)))
         for node in traced.nodes:
-            node.meta.pop("is_wrapped", None)  # else the code would look for the pools by a name that is no module's
+            node.meta.pop("is_wrapped", None)  # else the code would look up the pools by a name that no module has
         graph = fx.GraphModule(tracer.root, traced)
-    except Exception as error:  # whatever the model's own code raises on a proxy
+    except Exception as error:  # any error of the model's own code on a proxy
         raise NotFoldedError(f"it cannot be traced: {_where(error)}{_first_line(error)}; {_REMEDY}") from error
     modules = dict(graph.named_modules(remove_duplicate=False))
     layers: list[_FoldedLayer | _KeptNorm] = []
-    for node in graph.graph.nodes:  # without those that the loop erases
+    for node in graph.graph.nodes:  # without nodes that the loop erases
         module = modules[node.target] if node.op == "call_module" else None
         if type(module) in _LAYERS:
             norm_node = _norm_after(node, modules)
@@ -336,7 +336,7 @@ def _traced(model: nn.Module, channels_last: bool) -> tuple[fx.GraphModule, list
 
 
 class _ImagesAlone(nn.Module):
-    """A model called with its images alone, so that other arguments of its forward have their defaults."""
+    """Calls a model with its images only, so that other arguments of its forward have their defaults."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -347,37 +347,37 @@ class _ImagesAlone(nn.Module):
 
 
 def _of_images_alone(model: nn.Module) -> nn.Module:
-    """The model, if its forward takes nothing but images; else one in front of it."""
+    """Returns the model if its forward takes only images, else a wrapper of it."""
     parameters = inspect.signature(model.forward).parameters
     return model if len(parameters) == 1 else _ImagesAlone(model).train(model.training)
 
 
 def _where(error: Exception) -> str:
-    """The model's own line that raised an error, if there is one."""
+    """Returns the model's own line that raised an error, if there is one."""
     ours = (str(Path(__file__).parents[1]), str(Path(torch.__file__).parent))
     lines = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((*ours, "<"))]
     return f"line {lines[-1].lineno} of {Path(lines[-1].filename).name}, `{lines[-1].line}`: " if lines else ""
 
 
 class _Tracer(fx.Tracer):
-    """Looks into modules that were compiled, and lets a pool's size be one that is traced."""
+    """Traces into compiled modules, and permits a traced value as a pool's size."""
 
     def __init__(self) -> None:
         super().__init__(autowrap_functions=_POOLS)
-        self._autowrap_search.append(F)  # torch 2.6 takes numbers only where they are called
+        self._autowrap_search.append(F)  # torch 2.6 accepts only numbers unless the functions are wrapped
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., object], args: tuple[object, ...], kwargs: dict[str, object]
     ) -> object:
-        """As `fx.Tracer`, but a compiled module is its own Python code."""
-        written = _as_written(m)  # which, if compiled in place, would call its compiled code
+        """Like `fx.Tracer`, but runs the Python code of a compiled module."""
+        written = _as_written(m)  # a module compiled in place would call its compiled code
         if written is not m or m._compiled_call_impl is not None:
             forward = written._call_impl
         return super().call_module(written, forward, args, kwargs)
 
 
 def _as_written(module: nn.Module) -> nn.Module:
-    """The module inside a compiled module or an `AveragedModel` (whose forward takes any arguments)."""
+    """Returns the module inside a compiled module or an `AveragedModel` (which has a forward with any arguments)."""
     while True:
         # the class of compiled modules would import the compiler
         inner = module.module if type(module) is AveragedModel else getattr(module, "_orig_mod", None)
@@ -387,19 +387,19 @@ def _as_written(module: nn.Module) -> nn.Module:
 
 
 def hooked(model: nn.Module) -> str | None:
-    """The name of a module with a hook."""
+    """Returns the name of a module with a hook, or None."""
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     modules = model.named_modules()
     return next((name or "the model" for name, module in modules if any(getattr(module, k) for k in kinds)), None)
 
 
 def _norm_after(node: fx.Node, modules: dict[str, nn.Module]) -> fx.Node | None:
-    """The norm that is the only reader of a layer's output, if it can be folded into the layer."""
+    """Returns the norm that is the only reader of a layer's output, if it can be folded into the layer."""
     (reader, *others) = node.users or (None,)
     if others or reader is None or reader.op != "call_module" or reader.args != (node,):
         return None
     norm, layer = modules.get(str(reader.target)), modules[str(node.target)]
-    # BatchNorm1d behind a linear layer that sees more than [n, features] is not what it folds to: `_compare` refuses it
+    # BatchNorm1d after a linear layer on more than [n, features] differs from its folded form: `_compare` refuses it
     same = isinstance(norm, nn.BatchNorm1d) == isinstance(layer, (nn.Linear, nn.Conv1d))
     return reader if _has_statistics(norm) and same else None
 
@@ -418,10 +418,10 @@ def _compare(model: nn.Module, graph: fx.GraphModule, x: Tensor) -> None:
         raise NotFoldedError(f"its trace does not run ({_first_line(error)})") from error
     if same:
         return
-    try:  # in TF32 folded weights round to other bits: the logits may differ by more than the fold does to them
+    try:  # in TF32 folded weights round to other bits: the logits may differ by more than the fold itself causes
         with full_precision(), uncompiled():
             same = _same(graph(x.clone()), logits_of(model, x))
-    except RuntimeError as error:  # of a model that reads the old setting of TF32
+    except RuntimeError as error:  # from a model that reads the old setting of TF32
         raise NotFoldedError(f"it does not run in full precision ({_first_line(error)})") from error
     if not same:
         raise NotFoldedError("its traced computation gives other logits than the model itself")
@@ -436,5 +436,5 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
 
-if not TYPE_CHECKING:  # a checker is to know the new name only
+if not TYPE_CHECKING:  # a type checker should know only the new name
     __getattr__ = renamed(__name__, {"FrozenModel": "bt_fast.attack.folded.FoldedModel"})

@@ -1,4 +1,4 @@
-"""The losses that an evaluation's PGD ascends, by their gradients with respect to the logits."""
+"""The losses that an evaluation's PGD maximises, given by their gradients with respect to the logits."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LOSSES = ("ce", "margin")
 
 
 def direction_of(loss: str, logits: Tensor, labels: Tensor, scaled: bool) -> Tensor:
-    """The loss's gradient with respect to the logits [n, K], K ≥ 2; if `scaled` each row up to a positive factor.
+    """Returns the loss's gradient by the logits [n, K], K ≥ 2; if `scaled`, each row up to a positive factor.
 
     "ce" is the cross-entropy. "margin" is the largest wrong logit minus the true one (Carlini and Wagner's f_6 without
     confidence): 1 at the first largest wrong logit and -1 at the label.

@@ -12,7 +12,7 @@ from bt_fast.validation import check_choice, check_kind, positive, real, step_co
 
 InnerLoss = Literal["kl", "cross_entropy"]
 Norm = Literal["linf", "l2"]
-_NORMS: dict[str, str] = {"linf": "l_inf", "l2": "l_2"}  # as the threat model, and the authors' `distance`, call them
+_NORMS: dict[str, str] = {"linf": "l_inf", "l2": "l_2"}  # the names in the threat model, and in the authors' `distance`
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class PGD:
 
     Attributes:
         epsilon: ε > 0, in pixel units.
-        step_size: α > 0, in pixel units; with BulletTrain of the boundary samples.
+        step_size: α > 0, in pixel units; with BulletTrain that of the boundary samples.
         steps: N ≥ 1; with BulletTrain its N_B.
         norm: "linf" or "l2" (over all pixels of one image).
         start: "normal", at x and 0.001·N(0, 1), or "uniform" in the ε-ball, clamped to the bounds. None: the loss's
@@ -29,12 +29,12 @@ class PGD:
         inner: the inner loss: "kl", away from the clean distribution, or "cross_entropy", away from the label. None:
             the loss's own, "kl" for `TRADESLoss` and `perturb`, "cross_entropy" for the others.
         bounds: the least and the greatest value of a pixel.
-        normalization: of the images by their loader; without it they are pixels. ε, step sizes and bounds are in
-            pixel units with it too.
+        normalization: the loader's normalisation of the images; without it they are pixels. ε, step sizes and bounds
+            are in pixel units in both cases.
 
     Raises:
-        TypeError: an argument is not of its kind.
-        ValueError: a value is out of range or not known.
+        TypeError: an argument has a wrong type.
+        ValueError: a value is out of range or unknown.
     """
 
     epsilon: float
@@ -62,7 +62,7 @@ class PGD:
 
 
 def norm_of(distance: str) -> Norm:
-    """The norm of the authors' `distance`: "l_inf" or "l_2"."""
+    """Returns the norm for the authors' `distance`: "l_inf" or "l_2"."""
     return "linf" if distance == "l_inf" else "l2"
 
 

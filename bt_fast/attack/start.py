@@ -1,4 +1,4 @@
-"""Starting points of an attack: the clean image and a little noise, or anywhere in the ball."""
+"""Starting points of an attack: the clean image plus a little noise, or a point anywhere in the ball."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ TRADES_NOISE = 0.001  # standard deviation of the normal start
 
 
 def normal_noise(x: Tensor, generator: torch.Generator | None, *, on_cpu: bool = False) -> Tensor:
-    """The TRADES start's `0.001·N(0, 1)`, in the shape of `x`, drawn by a generator on its device.
+    """Returns the TRADES start's `0.001·N(0, 1)`, in the shape of `x`, drawn by a generator on its device.
 
-    With `on_cpu` it is drawn as the TRADES code does, in the default dtype from the CPU's default generator, so that a
-    seeded script repeats its own numbers.
+    With `on_cpu` it is drawn like in the TRADES code, in the default dtype from the CPU's default generator, so that a
+    seeded script repeats its numbers.
     """
     if on_cpu:
         return TRADES_NOISE * torch.randn(x.shape, device="cpu")
@@ -29,7 +29,7 @@ def normal_noise(x: Tensor, generator: torch.Generator | None, *, on_cpu: bool =
 
 
 def ball_start(x: Tensor, threat: ThreatModel, generator: torch.Generator | None = None) -> Tensor:
-    """`x` [n, ...] moved to a point drawn uniformly from its ε-ball, then clamped to the pixel bounds.
+    """Returns points drawn uniformly from the ε-ball around `x` [n, ...], clamped to the pixel bounds.
 
     The generator is on the images' device; without it the device's default one draws.
     """
@@ -43,12 +43,12 @@ def ball_start(x: Tensor, threat: ThreatModel, generator: torch.Generator | None
 
 
 def random_state(x: Tensor, generator: torch.Generator | None) -> Tensor:
-    """A seed and an offset for `sorted_start`, drawn where the images are."""
+    """Returns a seed and an offset for `sorted_start`, drawn on the images' device."""
     return torch.randint(torch.iinfo(torch.int64).max, (2,), device=x.device, generator=generator)
 
 
 def state_of_seed(x: Tensor, generator: torch.Generator | None, offset: int = 0) -> Tensor:
-    """The seed that the generator (or the device's own) was given last, and an offset. Nothing is drawn."""
+    """Returns the generator's (or the device's) last seed, and an offset. Draws nothing."""
     if generator is not None:
         seed = generator.initial_seed()
     else:
@@ -67,15 +67,15 @@ def sorted_start(
     threat: ThreatModel,
     samples: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The batch in sorted order, and the starts of the attack on it, with the noise of a counter.
+    """Returns the batch in sorted order, and its starts of the attack with counter-based noise.
 
     The noise of a sample depends neither on the order nor on its neighbours in the batch. A sample without steps starts
-    at x, to the bit. Never waits for the device.
+    exactly at x. Never waits for the device.
 
     Args:
-        x: [m, ...], order: [m], steps: [m], state: [2], samples: [m]; as `ops.gather_start`, which makes the noise.
-        noise: "normal" as TRADES, without a bound, or "uniform" in the ε-ball and clamped to the pixel bounds; in ℓ2
-            from a normal direction and a radius, which is drawn at the next offset (`state` moves on by two).
+        x: [m, ...], order: [m], steps: [m], state: [2], samples: [m]; see `ops.gather_start`, which makes the noise.
+        noise: "normal" like TRADES, without a bound, or "uniform" in the ε-ball and clamped to the pixel bounds; in ℓ2
+            from a normal direction and a radius, which is drawn at the next offset (`state` advances by two).
 
     Returns:
         clean and start, both new, of x's shape and dtype.
@@ -97,7 +97,7 @@ def sorted_start(
 
 
 def uniform_start(x: Tensor, samples: Tensor, restart: int, threat: ThreatModel, seed: Tensor) -> Tensor:
-    """`ball_start` of x [n, ...] with the noise of a counter (`ops.gather_start`'s Philox), for evaluation.
+    """Returns `ball_start` of x [n, ...] with counter-based noise (`ops.gather_start`'s Philox), for evaluation.
 
     The noise depends on the seed (0-dim int64), the restart, the sample's number (`samples`, [n] int64 in 0..2^32-1)
     and the pixel alone.
@@ -121,7 +121,7 @@ def _noise(samples: Tensor, length: int, seed: Tensor, offset: int, noise: Noise
 
 
 def _in_l2_ball(direction: Tensor, share: Tensor, epsilon: float) -> Tensor:
-    """A uniform point of the ball of d dimensions: along a normal `direction` [n, ...], at radius ε·share^(1/d)."""
+    """Returns a uniform point of the d-dimensional ball: along a normal `direction`, at radius ε·share^(1/d)."""
     direction = ops.wide(direction)
     radius = epsilon * ops.wide(share).to(direction.dtype) ** (1.0 / direction[0].numel())
     norms = direction.flatten(1).norm(dim=1).clamp_min(torch.finfo(direction.dtype).tiny)
