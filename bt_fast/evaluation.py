@@ -51,7 +51,7 @@ NEW_LINES = {
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Of the total number of samples, those classified correctly: clean_correct, and robust_correct under attack."""
+    """The total number of samples, and how many are correct: clean_correct, and robust_correct under attack."""
 
     clean_correct: int
     robust_correct: int
@@ -70,12 +70,13 @@ class Accuracy:
 
 @dataclass(frozen=True, eq=False)
 class Evaluation(Accuracy):
-    """An accuracy, and when each sample was misclassified first, in the order of the stream.
+    """An accuracy, and when each sample was first misclassified, in the order of the stream.
 
     Attributes:
         restart: [total] int64 on the host: 0 for the clean image, r in 1..restarts for the r-th restart, `STOOD` (-1)
-            for a sample that stood them all.
-        step: [total] int64 on the host: the number of steps then, 0 at the random start or clean; `STOOD` likewise.
+            for a sample that was never misclassified.
+        step: [total] int64 on the host: the number of steps taken then, 0 at the random start or clean; `STOOD` as
+            above.
     """
 
     restart: Tensor = field(repr=False)
@@ -100,13 +101,13 @@ def evaluate(
     first: int = 0,
     **deprecated: Unpack[Deprecated],
 ) -> Evaluation:
-    """Clean accuracy, and accuracy under PGD from each of `restarts` random starts.
+    """Measures clean accuracy, and accuracy under PGD from each of `restarts` random starts.
 
-    A sample is broken if the model misclassifies it clean, or at any iterate of any restart: the random start
-    (iterate 0) and the image after each of the N steps, projections included. A restart begins at a point drawn
-    uniformly from the ε-ball and clamped to the pixel bounds; a sample with an input gradient of exactly 0 stays.
+    A sample is broken if the model misclassifies it clean, or at any iterate of any restart: the random start (iterate
+    0) and the image after each of the N steps, projections included. A restart begins at a point drawn uniformly from
+    the ε-ball and clamped to the pixel bounds; a sample with an input gradient of exactly 0 does not move.
 
-    The result of a sample is that of the plain loop which attacks all of them to the end. But a broken sample leaves at
+    The results are those of the plain loop, which attacks every sample to the end. But a broken sample is dropped at
     once and another takes its place, so that the attack runs on full batches (of the first batch's size). At most two
     batches are held at a time. Random starts depend on the generator's next number, the restart and the sample's number
     in the stream, not on batch sizes or other samples.
@@ -120,9 +121,10 @@ def evaluate(
         restarts: ≥ 1.
         loss: "ce", the cross-entropy, or "margin", the largest wrong logit minus the true one (Carlini and Wagner).
         generator: on the images' device; one number is drawn from it, the seed of all random starts.
-        engine: how the model is run, by name or as an `Engine`. A folded view judges, too: its logits are the model's
-            own up to rounding, so there is no "bf16". Graphs and streams are not used.
-        progress: called with the number of samples decided so far, whenever it grew.
+        engine: how the model is run, by name or as an `Engine`. A folded view also decides whether a sample is
+            misclassified: its logits are the model's up to rounding, so there is no "bf16". Graphs and streams are not
+            used.
+        progress: called with the number of samples decided so far, whenever it has grown.
         first: ≥ 0, the number of the stream's first sample, for an evaluation in parts: with its own `first` and a
             generator of the same state each gives the results of one evaluation.
         deprecated: keywords of the first version; each warns with the new line.
@@ -153,7 +155,7 @@ def _judge(
     generator: torch.Generator | None,
     verdicts: Verdicts,
 ) -> None:
-    """Record the verdict of each sample."""
+    """Records the verdict of each sample."""
     if not isinstance(batches, Iterable):
         raise TypeError(
             f"batches must be iterable, got {type(batches).__name__}: give a DataLoader, or [(x, y)] for one batch"
@@ -179,13 +181,13 @@ def _judge(
         at_work = Attack(threat, loss, attack.steps, attack.step_size, restarts, seed)
         working = WorkingBatch(at_work, x, channels_last=frozen is not None and frozen.channels_last)
         whole = _put_back([begun], stream)
-        del begun, x  # a batch is held no longer than until its samples are copied
+        del begun, x  # a batch is kept only until its samples are copied
         correct = map(lambda batch: _correct(view, batch, kind, pixels, threat, verdicts), whole)
         working.run(view, Waiting(correct), verdicts)
 
 
 def _attack(attack: PGD | ThreatModel, deprecated: Deprecated) -> PGD:
-    """The attack, also by the keywords of the first version."""
+    """Returns the attack, also from the keywords of the first version."""
     if isinstance(attack, ThreatModel):
         steps = step_count("steps", deprecated.get("steps", 20), least=1)
         size, normalization = deprecated.get("step_size"), deprecated.get("normalization")
@@ -218,7 +220,7 @@ def _view(engine: Engine | str, deprecated: Deprecated) -> Frozen | None:
 
 
 def classified_correctly(model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, name: str, *more: Fault) -> Tensor:
-    """Whether each image is classified as its label `y`: [n] bool. Raises `more`, and faults of labels and logits."""
+    """Returns whether each image is classified as `y`: [n] bool. Raises `more`, and faults of labels and logits."""
     logits = clean_logits(model, x)
     labels = faults.labels_outside(y, logits.shape[1], name)
     faults.read([*more, labels, faults.rows_without_number(logits, "the model's logits")]).wait()
@@ -242,7 +244,7 @@ def _check_batch(batch: _Batch) -> None:
 
 
 def _put_back(read: list[_Batch], stream: Iterator[_Batch]) -> Iterator[_Batch]:
-    """The batches of both; each is released when it is read (`itertools.chain` keeps them)."""
+    """Yields the batches of both; each is released when it is read (`itertools.chain` keeps them)."""
     while read:
         yield read.pop(0)
     yield from stream
@@ -260,7 +262,7 @@ def _correct(
     threat: ThreatModel,
     verdicts: Verdicts,
 ) -> Samples:
-    """The samples of a batch that are classified correctly; the others are recorded. Raises where a value is wrong."""
+    """Returns a batch's correctly classified samples and records the others. Raises if a value is wrong."""
     _check_batch(batch)
     x, y = batch
     if _kind(x) != kind:
