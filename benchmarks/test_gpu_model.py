@@ -1,8 +1,8 @@
 """Tests how well the model of a GPU's time predicts times measured here, and records its predictions for three GPUs.
 
 The CPU replaces the GPU: the same simulation, with the figures of `cpu_model.calibrate`, has to predict the time of
-iterations with layers that it has never seen, within 20 %. Writes `results/gpu-model.json`, and `results/
-gpu-model-predicted.json` and `.md`. With a GPU nothing has to be predicted: `bt-fast predict` measures.
+iterations with layers that it has never seen, within 20 %. Writes `results/gpu-model.json`, and
+`results/gpu-model-predicted.json` and `.md`. With a GPU nothing has to be predicted: `bt-fast predict` measures.
 
 The 15 predictions of the stored run are within 9 %. The method was refined on four of the cases (the small CNN and
 WRN-16-2 at batches of 32 and 128); the small CNN at batch 64 was tried after it was fixed.

@@ -1,8 +1,8 @@
 """Metrics and policies (section 3.2): how certain the model is of a sample, and how many attack steps the sample gets.
 
 A metric is a function of (logits [m, K], labels [m]) that returns a certainty [m]. A policy is a function of `Judged`,
-the values known of a minibatch, that returns steps [m]. Your own can be any such callable: `BulletTrain(metric=lambda
-z, y: ..., policy=lambda judged: ...)`. Nothing here waits for the device.
+the values known of a minibatch, that returns steps [m]. Your own can be any such callable:
+`BulletTrain(metric=lambda z, y: ..., policy=lambda judged: ...)`. Nothing here waits for the device.
 """
 
 from __future__ import annotations

@@ -13,13 +13,13 @@ from bt_fast.plan import MinedPlan
 class LastMinibatch:
     """The tensors of the last minibatch; neither saved nor copied with the module."""
 
-    fraction_before: Tensor | None = None  # F_R before it; None until `observe` has ended it
+    fraction_before: Tensor | None = None  # F_R before it; None until `observe` ends the minibatch
     kept: object = None  # the results of its objective
     planned: MinedPlan | None = None  # until `observe` counts it
     attacked: tuple[Tensor, Tensor] | None = None  # the arguments of `BulletTrain.attacked`, until `observe`
 
     def check_again(self, reuse: object) -> None:
-        """Raise TypeError or RuntimeError unless a further pass is possible."""
+        """Raises TypeError or RuntimeError unless a further pass is possible."""
         if not isinstance(reuse, bool):
             raise TypeError(
                 f"reuse must be True (the x' of the first pass) or False (made anew), got {reuse!r}: "
@@ -32,7 +32,7 @@ class LastMinibatch:
             )
 
     def reused(self) -> object:
-        """The kept results; RuntimeError where there are none."""
+        """Returns the kept results; RuntimeError if there are none."""
         if self.kept is None:
             raise RuntimeError(
                 "again(reuse=True) takes the x' that a loss of bt_fast has made, but the last minibatch had none: "

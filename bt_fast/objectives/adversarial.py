@@ -1,6 +1,6 @@
 """The attack on a minibatch, with or without BulletTrain, and the update that may start beside it.
 
-Everything that TRADES, MART and PGD adversarial training share: all but their losses.
+TRADES, MART and PGD adversarial training share all of it; only their losses differ.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ class Call:
     """The options of one call of a loss or of `perturb`."""
 
     execution: Execution
-    indices: Tensor | None  # [m] integers: these and the seed alone decide the random starts
-    generator: torch.Generator | None  # for the start, and for the stand-in of a zero ℓ2 gradient
+    indices: Tensor | None  # [m] integers: only these and the seed decide the random starts
+    generator: torch.Generator | None  # for the start, and for the replacement of a zero ℓ2 gradient
     unperturbed: Unperturbed | None  # None for the default of N_R and N_O
-    balance: Balance | None  # how the ranks of the mining's process group share the attack out
+    balance: Balance | None  # how the ranks of the mining's process group share the attack
     name: str = "x"  # of the images in messages
 
     @classmethod
@@ -68,7 +68,7 @@ class Call:
         indices: Tensor | None,
         generator: torch.Generator | None,
     ) -> Call:
-        """A call on images and labels, all checked."""
+        """Returns a call on checked images and labels."""
         check_batch(x, y, "x")
         check_draws(x, indices, generator, "indices")
         balance = None if mining is None else checked_balance(mining.balance, mining)
@@ -78,7 +78,7 @@ class Call:
 
 @dataclass(frozen=True, eq=False)
 class Adversary:
-    """A `PGD` with a start and an inner loss, and the call in which it attacks."""
+    """A `PGD` with a start and an inner loss, and the call of its attack."""
 
     threat: ThreatModel
     step_size: float
@@ -89,27 +89,27 @@ class Adversary:
 
     @classmethod
     def of(cls, attack: PGD, noise: Noise, inner: InnerLoss, call: Call) -> Adversary:
-        """The attack; `noise` and `inner` where it names none."""
+        """Returns the attack; `noise` and `inner` if it names none."""
         return cls(attack.threat, attack.step_size, attack.steps, attack.start or noise, attack.inner or inner, call)
 
     @property
     def numbers(self) -> Tensor | None:
-        """The samples' numbers as the ops take them."""
+        """Returns the samples' numbers in the form for the ops."""
         return None if self.call.indices is None else self.call.indices.long()
 
     def random_state(self, x: Tensor, offset: int = 0) -> Tensor:
-        """Seed and offset of a start: drawn, or with numbered samples the generator's own seed and `offset`."""
+        """Returns seed and offset of a start: drawn, or for numbered samples the generator's own seed and `offset`."""
         generator = self.call.generator
         return random_state(x, generator) if self.call.indices is None else state_of_seed(x, generator, offset)
 
     def queue(self, view: Callable[[Tensor], Tensor], batch: AttackBatch) -> StartedAttack:
-        """Start the attack's steps."""
+        """Starts the attack's steps."""
         return start_attack(view, batch, self.threat, self.call.generator, self.call.execution.runner)
 
 
 @dataclass(frozen=True, eq=False)
 class Attack:
-    """An attack whose steps are queued. Rows are in the plan's sorted order."""
+    """An attack with queued steps. Rows are in the plan's sorted order."""
 
     x: Tensor  # [m, ...], clean
     y: Tensor  # [m] int64
@@ -117,23 +117,23 @@ class Attack:
     threat: ThreatModel
     moving: int  # the number of samples with steps
     independent: bool  # a training forward may run beside it
-    inputs: CheckedRead | None  # of faults of the input, where nothing has waited for them yet
-    faulty: Tensor | None  # [m] int32, samples whose input gradient held NaN; None for a further pass
+    inputs: CheckedRead | None  # of the input's faults, if nothing has waited for them yet
+    faulty: Tensor | None  # [m] int32, samples with NaN in their input gradient; None for a further pass
     plan: Plan
-    logits: Tensor | None  # [m, K], clean, in the minibatch's own order; None where the attack needed none
-    observed: bool = False  # the mining's `observe` raises the error of `faulty`, not `perturbed`
+    logits: Tensor | None  # [m, K], clean, in the minibatch's own order; None if the attack needed none
+    observed: bool = False  # whether the mining's `observe` raises the error of `faulty`, instead of `perturbed`
 
     def ended(self) -> Attack:
-        """The same with nothing left to be checked, for a further pass."""
+        """Returns the attack without pending checks, for a further pass."""
         return replace(self, independent=False, inputs=None, faulty=None)
 
     def perturbed(self) -> tuple[Tensor, CheckedRead | None]:
-        """x', and a read to be waited for when the device has work again. On the CPU faults are raised here."""
+        """Returns x', and a read to wait for when the device has work again. On the CPU faults are raised here."""
         x_adv = self.started.finish()
         if self.faulty is None or self.observed:
             return x_adv, None
         read = faults.read([faults.gradients_without_direction(self.faulty, self.plan.order)])
-        if x_adv.is_cuda:  # it has the update's forwards to do before
+        if x_adv.is_cuda:  # it first has the update's forwards to do
             return x_adv, read
         read.wait()
         return x_adv, None
@@ -149,10 +149,10 @@ def attacking(
     bullet: BulletTrain | None,
     call: Call,
 ) -> Iterator[tuple[nn.Module, Attack]]:
-    """In the block, under the engine's autocast: the model on pixels, and the attack on it, joined at the end.
+    """Yields the model on pixels, and the attack on it, joined at the end; the block is under the engine's autocast.
 
     Args:
-        defaults: start and inner loss of a `pgd` that names none.
+        defaults: start and inner loss for a `pgd` that names none.
     """
     images = on_pixels(model, x, pgd.normalization, call.name, pgd.bounds)
     with images as (model, pixels), call.execution.autocast(x):
@@ -164,7 +164,7 @@ def attacking(
 
 
 def start(model: nn.Module, x: Tensor, y: Tensor, adversary: Adversary, bullet: BulletTrain | None) -> Attack:
-    """Start the attack on checked arguments. With `bullet` what is wrong with their values is raised here."""
+    """Starts the attack on checked arguments. With `bullet` errors in their values are raised here."""
     x = x.detach()
     threat = adversary.threat
     bounds = threat.lower, threat.upper
@@ -180,13 +180,13 @@ def start(model: nn.Module, x: Tensor, y: Tensor, adversary: Adversary, bullet: 
 
 
 def _start_uniform(model: nn.Module, x: Tensor, y: Tensor, a: Adversary, pixels: Fault) -> Attack:
-    """The authors' attack, in which every sample takes `steps` steps."""
+    """Starts the authors' attack, in which every sample takes `steps` steps."""
     begin = _uniform_start(x, a)
     with attack_model(model, a.call.execution.view, x[:COMPARED]) as view:
         if a.inner == "kl":
             logits, name = clean_logits(view, x), "the model's logits"
             target = _probabilities(logits)
-        else:  # two rows of the model itself tell the number of classes: a view would be compiled anew for them
+        else:  # two rows of the model itself give the number of classes: a view would be recompiled for them
             logits, name = clean_logits(model, x[:2]), "the model's logits of the first two samples"
             target = _one_hot(y, ops.wide(logits))
         labels = faults.labels_outside(y, logits.shape[1], "y")
@@ -206,15 +206,15 @@ def _uniform_start(x: Tensor, a: Adversary) -> Tensor:
         return ball_start(x, a.threat, generator)
     as_authors = generator is None and not x.is_cuda
     noise = normal_noise(x, generator, on_cpu=as_authors)
-    if as_authors and a.threat.norm == "l_2":  # the TRADES code draws once more and uses the second
+    if as_authors and a.threat.norm == "l_2":  # the TRADES code draws once more and uses the second draw
         noise = normal_noise(x, None, on_cpu=True)
     return (x + noise).to(x.dtype)
 
 
 def _start_ragged(model: nn.Module, x: Tensor, y: Tensor, a: Adversary, bullet: BulletTrain, pixels: Fault) -> Attack:
-    """Algorithm 2's attack. Waits for the counts: what is wrong with the input is raised here."""
+    """Starts Algorithm 2's attack. Waits for the counts: errors in the input are raised here."""
     with attack_model(model, a.call.execution.view, x[:COMPARED]) as view:
-        with range_(MINING):  # to the end of the wait for the counts
+        with range_(MINING):  # until the counts have arrived
             logits = clean_logits(view, x)
             warn_of_neighbours(model, x, a.threat, "leave BulletTrain out")
             state = a.random_state(x)
@@ -257,11 +257,11 @@ def _start_ragged(model: nn.Module, x: Tensor, y: Tensor, a: Adversary, bullet: 
 def _attacked_logits(
     view: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, logits: Tensor, a: Adversary, steps: int
 ) -> tuple[Tensor, Fault]:
-    """Logits [m, K], by which the oracle groups, after uniform steps of 1.7·ε/steps, and the attack's fault.
+    """Returns logits [m, K] for the oracle's groups, after uniform steps of 1.7·ε/steps, and the attack's fault.
 
-    It is the objective's own attack but for its steps. Its random numbers are drawn after the training start's state.
+    It is the objective's own attack with other steps. Its random numbers are drawn after the training start's state.
     """
-    state = a.random_state(x, offset=2)  # offsets 0 and 1 are those of the training start
+    state = a.random_state(x, offset=2)  # the training start uses offsets 0 and 1
     clean, begin = sorted_start(x, None, None, state, a.noise, a.threat, a.numbers)
     probabilities = _probabilities(logits)
     target = probabilities if a.inner == "kl" else _one_hot(y, probabilities)
@@ -273,17 +273,17 @@ def _attacked_logits(
 
 
 def _probabilities(logits: Tensor) -> Tensor:
-    """Softmax of logits [m, K], rounded once, as that of the ops."""
+    """Returns the softmax of logits [m, K], rounded once, like that of the ops."""
     return logits.double().softmax(dim=1).to(ops.wide(logits).dtype)
 
 
 def _one_hot(y: Tensor, like: Tensor) -> Tensor:
-    """[m, K] with the columns and dtype of `like`; a label out of range, an error later, has a row without a 1."""
+    """[m, K] with the columns and dtype of `like`; a label out of range, a later error, gives a row without a 1."""
     return (torch.arange(like.shape[1], device=y.device) == y.long()[:, None]).to(like.dtype)
 
 
 def _reused(kept: object, x: Tensor, y: Tensor, threat: ThreatModel, bullet: BulletTrain) -> Attack:
-    """The attack of the first pass over this minibatch, which has ended; its read checks that the minibatch is this."""
+    """Returns the finished attack of the first pass; its read checks that the minibatch is the same."""
     if not isinstance(kept, Attack) or kept.threat != threat:
         made = f"with {kept.threat}" if isinstance(kept, Attack) else "by augmix_loss"
         raise ValueError(f"again(reuse=True) has the x' made {made}, but this loss attacks with {threat}: {NEW_ONES}")
@@ -291,10 +291,10 @@ def _reused(kept: object, x: Tensor, y: Tensor, threat: ThreatModel, bullet: Bul
 
 
 def other_samples(kept_x: Tensor, kept_y: Tensor, x: Tensor, y: Tensor, plan: Plan | None = None) -> Fault:
-    """The number of samples that are not those of the first pass, which is in the order of `plan`, if given.
+    """Counts the samples that differ from those of the first pass, which is in the order of `plan`, if given.
 
     Raises:
-        ValueError: the images are of another shape, dtype or device.
+        ValueError: the images have another shape, dtype or device.
     """
     needs = "again(reuse=True) needs the images and labels of the last call outside of its block"
     instead = f"call the loss on these once before, or {NEW_ONES}"
@@ -307,9 +307,9 @@ def other_samples(kept_x: Tensor, kept_y: Tensor, x: Tensor, y: Tensor, plan: Pl
 
 
 def run(model: nn.Module, attack: Attack, forwards: Forwards, execution: Execution) -> tuple[Terms, Tensor, bool]:
-    """Run the update, its clean forward beside the attack where that is the same.
+    """Runs the update, with its clean forward beside the attack if the result is the same.
 
-    It gives the terms of `forwards`, x' in the plan's sorted order, and whether the clean forward ran beside.
+    Returns the terms of `forwards`, x' in the plan's sorted order, and whether the clean forward ran beside.
     """
     update = execution.update
     with range_(UPDATE), update_modes(model) as modes:
@@ -329,11 +329,11 @@ def run(model: nn.Module, attack: Attack, forwards: Forwards, execution: Executi
 
 
 def in_callers_order(x_adv: Tensor, x: Tensor, plan: Plan, normalize: Normalize | None) -> Tensor:
-    """x' [m, ...] in the order and the units of the caller's x: a sample without steps is x itself, to the bit.
+    """Returns x' [m, ...] in the order and units of the caller's x: a sample without steps is exactly x.
 
     Args:
         x_adv: [m, ...] pixels in the plan's sorted order.
-        normalize: makes images like x of pixels; None where they are pixels.
+        normalize: turns pixels into images like x; None if those are pixels.
     """
     x_adv = plan.unsort(x_adv)
     if normalize is None:
@@ -345,7 +345,7 @@ def in_callers_order(x_adv: Tensor, x: Tensor, plan: Plan, normalize: Normalize 
 
 
 def check_batch(x: Tensor, y: Tensor, name: str) -> None:
-    """Raise TypeError or ValueError for images or labels that the host can see to be none; `name` is that of x."""
+    """Raises TypeError or ValueError for images or labels that the host can see to be invalid; `name` is that of x."""
     check_pixels(x, name)
     if x.dim() < 2 or x.numel() == 0:
         raise ValueError(
@@ -356,7 +356,7 @@ def check_batch(x: Tensor, y: Tensor, name: str) -> None:
 
 
 def check_optimizer(optimizer: object) -> None:
-    """Raise TypeError unless it is an optimizer or None."""
+    """Raises TypeError unless it is an optimizer or None."""
     if optimizer is not None and not hasattr(optimizer, "zero_grad"):
         raise TypeError(
             f"optimizer must be an optimizer or None, got {type(optimizer).__name__}: "
@@ -365,7 +365,7 @@ def check_optimizer(optimizer: object) -> None:
 
 
 def check_attack(attack: PGD, mining: BulletTrain | None) -> None:
-    """Raise TypeError or ValueError unless they are an attack and a mining with the same steps of a boundary sample."""
+    """Raises TypeError or ValueError unless attack and mining are valid and agree in a boundary sample's steps."""
     check_kind("attack", attack, PGD, "write PGD(epsilon=8 / 255, step_size=2 / 255, steps=10)")
     check_kind("mining", mining, BulletTrain, "write mining=BulletTrain()", optional=True)
     if mining is not None and mining.boundary_steps not in (0, attack.steps):
@@ -376,14 +376,14 @@ def check_attack(attack: PGD, mining: BulletTrain | None) -> None:
 
 
 def check_draws(x: Tensor, indices: Tensor | None, generator: torch.Generator | None, name: str) -> None:
-    """Raise TypeError or ValueError for what decides the random start; `name` is that of the indices."""
+    """Raises TypeError or ValueError for invalid sources of the random start; `name` is that of the indices."""
     if indices is not None:
         check_labels(indices, len(x), x.device, name)
     check_generator(generator, x.device)
 
 
 def checked_balance(balance: object, mining: BulletTrain | None) -> Balance | None:
-    """The balance; TypeError or ValueError unless there are ranks that could share an attack out so."""
+    """Returns the balance; TypeError or ValueError unless there are ranks that can share an attack."""
     check_kind("balance", balance, Balance, "write balance=Balance()", optional=True)
     if not isinstance(balance, Balance):
         return None

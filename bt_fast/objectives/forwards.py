@@ -1,4 +1,4 @@
-"""The forwards of an update, and the loss of their logits: what is run at once, and what a graph captures."""
+"""The forwards of an update, and the loss of their logits: the part that is run together, or captured as a graph."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ Clean = tuple[Tensor, RepeatedForward | None]
 class Forwards:
     """The update of a loss on m samples.
 
-    Its terms are the loss, the adversarial logits [m, K] without gradient, and, where there is a clean forward, the
-    clean logits [m, K] without gradient.
+    Its terms are the loss, the adversarial logits [m, K] without gradient, and, with a clean forward, the clean logits
+    [m, K] without gradient.
     """
 
-    key: Hashable  # distinguishes this loss's updates from others; None where that is not known
+    key: Hashable  # distinguishes this loss's updates from others; None if unknown
     of: AdversarialLoss
-    rows: int  # how many, from the first, run an adversarial forward; the others' x' is x
+    rows: int  # the first `rows` run an adversarial forward; the x' of the others is x
     channels_last: bool
-    rerun: bool  # a clean forward that cannot be replayed runs a second time, as in the authors' code
+    rerun: bool  # whether a clean forward that cannot be replayed runs a second time, as in the authors' code
 
     def steady(self, m: int) -> bool:
         """Whether every batch of m samples has the same shapes throughout."""
@@ -41,7 +41,7 @@ class Forwards:
 
     @property
     def identity(self) -> Hashable:
-        """Equal to another's where both compute the same; None where that is not known."""
+        """Equal for updates that compute the same; None if unknown."""
         return None if self.key is None else (self.key, self.rows, self.channels_last, self.rerun)
 
     @property
@@ -52,14 +52,14 @@ class Forwards:
     def __call__(
         self, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, replayable: bool | None = None
     ) -> tuple[Terms, bool]:
-        """As `Computation` says."""
+        """Runs the update, as described in `Computation`."""
         if not self.clean_first:
             logits = logits_of(model, formatted(x_adv, self.channels_last))
             return (self.of.objective(None, logits, y), logits.detach()), False
         return self.adversarial_half(unwrapped(model), self.clean(model, x, replayable), x, x_adv, y)
 
     def clean(self, model: nn.Module, x: Tensor, replayable: bool | None = None) -> Clean:
-        """The clean forward, and, where there are two, what it did to the buffers."""
+        """Runs the clean forward, and returns, if there are two, its effect on the buffers."""
         images = formatted(x, self.channels_last)
         if self.of.clean_forwards == 1:
             return watched_forward(model, images), None
@@ -71,7 +71,7 @@ class Forwards:
     def adversarial_half(
         self, model: nn.Module, clean: Clean, x: Tensor, x_adv: Tensor, y: Tensor
     ) -> tuple[Terms, bool]:
-        """All that follows the clean forward, and whether its repetition was replayed."""
+        """Runs all that follows the clean forward; returns also whether its repetition was replayed."""
         logits, repeat = clean
         adversarial = self._adversarial_logits(model, x_adv, logits)
         replayed = repeat is not None and repeat.replayable and not (self.rerun and repeat.recomputed)
@@ -85,18 +85,18 @@ class Forwards:
         return (loss, adversarial.detach(), logits.detach()), replayed
 
     def _adversarial_logits(self, model: nn.Module, x_adv: Tensor, clean: Tensor) -> Tensor:
-        """z' [m, K] of all samples: where the adversarial forward is left out, it is z, with its gradient."""
+        """Returns z' [m, K] of all samples: for those without an adversarial forward it is z, with its gradient."""
         rows = self.rows
         together = any(isinstance(module, nn.SyncBatchNorm) for module in model.modules())
-        if rows == 0 and not together:  # other ranks may have rows, and their norm waits for this one
+        if rows == 0 and not together:  # other ranks may have rows, and their norm waits for this rank
             return clean
         if rows == 1 and not together and any(isinstance(module, _BatchNorm) for module in model.modules()):
-            rows = min(2, len(x_adv))  # batch norm cannot train on one row: an unperturbed one joins its statistics
+            rows = min(2, len(x_adv))  # batch norm cannot train on one row: an unperturbed one joins its batch
         logits = logits_of(model, formatted(x_adv[:rows], self.channels_last))[: self.rows]
         left_out = clean[self.rows :]
         return torch.cat([logits, left_out]) if len(left_out) else logits
 
 
 def formatted(x: Tensor, channels_last: bool) -> Tensor:
-    """4-d images with the channel as the fastest index, if so."""
+    """Returns 4-d images with the channel as the fastest index, if `channels_last`."""
     return x.contiguous(memory_format=torch.channels_last) if channels_last and x.dim() == 4 else x

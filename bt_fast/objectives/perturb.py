@@ -25,7 +25,7 @@ class Perturbed:
 
     Attributes:
         x_adv: [m, ...], x'.
-        logits: [m, K], the clean ones, of the model in eval mode; None where the attack needed none.
+        logits: [m, K], the clean ones, of the model in eval mode; None if the attack needed none.
         steps: [m] int64, attack steps.
         group: [m] int64, one of `ops.OUTLIER`, `ops.BOUNDARY`, `ops.ROBUST`; None without mining.
     """
@@ -78,18 +78,18 @@ def perturb(
     generator: torch.Generator | None = None,
     return_details: bool = False,
 ) -> Tensor | Perturbed:
-    """x' of a minibatch, for a script with a loss of its own: `x_adv = perturb(model, x, y, attack, mining)`.
+    """Returns x' of a minibatch, for a script with its own loss: `x_adv = perturb(model, x, y, attack, mining)`.
 
-    The model runs in eval mode and comes back in the modes that it had; no parameter's gradient is touched. An attack
-    that names no inner loss and no start has TRADES': "kl" and "normal". With mining the script ends each minibatch
-    itself, by `mining.observe(adversarial_logits, y)`; where it does not, F_R stays as it is, and a warning says so.
+    The model runs in eval mode and its modes are restored; no parameter's gradient is touched. An attack that names no
+    inner loss and no start has TRADES': "kl" and "normal". With mining the script must end each minibatch itself, by
+    `mining.observe(adversarial_logits, y)`; otherwise F_R does not move, and a warning says so.
 
     Args:
         model, indices, generator: as for a call of `AdversarialLoss`, with its errors.
         x: [m, ...] floating point within the attack's bounds, m ≥ 1; not changed.
         y: [m] integers in 0..K-1.
         attack: how images are attacked.
-        mining: who gets how many steps; None for all alike.
+        mining: decides how many steps each sample gets; None for all alike.
         engine: how the attack is executed, by name or as an `Engine`.
         return_details: whether to return a `Perturbed`.
 

@@ -24,22 +24,22 @@ if TYPE_CHECKING:
 class TRADESLoss(RobustTermLoss):
     """The TRADES loss `CE(h(x), y) + β/m · Σ KL(softmax h(x) ‖ softmax h(x'))`: `criterion(model, x, y).backward()`.
 
-    x' grows the KL term from x and a little noise. Without `mining` and with the engine "exact" it is the authors'
+    x' climbs the KL term from x plus a little noise. Without `mining` and with the engine "exact" it is the authors'
     result (loss, gradients, batch norm's buffers) at 27 forward-pass equivalents for ten steps instead of their 39.
 
-    The authors' update runs the clean batch twice; the second forward changes nothing but batch norm's buffers, which
-    are moved without it. A model that draws random numbers in its forward (dropout) runs it twice without `mining`, and
-    once with it.
+    The authors' update runs the clean batch twice; the second forward only moves batch norm's buffers, which here move
+    without it. A model that draws random numbers in its forward (dropout) runs it twice without `mining`, and once with
+    it.
 
     Args:
         attack: how images are attacked.
         beta: β ≥ 0, the weight of the robust term.
-        mining: who gets how many steps; None for all alike.
+        mining: decides how many steps each sample gets; None for all alike.
         engine: how attack and update are executed, by name or as an `Engine`.
 
     Raises:
-        TypeError: an argument is not of its kind.
-        ValueError: beta is out of range, the engine's name not known, or attack and mining have different steps.
+        TypeError: an argument has a wrong type.
+        ValueError: beta is out of range, the engine's name unknown, or attack and mining have different steps.
     """
 
     clean_forwards = 2
@@ -52,12 +52,12 @@ class TRADESLoss(RobustTermLoss):
         return (self.beta,)
 
     def objective(self, clean_logits: Tensor | None, adversarial_logits: Tensor, y: Tensor) -> Tensor:
-        """Cross-entropy of clean_logits [m, K], and β times the KL term of adversarial_logits; y is [m] int64."""
+        """Cross-entropy of clean_logits [m, K], plus β times the KL term of adversarial_logits; y is [m] int64."""
         assert clean_logits is not None
         return self.objective_of_two(clean_logits, clean_logits, adversarial_logits, y)
 
     def objective_of_two(self, first: Tensor, second: Tensor, adversarial_logits: Tensor, y: Tensor) -> Tensor:
-        """As `objective`: y is learnt from `first`, and `second` is the target of adversarial_logits."""
+        """Like `objective`: y is learnt from `first`, and `second` is the target of adversarial_logits."""
         robust = ops.trades_kl(adversarial_logits, second)
         return F.cross_entropy(ops.wide(first), y) + self.beta / len(y) * robust
 
@@ -78,24 +78,23 @@ def trades_loss(
     generator: torch.Generator | None = None,
     **deprecated: Unpack[Deprecated],
 ) -> Tensor:
-    """`TRADESLoss`, called as the authors' `trades_loss` is.
+    """`TRADESLoss`, called like the authors' `trades_loss`.
 
     Args:
         model: maps [m, ...] to logits [m, K]; compiled by `torch.compile` or not.
         x_natural: [m, ...] floating point in [0, 1], m ≥ 1.
         y: [m] integers in 0..K-1.
-        optimizer: its `zero_grad()` is called, as the authors' code does; None leaves the gradients as they are, for
-            gradient accumulation.
-        step_size: α > 0 in ℓ∞ (with `bullet`: of the boundary samples), in pixel units. Not used in ℓ2, where the
-            step is 2ε/N.
+        optimizer: its `zero_grad()` is called, as in the authors' code; None keeps the gradients, for gradient
+            accumulation.
+        step_size: α > 0 in ℓ∞ (with `bullet`: of the boundary samples), in pixel units. Unused in ℓ2, where the step is
+            2ε/N.
         epsilon: ε > 0, in pixel units.
-        perturb_steps: N ≥ 1. With `bullet` its own counts hold, and a value that is neither N_B nor the default is an
-            error.
+        perturb_steps: N ≥ 1. With `bullet` its own counts apply, and a value other than N_B or the default is an error.
         beta: β ≥ 0, the weight of the robust term.
         distance: "l_inf" or "l_2".
         bullet: the mining state, on the images' device. One minibatch moves it once: for another pass over the same
             one, at other weights, call this within `with bullet.again():`.
-        engine: "exact", the authors' own, "fast", the same up to rounding, "bf16", or an `Engine`.
+        engine: "exact", the authors' way, "fast", the same up to rounding, "bf16", or an `Engine`.
         generator: on the images' device, for the random start, as for a call of `TRADESLoss`.
         deprecated: keywords of the first version; each warns with the new line.
 
@@ -103,7 +102,7 @@ def trades_loss(
         0-dim loss with gradient to the model's parameters, ready for `backward()`.
 
     Raises:
-        TypeError, ValueError: as `TRADESLoss` and its call, with the names of these arguments.
+        TypeError, ValueError: as for `TRADESLoss` and its call, with the names of these arguments.
     """
     given = drop_in.Given(
         model, x_natural, y, optimizer, step_size, epsilon, perturb_steps, distance, bullet, engine, generator
