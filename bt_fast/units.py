@@ -1,4 +1,4 @@
-"""A warning of sizes that are probably meant in other units: an ε of 8 for pixels in [0, 1] instead of 8/255."""
+"""Warns of sizes that are probably in other units: for example ε = 8 instead of 8/255 for pixels in [0, 1]."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ def warn_of_units(
     step_size: float | None = None,
     pixels: int = 1,
 ) -> None:
-    """Warn, once for the same numbers, where ε covers the whole range of a pixel or a step is longer than the ball.
+    """Warns, once for the same numbers, if ε covers the whole range of a pixel or a step is longer than the ball.
 
-    `pixels` is the number of values of an image, over which an l_2 ball extends.
+    `pixels` is the number of values of an image, which an l_2 ball covers.
     """
     lower, upper = bounds
     whole = (upper - lower) * (math.sqrt(pixels) if norm == "l_2" else 1.0)
