@@ -199,7 +199,7 @@ class BulletTrain(nn.Module):
         return self._reuse is None
 
     def keep(self, made: object) -> None:
-        """Keeps the results of an objective, for `reused`, until the next minibatch begins; not in a further pass."""
+        """Keeps what an objective has made, for `reused`, until the next minibatch begins; not in a further pass."""
         if self._counts_now:
             self._last.kept = made
 

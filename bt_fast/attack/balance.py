@@ -188,7 +188,7 @@ class Costs:
         return self.row_seconds * (counts * levels).sum(dim=1).double() + self.step_seconds * longest.double()
 
     def exchange_seconds(self, exchange: Exchange) -> float:
-        """Returns the time of the two all-to-alls, given by the rank with the most samples to send or receive."""
+        """Returns the time of an exchange's two all-to-alls, given by the rank that sends or receives most."""
         if len(exchange.number) == 0:
             return 0.0
         return 2 * self.latency_seconds + exchange.busiest * self.sample_bytes / self.bytes_per_second
