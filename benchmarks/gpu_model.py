@@ -89,7 +89,7 @@ class Device(Protocol):
 
     @property
     def node_seconds(self) -> float:
-        """The same for a kernel within a graph."""
+        """The time from the previous kernel's end to a kernel's first tile within a graph."""
 
     @property
     def wait_seconds(self) -> float:

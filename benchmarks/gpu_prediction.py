@@ -136,7 +136,7 @@ class Iterations:
     rows: dict[str, Row]
 
     def speedup(self, name: str, over: str) -> float:
-        """How many times as fast as the method `over` it is."""
+        """Returns how many times as fast as the method `over` it is."""
         return self.rows[over].seconds / self.rows[name].seconds
 
     def limit(self, name: str, over: str) -> float:

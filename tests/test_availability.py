@@ -352,7 +352,7 @@ print(json.dumps({"broken compiler": said()}))
 
 
 def test_triton_s_own_errors_are_recognised_and_the_results_are_plain_torch_s(tmp_path):
-    """In a process where triton believes in a GPU, up to the build of its launcher."""
+    """Runs in a process where triton assumes a GPU, up to the build of its launcher."""
     pytest.importorskip("triton")
     (tmp_path / "file").write_text("")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}

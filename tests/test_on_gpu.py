@@ -372,7 +372,7 @@ except KeyboardInterrupt:
 
 
 def test_when_the_time_is_up_the_kernels_tests_tell_what_has_failed_until_then_and_why(tmp_path, monkeypatch):
-    """Also if everything was started in the background with SIGINT ignored."""
+    """Kernel tests that run out of time report their failures so far, even if started with SIGINT ignored."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         interrupted(tmp_path, monkeypatch)

@@ -190,7 +190,7 @@ def test_the_caller_s_autocast_gives_the_attack_of_the_view_s_own(dtype, scale):
 
 
 def test_in_float16_no_sample_stands_still_near_its_clean_point():
-    """The gradient of its KL divergence has the size of the random start, times a small weight."""
+    """Near the clean point, the KL divergence's gradient has the size of the random start, times a small weight."""
     model, (x, _) = flat(1e-2), batch(dtype=torch.float32)
     target = model(x).softmax(dim=1).detach()
     start = x + 1e-5 * torch.randn(x.shape, generator=seeded())
@@ -246,7 +246,7 @@ def test_the_callers_autocast_decides_anew_whether_rows_are_scaled():
 
 @pytest.mark.parametrize("objective", ["pgd", "trades"])
 def test_in_float16_yopo_loses_no_sample_and_no_gradient(objective):
-    """Its gradients are computed within the call, out of reach of a gradient scaler."""
+    """YOPO's gradients are computed within the call, out of reach of a gradient scaler."""
     x, y = batch(m=64, dtype=torch.float32)
     result = []
     for enabled in (False, True):
@@ -296,7 +296,7 @@ def test_the_loss_of_16_bit_logits_is_computed_in_single_precision(name, dtype):
 
 @pytest.mark.parametrize("name", ["trades_kl", "mart_loss", "js_divergence"])
 def test_a_float16_gradient_is_rounded_before_it_is_scaled_and_once_more_after(name):
-    """So entries of a row below 2^-25 are lost, at any scale."""
+    """Entries of a row below 2^-25 are lost at any scale."""
     scale = 2.0**16 / 128
     logits = [3 * torch.randn(64, 10, generator=seeded(k)) for k in range(2 if name != "js_divergence" else 3)]
     logits = [(logits[0] + 1e-2 * z).half() for z in logits]  # near each other, some of them nearly certain
@@ -399,7 +399,7 @@ MICRO = {
 @pytest.mark.parametrize("model_of", [no_norm, standing_norms])
 @pytest.mark.parametrize("name", MICRO)
 def test_micro_batches_add_up_to_the_gradient_of_one_batch(name, model_of, frozen):
-    """If no norm sees a batch: in float64, from one generator; four batches of four get the same noise as one of 16."""
+    """Without batch norm, in float64 and from one generator, four batches of four get the noise of one batch of 16."""
     x, y = batch(m=16)
     options = {} if name.startswith("yopo") else {"frozen": frozen}
     result = []

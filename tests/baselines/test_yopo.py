@@ -79,7 +79,7 @@ def step(f0, inp, p, eta, inner_steps, sigma, eps):
 
 
 def authors_pgd(model, x, y, m, n):
-    """Their CIFAR-10 code without the forward that only reports accuracy; leaves the gradients in `.grad`."""
+    """Copies the authors' CIFAR-10 code without the forward that only reports accuracy; leaves the gradients in `.grad`."""
     f0, rest = halves(model)
     model.train()
     eta = ((2.0 * torch.rand(x.shape, dtype=x.dtype) - 1.0) * SIZES["epsilon"]).requires_grad_()
@@ -239,7 +239,7 @@ def test_a_layer_of_ones_own_choice():
 
 @pytest.mark.parametrize("objective", ["pgd", "trades", "mart"])
 def test_the_host_waits_twice(objective):
-    """Once to check the input, before anything else, and once to check the gradients."""
+    """The host waits once to check the input, before anything else, and once to check the gradients."""
     model = build("conv_bn", dtype=torch.float32).to(DEVICE)
     x = torch.empty(8, *SHAPE, device=DEVICE)
     y = torch.zeros(8, dtype=torch.int64, device=DEVICE)

@@ -116,7 +116,7 @@ def test_robust_in_table_1_is_the_accuracy_under_corruption(conducted):
 
 
 def test_a_corrupted_test_set_is_measured_once_and_another_one_anew(conducted, data, tmp_path):
-    """Its content counts: the same folder elsewhere is the same, and another one in its place is not."""
+    """A corrupted test set is identified by its content, not by its path."""
 
     def measured(corrupted):
         result = study("table1", data, folder, "--corruptions-dir", corrupted, "--seed", 0)

@@ -97,7 +97,7 @@ def test_a_further_pass_moves_neither_f_r_nor_a_count(name, reuse, rules):
 @WAYS
 @pytest.mark.parametrize("rules", RULES.values(), ids=RULES)
 def test_at_the_same_weights_a_further_pass_is_the_first(name, reuse, rules):
-    """Also where F_R has moved since, from 0 or 0.9, which would give other groups."""
+    """Losses and gradients are equal, also if F_R has moved, from 0 or 0.9, so that it would give other groups."""
     for start in (0.0, 0.9):
         model, bullet = confident(), mining_of(name, **rules)
         bullet.robust_fraction.fill_(start)
@@ -134,7 +134,7 @@ def test_reused_images_cost_no_attack_and_no_random_number(name):
 
 @EACH
 def test_made_anew_they_are_those_of_the_weights_as_they_are_now(name):
-    """They equal those of a first pass at these weights and the same F_R."""
+    """x' made again equal those of a first pass at these weights and the same F_R."""
     model, bullet = confident(), mining_of(name)
     bullet.robust_fraction.fill_(0.4)
     other = copy.deepcopy(bullet)
@@ -541,7 +541,7 @@ def test_ranks_that_mine_together_move_once_together(name, reuse):
 
 
 def test_judged_by_f_r_as_it_is_after_the_first_pass_the_second_is_another_one(monkeypatch):
-    """The test above would notice this."""
+    """With the F_R after the first pass the second pass differs, so the test above can fail."""
     monkeypatch.setattr(BulletTrain, "_deciding_fraction", lambda bullet: bullet.robust_fraction)
     with pytest.raises(AssertionError):
         test_at_the_same_weights_a_further_pass_is_the_first("trades", False, {})
