@@ -46,7 +46,7 @@ def margin(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def gradient_norm(logits: Tensor, labels: Tensor) -> Tensor:
-    """From `g = ‖softmax(z) - onehot(y)‖₂`, the norm of the cross-entropy's gradient at the last layer.
+    """A certainty from `g = ‖softmax(z) - onehot(y)‖₂`, the norm of the cross-entropy's gradient at the last layer.
 
     Katharopoulos and Fleuret (2018) use it as an upper bound of a sample's gradient. g lies in [0, √2] and is large
     where the model is unsure or wrong: a correct sample has `√2 - g`, a misclassified one `-g`.

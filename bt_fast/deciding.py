@@ -181,7 +181,7 @@ def _by_groups(evidence: Evidence) -> MinedPlan:
 
 
 def _by_policy(evidence: Evidence) -> MinedPlan:
-    """Does what `ops.assign_steps` does for three groups, by a policy."""
+    """Plans by a policy, like `ops.assign_steps` for three groups."""
     signs = evidence.of_logits
     judged = _judged(evidence, evidence.certainty, signs.correct)
     steps, outside = evidence.rule.steps_of(judged)

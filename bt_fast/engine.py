@@ -10,7 +10,7 @@ PRESETS_LINE = "write engine='exact', 'fast' or 'bf16', or an Engine of your own
 
 @dataclass(frozen=True)
 class Engine:
-    """How attack and update are executed. `Engine()` is the authors' way: in eager mode, on the model itself.
+    """The way attack and update are executed. `Engine()` is the authors' way: in eager mode, on the model itself.
 
     Names: "exact", "fast" (the same result up to rounding) and "bf16" ("fast" in 16 bits). Raises TypeError for an
     option that is not a bool, and ValueError for another precision, or for streams without graphs.

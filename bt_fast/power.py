@@ -171,7 +171,7 @@ class PowerMonitor:
 
     @property
     def seconds(self) -> float:
-        """How long the block has run, measured or not; 0 before it."""
+        """The seconds that the block has run, measured or not; 0 before it."""
         return min(self._ended, time.perf_counter()) - self._began
 
     def summary(self, label: str | None = None) -> tuple[Summary, ...]:

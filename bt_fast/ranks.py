@@ -20,7 +20,7 @@ _all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "al
 
 
 class Sharing(ABC):  # noqa: B024, nothing is abstract: mining only hands it on
-    """How ranks share an attack: `bt_fast.Balance`, from the layer of the attack, is registered as the only kind."""
+    """The way ranks share an attack; `bt_fast.Balance`, from the attack's layer, is registered as the only kind."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -64,7 +64,7 @@ def ascent_direction_fwd_kernel(
 def ascent_direction_long_fwd_kernel(
     logits, target, direction, stride, K: tl.constexpr, BLOCK: tl.constexpr, SCALED: tl.constexpr = True
 ):
-    """Does the same for rows of several blocks: a pass for the sum, if SCALED one for the largest gap, one that writes.
+    """Writes the same for rows of several blocks: a pass for the sum, if SCALED one for the largest gap, one to write.
 
     Grid: n.
     """

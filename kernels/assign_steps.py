@@ -1,4 +1,4 @@
-"""From signed variances to groups, steps and an order: Eq. 6 and a stable counting sort, exact to the last bit.
+"""Assigns groups, steps and an order by signed variances: Eq. 6 and a stable counting sort, exact to the last bit.
 
 The order statistics come from integer keys that sort like the floats, so that they are exact and NaN comes last. The
 three groups' counts are packed: one scan instead of three, and one number for a block.

@@ -62,7 +62,7 @@ def signed_variance_fwd_kernel(
 def signed_variance_long_fwd_kernel(
     logits, labels, svar, correct, unfit, probabilities, stride, K: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Does the same for rows of several blocks, each read twice. Grid: m."""
+    """Computes the same for rows of several blocks, each read twice. Grid: m."""
     i_m = tl.program_id(0)
     o_m = tl.cast(i_m, tl.int64)
     z = logits + o_m * (K if stride is None else stride)

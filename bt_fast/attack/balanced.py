@@ -22,7 +22,7 @@ from bt_fast.validation import check_kind, step_count
 @Sharing.register
 @dataclass(frozen=True)
 class Balance:
-    """How ranks share an attack.
+    """The settings by which ranks share an attack.
 
     Every sample's perturbation equals the one its own rank would find, up to rounding at another batch size.
 

@@ -119,7 +119,7 @@ class OnPixels(Fronted):
 
     @property
     def unwrapped(self) -> nn.Module:
-        """The same in front of the module inside the model's wrapper, if any, while the model is held."""
+        """The same normalisation in front of the module inside the model's wrapper, if any, while the model is held."""
         return self._unwrapped[0]
 
     def forward(self, x: Tensor) -> Tensor:

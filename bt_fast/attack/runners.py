@@ -1,4 +1,4 @@
-"""How an attack is executed: the protocol of runners, and the eager one."""
+"""Runners execute an attack: their protocol, and the eager runner."""
 
 from __future__ import annotations
 

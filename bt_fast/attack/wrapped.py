@@ -25,7 +25,7 @@ class Fronted(nn.Module):
 
     @property
     def unwrapped(self) -> nn.Module:
-        """The same in front of the module inside the wrapper."""
+        """The same front, before the module inside the wrapper."""
         raise NotImplementedError
 
 

@@ -83,7 +83,7 @@ class _AtTheEnd:
 
 
 class Recomputing:
-    """In a `with` block, sets `seen` if a forward leaves something for its backward to recompute."""
+    """Detects in a `with` block, as `seen`, whether a forward leaves something for its backward to recompute."""
 
     seen = False
 

@@ -1,4 +1,4 @@
-"""How the update (its forwards, its loss and its backward) is executed.
+"""Executes the update (its forwards, its loss and its backward), eagerly or from CUDA graphs.
 
 The whole update is captured as one function, in two graphs: its forwards and loss, and its backward. All captured
 updates of a model share one memory pool: a forward replayed between another's forward and backward would overwrite the
@@ -38,7 +38,7 @@ Given = tuple[Tensor, Tensor, Tensor]  # x, x' and y
 
 @dataclass(frozen=True)
 class Update:
-    """How the update is executed; the attack has `Frozen` and runners.
+    """The way the update is executed; the attack has `Frozen` and runners.
 
     Attributes:
         channels_last: 4-d images enter the update's forwards with the channel as the fastest index: the same gradients

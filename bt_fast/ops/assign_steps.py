@@ -1,4 +1,4 @@
-"""From signed variances to groups, steps and an order: fused kernels on CUDA, plain torch elsewhere."""
+"""Assigns groups, steps and an order by signed variances: fused kernels on CUDA, plain torch elsewhere."""
 
 from __future__ import annotations
 

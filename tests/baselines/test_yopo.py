@@ -79,7 +79,7 @@ def step(f0, inp, p, eta, inner_steps, sigma, eps):
 
 
 def authors_pgd(model, x, y, m, n):
-    """Copies the authors' CIFAR-10 code without the forward that only reports accuracy; leaves the gradients in `.grad`."""
+    """The authors' CIFAR-10 code without the forward that only reports accuracy; leaves the gradients in `.grad`."""
     f0, rest = halves(model)
     model.train()
     eta = ((2.0 * torch.rand(x.shape, dtype=x.dtype) - 1.0) * SIZES["epsilon"]).requires_grad_()

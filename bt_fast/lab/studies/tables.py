@@ -73,7 +73,7 @@ def _rows(findings: Findings, baseline: str, reported: Mapping[str, Row]) -> dic
 
 
 def _fast_against_bullet(findings: Findings) -> dict[str, Any]:
-    """For each number of steps of FAST, lists the BulletTrain configurations that are no slower and no less robust."""
+    """Lists for each step count of FAST the BulletTrain configurations that are no slower and no less robust."""
     dominated = {}
     for fast in FAST_METHODS:
         speed, robust = findings.mean(fast, "theoretical_speedup"), findings.mean(fast, "robust")
