@@ -165,7 +165,7 @@ class Contestant:
         return loss
 
     def _augmix_generator(self) -> torch.Generator | None:
-        """Returns a generator for AugMix's views if each of several ranks draws for its own boundary samples, else None."""
+        """A generator for AugMix's views if each of several ranks draws for its own boundary samples, else None."""
         if self.bullet is None or self.world.group is None:
             return None
         seed = (self.config.seed * 1_000_003 + len(self.seconds)) * self.world.count + self.world.rank

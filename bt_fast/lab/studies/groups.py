@@ -115,7 +115,7 @@ def _draw_fig3(findings: Findings) -> Figure:
 
 
 def _answer_fig4(findings: Findings) -> dict[str, Any]:
-    """Tests how often the groups' mean SVar have the paper's order, and how well SVar separates boundary from robust."""
+    """How often the groups' mean SVar have the paper's order, and how well SVar separates boundary from robust."""
     outlier, boundary, robust = (_series(findings, "svar", group) for group in ops.GROUPS)
     whole = ~np.isnan(outlier + boundary + robust)
     ordered = (outlier <= boundary) & (boundary <= robust)
