@@ -28,10 +28,10 @@ def ascent_direction(logits: Tensor, target: Tensor, scaled: bool = True) -> Ten
     Args:
         logits: [n, K] floating point, K ≥ 2, rows any stride apart. n may be 0.
         target: [n, K] floating point, probabilities; used in float32 (float64 for float64 logits).
-        scaled: whether each row is multiplied by the power of two, at most 2^126, that brings its largest entry to [1,
-            2): near the clean point the difference would underflow in float16, in which the model may compute. Signs
-            and normalised directions of an image's gradient stay the same, unless the model's outputs for it depend on
-            other images.
+        scaled: whether each row is multiplied by the power of two, at most 2^126, that brings its largest entry to
+            [1, 2): near the clean point the difference would underflow in float16, in which the model may compute.
+            Signs and normalised directions of an image's gradient stay the same, unless the model's outputs for it
+            depend on other images.
 
     Returns:
         [n, K] in the logits' dtype.
@@ -46,7 +46,7 @@ def ascent_direction(logits: Tensor, target: Tensor, scaled: bool = True) -> Ten
 
 
 def ascent_direction_reference(logits: Tensor, target: Tensor, scaled: bool = True) -> Tensor:
-    """`ascent_direction` in plain torch: the kernel's reference, which runs without a kernel."""
+    """`ascent_direction` in plain torch: the kernel's reference and fallback."""
     gap = rows.softmax(logits).to(target.dtype) - target
     if not scaled:
         return gap.to(logits.dtype)

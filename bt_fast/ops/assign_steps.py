@@ -90,7 +90,7 @@ def assign_steps(
 
 @packed(Arguments)
 def assign_reference(a: Arguments) -> Assigned:
-    """`assign_steps` in plain torch: the kernel's reference, which runs without a kernel."""
+    """`assign_steps` in plain torch: the kernel's reference and fallback."""
     threshold = robust_threshold(a.svar, a.robust_fraction)
     robust = (a.svar.double() >= threshold) & (a.robust_fraction > 0)
     group = a.correct.long() + (a.correct & robust)

@@ -91,7 +91,7 @@ def _total(rows: Tensor, logits: Tensor, weights: Tensor | None) -> Tensor:
 
 
 def trades_kl_reference(adversarial_logits: Tensor, clean_logits: Tensor) -> Rows:
-    """`trades_kl_rows` in plain torch: the kernel's reference, which runs without a kernel."""
+    """`trades_kl_rows` in plain torch: the kernel's reference and fallback."""
     log_q, log_p = (F.log_softmax(wide(z), dim=1) for z in (adversarial_logits, clean_logits))
     q, p = log_q.exp(), log_p.exp()
     terms = _times_gap(p, log_p, log_q)
@@ -109,7 +109,7 @@ def launch_trades_kl(adversarial_logits: Tensor, clean_logits: Tensor) -> Rows:
 
 
 def mart_loss_reference(clean_logits: Tensor, adversarial_logits: Tensor, labels: Tensor, beta: float) -> Rows:
-    """`mart_loss_rows` in plain torch: the kernel's reference, which runs without a kernel.
+    """`mart_loss_rows` in plain torch: the kernel's reference and fallback.
 
     `1.0001 - q_r` and `1.0000001 - p_y` are computed as the sum of the other probabilities: in float32 the difference
     has a rounding error as large as itself.
@@ -151,7 +151,7 @@ def launch_mart_loss(clean_logits: Tensor, adversarial_logits: Tensor, labels: T
 
 
 def js_divergence_reference(clean_logits: Tensor, first_logits: Tensor, second_logits: Tensor) -> Rows:
-    """`js_divergence_rows` in plain torch: the kernel's reference, which runs without a kernel."""
+    """`js_divergence_rows` in plain torch: the kernel's reference and fallback."""
     log_ps = [F.log_softmax(wide(z), dim=1) for z in (clean_logits, first_logits, second_logits)]
     ps = [log_p.exp() for log_p in log_ps]
     mean = (ps[0] + ps[1] + ps[2]) / 3.0

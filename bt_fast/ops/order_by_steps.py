@@ -41,7 +41,7 @@ def _kernel_takes(steps: Tensor) -> bool:
 
 
 def order_reference(steps: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """`order_by_steps` in plain torch: the kernel's reference, which runs without a kernel."""
+    """`order_by_steps` in plain torch: the kernel's reference and fallback."""
     ordered, order = steps.sort(descending=True, stable=True)
     # how many come before a count of t; negated, since the search needs an ascending row
     return order, torch.searchsorted(-ordered, -torch.arange(most, dtype=steps.dtype, device=steps.device))

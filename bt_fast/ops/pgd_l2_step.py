@@ -85,7 +85,7 @@ def l2_step_(
 
 @packed(L2Step)
 def l2_reference(s: L2Step) -> None:
-    """`pgd_l2_step_` in plain torch: the kernel's reference, which runs without a kernel."""
+    """`pgd_l2_step_` in plain torch: the kernel's reference and fallback."""
     if s.x_adv.numel() == 0:
         return
     wide_clean = wide(s.clean)

@@ -85,7 +85,7 @@ def linf_step_(
 
 @packed(Step)
 def linf_reference(s: Step) -> None:
-    """`pgd_linf_step_` in plain torch: the kernel's reference, which runs without a kernel.
+    """`pgd_linf_step_` in plain torch: the kernel's reference and fallback.
 
     In 16 bits it rounds after every operation, and the kernel once. The results are the same, because rounding is
     monotone: clipping rounded values at rounded limits equals rounding the clipped value.

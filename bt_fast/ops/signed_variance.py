@@ -53,7 +53,7 @@ def signed_variance(logits: Tensor, labels: Tensor) -> SignedVariance:
 
 
 def signed_variance_reference(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`signed_variance` in plain torch: the kernel's reference, which runs without a kernel."""
+    """`signed_variance` in plain torch: the kernel's reference and fallback."""
     dtype, fit = rows.result_dtype(logits), rows.has_softmax(logits)
     probabilities = rows.softmax(logits)
     variance = (probabilities - 1.0 / logits.shape[1]).square().mean(dim=1)

@@ -44,7 +44,7 @@ def update_fraction_(
 def update_fraction_reference(
     robust_fraction: Tensor, unreported_faults: Tensor, logits: Tensor, labels: Tensor, gamma: float, momentum: float
 ) -> None:
-    """`update_fraction_` in plain torch: the kernel's reference, which runs without a kernel."""
+    """`update_fraction_` in plain torch: the kernel's reference and fallback."""
     hits, faulty = adversarial_hits(logits, labels)
     move_fraction_(robust_fraction, hits, torch.full_like(hits, len(labels)), faulty, gamma, momentum)
     unreported_faults += faulty
