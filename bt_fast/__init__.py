@@ -11,9 +11,11 @@ from bt_fast.allocation import METRICS, POLICIES, Gaussian, Judged, Oracle
 from bt_fast.attack.auto import RUNNERS, AutoRunner
 from bt_fast.attack.balance import Costs
 from bt_fast.attack.balanced import Balance
+from bt_fast.attack.by_sample import PerSample
 from bt_fast.attack.folded import Frozen
 from bt_fast.attack.generate import generate
 from bt_fast.attack.graphs import GraphRunner
+from bt_fast.attack.logits import Logits
 from bt_fast.attack.pgd import PGD
 from bt_fast.attack.pixels import Normalization, Normalize
 from bt_fast.attack.streams import StreamRunner
@@ -25,6 +27,8 @@ from bt_fast.faults import NonFiniteError
 from bt_fast.guard import Guard, Skipped
 from bt_fast.mining import BulletTrain
 from bt_fast.objectives.augmix import AugMixLoss, augmix_loss
+from bt_fast.objectives.awp import AWP
+from bt_fast.objectives.extra_term import UpdateBatch
 from bt_fast.objectives.loss import AdversarialLoss
 from bt_fast.objectives.mart import MARTLoss, mart_loss
 from bt_fast.objectives.perturb import perturb
@@ -42,6 +46,7 @@ if not TYPE_CHECKING:  # a type checker should know only the new names
 
 
 __all__ = [
+    "AWP",
     "METRICS",
     "PGD",
     "POLICIES",
@@ -59,6 +64,7 @@ __all__ = [
     "GraphRunner",
     "Guard",
     "Judged",
+    "Logits",
     "MARTLoss",
     "MinedPlan",
     "NonFiniteError",
@@ -66,6 +72,7 @@ __all__ = [
     "Normalize",
     "Oracle",
     "PGDLoss",
+    "PerSample",
     "Plan",
     "PowerMonitor",
     "Skipped",
@@ -73,6 +80,7 @@ __all__ = [
     "TRADESLoss",
     "ThreatModel",
     "Update",
+    "UpdateBatch",
     "augmix_loss",
     "evaluate",
     "generate",

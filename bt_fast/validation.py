@@ -37,19 +37,6 @@ def check_device(name: str, values: Tensor, device: torch.device, like: str, ver
         )
 
 
-def check_logits_and_labels(logits: Tensor, labels: Tensor) -> None:
-    """Raise TypeError or ValueError unless logits are floating point [m, K], K ≥ 2, and labels integers [m]."""
-    if not isinstance(logits, Tensor):
-        raise TypeError(f"logits must be a tensor, got {type(logits).__name__}: write torch.as_tensor(logits)")
-    check_floating("logits", logits, "write logits.float()")
-    if logits.dim() != 2 or logits.shape[1] < 2:
-        raise ValueError(
-            f"logits must have shape [m, K] with K >= 2 classes, got {list(logits.shape)}: "
-            "give a row for each sample and a column for each class"
-        )
-    check_labels(labels, len(logits), logits.device)
-
-
 def check_pixels(x: Tensor, name: str) -> None:
     """Raise TypeError that names `name` unless x is a tensor of floating-point images."""
     if not isinstance(x, Tensor):
@@ -58,7 +45,7 @@ def check_pixels(x: Tensor, name: str) -> None:
         raise TypeError(f"{name} must be floating-point images, got {kind_of(x)}: of bytes write x.float() / 255")
 
 
-def check_labels(labels: Tensor, m: int, device: torch.device, name: str = "labels") -> None:
+def check_labels(labels: Tensor | None, m: int, device: torch.device, name: str = "labels") -> None:
     """Raise TypeError or ValueError that names `name` unless labels are integers [m] on the device."""
     if not isinstance(labels, Tensor):
         raise TypeError(f"{name} must be a tensor of integers, got {type(labels).__name__}: write torch.as_tensor(...)")
@@ -111,6 +98,20 @@ def positive(name: str, value: float, instead: str | None = None) -> float:
         instead = instead or f"write {name}=8/255, or another size of pixels"
         raise ValueError(f"{name} must be a finite number greater than 0, got {value}: {instead}")
     return number
+
+
+def size(name: str, value: float) -> float:
+    """`value` as a float; TypeError or ValueError that names `name` unless it is a finite number of at least 0."""
+    number = real(name, value)
+    if not 0 <= number < math.inf:
+        instead = f"write {name}=8/255, or another size of pixels"
+        raise ValueError(f"{name} must be a finite number of at least 0, got {value}: {instead}")
+    return number
+
+
+def size_of_step(name: str, value: float, epsilon: float) -> float:
+    """`value` as a float; TypeError or ValueError unless it is a finite number greater than 0, or 0 where ε is."""
+    return positive(name, value) if epsilon else size(name, value)
 
 
 def weight(name: str, value: float) -> float:

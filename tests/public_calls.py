@@ -10,6 +10,7 @@ from small_models import CLASSES
 from torch import nn
 
 from bt_fast import (
+    AWP,
     METRICS,
     PGD,
     AugMixLoss,
@@ -17,10 +18,12 @@ from bt_fast import (
     Frozen,
     Gaussian,
     Guard,
+    Logits,
     MARTLoss,
     Normalization,
     Normalize,
     Oracle,
+    PerSample,
     PGDLoss,
     Plan,
     PowerMonitor,
@@ -74,6 +77,15 @@ def criterion(kind, mining=None, attack=ATTACK, **options):
     return run
 
 
+def weight_perturbed(mining=None, **options):
+    def run(model, x, y):
+        made = TRADESLoss(ATTACK, mining=copy.deepcopy(mining))
+        with AWP(model, **options)(made, x, y, generator=seeded()) as loss:
+            return loss.detach()
+
+    return run
+
+
 def perturbed(mining=None, attack=ATTACK, **options):
     def run(model, x, y):
         bullet = copy.deepcopy(mining)
@@ -83,6 +95,46 @@ def perturbed(mining=None, attack=ATTACK, **options):
         return result
 
     return run
+
+
+def softly(call):
+    """With distributions as labels, which stay as they are, too."""
+
+    def run(model, x, y):
+        labels = 0.75 * nn.functional.one_hot(y, CLASSES).to(x.dtype) + 0.25 / CLASSES
+        given = labels.clone()
+        result = call(model, x, labels)
+        assert torch.equal(labels, given)
+        return result
+
+    return run
+
+
+def perturbed_by_sample(mining=None, **options):
+    """Each sample with sizes and a start of its own, and without mining with steps of its own."""
+
+    def run(model, x, y):
+        m, bullet = len(x), copy.deepcopy(mining)
+        counts = None if mining is not None else torch.arange(m, device=x.device) % 3
+        radii = torch.linspace(0.0, 0.2, m, device=x.device)
+        own = PerSample(counts, radii, 0.4 * radii, x.detach().roll(1, 0))
+        before = [None if t is None else t.clone() for t in vars(own).values()]
+        result = perturb(model, x, y, ATTACK, bullet, per_sample=own, generator=seeded(), **options)
+        assert all(a is b or torch.equal(a, b) for a, b in zip(vars(own).values(), before, strict=True))
+        if bullet is not None:
+            bullet.observe(logits_of(x), y)
+        return result
+
+    return run
+
+
+def away(outputs, rows):
+    """An inner loss of one's own."""
+    return (outputs - rows.clean_outputs).square().sum(dim=1)
+
+
+def selected(model, x, y):
+    return perturb(Logits(model, lambda output: output), x, y, ATTACK, generator=seeded())
 
 
 def augmix(bullet=None, **options):
@@ -163,6 +215,11 @@ def watched(model, x, y):
     return torch.tensor(len(monitor.labels))
 
 
+def divergence_from_x(given):
+    """A further term of a loss."""
+    return (given.adversarial_logits * (given.x_adv - given.x).mean()).sum()
+
+
 LOSSES = (TRADESLoss, MARTLoss, PGDLoss)
 THREE, ONE, PIXELS = BulletTrain(STEPS, 1, 0), BulletTrain(1, 0, 0), Normalization((0.0,), (1.0,))
 CALLS = {
@@ -180,8 +237,30 @@ CALLS = {
     **{f"{kind.__name__}, mining": criterion(kind, THREE) for kind in LOSSES},
     "TRADESLoss, bf16": criterion(TRADESLoss, THREE, engine="bf16"),
     "TRADESLoss, normalised": criterion(TRADESLoss, attack=PGD(0.1, 0.05, STEPS, normalization=PIXELS)),
+    **{f"{kind.__name__}, soft labels": softly(criterion(kind, THREE)) for kind in LOSSES},
+    **{
+        f"{kind.__name__}, details": criterion(
+            kind, THREE, label_smoothing=0.1, smoothing="others", extra=divergence_from_x
+        )
+        for kind in LOSSES
+    },
+    "TRADESLoss, one move": criterion(TRADESLoss, THREE, clean_updates=1),
+    "perturb, soft labels": softly(perturbed(THREE)),
+    "augmix_loss, soft labels": softly(augmix(ONE)),
+    "AWP": weight_perturbed(),
+    "AWP, mining": weight_perturbed(THREE),
+    "AWP, moved": weight_perturbed(THREE, samples="moved"),
+    "AWP, warm-up": weight_perturbed(gamma=0),
+    "TRADESLoss, selected": criterion(TRADESLoss, THREE, logits=lambda output: output),
+    "MARTLoss, batch": criterion(MARTLoss, attack=PGD(0.1, 0.05, STEPS, statistics="batch")),
+    "PGDLoss, tracked": criterion(PGDLoss, attack=PGD(0.1, 0.05, STEPS, statistics="tracked")),
+    "Logits": selected,
     "perturb": perturbed(),
+    "perturb, dlr, mining": perturbed(THREE, PGD(0.1, 0.05, STEPS, inner="dlr")),
+    "perturb, a function": perturbed(attack=PGD(0.1, 0.05, STEPS, inner=away)),
     "perturb, mining": perturbed(THREE, engine="fast"),
+    "perturb, by sample": perturbed_by_sample(),
+    "perturb, by sample, mining": perturbed_by_sample(THREE, engine="fast"),
     "perturb, normalised": perturbed(attack=PGD(0.1, 0.05, STEPS, normalization=PIXELS)),
     "AugMixLoss": lambda m, x, y: AugMixLoss()(m, x, y, generator=seeded()),
     "AugMixLoss, mining": lambda m, x, y: AugMixLoss(copy.deepcopy(ONE))(m, x, y, generator=seeded()),
@@ -195,6 +274,7 @@ CALLS = {
     "generate, view": generated(engine="fast"),
     "evaluate": evaluated(),
     "evaluate, margin, view": evaluated(loss="margin", engine="fast"),
+    "evaluate, lse": evaluated(loss="lse"),
     "autoattack": autoattacked,
     "augment_and_mix": lambda m, x, y: augment_and_mix(x, draw_choices(len(x), x.device, generator=seeded())),
     "Normalize": lambda m, x, y: Normalize((0.5,), (0.25,))(x),

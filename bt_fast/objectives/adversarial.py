@@ -6,7 +6,7 @@ TRADES, MART and PGD adversarial training share all of it; only their losses dif
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -14,36 +14,42 @@ import torch
 from torch import Tensor, nn
 
 from bt_fast import faults, ops
-from bt_fast.allocation import Oracle
+from bt_fast.allocation import Oracle, three_groups
+from bt_fast.attack import by_sample
 from bt_fast.attack.balanced import Balance, start_balanced_attack
 from bt_fast.attack.batch import AttackBatch
+from bt_fast.attack.by_sample import NOTHING, PerSample
 from bt_fast.attack.folded import attack_model, independent
-from bt_fast.attack.forward import clean_logits
+from bt_fast.attack.forward import clean_logits, eval_mode
 from bt_fast.attack.generate import COMPARED, StartedAttack, start_attack
 from bt_fast.attack.graph_cache import GraphCache
+from bt_fast.attack.inner import Inner, by_label, check_enough_classes, of_clean
 from bt_fast.attack.neighbours import warn_of_neighbours
-from bt_fast.attack.pgd import PGD, InnerLoss
+from bt_fast.attack.pgd import PGD
 from bt_fast.attack.pixels import Normalize, on_pixels
-from bt_fast.attack.start import Noise, ball_start, normal_noise, random_state, sorted_start, state_of_seed
+from bt_fast.attack.start import Noise, random_state, state_of_seed
+from bt_fast.attack.statistics import Statistics, attack_view, undone_by_errors
 from bt_fast.attack.threat import ThreatModel
 from bt_fast.attack.wrapped import unwrapped
 from bt_fast.deciding import STEP_FACTOR
 from bt_fast.engine import Engine
 from bt_fast.faults import CheckedRead, Fault
+from bt_fast.labels import check_classes, class_of, for_loss, is_soft, target_of
 from bt_fast.mining import BulletTrain
+from bt_fast.objectives import arguments, starts
 from bt_fast.objectives.execution import Execution
 from bt_fast.objectives.forwards import Forwards
 from bt_fast.objectives.recomputed import update_modes
 from bt_fast.objectives.repeated_forward import moves_batch_norm_alone
+from bt_fast.objectives.training_outputs import check_training_outputs
 from bt_fast.objectives.update import Terms, run_update
 from bt_fast.ops.numeric import per_sample
 from bt_fast.plan import Plan
 from bt_fast.ranges import MINING, UPDATE, range_
 from bt_fast.units import warn_of_units
-from bt_fast.validation import check_generator, check_kind, check_labels, check_pixels
 
 Unperturbed = Literal["keep", "skip"]
-NEW_ONES = "write `with bullet.again(reuse=False):` to make new ones"
+NEW_ONES = "write again(reuse=False) to make new ones"
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +62,10 @@ class Call:
     unperturbed: Unperturbed | None  # None for the default of N_R and N_O
     balance: Balance | None  # how the ranks of the mining's process group share the attack
     name: str = "x"  # of the images in messages
+    kept: object = None  # without mining: the attack of the first pass over this minibatch, which this one reuses
+    updates: bool = True  # the model is trained on x' next, and so returns logits in the update's modes too
+    embeds: bool = False  # its outputs need not be logits of the labels' classes
+    own: PerSample = NOTHING  # what samples have of their own, in the units of x
 
     @classmethod
     def of(
@@ -63,17 +73,24 @@ class Call:
         engine: Engine,
         cache: GraphCache,
         x: Tensor,
-        y: Tensor,
+        y: Tensor | None,
         mining: BulletTrain | None,
         indices: Tensor | None,
         generator: torch.Generator | None,
+        *,
+        updates: bool = True,
     ) -> Call:
-        """Returns a call on checked images and labels."""
-        check_batch(x, y, "x")
-        check_draws(x, indices, generator, "indices")
-        balance = None if mining is None else checked_balance(mining.balance, mining)
+        """A call on images and labels, all checked; without an update there may be no labels."""
+        arguments.check_batch(x, y, "x", optional=not updates)
+        arguments.check_draws(x, indices, generator, "indices")
+        balance = None if mining is None else arguments.checked_balance(mining.balance, mining)
         unperturbed = None if mining is None else mining.unperturbed
-        return cls(Execution.of(engine, cache, x), indices, generator, unperturbed, balance)
+        return cls(Execution.of(engine, cache, x), indices, generator, unperturbed, balance, updates=updates)
+
+    def on_pixels(self, pixels: Callable[[Tensor], Tensor]) -> Call:
+        """The same with starts that are made pixels."""
+        start = self.own.start
+        return self if start is None else replace(self, own=replace(self.own, start=pixels(start)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,13 +101,40 @@ class Adversary:
     step_size: float
     steps: int  # not used with BulletTrain, which has its own
     noise: Noise
-    inner: InnerLoss
+    inner: Inner
     call: Call
+    statistics: Statistics
 
     @classmethod
-    def of(cls, attack: PGD, noise: Noise, inner: InnerLoss, call: Call) -> Adversary:
-        """Returns the attack; `noise` and `inner` if it names none."""
-        return cls(attack.threat, attack.step_size, attack.steps, attack.start or noise, attack.inner or inner, call)
+    def of(cls, attack: PGD, noise: Noise, inner: Inner, call: Call) -> Adversary:
+        """The attack; `noise` and `inner` where it names none."""
+        noise, inner = attack.start or noise, attack.inner or inner
+        return cls(attack.threat, attack.step_size, attack.steps, noise, inner, call, attack.statistics)
+
+    def batch(self, plan: Plan, begin: Tensor, clean: Tensor, target: Tensor, y: Tensor | None) -> AttackBatch:
+        """The samples, in the plan's sorted order as all of these are, at the start. Waits for the plan's counts."""
+        labels = None
+        if y is not None and by_label(self.inner):
+            labels = class_of(y) if isinstance(self.inner, str) else for_loss(y, target.dtype)
+            if not self.call.embeds and not is_soft(labels):
+                labels = labels.clamp(0, target.shape[1] - 1)  # one out of range is a fault later
+        together, epsilon = self.statistics != "running", self.radii(clean)
+        batch = replace(AttackBatch.of(plan, begin, clean, target), inner=self.inner, labels=labels, together=together)
+        return batch if epsilon is None else replace(batch, epsilon=plan.sort(epsilon))
+
+    @property
+    def own(self) -> PerSample:
+        """What samples have of their own."""
+        return self.call.own
+
+    @property
+    def still(self) -> bool:
+        """Whether no sample can move."""
+        return by_sample.still(self.own, self.threat)
+
+    def radii(self, x: Tensor) -> Tensor | None:
+        """Each sample's own ε, if it has one, for images like x."""
+        return by_sample.radii(self.own, self.threat, x)
 
     @property
     def numbers(self) -> Tensor | None:
@@ -112,7 +156,7 @@ class Attack:
     """An attack with queued steps. Rows are in the plan's sorted order."""
 
     x: Tensor  # [m, ...], clean
-    y: Tensor  # [m] int64
+    y: Tensor | None  # [m] int64, or [m, K] distributions
     started: StartedAttack
     threat: ThreatModel
     moving: int  # the number of samples with steps
@@ -126,6 +170,18 @@ class Attack:
     def ended(self) -> Attack:
         """Returns the attack without pending checks, for a further pass."""
         return replace(self, independent=False, inputs=None, faulty=None)
+
+    def of_moving(self) -> Attack:
+        """The samples that have steps alone, for an update; all where there are fewer than batch norm can train on."""
+        n = self.moving
+        return self if n < 2 or self.y is None else replace(self, x=self.x[:n], y=self.y[:n])
+
+    def of_all(self, logits: Tensor) -> Tensor:
+        """z' [m, K] of z' of the first rows: that of the others, whose x' is x, is the z by which they were judged."""
+        n = len(logits)
+        return (
+            logits if n == len(self.x) or self.logits is None else torch.cat([logits, self.plan.sort(self.logits)[n:]])
+        )
 
     def perturbed(self) -> tuple[Tensor, CheckedRead | None]:
         """Returns x', and a read to wait for when the device has work again. On the CPU faults are raised here."""
@@ -143,9 +199,9 @@ class Attack:
 def attacking(
     model: nn.Module,
     x: Tensor,
-    y: Tensor,
+    y: Tensor | None,
     pgd: PGD,
-    defaults: tuple[Noise, InnerLoss],
+    defaults: tuple[Noise, Inner],
     bullet: BulletTrain | None,
     call: Call,
 ) -> Iterator[tuple[nn.Module, Attack]]:
@@ -155,60 +211,74 @@ def attacking(
         defaults: start and inner loss for a `pgd` that names none.
     """
     images = on_pixels(model, x, pgd.normalization, call.name, pgd.bounds)
-    with images as (model, pixels), call.execution.autocast(x):
-        attack = start(model, pixels(x), y, Adversary.of(pgd, *defaults, call), bullet)
+    with images as (model, pixels), call.execution.autocast(x), undone_by_errors(model, pgd.statistics):
+        if call.updates:
+            check_training_outputs(model, x, pixels)
+        attack = start(model, pixels(x), y, Adversary.of(pgd, *defaults, call.on_pixels(pixels)), bullet)
         with attack.started:
             if attack.inputs is not None:
                 attack.inputs.wait()
             yield model, attack
 
 
-def start(model: nn.Module, x: Tensor, y: Tensor, adversary: Adversary, bullet: BulletTrain | None) -> Attack:
-    """Starts the attack on checked arguments. With `bullet` errors in their values are raised here."""
+def start(model: nn.Module, x: Tensor, y: Tensor | None, adversary: Adversary, bullet: BulletTrain | None) -> Attack:
+    """Start the attack on checked arguments. With `bullet` what is wrong with their values is raised here."""
     x = x.detach()
     threat = adversary.threat
     bounds = threat.lower, threat.upper
-    warn_of_units(threat.epsilon, threat.norm, bounds, adversary.step_size, x[0].numel())
+    if adversary.own.epsilon is None and adversary.own.step_size is None:
+        warn_of_units(threat.epsilon, threat.norm, bounds, adversary.step_size, x[0].numel())
     pixels = faults.pixels_outside(x, *bounds, adversary.call.name)
     x = faults.onto_bounds(x, *bounds)
     model = unwrapped(model)
-    if bullet is None:
+    if bullet is None and adversary.call.kept is None:
         return _start_uniform(model, x, y, adversary, pixels)
-    if (kept := bullet.reused()) is not None:
+    assert y is not None
+    if (kept := adversary.call.kept if bullet is None else bullet.reused()) is not None:
+        by_sample.check_made_anew(adversary.own)
         return _reused(kept, x, y, threat, bullet)
+    assert bullet is not None
     return _start_ragged(model, x, y, adversary, bullet, pixels)
 
 
-def _start_uniform(model: nn.Module, x: Tensor, y: Tensor, a: Adversary, pixels: Fault) -> Attack:
-    """Starts the authors' attack, in which every sample takes `steps` steps."""
-    begin = _uniform_start(x, a)
-    with attack_model(model, a.call.execution.view, x[:COMPARED]) as view:
-        if a.inner == "kl":
-            logits, name = clean_logits(view, x), "the model's logits"
-            target = _probabilities(logits)
-        else:  # two rows of the model itself give the number of classes: a view would be recompiled for them
-            logits, name = clean_logits(model, x[:2]), "the model's logits of the first two samples"
-            target = _one_hot(y, ops.wide(logits))
-        labels = faults.labels_outside(y, logits.shape[1], "y")
-        inputs = faults.read([pixels, labels, faults.rows_without_number(logits, name)])
-        plan = Plan.uniform(len(x), a.steps, a.step_size, x.device)
-        batch = AttackBatch.of(plan, begin, x, target)
+def _start_uniform(model: nn.Module, x: Tensor, y: Tensor | None, a: Adversary, pixels: Fault) -> Attack:
+    """The authors' attack, in which every sample takes `steps` steps, or its own number of them."""
+    begin = starts.in_order(x, a)
+    with attack_view(model, a.call.execution.view, x[:COMPARED], a.statistics) as view:
+        if of_clean(a.inner):
+            logits, name = clean_logits(view, x, least=1 if a.call.embeds else 2), "the model's logits"
+        else:  # two rows of the model itself tell the number of classes: a view would be compiled anew for them
+            with nullcontext() if a.statistics == "running" else eval_mode(model):
+                logits, name = clean_logits(model, x[:2]), "the model's logits of the first two samples"
+        check_enough_classes(a.inner, logits.shape[1])
+        wrong = [pixels, faults.rows_without_number(logits, name)]
+        if y is not None and not a.call.embeds:
+            check_classes("y", y, logits.shape[1])
+            wrong.insert(1, faults.labels_outside(y, logits.shape[1], "y"))
+        plan, inputs = by_sample.planned(a.own, a.threat, a.steps, a.step_size, x, wrong)
+        if plan.order is not None:
+            warn_of_neighbours(model, x, a.threat, "leave steps and epsilon of per_sample out")
+        begin = by_sample.begun(a.own, a.threat, begin, x, plan.steps)
+        x, begin = plan.sort(x), plan.sort(begin)
+        labels = None if y is None else plan.sort(for_loss(y, ops.wide(logits).dtype))
+        target = _target(a.inner, plan, labels, logits, _probabilities if of_clean(a.inner) else ops.wide)
+        batch = a.batch(plan, begin, x, target, labels)
         started = a.queue(view, batch)
-    clean = logits if a.inner == "kl" else None
-    return Attack(x, y.long(), started, a.threat, len(x), independent(view), inputs, batch.faulty, plan, clean)
+    clean = logits if of_clean(a.inner) else None
+    return Attack(x, labels, started, a.threat, len(x), independent(view), inputs, batch.faulty, plan, clean)
 
 
-def _uniform_start(x: Tensor, a: Adversary) -> Tensor:
-    generator = a.call.generator
-    if a.call.indices is not None:
-        return sorted_start(x, None, None, a.random_state(x), a.noise, a.threat, a.numbers)[1]
-    if a.noise == "uniform":
-        return ball_start(x, a.threat, generator)
-    as_authors = generator is None and not x.is_cuda
-    noise = normal_noise(x, generator, on_cpu=as_authors)
-    if as_authors and a.threat.norm == "l_2":  # the TRADES code draws once more and uses the second draw
-        noise = normal_noise(x, None, on_cpu=True)
-    return (x + noise).to(x.dtype)
+def _target(
+    inner: Inner, plan: Plan, y: Tensor | None, logits: Tensor, probabilities: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """[m, K] in the plan's sorted order, as y is: what the attack moves away from. The logits are in their own."""
+    if not isinstance(inner, str):
+        return plan.sort(ops.wide(logits))
+    of_logits = probabilities(logits)
+    if of_clean(inner):
+        return plan.sort(of_logits)
+    assert y is not None
+    return target_of(y, of_logits)
 
 
 def _start_ragged(model: nn.Module, x: Tensor, y: Tensor, a: Adversary, bullet: BulletTrain, pixels: Fault) -> Attack:
@@ -216,8 +286,11 @@ def _start_ragged(model: nn.Module, x: Tensor, y: Tensor, a: Adversary, bullet: 
     with attack_model(model, a.call.execution.view, x[:COMPARED]) as view:
         with range_(MINING):  # until the counts have arrived
             logits = clean_logits(view, x)
+            check_classes("y", y, logits.shape[1])
+            check_enough_classes(a.inner, logits.shape[1])
             warn_of_neighbours(model, x, a.threat, "leave BulletTrain out")
-            state = a.random_state(x)
+            state, own = a.random_state(x), a.own
+            sizes = by_sample.sizes_of(own, a.threat, a.step_size, x)
             attacked, of_attack = None, []
             if isinstance(bullet.policy, Oracle):
                 attacked, gradients = _attacked_logits(view, x, y, logits, a, bullet.policy.steps)
@@ -225,9 +298,9 @@ def _start_ragged(model: nn.Module, x: Tensor, y: Tensor, a: Adversary, bullet: 
             plan = bullet.start_plan(
                 logits,
                 y,
-                epsilon=a.threat.epsilon,
-                step_size=a.step_size,
-                inputs=[pixels],
+                epsilon=a.threat.epsilon if own.epsilon is None else 1.0,
+                step_size=a.step_size or None,
+                inputs=[pixels, *by_sample.wrong_values(own)],
                 names=("the model's logits", "y"),
                 attacked_logits=attacked,
                 of_attack=of_attack,
@@ -237,10 +310,13 @@ def _start_ragged(model: nn.Module, x: Tensor, y: Tensor, a: Adversary, bullet: 
             if plan.ranks is not None:
                 state, first = plan.ranks.state, plan.ranks.first
                 numbers = torch.arange(len(x), device=x.device) + first if numbers is None else numbers
-            clean, begin = sorted_start(x, plan.order, plan.steps, state, a.noise, a.threat, numbers)
-            labels = plan.sort(y).long()
-            target = plan.sort(plan.probabilities) if a.inner == "kl" else _one_hot(labels, plan.probabilities)
-            batch = AttackBatch.of(plan, begin, clean, target)
+            at_boundary = None if bullet.policy is three_groups else bullet.boundary_steps
+            plan = by_sample.mined(own, a.threat, plan, at_boundary, a.step_size)
+            clean, begin = starts.sorted_by(x, plan.order, plan.steps, state, a, numbers)
+            labels = for_loss(plan.sort(y), plan.probabilities.dtype)
+            target = _target(a.inner, plan, labels, logits, lambda _: plan.probabilities)
+            batch = a.batch(plan, begin, clean, target, labels)
+            by_sample.warn_of(sizes)
         group, call = bullet.process_group, a.call
         if call.balance is None or group is None:
             started = a.queue(view, batch)
@@ -261,12 +337,12 @@ def _attacked_logits(
 
     It is the objective's own attack with other steps. Its random numbers are drawn after the training start's state.
     """
-    state = a.random_state(x, offset=2)  # the training start uses offsets 0 and 1
-    clean, begin = sorted_start(x, None, None, state, a.noise, a.threat, a.numbers)
-    probabilities = _probabilities(logits)
-    target = probabilities if a.inner == "kl" else _one_hot(y, probabilities)
-    plan = Plan.uniform(len(x), steps, STEP_FACTOR * a.threat.epsilon / steps, x.device)
-    batch = AttackBatch.of(plan, begin, clean, target)
+    state = a.random_state(x, offset=2)  # offsets 0 and 1 are those of the training start
+    clean, begin = starts.sorted_by(x, None, None, state, a, a.numbers)
+    sizes = STEP_FACTOR * by_sample.filled(a.own.epsilon, a.threat.epsilon, x) / steps
+    plan = replace(Plan.uniform(len(x), 0 if a.still else steps, 1.0, x.device), step_size=sizes)
+    target = _target(a.inner, plan, y, logits, _probabilities)
+    batch = a.batch(plan, clean if a.still else begin, clean, target, y)
     attack = a.queue(view, batch)
     attacked = clean_logits(view, attack.finish())
     return attacked, faults.gradients_without_direction(batch.faulty)
@@ -277,32 +353,32 @@ def _probabilities(logits: Tensor) -> Tensor:
     return logits.double().softmax(dim=1).to(ops.wide(logits).dtype)
 
 
-def _one_hot(y: Tensor, like: Tensor) -> Tensor:
-    """[m, K] with the columns and dtype of `like`; a label out of range, a later error, gives a row without a 1."""
-    return (torch.arange(like.shape[1], device=y.device) == y.long()[:, None]).to(like.dtype)
-
-
-def _reused(kept: object, x: Tensor, y: Tensor, threat: ThreatModel, bullet: BulletTrain) -> Attack:
-    """Returns the finished attack of the first pass; its read checks that the minibatch is the same."""
+def _reused(kept: object, x: Tensor, y: Tensor, threat: ThreatModel, bullet: BulletTrain | None) -> Attack:
+    """The attack of the first pass over this minibatch, which has ended; its read checks that the minibatch is this."""
     if not isinstance(kept, Attack) or kept.threat != threat:
         made = f"with {kept.threat}" if isinstance(kept, Attack) else "by augmix_loss"
         raise ValueError(f"again(reuse=True) has the x' made {made}, but this loss attacks with {threat}: {NEW_ONES}")
-    return replace(kept, inputs=bullet.start_again([other_samples(kept.x, kept.y, x, y.long(), kept.plan)]))
+    assert kept.y is not None
+    others = [other_samples(kept.x, kept.y, x, y, kept.plan)]
+    return replace(kept, inputs=faults.read(others) if bullet is None else bullet.start_again(others))
 
 
 def other_samples(kept_x: Tensor, kept_y: Tensor, x: Tensor, y: Tensor, plan: Plan | None = None) -> Fault:
     """Counts the samples that differ from those of the first pass, which is in the order of `plan`, if given.
 
     Raises:
-        ValueError: the images have another shape, dtype or device.
+        ValueError: the images are of another shape, dtype or device, or the labels of another shape.
     """
     needs = "again(reuse=True) needs the images and labels of the last call outside of its block"
     instead = f"call the loss on these once before, or {NEW_ONES}"
     if (kept_x.shape, kept_x.dtype, kept_x.device) != (x.shape, x.dtype, x.device):
         first, now = (f"{list(t.shape)} {t.dtype} on {t.device}" for t in (kept_x, x))
         raise ValueError(f"{needs}, {first}, got {now}: {instead}")
+    if kept_y.shape != y.shape:
+        raise ValueError(f"{needs}, y of shape {list(kept_y.shape)}, got {list(y.shape)}: {instead}")
     x, y = (x, y) if plan is None else (plan.sort(x), plan.sort(y))
-    differs = (kept_x != x).flatten(1).any(dim=1) | (kept_y != y)
+    other_labels = (kept_y != y.to(kept_y.dtype)).reshape(len(y), -1).any(dim=1)
+    differs = (kept_x != x).flatten(1).any(dim=1) | other_labels
     return Fault(differs.sum(), f"{needs}, but {{count}} of {len(y)} samples are others: {instead}")
 
 
@@ -311,85 +387,35 @@ def run(model: nn.Module, attack: Attack, forwards: Forwards, execution: Executi
 
     Returns the terms of `forwards`, x' in the plan's sorted order, and whether the clean forward ran beside.
     """
-    update = execution.update
+    assert attack.y is not None
+    update, rows = execution.update, len(attack.x)
     with range_(UPDATE), update_modes(model) as modes:
         alone = attack.started.beside and attack.independent and not (update is not None and update.graphs)
         beside = alone and forwards.clean_first and moves_batch_norm_alone(model)
         if beside:
             clean = forwards.clean(model, attack.x)
             x_adv, late = attack.perturbed()
-            terms, _ = forwards.adversarial_half(unwrapped(model), clean, attack.x, x_adv, attack.y)
+            terms, _ = forwards.adversarial_half(unwrapped(model), clean, attack.x, x_adv[:rows], attack.y)
         else:
             x_adv, late = attack.perturbed()
-            terms = run_update(update, model, forwards, attack.x, x_adv, attack.y, execution.cache)
+            terms = run_update(update, model, forwards, attack.x, x_adv[:rows], attack.y, execution.cache)
         modes.again_in_backward(terms)
     if late is not None:
         late.wait()
     return terms, x_adv, beside
 
 
-def in_callers_order(x_adv: Tensor, x: Tensor, plan: Plan, normalize: Normalize | None) -> Tensor:
-    """Returns x' [m, ...] in the order and units of the caller's x: a sample without steps is exactly x.
+def in_callers_order(
+    x_adv: Tensor, x: Tensor, plan: Plan, normalize: Normalize | None, moved: Tensor | None = None
+) -> Tensor:
+    """x' [m, ...] in the order and the units of the caller's x: a sample that has not moved is x itself, to the bit.
 
     Args:
         x_adv: [m, ...] pixels in the plan's sorted order.
-        normalize: turns pixels into images like x; None if those are pixels.
+        normalize: makes images like x of pixels; None where they are pixels.
+        moved: [m] bool, the samples that may have; None: those with steps.
     """
     x_adv = plan.unsort(x_adv)
     if normalize is None:
         return x_adv
-    return torch.where(per_sample(plan.steps > 0, x), normalize(x_adv), x)
-
-
-# Arguments
-
-
-def check_batch(x: Tensor, y: Tensor, name: str) -> None:
-    """Raises TypeError or ValueError for images or labels that the host can see to be invalid; `name` is that of x."""
-    check_pixels(x, name)
-    if x.dim() < 2 or x.numel() == 0:
-        raise ValueError(
-            f"{name} must have shape [m, ...] with m >= 1, got {list(x.shape)}: of one image write x[None], and "
-            "leave empty minibatches out"
-        )
-    check_labels(y, len(x), x.device, "y")
-
-
-def check_optimizer(optimizer: object) -> None:
-    """Raises TypeError unless it is an optimizer or None."""
-    if optimizer is not None and not hasattr(optimizer, "zero_grad"):
-        raise TypeError(
-            f"optimizer must be an optimizer or None, got {type(optimizer).__name__}: "
-            "give the one of the model's parameters"
-        )
-
-
-def check_attack(attack: PGD, mining: BulletTrain | None) -> None:
-    """Raises TypeError or ValueError unless attack and mining are valid and agree in a boundary sample's steps."""
-    check_kind("attack", attack, PGD, "write PGD(epsilon=8 / 255, step_size=2 / 255, steps=10)")
-    check_kind("mining", mining, BulletTrain, "write mining=BulletTrain()", optional=True)
-    if mining is not None and mining.boundary_steps not in (0, attack.steps):
-        raise ValueError(
-            f"attack takes {attack.steps} steps, but mining {mining.boundary_steps} boundary steps: "
-            f"write BulletTrain({attack.steps}, ...), or the same number for both"
-        )
-
-
-def check_draws(x: Tensor, indices: Tensor | None, generator: torch.Generator | None, name: str) -> None:
-    """Raises TypeError or ValueError for invalid sources of the random start; `name` is that of the indices."""
-    if indices is not None:
-        check_labels(indices, len(x), x.device, name)
-    check_generator(generator, x.device)
-
-
-def checked_balance(balance: object, mining: BulletTrain | None) -> Balance | None:
-    """Returns the balance; TypeError or ValueError unless there are ranks that can share an attack."""
-    check_kind("balance", balance, Balance, "write balance=Balance()", optional=True)
-    if not isinstance(balance, Balance):
-        return None
-    if mining is None or mining.process_group is None:
-        raise ValueError(
-            "balance shares an attack out over ranks: it needs a BulletTrain with process_group=...: "
-            "give that, or leave balance out"
-        )
-    return balance
+    return torch.where(per_sample(plan.steps > 0 if moved is None else moved, x), normalize(x_adv), x)

@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bt_fast import faults, ops
 from bt_fast.allocation import Oracle
-from bt_fast.attack.forward import checked_logits, logits_of
+from bt_fast.attack.forward import buffers_kept, checked_logits, logits_of
+from bt_fast.attack.memory_format import formatted, takes_channels_last
 from bt_fast.attack.pixels import Normalization, on_pixels
 from bt_fast.attack.wrapped import unwrapped
 from bt_fast.augment.mix import SEVERITY, augment_and_mix, check_images, check_severity, draw_choices
 from bt_fast.engine import Engine
 from bt_fast.faults import Fault
+from bt_fast.labels import check_classes, check_either, check_without_gradient, for_loss, is_soft
 from bt_fast.mining import BulletTrain
 from bt_fast.objectives.adversarial import NEW_ONES, other_samples
+from bt_fast.objectives.cross_entropy import CrossEntropy, Smoothing
 from bt_fast.objectives.execution import autocast, precision_of, yes
-from bt_fast.objectives.forwards import formatted
+from bt_fast.objectives.passes import Pass, Passes, check_moving, check_outside, wanted
 from bt_fast.objectives.recomputed import update_modes
 from bt_fast.ranges import MINING, UPDATE, range_
-from bt_fast.validation import check_generator, check_kind, check_labels
+from bt_fast.validation import check_generator, check_kind
 
 JSD_WEIGHT = 12.0
 BULLET_STEPS = (1, 0, 0)  # N_B, N_R, N_O (paper, section 4): a sample is augmented or it is not
@@ -52,6 +54,7 @@ class AugMixLoss(nn.Module):
         severity: of the operations, in (0.1, 10]; 3 in the authors' code.
         normalization: the loader's normalisation of the images; the pixels are augmented.
         engine: how the forwards are executed, by name or as an `Engine`: its precision and channels_last.
+        label_smoothing, smoothing: of the cross-entropy, as for `TRADESLoss`.
 
     Raises:
         TypeError, ValueError: an option does not fit; the message names it.
@@ -65,6 +68,8 @@ class AugMixLoss(nn.Module):
         severity: float = SEVERITY,
         normalization: Normalization | None = None,
         engine: Engine | str = "fast",
+        label_smoothing: float = 0.0,
+        smoothing: Smoothing = "torch",
     ) -> None:
         super().__init__()
         _check_options(mining, jsd, severity, "mining")
@@ -74,16 +79,21 @@ class AugMixLoss(nn.Module):
         self.jsd, self.severity = jsd, severity
         self.normalization = normalization
         self.engine = Engine.of(engine)
+        self.cross_entropy = CrossEntropy(label_smoothing, smoothing)
+        self._passes = Passes()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:  # of a version without passes too
+        super().__setstate__({"_passes": Passes()} | state)  # type: ignore[no-untyped-call]
 
     def objective(self, clean_logits: Tensor, y: Tensor, divergence: Tensor | None) -> Tensor:
         """Returns the loss of a minibatch of m samples, 0-dim.
 
         Args:
-            clean_logits: [m, K]; with `jsd` off those of the one view x'.
-            y: [m] int64 in 0..K-1.
+            clean_logits: [m, K]; of the one view x' with `jsd` off.
+            y: [m] int64 in 0..K-1, or [m, K] distributions.
             divergence: 0-dim, Σ JS over the augmented samples; None with `jsd` off.
         """
-        loss = F.cross_entropy(ops.wide(clean_logits), y)
+        loss = self.cross_entropy(clean_logits, y)
         return loss if divergence is None else loss + JSD_WEIGHT / len(y) * divergence
 
     def forward(self, model: nn.Module, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
@@ -92,7 +102,7 @@ class AugMixLoss(nn.Module):
         Args:
             model: maps [m, C, H, W] to logits [m, K].
             x: [m, C, H, W] floating point in [0, 1], m ≥ 1.
-            y: [m] integers in 0..K-1.
+            y: [m] integers in 0..K-1, or [m, K] distributions, as for a call of `AdversarialLoss`.
             generator: on the images' device, for the augmentation; the device's default generator if not given. With
                 `mining` it draws only for the augmented samples.
 
@@ -100,31 +110,44 @@ class AugMixLoss(nn.Module):
             0-dim loss with gradient to the model's parameters.
 
         Raises:
-            TypeError: images are not floating point, labels not integers, or the model does not return a tensor.
+            TypeError: images are not floating point, labels of another kind, or the model does not return a tensor.
             ValueError: a shape, device or value does not fit (pixels outside [0, 1], labels out of range, NaN logits).
                 Nothing has changed then. On a GPU with `mining`, NaN in the views' logits is raised by the next call.
         """
         _check_batch(x, y, generator)
-        with on_pixels(model, x, self.normalization, "x") as (model, pixels), autocast(precision_of(self.engine), x):
+        this = wanted() or Pass()
+        check_moving(this.of_moving)
+        with (
+            self.again() if this.further else nullcontext(),
+            on_pixels(model, x, self.normalization, "x") as (model, pixels),
+            autocast(precision_of(self.engine), x),
+        ):
             images = pixels(x).detach()
             outside = faults.pixels_outside(images, 0.0, 1.0, "x")
             images = faults.onto_bounds(images, 0.0, 1.0)
-            with update_modes(model) as modes, _unchanged_by_errors(model):
+            # the first forward moves batch norm's buffers, and only its logits tell whether the input was sound
+            with update_modes(model) as modes, buffers_kept(model, after_errors_only=True):
                 loss_of = self._loss_of_all if self.mining is None else self._loss_of_boundary
                 loss = loss_of(model, images, y, outside, generator)
                 modes.again_in_backward([loss])
                 return loss
 
+    def again(self, *, reuse: bool = True) -> AbstractContextManager[None]:
+        """A further pass over the last minibatch, as `AdversarialLoss.again`; `reuse` takes its views."""
+        return self._passes.again(self.mining, reuse)
+
     def extra_repr(self) -> str:
-        """Returns the configuration, as it would be written."""
-        return f"jsd={self.jsd}, severity={self.severity:g}, engine={self.engine.name!r}"
+        """The configuration, as it would be written."""
+        options = self.cross_entropy.options()
+        return f"jsd={self.jsd}, severity={self.severity:g}, engine={self.engine.name!r}{options}"
 
     def explain(self) -> str:
         """Describes in lines what is used of the engine."""
         engine, precision = self.engine, precision_of(self.engine)
+        why = ", where the model's forward takes such images" if engine.channels_last else ""
         return (
             f"{type(self).__name__}, engine {engine.name!r}\n"
-            f"channels last: {yes(engine.channels_last)}\n"
+            f"channels last: {yes(engine.channels_last)}{why}\n"
             f"precision: {f'{precision}, under autocast' if precision else 'as the model and the caller'}\n"
             "there is no attack: folded view, graphs and streams are not used"
         )
@@ -132,30 +155,40 @@ class AugMixLoss(nn.Module):
     def _loss_of_all(
         self, model: nn.Module, x: Tensor, y: Tensor, outside: Fault, generator: torch.Generator | None
     ) -> Tensor:
-        """Computes the authors' loss. Its only read comes last, when all of the device's work is queued."""
-        views = _views(x, 2 if self.jsd else 1, self.severity, generator)
+        """The authors' loss. Its one read comes last, when all of the device's work is on its way."""
+        kept, others = self._passes.begin(), list[Fault]()
+        if isinstance(kept, _Views):
+            views, others = kept.drawn, [other_samples(kept.x, kept.y, x, y)]
+        else:
+            views = _views(x, 2 if self.jsd else 1, self.severity, generator)
         inputs = torch.cat([x, *views]) if self.jsd else views[0]
         with range_(UPDATE):
-            logits = checked_logits(model(formatted(inputs, self.engine.channels_last)), len(inputs))
+            last = self.engine.channels_last and takes_channels_last(model, x)
+            logits = checked_logits(model(formatted(inputs, last)), len(inputs))
             classes = logits.shape[1]
             indices = torch.arange(len(logits), device="cpu") % len(x)
+            check_classes("y", y, classes)
             unfit = faults.rows_without_number(logits, "the model's logits", indices)
-            read = faults.read([outside, faults.labels_outside(y, classes, "y"), unfit])
+            read = faults.read([*others, outside, faults.labels_outside(y, classes, "y"), unfit])
             clean, *of_views = logits.split(len(x))
-            labels = y.long().clamp(0, classes - 1)  # a label out of range must be a fault, not a crash
+            labels = for_loss(y, ops.wide(logits).dtype)
+            if not is_soft(labels):
+                labels = labels.clamp(0, classes - 1)  # one out of range is a fault, not a crash
             loss = self.objective(clean, labels, ops.js_divergence(clean, *of_views) if self.jsd else None)
             read.wait()
+            self._passes.keep(_Views(x, y.clone(), indices[: len(x)], views))
             return loss
 
     def _loss_of_boundary(
         self, model: nn.Module, x: Tensor, y: Tensor, outside: Fault, generator: torch.Generator | None
     ) -> Tensor:
-        """Computes the loss with BulletTrain. Its only read gives the number of samples to augment."""
-        mining, last = self.mining, self.engine.channels_last
+        """The loss with BulletTrain. Its one read gives the number of samples to augment."""
+        mining, last = self.mining, self.engine.channels_last and takes_channels_last(model, x)
         assert mining is not None
         with range_(MINING):
             kept = mining.reused()
             clean = logits_of(model, formatted(x, last))
+            check_classes("y", y, clean.shape[1])
             if kept is None:
                 plan = mining.start_plan(clean, y, inputs=[outside], names=("the model's logits", "y"))
                 boundary = plan.order[: plan.active_counts[0]]
@@ -172,7 +205,8 @@ class AugMixLoss(nn.Module):
                 first, second = checked_logits(unwrapped(model)(given), len(given)).chunk(2)
             mining.observe(clean.detach().index_copy(0, boundary, first.detach()), y)
             mining.keep(views)
-            return self.objective(clean, y.long(), ops.js_divergence(clean[boundary], first, second))
+            labels = for_loss(y, ops.wide(clean).dtype)
+            return self.objective(clean, labels, ops.js_divergence(clean[boundary], first, second))
 
 
 def augmix_loss(
@@ -196,6 +230,8 @@ def augmix_loss(
     """
     _check_batch(x, y, generator)
     _check_options(bullet, jsd, severity, "bullet")
+    if bullet is None:
+        check_outside("augmix_loss", "write criterion = AugMixLoss(...) before the loop")
     criterion = AugMixLoss(bullet, jsd=jsd, severity=severity, normalization=normalization, engine=engine)
     loss: Tensor = criterion(model, x, y, generator=generator)
     return loss
@@ -226,27 +262,12 @@ def _views(x: Tensor, count: int, severity: float, generator: torch.Generator | 
     return augment_and_mix(x.repeat(count, 1, 1, 1), choices).chunk(count)
 
 
-@contextmanager
-def _unchanged_by_errors(model: nn.Module) -> Iterator[None]:
-    """Restores the model's buffers if an error leaves the block.
-
-    The first forward moves batch norm's buffers, and only its logits show whether the input was valid.
-    """
-    buffers = [(m, name, b, b.clone()) for m in model.modules() for name, b in m.named_buffers(recurse=False)]
-    try:
-        yield
-    except BaseException:
-        with torch.no_grad():
-            for module, name, buffer, value in buffers:
-                setattr(module, name, buffer.copy_(value))  # some modules replace the tensor
-        raise
-
-
 def _check_batch(x: Tensor, y: Tensor, generator: torch.Generator | None) -> None:
     check_images(x, "x")
     if len(x) == 0:
         raise ValueError(f"x must hold at least 1 image, got shape {list(x.shape)}: leave empty minibatches out")
-    check_labels(y, len(x), x.device, "y")
+    check_either(y, len(x), x.device, "y")
+    check_without_gradient("y", y)
     check_generator(generator, x.device)
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
 from weakref import ref
@@ -13,16 +14,22 @@ import torch
 from torch import Tensor, nn
 
 from bt_fast.attack.graph_cache import GraphCache
-from bt_fast.attack.pgd import PGD, InnerLoss
+from bt_fast.attack.inner import InnerLoss
+from bt_fast.attack.logits import Select, Selection
+from bt_fast.attack.memory_format import takes_channels_last
+from bt_fast.attack.pgd import PGD
 from bt_fast.attack.pixels import Normalize, OnPixels
 from bt_fast.attack.start import Noise
 from bt_fast.attack.wrapped import unwrapped
 from bt_fast.engine import Engine
 from bt_fast.mining import BulletTrain
-from bt_fast.objectives import adversarial
+from bt_fast.objectives import adversarial, arguments
 from bt_fast.objectives.adversarial import Attack, Call
+from bt_fast.objectives.cross_entropy import CrossEntropy, Smoothing
 from bt_fast.objectives.execution import Seen, lines
+from bt_fast.objectives.extra_term import Extra, ExtraTerm, check_extra
 from bt_fast.objectives.forwards import Forwards
+from bt_fast.objectives.passes import Pass, Passes, check_moving, wanted
 from bt_fast.plan import Plan
 from bt_fast.validation import weight
 
@@ -71,6 +78,11 @@ class AdversarialLoss(nn.Module, ABC):
         mining: decides how many steps each sample gets; None for all alike. It is a submodule, and moves and saves with
             this module.
         engine: how attack and update are executed, by name or as an `Engine`.
+        extra: a further term: a function of an `UpdateBatch` that returns a 0-dim tensor, which is added to the loss,
+            such as `lambda batch: F.mse_loss(batch.logits, teacher(batch.x))`. It runs in the update, under its modes
+            and its autocast, after its forwards, and eagerly: an update with it is not captured in a graph.
+        logits: of a model that returns a tuple, a dict or an object: the function that takes its logits [m, K], as
+            `select` of `Logits`. None for a model that returns them.
 
     Attributes:
         clean_forwards: how often the update runs the clean images: 0, 1, or 2 like TRADES' authors.
@@ -87,9 +99,18 @@ class AdversarialLoss(nn.Module, ABC):
     step_in_l2_is_its_own: ClassVar[bool] = False  # the authors' function does not use its step size in l2
     drop_in: ClassVar[str] = ""  # the authors' function
 
-    def __init__(self, attack: PGD, *, mining: BulletTrain | None = None, engine: Engine | str = "fast") -> None:
+    def __init__(
+        self,
+        attack: PGD,
+        *,
+        mining: BulletTrain | None = None,
+        engine: Engine | str = "fast",
+        extra: Extra | None = None,
+        logits: Select | None = None,
+    ) -> None:
         super().__init__()
-        adversarial.check_attack(attack, mining)
+        arguments.check_attack(attack, mining, (self.default_start, self.default_inner))
+        check_extra(extra)
         if mining is not None and mining.unperturbed == "skip" and self.clean_forwards == 0:
             raise ValueError(
                 f"mining's unperturbed must be 'keep' or None for {type(self).__name__}, got 'skip': "
@@ -97,10 +118,13 @@ class AdversarialLoss(nn.Module, ABC):
             )
         self.attack = attack
         self.mining = mining
+        self.extra = extra
         self._engine = Engine.of(engine)
+        self._selection = None if logits is None else Selection(logits)
         self._cache = GraphCache()
         self._seen: Seen | None = None
         self._last: Callable[[], Record] | None = None
+        self._passes = Passes()
 
     @property
     def engine(self) -> Engine:
@@ -118,7 +142,7 @@ class AdversarialLoss(nn.Module, ABC):
         Args:
             clean_logits: [m, K], of the update's forward of x; None if `clean_forwards` is 0.
             adversarial_logits: [m, K], of its forward of x'; the clean ones for samples that it leaves out.
-            y: [m] int64 in 0..K-1.
+            y: [m] int64 in 0..K-1, or [m, K] distributions in the width of the logits (float32 at least).
         """
 
     def graph_key(self) -> Hashable:
@@ -151,10 +175,12 @@ class AdversarialLoss(nn.Module, ABC):
         Args:
             model: maps [m, ...] to logits [m, K]; compiled by `torch.compile` or not.
             x: [m, ...] floating point within the attack's bounds, m ≥ 1.
-            y: [m] integers in 0..K-1.
-            indices: [m] integers in 0..2^32-1, each sample's number, for example in its data set. A sample's start then
-                depends only on its number and the seed last given to `generator` (or the device's own), in any batch
-                and on any rank. Nothing is drawn: give a new seed in each epoch.
+            y: [m] integers in 0..K-1; or [m, K] floating-point distributions (of CutMix, Mixup, a teacher), rows of at
+                least 0 with the sum 1, to 1e-5 or in 16 bits four units in the last place. Mining judges a sample by
+                the largest part of its distribution, the first of equals.
+            indices: [m] integers in 0..2^32-1, each sample's number, in its data set say. A sample's start then depends
+                on its number and the seed last given to `generator` (or the device's own) alone, in whatever batch and
+                on whatever rank it is. Nothing is drawn: give a new seed in each epoch.
             generator: on the images' device, for the random start. Without it and without mining, images on the CPU
                 draw like the authors' code, so that a seeded script repeats its numbers. With mining only a seed is
                 drawn, from this generator or the device's own.
@@ -163,7 +189,7 @@ class AdversarialLoss(nn.Module, ABC):
             0-dim loss with gradient to the model's parameters.
 
         Raises:
-            TypeError: images are not floating point, labels not integers, or the model does not return a tensor.
+            TypeError: images are not floating point, labels of another kind, or the model does not return a tensor.
             ValueError: a shape, device or value does not fit (pixels outside the bounds, labels out of range, NaN
                 logits, NaN in the input gradient). No buffer, no gradient and no F_R has changed then, unless the error
                 is in the update's own forwards. On a GPU, NaN in an input gradient is raised after these forwards, and
@@ -173,26 +199,61 @@ class AdversarialLoss(nn.Module, ABC):
         return self.of_call(model, x, y, call)
 
     def of_call(self, model: nn.Module, x: Tensor, y: Tensor, call: Call) -> Tensor:
-        """Returns the loss of checked model, x and y; `call` holds the options."""
+        """The loss of model, x and y, which have been checked; `call` is how it goes about it."""
+        this = wanted() or Pass()
+        with self.again() if this.further else nullcontext():
+            return self._of_pass(model, x, y, call, this)
+
+    def _of_pass(self, model: nn.Module, x: Tensor, y: Tensor, call: Call, this: Pass) -> Tensor:
+        check_moving(this.of_moving and self.mining is None)
+        call = replace(call, execution=call.execution.fitting(self.attack), kept=self._passes.begin())
         mining, execution, update = self.mining, call.execution, call.execution.update
         defaults = self.default_start, self.default_inner
-        with adversarial.attacking(model, x, y, self.attack, defaults, mining, call) as (model, attack):
+        selected = nullcontext(model) if self._selection is None else self._selection.in_front_of(model)
+        with (
+            selected as model,
+            adversarial.attacking(model, x, y, self.attack, defaults, mining, call) as (model, attack),
+        ):
+            this.update_begins()
+            updated = attack.of_moving() if this.of_moving else attack
+            normalize = model.normalize if isinstance(model, OnPixels) else None
             forwards = Forwards(
                 key=self._identity(),
                 of=self,
-                rows=self._adversarial_rows(attack, call),
-                channels_last=update is not None and update.channels_last,
+                rows=self._adversarial_rows(updated, call),
+                channels_last=update is not None and update.channels_last and takes_channels_last(model),
                 rerun=mining is None,
+                extra=None if self.extra is None else ExtraTerm(self.extra, x.detach(), attack.plan, normalize),
+                adversarial_first=this.adversarial_first and self.clean_forwards == 2,
+                of_moving=this.of_moving,
             )
-            terms, x_adv, beside = adversarial.run(model, attack, forwards, execution)
+            terms, x_adv, beside = adversarial.run(model, updated, forwards, execution)
             self._seen = Seen(ref(unwrapped(model)), ref(model), x.device, execution, beside)
         loss, *logits = terms
+        assert attack.y is not None
         if mining is not None:
-            mining.observe(logits[0], attack.y, order=attack.plan.order, faulty=attack.faulty)
+            mining.observe(attack.of_all(logits[0]), attack.y, order=attack.plan.order, faulty=attack.faulty)
             mining.keep(attack.ended())
-        normalize = model.normalize if isinstance(model, OnPixels) else None
-        self._last = partial(Record.of, attack.plan, x.detach(), x_adv, normalize, *logits)
+        else:
+            self._passes.keep(attack.ended())
+        whole = len(logits[0]) == len(x)
+        self._last = partial(Record.of, attack.plan, x.detach(), x_adv, normalize, *logits) if whole else None
         return loss
+
+    def again(self, *, reuse: bool = True) -> AbstractContextManager[None]:
+        """A further pass over the last minibatch, at other weights: in the block a loss moves neither F_R nor a count.
+
+        For optimizers that evaluate one minibatch's loss at several weights, such as sharpness-aware ones:
+        `with criterion.again(): criterion(model, x, y).backward()`. The last minibatch is that of the last call outside
+        of such a block; its tensors stay on the device until the next. With mining it is `mining.again`. To enter it
+        is a RuntimeError where there is no last minibatch, it ended with an error, or the mining was moved or loaded
+        since; a ValueError of the call where x and y are not that minibatch.
+
+        Args:
+            reuse: whether the calls in the block take the x' of the first pass, and run only the update's forwards.
+                False: the attack runs anew at the present weights, with mining by F_R as it was for the first pass.
+        """
+        return self._passes.again(self.mining, reuse)
 
     @property
     def last(self) -> Record:
@@ -213,11 +274,15 @@ class AdversarialLoss(nn.Module, ABC):
         return "\n".join([f"{title}, on {self._seen.device}", *lines(self._seen)])
 
     def extra_repr(self) -> str:
-        """Returns the configuration, as it would be written."""
-        return f"{self.attack}, engine={self.engine.name!r}"
+        """The configuration, as it would be written."""
+        extra = "" if self.extra is None else f", extra={getattr(self.extra, '__name__', type(self.extra).__name__)}"
+        return f"{self.attack}, engine={self.engine.name!r}{extra}"
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_last": None, "_seen": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:  # of a version without passes too
+        super().__setstate__({"_passes": Passes()} | state)  # type: ignore[no-untyped-call]
 
     def _adversarial_rows(self, attack: Attack, call: Call) -> int:
         """Returns how many rows, from the first, run an adversarial forward.
@@ -242,17 +307,32 @@ class RobustTermLoss(AdversarialLoss):
     """An adversarial loss of a clean and a robust term.
 
     Args:
-        beta: β ≥ 0, the weight of the robust term. attack, mining, engine: as for `AdversarialLoss`.
+        beta: β ≥ 0, the weight of the robust term. attack, mining, engine, extra, logits: as for `AdversarialLoss`.
+        label_smoothing, smoothing: of the term that learns the labels, as `CrossEntropy` has them; not of the attack.
 
     Raises:
-        TypeError, ValueError: as for `AdversarialLoss`, or beta is not a finite number of at least 0.
+        TypeError, ValueError: as `AdversarialLoss`, or another argument is not of its kind or out of range.
     """
 
     def __init__(
-        self, attack: PGD, beta: float = 6.0, *, mining: BulletTrain | None = None, engine: Engine | str = "fast"
+        self,
+        attack: PGD,
+        beta: float = 6.0,
+        *,
+        mining: BulletTrain | None = None,
+        engine: Engine | str = "fast",
+        label_smoothing: float = 0.0,
+        smoothing: Smoothing = "torch",
+        extra: Extra | None = None,
+        logits: Select | None = None,
     ) -> None:
-        super().__init__(attack, mining=mining, engine=engine)
+        super().__init__(attack, mining=mining, engine=engine, extra=extra, logits=logits)
         self.beta = beta
+        self.cross_entropy = CrossEntropy(label_smoothing, smoothing)
+
+    def extra_repr(self) -> str:
+        """The configuration, as it would be written."""
+        return super().extra_repr() + self.cross_entropy.options()
 
     @property
     def beta(self) -> float:

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, overload
 
 import torch
 from torch import Tensor, nn
 
+from bt_fast.attack import by_sample
+from bt_fast.attack.by_sample import NOTHING, PerSample
 from bt_fast.attack.graph_cache import shared_cache
+from bt_fast.attack.inner import InnerLoss
 from bt_fast.attack.pgd import PGD
 from bt_fast.attack.pixels import OnPixels
+from bt_fast.attack.start import Noise
 from bt_fast.engine import Engine
 from bt_fast.mining import BulletTrain
-from bt_fast.objectives import adversarial
+from bt_fast.objectives import adversarial, arguments
 from bt_fast.objectives.adversarial import Call
+from bt_fast.objectives.passes import check_outside
 from bt_fast.plan import MinedPlan
 from bt_fast.warning import warn_caller
+
+DEFAULTS: tuple[Noise, InnerLoss] = ("normal", "kl")  # TRADES'
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,7 +32,7 @@ class Perturbed:
 
     Attributes:
         x_adv: [m, ...], x'.
-        logits: [m, K], the clean ones, of the model in eval mode; None if the attack needed none.
+        logits: [m, K], the clean outputs, of the model in the attack's mode; None where the attack needed none.
         steps: [m] int64, attack steps.
         group: [m] int64, one of `ops.OUTLIER`, `ops.BOUNDARY`, `ops.ROBUST`; None without mining.
     """
@@ -40,11 +47,12 @@ class Perturbed:
 def perturb(
     model: nn.Module,
     x: Tensor,
-    y: Tensor,
+    y: Tensor | None,
     attack: PGD,
     mining: BulletTrain | None = ...,
     *,
     engine: Engine | str = ...,
+    per_sample: PerSample | None = ...,
     indices: Tensor | None = ...,
     generator: torch.Generator | None = ...,
     return_details: Literal[False] = ...,
@@ -55,11 +63,12 @@ def perturb(
 def perturb(
     model: nn.Module,
     x: Tensor,
-    y: Tensor,
+    y: Tensor | None,
     attack: PGD,
     mining: BulletTrain | None = ...,
     *,
     engine: Engine | str = ...,
+    per_sample: PerSample | None = ...,
     indices: Tensor | None = ...,
     generator: torch.Generator | None = ...,
     return_details: Literal[True],
@@ -69,11 +78,12 @@ def perturb(
 def perturb(
     model: nn.Module,
     x: Tensor,
-    y: Tensor,
+    y: Tensor | None,
     attack: PGD,
     mining: BulletTrain | None = None,
     *,
     engine: Engine | str = "exact",
+    per_sample: PerSample | None = None,
     indices: Tensor | None = None,
     generator: torch.Generator | None = None,
     return_details: bool = False,
@@ -87,32 +97,53 @@ def perturb(
     Args:
         model, indices, generator: as for a call of `AdversarialLoss`, with its errors.
         x: [m, ...] floating point within the attack's bounds, m ≥ 1; not changed.
-        y: [m] integers in 0..K-1.
+        y: [m] integers in 0..K-1, or [m, K] distributions, as for a call of `AdversarialLoss`. May be None without
+            mining where `attack.inner` is a function: the model's outputs may then be any [m, d], embeddings say, and
+            labels, if given, any, which only that function reads.
         attack: how images are attacked.
         mining: decides how many steps each sample gets; None for all alike.
         engine: how the attack is executed, by name or as an `Engine`.
+        per_sample: step counts, ε, step sizes and starts of the samples' own. Where steps or ε are, the attack waits
+            for its one read of the device before its first step, as with mining; samples without steps left leave it.
         return_details: whether to return a `Perturbed`.
 
     Returns:
         [m, ...] without gradient, in the dtype and order of x; or a `Perturbed` with it.
     """
-    adversarial.check_attack(attack, mining)
+    check_outside("perturb", "call it before the block, and give its x' to the loss")
+    arguments.check_attack(attack, mining, DEFAULTS, per_sample if isinstance(per_sample, PerSample) else NOTHING)
+    _check_labels_given(y, attack, mining)
     chosen = Engine.of(engine)
-    call = Call.of(chosen, shared_cache(chosen), x, y, mining, indices, generator)
+    call = Call.of(chosen, shared_cache(chosen), x, y, mining, indices, generator, updates=False)
+    embeds = mining is None and attack.inner is not None and not isinstance(attack.inner, str)
+    own = by_sample.own_of(per_sample, x, attack, mined=mining is not None)
+    call = replace(call, execution=call.execution.fitting(attack), embeds=embeds, own=own)
     if mining is not None and mining.unobserved:
         warn_caller(
             "the last minibatch was not observed, so F_R stays where it is: "
             "call mining.observe(adversarial_logits, y) once for each minibatch"
         )
-    with adversarial.attacking(model, x, y, attack, ("normal", "kl"), mining, call) as (model, queued):
+    with adversarial.attacking(model, x, y, attack, DEFAULTS, mining, call) as (model, queued):
         x_adv, late = queued.perturbed()
-    if late is not None:
-        late.wait()
+        if late is not None:
+            late.wait()
     plan = queued.plan
     if mining is not None and queued.faulty is not None and plan.order is not None:
         mining.attacked(queued.faulty, plan.order)
     normalize = model.normalize if isinstance(model, OnPixels) else None
-    x_adv = adversarial.in_callers_order(x_adv, x.detach(), plan, normalize)
+    moved = by_sample.moved(call.own, attack.threat, plan.steps, mined=mining is not None)
+    x_adv = adversarial.in_callers_order(x_adv, x.detach(), plan, normalize, moved)
     if not return_details:
         return x_adv
     return Perturbed(x_adv, queued.logits, plan.steps, plan.group if isinstance(plan, MinedPlan) else None)
+
+
+def _check_labels_given(y: Tensor | None, attack: PGD, mining: BulletTrain | None) -> None:
+    """Raise TypeError where there are no labels for mining, or for an inner loss with a name."""
+    if y is not None or (mining is None and callable(attack.inner)):
+        return
+    by, instead = "mining", "leave mining out"
+    if mining is None:
+        by = f"the inner loss {attack.inner or 'kl'!r}"
+        instead = "write PGD(..., inner=function) with a function of (outputs, rows)"
+    raise TypeError(f"y must be the labels [m], which {by} needs, got None: give them, or {instead}")

@@ -20,6 +20,7 @@ from bt_fast import (
     Guard,
     Normalization,
     Normalize,
+    PerSample,
     Plan,
     ThreatModel,
     Update,
@@ -47,6 +48,7 @@ from tests.fuzz.values import (
     floats_of,
     generators,
     labels_of,
+    labels_or_distributions,
     mostly,
     tensors,
     told,
@@ -224,6 +226,12 @@ def objective_options(draw, x, *names):
         "mining": lambda: draw(mostly(st.one_of(st.none(), bullets()))),
         "engine": lambda: draw(mostly(st.sampled_from(["exact", "fast", "bf16", Engine(channels_last=True)]))),
         "indices": lambda: draw(mostly(st.none(), labels_of(count_of(x), 2**32), 3)),
+        "label_smoothing": lambda: draw(mostly(st.floats(0, 1, exclude_max=True))),
+        "smoothing": lambda: draw(mostly(st.sampled_from(["torch", "others"]))),
+        "clean_updates": lambda: draw(mostly(st.sampled_from([1, 2]))),
+        "extra": lambda: draw(
+            mostly(st.sampled_from([None, lambda given: given.adversarial_logits.softmax(1)[:, 0].mean()]))
+        ),
     }
     needed = ("optimizer", "attack")
     return {name: drawn[name]() for name in names if draw(st.integers(0, 3)) or name in needed}
@@ -233,12 +241,12 @@ def objective_options(draw, x, *names):
 def attacks(draw):
     """Draws a `PGD`; another target draws its invalid arguments."""
     return PGD(
-        draw(POSITIVE),
+        draw(mostly(POSITIVE, st.just(0.0))),
         draw(POSITIVE),
         draw(st.integers(1, 4)),
         draw(st.sampled_from(["linf", "l2"])),
-        start=draw(st.sampled_from([None, "normal", "uniform"])),
-        inner=draw(st.sampled_from([None, "kl", "cross_entropy"])),
+        start=draw(st.sampled_from([None, "normal", "uniform", "clean"])),
+        inner=draw(st.sampled_from([None, "kl", "cross_entropy", "margin", "lse"])),
         normalization=draw(st.sampled_from([None, None, Normalization([0.0], [1.0])])),
     )
 
@@ -248,7 +256,7 @@ def objective_case(draw, function, names, fixed=None, images_name="x_natural"):
     name = draw(MODELS)
     model = model_of(name)[0]
     x = images(draw, name=name)
-    y = draw(labels_of(count_of(x), CLASSES))
+    y = draw(labels_or_distributions(count_of(x), CLASSES))
     options = objective_options(draw, x, *names)
     bullet = options.get("bullet", options.get("mining"))
     if isinstance(bullet, BulletTrain) and draw(st.integers(0, 9)):
@@ -315,8 +323,31 @@ def as_module(model, x, y, attack, kind, indices=None, generator=None, **of_loss
 def criterion(draw):
     kind = draw(st.sampled_from([bt_fast.TRADESLoss, bt_fast.MARTLoss, bt_fast.PGDLoss]))
     names = ("attack", "mining", "engine", "indices", "generator")
+    names += ("label_smoothing", "smoothing", "extra")
     names += () if kind is bt_fast.PGDLoss else ("beta",)
+    names += ("clean_updates",) if kind is bt_fast.TRADESLoss else ()
     return objective_case(draw, as_module, names, lambda _: {"kind": kind}, "x")
+
+
+@st.composite
+def owns(draw, x):
+    """A `PerSample`, or its fields where it does not take these."""
+    m = count_of(x)
+    sizes = floats_of((m,), ("uniform", "uniform", "zero", "nan"), (torch.float32, torch.float64))
+    fields = {"steps": labels_of(m, 4), "epsilon": sizes, "step_size": sizes}
+    fields["start"] = floats_of(tuple(x.shape) if isinstance(x, torch.Tensor) else (m,))
+    given = {name: draw(values) for name, values in fields.items() if draw(st.integers(0, 2)) == 0}
+    try:
+        return PerSample(**given)
+    except TypeError:
+        return given
+
+
+@target
+@st.composite
+def per_sample(draw):
+    names = ("steps", "epsilon", "step_size", "start")
+    return call(PerSample, {name: draw(WILD_TENSORS) for name in names if draw(st.booleans())})
 
 
 @target
@@ -325,13 +356,16 @@ def perturbed(draw):
     name = draw(MODELS)
     model = model_of(name)[0]
     x = images(draw, name=name)
-    y = draw(labels_of(count_of(x), CLASSES))
+    y = draw(labels_or_distributions(count_of(x), CLASSES))
     options = objective_options(draw, x, "attack", "mining", "engine", "indices", "generator")
     mining = options.get("mining")
+    options["per_sample"] = draw(st.none() | owns(x))
     model.train(draw(st.booleans()))
 
     def check(result):
-        attack = options["attack"]
+        attack, own = options["attack"], options["per_sample"]
+        if isinstance(own, PerSample) and own.epsilon is not None:
+            attack = dataclasses.replace(attack, epsilon=float(own.epsilon.max()))
         expect(result.shape == x.shape and result.dtype == x.dtype, "another shape or dtype")
         expect(not result.requires_grad and bool(result.isfinite().all()), "a gradient, or no finite pixels")
         moved = (result - x).flatten(1).abs()
@@ -358,7 +392,7 @@ def pgd(draw):
     arguments = {"epsilon": draw(SIZES), "step_size": draw(SIZES), "steps": draw(STEPS)}
     more = {
         "norm": mostly(st.sampled_from(["linf", "l2"])),
-        "start": mostly(st.sampled_from([None, "normal", "uniform"])),
+        "start": mostly(st.sampled_from([None, "normal", "uniform", "clean"])),
         "inner": mostly(st.sampled_from([None, "kl", "cross_entropy"])),
         "bounds": mostly(st.sampled_from([(0, 1), (-1.0, 1.0), (1, 0), [0, 255]])),
         "normalization": mostly(st.sampled_from([None, Normalization([0.0], [1.0])])),
@@ -595,7 +629,7 @@ def evaluation(draw):
         "batches": batches,
         "attack": draw(mostly(st.one_of(threats(), st.builds(PGD, POSITIVE, POSITIVE, st.integers(1, 3))))),
         "restarts": draw(mostly(st.integers(1, 2))),
-        "loss": draw(mostly(st.sampled_from(["ce", "margin"]))),
+        "loss": draw(mostly(st.sampled_from([None, "ce", "margin", "lse"]))),
         "generator": draw(generators()),
         "frozen": draw(mostly(st.sampled_from([None, None, Frozen(), Frozen(autocast=torch.float16)]))),
     }
@@ -764,7 +798,7 @@ def classes_of(z):
 @st.composite
 def plan(draw):
     bullet, logits = draw(bullets()), logits_of(draw)
-    arguments = {"logits": logits, "labels": draw(labels_of(count_of(logits), classes_of(logits)))}
+    arguments = {"logits": logits, "labels": draw(labels_or_distributions(count_of(logits), classes_of(logits)))}
     arguments |= {"epsilon": draw(SIZES)} if draw(st.booleans()) else {}
     arguments |= {"step_size": draw(SIZES)} if draw(st.booleans()) else {}
     if isinstance(bullet.policy, allocation.Oracle) or draw(st.integers(0, 19)) == 0:
@@ -793,7 +827,10 @@ def plan(draw):
 @st.composite
 def observe(draw):
     bullet, logits = draw(bullets()), logits_of(draw)
-    arguments = {"adversarial_logits": logits, "labels": draw(labels_of(count_of(logits), classes_of(logits)))}
+    arguments = {
+        "adversarial_logits": logits,
+        "labels": draw(labels_or_distributions(count_of(logits), classes_of(logits))),
+    }
 
     def check(_):
         expect(0 <= float(bullet.robust_fraction) <= 1, "F_R is no share")
@@ -968,7 +1005,7 @@ def step_ops(draw):
         "grad": g.detach(),
         "clean": c.detach(),
         "step_size": draw(any_tensor(floats_of((n,), ("uniform",), (dtype, torch.float32), 40))),
-        "epsilon": draw(limit),
+        "epsilon": draw(st.one_of(limit, any_tensor(floats_of((n,), ("uniform",), (dtype, torch.float32), 40)))),
         "lower": draw(limit),
         "upper": draw(limit),
     }
@@ -984,7 +1021,7 @@ def step_ops(draw):
 
     def check(_):
         e, low, high = (arguments[k] for k in ("epsilon", "lower", "upper"))
-        plain = all(v == v for v in (e, low, high)) and low <= high and e >= 0
+        plain = not isinstance(e, torch.Tensor) and all(v == v for v in (e, low, high)) and low <= high and e >= 0
         if plain and function is ops.linf_step_ and not x_adv.is_meta and bool(c.isfinite().all()):
             moved = x_adv[torch.isfinite(g).flatten(1).all(1)] if g.dim() > 1 else x_adv[:0]
             if "steps" not in arguments and math.isfinite(low) and math.isfinite(high):
