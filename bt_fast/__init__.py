@@ -6,7 +6,7 @@ Algorithm and names follow "BulletTrain: Accelerating Robust Neural Network Trai
 
 from typing import TYPE_CHECKING
 
-from bt_fast import floors  # noqa: F401, first: torch and numpy are new enough
+from bt_fast import floors  # noqa: F401, first: checks that torch and numpy are new enough
 from bt_fast.allocation import METRICS, POLICIES, Gaussian, Judged, Oracle
 from bt_fast.attack.apgd import APGD
 from bt_fast.attack.auto import RUNNERS, AutoRunner
@@ -42,7 +42,7 @@ from bt_fast.speedup import Fractions, theoretical_speedup, theoretical_speedup_
 
 __version__ = "0.1.0"
 
-if not TYPE_CHECKING:  # a checker is to know the new names only
+if not TYPE_CHECKING:  # a type checker should know only the new names
     __getattr__ = renamed(__name__, {"Schedule": "bt_fast.Plan", "Assignment": "bt_fast.MinedPlan"})
 
 

@@ -1,4 +1,4 @@
-"""AutoAttack (Croce and Hein, 2020), where its package is installed, and a model in the form for that package."""
+"""AutoAttack (Croce and Hein, 2020), if its package is installed, and a model in the form that it needs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class AutoAttacked(Accuracy):
     """An accuracy, and AutoAttack's result for each sample.
 
     Attributes:
-        x_adv: [total, ...] the images: clean where the sample stood, else attacked.
+        x_adv: [total, ...] the images: clean if the sample stood, else attacked.
         stood: [total] bool, classified correctly under all attacks.
     """
 
@@ -39,11 +39,11 @@ class AutoAttacked(Accuracy):
 
 @contextmanager
 def for_autoattack(model: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
-    """The model as AutoAttack (or any other attack) takes it: a callable from images [n, C, H, W] to logits [n, K].
+    """Yields the model in AutoAttack's (or any attack's) form: a callable from images [n, C, H, W] to logits [n, K].
 
     Inside the block the model is in eval mode and its parameters need no gradient, so that an attack's `backward`
-    computes none. Modes and `requires_grad` are restored at the end. The callable raises TypeError or ValueError for a
-    model that returns no logits.
+    computes none. Modes and `requires_grad` are restored at the end. The callable raises TypeError or ValueError if the
+    model does not return logits.
     """
     with_gradient = [p for p in model.parameters() if p.requires_grad]
     with eval_mode(model):
@@ -67,12 +67,12 @@ def autoattack(
     seed: int = 0,
     verbose: bool = False,
 ) -> AutoAttacked:
-    """Accuracy under AutoAttack, run by its authors' package. torch's default random generators are left as they were.
+    """Returns the accuracy under AutoAttack, run by its authors' package. torch's default generators do not change.
 
     Args:
         model: maps [n, C, H, W] to logits [n, K]. It runs in eval mode and keeps its modes and gradients.
         x: [total, C, H, W] floating point in [0, 1]. y: [total] integers.
-        threat: with the bounds 0 and 1, as AutoAttack has them.
+        threat: with the bounds 0 and 1, which AutoAttack assumes.
         version: "standard", "plus", or "rand" for randomised defences.
         batch_size: ≥ 1. seed: of AutoAttack's random numbers. verbose: let it print its progress.
 
@@ -159,6 +159,6 @@ def _check(x: Tensor, y: Tensor, threat: ThreatModel, version: str) -> None:
 
 
 def _correct(model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, batch_size: int) -> Tensor:
-    """Which images are classified as `y`: [total] bool."""
+    """Returns which images are classified as `y`: [total] bool."""
     batches = zip(x.split(batch_size), y.split(batch_size), strict=True)
     return torch.cat([classified_correctly(model, images, labels, "y") for images, labels in batches])

@@ -55,7 +55,7 @@ NEW_LINES = {
 
 @dataclass(frozen=True, eq=False)
 class Evaluation(Accuracy):
-    """An accuracy, and when each sample was misclassified first, in the order of the stream.
+    """An accuracy, and when each sample was first misclassified, in the order of the stream.
 
     Attributes:
         restart: [total] int64 on the host: 0 for the clean image, r in 1..restarts for the r-th restart, `STOOD` (-1)
@@ -218,7 +218,7 @@ def _check_batch(batch: _Batch) -> None:
 
 
 def _put_back(read: list[_Batch], stream: Iterator[_Batch]) -> Iterator[_Batch]:
-    """The batches of both; each is released when it is read (`itertools.chain` keeps them)."""
+    """Yields the batches of both; each is released when it is read (`itertools.chain` keeps them)."""
     while read:
         yield read.pop(0)
     yield from stream

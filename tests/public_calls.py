@@ -1,4 +1,4 @@
-"""Every public call that takes tensors, in one form: `call(model, x, y)`, with random numbers of its own."""
+"""Every public call that takes tensors, as `call(model, x, y)` with a separate random generator."""
 
 import copy
 import sys
@@ -53,7 +53,7 @@ def seeded():
 
 
 def loss(loss_of, bullet=None, **options):
-    """A loss with a generator of its own, so that it draws from no other."""
+    """Calls a loss with a separate generator, so that it draws from no other."""
 
     def run(model, x, y):
         return loss_of(
@@ -67,7 +67,7 @@ ATTACK = PGD(0.1, 0.05, STEPS)
 
 
 def criterion(kind, mining=None, attack=ATTACK, **options):
-    """A loss as a module, and what it has to log."""
+    """Calls a loss as a module, and checks what it has to log."""
 
     def run(model, x, y):
         made = kind(attack, mining=copy.deepcopy(mining), **options)
@@ -168,7 +168,7 @@ def yopo(objective):
 
 
 def autoattacked(model, x, y):
-    """By a stand-in for AutoAttack's own package, which returns the images that it is given."""
+    """Calls `autoattack` with a fake of AutoAttack's package, which returns its images unchanged."""
     attack = SimpleNamespace(run_standard_evaluation=lambda x, y, bs: x)
     package = SimpleNamespace(AutoAttack=lambda *_, **__: attack)
     with mock.patch.dict(sys.modules, {"autoattack": package}):
@@ -177,12 +177,12 @@ def autoattacked(model, x, y):
 
 
 def logits_of(x):
-    """What a script gives to mining, of a forward of its own."""
+    """Returns the logits that a script gives to mining."""
     return torch.randn(len(x), CLASSES, generator=seeded(), dtype=x.dtype)
 
 
 def mined(model, x, y):
-    """The caller's logits stay as they are, too."""
+    """Plans a minibatch and checks that the caller's logits do not change."""
     bullet, logits = BulletTrain(STEPS, 1, 0), logits_of(x)
     given = logits.clone()
     assignment = bullet.plan(logits, y)

@@ -1,4 +1,4 @@
-"""A few cases of every target of `python -m tests.fuzz`, and that the campaign notices what it is there to notice."""
+"""A few cases of every target of `python -m tests.fuzz`; and the campaign detects what it should."""
 
 import pickle
 

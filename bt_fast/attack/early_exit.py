@@ -1,8 +1,7 @@
-"""PGD with restarts that drops a sample as soon as it is broken and fills its place with the next one.
+"""PGD with restarts that drops a sample as soon as it is misclassified and fills its place with the next one.
 
-The working batch is a prefix of fixed buffers, and each of its rows is at a restart and a step of its own. So it stays
-full as long as samples are waiting, wherever in the stream and in the attack they are, and the cost is that of the
-iterates which samples that still stand go through.
+The working batch is a prefix of fixed buffers, and each of its rows has its own restart and step. So it stays full as
+long as samples are waiting, and the cost is that of the iterates of samples that are still classified correctly.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from bt_fast.faults import CheckedRead
 from bt_fast.ops.launch import dense_format
 from bt_fast.ops.rows import has_softmax, softmax
 
-STOOD = -1  # instead of the restart and the step in which a sample fell
+STOOD = -1  # restart and step of a sample that is never misclassified
 LONGEST_BURST = 8
 
 
@@ -65,9 +64,9 @@ class Samples:
 
 
 class Verdicts:
-    """The fate of each sample of the stream: in which restart and at which iterate it fell, or that it stood.
+    """The result of each sample of the stream: the restart and iterate at which it was misclassified, or `STOOD`.
 
-    `progress` is called with the number of samples decided so far, whenever it grew.
+    `progress` is called with the number of samples decided so far, whenever it has grown.
     """
 
     def __init__(self, progress: Callable[[int], None] | None = None, first: int = 0) -> None:
@@ -76,12 +75,12 @@ class Verdicts:
         self.seen = self.decided = 0
 
     def number(self, n: int) -> Tensor:
-        """The numbers [n] int64 of the next n samples of the stream."""
+        """Returns the numbers [n] int64 of the next n samples of the stream."""
         self.seen += n
         return torch.arange(self.seen - n, self.seen, device="cpu") + self._first
 
     def record(self, numbers: Tensor, restart: Tensor, step: Tensor) -> None:
-        """Samples [n] that are decided: all int64, on the host."""
+        """Records decided samples [n]: all int64, on the host."""
         if len(numbers) == 0:
             return
         self._decided.append(torch.stack([numbers, restart, step]))
@@ -97,23 +96,23 @@ class Verdicts:
         self._decided = [all_of_them]
 
     def in_order(self) -> tuple[Tensor, Tensor]:
-        """Restart and step of all samples, each [seen] int64; all must be decided."""
+        """Returns restart and step of all samples, each [seen] int64; all must be decided."""
         number, restart, step = torch.cat(self._decided, dim=1)
         order = number.argsort()
         return restart[order], step[order]
 
 
 class Waiting:
-    """Samples that are not under attack yet: the rest of one batch of the stream, which is read on demand."""
+    """Samples not yet under attack: the rest of one batch of the stream, which is read on demand."""
 
     def __init__(self, stream: Iterator[Samples]) -> None:
         self._stream = stream
         self._rest: Samples | None = None
 
     def take(self, most: int) -> Samples | None:
-        """Up to `most` samples, at least one; None where there are no more."""
+        """Returns up to `most` samples, at least one, or None if there are no more."""
         while not self._rest:
-            self._rest = None  # let go of a batch before the next is read
+            self._rest = None  # releases a batch before the next is read
             self._rest = next(self._stream, None)
             if self._rest is None:
                 return None
@@ -122,9 +121,9 @@ class Waiting:
 
 
 class WorkingBatch:
-    """The samples under attack, in rows [0, count) of buffers that hold as many as `like` [width, ...] has.
+    """The samples under attack, in rows [0, count) of buffers with as many rows as `like` [width, ...].
 
-    All are of the size, dtype and device of `like`, and of its memory format if not `channels_last`.
+    All have the size, dtype and device of `like`, and its memory format unless `channels_last`.
     """
 
     def __init__(self, attack: Attack, like: Tensor, *, channels_last: bool = False) -> None:
@@ -139,14 +138,14 @@ class WorkingBatch:
         self._target: Tensor | None = None  # [width, K], once K is known
         self._still = torch.zeros_like(self._x) if attack.threat.norm == "l_2" else None
         self._counter = torch.arange(self._burst, device=device)
-        # known to the host without a wait: a row moves in every step until it falls
+        # known to the host without a wait: a row moves in every step until it is misclassified
         on_host = [torch.zeros(width, dtype=torch.int64, device="cpu") for _ in range(3)]
         self._number, self._restart, self._step = on_host
         self._count = 0
 
     @torch.no_grad()
     def run(self, model: Callable[[Tensor], Tensor], waiting: Waiting, verdicts: Verdicts) -> None:
-        """Attack all that wait, and record their fates. A ValueError, if the model gives NaN for one that stood."""
+        """Attacks all waiting samples and records the results. ValueError if the model gives NaN for one that stood."""
         leaving = torch.zeros(0, dtype=torch.bool, device="cpu")
         while True:
             self._replace(leaving, waiting)
@@ -155,10 +154,10 @@ class WorkingBatch:
             leaving = self._settle(self._advance(model), verdicts)
 
     def _advance(self, model: Callable[[Tensor], Tensor]) -> Tensor:
-        """A burst of steps. [count] int64 on the host: the step of the burst before which a row fell, or STOOD.
+        """Runs a burst of steps; returns [count] int64 on the host: the step before which a row fell, or STOOD.
 
-        Step j first looks at the logits of iterate j, which its forward pass gives for nothing. A row moves until it
-        falls or its restart ends.
+        Step j first checks the logits of iterate j, which its forward pass gives at no cost. A row moves until it falls
+        (is misclassified) or its restart ends.
         """
         n, attack = self._count, self._attack
         x, labels, left = self._x[:n], self._labels[:n], self._left[:n]
@@ -167,7 +166,7 @@ class WorkingBatch:
         faulty = torch.zeros_like(left, dtype=torch.int32)
         most = attack.steps - int(self._step[:n].min())
         for j in range(min(self._burst, most + 1)):
-            moves = j < most  # else all are at their last iterate, which only has to be looked at
+            moves = j < most  # all others are at their last iterate, which only needs the check
             probe = x.detach().requires_grad_(moves)
             with torch.set_grad_enabled(moves):
                 logits = logits_of(model, probe)
@@ -203,7 +202,7 @@ class WorkingBatch:
             ops.l2_step_(*images, *box, self._still[:n], steps=self._left[:n], step=step, faulty=faulty)
 
     def _settle(self, fell: Tensor, verdicts: Verdicts) -> Tensor:
-        """Record those that fell or stood to the end, and begin the next restarts. [count] bool: which rows leave."""
+        """Records rows that fell or stood to the end and begins the next restarts. [count] bool: which rows leave."""
         n, attack = self._count, self._attack
         number, restart, step = self._number[:n], self._restart[:n], self._step[:n]
         falls = fell != STOOD
@@ -219,7 +218,7 @@ class WorkingBatch:
         return leaving
 
     def _replace(self, leaving: Tensor, waiting: Waiting) -> None:
-        """Fill the rows that leave, and those beyond the prefix, with waiting samples; close the gaps that remain."""
+        """Fills the leaving rows, and those beyond the prefix, with waiting samples; closes the remaining gaps."""
         n = self._count
         free = torch.cat([leaving.nonzero().flatten(), torch.arange(n, len(self._x), device="cpu")])
         self._count -= int(leaving.sum())
@@ -284,10 +283,10 @@ def target_of(loss: OfAPGD, logits: Tensor) -> Tensor | None:
 
 
 def burst_length(steps: int, x: Tensor) -> int:
-    """The number of steps before the host reads which samples fell.
+    """Returns the number of steps before the host reads which samples were misclassified.
 
-    On the CPU one, where a read costs nothing. On a GPU the host would wait in each step, so up to eight: a broken row
-    stays, unmoved, for less than a burst. A restart's `steps + 1` iterates are shared out evenly.
+    One on the CPU, where a read costs nothing. Up to eight on a GPU, where the host would wait in each step: a
+    misclassified row stays, unmoved, for less than a burst. A restart's `steps + 1` iterates are divided evenly.
     """
     if x.is_cpu:
         return 1

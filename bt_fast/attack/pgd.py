@@ -48,8 +48,8 @@ class PGD:
             and functions too.
 
     Raises:
-        TypeError: an argument is not of its kind.
-        ValueError: a value is out of range or not known.
+        TypeError: an argument has a wrong type.
+        ValueError: a value is out of range or unknown.
     """
 
     epsilon: float
@@ -82,7 +82,7 @@ class PGD:
 
 
 def norm_of(distance: str) -> Norm:
-    """The norm of the authors' `distance`: "l_inf" or "l_2"."""
+    """Returns the norm for the authors' `distance`: "l_inf" or "l_2"."""
     return "linf" if distance == "l_inf" else "l2"
 
 

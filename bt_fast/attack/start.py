@@ -1,4 +1,4 @@
-"""Starting points of an attack: the clean image and a little noise, or anywhere in the ball."""
+"""Starting points of an attack: the clean image plus a little noise, or a point anywhere in the ball."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _SURFACE: dict[str, Literal["normal", "uniform"]] = {"l_inf": "uniform", "l_2": 
 
 
 def normal_noise(x: Tensor, generator: torch.Generator | None, *, on_cpu: bool = False) -> Tensor:
-    """The TRADES start's `0.001·N(0, 1)`, in the shape of `x`, drawn by a generator on its device.
+    """Returns the TRADES start's `0.001·N(0, 1)`, in the shape of `x`, drawn by a generator on its device.
 
-    With `on_cpu` it is drawn as the TRADES code does, in the default dtype from the CPU's default generator, so that a
-    seeded script repeats its own numbers.
+    With `on_cpu` it is drawn like in the TRADES code, in the default dtype from the CPU's default generator, so that a
+    seeded script repeats its numbers.
     """
     if on_cpu:
         return TRADES_NOISE * torch.randn(x.shape, device="cpu")
@@ -60,12 +60,12 @@ def surface_start(
 
 
 def random_state(x: Tensor, generator: torch.Generator | None) -> Tensor:
-    """A seed and an offset for `sorted_start`, drawn where the images are."""
+    """Returns a seed and an offset for `sorted_start`, drawn on the images' device."""
     return torch.randint(torch.iinfo(torch.int64).max, (2,), device=x.device, generator=generator)
 
 
 def state_of_seed(x: Tensor, generator: torch.Generator | None, offset: int = 0) -> Tensor:
-    """The seed that the generator (or the device's own) was given last, and an offset. Nothing is drawn."""
+    """Returns the generator's (or the device's) last seed, and an offset. Draws nothing."""
     if generator is not None:
         seed = generator.initial_seed()
     else:
@@ -85,10 +85,10 @@ def sorted_start(
     samples: Tensor | None = None,
     epsilon: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The batch in sorted order, and the starts of the attack on it, with the noise of a counter.
+    """Returns the batch in sorted order, and its starts of the attack with counter-based noise.
 
     The noise of a sample depends neither on the order nor on its neighbours in the batch. A sample without steps starts
-    at x, to the bit. Never waits for the device.
+    exactly at x. Never waits for the device.
 
     Args:
         x: [m, ...], order: [m], steps: [m], state: [2], samples: [m]; as `ops.gather_start`, which makes the noise.
@@ -124,7 +124,7 @@ def sorted_start(
 
 
 def uniform_start(x: Tensor, samples: Tensor, restart: int, threat: ThreatModel, seed: Tensor) -> Tensor:
-    """`ball_start` of x [n, ...] with the noise of a counter (`ops.gather_start`'s Philox), for evaluation.
+    """Returns `ball_start` of x [n, ...] with counter-based noise (`ops.gather_start`'s Philox), for evaluation.
 
     The noise depends on the seed (0-dim int64), the restart, the sample's number (`samples`, [n] int64 in 0..2^32-1)
     and the pixel alone.

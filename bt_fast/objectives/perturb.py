@@ -89,11 +89,11 @@ def perturb(
     generator: torch.Generator | None = None,
     return_details: bool = False,
 ) -> Tensor | Perturbed:
-    """x' of a minibatch, for a script with a loss of its own: `x_adv = perturb(model, x, y, attack, mining)`.
+    """Returns x' of a minibatch, for a script with its own loss: `x_adv = perturb(model, x, y, attack, mining)`.
 
-    The model runs in eval mode and comes back in the modes that it had; no parameter's gradient is touched. An attack
-    that names no inner loss and no start has TRADES': "kl" and "normal". With mining the script ends each minibatch
-    itself, by `mining.observe(adversarial_logits, y)`; where it does not, F_R stays as it is, and a warning says so.
+    The model runs in eval mode and its modes are restored; no parameter's gradient is touched. An attack that names no
+    inner loss and no start has TRADES': "kl" and "normal". With mining the script must end each minibatch itself, by
+    `mining.observe(adversarial_logits, y)`; otherwise F_R does not move, and a warning says so.
 
     Args:
         model, engine, indices, generator: as for an `AdversarialLoss` and its calls, with their errors.

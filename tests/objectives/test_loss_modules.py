@@ -1,4 +1,4 @@
-"""The losses as modules: the same numbers as the functions, and what a module adds to them."""
+"""The losses as modules give the functions' numbers; what modules add is tested here."""
 
 import copy
 import gc
@@ -113,7 +113,7 @@ def test_what_there_is_to_log_is_in_the_callers_order(kind):
 
 
 class Margin(AdversarialLoss):
-    """A loss of one's own."""
+    """A custom loss."""
 
     weight = 1.0
 
@@ -141,7 +141,7 @@ def test_without_an_objective_there_is_no_loss():
         AdversarialLoss(ATTACK)
 
 
-# It is a module
+# As an nn.Module
 
 
 def test_mining_is_a_part_of_it():
@@ -245,7 +245,7 @@ def test_starts_by_the_samples_numbers_do_not_depend_on_the_batch(kind):
     model, (x, y) = small_models.build("conv_bn"), small_models.batch(8)
     generator, indices = torch.Generator().manual_seed(3), torch.arange(100, 108)
     criterion = kind(ATTACK, engine="exact")
-    criterion(copy.deepcopy(model), x, y, indices, generator=generator)  # a copy, since batch norm moves
+    criterion(copy.deepcopy(model), x, y, indices, generator=generator)  # on a copy, since batch norm moves
     whole = criterion.last.x_adv
     criterion(copy.deepcopy(model), x[3:5], y[3:5], indices[3:5], generator=generator)
     torch.testing.assert_close(criterion.last.x_adv, whole[3:5], rtol=0, atol=1e-12)
@@ -292,7 +292,7 @@ def test_what_a_call_cannot_take_is_named(arguments, options, error, message):
         TRADESLoss(ATTACK)(small_models.build("conv_bn", dtype=torch.float32), *arguments, **options)
 
 
-# In words
+# Texts
 
 
 def test_it_explains_what_ran_and_what_did_not():
@@ -346,7 +346,7 @@ def test_under_graphs_it_is_the_eager_loss_in_any_order_and_says_what_it_capture
 
 
 def under_graphs(make, change, engine):
-    """Losses of six minibatches; before the fourth something of the loss is changed."""
+    """Returns losses of six minibatches; `change` changes the loss before the fourth."""
     model, result, criterion = small_models.build("conv_bn"), [], make(engine)
     for k in range(6):
         if k == 3:
@@ -360,7 +360,7 @@ def under_graphs(make, change, engine):
 
 
 class Keyed(Margin):
-    """One that says what its objective reads."""
+    """A loss that declares what its objective reads."""
 
     def objective(self, clean_logits, adversarial_logits, y):
         return super().objective(clean_logits, adversarial_logits, y)
@@ -502,7 +502,7 @@ def test_a_minibatch_that_is_not_observed_is_warned_of():
     mining.observe(model(x_adv), y)
     with pytest.raises(ValueError, match="must lie in"):
         TRADESLoss(ATTACK, mining=mining, engine="exact")(model, 2 * x, y)
-    with warnings.catch_warnings():  # what has failed was no minibatch
+    with warnings.catch_warnings():  # a failed call was no minibatch
         warnings.simplefilter("error")
         perturb(model, x, y, ATTACK, mining)
 
