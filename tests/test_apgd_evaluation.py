@@ -51,6 +51,20 @@ def fates(result):
     return list(zip(result.restart.tolist(), result.step.tolist(), strict=True))
 
 
+def away(z, rows):
+    """An inner loss of one's own."""
+    return (z - rows.clean_outputs).square().sum(dim=1) * (1 + rows.labels) - z[:, 0]
+
+
+def reference_loss(inner, clean):
+    """That of one sample with these clean logits, as the reference takes it."""
+    if inner is away:
+        return lambda z, y, goal=None: (z - clean).square().sum() * (1 + y) - z[0]
+    if inner == "lse":
+        return lambda z, y, goal=None: (z.softmax(dim=0) - clean.softmax(dim=0)).square().sum()
+    return reference_apgd.kl_from(clean) if inner == "kl" else reference_apgd.LOSSES[inner]
+
+
 def plainly(model, x, y, norm, epsilon, steps, losses, noise, seed, rho=0.75):
     """Restart and step in which each sample falls, one sample after another."""
     result, clean = [], model(x).detach()
@@ -64,7 +78,7 @@ def plainly(model, x, y, norm, epsilon, steps, losses, noise, seed, rho=0.75):
             start = numbered_start(one, noise, torch.tensor([i]), r, ThreatModel(epsilon, NORMS[norm]), seed)
             goal = goals[targeted % len(goals)]
             targeted += inner == "dlr_targeted"
-            loss = reference_apgd.LOSSES[inner]
+            loss = reference_loss(inner, clean[i])
             run = reference_apgd.apgd(model, one, label, start, epsilon, steps, norm, loss, rho=rho, goal=goal)
             fell = [t for t, z in enumerate(run.iterates) if int(model(z).argmax()) != label]
             if fell:
@@ -99,6 +113,39 @@ def test_each_sample_fares_as_in_the_plain_attack(m, size, steps, restarts, norm
     assert fates(result) == plainly(model, x, y, norm, epsilon, steps, [inner] * restarts, noise, seed_of(seed))
     assert result.total == m
     assert result.robust_correct == sum(r == STOOD for r, _ in fates(result))
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("inner", ["kl", "lse", away])
+@pytest.mark.parametrize("burst", [1, 3])
+def test_what_an_inner_loss_compares_with_goes_along_with_each_sample(norm, inner, burst):
+    model, x, y = classifier(24)
+    expected = plainly(model, x, y, norm, RADII[norm], 7, [inner] * 2, "surface", seed_of(3))
+    for attack, options in (
+        (APGD(RADII[norm], 7, norm, inner=inner), {}),
+        (APGD(RADII[norm], 7, norm), {"loss": inner}),
+    ):
+        with mock.patch.object(early_exit, "burst_length", return_value=burst):
+            result = evaluate(model, in_batches(x, y, 5), attack, restarts=2, generator=generator(), **options)
+        assert fates(result) == expected
+        assert result.attacks == ("apgd" if inner is away else f"apgd-{inner}",)
+    assert len(set(expected)) >= 3
+
+
+@pytest.mark.parametrize(
+    ("attack", "options", "names"),
+    [
+        (APGD(0.0, 5, inner="dlr_targeted"), {"restarts": 3}, ("apgd-t",)),
+        (APGD(0.0, 5), {"loss": away}, ("apgd",)),
+        (ThreatModel(0.0), {"attacks": "standard"}, ("apgd-ce", "apgd-t", "fab-t", "square")),
+    ],
+)
+def test_at_a_radius_of_0_every_sample_that_is_right_stands(attack, options, names):
+    model, x, y = classifier(20)
+    with mock.patch.object(early_exit.WorkingBatch, "run", side_effect=AssertionError("a step")):
+        result = evaluate(model, in_batches(x, y, 8), attack, **options)
+    assert fates(result) == [(0, 0) if i % 5 == 0 else (STOOD, STOOD) for i in range(20)]
+    assert result.attacks == names
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -196,6 +243,8 @@ def test_pgd_takes_its_own_inner_loss_and_start():
     dlr = evaluate(model, [(x, y)], PGD(*size, inner="dlr", start="clean"))
     assert dlr.robust_correct < dlr.clean_correct
     assert not ((dlr.step == 0) & (dlr.restart == 1)).any()
+    cross_entropy = evaluate(model, [(x, y)], PGD(*size, start="clean"), loss="ce")
+    assert not ((cross_entropy.step == 0) & (cross_entropy.restart == 1)).any()
     kept = evaluate(model, [(x, y)], PGD(*size, keep="best"), generator=generator())
     assert fates(kept) == fates(evaluate(model, [(x, y)], PGD(*size), generator=generator()))
 
