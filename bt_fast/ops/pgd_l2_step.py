@@ -196,7 +196,7 @@ def _check(s: L2Step) -> None:
 
 pgd_l2_step_ = define_op(
     "pgd_l2_step_(Tensor(a0!) x_adv, Tensor grad, Tensor clean, Tensor step_size, float epsilon, float lower, "
-    "float upper, Tensor stand_in, Tensor? steps, Tensor? step, Tensor(a10!)? faulty, Tensor? epsilons=None) -> ()",
+    "float upper, Tensor stand_in, Tensor? steps, Tensor? step, Tensor(a10!)? faulty, Tensor? epsilons) -> ()",
     check=lambda *given: _check(L2Step(*given)),
     run=lambda *given: (launch_l2 if kernel_takes(given[0]) else l2_reference)(*given),
 )

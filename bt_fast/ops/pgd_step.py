@@ -207,7 +207,7 @@ def check_step(s: Step | L2Step) -> None:
 
 pgd_linf_step_ = define_op(
     "pgd_linf_step_(Tensor(a0!) x_adv, Tensor grad, Tensor clean, Tensor step_size, float epsilon, float lower, "
-    "float upper, Tensor? steps, Tensor? step, Tensor(a9!)? faulty, Tensor? epsilons=None) -> ()",
+    "float upper, Tensor? steps, Tensor? step, Tensor(a9!)? faulty, Tensor? epsilons) -> ()",
     check=lambda *given: check_step(Step(*given)),
     run=lambda *given: (launch_linf if kernel_takes(given[0]) else linf_reference)(*given),
 )

@@ -111,7 +111,7 @@ BAD = {
     "perturb_steps": ({"perturb_steps": 3}, TypeError, "perturb_steps is no option of fast_loss.*steps"),
     "no step": ({"steps": 0}, ValueError, "steps must be at least 1, got 0"),
     "half a step": ({"steps": 1.5}, TypeError, "steps must be an integer, got 1.5"),
-    "epsilon": ({"epsilon": 0.0}, ValueError, "epsilon.*greater than 0.*0.0"),
+    "epsilon": ({"epsilon": -0.1}, ValueError, "epsilon.*at least 0.*-0.1"),
     "epsilon NaN": ({"epsilon": math.nan}, ValueError, "epsilon.*nan"),
     "step size": ({"step_size": -0.1}, ValueError, "step_size.*greater than 0.*-0.1"),
     "step size that l_2 ignores": (

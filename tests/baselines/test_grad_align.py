@@ -184,7 +184,7 @@ def test_autocast():
 
 
 BAD = {
-    "epsilon": ({"epsilon": 0.0}, ValueError, "epsilon.*greater than 0.*0.0"),
+    "epsilon": ({"epsilon": -0.1}, ValueError, "epsilon.*at least 0.*-0.1"),
     "epsilon NaN": ({"epsilon": math.nan}, ValueError, "epsilon.*nan"),
     "epsilon in words": ({"epsilon": "x"}, TypeError, "epsilon must be a number"),
     "generator": ({"generator": 5}, TypeError, "generator must be a torch.Generator"),

@@ -405,7 +405,7 @@ BAD = {
     "objective": (of(objective="free"), ValueError, "objective must be one of 'pgd', 'trades', 'mart', got 'free'"),
     "beta without a robust term": (of(beta=1.0), ValueError, "beta is an option of 'trades' and 'mart'"),
     "beta": (of(objective="trades", beta=-1.0), ValueError, "beta.*at least 0, got -1.0"),
-    "epsilon": (of(epsilon=0.0), ValueError, "epsilon.*greater than 0.*0.0"),
+    "epsilon": (of(epsilon=-0.1), ValueError, "epsilon.*at least 0.*-0.1"),
     "step size": (of(step_size=math.nan), ValueError, "step_size.*nan"),
     "generator": (of(generator=5), TypeError, "generator must be a torch.Generator"),
     "optimizer": (of(optimizer="sgd"), TypeError, "optimizer must be an optimizer or None, got str"),
