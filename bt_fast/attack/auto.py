@@ -26,7 +26,7 @@ WARM, ROUNDS = 3, 5  # a graph is captured when its size comes again, and replay
 
 
 class AutoRunner:
-    """Times the candidates on the first minibatch of each configuration (model, images, threat) and keeps the fastest.
+    """Times the candidates on the first minibatch of each configuration (model, images, norm) and keeps the fastest.
 
     The measurement waits for the device, attacks copies, draws from a separate generator, and interleaves the
     candidates. Without graphs (on the CPU) there is nothing to choose: it runs eagerly.
@@ -68,7 +68,8 @@ class AutoRunner:
         """Queues the attack like the chosen runner; the returned function makes the caller's stream wait for it."""
         x = batch.x_adv
         inner = batch.inner if isinstance(batch.inner, str) else None
-        configuration = (x.shape[1:], batch.target.shape[1], x.dtype, x.device, threat, inner, caller_autocast(x))
+        attacked = threat.norm, threat.lower, threat.upper, inner  # not ε, which a schedule may change each time
+        configuration = (x.shape[1:], batch.target.shape[1], x.dtype, x.device, attacked, caller_autocast(x))
         chosen = self._chosen.setdefault(model, {})
         if configuration not in chosen:
             chosen[configuration] = self._choose(model, batch, threat)

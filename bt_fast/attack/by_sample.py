@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -166,9 +165,11 @@ class SizedRead(CheckedRead):
         self._threat, self._pixels = threat, x[0].numel()
         self._warns = own.epsilon is not None or own.step_size is not None
         epsilon, size = filled(own.epsilon, threat.epsilon, x), filled(own.step_size, step_size, x)
-        longest = torch.where(epsilon > 0, size - 2 * epsilon, -math.inf)
-        rows = torch.stack([epsilon.argmax(), longest.argmax()])
-        numbers = [torch.stack([epsilon[rows], size[rows]]).flatten().view(torch.int64)]  # the bits of float64
+        # where ε differ, a step may well cross the smaller balls: a mistake of units is one that crosses all of them
+        crossing = torch.where((epsilon > 0) & (size > 2 * epsilon.max()), size, 0.0)
+        rows = torch.stack([epsilon.argmax(), crossing.argmax()])
+        sizes = torch.stack([size, crossing]).gather(1, rows[:, None])[:, 0]
+        numbers = [torch.cat([epsilon[rows], sizes]).view(torch.int64)]  # the bits of float64
         numbers += [] if counts is None else [counts]
         super().__init__(torch.cat([*numbers, *([faults.counts_of(wrong)] if wrong else [])]), wrong)
 

@@ -29,6 +29,8 @@ from bt_fast.ops.launch import dense_format
 from bt_fast.ranges import ATTACK_STEP, range_
 from bt_fast.validation import step_count
 
+MOST_SESSIONS = 4  # of one model, with a pool of memory each: an ε that follows a schedule makes a new one each time
+
 
 class GraphRunner:
     """Runs schedules from graphs, captured when a prefix's size comes for the second time.
@@ -42,7 +44,8 @@ class GraphRunner:
 
     Args:
         bucket: prefixes are rounded up to a multiple of it.
-        most_graphs: for each model; beyond it, the least recently used are dropped.
+        most_graphs: for each model; beyond it, the least recently used are dropped, as are those of more than four
+            forms of attack (image sizes, ε, inner losses).
 
     Raises:
         TypeError or ValueError: a count is not an integer of at least 1.
@@ -129,7 +132,9 @@ class GraphRunner:
         session = graphs.use(key)
         if session is None or session.capacity < capacity:
             session = sessions[key] = _Session(model, batch, threat, self._bucket, self._most, capacity)
-        while len(sessions) > 1 and sum(len(s.graphs) for s in sessions.values()) > self._most:
+        while len(sessions) > MOST_SESSIONS or (
+            len(sessions) > 1 and sum(len(s.graphs) for s in sessions.values()) > self._most
+        ):
             sessions.popitem(last=False)
         return session
 

@@ -64,7 +64,8 @@ def test_each_configuration_is_tried_once(candidates):
     for _ in range(2):
         attack(runner, model)
         attack(runner, model, n=3)  # a smaller last batch is not a new configuration
-        attack(runner, model, threat=ThreatModel(0.2))
+        attack(runner, model, threat=ThreatModel(0.2))  # nor is another ε, which a schedule may bring each time
+        attack(runner, model, threat=ThreatModel(0.1, "l_2"))
     attack(runner, small_models.conv_bn().double().eval())
     assert len(runner.reasons) == 3
 

@@ -145,6 +145,23 @@ def test_one_model_has_graphs_for_each_inner_loss_and_keeps_them_apart():
     assert same(result, expected)
 
 
+@pytest.mark.parametrize("counts", [COUNTS, [(1, 1, 1)]], ids=["many steps", "one step, not captured"])
+def test_a_schedule_of_epsilon_keeps_the_buffers_of_a_few(counts):
+    def trained(runner):
+        training, result = Training(mlp, counts), []
+        for k in range(8):
+            training.threat = ThreatModel(0.01 * (k + 1))
+            result += training.run(runner)
+            if runner is not run_eager:
+                (graphs,) = runner._graphs.values()
+                assert len(graphs.captured) == min(k + 1, 4)
+        return result
+
+    expected = trained(run_eager)
+    with EmulatedDevice():
+        assert same(trained(GraphRunner()), expected)
+
+
 @pytest.mark.parametrize("runner", [GraphRunner, StreamRunner, AutoRunner])
 def test_an_inner_loss_of_ones_own_runs_eagerly_and_says_so(runner):
     def inner(z, rows):
