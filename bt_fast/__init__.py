@@ -25,6 +25,7 @@ from bt_fast.faults import NonFiniteError
 from bt_fast.guard import Guard, Skipped
 from bt_fast.mining import BulletTrain
 from bt_fast.objectives.augmix import AugMixLoss, augmix_loss
+from bt_fast.objectives.extra_term import UpdateBatch
 from bt_fast.objectives.loss import AdversarialLoss
 from bt_fast.objectives.mart import MARTLoss, mart_loss
 from bt_fast.objectives.perturb import perturb
@@ -73,6 +74,7 @@ __all__ = [
     "TRADESLoss",
     "ThreatModel",
     "Update",
+    "UpdateBatch",
     "augmix_loss",
     "evaluate",
     "generate",

@@ -93,7 +93,7 @@ class Evidence:
         of_logits: the result of `ops.signed_variance`. certainty: [m], the result of the metric.
         fraction: 0-dim float64, F_R.
         earlier: faults of earlier updates. current: faults of this minibatch, but for unfit rows.
-        names: of the logits and the labels in messages.
+        names: of the logits and the labels in messages. soft: the labels were distributions.
         attacked_correct: [m] bool, whether attacked samples are classified correctly, for an Oracle.
         of_attack: the faults of the Oracle's attack, raised last.
     """
@@ -105,13 +105,14 @@ class Evidence:
     earlier: Sequence[Fault]
     current: Sequence[Fault]
     names: tuple[str, str]
+    soft: bool = False
     attacked_correct: Tensor | None = None
     of_attack: Sequence[Fault] = ()
 
     def unfit_faults(self, counts: Tensor) -> Sequence[Fault]:
         """The faults of unfit rows, from their counts [2]."""
         signs = self.of_logits
-        return faults.unfit_faults(signs.unfit, counts, signs.probabilities.shape[1], self.names)
+        return faults.unfit_faults(signs.unfit, counts, signs.probabilities.shape[1], self.names, self.soft)
 
     def with_attacked(self, logits: Tensor, labels: Tensor, of_attack: Sequence[Fault]) -> Evidence:
         """The same with the logits [m, K] of attacked samples, and the faults of their attack."""

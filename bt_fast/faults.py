@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bt_fast.device import HostRead
+from bt_fast.labels import class_of, is_soft
 from bt_fast.ops.rows import has_softmax
 
 MAX_LISTED = 8  # samples in a message
@@ -114,10 +115,10 @@ def _of_pixels(x: Tensor, lower: float, upper: float) -> str:
 
 
 def labels_outside(labels: Tensor, classes: int, name: str) -> Fault:
-    """The number of `labels` (integers [m]) outside 0..classes-1."""
-    labels = labels.long()  # a narrow type cannot be compared with more classes than it counts
-    outside = (labels < 0) | (labels >= classes)
-    return Fault(outside.sum(), _outside_message(len(labels), classes, name))
+    """The number of `labels` outside 0..classes-1, or, where they are [m, K], of those that are no distribution."""
+    numbers = class_of(labels)  # int64: a narrow type cannot be compared with more classes than it counts
+    outside = (numbers < 0) | (numbers >= classes)
+    return Fault(outside.sum(), _outside_message(len(labels), classes, name, is_soft(labels)))
 
 
 def rows_without_number(logits: Tensor, name: str, order: Tensor | None = None) -> Fault:
@@ -148,12 +149,17 @@ def marked(unfit: Tensor, order: Tensor | None = None) -> Tensor:
     return places if order is None else order[places.to(order.device)].unique()
 
 
-def unfit_faults(unfit: Tensor, counts: Tensor, classes: int, names: tuple[str, str]) -> tuple[Fault, Fault]:
-    """The faults in `unfit` [m] uint8 of `ops.signed_variance`, of these two counts; `names` of logits and labels."""
+def unfit_faults(
+    unfit: Tensor, counts: Tensor, classes: int, names: tuple[str, str], soft: bool = False
+) -> tuple[Fault, Fault]:
+    """The faults in `unfit` [m] uint8 of `ops.signed_variance`, of these two counts; `names` of logits and labels.
+
+    `soft`: the labels were distributions.
+    """
     m = len(unfit)
     return (
         Fault(counts[0], _without_number_message(m, names[0]), lambda: marked(unfit & 1)),
-        Fault(counts[1], _outside_message(m, classes, names[1])),
+        Fault(counts[1], _outside_message(m, classes, names[1], soft)),
     )
 
 
@@ -170,7 +176,12 @@ def unreported(updates: Tensor, gradients: Tensor, faulty: Tensor, order: Tensor
     ]
 
 
-def _outside_message(m: int, classes: int, name: str) -> str:
+def _outside_message(m: int, classes: int, name: str, soft: bool) -> str:
+    if soft:
+        return (
+            f"{name} must hold distributions, rows of at least 0 with the sum 1, but {{count}} of {m} are not: "
+            f"write {name} / {name}.sum(dim=1, keepdim=True), or {name}.softmax(dim=1) of logits"
+        )
     return (
         f"{name} must lie in 0..{classes - 1}, but {{count}} of {m} do not: let them begin at 0, and the model have a "
         "logit for each class"

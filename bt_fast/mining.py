@@ -16,11 +16,12 @@ from bt_fast.allocation import METRICS, POLICIES, Metric, Oracle, Policy
 from bt_fast.deciding import Evidence, Rule
 from bt_fast.deprecated import renamed
 from bt_fast.faults import CheckedRead, Fault
+from bt_fast.labels import check_logits_and_labels, class_of, is_soft
 from bt_fast.minibatch import LastMinibatch
 from bt_fast.plan import MinedPlan
 from bt_fast.ranks import Ranks, Sharing
 from bt_fast.speedup import Fractions, theoretical_speedup_augmix
-from bt_fast.validation import check_choice, check_logits_and_labels, check_process_group, positive, real, step_count
+from bt_fast.validation import check_choice, check_process_group, positive, real, step_count
 from bt_fast.warning import warn_deprecated
 
 
@@ -239,7 +240,7 @@ class BulletTrain(nn.Module):
 
         Args:
             logits: [m, K] floating point, K ≥ 2, of the clean samples in the attack's (eval) mode. m may be 0.
-            labels: [m] integers in 0..K-1, on the logits' device.
+            labels: [m] integers in 0..K-1, or [m, K] distributions, whose largest part counts; on the logits' device.
             epsilon: ε > 0, in pixel units; gives `1.7·ε/N` for robust samples and outliers.
             step_size: α_B > 0 in pixel units, of boundary samples, or of those with N_B steps; `1.7·ε/N_B` if None.
             attacked_logits: [m, K] floating point, of attacked samples, for an `Oracle` only. (The losses make them.)
@@ -268,7 +269,7 @@ class BulletTrain(nn.Module):
             inputs: further faults to be raised with the counts. of_attack: those of the oracle's attack, raised last.
             state: [2] int64, a random state: the ranks of the process group take rank 0's.
         """
-        logits, labels = self._checked(logits, labels)
+        soft, (logits, labels) = is_soft(labels), self._checked(logits, labels)
         deciding.check_attacked(self.policy, logits, attacked_logits)
         epsilon = positive("epsilon", epsilon)
         step_size = None if step_size is None else positive("step_size", step_size)
@@ -279,7 +280,7 @@ class BulletTrain(nn.Module):
         of_logits = ops.signed_variance(logits, labels)
         certainty, current = rule.certainty_of(logits, labels, of_logits)
         fraction, earlier = self._deciding_fraction(), self._earlier_faults()
-        evidence = Evidence(rule, of_logits, certainty, fraction, earlier, [*inputs, *current], names)
+        evidence = Evidence(rule, of_logits, certainty, fraction, earlier, [*inputs, *current], names, soft)
         if attacked_logits is not None:
             evidence = evidence.with_attacked(attacked_logits.detach(), labels, of_attack)
         plan = deciding.decide(evidence, self.ranks, state)
@@ -319,13 +320,12 @@ class BulletTrain(nn.Module):
 
         Args:
             adversarial_logits: [m, K] floating point, m ≥ 1, of all m adversarial samples.
-            labels: [m] integers in 0..K-1.
-            order: [m] int64, which sample of the minibatch each row is, for an error that names samples.
+            labels: as for `plan`. order: [m] int64, which sample of the minibatch each row is, for names in errors.
             faulty: [m] int32 in the same order, as `generate` fills it: samples that could not move in the attack,
                 since their gradient held NaN. On a GPU and with ranks they raise with the next plan's read.
         """
-        logits, labels = self._checked(adversarial_logits, labels)
-        if len(labels) == 0:
+        logits, classes = self._checked(adversarial_logits, labels)
+        if len(classes) == 0:
             raise ValueError("adversarial_logits must have at least 1 row, got 0: leave empty minibatches out")
         attacked, self._last.attacked = self._last.attacked, None
         if faulty is not None:
@@ -333,7 +333,7 @@ class BulletTrain(nn.Module):
         elif attacked is not None:
             faulty, self._last_attack = attacked[0], attacked
         if self.ranks is not None:
-            self._observe_together(self.ranks, logits, labels, faulty)
+            self._observe_together(self.ranks, logits, classes, faulty)
             return
         if not logits.is_cuda:
             outside = faults.labels_outside(labels, logits.shape[1], "labels")
@@ -343,9 +343,9 @@ class BulletTrain(nn.Module):
         if self._counts_now:
             self._begin_move()
             state = (self.robust_fraction, self.unreported_faults)
-            ops.update_fraction_(*state, logits, labels, self.gamma, self.momentum)
+            ops.update_fraction_(*state, logits, classes, self.gamma, self.momentum)
         elif logits.is_cuda:
-            self.unreported_faults += ops.adversarial_hits(logits, labels)[1] > 0
+            self.unreported_faults += ops.adversarial_hits(logits, classes)[1] > 0
 
     def _observe_together(self, ranks: Ranks, logits: Tensor, labels: Tensor, faulty: Tensor | None) -> None:
         self.finish()
@@ -436,14 +436,14 @@ class BulletTrain(nn.Module):
         return self.outlier_steps, self.boundary_steps, self.robust_steps
 
     def _checked(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Both as `plan` takes them; TypeError or ValueError unless they fit each other and the module's device."""
+        """Logits and [m] int64 labels; TypeError or ValueError unless they fit each other and the module's device."""
         check_logits_and_labels(logits, labels)
         if self.robust_fraction.device != logits.device:
             raise ValueError(
                 f"BulletTrain is on {self.robust_fraction.device}, the logits are on {logits.device}: "
                 f"move it with .to({str(logits.device)!r})"
             )
-        return logits.detach(), labels.long()
+        return logits.detach(), class_of(labels)
 
 
 if not TYPE_CHECKING:  # a checker is to know the new names only

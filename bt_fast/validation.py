@@ -37,19 +37,6 @@ def check_device(name: str, values: Tensor, device: torch.device, like: str, ver
         )
 
 
-def check_logits_and_labels(logits: Tensor, labels: Tensor) -> None:
-    """Raise TypeError or ValueError unless logits are floating point [m, K], K ≥ 2, and labels integers [m]."""
-    if not isinstance(logits, Tensor):
-        raise TypeError(f"logits must be a tensor, got {type(logits).__name__}: write torch.as_tensor(logits)")
-    check_floating("logits", logits, "write logits.float()")
-    if logits.dim() != 2 or logits.shape[1] < 2:
-        raise ValueError(
-            f"logits must have shape [m, K] with K >= 2 classes, got {list(logits.shape)}: "
-            "give a row for each sample and a column for each class"
-        )
-    check_labels(labels, len(logits), logits.device)
-
-
 def check_pixels(x: Tensor, name: str) -> None:
     """Raise TypeError that names `name` unless x is a tensor of floating-point images."""
     if not isinstance(x, Tensor):

@@ -85,6 +85,19 @@ def perturbed(mining=None, attack=ATTACK, **options):
     return run
 
 
+def softly(call):
+    """With distributions as labels, which stay as they are, too."""
+
+    def run(model, x, y):
+        labels = 0.75 * nn.functional.one_hot(y, CLASSES).to(x.dtype) + 0.25 / CLASSES
+        given = labels.clone()
+        result = call(model, x, labels)
+        assert torch.equal(labels, given)
+        return result
+
+    return run
+
+
 def augmix(bullet=None, **options):
     return lambda model, x, y: augmix_loss(model, x, y, bullet=copy.deepcopy(bullet), generator=seeded(), **options)
 
@@ -163,6 +176,11 @@ def watched(model, x, y):
     return torch.tensor(len(monitor.labels))
 
 
+def divergence_from_x(given):
+    """A further term of a loss."""
+    return (given.adversarial_logits * (given.x_adv - given.x).mean()).sum()
+
+
 LOSSES = (TRADESLoss, MARTLoss, PGDLoss)
 THREE, ONE, PIXELS = BulletTrain(STEPS, 1, 0), BulletTrain(1, 0, 0), Normalization((0.0,), (1.0,))
 CALLS = {
@@ -180,6 +198,16 @@ CALLS = {
     **{f"{kind.__name__}, mining": criterion(kind, THREE) for kind in LOSSES},
     "TRADESLoss, bf16": criterion(TRADESLoss, THREE, engine="bf16"),
     "TRADESLoss, normalised": criterion(TRADESLoss, attack=PGD(0.1, 0.05, STEPS, normalization=PIXELS)),
+    **{f"{kind.__name__}, soft labels": softly(criterion(kind, THREE)) for kind in LOSSES},
+    **{
+        f"{kind.__name__}, details": criterion(
+            kind, THREE, label_smoothing=0.1, smoothing="others", extra=divergence_from_x
+        )
+        for kind in LOSSES
+    },
+    "TRADESLoss, one move": criterion(TRADESLoss, THREE, clean_updates=1),
+    "perturb, soft labels": softly(perturbed(THREE)),
+    "augmix_loss, soft labels": softly(augmix(ONE)),
     "perturb": perturbed(),
     "perturb, mining": perturbed(THREE, engine="fast"),
     "perturb, normalised": perturbed(attack=PGD(0.1, 0.05, STEPS, normalization=PIXELS)),

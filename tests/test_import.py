@@ -50,7 +50,7 @@ def imported():
 def test_import_takes_nothing_that_it_does_not_need(imported):
     new = {name.split(".")[0] for name in imported["new"]}
     assert not new & {"triton", "click", "rich", "matplotlib", "jinja2", "pynvml"}
-    assert not [name for name in imported["new"] if name.startswith(("bt_fast.lab", "bt_fast.kernels"))]
+    assert not [name for name in imported["new"] if f"{name}.".startswith(("bt_fast.lab.", "bt_fast.kernels."))]
 
 
 def test_import_changes_nothing(imported):
@@ -84,6 +84,7 @@ LAYERS = [
     [
         "bt_fast.ops",
         "bt_fast.faults",
+        "bt_fast.labels",
         "bt_fast.validation",
         "bt_fast.engine",
         "bt_fast.speedup",
@@ -133,8 +134,8 @@ def test_imports_go_one_way(path, module):
     ours = [name for name in imports_of(path, module) if name.split(".")[0] in ("bt_fast", "kernels")]
     if module.startswith("bt_fast.kernels"):
         assert set(ours) <= {"bt_fast.kernels.shared"}
-    if not module.startswith(("bt_fast.lab", "bt_fast.__main__")):
-        assert not [name for name in ours if name.startswith("bt_fast.lab")]
+    if not f"{module}.".startswith(("bt_fast.lab.", "bt_fast.__main__.")):
+        assert not [name for name in ours if f"{name}.".startswith("bt_fast.lab.")]
     above = [name for name in ours if name != "bt_fast" and layer(name) > layer(module)]
     assert not above, f"{module} imports {above}"
     if layer(module) < layer("bt_fast"):

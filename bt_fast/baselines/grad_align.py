@@ -15,7 +15,7 @@ from bt_fast.baselines.values import SCALE, check_values
 from bt_fast.objectives import adversarial
 from bt_fast.objectives.recomputed import update_modes
 from bt_fast.units import warn_of_units
-from bt_fast.validation import check_generator
+from bt_fast.validation import check_generator, check_labels
 
 
 def grad_align(
@@ -51,6 +51,7 @@ def grad_align(
     """
     epsilon = ThreatModel(epsilon).epsilon
     adversarial.check_batch(x_natural, y, "x_natural")
+    check_labels(y, len(x_natural), x_natural.device, "y")
     check_generator(generator, x_natural.device)
     warn_of_units(epsilon)
     labels = y.long()

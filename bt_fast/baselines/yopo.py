@@ -50,7 +50,7 @@ from bt_fast.objectives import adversarial
 from bt_fast.objectives.recomputed import update_modes
 from bt_fast.ranges import ATTACK_STEP, UPDATE, range_
 from bt_fast.units import warn_of_units
-from bt_fast.validation import check_choice, check_generator, check_model, positive, step_count, weight
+from bt_fast.validation import check_choice, check_generator, check_labels, check_model, positive, step_count, weight
 
 YopoObjective = Literal["pgd", "trades", "mart"]
 
@@ -96,6 +96,7 @@ def yopo_loss(
     """
     threat = ThreatModel(epsilon)
     adversarial.check_batch(x_natural, y, "x_natural")
+    check_labels(y, len(x_natural), x_natural.device, "y")
     step_size = positive("step_size", step_size)
     adversarial.check_optimizer(optimizer)
     check_generator(generator, x_natural.device)

@@ -30,6 +30,7 @@ from bt_fast.attack.wrapped import unwrapped
 from bt_fast.deciding import STEP_FACTOR
 from bt_fast.engine import Engine
 from bt_fast.faults import CheckedRead, Fault
+from bt_fast.labels import check_classes, check_either, check_without_gradient, for_loss, target_of
 from bt_fast.mining import BulletTrain
 from bt_fast.objectives.execution import Execution
 from bt_fast.objectives.forwards import Forwards
@@ -112,7 +113,7 @@ class Attack:
     """An attack whose steps are queued. Rows are in the plan's sorted order."""
 
     x: Tensor  # [m, ...], clean
-    y: Tensor  # [m] int64
+    y: Tensor  # [m] int64, or [m, K] distributions
     started: StartedAttack
     threat: ThreatModel
     moving: int  # the number of samples with steps
@@ -188,14 +189,16 @@ def _start_uniform(model: nn.Module, x: Tensor, y: Tensor, a: Adversary, pixels:
             target = _probabilities(logits)
         else:  # two rows of the model itself tell the number of classes: a view would be compiled anew for them
             logits, name = clean_logits(model, x[:2]), "the model's logits of the first two samples"
-            target = _one_hot(y, ops.wide(logits))
+            target = target_of(y, ops.wide(logits))
+        check_classes("y", y, logits.shape[1])
         labels = faults.labels_outside(y, logits.shape[1], "y")
         inputs = faults.read([pixels, labels, faults.rows_without_number(logits, name)])
         plan = Plan.uniform(len(x), a.steps, a.step_size, x.device)
         batch = AttackBatch.of(plan, begin, x, target)
         started = a.queue(view, batch)
     clean = logits if a.inner == "kl" else None
-    return Attack(x, y.long(), started, a.threat, len(x), independent(view), inputs, batch.faulty, plan, clean)
+    y = for_loss(y, ops.wide(logits).dtype)
+    return Attack(x, y, started, a.threat, len(x), independent(view), inputs, batch.faulty, plan, clean)
 
 
 def _uniform_start(x: Tensor, a: Adversary) -> Tensor:
@@ -216,6 +219,7 @@ def _start_ragged(model: nn.Module, x: Tensor, y: Tensor, a: Adversary, bullet: 
     with attack_model(model, a.call.execution.view, x[:COMPARED]) as view:
         with range_(MINING):  # to the end of the wait for the counts
             logits = clean_logits(view, x)
+            check_classes("y", y, logits.shape[1])
             warn_of_neighbours(model, x, a.threat, "leave BulletTrain out")
             state = a.random_state(x)
             attacked, of_attack = None, []
@@ -238,8 +242,8 @@ def _start_ragged(model: nn.Module, x: Tensor, y: Tensor, a: Adversary, bullet: 
                 state, first = plan.ranks.state, plan.ranks.first
                 numbers = torch.arange(len(x), device=x.device) + first if numbers is None else numbers
             clean, begin = sorted_start(x, plan.order, plan.steps, state, a.noise, a.threat, numbers)
-            labels = plan.sort(y).long()
-            target = plan.sort(plan.probabilities) if a.inner == "kl" else _one_hot(labels, plan.probabilities)
+            labels = for_loss(plan.sort(y), plan.probabilities.dtype)
+            target = plan.sort(plan.probabilities) if a.inner == "kl" else target_of(labels, plan.probabilities)
             batch = AttackBatch.of(plan, begin, clean, target)
         group, call = bullet.process_group, a.call
         if call.balance is None or group is None:
@@ -264,7 +268,7 @@ def _attacked_logits(
     state = a.random_state(x, offset=2)  # offsets 0 and 1 are those of the training start
     clean, begin = sorted_start(x, None, None, state, a.noise, a.threat, a.numbers)
     probabilities = _probabilities(logits)
-    target = probabilities if a.inner == "kl" else _one_hot(y, probabilities)
+    target = probabilities if a.inner == "kl" else target_of(y, probabilities)
     plan = Plan.uniform(len(x), steps, STEP_FACTOR * a.threat.epsilon / steps, x.device)
     batch = AttackBatch.of(plan, begin, clean, target)
     attack = a.queue(view, batch)
@@ -277,32 +281,30 @@ def _probabilities(logits: Tensor) -> Tensor:
     return logits.double().softmax(dim=1).to(ops.wide(logits).dtype)
 
 
-def _one_hot(y: Tensor, like: Tensor) -> Tensor:
-    """[m, K] with the columns and dtype of `like`; a label out of range, an error later, has a row without a 1."""
-    return (torch.arange(like.shape[1], device=y.device) == y.long()[:, None]).to(like.dtype)
-
-
 def _reused(kept: object, x: Tensor, y: Tensor, threat: ThreatModel, bullet: BulletTrain) -> Attack:
     """The attack of the first pass over this minibatch, which has ended; its read checks that the minibatch is this."""
     if not isinstance(kept, Attack) or kept.threat != threat:
         made = f"with {kept.threat}" if isinstance(kept, Attack) else "by augmix_loss"
         raise ValueError(f"again(reuse=True) has the x' made {made}, but this loss attacks with {threat}: {NEW_ONES}")
-    return replace(kept, inputs=bullet.start_again([other_samples(kept.x, kept.y, x, y.long(), kept.plan)]))
+    return replace(kept, inputs=bullet.start_again([other_samples(kept.x, kept.y, x, y, kept.plan)]))
 
 
 def other_samples(kept_x: Tensor, kept_y: Tensor, x: Tensor, y: Tensor, plan: Plan | None = None) -> Fault:
     """The number of samples that are not those of the first pass, which is in the order of `plan`, if given.
 
     Raises:
-        ValueError: the images are of another shape, dtype or device.
+        ValueError: the images are of another shape, dtype or device, or the labels of another shape.
     """
     needs = "again(reuse=True) needs the images and labels of the last call outside of its block"
     instead = f"call the loss on these once before, or {NEW_ONES}"
     if (kept_x.shape, kept_x.dtype, kept_x.device) != (x.shape, x.dtype, x.device):
         first, now = (f"{list(t.shape)} {t.dtype} on {t.device}" for t in (kept_x, x))
         raise ValueError(f"{needs}, {first}, got {now}: {instead}")
+    if kept_y.shape != y.shape:
+        raise ValueError(f"{needs}, y of shape {list(kept_y.shape)}, got {list(y.shape)}: {instead}")
     x, y = (x, y) if plan is None else (plan.sort(x), plan.sort(y))
-    differs = (kept_x != x).flatten(1).any(dim=1) | (kept_y != y)
+    other_labels = (kept_y != y.to(kept_y.dtype)).reshape(len(y), -1).any(dim=1)
+    differs = (kept_x != x).flatten(1).any(dim=1) | other_labels
     return Fault(differs.sum(), f"{needs}, but {{count}} of {len(y)} samples are others: {instead}")
 
 
@@ -352,7 +354,8 @@ def check_batch(x: Tensor, y: Tensor, name: str) -> None:
             f"{name} must have shape [m, ...] with m >= 1, got {list(x.shape)}: of one image write x[None], and "
             "leave empty minibatches out"
         )
-    check_labels(y, len(x), x.device, "y")
+    check_either(y, len(x), x.device, "y")
+    check_without_gradient("y", y)
 
 
 def check_optimizer(optimizer: object) -> None:

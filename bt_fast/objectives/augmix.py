@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bt_fast import faults, ops
@@ -18,13 +17,15 @@ from bt_fast.attack.wrapped import unwrapped
 from bt_fast.augment.mix import SEVERITY, augment_and_mix, check_images, check_severity, draw_choices
 from bt_fast.engine import Engine
 from bt_fast.faults import Fault
+from bt_fast.labels import check_classes, check_either, check_without_gradient, for_loss, is_soft
 from bt_fast.mining import BulletTrain
 from bt_fast.objectives.adversarial import NEW_ONES, other_samples
+from bt_fast.objectives.cross_entropy import CrossEntropy, Smoothing
 from bt_fast.objectives.execution import autocast, precision_of, yes
 from bt_fast.objectives.forwards import formatted
 from bt_fast.objectives.recomputed import update_modes
 from bt_fast.ranges import MINING, UPDATE, range_
-from bt_fast.validation import check_generator, check_kind, check_labels
+from bt_fast.validation import check_generator, check_kind
 
 JSD_WEIGHT = 12.0
 BULLET_STEPS = (1, 0, 0)  # N_B, N_R, N_O (paper, section 4): a sample is augmented or it is not
@@ -52,6 +53,7 @@ class AugMixLoss(nn.Module):
         severity: of the operations, in (0.1, 10]; 3 in the authors' code.
         normalization: what the images' loader has done to the pixels, which are augmented.
         engine: how the forwards are executed, by name or as an `Engine`: its precision and channels_last.
+        label_smoothing, smoothing: of the cross-entropy, as for `TRADESLoss`.
 
     Raises:
         TypeError, ValueError: an option does not fit; the message names it.
@@ -65,6 +67,8 @@ class AugMixLoss(nn.Module):
         severity: float = SEVERITY,
         normalization: Normalization | None = None,
         engine: Engine | str = "fast",
+        label_smoothing: float = 0.0,
+        smoothing: Smoothing = "torch",
     ) -> None:
         super().__init__()
         _check_options(mining, jsd, severity, "mining")
@@ -74,16 +78,17 @@ class AugMixLoss(nn.Module):
         self.jsd, self.severity = jsd, severity
         self.normalization = normalization
         self.engine = Engine.of(engine)
+        self.cross_entropy = CrossEntropy(label_smoothing, smoothing)
 
     def objective(self, clean_logits: Tensor, y: Tensor, divergence: Tensor | None) -> Tensor:
         """The loss of a minibatch of m samples, 0-dim.
 
         Args:
             clean_logits: [m, K]; of the one view x' with `jsd` off.
-            y: [m] int64 in 0..K-1.
+            y: [m] int64 in 0..K-1, or [m, K] distributions.
             divergence: 0-dim, Σ JS over the augmented samples; None with `jsd` off.
         """
-        loss = F.cross_entropy(ops.wide(clean_logits), y)
+        loss = self.cross_entropy(clean_logits, y)
         return loss if divergence is None else loss + JSD_WEIGHT / len(y) * divergence
 
     def forward(self, model: nn.Module, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
@@ -92,7 +97,7 @@ class AugMixLoss(nn.Module):
         Args:
             model: maps [m, C, H, W] to logits [m, K].
             x: [m, C, H, W] floating point in [0, 1], m ≥ 1.
-            y: [m] integers in 0..K-1.
+            y: [m] integers in 0..K-1, or [m, K] distributions, as for a call of `AdversarialLoss`.
             generator: on the images' device, for the augmentation; the device's default generator if not given. With
                 `mining` it draws for the augmented samples alone.
 
@@ -100,7 +105,7 @@ class AugMixLoss(nn.Module):
             0-dim loss with gradient to the model's parameters.
 
         Raises:
-            TypeError: images are not floating point, labels not integers, or the model does not return a tensor.
+            TypeError: images are not floating point, labels of another kind, or the model does not return a tensor.
             ValueError: a shape, device or value does not fit (pixels outside [0, 1], labels out of range, NaN logits).
                 Nothing has changed then. On a GPU with `mining`, NaN in the views' logits is raised by the next call.
         """
@@ -117,7 +122,8 @@ class AugMixLoss(nn.Module):
 
     def extra_repr(self) -> str:
         """The configuration, as it would be written."""
-        return f"jsd={self.jsd}, severity={self.severity:g}, engine={self.engine.name!r}"
+        options = self.cross_entropy.options()
+        return f"jsd={self.jsd}, severity={self.severity:g}, engine={self.engine.name!r}{options}"
 
     def explain(self) -> str:
         """What is used of the engine, in lines."""
@@ -139,10 +145,13 @@ class AugMixLoss(nn.Module):
             logits = checked_logits(model(formatted(inputs, self.engine.channels_last)), len(inputs))
             classes = logits.shape[1]
             indices = torch.arange(len(logits), device="cpu") % len(x)
+            check_classes("y", y, classes)
             unfit = faults.rows_without_number(logits, "the model's logits", indices)
             read = faults.read([outside, faults.labels_outside(y, classes, "y"), unfit])
             clean, *of_views = logits.split(len(x))
-            labels = y.long().clamp(0, classes - 1)  # one out of range is a fault, not a crash
+            labels = for_loss(y, ops.wide(logits).dtype)
+            if not is_soft(labels):
+                labels = labels.clamp(0, classes - 1)  # one out of range is a fault, not a crash
             loss = self.objective(clean, labels, ops.js_divergence(clean, *of_views) if self.jsd else None)
             read.wait()
             return loss
@@ -156,6 +165,7 @@ class AugMixLoss(nn.Module):
         with range_(MINING):
             kept = mining.reused()
             clean = logits_of(model, formatted(x, last))
+            check_classes("y", y, clean.shape[1])
             if kept is None:
                 plan = mining.start_plan(clean, y, inputs=[outside], names=("the model's logits", "y"))
                 boundary = plan.order[: plan.active_counts[0]]
@@ -172,7 +182,8 @@ class AugMixLoss(nn.Module):
                 first, second = checked_logits(unwrapped(model)(given), len(given)).chunk(2)
             mining.observe(clean.detach().index_copy(0, boundary, first.detach()), y)
             mining.keep(views)
-            return self.objective(clean, y.long(), ops.js_divergence(clean[boundary], first, second))
+            labels = for_loss(y, ops.wide(clean).dtype)
+            return self.objective(clean, labels, ops.js_divergence(clean[boundary], first, second))
 
 
 def augmix_loss(
@@ -246,7 +257,8 @@ def _check_batch(x: Tensor, y: Tensor, generator: torch.Generator | None) -> Non
     check_images(x, "x")
     if len(x) == 0:
         raise ValueError(f"x must hold at least 1 image, got shape {list(x.shape)}: leave empty minibatches out")
-    check_labels(y, len(x), x.device, "y")
+    check_either(y, len(x), x.device, "y")
+    check_without_gradient("y", y)
     check_generator(generator, x.device)
 
 

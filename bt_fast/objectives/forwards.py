@@ -16,6 +16,7 @@ from bt_fast.objectives.repeated_forward import RepeatedForward, watched_forward
 from bt_fast.objectives.update import Terms
 
 if TYPE_CHECKING:
+    from bt_fast.objectives.extra_term import ExtraTerm
     from bt_fast.objectives.loss import AdversarialLoss
 
 Clean = tuple[Tensor, RepeatedForward | None]
@@ -34,6 +35,7 @@ class Forwards:
     rows: int  # how many, from the first, run an adversarial forward; the others' x' is x
     channels_last: bool
     rerun: bool  # a clean forward that cannot be replayed runs a second time, as in the authors' code
+    extra: ExtraTerm | None = None  # a further term of the loss
 
     def steady(self, m: int) -> bool:
         """Whether every batch of m samples has the same shapes throughout."""
@@ -42,7 +44,18 @@ class Forwards:
     @property
     def identity(self) -> Hashable:
         """Equal to another's where both compute the same; None where that is not known."""
-        return None if self.key is None else (self.key, self.rows, self.channels_last, self.rerun)
+        if self.key is None or self.extra is not None:
+            return None
+        return self.key, self.rows, self.channels_last, self.rerun, self.of.clean_forwards
+
+    @property
+    def unknown(self) -> str | None:
+        """Why there is no identity; None where there is one."""
+        if self.extra is not None:
+            return "extra is a function of your own, which a graph would not run again"
+        if self.key is None:
+            return "the loss is one of your own, without a graph_key that says which numbers its objective reads"
+        return None
 
     @property
     def clean_first(self) -> bool:
@@ -55,7 +68,8 @@ class Forwards:
         """As `Computation` says."""
         if not self.clean_first:
             logits = logits_of(model, formatted(x_adv, self.channels_last))
-            return (self.of.objective(None, logits, y), logits.detach()), False
+            loss = self._with_extra(self.of.objective(None, logits, y), None, logits, x_adv, y)
+            return (loss, logits.detach()), False
         return self.adversarial_half(unwrapped(model), self.clean(model, x, replayable), x, x_adv, y)
 
     def clean(self, model: nn.Module, x: Tensor, replayable: bool | None = None) -> Clean:
@@ -82,7 +96,11 @@ class Forwards:
             if repeat is not None and replayed:
                 repeat.replay()
             loss = self.of.objective(logits, adversarial, y)
+        loss = self._with_extra(loss, logits, adversarial, x_adv, y)
         return (loss, adversarial.detach(), logits.detach()), replayed
+
+    def _with_extra(self, loss: Tensor, clean: Tensor | None, adversarial: Tensor, x_adv: Tensor, y: Tensor) -> Tensor:
+        return loss if self.extra is None else self.extra.added(loss, clean, adversarial, x_adv, y)
 
     def _adversarial_logits(self, model: nn.Module, x_adv: Tensor, clean: Tensor) -> Tensor:
         """z' [m, K] of all samples: where the adversarial forward is left out, it is z, with its gradient."""

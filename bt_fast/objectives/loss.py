@@ -21,7 +21,9 @@ from bt_fast.engine import Engine
 from bt_fast.mining import BulletTrain
 from bt_fast.objectives import adversarial
 from bt_fast.objectives.adversarial import Attack, Call
+from bt_fast.objectives.cross_entropy import CrossEntropy, Smoothing
 from bt_fast.objectives.execution import Seen, lines
+from bt_fast.objectives.extra_term import Extra, ExtraTerm, check_extra
 from bt_fast.objectives.forwards import Forwards
 from bt_fast.plan import Plan
 from bt_fast.validation import weight
@@ -70,6 +72,9 @@ class AdversarialLoss(nn.Module, ABC):
         attack: how images are attacked.
         mining: who gets how many steps; None for all alike. It is a part of this module, moves and saves with it.
         engine: how attack and update are executed, by name or as an `Engine`.
+        extra: a further term: a function of an `UpdateBatch` that returns a 0-dim tensor, which is added to the loss,
+            such as `lambda batch: F.mse_loss(batch.logits, teacher(batch.x))`. It runs in the update, under its modes
+            and its autocast, after its forwards, and eagerly: an update with it is not captured in a graph.
 
     Attributes:
         clean_forwards: how often the update runs the clean images: 0, 1, or 2 as TRADES' authors do.
@@ -86,9 +91,17 @@ class AdversarialLoss(nn.Module, ABC):
     step_in_l2_is_its_own: ClassVar[bool] = False  # the authors' function does not use its step size there
     drop_in: ClassVar[str] = ""  # the authors' function
 
-    def __init__(self, attack: PGD, *, mining: BulletTrain | None = None, engine: Engine | str = "fast") -> None:
+    def __init__(
+        self,
+        attack: PGD,
+        *,
+        mining: BulletTrain | None = None,
+        engine: Engine | str = "fast",
+        extra: Extra | None = None,
+    ) -> None:
         super().__init__()
         adversarial.check_attack(attack, mining)
+        check_extra(extra)
         if mining is not None and mining.unperturbed == "skip" and self.clean_forwards == 0:
             raise ValueError(
                 f"mining's unperturbed must be 'keep' or None for {type(self).__name__}, got 'skip': "
@@ -96,6 +109,7 @@ class AdversarialLoss(nn.Module, ABC):
             )
         self.attack = attack
         self.mining = mining
+        self.extra = extra
         self._engine = Engine.of(engine)
         self._cache = GraphCache()
         self._seen: Seen | None = None
@@ -117,7 +131,7 @@ class AdversarialLoss(nn.Module, ABC):
         Args:
             clean_logits: [m, K], of the update's forward of x; None where `clean_forwards` is 0.
             adversarial_logits: [m, K], of its forward of x'; the clean ones for samples that it leaves out.
-            y: [m] int64 in 0..K-1.
+            y: [m] int64 in 0..K-1, or [m, K] distributions in the width of the logits (float32 at least).
         """
 
     def graph_key(self) -> Hashable:
@@ -150,7 +164,9 @@ class AdversarialLoss(nn.Module, ABC):
         Args:
             model: maps [m, ...] to logits [m, K]; compiled by `torch.compile` or not.
             x: [m, ...] floating point within the attack's bounds, m ≥ 1.
-            y: [m] integers in 0..K-1.
+            y: [m] integers in 0..K-1; or [m, K] floating-point distributions (of CutMix, Mixup, a teacher), rows of at
+                least 0 with the sum 1, to 1e-5 or in 16 bits four units in the last place. Mining judges a sample by
+                the largest part of its distribution, the first of equals.
             indices: [m] integers in 0..2^32-1, each sample's number, in its data set say. A sample's start then depends
                 on its number and the seed last given to `generator` (or the device's own) alone, in whatever batch and
                 on whatever rank it is. Nothing is drawn: give a new seed in each epoch.
@@ -162,7 +178,7 @@ class AdversarialLoss(nn.Module, ABC):
             0-dim loss with gradient to the model's parameters.
 
         Raises:
-            TypeError: images are not floating point, labels not integers, or the model does not return a tensor.
+            TypeError: images are not floating point, labels of another kind, or the model does not return a tensor.
             ValueError: a shape, device or value does not fit (pixels outside the bounds, labels out of range, NaN
                 logits, NaN in the input gradient). No buffer, no gradient and no F_R has changed then, unless it is the
                 update's own forwards that went wrong. On a GPU, NaN in an input gradient is raised after these
@@ -176,12 +192,14 @@ class AdversarialLoss(nn.Module, ABC):
         mining, execution, update = self.mining, call.execution, call.execution.update
         defaults = self.default_start, self.default_inner
         with adversarial.attacking(model, x, y, self.attack, defaults, mining, call) as (model, attack):
+            normalize = model.normalize if isinstance(model, OnPixels) else None
             forwards = Forwards(
                 key=self._identity(),
                 of=self,
                 rows=self._adversarial_rows(attack, call),
                 channels_last=update is not None and update.channels_last,
                 rerun=mining is None,
+                extra=None if self.extra is None else ExtraTerm(self.extra, x.detach(), attack.plan, normalize),
             )
             terms, x_adv, beside = adversarial.run(model, attack, forwards, execution)
             self._seen = Seen(ref(unwrapped(model)), ref(model), x.device, execution, beside)
@@ -189,7 +207,6 @@ class AdversarialLoss(nn.Module, ABC):
         if mining is not None:
             mining.observe(logits[0], attack.y, order=attack.plan.order, faulty=attack.faulty)
             mining.keep(attack.ended())
-        normalize = model.normalize if isinstance(model, OnPixels) else None
         self._last = partial(Record.of, attack.plan, x.detach(), x_adv, normalize, *logits)
         return loss
 
@@ -213,7 +230,8 @@ class AdversarialLoss(nn.Module, ABC):
 
     def extra_repr(self) -> str:
         """The configuration, as it would be written."""
-        return f"{self.attack}, engine={self.engine.name!r}"
+        extra = "" if self.extra is None else f", extra={getattr(self.extra, '__name__', type(self.extra).__name__)}"
+        return f"{self.attack}, engine={self.engine.name!r}{extra}"
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_last": None, "_seen": None}
@@ -241,17 +259,31 @@ class RobustTermLoss(AdversarialLoss):
     """An adversarial loss of a clean and a robust term.
 
     Args:
-        beta: β ≥ 0, the weight of the robust term. attack, mining, engine: as for `AdversarialLoss`.
+        beta: β ≥ 0, the weight of the robust term. attack, mining, engine, extra: as for `AdversarialLoss`.
+        label_smoothing, smoothing: of the term that learns the labels, as `CrossEntropy` has them; not of the attack.
 
     Raises:
-        TypeError, ValueError: as `AdversarialLoss`, or beta is no finite number of at least 0.
+        TypeError, ValueError: as `AdversarialLoss`, or another argument is not of its kind or out of range.
     """
 
     def __init__(
-        self, attack: PGD, beta: float = 6.0, *, mining: BulletTrain | None = None, engine: Engine | str = "fast"
+        self,
+        attack: PGD,
+        beta: float = 6.0,
+        *,
+        mining: BulletTrain | None = None,
+        engine: Engine | str = "fast",
+        label_smoothing: float = 0.0,
+        smoothing: Smoothing = "torch",
+        extra: Extra | None = None,
     ) -> None:
-        super().__init__(attack, mining=mining, engine=engine)
+        super().__init__(attack, mining=mining, engine=engine, extra=extra)
         self.beta = beta
+        self.cross_entropy = CrossEntropy(label_smoothing, smoothing)
+
+    def extra_repr(self) -> str:
+        """The configuration, as it would be written."""
+        return super().extra_repr() + self.cross_entropy.options()
 
     @property
     def beta(self) -> float:

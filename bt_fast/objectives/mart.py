@@ -5,12 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bt_fast import ops
 from bt_fast.engine import Engine
+from bt_fast.labels import is_soft
 from bt_fast.mining import BulletTrain
 from bt_fast.objectives import drop_in
+from bt_fast.objectives.cross_entropy import CrossEntropy, weighted
 from bt_fast.objectives.loss import RobustTermLoss
 
 if TYPE_CHECKING:
@@ -31,21 +34,50 @@ class MARTLoss(RobustTermLoss):
     another as NaN in its input gradient. MART's authors have no attack in ℓ2 (theirs stops at the random start): it is
     that of the TRADES code, of the cross-entropy.
 
+    Of a soft label, or a smoothed one, it is the expectation of that loss over the label, `Σ_k t_k l(y=k)`, as Mixup's
+    authors mix losses: MART's have none. The attack sees the label as it is given: of a soft one it climbs KL to it.
+
     Args:
-        attack, beta, mining, engine: as for `TRADESLoss`, with its errors.
+        attack, beta, mining, engine, label_smoothing, smoothing, extra: as for `TRADESLoss`, with its errors; the
+            smoothing is of the label of all of its terms.
     """
 
     step_in_l2_is_its_own = True
     drop_in = "mart_loss"
 
-    def graph_key(self) -> tuple[float]:
-        """(β,)."""
-        return (self.beta,)
+    def graph_key(self) -> tuple[float, CrossEntropy]:
+        """β, and how the labels are smoothed."""
+        return self.beta, self.cross_entropy
 
     def objective(self, clean_logits: Tensor | None, adversarial_logits: Tensor, y: Tensor) -> Tensor:
-        """The loss of clean_logits and adversarial_logits [m, K], with gradient through both; y is [m] int64."""
+        """The loss of clean_logits and adversarial_logits [m, K], with gradient through both; y is [m] or [m, K]."""
         assert clean_logits is not None
-        return ops.mart_loss(clean_logits, adversarial_logits, y, self.beta)
+        if not is_soft(y) and not self.cross_entropy.label_smoothing:
+            return ops.mart_loss(clean_logits, adversarial_logits, y, self.beta)
+        target = self.cross_entropy.target(y, ops.wide(clean_logits))
+        return _expected(clean_logits, adversarial_logits, target, self.beta)
+
+
+def _expected(clean_logits: Tensor, adversarial_logits: Tensor, target: Tensor, beta: float) -> Tensor:
+    """The mean over rows and labels of MART's loss, where the labels have the distributions `target` [m, K].
+
+    Of a label k the largest wrong class is the first by q, or the second where k is the first. Differences to 1 are
+    computed as sums of the other probabilities, as in `ops.mart_loss`.
+    """
+    log_p, log_q = (F.log_softmax(ops.wide(z), dim=1) for z in (clean_logits, adversarial_logits))
+    p, q = log_p.exp(), log_q.exp()
+    first, second = log_q.detach().topk(2, dim=1).indices.split(1, dim=1)
+    of_first, of_second = (((1e-4 + 1e-12) + _others(q, at)).log() for at in (first, second))
+    margin = _others(target, first) * of_first + target.gather(1, first) * of_second
+    surest = log_p.detach().argmax(dim=1, keepdim=True)
+    wrong = (1.0 - p).scatter(1, surest, _others(p, surest))
+    kl = weighted(p, log_p - (q + 1e-12).log())
+    return (beta * kl * (1e-7 + weighted(target, wrong)) - margin[:, 0] - weighted(target, log_q)).mean()
+
+
+def _others(values: Tensor, at: Tensor) -> Tensor:
+    """[m, 1], the sums of the rows of `values` [m, K] without the class `at` [m, 1]."""
+    return values.scatter(1, at, 0.0).sum(dim=1, keepdim=True)
 
 
 def mart_loss(

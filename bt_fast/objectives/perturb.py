@@ -87,7 +87,7 @@ def perturb(
     Args:
         model, indices, generator: as for a call of `AdversarialLoss`, with its errors.
         x: [m, ...] floating point within the attack's bounds, m ≥ 1; not changed.
-        y: [m] integers in 0..K-1.
+        y: [m] integers in 0..K-1, or [m, K] distributions, as for a call of `AdversarialLoss`.
         attack: how images are attacked.
         mining: who gets how many steps; None for all alike.
         engine: how the attack is executed, by name or as an `Engine`.

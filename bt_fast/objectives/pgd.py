@@ -5,14 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bt_fast import ops
+from bt_fast.attack.pgd import PGD
 from bt_fast.attack.start import Noise
 from bt_fast.engine import Engine
 from bt_fast.mining import BulletTrain
 from bt_fast.objectives import drop_in
+from bt_fast.objectives.cross_entropy import CrossEntropy, Smoothing
+from bt_fast.objectives.extra_term import Extra
 from bt_fast.objectives.loss import AdversarialLoss
 
 if TYPE_CHECKING:
@@ -30,20 +31,38 @@ class PGDLoss(AdversarialLoss):
     the first two samples' logits is raised as such, in those of another as NaN in its input gradient.
 
     Args:
-        attack, mining, engine: as for `TRADESLoss`, with its errors.
+        attack, mining, engine, label_smoothing, smoothing, extra: as for `TRADESLoss`, with its errors; a batch of the
+            further term has no `logits`.
     """
 
     clean_forwards = 0
     default_start: ClassVar[Noise] = "uniform"
     drop_in = "pgd_loss"
 
-    def graph_key(self) -> tuple[()]:
-        """Nothing but its arguments is read."""
-        return ()
+    def __init__(
+        self,
+        attack: PGD,
+        *,
+        mining: BulletTrain | None = None,
+        engine: Engine | str = "fast",
+        label_smoothing: float = 0.0,
+        smoothing: Smoothing = "torch",
+        extra: Extra | None = None,
+    ) -> None:
+        super().__init__(attack, mining=mining, engine=engine, extra=extra)
+        self.cross_entropy = CrossEntropy(label_smoothing, smoothing)
+
+    def graph_key(self) -> CrossEntropy:
+        """How the labels are smoothed."""
+        return self.cross_entropy
 
     def objective(self, clean_logits: Tensor | None, adversarial_logits: Tensor, y: Tensor) -> Tensor:
-        """The cross-entropy of adversarial_logits [m, K] and y [m]; there are no clean_logits."""
-        return F.cross_entropy(ops.wide(adversarial_logits), y)
+        """The cross-entropy of adversarial_logits [m, K] and y, [m] or [m, K]; there are no clean_logits."""
+        return self.cross_entropy(adversarial_logits, y)
+
+    def extra_repr(self) -> str:
+        """The configuration, as it would be written."""
+        return super().extra_repr() + self.cross_entropy.options()
 
 
 def pgd_loss(

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bt_fast import ops
-from bt_fast.attack.pgd import InnerLoss
+from bt_fast.attack.pgd import PGD, InnerLoss
 from bt_fast.engine import Engine
 from bt_fast.mining import BulletTrain
 from bt_fast.objectives import drop_in
+from bt_fast.objectives.cross_entropy import CrossEntropy, Smoothing
+from bt_fast.objectives.extra_term import Extra
 from bt_fast.objectives.loss import RobustTermLoss
+from bt_fast.validation import step_count
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -31,15 +33,25 @@ class TRADESLoss(RobustTermLoss):
     are moved without it. A model that draws random numbers in its forward (dropout) runs it twice without `mining`, and
     once with it.
 
+    Of a soft label the first term is `Σ_k -y_k log softmax(h(x))_k`: KL to the label, but for a constant. The attack
+    sees the label as it is given, smoothing or not, and with the inner loss "kl" none at all; with "cross_entropy" and
+    a soft label it climbs KL to the label.
+
     Args:
         attack: how images are attacked.
         beta: β ≥ 0, the weight of the robust term.
         mining: who gets how many steps; None for all alike.
         engine: how attack and update are executed, by name or as an `Engine`.
+        label_smoothing: s in [0, 1), of the first term alone.
+        smoothing: where s goes: "torch", to all classes alike, as in `F.cross_entropy`, or "others", to the K-1 other
+            classes, so that the label keeps 1-s.
+        clean_updates: how often the clean batch moves batch norm: 2, as in the authors' code, or 1. With 1 there is one
+            clean forward in the update, whatever the model draws.
+        extra: a further term, as for `AdversarialLoss`.
 
     Raises:
         TypeError: an argument is not of its kind.
-        ValueError: beta is out of range, the engine's name not known, or attack and mining have different steps.
+        ValueError: a number is out of range, a name not known, or attack and mining have different steps.
     """
 
     clean_forwards = 2
@@ -47,19 +59,41 @@ class TRADESLoss(RobustTermLoss):
     step_in_l2_is_its_own = True
     drop_in = "trades_loss"
 
-    def graph_key(self) -> tuple[float]:
-        """(β,)."""
-        return (self.beta,)
+    def __init__(
+        self,
+        attack: PGD,
+        beta: float = 6.0,
+        *,
+        mining: BulletTrain | None = None,
+        engine: Engine | str = "fast",
+        label_smoothing: float = 0.0,
+        smoothing: Smoothing = "torch",
+        clean_updates: int = 2,
+        extra: Extra | None = None,
+    ) -> None:
+        options: Any = {"label_smoothing": label_smoothing, "smoothing": smoothing, "extra": extra}
+        super().__init__(attack, beta, mining=mining, engine=engine, **options)
+        self.clean_forwards = step_count("clean_updates", clean_updates, least=1)
+        if self.clean_forwards > 2:
+            raise ValueError(f"clean_updates must be 1 or 2, got {clean_updates}: write clean_updates=1")
+
+    def graph_key(self) -> tuple[float, CrossEntropy]:
+        """β, and how the labels are smoothed."""
+        return self.beta, self.cross_entropy
+
+    def extra_repr(self) -> str:
+        """The configuration, as it would be written."""
+        return super().extra_repr() + (", clean_updates=1" if self.clean_forwards == 1 else "")
 
     def objective(self, clean_logits: Tensor | None, adversarial_logits: Tensor, y: Tensor) -> Tensor:
-        """Cross-entropy of clean_logits [m, K], and β times the KL term of adversarial_logits; y is [m] int64."""
+        """Cross-entropy of clean_logits [m, K] and y, [m] or [m, K], and β times the KL term of adversarial_logits."""
         assert clean_logits is not None
         return self.objective_of_two(clean_logits, clean_logits, adversarial_logits, y)
 
     def objective_of_two(self, first: Tensor, second: Tensor, adversarial_logits: Tensor, y: Tensor) -> Tensor:
         """As `objective`: y is learnt from `first`, and `second` is the target of adversarial_logits."""
         robust = ops.trades_kl(adversarial_logits, second)
-        return F.cross_entropy(ops.wide(first), y) + self.beta / len(y) * robust
+        return self.cross_entropy(first, y) + self.beta / len(y) * robust
 
 
 def trades_loss(
@@ -83,7 +117,7 @@ def trades_loss(
     Args:
         model: maps [m, ...] to logits [m, K]; compiled by `torch.compile` or not.
         x_natural: [m, ...] floating point in [0, 1], m ≥ 1.
-        y: [m] integers in 0..K-1.
+        y: [m] integers in 0..K-1, or [m, K] distributions, as for a call of `TRADESLoss`.
         optimizer: its `zero_grad()` is called, as the authors' code does; None leaves the gradients as they are, for
             gradient accumulation.
         step_size: α > 0 in ℓ∞ (with `bullet`: of the boundary samples), in pixel units. Not used in ℓ2, where the

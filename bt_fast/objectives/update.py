@@ -74,6 +74,10 @@ class Computation(Protocol):
     def identity(self) -> Hashable:
         """Equal to another's where both compute the same; None where that is not known."""
 
+    @property
+    def unknown(self) -> str | None:
+        """Why there is no identity, in words; None where there is one."""
+
     def steady(self, m: int) -> bool:
         """Whether every batch of m samples has the same shapes throughout."""
 
@@ -136,7 +140,7 @@ class _UpdateGraphs(ModelGraphs["_Captured"]):
 
     def __call__(self, model: nn.Module, computation: Computation, given: Given) -> Terms:
         self.reason = None
-        if reason := self.failed or _unknown(computation) or _reason(model, given[0]) or self._awaited():
+        if reason := self.failed or computation.unknown or _reason(model, given[0]) or self._awaited():
             self.refuse(reason)
             return _eagerly(model, computation, given)[0]
         key = _key(model, computation, given)
@@ -366,12 +370,6 @@ class _Replayed(torch.autograd.Function):
 def _eagerly(model: nn.Module, computation: Computation, given: Given) -> tuple[Terms, bool]:
     with uncached(given[0]):  # as the graphs
         return computation(model, *given)
-
-
-def _unknown(computation: Computation) -> str | None:
-    if computation.identity is not None:
-        return None
-    return "the loss is one of your own, without a graph_key that says which numbers its objective reads"
 
 
 def _reason(model: nn.Module, x: Tensor) -> str | None:

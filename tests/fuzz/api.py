@@ -47,6 +47,7 @@ from tests.fuzz.values import (
     floats_of,
     generators,
     labels_of,
+    labels_or_distributions,
     mostly,
     tensors,
     told,
@@ -224,6 +225,12 @@ def objective_options(draw, x, *names):
         "mining": lambda: draw(mostly(st.one_of(st.none(), bullets()))),
         "engine": lambda: draw(mostly(st.sampled_from(["exact", "fast", "bf16", Engine(channels_last=True)]))),
         "indices": lambda: draw(mostly(st.none(), labels_of(count_of(x), 2**32), 3)),
+        "label_smoothing": lambda: draw(mostly(st.floats(0, 1, exclude_max=True))),
+        "smoothing": lambda: draw(mostly(st.sampled_from(["torch", "others"]))),
+        "clean_updates": lambda: draw(mostly(st.sampled_from([1, 2]))),
+        "extra": lambda: draw(
+            mostly(st.sampled_from([None, lambda given: given.adversarial_logits.softmax(1)[:, 0].mean()]))
+        ),
     }
     needed = ("optimizer", "attack")
     return {name: drawn[name]() for name in names if draw(st.integers(0, 3)) or name in needed}
@@ -248,7 +255,7 @@ def objective_case(draw, function, names, fixed=None, images_name="x_natural"):
     name = draw(MODELS)
     model = model_of(name)[0]
     x = images(draw, name=name)
-    y = draw(labels_of(count_of(x), CLASSES))
+    y = draw(labels_or_distributions(count_of(x), CLASSES))
     options = objective_options(draw, x, *names)
     bullet = options.get("bullet", options.get("mining"))
     if isinstance(bullet, BulletTrain) and draw(st.integers(0, 9)):
@@ -315,7 +322,9 @@ def as_module(model, x, y, attack, kind, indices=None, generator=None, **of_loss
 def criterion(draw):
     kind = draw(st.sampled_from([bt_fast.TRADESLoss, bt_fast.MARTLoss, bt_fast.PGDLoss]))
     names = ("attack", "mining", "engine", "indices", "generator")
+    names += ("label_smoothing", "smoothing", "extra")
     names += () if kind is bt_fast.PGDLoss else ("beta",)
+    names += ("clean_updates",) if kind is bt_fast.TRADESLoss else ()
     return objective_case(draw, as_module, names, lambda _: {"kind": kind}, "x")
 
 
@@ -325,7 +334,7 @@ def perturbed(draw):
     name = draw(MODELS)
     model = model_of(name)[0]
     x = images(draw, name=name)
-    y = draw(labels_of(count_of(x), CLASSES))
+    y = draw(labels_or_distributions(count_of(x), CLASSES))
     options = objective_options(draw, x, "attack", "mining", "engine", "indices", "generator")
     mining = options.get("mining")
     model.train(draw(st.booleans()))
@@ -764,7 +773,7 @@ def classes_of(z):
 @st.composite
 def plan(draw):
     bullet, logits = draw(bullets()), logits_of(draw)
-    arguments = {"logits": logits, "labels": draw(labels_of(count_of(logits), classes_of(logits)))}
+    arguments = {"logits": logits, "labels": draw(labels_or_distributions(count_of(logits), classes_of(logits)))}
     arguments |= {"epsilon": draw(SIZES)} if draw(st.booleans()) else {}
     arguments |= {"step_size": draw(SIZES)} if draw(st.booleans()) else {}
     if isinstance(bullet.policy, allocation.Oracle) or draw(st.integers(0, 19)) == 0:
@@ -793,7 +802,10 @@ def plan(draw):
 @st.composite
 def observe(draw):
     bullet, logits = draw(bullets()), logits_of(draw)
-    arguments = {"adversarial_logits": logits, "labels": draw(labels_of(count_of(logits), classes_of(logits)))}
+    arguments = {
+        "adversarial_logits": logits,
+        "labels": draw(labels_or_distributions(count_of(logits), classes_of(logits))),
+    }
 
     def check(_):
         expect(0 <= float(bullet.robust_fraction) <= 1, "F_R is no share")

@@ -152,6 +152,17 @@ def labels_of(draw, m, classes, share=25):
     return torch.randint(low, max(high, low + 1), (m,), generator=generator).to(dtype)
 
 
+@st.composite
+def labels_or_distributions(draw, m, classes, share=25):
+    """Labels, or mostly distributions over as many classes."""
+    if draw(st.integers(0, 2)):
+        return draw(labels_of(m, classes, share))
+    generator = torch.Generator().manual_seed(draw(SEEDS))
+    over = draw(mostly(st.just(classes), st.integers(0, classes + 2), share))
+    rows = torch.randn(m, over, generator=generator).softmax(dim=1).to(draw(st.sampled_from(FLOATS)))
+    return rows * draw(mostly(st.just(1.0), st.sampled_from([0.0, 2.0, -1.0, float("nan")]), share))
+
+
 def generators():
     """None, or a generator on the CPU; now and then something else."""
     return mostly(st.one_of(st.none(), SEEDS.map(lambda seed: torch.Generator().manual_seed(seed))))

@@ -69,7 +69,6 @@ def test_outputs_that_are_no_logits_are_reported_as_what_they_are(returns):
 
 LABELS = {
     "floats": (lambda x, y: (x, y.double()), r"y must be integers, got torch\.float64: write y\.long\(\)$"),
-    "one-hot": (lambda x, y: (x, torch.eye(5)[y]), r"write y\.argmax\(dim=1\), if they are one-hot$"),
     "one-hot integers": (lambda x, y: (x, torch.eye(5)[y].long()), r"write y\.argmax\(dim=1\), if they are one-hot$"),
     "a column": (lambda x, y: (x, y[:, None]), r"got \[8, 1\]: write y\.squeeze\(1\)$"),
     "fewer": (lambda x, y: (x, y[:3]), r"got \[3\]: give as many y as images$"),

@@ -1,0 +1,78 @@
+"""A further term of a loss, by a function of the user's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from bt_fast.attack.pixels import Normalize
+from bt_fast.objectives import adversarial
+from bt_fast.ops.numeric import kind_of
+from bt_fast.plan import Plan
+
+
+@dataclass(frozen=True, eq=False)
+class UpdateBatch:
+    """A minibatch of m samples in a loss's update, for its further term. All rows are in the caller's order.
+
+    Attributes:
+        logits: [m, K] with gradient, of the update's clean forward; None for a loss that has none.
+        adversarial_logits: [m, K] with gradient, of its adversarial forward; the clean ones for samples it leaves out.
+        y: [m] int64, or [m, K] distributions in the width of the logits (float32 at least).
+        x: [m, ...], as given. x_adv: [m, ...], x', in the units of x.
+    """
+
+    logits: Tensor | None
+    adversarial_logits: Tensor
+    y: Tensor
+    x: Tensor
+    x_adv: Tensor
+
+
+Extra = Callable[[UpdateBatch], Tensor]
+
+
+def check_extra(extra: Extra | None) -> None:
+    """Raise TypeError unless it is a function, or None."""
+    if extra is not None and not callable(extra):
+        raise TypeError(
+            f"extra must be a function of an UpdateBatch, got {type(extra).__name__}: write extra=lambda batch: ..."
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class ExtraTerm:
+    """The further term of one minibatch."""
+
+    function: Extra
+    x: Tensor  # [m, ...], as the caller gave it
+    plan: Plan
+    normalize: Normalize | None  # makes images like x of pixels; None where they are pixels
+
+    def added(self, loss: Tensor, clean: Tensor | None, adversarial_logits: Tensor, x_adv: Tensor, y: Tensor) -> Tensor:
+        """The loss with the term, in the loss's dtype. All rows given are in the plan's sorted order.
+
+        Raises:
+            TypeError, ValueError: the function returned something else than a floating-point number, 0-dim.
+        """
+        unsort = self.plan.unsort
+        term = self.function(
+            UpdateBatch(
+                logits=None if clean is None else unsort(clean),
+                adversarial_logits=unsort(adversarial_logits),
+                y=unsort(y),
+                x=self.x,
+                x_adv=adversarial.in_callers_order(x_adv, self.x, self.plan, self.normalize),
+            )
+        )
+        if not isinstance(term, Tensor) or not term.is_floating_point():
+            raise TypeError(
+                f"extra must return a floating-point tensor, got {kind_of(term)}: let it end with .mean() of a tensor"
+            )
+        if term.dim() != 0:
+            raise ValueError(
+                f"extra must return one number, 0-dim, got shape {list(term.shape)}: let it end with .mean()"
+            )
+        return loss + term.to(loss.dtype)
