@@ -25,6 +25,7 @@ from bt_fast.faults import NonFiniteError
 from bt_fast.guard import Guard, Skipped
 from bt_fast.mining import BulletTrain
 from bt_fast.objectives.augmix import AugMixLoss, augmix_loss
+from bt_fast.objectives.awp import AWP
 from bt_fast.objectives.extra_term import UpdateBatch
 from bt_fast.objectives.loss import AdversarialLoss
 from bt_fast.objectives.mart import MARTLoss, mart_loss
@@ -43,6 +44,7 @@ if not TYPE_CHECKING:  # a checker is to know the new names only
 
 
 __all__ = [
+    "AWP",
     "METRICS",
     "PGD",
     "POLICIES",

@@ -1,9 +1,10 @@
-"""The last minibatch of a `BulletTrain`, for a further pass over it."""
+"""The last minibatch of a `BulletTrain`, or of a loss without one, for a further pass over it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from bt_fast.plan import MinedPlan
@@ -13,23 +14,24 @@ from bt_fast.plan import MinedPlan
 class LastMinibatch:
     """The tensors of the last minibatch; neither saved nor copied with the module."""
 
-    fraction_before: Tensor | None = None  # F_R before it; None until `observe` has ended it
+    fraction_before: Tensor | None = None  # F_R before it; None until `observe` has ended it, and without mining
     kept: object = None  # the results of its objective
     planned: MinedPlan | None = None  # until `observe` counts it
     attacked: tuple[Tensor, Tensor] | None = None  # the arguments of `BulletTrain.attacked`, until `observe`
 
-    def check_again(self, reuse: object) -> None:
-        """Raise TypeError or RuntimeError unless a further pass is possible."""
+    def begin_again(self, reuse: object) -> None:
+        """Begin a further pass, at other weights; TypeError or RuntimeError where it is not possible."""
         if not isinstance(reuse, bool):
             raise TypeError(
                 f"reuse must be True (the x' of the first pass) or False (made anew), got {reuse!r}: "
-                "write `with bullet.again(reuse=False):`"
+                "write again(reuse=False)"
             )
-        if self.fraction_before is None:
+        if self.fraction_before is None and self.kept is None:
             raise RuntimeError(
                 "again goes over the last minibatch once more, but there is none that ended without an error: call the "
                 "loss with it (or plan and observe) first, outside of the block of `with bullet.again():`"
             )
+        torch.clear_autocast_cache()  # of the caller's autocast: it holds casts of the weights of the first pass
 
     def reused(self) -> object:
         """The kept results; RuntimeError where there are none."""

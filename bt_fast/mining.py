@@ -187,7 +187,7 @@ class BulletTrain(nn.Module):
                 only the update's forwards. False: the samples are judged at the present weights, by F_R as it was for
                 the first pass, and attacked anew.
         """
-        self._last.check_again(reuse)
+        self._last.begin_again(reuse)
         outer, self._reuse = self._reuse, reuse
         try:
             yield

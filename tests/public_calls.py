@@ -10,6 +10,7 @@ from small_models import CLASSES
 from torch import nn
 
 from bt_fast import (
+    AWP,
     METRICS,
     PGD,
     AugMixLoss,
@@ -70,6 +71,15 @@ def criterion(kind, mining=None, attack=ATTACK, **options):
         result = made(model, x, y, generator=seeded())
         assert made.last.x_adv.shape == x.shape
         return result
+
+    return run
+
+
+def weight_perturbed(mining=None, **options):
+    def run(model, x, y):
+        made = TRADESLoss(ATTACK, mining=copy.deepcopy(mining))
+        with AWP(model, **options)(made, x, y, generator=seeded()) as loss:
+            return loss.detach()
 
     return run
 
@@ -208,6 +218,10 @@ CALLS = {
     "TRADESLoss, one move": criterion(TRADESLoss, THREE, clean_updates=1),
     "perturb, soft labels": softly(perturbed(THREE)),
     "augmix_loss, soft labels": softly(augmix(ONE)),
+    "AWP": weight_perturbed(),
+    "AWP, mining": weight_perturbed(THREE),
+    "AWP, moved": weight_perturbed(THREE, samples="moved"),
+    "AWP, warm-up": weight_perturbed(gamma=0),
     "perturb": perturbed(),
     "perturb, mining": perturbed(THREE, engine="fast"),
     "perturb, normalised": perturbed(attack=PGD(0.1, 0.05, STEPS, normalization=PIXELS)),

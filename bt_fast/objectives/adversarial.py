@@ -44,7 +44,7 @@ from bt_fast.units import warn_of_units
 from bt_fast.validation import check_generator, check_kind, check_labels, check_pixels
 
 Unperturbed = Literal["keep", "skip"]
-NEW_ONES = "write `with bullet.again(reuse=False):` to make new ones"
+NEW_ONES = "write again(reuse=False) to make new ones"
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +57,7 @@ class Call:
     unperturbed: Unperturbed | None  # None for the default of N_R and N_O
     balance: Balance | None  # how the ranks of the mining's process group share the attack out
     name: str = "x"  # of the images in messages
+    kept: object = None  # without mining: the attack of the first pass over this minibatch, which this one reuses
 
     @classmethod
     def of(
@@ -128,6 +129,18 @@ class Attack:
         """The same with nothing left to be checked, for a further pass."""
         return replace(self, independent=False, inputs=None, faulty=None)
 
+    def of_moving(self) -> Attack:
+        """The samples that have steps alone, for an update; all where there are fewer than batch norm can train on."""
+        n = self.moving
+        return self if n < 2 else replace(self, x=self.x[:n], y=self.y[:n])
+
+    def of_all(self, logits: Tensor) -> Tensor:
+        """z' [m, K] of z' of the first rows: that of the others, whose x' is x, is the z by which they were judged."""
+        n = len(logits)
+        return (
+            logits if n == len(self.x) or self.logits is None else torch.cat([logits, self.plan.sort(self.logits)[n:]])
+        )
+
     def perturbed(self) -> tuple[Tensor, CheckedRead | None]:
         """x', and a read to be waited for when the device has work again. On the CPU faults are raised here."""
         x_adv = self.started.finish()
@@ -173,10 +186,10 @@ def start(model: nn.Module, x: Tensor, y: Tensor, adversary: Adversary, bullet: 
     pixels = faults.pixels_outside(x, *bounds, adversary.call.name)
     x = faults.onto_bounds(x, *bounds)
     model = unwrapped(model)
+    if (kept := adversary.call.kept if bullet is None else bullet.reused()) is not None:
+        return _reused(kept, x, y, threat, bullet)
     if bullet is None:
         return _start_uniform(model, x, y, adversary, pixels)
-    if (kept := bullet.reused()) is not None:
-        return _reused(kept, x, y, threat, bullet)
     return _start_ragged(model, x, y, adversary, bullet, pixels)
 
 
@@ -281,12 +294,13 @@ def _probabilities(logits: Tensor) -> Tensor:
     return logits.double().softmax(dim=1).to(ops.wide(logits).dtype)
 
 
-def _reused(kept: object, x: Tensor, y: Tensor, threat: ThreatModel, bullet: BulletTrain) -> Attack:
+def _reused(kept: object, x: Tensor, y: Tensor, threat: ThreatModel, bullet: BulletTrain | None) -> Attack:
     """The attack of the first pass over this minibatch, which has ended; its read checks that the minibatch is this."""
     if not isinstance(kept, Attack) or kept.threat != threat:
         made = f"with {kept.threat}" if isinstance(kept, Attack) else "by augmix_loss"
         raise ValueError(f"again(reuse=True) has the x' made {made}, but this loss attacks with {threat}: {NEW_ONES}")
-    return replace(kept, inputs=bullet.start_again([other_samples(kept.x, kept.y, x, y, kept.plan)]))
+    others = [other_samples(kept.x, kept.y, x, y, kept.plan)]
+    return replace(kept, inputs=faults.read(others) if bullet is None else bullet.start_again(others))
 
 
 def other_samples(kept_x: Tensor, kept_y: Tensor, x: Tensor, y: Tensor, plan: Plan | None = None) -> Fault:
@@ -313,17 +327,17 @@ def run(model: nn.Module, attack: Attack, forwards: Forwards, execution: Executi
 
     It gives the terms of `forwards`, x' in the plan's sorted order, and whether the clean forward ran beside.
     """
-    update = execution.update
+    update, rows = execution.update, len(attack.x)
     with range_(UPDATE), update_modes(model) as modes:
         alone = attack.started.beside and attack.independent and not (update is not None and update.graphs)
         beside = alone and forwards.clean_first and moves_batch_norm_alone(model)
         if beside:
             clean = forwards.clean(model, attack.x)
             x_adv, late = attack.perturbed()
-            terms, _ = forwards.adversarial_half(unwrapped(model), clean, attack.x, x_adv, attack.y)
+            terms, _ = forwards.adversarial_half(unwrapped(model), clean, attack.x, x_adv[:rows], attack.y)
         else:
             x_adv, late = attack.perturbed()
-            terms = run_update(update, model, forwards, attack.x, x_adv, attack.y, execution.cache)
+            terms = run_update(update, model, forwards, attack.x, x_adv[:rows], attack.y, execution.cache)
         modes.again_in_backward(terms)
     if late is not None:
         late.wait()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from bt_fast.objectives.adversarial import NEW_ONES, other_samples
 from bt_fast.objectives.cross_entropy import CrossEntropy, Smoothing
 from bt_fast.objectives.execution import autocast, precision_of, yes
 from bt_fast.objectives.forwards import formatted
+from bt_fast.objectives.passes import Pass, Passes, check_moving, check_outside, wanted
 from bt_fast.objectives.recomputed import update_modes
 from bt_fast.ranges import MINING, UPDATE, range_
 from bt_fast.validation import check_generator, check_kind
@@ -79,6 +81,10 @@ class AugMixLoss(nn.Module):
         self.normalization = normalization
         self.engine = Engine.of(engine)
         self.cross_entropy = CrossEntropy(label_smoothing, smoothing)
+        self._passes = Passes()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:  # of a version without passes too
+        super().__setstate__({"_passes": Passes()} | state)  # type: ignore[no-untyped-call]
 
     def objective(self, clean_logits: Tensor, y: Tensor, divergence: Tensor | None) -> Tensor:
         """The loss of a minibatch of m samples, 0-dim.
@@ -110,7 +116,13 @@ class AugMixLoss(nn.Module):
                 Nothing has changed then. On a GPU with `mining`, NaN in the views' logits is raised by the next call.
         """
         _check_batch(x, y, generator)
-        with on_pixels(model, x, self.normalization, "x") as (model, pixels), autocast(precision_of(self.engine), x):
+        this = wanted() or Pass()
+        check_moving(this.of_moving)
+        with (
+            self.again() if this.further else nullcontext(),
+            on_pixels(model, x, self.normalization, "x") as (model, pixels),
+            autocast(precision_of(self.engine), x),
+        ):
             images = pixels(x).detach()
             outside = faults.pixels_outside(images, 0.0, 1.0, "x")
             images = faults.onto_bounds(images, 0.0, 1.0)
@@ -119,6 +131,10 @@ class AugMixLoss(nn.Module):
                 loss = loss_of(model, images, y, outside, generator)
                 modes.again_in_backward([loss])
                 return loss
+
+    def again(self, *, reuse: bool = True) -> AbstractContextManager[None]:
+        """A further pass over the last minibatch, as `AdversarialLoss.again`; `reuse` takes its views."""
+        return self._passes.again(self.mining, reuse)
 
     def extra_repr(self) -> str:
         """The configuration, as it would be written."""
@@ -139,7 +155,11 @@ class AugMixLoss(nn.Module):
         self, model: nn.Module, x: Tensor, y: Tensor, outside: Fault, generator: torch.Generator | None
     ) -> Tensor:
         """The authors' loss. Its one read comes last, when all of the device's work is on its way."""
-        views = _views(x, 2 if self.jsd else 1, self.severity, generator)
+        kept, others = self._passes.begin(), list[Fault]()
+        if isinstance(kept, _Views):
+            views, others = kept.drawn, [other_samples(kept.x, kept.y, x, y)]
+        else:
+            views = _views(x, 2 if self.jsd else 1, self.severity, generator)
         inputs = torch.cat([x, *views]) if self.jsd else views[0]
         with range_(UPDATE):
             logits = checked_logits(model(formatted(inputs, self.engine.channels_last)), len(inputs))
@@ -147,13 +167,14 @@ class AugMixLoss(nn.Module):
             indices = torch.arange(len(logits), device="cpu") % len(x)
             check_classes("y", y, classes)
             unfit = faults.rows_without_number(logits, "the model's logits", indices)
-            read = faults.read([outside, faults.labels_outside(y, classes, "y"), unfit])
+            read = faults.read([*others, outside, faults.labels_outside(y, classes, "y"), unfit])
             clean, *of_views = logits.split(len(x))
             labels = for_loss(y, ops.wide(logits).dtype)
             if not is_soft(labels):
                 labels = labels.clamp(0, classes - 1)  # one out of range is a fault, not a crash
             loss = self.objective(clean, labels, ops.js_divergence(clean, *of_views) if self.jsd else None)
             read.wait()
+            self._passes.keep(_Views(x, y.clone(), indices[: len(x)], views))
             return loss
 
     def _loss_of_boundary(
@@ -207,6 +228,8 @@ def augmix_loss(
     """
     _check_batch(x, y, generator)
     _check_options(bullet, jsd, severity, "bullet")
+    if bullet is None:
+        check_outside("augmix_loss", "write criterion = AugMixLoss(...) before the loop")
     criterion = AugMixLoss(bullet, jsd=jsd, severity=severity, normalization=normalization, engine=engine)
     loss: Tensor = criterion(model, x, y, generator=generator)
     return loss

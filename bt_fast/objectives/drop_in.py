@@ -23,6 +23,7 @@ from bt_fast.objectives import adversarial
 from bt_fast.objectives.adversarial import Call, Unperturbed
 from bt_fast.objectives.execution import Execution
 from bt_fast.objectives.loss import AdversarialLoss
+from bt_fast.objectives.passes import check_outside
 from bt_fast.objectives.update import Update
 from bt_fast.validation import check_choice, check_kind, positive, step_count
 
@@ -111,6 +112,8 @@ def call(
     known = NEW_LINES if kind.clean_forwards else {k: v for k, v in NEW_LINES.items() if k != "unperturbed"}
     check_keywords(function or kind.drop_in, deprecated, known, loss=kind.__name__)
     given.check()
+    if given.bullet is None:
+        check_outside(function or kind.drop_in, f"write criterion = {kind.__name__}(PGD(...), ...) before the loop")
     _check_old(deprecated, given.bullet)
     bullet, old = given.bullet, deprecated.get
     unperturbed, balance = old("unperturbed"), old("balance")

@@ -17,6 +17,8 @@ from bt_fast.plan import Plan
 class UpdateBatch:
     """A minibatch of m samples in a loss's update, for its further term. All rows are in the caller's order.
 
+    In the proxy's pass of `AWP(samples="moved")` it holds the samples that moved alone, by descending steps.
+
     Attributes:
         logits: [m, K] with gradient, of the update's clean forward; None for a loss that has none.
         adversarial_logits: [m, K] with gradient, of its adversarial forward; the clean ones for samples it leaves out.
@@ -52,21 +54,12 @@ class ExtraTerm:
     normalize: Normalize | None  # makes images like x of pixels; None where they are pixels
 
     def added(self, loss: Tensor, clean: Tensor | None, adversarial_logits: Tensor, x_adv: Tensor, y: Tensor) -> Tensor:
-        """The loss with the term, in the loss's dtype. All rows given are in the plan's sorted order.
+        """The loss with the term, in the loss's dtype. All rows given are the first in the plan's sorted order.
 
         Raises:
             TypeError, ValueError: the function returned something else than a floating-point number, 0-dim.
         """
-        unsort = self.plan.unsort
-        term = self.function(
-            UpdateBatch(
-                logits=None if clean is None else unsort(clean),
-                adversarial_logits=unsort(adversarial_logits),
-                y=unsort(y),
-                x=self.x,
-                x_adv=adversarial.in_callers_order(x_adv, self.x, self.plan, self.normalize),
-            )
-        )
+        term = self.function(self._batch(clean, adversarial_logits, x_adv, y))
         if not isinstance(term, Tensor) or not term.is_floating_point():
             raise TypeError(
                 f"extra must return a floating-point tensor, got {kind_of(term)}: let it end with .mean() of a tensor"
@@ -76,3 +69,11 @@ class ExtraTerm:
                 f"extra must return one number, 0-dim, got shape {list(term.shape)}: let it end with .mean()"
             )
         return loss + term.to(loss.dtype)
+
+    def _batch(self, clean: Tensor | None, adversarial_logits: Tensor, x_adv: Tensor, y: Tensor) -> UpdateBatch:
+        n, order = len(y), self.plan.order
+        images = self.x, adversarial.in_callers_order(x_adv, self.x, self.plan, self.normalize)
+        if n < len(self.x) and order is not None:
+            return UpdateBatch(clean, adversarial_logits, y, *(values[order[:n]] for values in images))
+        logits = None if clean is None else self.plan.unsort(clean)
+        return UpdateBatch(logits, self.plan.unsort(adversarial_logits), self.plan.unsort(y), *images)

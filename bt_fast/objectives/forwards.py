@@ -36,17 +36,19 @@ class Forwards:
     channels_last: bool
     rerun: bool  # a clean forward that cannot be replayed runs a second time, as in the authors' code
     extra: ExtraTerm | None = None  # a further term of the loss
+    adversarial_first: bool = False  # before the clean forwards, as in TRADES-AWP
+    of_moving: bool = False  # the samples are those of a minibatch that have steps: as many as there happen to be
 
     def steady(self, m: int) -> bool:
         """Whether every batch of m samples has the same shapes throughout."""
-        return self.rows == m
+        return self.rows == m and not self.of_moving
 
     @property
     def identity(self) -> Hashable:
         """Equal to another's where both compute the same; None where that is not known."""
         if self.key is None or self.extra is not None:
             return None
-        return self.key, self.rows, self.channels_last, self.rerun, self.of.clean_forwards
+        return self.key, self.rows, self.channels_last, self.rerun, self.adversarial_first, self.of.clean_forwards
 
     @property
     def unknown(self) -> str | None:
@@ -59,18 +61,22 @@ class Forwards:
 
     @property
     def clean_first(self) -> bool:
-        """Whether there is a clean forward, which may run beside the attack."""
-        return self.of.clean_forwards > 0
+        """Whether there is a clean forward that comes first, and so may run beside the attack."""
+        return self.of.clean_forwards > 0 and not self.adversarial_first
 
     def __call__(
         self, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, replayable: bool | None = None
     ) -> tuple[Terms, bool]:
         """As `Computation` says."""
-        if not self.clean_first:
+        if self.of.clean_forwards == 0:
             logits = logits_of(model, formatted(x_adv, self.channels_last))
             loss = self._with_extra(self.of.objective(None, logits, y), None, logits, x_adv, y)
             return (loss, logits.detach()), False
-        return self.adversarial_half(unwrapped(model), self.clean(model, x, replayable), x, x_adv, y)
+        if self.clean_first:
+            return self.adversarial_half(unwrapped(model), self.clean(model, x, replayable), x, x_adv, y)
+        adversarial = self._adversarial_logits(model, x_adv)
+        clean = self.clean(model if adversarial is None else unwrapped(model), x, replayable)
+        return self._terms(unwrapped(model), clean, adversarial, x, x_adv, y)
 
     def clean(self, model: nn.Module, x: Tensor, replayable: bool | None = None) -> Clean:
         """The clean forward, and, where there are two, what it did to the buffers."""
@@ -86,12 +92,21 @@ class Forwards:
         self, model: nn.Module, clean: Clean, x: Tensor, x_adv: Tensor, y: Tensor
     ) -> tuple[Terms, bool]:
         """All that follows the clean forward, and whether its repetition was replayed."""
+        return self._terms(model, clean, self._adversarial_logits(model, x_adv), x, x_adv, y)
+
+    def _terms(
+        self, model: nn.Module, clean: Clean, adversarial: Tensor | None, x: Tensor, x_adv: Tensor, y: Tensor
+    ) -> tuple[Terms, bool]:
         logits, repeat = clean
-        adversarial = self._adversarial_logits(model, x_adv, logits)
+        if adversarial is None:
+            adversarial = logits
+        elif self.rows < len(logits):  # where that forward is left out, z' is z, with its gradient
+            adversarial = torch.cat([adversarial, logits[self.rows :]])
         replayed = repeat is not None and repeat.replayable and not (self.rerun and repeat.recomputed)
         if repeat is not None and not replayed and self.rerun:
             second = logits_of(model, formatted(x, self.channels_last))
-            loss = self.of.objective_of_two(logits, second, adversarial, y)
+            pair = (second, logits) if self.adversarial_first else (logits, second)
+            loss = self.of.objective_of_two(*pair, adversarial, y)
         else:
             if repeat is not None and replayed:
                 repeat.replay()
@@ -102,17 +117,15 @@ class Forwards:
     def _with_extra(self, loss: Tensor, clean: Tensor | None, adversarial: Tensor, x_adv: Tensor, y: Tensor) -> Tensor:
         return loss if self.extra is None else self.extra.added(loss, clean, adversarial, x_adv, y)
 
-    def _adversarial_logits(self, model: nn.Module, x_adv: Tensor, clean: Tensor) -> Tensor:
-        """z' [m, K] of all samples: where the adversarial forward is left out, it is z, with its gradient."""
+    def _adversarial_logits(self, model: nn.Module, x_adv: Tensor) -> Tensor | None:
+        """z' of the rows that run an adversarial forward; None where that is left out."""
         rows = self.rows
         together = any(isinstance(module, nn.SyncBatchNorm) for module in model.modules())
         if rows == 0 and not together:  # other ranks may have rows, and their norm waits for this one
-            return clean
+            return None
         if rows == 1 and not together and any(isinstance(module, _BatchNorm) for module in model.modules()):
             rows = min(2, len(x_adv))  # batch norm cannot train on one row: an unperturbed one joins its statistics
-        logits = logits_of(model, formatted(x_adv[:rows], self.channels_last))[: self.rows]
-        left_out = clean[self.rows :]
-        return torch.cat([logits, left_out]) if len(left_out) else logits
+        return logits_of(model, formatted(x_adv[:rows], self.channels_last))[: self.rows]
 
 
 def formatted(x: Tensor, channels_last: bool) -> Tensor:

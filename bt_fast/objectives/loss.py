@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
 from weakref import ref
@@ -25,6 +26,7 @@ from bt_fast.objectives.cross_entropy import CrossEntropy, Smoothing
 from bt_fast.objectives.execution import Seen, lines
 from bt_fast.objectives.extra_term import Extra, ExtraTerm, check_extra
 from bt_fast.objectives.forwards import Forwards
+from bt_fast.objectives.passes import Pass, Passes, check_moving, wanted
 from bt_fast.plan import Plan
 from bt_fast.validation import weight
 
@@ -114,6 +116,7 @@ class AdversarialLoss(nn.Module, ABC):
         self._cache = GraphCache()
         self._seen: Seen | None = None
         self._last: Callable[[], Record] | None = None
+        self._passes = Passes()
 
     @property
     def engine(self) -> Engine:
@@ -189,26 +192,54 @@ class AdversarialLoss(nn.Module, ABC):
 
     def of_call(self, model: nn.Module, x: Tensor, y: Tensor, call: Call) -> Tensor:
         """The loss of model, x and y, which have been checked; `call` is how it goes about it."""
+        this = wanted() or Pass()
+        with self.again() if this.further else nullcontext():
+            return self._of_pass(model, x, y, call, this)
+
+    def _of_pass(self, model: nn.Module, x: Tensor, y: Tensor, call: Call, this: Pass) -> Tensor:
         mining, execution, update = self.mining, call.execution, call.execution.update
-        defaults = self.default_start, self.default_inner
+        check_moving(this.of_moving and mining is None)
+        defaults, call = (self.default_start, self.default_inner), replace(call, kept=self._passes.begin())
         with adversarial.attacking(model, x, y, self.attack, defaults, mining, call) as (model, attack):
+            this.update_begins()
+            updated = attack.of_moving() if this.of_moving else attack
             normalize = model.normalize if isinstance(model, OnPixels) else None
             forwards = Forwards(
                 key=self._identity(),
                 of=self,
-                rows=self._adversarial_rows(attack, call),
+                rows=self._adversarial_rows(updated, call),
                 channels_last=update is not None and update.channels_last,
                 rerun=mining is None,
                 extra=None if self.extra is None else ExtraTerm(self.extra, x.detach(), attack.plan, normalize),
+                adversarial_first=this.adversarial_first and self.clean_forwards == 2,
+                of_moving=this.of_moving,
             )
-            terms, x_adv, beside = adversarial.run(model, attack, forwards, execution)
+            terms, x_adv, beside = adversarial.run(model, updated, forwards, execution)
             self._seen = Seen(ref(unwrapped(model)), ref(model), x.device, execution, beside)
         loss, *logits = terms
         if mining is not None:
-            mining.observe(logits[0], attack.y, order=attack.plan.order, faulty=attack.faulty)
+            mining.observe(attack.of_all(logits[0]), attack.y, order=attack.plan.order, faulty=attack.faulty)
             mining.keep(attack.ended())
-        self._last = partial(Record.of, attack.plan, x.detach(), x_adv, normalize, *logits)
+        else:
+            self._passes.keep(attack.ended())
+        whole = len(logits[0]) == len(x)
+        self._last = partial(Record.of, attack.plan, x.detach(), x_adv, normalize, *logits) if whole else None
         return loss
+
+    def again(self, *, reuse: bool = True) -> AbstractContextManager[None]:
+        """A further pass over the last minibatch, at other weights: in the block a loss moves neither F_R nor a count.
+
+        For optimizers that evaluate one minibatch's loss at several weights, such as sharpness-aware ones:
+        `with criterion.again(): criterion(model, x, y).backward()`. The last minibatch is that of the last call outside
+        of such a block; its tensors stay on the device until the next. With mining it is `mining.again`. To enter it
+        is a RuntimeError where there is no last minibatch, it ended with an error, or the mining was moved or loaded
+        since; a ValueError of the call where x and y are not that minibatch.
+
+        Args:
+            reuse: whether the calls in the block take the x' of the first pass, and run only the update's forwards.
+                False: the attack runs anew at the present weights, with mining by F_R as it was for the first pass.
+        """
+        return self._passes.again(self.mining, reuse)
 
     @property
     def last(self) -> Record:
@@ -235,6 +266,9 @@ class AdversarialLoss(nn.Module, ABC):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_last": None, "_seen": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:  # of a version without passes too
+        super().__setstate__({"_passes": Passes()} | state)  # type: ignore[no-untyped-call]
 
     def _adversarial_rows(self, attack: Attack, call: Call) -> int:
         """How many rows, from the first, run an adversarial forward.

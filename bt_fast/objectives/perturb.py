@@ -15,6 +15,7 @@ from bt_fast.engine import Engine
 from bt_fast.mining import BulletTrain
 from bt_fast.objectives import adversarial
 from bt_fast.objectives.adversarial import Call
+from bt_fast.objectives.passes import check_outside
 from bt_fast.plan import MinedPlan
 from bt_fast.warning import warn_caller
 
@@ -96,6 +97,7 @@ def perturb(
     Returns:
         [m, ...] without gradient, in the dtype and order of x; or a `Perturbed` with it.
     """
+    check_outside("perturb", "call it before the block, and give its x' to the loss")
     adversarial.check_attack(attack, mining)
     chosen = Engine.of(engine)
     call = Call.of(chosen, shared_cache(chosen), x, y, mining, indices, generator)
