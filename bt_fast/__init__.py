@@ -14,6 +14,7 @@ from bt_fast.attack.balanced import Balance
 from bt_fast.attack.folded import Frozen
 from bt_fast.attack.generate import generate
 from bt_fast.attack.graphs import GraphRunner
+from bt_fast.attack.logits import Logits
 from bt_fast.attack.pgd import PGD
 from bt_fast.attack.pixels import Normalization, Normalize
 from bt_fast.attack.streams import StreamRunner
@@ -62,6 +63,7 @@ __all__ = [
     "GraphRunner",
     "Guard",
     "Judged",
+    "Logits",
     "MARTLoss",
     "MinedPlan",
     "NonFiniteError",

@@ -4,28 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 import torch
 from torch import Tensor, nn
 
 from bt_fast import faults
-from bt_fast.attack.early_exit import STOOD, Attack, Samples, Verdicts, Waiting, WorkingBatch
+from bt_fast.attack.early_exit import STOOD, Attack, Samples, Verdicts, Waiting, WorkingBatch, target_of
 from bt_fast.attack.folded import Frozen, attack_model
 from bt_fast.attack.forward import clean_logits
 from bt_fast.attack.generate import COMPARED
 from bt_fast.attack.graph_cache import view_of
-from bt_fast.attack.losses import LOSSES
+from bt_fast.attack.inner import SHORT, Inner, check_inner
 from bt_fast.attack.neighbours import warn_of_neighbours
 from bt_fast.attack.pgd import PGD, norm_of
 from bt_fast.attack.pixels import Normalization, on_pixels
+from bt_fast.attack.statistics import check_statistics
 from bt_fast.attack.threat import ThreatModel
 from bt_fast.attack.wrapped import unwrapped
 from bt_fast.deprecated import check_keywords
 from bt_fast.engine import Engine
 from bt_fast.faults import Fault
 from bt_fast.units import warn_of_units
-from bt_fast.validation import check_choice, check_floating, check_kind, check_labels, step_count
+from bt_fast.validation import check_floating, check_kind, check_labels, step_count
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -93,7 +94,7 @@ def evaluate(
     attack: PGD | ThreatModel,
     *,
     restarts: int = 1,
-    loss: str = "ce",
+    loss: Inner | Literal["ce"] | None = None,
     generator: torch.Generator | None = None,
     engine: Engine | str = "exact",
     progress: Callable[[int], None] | None = None,
@@ -118,7 +119,8 @@ def evaluate(
         attack: ε, step size, steps, norm, bounds and normalization; it starts uniformly in the ball. A `ThreatModel`,
             as in the first version, is attacked by 20 steps of ε/10.
         restarts: ≥ 1.
-        loss: "ce", the cross-entropy, or "margin", the largest wrong logit minus the true one (Carlini and Wagner).
+        loss: what the attack ascends, an inner loss as `PGD` has them, by name or a function; "ce" is short for
+            "cross_entropy". None: the attack's own `inner`, or the cross-entropy.
         generator: on the images' device; one number is drawn from it, the seed of all random starts.
         engine: how the model is run, by name or as an `Engine`. A folded view judges, too: its logits are the model's
             own up to rounding, so there is no "bf16". Graphs and streams are not used.
@@ -135,9 +137,9 @@ def evaluate(
     step_count("restarts", restarts, least=1)
     step_count("first", first)
     given = _attack(attack, deprecated)
-    check_choice("loss", loss, LOSSES)
+    inner = _inner(given, loss)
     verdicts = Verdicts(progress, first)
-    _judge(model, batches, given, _view(engine, deprecated), restarts, loss, generator, verdicts)
+    _judge(model, batches, given, _view(engine, deprecated), restarts, inner, generator, verdicts)
     restart, step = verdicts.in_order()
     clean, robust = int((restart != 0).sum()), int((restart == STOOD).sum())
     return Evaluation(clean, robust, verdicts.seen, restart, step)
@@ -149,7 +151,7 @@ def _judge(
     attack: PGD,
     frozen: Frozen | None,
     restarts: int,
-    loss: str,
+    loss: Inner,
     generator: torch.Generator | None,
     verdicts: Verdicts,
 ) -> None:
@@ -180,7 +182,7 @@ def _judge(
         working = WorkingBatch(at_work, x, channels_last=frozen is not None and frozen.channels_last)
         whole = _put_back([begun], stream)
         del begun, x  # a batch is held no longer than until its samples are copied
-        correct = map(lambda batch: _correct(view, batch, kind, pixels, threat, verdicts), whole)
+        correct = map(lambda batch: _correct(view, batch, kind, pixels, at_work, verdicts), whole)
         working.run(view, Waiting(correct), verdicts)
 
 
@@ -201,9 +203,18 @@ def _attack(attack: PGD | ThreatModel, deprecated: Deprecated) -> PGD:
         )
     if attack.start == "normal":
         raise ValueError("attack must start anywhere in the ball, got start='normal': leave start out")
-    if attack.inner == "kl":
-        raise ValueError("attack must have no inner loss of its own, got 'kl': leave inner out, and give loss='ce'")
+    check_statistics(attack.statistics, "in an evaluation", "leave statistics out")
     return attack
+
+
+def _inner(attack: PGD, loss: Inner | Literal["ce"] | None) -> Inner:
+    """What the attack ascends."""
+    named: Any = SHORT.get(loss, loss) if isinstance(loss, str) else loss
+    check_inner("loss", named)
+    if named is not None and attack.inner not in (None, named):
+        raise ValueError(f"the attack ascends {attack.inner!r}, but loss is {loss!r}: leave one of the two out")
+    inner: Inner = named or attack.inner or "cross_entropy"
+    return inner
 
 
 def _view(engine: Engine | str, deprecated: Deprecated) -> Frozen | None:
@@ -219,10 +230,15 @@ def _view(engine: Engine | str, deprecated: Deprecated) -> Frozen | None:
 
 def classified_correctly(model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, name: str, *more: Fault) -> Tensor:
     """Whether each image is classified as its label `y`: [n] bool. Raises `more`, and faults of labels and logits."""
+    return sound_logits(model, x, y, name, *more).argmax(dim=1) == y
+
+
+def sound_logits(model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, name: str, *more: Fault) -> Tensor:
+    """The model's logits [n, K] of images with labels `y`. Raises `more`, and faults of labels and logits."""
     logits = clean_logits(model, x)
     labels = faults.labels_outside(y, logits.shape[1], name)
     faults.read([*more, labels, faults.rows_without_number(logits, "the model's logits")]).wait()
-    return logits.argmax(dim=1) == y
+    return logits
 
 
 def _check_batch(batch: _Batch) -> None:
@@ -257,7 +273,7 @@ def _correct(
     batch: _Batch,
     kind: str,
     pixels: Callable[[Tensor], Tensor],
-    threat: ThreatModel,
+    attack: Attack,
     verdicts: Verdicts,
 ) -> Samples:
     """The samples of a batch that are classified correctly; the others are recorded. Raises where a value is wrong."""
@@ -267,12 +283,13 @@ def _correct(
         raise ValueError(
             f"the images must be alike in all batches, got {_kind(x)} after {kind}: resize them, or evaluate them apart"
         )
-    x, y = pixels(x.detach()), y.long()
+    x, y, threat = pixels(x.detach()), y.long(), attack.threat
     outside = faults.pixels_outside(x, threat.lower, threat.upper, "the images")
     x = faults.onto_bounds(x, threat.lower, threat.upper)
-    on_host = classified_correctly(model, x, y, "the labels", outside).cpu()
+    logits = sound_logits(model, x, y, "the labels", outside)
+    on_host, target = (logits.argmax(dim=1) == y).cpu(), target_of(attack.loss, logits)
     numbers = verdicts.number(len(y))
     wrong = numbers[~on_host]
     verdicts.record(wrong, torch.zeros_like(wrong), torch.zeros_like(wrong))
     rows = on_host.nonzero().flatten().to(x.device)
-    return Samples(x[rows], y[rows], numbers[on_host])
+    return Samples(x[rows], y[rows], numbers[on_host], None if target is None else target[rows])

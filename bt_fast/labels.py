@@ -51,9 +51,9 @@ def _are_distributions(labels: Tensor) -> Tensor:
 # Arguments
 
 
-def check_either(labels: Tensor, m: int, device: torch.device, name: str = "labels") -> None:
+def check_either(labels: Tensor | None, m: int, device: torch.device, name: str = "labels") -> None:
     """Raise TypeError or ValueError that names `name` unless labels are integers [m] or floating point [m, K]."""
-    if not is_soft(labels) or labels.dim() != 2:
+    if not isinstance(labels, Tensor) or not labels.is_floating_point() or labels.dim() != 2:
         check_labels(labels, m, device, name)
         return
     if not computable(labels):
@@ -76,9 +76,9 @@ def check_classes(name: str, labels: Tensor, classes: int) -> None:
         )
 
 
-def check_without_gradient(name: str, labels: Tensor) -> None:
+def check_without_gradient(name: str, labels: Tensor | None) -> None:
     """Raise ValueError that names `name` where labels require a gradient: a loss gives them none."""
-    if labels.requires_grad:
+    if labels is not None and labels.requires_grad:
         raise ValueError(f"{name} must not require a gradient, which no loss here gives them: write {name}.detach()")
 
 

@@ -45,7 +45,7 @@ def check_pixels(x: Tensor, name: str) -> None:
         raise TypeError(f"{name} must be floating-point images, got {kind_of(x)}: of bytes write x.float() / 255")
 
 
-def check_labels(labels: Tensor, m: int, device: torch.device, name: str = "labels") -> None:
+def check_labels(labels: Tensor | None, m: int, device: torch.device, name: str = "labels") -> None:
     """Raise TypeError or ValueError that names `name` unless labels are integers [m] on the device."""
     if not isinstance(labels, Tensor):
         raise TypeError(f"{name} must be a tensor of integers, got {type(labels).__name__}: write torch.as_tensor(...)")

@@ -169,3 +169,282 @@ def of_blocks(names):
     """A network that normalises in place, and has these blocks; one that is named twice is shared."""
     made = {name: BLOCKS[name]() for name in dict.fromkeys(names)}
     return nn.Sequential(ScaledInPlace(), *features(*(made[name] for name in names), *head()))
+
+
+# How published networks are written
+
+
+class NormAct(nn.BatchNorm2d):
+    """Batch norm, dropout and an activation in one module, as in timm."""
+
+    def __init__(self, channels, act=nn.ReLU):
+        super().__init__(channels)
+        self.drop, self.act = nn.Identity(), act(inplace=True)
+
+    def forward(self, x):
+        torch._assert(x.ndim == 4, f"expected 4 dimensions, got {x.ndim}")
+        if self.training and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+        training = self.training or (self.running_mean is None and self.running_var is None)
+        x = F.batch_norm(
+            x, self.running_mean, self.running_var, self.weight, self.bias, training, self.momentum, self.eps
+        )
+        return self.act(self.drop(x))
+
+
+class FrozenNormAct(nn.Module):
+    """The same of numbers that do not train, as a product and a sum."""
+
+    def __init__(self, channels):
+        super().__init__()
+        for name, value in (("weight", 1.5), ("bias", 0.1), ("running_mean", 0.2), ("running_var", 0.7)):
+            self.register_buffer(name, torch.full((channels,), value))
+        self.act = nn.SiLU(inplace=True)
+
+    def forward(self, x):
+        scale = self.weight.reshape(1, -1, 1, 1) * (self.running_var.reshape(1, -1, 1, 1) + 1e-5).rsqrt()
+        shift = self.bias.reshape(1, -1, 1, 1) - self.running_mean.reshape(1, -1, 1, 1) * scale
+        return self.act(x * scale + shift)
+
+
+class OnDevice(nn.Module):
+    """Takes out a mean that it keeps for each device, as the generated-data recipe's networks do."""
+
+    def __init__(self):
+        super().__init__()
+        self.mean, self.std, self.mean_cuda, self.std_cuda = torch.tensor(0.4), torch.tensor(0.25), None, None
+
+    def forward(self, x):
+        if x.is_cuda:
+            if self.mean_cuda is None:
+                self.mean_cuda, self.std_cuda = self.mean.cuda(), self.std.cuda()
+            return (x - self.mean_cuda) / self.std_cuda
+        return (x - self.mean.to(x.device, x.dtype)) / self.std
+
+
+class Windows(nn.Module):
+    """Checks and pads its images by their size, and mixes within windows."""
+
+    def __init__(self, channels=4, side=4):
+        super().__init__()
+        self.side, self.mix = side, nn.Linear(side * side, side * side)
+
+    def forward(self, x):
+        assert x.dim() == 4, "not images"
+        b, c, h, w = x.shape
+        if h < 2 or min(h, w) < 2:
+            raise ValueError("too small")
+        bottom, right = -h % self.side, -w % self.side
+        if bottom > 0 or right > 0:
+            x = F.pad(x, (0, right, 0, bottom))
+        rows, columns = x.shape[-2] // self.side, int(x.size(-1) / self.side)
+        x = x.view(b, c, rows, self.side, columns, self.side).transpose(3, 4).flatten(-2)
+        for k in range(len(x.shape) - 4):
+            x = x + k * torch.ones((x.shape[2], 1, 1), dtype=x.dtype, device=x.device)
+        x = self.mix(x).view(b, c, rows, columns, self.side, self.side).transpose(3, 4)
+        return x.reshape(b, c, rows * self.side, columns * self.side)[..., :h, :w]
+
+
+class ByLength(nn.Module):
+    """Flattens by the number of its images."""
+
+    def forward(self, x):
+        return x.view(len(x), -1)
+
+
+class LayerScale(nn.Module):
+    """A learnt factor of each channel behind a layer, and the skip connection."""
+
+    def __init__(self, channels=4):
+        super().__init__()
+        self.conv, self.drop = nn.Conv2d(channels, channels, 3, padding=1), nn.Dropout(0.5)
+        self.gamma = nn.Parameter(torch.linspace(0.5, 1.5, channels))
+
+    def forward(self, x):
+        return x + self.drop(self.conv(x)).mul_(self.gamma.view(1, -1, 1, 1))
+
+
+class Standardised(nn.Conv2d):
+    """A convolution on weights that are standardised in each forward."""
+
+    def forward(self, x):
+        weight = F.batch_norm(
+            self.weight.reshape(1, self.out_channels, -1), None, None, training=True, momentum=0.0, eps=1e-5
+        ).reshape_as(self.weight)
+        return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+class PlainConv(nn.Conv2d):
+    """A subclass that adds nothing to the computation."""
+
+
+class PlainNorm(nn.BatchNorm2d):
+    """A subclass that adds nothing to the computation."""
+
+
+class Doubling(nn.Conv2d):
+    """A subclass that computes something else than its base."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class HandMadeNorm(nn.Module):
+    """Batch norm written out on buffers of its own, which a training forward moves."""
+
+    def __init__(self, channels=4):
+        super().__init__()
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+
+    def forward(self, x):
+        if self.training:
+            with torch.no_grad():
+                self.running_mean += 0.1 * (x.mean((0, 2, 3)) - self.running_mean)
+                self.running_var += 0.1 * (x.var((0, 2, 3)) - self.running_var)
+        return (x - self.running_mean[None, :, None, None]) / (self.running_var + 1e-5).sqrt()[None, :, None, None]
+
+
+class RelativeBias(nn.Module):
+    """Attention over the pixels with a bias from a table of relative positions."""
+
+    def __init__(self, channels=4, side=6):
+        super().__init__()
+        self.qkv, self.table = nn.Linear(channels, 3 * channels), nn.Parameter(torch.randn(2 * side * side, 1))
+        self.register_buffer("index", torch.arange(side**4).view(side**2, side**2) % len(self.table))
+
+    def forward(self, x):
+        b, c, h, w = x.shape
+        q, k, v = self.qkv(x.flatten(2).transpose(1, 2)).reshape(b, h * w, 3, c).permute(2, 0, 1, 3)
+        bias = self.table[self.index.view(-1)].view(h * w, h * w, -1).permute(2, 0, 1).contiguous()
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.expand(b, -1, -1))
+        return x.transpose(1, 2).reshape(b, c, h, w)
+
+
+class ByPixels(nn.Module):
+    """Decides by what it is given, and gives two things back."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+
+    def forward(self, x):
+        return (self.body(x), 2.0) if x.sum() > 1e6 else (self.body(-x), 3.0)
+
+
+class Reading(nn.Module):
+    """Uses both results of a part that decides by pixels."""
+
+    def __init__(self):
+        super().__init__()
+        self.part = ByPixels()
+
+    def forward(self, x):
+        out, factor = self.part(x)
+        return out * factor
+
+
+class ByCount(nn.Module):
+    """Decides by the number of images."""
+
+    def __init__(self):
+        super().__init__()
+        self.few, self.many = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x):
+        return self.few(x) if x.shape[0] // 2 == 1 else self.many(x)
+
+
+class Initialised(nn.Module):
+    """Decides by a buffer, which another call may change."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("ready", torch.tensor(False))
+
+    def forward(self, x):
+        return x if self.ready else 0.5 * x
+
+
+class Auxiliary(nn.Module):
+    """Gives a second output in train mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.more = conv_bn(), nn.Linear(36, CLASSES)
+
+    def forward(self, x):
+        return (self.body(x), self.more(x.flatten(1))) if self.training else self.body(x)
+
+
+class Options(nn.Module):
+    """Takes more than images, with defaults."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = conv_bn()
+
+    def forward(self, x, return_features=False, *, scale=2.0, **more):
+        out = self.body(x) * scale
+        return (out, x) if return_features else out
+
+
+def shared_layer():
+    conv, norm = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+    return features(conv, norm, nn.ReLU(inplace=True), conv, nn.ReLU(), conv, norm, *head())
+
+
+def arithmetic():
+    class Arithmetic(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.shift = nn.Conv2d(1, 4, 3, padding=1, bias=False), nn.Parameter(torch.randn(4, 1, 1))
+            self.head, self.factor = nn.Linear(144, CLASSES), nn.Parameter(torch.randn(CLASSES))
+
+        def forward(self, x):
+            x = 1 - (self.conv(x) * 3 - self.shift) / 2.5
+            return (self.head(x.relu().flatten(1)) + 1).sub(self.factor)
+
+    return Arithmetic()
+
+
+PUBLISHED = {  # by what they do: the network, how many of its batch norms are folded and kept, and what runs as it is
+    "norm with an activation": (
+        lambda: features(NormAct(4), nn.Conv2d(4, 4, 1), NormAct(4, nn.SiLU), *head()),
+        2,
+        0,
+        "",
+    ),
+    "pre-activation": (
+        lambda: features(nn.ReLU(), NormAct(4), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), *head()),
+        1,
+        1,
+        "",
+    ),
+    "frozen norm": (lambda: features(FrozenNormAct(4), *head()), 0, 0, ""),
+    "asks for its device": (lambda: nn.Sequential(OnDevice(), conv_bn()), 2, 0, ""),
+    "asks for its shape": (lambda: features(nn.BatchNorm2d(4), Windows(), nn.ReLU(), *head()), 1, 0, ""),
+    "by its length": (lambda: nn.Sequential(conv_bn()[:6], ByLength(), nn.Linear(16, CLASSES)), 2, 0, ""),
+    "layer scale": (lambda: features(LayerScale(), nn.BatchNorm2d(4), *head()), 0, 1, ""),
+    "standardised weights": (lambda: features(Standardised(4, 4, 3, padding=1), nn.BatchNorm2d(4), *head()), 1, 0, ""),
+    "subclasses": (lambda: features(PlainConv(4, 4, 3, padding=1), PlainNorm(4), nn.ReLU(), *head()), 1, 0, ""),
+    "another convolution": (lambda: features(Doubling(4, 4, 3, padding=1), nn.BatchNorm2d(4), *head()), 1, 0, ""),
+    "own norm": (lambda: features(HandMadeNorm(), nn.ReLU(), *head()), 0, 0, ""),
+    "relative positions": (lambda: features(nn.BatchNorm2d(4), RelativeBias(), *head()), 1, 0, ""),
+    "group norm": (lambda: features(nn.GroupNorm(2, 4), nn.Flatten(2), nn.LayerNorm(36), *head()), 0, 0, ""),
+    "decides by pixels": (lambda: features(nn.BatchNorm2d(4), Reading(), nn.ReLU(), *head()), 1, 1, "2.part"),
+    "decides by their number": (lambda: features(nn.BatchNorm2d(4), ByCount(), *head()), 1, 0, "2"),
+    "decides by a buffer": (lambda: features(nn.BatchNorm2d(4), Initialised(), *head()), 1, 0, "2"),
+    "auxiliary output": (Auxiliary, 2, 0, ""),
+    "options": (Options, 2, 0, ""),
+    "shared": (shared_layer, 2, 0, ""),
+    "arithmetic": (arithmetic, 0, 0, ""),
+    "padded": (
+        lambda: features(nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular"), nn.BatchNorm2d(4), *head()),
+        1,
+        0,
+        "",
+    ),
+    "spectral norm": (spectral, 2, 0, ""),
+    "weight norm": (weight_normed, 2, 0, ""),
+}

@@ -8,11 +8,20 @@ from bt_fast.attack.start import uniform_start
 STOOD = -1
 
 
-def loss_of(loss, logits, labels):
-    if loss == "ce":
+def loss_of(loss, logits, labels, target=None):
+    """An inner loss as its paper has it, summed over the samples; `target` is the clean distribution."""
+    if loss in ("ce", "cross_entropy"):
         return F.cross_entropy(logits, labels, reduction="sum")
+    if loss == "kl":
+        return F.kl_div(logits.log_softmax(dim=1), target, reduction="sum")
+    if loss == "lse":
+        return (logits.softmax(dim=1) - target).square().sum()
     wrong = logits.scatter(1, labels[:, None], -torch.inf).max(dim=1).values
-    return (wrong - logits.gather(1, labels[:, None]).squeeze(1)).sum()
+    margin = wrong - logits.gather(1, labels[:, None]).squeeze(1)
+    if loss == "dlr":
+        ordered = logits.sort(dim=1, descending=True).values
+        margin = margin / (ordered[:, 0] - ordered[:, 2] + 1e-12)
+    return margin.sum()
 
 
 def projected_step(x_adv, grad, x, threat, size):
@@ -38,7 +47,8 @@ def plain_loop(model, x, y, threat, *, steps, step_size, restarts, loss, seed, f
     """
     numbers = torch.arange(first, first + len(y), device=x.device)
     with torch.no_grad():
-        wrong = model(x).argmax(dim=1) != y
+        clean = model(x)
+        wrong, target = clean.argmax(dim=1) != y, clean.softmax(dim=1)
     restart, step = (torch.where(wrong, 0, STOOD) for _ in range(2))
     for r in range(restarts):
         x_adv = uniform_start(x, numbers, r, threat, seed)
@@ -49,6 +59,6 @@ def plain_loop(model, x, y, threat, *, steps, step_size, restarts, loss, seed, f
             falls = (restart == STOOD) & (logits.detach().argmax(dim=1) != y)
             restart[falls], step[falls] = r + 1, t
             if t < steps:
-                grad = gradient(loss_of(loss, logits, y), x_adv)
+                grad = gradient(loss_of(loss, logits, y, target), x_adv)
                 x_adv = projected_step(x_adv.detach(), grad, x, threat, step_size)
     return restart, step

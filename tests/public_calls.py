@@ -18,6 +18,7 @@ from bt_fast import (
     Frozen,
     Gaussian,
     Guard,
+    Logits,
     MARTLoss,
     Normalization,
     Normalize,
@@ -106,6 +107,15 @@ def softly(call):
         return result
 
     return run
+
+
+def away(outputs, rows):
+    """An inner loss of one's own."""
+    return (outputs - rows.clean_outputs).square().sum(dim=1)
+
+
+def selected(model, x, y):
+    return perturb(Logits(model, lambda output: output), x, y, ATTACK, generator=seeded())
 
 
 def augmix(bullet=None, **options):
@@ -222,7 +232,13 @@ CALLS = {
     "AWP, mining": weight_perturbed(THREE),
     "AWP, moved": weight_perturbed(THREE, samples="moved"),
     "AWP, warm-up": weight_perturbed(gamma=0),
+    "TRADESLoss, selected": criterion(TRADESLoss, THREE, logits=lambda output: output),
+    "MARTLoss, batch": criterion(MARTLoss, attack=PGD(0.1, 0.05, STEPS, statistics="batch")),
+    "PGDLoss, tracked": criterion(PGDLoss, attack=PGD(0.1, 0.05, STEPS, statistics="tracked")),
+    "Logits": selected,
     "perturb": perturbed(),
+    "perturb, dlr, mining": perturbed(THREE, PGD(0.1, 0.05, STEPS, inner="dlr")),
+    "perturb, a function": perturbed(attack=PGD(0.1, 0.05, STEPS, inner=away)),
     "perturb, mining": perturbed(THREE, engine="fast"),
     "perturb, normalised": perturbed(attack=PGD(0.1, 0.05, STEPS, normalization=PIXELS)),
     "AugMixLoss": lambda m, x, y: AugMixLoss()(m, x, y, generator=seeded()),
@@ -237,6 +253,7 @@ CALLS = {
     "generate, view": generated(engine="fast"),
     "evaluate": evaluated(),
     "evaluate, margin, view": evaluated(loss="margin", engine="fast"),
+    "evaluate, lse": evaluated(loss="lse"),
     "autoattack": autoattacked,
     "augment_and_mix": lambda m, x, y: augment_and_mix(x, draw_choices(len(x), x.device, generator=seeded())),
     "Normalize": lambda m, x, y: Normalize((0.5,), (0.25,))(x),

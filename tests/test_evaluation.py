@@ -11,13 +11,14 @@ from plain_pgd import STOOD, loss_of, plain_loop
 from pretended_device import DEVICE, pretended_device
 from small_models import Undefined, assert_unchanged, batch, build, looked_at, snapshot, with_bright
 
-from bt_fast import Frozen, ThreatModel
+from bt_fast import PGD, Frozen, ThreatModel
 from bt_fast.attack import early_exit
 from bt_fast.attack.start import uniform_start
 from bt_fast.evaluation import evaluate
 
 LINF, L2 = ThreatModel(0.1), ThreatModel(0.5, "l_2")
 NORMS, LOSSES = ["l_inf", "l_2"], ["ce", "margin"]
+ALL_LOSSES = [*LOSSES, "dlr", "lse", "kl"]
 
 
 class Thresholds(torch.nn.Module):
@@ -124,7 +125,7 @@ def test_the_random_start_and_the_last_iterate_count():
 
 
 @pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", ALL_LOSSES)
 @settings(max_examples=12, deadline=None)
 @given(
     m=st.integers(1, 24),
@@ -163,6 +164,31 @@ def test_none_some_and_all_of_the_hypothesis_are_reached(scale, least, most):
     result = evaluate(model, [(x, y)], ThreatModel(0.05 * scale), steps=4, generator=generator())
     assert result.clean_correct == 32
     assert least <= result.robust_correct <= most
+
+
+def test_the_loss_may_be_the_attacks_own_or_a_function():
+    model, x, y = classifier(40)
+
+    def run(attack, **options):
+        return fate(evaluate(model, in_batches(x, y, 16), attack, generator=generator(), **options))
+
+    def squared(z, rows):  # of probabilities, as "lse"
+        return (z.softmax(dim=1) - rows.clean_outputs.softmax(dim=1)).square().sum(dim=1)
+
+    size = 0.05, 0.025, 4
+    assert run(PGD(*size, inner="margin")) == run(PGD(*size), loss="margin") != run(PGD(*size))
+    assert run(PGD(*size), loss="cross_entropy") == run(PGD(*size), loss="ce") == run(PGD(*size))
+    assert run(PGD(*size, inner=squared)) == run(PGD(*size), loss=squared) == run(PGD(*size), loss="lse")
+    with pytest.raises(ValueError, match="the attack ascends 'margin', but loss is 'ce': leave one of the two out"):
+        run(PGD(*size, inner="margin"), loss="ce")
+
+
+def test_dlr_needs_three_classes_and_running_statistics():
+    stream = [(pixels(0.1, 0.9), torch.tensor([0, 1]))]
+    with pytest.raises(ValueError, match=r"inner='dlr'.*K >= 3 classes, got 2: write inner='margin'"):
+        evaluate(Thresholds(), stream, LINF, loss="dlr")
+    with pytest.raises(ValueError, match=r"statistics must be 'running' in an evaluation, got 'batch': .*: leave stat"):
+        evaluate(Thresholds(), stream, PGD(0.1, 0.03, 3, statistics="batch"))
 
 
 def test_a_frozen_view_judges_alike():
@@ -281,7 +307,7 @@ def test_a_gpu_is_read_once_in_a_burst_of_up_to_eight_steps():
 
 
 @pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", ["cross_entropy", "margin", "dlr"])
 def test_the_host_waits_at_the_end_of_a_burst_only(norm, loss):
     model = build().to(DEVICE).eval()
     with pretended_device() as reads:
@@ -330,7 +356,8 @@ def test_inference_mode_is_no_obstacle():
         ({"steps": 1.5}, TypeError, "steps.*1.5"),
         ({"restarts": 0}, ValueError, "restarts must be at least 1, got 0"),
         ({"step_size": -0.1}, ValueError, "step_size.*-0.1"),
-        ({"loss": "kl"}, ValueError, "loss must be one of 'ce', 'margin', got 'kl'"),
+        ({"loss": "hinge"}, ValueError, "loss must be one of 'kl', 'cross_entropy', .* or a function .*, got 'hinge'"),
+        ({"loss": 3}, TypeError, "loss must be one of"),
         ({"engine": "bf16"}, ValueError, "engine must have the model's own precision"),
         ({"frozen": Frozen(autocast=torch.bfloat16)}, ValueError, "engine must have the model's own precision"),
     ],

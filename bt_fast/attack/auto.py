@@ -16,7 +16,7 @@ from torch import Tensor
 from bt_fast.attack import device
 from bt_fast.attack.batch import AttackBatch, View
 from bt_fast.attack.forward import caller_autocast
-from bt_fast.attack.graphs import GraphRunner
+from bt_fast.attack.graphs import GraphRunner, own_inner_reason
 from bt_fast.attack.runners import Runner, run_eager, run_queued, start_of
 from bt_fast.attack.streams import StreamRunner
 from bt_fast.attack.threat import ThreatModel
@@ -67,7 +67,8 @@ class AutoRunner:
     ) -> Callable[[], None]:
         """Queue the attack as the chosen runner does; the returned function makes the caller's stream wait for it."""
         x = batch.x_adv
-        configuration = (x.shape[1:], batch.target.shape[1], x.dtype, x.device, threat, caller_autocast(x))
+        inner = batch.inner if isinstance(batch.inner, str) else None
+        configuration = (x.shape[1:], batch.target.shape[1], x.dtype, x.device, threat, inner, caller_autocast(x))
         chosen = self._chosen.setdefault(model, {})
         if configuration not in chosen:
             chosen[configuration] = self._choose(model, batch, threat)
@@ -77,7 +78,7 @@ class AutoRunner:
     def _choose(self, model: View, batch: AttackBatch, threat: ThreatModel) -> Runner:
         x = batch.x_adv
         images = f"{len(x)} x {list(x.shape[1:])} {x.dtype}"
-        if reason := device.no_graphs_reason(x):
+        if reason := device.no_graphs_reason(x) or own_inner_reason(batch):
             self.reasons.append(f"{images}: eager, since {reason}")
             return run_eager
         generator = torch.Generator(x.device).manual_seed(0)

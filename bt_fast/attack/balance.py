@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -202,7 +202,7 @@ def pays(exchange: Exchange, costs: Costs) -> bool:
 def sample_bytes(clean: Tensor, target: Tensor) -> int:
     """Bytes of one sample that is attacked elsewhere: x, start, target and step size there, x' and its flag back."""
     image = math.prod(clean.shape[1:]) * clean.element_size()
-    return 3 * image + target.shape[1] * target.element_size() + 8 + 4
+    return 3 * image + target.shape[1] * target.element_size() + 8 + 4  # a label's 8 bytes more do not count
 
 
 def measured_costs(
@@ -346,12 +346,15 @@ def send_out(batch: AttackBatch, exchange: Exchange, group: dist.ProcessGroup | 
             f"batch must hold the {m} samples that the plan counts, got {len(batch)}: give the samples of this rank"
         )
     there, home = routes(exchange, rank)
-    begin, clean, target, sizes = there.carry([batch.x_adv, batch.clean, batch.target, batch.step_size], group)
+    own = [batch.x_adv, batch.clean, batch.target, batch.step_size]
+    labels = [] if batch.labels is None else [batch.labels]
+    begin, clean, target, sizes, *labels = there.carry([*own, *labels], group)
     quota = exchange.quotas[rank].flip(0)[:-1]  # by descending steps, without those of 0
     steps = torch.arange(len(quota), 0, -1, device="cpu").repeat_interleave(quota)
     active = tuple(n for n in quota.cumsum(0).flip(0).tolist() if n)
     faulty = torch.zeros(len(begin), dtype=torch.int32, device=begin.device)
-    attacked = AttackBatch(begin, clean, target, sizes, _to(steps, begin.device), active, faulty)
+    attacked = AttackBatch(begin, clean, target, sizes, _to(steps, begin.device), active, faulty, batch.inner)
+    attacked = replace(attacked, labels=labels[0] if labels else None)
     return Rebalanced(attacked, batch.x_adv.detach(), home, group)
 
 

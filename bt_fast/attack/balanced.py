@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from weakref import WeakKeyDictionary
 
 import torch
@@ -83,13 +83,16 @@ def _costs(view: View, batch: AttackBatch, threat: ThreatModel, runner: Runner, 
     """Costs measured once for each kind of images. (These come in the same order on all ranks.)"""
     clean, target = batch.clean, batch.target
     known = _measured.setdefault(view, {})
-    kind = (clean.shape[1:], clean.dtype, target.shape[1], threat.norm)
+    inner = batch.inner if isinstance(batch.inner, str) else None
+    kind = (clean.shape[1:], clean.dtype, target.shape[1], threat.norm, inner)
     if kind not in known:
         begin, generator = start_of(runner), torch.Generator(clean.device).manual_seed(0)
 
         def attack(n: int) -> None:
             one = Plan.uniform(n, 1, threat.epsilon, clean.device)
-            begin(view, AttackBatch.of(one, clean[:n].clone(), clean[:n], target[:n]), threat, generator)()
+            rows = AttackBatch.of(one, clean[:n].clone(), clean[:n], target[:n])
+            labels = None if batch.labels is None else batch.labels[:n]
+            begin(view, replace(rows, inner=batch.inner, labels=labels), threat, generator)()
 
         known[kind] = measured_costs(attack, len(clean), clean, target, group)
     return known[kind]

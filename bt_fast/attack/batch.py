@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from bt_fast.attack.inner import Inner
 from bt_fast.plan import Plan
 
 View = Callable[[Tensor], Tensor]  # a model in eval mode, or a folded view of it
@@ -19,11 +21,14 @@ class AttackBatch:
 
     x_adv: Tensor  # [m, ...] floating point, x', changed in place by the attack's steps
     clean: Tensor  # [m, ...] of the same dtype, x
-    target: Tensor  # [m, K], the distribution to move away from
+    target: Tensor  # [m, K], the distribution to move away from; the clean outputs for an inner loss of one's own
     step_size: Tensor  # [m] floating point, α in pixel units
     steps: Tensor  # [m] int64, never increasing
     active: tuple[int, ...]  # for each step, the number of rows that take it; never increasing
     faulty: Tensor  # [m] int32, 1 for a sample that stayed in some step, since its gradient held NaN (in ℓ2: or Inf)
+    inner: Inner = "kl"  # what is ascended
+    labels: Tensor | None = None  # [m] int64, where the inner loss reads them
+    together: bool = False  # a row's input gradient depends on the other rows
 
     @classmethod
     def of(cls, plan: Plan, start: Tensor, clean: Tensor, target: Tensor, faulty: Tensor | None = None) -> AttackBatch:
@@ -40,5 +45,5 @@ class AttackBatch:
         """Some rows that lie side by side, as views."""
         start, stop, _ = rows.indices(len(self))
         active = tuple(min(n, stop) - start for n in self.active if n > start)
-        tensors = {name: value[rows] for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return AttackBatch(active=active, **tensors)
+        tensors: dict[str, Any] = {n: value[rows] for n, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, active=active, **tensors)

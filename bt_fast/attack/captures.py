@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from bt_fast.attack import device
-from bt_fast.attack.folded import hooked
+from bt_fast.attack.tracing import hooked
 from bt_fast.warning import warn_caller
 
 K = TypeVar("K", bound=Hashable)

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from bt_fast import faults, ops
 from bt_fast.attack.forward import gradient_of, in_float16, logits_of
-from bt_fast.attack.losses import direction_of
+from bt_fast.attack.inner import Inner, check_enough_classes, direction_of, of_clean
 from bt_fast.attack.start import uniform_start
 from bt_fast.attack.threat import ThreatModel
 from bt_fast.faults import CheckedRead
 from bt_fast.ops.launch import dense_format
-from bt_fast.ops.rows import has_softmax
+from bt_fast.ops.rows import has_softmax, softmax
 
 STOOD = -1  # instead of the restart and the step in which a sample fell
 LONGEST_BURST = 8
@@ -31,7 +31,7 @@ class Attack:
     """PGD on every sample: `restarts` times `steps` steps of `step_size`; `seed` is a 0-dim int64 on the device."""
 
     threat: ThreatModel
-    loss: str
+    loss: Inner
     steps: int
     step_size: float
     restarts: int
@@ -45,12 +45,14 @@ class Samples:
     x: Tensor
     y: Tensor
     number: Tensor
+    target: Tensor | None = None  # [n, K], where the loss compares with the clean outputs
 
     def __len__(self) -> int:
         return len(self.number)
 
     def __getitem__(self, rows: slice) -> Samples:
-        return Samples(self.x[rows], self.y[rows], self.number[rows])
+        target = None if self.target is None else self.target[rows]
+        return Samples(self.x[rows], self.y[rows], self.number[rows], target)
 
 
 class Verdicts:
@@ -118,6 +120,7 @@ class WorkingBatch:
         self._x, self._clean = (torch.empty_like(like, memory_format=memory_format) for _ in range(2))
         self._labels, self._left = (torch.zeros(width, dtype=torch.int64, device=device) for _ in range(2))
         self._step_size = torch.full((width,), attack.step_size, dtype=like.dtype, device=device)
+        self._target: Tensor | None = None  # [width, K], once K is known
         self._still = torch.zeros_like(self._x) if attack.threat.norm == "l_2" else None
         self._counter = torch.arange(self._burst, device=device)
         # known to the host without a wait: a row moves in every step until it falls
@@ -160,7 +163,9 @@ class WorkingBatch:
             left.masked_fill_(falls, 0)
             if moves:
                 scaled = in_float16(model, probe, logits)
-                grad = gradient_of(logits, probe, direction_of(attack.loss, plain, labels, scaled))
+                target = one_hot(labels, plain) if self._target is None else self._target[:n]
+                direction = direction_of(attack.loss, plain, target, labels, scaled=scaled)
+                grad = gradient_of(logits, probe, direction)
                 self._move(grad, self._counter[j], faulty)
         number = self._number[:n]
         wrong = [
@@ -205,6 +210,10 @@ class WorkingBatch:
             rows, free = free[: len(arriving)], free[len(arriving) :]
             at = rows.to(self._x.device)
             self._clean[at], self._labels[at] = arriving.x, arriving.y
+            if arriving.target is not None:
+                if self._target is None:
+                    self._target = arriving.target.new_zeros(len(self._x), arriving.target.shape[1])
+                self._target[at] = arriving.target
             self._number[rows], self._restart[rows] = arriving.number, 0
             self._begin(rows)
             self._count += len(rows)
@@ -226,8 +235,22 @@ class WorkingBatch:
         for values in (self._number, self._restart, self._step):
             values[target] = values[source]
         source, target = source.to(self._x.device), target.to(self._x.device)
-        for values in (self._x, self._clean, self._labels, self._left):
+        targets = () if self._target is None else (self._target,)
+        for values in (self._x, self._clean, self._labels, self._left, *targets):
             values[target] = values[source]
+
+
+def one_hot(labels: Tensor, like: Tensor) -> Tensor:
+    """[n, K] in the dtype of `like` [n, K]; labels [n] int64 in 0..K-1."""
+    return torch.zeros_like(like).scatter_(1, labels[:, None], 1.0)
+
+
+def target_of(loss: Inner, logits: Tensor) -> Tensor | None:
+    """[n, K], what the loss compares with where that is the clean logits [n, K]; ValueError for too few classes."""
+    check_enough_classes(loss, logits.shape[1])
+    if not of_clean(loss):
+        return None
+    return softmax(logits).to(ops.wide(logits).dtype) if isinstance(loss, str) else ops.wide(logits)
 
 
 def burst_length(steps: int, x: Tensor) -> int:

@@ -4,43 +4,36 @@ In eval mode batch norm is `s·x + t` for each channel, so that behind a convolu
 into that layer's weights: `bn(conv(x, W, b)) = conv(x, s·W, s·b + t)`. The view runs the model's own computation,
 traced once, on such folded weights, which `refresh` writes anew in place after the optimiser moved the model.
 
-A compiled model is traced as it was before, and an average of models as a model. Not folded is a norm that
-does not directly follow one layer: in a pre-activation block the first, since the sum before it is also the skip
-connection. (Its scale could pass through the relu into the next convolution, but only while every scale is positive,
-and to know that is to wait for the device.)
+A compiled model is traced as it was before, and an average of models as a model. A module that cannot be traced runs
+as it is, inside the view. Not folded is a norm that does not directly follow one layer: in a pre-activation block the
+first, since the sum before it is also the skip connection. (Its scale could pass through the relu into the next
+convolution, but only while every scale is positive, and to know that is to wait for the device.)
 """
 
 from __future__ import annotations
 
-import inspect
-import traceback
+import operator
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary, ref
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
-from torch.optim.swa_utils import AveragedModel
 
-from bt_fast.attack.forward import eval_mode, logits_of, uncached, uncompiled
+from bt_fast.attack.folded_layers import FoldedLayer
+from bt_fast.attack.folding import Folds, fold, is_leaf
+from bt_fast.attack.forward import caller_autocast, eval_mode, uncached, uncompiled
+from bt_fast.attack.memory_format import formatted, logits_in_format, needs_contiguous, takes_channels_last
+from bt_fast.attack.tracing import NotFoldedError, Trace, first_line, hooked, trace
 from bt_fast.attack.wrapped import gathered, unwrapped
 from bt_fast.deprecated import renamed
 from bt_fast.full_precision import full_precision
 from bt_fast.validation import check_kind
 from bt_fast.warning import warn_caller
 
-_LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-_POOLS = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)
-_REMEDY = (
-    "what is traced must not decide by the images' values: decide by their shape, or put what decides into a function "
-    "marked by torch.fx.wrap"
-)
 AGREEMENT = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
 
 
@@ -75,86 +68,13 @@ class Frozen:
             )
 
 
-class _FoldedLayer(nn.Module):
-    """A convolution or a linear layer on weights of its own, without gradients; a norm behind it is folded in."""
-
-    weight: Tensor
-    bias: Tensor | None
-
-    def __init__(self, layer: Any, norm: Any, channels_last: bool) -> None:
-        super().__init__()
-        self._source = (layer, norm)  # in a tuple, so that they are not submodules of the view
-        weight = layer.weight.detach()
-        last = channels_last and weight.dim() == 4
-        memory_format = torch.channels_last if last else torch.preserve_format
-        self.register_buffer("weight", weight.clone(memory_format=memory_format))
-        has_bias = layer.bias is not None or norm is not None
-        self.register_buffer("bias", weight.new_zeros(len(weight)) if has_bias else None)
-
-    def forward(self, x: Tensor) -> Tensor:
-        layer, _ = self._source
-        if isinstance(layer, nn.Linear):
-            return F.linear(x, self.weight, self.bias)
-        return cast(Tensor, layer._conv_forward(x, self.weight, self.bias))
-
-    def refresh(self) -> None:
-        """Take the weights as they are now."""
-        layer, norm = self._source
-        weight, bias = layer.weight, layer.bias
-        if norm is None:
-            self.weight.copy_(weight)
-        else:
-            scale, shift = _affine(norm)
-            torch.mul(weight, scale.view(-1, *[1] * (weight.dim() - 1)), out=self.weight)
-            bias = shift if bias is None else shift.addcmul_(bias, scale)
-        if self.bias is not None:
-            self.bias.copy_(bias)
-
-
-class _KeptNorm(nn.Module):
-    """A norm that stays one, `s·x + t` with numbers of its own, without gradients to its parameters."""
-
-    scale: Tensor
-    shift: Tensor
-    mean: Tensor
-    variance: Tensor
-
-    def __init__(self, norm: Any) -> None:
-        super().__init__()
-        self._source = (norm,)
-        for name, value in (("scale", 1.0), ("shift", 0.0), ("mean", 0.0), ("variance", 1.0)):
-            self.register_buffer(name, torch.full_like(norm.running_mean, value))
-
-    def forward(self, x: Tensor) -> Tensor:
-        # without `F.batch_norm`, which in torch 2.11 refuses an eps of 0
-        on = torch.backends.cudnn.enabled
-        return torch.batch_norm(x, self.scale, self.shift, self.mean, self.variance, False, 0.0, 0.0, on)
-
-    def refresh(self) -> None:
-        """Take the statistics and parameters as they are now."""
-        scale, shift = _affine(self._source[0])
-        self.scale.copy_(scale)
-        self.shift.copy_(shift)
-
-
-def _affine(norm: Any) -> tuple[Tensor, Tensor]:
-    """The norm in eval mode as `s·x + t`: s and t, new tensors [channels]."""
-    scale = (norm.running_var + norm.eps).rsqrt_()
-    if norm.weight is not None:
-        scale = scale * norm.weight
-    shift = -norm.running_mean * scale
-    return scale, shift if norm.bias is None else shift.add_(norm.bias)
-
-
-class NotFoldedError(Exception):
-    """A model that cannot be folded, and why."""
-
-
 class FoldedModel:
     """The folded view of one model. Call it inside `eval_mode(model)`.
 
     Attributes:
         reason: why the model runs as it is, or None where it runs folded.
+        kept: by the name of each module that could not be traced and runs as it is inside the view, why.
+        norms: how many batch norms are folded into the layer before them, and how many are not.
         channels_last: whether images are best given with the channel as the fastest index.
         independent: whether it reads no statistics of the model's own norms, so that a training forward of the model
             may move these while an attack runs on the view.
@@ -164,34 +84,43 @@ class FoldedModel:
         """Trace the model and compare the view with it on `x` [n, ...]: waits for the device, once."""
         self._model = ref(model)
         self._recipe = recipe
-        self.channels_last = recipe.channels_last
+        self.channels_last = recipe.channels_last and (recipe.fold or takes_channels_last(model, x))
         self._held = _held(model)
-        self._layers: list[_FoldedLayer | _KeptNorm] = []
+        self._folds: Folds | None = None
         self._folded: Callable[[Tensor], Tensor] | None = None
+        self._decided: frozenset[str] = frozenset()
+        self._form = _form(x)
+        self.kept: dict[str, str] = {}
+        self.norms = (0, 0)
         self._kinds = _kinds(self._held)
         self.independent = False
         self.reason = self._fold(model, x) if recipe.fold else "not asked to fold"
+        if self._folds is None and recipe.fold:
+            self.channels_last = recipe.channels_last and takes_channels_last(model, x)
         if recipe.compile:
             self._compile(model, x)
 
     def _fold(self, model: nn.Module, x: Tensor) -> str | None:
         """Trace the model; or why that cannot be."""
         try:
-            graph, self._layers = _traced(model, self._recipe.channels_last)
+            traced, self._folds = _traced(model, self._formatted(x), self._precision(x), self.channels_last)
             self.refresh()
-            with uncached(x):
-                _compare(model, graph, self._formatted(x))
+            with self._precision(x)() if "form" in traced.decides else uncached(x):
+                _compare(model, traced.graph, self._formatted(x), self.channels_last)
         except NotFoldedError as error:
-            self._layers = []
+            self._folds = None
+            if self.channels_last and needs_contiguous(error.__cause__):  # a module that runs as it is
+                self.channels_last = False
+                return self._fold(model, x)
             warn_caller(f"the attack runs on the model as it is, not folded: {error}")
             return str(error)
-        for layer in self._layers:
-            if isinstance(layer, _FoldedLayer) and layer.weight.dtype != torch.float64:  # which autocast leaves alone
+        for layer in self._folds.layers:
+            if isinstance(layer, FoldedLayer) and layer.weight.dtype != torch.float64:  # which autocast leaves alone
                 layer.to(self._recipe.autocast)  # once, not in every step
-        self._folded = graph
-        read = {id(buffer) for buffer in graph.buffers()}
+        self._folded, self._decided = traced.graph, traced.decides
+        self.kept, self.norms = traced.kept, (self._folds.folded, self._folds.kept)
         norms = (m for m in model.modules() if isinstance(m, _NormBase))
-        self.independent = not any(id(buffer) in read for norm in norms for buffer in norm.buffers())
+        self.independent = not _read(traced.graph) & {id(buffer) for norm in norms for buffer in norm.buffers()}
         return None
 
     def _compile(self, model: nn.Module, x: Tensor) -> None:
@@ -220,20 +149,28 @@ class FoldedModel:
         return [*folded, *(t for t in self._held if isinstance(t, Tensor))]
 
     @property
+    def _layers(self) -> list[nn.Module]:
+        return [] if self._folds is None else [*self._folds.layers]
+
+    def fits(self, x: Tensor) -> bool:
+        """Whether it is for images like x [n, ...]: where its forward decides by their shape, for this shape alone."""
+        now = _form(x) if self._decided else {}
+        return all(now[name] == self._form[name] for name in self._decided)
+
+    @property
     def current(self) -> bool:
         """Whether the model consists of the modules and tensors that were traced, of the same kinds, without hooks."""
         model = self._model()
-        if model is None or (self._layers and hooked(model)):
+        if model is None or (self._folds is not None and hooked(model)):
             return False
         now = _held(model)
         same = len(now) == len(self._held) and all(a is b for a, b in zip(now, self._held, strict=True))
         return same and _kinds(now) == self._kinds
 
-    @torch.no_grad()
     def refresh(self) -> None:
-        """Follow the model's weights and statistics, in place: nothing is traced or allocated for them."""
-        for layer in self._layers:
-            layer.refresh()
+        """Follow the model's weights and statistics, in place: nothing is traced anew."""
+        if self._folds is not None:
+            self._folds.refresh()
 
     def __call__(self, x: Tensor) -> Tensor:
         """Logits [n, K] of x [n, ...]."""
@@ -241,13 +178,19 @@ class FoldedModel:
         x = self._formatted(x)
         if self._recipe.autocast is None:
             return run(x)
-        # the cache of an outer autocast may hold the same weights cast to another dtype
-        with torch.autocast(x.device.type, self._recipe.autocast, cache_enabled=False):
+        with self._precision(x)():
             return run(x)
 
+    def _precision(self, x: Tensor) -> Callable[[], AbstractContextManager[object]]:
+        """The autocast of a call."""
+        if self._recipe.autocast is None:
+            return lambda: uncached(x)
+        # the cache of an outer autocast may hold the same weights cast to another dtype
+        return lambda: torch.autocast(x.device.type, self._recipe.autocast, cache_enabled=False)
+
     def _formatted(self, x: Tensor) -> Tensor:
-        last = self.channels_last and x.dim() == 4
-        return x.contiguous(memory_format=torch.channels_last) if last else x
+        contiguous = self._recipe.channels_last and not self.channels_last
+        return x.contiguous() if contiguous else formatted(x, self.channels_last)
 
 
 def independent(view: Callable[[Tensor], Tensor]) -> bool:
@@ -276,7 +219,7 @@ def attack_model(model: nn.Module, recipe: Frozen | None, x: Tensor) -> Iterator
             return
         views = _views.setdefault(model, {})
         view = views.get(recipe)
-        if view is None or not view.current:
+        if view is None or not view.current or not view.fits(x):
             view = views[recipe] = FoldedModel(model, recipe, x)
         view.refresh()
         yield view
@@ -296,133 +239,50 @@ def _held(model: nn.Module) -> list[object]:
     return [*map(ref, inner), *model.parameters(), *model.buffers()]
 
 
+def _form(x: Tensor) -> dict[str, object]:
+    """What the forward of a view may have decided by."""
+    return {"form": (x.dtype, x.device, caller_autocast(x)), "shape": x.shape[1:]}
+
+
 def _kinds(held: list[object]) -> list[tuple[torch.dtype, torch.device]]:
     """A parameter stays the same tensor when its module is cast or moved."""
     return [(t.dtype, t.device) for t in held if isinstance(t, Tensor)]
 
 
-def _traced(model: nn.Module, channels_last: bool) -> tuple[fx.GraphModule, list[_FoldedLayer | _KeptNorm]]:
+def _read(graph: fx.GraphModule) -> set[int]:
+    """The ids of the buffers that a graph reads."""
+    values = [
+        operator.attrgetter(str(n.target))(graph) for n in graph.graph.nodes if n.op in ("get_attr", "call_module")
+    ]
+    return {id(t) for value in values for t in (value.buffers() if isinstance(value, nn.Module) else [value])}
+
+
+def _traced(
+    model: nn.Module, x: Tensor, precision: Callable[[], AbstractContextManager[object]], channels_last: bool
+) -> tuple[Trace, Folds]:
     """The model's computation on folded layers, and these layers."""
-    if name := hooked(model):
-        raise NotFoldedError(f"{name} has a hook, which a folded model would not run")
+    traced = trace(model, x, is_leaf, precision)
     try:
-        tracer = _Tracer()
-        traced = tracer.trace(_of_images_alone(_as_written(model)))
-        for node in traced.nodes:
-            node.meta.pop("is_wrapped", None)  # else the code would look for the pools by a name that is no module's
-        graph = fx.GraphModule(tracer.root, traced)
-    except Exception as error:  # whatever the model's own code raises on a proxy
-        raise NotFoldedError(f"it cannot be traced: {_where(error)}{_first_line(error)}; {_REMEDY}") from error
-    modules = dict(graph.named_modules(remove_duplicate=False))
-    layers: list[_FoldedLayer | _KeptNorm] = []
-    for node in graph.graph.nodes:  # without those that the loop erases
-        module = modules[node.target] if node.op == "call_module" else None
-        if type(module) in _LAYERS:
-            norm_node = _norm_after(node, modules)
-            norm = None if norm_node is None else modules[str(norm_node.target)]
-            layers.append(_FoldedLayer(module, norm, channels_last))
-            if norm_node is not None:
-                norm_node.replace_all_uses_with(node)
-                graph.graph.erase_node(norm_node)
-        elif _has_statistics(module):
-            layers.append(_KeptNorm(module))
-        else:
-            continue
-        node.target = f"folded_{len(layers)}"
-        graph.add_submodule(node.target, layers[-1])
-    graph.delete_all_unused_submodules()
-    graph.recompile()
-    return graph.eval(), layers
-
-
-class _ImagesAlone(nn.Module):
-    """A model called with its images alone, so that other arguments of its forward have their defaults."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: Tensor) -> Tensor:
-        return cast(Tensor, self.model(x))
-
-
-def _of_images_alone(model: nn.Module) -> nn.Module:
-    """The model, if its forward takes nothing but images; else one in front of it."""
-    parameters = inspect.signature(model.forward).parameters
-    return model if len(parameters) == 1 else _ImagesAlone(model).train(model.training)
-
-
-def _where(error: Exception) -> str:
-    """The model's own line that raised an error, if there is one."""
-    ours = (str(Path(__file__).parents[1]), str(Path(torch.__file__).parent))
-    lines = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((*ours, "<"))]
-    return f"line {lines[-1].lineno} of {Path(lines[-1].filename).name}, `{lines[-1].line}`: " if lines else ""
-
-
-class _Tracer(fx.Tracer):
-    """Looks into modules that were compiled, and lets a pool's size be one that is traced."""
-
-    def __init__(self) -> None:
-        super().__init__(autowrap_functions=_POOLS)
-        self._autowrap_search.append(F)  # torch 2.6 takes numbers only where they are called
-
-    def call_module(
-        self, m: nn.Module, forward: Callable[..., object], args: tuple[object, ...], kwargs: dict[str, object]
-    ) -> object:
-        """As `fx.Tracer`, but a compiled module is its own Python code."""
-        written = _as_written(m)  # which, if compiled in place, would call its compiled code
-        if written is not m or m._compiled_call_impl is not None:
-            forward = written._call_impl
-        return super().call_module(written, forward, args, kwargs)
-
-
-def _as_written(module: nn.Module) -> nn.Module:
-    """The module inside a compiled module or an `AveragedModel` (whose forward takes any arguments)."""
-    while True:
-        # the class of compiled modules would import the compiler
-        inner = module.module if type(module) is AveragedModel else getattr(module, "_orig_mod", None)
-        if not isinstance(inner, nn.Module):
-            return module
-        module = inner
-
-
-def hooked(model: nn.Module) -> str | None:
-    """The name of a module with a hook."""
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    modules = model.named_modules()
-    return next((name or "the model" for name, module in modules if any(getattr(module, k) for k in kinds)), None)
-
-
-def _norm_after(node: fx.Node, modules: dict[str, nn.Module]) -> fx.Node | None:
-    """The norm that is the only reader of a layer's output, if it can be folded into the layer."""
-    (reader, *others) = node.users or (None,)
-    if others or reader is None or reader.op != "call_module" or reader.args != (node,):
-        return None
-    norm, layer = modules.get(str(reader.target)), modules[str(node.target)]
-    # BatchNorm1d behind a linear layer that sees more than [n, features] is not what it folds to: `_compare` refuses it
-    same = isinstance(norm, nn.BatchNorm1d) == isinstance(layer, (nn.Linear, nn.Conv1d))
-    return reader if _has_statistics(norm) and same else None
-
-
-def _has_statistics(module: nn.Module | None) -> bool:
-    """Whether it is a batch norm that uses stored statistics in eval mode."""
-    return type(module) in _NORMS and module.running_mean is not None  # type: ignore[union-attr]
+        folds = fold(traced.graph, channels_last)
+    except Exception as error:  # of weights that do not go together, say: the model itself will raise it
+        raise NotFoldedError(f"its weights cannot be folded ({first_line(error)})") from error
+    return traced, folds
 
 
 @torch.no_grad()
-def _compare(model: nn.Module, graph: fx.GraphModule, x: Tensor) -> None:
-    expected = logits_of(model, x)
+def _compare(model: nn.Module, graph: fx.GraphModule, x: Tensor, channels_last: bool) -> None:
+    expected = logits_in_format(model, x, channels_last)
     try:
         same = _same(graph(x.clone()), expected)
     except Exception as error:
-        raise NotFoldedError(f"its trace does not run ({_first_line(error)})") from error
+        raise NotFoldedError(f"its trace does not run ({first_line(error)})") from error
     if same:
         return
     try:  # in TF32 folded weights round to other bits: the logits may differ by more than the fold does to them
         with full_precision(), uncompiled():
-            same = _same(graph(x.clone()), logits_of(model, x))
+            same = _same(graph(x.clone()), logits_in_format(model, x, channels_last))
     except RuntimeError as error:  # of a model that reads the old setting of TF32
-        raise NotFoldedError(f"it does not run in full precision ({_first_line(error)})") from error
+        raise NotFoldedError(f"it does not run in full precision ({first_line(error)})") from error
     if not same:
         raise NotFoldedError("its traced computation gives other logits than the model itself")
 
@@ -432,9 +292,8 @@ def _same(logits: Tensor, expected: Tensor) -> bool:
     return logits.shape == expected.shape and torch.allclose(logits, expected, rtol=0.0, atol=room, equal_nan=True)
 
 
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-
+_MOVED = {"FrozenModel": "bt_fast.attack.folded.FoldedModel", "hooked": "bt_fast.attack.tracing.hooked"}
+_MOVED["NotFoldedError"] = "bt_fast.attack.tracing.NotFoldedError"
 
 if not TYPE_CHECKING:  # a checker is to know the new name only
-    __getattr__ = renamed(__name__, {"FrozenModel": "bt_fast.attack.folded.FoldedModel"})
+    __getattr__ = renamed(__name__, _MOVED)

@@ -82,48 +82,73 @@ def caller_autocast(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(kind) if enabled else None
 
 
-def logits_of(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+@contextmanager
+def training_modes(model: nn.Module) -> Iterator[None]:
+    """The modes of an update: those that each module has, or train mode where all are in eval mode."""
+    with modes_restored(model):
+        if not any(module.training for module in model.modules()):
+            model.train()
+        yield
+
+
+@contextmanager
+def buffers_kept(model: nn.Module, *, after_errors_only: bool = False) -> Iterator[None]:
+    """The model's buffers are afterwards the tensors, with the values, that they were; or only after an error."""
+    modules = list(model.modules())
+    before = [(m, name, b, b.detach().clone()) for m in modules for name, b in m._buffers.items() if b is not None]
+    put_back = True
+    try:
+        yield
+        put_back = not after_errors_only
+    finally:
+        for module, name, buffer, value in before if put_back else ():
+            buffer.data.copy_(value)  # .data: an earlier loss may still await its backward
+            module._buffers[name] = buffer  # some modules put a new tensor in its place
+
+
+def logits_of(model: Callable[[Tensor], Tensor], x: Tensor, *, least: int = 2) -> Tensor:
     """`model(x)` of x [n, ...], checked: [n, K]. A model that changes its images in place changes a copy of them.
+
+    Args:
+        least: of K; 1 for outputs that need be no logits.
 
     Raises:
         TypeError: the model does not return a floating-point tensor.
         ValueError: it does not return one row of at least two logits for each sample.
     """
-    return checked_logits(model(x.clone()), len(x))
+    return checked_logits(model(x.clone()), len(x), least=least)
 
 
-def checked_logits(logits: object, n: int) -> Tensor:
-    """A model's output for n images, if it is logits [n, K]; else the errors of `logits_of`."""
+def checked_logits(logits: object, n: int, *, least: int = 2, where: str = "") -> Tensor:
+    """A model's output for n images, if it is logits [n, K]; else the errors of `logits_of`, `where` in their text."""
     if not isinstance(logits, Tensor) or not logits.is_floating_point():
         kind = logits.dtype if isinstance(logits, Tensor) else type(logits).__name__
-        raise TypeError(f"model must return a floating-point tensor of logits, got {kind}: {_instead(logits, n)}")
-    if logits.dim() != 2 or len(logits) != n or logits.shape[1] < 2:
+        instead = "let its forward return the scores of the classes before any softmax, [n, K]"
+        if (which := place_of_logits(logits, n)) is not None:
+            instead = (
+                f"write Logits(model, lambda output: output{which}), or of a loss logits=lambda output: output{which}"
+            )
+        raise TypeError(f"model must return a floating-point tensor of logits, got {kind}{where}: {instead}")
+    if logits.dim() != 2 or len(logits) != n or logits.shape[1] < least:
+        expected = f"logits of shape [{n}, K] with K >= 2 classes" if least > 1 else f"outputs of shape [{n}, d]"
         raise ValueError(
-            f"model must return logits of shape [{n}, K] with K >= 2 classes, got {list(logits.shape)}: "
+            f"model must return {expected}, got {list(logits.shape)}{where}: "
             "let its forward end with .flatten(1), and with a logit for each class"
         )
     return logits
 
 
-def _instead(returned: object, n: int) -> str:
-    """Advice for a model that returned something else than logits for n images."""
+def place_of_logits(returned: object, n: int) -> str | None:
+    """Where in a tuple, dict or object that a model returned for n images its logits seem to be, as one writes it."""
 
     def fits(value: object) -> bool:
         return isinstance(value, Tensor) and value.is_floating_point() and value.dim() == 2 and len(value) == n
 
-    which = None
     if isinstance(returned, Mapping):
-        which = next((f"[{key!r}]" for key, value in returned.items() if fits(value)), "['logits']")
-    elif isinstance(returned, Sequence):
-        which = next((f"[{k}]" for k, value in enumerate(returned) if fits(value)), "[0]")
-    elif hasattr(returned, "logits"):
-        which = ".logits"
-    if which is None:
-        return "let its forward return the scores of the classes before any softmax, [n, K]"
-    return (
-        "give a model that returns them alone, such as Logits(model) of "
-        f"`class Logits(torch.nn.Sequential): forward = lambda self, x: self[0](x){which}`"
-    )
+        return next((f"[{key!r}]" for key, value in returned.items() if fits(value)), "['logits']")
+    if isinstance(returned, Sequence) and not isinstance(returned, str):
+        return next((f"[{k}]" for k, value in enumerate(returned) if fits(value)), "[0]")
+    return ".logits" if hasattr(returned, "logits") else None
 
 
 @contextmanager
@@ -192,7 +217,7 @@ def _dtypes_behind(outputs: Tensor) -> Iterator[torch.dtype]:
         waiting += [following for following, _ in node.next_functions]
 
 
-def clean_logits(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+def clean_logits(model: Callable[[Tensor], Tensor], x: Tensor, *, least: int = 2) -> Tensor:
     """The logits of clean samples for the attack, without gradient: computed once, not in every step."""
     with torch.no_grad(), uncached(x):
-        return logits_of(model, x)
+        return logits_of(model, x, least=least)

@@ -23,6 +23,7 @@ from bt_fast.attack.folded import FoldedModel
 from bt_fast.attack.forward import caller_autocast, plain_values, uncached
 from bt_fast.attack.runners import Join, joined, run_eager, run_queued, stand_in_seeds, take_step
 from bt_fast.attack.threat import ThreatModel
+from bt_fast.attack.wrapped import spread
 from bt_fast.device import out_of_memory
 from bt_fast.ops.launch import dense_format
 from bt_fast.ranges import ATTACK_STEP, range_
@@ -86,7 +87,7 @@ class GraphRunner:
         """
         graphs = self._of(model)
         graphs.reason = None
-        if reason := graphs.failed or _reason(model, batch.x_adv):
+        if reason := graphs.failed or own_inner_reason(batch) or _reason(model, batch.x_adv):
             graphs.refuse(reason)
             return None
         random = RandomStates.of(batch.x_adv.device, generator)
@@ -136,7 +137,7 @@ class GraphRunner:
 def _key(model: View, batch: AttackBatch, threat: ThreatModel) -> GraphKey:
     x, target = batch.x_adv, batch.target
     return GraphKey(
-        computation=threat,
+        computation=(threat, batch.inner),
         inputs=(x.shape[1:], target.shape[1], x.dtype, batch.clean.dtype, target.dtype, x.stride(), x.device),
         autocast=caller_autocast(x),
         values=_values(model),
@@ -166,6 +167,8 @@ class _Session:
             steps=torch.zeros(self.capacity, dtype=torch.int64, device=x.device),
             active=(),
             faulty=torch.zeros(self.capacity, dtype=torch.int32, device=x.device),
+            inner=batch.inner,
+            labels=None if batch.labels is None else batch.labels.new_zeros(self.capacity),
         )
         self._step, self._seed = (torch.zeros((), dtype=torch.int64, device=x.device) for _ in range(2))
 
@@ -178,6 +181,8 @@ class _Session:
                 own.x_adv.copy_(batch.x_adv)
                 own.clean.copy_(batch.clean)
                 own.target.copy_(batch.target)
+                if own.labels is not None and batch.labels is not None:
+                    own.labels.copy_(batch.labels)
                 own.step_size.copy_(batch.step_size)
                 own.steps.copy_(batch.steps)
                 self._step.zero_()
@@ -230,10 +235,19 @@ def _join(caller: device.Stream, stream: device.Stream, kept: tuple[object, ...]
     caller.wait_stream(stream)
 
 
+def own_inner_reason(batch: AttackBatch) -> str | None:
+    """Why a batch with an inner loss of one's own is not attacked from graphs; None for a named one."""
+    if isinstance(batch.inner, str):
+        return None
+    return "the inner loss is a function of your own, of which a graph could not know what it reads"
+
+
 def _reason(model: View, x: Tensor) -> str | None:
     """Why the attack on this model cannot be captured now."""
     root = model.model if isinstance(model, FoldedModel) else model
     reason = hook_reason(root) if isinstance(root, nn.Module) else None
+    if isinstance(root, nn.Module) and any(map(spread, root.modules())):
+        reason = reason or "the model is spread over devices"
     return reason or device.no_graphs_reason(x)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bt_fast.attack.device import RandomStates
-from bt_fast.attack.forward import clean_logits, uncompiled
+from bt_fast.attack.forward import buffers_kept, clean_logits, uncompiled
 from bt_fast.attack.threat import ThreatModel
 from bt_fast.warning import warn_caller
 
@@ -43,17 +43,13 @@ def warn_of_neighbours(model: nn.Module, x: Tensor, threat: ThreatModel, instead
 def _alone(model: nn.Module, image: Tensor, threat: ThreatModel) -> bool:
     other = threat.lower + threat.upper - image
     random = RandomStates.of(image.device)
-    buffers = [(b, b.clone()) for b in model.buffers()]
     both = []
     try:
-        with uncompiled():  # two rows are no size to compile for
+        with uncompiled(), buffers_kept(model):  # two rows are no size to compile for
             for beside in (image, other):
                 random.restore()
                 both.append(clean_logits(model, torch.cat([image, beside]))[0].float())
     finally:
         random.restore()
-        with torch.no_grad():
-            for buffer, value in buffers:
-                buffer.copy_(value)
     same, moved = (logits.nan_to_num(0.0, 0.0, 0.0) for logits in both)
     return bool((same - moved).abs().max() <= ROOM * same.abs().max().clamp_min(1e-30))

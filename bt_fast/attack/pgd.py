@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from bt_fast.attack.inner import Inner, check_inner
 from bt_fast.attack.pixels import Normalization
 from bt_fast.attack.start import Noise
+from bt_fast.attack.statistics import STATISTICS, Statistics
 from bt_fast.attack.threat import ThreatModel
 from bt_fast.validation import check_choice, check_kind, positive, real, step_count
 
-InnerLoss = Literal["kl", "cross_entropy"]
 Norm = Literal["linf", "l2"]
 _NORMS: dict[str, str] = {"linf": "l_inf", "l2": "l_2"}  # as the threat model, and the authors' `distance`, call them
 
@@ -26,11 +27,20 @@ class PGD:
         norm: "linf" or "l2" (over all pixels of one image).
         start: "normal", at x and 0.001·N(0, 1), or "uniform" in the ε-ball, clamped to the bounds. None: the loss's
             own, "uniform" for `PGDLoss` and "normal" for all others.
-        inner: the inner loss: "kl", away from the clean distribution, or "cross_entropy", away from the label. None:
-            the loss's own, "kl" for `TRADESLoss` and `perturb`, "cross_entropy" for the others.
+        inner: the inner loss. Away from the clean distribution: "kl", or "lse", the squared error of the probabilities
+            (SCORE). Away from the label: "cross_entropy"; "margin", the largest wrong logit minus the true one; "dlr",
+            that divided by the gap of the first and the third logit (AutoAttack's; K ≥ 3). Or a function
+            `(outputs, rows) -> [n]`, the loss of each of n outputs [n, d], with gradient to them; `rows.clean_outputs`
+            [n, d] and `rows.labels` ([n] or None) are in the order of the outputs, which is not the caller's; it runs
+            eagerly. None: the loss's own, "kl" for `TRADESLoss` and `perturb`, "cross_entropy" for the others.
         bounds: the least and the greatest value of a pixel.
         normalization: of the images by their loader; without it they are pixels. ε, step sizes and bounds are in
             pixel units with it too.
+        statistics: by which batch norm normalises in the attack. "running": its running ones (eval mode), so that a
+            sample's result does not depend on its neighbours. Without mining also the batch's, as some scripts have
+            it: the attack runs in the modes of the update, dropout included, eagerly and not folded. "batch" puts all
+            buffers back after it; with "tracked" each forward of the attack moves them, the clean one of "kl", "lse"
+            and functions too.
 
     Raises:
         TypeError: an argument is not of its kind.
@@ -42,16 +52,18 @@ class PGD:
     steps: int
     norm: Norm = "linf"
     start: Noise | None = None
-    inner: InnerLoss | None = None
+    inner: Inner | None = None
     bounds: tuple[float, float] = (0.0, 1.0)
     normalization: Normalization | None = None
+    statistics: Statistics = "running"
 
     def __post_init__(self) -> None:
         sizes = {name: positive(name, getattr(self, name)) for name in ("epsilon", "step_size")}
         vars(self).update(sizes, steps=step_count("steps", self.steps, least=1), bounds=_bounds(self.bounds))
         check_choice("norm", self.norm, _NORMS)
         check_choice("start", self.start, ("normal", "uniform", None))
-        check_choice("inner", self.inner, ("kl", "cross_entropy", None))
+        check_inner("inner", self.inner)
+        check_choice("statistics", self.statistics, STATISTICS)
         instead = "write normalization=Normalization(mean, std)"
         check_kind("normalization", self.normalization, Normalization, instead, optional=True)
 

@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from bt_fast.attack.wrapped import Fronted, unwrapped
+from bt_fast.attack.wrapped import Lent, unwrapped
 from bt_fast.faults import rounding_of_pixels
 from bt_fast.ops import wide
 from bt_fast.validation import check_kind, check_model, real
@@ -106,39 +106,16 @@ class Normalize(nn.Module):
         return torch.where((values - inside).abs() <= room, inside, values).to(x.dtype)
 
 
-class OnPixels(Fronted):
-    """A model behind `Normalize`. It holds the model only while it is used, so that its cache does not keep the model.
-
-    There is one for each model and normalization, by which folded views and graphs of it are found again.
-    """
+class OnPixels(Lent):
+    """A model behind `Normalize`; there is one for each model and normalization."""
 
     def __init__(self, normalization: Normalization, dims: int) -> None:
         super().__init__()
         self.normalize = Normalize(normalization.mean, normalization.std, dims)
-        self._unwrapped: tuple[nn.Module, ...] = ()  # in a tuple, so that it is no submodule
-
-    @property
-    def unwrapped(self) -> nn.Module:
-        """The same in front of the module that the model may wrap, while the model is held."""
-        return self._unwrapped[0]
 
     def forward(self, x: Tensor) -> Tensor:
         """The model's output for pixels x [n, C, ...]."""
         return cast(Tensor, self.model(self.normalize(x)))
-
-    @contextmanager
-    def holding(self, model: nn.Module, inside: nn.Module) -> Iterator[None]:
-        """Be in front of this model, in its mode; `inside` is in front of the module that it may wrap."""
-        outer, unwrapped_before = self._modules.get("model"), self._unwrapped
-        self.model, self._unwrapped = model, (inside,)
-        self.training = self.normalize.training = model.training
-        try:
-            yield
-        finally:
-            del self.model
-            self._unwrapped = unwrapped_before
-            if outer is not None:
-                self.model = outer
 
 
 _kept: WeakKeyDictionary[nn.Module, dict[tuple[Normalization, int], OnPixels]] = WeakKeyDictionary()

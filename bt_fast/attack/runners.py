@@ -12,6 +12,7 @@ from torch import Tensor
 from bt_fast import ops
 from bt_fast.attack.batch import AttackBatch, View
 from bt_fast.attack.forward import gradient_of, in_float16, logits_of
+from bt_fast.attack.inner import Inner, direction_of
 from bt_fast.attack.threat import ThreatModel
 from bt_fast.ranges import ATTACK_STEP, range_
 
@@ -97,7 +98,7 @@ def take_step(
         seed: for the direction where an ℓ2 gradient is 0; without it, as the TRADES code draws it on the CPU.
         step: 0-dim integer, the counter: only samples with more steps than it move. Without it, all do.
     """
-    grad = input_gradient(model, batch.x_adv, batch.target)
+    grad = input_gradient(model, batch.x_adv, batch.target, batch.inner, batch.labels, together=batch.together)
     images = (batch.x_adv, grad, batch.clean, batch.step_size, threat.epsilon, threat.lower, threat.upper)
     steps = None if step is None else batch.steps
     if threat.norm == "l_inf":
@@ -115,12 +116,22 @@ def stand_in_seeds(batch: AttackBatch, threat: ThreatModel, generator: torch.Gen
     return torch.randint(2**63 - 1, (len(batch.active),), device=x.device, generator=generator)
 
 
-def input_gradient(model: View, x: Tensor, target: Tensor) -> Tensor:
+def input_gradient(
+    model: View,
+    x: Tensor,
+    target: Tensor,
+    inner: Inner = "kl",
+    labels: Tensor | None = None,
+    *,
+    together: bool = False,
+) -> Tensor:
     """The inner loss's gradient with respect to `x` alone: no parameter's gradient is computed or touched."""
     x = x.detach().requires_grad_()
     with torch.enable_grad():
-        logits = logits_of(model, x)
-    return gradient_of(logits, x, ops.ascent_direction(logits.detach(), target, in_float16(model, x, logits)))
+        outputs = logits_of(model, x, least=2 if isinstance(inner, str) else 1)
+    scaled = in_float16(model, x, outputs)
+    direction = direction_of(inner, outputs.detach(), target, labels, scaled=scaled, together=together)
+    return gradient_of(outputs, x, direction)
 
 
 def _as_authors(grad: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import click
 import torch
 
-from bt_fast.attack.losses import LOSSES
+from bt_fast.attack.inner import NAMES, SHORT
 from bt_fast.attack.pgd import PGD, norm_of
 from bt_fast.device import out_of_memory
 from bt_fast.engine import Engine
@@ -206,7 +206,9 @@ def profile(method: str, iterations: int, data_dir: Path, device: str | None, ou
 @options.with_options(options.CHECKPOINT_OPTIONS)
 @click.option("--epsilon", type=options.TYPES["epsilon"], help="[the checkpoint's]")
 @click.option("--distance", type=click.Choice(["l_inf", "l_2"]), default="l_inf", show_default=True)
-@click.option("--loss", type=click.Choice(LOSSES), default="ce", show_default=True, help="What the attack ascends.")
+@click.option(
+    "--loss", type=click.Choice((*SHORT, *NAMES)), default="ce", show_default=True, help="What the attack ascends."
+)
 @click.option("--steps", type=options.COUNT, default=20, show_default=True)
 @click.option("--step-size", type=options.TYPES["step_size"], help="[2 epsilon / steps]")
 @click.option("--restarts", type=options.COUNT, default=1, show_default=True)
@@ -215,7 +217,7 @@ def profile(method: str, iterations: int, data_dir: Path, device: str | None, ou
 def evaluate(
     epsilon: float | None,
     distance: str,
-    loss: str,
+    loss: Any,
     steps: int,
     step_size: float | None,
     restarts: int,

@@ -6,7 +6,7 @@ Everything that TRADES, MART and PGD adversarial training share: all but their l
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -18,24 +18,27 @@ from bt_fast.allocation import Oracle
 from bt_fast.attack.balanced import Balance, start_balanced_attack
 from bt_fast.attack.batch import AttackBatch
 from bt_fast.attack.folded import attack_model, independent
-from bt_fast.attack.forward import clean_logits
+from bt_fast.attack.forward import clean_logits, eval_mode
 from bt_fast.attack.generate import COMPARED, StartedAttack, start_attack
 from bt_fast.attack.graph_cache import GraphCache
+from bt_fast.attack.inner import Inner, by_label, check_enough_classes, of_clean
 from bt_fast.attack.neighbours import warn_of_neighbours
-from bt_fast.attack.pgd import PGD, InnerLoss
+from bt_fast.attack.pgd import PGD
 from bt_fast.attack.pixels import Normalize, on_pixels
 from bt_fast.attack.start import Noise, ball_start, normal_noise, random_state, sorted_start, state_of_seed
+from bt_fast.attack.statistics import Statistics, attack_view, check_statistics, undone_by_errors
 from bt_fast.attack.threat import ThreatModel
 from bt_fast.attack.wrapped import unwrapped
 from bt_fast.deciding import STEP_FACTOR
 from bt_fast.engine import Engine
 from bt_fast.faults import CheckedRead, Fault
-from bt_fast.labels import check_classes, check_either, check_without_gradient, for_loss, target_of
+from bt_fast.labels import check_classes, check_either, check_without_gradient, class_of, for_loss, is_soft, target_of
 from bt_fast.mining import BulletTrain
 from bt_fast.objectives.execution import Execution
 from bt_fast.objectives.forwards import Forwards
 from bt_fast.objectives.recomputed import update_modes
 from bt_fast.objectives.repeated_forward import moves_batch_norm_alone
+from bt_fast.objectives.training_outputs import check_training_outputs
 from bt_fast.objectives.update import Terms, run_update
 from bt_fast.ops.numeric import per_sample
 from bt_fast.plan import Plan
@@ -58,6 +61,8 @@ class Call:
     balance: Balance | None  # how the ranks of the mining's process group share the attack out
     name: str = "x"  # of the images in messages
     kept: object = None  # without mining: the attack of the first pass over this minibatch, which this one reuses
+    updates: bool = True  # the model is trained on x' next, and so returns logits in the update's modes too
+    embeds: bool = False  # its outputs need not be logits of the labels' classes
 
     @classmethod
     def of(
@@ -65,17 +70,19 @@ class Call:
         engine: Engine,
         cache: GraphCache,
         x: Tensor,
-        y: Tensor,
+        y: Tensor | None,
         mining: BulletTrain | None,
         indices: Tensor | None,
         generator: torch.Generator | None,
+        *,
+        updates: bool = True,
     ) -> Call:
-        """A call on images and labels, all checked."""
-        check_batch(x, y, "x")
+        """A call on images and labels, all checked; without an update there may be no labels."""
+        check_batch(x, y, "x", optional=not updates)
         check_draws(x, indices, generator, "indices")
         balance = None if mining is None else checked_balance(mining.balance, mining)
         unperturbed = None if mining is None else mining.unperturbed
-        return cls(Execution.of(engine, cache, x), indices, generator, unperturbed, balance)
+        return cls(Execution.of(engine, cache, x), indices, generator, unperturbed, balance, updates=updates)
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,13 +93,25 @@ class Adversary:
     step_size: float
     steps: int  # not used with BulletTrain, which has its own
     noise: Noise
-    inner: InnerLoss
+    inner: Inner
     call: Call
+    statistics: Statistics
 
     @classmethod
-    def of(cls, attack: PGD, noise: Noise, inner: InnerLoss, call: Call) -> Adversary:
+    def of(cls, attack: PGD, noise: Noise, inner: Inner, call: Call) -> Adversary:
         """The attack; `noise` and `inner` where it names none."""
-        return cls(attack.threat, attack.step_size, attack.steps, attack.start or noise, attack.inner or inner, call)
+        noise, inner = attack.start or noise, attack.inner or inner
+        return cls(attack.threat, attack.step_size, attack.steps, noise, inner, call, attack.statistics)
+
+    def batch(self, plan: Plan, start: Tensor, clean: Tensor, target: Tensor, y: Tensor | None) -> AttackBatch:
+        """The attack's samples, in the plan's sorted order as all of these are."""
+        labels = None
+        if y is not None and by_label(self.inner):
+            labels = class_of(y) if isinstance(self.inner, str) else for_loss(y, target.dtype)
+            if not self.call.embeds and not is_soft(labels):
+                labels = labels.clamp(0, target.shape[1] - 1)  # one out of range is a fault later
+        batch = AttackBatch.of(plan, start, clean, target)
+        return replace(batch, inner=self.inner, labels=labels, together=self.statistics != "running")
 
     @property
     def numbers(self) -> Tensor | None:
@@ -114,7 +133,7 @@ class Attack:
     """An attack whose steps are queued. Rows are in the plan's sorted order."""
 
     x: Tensor  # [m, ...], clean
-    y: Tensor  # [m] int64, or [m, K] distributions
+    y: Tensor | None  # [m] int64, or [m, K] distributions
     started: StartedAttack
     threat: ThreatModel
     moving: int  # the number of samples with steps
@@ -132,7 +151,7 @@ class Attack:
     def of_moving(self) -> Attack:
         """The samples that have steps alone, for an update; all where there are fewer than batch norm can train on."""
         n = self.moving
-        return self if n < 2 else replace(self, x=self.x[:n], y=self.y[:n])
+        return self if n < 2 or self.y is None else replace(self, x=self.x[:n], y=self.y[:n])
 
     def of_all(self, logits: Tensor) -> Tensor:
         """z' [m, K] of z' of the first rows: that of the others, whose x' is x, is the z by which they were judged."""
@@ -157,9 +176,9 @@ class Attack:
 def attacking(
     model: nn.Module,
     x: Tensor,
-    y: Tensor,
+    y: Tensor | None,
     pgd: PGD,
-    defaults: tuple[Noise, InnerLoss],
+    defaults: tuple[Noise, Inner],
     bullet: BulletTrain | None,
     call: Call,
 ) -> Iterator[tuple[nn.Module, Attack]]:
@@ -169,7 +188,9 @@ def attacking(
         defaults: start and inner loss of a `pgd` that names none.
     """
     images = on_pixels(model, x, pgd.normalization, call.name, pgd.bounds)
-    with images as (model, pixels), call.execution.autocast(x):
+    with images as (model, pixels), call.execution.autocast(x), undone_by_errors(model, pgd.statistics):
+        if call.updates:
+            check_training_outputs(model, x, pixels)
         attack = start(model, pixels(x), y, Adversary.of(pgd, *defaults, call), bullet)
         with attack.started:
             if attack.inputs is not None:
@@ -177,7 +198,7 @@ def attacking(
             yield model, attack
 
 
-def start(model: nn.Module, x: Tensor, y: Tensor, adversary: Adversary, bullet: BulletTrain | None) -> Attack:
+def start(model: nn.Module, x: Tensor, y: Tensor | None, adversary: Adversary, bullet: BulletTrain | None) -> Attack:
     """Start the attack on checked arguments. With `bullet` what is wrong with their values is raised here."""
     x = x.detach()
     threat = adversary.threat
@@ -186,32 +207,51 @@ def start(model: nn.Module, x: Tensor, y: Tensor, adversary: Adversary, bullet: 
     pixels = faults.pixels_outside(x, *bounds, adversary.call.name)
     x = faults.onto_bounds(x, *bounds)
     model = unwrapped(model)
+    if bullet is None and adversary.call.kept is None:
+        return _start_uniform(model, x, y, adversary, pixels)
+    assert y is not None
     if (kept := adversary.call.kept if bullet is None else bullet.reused()) is not None:
         return _reused(kept, x, y, threat, bullet)
-    if bullet is None:
-        return _start_uniform(model, x, y, adversary, pixels)
+    assert bullet is not None
     return _start_ragged(model, x, y, adversary, bullet, pixels)
 
 
-def _start_uniform(model: nn.Module, x: Tensor, y: Tensor, a: Adversary, pixels: Fault) -> Attack:
+def _start_uniform(model: nn.Module, x: Tensor, y: Tensor | None, a: Adversary, pixels: Fault) -> Attack:
     """The authors' attack, in which every sample takes `steps` steps."""
     begin = _uniform_start(x, a)
-    with attack_model(model, a.call.execution.view, x[:COMPARED]) as view:
-        if a.inner == "kl":
-            logits, name = clean_logits(view, x), "the model's logits"
-            target = _probabilities(logits)
+    plan = Plan.uniform(len(x), a.steps, a.step_size, x.device)
+    with attack_view(model, a.call.execution.view, x[:COMPARED], a.statistics) as view:
+        if of_clean(a.inner):
+            logits, name = clean_logits(view, x, least=1 if a.call.embeds else 2), "the model's logits"
+            target = _target(a.inner, plan, y, logits, _probabilities)
         else:  # two rows of the model itself tell the number of classes: a view would be compiled anew for them
-            logits, name = clean_logits(model, x[:2]), "the model's logits of the first two samples"
-            target = target_of(y, ops.wide(logits))
-        check_classes("y", y, logits.shape[1])
-        labels = faults.labels_outside(y, logits.shape[1], "y")
-        inputs = faults.read([pixels, labels, faults.rows_without_number(logits, name)])
-        plan = Plan.uniform(len(x), a.steps, a.step_size, x.device)
-        batch = AttackBatch.of(plan, begin, x, target)
+            with nullcontext() if a.statistics == "running" else eval_mode(model):
+                logits, name = clean_logits(model, x[:2]), "the model's logits of the first two samples"
+            target = _target(a.inner, plan, y, logits, ops.wide)
+        check_enough_classes(a.inner, logits.shape[1])
+        wrong = [pixels, faults.rows_without_number(logits, name)]
+        if y is not None and not a.call.embeds:
+            check_classes("y", y, logits.shape[1])
+            wrong.insert(1, faults.labels_outside(y, logits.shape[1], "y"))
+        inputs = faults.read(wrong)
+        batch = a.batch(plan, begin, x, target, y)
         started = a.queue(view, batch)
-    clean = logits if a.inner == "kl" else None
-    y = for_loss(y, ops.wide(logits).dtype)
+    clean = logits if of_clean(a.inner) else None
+    y = None if y is None else for_loss(y, ops.wide(logits).dtype)
     return Attack(x, y, started, a.threat, len(x), independent(view), inputs, batch.faulty, plan, clean)
+
+
+def _target(
+    inner: Inner, plan: Plan, y: Tensor | None, logits: Tensor, probabilities: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """[m, K] in the plan's sorted order, as y is: what the attack moves away from. The logits are in their own."""
+    if not isinstance(inner, str):
+        return plan.sort(ops.wide(logits))
+    of_logits = probabilities(logits)
+    if of_clean(inner):
+        return plan.sort(of_logits)
+    assert y is not None
+    return target_of(y, of_logits)
 
 
 def _uniform_start(x: Tensor, a: Adversary) -> Tensor:
@@ -233,6 +273,7 @@ def _start_ragged(model: nn.Module, x: Tensor, y: Tensor, a: Adversary, bullet: 
         with range_(MINING):  # to the end of the wait for the counts
             logits = clean_logits(view, x)
             check_classes("y", y, logits.shape[1])
+            check_enough_classes(a.inner, logits.shape[1])
             warn_of_neighbours(model, x, a.threat, "leave BulletTrain out")
             state = a.random_state(x)
             attacked, of_attack = None, []
@@ -256,8 +297,8 @@ def _start_ragged(model: nn.Module, x: Tensor, y: Tensor, a: Adversary, bullet: 
                 numbers = torch.arange(len(x), device=x.device) + first if numbers is None else numbers
             clean, begin = sorted_start(x, plan.order, plan.steps, state, a.noise, a.threat, numbers)
             labels = for_loss(plan.sort(y), plan.probabilities.dtype)
-            target = plan.sort(plan.probabilities) if a.inner == "kl" else target_of(labels, plan.probabilities)
-            batch = AttackBatch.of(plan, begin, clean, target)
+            target = _target(a.inner, plan, labels, logits, lambda _: plan.probabilities)
+            batch = a.batch(plan, begin, clean, target, labels)
         group, call = bullet.process_group, a.call
         if call.balance is None or group is None:
             started = a.queue(view, batch)
@@ -280,10 +321,8 @@ def _attacked_logits(
     """
     state = a.random_state(x, offset=2)  # offsets 0 and 1 are those of the training start
     clean, begin = sorted_start(x, None, None, state, a.noise, a.threat, a.numbers)
-    probabilities = _probabilities(logits)
-    target = probabilities if a.inner == "kl" else target_of(y, probabilities)
     plan = Plan.uniform(len(x), steps, STEP_FACTOR * a.threat.epsilon / steps, x.device)
-    batch = AttackBatch.of(plan, begin, clean, target)
+    batch = a.batch(plan, begin, clean, _target(a.inner, plan, y, logits, _probabilities), y)
     attack = a.queue(view, batch)
     attacked = clean_logits(view, attack.finish())
     return attacked, faults.gradients_without_direction(batch.faulty)
@@ -299,6 +338,7 @@ def _reused(kept: object, x: Tensor, y: Tensor, threat: ThreatModel, bullet: Bul
     if not isinstance(kept, Attack) or kept.threat != threat:
         made = f"with {kept.threat}" if isinstance(kept, Attack) else "by augmix_loss"
         raise ValueError(f"again(reuse=True) has the x' made {made}, but this loss attacks with {threat}: {NEW_ONES}")
+    assert kept.y is not None
     others = [other_samples(kept.x, kept.y, x, y, kept.plan)]
     return replace(kept, inputs=faults.read(others) if bullet is None else bullet.start_again(others))
 
@@ -327,6 +367,7 @@ def run(model: nn.Module, attack: Attack, forwards: Forwards, execution: Executi
 
     It gives the terms of `forwards`, x' in the plan's sorted order, and whether the clean forward ran beside.
     """
+    assert attack.y is not None
     update, rows = execution.update, len(attack.x)
     with range_(UPDATE), update_modes(model) as modes:
         alone = attack.started.beside and attack.independent and not (update is not None and update.graphs)
@@ -360,14 +401,19 @@ def in_callers_order(x_adv: Tensor, x: Tensor, plan: Plan, normalize: Normalize 
 # Arguments
 
 
-def check_batch(x: Tensor, y: Tensor, name: str) -> None:
-    """Raise TypeError or ValueError for images or labels that the host can see to be none; `name` is that of x."""
+def check_batch(x: Tensor, y: Tensor | None, name: str, *, optional: bool = False) -> None:
+    """Raise TypeError or ValueError for images or labels that the host can see to be none; `name` is that of x.
+
+    `optional` labels may be None.
+    """
     check_pixels(x, name)
     if x.dim() < 2 or x.numel() == 0:
         raise ValueError(
             f"{name} must have shape [m, ...] with m >= 1, got {list(x.shape)}: of one image write x[None], and "
             "leave empty minibatches out"
         )
+    if y is None and optional:
+        return
     check_either(y, len(x), x.device, "y")
     check_without_gradient("y", y)
 
@@ -390,6 +436,8 @@ def check_attack(attack: PGD, mining: BulletTrain | None) -> None:
             f"attack takes {attack.steps} steps, but mining {mining.boundary_steps} boundary steps: "
             f"write BulletTrain({attack.steps}, ...), or the same number for both"
         )
+    if mining is not None:
+        check_statistics(attack.statistics, "with BulletTrain", "leave statistics or mining out")
 
 
 def check_draws(x: Tensor, indices: Tensor | None, generator: torch.Generator | None, name: str) -> None:

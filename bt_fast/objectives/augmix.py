@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +11,8 @@ from torch import Tensor, nn
 
 from bt_fast import faults, ops
 from bt_fast.allocation import Oracle
-from bt_fast.attack.forward import checked_logits, logits_of
+from bt_fast.attack.forward import buffers_kept, checked_logits, logits_of
+from bt_fast.attack.memory_format import formatted, takes_channels_last
 from bt_fast.attack.pixels import Normalization, on_pixels
 from bt_fast.attack.wrapped import unwrapped
 from bt_fast.augment.mix import SEVERITY, augment_and_mix, check_images, check_severity, draw_choices
@@ -23,7 +23,6 @@ from bt_fast.mining import BulletTrain
 from bt_fast.objectives.adversarial import NEW_ONES, other_samples
 from bt_fast.objectives.cross_entropy import CrossEntropy, Smoothing
 from bt_fast.objectives.execution import autocast, precision_of, yes
-from bt_fast.objectives.forwards import formatted
 from bt_fast.objectives.passes import Pass, Passes, check_moving, check_outside, wanted
 from bt_fast.objectives.recomputed import update_modes
 from bt_fast.ranges import MINING, UPDATE, range_
@@ -126,7 +125,8 @@ class AugMixLoss(nn.Module):
             images = pixels(x).detach()
             outside = faults.pixels_outside(images, 0.0, 1.0, "x")
             images = faults.onto_bounds(images, 0.0, 1.0)
-            with update_modes(model) as modes, _unchanged_by_errors(model):
+            # the first forward moves batch norm's buffers, and only its logits tell whether the input was sound
+            with update_modes(model) as modes, buffers_kept(model, after_errors_only=True):
                 loss_of = self._loss_of_all if self.mining is None else self._loss_of_boundary
                 loss = loss_of(model, images, y, outside, generator)
                 modes.again_in_backward([loss])
@@ -144,9 +144,10 @@ class AugMixLoss(nn.Module):
     def explain(self) -> str:
         """What is used of the engine, in lines."""
         engine, precision = self.engine, precision_of(self.engine)
+        why = ", where the model's forward takes such images" if engine.channels_last else ""
         return (
             f"{type(self).__name__}, engine {engine.name!r}\n"
-            f"channels last: {yes(engine.channels_last)}\n"
+            f"channels last: {yes(engine.channels_last)}{why}\n"
             f"precision: {f'{precision}, under autocast' if precision else 'as the model and the caller'}\n"
             "there is no attack: folded view, graphs and streams are not used"
         )
@@ -162,7 +163,8 @@ class AugMixLoss(nn.Module):
             views = _views(x, 2 if self.jsd else 1, self.severity, generator)
         inputs = torch.cat([x, *views]) if self.jsd else views[0]
         with range_(UPDATE):
-            logits = checked_logits(model(formatted(inputs, self.engine.channels_last)), len(inputs))
+            last = self.engine.channels_last and takes_channels_last(model, x)
+            logits = checked_logits(model(formatted(inputs, last)), len(inputs))
             classes = logits.shape[1]
             indices = torch.arange(len(logits), device="cpu") % len(x)
             check_classes("y", y, classes)
@@ -181,7 +183,7 @@ class AugMixLoss(nn.Module):
         self, model: nn.Module, x: Tensor, y: Tensor, outside: Fault, generator: torch.Generator | None
     ) -> Tensor:
         """The loss with BulletTrain. Its one read gives the number of samples to augment."""
-        mining, last = self.mining, self.engine.channels_last
+        mining, last = self.mining, self.engine.channels_last and takes_channels_last(model, x)
         assert mining is not None
         with range_(MINING):
             kept = mining.reused()
@@ -258,22 +260,6 @@ def _views(x: Tensor, count: int, severity: float, generator: torch.Generator | 
     """`count` AugMix views of each sample, drawn together."""
     choices = draw_choices(count * len(x), x.device, severity=severity, generator=generator)
     return augment_and_mix(x.repeat(count, 1, 1, 1), choices).chunk(count)
-
-
-@contextmanager
-def _unchanged_by_errors(model: nn.Module) -> Iterator[None]:
-    """Give the model's buffers their values back if an error leaves the block.
-
-    The first forward moves batch norm's buffers, and only its logits tell whether the input was sound.
-    """
-    buffers = [(m, name, b, b.clone()) for m in model.modules() for name, b in m.named_buffers(recurse=False)]
-    try:
-        yield
-    except BaseException:
-        with torch.no_grad():
-            for module, name, buffer, value in buffers:
-                setattr(module, name, buffer.copy_(value))  # some modules put a new tensor in its place
-        raise
 
 
 def _check_batch(x: Tensor, y: Tensor, generator: torch.Generator | None) -> None:

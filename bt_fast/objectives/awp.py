@@ -46,8 +46,8 @@ class AWP:
     a gradient that is not finite does not move.
 
     With mining the first pass moves F_R and the counts. `criterion.last` is of the second. Under
-    `DistributedDataParallel` g is the mean of the ranks, so that all move alike. A state dict that is taken within the
-    block holds moved weights.
+    `DistributedDataParallel` g is the mean of the ranks, so that all move alike. Nothing is kept from one block to the
+    next: a checkpoint needs nothing of this. One that is taken within a block holds moved weights.
 
     Args:
         model: the network that the loss trains, compiled and wrapped as for the losses.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,10 @@ from bt_fast.attack.auto import AutoRunner
 from bt_fast.attack.folded import FoldedModel, Frozen, known_view
 from bt_fast.attack.graph_cache import DTYPES, GraphCache, view_of
 from bt_fast.attack.graphs import GraphRunner
+from bt_fast.attack.memory_format import CONTIGUOUS, takes_channels_last
+from bt_fast.attack.pgd import PGD
 from bt_fast.attack.runners import Runner, run_eager
+from bt_fast.attack.statistics import why_apart
 from bt_fast.attack.streams import StreamRunner
 from bt_fast.engine import Engine
 from bt_fast.objectives.update import Update, explain_graphs
@@ -29,6 +32,7 @@ class Execution:
     update: Update | None  # None for eagerly, in the images' own format
     cache: GraphCache | None = None  # of the update's graphs; None for the one of all callers
     precision: torch.dtype | None = None  # of the whole under autocast; None for the caller's
+    apart: str | None = None  # why the attack runs without view, graphs and streams
 
     @classmethod
     def of(cls, engine: Engine, cache: GraphCache, x: Tensor) -> Execution:
@@ -36,6 +40,12 @@ class Execution:
         graphs = engine.graphs and device.has_graphs(x)
         update = Update(channels_last=engine.channels_last, graphs=graphs) if engine.channels_last or graphs else None
         return cls(view_of(engine), cache.runner(engine, x), update, cache, precision_of(engine))
+
+    def fitting(self, attack: PGD) -> Execution:
+        """The same, but for what this attack cannot use of it."""
+        if attack.statistics == "running":
+            return self
+        return replace(self, view=None, runner=run_eager, apart=why_apart(attack.statistics))
 
     def autocast(self, x: Tensor) -> AbstractContextManager[object]:
         """The precision, around attack and update."""
@@ -71,10 +81,15 @@ def lines(seen: Seen) -> Iterator[str]:
         return
     recipe, update = execution.view, execution.update
     view = None if recipe is None else known_view(model, recipe)
-    yield f"folded view: {_fold(recipe, view)}"
-    attack_last, update_last = (kind is not None and kind.channels_last for kind in (recipe, update))
-    yield f"channels last: attack {yes(attack_last)}, update {yes(update_last)}"
-    yield f"attack steps: {_runner(execution.runner, model if view is None else view, seen.device)}"
+    apart = execution.apart
+    yield f"folded view: {f'no, since {apart}' if apart else _fold(recipe, view)}"
+    attack_last, update_last = (kind is not None and kind.channels_last for kind in (view or recipe, update))
+    contiguous = (recipe or update) and not takes_channels_last(model)
+    update_last = update_last and not contiguous
+    why = f"; {CONTIGUOUS}" if contiguous else ""
+    yield f"channels last: attack {yes(attack_last)}, update {yes(update_last)}{why}"
+    runner = _runner(execution.runner, model if view is None else view, seen.device)
+    yield f"attack steps: {f'eagerly, since {apart}' if apart else runner}"
     graphs = update is not None and update.graphs
     yield f"update: {explain_graphs(updated, execution.cache) if graphs else 'eagerly'}"
     yield f"clean forward beside the attack: {yes(seen.beside)}"
@@ -96,7 +111,16 @@ def _fold(recipe: Frozen | None, view: FoldedModel | None) -> str:
         return "no, not asked for"
     if view is None:
         return "no longer known"
-    return "yes" if view.reason is None else f"no, {view.reason}"
+    return folded_in_words(view) if view.reason is None else f"no, {view.reason}"
+
+
+def folded_in_words(view: FoldedModel) -> str:
+    """What is folded in a view, and what runs as it is inside it."""
+    folded, left = view.norms
+    norms = f"{folded} of {folded + left} batch norms" if folded + left else "without a batch norm"
+    (name, why), more = next(iter(view.kept.items()), ("", "")), len(view.kept) - 1
+    kept = f"; {name} runs as it is, not traced: {why}" if name else ""
+    return f"yes, {norms}{kept}{f'; so do {more} more modules' if more > 0 else ''}"
 
 
 def _runner(runner: Runner, attacked: object, where: torch.device) -> str:

@@ -71,9 +71,10 @@ class ExtraTerm:
         return loss + term.to(loss.dtype)
 
     def _batch(self, clean: Tensor | None, adversarial_logits: Tensor, x_adv: Tensor, y: Tensor) -> UpdateBatch:
-        n, order = len(y), self.plan.order
-        images = self.x, adversarial.in_callers_order(x_adv, self.x, self.plan, self.normalize)
-        if n < len(self.x) and order is not None:
-            return UpdateBatch(clean, adversarial_logits, y, *(values[order[:n]] for values in images))
-        logits = None if clean is None else self.plan.unsort(clean)
-        return UpdateBatch(logits, self.plan.unsort(adversarial_logits), self.plan.unsort(y), *images)
+        n, order, unsort = len(y), self.plan.order, self.plan.unsort
+        if n < len(self.x) and order is not None:  # those that moved
+            images = self.x[order[:n]], x_adv if self.normalize is None else self.normalize(x_adv)
+            return UpdateBatch(clean, adversarial_logits, y, *images)
+        x_adv = adversarial.in_callers_order(x_adv, self.x, self.plan, self.normalize)
+        logits = None if clean is None else unsort(clean)
+        return UpdateBatch(logits, unsort(adversarial_logits), unsort(y), self.x, x_adv)

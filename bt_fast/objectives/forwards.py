@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bt_fast.attack.forward import logits_of
+from bt_fast.attack.memory_format import formatted
 from bt_fast.attack.wrapped import unwrapped
 from bt_fast.objectives.repeated_forward import RepeatedForward, watched_forward
 from bt_fast.objectives.update import Terms
@@ -126,8 +127,3 @@ class Forwards:
         if rows == 1 and not together and any(isinstance(module, _BatchNorm) for module in model.modules()):
             rows = min(2, len(x_adv))  # batch norm cannot train on one row: an unperturbed one joins its statistics
         return logits_of(model, formatted(x_adv[:rows], self.channels_last))[: self.rows]
-
-
-def formatted(x: Tensor, channels_last: bool) -> Tensor:
-    """4-d images with the channel as the fastest index, if so."""
-    return x.contiguous(memory_format=torch.channels_last) if channels_last and x.dim() == 4 else x

@@ -14,7 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from bt_fast.attack.graph_cache import GraphCache
-from bt_fast.attack.pgd import PGD, InnerLoss
+from bt_fast.attack.inner import InnerLoss
+from bt_fast.attack.logits import Select, Selection
+from bt_fast.attack.memory_format import takes_channels_last
+from bt_fast.attack.pgd import PGD
 from bt_fast.attack.pixels import Normalize, OnPixels
 from bt_fast.attack.start import Noise
 from bt_fast.attack.wrapped import unwrapped
@@ -77,6 +80,8 @@ class AdversarialLoss(nn.Module, ABC):
         extra: a further term: a function of an `UpdateBatch` that returns a 0-dim tensor, which is added to the loss,
             such as `lambda batch: F.mse_loss(batch.logits, teacher(batch.x))`. It runs in the update, under its modes
             and its autocast, after its forwards, and eagerly: an update with it is not captured in a graph.
+        logits: of a model that returns a tuple, a dict or an object: the function that takes its logits [m, K], as
+            `select` of `Logits`. None for a model that returns them.
 
     Attributes:
         clean_forwards: how often the update runs the clean images: 0, 1, or 2 as TRADES' authors do.
@@ -100,6 +105,7 @@ class AdversarialLoss(nn.Module, ABC):
         mining: BulletTrain | None = None,
         engine: Engine | str = "fast",
         extra: Extra | None = None,
+        logits: Select | None = None,
     ) -> None:
         super().__init__()
         adversarial.check_attack(attack, mining)
@@ -113,6 +119,7 @@ class AdversarialLoss(nn.Module, ABC):
         self.mining = mining
         self.extra = extra
         self._engine = Engine.of(engine)
+        self._selection = None if logits is None else Selection(logits)
         self._cache = GraphCache()
         self._seen: Seen | None = None
         self._last: Callable[[], Record] | None = None
@@ -197,10 +204,15 @@ class AdversarialLoss(nn.Module, ABC):
             return self._of_pass(model, x, y, call, this)
 
     def _of_pass(self, model: nn.Module, x: Tensor, y: Tensor, call: Call, this: Pass) -> Tensor:
+        check_moving(this.of_moving and self.mining is None)
+        call = replace(call, execution=call.execution.fitting(self.attack), kept=self._passes.begin())
         mining, execution, update = self.mining, call.execution, call.execution.update
-        check_moving(this.of_moving and mining is None)
-        defaults, call = (self.default_start, self.default_inner), replace(call, kept=self._passes.begin())
-        with adversarial.attacking(model, x, y, self.attack, defaults, mining, call) as (model, attack):
+        defaults = self.default_start, self.default_inner
+        selected = nullcontext(model) if self._selection is None else self._selection.in_front_of(model)
+        with (
+            selected as model,
+            adversarial.attacking(model, x, y, self.attack, defaults, mining, call) as (model, attack),
+        ):
             this.update_begins()
             updated = attack.of_moving() if this.of_moving else attack
             normalize = model.normalize if isinstance(model, OnPixels) else None
@@ -208,7 +220,7 @@ class AdversarialLoss(nn.Module, ABC):
                 key=self._identity(),
                 of=self,
                 rows=self._adversarial_rows(updated, call),
-                channels_last=update is not None and update.channels_last,
+                channels_last=update is not None and update.channels_last and takes_channels_last(model),
                 rerun=mining is None,
                 extra=None if self.extra is None else ExtraTerm(self.extra, x.detach(), attack.plan, normalize),
                 adversarial_first=this.adversarial_first and self.clean_forwards == 2,
@@ -217,6 +229,7 @@ class AdversarialLoss(nn.Module, ABC):
             terms, x_adv, beside = adversarial.run(model, updated, forwards, execution)
             self._seen = Seen(ref(unwrapped(model)), ref(model), x.device, execution, beside)
         loss, *logits = terms
+        assert attack.y is not None
         if mining is not None:
             mining.observe(attack.of_all(logits[0]), attack.y, order=attack.plan.order, faulty=attack.faulty)
             mining.keep(attack.ended())
@@ -293,7 +306,7 @@ class RobustTermLoss(AdversarialLoss):
     """An adversarial loss of a clean and a robust term.
 
     Args:
-        beta: β ≥ 0, the weight of the robust term. attack, mining, engine, extra: as for `AdversarialLoss`.
+        beta: β ≥ 0, the weight of the robust term. attack, mining, engine, extra, logits: as for `AdversarialLoss`.
         label_smoothing, smoothing: of the term that learns the labels, as `CrossEntropy` has them; not of the attack.
 
     Raises:
@@ -310,8 +323,9 @@ class RobustTermLoss(AdversarialLoss):
         label_smoothing: float = 0.0,
         smoothing: Smoothing = "torch",
         extra: Extra | None = None,
+        logits: Select | None = None,
     ) -> None:
-        super().__init__(attack, mining=mining, engine=engine, extra=extra)
+        super().__init__(attack, mining=mining, engine=engine, extra=extra, logits=logits)
         self.beta = beta
         self.cross_entropy = CrossEntropy(label_smoothing, smoothing)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, overload
 
 import torch
@@ -26,7 +26,7 @@ class Perturbed:
 
     Attributes:
         x_adv: [m, ...], x'.
-        logits: [m, K], the clean ones, of the model in eval mode; None where the attack needed none.
+        logits: [m, K], the clean outputs, of the model in the attack's mode; None where the attack needed none.
         steps: [m] int64, attack steps.
         group: [m] int64, one of `ops.OUTLIER`, `ops.BOUNDARY`, `ops.ROBUST`; None without mining.
     """
@@ -41,7 +41,7 @@ class Perturbed:
 def perturb(
     model: nn.Module,
     x: Tensor,
-    y: Tensor,
+    y: Tensor | None,
     attack: PGD,
     mining: BulletTrain | None = ...,
     *,
@@ -56,7 +56,7 @@ def perturb(
 def perturb(
     model: nn.Module,
     x: Tensor,
-    y: Tensor,
+    y: Tensor | None,
     attack: PGD,
     mining: BulletTrain | None = ...,
     *,
@@ -70,7 +70,7 @@ def perturb(
 def perturb(
     model: nn.Module,
     x: Tensor,
-    y: Tensor,
+    y: Tensor | None,
     attack: PGD,
     mining: BulletTrain | None = None,
     *,
@@ -88,7 +88,9 @@ def perturb(
     Args:
         model, indices, generator: as for a call of `AdversarialLoss`, with its errors.
         x: [m, ...] floating point within the attack's bounds, m ≥ 1; not changed.
-        y: [m] integers in 0..K-1, or [m, K] distributions, as for a call of `AdversarialLoss`.
+        y: [m] integers in 0..K-1, or [m, K] distributions, as for a call of `AdversarialLoss`. May be None without
+            mining where `attack.inner` is a function: the model's outputs may then be any [m, d], embeddings say, and
+            labels, if given, any, which only that function reads.
         attack: how images are attacked.
         mining: who gets how many steps; None for all alike.
         engine: how the attack is executed, by name or as an `Engine`.
@@ -99,8 +101,11 @@ def perturb(
     """
     check_outside("perturb", "call it before the block, and give its x' to the loss")
     adversarial.check_attack(attack, mining)
+    _check_labels_given(y, attack, mining)
     chosen = Engine.of(engine)
-    call = Call.of(chosen, shared_cache(chosen), x, y, mining, indices, generator)
+    call = Call.of(chosen, shared_cache(chosen), x, y, mining, indices, generator, updates=False)
+    embeds = mining is None and attack.inner is not None and not isinstance(attack.inner, str)
+    call = replace(call, execution=call.execution.fitting(attack), embeds=embeds)
     if mining is not None and mining.unobserved:
         warn_caller(
             "the last minibatch was not observed, so F_R stays where it is: "
@@ -108,8 +113,8 @@ def perturb(
         )
     with adversarial.attacking(model, x, y, attack, ("normal", "kl"), mining, call) as (model, queued):
         x_adv, late = queued.perturbed()
-    if late is not None:
-        late.wait()
+        if late is not None:
+            late.wait()
     plan = queued.plan
     if mining is not None and queued.faulty is not None and plan.order is not None:
         mining.attacked(queued.faulty, plan.order)
@@ -118,3 +123,14 @@ def perturb(
     if not return_details:
         return x_adv
     return Perturbed(x_adv, queued.logits, plan.steps, plan.group if isinstance(plan, MinedPlan) else None)
+
+
+def _check_labels_given(y: Tensor | None, attack: PGD, mining: BulletTrain | None) -> None:
+    """Raise TypeError where there are no labels for mining, or for an inner loss with a name."""
+    if y is not None or (mining is None and callable(attack.inner)):
+        return
+    by, instead = "mining", "leave mining out"
+    if mining is None:
+        by = f"the inner loss {attack.inner or 'kl'!r}"
+        instead = "write PGD(..., inner=function) with a function of (outputs, rows)"
+    raise TypeError(f"y must be the labels [m], which {by} needs, got None: give them, or {instead}")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor, nn
 
+from bt_fast.attack.logits import Select
 from bt_fast.attack.pgd import PGD
 from bt_fast.attack.start import Noise
 from bt_fast.engine import Engine
@@ -31,8 +32,8 @@ class PGDLoss(AdversarialLoss):
     the first two samples' logits is raised as such, in those of another as NaN in its input gradient.
 
     Args:
-        attack, mining, engine, label_smoothing, smoothing, extra: as for `TRADESLoss`, with its errors; a batch of the
-            further term has no `logits`.
+        attack, mining, engine, label_smoothing, smoothing, extra, logits: as for `TRADESLoss`, with its errors; a batch
+            of the further term has no `logits`.
     """
 
     clean_forwards = 0
@@ -48,8 +49,9 @@ class PGDLoss(AdversarialLoss):
         label_smoothing: float = 0.0,
         smoothing: Smoothing = "torch",
         extra: Extra | None = None,
+        logits: Select | None = None,
     ) -> None:
-        super().__init__(attack, mining=mining, engine=engine, extra=extra)
+        super().__init__(attack, mining=mining, engine=engine, extra=extra, logits=logits)
         self.cross_entropy = CrossEntropy(label_smoothing, smoothing)
 
     def graph_key(self) -> CrossEntropy:

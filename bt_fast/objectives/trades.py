@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from bt_fast import ops
-from bt_fast.attack.pgd import PGD, InnerLoss
+from bt_fast.attack.inner import InnerLoss
+from bt_fast.attack.logits import Select
+from bt_fast.attack.pgd import PGD
 from bt_fast.engine import Engine
 from bt_fast.mining import BulletTrain
 from bt_fast.objectives import drop_in
@@ -48,6 +50,7 @@ class TRADESLoss(RobustTermLoss):
         clean_updates: how often the clean batch moves batch norm: 2, as in the authors' code, or 1. With 1 there is one
             clean forward in the update, whatever the model draws.
         extra: a further term, as for `AdversarialLoss`.
+        logits: a function that takes the logits out of the model's output, where that is not they; as for `Logits`.
 
     Raises:
         TypeError: an argument is not of its kind.
@@ -70,8 +73,9 @@ class TRADESLoss(RobustTermLoss):
         smoothing: Smoothing = "torch",
         clean_updates: int = 2,
         extra: Extra | None = None,
+        logits: Select | None = None,
     ) -> None:
-        options: Any = {"label_smoothing": label_smoothing, "smoothing": smoothing, "extra": extra}
+        options: Any = {"label_smoothing": label_smoothing, "smoothing": smoothing, "extra": extra, "logits": logits}
         super().__init__(attack, beta, mining=mining, engine=engine, **options)
         self.clean_forwards = step_count("clean_updates", clean_updates, least=1)
         if self.clean_forwards > 2:

@@ -4,6 +4,7 @@ import functools
 import gc
 import warnings
 import weakref
+from dataclasses import replace
 from unittest import mock
 
 import ordinary_loops
@@ -17,6 +18,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from bt_fast import BulletTrain, Frozen, Plan, ThreatModel, trades_loss
 from bt_fast.attack import captures, graphs, streams
+from bt_fast.attack.auto import AutoRunner
 from bt_fast.attack.batch import AttackBatch
 from bt_fast.attack.folded import attack_model
 from bt_fast.attack.graphs import GraphRunner
@@ -30,8 +32,9 @@ COUNTS = [[3, 3, 1, 0], [2, 3, 2, 1, 3], [0, 3, 2], [1, 2, 1, 0, 1]]
 class Training:
     """An attack on each of several batches, and after each an update of the weights and of the batch's memory."""
 
-    def __init__(self, build, counts=COUNTS, threat=THREAT):
+    def __init__(self, build, counts=COUNTS, threat=THREAT, inner="kl"):
         torch.manual_seed(0)
+        self.inner = inner
         self.model = build().double().eval()
         self.batches, self.threat = [], threat
         for steps in counts:
@@ -48,6 +51,8 @@ class Training:
             with attack_model(self.model, frozen, clean) as view:
                 faulty = torch.zeros(len(x_adv), dtype=torch.int32)
                 batch = AttackBatch.of(schedule, x_adv, clean, target, faulty)
+                if self.inner != "kl":
+                    batch = replace(batch, inner=self.inner, labels=clean.flatten(1)[:, :5].argmax(dim=1))
                 runner(view, batch, self.threat, generator)
             result += [x_adv.clone(), faulty.clone()]
             for memory in (x_adv, clean, target):
@@ -107,6 +112,53 @@ def test_the_eager_result_in_any_order(runner, model, frozen, norm, orders):
     assert emulated.replays > emulated.captures
     for seed in range(orders):
         assert same(emulated.shuffled(seed, result), result), seed
+
+
+@pytest.mark.parametrize("inner", ["cross_entropy", "margin", "dlr", "lse"])
+@pytest.mark.parametrize("runner", [GraphRunner, StreamRunner])
+def test_every_inner_loss_with_a_name_is_captured(runner, inner):
+    expected = Training(mlp, inner=inner).run(run_eager)
+    training = Training(mlp, inner=inner)
+    with EmulatedDevice() as emulated:
+        result = training.run(runner(bucket=2))
+    assert same(result, expected)
+    if inner != "cross_entropy":  # for one target it is the direction of "kl"
+        assert not same(result, Training(mlp).run(run_eager))
+    assert emulated.replays > emulated.captures > 1
+    for seed in range(20):
+        assert same(emulated.shuffled(seed, result), result), seed
+
+
+def test_one_model_has_graphs_for_each_inner_loss_and_keeps_them_apart():
+    training, runner, result = Training(mlp), GraphRunner(bucket=2), []
+    twin, expected = Training(mlp), []
+    for inner in ("margin", "kl", "margin", "dlr"):
+        twin.inner = inner
+        expected += twin.run(run_eager)
+    with EmulatedDevice() as emulated:
+        for inner in ("margin", "kl", "margin", "dlr"):
+            training.inner = inner
+            result += training.run(runner)
+    assert emulated.replays
+    assert same(result, expected)
+
+
+@pytest.mark.parametrize("runner", [GraphRunner, StreamRunner, AutoRunner])
+def test_an_inner_loss_of_ones_own_runs_eagerly_and_says_so(runner):
+    def inner(z, rows):
+        return (z - rows.clean_outputs).square().sum(dim=1)
+
+    expected = Training(mlp, inner=inner).run(run_eager)
+    training, run = Training(mlp, inner=inner), runner()
+    with EmulatedDevice() as emulated, warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        result = training.run(run)
+    assert len(warned) == (runner is not AutoRunner)
+    assert all("the inner loss is a function of your own" in str(w.message) for w in warned)
+    assert "eager" in run.explain(training.model)
+    assert "since the inner loss is a function of your own" in run.explain(training.model)
+    assert emulated.replays == 0
+    assert same(result, expected)
 
 
 @pytest.mark.parametrize("runner", [GraphRunner, StreamRunner])
@@ -265,8 +317,21 @@ def used_beside(runner):
     return result
 
 
+def by_label(runner):
+    return Training(mlp, inner="margin").run(runner)
+
+
+def by_another_loss(runner):
+    training = Training(mlp, inner="margin")
+    result = training.run(runner)
+    training.inner = "dlr"
+    return result + training.run(runner)
+
+
 # and whether they end with graphs
 SCENARIOS = {
+    by_label: True,
+    by_another_loss: True,
     replaced_weights: True,
     another_number: True,
     zero_gradients: True,
@@ -327,6 +392,8 @@ IN_GRAPHS = [
     Bug("x' is not copied in", "own.x_adv.copy_(batch.x_adv)"),
     Bug("x is not copied in", "own.clean.copy_(batch.clean)"),
     Bug("the target is not copied in", "own.target.copy_(batch.target)"),
+    Bug("labels are not copied in", "own.labels.copy_(batch.labels)", scenario=by_label),
+    Bug("graphs of another inner loss", "computation=(threat, batch.inner)", "computation=threat", by_another_loss),
     Bug("step sizes are not copied in", "own.step_size.copy_(batch.step_size)"),
     Bug("steps are not copied in", "own.steps.copy_(batch.steps)"),
     Bug("the seed is not copied in", "self._seed.copy_(seeds[t])", scenario=zero_gradients),

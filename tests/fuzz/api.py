@@ -245,7 +245,7 @@ def attacks(draw):
         draw(st.integers(1, 4)),
         draw(st.sampled_from(["linf", "l2"])),
         start=draw(st.sampled_from([None, "normal", "uniform"])),
-        inner=draw(st.sampled_from([None, "kl", "cross_entropy"])),
+        inner=draw(st.sampled_from([None, "kl", "cross_entropy", "margin", "lse"])),
         normalization=draw(st.sampled_from([None, None, Normalization([0.0], [1.0])])),
     )
 
@@ -604,7 +604,7 @@ def evaluation(draw):
         "batches": batches,
         "attack": draw(mostly(st.one_of(threats(), st.builds(PGD, POSITIVE, POSITIVE, st.integers(1, 3))))),
         "restarts": draw(mostly(st.integers(1, 2))),
-        "loss": draw(mostly(st.sampled_from(["ce", "margin"]))),
+        "loss": draw(mostly(st.sampled_from([None, "ce", "margin", "lse"]))),
         "generator": draw(generators()),
         "frozen": draw(mostly(st.sampled_from([None, None, Frozen(), Frozen(autocast=torch.float16)]))),
     }

@@ -386,10 +386,10 @@ def test_with_bullettrain_a_second_clean_forward_is_replayed_or_left_out_but_nev
 
 
 class Logging(nn.Sequential):
-    """Notes its training forwards."""
+    """Notes its training forwards of whole batches."""
 
     def forward(self, x):
-        if self.training:
+        if self.training and len(x) == 8:
             self.log.append("forward")
         return super().forward(x)
 

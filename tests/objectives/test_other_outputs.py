@@ -9,7 +9,7 @@ import torch
 from small_models import assert_unchanged, batch, conv_bn, snapshot
 from torch import nn
 
-from bt_fast import BulletTrain, Frozen, augmix_loss, mart_loss, pgd_loss, trades_loss
+from bt_fast import PGD, BulletTrain, Frozen, Logits, TRADESLoss, augmix_loss, mart_loss, pgd_loss, trades_loss
 from bt_fast.attack.threat import ThreatModel
 from bt_fast.baselines.grad_align import grad_align
 from bt_fast.baselines.yopo import yopo_loss
@@ -55,10 +55,11 @@ def test_the_wrapper_of_the_message_makes_it_fit(call, returns):
     with pytest.raises(TypeError, match="model must return a floating-point tensor of logits, got") as reported:
         call(model, x, y)
     assert_unchanged(before, model)
-    scope = {"torch": torch, "model": model}
-    exec(re.search(r"`(class .*)`$", str(reported.value))[1], scope)
-    assert eval(re.search(r"such as (\S+) of", str(reported.value))[1], scope)(x).shape == (8, 5)
-    call(scope["Logits"](model), x, y)
+    in_front, of_a_loss = re.search(r"write (Logits\(.*\)), or of a loss logits=(.*)$", str(reported.value)).groups()
+    front = eval(in_front, {"Logits": Logits, "model": model})
+    assert front(x).shape == (8, 5)
+    call(front, x, y)
+    TRADESLoss(PGD(0.1, 0.03, 2), logits=eval(of_a_loss))(model, x, y)
 
 
 @pytest.mark.parametrize("returns", [lambda z: None, lambda z: z.long(), lambda z: 3], ids=["nothing", "integers", "3"])
@@ -95,5 +96,7 @@ def test_a_loader_of_dicts_is_reported_with_what_to_write():
 
 
 def test_a_function_in_place_of_a_module_is_refused():
-    with pytest.raises(TypeError, match=r"got function: of a function make the forward of one$"):
-        trades_loss(lambda x: x, *batch(), None)
+    tracked = TRADESLoss(PGD(0.1, 0.03, 2, statistics="tracked"))
+    for call in (lambda m, x, y: trades_loss(m, x, y, None), tracked, TRADESLoss(PGD(0.1, 0.03, 2), logits=len)):
+        with pytest.raises(TypeError, match=r"got function: of a function make the forward of one$"):
+            call(lambda x: x, *batch())

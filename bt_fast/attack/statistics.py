@@ -1,0 +1,60 @@
+"""The statistics by which batch norm normalises in an attack: its running ones, or those of the batch.
+
+Those of the batch make a sample's result depend on its neighbours: there is no folded view then, no graph whose padding
+would be a neighbour, and no mining, which drops samples from the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Literal
+
+from torch import Tensor, nn
+
+from bt_fast.attack.folded import Frozen, attack_model
+from bt_fast.attack.forward import buffers_kept, training_modes
+from bt_fast.attack.wrapped import gathered, unwrapped
+from bt_fast.validation import check_model
+
+Statistics = Literal["running", "batch", "tracked"]
+STATISTICS = ("running", "batch", "tracked")
+
+
+@contextmanager
+def attack_view(
+    model: nn.Module, recipe: Frozen | None, x: Tensor, statistics: Statistics
+) -> Iterator[Callable[[Tensor], Tensor]]:
+    """`attack_model` for running statistics; for others the model itself in the modes of an update.
+
+    With "batch" its buffers are put back at the end, with "tracked" they stay as the forwards in the block leave them.
+    """
+    if statistics == "running":
+        with attack_model(model, recipe, x) as view:
+            yield view
+        return
+    model = unwrapped(model)
+    with training_modes(model), gathered(model), buffers_kept(model) if statistics == "batch" else nullcontext():
+        yield model
+
+
+def why_apart(statistics: Statistics) -> str:
+    """Why an attack on statistics of the batch runs without view, graphs and streams."""
+    return f"statistics={statistics!r} runs the model itself, in the modes of the update"
+
+
+def undone_by_errors(model: nn.Module, statistics: Statistics) -> AbstractContextManager[object]:
+    """Around an attack and what follows it: an error takes back what "tracked" forwards did to the buffers."""
+    if statistics != "tracked":
+        return nullcontext()
+    check_model(model)
+    return buffers_kept(model, after_errors_only=True)
+
+
+def check_statistics(statistics: Statistics, where: str, instead: str) -> None:
+    """Raise ValueError `where` samples leave the batch, on which the result of the others would then depend."""
+    if statistics != "running":
+        raise ValueError(
+            f"attack's statistics must be 'running' {where}, got {statistics!r}: samples leave the batch, by whose "
+            f"statistics those that stay would be normalised: {instead}"
+        )
