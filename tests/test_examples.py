@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -111,7 +112,7 @@ def test_random_crops_are_windows_of_the_padded_image_or_of_its_mirror():
     x = torch.rand(6, 3, 5, 7)
     padded = torch.nn.functional.pad(torch.stack([x, x.flip(3)]), [4] * 4)
     windows = padded.unfold(3, 5, 1).unfold(4, 7, 1).permute(1, 0, 3, 4, 2, 5, 6).reshape(6, -1, *x.shape[1:])
-    for name in ("trades_cifar10", "augmix_corruptions"):
+    for name in ("trades_cifar10", "trades_awp", "augmix_corruptions"):
         crops = example(name).augment(x)
         assert (windows == crops[:, None]).flatten(2).all(dim=2).any(dim=1).all()
 
@@ -157,3 +158,75 @@ def test_the_corruptions_are_images_and_grow_with_severity():
         assert strong[name].min() >= 0
         assert strong[name].max() <= 1
         assert 0 < (mild[name] - x).square().mean() < (strong[name] - x).square().mean()
+
+
+# Generated data
+
+
+def save_generated():
+    x, y = images(40)
+    np.savez("generated.npz", image=x, label=y)
+    return {"generated": "generated.npz", "width": 4, "blocks": 1}
+
+
+def test_generated_images_are_trained_on_at_their_share(monkeypatch):
+    trained_on = []
+    module = example("generated_data")
+    cutmix = module.cutmix
+    monkeypatch.setattr(module, "cutmix", lambda x, y: trained_on.append((x, y)) or cutmix(x, y))
+    clean, robust = run("generated_data", **save_generated(), epochs=1)
+    assert 0 <= robust <= clean <= 1
+    originals = torch.as_tensor(images(48)[0]).permute(0, 3, 1, 2) / 255
+    of_originals = [int((x[:, None] == originals).flatten(2).all(dim=2).any(dim=1).sum()) for x, _ in trained_on]
+    assert of_originals == [5, 5, 5]  # 30 % of 16, in each of 48 / 16 minibatches
+    assert all(len(x) == 16 and y.shape == (16, CLASSES) for x, y in trained_on)
+
+
+def test_cutmix_labels_are_the_shares_of_the_pixels():
+    torch.manual_seed(0)
+    y = torch.eye(8)
+    x = torch.arange(8.0)[:, None, None, None].expand(8, 3, 9, 7)  # an image's pixels are its number
+    for _ in range(10):
+        mixed, labels = example("generated_data").cutmix(x, y)
+        for k in range(8):
+            torch.testing.assert_close((mixed == k).float().mean(dim=(1, 2, 3)), labels[:, k])
+        assert (mixed == mixed[:, :1]).all()
+
+
+def test_weights_are_averaged_over_fewer_updates_in_the_beginning():
+    averaged = example("generated_data").averaged
+    mean, new = torch.tensor([1.0]), torch.tensor([0.0])
+    assert averaged(mean, new, torch.tensor(1)).item() == pytest.approx(2 / 11)
+    assert averaged(mean, new, torch.tensor(10**6)).item() == pytest.approx(0.995)
+
+
+# AWP
+
+
+def test_weights_are_perturbed_after_the_warm_up(monkeypatch):
+    module, gammas = example("trades_awp"), []
+
+    class Recorded(module.AWP):
+        def __call__(self, *arguments):
+            gammas.append(self.gamma)
+            return super().__call__(*arguments)
+
+    monkeypatch.setattr(module, "AWP", Recorded)
+    clean, robust = run("trades_awp", width=4, epochs=2, warmup=1, gamma=0.01)
+    assert 0 <= robust <= clean <= 1
+    assert gammas == [0.0] * 3 + [0.01] * 3
+
+
+# Embeddings
+
+
+def test_the_image_tower_learns_to_withstand_the_attack_without_labels():
+    before, after = run("clip_embeddings", width=4, epochs=8)
+    assert after > before
+
+
+def test_the_inner_loss_knows_each_row_by_its_number():
+    original = torch.tensor([[0.0, 0.0], [1.0, 1.0], [5.0, 5.0]])
+    rows = SimpleNamespace(labels=torch.tensor([2, 0]))
+    distances = example("clip_embeddings").away_from(original)(torch.tensor([[5.0, 6.0], [3.0, 4.0]]), rows)
+    assert distances.tolist() == [1.0, 25.0]
