@@ -11,6 +11,7 @@ from bt_fast.allocation import METRICS, POLICIES, Gaussian, Judged, Oracle
 from bt_fast.attack.auto import RUNNERS, AutoRunner
 from bt_fast.attack.balance import Costs
 from bt_fast.attack.balanced import Balance
+from bt_fast.attack.by_sample import PerSample
 from bt_fast.attack.folded import Frozen
 from bt_fast.attack.generate import generate
 from bt_fast.attack.graphs import GraphRunner
@@ -71,6 +72,7 @@ __all__ = [
     "Normalize",
     "Oracle",
     "PGDLoss",
+    "PerSample",
     "Plan",
     "PowerMonitor",
     "Skipped",

@@ -91,7 +91,8 @@ def autoattack(
         clean = _correct(classifier, x, y, batch_size)
         options = {"seed": seed, "version": version, "verbose": verbose, "device": str(x.device)}
         adversary = AutoAttack(classifier, norm=_NORMS[threat.norm], eps=threat.epsilon, **options)
-        x_adv: Tensor = adversary.run_standard_evaluation(x, y, bs=batch_size)
+        attacked = threat.epsilon > 0  # or every x' is x
+        x_adv: Tensor = adversary.run_standard_evaluation(x, y, bs=batch_size) if attacked else x
         stood = clean & _correct(classifier, x_adv, y, batch_size)
     return AutoAttacked(int(clean.sum()), int(stood.sum()), len(y), x_adv, stood)
 

@@ -14,7 +14,7 @@ from bt_fast.allocation import Judged, Metric, Oracle, Policy
 from bt_fast.faults import CheckedRead, Fault
 from bt_fast.plan import MinedPlan
 from bt_fast.ranks import Ranks, Together
-from bt_fast.validation import check_device, check_floating
+from bt_fast.validation import check_device, check_floating, size, size_of_step
 
 STEP_FACTOR = 1.7  # α = 1.7 ε / N (section 3.1, Fig. 2)
 
@@ -41,9 +41,14 @@ class Rule:
         return self.policy is allocation.three_groups
 
     @property
+    def taken(self) -> tuple[int, int, int]:
+        """The steps that (outlier, boundary, robust) samples take: none where ε is 0."""
+        return self.steps if self.epsilon else (0, 0, 0)
+
+    @property
     def most_steps(self) -> int:
         """No sample takes more."""
-        return max(self.steps)
+        return max(self.taken)
 
     @property
     def sizes(self) -> tuple[float, float, float]:
@@ -74,13 +79,13 @@ class Rule:
 
     def steps_of(self, judged: Judged, is_sample: Tensor | None = None) -> tuple[Tensor, Fault]:
         """[m] int64 in 0..most_steps, and whether the policy gave a sample (that is no padding) another count."""
-        steps = allocation.steps_of(self.policy, judged)
-        outside = (steps < 0) | (steps > self.most_steps)
+        steps, most = allocation.steps_of(self.policy, judged), max(self.steps)
+        outside = (steps < 0) | (steps > most)
         if is_sample is not None:
             outside &= is_sample
         message = (
-            f"policy must return steps in 0..{self.most_steps}, but {{count}} of {len(steps)} are not: "
-            f"let it end with .clamp(0, {self.most_steps})"
+            f"policy must return steps in 0..{most}, but {{count}} of {len(steps)} are not: "
+            f"let it end with .clamp(0, {most})"
         )
         return steps.clamp(0, self.most_steps), Fault(outside.sum(), message)  # the order has room for no others
 
@@ -127,6 +132,12 @@ class Evidence:
         return MinedPlan(most_steps=most, **known, **decided)
 
 
+def checked_sizes(epsilon: float, step_size: float | None) -> tuple[float, float | None]:
+    """ε and the step size, if there is one, as floats; TypeError or ValueError unless they are sizes of an attack."""
+    epsilon = size("epsilon", epsilon)
+    return epsilon, None if step_size is None else size_of_step("step_size", step_size, epsilon)
+
+
 def check_attacked(policy: Policy, logits: Tensor, attacked: Tensor | None) -> None:
     """Raise TypeError or ValueError unless there are attacked logits for an Oracle, and none for another policy."""
     if not isinstance(policy, Oracle):
@@ -166,7 +177,7 @@ def _by_groups(evidence: Evidence) -> MinedPlan:
     every = [*evidence.earlier, *evidence.current]
     counted, wrong = torch.zeros(3, dtype=torch.int64, device=certainty.device), faults.counts_of(every)
     threshold, group, steps, step_size, order, counts = ops.assign_steps(
-        certainty, signs.correct, evidence.fraction, rule.steps, rule.sizes, signs.unfit, wrong, counted
+        certainty, signs.correct, evidence.fraction, rule.taken, rule.sizes, signs.unfit, wrong, counted
     )
     return evidence.plan(
         steps=steps,

@@ -183,6 +183,10 @@ def _judge(
         whole = _put_back([begun], stream)
         del begun, x  # a batch is held no longer than until its samples are copied
         correct = map(lambda batch: _correct(view, batch, kind, pixels, at_work, verdicts), whole)
+        if threat.epsilon == 0:  # then every x' is x
+            for samples in correct:
+                verdicts.record(samples.number, *[torch.full_like(samples.number, STOOD)] * 2)
+            return
         working.run(view, Waiting(correct), verdicts)
 
 
@@ -201,8 +205,8 @@ def _attack(attack: PGD | ThreatModel, deprecated: Deprecated) -> PGD:
         raise ValueError(
             f"{name} is an option of the attack where that is a PGD: write PGD(..., {name}={changes[name]!r})"
         )
-    if attack.start == "normal":
-        raise ValueError("attack must start anywhere in the ball, got start='normal': leave start out")
+    if attack.start in ("normal", "clean"):
+        raise ValueError(f"attack must start anywhere in the ball, got start={attack.start!r}: leave start out")
     check_statistics(attack.statistics, "in an evaluation", "leave statistics out")
     return attack
 

@@ -21,7 +21,7 @@ from bt_fast.minibatch import LastMinibatch
 from bt_fast.plan import MinedPlan
 from bt_fast.ranks import Ranks, Sharing
 from bt_fast.speedup import Fractions, theoretical_speedup_augmix
-from bt_fast.validation import check_choice, check_process_group, positive, real, step_count
+from bt_fast.validation import check_choice, check_process_group, real, step_count
 from bt_fast.warning import warn_deprecated
 
 
@@ -241,7 +241,7 @@ class BulletTrain(nn.Module):
         Args:
             logits: [m, K] floating point, K ≥ 2, of the clean samples in the attack's (eval) mode. m may be 0.
             labels: [m] integers in 0..K-1, or [m, K] distributions, whose largest part counts; on the logits' device.
-            epsilon: ε > 0, in pixel units; gives `1.7·ε/N` for robust samples and outliers.
+            epsilon: ε ≥ 0, in pixel units; gives `1.7·ε/N` for robust samples and outliers. At 0 none takes a step.
             step_size: α_B > 0 in pixel units, of boundary samples, or of those with N_B steps; `1.7·ε/N_B` if None.
             attacked_logits: [m, K] floating point, of attacked samples, for an `Oracle` only. (The losses make them.)
         """
@@ -271,8 +271,7 @@ class BulletTrain(nn.Module):
         """
         soft, (logits, labels) = is_soft(labels), self._checked(logits, labels)
         deciding.check_attacked(self.policy, logits, attacked_logits)
-        epsilon = positive("epsilon", epsilon)
-        step_size = None if step_size is None else positive("step_size", step_size)
+        epsilon, step_size = deciding.checked_sizes(epsilon, step_size)
         self.finish()
         if self._counts_now:
             self._last = LastMinibatch()

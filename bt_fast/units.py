@@ -15,10 +15,12 @@ def warn_of_units(
     bounds: tuple[float, float] = (0.0, 1.0),
     step_size: float | None = None,
     pixels: int = 1,
+    of: str | None = None,
 ) -> None:
     """Warn, once for the same numbers, where ε covers the whole range of a pixel or a step is longer than the ball.
 
-    `pixels` is the number of values of an image, over which an l_2 ball extends.
+    An ε of 0 is none. `pixels` is the number of values of an image, over which an l_2 ball extends. `of` is what the
+    numbers are of, where they may be others in each minibatch: then once for all of these.
     """
     lower, upper = bounds
     whole = (upper - lower) * (math.sqrt(pixels) if norm == "l_2" else 1.0)
@@ -31,7 +33,7 @@ def warn_of_units(
                 likely += f", and step_size={step_size:g}/255"
         numbers: tuple[object, ...] = ("epsilon", epsilon, norm, bounds)
         message = f"epsilon={epsilon:g} covers the whole range [{lower:g}, {upper:g}] of the pixels: write {likely}"
-    elif step_size is not None and step_size > 2 * epsilon:
+    elif step_size is not None and step_size > 2 * epsilon > 0:
         likely = f"{step_size:g}/255" if of_bytes and step_size / 255 <= 2 * epsilon else f"{epsilon / 4:g}"
         numbers = ("step_size", step_size, epsilon)
         message = (
@@ -40,6 +42,7 @@ def warn_of_units(
         )
     else:
         return
+    numbers = numbers if of is None else (numbers[0], of)
     if numbers not in _warned:
         _warned.add(numbers)
-        warn_caller(message)
+        warn_caller(message if of is None else f"{of}: {message}")

@@ -100,6 +100,20 @@ def positive(name: str, value: float, instead: str | None = None) -> float:
     return number
 
 
+def size(name: str, value: float) -> float:
+    """`value` as a float; TypeError or ValueError that names `name` unless it is a finite number of at least 0."""
+    number = real(name, value)
+    if not 0 <= number < math.inf:
+        instead = f"write {name}=8/255, or another size of pixels"
+        raise ValueError(f"{name} must be a finite number of at least 0, got {value}: {instead}")
+    return number
+
+
+def size_of_step(name: str, value: float, epsilon: float) -> float:
+    """`value` as a float; TypeError or ValueError unless it is a finite number greater than 0, or 0 where ε is."""
+    return positive(name, value) if epsilon else size(name, value)
+
+
 def weight(name: str, value: float) -> float:
     """`value` as a float; TypeError or ValueError that names `name` unless it is a finite number of at least 0."""
     number = real(name, value)

@@ -32,6 +32,14 @@ def _start(i_n, length):
 
 
 @triton.jit
+def _radius(epsilon, epsilons, i_n):
+    """ε of sample i_n: its own, where each has one."""
+    if epsilons is not None:
+        epsilon = tl.load(epsilons + i_n).to(tl.float32)
+    return epsilon
+
+
+@triton.jit
 def _magnitude(b_g):
     """The bits of |g|: integers in the order 0, finite numbers, Inf, NaN, which a maximum of the numbers may drop."""
     return b_g.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
@@ -54,6 +62,7 @@ def pgd_linf_sample_fwd_kernel(
     faulty,  # [n] int32, set to 1 where a sample's gradient holds NaN; or None
     length,
     epsilon,
+    epsilons,  # [n], in place of epsilon; or None: that of every sample
     lower,
     upper,
     BLOCK: tl.constexpr,  # at least length
@@ -70,7 +79,7 @@ def pgd_linf_sample_fwd_kernel(
     b_x = tl.load(x_adv + start + o_x, mask=m_x, other=0.0).to(tl.float32)
     b_c = tl.load(clean + start + o_x, mask=m_x, other=0.0).to(tl.float32)
     b_alpha = tl.load(step_size + i_n).to(tl.float32)
-    b_moved = _linf_moved(b_x, b_g, b_c, b_alpha, epsilon, lower, upper)
+    b_moved = _linf_moved(b_x, b_g, b_c, b_alpha, _radius(epsilon, epsilons, i_n), lower, upper)
     top = tl.max(_magnitude(b_g), axis=0)
     # a mask takes fewer registers here than a branch
     m_x = tl.where(top > INFINITY, False, m_x)
@@ -108,8 +117,9 @@ def pgd_held_fwd_kernel(
 
 @triton.jit(do_not_specialize=["blocks"])
 def pgd_linf_step_fwd_kernel(
-    x_adv, grad, clean, step_size, steps, step, held, length, blocks, epsilon, lower, upper, BLOCK: tl.constexpr
-):
+    x_adv, grad, clean, step_size, steps, step, held, length, blocks, epsilon, epsilons, lower, upper,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
     """The step of `pgd_linf_sample_fwd_kernel` on samples of any length, which stay where `held` [n] is not 0.
 
     blocks: cdiv(length, BLOCK). Grid: n · blocks.
@@ -128,7 +138,7 @@ def pgd_linf_step_fwd_kernel(
     b_x = tl.load(x_adv + start + o_x, mask=m_x, other=0.0).to(tl.float32)
     b_c = tl.load(clean + start + o_x, mask=m_x, other=0.0).to(tl.float32)
     b_alpha = tl.load(step_size + i_n).to(tl.float32)
-    b_moved = _linf_moved(b_x, b_g, b_c, b_alpha, epsilon, lower, upper)
+    b_moved = _linf_moved(b_x, b_g, b_c, b_alpha, _radius(epsilon, epsilons, i_n), lower, upper)
     tl.store(x_adv + start + o_x, b_moved.to(x_adv.dtype.element_ty), mask=m_x)
 
 
@@ -153,8 +163,9 @@ def _shrinking(squares, epsilon):
 
 @triton.jit
 def pgd_l2_sample_fwd_kernel(
-    x_adv, grad, clean, step_size, steps, step, flat, faulty, length, epsilon, lower, upper, BLOCK: tl.constexpr
-):
+    x_adv, grad, clean, step_size, steps, step, flat, faulty, length, epsilon, epsilons, lower, upper,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
     """`x' ← clip(x + renorm(clip(x' + α·g/‖g‖, lower, upper) - x), lower, upper)`. Grid: n.
 
     flat: [n] int32, written: 1 where the gradient is 0, and the sample waits for another direction. A sample whose
@@ -177,7 +188,7 @@ def pgd_l2_sample_fwd_kernel(
     b_c = tl.load(clean + start + o_x, mask=m_x, other=0.0).to(tl.float32)  # not before: registers
     b_delta = _clip(b_x + b_scaled * (alpha / norm), lower, upper) - b_c
     b_delta = tl.where(m_x, b_delta, 0.0)
-    shrink = _shrinking(tl.sum(b_delta * b_delta, axis=0), epsilon)
+    shrink = _shrinking(tl.sum(b_delta * b_delta, axis=0), _radius(epsilon, epsilons, i_n))
     b_moved = _clip(b_c + b_delta * shrink, lower, upper)
     m_x = tl.where((top > 0) & (top < INFINITY), m_x, False)
     tl.store(x_adv + start + o_x, b_moved.to(x_adv.dtype.element_ty), mask=m_x)
@@ -188,7 +199,7 @@ def pgd_l2_sample_fwd_kernel(
 
 @triton.jit(do_not_specialize=["n"])
 def pgd_l2_measure_fwd_kernel(
-    x_adv, grad, clean, step_size, steps, step, measured, flat, faulty, n, length, epsilon, lower, upper,
+    x_adv, grad, clean, step_size, steps, step, measured, flat, faulty, n, length, epsilon, epsilons, lower, upper,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The lengths that the step of a long sample needs. Grid: n.
@@ -236,7 +247,7 @@ def pgd_l2_measure_fwd_kernel(
         b_sum += b_delta * b_delta
     tl.store(measured + i_n, scale)
     tl.store(measured + n + i_n, factor)
-    tl.store(measured + 2 * n + i_n, _shrinking(tl.sum(b_sum, axis=0), epsilon))
+    tl.store(measured + 2 * n + i_n, _shrinking(tl.sum(b_sum, axis=0), _radius(epsilon, epsilons, i_n)))
 
 
 @triton.jit(do_not_specialize=["n", "blocks"])
@@ -297,7 +308,7 @@ def _stood_in(x_adv, clean, stand_in, start, i_n, o_x, m_x, alpha, lower, upper)
 
 @triton.jit
 def pgd_l2_stand_in_fwd_kernel(
-    x_adv, clean, step_size, steps, step, stand_in, flat, length, epsilon, lower, upper, BLOCK: tl.constexpr
+    x_adv, clean, step_size, steps, step, stand_in, flat, length, epsilon, epsilons, lower, upper, BLOCK: tl.constexpr
 ):
     """The step of `pgd_l2_sample_fwd_kernel` along another direction, not normalised, where the gradient is 0. Grid: n.
 
@@ -318,7 +329,7 @@ def pgd_l2_stand_in_fwd_kernel(
         _, b_delta = _stood_in(x_adv, clean, stand_in, start, i_n, o_x, m_x, alpha, lower, upper)
         b_delta = tl.where(m_x, b_delta, 0.0)
         b_sum += b_delta * b_delta
-    shrink = _shrinking(tl.sum(b_sum, axis=0), epsilon)
+    shrink = _shrinking(tl.sum(b_sum, axis=0), _radius(epsilon, epsilons, i_n))
     for o in range(0, length, BLOCK):
         o_x = o + tl.arange(0, BLOCK)
         m_x = o_x < length

@@ -31,7 +31,7 @@ def of_torchvision(name):
     """The transform of torchvision, called as the functions here; None where it is not installed."""
     try:
         from torchvision.transforms import v2
-    except ImportError:
+    except (ImportError, RuntimeError):  # the second where it is built for another torch
         return None
 
     def mixed(x, y, classes, seed=0):

@@ -36,7 +36,7 @@ class Case:
         return replace(self, arguments=self.arguments | changed)
 
 
-def case(n, shape, dtype, seed, *, last=False, counts=False, flags=False, special=True, spare=2) -> Case:
+def case(n, shape, dtype, seed, *, last=False, counts=False, flags=False, own=False, special=True, spare=2) -> Case:
     """n samples of the shape before `spare` poisoned ones, gradients with zeros and, if `special`, ±Inf.
 
     If `special`, one sample in three has NaN at one place of its gradient, and images have NaN too.
@@ -45,6 +45,7 @@ def case(n, shape, dtype, seed, *, last=False, counts=False, flags=False, specia
         last: the channels are the fastest index.
         counts: some samples have no steps left.
         flags: the samples whose gradient holds NaN are to be marked.
+        own: each sample has an ε of its own, one in four 0.
     """
     g = torch.Generator().manual_seed(seed)
     images = [torch.randn(n + spare, *shape, generator=g).mul(0.3).add(0.4) for _ in range(3)]
@@ -78,11 +79,19 @@ def case(n, shape, dtype, seed, *, last=False, counts=False, flags=False, specia
             "steps": torch.tensor([2, 1, 3, 0]).repeat(n)[:n] if counts else None,
             "step": torch.tensor(1) if counts else None,
             "faulty": torch.zeros(n, dtype=torch.int32) if flags else None,
+            "epsilons": radii(n, seed, 0.031).to(dtype) if own else None,
         },
     )
 
 
-def l2_case(n, shape, dtype, seed, *, last=False, counts=False, flags=False, seeded=False) -> Case:
+def radii(n, seed, epsilon):
+    """ε of n samples, [n] float32: most in 0.5·ε to 1.5·ε, and every fourth 0."""
+    result = epsilon * (0.5 + torch.rand(n, generator=torch.Generator().manual_seed(seed)))
+    result[1::4] = 0.0
+    return result
+
+
+def l2_case(n, shape, dtype, seed, *, last=False, counts=False, flags=False, own=False, seeded=False) -> Case:
     """`case` in ℓ2: gradients of all `KINDS` one after another from that of the seed, and every third sample far off.
 
     Args:
@@ -114,6 +123,9 @@ def l2_case(n, shape, dtype, seed, *, last=False, counts=False, flags=False, see
             "step_size": result.arguments["step_size"] * length**0.5,
             "stand_in": torch.tensor((seed << 31) - 3) if seeded else noise,
             "faulty": torch.zeros(n, dtype=torch.int32) if flags else None,
+            "epsilons": radii(n, seed, 0.05 * length**0.5).to(torch.promote_types(dtype, torch.float32))
+            if own
+            else None,
         },
     )
 

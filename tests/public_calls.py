@@ -23,6 +23,7 @@ from bt_fast import (
     Normalization,
     Normalize,
     Oracle,
+    PerSample,
     PGDLoss,
     Plan,
     PowerMonitor,
@@ -104,6 +105,24 @@ def softly(call):
         given = labels.clone()
         result = call(model, x, labels)
         assert torch.equal(labels, given)
+        return result
+
+    return run
+
+
+def perturbed_by_sample(mining=None, **options):
+    """Each sample with sizes and a start of its own, and without mining with steps of its own."""
+
+    def run(model, x, y):
+        m, bullet = len(x), copy.deepcopy(mining)
+        counts = None if mining is not None else torch.arange(m, device=x.device) % 3
+        radii = torch.linspace(0.0, 0.2, m, device=x.device)
+        own = PerSample(counts, radii, 0.4 * radii, x.detach().roll(1, 0))
+        before = [None if t is None else t.clone() for t in vars(own).values()]
+        result = perturb(model, x, y, ATTACK, bullet, per_sample=own, generator=seeded(), **options)
+        assert all(a is b or torch.equal(a, b) for a, b in zip(vars(own).values(), before, strict=True))
+        if bullet is not None:
+            bullet.observe(logits_of(x), y)
         return result
 
     return run
@@ -240,6 +259,8 @@ CALLS = {
     "perturb, dlr, mining": perturbed(THREE, PGD(0.1, 0.05, STEPS, inner="dlr")),
     "perturb, a function": perturbed(attack=PGD(0.1, 0.05, STEPS, inner=away)),
     "perturb, mining": perturbed(THREE, engine="fast"),
+    "perturb, by sample": perturbed_by_sample(),
+    "perturb, by sample, mining": perturbed_by_sample(THREE, engine="fast"),
     "perturb, normalised": perturbed(attack=PGD(0.1, 0.05, STEPS, normalization=PIXELS)),
     "AugMixLoss": lambda m, x, y: AugMixLoss()(m, x, y, generator=seeded()),
     "AugMixLoss, mining": lambda m, x, y: AugMixLoss(copy.deepcopy(ONE))(m, x, y, generator=seeded()),

@@ -444,3 +444,25 @@ def test_parts_that_know_the_number_of_their_first_sample_fare_as_in_the_whole(t
     assert len(set(whole.restart.tolist())) > 2
     with pytest.raises(ValueError, match="first must be at least 0, got -1"):
         evaluate(model, [(x, y)], threat, first=-1)
+
+
+@pytest.mark.parametrize("attack", [PGD(0.0, 0.0, 5), PGD(0.0, 0.1, 5, "l2"), ThreatModel(0.0)])
+def test_at_an_epsilon_of_0_every_sample_that_is_right_stands_and_no_step_is_run(attack):
+    model, x, y = classifier(20)
+    seen, drawing = [], generator()
+    with mock.patch.object(early_exit.WorkingBatch, "run", side_effect=AssertionError("a step")):
+        result = evaluate(model, in_batches(x, y, 8), attack, restarts=3, generator=drawing, progress=seen.append)
+    assert counts(result) == (16, 16, 20)
+    assert fate(result) == [(0, 0) if i % 5 == 0 else (STOOD, STOOD) for i in range(20)]
+    assert seen[-1] == 20
+    assert not torch.equal(drawing.get_state(), generator().get_state()), "it draws as at any other"
+
+
+@pytest.mark.parametrize("start", ["normal", "clean"])
+def test_restarts_begin_anywhere_in_the_ball(start):
+    model, x, y = classifier(4)
+    attack = PGD(0.1, 0.03, 2, start=start, inner="cross_entropy")
+    with pytest.raises(
+        ValueError, match=f"attack must start anywhere in the ball, got start='{start}': leave start out"
+    ):
+        evaluate(model, [(x, y)], attack)

@@ -267,8 +267,7 @@ def test_bad_logits_and_labels(method, z, y, error, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"epsilon": 0.0}, "epsilon.*greater than 0.*0.0"),
-        ({"epsilon": -0.1}, "epsilon.*greater than 0.*-0.1"),
+        ({"epsilon": -0.1}, "epsilon.*at least 0.*-0.1"),
         ({"epsilon": math.nan}, "epsilon.*nan"),
         ({"step_size": 0.0}, "step_size.*greater than 0.*0.0"),
         ({"step_size": -1.0}, "step_size.*greater than 0.*-1.0"),
@@ -280,6 +279,15 @@ def test_bad_sizes(options, message):
     with pytest.raises(ValueError, match=message):
         bullet.plan(Z, Y, **options)
     assert_state(bullet, before)
+
+
+@pytest.mark.parametrize("step_size", [None, 0.0, 0.1])
+def test_at_an_epsilon_of_0_the_groups_are_the_same_and_nobody_takes_a_step(step_size):
+    plan, other = at_fraction(0.3).plan(Z, Y, epsilon=0.0, step_size=step_size), at_fraction(0.3).plan(Z, Y)
+    assert torch.equal(plan.group, other.group)
+    assert plan.group_sizes == other.group_sizes
+    assert not plan.steps.any()
+    assert plan.active_counts == ()
 
 
 def test_an_update_of_nothing():

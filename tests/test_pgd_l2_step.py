@@ -13,7 +13,7 @@ from bt_fast.ops.pgd_l2_step import l2_reference, pgd_l2_step_, seeded_normal
 
 quick = settings(max_examples=40, deadline=None)
 flag = st.booleans()
-options = st.fixed_dictionaries({"last": flag, "counts": flag, "flags": flag, "seeded": flag})
+options = st.fixed_dictionaries({"last": flag, "counts": flag, "flags": flag, "seeded": flag, "own": flag})
 
 
 def literal_normal(seed, i, place):
@@ -26,7 +26,7 @@ def literal_normal(seed, i, place):
     return (sum(b"".join(word.to_bytes(4, "little") for word in c)) - 2040) / math.sqrt(16 * (256**2 - 1) / 12)
 
 
-def literally(x, grad, clean, step_size, epsilon, lower, upper, stand_in, steps, step, faulty):
+def literally(x, grad, clean, step_size, epsilon, lower, upper, stand_in, steps, step, faulty, epsilons):
     """The step of one sample after the other, in double precision."""
     for i in range(len(x)):
         if steps is not None and not steps[i] > step:
@@ -45,7 +45,8 @@ def literally(x, grad, clean, step_size, epsilon, lower, upper, stand_in, steps,
         else:
             direction = g / g.norm()
         delta = (x[i].double() + step_size[i].double() * direction).clamp(lower, upper) - c
-        delta *= epsilon / (delta.norm() + 1e-7) if delta.norm() > epsilon else 1.0
+        radius = epsilon if epsilons is None else epsilons[i].double()
+        delta *= radius / (delta.norm() + 1e-7) if delta.norm() > radius else 1.0
         x[i] = (c + delta).clamp(lower, upper).to(x.dtype)
 
 
@@ -99,6 +100,14 @@ def test_a_gradient_of_any_magnitude_gives_the_same_step(dtype):
     torch.testing.assert_close(result[2], result[0], rtol=0, atol=info.eps)
 
 
+@pytest.mark.parametrize("seeded", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_epsilon_of_each_sample_is_the_same_number_for_all(dtype, seeded):
+    case = pgd_cases.l2_case(7, (3, 4, 4), dtype, 0, seeded=seeded).but(epsilon=0.375)
+    own = case.but(epsilon=9.0, epsilons=torch.full((7,), 0.375, dtype=torch.promote_types(dtype, torch.float32)))
+    pgd_cases.assert_near(own.run(pgd_l2_step_), case.run(pgd_l2_step_))
+
+
 def test_a_gradient_without_a_norm_spares_its_sample_and_is_counted():
     case = pgd_cases.l2_case(7, (3, 4, 4), torch.float32, 0, flags=True)
     after, faulty = case.run(pgd_l2_step_)
@@ -136,7 +145,7 @@ def some(options):
 FULL = {"counts": True, "flags": True}
 
 
-@pytest.mark.parametrize("options", [{}, FULL | {"last": True, "seeded": True}])
+@pytest.mark.parametrize("options", [{}, FULL | {"last": True, "seeded": True}, {"own": True}])
 def test_opcheck(options):
     case = some(options)
     torch.library.opcheck(pgd_l2_step_, (case.buffer[:2],), case.arguments)

@@ -13,13 +13,13 @@ from bt_fast.ops.pgd_step import linf_reference, pgd_linf_step_
 
 quick = settings(max_examples=40, deadline=None)
 flag = st.booleans()
-options = st.fixed_dictionaries({"last": flag, "counts": flag, "flags": flag})
+options = st.fixed_dictionaries({"last": flag, "counts": flag, "flags": flag, "own": flag})
 
 
-def literally(x, grad, clean, step_size, epsilon, lower, upper, steps, step, faulty):
+def literally(x, grad, clean, step_size, epsilon, lower, upper, steps, step, faulty, epsilons):
     """The step, one number at a time, in double precision."""
-    width = torch.tensor(epsilon, dtype=x.dtype).item()
     for i in range(len(x)):
+        width = torch.tensor(epsilon if epsilons is None else epsilons[i].item(), dtype=x.dtype).item()
         if steps is not None and not steps[i] > step:
             continue
         if any(map(math.isnan, grad[i].flatten().tolist())):
@@ -68,6 +68,23 @@ def test_linf_is_to_the_bit_what_it_was_before_there_was_a_kernel(dtype, shape):
     pgd_cases.assert_same(case.run(pgd_linf_step_), case.run(before_there_was_a_kernel))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("wide", [False, True])
+def test_one_epsilon_of_each_sample_is_the_same_number_for_all(dtype, wide):
+    case = pgd_cases.case(5, (3, 4, 4), dtype, 0)
+    kind = torch.promote_types(dtype, torch.float32) if wide else dtype
+    own = case.but(epsilon=9.0, epsilons=torch.full((5,), case.arguments["epsilon"], dtype=kind))
+    pgd_cases.assert_same(own.run(pgd_linf_step_), case.run(pgd_linf_step_))
+
+
+def test_a_sample_with_an_epsilon_of_0_is_its_clean_image():
+    case = pgd_cases.case(4, (3, 4, 4), torch.float32, 0, special=False)
+    arguments = {k: v for k, v in case.arguments.items() if k not in ("epsilon", "epsilons")}
+    x, rest = case.buffer[:4].clone(), ("grad", "clean", "step_size")
+    ops.linf_step_(x, *(arguments[name] for name in rest), torch.tensor([0.0, 0.1, 0.0, 0.2]), 0.0, 1.0)
+    assert [torch.equal(a, b) for a, b in zip(x, arguments["clean"], strict=True)] == [True, False, True, False]
+
+
 def test_nan_in_a_gradient_spares_its_whole_sample_and_is_counted():
     case = pgd_cases.case(4, (3, 4, 4), torch.float32, 0, special=False, flags=True)
     grad = case.arguments["grad"]
@@ -99,7 +116,7 @@ def some(options, dtype=torch.float32):
     return pgd_cases.case(2, (3, 4, 4), dtype, 0, special=False, **options)
 
 
-@pytest.mark.parametrize("options", [{}, {"counts": True, "flags": True, "last": True}])
+@pytest.mark.parametrize("options", [{}, {"counts": True, "flags": True, "last": True}, {"own": True}])
 def test_opcheck(options):
     case = some(options)
     torch.library.opcheck(pgd_linf_step_, (case.buffer[:2],), case.arguments)
@@ -126,7 +143,7 @@ def test_a_compiled_step_is_one_op():
 
 
 def test_the_reference_waits_for_nothing():
-    case = some({"counts": True, "flags": True})
+    case = some({"counts": True, "flags": True, "own": True})
     on_device = {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in case.arguments.items()}
     x = case.buffer[:2].to(DEVICE)
     with pretended_device():
@@ -148,6 +165,24 @@ WRONG = [
     ("faulty", torch.zeros(1, dtype=torch.int32), ValueError),
     ("faulty", torch.zeros(4, dtype=torch.int32)[::2], ValueError),
 ]
+
+
+@pytest.mark.parametrize(
+    ("epsilon", "error"),
+    [
+        (torch.rand(3), ValueError),
+        (torch.rand(()), ValueError),
+        (torch.rand(2).double(), TypeError),
+        (torch.ones(2).long(), TypeError),
+        (torch.rand(2, device="meta"), ValueError),
+    ],
+)
+def test_an_epsilon_of_each_sample_must_fit(epsilon, error):
+    x = torch.rand(2, 3)
+    with pytest.raises(error, match=r"^epsilon must "):
+        ops.linf_step_(x, x, x, torch.ones(2), epsilon, 0.0, 1.0)
+    with pytest.raises(error, match=r"^epsilon must "):
+        ops.l2_step_(x, x, x, torch.ones(2), epsilon, 0.0, 1.0, torch.tensor(0))
 
 
 @pytest.mark.parametrize(("name", "value", "error"), WRONG)

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import re
 import sys
 import warnings
 from types import SimpleNamespace
@@ -88,6 +89,15 @@ def test_everyday_sizes_are_no_warning(call):
             call(epsilon, step_size)
 
 
+@pytest.mark.parametrize("call", [*CALLS.values(), *OF_EPSILON_ALONE.values()], ids=[*CALLS, *OF_EPSILON_ALONE])
+def test_an_epsilon_of_0_is_no_warning(call):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        call(0.0, 0.03)
+        if call is not generated:  # its plan is made with a step size
+            call(0.0, 0.0)
+
+
 def test_both_are_reported_in_one_sentence():
     with pytest.warns(UserWarning, match=r"write epsilon=8/255, .*, and step_size=2/255$"):
         units.warn_of_units(8, step_size=2)
@@ -124,13 +134,26 @@ def test_it_is_reported_once_and_of_the_callers_line():
     assert (warning.filename, warning.lineno) == (__file__, line)
 
 
+SMALL = ["--data", "digits", "--train-size", "8", "--test-size", "8", "--epochs", "1", "--steps", "1"]
+SMALL += ["--eval-steps", "1", "--curve-size", "8", "--batch-size", "8", "--device", "cpu"]
+
+
 def test_the_command_line_tells_it_before_it_trains(tmp_path):
-    small = ["--data", "digits", "--train-size", "8", "--test-size", "8", "--epochs", "1", "--steps", "1"]
-    small += ["--eval-steps", "1", "--curve-size", "8", "--batch-size", "8", "--device", "cpu"]
-    options = [*small, "--epsilon", "8", "--step-size", "2", "--out", str(tmp_path / "run")]
+    options = [*SMALL, "--epsilon", "8", "--step-size", "2", "--out", str(tmp_path / "run")]
     with pytest.warns(UserWarning, match=r"write epsilon=8/255, .*, and step_size=2/255$"):
         result = CliRunner().invoke(cli, ["train", "--method", "bullet", *options])
     assert result.exit_code == 0, result.output
+
+
+@pytest.mark.filterwarnings("error:.*(epsilon|step_size)")
+@pytest.mark.parametrize("method", ["reference", "bullet", "fast"])
+def test_the_command_line_trains_and_evaluates_at_an_epsilon_of_0(method, tmp_path):
+    run = tmp_path / "run"
+    result = CliRunner().invoke(cli, ["train", "--method", method, *SMALL, "--epsilon", "0", "--out", str(run)])
+    assert result.exit_code == 0, result.output
+    result = CliRunner().invoke(cli, ["evaluate", str(run / "checkpoint.pt"), "--epsilon", "0", "--device", "cpu"])
+    assert result.exit_code == 0, result.output
+    assert re.search(r"clean (\S+) %, robust \1 %", result.output)
 
 
 @pytest.mark.parametrize("preset", PRESETS.values(), ids=PRESETS)

@@ -27,7 +27,7 @@ def _variant(
     name: str, function: Any, dtype: str, changed: dict[str, Any], aligned: bool, warps: int, **options: Any
 ) -> Variant:
     images = {name: f"*{dtype}" for name in ("x_adv", "grad", "clean", "step_size")}
-    optional = {"steps": "*i64", "step": "*i64", "faulty": "*i32", "stand_in": "*i64"}
+    optional = {"steps": "*i64", "step": "*i64", "faulty": "*i32", "stand_in": "*i64", "epsilons": None}
     scratch = {"held": "*i32", "flat": "*i32", "measured": "*fp32"}
     numbers = {name: "i32" for name in ("n", "length", "blocks")}
     numbers |= {name: "fp32" for name in ("epsilon", "lower", "upper")}
@@ -100,6 +100,12 @@ def variants() -> Iterator[Variant]:
         yield sample(norm, "fp32", 1024, aligned=False, length=1, steps=None, step=None, faulty=None)
         yield long(norm, "fp32", aligned=False)
         yield long(norm, "fp16")
+    for norm in NORMS:  # each sample's own ε
+        yield sample(norm, "fp32", 4096, main=True, epsilons="*fp32")
+    yield sample("linf", "bf16", 4096, epsilons="*bf16")
+    yield long("linf", "fp32", main=True, epsilons="*fp32")
+    yield long("measure", "fp32", main=True, epsilons="*fp32")
+    yield long("stand-in", "fp32", main=True, epsilons="*fp32")
     yield sample("linf", "fp16", 1024, steps="*i32", step="*i32", step_size="*fp32")
     yield long("held", "fp32")
     yield long("held", "bf16", aligned=False, steps=None, step=None, faulty=None)

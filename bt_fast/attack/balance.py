@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -347,14 +348,16 @@ def send_out(batch: AttackBatch, exchange: Exchange, group: dist.ProcessGroup | 
         )
     there, home = routes(exchange, rank)
     own = [batch.x_adv, batch.clean, batch.target, batch.step_size]
-    labels = [] if batch.labels is None else [batch.labels]
-    begin, clean, target, sizes, *labels = there.carry([*own, *labels], group)
+    names = [name for name in ("labels", "epsilon") if getattr(batch, name) is not None]
+    more = [getattr(batch, name) for name in names]
+    begin, clean, target, sizes, *more = there.carry([*own, *more], group)
     quota = exchange.quotas[rank].flip(0)[:-1]  # by descending steps, without those of 0
     steps = torch.arange(len(quota), 0, -1, device="cpu").repeat_interleave(quota)
     active = tuple(n for n in quota.cumsum(0).flip(0).tolist() if n)
     faulty = torch.zeros(len(begin), dtype=torch.int32, device=begin.device)
     attacked = AttackBatch(begin, clean, target, sizes, _to(steps, begin.device), active, faulty, batch.inner)
-    attacked = replace(attacked, labels=labels[0] if labels else None)
+    carried: dict[str, Any] = dict(zip(names, more, strict=True))
+    attacked = replace(attacked, **carried)
     return Rebalanced(attacked, batch.x_adv.detach(), home, group)
 
 

@@ -89,7 +89,7 @@ def _costs(view: View, batch: AttackBatch, threat: ThreatModel, runner: Runner, 
         begin, generator = start_of(runner), torch.Generator(clean.device).manual_seed(0)
 
         def attack(n: int) -> None:
-            one = Plan.uniform(n, 1, threat.epsilon, clean.device)
+            one = Plan.uniform(n, 1, threat.epsilon or 1.0, clean.device)
             rows = AttackBatch.of(one, clean[:n].clone(), clean[:n], target[:n])
             labels = None if batch.labels is None else batch.labels[:n]
             begin(view, replace(rows, inner=batch.inner, labels=labels), threat, generator)()

@@ -29,6 +29,7 @@ class AttackBatch:
     inner: Inner = "kl"  # what is ascended
     labels: Tensor | None = None  # [m] int64, where the inner loss reads them
     together: bool = False  # a row's input gradient depends on the other rows
+    epsilon: Tensor | None = None  # [m], each sample's own ε as the steps take it; None: the threat model's
 
     @classmethod
     def of(cls, plan: Plan, start: Tensor, clean: Tensor, target: Tensor, faulty: Tensor | None = None) -> AttackBatch:

@@ -136,9 +136,10 @@ class GraphRunner:
 
 def _key(model: View, batch: AttackBatch, threat: ThreatModel) -> GraphKey:
     x, target = batch.x_adv, batch.target
+    dtypes = [None if t is None else t.dtype for t in (x, batch.clean, target, batch.epsilon)]
     return GraphKey(
         computation=(threat, batch.inner),
-        inputs=(x.shape[1:], target.shape[1], x.dtype, batch.clean.dtype, target.dtype, x.stride(), x.device),
+        inputs=(x.shape[1:], target.shape[1], *dtypes, x.stride(), x.device),
         autocast=caller_autocast(x),
         values=_values(model),
         tensors=tuple(t.data_ptr() for t in _tensors(model)),
@@ -169,6 +170,7 @@ class _Session:
             faulty=torch.zeros(self.capacity, dtype=torch.int32, device=x.device),
             inner=batch.inner,
             labels=None if batch.labels is None else batch.labels.new_zeros(self.capacity),
+            epsilon=None if batch.epsilon is None else batch.epsilon.new_zeros(self.capacity),
         )
         self._step, self._seed = (torch.zeros((), dtype=torch.int64, device=x.device) for _ in range(2))
 
@@ -185,6 +187,8 @@ class _Session:
                     own.labels.copy_(batch.labels)
                 own.step_size.copy_(batch.step_size)
                 own.steps.copy_(batch.steps)
+                if own.epsilon is not None and batch.epsilon is not None:
+                    own.epsilon.copy_(batch.epsilon)
                 self._step.zero_()
                 own.faulty.zero_()
                 for t, n in enumerate(batch.active):

@@ -10,7 +10,7 @@ from bt_fast.attack.pixels import Normalization
 from bt_fast.attack.start import Noise
 from bt_fast.attack.statistics import STATISTICS, Statistics
 from bt_fast.attack.threat import ThreatModel
-from bt_fast.validation import check_choice, check_kind, positive, real, step_count
+from bt_fast.validation import check_choice, check_kind, real, size, size_of_step, step_count
 
 Norm = Literal["linf", "l2"]
 _NORMS: dict[str, str] = {"linf": "l_inf", "l2": "l_2"}  # as the threat model, and the authors' `distance`, call them
@@ -21,12 +21,13 @@ class PGD:
     """Projected gradient ascent: `steps` steps of `step_size` from a random start in the ε-ball around each image.
 
     Attributes:
-        epsilon: ε > 0, in pixel units.
-        step_size: α > 0, in pixel units; with BulletTrain of the boundary samples.
+        epsilon: ε ≥ 0, in pixel units. At 0, where schedules begin, x' is x and no step is run.
+        step_size: α > 0, in pixel units; with BulletTrain of the boundary samples. It may be 0 where ε is.
         steps: N ≥ 1; with BulletTrain its N_B.
         norm: "linf" or "l2" (over all pixels of one image).
-        start: "normal", at x and 0.001·N(0, 1), or "uniform" in the ε-ball, clamped to the bounds. None: the loss's
-            own, "uniform" for `PGDLoss` and "normal" for all others.
+        start: "normal", at x and 0.001·N(0, 1), "uniform" in the ε-ball, clamped to the bounds, or "clean", at x (not
+            with "kl", which has no gradient there). None: the loss's own, "uniform" for `PGDLoss` and "normal" for all
+            others.
         inner: the inner loss. Away from the clean distribution: "kl", or "lse", the squared error of the probabilities
             (SCORE). Away from the label: "cross_entropy"; "margin", the largest wrong logit minus the true one; "dlr",
             that divided by the gap of the first and the third logit (AutoAttack's; K ≥ 3). Or a function
@@ -58,10 +59,11 @@ class PGD:
     statistics: Statistics = "running"
 
     def __post_init__(self) -> None:
-        sizes = {name: positive(name, getattr(self, name)) for name in ("epsilon", "step_size")}
+        epsilon = size("epsilon", self.epsilon)
+        sizes = {"epsilon": epsilon, "step_size": size_of_step("step_size", self.step_size, epsilon)}
         vars(self).update(sizes, steps=step_count("steps", self.steps, least=1), bounds=_bounds(self.bounds))
         check_choice("norm", self.norm, _NORMS)
-        check_choice("start", self.start, ("normal", "uniform", None))
+        check_choice("start", self.start, ("normal", "uniform", "clean", None))
         check_inner("inner", self.inner)
         check_choice("statistics", self.statistics, STATISTICS)
         instead = "write normalization=Normalization(mean, std)"

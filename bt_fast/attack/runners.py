@@ -99,7 +99,8 @@ def take_step(
         step: 0-dim integer, the counter: only samples with more steps than it move. Without it, all do.
     """
     grad = input_gradient(model, batch.x_adv, batch.target, batch.inner, batch.labels, together=batch.together)
-    images = (batch.x_adv, grad, batch.clean, batch.step_size, threat.epsilon, threat.lower, threat.upper)
+    epsilon = threat.epsilon if batch.epsilon is None else batch.epsilon
+    images = (batch.x_adv, grad, batch.clean, batch.step_size, epsilon, threat.lower, threat.upper)
     steps = None if step is None else batch.steps
     if threat.norm == "l_inf":
         ops.linf_step_(*images, steps=steps, step=step, faulty=batch.faulty)

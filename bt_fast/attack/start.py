@@ -13,7 +13,7 @@ from bt_fast.attack.threat import ThreatModel
 from bt_fast.ops.gather_start import unit_noise
 from bt_fast.ops.numeric import per_sample
 
-Noise = Literal["normal", "uniform"]
+Noise = Literal["normal", "uniform", "clean"]
 TRADES_NOISE = 0.001  # standard deviation of the normal start
 
 
@@ -28,17 +28,20 @@ def normal_noise(x: Tensor, generator: torch.Generator | None, *, on_cpu: bool =
     return TRADES_NOISE * torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
 
 
-def ball_start(x: Tensor, threat: ThreatModel, generator: torch.Generator | None = None) -> Tensor:
+def ball_start(
+    x: Tensor, threat: ThreatModel, generator: torch.Generator | None = None, epsilon: Tensor | None = None
+) -> Tensor:
     """`x` [n, ...] moved to a point drawn uniformly from its ε-ball, then clamped to the pixel bounds.
 
-    The generator is on the images' device; without it the device's default one draws.
+    The generator is on the images' device; without it the device's default one draws. `epsilon` [n] is each sample's
+    own, in place of the threat model's.
     """
     given: dict[str, Any] = {"dtype": x.dtype, "device": x.device, "generator": generator}
     if threat.norm == "l_inf":
-        delta = (2.0 * torch.rand(x.shape, **given) - 1.0) * threat.epsilon
+        delta = (2.0 * torch.rand(x.shape, **given) - 1.0) * _radius(threat, epsilon, x)
     else:
         direction = torch.randn(x.shape, **given)
-        delta = _in_l2_ball(direction, torch.rand(len(x), **given), threat.epsilon)
+        delta = _in_l2_ball(direction, torch.rand(len(x), **given), threat.epsilon if epsilon is None else epsilon)
     return _within_bounds(x + delta, x, threat)
 
 
@@ -66,6 +69,7 @@ def sorted_start(
     noise: Noise,
     threat: ThreatModel,
     samples: Tensor | None = None,
+    epsilon: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The batch in sorted order, and the starts of the attack on it, with the noise of a counter.
 
@@ -75,25 +79,33 @@ def sorted_start(
     Args:
         x: [m, ...], order: [m], steps: [m], state: [2], samples: [m]; as `ops.gather_start`, which makes the noise.
         noise: "normal" as TRADES, without a bound, or "uniform" in the ε-ball and clamped to the pixel bounds; in ℓ2
-            from a normal direction and a radius, which is drawn at the next offset (`state` moves on by two).
+            from a normal direction and a radius, which is drawn at the next offset (`state` moves on by two). "clean"
+            is x, and `state` stays.
+        epsilon: [m], of each sample in place of the threat model's.
 
     Returns:
         clean and start, both new, of x's shape and dtype.
     """
     if noise == "normal":
         return ops.gather_start(x, order, steps, state, "normal", TRADES_NOISE, samples=samples)
-    if threat.norm == "l_inf":
+    if noise == "uniform" and threat.norm == "l_inf" and epsilon is None:
         box = (threat.lower, threat.upper)
         return ops.gather_start(x, order, steps, state, "uniform", threat.epsilon, *box, samples)
-    _, direction = ops.gather_start(torch.zeros_like(x), order, None, state, "normal", 1.0, samples=samples)
+    clean = x.clone() if order is None else x[order]
+    if noise == "clean":
+        return clean, clean.clone()
     rows = torch.arange(len(x), device=x.device) if order is None else order
-    share = unit_noise(rows if samples is None else samples[rows], 1, state, "uniform")[:, 0].abs()
-    state[1].add_(1)
-    clean = x if order is None else x[order]
-    moved = _within_bounds(ops.wide(clean) + _in_l2_ball(direction, share, threat.epsilon), x, threat)
-    if steps is None:
-        return clean.clone(), moved
-    return clean, torch.where(per_sample(steps[rows] > 0, x), moved, clean)
+    own = threat.epsilon if epsilon is None else epsilon[rows]
+    unit = "uniform" if threat.norm == "l_inf" else "normal"
+    _, delta = ops.gather_start(torch.zeros_like(x), order, None, state, unit, 1.0, samples=samples)
+    if threat.norm == "l_inf":
+        delta = ops.wide(delta) * _radius(threat, own, x)
+    else:
+        share = unit_noise(rows if samples is None else samples[rows], 1, state, "uniform")[:, 0].abs()
+        state[1].add_(1)
+        delta = _in_l2_ball(delta, share, own)
+    moved = _within_bounds(ops.wide(clean) + delta, x, threat)
+    return clean, moved if steps is None else torch.where(per_sample(steps[rows] > 0, x), moved, clean)
 
 
 def uniform_start(x: Tensor, samples: Tensor, restart: int, threat: ThreatModel, seed: Tensor) -> Tensor:
@@ -112,6 +124,27 @@ def uniform_start(x: Tensor, samples: Tensor, restart: int, threat: ThreatModel,
     return _within_bounds(x + delta.view(x.shape), x, threat)
 
 
+def given_start(start: Tensor, x: Tensor, threat: ThreatModel, epsilon: Tensor | None = None) -> Tensor:
+    """`start` [n, ...], or where it is outside of the ε-ball of x and the pixel bounds the nearest point to it inside.
+
+    In ℓ2 it is moved into the ball and then onto the bounds. `epsilon` [n] is each sample's own.
+    """
+    start, clean = ops.wide(start.to(x.dtype)), ops.wide(x)
+    radius = _radius(threat, epsilon, x)
+    if threat.norm == "l_inf":
+        return _within_bounds(start.clamp(clean - radius, clean + radius), x, threat)
+    delta = start - clean
+    size = per_sample(delta.flatten(1).norm(dim=1), x)
+    return _within_bounds(torch.where(size > radius, clean + delta * (radius / size), start), x, threat)
+
+
+def _radius(threat: ThreatModel, epsilon: float | Tensor | None, x: Tensor) -> Tensor | float:
+    """ε to broadcast against images like x, rounded as their steps take it."""
+    if epsilon is None:
+        epsilon = threat.epsilon
+    return per_sample(ops.wide(epsilon), x) if isinstance(epsilon, Tensor) else epsilon
+
+
 def _within_bounds(moved: Tensor, x: Tensor, threat: ThreatModel) -> Tensor:
     return moved.clamp(threat.lower, threat.upper).to(x.dtype)
 
@@ -120,7 +153,7 @@ def _noise(samples: Tensor, length: int, seed: Tensor, offset: int, noise: Noise
     return unit_noise(samples, length, torch.stack([seed, torch.full_like(seed, offset)]), noise)
 
 
-def _in_l2_ball(direction: Tensor, share: Tensor, epsilon: float) -> Tensor:
+def _in_l2_ball(direction: Tensor, share: Tensor, epsilon: float | Tensor) -> Tensor:
     """A uniform point of the ball of d dimensions: along a normal `direction` [n, ...], at radius ε·share^(1/d)."""
     direction = ops.wide(direction)
     radius = epsilon * ops.wide(share).to(direction.dtype) ** (1.0 / direction[0].numel())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bt_fast.validation import check_choice, check_kind, positive, real
+from bt_fast.validation import check_choice, check_kind, real, size
 
 NORMS = ("l_inf", "l_2")
 
@@ -14,7 +14,7 @@ class ThreatModel:
     """All x' with `‖x' - x‖ ≤ epsilon` and every pixel in [lower, upper].
 
     Attributes:
-        epsilon: ε > 0, in pixel units.
+        epsilon: ε ≥ 0, in pixel units; at 0 x' is x.
         norm: "l_inf" or "l_2" (over all pixels of one sample).
         lower: the least pixel value, upper: the greatest.
 
@@ -29,7 +29,7 @@ class ThreatModel:
     upper: float = 1.0
 
     def __post_init__(self) -> None:
-        positive("epsilon", self.epsilon)
+        size("epsilon", self.epsilon)
         check_choice("norm", self.norm, NORMS)
         if not real("lower", self.lower) < real("upper", self.upper):
             raise ValueError(

@@ -14,7 +14,7 @@ from bt_fast.objectives.loss import AdversarialLoss
 from bt_fast.objectives.mart import MARTLoss, mart_loss
 from bt_fast.objectives.pgd import PGDLoss, pgd_loss
 from bt_fast.objectives.trades import TRADESLoss, trades_loss
-from bt_fast.validation import positive, step_count
+from bt_fast.validation import size, step_count
 
 SINGLE_STEP_FACTOR = 1.25  # α/ε of Wong et al.
 
@@ -47,7 +47,7 @@ def fast_loss(
     Args:
         objective: `trades_loss`, `mart_loss` or `pgd_loss`.
         model, x_natural, y, optimizer: as for the objective.
-        epsilon: ε > 0, in pixel units.
+        epsilon: ε ≥ 0, in pixel units.
         steps: N ≥ 1.
         step_size: α > 0, in pixel units. Without it 1.25·ε for one step, and for more 1.7·ε/N: the paper gives none
             for Table 4, but this one for all its other attacks. In ℓ2 `pgd_loss` takes it as a step's length, and the
@@ -66,7 +66,7 @@ def fast_loss(
             f"objective must be trades_loss, mart_loss or pgd_loss of bt_fast, got {objective!r}: "
             "write fast_loss(trades_loss, model, ...)"
         )
-    epsilon, steps = positive("epsilon", epsilon), step_count("steps", steps, least=1)
+    epsilon, steps = size("epsilon", epsilon), step_count("steps", steps, least=1)
     _check(options)
     if step_size is None:
         step_size = epsilon * (SINGLE_STEP_FACTOR if steps == 1 else STEP_FACTOR / steps)

@@ -12,7 +12,7 @@ from bt_fast.attack.pixels import Normalization, on_pixels
 from bt_fast.attack.threat import ThreatModel
 from bt_fast.attack.wrapped import unwrapped
 from bt_fast.baselines.values import SCALE, check_values
-from bt_fast.objectives import adversarial
+from bt_fast.objectives import arguments
 from bt_fast.objectives.recomputed import update_modes
 from bt_fast.units import warn_of_units
 from bt_fast.validation import check_generator, check_labels
@@ -38,7 +38,7 @@ def grad_align(
     Args:
         model: maps [m, ...] to logits [m, K]; twice differentiable.
         x_natural: [m, ...] floating point in [0, 1], m ≥ 1. y: [m] integers in 0..K-1.
-        epsilon: ε > 0, in pixel units.
+        epsilon: ε ≥ 0, in pixel units.
         generator: on the images' device, for η; without it the device's own.
         normalization: what the images' loader has done to the pixels, as for `trades_loss`.
 
@@ -50,7 +50,7 @@ def grad_align(
             samples' logits are checked: NaN elsewhere, or in a gradient, makes the term NaN.
     """
     epsilon = ThreatModel(epsilon).epsilon
-    adversarial.check_batch(x_natural, y, "x_natural")
+    arguments.check_batch(x_natural, y, "x_natural")
     check_labels(y, len(x_natural), x_natural.device, "y")
     check_generator(generator, x_natural.device)
     warn_of_units(epsilon)

@@ -46,11 +46,19 @@ from bt_fast.attack.pixels import Normalization, on_pixels
 from bt_fast.attack.start import normal_noise
 from bt_fast.attack.threat import ThreatModel
 from bt_fast.baselines.values import SCALE, check_values
-from bt_fast.objectives import adversarial
+from bt_fast.objectives import arguments
 from bt_fast.objectives.recomputed import update_modes
 from bt_fast.ranges import ATTACK_STEP, UPDATE, range_
 from bt_fast.units import warn_of_units
-from bt_fast.validation import check_choice, check_generator, check_labels, check_model, positive, step_count, weight
+from bt_fast.validation import (
+    check_choice,
+    check_generator,
+    check_labels,
+    check_model,
+    size_of_step,
+    step_count,
+    weight,
+)
 
 YopoObjective = Literal["pgd", "trades", "mart"]
 
@@ -82,7 +90,7 @@ def yopo_loss(
         optimizer: its `zero_grad()` is called; None leaves the gradients as they are, for gradient accumulation.
         propagations: m ≥ 1, full propagations. layer_steps: n ≥ 1, steps against the first layer after each.
         objective: "pgd", "trades" or "mart"; `help(bt_fast.baselines.yopo)` says how each is made.
-        step_size: α > 0, epsilon: ε > 0, in pixel units; the authors take 0.007 with 0.031 for TRADES, 2/255 with 8/255
+        step_size: α > 0, epsilon: ε ≥ 0, in pixel units; the authors take 0.007 with 0.031 for TRADES, 2/255 with 8/255
             for PGD.
         beta: β ≥ 0, the weight of the robust term of "trades" (by default 1, the authors') and of "mart" (6).
         first: the layer whose output ends f₀, to which all before it belongs; by default the first convolution or
@@ -95,10 +103,10 @@ def yopo_loss(
             changed then; but NaN in an input gradient is raised after the attack, by which "pgd" moves batch norm.
     """
     threat = ThreatModel(epsilon)
-    adversarial.check_batch(x_natural, y, "x_natural")
+    arguments.check_batch(x_natural, y, "x_natural")
     check_labels(y, len(x_natural), x_natural.device, "y")
-    step_size = positive("step_size", step_size)
-    adversarial.check_optimizer(optimizer)
+    step_size = size_of_step("step_size", step_size, threat.epsilon)
+    arguments.check_optimizer(optimizer)
     check_generator(generator, x_natural.device)
     m, n = step_count("propagations", propagations, least=1), step_count("layer_steps", layer_steps, least=1)
     robust_weight = _checked_beta(objective, beta)

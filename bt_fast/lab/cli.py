@@ -231,7 +231,8 @@ def evaluate(
     if chosen.precision is not None:
         raise ValueError(f"--engine {engine}: an evaluation has the network's own precision; write exact or fast")
     evaluated = read_networks(Source(**source))
-    x, y, radius = evaluated.dataset.x_test, evaluated.dataset.y_test, epsilon or evaluated.epsilon
+    x, y = evaluated.dataset.x_test, evaluated.dataset.y_test
+    radius = evaluated.epsilon if epsilon is None else epsilon
     attack = PGD(radius, step_size or 2 * radius / steps, steps, norm_of(distance))
     attacked = distance if loss == "ce" else f"{distance}, {loss} loss"
     for name, network in evaluated.networks.items():

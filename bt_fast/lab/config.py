@@ -75,7 +75,7 @@ class RunConfig:
     sgd_momentum: float = _share(0.9)
     weight_decay: float = _at_least_0(0.0)
     decay_epochs: tuple[int, ...] = _at_least_1((2,), "Epochs after which lr falls tenfold (repeatable).")
-    epsilon: float = _above_0(0.2, "Radius of the l_inf ball, in [0, 1] pixel units.")
+    epsilon: float = _at_least_0(0.2, "Radius of the l_inf ball, in [0, 1] pixel units.")
     step_size: float = _above_0(0.04, "Step size of the attack.")
     steps: int = _at_least_1(10, "Attack steps N without BulletTrain. [10]")
     beta: float = _at_least_0(6.0, "Weight of the robust term (not of pgd).")

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from bt_fast import faults, ops
-from bt_fast.allocation import Oracle
+from bt_fast.allocation import Oracle, three_groups
+from bt_fast.attack import by_sample
 from bt_fast.attack.balanced import Balance, start_balanced_attack
 from bt_fast.attack.batch import AttackBatch
+from bt_fast.attack.by_sample import NOTHING, PerSample
 from bt_fast.attack.folded import attack_model, independent
 from bt_fast.attack.forward import clean_logits, eval_mode
 from bt_fast.attack.generate import COMPARED, StartedAttack, start_attack
@@ -25,15 +27,16 @@ from bt_fast.attack.inner import Inner, by_label, check_enough_classes, of_clean
 from bt_fast.attack.neighbours import warn_of_neighbours
 from bt_fast.attack.pgd import PGD
 from bt_fast.attack.pixels import Normalize, on_pixels
-from bt_fast.attack.start import Noise, ball_start, normal_noise, random_state, sorted_start, state_of_seed
-from bt_fast.attack.statistics import Statistics, attack_view, check_statistics, undone_by_errors
+from bt_fast.attack.start import Noise, random_state, state_of_seed
+from bt_fast.attack.statistics import Statistics, attack_view, undone_by_errors
 from bt_fast.attack.threat import ThreatModel
 from bt_fast.attack.wrapped import unwrapped
 from bt_fast.deciding import STEP_FACTOR
 from bt_fast.engine import Engine
 from bt_fast.faults import CheckedRead, Fault
-from bt_fast.labels import check_classes, check_either, check_without_gradient, class_of, for_loss, is_soft, target_of
+from bt_fast.labels import check_classes, class_of, for_loss, is_soft, target_of
 from bt_fast.mining import BulletTrain
+from bt_fast.objectives import arguments, starts
 from bt_fast.objectives.execution import Execution
 from bt_fast.objectives.forwards import Forwards
 from bt_fast.objectives.recomputed import update_modes
@@ -44,7 +47,6 @@ from bt_fast.ops.numeric import per_sample
 from bt_fast.plan import Plan
 from bt_fast.ranges import MINING, UPDATE, range_
 from bt_fast.units import warn_of_units
-from bt_fast.validation import check_generator, check_kind, check_labels, check_pixels
 
 Unperturbed = Literal["keep", "skip"]
 NEW_ONES = "write again(reuse=False) to make new ones"
@@ -63,6 +65,7 @@ class Call:
     kept: object = None  # without mining: the attack of the first pass over this minibatch, which this one reuses
     updates: bool = True  # the model is trained on x' next, and so returns logits in the update's modes too
     embeds: bool = False  # its outputs need not be logits of the labels' classes
+    own: PerSample = NOTHING  # what samples have of their own, in the units of x
 
     @classmethod
     def of(
@@ -78,11 +81,16 @@ class Call:
         updates: bool = True,
     ) -> Call:
         """A call on images and labels, all checked; without an update there may be no labels."""
-        check_batch(x, y, "x", optional=not updates)
-        check_draws(x, indices, generator, "indices")
-        balance = None if mining is None else checked_balance(mining.balance, mining)
+        arguments.check_batch(x, y, "x", optional=not updates)
+        arguments.check_draws(x, indices, generator, "indices")
+        balance = None if mining is None else arguments.checked_balance(mining.balance, mining)
         unperturbed = None if mining is None else mining.unperturbed
         return cls(Execution.of(engine, cache, x), indices, generator, unperturbed, balance, updates=updates)
+
+    def on_pixels(self, pixels: Callable[[Tensor], Tensor]) -> Call:
+        """The same with starts that are made pixels."""
+        start = self.own.start
+        return self if start is None else replace(self, own=replace(self.own, start=pixels(start)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,15 +111,30 @@ class Adversary:
         noise, inner = attack.start or noise, attack.inner or inner
         return cls(attack.threat, attack.step_size, attack.steps, noise, inner, call, attack.statistics)
 
-    def batch(self, plan: Plan, start: Tensor, clean: Tensor, target: Tensor, y: Tensor | None) -> AttackBatch:
-        """The attack's samples, in the plan's sorted order as all of these are."""
+    def batch(self, plan: Plan, begin: Tensor, clean: Tensor, target: Tensor, y: Tensor | None) -> AttackBatch:
+        """The samples, in the plan's sorted order as all of these are, at the start. Waits for the plan's counts."""
         labels = None
         if y is not None and by_label(self.inner):
             labels = class_of(y) if isinstance(self.inner, str) else for_loss(y, target.dtype)
             if not self.call.embeds and not is_soft(labels):
                 labels = labels.clamp(0, target.shape[1] - 1)  # one out of range is a fault later
-        batch = AttackBatch.of(plan, start, clean, target)
-        return replace(batch, inner=self.inner, labels=labels, together=self.statistics != "running")
+        together, epsilon = self.statistics != "running", self.radii(clean)
+        batch = replace(AttackBatch.of(plan, begin, clean, target), inner=self.inner, labels=labels, together=together)
+        return batch if epsilon is None else replace(batch, epsilon=plan.sort(epsilon))
+
+    @property
+    def own(self) -> PerSample:
+        """What samples have of their own."""
+        return self.call.own
+
+    @property
+    def still(self) -> bool:
+        """Whether no sample can move."""
+        return by_sample.still(self.own, self.threat)
+
+    def radii(self, x: Tensor) -> Tensor | None:
+        """Each sample's own ε, if it has one, for images like x."""
+        return by_sample.radii(self.own, self.threat, x)
 
     @property
     def numbers(self) -> Tensor | None:
@@ -191,7 +214,7 @@ def attacking(
     with images as (model, pixels), call.execution.autocast(x), undone_by_errors(model, pgd.statistics):
         if call.updates:
             check_training_outputs(model, x, pixels)
-        attack = start(model, pixels(x), y, Adversary.of(pgd, *defaults, call), bullet)
+        attack = start(model, pixels(x), y, Adversary.of(pgd, *defaults, call.on_pixels(pixels)), bullet)
         with attack.started:
             if attack.inputs is not None:
                 attack.inputs.wait()
@@ -203,7 +226,8 @@ def start(model: nn.Module, x: Tensor, y: Tensor | None, adversary: Adversary, b
     x = x.detach()
     threat = adversary.threat
     bounds = threat.lower, threat.upper
-    warn_of_units(threat.epsilon, threat.norm, bounds, adversary.step_size, x[0].numel())
+    if adversary.own.epsilon is None and adversary.own.step_size is None:
+        warn_of_units(threat.epsilon, threat.norm, bounds, adversary.step_size, x[0].numel())
     pixels = faults.pixels_outside(x, *bounds, adversary.call.name)
     x = faults.onto_bounds(x, *bounds)
     model = unwrapped(model)
@@ -211,34 +235,37 @@ def start(model: nn.Module, x: Tensor, y: Tensor | None, adversary: Adversary, b
         return _start_uniform(model, x, y, adversary, pixels)
     assert y is not None
     if (kept := adversary.call.kept if bullet is None else bullet.reused()) is not None:
+        by_sample.check_made_anew(adversary.own)
         return _reused(kept, x, y, threat, bullet)
     assert bullet is not None
     return _start_ragged(model, x, y, adversary, bullet, pixels)
 
 
 def _start_uniform(model: nn.Module, x: Tensor, y: Tensor | None, a: Adversary, pixels: Fault) -> Attack:
-    """The authors' attack, in which every sample takes `steps` steps."""
-    begin = _uniform_start(x, a)
-    plan = Plan.uniform(len(x), a.steps, a.step_size, x.device)
+    """The authors' attack, in which every sample takes `steps` steps, or its own number of them."""
+    begin = starts.in_order(x, a)
     with attack_view(model, a.call.execution.view, x[:COMPARED], a.statistics) as view:
         if of_clean(a.inner):
             logits, name = clean_logits(view, x, least=1 if a.call.embeds else 2), "the model's logits"
-            target = _target(a.inner, plan, y, logits, _probabilities)
         else:  # two rows of the model itself tell the number of classes: a view would be compiled anew for them
             with nullcontext() if a.statistics == "running" else eval_mode(model):
                 logits, name = clean_logits(model, x[:2]), "the model's logits of the first two samples"
-            target = _target(a.inner, plan, y, logits, ops.wide)
         check_enough_classes(a.inner, logits.shape[1])
         wrong = [pixels, faults.rows_without_number(logits, name)]
         if y is not None and not a.call.embeds:
             check_classes("y", y, logits.shape[1])
             wrong.insert(1, faults.labels_outside(y, logits.shape[1], "y"))
-        inputs = faults.read(wrong)
-        batch = a.batch(plan, begin, x, target, y)
+        plan, inputs = by_sample.planned(a.own, a.threat, a.steps, a.step_size, x, wrong)
+        if plan.order is not None:
+            warn_of_neighbours(model, x, a.threat, "leave steps and epsilon of per_sample out")
+        begin = by_sample.begun(a.own, a.threat, begin, x, plan.steps)
+        x, begin = plan.sort(x), plan.sort(begin)
+        labels = None if y is None else plan.sort(for_loss(y, ops.wide(logits).dtype))
+        target = _target(a.inner, plan, labels, logits, _probabilities if of_clean(a.inner) else ops.wide)
+        batch = a.batch(plan, begin, x, target, labels)
         started = a.queue(view, batch)
     clean = logits if of_clean(a.inner) else None
-    y = None if y is None else for_loss(y, ops.wide(logits).dtype)
-    return Attack(x, y, started, a.threat, len(x), independent(view), inputs, batch.faulty, plan, clean)
+    return Attack(x, labels, started, a.threat, len(x), independent(view), inputs, batch.faulty, plan, clean)
 
 
 def _target(
@@ -254,19 +281,6 @@ def _target(
     return target_of(y, of_logits)
 
 
-def _uniform_start(x: Tensor, a: Adversary) -> Tensor:
-    generator = a.call.generator
-    if a.call.indices is not None:
-        return sorted_start(x, None, None, a.random_state(x), a.noise, a.threat, a.numbers)[1]
-    if a.noise == "uniform":
-        return ball_start(x, a.threat, generator)
-    as_authors = generator is None and not x.is_cuda
-    noise = normal_noise(x, generator, on_cpu=as_authors)
-    if as_authors and a.threat.norm == "l_2":  # the TRADES code draws once more and uses the second
-        noise = normal_noise(x, None, on_cpu=True)
-    return (x + noise).to(x.dtype)
-
-
 def _start_ragged(model: nn.Module, x: Tensor, y: Tensor, a: Adversary, bullet: BulletTrain, pixels: Fault) -> Attack:
     """Algorithm 2's attack. Waits for the counts: what is wrong with the input is raised here."""
     with attack_model(model, a.call.execution.view, x[:COMPARED]) as view:
@@ -275,7 +289,8 @@ def _start_ragged(model: nn.Module, x: Tensor, y: Tensor, a: Adversary, bullet: 
             check_classes("y", y, logits.shape[1])
             check_enough_classes(a.inner, logits.shape[1])
             warn_of_neighbours(model, x, a.threat, "leave BulletTrain out")
-            state = a.random_state(x)
+            state, own = a.random_state(x), a.own
+            sizes = by_sample.sizes_of(own, a.threat, a.step_size, x)
             attacked, of_attack = None, []
             if isinstance(bullet.policy, Oracle):
                 attacked, gradients = _attacked_logits(view, x, y, logits, a, bullet.policy.steps)
@@ -283,9 +298,9 @@ def _start_ragged(model: nn.Module, x: Tensor, y: Tensor, a: Adversary, bullet: 
             plan = bullet.start_plan(
                 logits,
                 y,
-                epsilon=a.threat.epsilon,
-                step_size=a.step_size,
-                inputs=[pixels],
+                epsilon=a.threat.epsilon if own.epsilon is None else 1.0,
+                step_size=a.step_size or None,
+                inputs=[pixels, *by_sample.wrong_values(own)],
                 names=("the model's logits", "y"),
                 attacked_logits=attacked,
                 of_attack=of_attack,
@@ -295,10 +310,13 @@ def _start_ragged(model: nn.Module, x: Tensor, y: Tensor, a: Adversary, bullet: 
             if plan.ranks is not None:
                 state, first = plan.ranks.state, plan.ranks.first
                 numbers = torch.arange(len(x), device=x.device) + first if numbers is None else numbers
-            clean, begin = sorted_start(x, plan.order, plan.steps, state, a.noise, a.threat, numbers)
+            at_boundary = None if bullet.policy is three_groups else bullet.boundary_steps
+            plan = by_sample.mined(own, a.threat, plan, at_boundary, a.step_size)
+            clean, begin = starts.sorted_by(x, plan.order, plan.steps, state, a, numbers)
             labels = for_loss(plan.sort(y), plan.probabilities.dtype)
             target = _target(a.inner, plan, labels, logits, lambda _: plan.probabilities)
             batch = a.batch(plan, begin, clean, target, labels)
+            by_sample.warn_of(sizes)
         group, call = bullet.process_group, a.call
         if call.balance is None or group is None:
             started = a.queue(view, batch)
@@ -320,9 +338,11 @@ def _attacked_logits(
     It is the objective's own attack but for its steps. Its random numbers are drawn after the training start's state.
     """
     state = a.random_state(x, offset=2)  # offsets 0 and 1 are those of the training start
-    clean, begin = sorted_start(x, None, None, state, a.noise, a.threat, a.numbers)
-    plan = Plan.uniform(len(x), steps, STEP_FACTOR * a.threat.epsilon / steps, x.device)
-    batch = a.batch(plan, begin, clean, _target(a.inner, plan, y, logits, _probabilities), y)
+    clean, begin = starts.sorted_by(x, None, None, state, a, a.numbers)
+    sizes = STEP_FACTOR * by_sample.filled(a.own.epsilon, a.threat.epsilon, x) / steps
+    plan = replace(Plan.uniform(len(x), 0 if a.still else steps, 1.0, x.device), step_size=sizes)
+    target = _target(a.inner, plan, y, logits, _probabilities)
+    batch = a.batch(plan, clean if a.still else begin, clean, target, y)
     attack = a.queue(view, batch)
     attacked = clean_logits(view, attack.finish())
     return attacked, faults.gradients_without_direction(batch.faulty)
@@ -385,76 +405,17 @@ def run(model: nn.Module, attack: Attack, forwards: Forwards, execution: Executi
     return terms, x_adv, beside
 
 
-def in_callers_order(x_adv: Tensor, x: Tensor, plan: Plan, normalize: Normalize | None) -> Tensor:
-    """x' [m, ...] in the order and the units of the caller's x: a sample without steps is x itself, to the bit.
+def in_callers_order(
+    x_adv: Tensor, x: Tensor, plan: Plan, normalize: Normalize | None, moved: Tensor | None = None
+) -> Tensor:
+    """x' [m, ...] in the order and the units of the caller's x: a sample that has not moved is x itself, to the bit.
 
     Args:
         x_adv: [m, ...] pixels in the plan's sorted order.
         normalize: makes images like x of pixels; None where they are pixels.
+        moved: [m] bool, the samples that may have; None: those with steps.
     """
     x_adv = plan.unsort(x_adv)
     if normalize is None:
         return x_adv
-    return torch.where(per_sample(plan.steps > 0, x), normalize(x_adv), x)
-
-
-# Arguments
-
-
-def check_batch(x: Tensor, y: Tensor | None, name: str, *, optional: bool = False) -> None:
-    """Raise TypeError or ValueError for images or labels that the host can see to be none; `name` is that of x.
-
-    `optional` labels may be None.
-    """
-    check_pixels(x, name)
-    if x.dim() < 2 or x.numel() == 0:
-        raise ValueError(
-            f"{name} must have shape [m, ...] with m >= 1, got {list(x.shape)}: of one image write x[None], and "
-            "leave empty minibatches out"
-        )
-    if y is None and optional:
-        return
-    check_either(y, len(x), x.device, "y")
-    check_without_gradient("y", y)
-
-
-def check_optimizer(optimizer: object) -> None:
-    """Raise TypeError unless it is an optimizer or None."""
-    if optimizer is not None and not hasattr(optimizer, "zero_grad"):
-        raise TypeError(
-            f"optimizer must be an optimizer or None, got {type(optimizer).__name__}: "
-            "give the one of the model's parameters"
-        )
-
-
-def check_attack(attack: PGD, mining: BulletTrain | None) -> None:
-    """Raise TypeError or ValueError unless they are an attack and a mining with the same steps of a boundary sample."""
-    check_kind("attack", attack, PGD, "write PGD(epsilon=8 / 255, step_size=2 / 255, steps=10)")
-    check_kind("mining", mining, BulletTrain, "write mining=BulletTrain()", optional=True)
-    if mining is not None and mining.boundary_steps not in (0, attack.steps):
-        raise ValueError(
-            f"attack takes {attack.steps} steps, but mining {mining.boundary_steps} boundary steps: "
-            f"write BulletTrain({attack.steps}, ...), or the same number for both"
-        )
-    if mining is not None:
-        check_statistics(attack.statistics, "with BulletTrain", "leave statistics or mining out")
-
-
-def check_draws(x: Tensor, indices: Tensor | None, generator: torch.Generator | None, name: str) -> None:
-    """Raise TypeError or ValueError for what decides the random start; `name` is that of the indices."""
-    if indices is not None:
-        check_labels(indices, len(x), x.device, name)
-    check_generator(generator, x.device)
-
-
-def checked_balance(balance: object, mining: BulletTrain | None) -> Balance | None:
-    """The balance; TypeError or ValueError unless there are ranks that could share an attack out so."""
-    check_kind("balance", balance, Balance, "write balance=Balance()", optional=True)
-    if not isinstance(balance, Balance):
-        return None
-    if mining is None or mining.process_group is None:
-        raise ValueError(
-            "balance shares an attack out over ranks: it needs a BulletTrain with process_group=...: "
-            "give that, or leave balance out"
-        )
-    return balance
+    return torch.where(per_sample(plan.steps > 0 if moved is None else moved, x), normalize(x_adv), x)

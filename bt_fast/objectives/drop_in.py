@@ -19,13 +19,13 @@ from bt_fast.attack.threat import NORMS, ThreatModel
 from bt_fast.deprecated import check_keywords
 from bt_fast.engine import Engine
 from bt_fast.mining import BulletTrain
-from bt_fast.objectives import adversarial
+from bt_fast.objectives import arguments
 from bt_fast.objectives.adversarial import Call, Unperturbed
 from bt_fast.objectives.execution import Execution
 from bt_fast.objectives.loss import AdversarialLoss
 from bt_fast.objectives.passes import check_outside
 from bt_fast.objectives.update import Update
-from bt_fast.validation import check_choice, check_kind, positive, step_count
+from bt_fast.validation import check_choice, check_kind, size_of_step, step_count
 
 if TYPE_CHECKING:
     from bt_fast.attack.balanced import Balance
@@ -79,9 +79,9 @@ class Given:
         bullet = self.bullet
         check_choice("distance", self.distance, NORMS)
         ThreatModel(self.epsilon, self.distance)
-        adversarial.check_batch(self.x_natural, self.y, "x_natural")
-        positive("step_size", self.step_size)
-        adversarial.check_optimizer(self.optimizer)
+        arguments.check_batch(self.x_natural, self.y, "x_natural")
+        size_of_step("step_size", self.step_size, self.epsilon)
+        arguments.check_optimizer(self.optimizer)
         check_kind("bullet", bullet, BulletTrain, "write bullet=BulletTrain() once, before the loop", optional=True)
         step_count("perturb_steps", self.perturb_steps, least=1 if bullet is None else 0)
         if bullet is not None and self.perturb_steps not in (10, bullet.boundary_steps):
@@ -119,8 +119,8 @@ def call(
     unperturbed, balance = old("unperturbed"), old("balance")
     if bullet is not None:
         unperturbed, balance = unperturbed or bullet.unperturbed, balance or bullet.balance
-    balance = adversarial.checked_balance(balance, bullet)
-    adversarial.check_draws(given.x_natural, old("samples"), given.generator, "samples")
+    balance = arguments.checked_balance(balance, bullet)
+    arguments.check_draws(given.x_natural, old("samples"), given.generator, "samples")
     authors_l2 = given.distance == "l_2" and kind.step_in_l2_is_its_own
     attack = PGD(
         given.epsilon,

@@ -47,7 +47,7 @@ class Forwards:
     @property
     def identity(self) -> Hashable:
         """Equal to another's where both compute the same; None where that is not known."""
-        if self.key is None or self.extra is not None:
+        if self.unknown is not None:
             return None
         return self.key, self.rows, self.channels_last, self.rerun, self.adversarial_first, self.of.clean_forwards
 

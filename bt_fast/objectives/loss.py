@@ -23,7 +23,7 @@ from bt_fast.attack.start import Noise
 from bt_fast.attack.wrapped import unwrapped
 from bt_fast.engine import Engine
 from bt_fast.mining import BulletTrain
-from bt_fast.objectives import adversarial
+from bt_fast.objectives import adversarial, arguments
 from bt_fast.objectives.adversarial import Attack, Call
 from bt_fast.objectives.cross_entropy import CrossEntropy, Smoothing
 from bt_fast.objectives.execution import Seen, lines
@@ -108,7 +108,7 @@ class AdversarialLoss(nn.Module, ABC):
         logits: Select | None = None,
     ) -> None:
         super().__init__()
-        adversarial.check_attack(attack, mining)
+        arguments.check_attack(attack, mining, (self.default_start, self.default_inner))
         check_extra(extra)
         if mining is not None and mining.unperturbed == "skip" and self.clean_forwards == 0:
             raise ValueError(

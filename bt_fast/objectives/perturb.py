@@ -8,16 +8,22 @@ from typing import Literal, overload
 import torch
 from torch import Tensor, nn
 
+from bt_fast.attack import by_sample
+from bt_fast.attack.by_sample import NOTHING, PerSample
 from bt_fast.attack.graph_cache import shared_cache
+from bt_fast.attack.inner import InnerLoss
 from bt_fast.attack.pgd import PGD
 from bt_fast.attack.pixels import OnPixels
+from bt_fast.attack.start import Noise
 from bt_fast.engine import Engine
 from bt_fast.mining import BulletTrain
-from bt_fast.objectives import adversarial
+from bt_fast.objectives import adversarial, arguments
 from bt_fast.objectives.adversarial import Call
 from bt_fast.objectives.passes import check_outside
 from bt_fast.plan import MinedPlan
 from bt_fast.warning import warn_caller
+
+DEFAULTS: tuple[Noise, InnerLoss] = ("normal", "kl")  # TRADES'
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +52,7 @@ def perturb(
     mining: BulletTrain | None = ...,
     *,
     engine: Engine | str = ...,
+    per_sample: PerSample | None = ...,
     indices: Tensor | None = ...,
     generator: torch.Generator | None = ...,
     return_details: Literal[False] = ...,
@@ -61,6 +68,7 @@ def perturb(
     mining: BulletTrain | None = ...,
     *,
     engine: Engine | str = ...,
+    per_sample: PerSample | None = ...,
     indices: Tensor | None = ...,
     generator: torch.Generator | None = ...,
     return_details: Literal[True],
@@ -75,6 +83,7 @@ def perturb(
     mining: BulletTrain | None = None,
     *,
     engine: Engine | str = "exact",
+    per_sample: PerSample | None = None,
     indices: Tensor | None = None,
     generator: torch.Generator | None = None,
     return_details: bool = False,
@@ -94,24 +103,27 @@ def perturb(
         attack: how images are attacked.
         mining: who gets how many steps; None for all alike.
         engine: how the attack is executed, by name or as an `Engine`.
+        per_sample: step counts, ε, step sizes and starts of the samples' own. Where steps or ε are, the attack waits
+            for its one read of the device before its first step, as with mining; samples without steps left leave it.
         return_details: whether to return a `Perturbed`.
 
     Returns:
         [m, ...] without gradient, in the dtype and order of x; or a `Perturbed` with it.
     """
     check_outside("perturb", "call it before the block, and give its x' to the loss")
-    adversarial.check_attack(attack, mining)
+    arguments.check_attack(attack, mining, DEFAULTS, per_sample if isinstance(per_sample, PerSample) else NOTHING)
     _check_labels_given(y, attack, mining)
     chosen = Engine.of(engine)
     call = Call.of(chosen, shared_cache(chosen), x, y, mining, indices, generator, updates=False)
     embeds = mining is None and attack.inner is not None and not isinstance(attack.inner, str)
-    call = replace(call, execution=call.execution.fitting(attack), embeds=embeds)
+    own = by_sample.own_of(per_sample, x, attack, mined=mining is not None)
+    call = replace(call, execution=call.execution.fitting(attack), embeds=embeds, own=own)
     if mining is not None and mining.unobserved:
         warn_caller(
             "the last minibatch was not observed, so F_R stays where it is: "
             "call mining.observe(adversarial_logits, y) once for each minibatch"
         )
-    with adversarial.attacking(model, x, y, attack, ("normal", "kl"), mining, call) as (model, queued):
+    with adversarial.attacking(model, x, y, attack, DEFAULTS, mining, call) as (model, queued):
         x_adv, late = queued.perturbed()
         if late is not None:
             late.wait()
@@ -119,7 +131,8 @@ def perturb(
     if mining is not None and queued.faulty is not None and plan.order is not None:
         mining.attacked(queued.faulty, plan.order)
     normalize = model.normalize if isinstance(model, OnPixels) else None
-    x_adv = adversarial.in_callers_order(x_adv, x.detach(), plan, normalize)
+    moved = by_sample.moved(call.own, attack.threat, plan.steps, mined=mining is not None)
+    x_adv = adversarial.in_callers_order(x_adv, x.detach(), plan, normalize, moved)
     if not return_details:
         return x_adv
     return Perturbed(x_adv, queued.logits, plan.steps, plan.group if isinstance(plan, MinedPlan) else None)

@@ -126,7 +126,7 @@ def trades_loss(
             gradient accumulation.
         step_size: α > 0 in ℓ∞ (with `bullet`: of the boundary samples), in pixel units. Not used in ℓ2, where the
             step is 2ε/N.
-        epsilon: ε > 0, in pixel units.
+        epsilon: ε ≥ 0, in pixel units; at 0 x' is x.
         perturb_steps: N ≥ 1. With `bullet` its own counts hold, and a value that is neither N_B nor the default is an
             error.
         beta: β ≥ 0, the weight of the robust term.

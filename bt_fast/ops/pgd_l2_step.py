@@ -23,6 +23,7 @@ from bt_fast.ops.pgd_step import (
     rows_of,
     sample_block,
     sample_warps,
+    split,
 )
 
 STAND_IN_BLOCK = 512  # one element a thread: making random numbers takes registers
@@ -42,6 +43,7 @@ class L2Step(NamedTuple):
     steps: Tensor | None = None
     step: Tensor | None = None
     faulty: Tensor | None = None
+    epsilons: Tensor | None = None  # in place of epsilon
 
 
 def l2_step_(
@@ -49,7 +51,7 @@ def l2_step_(
     grad: Tensor,
     clean: Tensor,
     step_size: Tensor,
-    epsilon: float,
+    epsilon: float | Tensor,
     lower: float,
     upper: float,
     stand_in: Tensor,
@@ -70,7 +72,8 @@ def l2_step_(
     Args:
         x_adv: [n, ...] floating point, at least two dimensions, changed in place.
         grad, clean, step_size, lower, upper, steps, step: as in `linf_step_`.
-        epsilon: ε, the largest ℓ2 norm of a perturbation.
+        epsilon: ε, the largest ℓ2 norm of a perturbation: a number, or [n] of each sample, in the images' dtype or
+            float32.
         stand_in: the direction to take where a sample's gradient is exactly 0 (not normalised): [n, ...] of the same
             dtype; or a seed, 0-dim int64, for standard normal numbers, made for those samples alone, other ones for
             each, and the same ones by the kernel and without.
@@ -79,7 +82,8 @@ def l2_step_(
     Raises:
         TypeError or ValueError: a dtype, shape or device does not fit; the message names the argument.
     """
-    pgd_l2_step_(x_adv, grad, clean, step_size, epsilon, lower, upper, stand_in, steps, step, faulty)
+    epsilon, epsilons = split(epsilon)
+    pgd_l2_step_(x_adv, grad, clean, step_size, epsilon, lower, upper, stand_in, steps, step, faulty, epsilons)
 
 
 @packed(L2Step)
@@ -92,8 +96,17 @@ def l2_reference(s: L2Step) -> None:
     unmoved = mark_and_hold(s, no_direction)
     low, high = (rounded(bound, direction.dtype) for bound in (s.lower, s.upper))
     moved = direction.mul_(per_sample(s.step_size, s.grad)).add_(s.x_adv).clamp_(low, high)
-    moved = moved.sub_(wide_clean).renorm_(p=2, dim=0, maxnorm=s.epsilon).add_(wide_clean).clamp_(low, high)
+    moved = _shrunk(moved.sub_(wide_clean), s).add_(wide_clean).clamp_(low, high)
     s.x_adv.copy_(moved if unmoved is None else torch.where(per_sample(unmoved, s.x_adv), s.x_adv, moved))
+
+
+def _shrunk(delta: Tensor, s: L2Step) -> Tensor:
+    """Perturbations no longer than ε, in place."""
+    if s.epsilons is None:
+        return delta.renorm_(p=2, dim=0, maxnorm=s.epsilon)
+    size, epsilon = rows_of(delta).norm(dim=1), s.epsilons.to(delta.dtype)
+    shrink = torch.where(size > epsilon, epsilon / (size + 1e-7), 1.0)  # as torch's renorm
+    return delta.mul_(per_sample(shrink, delta))
 
 
 def _direction(grad: Tensor, stand_in: Tensor, x_adv: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -142,22 +155,22 @@ def launch_l2(s: L2Step) -> None:
     grad, clean = (in_format(t, x_adv) for t in (s.grad, s.clean))
     stand_in = s.stand_in if _is_seed(s.stand_in) else in_format(s.stand_in, x_adv)
     step_size, counts = s.step_size.contiguous(), (contiguous(s.steps), s.step)
-    epsilon, bounds = float(s.epsilon), (float(s.lower), float(s.upper))
+    epsilon, bounds = (float(s.epsilon), contiguous(s.epsilons)), (float(s.lower), float(s.upper))
     flat = torch.empty(n, dtype=torch.int32, device=x_adv.device)
     long_warps = sample_warps(LONG_BLOCK)
     images = (x_adv, grad, clean)
     if (block := sample_block(length)) is not None:
-        given = (*images, step_size, *counts, flat, s.faulty, length, epsilon, *bounds)
+        given = (*images, step_size, *counts, flat, s.faulty, length, *epsilon, *bounds)
         run_kernel(kernels.pgd_l2_sample_fwd_kernel, n, *given, BLOCK=block, num_warps=sample_warps(block))
     else:
         measured = torch.empty(3, n, dtype=torch.float32, device=x_adv.device)
-        looked_at = (*images, step_size, *counts, measured, flat, s.faulty, n, length, epsilon, *bounds)
+        looked_at = (*images, step_size, *counts, measured, flat, s.faulty, n, length, *epsilon, *bounds)
         run_kernel(kernels.pgd_l2_measure_fwd_kernel, n, *looked_at, BLOCK=LONG_BLOCK, num_warps=long_warps)
         block = part_block(x_adv.dtype)
         blocks = -(-length // block)
         parts = (*images, *counts, measured, n, length, blocks, *bounds)
         run_kernel(kernels.pgd_l2_step_fwd_kernel, n * blocks, *parts, BLOCK=block, num_warps=PART_WARPS)
-    stood_in = (x_adv, clean, step_size, *counts, stand_in, flat, length, epsilon, *bounds)
+    stood_in = (x_adv, clean, step_size, *counts, stand_in, flat, length, *epsilon, *bounds)
     try:
         run_kernel(kernels.pgd_l2_stand_in_fwd_kernel, n, *stood_in, BLOCK=STAND_IN_BLOCK, num_warps=long_warps)
     except Exception as error:
@@ -182,7 +195,7 @@ def _check(s: L2Step) -> None:
 
 pgd_l2_step_ = define_op(
     "pgd_l2_step_(Tensor(a0!) x_adv, Tensor grad, Tensor clean, Tensor step_size, float epsilon, float lower, "
-    "float upper, Tensor stand_in, Tensor? steps, Tensor? step, Tensor(a10!)? faulty) -> ()",
+    "float upper, Tensor stand_in, Tensor? steps, Tensor? step, Tensor(a10!)? faulty, Tensor? epsilons=None) -> ()",
     check=lambda *given: _check(L2Step(*given)),
     run=lambda *given: (launch_l2 if kernel_takes(given[0]) else l2_reference)(*given),
 )

@@ -43,6 +43,7 @@ class Step(NamedTuple):
     steps: Tensor | None = None
     step: Tensor | None = None
     faulty: Tensor | None = None
+    epsilons: Tensor | None = None  # in place of epsilon
 
 
 def linf_step_(
@@ -50,7 +51,7 @@ def linf_step_(
     grad: Tensor,
     clean: Tensor,
     step_size: Tensor,
-    epsilon: float,
+    epsilon: float | Tensor,
     lower: float,
     upper: float,
     *,
@@ -71,7 +72,7 @@ def linf_step_(
         grad: [n, ...] of the same dtype.
         clean: [n, ...] of the same dtype, x.
         step_size: [n], α ≥ 0 of each sample, in the images' dtype or float32.
-        epsilon: ε, rounded to the images' dtype.
+        epsilon: ε, rounded to the images' dtype: a number, or [n] of each sample, in the images' dtype or float32.
         lower: the least pixel value, upper: the greatest.
         steps: [n] integers: only samples with `steps[i] > step` move. Without it, all do.
         step: 0-dim integer on the device, t.
@@ -80,7 +81,13 @@ def linf_step_(
     Raises:
         TypeError or ValueError: a dtype, shape or device does not fit; the message names the argument.
     """
-    pgd_linf_step_(x_adv, grad, clean, step_size, epsilon, lower, upper, steps, step, faulty)
+    epsilon, epsilons = split(epsilon)
+    pgd_linf_step_(x_adv, grad, clean, step_size, epsilon, lower, upper, steps, step, faulty, epsilons)
+
+
+def split(epsilon: float | Tensor) -> tuple[float, Tensor | None]:
+    """ε as the ops take it: one for all, and one of each sample."""
+    return (0.0, epsilon) if isinstance(epsilon, Tensor) else (epsilon, None)
 
 
 @packed(Step)
@@ -96,7 +103,8 @@ def linf_reference(s: Step) -> None:
         no_direction = rows_of(s.grad).isnan().any(dim=1)
     unmoved = mark_and_hold(s, no_direction)
     epsilon, lower, upper = (rounded(number, s.clean.dtype) for number in (s.epsilon, s.lower, s.upper))
-    moved = _step_in_box(s, epsilon).clamp_(lower, upper)
+    own = None if s.epsilons is None else per_sample(s.epsilons.to(s.clean.dtype), s.clean)
+    moved = _step_in_box(s, epsilon if own is None else own).clamp_(lower, upper)
     s.x_adv.copy_(moved if unmoved is None else torch.where(per_sample(unmoved, s.x_adv), s.x_adv, moved))
 
 
@@ -110,7 +118,7 @@ def mark_and_hold(s: Step | L2Step, no_direction: Tensor | None) -> Tensor | Non
     return no_direction | ~active
 
 
-def _step_in_box(s: Step, epsilon: float) -> Tensor:
+def _step_in_box(s: Step, epsilon: float | Tensor) -> Tensor:
     """`clip(x' + α·sign(g), x ± ε)`, in two new tensors: on the CPU one more costs as much as the arithmetic on it."""
     alpha = per_sample(s.step_size, s.grad)
     moved = s.grad.sign().to(torch.promote_types(s.grad.dtype, alpha.dtype)).mul_(alpha).add_(s.x_adv)
@@ -132,7 +140,8 @@ def launch_linf(s: Step) -> None:
     n, length, dtype = len(s.x_adv), s.x_adv[0].numel(), s.x_adv.dtype
     grad, clean = (in_format(t, s.x_adv) for t in (s.grad, s.clean))
     images, counts = (s.x_adv, grad, clean, s.step_size.contiguous()), (contiguous(s.steps), s.step)
-    numbers = (rounded(s.epsilon, dtype), float(s.lower), float(s.upper))
+    epsilons = None if s.epsilons is None else s.epsilons.to(dtype).contiguous()
+    numbers = (rounded(s.epsilon, dtype), epsilons, float(s.lower), float(s.upper))
     if (block := sample_block(length)) is not None:
         given = (*images, *counts, s.faulty, length, *numbers)
         run_kernel(kernels.pgd_linf_sample_fwd_kernel, n, *given, BLOCK=block, num_warps=sample_warps(block))
@@ -188,6 +197,7 @@ def check_step(s: Step | L2Step) -> None:
     check("grad", s.grad, s.x_adv.shape, (dtype,), device)
     check("clean", s.clean, s.x_adv.shape, (dtype,), device)
     check("step_size", s.step_size, n, (dtype, result_dtype(s.x_adv)), device)
+    check("epsilon", s.epsilons, n, (dtype, result_dtype(s.x_adv)), device)
     if (s.steps is None) != (s.step is None):
         raise ValueError("steps and step must be given together: give both, or none of them")
     check("steps", s.steps, n, (torch.int32, torch.int64), device)
@@ -197,7 +207,7 @@ def check_step(s: Step | L2Step) -> None:
 
 pgd_linf_step_ = define_op(
     "pgd_linf_step_(Tensor(a0!) x_adv, Tensor grad, Tensor clean, Tensor step_size, float epsilon, float lower, "
-    "float upper, Tensor? steps, Tensor? step, Tensor(a9!)? faulty) -> ()",
+    "float upper, Tensor? steps, Tensor? step, Tensor(a9!)? faulty, Tensor? epsilons=None) -> ()",
     check=lambda *given: check_step(Step(*given)),
     run=lambda *given: (launch_linf if kernel_takes(given[0]) else linf_reference)(*given),
 )

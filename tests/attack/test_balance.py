@@ -1,5 +1,6 @@
 """The plan is pure and tried on any counts; the exchange runs in real processes, joined by gloo."""
 
+import dataclasses
 import itertools
 import time
 
@@ -16,6 +17,7 @@ from bt_fast import Plan, ThreatModel
 from bt_fast.attack.balance import Costs, measured_costs, pays, plan, routes, sample_bytes, send_out
 from bt_fast.attack.batch import AttackBatch
 from bt_fast.attack.generate import generate
+from bt_fast.attack.runners import run_eager
 from bt_fast.plan import Known
 
 SHAPES = st.tuples(st.integers(1, 13), st.integers(1, 6))
@@ -286,6 +288,7 @@ def exchange_among_four_and_in_pairs():
     pair = pairs[dist.get_rank() // 2]
     all_is_as_if_nobody_had_helped(pair)
     the_attack_of_a_network_is_the_same(pair)
+    each_sample_keeps_its_own_epsilon(pair)
     what_does_not_fit_is_told(pair)
     measured_costs_are_those_of_all_ranks()
 
@@ -338,6 +341,23 @@ def the_attack_of_a_network_is_the_same(group):
     result, flags = there.bring_home(x_adv, away.faulty)
     torch.testing.assert_close(result, expected, rtol=0, atol=1e-10)
     assert not flags.any()
+
+
+def each_sample_keeps_its_own_epsilon(group):
+    counts, rank = counts_of(dist.get_world_size(group))[0], dist.get_rank(group)
+    clean, start, target, schedule = samples(rank, counts[rank], torch.float64, torch.contiguous_format)
+    torch.manual_seed(5)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(36, 4)).double()
+    radii = torch.linspace(0.08, 0.0, len(clean), dtype=torch.float64) + 0.01 * rank
+    batch = AttackBatch.of(schedule, start.clone(), clean, target.softmax(dim=1))
+    batch = dataclasses.replace(batch, epsilon=radii)
+    there = send_out(batch, plan(counts), group)
+    run_eager(model, there.batch, ThreatModel(9.0), None)
+    result, _ = there.bring_home(there.batch.x_adv, there.batch.faulty)
+    run_eager(model, batch, ThreatModel(9.0), None)
+    torch.testing.assert_close(result, batch.x_adv, rtol=0, atol=1e-10)
+    moved = (result - clean)[batch.steps > 0].flatten(1).abs().amax(dim=1)
+    assert (moved <= radii[batch.steps > 0] + 1e-12).all()
 
 
 def what_does_not_fit_is_told(group):

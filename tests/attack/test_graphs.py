@@ -32,11 +32,11 @@ COUNTS = [[3, 3, 1, 0], [2, 3, 2, 1, 3], [0, 3, 2], [1, 2, 1, 0, 1]]
 class Training:
     """An attack on each of several batches, and after each an update of the weights and of the batch's memory."""
 
-    def __init__(self, build, counts=COUNTS, threat=THREAT, inner="kl"):
+    def __init__(self, build, counts=COUNTS, threat=THREAT, inner="kl", own=False):
         torch.manual_seed(0)
         self.inner = inner
         self.model = build().double().eval()
-        self.batches, self.threat = [], threat
+        self.batches, self.threat, self.own = [], threat, own  # whether each sample has an ε of its own
         for steps in counts:
             steps = torch.tensor(steps)
             schedule = Plan.from_steps(steps, torch.linspace(0.01, 0.03, len(steps)))
@@ -53,6 +53,8 @@ class Training:
                 batch = AttackBatch.of(schedule, x_adv, clean, target, faulty)
                 if self.inner != "kl":
                     batch = replace(batch, inner=self.inner, labels=clean.flatten(1)[:, :5].argmax(dim=1))
+                if self.own:
+                    batch = replace(batch, epsilon=torch.linspace(0.02, 0.004, len(x_adv)).double())
                 runner(view, batch, self.threat, generator)
             result += [x_adv.clone(), faulty.clone()]
             for memory in (x_adv, clean, target):
@@ -264,6 +266,14 @@ def zero_gradients(runner):
     return Training(Troubled, threat=ThreatModel(0.1, "l_2")).run(runner)
 
 
+def own_radii(runner):
+    """Each sample has an ε of its own, and then one is all samples' again."""
+    training = Training(mlp, own=True)
+    result = training.run(runner)
+    training.own = False
+    return result + training.run(runner)
+
+
 def broken_capture(runner):
     """The capture of the second size breaks off, and the attack goes on eagerly in memory that is free again."""
     training = Training(lambda: Uncapturable(rows=2), [[4, 4, 4, 2, 2]])
@@ -335,6 +345,7 @@ SCENARIOS = {
     replaced_weights: True,
     another_number: True,
     zero_gradients: True,
+    own_radii: True,
     exception: True,
     used_beside: True,
     side_by_side: True,
@@ -396,6 +407,10 @@ IN_GRAPHS = [
     Bug("graphs of another inner loss", "computation=(threat, batch.inner)", "computation=threat", by_another_loss),
     Bug("step sizes are not copied in", "own.step_size.copy_(batch.step_size)"),
     Bug("steps are not copied in", "own.steps.copy_(batch.steps)"),
+    Bug("each sample's ε is not copied in", "own.epsilon.copy_(batch.epsilon)", scenario=own_radii),
+    Bug(
+        "a graph of one ε is replayed", "(x, batch.clean, target, batch.epsilon)", "(x, batch.clean, target)", own_radii
+    ),
     Bug("the seed is not copied in", "self._seed.copy_(seeds[t])", scenario=zero_gradients),
     Bug("x' is not copied out", "batch.x_adv.copy_(own.x_adv)"),
     Bug("flags of an earlier attack", "own.faulty.zero_()"),

@@ -12,7 +12,6 @@ from bt_fast.attack.runners import input_gradient
 
 NETWORKS = {  # the side of the images, options, and how many batch norms are folded and kept
     "torchvision/resnet18": (32, {}, 20, 0),
-    "torchvision/convnext_tiny": (32, {}, 0, 0),
     "torchvision/swin_t": (64, {}, 0, 0),
     "torchvision/mobilenet_v3_small": (32, {}, 34, 0),
     "torchvision/googlenet": (64, {"init_weights": False}, 57, 0),
@@ -20,7 +19,6 @@ NETWORKS = {  # the side of the images, options, and how many batch norms are fo
     "timm/convnext_atto": (32, {}, 0, 0),
     "timm/resnetv2_50": (32, {}, 32, 17),
     "timm/efficientnet_b0": (32, {}, 49, 0),
-    "timm/xcit_nano_12_p16_224": (64, {"img_size": 64}, 4, 12),
 }
 
 

@@ -9,9 +9,9 @@ def test_defaults_are_linf_over_unit_pixels():
     assert ThreatModel(0.031) == ThreatModel(epsilon=0.031, norm="l_inf", lower=0.0, upper=1.0)
 
 
-@pytest.mark.parametrize("epsilon", [0, -0.1, math.nan, math.inf])
-def test_epsilon_must_be_positive_and_finite(epsilon):
-    with pytest.raises(ValueError, match=rf"epsilon.*greater than 0.*{epsilon}"):
+@pytest.mark.parametrize("epsilon", [-0.1, math.nan, math.inf])
+def test_epsilon_must_be_finite_and_not_negative(epsilon):
+    with pytest.raises(ValueError, match=rf"epsilon.*at least 0.*{epsilon}"):
         ThreatModel(epsilon)
 
 

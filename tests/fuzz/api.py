@@ -20,6 +20,7 @@ from bt_fast import (
     Guard,
     Normalization,
     Normalize,
+    PerSample,
     Plan,
     ThreatModel,
     Update,
@@ -240,11 +241,11 @@ def objective_options(draw, x, *names):
 def attacks(draw):
     """A `PGD`, whose own arguments are another target's."""
     return PGD(
-        draw(POSITIVE),
+        draw(mostly(POSITIVE, st.just(0.0))),
         draw(POSITIVE),
         draw(st.integers(1, 4)),
         draw(st.sampled_from(["linf", "l2"])),
-        start=draw(st.sampled_from([None, "normal", "uniform"])),
+        start=draw(st.sampled_from([None, "normal", "uniform", "clean"])),
         inner=draw(st.sampled_from([None, "kl", "cross_entropy", "margin", "lse"])),
         normalization=draw(st.sampled_from([None, None, Normalization([0.0], [1.0])])),
     )
@@ -328,6 +329,27 @@ def criterion(draw):
     return objective_case(draw, as_module, names, lambda _: {"kind": kind}, "x")
 
 
+@st.composite
+def owns(draw, x):
+    """A `PerSample`, or its fields where it does not take these."""
+    m = count_of(x)
+    sizes = floats_of((m,), ("uniform", "uniform", "zero", "nan"), (torch.float32, torch.float64))
+    fields = {"steps": labels_of(m, 4), "epsilon": sizes, "step_size": sizes}
+    fields["start"] = floats_of(tuple(x.shape) if isinstance(x, torch.Tensor) else (m,))
+    given = {name: draw(values) for name, values in fields.items() if draw(st.integers(0, 2)) == 0}
+    try:
+        return PerSample(**given)
+    except TypeError:
+        return given
+
+
+@target
+@st.composite
+def per_sample(draw):
+    names = ("steps", "epsilon", "step_size", "start")
+    return call(PerSample, {name: draw(WILD_TENSORS) for name in names if draw(st.booleans())})
+
+
 @target
 @st.composite
 def perturbed(draw):
@@ -337,10 +359,13 @@ def perturbed(draw):
     y = draw(labels_or_distributions(count_of(x), CLASSES))
     options = objective_options(draw, x, "attack", "mining", "engine", "indices", "generator")
     mining = options.get("mining")
+    options["per_sample"] = draw(st.none() | owns(x))
     model.train(draw(st.booleans()))
 
     def check(result):
-        attack = options["attack"]
+        attack, own = options["attack"], options["per_sample"]
+        if isinstance(own, PerSample) and own.epsilon is not None:
+            attack = dataclasses.replace(attack, epsilon=float(own.epsilon.max()))
         expect(result.shape == x.shape and result.dtype == x.dtype, "another shape or dtype")
         expect(not result.requires_grad and bool(result.isfinite().all()), "a gradient, or no finite pixels")
         moved = (result - x).flatten(1).abs()
@@ -367,7 +392,7 @@ def pgd(draw):
     arguments = {"epsilon": draw(SIZES), "step_size": draw(SIZES), "steps": draw(STEPS)}
     more = {
         "norm": mostly(st.sampled_from(["linf", "l2"])),
-        "start": mostly(st.sampled_from([None, "normal", "uniform"])),
+        "start": mostly(st.sampled_from([None, "normal", "uniform", "clean"])),
         "inner": mostly(st.sampled_from([None, "kl", "cross_entropy"])),
         "bounds": mostly(st.sampled_from([(0, 1), (-1.0, 1.0), (1, 0), [0, 255]])),
         "normalization": mostly(st.sampled_from([None, Normalization([0.0], [1.0])])),
@@ -980,7 +1005,7 @@ def step_ops(draw):
         "grad": g.detach(),
         "clean": c.detach(),
         "step_size": draw(any_tensor(floats_of((n,), ("uniform",), (dtype, torch.float32), 40))),
-        "epsilon": draw(limit),
+        "epsilon": draw(st.one_of(limit, any_tensor(floats_of((n,), ("uniform",), (dtype, torch.float32), 40)))),
         "lower": draw(limit),
         "upper": draw(limit),
     }
@@ -996,7 +1021,7 @@ def step_ops(draw):
 
     def check(_):
         e, low, high = (arguments[k] for k in ("epsilon", "lower", "upper"))
-        plain = all(v == v for v in (e, low, high)) and low <= high and e >= 0
+        plain = not isinstance(e, torch.Tensor) and all(v == v for v in (e, low, high)) and low <= high and e >= 0
         if plain and function is ops.linf_step_ and not x_adv.is_meta and bool(c.isfinite().all()):
             moved = x_adv[torch.isfinite(g).flatten(1).all(1)] if g.dim() > 1 else x_adv[:0]
             if "steps" not in arguments and math.isfinite(low) and math.isfinite(high):

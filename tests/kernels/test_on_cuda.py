@@ -45,17 +45,17 @@ def on_device(run):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("last", [False, True])
-def test_linf(shape, dtype, last):
-    case = pgd_cases.case(33, shape, dtype, 0, last=last, counts=True, flags=True)
+@pytest.mark.parametrize(("last", "own"), [(False, False), (True, False), (False, True)])
+def test_linf(shape, dtype, last, own):
+    case = pgd_cases.case(33, shape, dtype, 0, last=last, counts=True, flags=True, own=own)
     pgd_cases.assert_same(case.run(on_device(pgd_linf_step_)), case.run(linf_reference))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("seeded", [False, True])
-def test_l2(shape, dtype, seeded):
-    case = pgd_cases.l2_case(33, shape, dtype, 0, counts=True, flags=True, seeded=seeded)
+@pytest.mark.parametrize(("seeded", "own"), [(False, False), (True, False), (True, True)])
+def test_l2(shape, dtype, seeded, own):
+    case = pgd_cases.l2_case(33, shape, dtype, 0, counts=True, flags=True, seeded=seeded, own=own)
     pgd_cases.assert_near(case.run(on_device(pgd_l2_step_)), case.run(l2_reference))
 
 

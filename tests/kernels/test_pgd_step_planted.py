@@ -15,6 +15,12 @@ from bt_fast.kernels import pgd_step as kernels
 from bt_fast.ops import pgd_l2_step, pgd_step
 
 FULL = {"counts": True, "flags": True}
+OWN = FULL | {"own": True}
+RADIUS, SHRINKING = "_radius(epsilon, epsilons, i_n)", "_shrinking(tl.sum(b_sum, axis=0)"
+OF_ITS_OWN = [
+    ("another sample's ε", "tl.load(epsilons + i_n)", "tl.load(epsilons + i_n * 0)"),
+    ("one ε for all", "epsilon = tl.load(epsilons + i_n).to(tl.float32)", "epsilon = epsilon * 1.0"),
+]
 # what is planted: a name, the text, and its replacement
 LINF = [
     ("a mask that ends too late", "m_x = o_x < length", "m_x = o_x <= length"),
@@ -34,6 +40,9 @@ LINF = [
     ("only the last part is searched for NaN", "b_top = tl.maximum(b_top, _magnitude(b_g))", "b_top = _magnitude(b_g)"),
     ("NaN is dropped", "tl.maximum(b_v, b_low, propagate_nan=tl.PropagateNan.ALL)", "tl.maximum(b_v, b_low)"),
     ("the wrong sample", "i_n = i_x // blocks", "i_n = i_x % blocks"),
+    *OF_ITS_OWN,
+    ("samples share an ε", f"{RADIUS}, lower, upper)\n    top", "epsilon, lower, upper)\n    top"),
+    ("long samples share an ε", f"{RADIUS}, lower, upper)\n    tl", "epsilon, lower, upper)\n    tl"),
 ]
 L2 = [
     ("squares overflow or vanish in a sample", "b_g * _power_of_two(-_exponent(top))", "b_g * 1.0"),
@@ -54,6 +63,10 @@ L2 = [
     ("a long sample without direction moves", "if shrink < 0", "if shrink < -2"),
     ("a long sample leaves its lower bound", "b_delta * shrink, lower, upper)", "b_delta * shrink, lower - 1, upper)"),
     ("Inf is not counted", "mask=top >= INFINITY", "mask=top > INFINITY"),
+    *OF_ITS_OWN,
+    ("samples share an ε", f"b_delta, axis=0), {RADIUS})", "b_delta, axis=0), epsilon)"),
+    ("long samples share an ε", f"n + i_n, {SHRINKING}, {RADIUS}))", f"n + i_n, {SHRINKING}, epsilon))"),
+    ("samples moved by noise share an ε", f"= {SHRINKING}, {RADIUS})", f"= {SHRINKING}, epsilon)"),
 ]
 NORMS = {
     "linf": (
@@ -61,8 +74,8 @@ NORMS = {
         pgd_step.linf_reference,
         [
             pgd_cases.case(3, (3, 15, 17), torch.float32, 0, **FULL),
-            pgd_cases.case(3, (3, 15, 20), torch.float32, 1, **FULL),
-            pgd_cases.case(3, (3, 37, 39), torch.float32, 3, **FULL),
+            pgd_cases.case(3, (3, 15, 20), torch.float32, 1, **OWN),
+            pgd_cases.case(3, (3, 37, 39), torch.float32, 3, **OWN),
         ],
     ),
     "l2": (
@@ -70,8 +83,8 @@ NORMS = {
         pgd_l2_step.l2_reference,
         [
             pgd_cases.l2_case(7, (3, 15, 17), torch.float32, 1, seeded=True, flags=True).but(lower=0.1),
-            pgd_cases.l2_case(7, (3, 4, 5), torch.float32, 1, **FULL),
-            pgd_cases.l2_case(7, (3, 37, 39), torch.float32, 5, seeded=True, flags=True).but(lower=0.1),
+            pgd_cases.l2_case(7, (3, 4, 5), torch.float32, 1, **OWN),
+            pgd_cases.l2_case(7, (3, 37, 39), torch.float32, 5, seeded=True, flags=True, own=True).but(lower=0.1),
         ],
     ),
 }

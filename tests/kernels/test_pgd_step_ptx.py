@@ -15,8 +15,9 @@ from bt_fast.ops import pgd_l2_step, pgd_step
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 BARE, FULL = {}, {"counts": True, "flags": True}
+OWN = FULL | {"own": True}
 LAST = FULL | {"last": True}
-SMALL = ("step_size", "steps", "step", "faulty", "held", "flat", "measured", "stand_in")
+SMALL = ("step_size", "steps", "step", "faulty", "held", "flat", "measured", "stand_in", "epsilons")
 
 
 @pytest.fixture(params=[80, 90])
@@ -49,6 +50,10 @@ def moved(kernel):
         (3, (1, 64, 68), torch.float16, FULL),
         (3, (3, 16, 16), torch.float32, LAST),
         (2, (5, 15, 37), torch.bfloat16, FULL),
+        (3, (3, 32, 32), torch.float32, OWN),
+        (3, (3, 20, 20), torch.bfloat16, OWN),
+        (3, (2, 47, 47), torch.float16, OWN),
+        (3, (1, 64, 68), torch.float32, OWN),
     ],
 )
 def test_linf(compiled, n, shape, dtype, options):
@@ -67,6 +72,10 @@ def test_linf(compiled, n, shape, dtype, options):
         (7, (2, 47, 47), torch.bfloat16, {"flags": True}),
         (7, (3, 15, 37), torch.float16, FULL | {"seeded": True}),
         (7, (3, 16, 16), torch.float32, LAST),
+        (7, (3, 32, 32), torch.float32, OWN),
+        (7, (3, 15, 37), torch.bfloat16, OWN | {"seeded": True}),
+        (7, (1, 64, 68), torch.float32, OWN),
+        (7, (2, 47, 47), torch.float16, OWN | {"seeded": True}),
     ],
 )
 def test_l2(compiled, n, shape, dtype, options):
@@ -104,3 +113,17 @@ def test_a_long_sample_is_read_once_more_in_linf_and_four_times_more_in_l2(compi
     case.run(pgd_l2_step.launch_l2)
     assert moved(compiled["pgd_l2_measure_fwd_kernel"]) == [{"x_adv": each, "grad": 2 * each, "clean": each}, {}]
     assert moved(compiled["pgd_l2_step_fwd_kernel"]) == step
+
+
+@pytest.mark.parametrize(
+    ("launch", "arrange", "kernels"),
+    [
+        (pgd_step.launch_linf, pgd_cases.case, ["pgd_linf_sample_fwd_kernel"]),
+        (pgd_l2_step.launch_l2, pgd_cases.l2_case, ["pgd_l2_sample_fwd_kernel", "pgd_l2_stand_in_fwd_kernel"]),
+    ],
+)
+def test_one_epsilon_for_all_is_the_same_code_as_before_samples_had_their_own(compiled, launch, arrange, kernels):
+    arrange(3, (3, 32, 32), torch.float32, 2).run(launch)
+    for kernel in kernels:
+        names = compiled[kernel].statistics["load.parameter"]
+        assert compiled[kernel].function.arg_names.index("epsilons") not in names

@@ -90,3 +90,20 @@ def test_parity(objective, name, distance, found):
 )
 def test_parity_of_combinations(objective, blocks, found, distance, seed):
     assert_parity(objective, build(lambda: of_blocks(blocks), seed), found, distance, steps=1)
+
+
+@EACH
+def test_parity_at_an_epsilon_of_0(objective):
+    options = objective.options("l_inf") | {"epsilon": 0.0}
+    result = []
+    for loss_of in (objective.loss, objective.reference):
+        model, (x, y) = build(), batch()
+        torch.manual_seed(0)
+        loss = loss_of(model, x, y, torch.optim.SGD(model.parameters(), lr=0.1), **options)
+        loss.backward()
+        result.append((loss.detach(), gradients(model), state_of(model), torch.get_rng_state()))
+    ours, authors = result
+    assert_near(ours[0], authors[0])
+    assert_near_nested(ours[1], authors[1])
+    assert_near_nested(ours[2], authors[2])
+    assert torch.equal(ours[3], authors[3])

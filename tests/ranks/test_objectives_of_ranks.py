@@ -9,7 +9,20 @@ from small_models import CLASSES, batch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from bt_fast import Balance, BulletTrain, Costs, Frozen, Normalization, augmix_loss, mart_loss, pgd_loss, trades_loss
+from bt_fast import (
+    PGD,
+    Balance,
+    BulletTrain,
+    Costs,
+    Frozen,
+    Normalization,
+    PerSample,
+    augmix_loss,
+    mart_loss,
+    perturb,
+    pgd_loss,
+    trades_loss,
+)
 from bt_fast.attack import balanced
 from bt_fast.baselines.fast import fast_loss
 from bt_fast.baselines.grad_align import grad_align
@@ -137,6 +150,34 @@ def test_ranks_train_as_one_process(name, build, count, balance):
             torch.testing.assert_close(e["buffers"], one["buffers"], **CLOSE)
             for key, value in one["bullet"].items():
                 assert torch.equal(e["bullet"][key], value), key
+
+
+def with_own_sizes(group, balance, rows):
+    """x' of some samples of a minibatch, each with an ε and a step size of its own, and their steps."""
+    x, y = batch(M, seed=3)
+    radii = torch.linspace(0.0, 0.3, M, dtype=torch.float64)
+    own = PerSample(epsilon=radii[rows], step_size=0.4 * radii[rows])
+    bullet = BulletTrain(3, 2, 1, process_group=group, balance=balance)
+    bullet.robust_fraction.fill_(0.5)
+    attack, generator = PGD(0.1, 0.03, 3), torch.Generator().manual_seed(0)
+    result = perturb(
+        plain(), x[rows], y[rows], attack, bullet, per_sample=own, generator=generator, return_details=True
+    )
+    return [result.x_adv, result.steps]
+
+
+def own_sizes_on_ranks():
+    half = M // 2
+    rows = slice(dist.get_rank() * half, dist.get_rank() * half + half)
+    return with_own_sizes(dist.group.WORLD, ALWAYS, rows)
+
+
+def test_sizes_of_the_samples_own_are_theirs_on_any_rank():
+    expected = with_own_sizes(None, None, slice(0, M))
+    first, second = run_ranks(2, own_sizes_on_ranks)
+    torch.testing.assert_close(torch.cat([first[0], second[0]]), expected[0], **CLOSE)
+    assert torch.equal(torch.cat([first[1], second[1]]), expected[1])
+    assert len(set(expected[1].tolist())) > 1
 
 
 class Counted(nn.Module):

@@ -10,7 +10,7 @@ from bt_fast.ops import pgd_l2_step, pgd_step
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 flag = st.booleans()
-options = {"last": flag, "counts": flag, "flags": flag}
+options = {"last": flag, "counts": flag, "flags": flag, "own": flag}
 
 
 @settings(max_examples=40, deadline=None)

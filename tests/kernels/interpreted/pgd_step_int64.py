@@ -40,7 +40,9 @@ def last(value, dtype=torch.int8):
 
 def linf(name, result):
     x, grad, clean = images(10, 20, 30), images(1, -1, 1), images(10, 20, 30)
-    kernels[name][(ROWS,)](x, grad, clean, torch.full((ROWS,), 7.0), None, None, *result, 5.0, 0.0, 100.0, BLOCK=BLOCK)
+    kernels[name][(ROWS,)](
+        x, grad, clean, torch.full((ROWS,), 7.0), None, None, *result, 5.0, None, 0.0, 100.0, BLOCK=BLOCK
+    )
     assert [x[s : s + BLOCK].tolist() for s in STARTS] == [[15] * 4, [15] * 4, [35] * 4]
 
 
@@ -62,7 +64,8 @@ def pgd_l2_sample_fwd_kernel(name):
     x, grad, clean = images(10, 20, 30), images(1, -1, 1), images(10, 20, 30)
     flat = torch.full((ROWS,), -1, dtype=torch.int32)
     kernels[name][(ROWS,)](
-        x, grad, clean, torch.full((ROWS,), 16.0), None, None, flat, None, LENGTH, 100.0, 0.0, 100.0, BLOCK=BLOCK
+        x, grad, clean, torch.full((ROWS,), 16.0), None, None, flat, None, LENGTH, 100.0, None, 0.0, 100.0,
+        BLOCK=BLOCK,
     )  # fmt: skip
     assert [x[s : s + BLOCK].tolist() for s in STARTS] == [[18] * 4, [12] * 4, [38] * 4]
     assert flat.tolist() == [0, 0, 0]
@@ -72,7 +75,7 @@ def pgd_l2_measure_fwd_kernel(name):
     measured, flat = torch.zeros(3, MANY), torch.full((MANY,), -1, dtype=torch.int32)
     kernels[name][(MANY,)](
         last(2), last(-4), last(1), torch.full((MANY,), 3.0), *COUNTS, measured, flat, None,
-        MANY, SHORT, 0.5, -100.0, 100.0, BLOCK=LONG_BLOCK,
+        MANY, SHORT, 0.5, None, -100.0, 100.0, BLOCK=LONG_BLOCK,
     )  # fmt: skip
     assert flat[-1] == 0
     torch.testing.assert_close(measured[:, -1], torch.tensor([0.25, 3.0, 0.25]))  # 2 - 3 - 1 = -2 shrinks to 0.5
@@ -90,7 +93,8 @@ def pgd_l2_step_fwd_kernel(name):
 def pgd_l2_stand_in_fwd_kernel(name):
     x, flat = last(2), torch.ones(MANY, dtype=torch.int32)
     kernels[name][(MANY,)](
-        x, last(1), torch.full((MANY,), 3.0), *COUNTS, last(5), flat, SHORT, 4.0, -100.0, 100.0, BLOCK=LONG_BLOCK,
+        x, last(1), torch.full((MANY,), 3.0), *COUNTS, last(5), flat, SHORT, 4.0, None, -100.0, 100.0,
+        BLOCK=LONG_BLOCK,
     )  # fmt: skip
     assert x[-1] == 5  # 2 + 15 - 1 = 16 shrinks to 4
 

@@ -1,0 +1,89 @@
+"""Checks of what objectives are called with: errors that name the argument, before any state changes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bt_fast.attack.balanced import Balance
+from bt_fast.attack.by_sample import NOTHING, PerSample
+from bt_fast.attack.inner import InnerLoss
+from bt_fast.attack.pgd import PGD
+from bt_fast.attack.start import Noise
+from bt_fast.attack.statistics import check_statistics
+from bt_fast.labels import check_either, check_without_gradient
+from bt_fast.mining import BulletTrain
+from bt_fast.validation import check_generator, check_kind, check_labels, check_pixels
+
+
+def check_batch(x: Tensor, y: Tensor | None, name: str, *, optional: bool = False) -> None:
+    """Raise TypeError or ValueError for images or labels that the host can see to be none; `name` is that of x.
+
+    `optional` labels may be None.
+    """
+    check_pixels(x, name)
+    if x.dim() < 2 or x.numel() == 0:
+        raise ValueError(
+            f"{name} must have shape [m, ...] with m >= 1, got {list(x.shape)}: of one image write x[None], and "
+            "leave empty minibatches out"
+        )
+    if y is None and optional:
+        return
+    check_either(y, len(x), x.device, "y")
+    check_without_gradient("y", y)
+
+
+def check_optimizer(optimizer: object) -> None:
+    """Raise TypeError unless it is an optimizer or None."""
+    if optimizer is not None and not hasattr(optimizer, "zero_grad"):
+        raise TypeError(
+            f"optimizer must be an optimizer or None, got {type(optimizer).__name__}: "
+            "give the one of the model's parameters"
+        )
+
+
+def check_attack(
+    attack: PGD, mining: BulletTrain | None, defaults: tuple[Noise, InnerLoss], own: PerSample = NOTHING
+) -> None:
+    """Raise TypeError or ValueError unless they are an attack and a mining with the same steps of a boundary sample.
+
+    `defaults` are start and inner loss of an attack that names none; `own` is what samples have of their own.
+    """
+    check_kind("attack", attack, PGD, "write PGD(epsilon=8 / 255, step_size=2 / 255, steps=10)")
+    check_kind("mining", mining, BulletTrain, "write mining=BulletTrain()", optional=True)
+    if mining is not None and mining.boundary_steps not in (0, attack.steps):
+        raise ValueError(
+            f"attack takes {attack.steps} steps, but mining {mining.boundary_steps} boundary steps: "
+            f"write BulletTrain({attack.steps}, ...), or the same number for both"
+        )
+    if mining is not None:
+        check_statistics(attack.statistics, "with BulletTrain", "leave statistics or mining out")
+    if own.steps is not None or own.epsilon is not None:
+        instead = "leave statistics, or steps and epsilon of per_sample, out"
+        check_statistics(attack.statistics, "where samples take their own numbers of steps", instead)
+    start, inner = attack.start or defaults[0], attack.inner or defaults[1]
+    if start == "clean" and inner in ("kl", "lse") and own.start is None:
+        raise ValueError(
+            f"attack must not start at x with the inner loss {inner!r}, a distance from x's own distribution, which "
+            "has no gradient there: write start='normal', or inner='cross_entropy'"
+        )
+
+
+def check_draws(x: Tensor, indices: Tensor | None, generator: torch.Generator | None, name: str) -> None:
+    """Raise TypeError or ValueError for what decides the random start; `name` is that of the indices."""
+    if indices is not None:
+        check_labels(indices, len(x), x.device, name)
+    check_generator(generator, x.device)
+
+
+def checked_balance(balance: object, mining: BulletTrain | None) -> Balance | None:
+    """The balance; TypeError or ValueError unless there are ranks that could share an attack out so."""
+    check_kind("balance", balance, Balance, "write balance=Balance()", optional=True)
+    if not isinstance(balance, Balance):
+        return None
+    if mining is None or mining.process_group is None:
+        raise ValueError(
+            "balance shares an attack out over ranks: it needs a BulletTrain with process_group=...: "
+            "give that, or leave balance out"
+        )
+    return balance
