@@ -100,7 +100,7 @@ def test_arrays_as_options():
     model = small_models.conv_bn()
     refused(ValueError, "unperturbed", trades_loss, model, X, Y, None, bullet=BulletTrain(), unperturbed=array)
     refused(ValueError, "start", pgd_loss, model, X, Y, None, start=array)
-    refused(ValueError, "loss", evaluate, model, [(X, Y)], THREAT, loss=array)
+    refused(TypeError, "loss", evaluate, model, [(X, Y)], THREAT, loss=array)
     refused(ValueError, "version", autoattack, model, X, Y, THREAT, version=array)
     refused(ValueError, "objective", yopo_loss, model, X, Y, None, propagations=1, layer_steps=1, objective=array)
 
