@@ -1,15 +1,15 @@
-"""What got slower from one result file of pytest-benchmark to another, beyond noise.
+"""Compares two result files of pytest-benchmark and reports what got slower beyond noise.
 
 python -m benchmarks.compare OLD.json NEW.json [--noise 0.03]
 
-Benchmarks are matched by their full names. Where the variants of an interleaved benchmark left their seconds, these are
-compared, one by one, and their speedups over the first of them; else the rounds as a whole.
+Benchmarks are matched by their full names. If an interleaved benchmark recorded the seconds of its variants, these are
+compared one by one, and their speedups over the first variant; else the rounds as a whole.
 
-Slower (or faster) is what is so by at least `noise`, and certainly: the median of the ratios of all new to all old
-rounds is at least 1 + noise (at most 1 / (1 + noise)), and their 95 % rank interval (Mann and Whitney's: of the ratio
-by which the rounds differ, whatever their distribution) does not contain 1. Fewer than 4 rounds on each side tell
-nothing. Where a file has no single rounds, the interval is that of two normal medians with the quartiles that it has.
-The rounds of one run know nothing of how the machine differs from run to run: hence the least difference.
+A benchmark is slower (or faster) if the difference is at least `noise` and certain: the median of the ratios of all new
+to all old rounds is at least 1 + noise (at most 1 / (1 + noise)), and their 95 % rank interval (Mann and Whitney's: of
+the ratio by which the rounds differ, whatever their distribution) does not contain 1. Fewer than 4 rounds on each side
+decide nothing. If a file has no single rounds, the interval is that of two normal medians with the file's quartiles.
+The rounds of one run do not show how the machine differs from run to run: hence the least difference.
 
 Whole numbers (FLOPs, bytes, launches) are counted, not measured: every change is shown. Exit status: 1 if something got
 slower, 0 if nothing did, 2 if a file cannot be read.
@@ -31,7 +31,7 @@ NOISE = 0.03
 MACHINE = ("bt_fast", "torch", "python", "system", "processor", "threads", "device", "driver")  # of `report.machine`
 OUTSIDE = 0.025  # the probability beyond each end of an interval
 LEAST_ROUNDS, MOST_ROUNDS = 4, 50
-WHOLE = "round"  # the name of what is timed where there are no variants
+WHOLE = "round"  # the name of the timings if there are no variants
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Times:
     Attributes:
         rounds: one by one; empty if the file does not have them.
         median: of the rounds.
-        error: its standard error as a share of it; None if there are too few rounds.
+        error: the median's standard error, relative to the median; None if there are too few rounds.
     """
 
     rounds: tuple[float, ...]
@@ -50,7 +50,7 @@ class Times:
 
     @classmethod
     def of(cls, rounds: list[float]) -> Times:
-        """Of more than MOST_ROUNDS rounds, as many evenly spread over them."""
+        """Samples evenly if there are more than MOST_ROUNDS rounds."""
         every, median = -(-len(rounds) // MOST_ROUNDS), statistics.median(rounds)
         return cls(tuple(rounds[::every]), median, _error(median, statistics.pstdev(rounds), len(rounds)))
 
@@ -62,7 +62,7 @@ class Benchmark:
     Attributes:
         times: by variant, in their order.
         counts: whole numbers by name.
-        machine: what it ran on.
+        machine: the machine it ran on.
     """
 
     times: dict[str, Times]
@@ -72,7 +72,7 @@ class Benchmark:
 
 @dataclass(frozen=True)
 class Change:
-    """A ratio of new to old, its 95 % interval, and what that means; no interval where there are too few rounds."""
+    """A ratio of new to old, its 95 % interval, and the verdict; without an interval if there are too few rounds."""
 
     ratio: float
     interval: tuple[float, float] | None
@@ -96,7 +96,7 @@ class Change:
 
 @dataclass
 class Comparison:
-    """The outcome: lines for the reader, and how often each verdict was reached."""
+    """The outcome: lines for the reader, and the number of each verdict."""
 
     lines: list[str] = field(default_factory=list)
     verdicts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("slower", "faster", "same", "unclear"), 0))
@@ -106,10 +106,10 @@ class Comparison:
 
 
 def read(path: Path) -> dict[str, Benchmark]:
-    """The benchmarks of a result file by their full names.
+    """Returns the benchmarks of a result file by their full names.
 
     Raises:
-        ValueError: it cannot be read, or is not one of pytest-benchmark's.
+        ValueError: the file cannot be read, or is not one of pytest-benchmark's.
     """
     try:
         entries = json.loads(path.read_text())["benchmarks"]
@@ -140,7 +140,7 @@ def _whole(stats: Mapping[str, Any]) -> Times:
 
 
 def _error(median: float, deviation: float, rounds: int) -> float | None:
-    """A median's standard error as a share of it, the rounds being normal."""
+    """Returns the standard error of a median relative to it, for normally distributed rounds."""
     return math.sqrt(math.pi / 2 / rounds) * deviation / median if rounds >= LEAST_ROUNDS else None
 
 
@@ -157,7 +157,7 @@ def _seconds(value: Any) -> float:
 
 
 def _counts(info: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, int]]:
-    """The whole numbers, those of inner mappings by the names of both."""
+    """Yields the whole numbers; a number in an inner mapping has both names."""
     for key, value in info.items():
         if isinstance(value, Mapping):
             yield from _counts(value, f"{before}{key}, ")
@@ -169,7 +169,7 @@ def _counts(info: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, in
 
 
 def change(old: Times, new: Times, noise: float = NOISE) -> Change:
-    """How the seconds changed."""
+    """Returns the change of the seconds."""
     if not (old.rounds and new.rounds):
         ratio = new.median / old.median
         if old.error is None or new.error is None:
@@ -182,10 +182,10 @@ def change(old: Times, new: Times, noise: float = NOISE) -> Change:
 
 
 def _ratios_outside(n: int, m: int) -> int:
-    """Which of the n·m sorted ratios ends a 95 % interval, from each end; 0: there is none with so few rounds.
+    """Returns which of the n·m sorted ratios, from each end, bounds a 95 % interval; 0 if there are too few rounds.
 
-    The first value of Mann and Whitney's U up to which it lies with a probability of more than OUTSIDE, if nothing
-    differs. The ways to reach each value are the coefficients of the product over i = 1..n of
+    This is the first value that Mann and Whitney's U does not exceed with a probability of more than OUTSIDE, if
+    nothing differs. The ways to reach each value are the coefficients of the product over i = 1..n of
     (1 - q^(m + i)) / (1 - q^i).
     """
     ways = [1] + [0] * (n * m)
@@ -203,7 +203,7 @@ def _ratios_outside(n: int, m: int) -> int:
 
 
 def compare(old: Mapping[str, Benchmark], new: Mapping[str, Benchmark], noise: float = NOISE) -> Comparison:
-    """What changed from the old benchmarks to the new ones."""
+    """Compares the new benchmarks with the old ones."""
     common = [name for name in old if name in new]
     result = Comparison(lines=list(_machines(old, new, common)))
     for name in common:
@@ -216,7 +216,7 @@ def compare(old: Mapping[str, Benchmark], new: Mapping[str, Benchmark], noise: f
 
 
 def _machines(old: Mapping[str, Benchmark], new: Mapping[str, Benchmark], common: list[str]) -> Iterator[str]:
-    """A warning for everything that differs."""
+    """Yields a warning for each difference between the machines."""
     for key in MACHINE:
         pairs = {tuple(_shown(file[name].machine[key]) for file in (old, new)) for name in common}
         for before, after in sorted(pairs):
@@ -246,7 +246,7 @@ def _one(old: Benchmark, new: Benchmark, noise: float, verdicts: dict[str, int])
 
 
 def _speedup(old: Mapping[str, Times], new: Mapping[str, Times], base: str, name: str, noise: float) -> Iterator[str]:
-    """A line if the speedup over `base` changed beyond noise: ratios of pairs, where the machine's pace cancels."""
+    """Yields a line if the speedup over `base` changed beyond noise; in ratios of pairs the machine's pace cancels."""
 
     def pairs(times: Mapping[str, Times]) -> Times | None:
         both = times[base].rounds, times[name].rounds
@@ -254,7 +254,7 @@ def _speedup(old: Mapping[str, Times], new: Mapping[str, Times], base: str, name
 
     before, after = pairs(old), pairs(new)
     if before and after and (result := change(before, after, noise)).verdict in ("slower", "faster"):
-        word = "more" if result.verdict == "slower" else "less"  # a ratio of speedups: greater is better
+        word = "more" if result.verdict == "slower" else "less"  # a higher speedup is better
         yield f"{word:<8}speedup of {name} over {base}: {before.median:.2f}x -> {after.median:.2f}x, {result}"
 
 
@@ -277,7 +277,7 @@ def _share(text: str) -> float:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Compare two files; returns the exit status."""
+    """Compares two files and returns the exit status."""
     parser = argparse.ArgumentParser("python -m benchmarks.compare", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("old", type=Path)
     parser.add_argument("new", type=Path)

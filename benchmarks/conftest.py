@@ -1,7 +1,7 @@
-"""What every benchmark shares: the machine in each result, and rounds in which the compared variants alternate.
+"""Shared parts of the benchmarks: a description of the machine in each result, and alternating rounds of the variants.
 
-`pytest benchmarks` takes 4 to 5 minutes on 2 cores: the cases that are not marked `full`, in at most
-QUICK_ROUNDS rounds. `pytest benchmarks --full` takes all of them, in all their rounds, as the stored results were.
+`pytest benchmarks` takes 4 to 5 minutes on 2 cores: it runs the cases that are not marked `full`, in at most
+QUICK_ROUNDS rounds. `pytest benchmarks --full` runs all cases in all rounds, like the stored results.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from bt_fast.device import synchronize
 from bt_fast.lab.report import machine
 
 QUICK_ROUNDS = 5
-COLUMNS = ["min", "median", "rounds"]  # of the table at the end; not in pyproject.toml, for pytest without its plugins
+COLUMNS = ["min", "median", "rounds"]  # of the final table; not in pyproject.toml, since pytest may lack the plugin
 ENERGY_SECONDS = 2.0  # for each variant
 
 
@@ -42,7 +42,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def quick_and_full(quick: Collection[Any], cases: Iterable[Any]) -> list[Any]:
-    """Cases, or their names, as a test's parameters: those that are not quick only with --full."""
+    """Returns cases, or their names, as a test's parameters: those that are not quick run only with --full."""
     return [case if case in quick else pytest.param(case, marks=pytest.mark.full) for case in cases]
 
 
@@ -55,10 +55,10 @@ def device() -> torch.device:
 def interleaved(
     benchmark: Any, device: torch.device, request: pytest.FixtureRequest
 ) -> Callable[..., dict[str, list[float]]]:
-    """Time variants in alternation: one benchmark round runs each of them once, in rotating order, prepared by name.
+    """Times variants in alternation: one benchmark round prepares and runs each of them once, in rotating order.
 
-    Returns each variant's seconds by round, so that ratios can be taken pair by pair. The result file has them as
-    `seconds`, for `benchmarks.compare`, and the joules of an iteration of each.
+    Returns each variant's seconds by round, so that ratios can be taken pair by pair. The result file holds them as
+    `seconds`, for `benchmarks.compare`, and the joules of an iteration of each variant.
     """
 
     def run(
@@ -93,9 +93,10 @@ def interleaved(
 def energy(
     variants: dict[str, Callable[[], object]], prepare: Callable[[str], object], device: torch.device
 ) -> dict[str, Any]:
-    """The GPU's joules for each variant's iteration with its preparation; None, and why, where it does not report them.
+    """Returns the GPU's joules for a prepared iteration of each variant, or None with the reason if it reports none.
 
-    Apart from the timed rounds, which reading the GPU would disturb, and for long enough that its counter moves often.
+    Measures outside the timed rounds, which reading the GPU would disturb, and long enough for many ticks of its
+    counter.
     """
     calls = dict.fromkeys(variants, 0)
     with PowerMonitor(device) as monitor:
@@ -113,7 +114,7 @@ def energy(
 
 
 def report(benchmark: Any, title: str, info: dict[str, Any]) -> None:
-    """Put the findings into the result file, and print them."""
+    """Writes the results into the result file and prints them."""
     benchmark.extra_info.update(info)
     print(f"\n{title}, {benchmark.extra_info['processor']}")
     for key, value in info.items():
@@ -121,5 +122,5 @@ def report(benchmark: Any, title: str, info: dict[str, Any]) -> None:
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
-    """A result file says what it was measured on, not whose machine that was."""
+    """Records the kind of machine in the result file, without its owner's names."""
     machine_info.pop("node", None)

@@ -1,7 +1,7 @@
-"""This machine's CPU as a device of the GPU model, its figures from layers and operations that are timed one by one.
+"""Models this machine's CPU as a device of the GPU model, with figures from timing single layers and operations.
 
-None of them is a layer of the networks whose iterations are then predicted. Their operands are not in the cache and
-their results are kept, as in an iteration: a loop over the same operands runs up to 1.4 times as fast.
+None of these layers belongs to the networks whose iterations are then predicted. As in an iteration, their operands are
+not in the cache and their results are kept: a loop over the same operands runs up to 1.4 times as fast.
 """
 
 from __future__ import annotations
@@ -32,26 +32,27 @@ ATTEMPTS = 5
 OTHERS, SLACK = (
     0.05,
     0.03,
-)  # of the machine's time, and seconds, that other processes may take: its clock ticks at 10 ms
-AT_ONCE = 192 << 20  # bytes of operands and results that a round works on: several times what a cache holds
+)  # how much of the machine's time, and how many seconds, other processes may take: its clock ticks at 10 ms
+AT_ONCE = 192 << 20  # bytes of a round's operands and results: several times the size of a cache
 
 Call = tuple[Callable[[], Any], int]  # an operation and the bytes that it reads and writes
 
 
 @dataclass(frozen=True)
 class Cpu:
-    """Each operation is done before the next one begins, on all cores.
+    """A device that finishes each operation, on all cores, before the next one begins.
 
-    A convolution takes the time of its FLOPs, of which those of padded channels are part, and that of a copy of its
-    operands and result, since oneDNN brings them into its blocked layout and back. All else takes the time of its FLOPs
-    or that of its bytes, whichever is more.
+    A convolution takes the time of its FLOPs, including those of padded channels, and of a copy of its operands and
+    result, since oneDNN converts them into its blocked layout and back. Other operations take the longer of the times
+    of their FLOPs and of their bytes.
 
     Attributes:
         flop_rates: FLOP/s by the kind of product.
         byte_rates: bytes/s by kind of operation.
-        launch_seconds: the host's, for an operation on one number, with layers, autograd and the iteration's Python.
-        product_seconds: the same for a product, by its kind.
-        op_seconds: the same for an op written in Python, without what it does.
+        launch_seconds: the host's time for an operation on one number, with layers, autograd and the iteration's
+            Python.
+        product_seconds: the same for a product, by kind.
+        op_seconds: the same for an op written in Python, without its work.
     """
 
     sms: int
@@ -83,21 +84,21 @@ class Cpu:
 
 
 def padded_flops(kernel: Kernel) -> float:
-    """Those of a convolution whose result's channels are filled up to whole vectors."""
+    """Returns the FLOPs of a convolution with its result's channels padded to whole vectors."""
     channels = kernel.rows if kernel.kind == "conv_weight" else kernel.columns
     return kernel.flops * (-(-channels // VECTOR) * VECTOR) / channels
 
 
 def keep_memory() -> None:
-    """Have the C library keep freed memory, as CUDA's allocator does, so that no page is fetched anew."""
+    """Makes the C library keep freed memory, like CUDA's allocator, so that no page is fetched again."""
     library = ctypes.CDLL(None)
     if hasattr(library, "mallopt"):
-        library.mallopt(-4, 0)  # M_MMAP_MAX: no block of its own for a large tensor
-        library.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: nothing goes back
+        library.mallopt(-4, 0)  # M_MMAP_MAX: large tensors get no separate mapping
+        library.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: nothing is returned to the system
 
 
 def calibrate() -> Cpu:
-    """Time one layer or operation of each kind."""
+    """Times one layer or operation of each kind."""
     byte_rates = {kind: moved / seconds for kind, make in STREAMS.items() for seconds, moved in [timed(make)]}
     stream = byte_rates["stream"]
     flop_rates, product_seconds = {}, {}
@@ -114,7 +115,7 @@ def calibrate() -> Cpu:
 
 
 def _with_host(cpu: Cpu) -> Cpu:
-    """The host's times of all operations longer by what an iteration's own Python adds: on a layer of four pixels."""
+    """Adds an iteration's own Python to the host's times of all operations, measured on a layer of four pixels."""
     model, x, y = (
         torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 10)),
         torch.rand(4, 1, 2, 2),
@@ -141,14 +142,14 @@ def _nothing(x: torch.Tensor) -> torch.Tensor:
 
 
 def _launch_seconds() -> float:
-    """For one operation on one number: half of a layer's forward and backward."""
+    """Returns the host's seconds for an operation on one number: half of a layer's forward and backward."""
     layers = torch.nn.Sequential(*(torch.nn.ReLU() for _ in range(500)))
     one = torch.ones(1, requires_grad=True)
     return repeated(lambda: torch.autograd.grad(layers(one), one), 1) / (2 * len(layers))
 
 
 def timed(make: Callable[[], Call]) -> tuple[float, int]:
-    """Seconds and bytes of a call, each on operands of its own; the median of several rounds."""
+    """Returns seconds and bytes of a call, each round on new operands; the median of several rounds."""
     first, moved = make()
     calls = [first, *(make()[0] for _ in range(AT_ONCE // moved))]
     rounds = [quiet_seconds(lambda: [call() for call in calls]) for _ in range(REPEATS + 1)]
@@ -156,12 +157,12 @@ def timed(make: Callable[[], Call]) -> tuple[float, int]:
 
 
 def repeated(call: Callable[[], Any], calls: int = 200) -> float:
-    """Seconds of a call that works on next to nothing."""
+    """Returns the seconds of a call with almost no work."""
     return statistics.median(quiet_seconds(lambda: [call() for _ in range(calls)]) for _ in range(REPEATS)) / calls
 
 
 def quiet_seconds(work: Callable[[], Any], prepare: Callable[[], Any] = lambda: None) -> float:
-    """Seconds of `work()`, taken again while other processes use the machine; if they go on, of the quietest attempt.
+    """Returns the seconds of `work()`, retried while other processes use the machine; finally of the quietest attempt.
 
     (Two processes with a thread on each core slow each other tenfold.)
     """
@@ -180,7 +181,7 @@ def quiet_seconds(work: Callable[[], Any], prepare: Callable[[], Any] = lambda: 
 
 
 def _others_seconds() -> float:
-    """Processor time that other processes have used since the start, where the system tells."""
+    """Returns the processor time that other processes have used since the start, if the system reports it."""
     try:
         user, nice, system, _, _, *interrupts = map(int, Path("/proc/stat").read_text().split("\n")[0].split()[1:9])
     except (OSError, ValueError):

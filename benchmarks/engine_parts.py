@@ -1,4 +1,4 @@
-"""TRADES with the parts of an engine one by one: the attack from graphs, say, without a captured update."""
+"""Runs TRADES with single parts of an engine, for example the attack from graphs without a captured update."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def trades_by(
     update: Update | None = None,
     bullet: BulletTrain | None = None,
 ) -> Callable[..., Tensor]:
-    """A function with the arguments of `trades_loss`, whose attack and update are executed so."""
+    """Returns a function with the arguments of `trades_loss` that runs attack and update in this way."""
     execution = Execution(view, runner, update)
     call = Call(execution, None, None, None if bullet is None else bullet.unperturbed, None)
 

@@ -1,4 +1,4 @@
-"""Whether losses that are timed against each other compute the same, on whatever device they run."""
+"""Checks that losses timed against each other compute the same, on any device."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from unittest import mock
 
 import torch
 
-ITERATIONS = 3  # a graph is captured when its size comes a second time, and replayed from then on
+ITERATIONS = 3  # a graph is captured when its size comes a second time, and replayed afterwards
 
 
 def check_same(
@@ -20,10 +20,10 @@ def check_same(
     losses: Sequence[Callable[..., torch.Tensor]],
     options: dict[str, Any],
 ) -> None:
-    """All have the first one's loss, gradients and batch norm's statistics, in some iterations in float64.
+    """Checks in some float64 iterations that all have the first one's loss, gradients and batch norm statistics.
 
     Raises:
-        AssertionError: one does not.
+        AssertionError: a variant differs.
     """
     results = []
     for loss_of in losses:
@@ -45,9 +45,9 @@ def check_same(
 
 @contextmanager
 def same_noise() -> Iterator[None]:
-    """`torch.rand` and `torch.randn` give the same numbers on every device, in every dtype and from every generator.
+    """Makes `torch.rand` and `torch.randn` give the same numbers on every device, in every dtype, from every generator.
 
-    The authors' code draws the start of an attack on the host, ours draws it where the images are.
+    The authors' code draws the start of an attack on the host, ours on the images' device.
     """
     host = torch.Generator().manual_seed(1)
 

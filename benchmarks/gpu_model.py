@@ -1,6 +1,6 @@
-"""A model of the time that a device needs for a sequence of kernels: PREDICTIONS, for where no GPU can be measured.
+"""Models the time that a device needs for a sequence of kernels: PREDICTIONS, for machines without a GPU.
 
-A small discrete-event simulation. The host walks a program and gives kernels to streams, which takes it time; each
+A small discrete-event simulation. The host walks a program and launches kernels on streams, which takes time; each
 stream runs its kernels one after another; a kernel is cut into tiles, each of which keeps one multiprocessor (SM) busy;
 the kernels of several streams share the SMs.
 
@@ -39,14 +39,14 @@ PRODUCTS: frozenset[Kind] = frozenset({"conv", "conv_input", "conv_weight", "mat
 
 @dataclass(frozen=True)
 class Kernel:
-    """One launch's work.
+    """The work of one launch.
 
     Attributes:
         name: what it computes, for people.
-        kind: which of a device's rates holds.
+        kind: the device's rate that applies.
         flops: floating-point operations, as torch counts them: 0 for all but products.
         bytes: read and written.
-        rows, columns, depth: of a product's outputs and of the sum for each; else the elements, 1, 1.
+        rows, columns, depth: of a product's outputs, and the terms of each sum; else the elements, 1, 1.
         fused: one of this package's own ops, whose launch takes the host longer.
     """
 
@@ -62,22 +62,22 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Tiles:
-    """How many equal tiles a kernel has, and the seconds that each keeps one SM."""
+    """The number of a kernel's equal tiles, and the seconds that each keeps one SM busy."""
 
     count: int
     seconds: float
 
 
 class Device(Protocol):
-    """What the simulation asks of a device. Times are in seconds."""
+    """The interface of a simulated device. Times are in seconds."""
 
     @property
     def sms(self) -> int:
-        """How many tiles run at a time."""
+        """The number of tiles that run at a time."""
 
     @property
     def asynchronous(self) -> bool:
-        """Whether the host goes on while a kernel runs."""
+        """Whether the host continues while a kernel runs."""
 
     @property
     def graph_seconds(self) -> float:
@@ -85,41 +85,42 @@ class Device(Protocol):
 
     @property
     def start_seconds(self) -> float:
-        """From a launch to its first tile."""
+        """The time from a launch to its first tile."""
 
     @property
     def node_seconds(self) -> float:
-        """The same for a kernel within a graph."""
+        """The time from the previous kernel's end to a kernel's first tile within a graph."""
 
     @property
     def wait_seconds(self) -> float:
-        """From the end of what the host waits for to the host's going on."""
+        """The time from the end of the awaited work until the host continues."""
 
     def launch_seconds_of(self, kernel: Kernel) -> float:
         """The host's time to launch a kernel eagerly."""
 
     def tiles(self, kernel: Kernel) -> Tiles:
-        """How a kernel is cut."""
+        """The tiles of a kernel."""
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU's figures. Rates are for dense operands, whole device; times in seconds.
+    """The figures of a GPU. Rates are for dense operands and the whole device; times are in seconds.
 
-    The data sheets give SMs, peaks and bandwidth. ASSUMED is the rest, the same for all, since no data sheet gives it:
+    The data sheets give SMs, peaks and bandwidth. The rest is ASSUMED, the same for all GPUs, since no data sheet gives
+    it:
 
     Attributes:
         fp32, tf32: FLOP/s. With torch's defaults convolutions run in TF32 and linear layers in FP32.
         bandwidth: bytes/s.
         product_efficiency: the share of the peak that a product reaches while all SMs work on full tiles. Assumed.
         memory_efficiency: the share of the bandwidth that streaming reaches. Assumed.
-        launch_seconds: the host's, for an operation of eager PyTorch, forward and backward mixed. Assumed.
+        launch_seconds: the host's time for an operation of eager PyTorch, forward and backward mixed. Assumed.
         op_seconds: the same for a custom op in Python that launches a Triton kernel. Assumed; its dispatch alone takes
             25 to 50 µs on the CPU.
-        graph_seconds: the host's, for replaying a graph. Assumed.
+        graph_seconds: the host's time for replaying a graph. Assumed.
         start_seconds: from one kernel of a stream to the next. Assumed.
         node_seconds: the same within a graph. Assumed; CUDA.jl documents 70 µs for a graph of 80 small kernels.
-        wait_seconds: from an event to a host that waits for it. Assumed.
+        wait_seconds: from an event until the waiting host continues. Assumed.
     """
 
     name: str
@@ -142,7 +143,7 @@ class Gpu:
         return self.op_seconds if kernel.fused else self.launch_seconds
 
     def tiles(self, kernel: Kernel) -> Tiles:
-        """As the module's equations say."""
+        """Tiles by the module's equations."""
         fill, flop_rate = 1.0, self.fp32
         if kernel.kind in PRODUCTS:
             r, c = _tile_side(kernel.rows), _tile_side(kernel.columns)
@@ -181,7 +182,7 @@ GPUS = {
 
 @dataclass(frozen=True)
 class Launch:
-    """The host gives kernels to a stream: one eagerly, or all of a graph at once."""
+    """A launch on a stream: of one eager kernel, or of all kernels of a graph."""
 
     kernels: tuple[Kernel, ...]
     stream: int = 0
@@ -190,7 +191,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class Record:
-    """An event happens once the stream has done all that it holds now."""
+    """An event that happens when the stream has finished its current work."""
 
     event: int
     stream: int = 0
@@ -198,7 +199,7 @@ class Record:
 
 @dataclass(frozen=True)
 class StreamWait:
-    """What the stream is given from now on starts after the event."""
+    """Makes the stream's later work wait for the event."""
 
     event: int
     stream: int = 0
@@ -206,7 +207,7 @@ class StreamWait:
 
 @dataclass(frozen=True)
 class HostWait:
-    """The host goes on after the event."""
+    """Makes the host wait for the event."""
 
     event: int
 
@@ -216,11 +217,11 @@ Action = Launch | Record | StreamWait | HostWait
 
 @dataclass(frozen=True)
 class Timeline:
-    """The outcome of a simulation, in seconds.
+    """The result of a simulation, in seconds.
 
     Attributes:
         seconds: until host and device are done.
-        host_seconds: that the host worked, without its waiting.
+        host_seconds: the host's work, without its waits.
         device_seconds: during which at least one tile ran.
         sm_seconds: busy, summed over all SMs.
     """
@@ -232,17 +233,17 @@ class Timeline:
 
 
 def simulate(program: Sequence[Action], device: Device) -> Timeline:
-    """Run a program on a device that exists in numbers only. The same input gives the same result.
+    """Simulates a program on a device. The same input gives the same result.
 
     Raises:
-        ValueError: something waits for an event that is never recorded.
+        ValueError: the program waits for an event that is never recorded.
     """
     return _Simulation(program, device).run()
 
 
 @dataclass(eq=False)
 class _Running:
-    """A kernel whose tiles are on their way: so many to start and to end."""
+    """A kernel in progress, with the numbers of its tiles still to start and to end."""
 
     stream: int
     tiles: Tiles
@@ -259,20 +260,20 @@ class _Queued:
 @dataclass(eq=False)
 class _Stream:
     queue: deque[_Queued | Record | StreamWait] = field(default_factory=deque)
-    busy: bool = False  # a kernel of it starts or runs
+    busy: bool = False  # a kernel of this stream starts or runs
 
 
 class _Simulation:
-    """The device and its agenda; the host is a generator that says what it waits for."""
+    """The device and its agenda; the host is a generator that yields what it waits for."""
 
     def __init__(self, program: Sequence[Action], device: Device) -> None:
         self._device = device
         self._now = 0.0
         self._agenda: list[tuple[float, int, Callable[[], None]]] = []
-        self._entries = 0  # those of one moment happen in the order in which they were made
+        self._entries = 0  # entries of the same time happen in the order of their creation
         self._streams: dict[int, _Stream] = {}
         self._happened: set[int] = set()
-        self._running: list[_Running] = []  # those with tiles left to start, in the order of their starts
+        self._running: list[_Running] = []  # kernels with tiles left to start, in the order of their starts
         self._free = device.sms
         self._cut: dict[Kernel, Tiles] = {}
         self._host = self._walk(program)
@@ -289,7 +290,7 @@ class _Simulation:
             self._sm_seconds += (time - self._now) * busy
             self._now = time
             happen()
-            if not self._agenda or self._agenda[0][0] > time:  # only once all of this moment has happened
+            if not self._agenda or self._agenda[0][0] > time:  # only after all entries of this time
                 self._start_tiles()
         if not self._host_done or any(stream.queue for stream in self._streams.values()):
             raise ValueError("the program waits for an event that is never recorded")
@@ -324,7 +325,7 @@ class _Simulation:
                 self._give(action.stream, action)
 
     def _resume_host(self) -> None:
-        """Let the host work until it has to wait, or its work takes time."""
+        """Lets the host work until it must wait or its work takes time."""
         for wish in self._host:
             if isinstance(wish, HostWait):
                 if wish.event not in self._happened:
@@ -349,7 +350,7 @@ class _Simulation:
         self._advance(number)
 
     def _advance(self, number: int) -> None:
-        """Take what is at the head of a stream's queue, as far as that can go now."""
+        """Processes the head of a stream's queue as far as possible now."""
         stream = self._streams[number]
         while stream.queue and not stream.busy:
             head = stream.queue[0]
@@ -395,5 +396,5 @@ class _Simulation:
 
 
 def kernels_of(program: Iterable[Action]) -> list[Kernel]:
-    """All kernels of a program, in the order of their launches."""
+    """Returns all kernels of a program, in the order of their launches."""
     return [kernel for action in program if isinstance(action, Launch) for kernel in action.kernels]

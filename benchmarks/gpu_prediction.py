@@ -1,4 +1,4 @@
-"""How long one TRADES iteration takes on a GPU: measured where there is one, PREDICTED by the model where not.
+"""The time of one TRADES iteration on a GPU: measured if there is one, else PREDICTED by the model.
 
 The groups have the paper's sizes (Table 2: .28 boundary, .54 robust, .18 outlier; 10 / 2 / 0 steps).
 """
@@ -45,11 +45,11 @@ class Workload:
     """A network, a minibatch, and one iteration of each method on them.
 
     Args:
-        model: as `build_model`'s name. batch_size: m ≥ 1.
-        device: where it runs; on `NOWHERE` it can only be traced.
+        model: a name for `build_model`. batch_size: m ≥ 1.
+        device: the device it runs on; on `NOWHERE` it can only be traced.
 
     Raises:
-        TypeError or ValueError: there is no such network, or the batch size is no integer of at least 1.
+        TypeError or ValueError: the network is unknown, or the batch size is not an integer of at least 1.
     """
 
     def __init__(self, model: str, batch_size: int, device: torch.device) -> None:
@@ -62,7 +62,7 @@ class Workload:
                 torch.nn.init.normal_(last.weight, std=0.3)  # SmallCNN starts with logits that are all 0
             self.x = torch.rand(m, channels, size, size)
             self.y = torch.zeros(m, dtype=torch.int64)
-        # lr = 0: its work is done, the weights stay. Grouped launches, as is the default on a GPU
+        # lr = 0: the optimizer works, but the weights stay. Launches are grouped, the default on a GPU
         self.optimizer = torch.optim.SGD(
             self.model.parameters(), lr=0.0, momentum=0.9, weight_decay=2e-4, foreach=device.type != "cpu"
         )
@@ -72,14 +72,14 @@ class Workload:
         self.boundary = m - self.outliers - self.robust
 
     def prepare(self) -> None:
-        """Give the groups their sizes again: they follow from the labels and F_R."""
+        """Restores the sizes of the groups, which follow from the labels and F_R."""
         with eval_mode(self.model):
             self.y.copy_(clean_logits(self.model, self.x).argmax(dim=1))
         self.y[: self.outliers] = (self.y[: self.outliers] + 1) % 10
         self.bullet.robust_fraction.fill_(PAPER.robust)
 
     def variants(self) -> dict[str, Callable[[], None]]:
-        """An iteration of each method, by the names of `LABELS`."""
+        """Returns an iteration of each method, by the names of `LABELS`."""
         arguments = (self.model, self.x, self.y, self.optimizer)
         setting: dict[str, Any] = {"step_size": 0.007, "epsilon": 0.031, "beta": 6.0}
 
@@ -100,7 +100,7 @@ class Workload:
         }
 
     def counts(self) -> list[int]:
-        """What the device would answer to the read of the counts: those active at each step, then the group sizes."""
+        """Returns the numbers that a device would give for the counts: those active at each step, the group sizes."""
         steps = (self.boundary, STEPS[0]), (self.robust, STEPS[1]), (self.outliers, STEPS[2])
         active = [sum(size for size, count in steps if count > t) for t in range(max(STEPS))]
         return [*active, self.outliers, self.boundary, self.robust]
@@ -108,12 +108,12 @@ class Workload:
 
 @dataclass(frozen=True)
 class Row:
-    """One method's iteration.
+    """The figures of one method's iteration.
 
     Attributes:
         seconds: of the iteration.
-        flops: that it takes, without what graphs pad.
-        busy: the share of the time in which the device computed; None where it was measured.
+        flops: its FLOPs, without the padding of graphs.
+        busy: the share of the time in which the device computed; None if the time was measured.
     """
 
     seconds: float
@@ -123,10 +123,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Iterations:
-    """Each method's iteration on one device, by the names of `LABELS`.
+    """The iterations of all methods on one device, by the names of `LABELS`.
 
     Attributes:
-        predicted: whether by the model; else measured.
+        predicted: whether the times are predicted by the model, rather than measured.
     """
 
     device: str
@@ -136,23 +136,23 @@ class Iterations:
     rows: dict[str, Row]
 
     def speedup(self, name: str, over: str) -> float:
-        """How many times as fast as the method `over`."""
+        """Returns how many times as fast as the method `over` it is."""
         return self.rows[over].seconds / self.rows[name].seconds
 
     def limit(self, name: str, over: str) -> float:
-        """The ratio of their floating-point operations."""
+        """The ratio of the two methods' floating-point operations."""
         return self.rows[over].flops / self.rows[name].flops
 
 
 def eq7() -> float:
-    """The paper's theoretical speedup at its fractions."""
+    """Returns the paper's theoretical speedup at its fractions."""
     boundary, robust, outlier = STEPS
     return theoretical_speedup(PAPER, boundary_steps=boundary, robust_steps=robust, outlier_steps=outlier)
 
 
 @functools.cache
 def programs(model: str, batch_size: int) -> dict[str, Sequence[Action]]:
-    """What each method's iteration would have a GPU do."""
+    """Returns what each method's iteration would launch on a GPU."""
     workload = Workload(model, batch_size, NOWHERE)
     reads = {"bullet": workload.counts()}
     return {
@@ -161,10 +161,10 @@ def programs(model: str, batch_size: int) -> dict[str, Sequence[Action]]:
 
 
 def predict(gpu: Gpu, model: str, batch_size: int) -> Iterations:
-    """By the model of `gpu`: nothing is measured.
+    """Predicts the times by the model of `gpu`, without measuring anything.
 
     Raises:
-        TypeError or ValueError: as `Workload`.
+        TypeError or ValueError: see `Workload`.
     """
     rows = {}
     for name, program in programs(model, batch_size).items():
@@ -174,12 +174,12 @@ def predict(gpu: Gpu, model: str, batch_size: int) -> Iterations:
 
 
 def measure(device: torch.device, model: str, batch_size: int, *, rounds: int = 10, warm: int = 3) -> Iterations:
-    """By the clock: medians of rounds in which the methods alternate.
+    """Measures the times: medians of rounds in which the methods alternate.
 
-    What cannot run from graphs runs eagerly, and the runner's warning says so.
+    A method that cannot run from graphs runs eagerly, with the runner's warning.
 
     Raises:
-        TypeError or ValueError: as `Workload`.
+        TypeError or ValueError: see `Workload`.
     """
     workload = Workload(model, batch_size, device)
     seconds: dict[str, list[float]] = {name: [] for name in LABELS}
@@ -199,7 +199,7 @@ def measure(device: torch.device, model: str, batch_size: int, *, rounds: int = 
 
 
 def measurable_device() -> torch.device | None:
-    """The GPU to measure on, if there is one."""
+    """Returns the GPU to measure on, or None."""
     return torch.device("cuda") if torch.cuda.is_available() else None
 
 
@@ -209,7 +209,7 @@ def _flops(model: str, batch_size: int, name: str) -> int:
 
 
 def table(iterations: Iterations) -> Table:
-    """For the terminal."""
+    """Returns the table for the terminal."""
     label = "PREDICTED" if iterations.predicted else "measured"
     title = "PREDICTED, not measured" if iterations.predicted else "Measured"
     view = Table(
@@ -240,7 +240,7 @@ def table(iterations: Iterations) -> Table:
 
 
 def as_dict(iterations: Iterations) -> dict[str, Any]:
-    """For a result file: seconds, and each method's speedups, their limits and the shares of them that are reached."""
+    """Returns the entry of a result file: seconds, and each method's speedups, their limits and the reached shares."""
     rows = {}
     for name, row in iterations.rows.items():
         rows[name] = {

@@ -1,4 +1,4 @@
-"""The kernels that code would launch, recorded by running it: on a device that exists in name only, or on the CPU.
+"""Records the kernels that code launches by running it: on a device without values, or on the CPU.
 
 `trace` runs code on meta tensors that call themselves CUDA. They hold no values, so a WRN-34-10 costs a second; the
 code takes the paths that it takes on a GPU, the runners' streams and graphs included. `trace_on_cpu` really runs it.
@@ -39,12 +39,12 @@ _KINDS: dict[str, Kind] = {
 
 
 def trace(work: Callable[[], object], *, reads: Sequence[int] = (), warm: int = 1) -> list[Action]:
-    """The launches, events and waits of `work()` as a GPU would be given them.
+    """Returns the launches, events and waits that `work()` would give a GPU.
 
     Args:
-        work: works on tensors on `NOWHERE`, and on no values of theirs.
-        reads: the first numbers that each read of the device gets for an answer; zeros follow.
-        warm: how often to run it before: graphs are captured, and some state is made, the first time.
+        work: works on tensors on `NOWHERE`, without reading their values.
+        reads: the first numbers that each read of the device returns; zeros follow.
+        warm: how often to run it before: the first runs capture graphs and make some state.
     """
     recorder = _Recorder(NOWHERE)
     with ExitStack() as stack:
@@ -72,7 +72,7 @@ def trace(work: Callable[[], object], *, reads: Sequence[int] = (), warm: int = 
 
 
 def trace_on_cpu(work: Callable[[], object]) -> list[Action]:
-    """The operations of `work()` on the CPU, where each is done before the next begins; those inside ours as well."""
+    """Returns the operations of `work()` on the CPU, which runs one after another, including those inside our ops."""
     recorder = _Recorder(torch.device("cpu"))
     with recorder:
         work()
@@ -90,13 +90,13 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func.namespace == OURS and self._device.type == "cpu":
-            self.launch([Kernel(func._schema.name, "stream", 0, 0, 0, fused=True)])  # takes the host's time only
-            with self:  # what it does inside
+            self.launch([Kernel(func._schema.name, "stream", 0, 0, 0, fused=True)])  # takes only the host's time
+            with self:  # records the ops inside
                 return OPDEFS[func._schema.name]._init_fn(*args, **kwargs)
         out = func(*args, **kwargs)
         if any(t.device.type == self._device.type for t in _tensors((args, kwargs, out))):
             if self._device == NOWHERE and torch.Tag.nondeterministic_seeded in func.tags:
-                torch.rand((), device="cpu")  # so that a default generator has moved, as the device's would have
+                torch.rand((), device="cpu")  # moves a default generator, as the device's would move
             self.launch(kernels_of_call(func, args, kwargs, out))
         return out
 
@@ -107,7 +107,7 @@ class _Recorder(TorchDispatchMode):
             self.actions.extend(Launch((kernel,), self.stream.number) for kernel in kernels)
 
     def record(self) -> int:
-        """A new event, recorded on the current stream."""
+        """Records a new event on the current stream and returns it."""
         self._events += 1
         self.actions.append(Record(self._events, self.stream.number))
         return self._events
@@ -155,7 +155,7 @@ class _Graph:
 
 
 class _Read:
-    """Stands for `HostRead`: a copy to the host, and an answer that was prepared."""
+    """Replaces `HostRead`: a copy to the host, with a prepared answer."""
 
     def __init__(self, recorder: _Recorder, length: int, answer: Sequence[int]) -> None:
         self._recorder = recorder
@@ -176,7 +176,7 @@ class _CallsItselfCuda(TorchFunctionMode):
 
 
 def _asked_of_cuda(ask: Callable[..., Any]) -> Callable[..., Any]:
-    """A question about a device type, of which "meta" has none: then it is about CUDA."""
+    """Turns a question about the device type "meta", which has no such functions, into one about CUDA."""
     return lambda *types: ask(*("cuda" if kind == NOWHERE.type else kind for kind in types))
 
 
@@ -193,7 +193,7 @@ def _replaced(module: Any, **names: Any) -> Iterator[None]:
 
 
 def kernels_of_call(func: Any, args: Any, kwargs: Any, out: Any) -> list[Kernel]:
-    """What one operation launches: a kernel, or none for a view and for room in memory.
+    """Returns what one operation launches: a kernel, or none for a view or an allocation.
 
     A convolution's backward is one for each gradient. An operation in several passes over an operand (batch norm in
     train mode needs its statistics first) reads it several times.
@@ -240,7 +240,7 @@ def _convolution_backward(func: Any, args: Any, kwargs: Any, out: Any) -> list[K
 
 
 def _product(kind: Kind, name: str, flops: int, moved: int, out: Tensor, depth: int) -> Kernel:
-    """A product whose result is `out` [n, columns, ...]; its depth follows from the FLOPs if it is 0."""
+    """Returns a product with the result `out` [n, columns, ...]; a depth of 0 is derived from the FLOPs."""
     columns = out.shape[1]
     rows = out.numel() // columns
     return Kernel(name, kind, flops, moved, rows, columns, depth or _depth(flops, rows * columns))
@@ -259,7 +259,7 @@ def _is_view(func: Any) -> bool:
 
 
 def _written(func: Any, args: Any, kwargs: Any) -> list[Any]:
-    """The arguments that an operation changes."""
+    """Returns the arguments that an operation changes."""
     written = []
     for i, spec in enumerate(func._schema.arguments):
         if spec.alias_info is not None and spec.alias_info.is_write:
@@ -272,5 +272,5 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 
 def _bytes(tree: Any) -> int:
-    """That the tensors hold: an expanded one holds no more than its memory."""
+    """Returns the bytes that the tensors hold; an expanded tensor holds no more than its memory."""
     return sum(min(t.numel() * t.element_size(), t.untyped_storage().nbytes()) for t in _tensors(tree))

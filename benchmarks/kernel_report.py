@@ -1,4 +1,4 @@
-"""What the compiler makes of every kernel, without a GPU: a table of registers, vector widths and bytes moved.
+"""Compiles every kernel without a GPU and tabulates registers, vector widths and bytes moved.
 
 python -m benchmarks.kernel_report            # write benchmarks/results/kernels.md
 python -m benchmarks.kernel_report --check    # fail if it would change
@@ -27,14 +27,14 @@ from benchmarks.kernel_variants import VARIANTS, Variant
 
 RESULT = Path(__file__).parent / "results" / "kernels.md"
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-# threads that an SM holds
+# threads of an SM
 THREADS = {75: 1024, 80: 2048, 86: 1536, 89: 1536, 90: 2048, 100: 2048, 120: 1536}
-REGISTERS = 65536  # of an SM, handed out to warps by 256
+REGISTERS = 65536  # of an SM, allocated to warps in units of 256
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """One variant for one architecture."""
+    """One variant compiled for one architecture."""
 
     ptx: str
     shared: int  # bytes
@@ -47,9 +47,9 @@ class Compiled:
 
 
 def targets(variant: Variant, *, everywhere: bool = False) -> list[int]:
-    """The architectures that the variant is compiled for: all if it is a main one, else two. bfloat16 needs sm_80.
+    """Returns the architectures to compile the variant for: all for a main one, else two. bfloat16 needs sm_80.
 
-    All are those that this triton's assembler knows: that of triton 3.2 none after sm_90.
+    "All" means those that this triton's assembler knows: in triton 3.2 none after sm_90.
     """
     bfloat16 = "*bf16" in variant.types.values()
     if not (variant.main or everywhere):
@@ -59,7 +59,7 @@ def targets(variant: Variant, *, everywhere: bool = False) -> list[int]:
 
 @functools.cache
 def _assembled() -> set[int]:
-    """The architectures that the assemblers in the wheel name among those they take."""
+    """Returns the architectures that the wheel's assemblers list."""
     reported = [
         subprocess.run([tool, "--help"], check=True, capture_output=True, text=True) for tool in TOOLS.glob("ptxas*")
     ]
@@ -67,7 +67,7 @@ def _assembled() -> set[int]:
 
 
 def broken_rules(name: str, sm: int) -> list[str]:
-    """What is wrong with a variant's code for an architecture: local memory, narrow accesses, too many registers."""
+    """Returns what is wrong with a variant's code: local memory, narrow accesses, too many registers."""
     variant, code = VARIANTS[name], compiled(name, sm)
     share = occupancy(sm, code.registers, variant.warps)
     rules = {
@@ -81,7 +81,7 @@ def broken_rules(name: str, sm: int) -> list[str]:
 
 @functools.cache
 def compiled(name: str, sm: int) -> Compiled:
-    """Compile a variant and read its machine code."""
+    """Compiles a variant and reads its machine code."""
     variant = VARIANTS[name]
     kernel = compile_kernel(variant.function, variant.types, variant.divisible, sm, variant.warps)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -105,7 +105,7 @@ def compiled(name: str, sm: int) -> Compiled:
 
 
 def compile_kernel(function: Any, types: dict[str, Any], divisible: Collection[str], sm: int, warps: int) -> Any:
-    """Triton's compiled kernel, without a GPU; the arguments are those of `Variant`."""
+    """Returns Triton's compiled kernel, without a GPU; the arguments are those of `Variant`."""
     signature = {name: kind if isinstance(kind, str) else "constexpr" for name, kind in types.items()}
     constants = {name: kind for name, kind in types.items() if not isinstance(kind, str)}
     attributes: Any = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(types) if name in divisible}
@@ -117,14 +117,14 @@ def compile_kernel(function: Any, types: dict[str, Any], divisible: Collection[s
 
 
 def occupancy(sm: int, registers: int, warps: int) -> float:
-    """The share of an SM's threads that blocks of `warps` warps reach with so many registers a thread."""
+    """Returns the share of an SM's threads that blocks of `warps` warps reach with this many registers a thread."""
     each = -(-registers * 32 // 256) * 256
     most = THREADS[sm] // 32
     return min(most, REGISTERS // each) // warps * warps / most
 
 
 def table() -> str:
-    """The report, in Markdown."""
+    """Returns the report, in Markdown."""
     lines = [
         f"Written by `python -m benchmarks.kernel_report` with triton {triton.__version__}.",
         "",
@@ -143,14 +143,14 @@ def table() -> str:
 
 
 def _widest(opcodes: Counter[str], access: str) -> int:
-    """The widest access, in bits. The type is the last part but `SYS` and the like; 32 bits go without saying."""
+    """Returns the widest access in bits. The type is the last part except `SYS` and similar; the default is 32 bits."""
     widths = [16 if ".U16" in o else 8 if re.search(r"\.[US]8\b", o) else 32 for o in opcodes if o.startswith(access)]
     widths += [int(w) for o in opcodes if o.startswith(access) for w in re.findall(r"\.(64|128|256)\b", o)]
     return max(widths, default=0)
 
 
 def main() -> None:
-    """Write the table, or compare it with `--check`, or compile more than is in it with `--all`."""
+    """Writes the table, compares it with `--check`, or compiles every form with `--all`."""
     if "--all" in sys.argv[1:]:
         forms = [(name, sm) for name, variant in VARIANTS.items() for sm in targets(variant, everywhere=True)]
         broken = [f"{name}, sm_{sm}: {what}" for name, sm in forms for what in broken_rules(name, sm)]

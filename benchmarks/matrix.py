@@ -1,4 +1,4 @@
-"""Enter the result of a whole run of the tests in the table of environments; `noxfile.py` calls it.
+"""Enters the result of a whole run of the tests in the table of environments; `noxfile.py` calls it.
 
 python -m benchmarks.matrix NAME RESULTS.xml   # of pytest's --junit-xml, in the environment in which they ran
 """
@@ -30,7 +30,7 @@ Made by `nox`, which says what each environment is made of (`noxfile.py`). A ski
 
 
 def outcome(results: Path) -> dict[str, Any]:
-    """What pytest's XML says: counts, minutes, the tests that failed, and how often each reason to skip was given."""
+    """Returns what pytest's XML holds: counts, minutes, the failed tests, and the number of each reason to skip."""
     suite = ElementTree.parse(results).getroot().find("testsuite")
     if suite is None:
         raise ValueError(f"{results}: no results of pytest, expected what --junit-xml writes")
@@ -48,7 +48,7 @@ def outcome(results: Path) -> dict[str, Any]:
 
 
 def described(results: Path) -> dict[str, Any]:
-    """A row of the table: where the tests ran, and their outcome."""
+    """Returns a row of the table: where the tests ran, and their outcome."""
     return {
         "python": platform.python_version(),
         **{name: version(name) for name in VERSIONS},
@@ -59,7 +59,7 @@ def described(results: Path) -> dict[str, Any]:
 
 
 def revision() -> str:
-    """The commit that was tested, with `-dirty` behind it where other files than results were changed."""
+    """Returns the tested commit, with `-dirty` appended if files other than results were changed."""
     if not (FOLDER.parents[1] / ".git").exists():
         return "unknown"
     result = git("rev-parse", "--short=12", "HEAD")
@@ -68,13 +68,13 @@ def revision() -> str:
 
 
 def git(*command: str) -> str:
-    """What git says of this repository."""
+    """Returns git's output for this repository."""
     result = subprocess.run(["git", *command], cwd=FOLDER.parents[1], capture_output=True, text=True, check=True)
     return result.stdout.strip()
 
 
 def page(rows: dict[str, dict[str, Any]]) -> str:
-    """The table, the tests that failed, and the reasons of those that were skipped."""
+    """Returns the table, the failed tests, and the reasons for skipped ones."""
     columns = ("python", *VERSIONS, "passed", "failed", "skipped", "minutes", "date", "commit")
     lines = [f"| {name} | {' | '.join(str(row[c]) for c in columns)} |" for name, row in rows.items()]
     for name, row in rows.items():
@@ -85,7 +85,7 @@ def page(rows: dict[str, dict[str, Any]]) -> str:
 
 
 def main(name: str, results: Path) -> None:
-    """Replace the environment's row."""
+    """Replaces the environment's row."""
     stored = FOLDER / "matrix.json"
     rows = parse_json(stored.read_text(encoding="utf-8")) if stored.exists() else {}
     rows[name] = described(results)

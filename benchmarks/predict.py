@@ -1,4 +1,4 @@
-"""Time of one TRADES iteration with each runner: measured on this machine's GPU, else PREDICTED by a model.
+"""Reports the time of a TRADES iteration with each runner: measured on this machine's GPU, else PREDICTED by a model.
 
 python -m benchmarks.predict --gpu h100 --model wrn-34-10
 """
@@ -17,7 +17,7 @@ from benchmarks.gpu_model import GPUS
 @click.option("--model", metavar="NAME", default="wrn-34-10", show_default=True, help="small-cnn, wrn-D-K, ...")
 @click.option("--batch-size", type=click.IntRange(min=1), default=128, show_default=True)
 def main(gpu: str | None, model: str, batch_size: int) -> None:
-    """Print the table."""
+    """Prints the table."""
     where = gpu_prediction.measurable_device()
     if where is not None and gpu is not None:
         raise click.UsageError(f"--gpu {gpu}: there is a GPU here, which is measured instead; leave --gpu away")

@@ -1,8 +1,9 @@
-"""How much time the ranks of a data-parallel training wait for the slowest one: SIMULATED, with and without balancing.
+"""SIMULATES how long ranks of a data-parallel training wait for the slowest one, with and without balancing.
 
-Each rank's minibatch has so many samples of each group; all wait for the longest attack. How the counts vary comes from
-records of real trainings, the plan and the decision are those of `attack.balance`, and the seconds of an iteration on a
-GPU are PREDICTED by `gpu_model`. The network's figures are assumed. Nobody has measured several GPUs here.
+Each rank's minibatch has some samples of each group, and all ranks wait for the longest attack. The variation of the
+counts comes from records of real trainings, the plan and the decision are those of `attack.balance`, and the seconds of
+an iteration on a GPU are PREDICTED by `gpu_model`. The network's figures are assumed. Nothing was measured on several
+GPUs.
 
     iteration    mining, update and what else does not depend on the counts, and the longest attack of all ranks
     balanced     the same with the attack as planned, and: a gather of the counts, the plan on the host, the exchange
@@ -36,9 +37,9 @@ class IterationTime:
     """One rank's iteration: PREDICTED seconds, affine in the rows of each attack step.
 
     Attributes:
-        row_seconds: for one sample in one attack step. step_seconds: for an attack step besides.
-        other_seconds: for all that is not attack.
-        worst_fit: the largest error of the affine times, as a share of the predicted iteration.
+        row_seconds: for one sample in one attack step. step_seconds: the constant time of an attack step.
+        other_seconds: for everything except the attack.
+        worst_fit: the largest error of the affine times, relative to the predicted iteration.
     """
 
     row_seconds: float
@@ -48,10 +49,10 @@ class IterationTime:
 
 
 def predicted_time(gpu: Gpu, model: str, batch_size: int) -> IterationTime:
-    """TRADES with BulletTrain, eager, by the model of `gpu`: a line through iterations with few and many attacked.
+    """Predicts eager TRADES with BulletTrain on `gpu`: a line through iterations with few and many attacked samples.
 
     Raises:
-        TypeError or ValueError: as `Workload`.
+        TypeError or ValueError: see `Workload`.
     """
     workload = Workload(model, batch_size, NOWHERE)
     work = workload.variants()["bullet"]
@@ -70,11 +71,11 @@ def predicted_time(gpu: Gpu, model: str, batch_size: int) -> IterationTime:
 
 @dataclass(frozen=True)
 class Network:
-    """Between the GPUs. ASSUMED.
+    """The network between the GPUs. ASSUMED.
 
     Attributes:
         bytes_per_second: of a rank, out and in at the same time.
-        latency_seconds: of a collective that carries next to nothing.
+        latency_seconds: of a collective that carries almost nothing.
     """
 
     bytes_per_second: float
@@ -86,12 +87,12 @@ class Network:
 
 @dataclass(frozen=True)
 class Groups:
-    """The shares of the groups over a training, and how much more minibatches differ than by chance.
+    """The shares of the groups over a training, and how much more minibatches differ than they would by chance.
 
     Attributes:
         fractions: one for each of some moments of the training; all ranks share the moment.
-        overdispersion: the variance of a minibatch's outliers over that of a binomial. Of the groups only the outliers
-            tell: within one process the percentile threshold pins the robust share.
+        overdispersion: the variance of a minibatch's outliers over that of a binomial. Only the outliers are
+            informative: within one process the percentile threshold fixes the robust share.
     """
 
     fractions: tuple[Fractions, ...]
@@ -99,14 +100,14 @@ class Groups:
 
 
 def measured_groups(runs: Sequence[Sequence[Fractions]], samples: int) -> Groups:
-    """What records of trainings tell.
+    """Estimates `Groups` from records of trainings.
 
-    The overdispersion compares neighbouring records of the later half of each run. It holds what the model learns
-    between two records, which ranks of one training share: it is an upper bound. At one moment the ranks' minibatches
-    are random parts of one shuffled data set, whose counts differ by chance alone.
+    The overdispersion compares neighbouring records of the later half of each run. It includes what the model learns
+    between two records, which the ranks of one training share: it is an upper bound. At one moment the ranks'
+    minibatches are random parts of one shuffled data set, whose counts differ by chance alone.
 
     Args:
-        runs: the records of each run, in order: the shares in `samples` samples that followed one another.
+        runs: the records of each run, in order: the shares in `samples` consecutive samples.
 
     Raises:
         ValueError: there is no run, or one has fewer than 4 records or no outliers in its later half.
@@ -131,12 +132,12 @@ def draw_counts(
     threshold: Threshold,
     generator: np.random.Generator,
 ) -> Tensor:
-    """The counts [N, n+1] int64 of one iteration, n the most of `STEPS`.
+    """Draws the counts [N, n+1] int64 of one iteration, where n is the largest of `STEPS`.
 
     Args:
         threshold: "global": each rank's groups are Dirichlet-multinomial (multinomial at an overdispersion of 1).
-            "own": so are its outliers, but its robust samples are the same share of each minibatch, as far as there
-            are so many, since each rank takes the percentile of its own samples.
+            "own": so are its outliers, but its robust samples are the same share of each minibatch, as far as
+            possible, since each rank takes the percentile of its own samples.
     """
     shares = np.array([fractions.boundary, fractions.robust, fractions.outlier])
     shares = np.maximum(shares, 1e-9) / np.maximum(shares, 1e-9).sum()
@@ -159,18 +160,18 @@ def draw_counts(
 
 @dataclass(frozen=True)
 class Straggling:
-    """What some iterations of N ranks came to, SIMULATED. Means over the iterations, but for the most.
+    """The results of some SIMULATED iterations of N ranks: means over the iterations, except for maxima.
 
     Attributes:
         ranks: N.
-        lost, lost_balanced: the share of the time that is lost to stragglers; with balancing its cost included.
-        left: the part of `lost_balanced` that is not the exchange's: remainders that cannot be shared out.
+        lost, lost_balanced: the share of the time that is lost to stragglers; with balancing, including its cost.
+        left: the part of `lost_balanced` that the exchange does not cause: remainders that cannot be distributed.
         exchanged: the share of iterations in which the exchange paid.
         sent_bytes: by all ranks together, there and back. busiest_bytes: the most of one rank in any iteration.
         most_partners: ranks that one rank sends to, the most in any iteration.
         plan_seconds: on this machine's CPU, MEASURED: the plan, the decision and a rank's routes; the median.
         latency_limit: the latency of a collective (of the two all-to-alls and of the gather) at which `lost_balanced`
-            would be `LOST_GOAL`, if it still exchanged as often; below 0 where there is none.
+            would be `LOST_GOAL`, if it still exchanged as often; below 0 if there is none.
     """
 
     ranks: int
@@ -198,10 +199,10 @@ def straggling(
     iterations: int = 100,
     seed: int = 0,
 ) -> Straggling:
-    """Simulate iterations at moments drawn from `groups`.
+    """Simulates iterations at moments drawn from `groups`.
 
     Args:
-        threshold: as `draw_counts`. sample_bytes: as `Costs`. ranks_per_node: as `plan`.
+        threshold: see `draw_counts`. sample_bytes: see `Costs`. ranks_per_node: see `plan`.
     """
     generator = np.random.default_rng(seed)
     costs = Costs(
@@ -241,7 +242,7 @@ def straggling(
 
 @dataclass(frozen=True)
 class _Iteration:
-    """Seconds of the ranks' attack: the mean, the longest, the longest when balanced, if that paid; what moved."""
+    """Seconds of the ranks' attack: the mean, the longest, the longest after balancing, if it paid; and what moved."""
 
     mean: float
     slowest: float
@@ -272,7 +273,7 @@ class _Iteration:
 
 
 def table(results: Sequence[Straggling]) -> list[str]:
-    """Lines of Markdown; every figure but the plan's time is SIMULATED."""
+    """Returns lines of Markdown; every figure except the plan's time is SIMULATED."""
     lines = [
         "| ranks | lost | lost, balanced | of it remainders | exchange paid | sent by all | busiest rank | partners "
         "| plan (measured) | a collective may take |",
@@ -287,5 +288,5 @@ def table(results: Sequence[Straggling]) -> list[str]:
 
 
 def as_dict(result: Straggling) -> dict[str, Any]:
-    """For a result file."""
+    """Returns the entry of a result file."""
     return dict(vars(result))

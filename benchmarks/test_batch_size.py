@@ -1,4 +1,4 @@
-"""Time per sample of a TRADES iteration with BulletTrain, against the batch size.
+"""Measures the time per sample of a TRADES iteration with BulletTrain against the batch size.
 
 python -m pytest benchmarks/test_batch_size.py --full -s --benchmark-json benchmarks/results/batch-size.json
 """

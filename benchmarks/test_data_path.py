@@ -1,4 +1,4 @@
-"""The data path: what comes before an iteration's forward, against the iteration; and the loading of the digits.
+"""Measures the data path before an iteration's forward against the iteration, and the loading of the digits.
 
 pytest benchmarks/test_data_path.py --full -s --benchmark-json benchmarks/results/data-path.json
 """
@@ -22,7 +22,7 @@ EPOCH = 50_000  # images: as many as CIFAR's
 
 
 class Batches:
-    """Images in the memory of the host and the batches of an epoch, as the training loop of the lab takes them."""
+    """Images in host memory and the batches of an epoch, as in the lab's training loop."""
 
     def __init__(self, shape: tuple[int, ...], size: int, device: torch.device) -> None:
         self.x = torch.randint(256, (EPOCH, *shape), dtype=torch.uint8)
@@ -34,11 +34,11 @@ class Batches:
         return minibatches(EPOCH, self.size, seed=0, epoch=self.taken)
 
     def floats(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """A batch on the device."""
+        """Returns a batch on the device."""
         return images(self.x[self.rows], self.device), self.y[self.rows].to(self.device)
 
     def augmented(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The same, cropped and flipped."""
+        """Returns the batch after cropping and flipping."""
         self.taken += 1
         x, y = self.floats()
         return crop_and_flip(x, seed=0, iteration=self.taken), y

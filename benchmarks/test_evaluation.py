@@ -1,9 +1,9 @@
 """Evaluation at 50 % robust accuracy: ours against the plain loop, which attacks every sample to the end.
 
-The network is a SmallCNN trained for a moment on the embedded digits, at the ε where half of the test images stand.
-The plain loop is taken twice: as the TRADES authors' evaluation has it, where `backward` also computes the gradients of
-the weights, and with the gradient of the images alone. The limit is the ratio of the passes over the second: the half
-that stands goes through everything in ours too, so that it is below 2, and further below with a single start.
+The network is a SmallCNN trained briefly on the embedded digits, at the ε that half of the test images withstand. There
+are two plain loops: that of the TRADES authors' evaluation, where `backward` also computes the gradients of the
+weights, and one with the gradient of the images alone. The limit is the ratio of the passes over the second: the half
+that withstands goes through everything in ours too, so it is below 2, and even lower with a single start.
 To record:
 
 python -m pytest benchmarks/test_evaluation.py --full -s --benchmark-json benchmarks/results/evaluation.json
@@ -34,7 +34,7 @@ ROUNDS = {(20, 1): 3, (20, 5): 2}
 
 
 class Trained:
-    """A network that is robust to some degree, test images, and the ε at which half of them stand."""
+    """A moderately robust network, test images, and the ε that half of them withstand."""
 
     def __init__(self, device: torch.device) -> None:
         torch.manual_seed(0)
@@ -73,7 +73,7 @@ class Trained:
         return torch.Generator(self.x.device).manual_seed(0)
 
     def plain(self, steps: int, restarts: int, gradient: Any, model: nn.Module | None = None, x: Any = None) -> Tensor:
-        """Restart and step in which each sample fell: [2, n]."""
+        """Returns the restart and step in which each sample was first misclassified: [2, n]."""
         model, x = model or self.model, self.x if x is None else x
         seed = torch.randint(2**63 - 1, (), device=x.device, generator=self.generator())
         result = [
@@ -101,7 +101,7 @@ class Trained:
         return evaluate(self.model, self.batches(), self.attack(steps), **options)
 
     def check_exactness(self, steps: int, restarts: int) -> None:
-        """No speedup is reported of an evaluation that differs from the plain loop, sample by sample, in float64."""
+        """Checks before a speedup is reported that our evaluation equals the plain loop by sample, in float64."""
         model, x = copy.deepcopy(self.model).double(), self.x[:CHECKED].double()
         expected = self.plain(steps, restarts, by_input, model, x)
         for engine in ("exact", "fast"):
@@ -111,7 +111,7 @@ class Trained:
 
 
 def by_backward(loss: Tensor, x: Tensor) -> Tensor | None:
-    """As the TRADES authors' evaluation takes it: through the weights too."""
+    """Computes the gradient like the TRADES authors' evaluation: through the weights too."""
     loss.backward()
     return x.grad
 
@@ -153,12 +153,12 @@ def test_evaluation(trained: Trained, steps: int, restarts: int, interleaved: An
 
 
 def _passes(steps: int, restarts: int) -> int:
-    """Forward and backward passes of a sample that goes through everything."""
+    """Returns the forward and backward passes of a sample that goes through everything."""
     return 1 + restarts * (2 * steps + 1)
 
 
 def _passes_of(evaluation: Evaluation, steps: int, restarts: int) -> int:
-    """Those that the fates of all samples take: the pass in which a sample falls is its last but for its backward."""
+    """Returns the passes of all samples: a sample's last pass, in which it is misclassified, has no backward."""
     total = 0
     for restart, step in zip(evaluation.restart.tolist(), evaluation.step.tolist(), strict=True):
         if restart > 0:

@@ -1,4 +1,4 @@
-"""The folded view of the model: what it costs to keep it up to date, and what its rounding does to the attack.
+"""Measures the cost of keeping the folded view of a model up to date, and the effect of its rounding on the attack.
 
 python -m pytest benchmarks/test_folded_view.py --full -s --benchmark-json benchmarks/results/folded-view.json
 """
@@ -61,7 +61,7 @@ def test_the_refresh_is_a_small_share_of_an_iteration(
 @pytest.mark.parametrize("view", ["folded", "bf16"])
 @pytest.mark.parametrize("name", quick_and_full(["small-cnn"], ["small-cnn", "wrn-16-2"]))
 def test_where_a_step_of_the_attack_goes(name: str, view: str, benchmark: Any, device: torch.device) -> None:
-    """Shares of a step's time, and the rate of its convolutions beside that of a large matrix product."""
+    """Reports shares of a step's time, and the rate of its convolutions relative to a large matrix product."""
     workload = Workload(CASES[name], device)
     x, dtype = workload.x, torch.bfloat16 if view == "bf16" else torch.float32
     target = torch.rand(len(x), 10, device=device).softmax(dim=1)
@@ -90,7 +90,7 @@ def test_where_a_step_of_the_attack_goes(name: str, view: str, benchmark: Any, d
 
 
 def trained_on_digits(device: torch.device, iterations: int) -> tuple[torch.nn.Module, torch.Tensor, torch.Tensor]:
-    """A small CNN after some TRADES with BulletTrain, and test images with their labels."""
+    """Trains a small CNN by some TRADES with BulletTrain; returns it with test images and their labels."""
     data = load_dataset("digits")
     torch.manual_seed(0)
     model = build_model("small-cnn", in_channels=1, image_size=28, num_classes=10, width=16).to(device)
@@ -127,7 +127,7 @@ def test_what_rounding_does_to_the_attack(iterations: int, benchmark: Any, devic
         target = clean_logits(exact, x.double()).softmax(dim=1)
 
     def reached(x_adv: torch.Tensor) -> tuple[float, float]:
-        """The inner loss and the robust accuracy, both in float64."""
+        """Returns the inner loss and the robust accuracy, both in float64."""
         with eval_mode(exact):
             logits = clean_logits(exact, x_adv.double())
         kl = F.kl_div(logits.log_softmax(dim=1), target, reduction="batchmean")

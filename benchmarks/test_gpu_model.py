@@ -1,11 +1,11 @@
-"""The model of the GPU's time: how well it tells what can be measured here, and what it predicts for three GPUs.
+"""Tests how well the model of a GPU's time predicts times measured here, and records its predictions for three GPUs.
 
-The CPU takes the GPU's place: the same simulation, with the figures of `cpu_model.calibrate`, has to predict the time
-of iterations of which it has seen no layer, within 20 %. Writes `results/gpu-model.json`, and `results/
-gpu-model-predicted.json` and `.md`. Where there is a GPU there is nothing to predict: `bt-fast predict` measures.
+The CPU replaces the GPU: the same simulation, with the figures of `cpu_model.calibrate`, has to predict the time of
+iterations with layers that it has never seen, within 20 %. Writes `results/gpu-model.json`, and
+`results/gpu-model-predicted.json` and `.md`. With a GPU nothing has to be predicted: `bt-fast predict` measures.
 
 The 15 predictions of the stored run are within 9 %. The method was refined on four of the cases (the small CNN and
-WRN-16-2 at batches of 32 and 128); the small CNN at batch 64 was tried when it stood.
+WRN-16-2 at batches of 32 and 128); the small CNN at batch 64 was tried after it was fixed.
 
 python -m pytest benchmarks/test_gpu_model.py --full -s
 """
@@ -54,7 +54,7 @@ def test_the_model_predicts_the_cpus_iterations() -> None:
 
 
 def compare(model: str, size: int, rounds: int) -> list[dict[str, Any]]:
-    """Medians of alternating rounds; halfway through them the figures are taken, since the machine's speed drifts."""
+    """Returns medians of alternating rounds; takes the figures halfway through, since the machine's speed drifts."""
     workload = Workload(model, size, CPU)
     variants = workload.variants()
     seconds: dict[str, list[float]] = {name: [] for name in METHODS}

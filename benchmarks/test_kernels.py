@@ -1,11 +1,10 @@
-"""Every op: its launches and bytes against eager torch, and on CUDA its time against the memory's own speed.
+"""Compares every op's launches and bytes with eager torch, and on CUDA its time with the memory's speed.
 
-Counted for batches of 128 images of CIFAR-10's shape and 10 classes, on tensors without values. Eager torch is what one
-writes for the job (the authors' losses with their backward; no guards against NaN, which the kernels have). Each of its
-operations counts as one launch, the least that it takes (a sort is several), and moves its arguments and results once.
-What a fused kernel moves is what its compiled code was seen to load and store (the tests execute it); on a device there
-are then a launch for the sum of a loss's rows, one for the offset of the random numbers, and one for each gradient that
-backward scales. To record:
+Counted for batches of 128 images of CIFAR-10's shape and 10 classes, on tensors without values. Eager torch is the
+usual code (the authors' losses with their backward; without the kernels' guards against NaN). Each of its operations
+counts as one launch, which is the minimum (a sort is several), and moves its arguments and results once. A fused kernel
+moves what its compiled code loads and stores when the tests execute it; on a device there are also a launch for the sum
+of a loss's rows, one for the offset of the random numbers, and one for each gradient that backward scales. To record:
 
 pytest benchmarks/test_kernels.py --benchmark-json benchmarks/results/kernels.json
 """
@@ -33,7 +32,7 @@ from bt_fast.ops.pgd_step import launch_linf
 from bt_fast.ops.signed_variance import launch_signed_variance
 from bt_fast.ops.update_fraction import launch_update_fraction
 
-start = importlib.import_module("bt_fast.ops.gather_start")  # the op of that name hides the file
+start = importlib.import_module("bt_fast.ops.gather_start")  # the op of this name hides the file
 
 M, SHAPE, CLASSES = 128, (3, 32, 32), 10
 PIXELS, LOGITS = 4 * M * 3 * 32 * 32, 4 * M * CLASSES  # bytes
@@ -41,11 +40,11 @@ PIXELS, LOGITS = 4 * M * 3 * 32 * 32, 4 * M * CLASSES  # bytes
 
 @dataclass(frozen=True)
 class Op:
-    """One op as eager torch and as its launch.
+    """One op, in eager torch and as its launch.
 
     Attributes:
-        arguments: makes them.
-        moved: bytes that the kernels move; beside images and logits, tensors of [m] are left out, as of `least`.
+        arguments: makes the arguments.
+        moved: bytes that the kernels move; compared with images and logits, tensors of [m] are left out, as in `least`.
         least: bytes that have to be moved.
     """
 
@@ -91,7 +90,7 @@ def assignment() -> tuple[Any, ...]:
     return svar, correct, fraction, (0, 10, 2), (0.0, 0.007, 0.026), unfit, faults, torch.zeros(3, dtype=torch.int64)
 
 
-# What one writes in eager torch
+# The usual code in eager torch
 
 
 def eager_variance(z: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -121,7 +120,7 @@ def eager_l2(x_adv: Any, grad: Any, clean: Any, size: Any, epsilon: float, low: 
 
 
 def with_backward(loss: Callable[..., torch.Tensor]) -> Callable[..., object]:
-    """The loss and its gradient with respect to all logits."""
+    """Returns the loss and its gradient with respect to all logits."""
 
     def run(*arguments: Any) -> object:
         given = [a.detach().requires_grad_() if getattr(a, "dim", int)() == 2 else a for a in arguments]
@@ -230,7 +229,7 @@ def counts(op: Op, eager: Traffic, fused: Traffic) -> dict[str, Any]:
 
 
 def times(op: Op, device: torch.device) -> dict[str, Any]:
-    """Microseconds with caches flushed and gaps between launches, and without both; and the share of the floor."""
+    """Returns microseconds with flushed caches and gaps between launches, and without; and the share of the floor."""
     from triton.testing import do_bench, do_bench_cudagraph
 
     result: dict[str, Any] = {}
@@ -243,7 +242,7 @@ def times(op: Op, device: torch.device) -> dict[str, Any]:
 
 
 def bandwidth(device: torch.device) -> float:
-    """Bytes per second of a large copy, read and written."""
+    """Returns the bytes per second of a large copy, read and written."""
     source = torch.empty(2**28, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
     target.copy_(source)

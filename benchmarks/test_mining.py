@@ -1,4 +1,4 @@
-"""Mining: from clean logits to an order and its counts.
+"""Measures mining: from clean logits to an order and its counts.
 
 Its time against the batch m and against the classes K, its launches, and its share of a training iteration of the
 SmallCNN at batch 128. To record:
@@ -29,7 +29,7 @@ MOST_SHARE = 0.01  # of a training iteration
 
 
 class Batch:
-    """Clean logits and labels at the paper's F_R, and the mining of them."""
+    """Clean logits and labels at the paper's F_R, and their mining."""
 
     def __init__(self, m: int, device: torch.device, classes: int = 10) -> None:
         torch.manual_seed(0)
@@ -43,7 +43,7 @@ class Batch:
         self.bullet.plan(self.logits, self.labels)
 
     def eager(self) -> None:
-        """The assignment in plain torch, after the signed variance."""
+        """Runs the assignment in plain torch, after the signed variance."""
         svar, correct, *_ = ops.signed_variance(self.logits, self.labels)
         assign_reference(svar, correct, self.bullet.robust_fraction, (0, 10, 2), (0.0, 0.007, 0.02))
 
@@ -77,7 +77,7 @@ def test_time_against_classes(m: int, interleaved: Any, benchmark: Any, device: 
 
 
 def grown(seconds: dict[str, list[float]], what: str) -> tuple[dict[str, Any], float]:
-    """The medians in ms, by the size that a variant is named for, and the last one over the first."""
+    """Returns the medians in ms, by the size in a variant's name, and the last over the first."""
     medians = {size: statistics.median(times) for size, times in seconds.items()}
     first, *_, last = medians.values()
     return {f"{what} = {size}: ms": round(1e3 * t, 3) for size, t in medians.items()}, last / first

@@ -1,4 +1,4 @@
-"""Start-up: what importing bt_fast adds to importing torch, each in a fresh interpreter, and what first calls cost.
+"""Measures start-up: what importing bt_fast adds to importing torch, in fresh interpreters, and first calls.
 
 pytest benchmarks/test_start_up.py --full -s --benchmark-json benchmarks/results/start-up.json
 """
@@ -38,7 +38,7 @@ for _ in range(4):
 
 
 def fresh(code: str, *arguments: str) -> str:
-    """The output of a new interpreter that runs the code."""
+    """Runs the code in a new interpreter and returns its output."""
     return subprocess.run(
         [sys.executable, "-c", code, *arguments], check=True, stdout=subprocess.PIPE, text=True
     ).stdout
@@ -56,7 +56,7 @@ def test_import(interleaved: Any, benchmark: Any) -> None:
 
 
 def test_first_calls(interleaved: Any, benchmark: Any, device: torch.device) -> None:
-    """The first iteration in a process beyond a later one: on a GPU, kernels are compiled or loaded."""
+    """Times how much longer a process's first iteration takes: on a GPU, kernels are compiled or loaded."""
     reported: list[list[float]] = []
     work = {"process": lambda: reported.append([float(line) for line in fresh(FIRST_CALLS, str(device)).split()])}
     interleaved(work, lambda _: None, rounds=5)

@@ -1,4 +1,4 @@
-"""How long ranks wait for the slowest one, without and with balanced raggedness: SIMULATED, nobody had so many GPUs.
+"""SIMULATES, for want of the GPUs, how long ranks wait for the slowest one without and with balanced raggedness.
 
 Writes `results/stragglers.json` and `.md`. At 1,024 ranks of 128 samples at most 3 % of an iteration may be lost, and
 the plan may take 5 ms.
@@ -37,10 +37,10 @@ RESULTS = Path(__file__).parent / "results"
 RECORDS = sorted(RESULTS.glob("mart-batch-128/seed*/metrics.jsonl"))  # 3 trainings with minibatches of 128
 GPU, MODEL, BATCH_SIZE = "h100", "wrn-34-10", 128
 RECORDED = 10 * BATCH_SIZE  # samples in a record
-PLAN_SECONDS = 5e-3  # at 1,024 ranks: every rank makes it in every iteration
+PLAN_SECONDS = 5e-3  # at 1,024 ranks: every rank makes the plan in every iteration
 RANKS = (8, 64, 256, 1024, 4096)
 # ASSUMED: 400 Gb/s of InfiniBand for each GPU, of which an exchange reaches half, also within a node, where NVLink is
-# faster; 0.2 ms for a collective that carries little, whatever the number of ranks
+# faster; 0.2 ms for a collective with little data, for any number of ranks
 NETWORK = Network(bytes_per_second=25e9, latency_seconds=2e-4)
 WORDS = "SIMULATED with PREDICTED times and an ASSUMED network, nobody measured it"
 

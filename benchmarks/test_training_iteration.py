@@ -1,14 +1,14 @@
-"""One training iteration: the authors' computation, ours with the same result, and with BulletTrain.
+"""Measures one training iteration: the authors' computation, ours with the same result, and with BulletTrain.
 
-Of TRADES, MART and PGD at the paper's fractions for TRADES (.28 / .54 / .18, with 10 / 2 / 0 steps), of AugMix at its
-.35 boundary samples; AugMix has no computation of its authors here, since ours is theirs at the same cost. Speedups are
-medians of the ratios of interleaved pairs; each is also given as a share of the FLOP limit, the ratio of the operations
-counted. The rows of the engines "fast" and "bf16" without BulletTrain are the engineering of
+The objectives are TRADES, MART and PGD at the paper's fractions for TRADES (.28 / .54 / .18, with 10 / 2 / 0 steps),
+and AugMix at its .35 boundary samples; for AugMix the authors' computation is left out, since ours is the same at the
+same cost. Speedups are medians of the ratios of interleaved pairs; each is also given as a share of the FLOP limit, the
+ratio of the operations counted. The rows of the engines "fast" and "bf16" without BulletTrain are the engineering of
 fast-pytorch-adversarial-training (an attack on a folded, channels-last view without parameter gradients). Peak memory
-is what an iteration holds at its worst beside weights, momentum, images and the view's copy of the weights, as torch
-allocated it. On CUDA the engines are taken without graphs, with graphs, and with streams. What is not exact is not
-timed: ours has to give the reference's loss and gradients in float64, and with BulletTrain the engine "fast" what the
-exact one gives. To record:
+is the most that torch has allocated in an iteration besides weights, momentum, images and the view's copy of the
+weights. On CUDA the engines run without graphs, with graphs, and with streams. Inexact variants are not timed: ours
+must give the reference's loss and gradients in float64, and with BulletTrain the engine "fast" the result of the exact
+one. To record:
 
 pytest benchmarks/test_training_iteration.py --full -s --benchmark-json benchmarks/results/training-iteration.json
 """
@@ -43,7 +43,7 @@ from bt_fast.baselines.trades_reference import trades_reference_loss
 SETTING = {"step_size": 0.007, "epsilon": 0.031}
 AUGMIX_BOUNDARY = 0.35  # the paper's F_B for CIFAR-10
 BASELINES = ("reference", "optimised")
-LAUNCHES = {  # elsewhere than on CUDA there are no graphs
+LAUNCHES = {  # graphs exist only on CUDA
     "eager": {"graphs": False, "streams": False},
     **({"graphs": {"graphs": True, "streams": False}} if torch.cuda.is_available() else {}),
     **({"streams": {"graphs": True, "streams": True}} if torch.cuda.is_available() else {}),
@@ -52,7 +52,7 @@ LAUNCHES = {  # elsewhere than on CUDA there are no graphs
 
 @dataclass(frozen=True)
 class Case:
-    """A network, the batch, and how often it is timed."""
+    """A network, the batch size, and the number of timings."""
 
     model: str
     batch: int
@@ -61,7 +61,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Objective:
-    """The authors' loss, ours, and what they are called with; whether samples without steps can be left out."""
+    """The authors' loss, ours, and their arguments; and whether samples without steps can be left out."""
 
     reference: Callable[..., torch.Tensor]
     ours: Callable[..., torch.Tensor]
@@ -83,7 +83,7 @@ CASES = {
 
 
 class Workload(gpu_prediction.Workload):
-    """A model and a minibatch whose groups have the paper's sizes at every call of `prepare`.
+    """A model and a minibatch; every call of `prepare` gives its groups the paper's sizes.
 
     Attributes:
         bullet: BulletTrain that leaves samples without steps out of the adversarial forward.
@@ -102,7 +102,7 @@ class Workload(gpu_prediction.Workload):
         self.keeping.robust_fraction.copy_(self.bullet.robust_fraction)
 
     def mining(self, objective: Objective) -> BulletTrain:
-        """The fastest BulletTrain that the objective takes."""
+        """Returns the fastest BulletTrain that the objective accepts."""
         return self.bullet if objective.robust_term else self.keeping
 
     def variants(self, objective: Objective = TRADES, launch: str = "eager") -> dict[str, Callable[[], None]]:
@@ -117,7 +117,7 @@ class Workload(gpu_prediction.Workload):
             "bullet, fast": {"bullet": bullet, "engine": fast},
             "bullet, bf16": {"bullet": bullet, "engine": bf16},
         }
-        if objective is TRADES:  # to compile takes longer than all else, and gains the same everywhere
+        if objective is TRADES:  # compiling takes longer than all else, and gains the same for every objective
             options["bullet, fast, compiled"] = {"bullet": bullet, "engine": replace(fast, compile=True)}
         run = functools.partial(functools.partial, self._iterate)
         ours = {name: run(objective.ours, **objective.options, **chosen) for name, chosen in options.items()}
@@ -129,13 +129,13 @@ class Workload(gpu_prediction.Workload):
 
 
 def engine_of(name: str, launch: str) -> Engine:
-    """The engine of that name, with graphs and streams as `LAUNCHES` has them."""
+    """Returns the engine of this name, with graphs and streams as in `LAUNCHES`."""
     return replace(Engine.of(name), **LAUNCHES[launch])
 
 
 @torch.no_grad()
 def _set_statistics(model: torch.nn.Module, x: torch.Tensor) -> None:
-    """Batch norm's statistics as of these images: with the initial ones a deep network's logits are saturated."""
+    """Sets batch norm's statistics from these images: with the initial ones a deep network's logits are saturated."""
     norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
     before = [norm.momentum for norm in norms]
     for norm in norms:
@@ -146,9 +146,9 @@ def _set_statistics(model: torch.nn.Module, x: torch.Tensor) -> None:
 
 
 def check_exactness(workload: Workload, objective: Objective = TRADES, launch: str = "eager") -> None:
-    """No speedup is reported of a path whose result differs from the reference's.
+    """Checks that a path gives the reference's result; otherwise no speedup is reported.
 
-    With BulletTrain, whose draws are its own, the reference is the engine "exact", step by step.
+    With BulletTrain, which draws differently, the reference is the engine "exact", step by step.
     """
     ours = functools.partial(objective.ours, engine=engine_of("exact", launch))
     faster = functools.partial(objective.ours, engine=engine_of("fast", launch))
@@ -158,7 +158,7 @@ def check_exactness(workload: Workload, objective: Objective = TRADES, launch: s
 
 
 class FlopCounter(TorchDispatchMode):
-    """torch's own formulas, without the module hooks of its FlopCounterMode, which break `autograd.grad` on a leaf."""
+    """Counts FLOPs by torch's formulas; FlopCounterMode's module hooks would break `autograd.grad` on a leaf."""
 
     total = 0
 
@@ -176,7 +176,7 @@ def count_flops(work: Callable[[], None]) -> int:
 
 
 def peak_bytes(work: Callable[[], None]) -> int:
-    """The most that `work` holds at a time of what torch allocates for it."""
+    """Returns the most memory that torch holds at a time for `work`."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -208,7 +208,7 @@ def test_iteration(name: str, loss: str, launch: str, interleaved: Any, benchmar
 
 
 def check_augmix(workload: Workload) -> None:
-    """The loss without BulletTrain is the authors' on the same views."""
+    """Checks that the loss without BulletTrain equals the authors' on the same views."""
     model, x, y = copy.deepcopy(workload.model).double(), workload.x[:4].double(), workload.y[:4]
     first, second = (torch.Generator(x.device).manual_seed(1) for _ in range(2))
     result = augmix_loss(copy.deepcopy(model), x, y, generator=first)
@@ -260,16 +260,16 @@ def costs(
     workload: Workload,
     prepare: Callable[[], None],
 ) -> tuple[dict[str, int], dict[str, int]]:
-    """FLOPs of each variant as it runs step by step (graphs hide their operations), and its peak bytes as it is."""
+    """Returns each variant's FLOPs, run step by step (graphs hide their operations), and its peak bytes as it is."""
     flops, peaks = {}, {}
     for variant, work in variants.items():
         prepare()
-        work()  # a view is traced, and compiled, at its first use
+        work()  # a view is traced and compiled at its first use
         prepare()
         workload.optimizer.zero_grad()
         peaks[variant] = peak_bytes(work)
         prepare()
-        # what is compiled hides its operations, too
+        # compiled code also hides its operations
         flops[variant] = count_flops(eager[variant.removesuffix(", compiled")])
     return flops, peaks
 
@@ -277,7 +277,7 @@ def costs(
 def compared(
     seconds: dict[str, list[float]], flops: dict[str, int], peaks: dict[str, int], baselines: tuple[str, ...]
 ) -> dict[str, str]:
-    """What each variant came to, over the baselines and as a share of the FLOP limit."""
+    """Compares each variant with the baselines, also as a share of the FLOP limit."""
     result = {}
     for variant, times in seconds.items():
         ratios = []

@@ -1,4 +1,4 @@
-"""How two pieces of work compare, on a device that may be so fast that small work takes the time of its launches."""
+"""Compares two pieces of work on a device that may be so fast that small work takes only the time of its launches."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from bt_fast.device import synchronize
 
 
 def median_ratio(slower: Sequence[float], faster: Sequence[float]) -> float:
-    """The median of the pairwise ratios."""
+    """Returns the median of the pairwise ratios."""
     return statistics.median(a / b for a, b in zip(slower, faster, strict=True))
 
 
@@ -23,13 +23,13 @@ def work_ratio(
     seconds: Mapping[str, Sequence[float]],
     device: torch.device,
 ) -> float:
-    """How many times the second piece's work the first one is.
+    """Returns the first piece's work as a multiple of the second's.
 
-    By the seconds of interleaved rounds; on a GPU by the seconds in which kernels ran, since there both may take as
-    long as their launches do, whatever they compute.
+    On the CPU it compares the seconds of interleaved rounds; on a GPU the seconds in which kernels ran, since there
+    both may take as long as their launches, whatever they compute.
 
     Args:
-        names: of two in `work`, each of which `prepare` prepares, and in `seconds`.
+        names: the names of both in `work`, in `seconds` and for `prepare`.
     """
     first, second = names
     if device.type != "cuda":
@@ -42,9 +42,9 @@ def work_ratio(
 
 
 def busy_seconds(work: Callable[[], object], device: torch.device) -> float:
-    """The sum of the seconds of all kernels and copies that the GPU runs for it."""
+    """Returns the sum of the seconds of all kernels and copies that the GPU runs for it."""
     with profile(activities=[ProfilerActivity.CUDA]) as profiled:
         work()
         synchronize(device)
-    rows = [row for row in profiled.key_averages() if not row.is_user_annotation]  # which span kernels
+    rows = [row for row in profiled.key_averages() if not row.is_user_annotation]  # annotations span kernels
     return 1e-6 * float(sum(row.self_device_time_total for row in rows))

@@ -6,8 +6,9 @@ Algorithm and names follow "BulletTrain: Accelerating Robust Neural Network Trai
 
 from typing import TYPE_CHECKING
 
-from bt_fast import floors  # noqa: F401, first: torch and numpy are new enough
+from bt_fast import floors  # noqa: F401, first: checks that torch and numpy are new enough
 from bt_fast.allocation import METRICS, POLICIES, Gaussian, Judged, Oracle
+from bt_fast.attack.apgd import APGD
 from bt_fast.attack.auto import RUNNERS, AutoRunner
 from bt_fast.attack.balance import Costs
 from bt_fast.attack.balanced import Balance
@@ -41,11 +42,12 @@ from bt_fast.speedup import Fractions, theoretical_speedup, theoretical_speedup_
 
 __version__ = "0.1.0"
 
-if not TYPE_CHECKING:  # a checker is to know the new names only
+if not TYPE_CHECKING:  # a type checker should know only the new names
     __getattr__ = renamed(__name__, {"Schedule": "bt_fast.Plan", "Assignment": "bt_fast.MinedPlan"})
 
 
 __all__ = [
+    "APGD",
     "AWP",
     "METRICS",
     "PGD",

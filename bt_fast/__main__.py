@@ -12,7 +12,7 @@ EXTRA = ("click", "rich", "matplotlib", "jinja2")  # of pyproject.toml's extra l
 
 
 def main() -> None:
-    """Run the command line, or say which package it needs."""
+    """Runs the command line, or reports which package it needs."""
     for name in EXTRA:
         with suppress(importlib.metadata.PackageNotFoundError):
             if (version := importlib.metadata.version(name)) and too_old(name, version):

@@ -1,7 +1,7 @@
-"""Metrics and policies (section 3.2): how sure the model is of a sample, and how many attack steps it gets for that.
+"""Metrics and policies (section 3.2): how certain the model is of a sample, and how many attack steps the sample gets.
 
 A metric is a function of (logits [m, K], labels [m]) that returns a certainty [m]. A policy is a function of `Judged`,
-the values known of a minibatch, that returns steps [m]. Your own are any such callables:
+the values known of a minibatch, that returns steps [m]. Your own can be any such callable:
 `BulletTrain(metric=lambda z, y: ..., policy=lambda judged: ...)`. Nothing here waits for the device.
 """
 
@@ -21,15 +21,15 @@ from bt_fast.ops.numeric import kind_of
 from bt_fast.ops.rows import result_dtype
 from bt_fast.validation import check_floating, holds_integers, positive, step_count
 
-LARGEST = torch.finfo(torch.float32).max  # an infinite certainty counts as this: the percentile interpolates
+LARGEST = torch.finfo(torch.float32).max  # replaces an infinite certainty, since the percentile interpolates
 
-# Metrics: correct samples are at 0 or above, since Eq. 6 has T = max(0, percentile), and misclassified ones below
+# Metrics: correct samples are at or above 0, since Eq. 6 has T = max(0, percentile), and misclassified ones below
 
 Metric = Callable[[Tensor, Tensor], Tensor]
 
 
 def signed_variance(logits: Tensor, labels: Tensor) -> Tensor:
-    """SVar, the paper's (Eq. 4): `±Var_k[softmax(z)]`. The default, for which the fused op's own value is used."""
+    """SVar, the paper's metric (Eq. 4): `±Var_k[softmax(z)]`. The default, computed by the fused op."""
     return ops.signed_variance(logits, labels).svar
 
 
@@ -40,15 +40,15 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def margin(logits: Tensor, labels: Tensor) -> Tensor:
-    """The true logit minus the largest wrong one, in any range. Of a tie it is 0, misclassified or not."""
+    """The true logit minus the largest wrong one, in any range. For a tie it is 0, misclassified or not."""
     wrong = logits.scatter(1, labels[:, None], -math.inf).amax(dim=1)
     return _of_label(logits, labels) - wrong
 
 
 def gradient_norm(logits: Tensor, labels: Tensor) -> Tensor:
-    """From `g = ‖softmax(z) - onehot(y)‖₂`, the norm of the cross-entropy's gradient at the last layer.
+    """A certainty from `g = ‖softmax(z) - onehot(y)‖₂`, the norm of the cross-entropy's gradient at the last layer.
 
-    With it Katharopoulos and Fleuret (2018) bound a sample's gradient from above. g lies in [0, √2] and is large
+    Katharopoulos and Fleuret (2018) use it as an upper bound of a sample's gradient. g lies in [0, √2] and is large
     where the model is unsure or wrong: a correct sample has `√2 - g`, a misclassified one `-g`.
     """
     p, at = logits.softmax(dim=1), labels[:, None]
@@ -66,7 +66,7 @@ def _of_label(values: Tensor, labels: Tensor) -> Tensor:
 
 
 def _correct(logits: Tensor, labels: Tensor) -> Tensor:
-    return logits.argmax(dim=1) == labels  # the first maximum wins
+    return logits.argmax(dim=1) == labels  # the first maximum counts
 
 
 # Policies
@@ -81,7 +81,7 @@ class Judged:
         correct: [m] bool, whether the clean sample is classified correctly.
         group: [m] int64, one of `ops.OUTLIER`, `ops.BOUNDARY`, `ops.ROBUST`: by Eq. 6, or the oracle's.
         threshold: 0-dim float64, T of Eq. 6.
-        robust_fraction: 0-dim float64, F_R; the module's own buffer, not to be changed.
+        robust_fraction: 0-dim float64, F_R; the module's own buffer, which must not be changed.
         group_steps: (N_O, N_B, N_R). Steps may lie in 0..max(group_steps).
     """
 
@@ -97,12 +97,12 @@ Policy = Callable[[Judged], Tensor]
 
 
 def three_groups(judged: Judged) -> Tensor:
-    """N_O, N_B or N_R by the sample's group: the paper's. The default, which the fused op computes."""
+    """The paper's policy: N_O, N_B or N_R by the sample's group. The default, computed by the fused op."""
     return by_group(judged.group, judged.group_steps)
 
 
 def by_group(group: Tensor, values: Sequence[float], dtype: torch.dtype = torch.int64) -> Tensor:
-    """For each sample of `group` [m] its group's value, of `values` for (outlier, boundary, robust)."""
+    """Returns each sample's value by `group` [m], from the `values` of (outlier, boundary, robust)."""
     result = torch.full_like(group, values[OUTLIER], dtype=dtype)
     for member in (BOUNDARY, ROBUST):
         result.masked_fill_(group == member, values[member])
@@ -120,10 +120,9 @@ class Gaussian:
 
     `n_i = max(least_i, round(N_B · exp(-(c_i - μ)² / (2·(w·σ)²))))` with the width w > 0. μ and σ are the mean and the
     (biased) standard deviation of the boundary samples' certainties c; halves round to even. `least_i` is N_R for a
-    correct sample and N_O for a misclassified one, and is what all get where no sample is boundary. σ counts as at
-    least 1e-6·|μ|, which is rounding: a single boundary sample takes N_B. Boundary samples that spread evenly over
-    [0, T) take 0.22·N_B steps at either end, at w = 1. TypeError or ValueError for a width that is no finite number
-    greater than 0.
+    correct sample and N_O for a misclassified one; all samples get it if none is boundary. σ is at least 1e-6·|μ|, the
+    size of rounding: a single boundary sample takes N_B. Boundary samples that spread evenly over [0, T) take 0.22·N_B
+    steps at either end, at w = 1. Raises TypeError or ValueError if the width is not a finite number above 0.
     """
 
     width: float = 1.0
@@ -139,7 +138,7 @@ class Gaussian:
         centre = torch.where(boundary, certainty, 0.0).sum() / count
         variance = torch.where(boundary, certainty - centre, 0.0).square().sum() / count
         sigma = self.width * torch.maximum(variance.sqrt(), 1e-6 * centre.abs())
-        away = (certainty - centre) / sigma.clamp_min(torch.finfo(torch.float64).tiny)  # all 0 at their centre: no 0/0
+        away = (certainty - centre) / sigma.clamp_min(torch.finfo(torch.float64).tiny)  # 0 at the centre: avoids 0/0
         steps = (boundary_steps * (-away.square() / 2.0).exp()).round().long()
         least = torch.where(judged.correct, robust_steps, outlier_steps)
         return torch.where(boundary.any(), torch.maximum(steps, least), least)
@@ -147,12 +146,12 @@ class Gaussian:
 
 @dataclass(frozen=True)
 class Oracle:
-    """N_O, N_B or N_R by groups from an attack, not from the certainty (Fig. 2 of the paper).
+    """Assigns N_O, N_B or N_R by groups that come from an attack instead of the certainty (Fig. 2 of the paper).
 
     An outlier is misclassified before the attack, a boundary sample after it, a robust sample neither. The objectives
-    run the attack, their own but for its `steps` ≥ 1 uniform steps of 1.7·ε/steps. It costs as much as the allocation
-    saves: an upper bound for metrics, not a method. They draw the training start's seed first, then the oracle's, from
-    the same generator. TypeError or ValueError where steps is not an integer of at least 1.
+    run their own attack with `steps` ≥ 1 uniform steps of 1.7·ε/steps. It costs as much as the allocation saves: an
+    upper bound for metrics, not a method. They draw the training start's seed first, then the oracle's, from the same
+    generator. Raises TypeError or ValueError if steps is not an integer of at least 1.
     """
 
     steps: int = 10
@@ -161,7 +160,7 @@ class Oracle:
         step_count("steps", self.steps, least=1)
 
     def groups(self, correct: Tensor, attacked_correct: Tensor) -> Tensor:
-        """The group [m] int64, from [m] bool: correct before the attack, and after it (attacked_correct)."""
+        """Returns the group [m] int64, from [m] bool: correct before the attack, and after it (attacked_correct)."""
         return correct.long() + (correct & attacked_correct)  # OUTLIER, BOUNDARY, ROBUST are 0, 1, 2
 
     def __call__(self, judged: Judged) -> Tensor:
@@ -177,13 +176,13 @@ POLICIES: dict[str, Policy] = {
 }
 
 
-# By name, or your own
+# Rules by name, or custom ones
 
 _Rule = TypeVar("_Rule", bound=Callable[..., Tensor])
 
 
 def rule_of(name: str, given: str | _Rule, known: Mapping[str, _Rule]) -> _Rule:
-    """The metric or policy of an argument `name`: a name in `known`, or a callable. Else ValueError or TypeError."""
+    """Returns the metric or policy that an argument `name` gives by name or as a callable; ValueError or TypeError."""
     if isinstance(given, str) and given in known:
         return known[given]
     if isinstance(given, (str, type)) or not callable(given):
@@ -195,7 +194,7 @@ def rule_of(name: str, given: str | _Rule, known: Mapping[str, _Rule]) -> _Rule:
 
 
 def name_of(rule: _Rule, known: Mapping[str, _Rule]) -> str:
-    """The rule as it would be written."""
+    """Returns the rule as it would be written in code."""
     for name, other in known.items():
         if rule == other:
             return repr(name)
@@ -203,9 +202,10 @@ def name_of(rule: _Rule, known: Mapping[str, _Rule]) -> str:
 
 
 def certainty_of(metric: Metric, logits: Tensor, labels: Tensor) -> Tensor:
-    """The metric's values [m] in SVar's dtype, checked; NaN is passed on, ±Inf becomes the largest finite float32.
+    """Returns the metric's checked values [m] in SVar's dtype; NaN stays, ±Inf becomes the largest finite float32.
 
-    The metric gets 16-bit logits in float32, and a label out of 0..K-1 as the nearest class: it may index with it.
+    The metric gets 16-bit logits in float32, and a label outside 0..K-1 as the nearest class, so that it may index with
+    it.
     """
     copied = logits.to(result_dtype(logits), copy=True)  # the metric may change its arguments
     values = metric(copied, labels.clamp(0, logits.shape[1] - 1))
@@ -215,7 +215,7 @@ def certainty_of(metric: Metric, logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def steps_of(policy: Policy, judged: Judged) -> Tensor:
-    """The policy's steps, checked but for their values: [m] int64. Else TypeError or ValueError."""
+    """Returns the policy's steps [m] int64, checked except for their values. Else TypeError or ValueError."""
     steps = policy(judged)
     if not isinstance(steps, Tensor) or not holds_integers(steps):
         raise TypeError(

@@ -1,4 +1,4 @@
-"""Who gets how many steps: Eq. 6 of the paper or a policy, for one process or for all ranks of a group together."""
+"""Decides which samples get how many steps: by Eq. 6 or a policy, for one process or for all ranks of a group."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ STEP_FACTOR = 1.7  # α = 1.7 ε / N (section 3.1, Fig. 2)
 
 @dataclass(frozen=True)
 class Rule:
-    """How certainties, steps and step sizes are decided.
+    """The rule that decides certainties, steps and step sizes.
 
     Attributes:
         metric, policy: the functions, as in `BulletTrain`.
-        steps: (N_O, N_B, N_R), as the ops number the groups.
+        steps: (N_O, N_B, N_R), in the ops' numbering of the groups.
         epsilon: ε. step_size: α of the boundary samples, 1.7·ε/N_B if None; all in pixel units.
     """
 
@@ -37,7 +37,7 @@ class Rule:
 
     @property
     def by_groups(self) -> bool:
-        """Whether the paper's rule decides."""
+        """Whether the paper's rule decides, rather than a policy."""
         return self.policy is allocation.three_groups
 
     @property
@@ -58,7 +58,7 @@ class Rule:
         return outlier, boundary if given is None else given, robust
 
     def certainty_of(self, logits: Tensor, labels: Tensor, of_logits: ops.SignedVariance) -> tuple[Tensor, list[Fault]]:
-        """The metric's certainty [m] of clean logits, and its fault where it is another than SVar."""
+        """Returns the metric's certainty [m] of clean logits, and its fault if the metric is not SVar."""
         if self.metric is allocation.signed_variance:
             return of_logits.svar, []
         certainty = allocation.certainty_of(self.metric, logits, labels)
@@ -69,7 +69,7 @@ class Rule:
         return certainty, [Fault((certainty.isnan() & (of_logits.unfit == 0)).sum(), message)]
 
     def sizes_of(self, group: Tensor, steps: Tensor) -> Tensor:
-        """α [m] float64, by the group or by any counts: that of boundary samples at N_B, 1.7·ε/n at others, 0 at 0."""
+        """Returns α [m] float64 by the group or by any counts n: of boundary samples at N_B, else 1.7·ε/n, 0 at 0."""
         if self.by_groups:
             return allocation.by_group(group, self.sizes, torch.float64)
         travel = torch.full((), STEP_FACTOR * self.epsilon, dtype=torch.float64, device=steps.device)
@@ -87,12 +87,12 @@ class Rule:
             f"policy must return steps in 0..{most}, but {{count}} of {len(steps)} are not: "
             f"let it end with .clamp(0, {most})"
         )
-        return steps.clamp(0, self.most_steps), Fault(outside.sum(), message)  # the order has room for no others
+        return steps.clamp(0, self.most_steps), Fault(outside.sum(), message)  # the order has no room for other counts
 
 
 @dataclass(frozen=True, eq=False)
 class Evidence:
-    """All that decides about the m samples of a minibatch.
+    """The inputs of the decision about the m samples of a minibatch.
 
     Attributes:
         of_logits: the result of `ops.signed_variance`. certainty: [m], the result of the metric.
@@ -115,18 +115,18 @@ class Evidence:
     of_attack: Sequence[Fault] = ()
 
     def unfit_faults(self, counts: Tensor) -> Sequence[Fault]:
-        """The faults of unfit rows, from their counts [2]."""
+        """Returns the faults of unfit rows, from their counts [2]."""
         signs = self.of_logits
         return faults.unfit_faults(signs.unfit, counts, signs.probabilities.shape[1], self.names, self.soft)
 
     def with_attacked(self, logits: Tensor, labels: Tensor, of_attack: Sequence[Fault]) -> Evidence:
-        """The same with the logits [m, K] of attacked samples, and the faults of their attack."""
+        """Returns the evidence with the logits [m, K] of attacked samples, and the faults of their attack."""
         attacked = ops.signed_variance(logits, labels)
         of_attack = [*of_attack, faults.marked_rows(attacked.unfit & 1, "attacked_logits")]
         return replace(self, attacked_correct=attacked.correct, of_attack=of_attack)
 
     def plan(self, **decided: Any) -> MinedPlan:
-        """The plan with these decided fields."""
+        """Returns the plan with these decided fields."""
         signs, most = self.of_logits, self.rule.most_steps
         known: dict[str, Any] = {"svar": signs.svar, "certainty": self.certainty, "probabilities": signs.probabilities}
         return MinedPlan(most_steps=most, **known, **decided)
@@ -139,7 +139,7 @@ def checked_sizes(epsilon: float, step_size: float | None) -> tuple[float, float
 
 
 def check_attacked(policy: Policy, logits: Tensor, attacked: Tensor | None) -> None:
-    """Raise TypeError or ValueError unless there are attacked logits for an Oracle, and none for another policy."""
+    """Raises TypeError or ValueError unless an Oracle has attacked logits, and another policy has none."""
     if not isinstance(policy, Oracle):
         if attacked is not None:
             raise ValueError(
@@ -162,9 +162,9 @@ def check_attacked(policy: Policy, logits: Tensor, attacked: Tensor | None) -> N
 
 
 def decide(evidence: Evidence, ranks: Ranks | None, state: Tensor | None) -> MinedPlan:
-    """The plan of a minibatch. With ranks this rank's share of the plan of all samples, collective.
+    """Returns the plan of a minibatch. With ranks, this rank's share of the plan of all samples; collective.
 
-    `state` [2] int64 is a random state: that of rank 0 becomes all ranks'.
+    `state` [2] int64 is a random state: all ranks get that of rank 0.
     """
     if ranks is not None:
         return _together(evidence, ranks, state)
@@ -172,7 +172,7 @@ def decide(evidence: Evidence, ranks: Ranks | None, state: Tensor | None) -> Min
 
 
 def _by_groups(evidence: Evidence) -> MinedPlan:
-    """The paper's rule (Eq. 6) for this process alone: one op."""
+    """Applies the paper's rule (Eq. 6) for this process alone: one op."""
     rule, signs, certainty = evidence.rule, evidence.of_logits, evidence.certainty
     every = [*evidence.earlier, *evidence.current]
     counted, wrong = torch.zeros(3, dtype=torch.int64, device=certainty.device), faults.counts_of(every)
@@ -193,7 +193,7 @@ def _by_groups(evidence: Evidence) -> MinedPlan:
 
 
 def _by_policy(evidence: Evidence) -> MinedPlan:
-    """What `ops.assign_steps` does for three groups, by a policy."""
+    """Plans by a policy, like `ops.assign_steps` for three groups."""
     signs = evidence.of_logits
     judged = _judged(evidence, evidence.certainty, signs.correct)
     steps, outside = evidence.rule.steps_of(judged)
@@ -203,7 +203,7 @@ def _by_policy(evidence: Evidence) -> MinedPlan:
 
 
 def _together(evidence: Evidence, ranks: Ranks, state: Tensor | None) -> MinedPlan:
-    """The rule or policy for the samples of all ranks."""
+    """Applies the rule or policy to the samples of all ranks."""
     signs, device = evidence.of_logits, evidence.certainty.device
     state = torch.zeros(2, dtype=torch.int64, device=device) if state is None else state
     # every rank knows the earlier faults already
@@ -226,7 +226,7 @@ def _together(evidence: Evidence, ranks: Ranks, state: Tensor | None) -> MinedPl
 
 
 def _judged(evidence: Evidence, certainty: Tensor, correct: Tensor, is_sample: Tensor | None = None) -> Judged:
-    """The groups by Eq. 6, or the oracle's."""
+    """Returns the values for a policy, with the groups by Eq. 6 or the oracle's."""
     rule, fraction = evidence.rule, evidence.fraction
     threshold = ops.robust_threshold(certainty, fraction, None if is_sample is None else is_sample.sum())
     if isinstance(rule.policy, Oracle) and evidence.attacked_correct is not None:
@@ -240,7 +240,7 @@ def _judged(evidence: Evidence, certainty: Tensor, correct: Tensor, is_sample: T
 def _planned(
     evidence: Evidence, judged: Judged, steps: Tensor, wrong: Tensor, every: Sequence[Fault], everyone: Together | None
 ) -> MinedPlan:
-    """The plan of all samples with these steps, of which `wrong` counts every fault; with ranks, this rank's share."""
+    """Returns the plan of all samples with these steps; `wrong` counts every fault; with ranks, this rank's share."""
     rule = evidence.rule
     group, own_steps, spread = judged.group, steps, []
     if everyone is not None:
@@ -264,13 +264,13 @@ def _planned(
 
 
 def _sizes_of(group: Tensor, is_sample: Tensor | None = None) -> Tensor:
-    """The numbers of samples in (outlier, boundary, robust): [3] int64."""
+    """Returns the numbers of samples in (outlier, boundary, robust): [3] int64."""
     members = group == torch.arange(3, device=group.device)[:, None]
     return (members if is_sample is None else members & is_sample).sum(dim=1)
 
 
 def _spread(steps: Tensor, is_sample: Tensor, ranks: int, most: int) -> Tensor:
-    """[N · (most + 1)] int64: how many samples of each rank have 0, 1, ... steps."""
+    """Returns [N · (most + 1)] int64: how many samples of each rank have 0, 1, ... steps."""
     spread = torch.zeros(ranks * (most + 1), dtype=torch.int64, device=steps.device)
     place = torch.arange(len(steps), device=steps.device) // max(len(steps) // ranks, 1)
     return spread.scatter_add_(0, place * (most + 1) + steps, is_sample.long())

@@ -1,4 +1,4 @@
-"""The names and keywords of the first version: they work for this one, and each warns with the line to write."""
+"""The names and keywords of the first version: they still work, and each warns with the line to write instead."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from bt_fast.warning import warn_deprecated
 
 
 def renamed(module: str, new_names: Mapping[str, str]) -> Callable[[str], object]:
-    """The `__getattr__` of a module with old names: `new_names` says where each is now."""
+    """Returns the `__getattr__` of a module with old names: `new_names` says where each is now."""
 
     def get(name: str) -> object:
         if name not in new_names:
@@ -21,11 +21,11 @@ def renamed(module: str, new_names: Mapping[str, str]) -> Callable[[str], object
 
 
 def check_keywords(function: str, given: Mapping[str, object], new_lines: Mapping[str, str], **names: str) -> None:
-    """Warn of each old keyword in a call of the function of that name. TypeError for a keyword that it never had.
+    """Warns of each old keyword in a call of the function of that name. TypeError for a keyword that it never had.
 
     Args:
-        given: the keywords beside the function's own.
-        new_lines: by old keyword, what to write; `{value}` stands for the keyword's value, others for `names`.
+        given: the keywords other than the function's own.
+        new_lines: by old keyword, what to write; `{value}` is replaced by the keyword's value, others by `names`.
     """
     for name, value in given.items():
         if name not in new_lines:

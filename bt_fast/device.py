@@ -1,4 +1,4 @@
-"""The one place where the host waits for the device, and the recognition of a full memory."""
+"""The only place where the host waits for the device, and the detection of full memory."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ class HostRead:
             self._arrived.record(torch.cuda.current_stream(values.device))
 
     def wait(self) -> list[int]:
-        """The values, as Python integers."""
+        """Waits and returns the values, as Python integers."""
         if self._arrived is not None:
             self._arrived.synchronize()
         return [int(v) for v in self._values.tolist()]
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether a memory is full, by the error's class or the words of torch, the driver, cuBLAS, cuDNN or the host."""
+    """Whether a memory is full, by the error's class or its text from torch, the driver, cuBLAS, cuDNN or the host."""
     words = ("out of memory", "ALLOC_FAILED", "can't allocate memory")
     full = (torch.OutOfMemoryError, MemoryError)
     return isinstance(error, full) or (isinstance(error, RuntimeError) and any(word in str(error) for word in words))
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for all of the device's work: for clocks, never in a training step."""
+    """Waits for all of the device's work: for timing only, never in a training step."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -1,4 +1,4 @@
-"""How an attack and an update are executed: in which precision, and by which of the faster ways."""
+"""Engines: how an attack and an update are executed, in which precision and with which optimisations."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ PRESETS_LINE = "write engine='exact', 'fast' or 'bf16', or an Engine of your own
 
 @dataclass(frozen=True)
 class Engine:
-    """The execution of attack and update. `Engine()` is the authors' own: in eager mode, on the model as it is.
+    """The way attack and update are executed. `Engine()` is the authors' way: in eager mode, on the model itself.
 
-    By name: "exact", "fast" (the same result up to rounding) and "bf16" ("fast" in 16 bits). TypeError for an option
-    that is no bool, ValueError for another precision, or for streams without graphs.
+    Names: "exact", "fast" (the same result up to rounding) and "bf16" ("fast" in 16 bits). Raises TypeError for an
+    option that is not a bool, and ValueError for another precision, or for streams without graphs.
 
     Attributes:
         precision: "bf16" runs the forwards and backwards of attack and update under `torch.autocast` with bfloat16,
-            with weights, losses and gradients in their own precision; None leaves them as they are.
+            with weights, losses and gradients in their own precision; None changes nothing.
         fold: the attack uses a folded view of the model, in which each batch norm is part of the layer before it.
         channels_last: 4-d images, and the view's weights, have the channel as the fastest index.
         graphs: attack steps, and the update with its backward, are replayed from CUDA graphs; on CUDA only.
-        streams: with graphs, groups of samples are attacked on CUDA streams beside each other, where that is measured
-            to be faster on the first minibatch; on CUDA only.
+        streams: with graphs, groups of samples are attacked concurrently on CUDA streams, if that is measured to be
+            faster on the first minibatch; on CUDA only.
         compile: `torch.compile` of the attack's view (takes tens of seconds once).
     """
 
@@ -46,7 +46,7 @@ class Engine:
 
     @classmethod
     def of(cls, engine: Engine | str) -> Engine:
-        """The engine of that name, or the engine itself; TypeError or ValueError where it is neither."""
+        """Returns the engine of this name, or the engine itself; TypeError or ValueError for anything else."""
         if isinstance(engine, Engine):
             return engine
         if not isinstance(engine, str):
@@ -57,7 +57,7 @@ class Engine:
 
     @classmethod
     def parse(cls, text: str) -> Engine:
-        """An engine from text: a name, then options, as in `fast,graphs=off`. ValueError where one is not known."""
+        """Returns an engine from text: a name, then options, as in `fast,graphs=off`. ValueError if one is unknown."""
         name, *options = text.split(",")
         engine, changes = cls.of(name), dict[str, Any]()
         for option in options:
@@ -68,7 +68,7 @@ class Engine:
                 )
             changes[switch] = value == "on"
             if option == "graphs=off":
-                changes.setdefault("streams", False)  # which need them
+                changes.setdefault("streams", False)  # streams need graphs
         return replace(engine, **changes)
 
     @property
@@ -77,7 +77,7 @@ class Engine:
         return next((name for name, preset in ENGINES.items() if preset == self), repr(self))
 
     def __repr__(self) -> str:
-        """The options that are not the default."""
+        """Returns the options that differ from the default."""
         options = [f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if getattr(self, f.name) != f.default]
         return f"Engine({', '.join(options)})"
 

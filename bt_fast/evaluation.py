@@ -1,4 +1,4 @@
-"""Clean accuracy, and accuracy under projected gradient descent with restarts."""
+"""Clean accuracy, and accuracy under PGD or APGD with restarts, and under AutoAttack's standard version."""
 
 from __future__ import annotations
 
@@ -10,23 +10,27 @@ import torch
 from torch import Tensor, nn
 
 from bt_fast import faults
-from bt_fast.attack.early_exit import STOOD, Attack, Samples, Verdicts, Waiting, WorkingBatch, target_of
+from bt_fast.accuracy import Accuracy, sound_logits
+from bt_fast.attack.apgd import APGD
+from bt_fast.attack.dlr import ranked_wrong
+from bt_fast.attack.early_exit import STOOD, Samples, Verdicts, Waiting, target_of
 from bt_fast.attack.folded import Frozen, attack_model
 from bt_fast.attack.forward import clean_logits
 from bt_fast.attack.generate import COMPARED
 from bt_fast.attack.graph_cache import view_of
-from bt_fast.attack.inner import SHORT, Inner, check_inner
+from bt_fast.attack.inner import Inner
 from bt_fast.attack.neighbours import warn_of_neighbours
-from bt_fast.attack.pgd import PGD, norm_of
+from bt_fast.attack.packed_apgd import PackedAPGD
+from bt_fast.attack.pgd import PGD
 from bt_fast.attack.pixels import Normalization, on_pixels
-from bt_fast.attack.statistics import check_statistics
 from bt_fast.attack.threat import ThreatModel
 from bt_fast.attack.wrapped import unwrapped
+from bt_fast.autoattack import OTHERS
+from bt_fast.course import OF_ATTACK, Course, course_of, run_others, standard_course
 from bt_fast.deprecated import check_keywords
 from bt_fast.engine import Engine
-from bt_fast.faults import Fault
 from bt_fast.units import warn_of_units
-from bt_fast.validation import check_floating, check_kind, check_labels, step_count
+from bt_fast.validation import check_choice, check_floating, check_kind, check_labels, step_count
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -43,44 +47,29 @@ class Deprecated(TypedDict, total=False):
     frozen: Frozen | None
 
 
-_OF_ATTACK = ("steps", "step_size", "normalization")
 NEW_LINES = {
-    **dict.fromkeys(_OF_ATTACK, "write evaluate(model, batches, PGD(epsilon, step_size, steps, ...))"),
+    **dict.fromkeys(OF_ATTACK, "write evaluate(model, batches, PGD(epsilon, step_size, steps, ...))"),
     "frozen": "write engine='fast'",
 }
 
 
-@dataclass(frozen=True)
-class Accuracy:
-    """Of the total number of samples, those classified correctly: clean_correct, and robust_correct under attack."""
-
-    clean_correct: int
-    robust_correct: int
-    total: int
-
-    @property
-    def clean(self) -> float:
-        """Clean accuracy in [0, 1]."""
-        return self.clean_correct / self.total
-
-    @property
-    def robust(self) -> float:
-        """Robust accuracy in [0, 1]."""
-        return self.robust_correct / self.total
-
-
 @dataclass(frozen=True, eq=False)
 class Evaluation(Accuracy):
-    """An accuracy, and when each sample was misclassified first, in the order of the stream.
+    """An accuracy, and when each sample was first misclassified, in the order of the stream.
 
     Attributes:
         restart: [total] int64 on the host: 0 for the clean image, r in 1..restarts for the r-th restart, `STOOD` (-1)
-            for a sample that stood them all.
-        step: [total] int64 on the host: the number of steps then, 0 at the random start or clean; `STOOD` likewise.
+            for a sample that stood them all. Of the standard version APGD-CE is 1, APGD-T towards the k-th likeliest
+            wrong class 1 + k, and FAB-T and Square together the number behind these.
+        step: [total] int64 on the host: the number of steps then, 0 at the start or clean, and for FAB-T and Square;
+            `STOOD` likewise.
+        attacks: the names of the attacks that ran, as AutoAttack calls them: "apgd-ce", "apgd-t", "fab-t", "square";
+            "pgd" and "apgd-margin" are ours.
     """
 
     restart: Tensor = field(repr=False)
     step: Tensor = field(repr=False)
+    attacks: tuple[str, ...] = ()
 
     @property
     def robust_samples(self) -> Tensor:
@@ -91,9 +80,10 @@ class Evaluation(Accuracy):
 def evaluate(
     model: nn.Module,
     batches: Iterable[tuple[Tensor, Tensor]],
-    attack: PGD | ThreatModel,
+    attack: PGD | APGD | ThreatModel,
     *,
     restarts: int = 1,
+    attacks: Literal["standard"] | None = None,
     loss: Inner | Literal["ce"] | None = None,
     generator: torch.Generator | None = None,
     engine: Engine | str = "exact",
@@ -101,61 +91,63 @@ def evaluate(
     first: int = 0,
     **deprecated: Unpack[Deprecated],
 ) -> Evaluation:
-    """Clean accuracy, and accuracy under PGD from each of `restarts` random starts.
+    """Clean accuracy, and accuracy under PGD or APGD from each of `restarts` starts, or under AutoAttack's attacks.
 
-    A sample is broken if the model misclassifies it clean, or at any iterate of any restart: the random start
-    (iterate 0) and the image after each of the N steps, projections included. A restart begins at a point drawn
-    uniformly from the ε-ball and clamped to the pixel bounds; a sample with an input gradient of exactly 0 stays.
+    A sample is broken if the model misclassifies it clean, or at any iterate of any restart: the start (iterate 0) and
+    the image after each of the N steps, projections included. PGD starts at a point drawn uniformly from the ε-ball and
+    clamped to the pixel bounds; in it a sample with an input gradient of exactly 0 stays.
 
-    The result of a sample is that of the plain loop which attacks all of them to the end. But a broken sample leaves at
-    once and another takes its place, so that the attack runs on full batches (of the first batch's size). At most two
-    batches are held at a time. Random starts depend on the generator's next number, the restart and the sample's number
-    in the stream, not on batch sizes or other samples.
+    A sample's result is that of the plain loop which attacks all of them to the end. But a broken sample leaves at once
+    and another takes its place: the attack runs on full batches (of the first one's size), and at most two are held.
+    Random starts depend on the generator's next number, the restart and the sample's number in the stream alone.
+
+    `attacks="standard"` is AutoAttack's standard version (Croce and Hein, 2020): APGD-CE, APGD-T towards the nine
+    likeliest wrong classes, 100 steps each, here; then FAB-T and Square by the `autoattack` package, on the samples
+    that still stand, which are kept on the host for it. A verdict can differ from that of the package run whole in what
+    is random (starts are of a counter; FAB-T's and Square's numbers depend on who stands) and by rounding. Without the
+    package a warning says so, and the result's `attacks` which parts ran: robust accuracy is then an upper bound.
 
     Args:
-        model: maps [n, ...] to logits [n, K]. It runs in eval mode and keeps its modes and gradients.
-        batches: pairs of images [n, ...], floating point in the attack's bounds, and labels [n], integers; all images
-            of one size, dtype and device.
-        attack: ε, step size, steps, norm, bounds and normalization; it starts uniformly in the ball. A `ThreatModel`,
-            as in the first version, is attacked by 20 steps of ε/10.
-        restarts: ≥ 1.
-        loss: what the attack ascends, an inner loss as `PGD` has them, by name or a function; "ce" is short for
-            "cross_entropy". None: the attack's own `inner`, or the cross-entropy.
+        model: maps [n, ...] to logits [n, K]; it runs in eval mode and keeps its modes and gradients.
+        batches: pairs of images [n, ...], floating point within bounds, all alike, and labels [n], integers.
+        attack: a `PGD` (every iterate is judged, whatever it keeps) or an `APGD`, from the ball or x; or the threat
+            model of `attacks`. A `ThreatModel` alone, as in the first version, is attacked by 20 steps of ε/10.
+        restarts: ≥ 1; 1 from x, but for targeted DLR, which goes to the next wrong class in each, round and round.
+        attacks: "standard", or None for the attack alone.
+        loss: what is ascended, an inner loss as `PGD` has them, or "ce"; None: the attack's own, or "cross_entropy".
         generator: on the images' device; one number is drawn from it, the seed of all random starts.
         engine: how the model is run, by name or as an `Engine`. A folded view judges, too: its logits are the model's
-            own up to rounding, so there is no "bf16". Graphs and streams are not used.
+            up to rounding, so there is no "bf16". Graphs and streams are not used; FAB-T and Square run the model.
         progress: called with the number of samples decided so far, whenever it grew.
         first: ≥ 0, the number of the stream's first sample, for an evaluation in parts: with its own `first` and a
             generator of the same state each gives the results of one evaluation.
         deprecated: keywords of the first version; each warns with the new line.
 
     Raises:
-        TypeError or ValueError: an argument, the model's logits or a batch does not fit (shapes, types, devices, pixels
-            out of bounds, labels out of range, NaN in logits or in an input gradient), or there are no samples.
+        TypeError or ValueError: an argument, the logits or a batch does not fit (shapes, types, devices, pixels out of
+            bounds, labels out of range, too few classes, NaN in logits or an input gradient), or there are no samples.
     """
     check_keywords("evaluate", deprecated, NEW_LINES)
     step_count("restarts", restarts, least=1)
     step_count("first", first)
-    given = _attack(attack, deprecated)
-    inner = _inner(given, loss)
+    check_choice("attacks", attacks, ("standard", None))
+    course = (standard_course if attacks == "standard" else course_of)(attack, restarts, loss, deprecated)
     verdicts = Verdicts(progress, first)
-    _judge(model, batches, given, _view(engine, deprecated), restarts, inner, generator, verdicts)
+    names = _judge(model, batches, course, _view(engine, deprecated), generator, verdicts)
     restart, step = verdicts.in_order()
     clean, robust = int((restart != 0).sum()), int((restart == STOOD).sum())
-    return Evaluation(clean, robust, verdicts.seen, restart, step)
+    return Evaluation(clean, robust, verdicts.seen, restart, step, names)
 
 
 def _judge(
     model: nn.Module,
     batches: Iterable[_Batch],
-    attack: PGD,
+    course: Course,
     frozen: Frozen | None,
-    restarts: int,
-    loss: Inner,
     generator: torch.Generator | None,
     verdicts: Verdicts,
-) -> None:
-    """Record the verdict of each sample."""
+) -> tuple[str, ...]:
+    """Record the verdict of each sample, and return the names of the attacks."""
     if not isinstance(batches, Iterable):
         raise TypeError(
             f"batches must be iterable, got {type(batches).__name__}: give a DataLoader, or [(x, y)] for one batch"
@@ -168,6 +160,7 @@ def _judge(
             "give a DataLoader with samples, not an iterator that has ended"
         )
     _check_batch(begun)
+    attack = course.attack
     threat, bounds = attack.threat, attack.bounds
     x, kind = begun[0].detach(), _kind(begun[0])
     warn_of_units(threat.epsilon, threat.norm, bounds, attack.step_size, x[0].numel())
@@ -177,48 +170,24 @@ def _judge(
         attack_model(model, frozen, pixels(x[:COMPARED].clone())) as view,
     ):
         warn_of_neighbours(unwrapped(model), pixels(x), threat, "compare evaluations with equal batches only")
+        classes = clean_logits(view, pixels(x[:2])).shape[1] if course.needs_classes else 2
+        course = course.of_classes(classes)
         seed = torch.randint(2**63 - 1, (), device=x.device, generator=generator)
-        at_work = Attack(threat, loss, attack.steps, attack.step_size, restarts, seed)
-        working = WorkingBatch(at_work, x, channels_last=frozen is not None and frozen.channels_last)
+        working = course.batch(seed, x, classes, channels_last=frozen is not None and frozen.channels_last)
         whole = _put_back([begun], stream)
+        like = x.new_empty(()).expand(x.shape)
         del begun, x  # a batch is held no longer than until its samples are copied
-        correct = map(lambda batch: _correct(view, batch, kind, pixels, at_work, verdicts), whole)
+        correct = map(lambda batch: _correct(view, batch, kind, pixels, course, verdicts, classes), whole)
         if threat.epsilon == 0:  # then every x' is x
             for samples in correct:
                 verdicts.record(samples.number, *[torch.full_like(samples.number, STOOD)] * 2)
-            return
+            return *course.names, *(OTHERS if course.standard else ())
         working.run(view, Waiting(correct), verdicts)
-
-
-def _attack(attack: PGD | ThreatModel, deprecated: Deprecated) -> PGD:
-    """The attack, also by the keywords of the first version."""
-    if isinstance(attack, ThreatModel):
-        steps = step_count("steps", deprecated.get("steps", 20), least=1)
-        size, normalization = deprecated.get("step_size"), deprecated.get("normalization")
-        size = 2.0 * attack.epsilon / steps if size is None else size
-        bounds = attack.lower, attack.upper
-        return PGD(attack.epsilon, size, steps, norm_of(attack.norm), bounds=bounds, normalization=normalization)
-    check_kind("attack", attack, PGD, "write PGD(epsilon=8 / 255, step_size=2 / 255, steps=20)")
-    changes: dict[str, Any] = {name: deprecated[name] for name in _OF_ATTACK if name in deprecated}  # type: ignore[literal-required]
-    if changes:
-        name = next(iter(changes))
-        raise ValueError(
-            f"{name} is an option of the attack where that is a PGD: write PGD(..., {name}={changes[name]!r})"
-        )
-    if attack.start in ("normal", "clean"):
-        raise ValueError(f"attack must start anywhere in the ball, got start={attack.start!r}: leave start out")
-    check_statistics(attack.statistics, "in an evaluation", "leave statistics out")
-    return attack
-
-
-def _inner(attack: PGD, loss: Inner | Literal["ce"] | None) -> Inner:
-    """What the attack ascends."""
-    named: Any = SHORT.get(loss, loss) if isinstance(loss, str) else loss
-    check_inner("loss", named)
-    if named is not None and attack.inner not in (None, named):
-        raise ValueError(f"the attack ascends {attack.inner!r}, but loss is {loss!r}: leave one of the two out")
-    inner: Inner = named or attack.inner or "cross_entropy"
-    return inner
+        if not (course.standard and isinstance(working, PackedAPGD)):
+            return course.names
+        names, broken = run_others(unwrapped(model), working.stood, like, threat, classes, int(seed))
+        verdicts.overrule(broken, len(course.inner) + 1)
+        return *course.names, *names
 
 
 def _view(engine: Engine | str, deprecated: Deprecated) -> Frozen | None:
@@ -230,19 +199,6 @@ def _view(engine: Engine | str, deprecated: Deprecated) -> Frozen | None:
             "write engine='fast'"
         )
     return frozen
-
-
-def classified_correctly(model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, name: str, *more: Fault) -> Tensor:
-    """Whether each image is classified as its label `y`: [n] bool. Raises `more`, and faults of labels and logits."""
-    return sound_logits(model, x, y, name, *more).argmax(dim=1) == y
-
-
-def sound_logits(model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, name: str, *more: Fault) -> Tensor:
-    """The model's logits [n, K] of images with labels `y`. Raises `more`, and faults of labels and logits."""
-    logits = clean_logits(model, x)
-    labels = faults.labels_outside(y, logits.shape[1], name)
-    faults.read([*more, labels, faults.rows_without_number(logits, "the model's logits")]).wait()
-    return logits
 
 
 def _check_batch(batch: _Batch) -> None:
@@ -262,7 +218,7 @@ def _check_batch(batch: _Batch) -> None:
 
 
 def _put_back(read: list[_Batch], stream: Iterator[_Batch]) -> Iterator[_Batch]:
-    """The batches of both; each is released when it is read (`itertools.chain` keeps them)."""
+    """Yields the batches of both; each is released when it is read (`itertools.chain` keeps them)."""
     while read:
         yield read.pop(0)
     yield from stream
@@ -277,23 +233,29 @@ def _correct(
     batch: _Batch,
     kind: str,
     pixels: Callable[[Tensor], Tensor],
-    attack: Attack,
+    course: Course,
     verdicts: Verdicts,
+    classes: int,
 ) -> Samples:
-    """The samples of a batch that are classified correctly; the others are recorded. Raises where a value is wrong."""
+    """The samples of a batch that are classified correctly, with what the course needs to know of them.
+
+    The others are recorded. Raises where a value is wrong.
+    """
     _check_batch(batch)
     x, y = batch
     if _kind(x) != kind:
         raise ValueError(
             f"the images must be alike in all batches, got {_kind(x)} after {kind}: resize them, or evaluate them apart"
         )
-    x, y, threat = pixels(x.detach()), y.long(), attack.threat
+    x, y, threat = pixels(x.detach()), y.long(), course.attack.threat
     outside = faults.pixels_outside(x, threat.lower, threat.upper, "the images")
     x = faults.onto_bounds(x, threat.lower, threat.upper)
     logits = sound_logits(model, x, y, "the labels", outside)
-    on_host, target = (logits.argmax(dim=1) == y).cpu(), target_of(attack.loss, logits)
+    on_host, target = (logits.argmax(dim=1) == y).cpu(), target_of(course.inner[0], logits)
     numbers = verdicts.number(len(y))
     wrong = numbers[~on_host]
     verdicts.record(wrong, torch.zeros_like(wrong), torch.zeros_like(wrong))
     rows = on_host.nonzero().flatten().to(x.device)
-    return Samples(x[rows], y[rows], numbers[on_host], None if target is None else target[rows])
+    goals = course.goals(classes)
+    ranked = ranked_wrong(logits[rows], y[rows], goals) if goals else None
+    return Samples(x[rows], y[rows], numbers[on_host], None if target is None else target[rows], ranked)

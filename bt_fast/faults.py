@@ -1,4 +1,4 @@
-"""Bad values that only the device can see: counted there, raised on the host with the read that happens anyway."""
+"""Bad values that only the device can see: counted there, raised on the host at the next read that happens anyway."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class NonFiniteError(ValueError):
     """NaN or Inf in logits, an input gradient, the loss or a parameter's gradient; the message says which.
 
     Attributes:
-        samples: their indices in the minibatch; empty where they are unknown (the loss and the parameters' gradients
-            are of all samples).
-        earlier: it happened in the minibatch before the one of the call that raises, as some are raised on a GPU.
+        samples: their indices in the minibatch; empty if they are unknown (the loss and the parameters' gradients come
+            from all samples).
+        earlier: whether it happened in the minibatch before that of the raising call, which is possible on a GPU.
     """
 
     def __init__(self, message: str, samples: Sequence[int] = (), *, earlier: bool = False) -> None:
@@ -34,15 +34,15 @@ class NonFiniteError(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class Fault:
-    """Something that may be wrong.
+    """A possible error and how often it occurred.
 
     Attributes:
-        count: 0-dim integer on the device, how often it is.
-        message: of the error; `{count}` in it stands for the number.
-        samples: gives the indices of the samples of a `NonFiniteError` (int64 [n], on the device); called only when the
-            fault is raised. Without it the fault is a plain ValueError.
-        earlier: as in `NonFiniteError`.
-        detail: gives the end of the message; called only then too: it may wait for the device.
+        count: 0-dim integer on the device, the number of occurrences.
+        message: the error's text, in which `{count}` is replaced by the number.
+        samples: returns the indices of the samples of a `NonFiniteError` (int64 [n], on the device); called only when
+            the fault is raised. Without it the fault is a plain ValueError.
+        earlier: see `NonFiniteError`.
+        detail: returns the end of the message; also called only then, since it may wait for the device.
     """
 
     count: Tensor
@@ -52,7 +52,7 @@ class Fault:
     detail: Callable[[], str] | None = None
 
     def error(self, count: int) -> ValueError:
-        """The error to raise where the host has read this count."""
+        """Returns the error to raise after the host has read this count."""
         message = self.message.format(count=count) + (self.detail() if self.detail else "")
         if self.samples is None:
             return ValueError(message)
@@ -61,7 +61,7 @@ class Fault:
 
 
 def listed(samples: Sequence[int], name: str = "samples") -> str:
-    """`: samples 3, 5`, at most the first few; empty where there are none."""
+    """Returns `: samples 3, 5`, at most the first few; empty without samples."""
     shown = ", ".join(map(str, samples[:MAX_LISTED])) + (", ..." if len(samples) > MAX_LISTED else "")
     return f": {name} {shown}" if shown else ""
 
@@ -70,9 +70,9 @@ def listed(samples: Sequence[int], name: str = "samples") -> str:
 
 
 def pixels_outside(x: Tensor, lower: float, upper: float, name: str) -> Fault:
-    """1 where `x` (any shape, floating point) has a value outside [lower, upper] by more than rounding, or NaN; else 0.
+    """Counts 1 if `x` (any shape, floating point) has NaN or values outside [lower, upper] beyond rounding, else 0.
 
-    `onto_bounds` corrects values that are outside by rounding alone.
+    `onto_bounds` corrects values that are outside only by rounding.
     """
     x, room = x.detach(), rounding_of_pixels(x.dtype, lower, upper)
     least, greatest = torch.aminmax(x)
@@ -82,20 +82,20 @@ def pixels_outside(x: Tensor, lower: float, upper: float, name: str) -> Fault:
 
 
 def rounding_of_pixels(dtype: torch.dtype, lower: float, upper: float) -> float:
-    """How far outside its bounds a pixel may be by rounding: 4 units in the last place of the larger bound.
+    """Returns how far a pixel may be out of bounds by rounding: 4 units in the last place of the larger bound.
 
-    In float64 it is as in float32, from which most images are converted.
+    For float64 it is that of float32, from which most images are converted.
     """
     return 4.0 * max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps) * max(abs(lower), abs(upper))
 
 
 def onto_bounds(x: Tensor, lower: float, upper: float) -> Tensor:
-    """A copy of `x` with each value in [lower, upper], after `pixels_outside`."""
+    """Returns a copy of `x` with each value in [lower, upper], after `pixels_outside`."""
     return x.clamp(lower, upper)
 
 
 def _of_pixels(x: Tensor, lower: float, upper: float) -> str:
-    """The end of the message about pixels. Waits for the device."""
+    """Returns the end of the message about pixels. Waits for the device."""
     for kind, count in (("NaN", int(x.isnan().sum())), ("infinite", int(x.isinf().sum()))):
         if count:
             return f"{count} of {x.numel()} pixels are {kind}: look for a division by 0 in what makes the images"
@@ -122,29 +122,29 @@ def labels_outside(labels: Tensor, classes: int, name: str) -> Fault:
 
 
 def rows_without_number(logits: Tensor, name: str, order: Tensor | None = None) -> Fault:
-    """The number of rows of `logits` [m, K] without a softmax. (-Inf beside a number is a class that is ruled out.)
+    """Counts the rows of `logits` [m, K] without a softmax. (-Inf next to a number is a class that is ruled out.)
 
-    `order` [m] int64 is which sample each row is of, here and below; its own place if None.
+    `order` [m] int64 is the sample of each row, here and below; None for the row's own place.
     """
     return marked_rows(~has_softmax(logits), name, order)
 
 
 def marked_rows(unfit: Tensor, name: str, order: Tensor | None = None) -> Fault:
-    """The number of rows marked in `unfit` (bool [m]), in one forward or several, as rows without a softmax."""
+    """Counts the rows marked in `unfit` (bool [m]), in one forward or several, as rows without a softmax."""
     return Fault(unfit.sum(), _without_number_message(len(unfit), name), lambda: marked(unfit, order))
 
 
 def gradients_without_direction(faulty: Tensor, order: Tensor | None = None) -> Fault:
-    """The number of samples marked in `faulty` [m] by an attack, as `generate` fills it.
+    """Counts the samples marked in `faulty` [m] by an attack, as `generate` fills it.
 
-    `order` [m] int64 is which sample of the minibatch each of these is; its own place if None.
+    `order` [m] int64 is the sample of the minibatch for each of these; None for its own place.
     """
     message = f"the model's input gradient must be finite, but held NaN for {{count}} of {len(faulty)} samples"
     return Fault(faulty.sum(), message + AGAINST_NAN, lambda: marked(faulty, order))
 
 
 def marked(unfit: Tensor, order: Tensor | None = None) -> Tensor:
-    """The places where `unfit` [m] is not 0, or the values of `order` [m] there, ascending. Waits for the device."""
+    """Returns the places where `unfit` [m] is not 0, or `order` [m] there, ascending. Waits for the device."""
     places = unfit.nonzero().flatten()
     return places if order is None else order[places.to(order.device)].unique()
 
@@ -166,7 +166,7 @@ def unfit_faults(
 def unreported(updates: Tensor, gradients: Tensor, faulty: Tensor, order: Tensor | None) -> list[Fault]:
     """The faults of earlier minibatches, from the counts of bad updates and of samples with NaN in their gradient.
 
-    `faulty` and `order` name the samples, as in `gradients_without_direction`.
+    `faulty` and `order` identify the samples, as in `gradients_without_direction`.
     """
     of_updates = "an earlier update met NaN logits or labels out of range: F_R was not moved by it"
     of_gradients = "the model's input gradient must be finite, but held NaN for {count} samples of earlier attacks"
@@ -200,24 +200,24 @@ def _no_samples() -> Tensor:
 
 
 def counts_of(faults: Sequence[Fault]) -> Tensor:
-    """Int64 [len(faults)], on the device. State changes are made conditional on it."""
+    """Returns int64 [len(faults)], on the device. State changes are made conditional on it."""
     return torch.stack([fault.count.long() for fault in faults])
 
 
 def read(faults: Sequence[Fault]) -> CheckedRead:
-    """A read of the faults' counts alone."""
+    """Starts a read of only the faults' counts."""
     return CheckedRead(counts_of(faults), faults)
 
 
 class CheckedRead:
-    """One read of `numbers` (int64 [n + f]): n values, and behind them how often each of f faults occurred."""
+    """One read of `numbers` (int64 [n + f]): n values, followed by the number of occurrences of each of f faults."""
 
     def __init__(self, numbers: Tensor, faults: Sequence[Fault]) -> None:
         self._faults = faults
         self._read = HostRead(numbers)
 
     def wait(self) -> list[int]:
-        """The values as Python integers; raises the error of the first fault that occurred."""
+        """Returns the values as Python integers; raises the error of the first fault that occurred."""
         numbers = self._read.wait()
         split = len(numbers) - len(self._faults)
         for count, fault in zip(numbers[split:], self._faults, strict=True):
@@ -227,7 +227,7 @@ class CheckedRead:
 
 
 class OfRanks(Sequence[Fault]):
-    """`own` faults as each of `count` ranks may have them, rank by rank, then those of all; made when one is raised.
+    """The `own` faults of each of `count` ranks, rank by rank, then those of all; each is made when it is raised.
 
     Every rank raises the same error, but only the rank of the minibatch can name the samples.
     """

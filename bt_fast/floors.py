@@ -1,6 +1,6 @@
-"""The minimum versions of the packages that this one needs, as in `pyproject.toml`, and the error for an older one.
+"""The minimum versions of required packages, as in `pyproject.toml`, and the error for older ones.
 
-Imported before anything else of the package, which then may rely on them.
+Imported first, so that the rest of the package may rely on them.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ FLOORS = {
 
 
 def numbers(version: str) -> list[int]:
-    """[2, 6, 0] of "2.6.0a0+git1234"; empty for a version that begins with no number."""
+    """Returns [2, 6, 0] for "2.6.0a0+git1234", and an empty list for a version that does not begin with a number."""
     return [int(part) for part in re.match(r"[\d.]*", version)[0].split(".") if part]  # type: ignore[index]
 
 
 def too_old(name: str, version: str) -> bool:
-    """Whether a version of the package is below its floor; one without numbers is not."""
+    """Whether a version of the package is below its minimum; a version without numbers is not."""
     return bool(numbers(version)) and numbers(version) < numbers(FLOORS[name])
 
 
 def upgrade(name: str) -> str:
-    """The command that installs a version which is new enough."""
+    """Returns the command that installs a new enough version."""
     return f"python -m pip install --upgrade '{name}>={FLOORS[name]}'"
 
 
 def require(name: str, version: str) -> None:
-    """Raise ImportError where this version of the package is too old."""
+    """Raises ImportError if this version of the package is too old."""
     if too_old(name, version):
         raise ImportError(f"bt_fast needs {name} >= {FLOORS[name]}, but {version} is installed: {upgrade(name)}")
 

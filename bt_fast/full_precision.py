@@ -1,4 +1,4 @@
-"""float32 computed as float32, for a comparison that the rounding of TF32 or bfloat16 would decide.
+"""Full float32 precision, for a comparison that rounding to TF32 or bfloat16 would change.
 
 With torch's defaults a GPU multiplies a convolution's float32 in TF32, which keeps 10 of their 23 bits.
 """
@@ -12,7 +12,7 @@ import torch
 
 _Setting = tuple[str, str]  # torch's names for a backend and an operation
 
-# Since torch 2.9. A backend's operation that has nothing of its own follows the backend, and that the generic setting.
+# Since torch 2.9. An operation of a backend without its own setting follows the backend, and that the generic one.
 _ABOVE: tuple[_Setting, ...] = (("generic", "all"), ("cuda", "all"), ("mkldnn", "all"))
 _MATMUL: tuple[_Setting, ...] = (("cuda", "matmul"), ("mkldnn", "matmul"))
 _OTHERS: tuple[_Setting, ...] = tuple((backend, op) for backend in ("cuda", "mkldnn") for op in ("conv", "rnn"))
@@ -20,11 +20,11 @@ _OTHERS: tuple[_Setting, ...] = tuple((backend, op) for backend in ("cuda", "mkl
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Convolutions and matrix products of float32 inside are computed in no fewer bits, whatever the caller allows.
+    """Computes float32 convolutions and matrix products inside with all bits, whatever the caller allows.
 
-    The caller's settings are restored, of torch's old API and of its new one. They are those of the process: what other
-    threads compute meanwhile is in full precision, too. Inside, torch since 2.9 refuses to read the old
-    `torch.backends.cudnn.allow_tf32` where that allows TF32.
+    The caller's settings of torch's old and new API are restored. They belong to the process: other threads meanwhile
+    compute in full precision, too. Inside, torch since 2.9 refuses to read the old `torch.backends.cudnn.allow_tf32` if
+    it allows TF32.
     """
     with _full_by_new_api() if _has_new_api() else _full_by_old_api():
         yield
@@ -32,7 +32,7 @@ def full_precision() -> Iterator[None]:
 
 def tf32_convolutions() -> bool:
     """Whether cuDNN may convolve float32 in TF32 now."""
-    if _has_new_api():  # which can be read where the old one refuses, too
+    if _has_new_api():  # readable even where the old one refuses
         return _get(("cuda", "conv")) == "tf32"
     return torch._C._get_cudnn_allow_tf32()
 
@@ -43,7 +43,7 @@ def _has_new_api() -> bool:
 
 @contextmanager
 def _full_by_old_api() -> Iterator[None]:
-    """All settings before torch 2.9. The one for matrix products is the CPU's, too."""
+    """Uses all settings before torch 2.9. The one for matrix products is also the CPU's."""
     cudnn, matmul = torch._C._get_cudnn_allow_tf32(), torch._C._get_float32_matmul_precision()
     try:
         torch._C._set_cudnn_allow_tf32(False)
@@ -56,7 +56,7 @@ def _full_by_old_api() -> Iterator[None]:
 
 @contextmanager
 def _full_by_new_api() -> Iterator[None]:
-    """The settings of torch since 2.9, and the old one for matrix products.
+    """Uses the settings of torch since 2.9, and the old one for matrix products.
 
     torch reports the effective values. cuDNN's default ("tf32" unless the backend has a value) cannot be set again, and
     setting the old `cudnn.allow_tf32` would lose it: only a setting that differs from its backend's is changed.
@@ -70,10 +70,10 @@ def _full_by_new_api() -> Iterator[None]:
 
     try:
         for setting in _ABOVE:
-            change(setting, "none")  # so that those below report their own values
+            change(setting, "none")  # so that the settings below report their own values
         for setting in _MATMUL:
             change(setting, "ieee")
-        matmul = torch._C._get_float32_matmul_precision()  # refused where the new settings differ
+        matmul = torch._C._get_float32_matmul_precision()  # refused if the new settings differ
         torch._C._set_float32_matmul_precision("highest")
         for setting in _ABOVE:
             _set(setting, "ieee")
@@ -83,7 +83,7 @@ def _full_by_new_api() -> Iterator[None]:
         yield
     finally:
         if matmul is not None:
-            torch._C._set_float32_matmul_precision(matmul)  # which changes the new settings of it
+            torch._C._set_float32_matmul_precision(matmul)  # this changes the new settings of it
         for setting, precision in own.items():
             _set(setting, precision)
 

@@ -1,4 +1,4 @@
-"""The optimizer's step, taken only where the loss and the gradients are finite: NaN is raised or skipped."""
+"""Takes the optimizer's step only if the loss and the gradients are finite: NaN is raised or skipped."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from bt_fast.mining import BulletTrain
 from bt_fast.validation import check_choice, check_floating, check_kind, check_process_group
 
 NON_FINITE = ("raise", "skip")
-MOST_IN_A_ROW = 100  # skipped minibatches; then it is no accident
+MOST_IN_A_ROW = 100  # consecutive skipped minibatches; more are no accident
 Indices = Tensor | Sequence[int] | None
 REASONS = ("the loss is NaN or infinite", "the gradients of the parameters hold NaN or Inf")
 
@@ -29,10 +29,10 @@ class Skipped:
 
     Attributes:
         minibatch: its number, from 0.
-        reason: what was wrong, as an error would say it.
-        indices: of its samples in the data set, if the guard has them; of the minibatch before, where the reason is of
-            that one (`NonFiniteError.earlier`).
-        samples: the places of the samples to blame in their minibatch; empty where they are unknown.
+        reason: the text of the error.
+        indices: its samples' indices in the data set, if the guard has them; those of the minibatch before if the
+            reason lies there (`NonFiniteError.earlier`).
+        samples: the places of the faulty samples in their minibatch; empty if they are unknown.
     """
 
     minibatch: int
@@ -42,7 +42,7 @@ class Skipped:
 
     @property
     def blamed(self) -> tuple[int, ...]:
-        """The indices of the samples to blame; all of the minibatch where they are unknown."""
+        """The indices of the faulty samples; all of the minibatch if they are unknown."""
         return tuple(self.indices[i] for i in self.samples if i < len(self.indices)) or self.indices
 
     def __str__(self) -> str:
@@ -50,7 +50,7 @@ class Skipped:
 
 
 class Guard:
-    """Takes an optimizer's steps, but not those of a minibatch with NaN or Inf in logits, gradients or loss.
+    """Takes an optimizer's steps, except those of minibatches with NaN or Inf in logits, gradients or loss.
 
     ```python
     guard = Guard(optimizer, model, bullet, non_finite="skip")
@@ -62,26 +62,25 @@ class Guard:
     guard.settle()
     ```
 
-    Of a faulty minibatch nothing stays: not its step, in the weights or in the optimizer's state, and not the changes
-    of the buffers of `modules` (batch norm's statistics, F_R and the counts of a `BulletTrain`), which are copied at
-    the start of each minibatch. Only the random stream has moved on. A `NonFiniteError` of an objective in the `with`
-    block is a fault of the minibatch too.
+    A faulty minibatch changes neither the weights and the optimizer's state nor the buffers of `modules` (batch norm's
+    statistics, F_R and the counts of a `BulletTrain`), which are copied at the start of each minibatch. Only the random
+    stream has advanced. A `NonFiniteError` of an objective in the `with` block is a fault of the minibatch too.
 
     An optimizer with `fused=True` (SGD, Adam, AdamW) skips a faulty step on the device itself. Then the host does not
-    wait: a fault is raised in the `step` after, or in `settle`. (But for the first step, in which fused SGD would
+    wait: a fault is raised in the next `step`, or in `settle`. (Except in the first step, in which fused SGD would
     begin with an undefined momentum.) Any other optimizer waits for the result in `step`. A fault that `bullet` reports
     one call late on a GPU (`NonFiniteError.earlier`) costs the minibatch of that call.
 
-    With a `GradScaler` call `scaler.step` in place of `step`: it skips faulty ones itself, and Inf in scaled gradients
-    is how it adjusts its scale. `minibatch` still handles the objectives' errors, and restores the buffers then.
+    With a `GradScaler` call `scaler.step` in place of `step`: it skips faulty steps itself, and uses Inf in scaled
+    gradients to adjust its scale. `minibatch` still handles the objectives' errors, and restores the buffers then.
 
     Args:
         optimizer: any with a `step()` without closure.
         modules: their buffers are restored, e.g. the model and its `BulletTrain`.
         non_finite: "raise", or "skip" and go on with the next minibatch.
-        process_group: of data parallel training: all ranks skip a minibatch in which one has a fault. Every rank calls
-            `step` in each, then; an objective's error must be raised on all ranks too (with a `BulletTrain` of the
-            same group it is).
+        process_group: the group of data parallel training: all ranks skip a minibatch in which one has a fault. Every
+            rank must then call `step` in each minibatch, and an objective's error must be raised on all ranks (with a
+            `BulletTrain` of the same group it is).
 
     Attributes:
         skipped: the minibatches skipped so far; complete after `settle`.
@@ -112,16 +111,16 @@ class Guard:
         self._in_a_row = 0
         self._indices: Indices = None
         self._indices_before: Indices = None
-        self._kept: list[tuple[nn.Module, str, Tensor]] | None = None  # buffers; None outside of a minibatch
+        self._kept: list[tuple[nn.Module, str, Tensor]] | None = None  # buffers; None outside a minibatch
         self._has_stepped = False
         self._unread: tuple[HostRead, int, Indices] | None = None
         self._raised: NonFiniteError | None = None
 
     @contextmanager
     def minibatch(self, indices: Indices = None) -> Iterator[None]:
-        """The forwards, the backward and the step of one minibatch; indices [m] in the data set are for reports alone.
+        """A context for forwards, backward and step of a minibatch; indices [m] in the data set are only for reports.
 
-        A `NonFiniteError` of an objective is raised again, or skipped; the buffers are restored before.
+        A `NonFiniteError` of an objective is raised again, or skipped, after the buffers are restored.
         """
         self._indices_before, self._indices = self._indices, indices
         self._finish()
@@ -134,9 +133,9 @@ class Guard:
             yield
         except NonFiniteError as error:
             self._restore()
-            if error is self._raised:  # by `step`
+            if error is self._raised:  # raised by `step`
                 raise
-            self.settle()  # the earlier fault is raised first
+            self.settle()  # raises the earlier fault first
             faulty = self._indices_before if error.earlier else indices
             self._skip(self._minibatches, str(error), faulty, error)
         finally:
@@ -145,10 +144,10 @@ class Guard:
 
     @torch.no_grad()
     def step(self, loss: Tensor) -> None:
-        """`optimizer.step()`, unless the loss, one floating-point number, or a gradient is NaN or infinite.
+        """Calls `optimizer.step()`, unless the loss, one floating-point number, or a gradient is NaN or infinite.
 
-        With non_finite="raise" a NonFiniteError then, for this minibatch or, from a fused optimizer on a GPU, for the
-        one before. RuntimeError outside of `minibatch`, TypeError or ValueError for another kind of loss.
+        With non_finite="raise" it then raises NonFiniteError, for this minibatch or, with a fused optimizer on a GPU,
+        for the one before. RuntimeError outside `minibatch`, TypeError or ValueError for another kind of loss.
         """
         if self._kept is None:
             raise RuntimeError(
@@ -175,25 +174,25 @@ class Guard:
         self._conclude(results, self._minibatches, self._indices)
 
     def settle(self) -> None:
-        """Wait for the result of the last step: before a checkpoint, an evaluation or the end.
+        """Waits for the result of the last step: call it before a checkpoint, an evaluation or the end.
 
-        NonFiniteError where it was faulty and faults are raised; the weights are those before it.
+        NonFiniteError if the step was faulty and faults are raised; the weights are those before it.
         """
         if self._unread is not None:
             (read, number, indices), self._unread = self._unread, None
             self._conclude(read.wait(), number, indices)
 
     def state_dict(self) -> dict[str, Any]:
-        """The number of minibatches, and how many of the last were skipped; settles first."""
+        """Returns the number of minibatches, and how many of the last were skipped; settles first."""
         self.settle()
         return {"minibatches": self._minibatches, "in_a_row": self._in_a_row}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from the state of `state_dict`; `skipped` is not part of it."""
+        """Loads a state of `state_dict`; `skipped` is not part of it."""
         self._minibatches, self._in_a_row = int(state["minibatches"]), int(state["in_a_row"])
 
     def _faulty(self, loss: Tensor) -> Tensor:
-        """Whether the loss and whether a gradient is not finite, on any rank: bool [2], on the loss's device."""
+        """Returns whether the loss and whether a gradient is not finite, on any rank: bool [2] on the loss's device."""
         gradients = [p.grad for group in self._optimizer.param_groups for p in group["params"] if p.grad is not None]
         gradients = [gradient for gradient in gradients if gradient.numel()]  # the maximum of nothing is an error
         largest = get_total_norm(gradients, torch.inf).to(loss.device) if gradients else torch.zeros_like(loss)
@@ -205,7 +204,7 @@ class Guard:
         return of_ranks > 0
 
     def _step_on_device(self, faulty: Tensor) -> None:
-        """A step that the optimizer skips if it is faulty, by the protocol of `GradScaler`."""
+        """Takes a step that the optimizer skips if it is faulty, by the protocol of `GradScaler`."""
         optimizer: Any = self._optimizer
         optimizer.grad_scale, optimizer.found_inf = None, faulty.float()
         try:
@@ -224,7 +223,7 @@ class Guard:
             self._in_a_row = 0
 
     def _skip(self, number: int, reason: str, indices: Indices, cause: NonFiniteError | None = None) -> None:
-        """Note a skipped minibatch, or raise."""
+        """Records a skipped minibatch, or raises."""
         in_data = indices.tolist() if isinstance(indices, Tensor) else indices or ()
         skipped = Skipped(number, reason, tuple(in_data), cause.samples if cause else ())
         message = f"{skipped}; lower the learning rate, or write non_finite='skip'"
@@ -246,7 +245,7 @@ class Guard:
             yield from top.modules()
 
     def _finish(self) -> None:
-        """Let mining move by a pending sum of its ranks now: then the copies and the restored state are complete."""
+        """Applies the mining's pending sum over ranks now: then the copies and the restored state are complete."""
         for module in self._submodules():
             if isinstance(module, BulletTrain):
                 module.finish()
@@ -256,5 +255,5 @@ class Guard:
         self._finish()
         for module, name, kept in self._kept or ():
             buffer = getattr(module, name)
-            same = buffer is not None and buffer.shape == kept.shape  # some modules put a new tensor in its place
+            same = buffer is not None and buffer.shape == kept.shape  # some modules replace the tensor
             setattr(module, name, buffer.copy_(kept) if same else kept)

@@ -22,9 +22,13 @@ def class_of(labels: Tensor) -> Tensor:
     The first of equal parts counts. A row that is no distribution has -1, which is no class: a fault wherever labels
     are checked. Never waits for the device.
     """
-    if not is_soft(labels):
-        return labels.long()
-    return labels.argmax(dim=1).masked_fill_(~_are_distributions(labels), -1)
+    classes = largest_part(labels)
+    return classes.masked_fill_(~_are_distributions(labels), -1) if is_soft(labels) else classes
+
+
+def largest_part(labels: Tensor) -> Tensor:
+    """As `class_of`, of labels that have been checked and may have been widened since, which their sums show."""
+    return labels.argmax(dim=1) if is_soft(labels) else labels.long()
 
 
 def target_of(labels: Tensor, like: Tensor) -> Tensor:

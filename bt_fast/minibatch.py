@@ -34,7 +34,7 @@ class LastMinibatch:
         torch.clear_autocast_cache()  # of the caller's autocast: it holds casts of the weights of the first pass
 
     def reused(self) -> object:
-        """The kept results; RuntimeError where there are none."""
+        """Returns the kept results; RuntimeError if there are none."""
         if self.kept is None:
             raise RuntimeError(
                 "again(reuse=True) takes the x' that a loss of bt_fast has made, but the last minibatch had none: "

@@ -1,4 +1,4 @@
-"""Boundary-example mining: which samples get how many attack steps (paper, section 3.2). All its state is here."""
+"""Boundary-example mining, with its state: it decides which samples get how many attack steps (paper, section 3.2)."""
 
 from __future__ import annotations
 
@@ -29,40 +29,40 @@ class BulletTrain(nn.Module):
     """The compute allocation of BulletTrain (Eq. 5, Eq. 6, Algorithm 2) and its moving state.
 
     A module without parameters: its state is in buffers, which move, save and load with everything else. `plan` begins
-    a minibatch and `observe` ends it: only then has the state moved. A sample of n steps has the step size 1.7·ε/n, but
-    a boundary sample the plan's `step_size`; a policy other than three groups gives that to samples of N_B steps.
+    a minibatch and `observe` ends it: only then does the state move. A sample with n steps has the step size 1.7·ε/n,
+    but a boundary sample (with another policy than three groups: one with N_B steps) the plan's `step_size`.
 
     Args:
         boundary_steps: N_B, robust_steps: N_R, outlier_steps: N_O; each at least 0.
-        gamma: γ in (0, 1], scales the measured robust accuracy. momentum: p in [0, 1), of the moving average.
-        metric: how sure the model is of a sample, in place of SVar in Eq. 6: a name in `allocation.METRICS`, or a
-            function of (logits [m, K] in float32 or float64, labels [m] int64) that returns [m] floating point: the
-            surer, the greater, at least 0 where correct and less where misclassified. Outliers are decided by the
-            logits, not by this sign. NaN of sound logits is an error, ±Inf the largest float32.
-        policy: how many steps a sample takes: a name in `allocation.POLICIES`, or a function of `allocation.Judged`
+        gamma: γ in (0, 1], scales the measured robust accuracy. momentum: p in [0, 1) of the moving average.
+        metric: the certainty of the model about a sample, in place of SVar in Eq. 6: a name in `allocation.METRICS`, or
+            a function of (logits [m, K] in float32 or float64, labels [m] int64) that returns [m] floating point:
+            greater for more certainty, at least 0 if correct and below 0 if misclassified. Outliers are decided by the
+            logits, not by this sign. NaN from valid logits is an error, ±Inf counts as the largest float32.
+        policy: the number of steps of a sample: a name in `allocation.POLICIES`, or a function of `allocation.Judged`
             that returns [m] integers in 0..max(N_B, N_R, N_O).
-        process_group: of data parallel training. F_R, the percentile of Eq. 6 and the counts are then of all ranks'
-            minibatches together, as of one process. A policy judges all of them, rank by rank; rows that pad smaller
-            minibatches are outliers of certainty NaN. A fault of one rank is raised on all. Random starts are of rank
-            0's generator, by a sample's place among all ranks'. Every rank must call the same methods in the same
-            order, and no minibatch may be larger than the largest of the group's first.
+        process_group: the group of data parallel training. F_R, the percentile of Eq. 6 and the counts then cover all
+            ranks' minibatches together, like in one process. A policy gets all of them, rank by rank; rows that pad
+            smaller minibatches are outliers with certainty NaN. A fault of one rank is raised on all. Random starts
+            come from rank 0's generator, by a sample's place among all ranks' samples. Every rank must call the same
+            methods in the same order, and no minibatch may be larger than the largest of the group's first ones.
         unperturbed: whether samples with 0 steps, for which x' is x, take part in the update's adversarial forward.
             "keep": yes; with batch norm in train mode their robust term is then small, not 0. "skip": no, their z' is
-            their z (a single moving sample takes one along for batch norm's sake). None is "skip" where N_R = N_O = 0,
-            and "keep" elsewhere (Algorithm 2 and section 3.2 of the paper differ here).
-        balance: a `Balance`, by which ranks of the process group with many boundary samples hand some to those with
-            few, where that is faster.
+            their z (a single moving sample is joined by one of them for batch norm's sake). None is "skip" if both
+            N_R and N_O are 0, else "keep" (Algorithm 2 and section 3.2 of the paper differ here).
+        balance: a `Balance`, with which ranks of the process group with many boundary samples hand some to those with
+            few, if that is faster.
 
     Attributes:
         robust_fraction: 0-dim float64 buffer, F_R; starts at 0.
         group_counts: [3] int64 buffer, samples so far in (outlier, boundary, robust), of observed minibatches.
-        steps_assigned: 0-dim int64 buffer, attack steps so far, likewise; None with three groups, where `group_counts`
-            give them. A loaded state without it takes it from those too.
+        steps_assigned: 0-dim int64 buffer, attack steps so far of observed minibatches; None with three groups, where
+            `group_counts` gives them. A loaded state without it also takes it from those.
         unreported_faults, unreported_gradients: 0-dim int64 buffers, minibatches with NaN logits in `observe`, and
             samples with NaN in an attack's input gradient, since the last read; raised by the next.
 
     Raises:
-        TypeError: an argument is of another kind. ValueError: out of range, unknown, or an Oracle in a process group.
+        TypeError: an argument has a wrong type. ValueError: out of range, unknown, or an Oracle in a process group.
     """
 
     robust_fraction: Tensor
@@ -105,8 +105,8 @@ class BulletTrain(nn.Module):
             )
         self.unperturbed, self.balance = unperturbed, balance
         self._last = LastMinibatch()
-        self._reuse: bool | None = None  # the argument of `again`, in its block
-        # the sum over the ranks by which F_R is about to move, and whether it moves
+        self._reuse: bool | None = None  # the argument of `again`, inside its block
+        # the pending sum over the ranks that moves F_R, and whether it moves
         self._moving: tuple[Callable[[], Tensor], bool] | None = None
         self._last_attack: tuple[Tensor, Tensor | None] = torch.empty(0, device="cpu"), None  # faulty, order
         self.register_buffer("robust_fraction", torch.zeros((), dtype=torch.float64))
@@ -118,7 +118,7 @@ class BulletTrain(nn.Module):
 
     @property
     def process_group(self) -> dist.ProcessGroup | None:
-        """The group of ranks that mine together; may be set later, where it does not exist yet at construction."""
+        """The group of ranks that mine together; may be set later if it does not exist yet at construction."""
         return None if self.ranks is None else self.ranks.group
 
     @process_group.setter
@@ -132,7 +132,7 @@ class BulletTrain(nn.Module):
         self.ranks = None if group is None else Ranks(group)
 
     def extra_repr(self) -> str:
-        """The configuration, as it would be written."""
+        """Returns the configuration, as it would be written."""
         rules = ""
         if self.metric is not allocation.signed_variance:
             rules += f", metric={allocation.name_of(self.metric, METRICS)}"
@@ -155,7 +155,7 @@ class BulletTrain(nn.Module):
         super()._save_to_state_dict(*args)
 
     def _apply(self, fn: Any, recurse: bool = True) -> BulletTrain:
-        """Follow the moves of the module that holds this one, not its casts: in 16 bits F_R would stand still."""
+        """Follows the moves of the module that holds this one, but not its casts: in 16 bits F_R would stop moving."""
         self.finish()
         exact = self.robust_fraction
         self._last = LastMinibatch()
@@ -165,7 +165,7 @@ class BulletTrain(nn.Module):
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Load a state that was saved before there were policies, or with that of three groups."""
+        """Loads a state that was saved before there were policies, or with three groups."""
         self.finish()
         self._last = LastMinibatch()
         name, counts = f"{prefix}steps_assigned", state_dict.get(f"{prefix}group_counts", ())
@@ -175,17 +175,17 @@ class BulletTrain(nn.Module):
 
     @contextmanager
     def again(self, *, reuse: bool = True) -> Iterator[None]:
-        """A further pass over the last minibatch: in the block a loss moves neither F_R nor any count.
+        """Makes a further pass over the last minibatch: in the block a loss moves neither F_R nor any count.
 
         For optimizers that evaluate one minibatch's loss at several weights, such as sharpness-aware ones:
         `with bullet.again(): criterion(model, x, y).backward()`. The last minibatch is that of the last call outside
         of such a block; with micro-batches go over each again before the next. Its tensors stay on the device until
-        then. RuntimeError where there is none yet, it ended with an error, or the module was moved or loaded since.
+        then. RuntimeError if there is none yet, it ended with an error, or the module was moved or loaded since.
 
         Args:
-            reuse: whether the losses in the block take the x' of the first pass (of `augmix_loss`: its views) and run
-                only the update's forwards. False: the samples are judged at the present weights, by F_R as it was for
-                the first pass, and attacked anew.
+            reuse: whether the losses in the block reuse the x' of the first pass (in `augmix_loss`: its views) and run
+                only the update's forwards. False: the samples are grouped by the current weights and the first pass's
+                F_R, and attacked again.
         """
         self._last.begin_again(reuse)
         outer, self._reuse = self._reuse, reuse
@@ -200,14 +200,14 @@ class BulletTrain(nn.Module):
         return self._reuse is None
 
     def keep(self, made: object) -> None:
-        """Keep what an objective has made, for `reused`, until the next minibatch begins; not in a further pass."""
+        """Keeps what an objective has made, for `reused`, until the next minibatch begins; not in a further pass."""
         if self._counts_now:
             self._last.kept = made
 
     def reused(self) -> object:
-        """The kept value, where a further pass reuses it; None where x' is to be made.
+        """Returns the kept value if a further pass reuses it; None if x' must be made.
 
-        An objective calls it first: outside of `again` a new minibatch begins. RuntimeError if nothing was kept.
+        An objective calls it first: outside `again` a new minibatch begins. RuntimeError if nothing was kept.
         """
         if self._counts_now:
             self._last = LastMinibatch()
@@ -233,10 +233,10 @@ class BulletTrain(nn.Module):
         step_size: float | None = None,
         attacked_logits: Tensor | None = None,
     ) -> MinedPlan:
-        """Begin a minibatch: sort it into groups by its clean logits (Eq. 6) and give each sample its steps.
+        """Begins a minibatch: sorts it into groups by its clean logits (Eq. 6) and gives each sample its steps.
 
-        TypeError or ValueError where a type, shape, device or value does not fit, of the metric's or policy's results
-        too; the module is then unchanged.
+        TypeError or ValueError if a type, shape, device or value does not fit, also in the metric's or policy's
+        results; the module is then unchanged.
 
         Args:
             logits: [m, K] floating point, K ≥ 2, of the clean samples in the attack's (eval) mode. m may be 0.
@@ -262,11 +262,11 @@ class BulletTrain(nn.Module):
         of_attack: Sequence[Fault] = (),
         state: Tensor | None = None,
     ) -> MinedPlan:
-        """`plan` without waiting for its counts: faults are raised by the first use of a count.
+        """Runs `plan` without waiting for its counts: faults are raised by the first use of a count.
 
         Args:
             logits, labels, epsilon, step_size, attacked_logits: as for `plan`. names: of the first two in messages.
-            inputs: further faults to be raised with the counts. of_attack: those of the oracle's attack, raised last.
+            inputs: further faults to raise with the counts. of_attack: those of the oracle's attack, raised last.
             state: [2] int64, a random state: the ranks of the process group take rank 0's.
         """
         soft, (logits, labels) = is_soft(labels), self._checked(logits, labels)
@@ -287,7 +287,7 @@ class BulletTrain(nn.Module):
         self._last.planned = plan
         return plan
 
-    def _deciding_fraction(self) -> Tensor:  # in a further pass that of the first
+    def _deciding_fraction(self) -> Tensor:  # in a further pass the first pass's F_R
         return self.robust_fraction if (before := self._last.fraction_before) is None else before
 
     def _earlier_faults(self) -> list[Fault]:
@@ -298,7 +298,7 @@ class BulletTrain(nn.Module):
         self.unreported_gradients.zero_()
 
     def attacked(self, faulty: Tensor, order: Tensor) -> None:
-        """Keep faulty and order, as for `observe`, of a script's own attack on the planned minibatch."""
+        """Keeps faulty and order, as for `observe`, from a script's own attack on the planned minibatch."""
         if self._counts_now:
             self._last.attacked = faulty, order
 
@@ -310,12 +310,12 @@ class BulletTrain(nn.Module):
     def observe(
         self, adversarial_logits: Tensor, labels: Tensor, *, order: Tensor | None = None, faulty: Tensor | None = None
     ) -> None:
-        """End a minibatch: F_R moves by the share of adversarial samples classified correctly (Eq. 5), its plan counts.
+        """Ends a minibatch: F_R moves by the share of correct adversarial samples (Eq. 5), and its plan counts.
 
-        Logits with NaN leave F_R unchanged. On the CPU they raise at once; on a GPU, where that would mean to wait for
-        the device, and in a process group, they raise with the next plan's read. With ranks F_R moves in `finish` or
-        the next plan, so that their sum is formed during the backward. In a block of `again` F_R and the counts stay.
-        TypeError or ValueError where a type, shape, device or value does not fit; the module is then unchanged.
+        Logits with NaN leave F_R unchanged. On the CPU they raise at once; on a GPU, where that would wait for the
+        device, and in a process group, they raise with the next plan's read. With ranks F_R moves in `finish` or the
+        next plan, so that their sum is formed during the backward. In a block of `again` F_R and the counts do not
+        change. TypeError or ValueError if a type, shape, device or value does not fit; the module is then unchanged.
 
         Args:
             adversarial_logits: [m, K] floating point, m ≥ 1, of all m adversarial samples.
@@ -355,7 +355,7 @@ class BulletTrain(nn.Module):
         self._moving = ranks.start_sum(torch.stack(numbers)), self._counts_now
 
     def _begin_move(self) -> None:
-        """Note F_R as it was for the minibatch that ends now, and count its plan."""
+        """Records F_R for the minibatch that ends now, and counts its plan."""
         planned, self._last.planned = self._last.planned, None
         if self._counts_now:
             self._last.fraction_before = self.robust_fraction.clone()
@@ -368,9 +368,9 @@ class BulletTrain(nn.Module):
             self.steps_assigned += plan.counted_steps
 
     def finish(self) -> None:
-        """Let F_R move by the sum over ranks that `observe` started, before you read `robust_fraction`.
+        """Applies the sum over ranks that `observe` started to F_R; call it before you read `robust_fraction`.
 
-        The next plan, a copy and a saved state do so by themselves. Without a process group F_R has moved already.
+        The next plan, copying and saving do so by themselves. Without a process group F_R has already moved.
         """
         moving, self._moving = self._moving, None
         if moving is not None:
@@ -382,7 +382,7 @@ class BulletTrain(nn.Module):
             self.unreported_gradients += gradients
 
     def assign(self, *args: Any, **options: Any) -> MinedPlan:
-        """Deprecated: `plan`, of the same args and options, but the minibatch counts at once, not when it ends."""
+        """Deprecated: `plan`, with the same args and options, but the minibatch counts at once, not when it ends."""
         warn_deprecated("BulletTrain.assign", "write bullet.plan(...), which counts when bullet.observe ends it")
         plan = self.plan(*args, **options)
         if self._counts_now:
@@ -391,19 +391,19 @@ class BulletTrain(nn.Module):
         return plan
 
     def update(self, adversarial_logits: Tensor, labels: Tensor, *, order: Tensor | None = None) -> None:
-        """Deprecated: `observe`, of the same adversarial_logits, labels and order."""
+        """Deprecated: `observe`, with the same adversarial_logits, labels and order."""
         warn_deprecated("BulletTrain.update", "write bullet.observe(adversarial_logits, labels)")
         self.observe(adversarial_logits, labels, order=order)
 
     @property
     def fractions(self) -> Fractions:
-        """The measured F_B, F_R and F_O over all observed samples since the start or `reset_fractions`."""
+        """Returns the measured F_B, F_R and F_O over all observed samples since the start or `reset_fractions`."""
         outlier, boundary, robust = self.group_counts.tolist()
         total = max(outlier + boundary + robust, 1)
         return Fractions(boundary=boundary / total, robust=robust / total, outlier=outlier / total)
 
     def reset_fractions(self) -> None:
-        """Start the measured fractions and `mean_steps` anew; F_R, which steers the assignment, stays."""
+        """Restarts the measured fractions and `mean_steps`; F_R, which controls the assignment, stays."""
         self.group_counts.zero_()
         if self.steps_assigned is not None:
             self.steps_assigned.zero_()
@@ -424,7 +424,7 @@ class BulletTrain(nn.Module):
         return (baseline + 1) / (self.mean_steps + 1)
 
     def theoretical_speedup_augmix(self) -> float:
-        """`3 / (1 + 2·F)` of `augmix_loss`, with F = F_B, or `mean_steps` (at N_B = 1) by a policy; at first NaN."""
+        """`3 / (1 + 2·F)` for `augmix_loss`, with F = F_B, or `mean_steps` (at N_B = 1) with a policy; NaN at first."""
         if not self.group_counts.any():
             return math.nan
         share = self.fractions.boundary if self.steps_assigned is None else self.mean_steps
@@ -445,5 +445,5 @@ class BulletTrain(nn.Module):
         return logits.detach(), class_of(labels)
 
 
-if not TYPE_CHECKING:  # a checker is to know the new names only
+if not TYPE_CHECKING:  # a type checker should know only the new names
     __getattr__ = renamed(__name__, {"Assignment": "bt_fast.MinedPlan", "STEP_FACTOR": "bt_fast.deciding.STEP_FACTOR"})

@@ -1,4 +1,4 @@
-"""The plan of an attack: how many steps each sample of a minibatch takes, of which size, and in which order."""
+"""The plan of an attack: the number, size and order of each sample's steps in a minibatch."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from bt_fast.warning import warn_deprecated
 
 
 class Counts(Protocol):
-    """Numbers for the host, perhaps still on their way from the device."""
+    """Numbers for the host, perhaps still being copied from the device."""
 
     def wait(self) -> list[int]:
-        """The numbers, once they have arrived."""
+        """Waits for the numbers and returns them."""
 
 
 @dataclass(frozen=True)
 class Known:
-    """Numbers that the host has."""
+    """Numbers already on the host."""
 
     numbers: tuple[int, ...]
 
     def wait(self) -> list[int]:
-        """The numbers."""
+        """Returns the numbers."""
         return list(self.numbers)
 
 
@@ -39,9 +39,9 @@ class Plan:
 
     Attributes:
         steps: [m] int64.
-        step_size: [m] floating point, α in pixel units; without meaning where `steps` is 0.
+        step_size: [m] floating point, α in pixel units; unused if `steps` is 0.
         order: [m] int64, the stable order by descending steps, in which the attack works: its row i is sample
-            `order[i]`. None where the batch has this order already.
+            `order[i]`. None if the batch already has this order.
         counts: the numbers behind `active_counts`.
         most_steps: no sample has more.
     """
@@ -54,12 +54,12 @@ class Plan:
 
     @property
     def active_counts(self) -> tuple[int, ...]:
-        """For each step t, how many samples have more than t steps: step t works on `order[:active_counts[t]]`."""
+        """The number of samples with more than t steps, for each step t: step t works on `order[:active_counts[t]]`."""
         return tuple(self.counts.wait()[: self.most_steps])
 
     @classmethod
     def uniform(cls, m: int, steps: int, step_size: float, device: torch.device) -> Plan:
-        """Each of m samples takes the same steps of the same size α = step_size; nothing is reordered.
+        """Returns a plan with the same steps of the same size α = step_size for each of m samples, without reordering.
 
         The tensors are on the device. TypeError or ValueError unless m and steps are integers of at least 0 and
         step_size is a finite number above 0.
@@ -71,7 +71,7 @@ class Plan:
 
     @classmethod
     def from_steps(cls, steps: Tensor, step_size: Tensor) -> Plan:
-        """A plan of your own: steps [m] integers ≥ 0, step_size [m] floating point > 0 in pixel units.
+        """Returns a custom plan: steps [m] integers ≥ 0, step_size [m] floating point > 0 in pixel units.
 
         It waits for the device once. TypeError or ValueError unless types, shapes, devices and values fit.
         """
@@ -92,22 +92,22 @@ class Plan:
 
     @classmethod
     def from_assignment(cls, assignment: Plan) -> Plan:
-        """Deprecated: an assignment of BulletTrain is a plan already, and comes back."""
+        """Deprecated: returns the assignment, since an assignment of BulletTrain is already a plan."""
         warn_deprecated("Schedule.from_assignment", "give generate what bullet.plan returns")
         return assignment
 
     def sort(self, values: Tensor) -> Tensor:
-        """`values` [m, ...] in the order in which the attack works."""
+        """Returns `values` [m, ...] in the attack's order."""
         return values if self.order is None else values[self.order]
 
     def unsort(self, values: Tensor) -> Tensor:
-        """`values` [m, ...] of the order in which the attack works, in the batch's own order."""
+        """Returns `values` [m, ...], given in the attack's order, in the batch's own order."""
         return values if self.order is None else torch.empty_like(values).index_copy_(0, self.order, values)
 
 
 @dataclass(frozen=True, eq=False)
 class MinedPlan(Plan):
-    """BulletTrain's plan of a minibatch: the groups, and the numbers that decided about them.
+    """BulletTrain's plan of a minibatch: the groups, and the numbers that decided them.
 
     Attributes:
         group: [m] int64, one of `ops.OUTLIER`, `ops.BOUNDARY`, `ops.ROBUST`.
@@ -116,8 +116,8 @@ class MinedPlan(Plan):
         certainty: [m] of the same dtype, the metric's values; `svar` itself by default.
         probabilities: [m, K] of the same dtype, softmax of the clean logits.
         counted_groups: [3] int64, the sizes of (outlier, boundary, robust) that `observe` counts, of all ranks
-            together; 0 where something was wrong with the minibatch.
-        counted_steps: 0-dim int64, the steps likewise; None where the groups' sizes give them.
+            together; 0 if the minibatch had a fault.
+        counted_steps: 0-dim int64, the steps that `observe` counts; None if the groups' sizes give them.
         ranks: the samples of all ranks of a process group, or None.
     """
 
@@ -133,7 +133,7 @@ class MinedPlan(Plan):
 
     @property
     def group_sizes(self) -> tuple[int, int, int]:
-        """Samples in (outlier, boundary, robust)."""
+        """The numbers of samples in (outlier, boundary, robust)."""
         outlier, boundary, robust = self.counts.wait()[self.most_steps : self.most_steps + 3]
         return outlier, boundary, robust
 

@@ -1,4 +1,4 @@
-"""Energy, power, utilisation, clocks, temperature and memory of GPUs during a block of code, as NVML reports them.
+"""Measures energy, power, utilisation, clocks, temperature and memory of GPUs during a block of code, through NVML.
 
 Utilisation is the share of a window of 1/6 to 1 s in which some kernel ran: it says nothing about single kernels. The
 counter of the total energy exists from Volta on but not on many virtual GPUs, and moves every 10 ms or more rarely;
@@ -36,24 +36,24 @@ class PowerMonitor:
             train()
         print(monitor.joules_per_sample(50_000) if monitor.available else monitor.reason)
 
-    Without a driver, or without a GPU that it can read, it does nothing and says why. It raises nothing in the block:
-    where a GPU is lost, what was measured until then stays, and the summary says so; where one of several cannot be
-    opened, the others are measured. A block begins anew. A sample takes about 0.5 kB: for a run of days choose an
-    interval of a second.
+    Without a driver, or without a readable GPU, it does nothing and gives the `reason`. It raises nothing in the block:
+    if a GPU is lost, earlier measurements are kept, and the summary says so; if one of several cannot be opened, the
+    others are measured. Each block starts again. A sample takes about 0.5 kB: for a run of days choose an interval of a
+    second.
 
     Args:
-        devices: one or several of torch's devices, their indices, or UUIDs as nvidia-smi -L prints them; None is the
-            current CUDA device. NVML's own numbers differ from torch's: devices are found by UUID.
+        devices: one or several torch devices, their indices, or UUIDs as printed by nvidia-smi -L; None is the current
+            CUDA device. NVML's own numbers differ from torch's: devices are found by UUID.
         interval: seconds between samples.
 
     Attributes:
-        reason: a sentence that says why there is nothing to measure, or None.
-        missing: of several devices, those that could not be opened for the block, by UUID, and why.
+        reason: a sentence why there is nothing to measure, or None.
+        missing: among several devices, those that could not be opened for the block, by UUID, with the reasons.
 
     Raises:
-        TypeError: a device is none of these, or the interval is not a number.
+        TypeError: a device has another type, or the interval is not a number.
         ValueError: the interval is not greater than 0, or longer than a thread can wait, a device is given twice, or
-            neither torch nor the driver knows it.
+            unknown to torch and the driver.
     """
 
     def __init__(self, devices: Device | Iterable[Device] | None = None, interval: float = 0.02) -> None:
@@ -70,7 +70,7 @@ class PowerMonitor:
         self._gpus: list[Gpu] = []
         self._labels: list[str] = []  # of the spans
         self._opened = ExitStack()  # holds NVML for the block
-        self._lock = threading.Lock()  # of reading: the block's thread reads at marks
+        self._lock = threading.Lock()  # for reading: the block's thread reads at marks
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._began = self._ended = 0.0
@@ -102,7 +102,7 @@ class PowerMonitor:
                 self._stop.clear()
                 thread = threading.Thread(target=self._run, name="bt_fast.PowerMonitor", daemon=True)
                 thread.start()
-            except BaseException:  # there may be no room for a thread
+            except BaseException:  # there may be no memory for a thread
                 self.__exit__()
                 raise
             self._thread = thread
@@ -120,7 +120,7 @@ class PowerMonitor:
                 self._ended = time.perf_counter()
 
     def _open(self) -> None:
-        """Initialise NVML for the block, and open each device."""
+        """Initialises NVML for the block, and opens each device."""
         missing = {}
         with ExitStack() as stack:
             library = stack.enter_context(nvml())
@@ -138,7 +138,7 @@ class PowerMonitor:
             self._read()
 
     def _read(self, label: str | None = None) -> None:
-        """Take one sample of each device; a span of that label begins at it."""
+        """Takes one sample of each device; with a label, a span begins at it."""
         with self._lock:
             for gpu in self._gpus:
                 gpu.read(starts_span=label is not None)
@@ -146,10 +146,10 @@ class PowerMonitor:
                 self._labels.append(label)
 
     def mark(self, label: str) -> None:
-        """End the current span and begin the span `label`, up to the next mark or the end of the block.
+        """Ends the current span and begins the span `label`, up to the next mark or the end of the block.
 
-        It reads the devices at once: a few milliseconds for each. ValueError where there is a span of that name,
-        RuntimeError outside of the block.
+        It reads the devices immediately, in a few milliseconds each. ValueError if a span has that name, RuntimeError
+        outside the block.
         """
         if label in self.labels:
             raise ValueError(f"label must be new, but there is a span {label!r}: give another name")
@@ -171,13 +171,13 @@ class PowerMonitor:
 
     @property
     def seconds(self) -> float:
-        """How long the block has run, measured or not; 0 before it."""
+        """The seconds that the block has run, measured or not; 0 before it."""
         return min(self._ended, time.perf_counter()) - self._began
 
     def summary(self, label: str | None = None) -> tuple[Summary, ...]:
-        """A summary for each device with samples: of the whole block, or of the span `label`.
+        """Returns a summary for each device with samples: of the whole block, or of the span `label`.
 
-        Inside the block it is of what there is so far. ValueError where there is no such span.
+        Inside the block it covers the samples so far. ValueError if there is no such span.
         """
         if label is not None and label not in self._labels:
             known = ", ".join(map(repr, self._labels)) or "none yet"
@@ -188,18 +188,18 @@ class PowerMonitor:
         return tuple(summary for gpu in self._gpus if (summary := gpu.summary(k)))
 
     def joules(self, label: str | None = None) -> float | None:
-        """The joules of all devices together, in the whole block or in the span `label`.
+        """Returns the joules of all devices together, in the whole block or in the span `label`.
 
-        None where a device does not report them, was lost, or is missing. ValueError where there is no such span.
+        None if a device does not report them, was lost, or is missing. ValueError if there is no such span.
         """
         return self._total([s.joules if s.lost is None else None for s in self.summary(label)])
 
     def joules_during(self, intervals: Sequence[tuple[float, float]]) -> float | None:
-        """The joules of all devices together in some intervals of the block, from their power.
+        """Returns the joules of all devices together in some intervals of the block, from their power.
 
-        Power is a straight line between samples. So a reading that is an average over a second (`power_source`) says
-        nothing of shorter intervals, and an instant one, renewed every 0.1 s, nothing of much shorter ones. None where
-        a device does not report its power, was lost, or has no samples around an interval.
+        Power is interpolated linearly between samples. So a reading that is an average over a second (`power_source`)
+        says nothing about shorter intervals, and an instant one, updated every 0.1 s, nothing about much shorter ones.
+        None if a device does not report its power, was lost, or has no samples around an interval.
 
         Args:
             intervals: begins and ends, in seconds of `time.perf_counter`.
@@ -211,9 +211,9 @@ class PowerMonitor:
         return sum(known) if known and len(known) == len(self._uuids) else None
 
     def joules_per_sample(self, n: int, label: str | None = None) -> float | None:
-        """`joules` of the block or of the span `label`, divided by n, its number of training samples.
+        """Returns `joules` of the block or of the span `label`, divided by n, its number of training samples.
 
-        ValueError where n is not at least 1, or there is no such span.
+        ValueError if n is not at least 1, or there is no such span.
         """
         if n < 1:
             raise ValueError(f"n must be at least 1, got {n}: give the number of training samples")

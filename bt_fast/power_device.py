@@ -1,4 +1,4 @@
-"""GPUs as NVML sees them: which devices the caller means, and what each of them reports."""
+"""GPUs in NVML: finds the caller's devices, and reads what each of them reports."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Reader = Callable[[], dict[str, Any]]  # reads one field of a sample, or several
 CPU = torch.device("cpu")
 POWER_SOURCES = ("instant", "average")  # in the order of preference
 SHARED = "MIG: all but the memory is of the whole physical GPU, other instances' work included"
-REASONS = {  # nvmlClocksEventReasons, of which older versions of nvidia-ml-py know fewer
+REASONS = {  # nvmlClocksEventReasons; older versions of nvidia-ml-py have fewer
     0x1: "gpu_idle",
     0x2: "applications_clocks_setting",
     0x4: "sw_power_cap",
@@ -35,12 +35,12 @@ REASONS = {  # nvmlClocksEventReasons, of which older versions of nvidia-ml-py k
 
 
 class UnavailableError(Exception):
-    """There is nothing to measure; the message is the reason."""
+    """Raised when there is nothing to measure; the message is the reason."""
 
 
 @contextmanager
 def nvml() -> Iterator[ModuleType]:
-    """NVML, initialised for a `with` block (the library counts its users). Raises `UnavailableError`."""
+    """Initialises NVML for a `with` block (the library counts its users). Raises `UnavailableError`."""
     library = _initialised()
     try:
         yield library
@@ -54,11 +54,11 @@ def _initialised() -> ModuleType:
         import pynvml
     except ImportError as error:
         raise UnavailableError(f"nvidia-ml-py is not installed: {upgrade('nvidia-ml-py')}") from error
-    except Exception as error:  # a broken installation raises whatever it likes
+    except Exception as error:  # a broken installation may raise anything
         reason = f"nvidia-ml-py cannot be imported ({type(error).__name__}: {error}): {upgrade('nvidia-ml-py')}"
         raise UnavailableError(reason) from error
     library: ModuleType = pynvml
-    if not hasattr(library, "convertStrBytes"):  # before there was that, its functions took bytes for names
+    if not hasattr(library, "convertStrBytes"):  # before this function, the library's functions took bytes for names
         raise UnavailableError(f"the installed pynvml ({library.__file__}) is too old: {upgrade('nvidia-ml-py')}")
     try:
         library.nvmlInit()
@@ -70,17 +70,17 @@ def _initialised() -> ModuleType:
 
 
 def driver_version() -> str | None:
-    """The version of NVIDIA's driver; None where NVML does not report it."""
+    """Returns the version of NVIDIA's driver; None if NVML does not report it."""
     with suppress(UnavailableError), nvml() as library, suppress(library.NVMLError):
         return str(library.nvmlSystemGetDriverVersion())
     return None
 
 
-# Which devices
+# The caller's devices
 
 
 def uuids_of(devices: Device | Iterable[Device] | None) -> list[str]:
-    """The UUIDs of the devices, or of the current one, as NVML writes them; UnavailableError, TypeError, ValueError."""
+    """Returns the UUIDs of the devices, or of the current one, as in NVML; UnavailableError, TypeError, ValueError."""
     checked = _listed(devices)
     if CPU in checked:
         raise UnavailableError("the device is the CPU, of which NVML tells nothing")
@@ -98,7 +98,7 @@ def uuids_of(devices: Device | Iterable[Device] | None) -> list[str]:
 
 
 def _listed(devices: Device | Iterable[Device] | None) -> list[Device]:
-    """The checked devices; empty for the current one."""
+    """Returns the checked devices; empty for the current one."""
     if devices is None:
         return []
     several = isinstance(devices, Iterable) and not isinstance(devices, (str, torch.Tensor))
@@ -133,7 +133,7 @@ def _checked(device: object) -> Device:
 
 def _known_uuid(library: ModuleType, device: Device) -> str:
     name = device if isinstance(device, str) else _uuid_of_torch(device)
-    # torch leaves NVML's prefix out
+    # torch omits NVML's prefix
     candidates = [name] if name.startswith(("GPU-", "MIG-")) else [f"GPU-{name}", f"MIG-{name}"]
     for candidate in candidates:
         try:
@@ -141,7 +141,7 @@ def _known_uuid(library: ModuleType, device: Device) -> str:
         except (library.NVMLError_NotFound, library.NVMLError_InvalidArgument):
             continue
         except library.NVMLError:
-            pass  # it is there, but does not open: every block tries again
+            pass  # it exists, but does not open: every block tries again
         return candidate
     handles = [library.nvmlDeviceGetHandleByIndex(index) for index in range(library.nvmlDeviceGetCount())]
     known = ", ".join(library.nvmlDeviceGetUUID(handle) for handle in handles) or "none"
@@ -159,11 +159,11 @@ def _uuid_of_torch(device: torch.device | int) -> str:
     return str(torch.cuda.get_device_properties(index).uuid)
 
 
-# What a device reports
+# Readings of a device
 
 
 class Gpu:
-    """One device: its samples so far, what it reports, and whether it is lost."""
+    """One device: its samples so far, its readers, and whether it is lost."""
 
     def __init__(self, library: ModuleType, uuid: str) -> None:
         own = physical = library.nvmlDeviceGetHandleByUUID(uuid)
@@ -171,7 +171,7 @@ class Gpu:
             physical = library.nvmlDeviceGetDeviceHandleFromMigDeviceHandle(own)
         self.samples: list[Sample] = []
         self.lost: str | None = None
-        self._span_starts: list[int] = []  # the index of the sample at which each span begins
+        self._span_starts: list[int] = []  # the sample index at which each span begins
         self._uuid, self._error = uuid, library.NVMLError
         reasons = ("GpuIsLost", "ResetRequired", "DriverNotLoaded", "Uninitialized")
         self._gone = tuple(getattr(library, f"NVMLError_{reason}") for reason in reasons)
@@ -184,7 +184,7 @@ class Gpu:
             self._probe(fields, candidates)
 
     def _probe(self, fields: tuple[str, ...], candidates: Sequence[Reader]) -> None:
-        """Keep the first way to read these fields that the device supports."""
+        """Keeps the first reader of these fields that the device supports."""
         for k, reader in enumerate(candidates):
             try:
                 reader()
@@ -200,7 +200,7 @@ class Gpu:
         self._described["unsupported"] += fields
 
     def read(self, *, starts_span: bool = False) -> None:
-        """Take a sample, unless the device is lost."""
+        """Takes a sample, unless the device is lost."""
         self._take()
         if starts_span:
             self._span_starts.append(len(self.samples) - (self.lost is None))
@@ -216,12 +216,12 @@ class Gpu:
             except self._gone as error:
                 self.lost = str(error)
                 return
-            except self._error:  # this time: a timeout, say
+            except self._error:  # a temporary error, for example a timeout
                 continue
         self.samples.append(Sample(self._uuid, begin, **values))
 
     def summary(self, k: int | None) -> Summary | None:
-        """The summary of the k-th span, or of all samples; None where there are none."""
+        """Returns the summary of the k-th span, or of all samples; None without samples."""
         starts = [0] if k is None else self._span_starts[k : k + 2]
         end = starts[1] + 1 if len(starts) > 1 else None  # the sample at a mark belongs to both of its spans
         samples = self.samples[starts[0] : end]
@@ -230,7 +230,7 @@ class Gpu:
 
 
 def _readers(library: ModuleType, physical: Any, own: Any) -> list[tuple[tuple[str, ...], list[Reader]]]:
-    """The ways to read each group of fields, the best first; `own` is the handle of a MIG instance, or `physical`."""
+    """The readers of each group of fields, the best first; `own` is the handle of a MIG instance, or `physical`."""
 
     def reader(field: str, function: str, *args: Any, convert: Callable[[Any], Any] = int) -> Reader:
         return lambda: {field: convert(getattr(library, function)(physical, *args))}
@@ -253,7 +253,7 @@ def _readers(library: ModuleType, physical: Any, own: Any) -> list[tuple[tuple[s
     temperatures = ("nvmlDeviceGetTemperatureV", "nvmlDeviceGetTemperature")  # the second is the older one
     events = ("nvmlDeviceGetCurrentClocksEventReasons", "nvmlDeviceGetCurrentClocksThrottleReasons")  # likewise
     return [
-        # energy and power first: they are nearest to the sample's time
+        # energy and power first: they should be nearest to the sample's time
         (("energy",), [reader("energy", "nvmlDeviceGetTotalEnergyConsumption")]),
         (("power",), [instant, average]),
         (("sm_utilisation", "memory_utilisation"), [utilisation]),
@@ -266,7 +266,7 @@ def _readers(library: ModuleType, physical: Any, own: Any) -> list[tuple[tuple[s
 
 
 def _reason_names(bits: int) -> tuple[str, ...]:
-    """The names of the set bits, and bits without a name as "0x..."."""
+    """Returns the names of the set bits, with "0x..." for bits without a name."""
     names = [name for bit, name in REASONS.items() if bits & bit]
     unnamed = bits & ~sum(REASONS)
     return (*names, hex(unnamed)) if unnamed else tuple(names)

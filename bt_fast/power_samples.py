@@ -1,4 +1,4 @@
-"""Samples of a GPU's power, energy, clocks and memory, and what follows from a series of them."""
+"""Samples of a GPU's power, energy, clocks and memory, and their evaluation."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from typing import Any, Literal
 EnergySource = Literal["counter", "power"]
 
 MIN_COUNTER_MOVES = 10  # a counter that has moved less often is coarser than integrated power
-MAX_WATTS = 3000.0  # a counter that implies more was reset (the driver was reloaded) and did not wrap
+MAX_WATTS = 3000.0  # a counter that implies more was reset (the driver was reloaded) rather than wrapped
 COUNTER_BITS = (32, 64)
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One reading of one device. A value is None where the device does not report it, or did not this time.
+    """One reading of one device. A value is None if the device does not report it, or did not this time.
 
     Attributes:
         device: UUID, "GPU-..." or "MIG-...".
         time: seconds of `time.perf_counter`.
         power: watts.
-        energy: millijoules since the driver was loaded: only differences mean something.
+        energy: millijoules since the driver was loaded: only differences are meaningful.
         sm_utilisation, memory_utilisation: in [0, 1], the share of NVML's window in which some kernel ran, and in which
             memory was read or written.
         sm_clock, memory_clock: MHz.
         temperature: degrees Celsius.
-        throttle: the reasons for which clocks were held back, "sw_power_cap" for example.
+        throttle: the reasons for reduced clocks, for example "sw_power_cap".
         memory_used: bytes, of all processes.
     """
 
@@ -47,20 +47,20 @@ class Sample:
 
 @dataclass(frozen=True)
 class Summary:
-    """One device from the first to the last of its samples. A value is None where the device does not report it.
+    """The summary of one device from its first to its last sample. A value is None if the device does not report it.
 
     Attributes:
         device: UUID, "GPU-..." or "MIG-..."; name: the product's.
         samples: their number. seconds: from the first to the last.
         joules: used in these seconds. energy_source: "counter" (the difference of the total energy) or "power" (the
-            trapezoidal integral over the samples, where there is no counter or it moved less than ten times).
+            trapezoidal integral over the samples, if there is no counter or it moved less than ten times).
         mean_power: over time, max_power: in watts. power_source: "instant" or "average", as NVML calls it.
         mean_sm_utilisation, mean_memory_utilisation: in [0, 1]; mean_sm_clock, mean_memory_clock: MHz; over samples.
         max_temperature: degrees Celsius.
-        throttle: the share of samples by reason, of the reasons that occurred.
+        throttle: the share of samples by reason, for reasons that occurred.
         peak_memory: the largest memory in use by all processes in any sample, in bytes.
-        unsupported: the fields of `Sample` that this device does not have.
-        lost: why the readings ended before the block or span did, or None.
+        unsupported: the fields of `Sample` that this device lacks.
+        lost: why the readings ended before the block or span, or None.
         shared: how the readings include more than this device, or None.
     """
 
@@ -86,7 +86,7 @@ class Summary:
 
 
 def summarise(samples: Sequence[Sample], **of_device: Any) -> Summary:
-    """The summary of at least one sample; `of_device` are the fields that are not computed from samples."""
+    """Returns the summary of at least one sample; `of_device` are the fields that samples do not give."""
     joules, source = energy_of(samples)
     integral = integrated_power(samples)
     return Summary(
@@ -109,7 +109,7 @@ def summarise(samples: Sequence[Sample], **of_device: Any) -> Summary:
 
 
 def energy_of(samples: Sequence[Sample]) -> tuple[float | None, EnergySource | None]:
-    """Joules from the first to the last sample, and whether they come from the counter or from the power."""
+    """Returns joules from the first to the last sample, and whether they come from the counter or from the power."""
     counted, integral = counted_energy(samples), integrated_power(samples)
     if counted is not None and (counted[1] >= MIN_COUNTER_MOVES or (counted[1] and integral is None)):
         return counted[0], "counter"
@@ -119,7 +119,7 @@ def energy_of(samples: Sequence[Sample]) -> tuple[float | None, EnergySource | N
 
 
 def counted_energy(samples: Sequence[Sample]) -> tuple[float, int] | None:
-    """Joules by the counter, which may wrap, and how often it moved; None if it was reset or has no two readings."""
+    """Joules by the counter, which may wrap, and its number of moves; None if it was reset or has no two readings."""
     readings = _series(samples, "energy")
     if len(readings) < 2:
         return None
@@ -136,7 +136,7 @@ def counted_energy(samples: Sequence[Sample]) -> tuple[float, int] | None:
 
 
 def integrated_power(samples: Sequence[Sample]) -> tuple[float, float] | None:
-    """The trapezoidal integral of the power in joules, and the seconds that it spans; None without two readings."""
+    """Returns the trapezoidal integral of the power in joules, and the seconds it spans; None without two readings."""
     readings = _series(samples, "power")
     if len(readings) < 2 or readings[-1][0] <= readings[0][0]:
         return None
@@ -144,9 +144,9 @@ def integrated_power(samples: Sequence[Sample]) -> tuple[float, float] | None:
 
 
 def power_within(samples: Sequence[Sample], intervals: Sequence[tuple[float, float]]) -> float | None:
-    """Joules in intervals of time: the integral of the straight lines between the samples' powers.
+    """Returns joules in intervals of time: the integral of the power, interpolated linearly between the samples.
 
-    None without two readings, or where an interval is not between the first and the last of them.
+    None without two readings, or if an interval is not between the first and the last of them.
     """
     readings: list[tuple[float, float]] = _series(samples, "power")
     if len(readings) < 2 or not all(readings[0][0] <= begin <= end <= readings[-1][0] for begin, end in intervals):
@@ -155,7 +155,7 @@ def power_within(samples: Sequence[Sample], intervals: Sequence[tuple[float, flo
     until = list(accumulate(_trapezoids(readings), initial=0.0))
 
     def joules(at: float) -> float:
-        """From the first sample to this time."""
+        """Returns joules from the first sample to this time."""
         k = bisect_right(times, at) - 1
         if k == len(readings) - 1:
             return until[k]
@@ -170,7 +170,7 @@ def _trapezoids(readings: Sequence[tuple[float, float]]) -> list[float]:
 
 
 def _series(samples: Sequence[Sample], field: str) -> list[tuple[float, Any]]:
-    """(time, value) of the samples that have a value."""
+    """Returns (time, value) of the samples that have a value."""
     return [(s.time, value) for s in samples if (value := getattr(s, field)) is not None]
 
 

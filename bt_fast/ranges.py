@@ -1,11 +1,11 @@
 """Named ranges of host time for profilers: mining, each attack step, the update.
 
-While a torch profiler is at work a range is a `record_function`, so that traces of the CPU show it too; under
+While a torch profiler runs, a range is a `record_function`, so that traces of the CPU show it too; under
 `torch.autograd.profiler.emit_nvtx` that becomes an NVTX range. Otherwise it is an NVTX range, pushed whether or not a
 tool listens: Nsight Systems then needs no change of the code. A build of torch without CUDA has no NVTX.
 
-Ranges stand around replays of graphs, never inside a capture, which would record each once and then never again; the
-work of a device in a range are the kernels that were launched within it.
+Ranges enclose replays of graphs and are never inside a capture, which would record each only once; the work of a device
+in a range are the kernels launched within it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _NVTX = {name: _NvtxRange(name) for name in PHASES} if torch.backends.cuda.is_bu
 
 
 def range_(name: str) -> AbstractContextManager[object]:
-    """A range around the work of a `with` block; `name` is one of `PHASES`."""
+    """Returns a range around the work of a `with` block; `name` is one of `PHASES`."""
     if torch.autograd._profiler_enabled():  # type: ignore[attr-defined]
         return torch.profiler.record_function(name)
     return _NVTX.get(name, _WITHOUT_NVTX)

@@ -1,7 +1,7 @@
-"""What the ranks of a process group exchange about a minibatch: one all-gather, and one sum.
+"""The exchange of a process group's ranks about a minibatch: one all-gather, and one sum.
 
-Data parallel ranks that each mined their own samples would drift apart: F_R and the percentile of Eq. 6 are those of
-the whole minibatch. So every rank gets what all ranks know, 16 bytes a sample, and computes the same from it.
+Data parallel ranks that mined only their own samples would drift apart, since F_R and the percentile of Eq. 6 belong to
+the whole minibatch. So every rank gets the values of all ranks, 16 bytes a sample, and computes the same from them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "al
 
 
 class Sharing(ABC):  # noqa: B024, nothing is abstract: mining only hands it on
-    """How ranks share an attack out: `bt_fast.Balance`, of the layer of the attack, is registered as the one kind."""
+    """The way ranks share an attack; `bt_fast.Balance`, from the attack's layer, is registered as the only kind."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +30,7 @@ class Together:
     Attributes:
         certainty: [M] floating point, NaN in padding.
         correct: [M] bool, False in padding.
-        unfit: [M] uint8, as of `ops.signed_variance`.
+        unfit: [M] uint8, see `ops.signed_variance`.
         is_sample: [M] bool, False in padding.
         sizes: [N] int64, the ranks' numbers of samples.
         state: [2] int64, rank 0's random state, a tensor of its own.
@@ -55,11 +55,11 @@ class Together:
 
     @property
     def too_many(self) -> Tensor:
-        """Whether a rank has more samples than rows: [N] int64. The results are not to be used then."""
+        """Whether a rank has more samples than rows: [N] int64. Then the results must not be used."""
         return (self.sizes > self._rows).long()
 
     def own(self, values: Tensor) -> Tensor:
-        """This rank's [m] of values [M]; 0 for samples beyond the rows."""
+        """Returns this rank's [m] of values [M]; 0 for samples beyond the rows."""
         mine = values[self.rank * self._rows :][: min(self.m, self._rows)]
         return torch.cat([mine, mine.new_zeros(self.m - len(mine))])
 
@@ -69,7 +69,7 @@ class Together:
 
 
 class Ranks:
-    """A process group as mining uses it; a copy is the same group. Its methods are collective, in the same order.
+    """A process group for mining; a copy is the same group. Its methods are collective, in the same order.
 
     Attributes:
         rank: this process's number in the group, of `count`.
@@ -86,7 +86,7 @@ class Ranks:
         return self
 
     def gather(self, certainty: Tensor, correct: Tensor, unfit: Tensor, state: Tensor, faults: Tensor) -> Together:
-        """The samples of all ranks, in one all-gather. Waits for the device in its first call only.
+        """Returns the samples of all ranks, by one all-gather. Waits for the device only in its first call.
 
         certainty [m] is float32 or float64, correct [m] bool, unfit [m] uint8, state [2] and faults [f] int64. Samples
         beyond `rows` are left out, and `Together.too_many` then says so on every rank.
@@ -120,9 +120,9 @@ class Ranks:
         )
 
     def start_sum(self, numbers: Tensor) -> Callable[[], Tensor]:
-        """Begin to add up `numbers` [n] int64 on the device over the ranks, in place.
+        """Starts the sum of `numbers` [n] int64 on the device over the ranks, in place.
 
-        The returned function gives the sum. On a GPU it makes the device wait, not the host.
+        The returned function returns the sum. On a GPU it makes the device wait, not the host.
         """
         work = dist.all_reduce(numbers, group=self.group, async_op=True)
 

@@ -1,6 +1,6 @@
 """The speedup of BulletTrain by arithmetic: Eq. 7, its AugMix form, and a finer model of costs in forward passes.
 
-A cost is that of one iteration in F, forward passes of a full batch; an input or a weight gradient costs F too.
+A cost is that of one iteration in units of F, a forward pass of a full batch; an input or weight gradient also costs F.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from bt_fast.validation import check_choice, check_kind, real
 class Fractions:
     """Shares of the samples in each group: boundary F_B, robust F_R, outlier F_O, each in [0, 1].
 
-    They sum to 1, or are all 0 before the first assignment. TypeError for a share that is no number, ValueError for one
-    outside [0, 1] or a sum above 1.
+    They sum to 1, or are all 0 before the first assignment. TypeError for a share that is not a number, ValueError for
+    one outside [0, 1] or a sum above 1.
     """
 
     boundary: float
@@ -32,7 +32,7 @@ class Fractions:
             )
 
     def mean_steps(self, boundary_steps: int, robust_steps: int, outlier_steps: int) -> float:
-        """Attack steps per sample, `F_B·N_B + F_R·N_R + F_O·N_O`.
+        """Returns the attack steps per sample, `F_B·N_B + F_R·N_R + F_O·N_O`.
 
         N_B, N_R and N_O are boundary_steps, robust_steps and outlier_steps.
         """
@@ -54,7 +54,7 @@ def theoretical_speedup(
         boundary_steps: N_B, robust_steps: N_R, outlier_steps: N_O; baseline_steps: N, of the training for comparison.
 
     Raises:
-        TypeError or ValueError: the fractions are no `Fractions`, or a step count is no number of at least 0.
+        TypeError or ValueError: fractions is not a `Fractions`, or a step count not a number of at least 0.
     """
     check_kind("fractions", fractions, Fractions, "write Fractions(boundary, robust, outlier)")
     steps = {"boundary_steps": boundary_steps, "robust_steps": robust_steps, "outlier_steps": outlier_steps}
@@ -68,7 +68,7 @@ def theoretical_speedup(
 def theoretical_speedup_augmix(boundary_fraction: float) -> float:
     """The AugMix form of Eq. 7, `3 / (1 + 2·F_B)`: only boundary samples run their two augmented views.
 
-    TypeError or ValueError where boundary_fraction, F_B, is no number in [0, 1].
+    TypeError or ValueError if boundary_fraction, F_B, is not a number in [0, 1].
     """
     real("boundary_fraction", boundary_fraction)
     if not 0.0 <= boundary_fraction <= 1.0:
@@ -79,44 +79,44 @@ def theoretical_speedup_augmix(boundary_fraction: float) -> float:
 
 
 def trades_cost(mean_steps: float, corrupted_fraction: float = 1.0, clean_forwards: int = 1) -> float:
-    """TRADES: one clean forward, two F for each attack step, three F for each forward of the update.
+    """The cost of TRADES: one clean forward, two F for each attack step, three F for each forward of the update.
 
     27 F for ten uniform steps. mean_steps are attack steps per sample, corrupted_fraction is the share of samples in
-    the update's adversarial forward, clean_forwards is 2 where a model with dropout must repeat the authors' second.
+    the update's adversarial forward, clean_forwards is 2 if a model with dropout must run the authors' second one.
     """
     return 1.0 + 2.0 * mean_steps + 3.0 * clean_forwards + 3.0 * corrupted_fraction
 
 
 def trades_reference_cost(steps: int) -> float:
-    """TRADES as its authors wrote it, with so many steps: a clean forward in each step, three in the loss."""
+    """The cost of TRADES' authors' code with this many steps: a clean forward in each step, three in the loss."""
     return 3.0 * steps + 9.0
 
 
 def augmix_cost(boundary_fraction: float = 1.0) -> float:
-    """AugMix: `3 + 6·F_B`, the clean batch and two views of the boundary_fraction F_B, 1 without BulletTrain."""
+    """The cost of AugMix: `3 + 6·F_B`, for the clean batch and two views of the boundary_fraction F_B."""
     return 3.0 + 6.0 * boundary_fraction
 
 
 def mart_cost(mean_steps: float, corrupted_fraction: float = 1.0, *, mining: bool = True) -> float:
-    """MART: two F for each attack step, three for each of the update's two forwards.
+    """The cost of MART: two F for each attack step, three for each of the update's two forwards.
 
-    26 F for ten uniform steps, as its authors' code: the attack of the cross-entropy needs no clean forward, but mining
-    does. mean_steps and corrupted_fraction are as in `trades_cost`.
+    26 F for ten uniform steps, like its authors' code: the attack on the cross-entropy needs no clean forward, but
+    mining does. mean_steps and corrupted_fraction are as in `trades_cost`.
     """
     return mining + 2.0 * mean_steps + 3.0 + 3.0 * corrupted_fraction
 
 
 def pgd_cost(mean_steps: float, *, mining: bool = True) -> float:
-    """PGD adversarial training: as `mart_cost`, also in mean_steps and mining, with one forward in the update."""
+    """The cost of PGD adversarial training: as `mart_cost`, also in mean_steps and mining, with one update forward."""
     return mining + 2.0 * mean_steps + 3.0
 
 
 def yopo_cost(propagations: float, objective: str = "pgd") -> float:
-    """YOPO-m-n, with m = propagations. The first layer's cost, in n steps too, is left out.
+    """The cost of YOPO-m-n, with m = propagations. The first layer's cost, also in the n steps, is left out.
 
-    With the objective "pgd" three F for each propagation, whose backward gives all gradients. With "trades" and "mart"
-    two for each, since the weights' gradients are the update's, and the update's two forwards; TRADES adds its clean
-    forward: 11 F for the paper's TRADES + YOPO-2-5. ValueError for another objective.
+    With the objective "pgd" three F for each propagation, in which the backward gives all gradients. With "trades" and
+    "mart" two for each, since the weights' gradients are the update's, and the update's two forwards; TRADES adds its
+    clean forward: 11 F for the paper's TRADES + YOPO-2-5. ValueError for another objective.
     """
     check_choice("objective", objective, ("pgd", "trades", "mart"))
     if objective == "pgd":

@@ -1,4 +1,4 @@
-"""A warning of sizes that are probably meant in other units: an ε of 8 for pixels in [0, 1] instead of 8/255."""
+"""Warns of sizes that are probably in other units: for example ε = 8 instead of 8/255 for pixels in [0, 1]."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def warn_of_units(
     pixels: int = 1,
     of: str | None = None,
 ) -> None:
-    """Warn, once for the same numbers, where ε covers the whole range of a pixel or a step is longer than the ball.
+    """Warns, once for the same numbers, if ε covers the whole range of a pixel or a step is longer than the ball.
 
     An ε of 0 is none. `pixels` is the number of values of an image, over which an l_2 ball extends. `of` is what the
     numbers are of, where they may be others in each minibatch: then once for all of these.

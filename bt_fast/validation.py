@@ -25,12 +25,12 @@ def check_floating(name: str, values: object, instead: str, must: str = "must be
 
 
 def holds_integers(values: Tensor) -> bool:
-    """Whether a tensor has an integer type; bool is none."""
+    """Whether a tensor has an integer type; bool does not count."""
     return not (values.is_floating_point() or values.is_complex() or values.dtype == torch.bool)
 
 
 def check_device(name: str, values: Tensor, device: torch.device, like: str, verb: str = "is") -> None:
-    """Raise ValueError unless `values` are on the device, on which `like` are."""
+    """Raises ValueError unless `values` are on the device, on which `like` are."""
     if values.device != device:
         raise ValueError(
             f"{name} must be on {device} like {like}, but {verb} on {values.device}: write {name}.to({str(device)!r})"
@@ -70,7 +70,7 @@ def step_count(name: str, value: SupportsIndex, least: int = 0) -> int:
         if isinstance(value, bool):
             raise TypeError
         count = operator.index(value)
-    except TypeError as error:  # of tensors and arrays too
+    except TypeError as error:  # also from tensors and arrays
         raise TypeError(
             f"{name} must be an integer, got {value!r}: write a whole number, as {name}={max(least, 1)}"
         ) from error
@@ -85,7 +85,7 @@ def real(name: str, value: Any) -> float:
         raise TypeError(f"{name} must be a number, got {value!r}: write float({name}), if it holds one")
     try:
         return float(value)
-    except OverflowError as error:  # of an integer or a fraction
+    except OverflowError as error:  # from an integer or a fraction
         raise ValueError(
             f"{name} must be a number that fits into a float, got a larger one: write a smaller one"
         ) from error

@@ -1,4 +1,4 @@
-"""Warnings that point at the line of the caller's script, however deep in the package they arise."""
+"""Warnings that point at the line of the caller's script, from any depth in the package."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ _PACKAGE = str(Path(__file__).parent) + os.sep
 
 
 def warn_caller(message: str, kind: type[Warning] = UserWarning) -> None:
-    """Warn of `message` at the line that called the package.
+    """Warns of `message` at the line that called the package.
 
-    There may be frames of other libraries (context managers, torch) in between: it is behind the last of our frames.
+    Frames of other libraries (context managers, torch) may lie in between: the line is below the last of our frames.
     """
     caller, level, frame = 1, 1, sys._getframe()
     while frame.f_back is not None:
@@ -24,5 +24,5 @@ def warn_caller(message: str, kind: type[Warning] = UserWarning) -> None:
 
 
 def warn_deprecated(old: str, new: str) -> None:
-    """Warn that `old` goes with the next version; `new` says what to write instead."""
+    """Warns that `old` will be removed in the next version; `new` says what to write instead."""
     warn_caller(f"{old} is deprecated and will go with the next version: {new}", DeprecationWarning)

@@ -1,7 +1,7 @@
-"""The gradient of the attack's loss with respect to the logits, each row by itself or scaled to a size, in one launch.
+"""Computes the gradient of the attack's loss with respect to the logits, optionally scaled by row, in one launch.
 
 The softmax is computed in float64 and rounded to float32, as in kernels/signed_variance.py, which makes the target: at
-the clean point itself the difference is 0.
+the clean point the difference is exactly 0.
 """
 
 import triton
@@ -12,21 +12,21 @@ from bt_fast.kernels.shared import _exp, _load, _reciprocal
 
 @triton.jit
 def _gap(b_e, b_reciprocal, target, m_x):
-    """`softmax(z) - target` in float32, 0 where there is none."""
+    """Returns `softmax(z) - target` in float32, 0 outside the mask."""
     b_p = (b_e * b_reciprocal).to(tl.float32)
     return tl.where(m_x, b_p - tl.load(target, mask=m_x, other=0.0), 0.0)
 
 
 @triton.jit
 def _magnitude(b_gap):
-    """The bits of |gap|: integers that are ordered as the numbers are, Inf and NaN above them all."""
+    """Returns the bits of |gap|: integers in the order of the numbers, with Inf and NaN above all."""
     return b_gap.to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 
 @triton.jit
 def _power_of_two(b_largest):
-    """The power that brings a float32 of these bits to [1, 2), in 2^±126; NaN for Inf and NaN."""
-    b_biased = b_largest >> 23  # 0 for 0 and below the normal numbers, 255 for Inf and NaN
+    """Returns the power that brings a float32 with these bits to [1, 2), in 2^±126; NaN for Inf and NaN."""
+    b_biased = b_largest >> 23  # 0 for 0 and subnormal numbers, 255 for Inf and NaN
     b_power = (tl.minimum(tl.maximum(127 - b_biased, -126), 126) + 127) << 23
     return tl.where(b_biased == 255, 0x7FC00000, b_power).to(tl.float32, bitcast=True)
 
@@ -37,13 +37,13 @@ def ascent_direction_fwd_kernel(
     target,  # [n, K] float32
     direction,  # [n, K]
     n,
-    stride,  # elements from row to row; None where they are contiguous
+    stride,  # elements from row to row; None for contiguous rows
     K: tl.constexpr,
     ROWS: tl.constexpr,  # of a program
     BLOCK: tl.constexpr,  # a power of two, at least K
     SCALED: tl.constexpr = True,
 ):
-    """`softmax(z) - target`, if SCALED times a 2^k for each row, of rows that fit a block. Grid: cdiv(n, ROWS)."""
+    """Writes `softmax(z) - target`, if SCALED times a 2^k for each row; rows fit a block. Grid: cdiv(n, ROWS)."""
     i_n = tl.program_id(0)
     o_n = tl.cast(i_n, tl.int64) * ROWS + tl.arange(0, ROWS)
     o_k = tl.arange(0, BLOCK)
@@ -64,7 +64,7 @@ def ascent_direction_fwd_kernel(
 def ascent_direction_long_fwd_kernel(
     logits, target, direction, stride, K: tl.constexpr, BLOCK: tl.constexpr, SCALED: tl.constexpr = True
 ):
-    """The same of rows of several blocks: a pass for the sum, if SCALED one for the largest gap, one that writes.
+    """Writes the same for rows of several blocks: a pass for the sum, if SCALED one for the largest gap, one to write.
 
     Grid: n.
     """

@@ -1,7 +1,7 @@
-"""From signed variances to groups, steps and an order: Eq. 6 and a stable counting sort, exact to the last bit.
+"""Assigns groups, steps and an order by signed variances: Eq. 6 and a stable counting sort, exact to the last bit.
 
-The order statistics come from integer keys that sort as the floats do, so that they are exact and NaN has its place:
-the last. The three groups' counts travel packed: one scan instead of three, and one number for a block.
+The order statistics come from integer keys that sort like the floats, so that they are exact and NaN comes last. The
+three groups' counts are packed: one scan instead of three, and one number for a block.
 """
 
 import triton
@@ -14,17 +14,17 @@ FIELD: tl.constexpr = tl.constexpr(21)  # bits of a count in an int64: m ≤ 2^2
 FIELD_MASK: tl.constexpr = tl.constexpr(2**21 - 1)
 NARROW: tl.constexpr = tl.constexpr(15)  # bits of a count in an int32: a block holds no more than 2^14
 NARROW_MASK: tl.constexpr = tl.constexpr(2**15 - 1)
-LAST: tl.constexpr = tl.constexpr(0x7FFFFFFF)  # the largest key: NaN, and what lies beyond m
+LAST: tl.constexpr = tl.constexpr(0x7FFFFFFF)  # the largest key: NaN, and lanes beyond m
 FIRST: tl.constexpr = tl.constexpr(-0x80000000)
 BINS: tl.constexpr = tl.constexpr(256)  # a key is selected digit by digit, 8 bits each
-# arguments of which no value is compiled in
+# arguments whose values must not be compiled in
 STEPS = ("steps_outlier", "steps_boundary", "steps_robust")
 POLICY = (*STEPS, "size_outlier", "size_boundary", "size_robust")
 
 
 @triton.jit
 def _key(b_v, m_v):
-    """float32 -> int32 in the same order: -0 as +0, and any NaN as LAST."""
+    """Converts float32 to int32 in the same order: -0 equals +0, and any NaN becomes LAST."""
     b_bits = b_v.to(tl.int32, bitcast=True)
     b_key = b_bits ^ ((b_bits >> 31) & LAST)
     b_key = tl.where(b_v == 0, 0, b_key)
@@ -33,14 +33,14 @@ def _key(b_v, m_v):
 
 @triton.jit
 def _value(key):
-    """The float64 of a key."""
+    """Returns the float64 of a key."""
     bits = key ^ ((key >> 31) & LAST)
     return bits.to(tl.float32, bitcast=True).to(tl.float64)
 
 
 @triton.jit
 def _rank(robust_fraction, m):
-    """The rank of the percentile, and the index of the order statistic at or below it."""
+    """Returns the rank of the percentile, and the index of the order statistic at or below it."""
     last = tl.cast(m - 1, tl.float64)
     rank = (1.0 - tl.load(robust_fraction)) * last
     below = tl.minimum(tl.maximum(tl.floor(rank), 0.0), last)
@@ -49,7 +49,7 @@ def _rank(robust_fraction, m):
 
 @triton.jit
 def _threshold(low, high, t, m):
-    """`max(0, percentile)` between two order statistics, as numpy.quantile computes it; 0 for an empty batch."""
+    """Returns `max(0, percentile)` between two order statistics, like numpy.quantile; 0 for an empty batch."""
     gap = high - low
     percentile = tl.where(t < 0.5, low + gap * t, high - gap * (1.0 - t))
     return tl.where((percentile <= 0) | (m == 0), 0.0, percentile)  # NaN stays NaN
@@ -57,8 +57,8 @@ def _threshold(low, high, t, m):
 
 @triton.jit
 def _groups(svar, correct, robust_fraction, threshold, o_x, m_x):
-    """A block's groups."""
-    least = tl.where(tl.load(robust_fraction) > 0, threshold, float("nan"))  # at F_R = 0 no sample reaches it
+    """Returns a block's groups."""
+    least = tl.where(tl.load(robust_fraction) > 0, threshold, float("nan"))  # at F_R = 0 no sample reaches NaN
     b_robust = tl.load(svar + o_x, mask=m_x, other=0.0).to(tl.float64) >= least
     b_correct = tl.load(correct + o_x, mask=m_x, other=0) != 0
     return tl.where(b_correct, tl.where(b_robust, ROBUST, BOUNDARY), OUTLIER)
@@ -66,7 +66,7 @@ def _groups(svar, correct, robust_fraction, threshold, o_x, m_x):
 
 @triton.jit
 def _real(bits):
-    """The float64 of these bits."""
+    """Returns the float64 with these bits."""
     return tl.cast(bits, tl.int64).to(tl.float64, bitcast=True)
 
 
@@ -75,7 +75,7 @@ def _allot(
     b_group, m_x, o_x, group, steps, step_size,
     steps_outlier, steps_boundary, steps_robust, size_outlier, size_boundary, size_robust, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Write a block's groups, steps and step sizes; return the steps."""
+    """Writes a block's groups, steps and step sizes; returns the steps."""
     b_steps = tl.where(b_group == BOUNDARY, steps_boundary, steps_outlier)
     b_steps = tl.where(b_group == ROBUST, steps_robust, b_steps)
     b_size = tl.full((BLOCK,), _real(size_outlier), tl.float64)
@@ -89,13 +89,13 @@ def _allot(
 
 @triton.jit
 def _narrow(b_group):
-    """1 in the field of each sample's group, in 32 bits; robust samples are those that neither field counts."""
+    """Returns 1 in the field of each sample's group, in 32 bits; robust samples count in neither field."""
     return tl.where(b_group == OUTLIER, 1, tl.where(b_group == BOUNDARY, NARROW_MASK + 1, 0))
 
 
 @triton.jit
 def _sizes(b_group, m_x):
-    """The sizes of a block's groups, packed into an int64."""
+    """Returns the sizes of a block's groups, packed into an int64."""
     total = tl.sum(tl.where(m_x, _narrow(b_group), 0), axis=0).to(tl.int64)
     outlier = total & NARROW_MASK
     boundary = total >> NARROW
@@ -105,15 +105,15 @@ def _sizes(b_group, m_x):
 
 @triton.jit
 def _count(packed, GROUP: tl.constexpr):
-    """The count of one group."""
+    """Returns the count of one group."""
     return (packed >> (GROUP * FIELD)) & FIELD_MASK
 
 
 @triton.jit
 def _positions(b_group, b_steps, before, sizes, steps_outlier, steps_boundary, steps_robust, BLOCK: tl.constexpr):
-    """Where each sample stands: behind all with more steps, and behind those with as many that come before it.
+    """Returns each sample's position: after all with more steps, and after earlier ones with equally many.
 
-    before: packed counts of the blocks before; sizes: of all. Lanes beyond m are the last and disturb no other.
+    before: packed counts of the blocks before; sizes: of all. Lanes beyond m come last and do not affect others.
     """
     b_one = _narrow(b_group)
     b_scan = tl.cumsum(b_one, axis=0) - b_one
@@ -131,7 +131,7 @@ def _positions(b_group, b_steps, before, sizes, steps_outlier, steps_boundary, s
 
 @triton.jit
 def _unfit(unfit, o_x, m_x):
-    """Packed into an int64: a block's rows with bit 0 set in the low half, with bit 1 set in the high one."""
+    """Counts a block's rows, packed into an int64: with bit 0 set in the low half, with bit 1 set in the high one."""
     total = tl.full((), 0, tl.int64)
     if unfit is not None:
         b_unfit = tl.load(unfit + o_x, mask=m_x, other=0).to(tl.int64)
@@ -144,7 +144,7 @@ def _report(
     counts, sizes, unfit, faults, group_counts, most, n_faults, steps_outlier, steps_boundary, steps_robust,
     COUNTS: tl.constexpr = 128,
 ):  # fmt: skip
-    """Write the numbers for the host, and count the groups unless there is a fault. For one program."""
+    """Writes the numbers for the host, and counts the groups unless there is a fault. For one program."""
     for start in range(0, most, COUNTS):
         o_t = start + tl.arange(0, COUNTS)
         b_active = tl.where(steps_outlier > o_t, _count(sizes, OUTLIER), 0)
@@ -196,12 +196,12 @@ def assign_steps_fwd_kernel(
     BLOCK: tl.constexpr,  # at least m
     CHUNK: tl.constexpr,
 ):
-    """The whole assignment by one program."""
+    """Computes the whole assignment in one program."""
     o_x = tl.arange(0, BLOCK)
     m_x = o_x < m
     b_key = _key(tl.load(svar + o_x, mask=m_x, other=0.0), m_x)
 
-    # the largest key with no more than `k` keys below it, from the highest bit down
+    # finds the largest key with at most `k` keys below it, from the highest bit down
     rank, below = _rank(robust_fraction, m)
     k = below.to(tl.int32)
     low = tl.full((), FIRST, tl.int32)
@@ -215,7 +215,7 @@ def assign_steps_fwd_kernel(
     cut = _threshold(_value(low), _value(high), rank - below, m)
     tl.store(threshold, cut)
 
-    # from here on a chunk at a time: twice to read what is at hand is cheaper than the registers to keep it
+    # from here on one chunk at a time: reading twice is cheaper than the registers to keep the values
     sizes = tl.full((), 0, tl.int64)
     unfit_rows = tl.full((), 0, tl.int64)
     for start in range(0, m, CHUNK):
@@ -242,9 +242,9 @@ def assign_steps_fwd_kernel(
 
 @triton.jit
 def _selected(histograms, k, digits):
-    """The first digits of the k-th smallest key, whose sign bit is turned, and k among the keys that have them.
+    """Returns the first digits of the k-th smallest key, its sign bit flipped, and k among the keys with them.
 
-    histograms: [digits, BINS] int32, each of one digit of the keys that have the digits before it.
+    histograms: [digits, BINS] int32, each of one digit of the keys with the selected digits before it.
     """
     o_b = tl.arange(0, BINS)
     prefix = tl.full((), 0, tl.int32)
@@ -261,12 +261,12 @@ def select_digit_fwd_kernel(
     svar,  # [m] float32
     robust_fraction,  # [] float64, F_R
     histograms,  # [4, BINS] int32; row `digit` is 0 before
-    above,  # [grid] int64: at the last digit, each block's least key beyond those with the first three
+    above,  # [grid] int64: at the last digit, each block's least key above those with the first three digits
     m,
     digit,  # 0 the highest, 3 the lowest
     BLOCK: tl.constexpr,
 ):
-    """One digit of the radix select: count it among the keys that have the digits selected so far. Grid: blocks."""
+    """Counts one digit of the radix select among the keys with the digits selected so far. Grid: blocks."""
     i_b = tl.program_id(0)
     o_x = i_b * BLOCK + tl.arange(0, BLOCK)
     m_x = o_x < m
@@ -275,12 +275,12 @@ def select_digit_fwd_kernel(
     _, below = _rank(robust_fraction, m)
     prefix, _ = _selected(histograms, below.to(tl.int32), digit)
     shift = 24 - 8 * digit
-    # in two steps, since no shift by 32 is defined
+    # in two steps, since a shift by 32 is undefined
     m_same = m_x & (((b_bits ^ prefix).to(tl.uint32, bitcast=True) >> shift) >> 8 == 0)
     if digit == 3:
         m_above = m_x & ((b_key >> 8) > ((prefix ^ FIRST) >> 8))
         tl.store(above + i_b, tl.min(tl.where(m_above, b_key, LAST), axis=0).to(tl.int64))
-    # others are counted as 0 and taken out again: what becomes of a value beyond the bins depends on the version
+    # other keys are counted as 0 and subtracted again: the effect of values beyond the bins depends on the version
     b_digit = tl.where(m_same, (b_bits >> shift) & (BINS - 1), 0)
     o_b = tl.arange(0, BINS)
     others = BLOCK - tl.sum(m_same.to(tl.int32), axis=0)
@@ -313,13 +313,13 @@ def group_blocks_fwd_kernel(
     BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,  # at least `blocks`
 ):
-    """Threshold, groups, steps and step sizes, and each block's counts. Grid: blocks."""
+    """Computes threshold, groups, steps and step sizes, and each block's counts. Grid: blocks."""
     i_b = tl.program_id(0)
     rank, below = _rank(robust_fraction, m)
     k = below.to(tl.int32)
     prefix, among_equal = _selected(histograms, k, 4)
     o_b = tl.arange(0, BINS)
-    b_bin = tl.load(histograms + 3 * BINS + o_b)  # of the last digit
+    b_bin = tl.load(histograms + 3 * BINS + o_b)  # histogram of the last digit
     digit = prefix & (BINS - 1)
     equal = tl.sum(tl.where(o_b == digit, b_bin, 0), axis=0)
     next_digit = tl.min(tl.where((o_b > digit) & (b_bin > 0), o_b, BINS), axis=0)
@@ -363,7 +363,7 @@ def order_blocks_fwd_kernel(
     BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,  # at least `blocks`
 ):
-    """The stable order, and by the first program the numbers for the host. Grid: blocks."""
+    """Writes the stable order, and in the first program the numbers for the host. Grid: blocks."""
     i_b = tl.program_id(0)
     o_k = tl.arange(0, BLOCKS)
     b_sizes = tl.load(block_sizes + o_k, mask=o_k < blocks, other=0)

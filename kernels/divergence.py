@@ -1,10 +1,9 @@
-"""The losses of the update, each with its gradient with respect to all logits: TRADES' KL, MART and Jensen-Shannon.
+"""Computes the update's losses, each with its gradient by all logits: TRADES' KL, MART and Jensen-Shannon.
 
 Logits are [n, classes] with the class as the contiguous index; gradients are contiguous, in the logits' dtype;
-everything between is float32. Of each loss there are two kernels. The first holds ROWS whole rows, and so reads every
-logit once. In the other, for more classes than a block holds, a program goes over one row three times: for its
-normaliser (online softmax), for the sums over the classes, and for the gradient. Sums are kept by lane and added up
-once.
+everything in between is float32. Each loss has two kernels. The first holds ROWS whole rows, and so reads every logit
+once. In the other, for more classes than a block holds, a program goes over one row three times: for its normaliser
+(online softmax), for the sums over the classes, and for the gradient. Sums are kept by lane and added up once.
 
 Row values have the shape [ROWS, 1], in the second kind of kernel [1, 1]; blocks [ROWS, BLOCK] or [1, BLOCK].
 """
@@ -17,14 +16,14 @@ NO_CLASS = tl.constexpr(2**31 - 1)
 
 @triton.jit
 def _row_ids(n, ROWS: tl.constexpr):
-    """This program's rows and which of them there are, in 64 bits: a batch may hold more than 2^31 logits."""
+    """Returns this program's rows and their mask, in 64 bits: a batch may hold more than 2^31 logits."""
     o_n = tl.cast(tl.program_id(0), tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     return o_n, o_n < n
 
 
 @triton.jit
 def _load(x, m_x):
-    """Logits in float32; beyond the last class -Inf, whose probability is 0."""
+    """Loads logits in float32; classes after the last are -Inf, with probability 0."""
     return tl.load(x, mask=m_x, other=-float("inf")).to(tl.float32)
 
 
@@ -40,13 +39,13 @@ def _sum(b_x):
 
 @triton.jit
 def _log_softmax(b_x):
-    b_x = b_x - tl.max(b_x, axis=1, keep_dims=True)  # subtracted first: a sum of both normalisers would round at 1e4
+    b_x = b_x - tl.max(b_x, axis=1, keep_dims=True)  # subtracted first: the sum of both normalisers would round at 1e4
     return b_x - tl.log(_sum(tl.exp(b_x)))
 
 
 @triton.jit
 def _add_to_normaliser(b_max, b_sum, b_x):
-    """Online softmax, in every lane for itself: the largest logit so far, and the sum of `exp(x - largest)`."""
+    """Updates an online softmax in every lane: the largest logit so far, and the sum of `exp(x - largest)`."""
     b_new = tl.maximum(b_max, b_x)
     b_shift = _finite(b_new)
     return b_new, b_sum * tl.exp(b_max - b_shift) + tl.exp(b_x - b_shift)
@@ -54,20 +53,20 @@ def _add_to_normaliser(b_max, b_sum, b_x):
 
 @triton.jit
 def _normaliser(b_max, b_sum):
-    """Of the whole row: the largest logit, and the logarithm of the sum of `exp(x - largest)`."""
+    """Combines the lanes of a row: the largest logit, and the logarithm of the sum of `exp(x - largest)`."""
     b_largest = tl.max(b_max, axis=1, keep_dims=True)
     return b_largest, tl.log(_sum(b_sum * tl.exp(b_max - _finite(b_largest))))
 
 
 @triton.jit
 def _finite(b_max):
-    """0 for -Inf: as long as every class is ruled out, the sum is to be 0, not NaN."""
+    """Replaces -Inf by 0: as long as every class is ruled out, the sum must be 0, not NaN."""
     return tl.where(b_max == -float("inf"), 0.0, b_max)
 
 
 @triton.jit
 def _times_gap(b_p, b_log_p, b_log_q):
-    """`p·(log p - log q)`; where p is 0 it is 0, even against log 0 on both sides."""
+    """Returns `p·(log p - log q)`; it is 0 if p is 0, even with log 0 on both sides."""
     return b_p * tl.where(b_p > 0, b_log_p - b_log_q, 0.0)
 
 
@@ -108,7 +107,7 @@ def trades_kl_looped_fwd_kernel(
     adversarial, clean, loss, adversarial_grad, clean_grad, adversarial_stride, clean_stride, n, classes,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """As `trades_kl_fwd_kernel`, for any number of classes; ROWS is 1. Grid: n."""
+    """Like `trades_kl_fwd_kernel`, for any number of classes; ROWS is 1. Grid: n."""
     o_n, _ = _row_ids(n, ROWS)
     adversarial += o_n * adversarial_stride
     clean += o_n * clean_stride
@@ -147,13 +146,13 @@ def trades_kl_looped_fwd_kernel(
 
 @triton.jit
 def _safe_log(b_q):
-    """`log(q + 1e-12)`. Float32 holds so small a number, and the sum is as exact as q."""
+    """Returns `log(q + 1e-12)`. Float32 can represent so small a number, and the sum is as exact as q."""
     return tl.log(b_q + 1e-12)
 
 
 @triton.jit
 def _runner_up(b_wrong, b_ids):
-    """The first of the classes `ids` whose logit is the largest of `wrong`; NO_CLASS where all are ruled out."""
+    """Returns the first class in `ids` with the largest logit of `wrong`; NO_CLASS if all are ruled out."""
     m_largest = b_wrong == tl.max(b_wrong, axis=1, keep_dims=True)
     m_largest &= b_wrong > -float("inf")
     return tl.min(tl.where(m_largest, b_ids, NO_CLASS), axis=1, keep_dims=True)
@@ -161,9 +160,9 @@ def _runner_up(b_wrong, b_ids):
 
 @triton.jit
 def _boosted_cross_entropy(b_label_log_q, b_runner_rest):
-    """Cross-entropy and margin, `-log q_y - log(1.0001 - q_r + 1e-12)`, and the margin's argument.
+    """Returns cross-entropy and margin, `-log q_y - log(1.0001 - q_r + 1e-12)`, and the margin's argument.
 
-    `1 - q_r` is the sum of the other probabilities, which is exact where the difference would leave rounding alone.
+    `1 - q_r` is the sum of the other probabilities, which is exact where the difference would be only rounding error.
     """
     b_margin = 1.00000001e-4 + b_runner_rest
     return -b_label_log_q - tl.log(b_margin), b_margin
@@ -178,7 +177,7 @@ def _mart_weight(b_label_rest, b_label, classes):
 
 @triton.jit
 def _mart_adversarial_grad(b_p, b_q, m_label, m_runner, b_runner_q, b_runner_rest, b_margin, b_u_sum, b_weight, beta):
-    """`q - [k=y] + q_r/(1.0001 - q_r + 1e-12)·([k=r] - q) + β(1.0000001 - p_y)(q Σu - u)`, u as `_pull` says."""
+    """`q - [k=y] + q_r/(1.0001 - q_r + 1e-12)·([k=r] - q) + β(1.0000001 - p_y)(q Σu - u)`, with u from `_pull`."""
     b_cross_entropy = b_q - tl.where(m_label, 1.0, 0.0)
     b_away = b_runner_q / b_margin * tl.where(m_runner, b_runner_rest, -b_q)
     return b_cross_entropy + b_away + beta * b_weight * (b_q * b_u_sum - _pull(b_p, b_q))
@@ -186,13 +185,13 @@ def _mart_adversarial_grad(b_p, b_q, m_label, m_runner, b_runner_q, b_runner_res
 
 @triton.jit
 def _pull(b_p, b_q):
-    """`u = p·q/(q + 1e-12)`: what the KL's derivative makes of the constant inside its logarithm."""
+    """Returns `u = p·q/(q + 1e-12)`, from the derivative of the KL with the constant inside its logarithm."""
     return b_p * (b_q / (b_q + 1e-12))
 
 
 @triton.jit
 def _mart_clean_grad(b_p, b_terms, b_kl, m_label, b_label_p, b_label_rest, b_weight, beta):
-    """`β((1.0000001 - p_y) p (log p - log(q + 1e-12) - KL) - KL·p_y([k=y] - p))`."""
+    """Returns `β((1.0000001 - p_y) p (log p - log(q + 1e-12) - KL) - KL·p_y([k=y] - p))`."""
     b_of_weight = b_label_p * tl.where(m_label, b_label_rest, -b_p)
     return beta * (b_weight * (b_terms - b_p * b_kl) - b_kl * b_of_weight)
 
@@ -255,7 +254,7 @@ def mart_loss_looped_fwd_kernel(
     clean, adversarial, labels, loss, clean_grad, adversarial_grad, beta, clean_stride, adversarial_stride, n, classes,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """As `mart_loss_fwd_kernel`, for any number of classes; ROWS is 1. Grid: n."""
+    """Like `mart_loss_fwd_kernel`, for any number of classes; ROWS is 1. Grid: n."""
     o_n, _ = _row_ids(n, ROWS)
     clean += o_n * clean_stride
     adversarial += o_n * adversarial_stride
@@ -320,7 +319,7 @@ def mart_loss_looped_fwd_kernel(
 
 @triton.jit
 def _mixture(b_p1, b_p2, b_p3):
-    """`log M`, and 1 where the clamp cuts the mean off below (above it cuts off no more than rounding) and else 0."""
+    """Returns `log M`, and 1 where the clamp raises the mean, else 0 (from above it cuts off only rounding)."""
     b_mean = (b_p1 + b_p2 + b_p3) / 3.0
     b_mixture = tl.maximum(b_mean, 1e-7, propagate_nan=tl.PropagateNan.ALL)
     b_mixture = tl.minimum(b_mixture, 1.0, propagate_nan=tl.PropagateNan.ALL)
@@ -329,7 +328,7 @@ def _mixture(b_p1, b_p2, b_p3):
 
 @triton.jit
 def _js_grad(b_p, b_terms, b_cut, b_kl, b_cut_sum):
-    """`p_j (g_j - Σ p_j g_j)/3` with `g_j = log p_j - log M + [M is cut off]`."""
+    """Returns `p_j (g_j - Σ p_j g_j)/3` with `g_j = log p_j - log M + [M is cut off]`."""
     return (b_terms + b_p * b_cut - b_p * (b_kl + b_cut_sum)) / 3.0
 
 
@@ -375,7 +374,7 @@ def js_divergence_looped_fwd_kernel(
     logits1, logits2, logits3, loss, grad1, grad2, grad3, stride1, stride2, stride3, n, classes,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """As `js_divergence_fwd_kernel`, for any number of classes; ROWS is 1. Grid: n."""
+    """Like `js_divergence_fwd_kernel`, for any number of classes; ROWS is 1. Grid: n."""
     o_n, _ = _row_ids(n, ROWS)
     logits1 += o_n * stride1
     logits2 += o_n * stride2

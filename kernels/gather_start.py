@@ -1,11 +1,10 @@
-"""The sorted clean batch and the attack's random start, in one pass over the images.
+"""Makes the sorted clean batch and the attack's random start, in one pass over the images.
 
-Tensors of images are dense with the sample outermost, whatever the order of channels, height and width inside.
+Tensors of images are dense with the sample outermost, in any order of channels, height and width.
 
-The noise is made of additions, multiplications and square roots that IEEE 754 rounds in one way only, and of no
-library's logarithm or cosine: so it is the same to the bit wherever it is computed. (A library's cosine also needs
-local memory, for arguments that do not occur here.) Where a number below is changed, `bt_fast.ops.gather_start` must
-change with it.
+The noise uses only additions, multiplications and square roots, for which IEEE 754 determines the rounding, and no
+library's logarithm or cosine: so it is the same bit for bit everywhere. (A library's cosine also needs local memory,
+for arguments that do not occur here.) If a number below is changed, `bt_fast.ops.gather_start` must change with it.
 """
 
 import triton
@@ -16,14 +15,14 @@ from bt_fast.kernels.shared import _clip
 
 @triton.jit
 def _signed(b_u):
-    """32 random bits as a number in [-1, 1]."""
+    """Converts 32 random bits to a number in [-1, 1]."""
     return b_u.to(tl.int32, bitcast=True).to(tl.float32) * 4.656612873077393e-10  # 2^-31
 
 
 @triton.jit
 def _normal_pair(b_u, b_v):
-    """Two normal numbers of twice 32 random bits: Box and Muller's, in half turns."""
-    # r² = -2·ln((u + ½) / 2^32): the mantissa is brought to [⅔, 4/3), and the logarithm there is a polynomial
+    """Returns two normal numbers from twice 32 random bits, by Box and Muller, with the angle in half turns."""
+    # r² = -2·ln((u + ½) / 2^32): the mantissa is brought to [⅔, 4/3), where a polynomial gives the logarithm
     b_f = b_u.to(tl.float32) + 0.5
     b_bits = b_f.to(tl.int32, bitcast=True)
     b_exponent = (b_bits - 0x3F2AAAAB) >> 23
@@ -36,7 +35,7 @@ def _normal_pair(b_u, b_v):
     b_p = b_p * b_g + 0.99999756
     b_p = b_p * b_g - 1.9999996
     b_r = tl.sqrt_rn(b_p * b_g + (32 - b_exponent).to(tl.float32) * 1.3862944)
-    # the angle: the highest bit is its half turn, a sign, and the other bits are t, between a quarter turn each way
+    # the angle: the highest bit is a half turn, a sign, and the other bits are t, between a quarter turn each way
     b_r = (b_r.to(tl.int32, bitcast=True) ^ (b_v.to(tl.int32, bitcast=True) & -0x80000000)).to(tl.float32, bitcast=True)
     b_t = _signed(b_v << 1)
     b_z = b_t * b_t
@@ -69,8 +68,8 @@ def gather_start_fwd_kernel(
 ):
     """`clean ← x[order]`, `start ← clip(clean + scale·noise, lower, upper)`, or x without steps. Grid: m · blocks.
 
-    Element e of sample s has output e mod 4 of Philox for the counter (e div 4, s, offset): not of its sorted row nor
-    of a program, and so its noise does not change with the order, the block or the dtype. Nor, with `samples`, with
+    Element e of sample s has output e mod 4 of Philox for the counter (e div 4, s, offset). This does not involve its
+    sorted row or a program, so its noise does not depend on the order, the block or the dtype, nor, with `samples`, on
     the batch.
     """
     i_x = tl.program_id(0)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-SPAN: tl.constexpr = tl.constexpr(8192)  # at least m of a batch that is ordered in one launch
+SPAN: tl.constexpr = tl.constexpr(8192)  # at least m, for a batch that is ordered in one launch
 
 
 @triton.jit(do_not_specialize=["m", "most"])
@@ -16,7 +16,7 @@ def order_by_steps_fwd_kernel(
     BLOCK_I: tl.constexpr,
     BLOCK_J: tl.constexpr,
 ):
-    """Sample i stands where as many samples are before it: all pairs are compared. Grid: cdiv(m + most, BLOCK_I).
+    """Puts sample i after as many samples as are before it, comparing all pairs. Grid: cdiv(m + most, BLOCK_I).
 
     With the key `(most - steps)·SPAN + i`, which no two samples share, "before" is one comparison; and the samples with
     more than t steps are those with a key below `(most - t)·SPAN`: rows from m on count these.
@@ -39,7 +39,7 @@ def order_by_steps_fwd_kernel(
 
 @triton.jit
 def _cells(steps, o_x, m_x, most, i_b, blocks):
-    """In a table of counts by (steps descending, block), where each sample of a block is counted."""
+    """Returns the cell that counts each sample of a block, in a table of counts by (steps descending, block)."""
     b_steps = tl.load(steps + o_x, mask=m_x, other=0).to(tl.int32)
     b_steps = tl.minimum(tl.maximum(b_steps, 0), most)
     return (most - b_steps) * blocks + i_b
@@ -48,13 +48,13 @@ def _cells(steps, o_x, m_x, most, i_b, blocks):
 @triton.jit(do_not_specialize=["m", "most", "blocks"])
 def count_steps_fwd_kernel(
     steps,  # [m] int64 in 0..most
-    cells,  # [(most + 1) · blocks + 1] int32, 0 before: from the second on, the table of counts
+    cells,  # [(most + 1) · blocks + 1] int32, 0 before: from the second cell on, the table of counts
     m,
     most,
     blocks,
     BLOCK: tl.constexpr,
 ):
-    """How many samples of each block have how many steps. Grid: blocks."""
+    """Counts the samples of each block by number of steps. Grid: blocks."""
     i_b = tl.program_id(0)
     o_x = i_b * BLOCK + tl.arange(0, BLOCK)
     m_x = o_x < m
@@ -72,7 +72,7 @@ def place_by_steps_fwd_kernel(
     BLOCK: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Each sample behind those of its block that have as many steps and came before it. Grid: blocks."""
+    """Places each sample after those of its block with equally many steps that came before it. Grid: blocks."""
     i_b = tl.program_id(0)
     o_i = tl.arange(0, BLOCK)
     o_x = i_b * BLOCK + o_i

@@ -1,11 +1,11 @@
 """One projected-gradient step of the ragged attack, in place: in ℓ∞ and in ℓ2.
 
-Tensors of images are dense with the sample outermost, whatever the order of channels, height and width inside. Computed
-in float32, rounded once, on the store.
+Tensors of images are dense with the sample outermost, in any order of channels, height and width. Computed in float32,
+rounded once, on the store.
 
-What holds for a whole sample (is there NaN in its gradient, how long is it) must be known before any of it is written.
-So a short sample is one program's block (`.._sample_..`), and for a long one a program goes over the sample first and
-leaves the answer to the blocks of a second launch.
+Properties of a whole sample (NaN in its gradient, its length) must be known before any of it is written. So a short
+sample is one program's block (`.._sample_..`), and for a long one a program first goes over the sample and passes the
+result to the blocks of a second launch.
 """
 
 import triton
@@ -13,12 +13,12 @@ import triton.language as tl
 
 from bt_fast.kernels.shared import _clip
 
-INFINITY = tl.constexpr(0x7F800000)  # the bits of +Inf in float32: those of NaN without its sign are more
+INFINITY = tl.constexpr(0x7F800000)  # the bits of +Inf in float32: those of NaN without its sign are larger
 
 
 @triton.jit
 def _has_steps_left(steps, step, i_n):
-    """Whether sample i_n takes part in this step: always, where there are no counts."""
+    """Whether sample i_n takes part in this step: always, if there are no counts."""
     taken = True
     if steps is not None:
         taken = tl.load(steps + i_n) > tl.load(step)
@@ -27,7 +27,7 @@ def _has_steps_left(steps, step, i_n):
 
 @triton.jit
 def _start(i_n, length):
-    """The offset of sample i_n: a batch may hold more than 2^31 elements."""
+    """Returns the offset of sample i_n: a batch may hold more than 2^31 elements."""
     return tl.cast(i_n, tl.int64) * length
 
 
@@ -41,7 +41,7 @@ def _radius(epsilon, epsilons, i_n):
 
 @triton.jit
 def _magnitude(b_g):
-    """The bits of |g|: integers in the order 0, finite numbers, Inf, NaN, which a maximum of the numbers may drop."""
+    """The bits of |g|: integers in the order 0, finite numbers, Inf, NaN; a maximum of the floats may drop NaN."""
     return b_g.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 
@@ -59,7 +59,7 @@ def pgd_linf_sample_fwd_kernel(
     step_size,  # [n], α
     steps,  # [n] integers, or None: every sample takes part
     step,  # [], the step counter t, or None
-    faulty,  # [n] int32, set to 1 where a sample's gradient holds NaN; or None
+    faulty,  # [n] int32, set to 1 if a sample's gradient holds NaN; or None
     length,
     epsilon,
     epsilons,  # [n], in place of epsilon; or None: that of every sample
@@ -67,7 +67,7 @@ def pgd_linf_sample_fwd_kernel(
     upper,
     BLOCK: tl.constexpr,  # at least length
 ):
-    """`x' ← clip(clip(x' + α·sign(g), x ± ε), lower, upper)`; a sample with NaN in g stays. Grid: n."""
+    """Writes `x' ← clip(clip(x' + α·sign(g), x ± ε), lower, upper)`; a sample with NaN in g does not move. Grid: n."""
     i_n = tl.program_id(0)
     if not _has_steps_left(steps, step, i_n):
         return
@@ -81,7 +81,7 @@ def pgd_linf_sample_fwd_kernel(
     b_alpha = tl.load(step_size + i_n).to(tl.float32)
     b_moved = _linf_moved(b_x, b_g, b_c, b_alpha, _radius(epsilon, epsilons, i_n), lower, upper)
     top = tl.max(_magnitude(b_g), axis=0)
-    # a mask takes fewer registers here than a branch
+    # a mask takes fewer registers than a branch here
     m_x = tl.where(top > INFINITY, False, m_x)
     tl.store(x_adv + start + o_x, b_moved.to(x_adv.dtype.element_ty), mask=m_x)
     if faulty is not None:
@@ -93,12 +93,12 @@ def pgd_held_fwd_kernel(
     grad,  # [n, length]
     steps,  # [n] integers, or None
     step,  # [], or None
-    held,  # [n] int32, written: 1 where a sample's gradient holds NaN; not where it has no steps left
-    faulty,  # [n] int32, set to 1 there; or None
+    held,  # [n] int32, written: 1 if a sample's gradient holds NaN, but not if it has no steps left
+    faulty,  # [n] int32, set to 1 likewise; or None
     length,
     BLOCK: tl.constexpr,
 ):
-    """Which long samples stay. Grid: n."""
+    """Finds the long samples that do not move. Grid: n."""
     i_n = tl.program_id(0)
     if not _has_steps_left(steps, step, i_n):
         return
@@ -144,19 +144,19 @@ def pgd_linf_step_fwd_kernel(
 
 @triton.jit
 def _exponent(b_top):
-    """k such that numbers no greater than that with the bits b_top are below 4 once divided by 2^k; |k| ≤ 126."""
+    """Returns k, |k| ≤ 126, for which numbers up to that with the bits b_top are below 4 after division by 2^k."""
     return tl.minimum(tl.maximum((b_top >> 23) - 127, -126), 126)
 
 
 @triton.jit
 def _power_of_two(b_k):
-    """2^k, exactly; 2^-126 for less, which is as good as 0 where it is used."""
+    """Returns 2^k exactly; 2^-126 for smaller k, which acts like 0 where it is used."""
     return ((tl.maximum(b_k, -126) + 127) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _shrinking(squares, epsilon):
-    """What a perturbation with this sum of squares is multiplied with, as in `torch.renorm`."""
+    """Returns the factor for a perturbation with this sum of squares, as in `torch.renorm`."""
     size = tl.sqrt(squares)
     return tl.where(size > epsilon, epsilon / (size + 1e-7), 1.0)
 
@@ -168,8 +168,8 @@ def pgd_l2_sample_fwd_kernel(
 ):  # fmt: skip
     """`x' ← clip(x + renorm(clip(x' + α·g/‖g‖, lower, upper) - x), lower, upper)`. Grid: n.
 
-    flat: [n] int32, written: 1 where the gradient is 0, and the sample waits for another direction. A sample whose
-    gradient holds NaN or Inf is `faulty`. Other arguments as in `pgd_linf_sample_fwd_kernel`, here and below.
+    flat: [n] int32, written: 1 if the gradient is 0, and the sample waits for another direction. A sample with NaN or
+    Inf in its gradient is `faulty`. Other arguments as in `pgd_linf_sample_fwd_kernel`, here and below.
     """
     i_n = tl.program_id(0)
     if not _has_steps_left(steps, step, i_n):
@@ -185,7 +185,7 @@ def pgd_l2_sample_fwd_kernel(
     top = tl.max(_magnitude(b_g), axis=0)
     b_scaled = b_g * _power_of_two(-_exponent(top))
     norm = tl.sqrt(tl.sum(b_scaled * b_scaled, axis=0))
-    b_c = tl.load(clean + start + o_x, mask=m_x, other=0.0).to(tl.float32)  # not before: registers
+    b_c = tl.load(clean + start + o_x, mask=m_x, other=0.0).to(tl.float32)  # loaded only now, to save registers
     b_delta = _clip(b_x + b_scaled * (alpha / norm), lower, upper) - b_c
     b_delta = tl.where(m_x, b_delta, 0.0)
     shrink = _shrinking(tl.sum(b_delta * b_delta, axis=0), _radius(epsilon, epsilons, i_n))
@@ -202,17 +202,17 @@ def pgd_l2_measure_fwd_kernel(
     x_adv, grad, clean, step_size, steps, step, measured, flat, faulty, n, length, epsilon, epsilons, lower, upper,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The lengths that the step of a long sample needs. Grid: n.
+    """Measures the lengths that the step of a long sample needs. Grid: n.
 
-    measured: [3, n] float32, written: scale and factor of the gradient, and what the perturbation shrinks by, which is
-    -1 where the sample does not move.
+    measured: [3, n] float32, written: scale and factor of the gradient, and the factor of the perturbation, which is -1
+    if the sample does not move.
     """
     i_n = tl.program_id(0)
     if not _has_steps_left(steps, step, i_n):
         return
 
     start = _start(i_n, length)
-    # each lane sums squares that are divided by the square of the power of two of its own greatest number so far
+    # each lane sums squares, divided by the square of the power of two of its greatest number so far
     b_top = tl.zeros([BLOCK], tl.int32)
     b_sum = tl.zeros([BLOCK], tl.float32)
     for o in range(0, length, BLOCK):
@@ -254,7 +254,7 @@ def pgd_l2_measure_fwd_kernel(
 def pgd_l2_step_fwd_kernel(
     x_adv, grad, clean, steps, step, measured, n, length, blocks, lower, upper, BLOCK: tl.constexpr
 ):
-    """The step of `pgd_l2_sample_fwd_kernel` on samples of any length, once measured. Grid: n · blocks."""
+    """Takes the step of `pgd_l2_sample_fwd_kernel` on measured samples of any length. Grid: n · blocks."""
     i_x = tl.program_id(0)
     i_n = i_x // blocks
     if not _has_steps_left(steps, step, i_n):
@@ -277,15 +277,15 @@ def pgd_l2_step_fwd_kernel(
 
 @triton.jit
 def _bytes(b_word):
-    """The sums of the bytes 0 and 2, and of 1 and 3, in the halves of a word."""
+    """Returns the sums of the bytes 0 and 2, and of 1 and 3, in the halves of a word."""
     return (b_word & 0x00FF00FF) + ((b_word >> 8) & 0x00FF00FF)
 
 
 @triton.jit
 def _direction(stand_in, start, i_n, o_x, m_x):
-    """Given numbers, or where `stand_in` is a seed standard normal ones: the sum of 16 bytes, centred and scaled.
+    """Returns the given numbers, or if `stand_in` is a seed standard normal ones: scaled, centred sums of 16 bytes.
 
-    All but the last multiplication is in integers, so that the numbers are the same on every device.
+    All except the last multiplication is in integers, so that the numbers are the same on every device.
     """
     if stand_in.dtype.element_ty == tl.int64:
         b_1, b_2, b_3, b_4 = tl.philox(tl.load(stand_in), o_x, i_n, 0, 0)
@@ -299,7 +299,7 @@ def _direction(stand_in, start, i_n, o_x, m_x):
 
 @triton.jit
 def _stood_in(x_adv, clean, stand_in, start, i_n, o_x, m_x, alpha, lower, upper):
-    """x, and the perturbation after the step along the stand-in, before it shrinks."""
+    """Returns x, and the perturbation after the step along the stand-in, before it shrinks."""
     b_x = tl.load(x_adv + start + o_x, mask=m_x, other=0.0).to(tl.float32)
     b_c = tl.load(clean + start + o_x, mask=m_x, other=0.0).to(tl.float32)
     b_step = _direction(stand_in, start, i_n, o_x, m_x) * alpha
@@ -310,9 +310,9 @@ def _stood_in(x_adv, clean, stand_in, start, i_n, o_x, m_x, alpha, lower, upper)
 def pgd_l2_stand_in_fwd_kernel(
     x_adv, clean, step_size, steps, step, stand_in, flat, length, epsilon, epsilons, lower, upper, BLOCK: tl.constexpr
 ):
-    """The step of `pgd_l2_sample_fwd_kernel` along another direction, not normalised, where the gradient is 0. Grid: n.
+    """The step of `pgd_l2_sample_fwd_kernel` along another direction, not normalised, for zero gradients. Grid: n.
 
-    stand_in: [n, length], or a seed [] int64. Such samples are rare: the others' programs read two numbers.
+    stand_in: [n, length], or a seed [] int64. These samples are rare: other samples' programs only read two numbers.
     """
     i_n = tl.program_id(0)
     if not _has_steps_left(steps, step, i_n):

@@ -1,4 +1,4 @@
-"""What the kernels of more than one op use: a softmax in float64, the same for all, and a clamp that keeps NaN."""
+"""Shared parts of the kernels: a float64 softmax, the same for all, and a clamp that keeps NaN."""
 
 import triton
 import triton.language as tl
@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def _exp(b_x):
-    """e^x in float64 for x ≤ 0, to some 1e-15; at least e^-200, which is 0 in float32, and that for NaN too.
+    """Returns e^x in float64 for x ≤ 0, to about 1e-15; at least e^-200, which is 0 in float32, also for NaN.
 
     Without a branch and in a third of the code of `tl.exp` in float64: x = n·ln2 + r, a Taylor polynomial in r, and n
     added to its exponent.
@@ -32,20 +32,20 @@ def _exp(b_x):
 
 @triton.jit
 def _load(logits, m_x):
-    """Logits in float32, -Inf where there are none. NaN becomes +Inf: neither has a softmax, and +Inf has an order."""
+    """Loads logits in float32, -Inf outside the mask. NaN becomes +Inf: neither has a softmax, and +Inf is ordered."""
     b_z = tl.load(logits, mask=m_x, other=float("-inf")).to(tl.float32)
     return tl.where(b_z != b_z, float("inf"), b_z)
 
 
 @triton.jit
 def _reciprocal(b_sum, b_max):
-    """1 / sum, or NaN where the row has no softmax."""
+    """Returns 1 / sum, or NaN if the row has no softmax."""
     b_fit = (b_max > float("-inf")) & (b_max < float("inf"))
     return tl.where(b_fit, 1.0 / b_sum, float("nan"))
 
 
 @triton.jit
 def _clip(b_v, b_low, b_high):
-    """`torch.clamp`: NaN stays NaN, and the upper bound wins."""
+    """Returns `torch.clamp`: NaN stays NaN, and the upper bound wins."""
     b_v = tl.maximum(b_v, b_low, propagate_nan=tl.PropagateNan.ALL)
     return tl.minimum(b_v, b_high, propagate_nan=tl.PropagateNan.ALL)

@@ -1,7 +1,7 @@
-"""Softmax of each row of logits, its signed variance, and what is wrong with the row, in one launch.
+"""Computes the softmax of each row of logits, its signed variance, and the row's faults, in one launch.
 
-Computed in float64, rounded once, on the store: near a uniform row the variance is the square of a difference that
-float32 no longer holds.
+Computed in float64, rounded once, on the store: for a nearly uniform row the variance is the square of a difference too
+small for float32.
 """
 
 import triton
@@ -12,7 +12,7 @@ from bt_fast.kernels.shared import _exp, _load, _reciprocal
 
 @triton.jit
 def _store_row(svar, correct, unfit, o_m, m_m, b_variance, b_max, b_first, b_label, K: tl.constexpr):
-    """SVar, whether the label is the first maximum, and the flags, of the rows o_m; a scalar or a block of them."""
+    """Stores SVar, whether the label is the first maximum, and the flags, of the rows o_m: a scalar or a block."""
     b_fit = (b_max > float("-inf")) & (b_max < float("inf"))
     b_correct = b_fit & (b_first == b_label)
     b_stray = (b_label < 0) | (b_label >= K)
@@ -31,12 +31,12 @@ def signed_variance_fwd_kernel(
     unfit,  # [m] uint8
     probabilities,  # [m, K] float32
     m,
-    stride,  # elements from row to row; None where they are contiguous
+    stride,  # elements from row to row; None for contiguous rows
     K: tl.constexpr,
     ROWS: tl.constexpr,  # of a program
     BLOCK: tl.constexpr,  # a power of two, at least K
 ):
-    """`SVar = ±mean_k (softmax(z)_k - 1/K)²`, of rows that fit a block. Grid: cdiv(m, ROWS)."""
+    """Computes `SVar = ±mean_k (softmax(z)_k - 1/K)²`, for rows that fit a block. Grid: cdiv(m, ROWS)."""
     i_m = tl.program_id(0)
     o_m = tl.cast(i_m, tl.int64) * ROWS + tl.arange(0, ROWS)
     o_k = tl.arange(0, BLOCK)
@@ -62,7 +62,7 @@ def signed_variance_fwd_kernel(
 def signed_variance_long_fwd_kernel(
     logits, labels, svar, correct, unfit, probabilities, stride, K: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """The same of rows of several blocks, each read twice. Grid: m."""
+    """Computes the same for rows of several blocks, each read twice. Grid: m."""
     i_m = tl.program_id(0)
     o_m = tl.cast(i_m, tl.int64)
     z = logits + o_m * (K if stride is None else stride)
@@ -70,7 +70,7 @@ def signed_variance_long_fwd_kernel(
     o_k = tl.arange(0, BLOCK)
     b_label = tl.load(labels + o_m)
 
-    # each lane keeps its own largest logit and where it stood first; the sum of e^(z - max) is relative to all so far
+    # each lane keeps its largest logit and its first place; the sum of e^(z - max) is relative to the largest so far
     b_lane_max = tl.full([BLOCK], float("-inf"), tl.float32)
     b_lane_first = tl.full([BLOCK], K, tl.int32)
     b_sum = tl.zeros([BLOCK], tl.float64)

@@ -1,6 +1,6 @@
-"""The share of rows whose first maximum is their label, and the moving average that it enters, in one launch.
+"""Counts the rows with their label as first maximum, and moves the moving average of their share, in one launch.
 
-Counted in integers, averaged in float64: the result does not depend on the order.
+It counts in integers and averages in float64: the result does not depend on the order.
 """
 
 import triton
@@ -9,7 +9,7 @@ import triton.language as tl
 
 @triton.jit
 def _move(robust_fraction, unreported_faults, hits, faults, m, MOMENTUM: tl.constexpr, WEIGHT: tl.constexpr):
-    """`F_R ← p·F_R + w·(hits / m)`, or a fault counted and F_R left as it is."""
+    """Writes `F_R ← p·F_R + w·(hits / m)`, or counts a fault and does not move F_R."""
     before = tl.load(robust_fraction)
     count = tl.load(unreported_faults)
     tl.debug_barrier()  # every thread reads, one writes
@@ -27,14 +27,14 @@ def update_fraction_fwd_kernel(
     tallies,  # [2, programs] int32: hits and faults of each; or None: there is one program, which moves F_R
     m,
     blocks,  # cdiv(m, ROWS)
-    stride,  # elements from row to row; None where they are contiguous
+    stride,  # elements from row to row; None for contiguous rows
     MOMENTUM: tl.constexpr,  # p
     WEIGHT: tl.constexpr,  # (1 - p)·γ
     K: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Count hits and faults (rows without a softmax, labels that are no class). Grid: the number of programs."""
+    """Counts hits and faults (rows without a softmax, labels that are no class). Grid: the number of programs."""
     i_p = tl.program_id(0)
     programs = tl.num_programs(0)
     o_k = tl.arange(0, BLOCK)
@@ -46,13 +46,13 @@ def update_fraction_fwd_kernel(
         z = logits + (o_m * (K if stride is None else stride))[:, None]
         b_label = tl.load(labels + o_m, mask=m_m, other=0)
 
-        # each lane keeps its own largest logit and where it stood first
+        # each lane keeps its largest logit and its first place
         b_lane_max = tl.full([ROWS, BLOCK], float("-inf"), tl.float32)
         b_lane_first = tl.full([ROWS, BLOCK], K, tl.int32)
         for o_b in range(0, K, BLOCK):
             m_x = m_m[:, None] & (o_b + o_k < K)[None, :]
             b_z = tl.load(z + (o_b + o_k)[None, :], mask=m_x, other=float("-inf")).to(tl.float32)
-            b_z = tl.where(b_z != b_z, float("inf"), b_z)  # neither has a softmax, and +Inf has an order
+            b_z = tl.where(b_z != b_z, float("inf"), b_z)  # neither has a softmax, and +Inf is ordered
             b_lane_first = tl.where(b_z > b_lane_max, (o_b + o_k)[None, :], b_lane_first)
             b_lane_max = tl.maximum(b_lane_max, b_z)
         b_max = tl.max(b_lane_max, axis=1)
@@ -75,7 +75,7 @@ def update_fraction_fwd_kernel(
 def update_fraction_finish_kernel(
     robust_fraction, unreported_faults, tallies, m, MOMENTUM: tl.constexpr, WEIGHT: tl.constexpr, PROGRAMS: tl.constexpr
 ):
-    """Move F_R by the hits and faults of all programs, `tallies` [2, PROGRAMS]. Grid: 1."""
+    """Moves F_R by the hits and faults of all programs, `tallies` [2, PROGRAMS]. Grid: 1."""
     o_p = tl.arange(0, PROGRAMS)
     hits = tl.sum(tl.load(tallies + o_p), axis=0)
     faults = tl.sum(tl.load(tallies + PROGRAMS + o_p), axis=0)

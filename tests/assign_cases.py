@@ -1,4 +1,4 @@
-"""Minibatches to assign, hard ones among them: for every layer of tests of the op, and of its order."""
+"""Generates minibatches, including hard cases, for all tests of `assign_steps` and of its order."""
 
 from contextlib import contextmanager
 from unittest import mock
@@ -8,11 +8,11 @@ import torch
 VALUES = ["normal", "ties", "all equal", "extreme", "special", "close"]
 POLICIES = [(0, 10, 2), (0, 0, 0), (2, 2, 2), (3, 3, 0), (0, 2, 2), (1, 0, 1), (5, 1, 7), (0, 300, 1)]
 FRACTIONS = [0.0, 1e-12, 0.25, 1 / 3, 0.5, 0.8, 1.0]
-SIZES = (0.1, 0.007, 1.7 * 0.031 / 3)  # no two of them, and none rounded to float32, are the same
+SIZES = (0.1, 0.007, 1.7 * 0.031 / 3)  # all different, and none is exact in float32
 
 
 def values(m, kind, seed):
-    """SVar [m] float32 of one of VALUES."""
+    """Returns SVar [m] float32 of one of the kinds in VALUES."""
     g = torch.Generator().manual_seed(seed)
     drawn = torch.randn(m, generator=g)
     if kind == "ties":
@@ -21,7 +21,7 @@ def values(m, kind, seed):
         return torch.full((m,), 0.09)
     if kind == "extreme":
         return torch.ldexp(drawn, torch.randint(-150, 127, (m,), generator=g))
-    if kind == "close":  # neighbours among the floats
+    if kind == "close":  # neighbouring float32 values
         return (torch.tensor(0.1).view(torch.int32) + torch.randint(0, 5, (m,), generator=g).int()).view(torch.float32)
     if kind == "special":
         inf, nan = float("inf"), float("nan")
@@ -31,7 +31,7 @@ def values(m, kind, seed):
 
 
 def case(m, seed, *, kind="normal", f_r=0.5, policy=(0, 10, 2), full=True, sound=False):
-    """The arguments of `assign_steps`, as a dict; `full` with all that is optional, `sound` without a fault in them."""
+    """Builds the arguments of `assign_steps` as a dict: with the optional ones if `full`, without faults if `sound`."""
     g = torch.Generator().manual_seed(seed + 1)
     correct = torch.rand(m, generator=g) < 0.7
     unfit = torch.randint(0, 4, (m,), generator=g, dtype=torch.uint8)
@@ -48,7 +48,7 @@ def case(m, seed, *, kind="normal", f_r=0.5, policy=(0, 10, 2), full=True, sound
 
 
 def run(assign, arguments):
-    """What `assign` returns, and the group counts after it."""
+    """Runs `assign` and returns its results and the group counts after the call."""
     given = dict(arguments)
     if given["group_counts"] is not None:
         given["group_counts"] = given["group_counts"].clone()
@@ -56,7 +56,7 @@ def run(assign, arguments):
 
 
 def assert_same(result, expected):
-    """Equal to the bit, NaN for NaN."""
+    """Asserts that two results are equal bit for bit; NaN equals NaN."""
     names = ("threshold", "group", "steps", "step_size", "order", "counts", "group_counts")
     for name, a, b in zip(names, result, expected, strict=True):
         assert (a is None) == (b is None), name
@@ -72,7 +72,7 @@ def _bits(values):
 
 @contextmanager
 def poisoned_memory():
-    """Whatever `torch.empty` hands out holds garbage, so that an element that is not written shows."""
+    """Makes `torch.empty` return memory filled with garbage, so that elements that are never written show up."""
     empty = torch.empty
 
     def poisoned(*shape, **options):

@@ -1,6 +1,6 @@
-"""`python bare_environment.py MODULE ARGUMENTS` runs a module as where there are but the package, its needs and pytest.
+"""`python bare_environment.py MODULE ARGUMENTS` runs a module with only the package, its dependencies and pytest.
 
-What else is installed cannot be imported, and none of pytest's plugins is loaded.
+Other installed packages cannot be imported, and no plugin of pytest is loaded.
 """
 
 import importlib.metadata
@@ -12,11 +12,11 @@ from importlib.machinery import PathFinder
 
 from packaging.requirements import Requirement
 
-WANTED = ("bt-fast", "pytest", "setuptools")  # triton 3.2 imports the last; it comes with the Pythons of its time
+WANTED = ("bt-fast", "pytest", "setuptools")  # triton 3.2 imports setuptools, which Pythons of that time include
 
 
 class Bare(PathFinder):
-    """Python's own finder, to which what no wanted distribution holds is not there."""
+    """Replaces Python's path finder and hides modules that no wanted distribution contains."""
 
     refused = frozenset()
 
@@ -26,7 +26,7 @@ class Bare(PathFinder):
 
 
 def unwanted():
-    """The names of the modules and packages that only other distributions hold."""
+    """Returns the names of the modules and packages that only unwanted distributions contain."""
     names, wanted = {True: set(), False: set()}, with_dependencies(WANTED)
     for installed in importlib.metadata.distributions():
         names[plain(installed.metadata["Name"]) in wanted] |= modules_of(installed)
@@ -34,7 +34,7 @@ def unwanted():
 
 
 def modules_of(installed):
-    """The names of a distribution's modules and packages. (`packages_distributions` misses most in Python 3.10.)"""
+    """Returns the modules and packages of a distribution; `packages_distributions` misses most in Python 3.10."""
     return {file.parts[0].partition(".")[0] for file in installed.files or () if file.suffix in (".py", ".so")}
 
 
@@ -43,7 +43,7 @@ def plain(name):
 
 
 def with_dependencies(requirements):
-    """The names of the installed distributions that these requirements bring."""
+    """Returns the names of the installed distributions that these requirements need, directly or indirectly."""
     result, left = set(), [Requirement(r) for r in requirements]
     while left:
         requirement = left.pop()

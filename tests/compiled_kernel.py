@@ -1,4 +1,4 @@
-"""Stands in for a `triton.jit` function: a launch compiles it for a GPU as Triton would, and executes the PTX here."""
+"""Replaces a `triton.jit` function: a launch compiles it for a GPU as Triton would, and executes the PTX on the CPU."""
 
 import functools
 import importlib.util
@@ -27,22 +27,22 @@ _compile = functools.cache(
 
 
 def memory(tensor):
-    """The bytes from the tensor's first element to its last, as a numpy array that shares them."""
+    """Returns the bytes from the tensor's first element to its last, as a numpy array that shares memory with it."""
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     flat = tensor.as_strided((last + 1 if tensor.numel() else 0,), (1,), tensor.storage_offset())
     return flat.view(torch.uint8).numpy()
 
 
 def compiled_kernels(module, sm):
-    """For every kernel of a file in `kernels/`, by name, what stands in for it: for `mock.patch.multiple`."""
+    """Returns a `CompiledKernel` by name for every kernel of a file in `kernels/`, for `mock.patch.multiple`."""
     kernels = {name: f for name, f in vars(module).items() if isinstance(f, JITFunction) and name.endswith("_kernel")}
     return {name: CompiledKernel(f, sm) for name, f in kernels.items()}
 
 
 def planted(module, text, instead, path):
-    """The module of a file in `kernels/` with a bug: `instead` where its source has `text`. Written to `path`.
+    """Returns the module of a file in `kernels/` with a planted bug: `instead` replaces `text` in its source.
 
-    The source of what it imports from `kernels/shared.py` is a part of it.
+    The source, written to `path`, includes what the file imports from `kernels/shared.py`.
     """
     source = Path(module.__file__).read_text()
     source = re.sub(r"from bt_fast\.kernels\.shared import .*\n", lambda _: Path(shared.__file__).read_text(), source)
@@ -55,7 +55,9 @@ def planted(module, text, instead, path):
 
 
 class CompiledKernel:
-    """Launched as the function is, with blocks in random order; `statistics` are those of the latest launch.
+    """A kernel launched like the function it replaces, with blocks in random order.
+
+    `statistics` holds the statistics of the latest launch.
 
     Args:
         function: the `triton.jit` function.
@@ -83,7 +85,7 @@ class CompiledKernel:
 
     @staticmethod
     def _type(parameter, value):
-        """As Triton specialises it: None and 1 become constants, unless the function says otherwise."""
+        """Returns the type Triton specialises for: None and 1 become constants, unless the function forbids it."""
         if isinstance(value, torch.Tensor):
             return f"*{NAMES[value.dtype]}"
         if parameter.annotation_type and value is not None:
@@ -94,7 +96,7 @@ class CompiledKernel:
 
     @staticmethod
     def _divisible(parameter, value):
-        """Every tensor is: the executor places it so."""
+        """Returns whether Triton may assume divisibility by 16; the executor aligns all tensors so."""
         if isinstance(value, torch.Tensor):
             return True
         free = not parameter.is_constexpr and not parameter.do_not_specialize
@@ -102,7 +104,7 @@ class CompiledKernel:
 
 
 def moved_bytes(kernel):
-    """The bytes that the latest launch of a `CompiledKernel` loaded and stored, each a dict by argument."""
+    """Returns the bytes that the latest launch of a `CompiledKernel` loaded and stored, each as a dict by argument."""
     names = [p.name for p in kernel.function.params]
     for how in ("load", "store"):
         yield {names[k]: count for k, count in kernel.statistics[f"{how}.parameter"].items()}

@@ -1,4 +1,4 @@
-"""One thread: the networks of the tests are so small that handing work to a second costs more than it saves."""
+"""Sets torch to one thread: for the tests' small networks, a second one costs more than it saves."""
 
 from pathlib import Path
 from unittest import mock
@@ -13,7 +13,7 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="session", autouse=True)
 def quiet_keywords():
-    """Keywords of the first version warn in `test_deprecated.py` alone: elsewhere other warnings are counted."""
+    """Ignores the warnings about old keywords outside `test_deprecated.py`, where other warnings are counted."""
 
     def quietly(old, new):
         pass
@@ -23,7 +23,7 @@ def quiet_keywords():
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """With `-m cuda` only files with such tests are imported: the others need what a GPU's machine may lack."""
+    """With `-m cuda`, skips importing files without such tests: they may need what a GPU machine lacks."""
     if config.getoption("markexpr") == "cuda" and collection_path.suffix == ".py":
         return b"mark.cuda" not in collection_path.read_bytes() or None
     return None

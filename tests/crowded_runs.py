@@ -1,9 +1,9 @@
-"""One run folder, wanted by several processes at once, some of them killed: the run must end as if there were one.
+"""Starts several processes on one run folder and kills some of them: the run must end as if only one had written it.
 
     python tests/crowded_runs.py --rounds 20
 
 The processes are forks, as in `killed_runs.py`. Exit code 1 if a run does not end with the same bits and records, if a
-process that is refused says more than a line, or if a reader is disturbed.
+refused process prints more than one line, or if a reader is disturbed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 from killed_runs import METHODS, OPTIONS, command, outcome, same, start, to_the_end, wait, write_data
 
 WRITERS = 3
-LIMIT = 400.0  # seconds for a process to end beside all the others
+LIMIT = 400.0  # seconds for a process to end while all others run
 REFUSALS = ("writes there", "already holds a run")
 EARLY = ("no epoch has ended", "no run folder", "no such folder", "no such checkpoint file")
 
@@ -36,7 +36,7 @@ def ended(process):
 
 
 def judged(code, log, killed, lines):
-    """What is wrong with how a process ended; None if nothing is."""
+    """Returns what is wrong with how a process ended, or None."""
     reported = log.read_text() if log.exists() else ""
     errors = [line for line in reported.splitlines() if line.startswith("bt-fast: ")]
     if code == 0 or (killed and code == -signal.SIGKILL):
@@ -47,7 +47,7 @@ def judged(code, log, killed, lines):
 
 
 def crowded(place, data, epochs, whole, rng):
-    """A run that several begin at a time, all of which may be killed, and then several resume at a time."""
+    """Lets several processes begin a run at once, of which all may be killed, and then several resume it at once."""
     place.mkdir()
     folder, wrong, refused, number = place / "run", [], 0, 0
     for first in (True, False):
@@ -63,7 +63,7 @@ def crowded(place, data, epochs, whole, rng):
         time.sleep(rng.uniform(0, 0.5))
         for process, _, kill, _ in begun:
             if kill:
-                os.kill(process, signal.SIGKILL)  # it may be over, but nobody has waited for it yet
+                os.kill(process, signal.SIGKILL)  # it may have ended, but nobody has waited for it yet
         for process, log, kill, lines in begun:
             code = ended(process)
             refused += code == 2
@@ -77,7 +77,7 @@ def crowded(place, data, epochs, whole, rng):
 
 
 def unnamed(place, data, epochs, whole):
-    """Runs begun at the same moment without --out: each has a folder of its own."""
+    """Begins runs at the same moment without --out: each must get its own folder."""
     place.mkdir()
     os.chdir(place)
     options = ["compare", *METHODS, "--data", str(data), "--epochs", str(epochs), *OPTIONS]
@@ -92,7 +92,7 @@ def unnamed(place, data, epochs, whole):
 
 
 def rounds(place, count, epochs, seed):
-    """What became of each round."""
+    """Yields the result of each round."""
     data, rng = place / "data.npz", random.Random(seed)
     write_data(data)
     assert to_the_end(command(data, place / "whole", epochs), place / "log", False) == 0, (place / "log").read_text()

@@ -1,4 +1,4 @@
-"""Inputs of the losses of the update, hard cases among them: for every layer of tests of the same op."""
+"""Generates inputs, including hard cases, for all tests of the losses of the update."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ BETA = 6.0
 
 @dataclass
 class Case:
-    """The arguments of a loss of that name."""
+    """The arguments of the loss called `name`."""
 
     name: str
     arguments: tuple
@@ -22,7 +22,7 @@ class Case:
         return [a for a in self.arguments if isinstance(a, torch.Tensor) and a.is_floating_point()]
 
     def run(self, how):
-        """`how` is "launch" or "reference": the losses of the rows, and the gradients."""
+        """Runs the "launch" or the "reference" (`how`) and returns the losses of the rows, and the gradients."""
         function = {"launch": f"launch_{self.name}", "reference": f"{self.name}_reference"}[how]
         return getattr(divergence, function)(*self.arguments)
 
@@ -31,15 +31,15 @@ class Case:
 
 
 def case(name, n, classes, dtype, seed, *, spread=3.0, special=False, strides="rows") -> Case:
-    """Logits of size `spread`, row by row of another kind.
+    """Builds logits of size `spread`, with a different kind of logits in each row.
 
-    Of three rows one is saturated and one nearly certain, of the right class and, in the adversarial logits, of a wrong
-    one; of four one is nearly the same in all logits, and its label is the largest.
+    One row in three is saturated, and one nearly certain: of the right class, and in the adversarial logits of a wrong
+    one. One row in four is nearly the same in all logits, and its label is the largest.
 
     Args:
         special: some classes are ruled out (in the target, or in all logits), and the last row holds NaN or +Inf.
-        strides: "rows", "apart" (rows with others between), "columns" (the class is not the contiguous index) or
-            "one" (the same row again and again).
+        strides: "rows", "apart" (rows with other rows between), "columns" (the class is not the contiguous index) or
+            "one" (one repeated row).
     """
     g = torch.Generator().manual_seed(seed)
     z = spread * torch.randn(3, n, classes, generator=g)
@@ -58,7 +58,7 @@ def case(name, n, classes, dtype, seed, *, spread=3.0, special=False, strides="r
     if special and classes > 2:
         out = (labels + 1 + torch.randint(classes - 1, (n,), generator=g)) % classes
         rows = torch.arange(n)
-        z[0, rows[::2], out[::2]] = -torch.inf  # in the target, and in half of these rows in all
+        z[0, rows[::2], out[::2]] = -torch.inf  # in the target, and in half of these rows in all logits
         z[1:, rows[::4], out[::4]] = -torch.inf
         z[seed % 3, n - 1, classes - 1] = (torch.nan, torch.inf)[seed % 2]
     logits = [_strided(v.to(dtype), strides, g) for v in z]
@@ -84,10 +84,10 @@ def _strided(z, strides, g):
 
 
 def assert_right(case, result):
-    """`found` is what the reference gives in double precision, to the rounding of float32 and then of the dtype.
+    """Asserts that `result` is the double-precision reference, up to the rounding of float32 and then of the dtype.
 
-    A row's rounding scales with its loss, since a gradient is a difference of terms as large, and a class's with its
-    probabilities p, which have the rounding of log p.
+    A row's rounding scales with its loss, since a gradient is a difference of terms of that size. A class's rounding
+    scales with its probability p and with log p.
     """
     loss, *gradients = case.double().run("reference")
     assert result[0].dtype == torch.float32

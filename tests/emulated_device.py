@@ -1,29 +1,29 @@
-"""CUDA's streams, events, graphs and memory pools on the CPU, in the place of `torch.cuda`'s own.
+"""Emulates CUDA's streams, events, graphs and memory pools on the CPU, replacing those of `torch.cuda`.
 
-What is tested is all that is above them: the package, and torch's `torch.cuda.graph` and `make_graphed_callables`.
+It tests all code above them: the package, and torch's `torch.cuda.graph` and `make_graphed_callables`.
 
     with EmulatedDevice() as emulated:
-        run_the_engine(x)                       # runs eagerly, in the order in which it was enqueued, and is recorded
+        run_the_engine(x)                       # runs eagerly, in the order of the calls, and is recorded
     for seed in range(1000):
-        (found,) = emulated.shuffled(seed, [x])  # x, had the device run the work in another order that CUDA permits
+        (found,) = emulated.shuffled(seed, [x])  # x as computed in another order that CUDA permits
 
-Work waits for what its stream holds already and for the streams that this one was told to wait for, and for nothing
-else. Memory comes from a pool for each stream and for each graph pool, and a freed block is handed out again at the
-next request from the same pool, as CUDA's allocator does: work on another stream may then find other bytes in it. What
-the allocator hands out holds garbage. Work that is not ordered is permuted whole operation by whole operation.
+Work waits only for earlier work on its stream and for the streams that its stream waits for. Each stream and each graph
+pool has its own memory pool. As in CUDA's allocator, the next request from the same pool reuses a freed block: work on
+another stream may then read other bytes from it. New memory holds garbage. Unordered work is permuted in units of whole
+operations.
 
-A gradient node belongs to the stream on which its forward made it, as in torch's CUDA autograd: there its backward
-runs, after the nodes that its gradients come from, and the caller's stream waits for the last ones. The node that
-accumulates a parameter's gradient is as old as the oldest loss that is still alive.
+A gradient node belongs to the stream on which its forward made it, as in torch's CUDA autograd: its backward runs
+there, after the nodes that give it gradients, and the caller's stream waits for the last ones. The node that
+accumulates a parameter's gradient exists as long as the oldest loss that is still alive.
 
-A capture records what its streams are given, instead of running it: its own and those that wait for one of them. It
-refuses what CUDA refuses: to read a value, to bring one from the host, to wait for the device or for a stream outside,
+A capture records the work of its streams instead of running it: of its own stream and those that wait for it. It
+refuses what CUDA refuses: to read a value, to copy one from the host, to wait for the device or for a stream outside,
 to make the default stream wait for it, to end before it waits for all work, and to launch for the first time; in
-"global" mode also any other thread's call (`call_from_another_thread`). It is invalid then, and its end raises. What is
-left behind depends on torch, `UNWINDS`. A replay refuses memory that was freed outside the graph. Matrix products work
-in memory that cuBLAS has for each stream; it is freed where a graph goes that was captured on the stream, as in torch
-2.12 to 2.14, and a replay refuses that of another pool than its own. Random numbers come from the CPU's default
-generator, which stands for the device's: those of a graph are drawn when it is replayed.
+"global" mode also any other thread's call (`call_from_another_thread`). After a refusal the capture is invalid, and its
+end raises. What it leaves behind depends on torch's version, see `UNWINDS`. A replay refuses memory that was freed
+outside the graph. Matrix products use a cuBLAS workspace for each stream; it is freed when a graph captured on the
+stream is freed, as in torch 2.12 to 2.14, and a replay refuses a workspace of another pool. Random numbers come from
+the CPU's default generator in place of the device's: a replay draws those of its graph.
 """
 
 import functools
@@ -36,7 +36,7 @@ from dataclasses import dataclass, field
 from unittest import mock
 
 import torch
-import torch._dynamo  # a registered op's first call imports it, which fails inside of a mode in torch 2.6
+import torch._dynamo  # the first call of a registered op imports it, which fails inside a mode in torch 2.6
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _get_current_dispatch_mode_stack
@@ -47,38 +47,38 @@ from bt_fast.attack import device
 READS = {"_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select"}
 FROM_HOST = {"lift_fresh", "lift_fresh_copy"}
 PRODUCTS = {"mm", "addmm", "bmm", "baddbmm"}
-STREAM = "emulated stream"  # of a gradient node, in its metadata, which last as long as the node
+STREAM = "emulated stream"  # key in a gradient node's metadata, which lives as long as the node
 
-# What torch itself does where the end of a capture raises:
+# What torch itself cleans up when the end of a capture raises:
 UNWINDS = {
-    "2.6": set(),  # the pool stays under way, its memory counts as used, and the generator takes itself for capturing
-    "2.13": {"pool", "generator"},  # the memory alone is not given back
+    "2.6": set(),  # the pool stays in use, its memory counts as used, and the generator still believes it is capturing
+    "2.13": {"pool", "generator"},  # only the memory is not returned
     "2.15": {"pool", "generator", "memory"},
 }
 
 
 def everywhere(x):
-    """In the place of `has_graphs`. (A mock would keep the tensor that it was asked about, and so its memory.)"""
+    """Replaces `has_graphs`. A mock would keep its tensor argument alive, and so that tensor's memory."""
     return True
 
 
 def current():
-    """The emulated device at work, if there is one."""
+    """Returns the active emulated device, or None."""
     return next((m for m in reversed(_get_current_dispatch_mode_stack()) if isinstance(m, EmulatedDevice)), None)
 
 
 def capturing():
-    """Whether work is recorded by a capture now."""
+    """Returns whether a capture is recording now."""
     return current() is not None and current().graph is not None
 
 
 class NotPermittedError(RuntimeError):
-    """What CUDA refuses during a capture, or what would read freed memory."""
+    """Raised where CUDA refuses a call during a capture, or where work would read freed memory."""
 
 
 @dataclass(frozen=True)
 class Ref:
-    """A tensor as its memory and its place in it."""
+    """A tensor, as its memory and its place in it."""
 
     memory: int
     dtype: torch.dtype
@@ -92,7 +92,7 @@ class Ref:
 
 @dataclass(eq=False)
 class Stream:
-    """A queue: `last` is its latest work, `awaited` what its next work has to wait for."""
+    """A queue: `last` is its latest work, `awaited` what its next work must wait for."""
 
     emulated: "EmulatedDevice"
     pool: object = field(default_factory=object)
@@ -109,7 +109,7 @@ class Stream:
 
 @dataclass
 class On:
-    """In the place of torch.cuda.StreamContext, which nobody leaves where the end of a capture raises."""
+    """Replaces torch.cuda.StreamContext, which is not exited when the end of a capture raises."""
 
     emulated: "EmulatedDevice"
     stream: Stream
@@ -134,7 +134,7 @@ class Work:
 
 @dataclass(eq=False)
 class Workspace:
-    """Memory in which cuBLAS works, and the pool of the capture that took it, if one did."""
+    """The memory that cuBLAS works in, and the pool of the capture that allocated it, or None."""
 
     pool: object
     freed: bool = False
@@ -142,18 +142,18 @@ class Workspace:
 
 @dataclass(eq=False)
 class Graph:
-    """In the place of torch.cuda.CUDAGraph."""
+    """Replaces torch.cuda.CUDAGraph."""
 
     emulated: "EmulatedDevice"
     memory_pool: object = None
     work: list = field(default_factory=list)
     invalid: bool = False
     mode: str = "global"
-    streams: list = field(default_factory=list)  # that are captured; the first is where it began
+    streams: list = field(default_factory=list)  # the captured streams; the capture began on the first
     uses_memory: bool = False
     workspaces: set = field(default_factory=set)
-    recorded: Counter = field(default_factory=Counter)  # how much work of each stream
-    awaited: dict = field(default_factory=lambda: defaultdict(Counter))  # and how much of it each other stream awaits
+    recorded: Counter = field(default_factory=Counter)  # how much work of each stream is recorded
+    awaited: dict = field(default_factory=lambda: defaultdict(Counter))  # how much of it other streams wait for
 
     def capture_begin(self, pool=None, capture_error_mode="global", check_input_liveness=False):
         emulated = self.emulated
@@ -192,7 +192,7 @@ class Graph:
         emulated.captures += 1
 
     def known_to(self, stream):
-        """How much of each stream's work is before what this stream is given next."""
+        """Returns how much of each stream's work precedes the next work of this stream."""
         return self.awaited[stream] | Counter({stream: self.recorded[stream]})
 
     def reset(self):
@@ -212,7 +212,7 @@ class Graph:
 
 
 class GradientNodes(TorchFunctionMode):
-    """Notes at each call what stream its gradient nodes belong to."""
+    """Records at each call which stream its new gradient nodes belong to."""
 
     def __init__(self, emulated):
         super().__init__()
@@ -225,25 +225,25 @@ class GradientNodes(TorchFunctionMode):
 
 
 class EmulatedDevice(TorchDispatchMode):
-    """Work inside goes to the emulated device; `as_torch` is whose way to leave a broken capture, of `UNWINDS`."""
+    """Runs work inside the block on the emulated device; broken captures unwind as in torch version `as_torch`."""
 
     def __init__(self, as_torch="2.6"):
         super().__init__()
         self.unwinds = UNWINDS[as_torch]
-        self.under_way, self.uses = set(), Counter()  # pools that captures allocate from; captures that use each
-        self.given_back = set()  # pools that no graph uses any more: torch takes none of them again if a tensor is left
-        self.generator_captures = False  # which it goes on to believe where a capture's end raised
+        self.under_way, self.uses = set(), Counter()  # pools that captures allocate from; how many captures use each
+        self.given_back = set()  # pools that no graph uses any more: torch reuses none of them while a tensor is left
+        self.generator_captures = False  # stays true when the end of a capture raises
         self.stream = self.default = Stream(self)
         self.work, self.graph, self.host_waits_for = [], None, {}
         self.known, self.sizes, self.initial = (
             {},
             {},
             {},
-        )  # by address; bytes; contents if older
+        )  # by address: bytes, and the older contents if there are any
         self.blocks, self.block_sizes, self.free = {}, [], {}  # memory's block; bytes of each; (pool -> free blocks)
         self.owner, self.launched, self.captures, self.replays = {}, set(), 0, 0
-        self.lasts, self.scratch = {}, {}  # each stream's latest work; memory of graphs that no tensor holds any more
-        self.of_graphs = set()  # memory that captures took
+        self.lasts, self.scratch = {}, {}  # each stream's latest work; memory of graphs without a tensor
+        self.of_graphs = set()  # memory allocated by captures
         self.workspaces = {}  # of cuBLAS, by stream
 
     def __enter__(self):
@@ -288,7 +288,7 @@ class EmulatedDevice(TorchDispatchMode):
 
     @property
     def recording(self):
-        """The graph that records what the current stream is given."""
+        """Returns the graph that records work on the current stream, or None."""
         return self.graph if self.graph and self.stream in self.graph.streams else None
 
     def synchronize(self, device=None):
@@ -301,7 +301,7 @@ class EmulatedDevice(TorchDispatchMode):
             raise NotPermittedError(f"{name}: operation not permitted when stream is capturing")
 
     def wait(self, waiting, other):
-        """What it does to the capture under way that a stream waits for another."""
+        """Updates the capture under way when one stream waits for another."""
         streams = self.graph.streams if self.graph else []
         if other in streams and waiting not in streams:
             self.permitted(waiting is not self.default, "the default stream waits for a captured one")
@@ -312,7 +312,7 @@ class EmulatedDevice(TorchDispatchMode):
             self.graph.awaited[waiting] |= self.graph.known_to(other)
 
     def call_from_another_thread(self):
-        """The error of a call to CUDA, such as pins memory, from another thread."""
+        """Returns the error of a call to CUDA from another thread, for example one that pins memory."""
         errors = []
 
         def call():
@@ -329,7 +329,7 @@ class EmulatedDevice(TorchDispatchMode):
     # Gradients
 
     def note(self, made):
-        """Gradient nodes that were not seen before are the current stream's."""
+        """Assigns new gradient nodes to the current stream."""
         nodes = [v.grad_fn for v in flat(made) if isinstance(v, torch.Tensor)]
         while nodes:
             node = nodes.pop()
@@ -342,7 +342,7 @@ class EmulatedDevice(TorchDispatchMode):
         return stream if stream.emulated is self else self.default
 
     def run_backward(self, run, roots, gradients, keep_graph, create_graph, inputs, *rest, **options):
-        """Every node on its own stream, after what its gradients come from; the caller's waits for the last ones."""
+        """Runs every node on its own stream, after the nodes that feed it; the caller's stream waits for the last."""
         self.note(roots)
         nodes = run_by_backward(roots, inputs)
         if all(self.stream_of(node) is self.stream for node in nodes):
@@ -354,7 +354,7 @@ class EmulatedDevice(TorchDispatchMode):
                 self.wait(stream, self.stream_of(maker) if maker else caller)
             begin = functools.partial(self.begin_node, stream, makers, first, done)
             end = functools.partial(self.end_node, node, nodes, done)
-            if not self.graph:  # all work of a capture is recorded in one sequence anyway
+            if not self.graph:  # a capture records all work in one sequence anyway
                 hooks.callback(node.register_prehook(begin).remove)
                 hooks.callback(node.register_hook(end).remove)
         feeding = {maker for makers in nodes.values() for maker in makers}
@@ -365,7 +365,7 @@ class EmulatedDevice(TorchDispatchMode):
             try:
                 return run(roots, gradients, keep_graph, create_graph, inputs, *rest, **options)
             finally:
-                self.stream = caller  # a leaf's gradient may be handed out as its makers made it
+                self.stream = caller  # a leaf's gradient may be returned as it was made
                 ends = [done.get(n) for node in last for n in (node, *nodes[node])]
                 caller.awaited += [work for work in ends if work is not None]
 
@@ -376,7 +376,7 @@ class EmulatedDevice(TorchDispatchMode):
     def end_node(self, node, nodes, done, *gradients):
         done[node] = self.stream.last
         taking = [n for n in following(node) if n in nodes]
-        if taking and done[node] is not None:  # which adds several gradients up on its own stream
+        if taking and done[node] is not None:  # adds up several gradients on this node's stream
             self.stream = self.stream_of(taking[0])
             self.stream.awaited.append(done[node])
 
@@ -403,13 +403,13 @@ class EmulatedDevice(TorchDispatchMode):
             self.recording.workspaces.add(workspace)
 
     def clear_workspaces(self, *streams):
-        """Free those of some streams, or of all."""
+        """Frees the workspaces of these streams, or of all."""
         for stream in streams or tuple(self.workspaces):
             if stream in self.workspaces:
                 self.workspaces.pop(stream).freed = True
 
     def memory_of(self, tensor, *, new=False):
-        """The number of the tensor's memory, which is the same for views of it."""
+        """Returns the number of the tensor's memory, which views share."""
         storage = tensor.untyped_storage()
         known = self.known.get(storage._cdata)
         if known is not None and not known[1].expired():
@@ -437,7 +437,7 @@ class EmulatedDevice(TorchDispatchMode):
         return len(self.block_sizes) - 1
 
     def collect(self):
-        """Hand the blocks of tensors that are gone back to their pools."""
+        """Returns the blocks of freed tensors to their pools."""
         for address in [a for a, (_, weak) in self.known.items() if weak.expired()]:
             number, _ = self.known.pop(address)
             self.free.setdefault(self.owner[number], []).append(self.blocks[number])
@@ -491,7 +491,7 @@ class EmulatedDevice(TorchDispatchMode):
 
     @staticmethod
     def without_effect(call, args, kwargs):
-        """What a call gives, all that it changes (buffers too, of which schemas say nothing) and draws left alone."""
+        """Returns what a call gives, without what it changes (buffers too, which schemas do not mention) and draws."""
         if not changes_its_input(call):
             state = torch.get_rng_state()
             args, kwargs = tree_map(lambda v: v.clone() if isinstance(v, torch.Tensor) else v, (args, kwargs))
@@ -511,7 +511,7 @@ class EmulatedDevice(TorchDispatchMode):
         stream.last = self.lasts[stream] = len(self.work) - 1
 
     def run_again(self, work):
-        """Work of a graph: now, on the memory that it was captured with."""
+        """Replays one operation of a graph on the memory it was captured with."""
         live = {number: address for address, (number, weak) in self.known.items() if not weak.expired()}
 
         def tensor(ref):
@@ -534,7 +534,7 @@ class EmulatedDevice(TorchDispatchMode):
     # Permuting
 
     def shuffled(self, seed, wanted):
-        """The tensors `wanted`, after the recorded work ran in an order drawn by the seed."""
+        """Returns the tensors `wanted` after running the recorded work in an order drawn from the seed."""
         order = random.Random(seed)
         tensor, steps = self.prepared
         for storage in self.bytes:
@@ -559,7 +559,7 @@ class EmulatedDevice(TorchDispatchMode):
 
     @functools.cached_property
     def prepared(self):
-        """What places a tensor in the memory that the allocator gave it, and each call with its tensors."""
+        """Returns a function that places a tensor in its allocated memory, and each call with its tensors."""
         memory = [torch.UntypedStorage(size) for size in self.block_sizes]
         self.bytes = [torch.tensor([], dtype=torch.uint8, device="cpu").set_(storage) for storage in memory]
         tensor = functools.cache(lambda ref: ref.on(memory[self.blocks[ref.memory]]))
@@ -567,7 +567,7 @@ class EmulatedDevice(TorchDispatchMode):
 
 
 def drawn(work, args, results):
-    """The work of having drawn these numbers, which are the same in every order."""
+    """Returns an operation that writes the numbers already drawn, the same in every order."""
     if results:
         numbers = [v.clone() for v in results]
         return Work(lambda: tuple(numbers), (), {}, work.results)
@@ -593,12 +593,12 @@ def flat(tree):
 
 
 def following(node):
-    """The nodes that take this one's gradients."""
+    """Returns the nodes that receive this node's gradients."""
     return [n for n, _ in node.next_functions if n is not None]
 
 
 def run_by_backward(roots, inputs):
-    """The nodes that a backward runs, or whose gradients it hands out, with those that give them theirs, in order."""
+    """Returns, in order, the nodes that a backward runs or returns gradients of, with the nodes that feed them."""
     stack = [node for node in (root.grad_fn for root in roots) if node is not None]
     seen, backwards = set(), {}
     while stack:
@@ -634,7 +634,7 @@ def is_view(call):
 
 
 def spoil(tensor):
-    """Garbage, and such that arithmetic shows it."""
+    """Fills a tensor with garbage that shows in arithmetic."""
     if tensor.dtype == torch.uint8:
         tensor.fill_(0xFF)  # NaN in every floating-point type
     elif tensor.is_floating_point():

@@ -1,6 +1,6 @@
-"""Convolutions and matrix products of float32 on the CPU as a GPU computes them where TF32 is allowed.
+"""Emulates on the CPU how a GPU computes float32 convolutions and matrix products where TF32 is allowed.
 
-Their factors keep 10 of 23 bits, rounded to the nearest, and their products are summed in float32, as tensor cores do.
+The factors keep 10 of 23 bits, rounded to nearest, and the products are summed in float32, as in tensor cores.
 """
 
 import torch
@@ -14,7 +14,7 @@ PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
 
 
 class EmulatedTf32(TorchDispatchMode):
-    """Only while torch allows it, for each of the two."""
+    """Applies TF32 only while torch allows it, separately for convolutions and matrix products."""
 
     def __torch_dispatch__(self, call, types, args=(), kwargs=None):
         name = call.overloadpacket.__name__
@@ -29,6 +29,6 @@ def is_float32(value):
 
 
 def rounded(values):
-    """With 10 bits behind the leading one: half of the last one is added, and what is below cut off."""
+    """Rounds to 10 bits after the leading one: adds half of the last bit and truncates."""
     bits = values.view(torch.int32)
     return ((bits + 0x1000) & ~0x1FFF).view(torch.float32)

@@ -1,8 +1,7 @@
-"""Run in a process of its own: whether all that a caller may have set for float32 is as it was after `full_precision`,
-and can be recorded.
+"""Checks in a separate process that `full_precision` restores all float32 settings of a caller, and can record them.
 
-torch tells what holds, not what was set: that is told by what holds once the settings above it are others. And some of
-it cannot be set again: each way to set something has a process in which nothing was set before.
+torch reports the effective setting, not what was set, so the check compares the effective settings under other values
+of the settings above. Some settings cannot be reset: each way to set something runs in a fresh process.
 """
 
 import os
@@ -57,11 +56,11 @@ def both():
 WAYS = {"nothing": lambda: None, "old": old_api, "old, back": old_api_back}
 if NEW:
     WAYS |= {"new": new_api, "backend": backend_of_the_new_api, "all": everything, "cpu": the_cpu, "both": both}
-ALLOWED = {"nothing": True, "old": False, "old, back": True}  # TF32 in convolutions, as the old API tells it
+ALLOWED = {"nothing": True, "old": False, "old, back": True}  # TF32 in convolutions, as the old API reports it
 
 
 def holds():
-    """What every operation computes in, and what the old API tells or refuses to."""
+    """Returns the precision of every operation, and what the old API reports or refuses to report."""
     result = {names: torch._C._get_fp32_precision_getter(*names) for names in (ABOVE + BELOW if NEW else ())}
     for name, read in {
         "cudnn": lambda: CUDNN.allow_tf32,
@@ -76,12 +75,12 @@ def holds():
 
 
 def told():
-    """The same as it is, and with the settings above at each value; these are put back."""
+    """Returns the settings now and under each value of the settings above, which are restored."""
     result = [holds()]
     if not NEW:
         return result
     own = {}
-    for names in ABOVE:  # none is above it that says anything
+    for names in ABOVE:  # no setting above these overrides them
         own[names] = torch._C._get_fp32_precision_getter(*names)
         torch._C._set_fp32_precision_setter(*names, "none")
     result.append(own)

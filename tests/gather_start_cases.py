@@ -1,4 +1,4 @@
-"""Inputs of the sorted start, hard cases among them: for every layer of tests of the same op."""
+"""Generates inputs, including hard cases, for all tests of the sorted start."""
 
 import importlib
 from dataclasses import dataclass, replace
@@ -8,7 +8,7 @@ import pgd_cases
 import torch
 
 op = importlib.import_module("bt_fast.ops.gather_start")  # the package has a function of this name
-# within a block, over its end, over several blocks, fewer than the four of a Philox call, divisible by 16 and not
+# shorter than a block, just over it, several blocks, less than the four of a Philox call, (not) divisible by 16
 SHAPES = [(3, 4, 4), (1, 28, 28), (3, 16, 16), (2, 15, 37), (5, 1, 1), (7,), (1,), (3,), (48,), (3, 8, 8, 4)]
 SPECIAL = [float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 1e-45, 1e4, -1e4]
 SPARE = 2
@@ -21,7 +21,7 @@ class Case:
     arguments: dict
 
     def run(self, function):
-        """Clean and start by `function`, in memory that held garbage; what lies behind them must not change."""
+        """Returns clean and start of `function`, written between garbage; checks that the garbage is unchanged."""
         given = dict(self.arguments, state=self.arguments["state"].clone())
         buffers = []
 
@@ -54,11 +54,11 @@ def case(
     bounded=False,
     special=True,
 ) -> Case:
-    """m samples of the shape; an eighth of the pixels are NaN, ±Inf and the like if `special`.
+    """Makes m samples of the shape; if `special`, an eighth of the pixels are NaN, ±Inf and similar.
 
     Args:
         last: the channels are the fastest index.
-        ordered: there is an order, counted: there are steps, some of them 0, numbered: samples have numbers.
+        ordered: there is an order; counted: there are steps, some of them 0; numbered: samples have numbers.
         bounded: the start is clipped to [0.1, 0.9].
     """
     g = torch.Generator().manual_seed(seed)
@@ -83,7 +83,7 @@ def case(
 
 
 def assert_same(result, expected, ulp=0):
-    """Two results of `Case.run`: clean equal to the bit, start to `ulp` units in the last place."""
+    """Compares two results of `Case.run`: clean bit for bit, start up to `ulp` units in the last place."""
     assert torch.equal(bits(result[0]), bits(expected[0]))
     pgd_cases.assert_same((result[1], None), (expected[1], None), ulp)
     for a, b in zip(result, expected, strict=True):

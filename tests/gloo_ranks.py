@@ -1,4 +1,4 @@
-"""Functions run by several real processes that form a gloo group: forked from one that has imported torch already."""
+"""Runs functions in several real processes that form a gloo group, forked from one that has imported torch."""
 
 import multiprocessing
 import os
@@ -11,20 +11,20 @@ import torch
 import torch.distributed as dist
 
 CONTEXT = multiprocessing.get_context("forkserver")
-# what an op imports when it runs first, too
+# including what an op imports at its first call
 CONTEXT.set_forkserver_preload(["torch", "torch._dynamo", "pytest", "bt_fast", "small_models"])
 LIMIT = 120.0  # seconds, for all ranks together
-GRACE = 20.0  # for the others, once one has failed
+GRACE = 20.0  # for the other ranks, after one has failed
 
 
 class RankError(AssertionError):
-    """A rank raised, died or did not end."""
+    """Raised when a rank raises, dies or does not end."""
 
 
 def run_ranks(count, function, *arguments):
-    """What `function(*arguments)` returns on each rank of a group of its own, in a list.
+    """Returns what `function(*arguments)` returns on each rank of a new group, as a list.
 
-    The function, its arguments and what it returns (through `torch.save`) are importable, plain, or tensors.
+    The function must be importable; its arguments and its result (through `torch.save`) are plain values or tensors.
     """
     with tempfile.TemporaryDirectory() as folder:
         processes = [
@@ -46,7 +46,7 @@ def run_ranks(count, function, *arguments):
 
 
 def _wait_for(processes):
-    """Until all have ended, or one badly and the others have had time to tell what they see."""
+    """Waits until all have ended, or one has failed and the others have had GRACE seconds to report."""
     end = time.monotonic() + LIMIT
     while any(process.is_alive() for process in processes) and time.monotonic() < end:
         if any(process.exitcode for process in processes):
@@ -62,4 +62,4 @@ def _run(rank, count, folder, function, arguments):
     except BaseException:
         Path(folder, f"{rank}.error").write_text(f"rank {rank}:\n{traceback.format_exc()}")
         os._exit(1)
-    os._exit(0)  # the group's end waits for its threads: in torch 2.6 for ever, where a sum is still on its way
+    os._exit(0)  # the group's end waits for its threads: in torch 2.6 forever, if a sum is still in progress

@@ -1,4 +1,4 @@
-"""Chromium without a window, driven over its debugging pipe: pages are opened from disk and looked at."""
+"""Drives Chromium without a window over its debugging pipe, to open pages from disk and inspect them."""
 
 import base64
 import json
@@ -14,7 +14,7 @@ _PATIENCE = 60  # seconds for an answer
 
 
 class Browser:
-    """One page of a browser. `events` are all that it has told since it was opened."""
+    """One page of a browser. `events` holds all that the browser has reported since the page was opened."""
 
     def __init__(self, profile):
         to_browser, self._out = os.pipe()
@@ -43,7 +43,7 @@ class Browser:
         os.close(self._in)
 
     def send(self, method, **parameters):
-        """The answer of the page to a command of the protocol."""
+        """Sends a command of the protocol to the page and returns its answer."""
         return self._send(method, self._session, **parameters)
 
     def _send(self, method, session, **parameters):
@@ -70,7 +70,7 @@ class Browser:
         return json.loads(message)
 
     def open(self, path, width, height=900, scheme="light"):
-        """Open a file in a window of that width, in CSS pixels, and that colour scheme, and wait until it is there."""
+        """Opens a file in a window of this width, in CSS pixels, and colour scheme, and waits until it has loaded."""
         self.send("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
         self.send("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
         self.events.clear()
@@ -79,18 +79,18 @@ class Browser:
             self.events.append(self._receive())
 
     def evaluate(self, expression):
-        """The value of an expression of JavaScript in the page."""
+        """Returns the value of a JavaScript expression in the page."""
         answer = self.send("Runtime.evaluate", expression=expression, returnByValue=True)
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
 
     def press(self, key, code, text=""):
-        """Press and release a key that types the text."""
+        """Presses and releases a key that types the text."""
         for kind in ("keyDown", "keyUp"):
             typed = {"text": text} if text and kind == "keyDown" else {}
             self.send("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code, **typed)
 
     def screenshot(self, path, **clip):
-        """Write a PNG of the page from top to bottom."""
+        """Writes a PNG of the whole page."""
         answer = self.send("Page.captureScreenshot", captureBeyondViewport=True, **({"clip": clip} if clip else {}))
         path.write_bytes(base64.b64decode(answer["data"]))

@@ -1,4 +1,4 @@
-"""What Triton's interpreter lacks in some versions for these kernels."""
+"""Adds to Triton's interpreter what some versions lack for these kernels."""
 
 import functools
 
@@ -10,11 +10,11 @@ from triton.runtime import interpreter
 
 
 def complete():
-    """Let kernels run that the compiler takes, as the compiler understands them. Once in a process.
+    """Lets the interpreter run kernels as the compiler understands them. Call it once in a process.
 
-    It cuts float32 off to bfloat16 instead of rounding, and turns what is below the normal numbers into others. Numbers
-    bound loops: they are arrays of one element, and triton up to 3.6 takes `int()` of these, which numpy 2.5 refuses.
-    Triton 3.2 has no constants that are bools, and takes a single mask that is False for none.
+    The interpreter truncates float32 to bfloat16 instead of rounding, and converts subnormal numbers wrongly. Loop
+    bounds are arrays of one element, and triton up to 3.6 calls `int()` on them, which numpy 2.5 refuses. Triton 3.2
+    has no boolean constants, and treats a single mask that is False as no mask.
     """
     patch = interpreter._patch_lang
 
@@ -33,7 +33,7 @@ def complete():
 
 
 def _with_bfloat16(convert):
-    """The interpreter's conversion of floating point, but between float32 and bfloat16 as hardware does it."""
+    """Wraps the interpreter's conversion of floating point to convert between float32 and bfloat16 as hardware does."""
 
     @functools.wraps(convert)
     def converted(values, given, wanted, rounding):
@@ -41,7 +41,7 @@ def _with_bfloat16(convert):
             return values.view(np.uint16).astype(np.uint32) << 16
         if (given, wanted) == (tl.float32, tl.bfloat16):
             bits = values.view(np.uint32)
-            nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16  # to even where two are as near
+            nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16  # ties round to even
             return np.where(np.isnan(values.view(np.float32)), (bits >> 16) | 0x40, nearest).astype(np.uint16)
         return convert(values, given, wanted, rounding)
 

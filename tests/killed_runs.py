@@ -1,9 +1,9 @@
-"""Runs that are killed (SIGKILL) at random moments, and in the middle of file operations; each must resume to one end.
+"""Kills runs (SIGKILL) at random moments and in the middle of file operations; each must resume to the same end.
 
     python tests/killed_runs.py --moments 50 --out benchmarks/results/killed-runs.json
 
-The process that starts and kills the runs has torch loaded, and each run is a fork of it: it begins with the command
-line, not with seconds of imports. Exit code 1 if a run does not resume, or not to the same bits.
+The process that starts and kills the runs has torch loaded, and each run is a fork of it: it starts with the command
+line instead of seconds of imports. Exit code 1 if a run does not resume, or not to the same bits.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ LIMIT = 120.0  # seconds for a run to end
 
 
 def write_data(path):
-    """Two classes, black and white with noise."""
+    """Writes two noisy classes, black and white."""
     rng = np.random.default_rng(0)
     y = np.arange(64) % 2
     x = np.clip(y[:, None, None] * 255 + rng.normal(0, 60, (64, 16, 16)), 0, 255).astype(np.uint8)
@@ -45,9 +45,9 @@ def write_data(path):
 
 
 class Operations:
-    """Counts the file operations of a run, as (kind, file), and dies in one of them.
+    """Counts a run's file operations as (kind, file), and dies in one of them.
 
-    A write is cut off in the middle; a sync and a rename are preceded by death, and "renamed" follows the rename.
+    A write is cut off in the middle; a sync or rename dies before it happens; "renamed" dies after the rename.
     """
 
     def __init__(self, dies_at=None):
@@ -108,7 +108,7 @@ def die():
 
 
 def start(arguments, log, every_iteration, operations=None):
-    """The id of a process that runs the command line; told are its operations, if it lives to tell them."""
+    """Starts a process that runs the command line and returns its id; it logs its operations if it lives to its end."""
     process = os.fork()
     if process:
         return process
@@ -132,7 +132,7 @@ def start(arguments, log, every_iteration, operations=None):
 
 
 def wait(process, seconds):
-    """The exit code, minus the signal's number where it died of one; None where it still runs after these seconds."""
+    """Returns the exit code, negative for the signal of a killed process, or None if it still runs after `seconds`."""
     end = time.monotonic() + seconds
     while True:
         result, status = os.waitpid(process, os.WNOHANG)
@@ -153,14 +153,14 @@ def to_the_end(arguments, log, every_iteration, operations=None):
 
 
 def command(data, folder, epochs):
-    """What a user, or a cluster, types again after a kill."""
+    """Returns the command that a user or a cluster repeats after a kill."""
     if (folder / "checkpoint.pt").exists():
         return ["compare", "--resume", folder]
     return ["compare", *METHODS, "--data", data, "--out", folder, "--epochs", epochs, *OPTIONS]
 
 
 def outcome(folder):
-    """All that a run must end with, bit for bit: its state without clocks, and its records."""
+    """Returns all that a run must end with, bit for bit: its state without clocks, and its records."""
     state = load_checkpoint(folder / "checkpoint.pt")[1]
     for contestant in state["contestants"].values():
         del contestant["seconds"]
@@ -179,10 +179,10 @@ def same(one, other):
 
 
 class Trial:
-    """One run that is killed, and what came of it.
+    """One run that is killed and resumed.
 
     Attributes:
-        whole: the outcome of the run that nobody kills.
+        whole: the outcome of a run that is not killed.
     """
 
     def __init__(self, place, data, epochs, whole, every_iteration):
@@ -206,7 +206,7 @@ class Trial:
         return self._resume({"operation": " ".join(operation), "died": code == -signal.SIGKILL})
 
     def killed_again_and_again(self, seconds):
-        """Killed after these seconds and again, each life a little longer, until it comes to its end."""
+        """Kills the run after `seconds`, and again after each restart, a little later each time, until it ends."""
         kills = 0
         while wait(process := self._start(), seconds * 1.1**kills) is None:
             os.kill(process, signal.SIGKILL)
@@ -229,7 +229,7 @@ class Trial:
 
 
 def pick(operations, count, only, rng):
-    """Numbers of operations: each kind of operation on each file in turn (or only some), anywhere in the run."""
+    """Picks numbers of operations: each kind on each file in turn (or only some), at random points of the run."""
     kinds = {}
     for number, operation in enumerate(operations):
         kinds.setdefault(" ".join(operation), []).append(number)
@@ -238,7 +238,7 @@ def pick(operations, count, only, rng):
 
 
 def trials(place, epochs, moments, operations, only, seed):
-    """What became of each killed run, one after the other."""
+    """Yields the result of each killed run, one after another."""
     rng = random.Random(seed)
     data = place / "data.npz"
     write_data(data)
@@ -253,7 +253,7 @@ def trials(place, epochs, moments, operations, only, seed):
         whole[every_iteration] = outcome(home / "run")
         seen[every_iteration] = json.loads((home / "log.operations").read_text())
     for i in range(moments):
-        often = i % 2 == 1  # with a checkpoint after every iteration, so that many are killed while they save
+        often = i % 2 == 1  # with a checkpoint after every iteration, so that many kills happen during a save
         trial = Trial(place / f"moment{i}", data, epochs, whole[often], often)
         yield trial.killed_after(rng.uniform(0, seconds[often]))
     if moments:

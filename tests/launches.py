@@ -1,4 +1,4 @@
-"""What a device would be given to run: a launch for every op that is neither a view nor room in memory."""
+"""Counts what a device is given to run: a launch for every op except views and memory allocations."""
 
 import importlib
 import pkgutil
@@ -33,13 +33,13 @@ class _Launches(TorchDispatchMode):
 
 
 def size(tree):
-    """The bytes that the tensors hold: an expanded one holds no more than its memory."""
+    """Returns the bytes that the tensors hold; an expanded tensor holds no more than its memory."""
     tensors = [t for t in tree_leaves(tree) if isinstance(t, torch.Tensor)]
     return sum(min(t.numel() * t.element_size(), t.untyped_storage().nbytes()) for t in tensors)
 
 
 def launches(work):
-    """The names of the ops that `work()` launches, one of ours as one; what is inside of it does not count."""
+    """Returns the names of the ops that `work()` launches; an op of ours counts once, without the ops inside it."""
     with torch.no_grad(), _Launches() as counter:
         work()
     return counter.names
@@ -47,14 +47,14 @@ def launches(work):
 
 @dataclass(frozen=True)
 class Traffic:
-    """Launches, and the bytes that those of torch's own among them move."""
+    """The launches of a piece of work, and the bytes that torch's own ops move."""
 
     launches: int
     bytes: int
 
 
 def traffic(work, *args):
-    """That of `work(*args)` on a device that holds no values; our kernels are counted instead of launched."""
+    """Returns the traffic of `work(*args)` on a device without values; our kernels are counted instead of launched."""
     args = tree_map(lambda v: v.to(DEVICE) if isinstance(v, torch.Tensor) else v, args)
     kernels = []
     with ExitStack() as stack:

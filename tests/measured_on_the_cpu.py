@@ -1,4 +1,4 @@
-"""Parts of benchmarks.on_gpu's iterations, run by test_on_gpu.py: prints what they recorded, as JSON."""
+"""Runs parts of benchmarks.on_gpu's iterations for test_on_gpu.py and prints what they recorded, as JSON."""
 
 import json
 import sys
@@ -34,7 +34,7 @@ def raises(*given, **options):
 
 
 def left_out(scratch):
-    """What is left out of a case in which ours is computed by one of these."""
+    """Returns what is left out of a case when each of these functions computes our loss."""
     bench = variants.Bench("wrn-10-1", "tf32", 4, CPU, tiny=True)
     result, tried, exact = {}, {}, {}
     for name, ours in {"as it is": trades_loss, "beta": wrong_beta, "warns": warns, "raises": raises}.items():
@@ -50,7 +50,7 @@ def left_out(scratch):
 
 
 class FakeBench:
-    """Notes which variants ran; those of a name say something."""
+    """Records which variants ran; variants named in `says` warn with that message."""
 
     def __init__(self, device=CPU, **says):
         self.device, self.workload, self.ran, self.says = device, mock.Mock(), [], says
@@ -75,14 +75,14 @@ def some(*names):
 
 
 def warmed(scratch):
-    """Which variants ran in turn before times are taken."""
+    """Returns the order in which variants run before they are timed."""
     context, bench = Context("x", "", time.monotonic() + 1000, scratch, True, "", None, 8.0), FakeBench()
     iteration.warm(context, "n/tf32", bench, some("reference", "bullet", "bullet, captured"))
     return {"ran": bench.ran, "groups": context.records("groups")}
 
 
 def fell_back_later(scratch):
-    """What is told of times in which a variant fell back, and of a variant that ran without kernels."""
+    """Returns the records of a variant that falls back while timed, and of one that ran without kernels."""
     context = Context("x", "", time.monotonic() + 1000, scratch, True, "", None, 8.0)
     bench = FakeBench(**{"bullet, graphs": "the attack runs without graphs: so"})
     works = {variant: bench.iteration(variant) for variant in some("bullet", "bullet, graphs")}
@@ -93,7 +93,7 @@ def fell_back_later(scratch):
 
 
 def peaks(scratch):
-    """Of which variants the peak memory is told on a GPU."""
+    """Returns the variants with a reported peak memory on a GPU."""
     context = Context("x", "", time.monotonic() + 1000, scratch, True, "", None, 8.0)
     bench = FakeBench(torch.device("cuda", 0))
     works = {variant: bench.iteration(variant) for variant in some("reference", "bullet, graphs", "bullet, captured")}
@@ -105,7 +105,7 @@ def peaks(scratch):
 
 
 def captures_of(scratch):
-    """Of each variant whose captures are measured, which network it was, counted from the first."""
+    """Returns which network each measured variant used, as the index of its first use."""
     context = Context("captures", "", time.monotonic() + 1000, scratch, True, "", None, 8.0)
     seen = []
 
@@ -119,7 +119,7 @@ def captures_of(scratch):
 
 
 def groups(scratch):
-    """The sizes of BulletTrain's groups in an iteration under autocast, and those that it should have."""
+    """Returns the sizes of BulletTrain's groups in an iteration under autocast, and the expected sizes."""
     bench = variants.Bench("wrn-10-1", "bfloat16", 128, CPU, tiny=True)
     bench.iteration(variants.BY_NAME["bullet"])()
     work = bench.workload
@@ -127,7 +127,7 @@ def groups(scratch):
 
 
 def checked(scratch):
-    """The steps of each update in a check for exactness on a bench that takes ten; its robust share; what NaN gives."""
+    """Returns the steps of each update in the exactness check of a bench with ten steps, and the results for NaN."""
     bench, steps, robust = variants.Bench("wrn-10-1", "tf32", 4, CPU), [], []
 
     def noted_by(*parts, bullet=None, **more):
@@ -152,19 +152,19 @@ def checked(scratch):
 
 
 def runs(scratch):
-    """The bytes that a timed run on a GPU moves, by the bytes of a call and the number of its sets."""
+    """Returns the bytes that a timed run on a GPU moves, by the bytes of a call and the number of its sets."""
     cases, gpu = [(3 << 20, 1), (3 << 20, 64), (5 << 30, 2)], torch.device("cuda", 0)
     return [moved * len(bandwidth.often([print] * count, moved, gpu)) for moved, count in cases]
 
 
 def without(scratch):
-    """The variants that are left where each of these broke."""
+    """Returns the variants that remain when each of these has broken."""
     broken = ("nothing", "bullet", "bullet, graphs", "bullet, captured", "bullet, streams, captured")
     return {name: [v.name for v in variants.without({name} - {"nothing"})] for name in broken}
 
 
 def joules(scratch):
-    """The joules of two variants on a GPU that takes 300 W."""
+    """Returns the joules of two variants on a GPU that draws 300 W."""
     assert nvml_stub.stub().stub_script(f"device {GPU}\ninstant 300000\n".encode()) == 0
     context = Context("x", "", time.monotonic() + 10, scratch, True, "", None, 8.0)
     works = {variants.BY_NAME[name]: lambda: time.sleep(0.01) for name in ("reference", "optimised")}

@@ -1,4 +1,4 @@
-"""Small models of the kinds that people train, each with what computes the same in the authors' code."""
+"""Small models of common kinds, each with a twin that computes the same in the authors' code."""
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 
 def features(*head):
-    """A convolution [n, 4, 6, 6] of the images, and what follows it."""
+    """A convolution with features [n, 4, 6, 6], followed by `head`."""
     return nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), *head)
 
 
@@ -28,14 +28,14 @@ def untracked_1d():
 
 
 class Centred(nn.Module):
-    """Takes the batch's mean from its features, in whatever mode."""
+    """Subtracts the batch's mean from its features, in every mode."""
 
     def forward(self, x):
         return x - x.mean(dim=0, keepdim=True)
 
 
 class BatchAttention(nn.Module):
-    """Each sample attends to all of its batch."""
+    """Lets each sample attend to the whole batch."""
 
     def __init__(self):
         super().__init__()
@@ -46,7 +46,7 @@ class BatchAttention(nn.Module):
 
 
 class ForcedStatistics(nn.Module):
-    """A norm that takes the batch's statistics in eval mode too."""
+    """A norm that uses the batch's statistics in eval mode too."""
 
     def __init__(self):
         super().__init__()
@@ -57,7 +57,7 @@ class ForcedStatistics(nn.Module):
 
 
 class Recomputed(nn.Sequential):
-    """Modules of which the backward computes the activations anew."""
+    """A Sequential that recomputes its activations in the backward."""
 
     reentrant = False
 
@@ -70,14 +70,14 @@ def checkpointed(*body):
 
 
 class TrainNoise(nn.Module):
-    """Noise in train mode only, from the default generator."""
+    """Adds noise from the default generator, in train mode only."""
 
     def forward(self, x):
         return x + 0.1 * torch.randn_like(x) if self.training else x
 
 
 class ScaledInPlace(nn.Module):
-    """Normalises the tensor that it is given; `out_of_place` is the same for code that keeps its images."""
+    """Normalises its input in place; `out_of_place` gives the same result and keeps the images."""
 
     out_of_place = False
 
@@ -86,7 +86,7 @@ class ScaledInPlace(nn.Module):
 
 
 class Shared(nn.Module):
-    """A convolution and a norm that are run twice in a forward."""
+    """A convolution and a norm that run twice in a forward."""
 
     def __init__(self):
         super().__init__()
@@ -121,7 +121,7 @@ def weight_normed():
     return model
 
 
-ACROSS = {  # whose rows depend on each other in eval mode too
+ACROSS = {  # models with rows that depend on each other in eval mode too
     "untracked norm": untracked,
     "untracked norm, 1d": untracked_1d,
     "centred": lambda: features(Centred(), nn.ReLU(), *head()),
@@ -146,7 +146,7 @@ APART = {
 ZOO = ACROSS | APART
 
 
-BLOCKS = {  # of [n, 4, 6, 6] features
+BLOCKS = {  # on features [n, 4, 6, 6]
     "batch norm": lambda: nn.BatchNorm2d(4),
     "untracked norm": lambda: nn.BatchNorm2d(4, track_running_stats=False),
     "cumulative average": lambda: nn.BatchNorm2d(4, momentum=None),
@@ -166,7 +166,7 @@ BLOCKS = {  # of [n, 4, 6, 6] features
 
 
 def of_blocks(names):
-    """A network that normalises in place, and has these blocks; one that is named twice is shared."""
+    """A network that normalises in place, followed by these blocks; a repeated name is a shared block."""
     made = {name: BLOCKS[name]() for name in dict.fromkeys(names)}
     return nn.Sequential(ScaledInPlace(), *features(*(made[name] for name in names), *head()))
 

@@ -1,4 +1,4 @@
-"""The objectives, their references, and what tells them apart."""
+"""The objectives, their references, and the differences between them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,11 +21,11 @@ class Objective:
     """One loss.
 
     Attributes:
-        reference: what its authors compute.
+        reference: the authors' computation.
         noise: of the start.
         robust: it has a robust term beside the natural one: a clean forward in the update, β and `unperturbed`.
         forwards: (in eval mode, in train mode) of the whole batch for ten steps, and those of the reference.
-        norm_updates: how often batch norm sees a batch in one call.
+        norm_updates: the number of batches that batch norm sees in one call.
         inner: the attack's loss at (model, x', x, y).
     """
 
@@ -44,36 +44,36 @@ class Objective:
 
     @property
     def rows_seen_before(self):
-        """Of the 8 of a batch, without BulletTrain: those whose logits are looked at before the attack."""
+        """Returns how many of the 8 rows of a batch are run before the attack without BulletTrain."""
         return 8 if self.name == "trades" else 2
 
     def options(self, distance):
-        """Five or ten steps of fitting sizes."""
+        """Returns options with five or ten steps and fitting sizes."""
         result = {"epsilon": 0.031, "perturb_steps": 10, "step_size": 0.007}
         if distance == "l_2":
             result = {"epsilon": 0.3, "perturb_steps": 5, "step_size": 0.1}
         return result | {"distance": distance} | ({"beta": 6.0} if self.robust else {})
 
     def boundary_step(self, options, n):
-        """α of a boundary sample that takes n steps."""
+        """Returns α of a boundary sample that takes n steps."""
         if options["distance"] == "l_2" and self.robust:
             return 2 * options["epsilon"] / max(n, 1)
         return options["step_size"]
 
     def starts(self, x, generator, options):
-        """Where each sample's attack starts with this generator and BulletTrain, in the batch's own order."""
+        """Returns each sample's start with BulletTrain and this generator, in the batch's own order."""
         threat = ThreatModel(options["epsilon"], options["distance"])
         return sorted_start(x, None, None, random_state(x, generator), self.noise, threat)[1]
 
     def update(self, model, x, x_adv, y, taken, beta):
-        """The update on x' [m, ...], of which the rows `taken` run a corrupted forward: loss, and z' [m, K]."""
+        """Runs the update on x' [m, ...], with a corrupted forward of the rows `taken`; returns loss and z' [m, K]."""
         if not self.robust:
             z_adv = model(x_adv)
             return F.cross_entropy(z_adv, y), z_adv
         z = model(x)
         z_adv = z.clone()
         if taken:
-            # a single row takes the first unperturbed one along into the batch statistics, and nowhere else
+            # a single row shares its batch statistics with the first unperturbed one, which has no other effect
             others = [i for i in range(len(x)) if i not in taken][: len(taken) == 1]
             z_adv[taken] = model(x_adv[taken + others])[: len(taken)]
         if self.name == "mart":
@@ -100,7 +100,7 @@ EACH = pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
 
 
 def moved_one_at_a_time(objective, model, x, y, start, steps, step_size, options):
-    """x' of one sample [1, ...] after so many steps, each written out."""
+    """Returns x' of one sample [1, ...] after the given steps, each written out."""
     epsilon = options["epsilon"]
     for _ in range(steps):
         probe = start.detach().requires_grad_()

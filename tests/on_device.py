@@ -1,14 +1,14 @@
-"""Run an op on another device, on arguments that lie in memory there as they lie here."""
+"""Runs an op on another device, with arguments that have the same memory layout there."""
 
 import torch
 from torch.utils._pytree import tree_map
 
 
 def on_device(run, device):
-    """`run` on the device, with arguments and results on the host; what it changes is changed there too.
+    """Runs `run` on the device, with arguments and results on the host; changes to the arguments are copied back.
 
-    Sizes, strides, what lies between rows, and which arguments share memory are the same there: `Tensor.to` makes rows
-    with gaps contiguous, and copies that are one here.
+    Sizes, strides, the memory between rows, and which arguments share memory are kept: `Tensor.to` would make rows with
+    gaps contiguous, and copy shared memory twice.
     """
 
     def there_and_back(*args, **kwargs):
@@ -33,5 +33,5 @@ def on_device(run, device):
 
 
 def memory(value):
-    """All bytes of the storage in which the tensor lies: uint8, 1-d."""
+    """Returns all bytes of the tensor's storage: uint8, 1-d."""
     return torch.empty(0, dtype=torch.uint8, device=value.device).set_(value.untyped_storage())

@@ -1,4 +1,4 @@
-"""Training as in any script, on a GPU or an emulated one: losses stay alive, a thread pins memory, a capture breaks."""
+"""Trains as scripts do, on a real or emulated GPU: losses stay alive, a thread pins memory, a capture breaks off."""
 
 import threading
 from contextlib import contextmanager
@@ -12,12 +12,12 @@ from bt_fast import trades_loss
 
 
 def capturing(x):
-    """Whether work on `x` is being captured."""
+    """Returns whether work on `x` is being captured."""
     return torch.cuda.is_current_stream_capturing() if x.is_cuda else emulated_device.capturing()
 
 
 def iterations(device, build="conv_bn", steps=4, **options):
-    """Losses, gradients and buffers. Each loss is alive until the next one has been computed."""
+    """Returns losses, gradients and buffers. Each loss is alive until the next one has been computed."""
     torch.manual_seed(0)
     model = small_models.build(build).to(device)
     optimizer, result = torch.optim.SGD(model.parameters(), lr=0.1), []
@@ -34,7 +34,7 @@ def iterations(device, build="conv_bn", steps=4, **options):
 
 
 class BesideALoader(nn.Module):
-    """While it is captured another thread pins memory."""
+    """A model with another thread that pins memory during its capture."""
 
     def __init__(self):
         super().__init__()
@@ -47,7 +47,7 @@ class BesideALoader(nn.Module):
 
 
 def pin_memory_elsewhere(x):
-    """Another thread's call, whose error is not this one's."""
+    """Pins memory from another thread and ignores its error."""
     if not x.is_cuda:
         emulated_device.current().call_from_another_thread()
         return
@@ -58,7 +58,7 @@ def pin_memory_elsewhere(x):
 
 @contextmanager
 def pinning(device):
-    """A loader's thread, that pins one batch after another; an emulated device knows of `BesideALoader` only."""
+    """Pins one batch after another in a thread, like a loader; on an emulated device only `BesideALoader` does so."""
     if device.type != "cuda":
         yield
         return
@@ -78,7 +78,7 @@ def pinning(device):
 
 
 class Waiting(nn.Module):
-    """Waits for the device where it is captured."""
+    """Waits for the device when it is captured."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Inputs of one projected-gradient step, hard cases among them: for every layer of tests of the same ops."""
+"""Generates inputs, including hard cases, for all tests of one projected-gradient step."""
 
 from dataclasses import dataclass, field, replace
 
@@ -6,11 +6,11 @@ import torch
 
 NAN = float("nan")
 SPECIAL = [float("inf"), -float("inf"), 0.0, -0.0, 1e-45, -3e38]
-# within a block of any size, filling it, over its end, in several parts, one element, one element a channel, divisible
-# by 16 and not
+# shorter than any block, filling it, just over it, in several parts, one element, one element a channel, divisible
+# by 16 or not
 SHAPES = [(3, 4, 4), (1, 28, 28), (3, 32, 32), (2, 15, 37), (3, 27, 27), (4, 36, 36), (5, 1, 1), (7,), (1,), (48,)]
 SHAPES += [(3, 8, 8, 4), (4, 32, 32), (5, 16, 16), (2, 47, 47), (1, 64, 68)]
-# what a gradient is in ℓ2
+# kinds of gradients in ℓ2
 KINDS = ("plain", "zero", "tiny", "huge", "uneven", "NaN", "infinite")
 TINY_AND_HUGE = {torch.float16: (1e-6, 2e4)}
 FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -18,13 +18,13 @@ FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 @dataclass
 class Case:
-    """`arguments` of the step, for the first n of the samples in `buffer`; what lies behind them must not change."""
+    """The step's `arguments`, for the first n samples in `buffer`; memory after them must not change."""
 
     buffer: torch.Tensor
     arguments: dict = field(default_factory=dict)
 
     def run(self, step):
-        """A copy of the case, stepped: its whole buffer and its faulty flags."""
+        """Returns the whole buffer and the faulty flags of a copy after the step."""
         buffer = self.buffer.clone(memory_format=torch.preserve_format)
         given = dict(self.arguments)
         if given["faulty"] is not None:
@@ -56,7 +56,7 @@ def case(n, shape, dtype, seed, *, last=False, counts=False, flags=False, own=Fa
     if special and n:
         for whole in (grad, buffer, clean):
             values = whole[:n]
-            # an eighth of all
+            # an eighth of all pixels
             k = -(-values.numel() // 8)
             places = torch.randperm(values.numel(), generator=g)[:k]
             result = torch.tensor(SPECIAL if whole is grad else [NAN, *SPECIAL])
@@ -95,7 +95,7 @@ def l2_case(n, shape, dtype, seed, *, last=False, counts=False, flags=False, own
     """`case` in ℓ2: gradients of all `KINDS` one after another from that of the seed, and every third sample far off.
 
     Args:
-        seeded: what stands in for a zero gradient is drawn from a seed, else given.
+        seeded: the replacement of a zero gradient is drawn from a seed instead of given.
     """
     result = case(n, shape, dtype, seed, last=last, counts=counts, special=False)
     grad, g = result.arguments["grad"].float(), torch.Generator().manual_seed(seed)
@@ -131,7 +131,7 @@ def l2_case(n, shape, dtype, seed, *, last=False, counts=False, flags=False, own
 
 
 def assert_same(result, expected, ulp=0):
-    """Two results of `Case.run` are equal, NaN for NaN, to `ulp` units in the last place of the buffer."""
+    """Compares two results of `Case.run`, NaN for NaN, up to `ulp` units in the last place of the buffer."""
     a, b = result[0], expected[0]
     if ulp:
         assert torch.equal(a.isnan(), b.isnan())
@@ -145,7 +145,7 @@ def assert_same(result, expected, ulp=0):
 
 
 def assert_near(result, expected):
-    """Two results of `Case.run` are equal but for the last bits, which depend on the order of the norms' sums."""
+    """Compares two results of `Case.run` except for the last bits, which depend on the order of the norms' sums."""
     eps = torch.finfo(result[0].dtype).eps
     atol = eps if result[0].element_size() == 2 else 8 * eps
     torch.testing.assert_close(result[0], expected[0], rtol=0, atol=atol, equal_nan=True)

@@ -1,4 +1,4 @@
-"""The plain loop that an evaluation is held against: every sample goes through all steps of all restarts."""
+"""A plain loop to compare an evaluation with: every sample takes all steps of all restarts."""
 
 import torch
 import torch.nn.functional as F
@@ -36,14 +36,14 @@ def projected_step(x_adv, grad, x, threat, size):
 
 
 def by_input(loss, x):
-    """The gradient with respect to the images alone."""
+    """Returns the gradient with respect to the images alone."""
     return torch.autograd.grad(loss, x)[0]
 
 
 def plain_loop(model, x, y, threat, *, steps, step_size, restarts, loss, seed, first=0, gradient=by_input):
-    """In which restart and after how many steps each sample first was misclassified: 0, 0 clean, `STOOD` never.
+    """Returns the restart and the step at which each sample was first misclassified: 0, 0 if clean, `STOOD` if never.
 
-    The model is in eval mode; the samples are the numbers `first` and up of those that share the seed.
+    The model is in eval mode; the samples have the numbers `first` and up among those that share the seed.
     """
     numbers = torch.arange(first, first + len(y), device=x.device)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Planted bugs: a module's source with one text replaced, and which calls of the source a list of bugs leaves out."""
+"""Plants bugs by replacing text in a module's source, and lists the calls that a list of bugs leaves out."""
 
 import ast
 import importlib.util
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
-# calls that order work, bring data or keep memory apart: without each of them something has to go wrong
+# calls that order work, copy data or separate memory: without each of them a test must fail
 ORDERING = {
     *("wait_stream", "synchronize", "on", "new_stream", "new_pool", "capture", "replay"),
     *("copy_", "_foreach_copy_", "clone", "zero_", "add_", "maximum", "restore"),
@@ -17,7 +17,7 @@ ORDERING = {
 
 @dataclass(frozen=True)
 class Bug:
-    """Every `text` of the source becomes `instead`; the scenario is what shows it."""
+    """A replacement of every `text` in the source by `instead`; `scenario` shows the bug."""
 
     name: str
     text: str
@@ -29,19 +29,19 @@ class Bug:
 
 
 def planted(original, bug, folder):
-    """The module `original` with the bug, under another name."""
+    """Returns the module `original` with the bug, under another name."""
     source, path = Path(original.__file__).read_text(), folder / "planted.py"
     assert bug.text in source, f"{bug.text!r} is not in {original.__name__}"
     path.write_text(source.replace(bug.text, bug.instead))
     spec = importlib.util.spec_from_file_location("planted_module", path)
     module = importlib.util.module_from_spec(spec)
-    with mock.patch.dict(sys.modules, {"planted_module": module}):  # dataclasses look their module up
+    with mock.patch.dict(sys.modules, {"planted_module": module}):  # dataclasses look up their module
         spec.loader.exec_module(module)
     return module
 
 
 def left_out(original, bugs):
-    """The lines of the module's ordering calls that no bug's text touches."""
+    """Returns the module's ordering calls that no bug's text touches."""
     source = Path(original.__file__).read_text()
     starts = [0]
     for line in source.encode().splitlines(keepends=True):
@@ -58,7 +58,7 @@ def left_out(original, bugs):
 
 
 def of_words(function):
-    """Whether it is a string's method."""
+    """Returns whether it is a string's method."""
     return isinstance(getattr(function, "value", None), ast.Constant)
 
 

@@ -1,8 +1,8 @@
-"""A device that cannot be waited for: meta tensors that call themselves CUDA.
+"""Pretends a device that the host cannot wait for: meta tensors that call themselves CUDA.
 
 They hold no values, so any hidden read (`.item()`, `bool(tensor)`, a boolean mask, `nonzero`, `equal`, `tolist`)
 raises, and so does any copy between them and the host. The code under test takes the paths that it takes on a GPU,
-backward included. The one permitted read is answered from a plan.
+backward included. The one permitted read returns the numbers of a plan.
 """
 
 from contextlib import contextmanager
@@ -41,7 +41,7 @@ class _NoCopies(TorchDispatchMode):
 
 
 class Reads:
-    """Counts reads started and waited for, and answers each with the plan's numbers, then zeros."""
+    """Counts reads started and waited for, and answers each with the plan's numbers, then with zeros."""
 
     def __init__(self, plan=()):
         self.plan, self.started, self.waited = list(plan), 0, 0
@@ -64,7 +64,7 @@ def pretended_device(plan=()):
 
 @contextmanager
 def counted_waits():
-    """A list that grows by one with every wait for a real read."""
+    """Yields a list that gets one entry for every wait for a real read."""
     waits, wait = [], faults.HostRead.wait
     with mock.patch.object(faults.HostRead, "wait", lambda read: waits.append(read) or wait(read)):
         yield waits

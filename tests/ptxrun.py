@@ -1,11 +1,10 @@
-"""Execute the PTX of one kernel on the CPU with numpy: one CTA at a time, one array lane a thread.
+"""Executes the PTX of one kernel on the CPU with numpy: one CTA at a time, one array lane for each thread.
 
     stats = launch(ptx_text, grid=(m, 3), args=[x, y, 7, 0.5], shared=metadata.shared)  # arrays are changed in place
 
-Meant for checking what Triton made of a kernel where there is no GPU: layout conversions, shuffles, shared memory,
-barriers, predication and vector accesses run as compiled. Strict: an instruction, modifier or operand form that is not
-implemented raises UnknownError when the text is decoded, before anything runs. What a GPU would fault on or leave
-undefined raises FaultError:
+For checking Triton's code without a GPU: layout conversions, shuffles, shared memory, barriers, predication and vector
+accesses run as compiled. Strict: an instruction, modifier or operand form that is not implemented raises UnknownError
+when the text is decoded, before anything runs. FaultError is raised where a GPU would fault or behave undefined:
 
 - a global access outside the buffer that its address points into, or not aligned to its whole (vector) width
 - a read of shared memory that this CTA has not written (check_uninit), a shared access outside `shared` bytes
@@ -111,7 +110,7 @@ ARITY = {
     }.items()
     for o in os.split()
 }
-BUF_SHIFT = np.uint64(36)  # the high bits of a global address name its buffer
+BUF_SHIFT = np.uint64(36)  # the high bits of a global address number its buffer
 
 
 def f32_to_bf16(v):
@@ -184,7 +183,7 @@ def idivrem(a, b, rem):
 
 
 class Races:
-    """Last writer and readers of every byte, as cta<<32 | epoch<<8 | warp.
+    """The last writer and the readers of every byte, as cta<<32 | epoch<<8 | warp.
 
     -1: nobody; reader warp 255: several warps; reader -2: several CTAs.
     """
@@ -253,7 +252,7 @@ def split_ops(s):
 
 
 class Program:
-    """The text, parsed: statements (guard, negated, opcode, operands, source), labels, registers and parameters."""
+    """The parsed text: statements (guard, negated, opcode, operands, source), labels, registers and parameters."""
 
     def __init__(self, text):
         text = re.sub(r"//[^\n]*|/\*.*?\*/", " ", text, flags=re.S)
@@ -424,7 +423,7 @@ class Block:
 
     # ---- operands
     def mods(self, mods, *allowed):
-        """Split modifiers: one of each set in turn if given; what is left over is unknown."""
+        """Splits modifiers into at most one of each set; any other modifier is unknown."""
         left, out = list(mods), []
         for a in allowed:
             hit = [m for m in left if m in a]
@@ -462,7 +461,7 @@ class Block:
         return np.array([raw & ((1 << w) - 1)], UINT[w]).view(dt)[0 if np.dtype(dt).itemsize * 8 == w else slice(None)]
 
     def val(self, tok, ty, loose=False):
-        """A function that returns the operand's value as an array of the type (or a numpy scalar)."""
+        """Returns a function that gives the operand's value as an array of the type (or a numpy scalar)."""
         kind, w, dt = TYPES[ty]
         neg = kind == "p" and tok.startswith("!")
         tok = tok.lstrip("!") if neg else tok
@@ -488,7 +487,7 @@ class Block:
         return lambda: v
 
     def dst(self, tok, ty):
-        """The destination row; a register wider than the type is sign- or zero-extended into."""
+        """Returns the destination row; a register wider than the type is sign- or zero-extended into."""
         kind, w, dt = TYPES[ty]
         if tok == "_":
             return np.empty(self.n, dt)
@@ -521,7 +520,7 @@ class Block:
 
     # ---- memory
     def locate(self, a, nb, m, space):
-        """Byte offsets, typed views and race log of the memory that these addresses lie in."""
+        """Returns byte offsets, typed views and the race log of the memory at these addresses."""
         if (a % np.uint64(nb)).any():
             raise FaultError(f"misaligned {nb}-byte access: {self.at}")
         if space == "shared":
@@ -698,7 +697,7 @@ class Block:
 
     # ---- data movement between lanes
     def members(self, mask, m):
-        """All lanes of the member mask, in every warp that executes this, must be active."""
+        """Checks that all lanes of the member mask are active in every warp that executes this."""
         act = np.ones(self.n, bool) if m is None else m
         w = act.reshape(-1, 32)
         need = (np.broadcast_to(mask(), self.n).astype(np.int64) >> self.lane) & 1 == 1
@@ -789,7 +788,7 @@ class Block:
             m,
         )
 
-    # ---- control (bra, ret, bar are acted on by run)
+    # control flow (run acts on bra, ret and bar)
     def i_bra(self, mods, ops):
         self.mods(mods, {"uni"})
         return ("bra", self.p.labels[ops[0]])
@@ -1336,7 +1335,7 @@ def launch(
     stats=False,
     max_steps=5_000_000,
 ):
-    """Run every CTA of the grid, x fastest (order="random": in a random order).
+    """Runs every CTA of the grid, x fastest (order="random": in a random order).
 
     Returns the statistics; with stats=True those by opcode, by memory sector, and the bytes by parameter too.
     """

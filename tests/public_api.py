@@ -1,7 +1,7 @@
-"""The public API in text, a line for each name: python -m tests.public_api [--write]
+"""Writes the public API as text, a line for each name: python -m tests.public_api [--write]
 
-`tests/public_api.txt` holds what users may rely on; `test_public_api.py` compares it with the package. After a change
-that is meant, `--write` renews the file: the diff is what users have to know.
+`tests/public_api.txt` holds the names that users may rely on; `test_public_api.py` compares it with the package. After
+an intended change, `--write` rewrites the file: its diff shows what users must know.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from bt_fast.lab.cli import cli
 SNAPSHOT = Path(__file__).with_suffix(".txt")
 ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
-# all of `__all__` where a module has one; the rest of a submodule is not for users
+# all of `__all__` if a module has one; the rest of a submodule is not for users
 MODULES = {
     "bt_fast": None,
     "bt_fast.ops": None,
@@ -48,7 +48,7 @@ MODULES = {
 
 
 def public_objects():
-    """`(name, object)` of everything in `MODULES`."""
+    """Yields `(name, object)` of everything in `MODULES`."""
     for module_name, listed in MODULES.items():
         module = importlib.import_module(module_name)
         for name in module.__all__ if listed is None else listed:
@@ -56,7 +56,7 @@ def public_objects():
 
 
 def lines():
-    """The whole public API, sorted."""
+    """Returns the whole public API, sorted."""
     result = {line for name, value in public_objects() for line in described(name, value)}
     result |= {f"torch.ops.{schema}" for schema in op_schemas()}
     return sorted(result | set(command_lines()))
@@ -76,7 +76,7 @@ def described(name, value):
 
 
 def described_class(name, cls):
-    """How it is made, its fields, and what it and its bases in the package have without an underscore."""
+    """Yields a class's constructor, its fields, and the members without an underscore of it and its bases here."""
     kind = "class"
     if dataclasses.is_dataclass(cls):
         options = cls.__dataclass_params__
@@ -99,7 +99,7 @@ def described_class(name, cls):
 
 
 def members(cls):
-    """What classes of the package define, names with an underscore left out but for calls and `with` blocks."""
+    """Yields the members that classes of the package define, except `_names` other than calls and `with` blocks."""
     result = {}
     for base in reversed(cls.__mro__):
         if base.__module__.startswith("bt_fast"):
@@ -110,7 +110,7 @@ def members(cls):
 
 
 def signature(function, without=("self", "cls")):
-    """Names, kinds, types and defaults as they are written; the same in all versions of Python."""
+    """Returns names, kinds, types and defaults as written; the same in all versions of Python."""
     given = inspect.signature(function)
     parts, keyword_only = [], False
     for name, parameter in given.parameters.items():

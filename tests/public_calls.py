@@ -1,4 +1,4 @@
-"""Every public call that takes tensors, in one form: `call(model, x, y)`, with random numbers of its own."""
+"""Every public call that takes tensors, as `call(model, x, y)` with a separate random generator."""
 
 import copy
 import sys
@@ -10,6 +10,7 @@ from small_models import CLASSES
 from torch import nn
 
 from bt_fast import (
+    APGD,
     AWP,
     METRICS,
     PGD,
@@ -52,7 +53,7 @@ def seeded():
 
 
 def loss(loss_of, bullet=None, **options):
-    """A loss with a generator of its own, so that it draws from no other."""
+    """Calls a loss with a separate generator, so that it draws from no other."""
 
     def run(model, x, y):
         return loss_of(
@@ -66,7 +67,7 @@ ATTACK = PGD(0.1, 0.05, STEPS)
 
 
 def criterion(kind, mining=None, attack=ATTACK, **options):
-    """A loss as a module, and what it has to log."""
+    """Calls a loss as a module, and checks what it has to log."""
 
     def run(model, x, y):
         made = kind(attack, mining=copy.deepcopy(mining), **options)
@@ -150,9 +151,9 @@ def generated(**options):
     return run
 
 
-def evaluated(**options):
+def evaluated(attack=ATTACK, **options):
     def run(model, x, y):
-        result = evaluate(model, [(x, y)], ATTACK, generator=seeded(), **options)
+        result = evaluate(model, [(x, y)], attack, generator=seeded(), **options)
         return torch.tensor([result.clean_correct, result.robust_correct, *result.restart, *result.step])
 
     return run
@@ -167,7 +168,7 @@ def yopo(objective):
 
 
 def autoattacked(model, x, y):
-    """By a stand-in for AutoAttack's own package, which returns the images that it is given."""
+    """Calls `autoattack` with a fake of AutoAttack's package, which returns its images unchanged."""
     attack = SimpleNamespace(run_standard_evaluation=lambda x, y, bs: x)
     package = SimpleNamespace(AutoAttack=lambda *_, **__: attack)
     with mock.patch.dict(sys.modules, {"autoattack": package}):
@@ -176,12 +177,12 @@ def autoattacked(model, x, y):
 
 
 def logits_of(x):
-    """What a script gives to mining, of a forward of its own."""
+    """Returns the logits that a script gives to mining."""
     return torch.randn(len(x), CLASSES, generator=seeded(), dtype=x.dtype)
 
 
 def mined(model, x, y):
-    """The caller's logits stay as they are, too."""
+    """Plans a minibatch and checks that the caller's logits do not change."""
     bullet, logits = BulletTrain(STEPS, 1, 0), logits_of(x)
     given = logits.clone()
     assignment = bullet.plan(logits, y)
@@ -262,6 +263,10 @@ CALLS = {
     "perturb, by sample": perturbed_by_sample(),
     "perturb, by sample, mining": perturbed_by_sample(THREE, engine="fast"),
     "perturb, normalised": perturbed(attack=PGD(0.1, 0.05, STEPS, normalization=PIXELS)),
+    "TRADESLoss, APGD": criterion(TRADESLoss, THREE, APGD(0.1, STEPS)),
+    "PGDLoss, APGD": criterion(PGDLoss, attack=APGD(0.1, STEPS, inner="dlr_targeted")),
+    "PGDLoss, best": criterion(PGDLoss, attack=PGD(0.1, 0.05, STEPS, keep="best"), engine="exact"),
+    "perturb, APGD": perturbed(THREE, attack=APGD(0.1, STEPS, "l2", "uniform", "dlr")),
     "AugMixLoss": lambda m, x, y: AugMixLoss()(m, x, y, generator=seeded()),
     "AugMixLoss, mining": lambda m, x, y: AugMixLoss(copy.deepcopy(ONE))(m, x, y, generator=seeded()),
     "augmix_loss": augmix(),
@@ -274,6 +279,7 @@ CALLS = {
     "generate, view": generated(engine="fast"),
     "evaluate": evaluated(),
     "evaluate, margin, view": evaluated(loss="margin", engine="fast"),
+    "evaluate, APGD": evaluated(APGD(0.1, STEPS), restarts=2, engine="fast"),
     "evaluate, lse": evaluated(loss="lse"),
     "autoattack": autoattacked,
     "augment_and_mix": lambda m, x, y: augment_and_mix(x, draw_choices(len(x), x.device, generator=seeded())),

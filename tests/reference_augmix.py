@@ -1,4 +1,4 @@
-"""AugMix as its authors' code computes it, on PIL images and one sample at a time, with the random choices given."""
+"""AugMix like its authors' code, on PIL images and one sample at a time, with given random choices."""
 
 import numpy as np
 import torch
@@ -7,7 +7,7 @@ from PIL import Image, ImageOps
 
 
 def to_pil(image):
-    """uint8 [C, H, W] with C = 1 or 3."""
+    """Converts uint8 [C, H, W] with C = 1 or 3."""
     array = image.numpy().transpose(1, 2, 0)
     return Image.fromarray(array[:, :, 0] if len(image) == 1 else array)
 
@@ -30,7 +30,7 @@ def affine(image, matrix):
 
 
 def operation(image, name, level, negative):
-    """One of the nine operations; `level` is what the authors' `sample_level` drew, `negative` what their coin did."""
+    """Applies one of the nine operations; the authors' `sample_level` draws `level`, and a coin draws `negative`."""
     sign = -1 if negative else 1
     match name:
         case "autocontrast":
@@ -59,7 +59,7 @@ def to_tensor(image):
 
 
 def augment_and_mix(image, chains, weights, mixing):
-    """`chains`: for each chain a list of (name, level, negative)."""
+    """Augments an image; `chains` holds for each chain a list of (name, level, negative)."""
     ws, m = np.float32(weights), np.float32(mixing)
     mix = torch.zeros_like(to_tensor(image))
     for weight, chain in zip(ws, chains, strict=True):
@@ -71,7 +71,7 @@ def augment_and_mix(image, chains, weights, mixing):
 
 
 def loss(model, x, first, second, y):
-    """The loss of their training loop, on three views of a minibatch in one forward."""
+    """Returns the loss of their training loop, on three views of a minibatch in one forward."""
     clean, aug1, aug2 = torch.split(model(torch.cat([x, first, second])), len(x))
     p_clean, p_aug1, p_aug2 = (F.softmax(z, dim=1) for z in (clean, aug1, aug2))
     mixture = torch.clamp((p_clean + p_aug1 + p_aug2) / 3.0, 1e-7, 1).log()

@@ -1,6 +1,6 @@
-"""MART as its authors' code computes it, written from spec.md section 3: slow, and the standard to be compared with.
+"""MART like its authors' code, written from spec.md section 3: slow, and the reference of the tests.
 
-Their generator has no ℓ2 attack. Here it is the TRADES code's, of the cross-entropy.
+Their generator has no ℓ2 attack. Here it is the attack of TRADES' code on the cross-entropy.
 """
 
 import torch

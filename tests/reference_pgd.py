@@ -1,4 +1,4 @@
-"""Adversarial training as Madry et al. describe it, in ℓ2 along the normalised gradient: the standard to compare with.
+"""Adversarial training as in Madry et al., in ℓ2 along the normalised gradient: the reference of the tests.
 
 The start is drawn in the images' dtype.
 """

@@ -1,6 +1,6 @@
-"""TRADES as its authors' code computes it, written from spec.md section 3: slow, and the standard to be compared with.
+"""TRADES like its authors' code, written from spec.md section 3: slow, and the reference of the tests.
 
-The only liberty: the ℓ2 perturbation, which they hold in the default dtype and draw in it, is held in the images'.
+The only difference: the ℓ2 perturbation, which they draw and hold in the default dtype, has the images' dtype.
 """
 
 import torch
@@ -24,7 +24,7 @@ def linf_attack(model, x, start, step_size, epsilon, steps):
 
 
 def l2_attack(model, x, delta, epsilon, steps):
-    """The authors minimise -KL by SGD with learning rate 2ε/N on a normalised gradient."""
+    """Minimises -KL by SGD with learning rate 2ε/N on a normalised gradient, like the authors."""
     for _ in range(steps):
         delta = delta.detach().requires_grad_()
         with torch.enable_grad():

@@ -1,4 +1,4 @@
-"""Rows of logits and their labels, hard cases among them: for every layer of tests of the ops over rows of logits."""
+"""Generates rows of logits and labels, including hard cases, for all tests of the ops over rows of logits."""
 
 import contextlib
 import math
@@ -47,7 +47,7 @@ def row(kind, k, g):
 
 
 def batch(m, k, dtype, seed, *, layout="end to end", faults=True, strays=True):
-    """Logits [m, k], the kinds of rows in random order, and labels: right, of a later maximum, wrong, and no class."""
+    """Returns logits [m, k] with all kinds of rows, shuffled, and labels: right, of a later maximum, wrong, invalid."""
     g = torch.Generator().manual_seed(seed)
     kinds = SOUND + (FAULTS if faults else [])
     turn = torch.randperm(len(kinds), generator=g).tolist()
@@ -63,7 +63,7 @@ def batch(m, k, dtype, seed, *, layout="end to end", faults=True, strays=True):
 
 
 def laid(z, layout):
-    """The same values, `layout` in memory; what lies between the rows is NaN."""
+    """Returns the same values with this `layout` in memory; memory between the rows holds NaN."""
     m, k = z.shape
     if layout == "turned":
         return z.t().contiguous().t()
@@ -79,7 +79,7 @@ def laid(z, layout):
 
 @contextlib.contextmanager
 def poisoned():
-    """What `torch.empty` returns is filled with NaN, or the largest integer."""
+    """Fills the results of `torch.empty` with NaN, or the largest integer."""
     torch.use_deterministic_algorithms(True)
     try:
         assert torch.empty(3).isnan().all()
@@ -90,7 +90,7 @@ def poisoned():
 
 
 def assert_same_mining(result, expected):
-    """Two results of `signed_variance`: SVar and probabilities to an ulp of float32, the sign of 0 too."""
+    """Compares two results of `signed_variance`: SVar and probabilities to an ulp of float32, with the sign of 0."""
     for a, b in zip(result, expected, strict=True):
         assert a.dtype == b.dtype
         assert a.shape == b.shape
@@ -112,10 +112,10 @@ def state(f_r=0.3, faults=2):
 
 
 def target_for(z, seed):
-    """Targets [n, k] for these logits: the rows' own softmax, others near and far, one-hot, subnormal gaps, and NaN."""
+    """Returns targets [n, k] for these logits: their softmax, others near and far, one-hot, subnormal gaps, and NaN."""
     g = torch.Generator().manual_seed(seed)
     n, k = z.shape
-    z = z.double().nan_to_num(0.0, 0.0, -math.inf)  # a number also where the row has no softmax
+    z = z.double().nan_to_num(0.0, 0.0, -math.inf)  # a number even where the row has no softmax
     own = z.softmax(dim=1).float()
     near = (z + 1e-5 * torch.randn(n, k, generator=g)).softmax(dim=1).float()
     far = torch.randn(n, k, generator=g).softmax(dim=1)
@@ -127,7 +127,7 @@ def target_for(z, seed):
 
 
 def assert_same_direction(result, expected, ulps=0):
-    """Two results of `ascent_direction`, to the bit where the softmax is the same, the sign of 0 apart."""
+    """Compares two results of `ascent_direction`: bit for bit where the softmax is the same, but for the sign of 0."""
     assert result.dtype == expected.dtype
     eps = torch.finfo(result.dtype).eps
     torch.testing.assert_close(result, expected, rtol=ulps * eps, atol=0, equal_nan=True)

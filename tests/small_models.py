@@ -1,4 +1,4 @@
-"""Tiny networks for [m, 1, 6, 6] images and 5 classes, each with a trait that a training loss can get wrong."""
+"""Tiny networks for [m, 1, 6, 6] images and 5 classes, each with a trait that a training loss may handle wrongly."""
 
 import torch
 import torch.nn.functional as F
@@ -51,7 +51,7 @@ class Normalising(nn.Module):
 
 
 class Counting(nn.Module):
-    """Counts its training forwards in a buffer and lets the count into its output; in place or by a new tensor."""
+    """Counts its training forwards in a buffer, in place or by a new tensor, and lets the count change its output."""
 
     def __init__(self, in_place):
         super().__init__()
@@ -81,7 +81,7 @@ class OwnNorm(nn.Module):
 
 
 class UncountedNorm(nn.BatchNorm2d):
-    """A subclass that runs batch norm without counting its batches."""
+    """A batch norm subclass that does not count its batches."""
 
     def forward(self, x):
         return F.batch_norm(
@@ -94,7 +94,7 @@ def uncounted_norm():
 
 
 def no_count():
-    """A batch norm without num_batches_tracked, as pruning and conversion tools leave it."""
+    """A batch norm without num_batches_tracked, as left by pruning and conversion tools."""
     model = conv_bn()
     model[1].num_batches_tracked = None
     return model
@@ -112,7 +112,7 @@ def instance_norm():
 
 
 class Frozen(nn.Module):
-    """A body whose first batch norm stays in eval mode while the rest trains."""
+    """A body with a first batch norm that stays in eval mode while the rest trains."""
 
     def __init__(self):
         super().__init__()
@@ -128,14 +128,14 @@ class Frozen(nn.Module):
 
 
 class Dead(nn.Sequential):
-    """Logits that do not depend on the image: its gradient is exactly 0."""
+    """A model with logits that do not depend on the image: its input gradient is exactly 0."""
 
     def __init__(self):
         super().__init__(nn.Flatten(), nn.Hardtanh(2.0, 3.0), nn.Linear(36, CLASSES))
 
 
 class Undefined(nn.Module):
-    """Its gradient is NaN at one pixel of the images that are bright at another."""
+    """A model with an input gradient of NaN at one pixel, for images that are bright at another."""
 
     def __init__(self):
         super().__init__()
@@ -143,12 +143,12 @@ class Undefined(nn.Module):
 
     def forward(self, x):
         bright = x[:, :1, 2:3, 2:3].detach() > 0.5
-        # the derivative of the root of 0 is infinite, and times 0 NaN
+        # the root has an infinite derivative at 0, which times 0 is NaN
         return self.body(x) + 0 * torch.where(bright, x[:, :1, :1, :1] * 0, 1.0).sqrt().flatten(1)
 
 
 def with_bright(rows):
-    """A batch of whose images only these are bright at the pixel that `Undefined` looks at."""
+    """Returns a batch in which only these images are bright at the pixel that `Undefined` looks at."""
     x, y = batch()
     x[:, 0, 2, 2] = 0.2
     x[rows, 0, 2, 2] = 0.8
@@ -173,7 +173,7 @@ MODELS = {
 
 
 def build(name_or_factory="conv_bn", seed=0, dtype=torch.float64):
-    """The model in train mode with seeded weights and batch-norm buffers away from their initial values."""
+    """Returns the model in train mode with seeded weights and batch-norm buffers away from their initial values."""
     torch.manual_seed(seed)
     factory = MODELS.get(name_or_factory, name_or_factory)
     model = factory().to(dtype)
@@ -186,20 +186,20 @@ def build(name_or_factory="conv_bn", seed=0, dtype=torch.float64):
 
 
 def batch(m=8, seed=0, dtype=torch.float64):
-    """Images in [0, 1], some pixels exactly 0 and 1, and labels."""
+    """Returns images in [0, 1], some pixels exactly 0 and 1, and labels."""
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(m, *SHAPE, generator=g, dtype=torch.float64).mul(0.5).add(0.5).clamp(0, 1)
     return x.to(dtype), torch.randint(CLASSES, (m,), generator=g)
 
 
 def looked_at(model):
-    """The model, its first attack's look at what stands beside an image done: two forwards of two images."""
+    """Returns the model after skipping its first attack's check of neighbours: two forwards of two images."""
     _looked_at.add(model)
     return model
 
 
 def snapshot(*modules):
-    """Everything that a call must not change: parameters, buffers, gradients, modes, requires_grad."""
+    """Returns all that a call must not change: parameters, buffers, gradients, modes, requires_grad."""
     result = {}
     for k, module in enumerate(modules):
         for name, value in module.state_dict().items():

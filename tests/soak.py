@@ -1,12 +1,12 @@
 """A long training run whose memory must stay flat: python -m tests.soak [--iterations 10000] [--out FILE.json]
 
-Tiny networks, batches of changing sizes, every way of calling `trades_loss` in turn, frozen views, an evaluation now
-and then, and a `PowerMonitor` over the stub of NVML all the while (a new block each EVALUATE_EVERY iterations: its
-samples are kept until then). `--emulated N` also trains N times on the emulated device, from graphs and on streams.
+Tiny networks, batches of changing sizes, every way of calling `trades_loss` in turn, frozen views, occasional
+evaluations, and a running `PowerMonitor` over the stub of NVML (a new block each EVALUATE_EVERY iterations, since a
+block keeps its samples). `--emulated N` also trains N times on the emulated device, from graphs and on streams.
 
 After WARM_UP of the iterations the memory must be flat:
   - the resident set grows by at most MOST_KIB a thousand iterations. The slope is Theil and Sen's, the median of the
-    slopes between all pairs of samples: single samples that are off do not move it;
+    slopes between all pairs of samples: single outliers do not move it;
   - there are as many live tensors at the end as after the warm-up, and at most MOST_OBJECTS more objects a thousand
     iterations.
 Exit status: 1 if it is not.
@@ -39,14 +39,14 @@ from tests.emulated_device import EmulatedDevice
 from tests.small_models import CLASSES, SHAPE, conv_bn
 
 WARM_UP = 0.2
-MOST_KIB = 64.0  # a thousand iterations: a lost tensor of 16 floats an iteration is four times that
-MOST_OBJECTS = 10.0  # a thousand iterations
+MOST_KIB = 64.0  # in a thousand iterations; losing a tensor of 16 floats each iteration would be four times that
+MOST_OBJECTS = 10.0  # in a thousand iterations
 MOST_BATCH = 32
 EVALUATE_EVERY = 250
 GPU = "GPU-aaaaaaaa-0000"
 SCRIPT = f"device {GPU}\nenergy 5000000 +100\npower 111000\nsm_util 50 100\ntemperature 60 71 65\n"
 
-WAYS = (  # of calling the loss, one after another
+WAYS = (  # of calling the loss, in turn
     {"frozen": Frozen()},
     {"frozen": Frozen(), "unperturbed": "skip", "update": Update()},
     {"frozen": Frozen(autocast=torch.bfloat16), "start": "uniform"},
@@ -57,7 +57,7 @@ WAYS = (  # of calling the loss, one after another
 
 @dataclass(frozen=True)
 class Sample:
-    """After so many iterations: KiB of resident memory, tensors, and objects that the collector knows."""
+    """A measurement after some iterations: KiB of resident memory, tensors, and objects known to the collector."""
 
     iteration: int
     resident_kib: float
@@ -67,7 +67,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Growth:
-    """From the end of the warm-up on, by a thousand iterations; and the tensors there were at both ends."""
+    """The growth in a thousand iterations after the warm-up, and the number of tensors at both ends."""
 
     kib: float
     objects: float
@@ -85,7 +85,7 @@ class Growth:
 
 
 def slope(samples, what):
-    """Theil and Sen's, by a thousand iterations."""
+    """Returns the slope by Theil and Sen in a thousand iterations."""
     pairs = itertools.combinations(samples, 2)
     return statistics.median(
         1000 * (getattr(b, what) - getattr(a, what)) / (b.iteration - a.iteration) for a, b in pairs
@@ -93,7 +93,7 @@ def slope(samples, what):
 
 
 def sample(iteration):
-    """A `Sample` as a plain tuple, which the collector does not count."""
+    """Returns a `Sample` as a plain tuple, which the collector does not count."""
     gc.collect()
     actual = gc.get_objects()
     tensors = sum(issubclass(type(o), torch.Tensor) for o in actual)
@@ -102,7 +102,7 @@ def sample(iteration):
 
 
 class Training:
-    """Iterations of one model's training, in all of the ways in turn."""
+    """Trains one model, in all of the ways in turn."""
 
     def __init__(self):
         torch.manual_seed(0)
@@ -130,7 +130,7 @@ class Training:
 
 
 class Emulated:
-    """A training on the emulated device, each time with a model and a runner of its own."""
+    """Trains on the emulated device, each time with a new model and runner."""
 
     def step(self, iteration):
         torch.manual_seed(iteration)
@@ -148,7 +148,7 @@ class Emulated:
 
 
 def soak(training, iterations, every, monitored):
-    """Samples of memory, evaluations, and samples of power."""
+    """Returns samples of memory, evaluations, and the number of samples of power."""
     samples, robust, powers = [], [], 0
     for begin in range(0, iterations, EVALUATE_EVERY):
         with PowerMonitor(GPU if monitored else torch.device("cpu")) as monitor:
@@ -165,7 +165,7 @@ def soak(training, iterations, every, monitored):
 
 
 def with_stub():
-    """Load the stub of NVML, which then is the library of that name; False without a C compiler."""
+    """Loads the stub of NVML as the library of that name; returns False without a C compiler."""
     if nvml_stub.COMPILER is None:
         return False
     with tempfile.TemporaryDirectory() as folder:

@@ -29,7 +29,7 @@ def first_maximum(row):
 
 
 def literal(metric, row, label):
-    """The certainty of one sample, from the formula."""
+    """Returns the certainty of one sample, from the formula."""
     p, correct = softmax(np.array([row]))[0], first_maximum(row) == label
     if metric == "signed_variance":
         return p.var() if correct else -p.var()
@@ -163,7 +163,7 @@ def test_three_groups_and_uniform_one_sample_at_a_time(given_):
 
 
 def gaussian_steps(given_, width, shift):
-    """The formula of `Gaussian`, one sample at a time; `shift` moves what is rounded a little."""
+    """Returns the formula of `Gaussian`, one sample at a time; `shift` moves values slightly before rounding."""
     n_o, n_b, n_r = given_.group_steps
     certainty, group = given_.certainty.tolist(), given_.group.tolist()
     own = [c for c, g in zip(certainty, group, strict=True) if g == ops.BOUNDARY]
@@ -267,7 +267,7 @@ def test_steps_of_any_integer_type(dtype):
     assert (got.steps.dtype, got.steps.tolist()) == (torch.int64, [3, 1, 10, 0])
 
 
-# What it costs, by arithmetic
+# Cost, by arithmetic
 
 
 def ramp(judged):
@@ -364,7 +364,7 @@ def test_repr_tells_what_is_not_the_default():
         assert repr(BulletTrain(7, 1, 0, gamma=0.75, **options)) == start + end
 
 
-# On a device the host waits for nothing but the counts
+# On a device the host waits only for the counts
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -426,7 +426,7 @@ def test_bad_configuration(make, error, message):
 
 
 def only(count, value, like):
-    """Zeros with so many values of another kind."""
+    """Returns zeros, with this many other values like `like`."""
     result = torch.zeros(len(like), dtype=like.dtype)
     result[:count] = value
     return result

@@ -34,7 +34,7 @@ def test_it_is_the_kl_gradient_up_to_a_power_of_two_for_each_row(dtype, batch, s
 
     exact = torch.tensor(softmax(z.double().numpy())) - target.double()
     size = exact.abs().amax(dim=1, keepdim=True)
-    clear = size[:, 0] > 0.2  # above the rounding of the difference
+    clear = size[:, 0] > 0.2  # larger than the rounding of the difference
     result, exact, size = result.double()[clear], exact[clear], size[clear]
     largest = result.abs().amax(dim=1, keepdim=True)
     assert_near(result / largest, exact / size, dtype)
@@ -47,7 +47,7 @@ def test_it_is_the_kl_gradient_up_to_a_power_of_two_for_each_row(dtype, batch, s
 @quick
 @given(st.integers(1, 12), st.integers(2, 30), st.sampled_from(rows_cases.DTYPES), st.integers(0, 2**31))
 def test_the_scale_is_exact(n, k, dtype, seed):
-    """From the gap in float32 on, nothing is lost but by the one rounding to the logits' dtype."""
+    """From the gap in float32 on, the only rounding is that to the logits' dtype."""
     z, _ = rows_cases.batch(n, k, dtype, seed)
     target = rows_cases.target_for(z, seed)
     gap = (target_of(z) - target).double()
@@ -61,7 +61,7 @@ def test_the_scale_is_exact(n, k, dtype, seed):
 
 @pytest.mark.parametrize("exponent", [-149, -148, -130, -127, -126, -125, -30])
 def test_gaps_that_are_hardly_there(exponent):
-    """Two classes ruled out: their probabilities are 0, so the gap is the target, of any size."""
+    """With two classes ruled out, their probabilities are 0, so the gap is the target, of any size."""
     gap = 2.0**exponent
     z = torch.tensor([[0.0, -math.inf, -math.inf]])
     result = ops.ascent_direction(z, torch.tensor([[1.0, gap, 0.0]]))
@@ -111,7 +111,7 @@ def test_of_nothing():
     assert ops.ascent_direction(torch.empty(0, 5), torch.empty(0, 5)).shape == (0, 5)
 
 
-# Its registration
+# Registration
 
 
 @pytest.mark.parametrize("scaled", [True, False])

@@ -65,7 +65,7 @@ def test_assignment_to_the_letter(m, seed, kind, f_r, policy, full, sound, dtype
     svar = given_["svar"].double().numpy()
     rank = (1.0 - f_r) * (m - 1)
     t = 0.0
-    if m:  # numpy.quantile gives NaN wherever there is one; here it is the largest value
+    if m:  # numpy.quantile gives NaN if any value is NaN; here NaN is the largest value
         ordered, below = np.sort(svar), int(rank)
         low, high, part = ordered[below], ordered[min(below + 1, m - 1)], rank - below
         with np.errstate(invalid="ignore"):
@@ -114,7 +114,7 @@ def test_minus_zero_is_an_outlier_and_plus_zero_is_not(f_r):
     assert group.tolist() == [ops.ROBUST if f_r else ops.BOUNDARY, ops.OUTLIER]
 
 
-# Its registration
+# Registration
 
 
 @pytest.mark.parametrize("full", [False, True])

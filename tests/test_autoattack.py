@@ -19,7 +19,7 @@ def model_in_training():
     return model
 
 
-# The model as AutoAttack takes it
+# The model that AutoAttack gets
 
 
 def test_forwards_without_gradient_are_those_of_the_eval_mode():
@@ -36,8 +36,8 @@ def test_a_gradient_reaches_the_images_and_no_parameter():
         x = X.clone().requires_grad_()
         with torch.enable_grad():
             z = classifier(x)
-            z[:, 0].sum().backward(retain_graph=True)  # as FAB takes it
-        (grad,) = torch.autograd.grad(z[:, 0].sum(), x)  # as APGD takes it
+            z[:, 0].sum().backward(retain_graph=True)  # FAB's way
+        (grad,) = torch.autograd.grad(z[:, 0].sum(), x)  # APGD's way
     assert torch.equal(x.grad, grad)
     assert grad.abs().max() > 0
     assert all(p.grad is None for p in model.parameters())
@@ -62,7 +62,7 @@ def test_what_is_no_classifier_is_named():
 
 
 class OneStep:
-    """Stands in for the package's class: makes the calls that it makes, and moves images by one signed gradient."""
+    """Replaces AutoAttack's class: makes the same calls, and moves images by one signed gradient."""
 
     def __init__(self, model, norm, eps, seed, version, verbose, device):
         self.calls.append((norm, eps, seed, version, verbose, device))
@@ -131,7 +131,7 @@ def test_bad_input_is_named_before_anything_runs(package, changed, error, messag
 
 
 class Many(torch.nn.Module):
-    """As many classes as AutoAttack's targeted attacks need."""
+    """A model with as many classes as AutoAttack's targeted attacks need."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Where no kernel can run on a GPU its ops are plain torch, with the same results and one warning that says why."""
+"""Where kernels cannot run on a GPU, the ops run in plain torch, with equal results and one warning with the reason."""
 
 import contextlib
 import importlib
@@ -28,13 +28,13 @@ NO_COMPILER = "Failed to find C compiler. Please specify via CC environment vari
 
 
 def cuda_tensors():
-    """Tensors of the CPU, which hold values, say that they are CUDA's."""
+    """Makes CPU tensors, which hold values, report that they are CUDA's."""
     return mock.patch.object(torch.Tensor, "is_cuda", True)
 
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """Sets what is known of the device: its compute capability, and triton's version. Nothing else is known yet."""
+    """Sets the device's compute capability and triton's version, and clears all else that is known."""
     for name, value in (("_plain", {}), ("_warnings", set()), ("_launched", set())):
         monkeypatch.setattr(availability, name, value)
     availability.compiles_for.cache_clear()
@@ -51,7 +51,7 @@ def gpu(monkeypatch):
 
 @contextlib.contextmanager
 def launching(launch):
-    """Every kernel's launch is `launch()`, on tensors of the CPU that call themselves CUDA's; gives the warnings."""
+    """Replaces every kernel launch by `launch()`, on CPU tensors that call themselves CUDA's; yields the warnings."""
     files = {}
     for result in pkgutil.iter_modules([str(ROOT / "kernels")]):
         names = [w for w in (ROOT / "kernels" / f"{result.name}.py").read_text().split() if w.endswith("_kernel(")]
@@ -76,7 +76,7 @@ def ordered():
 
 
 def assert_plain(messages, *words):
-    """The op is plain torch's, whose warning was alone and has these words."""
+    """Asserts that the op runs in plain torch, with exactly one warning, which has these words."""
     for result, expected in zip(ordered(), order_reference(STEPS, 5), strict=True):
         assert torch.equal(result, expected)
     (warning,) = messages
@@ -311,11 +311,11 @@ def test_a_step_that_is_half_done_is_not_done_again_by_plain_torch(gpu):
     launch = mock.Mock(side_effect=[None, RuntimeError(NO_COMPILER)])
     with launching(launch) as messages, pytest.raises(RuntimeError, match="C compiler"):
         ops.l2_step_(*given)
-    assert torch.equal(x, torch.full_like(x, 0.5))  # as the kernels, which did nothing here, have left it
+    assert torch.equal(x, torch.full_like(x, 0.5))  # unchanged by the kernels, which do nothing here
     assert messages == []
 
 
-# What triton really says
+# Real messages of triton
 
 
 REAL = """
@@ -352,7 +352,7 @@ print(json.dumps({"broken compiler": said()}))
 
 
 def test_triton_s_own_errors_are_recognised_and_the_results_are_plain_torch_s(tmp_path):
-    """In a process where triton takes the machine for one with a GPU, up to the build of its launcher."""
+    """Runs in a process where triton assumes a GPU, up to the build of its launcher."""
     pytest.importorskip("triton")
     (tmp_path / "file").write_text("")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}

@@ -1,4 +1,4 @@
-"""What a machine with a GPU needs for `pytest -m cuda`: the package's dependencies and pytest."""
+"""A GPU machine needs only the package's dependencies and pytest for `pytest -m cuda`."""
 
 import subprocess
 import sys
@@ -7,7 +7,7 @@ from pathlib import Path
 import bare_environment
 
 TESTS = Path(__file__).parent
-MARK = ".".join(("pytest", "mark", "cuda"))  # of which this file has none
+MARK = ".".join(("pytest", "mark", "cuda"))  # this file itself has no such mark
 EXTRAS = {"PIL", "accelerate", "click", "foolbox", "hypothesis", "matplotlib", "pytest_benchmark", "rich", "xdist"}
 
 

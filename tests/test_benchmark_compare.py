@@ -16,7 +16,7 @@ STEADY = [1.0, 1.001, 0.999, 1.002, 0.998]
 
 
 def entry(seconds=None, name=NAME, rounds=STEADY, **info):
-    """A benchmark as pytest-benchmark writes it; `seconds` by variant."""
+    """Returns a benchmark in pytest-benchmark's format; `seconds` by variant."""
     variants = {} if seconds is None else {"seconds": seconds}
     return {"fullname": name, "stats": {"data": rounds}, "extra_info": {**info, **variants}}
 
@@ -27,7 +27,7 @@ def times(factor):
 
 @pytest.fixture
 def compared(tmp_path, capsys):
-    """Exit status and output for the benchmarks of two files."""
+    """Returns exit status and output for the benchmarks of two files."""
 
     def run(old, new, *options):
         paths = [tmp_path / "old.json", tmp_path / "new.json"]
@@ -158,7 +158,7 @@ def test_swapping_the_files_inverts_the_ratio_and_its_interval(old, new):
 
 @pytest.mark.parametrize(("n", "m", "critical"), [(3, 3, None), (4, 4, 0), (5, 5, 2), (8, 10, 17), (20, 20, 127)])
 def test_the_interval_is_mann_and_whitneys(n, m, critical):
-    """The critical values are those of the printed tables, two-sided at 5 %."""
+    """The critical values are those of printed tables, two-sided at 5 %."""
     old, new = [1.0 + 1e-3 * k for k in range(n)], [2.0 + 7e-5 * k for k in range(m)]
     ratios = sorted(b / a for a in old for b in new)
     result = change(Times.of(old), Times.of(new)).interval

@@ -1,4 +1,4 @@
-"""The check before a benchmark: it holds where the device has random numbers of its own, and can fail."""
+"""The check before a benchmark holds on a device with its own random numbers, and can fail."""
 
 from functools import partial
 from unittest import mock
@@ -13,7 +13,7 @@ from bt_fast.attack.start import normal_noise
 from bt_fast.baselines.mart_reference import mart_reference_loss
 from bt_fast.baselines.pgd_reference import pgd_reference_loss
 from bt_fast.baselines.trades_reference import trades_reference_loss
-from bt_fast.objectives import adversarial
+from bt_fast.objectives import starts
 
 OPTIONS = {"step_size": 0.02, "epsilon": 0.1, "perturb_steps": 4}
 LOSSES = {
@@ -29,10 +29,10 @@ def batch():
 
 
 def drawn_on_the_device():
-    """The normal start as images on a GPU get it: from another generator than the host's, in their own dtype."""
+    """Draws the normal start as on a GPU: from a generator other than the host's, in the images' dtype."""
     device = torch.Generator().manual_seed(7)
     own = mock.Mock(side_effect=lambda x, generator, on_cpu=False: normal_noise(x, device))
-    return mock.patch.object(adversarial, "normal_noise", own)
+    return mock.patch.object(starts, "normal_noise", own)
 
 
 @pytest.mark.parametrize("loss", LOSSES)

@@ -23,7 +23,7 @@ NOTHING = {"launch": 0.0, "start": 0.0, "graph": 0.0, "node": 0.0, "wait": 0.0}
 
 @dataclass(frozen=True)
 class Counted:
-    """A device on which a kernel's rows are its tiles and its bytes their seconds."""
+    """A device on which a kernel's rows count its tiles, and its bytes are their seconds."""
 
     sms: int = 4
     launch: float = 1.0
@@ -118,7 +118,7 @@ def test_streams_that_fit_beside_each_other_overlap():
 
 
 def test_streams_that_do_not_fit_share_the_sms():
-    # the first takes all 4 SMs for a wave and 2 for another, beside which the second's 4 tiles run in two halves
+    # the first takes all 4 SMs for a wave and 2 in another, in which the second's 4 tiles run in two halves
     assert simulate([launch(6, 10, 0), launch(4, 10, 1)], Counted(**NOTHING)).seconds == 30
     assert simulate([launch(6, 10, 0), launch(2, 10, 1)], Counted(**NOTHING)).seconds == 20
 
@@ -142,7 +142,7 @@ def test_an_event_that_is_never_recorded_is_an_error():
             simulate(program, Counted())
 
 
-# What holds for every program
+# Properties of every program
 
 KERNELS = st.builds(kernel, st.integers(1, 9), st.integers(1, 20))
 ONE_STREAM = st.lists(st.builds(lambda k: Launch((k,)), KERNELS), min_size=1, max_size=12)
@@ -216,7 +216,7 @@ def test_ops_of_this_package_take_the_host_longer():
     assert simulate([ours], ROUND).host_seconds == ROUND.op_seconds > ROUND.launch_seconds
 
 
-# What a piece of code launches
+# Launches of a piece of code
 
 
 def tiny(device):
@@ -419,7 +419,7 @@ def test_predict_measures_where_there_is_a_gpu(monkeypatch):
     monkeypatch.setattr(gpu_prediction, "measure", functools.partial(measure, rounds=1, warm=0))
     with pytest.warns(UserWarning, match="runs without graphs") as warned:
         result = predicted("--model", "small-cnn", "--batch-size", 4)
-    assert len(warned) == 3  # of each row that calls itself one from graphs or on streams
+    assert len(warned) == 3  # for each row labelled as from graphs or on streams
     assert result.exit_code == 0, result.output
     assert "Measured" in result.output
     assert "predicted" not in result.output.lower()

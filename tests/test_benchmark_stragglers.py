@@ -20,7 +20,7 @@ from benchmarks.stragglers import (
 )
 from bt_fast.speedup import Fractions
 
-SECONDS = IterationTime(row_seconds=1.0, step_seconds=8.0, other_seconds=400.0, worst_fit=0.0)  # the plan takes none
+SECONDS = IterationTime(row_seconds=1.0, step_seconds=8.0, other_seconds=400.0, worst_fit=0.0)  # the plan takes no time
 FREE = Network(bytes_per_second=1e12, latency_seconds=0.0)
 GROUPS = Groups((PAPER, Fractions(0.4, 0.5, 0.1)), 1.3)
 
@@ -72,7 +72,7 @@ def test_more_ranks_wait_longer_but_hardly_so_when_balanced(threshold):
     assert 0.02 < few.lost < many.lost
     for result in (few, many):
         assert result.lost_balanced < 0.01
-        assert result.lost_balanced == pytest.approx(result.left, abs=1e-4)  # the network is free
+        assert result.lost_balanced == pytest.approx(result.left, abs=1e-4)  # the network takes no time
         assert result.exchanged == 1.0
         assert result.sent_bytes > result.busiest_bytes > 0
         assert 1 <= result.most_partners < result.ranks
@@ -87,7 +87,7 @@ def test_one_rank_waits_for_nobody():
 def test_where_the_exchange_takes_too_long_ranks_do_not_exchange_but_have_planned():
     slow = lost(network=Network(bytes_per_second=1.0, latency_seconds=2.0))
     assert slow.exchanged == slow.sent_bytes == 0
-    assert slow.lost < slow.lost_balanced < slow.lost + 0.01  # the gather of the counts
+    assert slow.lost < slow.lost_balanced < slow.lost + 0.01  # for the gather of the counts
 
 
 def test_at_the_latency_limit_the_goal_is_just_reached():

@@ -1,4 +1,4 @@
-"""Shares of an iteration are shares of its work: on a GPU of the time in which kernels run, not of their launches'."""
+"""Shares of an iteration are shares of its work: on a GPU, of the time of kernels instead of their launches."""
 
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -14,7 +14,7 @@ SECONDS = {"part": [1.0, 2.0, 1.0], "whole": [4.0, 4.0, 5.0]}
 
 
 def of_work(device, kernels):
-    """The ratio where pieces take SECONDS, and on a GPU each has such microseconds of kernels (and one annotation)."""
+    """Returns the ratio for pieces that take SECONDS; on a GPU they have these microseconds of kernels each."""
     run = []
 
     def profiled(activities):

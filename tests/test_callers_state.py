@@ -1,4 +1,4 @@
-"""What is the caller's stays the caller's: after every public call, and after one that raised."""
+"""Every public call leaves the caller's state unchanged, also if it raises."""
 
 import copy
 import random
@@ -6,7 +6,7 @@ import warnings
 
 import numpy as np
 import pytest
-import sympy  # noqa: F401, imported by torch when first needed, it adds a filter of warnings
+import sympy  # noqa: F401, torch imports it when first needed, and it adds a filter of warnings
 import torch
 from model_zoo import ScaledInPlace
 from small_models import batch, build, conv_bn
@@ -16,9 +16,9 @@ import bt_fast
 from bt_fast import BulletTrain, trades_loss
 from tests.public_calls import CALLS, STEPS, seeded
 
-# plain data, errors, options of the losses; runners and Balance need a device or ranks, and have tests of their own
+# not here: plain data, errors, options of the losses; runners and Balance, which need a device or ranks
 NO_CALLS = {
-    *("AdversarialLoss", "Engine", "PGD"),
+    *("AdversarialLoss", "Engine", "PGD", "APGD", "PerSample"),
     "MinedPlan",
     *("Assignment", "Balance", "Costs", "Fractions", "Judged", "NonFiniteError", "Skipped", "POLICIES", "RUNNERS"),
     *("AutoRunner", "GraphRunner", "StreamRunner", "theoretical_speedup", "theoretical_speedup_augmix"),
@@ -32,7 +32,7 @@ def test_every_public_name_is_called():
 
 
 def callers(model, x, y):
-    """All that a caller has set, in a form that can be compared."""
+    """Returns all settings of a caller in a comparable form."""
     return {
         "images": x.detach().numpy().tobytes(),
         "labels": y.numpy().tobytes(),
@@ -98,12 +98,12 @@ def test_a_call_that_raises_leaves_it_too(name, n):
     before = callers(model, x, y)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that a model is not folded
+            warnings.simplefilter("ignore")  # the warning that a model is not folded
             CALLS[name](model, x, y)
     except ArithmeticError:
         assert model.left[0] == 0
     else:
-        assert model.left[0] != 0  # it has fewer forwards
+        assert model.left[0] != 0  # the call has fewer forwards
     assert callers(model, x, y) == before
 
 
@@ -124,7 +124,7 @@ def test_a_model_that_writes_into_its_images_gives_what_it_gives_out_of_place(na
 
 
 def spoiling(logits, labels):
-    """The cross-entropy's certainty, by a function that works in its arguments."""
+    """The cross-entropy's certainty, computed by a function that overwrites its arguments."""
     certainty = torch.where(logits.argmax(1) == labels, 1.0, -1.0) * logits.softmax(1).amax(1)
     logits.fill_(torch.nan)
     labels.fill_(-7)

@@ -1,4 +1,4 @@
-"""`torch.compile` of the model, of the loss's terms and of the whole loss: the uncompiled result."""
+"""`torch.compile` of the model, of the loss's terms and of the whole loss gives the uncompiled result."""
 
 import copy
 import functools
@@ -21,7 +21,7 @@ from bt_fast.baselines.yopo import yopo_loss
 from bt_fast.objectives.repeated_forward import moves_batch_norm_alone
 
 THREE = BulletTrain(3, 1, 0)
-COMPILE = functools.partial(torch.compile, backend="eager")  # what is traced is what matters here: it runs as it is
+COMPILE = functools.partial(torch.compile, backend="eager")  # only tracing matters here: the trace runs eagerly
 
 
 @pytest.fixture(autouse=True)
@@ -67,7 +67,7 @@ FEW = ["trades, bullet", "augmix, bullet"]
 
 
 def outcome(loss, run, model, bullet, calls=2, **options):
-    """The loss, gradients and buffers after some calls, and F_R."""
+    """Returns the loss, gradients and buffers after some calls, and F_R."""
     bullet = copy.deepcopy(bullet)
     for seed in range(calls):
         value = loss(run, *batch(seed=seed), bullet, **options)
@@ -105,7 +105,7 @@ def test_a_compiled_model_gives_the_uncompiled_result(name):
     model, plain = build(), build()
     expected = outcome(loss, plain, plain, bullet)
     assert_near_nested(outcome(loss, COMPILE(model), model, bullet), expected)
-    assert counters["stats"]["unique_graphs"] or name.startswith("yopo")  # it was compiled
+    assert counters["stats"]["unique_graphs"] or name.startswith("yopo")  # it was really compiled
 
 
 @pytest.mark.parametrize("compiled", [in_place, a_part, inside])
@@ -119,7 +119,7 @@ def test_however_it_was_compiled(name, compiled):
 
 
 def test_through_autograd_of_the_compiler_too():
-    """The backend that traces the backward as well: what every backend that generates code is built on."""
+    """Uses the backend that also traces the backward, which all code-generating backends build on."""
     loss, bullet = LOSSES["trades, bullet"]
     model, plain = build(), build()
     expected = outcome(loss, plain, plain, bullet, calls=1)
@@ -218,7 +218,7 @@ TERMS = [trades_terms, mart_terms, augmix_terms, weighted_terms]
 
 
 def differentiated(terms, dtype, seed=0):
-    """The loss and its gradients to what made the logits."""
+    """Returns the loss and its gradients by the values that the logits are computed from."""
     g = seeded(seed)
     x, w = (torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype) for shape in ((8, 6), (6, 5)))
     y = torch.randint(5, (8,), generator=g)
@@ -269,7 +269,7 @@ def test_the_code_that_the_compiler_generates():
 
 
 def test_a_training_step_of_ones_own_is_one_graph():
-    """Two forwards and the fused loss; under autocast, as it is used."""
+    """Two forwards and the fused loss; also under autocast, the usual setting."""
     model = build(dtype=torch.float32).eval()
 
     def step(x, x_adv, y):
@@ -287,7 +287,7 @@ def test_a_training_step_of_ones_own_is_one_graph():
 
 @pytest.mark.parametrize(("loss", "bullet"), [(trades_loss, THREE), (pgd_loss, None)])
 def test_a_whole_loss_compiles_in_parts(loss, bullet):
-    """It reads on the host and differentiates within: there a graph ends. How often does not depend on the steps."""
+    """Host reads and inner derivatives break the graph; the number of steps does not add breaks."""
     breaks = []
     for steps in (3, 6):
         torch._dynamo.reset()

@@ -1,6 +1,6 @@
-"""Our objectives fed by a DataLoader whose worker dies or hangs: an error within a time limit, not a hang.
+"""Our objectives fed by a DataLoader with a worker that dies or hangs: an error within a time limit, not a hang.
 
-In a process of its own: torch raises from a signal handler, wherever the main thread happens to be.
+In a separate process: torch raises from a signal handler, at any point of the main thread.
 """
 
 import os
@@ -17,11 +17,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from bt_fast import BulletTrain, Guard, trades_loss
 
-LIMIT = 60.0  # seconds; it takes a few, most of them to start
+LIMIT = 60.0  # seconds; it takes a few, mostly to start
 
 
 class Samples(Dataset):
-    """Sixteen images with their numbers, of which the worker cannot deliver the eleventh."""
+    """Sixteen images with their numbers; the worker cannot deliver the eleventh."""
 
     def __init__(self, fault):
         self.fault = fault
@@ -45,7 +45,7 @@ def hanging():
 
 
 def train(fault, timeout):
-    """Prints the numbers of the samples learnt from."""
+    """Prints the numbers of the samples it learns from."""
     model, bullet = build(conv_bn, dtype=torch.float32), BulletTrain(2, 1, 0)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     guard = Guard(optimizer, model, bullet, non_finite="skip")
@@ -68,7 +68,7 @@ def test_a_worker_that_dies_or_hangs_is_an_error_within_a_limit(fault, timeout, 
     done = subprocess.run(arguments, capture_output=True, text=True, timeout=LIMIT, env=environment)
     assert done.returncode == 1
     assert re.search(message, done.stderr)
-    # a death is told at once, whatever was delivered before
+    # a death is reported at once, even if batches were delivered before
     assert [int(i) for i in done.stdout.split()] in ([], [*range(4)], [*range(8)])
 
 

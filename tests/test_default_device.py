@@ -1,6 +1,6 @@
-"""A caller's `torch.set_default_device` changes nothing: all that belongs on the host says so.
+"""A caller's `torch.set_default_device` changes nothing: every tensor that belongs on the host names its device.
 
-The device that everything without a name goes to here is "meta", where there are no values: what went there would fail.
+The default device here is "meta", which holds no values: a tensor made there by mistake would fail.
 """
 
 import ast
@@ -54,13 +54,13 @@ ROOT = Path(bt_fast.__file__).parents[1]
 
 
 def model_and_batch():
-    with CPU:  # a network is made where its user wants it
+    with CPU:  # users make a network where they want it
         torch.manual_seed(0)
         return small_models.conv_bn(), torch.rand(8, 1, 6, 6), torch.arange(8) % small_models.CLASSES
 
 
 def trained(loss_of, *arguments, bullet=None, **options):
-    """Three updates: the losses, the gradients and the mining's state."""
+    """Runs three updates and returns the losses, the gradients and the mining's state."""
     model, x, y = model_and_batch()
     result = []
     with CPU:
@@ -105,7 +105,7 @@ def evaluated(**options):
 
 
 def emulated(case):
-    """With its attack in graphs."""
+    """Runs the case on an emulated device, with its attack in graphs."""
 
     def run():
         with EmulatedDevice() as device:
@@ -117,7 +117,7 @@ def emulated(case):
 
 
 def bad_values():
-    """Rows without a number are told, and which they are."""
+    """Non-finite logits raise NonFiniteError, which lists the samples."""
     model, x, y = model_and_batch()
     model[-1].bias.data[0] = torch.nan
     with CPU:
@@ -131,7 +131,7 @@ def bad_values():
 
 
 def bad_pixels():
-    """What is wrong with them is told, and more than one way."""
+    """Bad pixels raise a ValueError that describes them, for more than one kind of mistake."""
     model, x, y = model_and_batch()
     for spoilt, message in ((x * 255, "its values are from"), (x * torch.nan, "288 of 288 pixels are NaN")):
         with pytest.raises(ValueError, match=message):
@@ -140,7 +140,7 @@ def bad_pixels():
 
 
 def further_passes():
-    """Over one minibatch, with the x' of the first pass and with new ones."""
+    """Runs further passes over one minibatch, with the x' of the first pass and with new ones."""
     result = []
     for loss_of, steps in ((pgd_loss, (3, 1, 0)), (augmix_loss, (1, 0, 0))):
         model, x, y = model_and_batch()
@@ -156,7 +156,7 @@ def further_passes():
 
 
 def loaded():
-    """A network whose normaliser was saved with it."""
+    """Loads a network together with its saved normaliser."""
     with CPU, TemporaryDirectory() as folder:
         torch.manual_seed(0)
         model = build_model("wrn-10-1", in_channels=3, image_size=8, num_classes=3)
@@ -192,7 +192,7 @@ def data():
 
 
 def examined():
-    """The doctor's self-check and a training step."""
+    """Runs the doctor's self-check and a training step."""
     return [(f.name, f.status) for f in doctor.examine(CPU) if f.section in doctor.SECTIONS[-2:]]
 
 
@@ -254,7 +254,7 @@ def test_a_default_device_changes_nothing(name):
             assert mine == as_usual
 
 
-# What makes a tensor from none, and has a device of its own
+# functions that make tensors from none and take a device
 FACTORIES = (
     *("arange", "as_tensor", "asarray", "empty", "empty_strided", "eye", "full", "linspace", "logspace", "normal"),
     *(
@@ -276,7 +276,7 @@ ELSEWHERE = {
 
 
 def without_a_device(source):
-    """Lines of calls that make tensors without saying where; a module's buffers are made where its parameters are."""
+    """Returns calls that make tensors without a device; a module's buffers are made where its parameters are."""
     calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
     buffers = {
         id(inner)

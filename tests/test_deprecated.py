@@ -1,4 +1,4 @@
-"""What the first version called by another name works for this one, and its warning shows the new line."""
+"""Names of the first version still work in this one, and their warnings show the new line."""
 
 import importlib
 import warnings

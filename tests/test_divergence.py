@@ -24,7 +24,7 @@ def trades(adversarial, clean):
 
 
 def mart(clean, adversarial, labels, beta):
-    """MART's authors' code."""
+    """Computes the loss by the code of MART's authors."""
     probs = F.softmax(adversarial, dim=1)
     last_two = torch.argsort(probs, dim=1)[:, -2:]
     runner_up = torch.where(last_two[:, -1] == labels, last_two[:, -2], last_two[:, -1])
@@ -36,7 +36,7 @@ def mart(clean, adversarial, labels, beta):
 
 
 def augmix(clean, first, second):
-    """AugMix' authors' code, summed over the rows."""
+    """Computes the loss by the code of AugMix's authors, summed over the rows."""
     views = [F.softmax(z, dim=1) for z in (clean, first, second)]
     mixture = torch.clamp((views[0] + views[1] + views[2]) / 3.0, 1e-7, 1).log()
     return len(clean) * sum(F.kl_div(mixture, p, reduction="batchmean") for p in views) / 3.0
@@ -46,7 +46,7 @@ LITERALLY = {"trades_kl": trades, "mart_loss": mart, "js_divergence": augmix}
 
 
 def loss_and_gradients(loss, case, **options):
-    """The loss and its gradients with respect to fresh leaves of the case's logits."""
+    """Returns the loss and its gradients with respect to fresh leaves of the case's logits."""
     leaves = [z.clone().requires_grad_() for z in case.logits]
     value = loss(*with_logits(case, leaves), **options)
     return value, torch.autograd.grad(value, leaves)
@@ -63,7 +63,7 @@ def random_case(name, n, classes, seed, dtype=torch.float64, spread=2.0):
     return divergence_cases.Case(name, (*logits[: 3 if name == "js_divergence" else 2], *others))
 
 
-# What they compute
+# Values
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -161,7 +161,7 @@ def test_no_rows_are_0(name, dtype):
     assert all(g.shape == (0, 5) for g in gradients)
 
 
-# How they are differentiated
+# Derivatives
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -249,7 +249,7 @@ def test_strides_do_not_matter(name):
             torch.testing.assert_close(a, b)
 
 
-# Their registration
+# Registration
 
 
 @pytest.mark.parametrize("name", LOSSES)

@@ -18,7 +18,7 @@ def linear():
 
 
 def captured(run, side, warm_ups=1, **options):
-    """The graph of what `run` launches on the stream `side`."""
+    """Returns the graph of what `run` launches on the stream `side`."""
     with torch.cuda.stream(side):
         for _ in range(warm_ups):
             run()
@@ -46,7 +46,7 @@ def test_a_capture_of_a_model_s_own_gradients_is_broken_by_an_earlier_loss_and_b
         with pytest.raises(RuntimeError, match="previous error during capture") as caught:
             captured(lambda: gradients(model, x), torch.cuda.Stream())
         assert "the default stream waits for a captured one" in str(caught.value.__context__)
-        del loss, caught  # whose frames hold gradient nodes
+        del loss, caught  # their frames hold gradient nodes
         gc.collect()
         captured(lambda: gradients(model, x), torch.cuda.Stream())
     assert emulated.captures == 1
@@ -93,7 +93,7 @@ def test_a_backward_runs_on_the_streams_of_its_forward_and_the_caller_waits_for_
     model, x = linear()
 
     def run(first, second):
-        """The first layer's forward on one stream, the second's on another, the backward on the default one."""
+        """Runs the first layer's forward on one stream, the second's on another, the backward on the default one."""
         model.zero_grad()
         with first:
             hidden = model(x)
@@ -198,7 +198,7 @@ def test_another_thread_s_call_breaks_a_capture_in_global_mode(mode):
     assert [type(e) for e in errors] == [type(None), NotPermittedError if mode == "global" else type(None)]
 
 
-# What a broken capture leaves behind
+# State after a broken capture
 
 
 @pytest.mark.parametrize("as_torch", UNWINDS)
@@ -228,7 +228,7 @@ def test_torch_s_own_context_leaves_its_stream_the_current_one_where_it_does_not
         x.sum().item()
         with pytest.raises(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph(), stream=torch.cuda.Stream()):
             x.sum().item()
-        cares = "finally:" in inspect.getsource(torch.cuda.graph.__exit__)  # as in 2.15
+        cares = "finally:" in inspect.getsource(torch.cuda.graph.__exit__)  # as in torch 2.15
         assert (emulated.stream is emulated.default) == cares
 
 

@@ -1,4 +1,4 @@
-"""Engines by name, by option and as a command line has them."""
+"""Engines by name, by option and on a command line."""
 
 import pytest
 

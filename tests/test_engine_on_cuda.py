@@ -1,4 +1,4 @@
-"""The engine on a GPU, `pytest -m cuda`: every runner and the graphed update give what the eager loop gives.
+"""On a GPU (`pytest -m cuda`), every runner and the graphed update give the results of the eager loop.
 
 A library may choose another algorithm for another batch size, and graphs pad a prefix to a bucket, so that gradients
 differ in their last bits: in float64 that moves next to no sign.
@@ -24,7 +24,7 @@ TOLERANCE = 1e-6  # of loss, gradients and buffers, relative to the largest of e
 
 
 def updates(loss_of, steps=4, bullet=True, **options):
-    """Losses, gradients and buffers of some updates; the last batch is smaller."""
+    """Returns losses, gradients and buffers of some updates; the last batch is smaller."""
     torch.manual_seed(0)
     model = build_model("wrn-10-1", in_channels=3, image_size=16, num_classes=10).double().to(DEVICE)
     x, y = torch.rand(M, 3, 16, 16, dtype=torch.float64).to(DEVICE), (torch.arange(M) % 10).to(DEVICE)
@@ -85,7 +85,7 @@ def test_an_update_of_a_model_with_dropout_draws_from_graphs_what_it_draws_eager
     torch.testing.assert_close(*result, rtol=TOLERANCE, atol=0)
 
 
-# As in any script: an earlier loss is alive, a loader pins memory, another capture has broken off
+# Like in any script: an earlier loss is alive, a loader pins memory, another capture has broken off
 
 
 FAST = {
@@ -112,7 +112,7 @@ def test_a_loader_that_pins_memory_breaks_no_capture(fast):
 
 @pytest.mark.parametrize("fast", FAST.values(), ids=FAST)
 def test_after_a_capture_that_broke_off_numbers_are_drawn_and_the_next_is_captured(fast):
-    """The model that could not be captured goes on eagerly, its dropout too."""
+    """The model that cannot be captured goes on eagerly, including its dropout."""
     expected = ordinary_loops.iterations(DEVICE, ordinary_loops.Waiting)
     with pytest.warns(UserWarning, match="runs without graphs: capture failed"):
         assert_same(ordinary_loops.iterations(DEVICE, ordinary_loops.Waiting, **fast()), expected)

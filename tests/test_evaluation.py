@@ -22,7 +22,7 @@ ALL_LOSSES = [*LOSSES, "dlr", "lse", "kl"]
 
 
 class Thresholds(torch.nn.Module):
-    """Class 1 where the only pixel exceeds 1/2: what breaks, and by how much, is known."""
+    """Predicts class 1 where the only pixel exceeds 1/2, so that it is known what breaks, and by how much."""
 
     def forward(self, x):
         z = 10 * (x.flatten(1) - 0.5)
@@ -30,7 +30,7 @@ class Thresholds(torch.nn.Module):
 
 
 class Beyond(Thresholds):
-    """Where the pixel exceeds 1/2, the logits are multiplied by a function of 0, whose value or slope may be NaN."""
+    """Multiplies the logits, where the pixel exceeds 1/2, by a function of 0 with a value or slope that may be NaN."""
 
     def __init__(self, factor):
         super().__init__()
@@ -55,12 +55,12 @@ def generator(seed=3):
 
 
 def seed_of(number):
-    """The seed of the random starts that an evaluation with `generator(number)` draws."""
+    """Returns the seed of the random starts in an evaluation with `generator(number)`."""
     return torch.randint(2**63 - 1, (), generator=generator(number))
 
 
 def classifier(m, name="conv_bn", seed=0):
-    """A model, images, and labels that it gets right, but for each fifth; no class wins everywhere."""
+    """Returns a model, images, and labels that it gets right except every fifth; no class wins everywhere."""
     model, (x, _) = build(name, seed), batch(m, seed)
     model.eval()
     with torch.no_grad():
@@ -81,7 +81,7 @@ def fate(result):
 
 
 class Sizes:
-    """How many samples each forward of a model is given, beside what it may then read in `notes`."""
+    """Records the number of samples in each forward of a model, and the contents of `notes` at that time."""
 
     def __init__(self, model, note=lambda: None):
         self.seen = []
@@ -92,7 +92,7 @@ class Sizes:
         return iter(n for n, _ in self.seen)
 
 
-# What is counted
+# Counts
 
 
 def test_a_sample_is_robust_if_its_margin_exceeds_epsilon():
@@ -121,7 +121,7 @@ def test_the_random_start_and_the_last_iterate_count():
     assert {fate(f)[1] for f in result} == {(1, 1)}
 
 
-# The same as the plain loop
+# Equal to the plain loop
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -132,7 +132,7 @@ def test_the_random_start_and_the_last_iterate_count():
     size=st.integers(1, 24),
     steps=st.integers(1, 6),
     restarts=st.integers(1, 3),
-    scale=st.sampled_from([1e-6, 0.3, 1.0, 1.0, 3.0, 10.0]),  # from none to all are broken
+    scale=st.sampled_from([1e-6, 0.3, 1.0, 1.0, 3.0, 10.0]),  # from none to all samples are broken
     name=st.sampled_from(["conv_bn", "normalising", "tied norm"]),
     burst=st.integers(1, 8),
     seed=st.integers(0, 1000),
@@ -216,7 +216,7 @@ def test_neither_batches_nor_bursts_nor_neighbours_change_a_samples_fate(norm):
 @pytest.mark.parametrize("norm", NORMS)
 def test_samples_fall_where_foolbox_makes_them_fall(norm, loss):
     model, x, y = classifier(48)
-    x = 0.5 + 0.2 * (x - 0.5)  # in l_2 foolbox clips pixels after the projection: none is clipped here
+    x = 0.5 + 0.2 * (x - 0.5)  # in l_2 foolbox clips pixels after the projection, so none may need clipping here
     y = torch.where(torch.arange(48) % 5 == 0, y, model(x).argmax(dim=1))
     threat, steps = {"l_inf": ThreatModel(0.03), "l_2": ThreatModel(0.15, "l_2")}[norm], 6
     size = 2 * threat.epsilon / steps
@@ -236,7 +236,7 @@ def test_samples_fall_where_foolbox_makes_them_fall(norm, loss):
     assert len(set(result.step.tolist())) >= 4  # early, late and never
 
 
-# What it costs
+# Cost
 
 
 @pytest.mark.parametrize("size", [40, 12, 7])
@@ -282,7 +282,7 @@ def test_no_more_than_two_batches_are_held(scale):
     def stream():
         nonlocal read
         for start in range(0, 80, 8):
-            assert sum(b() is not None for b in batches) <= 1  # the one that the caller still holds
+            assert sum(b() is not None for b in batches) <= 1  # the caller still holds the last
             one = x[start : start + 8].clone()
             batches.append(weakref.ref(one))
             read += 8
@@ -321,7 +321,7 @@ def test_the_host_waits_at_the_end_of_a_burst_only(norm, loss):
     assert (reads.started, reads.waited) == (1, 1)
 
 
-# What stays
+# Preserved state
 
 
 def test_the_model_comes_back_as_it_was():
@@ -407,7 +407,7 @@ def test_a_gradient_with_nan_is_not_robust_but_an_error(threat):
 
 
 def test_what_lies_behind_a_fall_is_no_fault():
-    model = Beyond(lambda zero: 1 + 0 * zero.sqrt())  # the derivative of the root at 0 is infinite
+    model = Beyond(lambda zero: 1 + 0 * zero.sqrt())  # the root has an infinite derivative at 0
     x, y = pixels(0.45, 0.3), torch.tensor([0, 0])
     assert counts(evaluate(model, [(x, y)], LINF, steps=5, generator=generator())) == (2, 1, 2)
 
@@ -458,11 +458,10 @@ def test_at_an_epsilon_of_0_every_sample_that_is_right_stands_and_no_step_is_run
     assert not torch.equal(drawing.get_state(), generator().get_state()), "it draws as at any other"
 
 
-@pytest.mark.parametrize("start", ["normal", "clean"])
-def test_restarts_begin_anywhere_in_the_ball(start):
+def test_restarts_begin_anywhere_in_the_ball_or_at_x():
     model, x, y = classifier(4)
-    attack = PGD(0.1, 0.03, 2, start=start, inner="cross_entropy")
+    attack = PGD(0.1, 0.03, 2, start="normal", inner="cross_entropy")
     with pytest.raises(
-        ValueError, match=f"attack must start anywhere in the ball, got start='{start}': leave start out"
+        ValueError, match="attack must start anywhere in the ball or at x, got start='normal': leave start out"
     ):
         evaluate(model, [(x, y)], attack)

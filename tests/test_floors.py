@@ -1,4 +1,4 @@
-"""Versions that are too old are one line, which names what is there, what is needed and the command."""
+"""A version that is too old gives an error of one line with the installed version, the required one and the command."""
 
 import re
 import subprocess
@@ -56,7 +56,7 @@ import bt_fast
 
 @pytest.mark.parametrize(("name", "version", "needed"), [("torch", "2.5.1+cu121", "2.6"), ("numpy", "1.23.5", "1.24")])
 def test_import_beside_a_package_that_is_too_old_is_an_error_of_one_line(name, version, needed):
-    """And comes before anything of the package meets what an old torch has not."""
+    """The error comes before the package uses anything that an old torch lacks."""
     code = OLD.format(name=name, version=version)
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 1

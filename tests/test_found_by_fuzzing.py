@@ -1,4 +1,4 @@
-"""What `python -m tests.fuzz` found, each as a case of its own: bad input is refused by name, before any change."""
+"""Failures that `python -m tests.fuzz` found, one case each: bad input is refused by name, before any change."""
 
 import io
 import json
@@ -50,7 +50,7 @@ EIGHT_BITS = torch.float8_e5m2
 
 
 class Constant(nn.Module):
-    """Logits that its images do not move: of no operation with a gradient, or of a parameter alone."""
+    """A model with logits that do not depend on its images: from an op without gradient, or from a parameter alone."""
 
     def __init__(self, parameter):
         super().__init__()
@@ -100,7 +100,7 @@ def test_arrays_as_options():
     model = small_models.conv_bn()
     refused(ValueError, "unperturbed", trades_loss, model, X, Y, None, bullet=BulletTrain(), unperturbed=array)
     refused(ValueError, "start", pgd_loss, model, X, Y, None, start=array)
-    refused(ValueError, "loss", evaluate, model, [(X, Y)], THREAT, loss=array)
+    refused(TypeError, "loss", evaluate, model, [(X, Y)], THREAT, loss=array)
     refused(ValueError, "version", autoattack, model, X, Y, THREAT, version=array)
     refused(ValueError, "objective", yopo_loss, model, X, Y, None, propagations=1, layer_steps=1, objective=array)
 
@@ -170,7 +170,7 @@ def test_a_model_without_a_gradient_to_its_images(parameter):
 
 @pytest.mark.parametrize("policy", ["three_groups", "uniform"])
 def test_an_attack_that_fails_does_not_count(policy):
-    bullet = BulletTrain(2, 1, 1, policy=policy)  # all are attacked, whatever the model makes of them
+    bullet = BulletTrain(2, 1, 1, policy=policy)  # all samples are attacked, whatever the model predicts
 
     def fails(*_):
         raise OSError("no room")

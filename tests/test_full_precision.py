@@ -1,4 +1,4 @@
-"""What a caller has set for float32 is put back, whatever torch tells of it."""
+"""A caller's float32 settings are restored, whatever torch reports of them."""
 
 import os
 import subprocess

@@ -15,7 +15,7 @@ from bt_fast import ops
 quick = settings(max_examples=40, deadline=None)
 flag = st.booleans()
 NOISES = ["normal", "uniform"]
-# the polynomials' distance from logarithm and cosine, in standard deviations
+# the error of the polynomials for logarithm and cosine, in standard deviations
 NORMAL_TOLERANCE = 1e-5
 
 
@@ -24,7 +24,7 @@ NORMAL_TOLERANCE = 1e-5
 
 @pytest.mark.parametrize(
     ("counter", "seed", "expected"),
-    [  # of Random123, the authors' library
+    [  # from Random123, the authors' library
         ([0] * 4, 0, [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
         ([0xFFFFFFFF] * 4, -1, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
         (
@@ -53,7 +53,7 @@ def halves(number):
 
 
 def normal_pair(u, v):
-    """Box and Muller's transform, in double precision, with the angle as `gather_start` takes it."""
+    """Returns Box and Muller's transform in double precision, with the angle as in `gather_start`."""
     radius = math.sqrt(-2 * math.log((u + 0.5) / 2**32)) * (-1 if v >> 31 else 1)
     t = ((v << 1 & 0xFFFFFFFF) ^ 2**31) - 2**31
     angle = t / 2**31 * math.pi / 2
@@ -72,7 +72,7 @@ def unit_noise_literally(sample, length, seed, offset, noise):
 
 
 def literally(x, order, steps, state, noise, scale, lower, upper, samples):
-    """The op, one sample at a time, in double precision."""
+    """Computes the op one sample at a time, in double precision."""
     seed, offset = state.tolist()
     clean, start = torch.empty_like(x), torch.empty_like(x)
     for i in range(len(x)):
@@ -127,7 +127,7 @@ def test_normal_numbers_are_the_transforms_at_every_edge():
     result = torch.empty(len(u), 2)
     op._normal_pair(u, v, result)
     expected = torch.tensor([normal_pair(*pair) for pair in zip(u.tolist(), v.tolist(), strict=True)])
-    # where u is near 2^32, float32 has not all of it
+    # near 2^32, float32 cannot represent u exactly
     torch.testing.assert_close(result, expected, rtol=0, atol=NORMAL_TOLERANCE + 2**-11.5)
     inner = (u < 2**31) & (u > 0)
     torch.testing.assert_close(result[inner], expected[inner], rtol=0, atol=NORMAL_TOLERANCE)
@@ -145,7 +145,7 @@ def test_uniform_noise_lies_within_epsilon_and_the_bounds():
         assert (start - images).abs().max() > 0.9 * epsilon
 
 
-# What the noise depends on
+# Dependence of the noise
 
 
 def start(x, order=None, steps=None, seed=1, offset=2, noise="normal"):
@@ -187,7 +187,7 @@ def test_every_seed_offset_sample_and_call_has_noise_of_its_own(noise):
     offsets = [start(torch.zeros(1, 8), offset=offset, noise=noise) for offset in large]
     samples = start(torch.zeros(500, 8), noise=noise)
     result = torch.cat([*seeds, *offsets, samples]).view(-1, 4).tolist()
-    # of these, seed 1 with offset 2 has been drawn three times
+    # seed 1 with offset 2 occurs three times
     assert len({tuple(four) for four in result}) == len(result) - 4
 
 
@@ -212,21 +212,21 @@ def test_images_that_are_not_dense_come_back_contiguous():
         assert torch.equal(a, b)
 
 
-# Whether the noise looks like what it should be: 2^20 numbers, each bound four standard errors or more
+# Quality of the noise: 2^20 numbers, each bound four standard errors or more
 
 N = 2**20
 
 
 @pytest.fixture(scope="module")
 def drawn():
-    """Noise of 1024 samples at offsets 0 and 1 and with another seed: [3, 1024, 1024], by name."""
+    """Returns noise of 1024 samples at offsets 0 and 1 and with another seed: [3, 1024, 1024], by name."""
     places = ((0, 0), (0, 1), (1, 0))
     x = torch.zeros(1024, 1024)
     return {n: torch.stack([start(x, seed=s, offset=o, noise=n).double() for s, o in places]) for n in NOISES}
 
 
 def distance(numbers, distribution):
-    """Kolmogorov and Smirnov's: the greatest gap between the empirical distribution and another."""
+    """Returns Kolmogorov and Smirnov's distance: the greatest gap between the empirical and another distribution."""
     ordered = numbers.flatten().sort().values
     ranks = torch.arange(len(ordered) + 1) / len(ordered)
     expected = distribution(ordered)
@@ -246,7 +246,7 @@ def test_moments_and_distribution(drawn, noise):
     for numbers in drawn[noise]:
         for power, (moment, variance) in enumerate(zip(MOMENTS[noise], VARIANCES[noise], strict=True), 1):
             assert numbers.pow(power).mean().item() == pytest.approx(moment, abs=4 * math.sqrt(variance / N))
-        assert distance(numbers, CUMULATIVE[noise]) < 2.3 / math.sqrt(N)  # met with probability 1 - 5e-5
+        assert distance(numbers, CUMULATIVE[noise]) < 2.3 / math.sqrt(N)  # holds with probability 1 - 5e-5
         for lane in range(4):
             assert distance(numbers[:, lane::4], CUMULATIVE[noise]) < 2.3 / math.sqrt(N / 4)
 
@@ -268,13 +268,13 @@ def test_nothing_is_correlated(drawn, noise):
     pairs += [(numbers[0, :, k:], numbers[0, :, :-k]) for k in (1, 2, 3, 4)]  # neighbours
     pairs += [(numbers[0, :, a::4], numbers[0, :, b::4]) for a, b in itertools.combinations(range(4), 2)]  # of one call
     for a, b in pairs:
-        for power in (1, 2):  # of the squares too, since the two of a pair share a radius
+        for power in (1, 2):  # also the squares, since two numbers of a pair share a radius
             x, y = (v.pow(power) - v.pow(power).mean() for v in (a, b))
             error = 1 / math.sqrt(x.numel())
             assert abs((x * y).mean() / (x.std() * y.std())) < 4.5 * error
 
 
-# Its registration
+# Registration
 
 
 def some(**options):

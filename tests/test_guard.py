@@ -1,4 +1,4 @@
-"""The guard: a faulty minibatch leaves nothing behind, is told with its indices, and costs the host no wait."""
+"""The guard undoes a faulty minibatch, reports it with its indices, and makes the host wait for nothing."""
 
 import copy
 import math
@@ -32,7 +32,7 @@ def a_training(optimizer="sgd", modules=(), **options):
 
 
 def one_step(model, optimizer, guard, times=1.0, spoilt=()):
-    """An update by the cross-entropy times a number; then the gradients of some parameters are spoilt."""
+    """Updates by the cross-entropy times a number, then corrupts the gradients of some parameters."""
     with guard.minibatch(INDICES):
         optimizer.zero_grad()
         loss = nn.functional.cross_entropy(model(X), Y) * times
@@ -124,7 +124,7 @@ def test_a_skipped_minibatch_leaves_the_mining_and_the_statistics_alone():
 
 
 def misclassified_first(model):
-    """Images of which 1, 4 and 5 are bright; the first four have wrong labels, so that the schedule has them last."""
+    """Returns images with 1, 4 and 5 bright; the first four have wrong labels, so they come last in the schedule."""
     x, _ = with_bright([1, 4, 5])
     y = copy.deepcopy(model).eval()(x).argmax(dim=1)
     y[:4] = (y[:4] + 1) % 5
@@ -152,7 +152,7 @@ def test_an_error_of_the_objective_tells_the_samples_and_is_skipped(loss_of, bul
 
 
 class NanLogits(nn.Module):
-    """NaN logits of the samples that are bright at a pixel, from a forward of the given number on."""
+    """A model with NaN logits for samples that are bright at a pixel, from a given forward on."""
 
     def __init__(self, since):
         super().__init__()
@@ -237,7 +237,7 @@ def test_every_kind_of_buffer_is_given_back(name):
 
 
 class OnDevice(torch.optim.SGD):
-    """Stands for a fused optimizer, which torch has not for the pretended device: records what it is told."""
+    """Replaces a fused optimizer, which torch lacks for the pretended device, and records its `found_inf`."""
 
     _step_supports_amp_scaling = True
 

@@ -1,4 +1,4 @@
-"""The house stays small and plain: short files and functions, and names that say what a thing is."""
+"""The code stays small and plain: short files and functions, and names that say what a thing is."""
 
 import ast
 import io
@@ -10,11 +10,11 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "bt_fast").rglob("*.py"))
 MOST_LINES = {"file": 450, "function": 60}
-RIDDLES = {"told", "found", "whose", "met", "said"}  # past participles as names: of what, one has to guess
+RIDDLES = {"told", "found", "whose", "met", "said"}  # past participles as names: the reader must guess of what
 
 
 def functions(path):
-    """Name and number of lines, decorators and documentation included, of each function in a file."""
+    """Yields the name and number of lines, including decorators and documentation, of each function in a file."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])

@@ -105,7 +105,7 @@ LAYERS = [
 
 
 def layer(module):
-    """The layer with the longest prefix of the module's name."""
+    """Returns the layer with the longest prefix of the module's name."""
     result = [(len(p), i) for i, names in enumerate(LAYERS) for p in names if f"{module}.".startswith(f"{p}.")]
     return max(result)[1]
 

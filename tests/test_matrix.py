@@ -1,4 +1,4 @@
-"""The table of environments says what pytest's results say."""
+"""The table of environments reports pytest's results."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Every message of an error says how to get out of it: what to write, give, name, leave out, ... instead."""
+"""Every error message says how to fix the problem: what to write, give, name, leave out, ... instead."""
 
 import ast
 import importlib
@@ -31,7 +31,7 @@ ENDED_ELSEWHERE = {
 
 
 def text_of(node, constants):
-    """What an expression of strings says: constants in full, `{...}` for what else is put into it."""
+    """Returns the text of an expression of strings: constants in full, `{...}` for other values."""
     if isinstance(node, ast.Constant):
         return str(node.value)
     if isinstance(node, ast.JoinedStr):
@@ -45,7 +45,7 @@ def text_of(node, constants):
 
 
 def messages():
-    """(place, message) of every error that the package makes with words of its own."""
+    """Yields (place, message) of every error for which the package writes the text."""
     for path in sorted(PACKAGE.rglob("*.py")):
         name = path.relative_to(PACKAGE).as_posix()
         module = ".".join(("bt_fast", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__")
@@ -60,7 +60,7 @@ def _in(tree, name, function, constants):
             message = "".join(text_of(part, constants) for part in node.args[MESSAGE_OF[node.func.id] :][:1])
             if node.func.id == "wrong":
                 message = "found {}, expected {}".format(*(text_of(part, constants) for part in node.args[1:]))
-            own_words = " " in re.sub(r"{[^}]*}", "", message).strip()  # else it passes one on
+            own_words = " " in re.sub(r"{[^}]*}", "", message).strip()  # else it passes a message on
             if own_words and f"{name} {function}" not in ENDED_ELSEWHERE:
                 yield pytest.param(message, id=f"{name}:{node.lineno} {function}")
         yield from _in(node, name, inner, constants)

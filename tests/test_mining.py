@@ -38,7 +38,7 @@ def assert_state(bullet, expected):
 
 
 def three():
-    """Logits of a robust sample, a boundary sample and an outlier, with F_R = 0.4, and their labels."""
+    """Returns logits of a robust sample, a boundary sample and an outlier, with F_R = 0.4, and their labels."""
     return torch.tensor([[9.0, 0.0], [1.0, 0.9], [0.0, 5.0]]), torch.tensor([0, 0, 0])
 
 
@@ -58,7 +58,7 @@ def test_assignment_to_the_letter(batch, f_r, policy, alpha):
     if m:
         assert_near(got.probabilities, softmax(rows))
         assert_near(got.svar, np.array(sign) * softmax(rows).var(axis=1))
-    # on from the module's own SVar, so that the last bit decides as it does there
+    # starts from the module's own SVar, so that the last bit decides alike
     svar = got.svar.double().tolist()
     threshold = max(0.0, np.quantile(svar, 1 - f_r)) if m else 0.0
     group = [
@@ -174,7 +174,7 @@ def test_moves_to_another_device_with_its_model():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_a_cast_of_the_model_that_holds_it_does_not_round_the_fraction(dtype):
-    """In bfloat16 the moving average stops short of its limit: an increment is less than half the spacing."""
+    """In bfloat16 the moving average would stop short of its limit: an increment is less than half the spacing."""
     bullet = at_fraction(1 / 3)
     torch.nn.Sequential(bullet).to(dtype)
     assert bullet.robust_fraction.dtype == torch.float64
@@ -315,7 +315,7 @@ def test_a_callers_fault_travels_with_the_counts():
     assert_state(bullet, BulletTrain().state_dict())
 
 
-# On a device the host waits for nothing but the counts
+# On a device the host waits only for the counts
 
 
 def on_device():
@@ -367,12 +367,12 @@ def test_a_fault_that_observe_could_not_report_comes_with_the_next_plan():
 def test_a_plan_counts_when_its_minibatch_ends_and_only_the_last_one():
     bullet = at_fraction(0.4)
     before = state(bullet)
-    bullet.plan(*three())  # whose attack stopped, say
+    bullet.plan(*three())  # as if its attack stopped
     bullet.plan(Z, Y)
     assert_state(bullet, before)
     bullet.observe(Z, Y)
     assert bullet.group_counts.sum() == 4
-    bullet.observe(Z, Y)  # of no plan
+    bullet.observe(Z, Y)  # without a plan
     assert bullet.group_counts.sum() == 4
 
 

@@ -1,4 +1,4 @@
-"""Images whose loader takes a mean and a deviation out: the result is that of the pixels."""
+"""Images normalised by their loader give the result of the pixels."""
 
 import copy
 import functools
@@ -45,7 +45,7 @@ def attacked(loss, **options):
 
 
 def other(loss, **options):
-    """A loss without BulletTrain."""
+    """Wraps a loss that takes no BulletTrain."""
     return lambda model, x, y, bullet, **more: loss(model, x, y, generator=seeded(), **options, **more)
 
 
@@ -86,24 +86,24 @@ def model_of(dtype=torch.float64):
 
 
 def images(m=8, dtype=torch.float64):
-    """Pixels, some exactly 0 and 1."""
+    """Returns pixels, some exactly 0 and 1."""
     x = torch.randn(m, 3, 6, 6, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     return x.mul(0.5).add(0.5).clamp(0, 1).to(dtype), torch.arange(m) % 5
 
 
 def loaded(x, normalization=IMAGENET):
-    """What a loader makes of pixels, in their dtype (torchvision's own code)."""
+    """Normalises pixels like a loader, in their dtype (torchvision's own code)."""
     mean, std = (torch.as_tensor(v, dtype=x.dtype).view(-1, 1, 1) for v in (normalization.mean, normalization.std))
     return x.clone().sub_(mean).div_(std)
 
 
 def behind(model, normalization=IMAGENET):
-    """The model that takes pixels."""
+    """Returns the model behind a normaliser, so that it takes pixels."""
     return nn.Sequential(Normalize(normalization.mean, normalization.std), model).to(next(model.parameters()).dtype)
 
 
 def outcome(loss, run, model, x, y, bullet, **options):
-    """The loss, the gradients, the buffers and F_R after two calls."""
+    """Returns the loss, the gradients, the buffers and F_R after two calls."""
     bullet = copy.deepcopy(bullet)
     for _ in range(2):
         value = loss(run, x, y, bullet, **options)
@@ -177,7 +177,7 @@ def test_an_evaluation_holds_no_batch_longer_than_until_it_is_read(normalization
 
     def stream():
         for pixels, labels in zip(x.split(4), y.split(4), strict=True):
-            assert sum(not m.expired() for m in memory) <= 1  # the one before, which is let go of next
+            assert sum(not m.expired() for m in memory) <= 1  # the previous one, which is freed next
             batch = pixels.clone() if normalization is None else loaded(pixels)
             memory.append(StorageWeakRef(batch.untyped_storage()))
             yield batch, labels
@@ -227,7 +227,7 @@ def test_the_bounds_of_an_evaluation_are_those_of_its_threat():
     assert evaluate(model, [(loaded(x, normalization), y)], threat, steps=1, normalization=normalization).total == 8
 
 
-# What is kept for a model
+# State kept for a model
 
 
 def test_a_view_is_traced_once_and_follows_the_weights():
@@ -287,7 +287,7 @@ def test_a_model_found_in_eval_mode_trains_and_goes_back():
 @pytest.mark.parametrize(("bullet", "reads"), [(None, 2), (THREE, 1)])
 def test_nothing_more_waits_for_the_device(bullet, reads):
     model, (x, y) = model_of(torch.float32), images(dtype=torch.float32)
-    trades_loss(model, loaded(x), y, None, perturb_steps=1, normalization=IMAGENET)  # says what the model's forward is
+    trades_loss(model, loaded(x), y, None, perturb_steps=1, normalization=IMAGENET)  # inspects the model's forward once
     model, x, y = model.to(DEVICE), x.to(DEVICE), y.to(DEVICE)
     bullet = bullet and copy.deepcopy(bullet).to(DEVICE)
     with on_pixels(model, x, IMAGENET):
@@ -304,7 +304,7 @@ def test_the_module_is_what_a_loader_does_and_adds_nothing_to_checkpoints():
     model, (x, _) = model_of(), images()
     front = behind(model)
     assert torch.equal(front[0](x), loaded(x))
-    assert torch.equal(front.float().double()[0](x), loaded(x))  # no cast keeps the rounding of an earlier one
+    assert torch.equal(front.float().double()[0](x), loaded(x))  # casting back and forth does not accumulate rounding
     assert torch.equal(front.half()[0](x.half()), loaded(x.half()))
     assert list(front.state_dict()) == [f"1.{name}" for name in model.state_dict()]
     assert not list(front[0].parameters())

@@ -1,4 +1,4 @@
-"""What the tests on a GPU run there is what they were given here, in memory too."""
+"""`on_device` gives the function on the other device the same arguments, with the same memory layout."""
 
 import divergence_cases
 import pytest
@@ -8,7 +8,7 @@ from on_device import memory, on_device
 
 
 def seen_there(*values):
-    """How these are met on the other device."""
+    """Returns these arguments as a function on the other device receives them."""
     seen = []
     on_device(lambda *there: seen.extend(there), "cpu")(*values)
     assert not {memory(v).data_ptr() for v in seen} & {memory(v).data_ptr() for v in values}
@@ -21,7 +21,7 @@ def test_rows_lie_there_as_they_lie_here(layout, dtype):
     here, _ = rows_cases.batch(7, 10, dtype, 0, layout=layout)
     (there,) = seen_there(here)
     assert (there.shape, there.stride(), there.dtype) == (here.shape, here.stride(), here.dtype)
-    assert torch.equal(memory(there), memory(here))  # between the rows, too
+    assert torch.equal(memory(there), memory(here))  # also between the rows
 
 
 @pytest.mark.parametrize("strides", ["rows", "apart", "columns", "one"])

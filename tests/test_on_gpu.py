@@ -1,4 +1,4 @@
-"""The ten minutes on a GPU, without one: whatever becomes of a stage, the others run and everything is written down.
+"""Tests the ten-minute GPU run without a GPU: whatever happens to a stage, the others run and all results are recorded.
 
 The stages here are a few lines each, run as the real ones are; `python -m benchmarks.on_gpu --rehearse` runs those.
 """
@@ -68,7 +68,7 @@ LEAVES = "import os\ndef run(context):\n    print('on its way')\n    os._exit(0)
 
 
 def started(out, stages, seconds=60.0, rehearsal=False):
-    """The conductor on stages of these codes, each of which may take a third of the time."""
+    """Starts the conductor on stages with this code, each limited to a third of the time."""
     given = {
         "out": str(out),
         "seconds": seconds,
@@ -82,7 +82,7 @@ def started(out, stages, seconds=60.0, rehearsal=False):
 
 
 def conducted(out, stages, **options):
-    """Exit code, what was printed, and results.json."""
+    """Returns the exit code, the output, and results.json."""
     process = started(out, stages, **options)
     printed, _ = process.communicate(timeout=120)
     return process.returncode, printed, results(out)
@@ -93,7 +93,7 @@ def results(out):
 
 
 def until(condition, seconds=60.0):
-    """What the condition gives once that is true."""
+    """Waits until the condition is true and returns its value."""
     end = time.monotonic() + seconds
     while not (result := condition()):
         assert time.monotonic() < end
@@ -109,7 +109,7 @@ def gone(pid):
     return state in "ZX"
 
 
-# What becomes of stages
+# Outcomes of stages
 
 
 def test_a_stage_that_hangs_is_killed_in_its_time_with_all_that_it_started_and_the_others_run(tmp_path):
@@ -139,12 +139,12 @@ def test_a_stage_that_breaks_fails_and_the_others_run(tmp_path, stage, message):
     assert message in result["stages"]["broken"]["message"]
     assert result["stages"]["good"]["records"] == [{"kind": "found", "value": 1}]
     assert message in (tmp_path / "page.md").read_text()
-    assert printed.count("the stage good: PASSED") == 2  # when it is done, and on the page
+    assert printed.count("the stage good: PASSED") == 2  # when it ends, and on the page
     assert code == 1
 
 
 def recorded(folder, stage):
-    """The stage's state as it is written down, once it has recorded something."""
+    """Returns the stage's state in the file, once it has recorded something."""
     state = (folder / "results.json").exists() and results(folder)["stages"].get(stage)
     return state if state and state["records"] else None
 
@@ -317,7 +317,7 @@ def test_it_works_from_a_copy_without_git_in_a_place_of_its_own_and_installs_the
     venv.create(tmp_path / "venv", symlinks=True)
     (packages,) = (tmp_path / "venv" / "lib").glob("python*/site-packages")
     paths = [path for path in sys.path if "site-packages" in path and Path(path).is_dir()] or site.getsitepackages()
-    (packages / "others.pth").write_text("\n".join(paths))  # whose own .pth, that of an installed package, are not read
+    (packages / "others.pth").write_text("\n".join(paths))  # .pth files of an installed package are not read
     done = command("--out", tmp_path / "out", "--stages", "b", "--minutes", "5", "--rehearse", root=copy, python=python)
     assert done.returncode == 0, done.stdout + done.stderr
     result = results(tmp_path / "out")
@@ -372,7 +372,7 @@ except KeyboardInterrupt:
 
 
 def test_when_the_time_is_up_the_kernels_tests_tell_what_has_failed_until_then_and_why(tmp_path, monkeypatch):
-    """Also where all was started in the background, deaf to interrupts."""
+    """Kernel tests that run out of time report their failures so far, even if started with SIGINT ignored."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         interrupted(tmp_path, monkeypatch)
@@ -392,7 +392,7 @@ def interrupted(tmp_path, monkeypatch):
     assert TABLES["kernel_tests"](context.records("failure")[:1], {})[0].endswith("before the reason was known")
 
 
-# What the stages share
+# Common parts of stages
 
 
 def test_a_line_that_was_cut_off_is_no_record(tmp_path):
@@ -496,7 +496,7 @@ def test_the_page_of_a_rehearsal_says_so_and_holds_no_figure_that_was_taken():
 
 
 def attempts(tmp_path, monkeypatch, ends):
-    """The verdict of one case whose processes end so: the variant being tried, and the exit code."""
+    """Returns the verdict of a case with processes that end as given: (variant being tried, exit code)."""
     context = Context("iterations", "", time.monotonic() + 1000, str(tmp_path), True, "", None, 8.0)
     monkeypatch.setattr(iterations, "cases", lambda *_: (("n", "tf32", 1.0),))
     left = iter(ends)
@@ -563,11 +563,11 @@ def test_jpeg_files_and_arrays_give_the_same_kind_of_data_set(tmp_path):
     assert torch.equal(images_of(tmp_path / "plain.npz").x_train, result.x_train)
 
 
-# What a case is measured by, in a process of its own: the benchmarks have a conftest of their own name
+# Measurement of a case, in a separate process: the benchmarks have their own module `conftest`
 
 
 def measured(tmp_path, function, **environment):
-    """What `measured_on_the_cpu.py` prints of a function, as JSON."""
+    """Runs a function of `measured_on_the_cpu.py` and returns the JSON it prints."""
     given = [sys.executable, "-m", "measured_on_the_cpu", function, str(tmp_path)]
     folders = os.pathsep.join([str(ROOT / "benchmarks"), str(ROOT / "tests")])
     there = {**os.environ, "PYTHONPATH": folders, **environment}
@@ -588,7 +588,7 @@ def test_what_is_not_exact_or_falls_back_or_raises_is_left_out(tmp_path):
 
 def test_a_check_for_exactness_takes_three_steps_of_ten_so_that_there_is_time_for_all_of_them(tmp_path):
     result = measured(tmp_path, "checked")
-    assert result["steps"] == [[3, None]] * 3 + [[3, 3]] * 6  # three updates of each; BulletTrain is its own base
+    assert result["steps"] == [[3, None]] * 3 + [[3, 3]] * 6  # three updates each; BulletTrain is its own baseline
     assert result["as the bench"]
     assert max(result["differences"]) < 1e-9
     assert all(map(math.isnan, result["of NaN"]))
@@ -601,7 +601,7 @@ def test_what_shares_the_part_of_the_engine_that_broke_is_left_out_with_it(tmp_p
         *("bullet, graphs", "bullet, graphs, captured", "optimised, graphs", "optimised, graphs, captured"),
     ]
     assert not any("captured" in name or "fast" in name for name in result["bullet, captured"])
-    both = "bullet, streams, captured"  # whose parts work alone
+    both = "bullet, streams, captured"  # each part works alone
     assert [name for name in result["nothing"] if name not in result[both]] == [both]
     assert [name for name in result["nothing"] if name not in result["bullet"]] == ["bullet"]
 

@@ -16,7 +16,7 @@ fractions = st.one_of(st.sampled_from([0.0, 1e-12, 0.5, 1.0]), st.floats(0.0, 1.
 
 @st.composite
 def batches(draw, dtypes=DTYPES, least=0):
-    """Logits [m, K] with ties between classes and between samples, saturated rows, and labels of every luck."""
+    """Draws logits [m, K] with ties between classes and samples, saturated rows, and all kinds of labels."""
     m, k = draw(st.integers(least, 12)), draw(st.integers(2, 6))
     entry = draw(st.sampled_from([st.integers(-2, 2), st.floats(-8, 8, width=16), st.sampled_from([-1e4, 0.0, 1e4])]))
     logits = draw(st.lists(st.lists(entry, min_size=k, max_size=k), min_size=m, max_size=m))
@@ -42,7 +42,7 @@ def softmax(z):
 
 
 def images(m, dtype, seed=0, shape=(2, 3, 3)):
-    """Clean images, starts near them, gradients with some zeros, and a step size for each sample."""
+    """Returns clean images, starts near them, gradients with some zeros, and a step size for each sample."""
     g = torch.Generator().manual_seed(seed)
     clean = torch.rand(m, *shape, generator=g, dtype=torch.float64).mul(1.2).sub(0.1).clamp(0, 1)
     start = clean + 0.02 * torch.randn(clean.shape, generator=g, dtype=torch.float64)
@@ -77,7 +77,7 @@ def test_l2_step(dtype, m, epsilon):
         g = grad[i].double()
         direction = g / g.norm() if g.norm() > 0 else stand_in[i].double()
         delta = (expected[i] + sizes[i].double() * direction).clamp(0, 1) - clean[i].double()
-        # 1e-7 as torch.renorm adds it, which the TRADES code uses
+        # torch.renorm, which the TRADES code uses, adds 1e-7 like this
         expected[i] = clean[i].double() + delta * (epsilon / (delta.norm() + 1e-7) if delta.norm() > epsilon else 1.0)
     ops.l2_step_(x, grad, clean, sizes, epsilon, 0.0, 1.0, stand_in)
     assert_near(x, expected.clamp(0, 1))
@@ -148,7 +148,7 @@ def test_trades_kl_of_nothing_and_of_equal_rows_is_0(dtype):
     assert abs(ops.trades_kl(z, z.detach()).item()) <= TOLERANCES[dtype]["atol"]
 
 
-# Their registration
+# Registration
 
 
 REGISTERED = sorted(n for n in torch._C._dispatch_get_all_op_names() if n.startswith("bt_fast::"))
@@ -156,7 +156,7 @@ REGISTERED = sorted(n for n in torch._C._dispatch_get_all_op_names() if n.starts
 
 @pytest.mark.parametrize("name", REGISTERED)
 def test_no_registered_op_has_a_default(name):
-    """Some versions of torch leave such arguments out of the call, and then miss the one that the op changes."""
+    """Some versions of torch drop such arguments from the call, and then miss the one that the op changes."""
     schema = getattr(torch.ops.bt_fast, name.removeprefix("bt_fast::")).default._schema
     assert [a.name for a in schema.arguments if a.has_default_value()] == []
 

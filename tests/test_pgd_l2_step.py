@@ -17,7 +17,7 @@ options = st.fixed_dictionaries({"last": flag, "counts": flag, "flags": flag, "s
 
 
 def literal_normal(seed, i, place):
-    """Philox-4x32-10 (Salmon et al., 2011) with 32-bit words, in Python's integers."""
+    """Computes Philox-4x32-10 (Salmon et al., 2011) with 32-bit words, in Python's integers."""
     c, k = [place, i, 0, 0], [seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF]
     for _ in range(10):
         a, b = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
@@ -135,7 +135,7 @@ def test_nothing_is_a_batch_too():
         ops.l2_step_(x, x, x, torch.ones(len(x)), 0.1, 0.0, 1.0, torch.tensor(0))
 
 
-# Its registration
+# Registration
 
 
 def some(options):

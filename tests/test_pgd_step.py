@@ -109,7 +109,7 @@ def test_the_counter_moves_without_the_host():
     assert moved == [[True, False, True], [True, False, False], [False, False, False]]
 
 
-# Its registration
+# Registration
 
 
 def some(options, dtype=torch.float32):

@@ -1,4 +1,4 @@
-"""Pixels a few units in the last place outside their bounds are moved onto them, by every public name; others told."""
+"""Every public call moves pixels a few ulps out of bounds onto the bounds, and reports others."""
 
 import math
 import re
@@ -31,7 +31,7 @@ EACH = pytest.mark.parametrize("call", [CALLS[name] for name in LOOKING], ids=LO
 
 
 def reported(dtype):
-    """What came of reading out a normalisation: below 0 and above 1 by rounding; and the images that are meant."""
+    """Returns images below 0 and above 1 by rounding, as after undoing a normalisation, and the intended images."""
     x, y = batch(dtype=dtype)
     eps = torch.finfo(dtype).eps if dtype != torch.float64 else torch.finfo(torch.float32).eps
     rounded = torch.where(x == 0, -0.25 * eps, torch.where(x == 1, 1 + 2 * eps, x))
@@ -62,7 +62,7 @@ def test_so_it_is_in_16_bits(dtype):
 
 
 def test_the_arithmetic_of_the_report():
-    """Mean and deviation taken out and put back in float32."""
+    """Subtracts and divides by mean and deviation in float32, then undoes it."""
     img, y = batch(64, dtype=torch.float32)
     mean, std = 0.4914, 0.2435
     x = (img - mean) / std * std + mean

@@ -1,4 +1,4 @@
-"""`PowerMonitor` against a stub of NVML, through the real nvidia-ml-py."""
+"""Tests `PowerMonitor` against a stub of NVML, through the real nvidia-ml-py."""
 
 import sys
 import threading
@@ -17,7 +17,7 @@ from bt_fast import PowerMonitor
 from bt_fast.power import Sample, counted_energy, driver_version, energy_of, integrated_power, power_within
 
 A, B, MIG = "GPU-aaaaaaaa-0000", "GPU-bbbbbbbb-0000", "MIG-cccccccc-0000"
-NEVER = 3600.0  # an interval in which the thread reads nothing: there are the samples that marks take
+NEVER = 3600.0  # an interval in which the thread reads nothing: all samples come from marks
 EVERYTHING = f"""
 device {A}
 energy 5000000 +100
@@ -42,11 +42,11 @@ def run(tmp_path_factory):
         yield run_there
 
 
-# What runs in the process with the stub
+# Functions that run in the process with the stub
 
 
 def measured(devices, marks=8):
-    """A monitor after a block with marks "0", "1", ...; each takes a sample, as do begin and end."""
+    """Returns a monitor after a block with marks "0", "1", ...; begin, end and each mark take a sample."""
     with PowerMonitor(devices, interval=NEVER) as monitor:
         for k in range(marks):
             monitor.mark(str(k))
@@ -54,7 +54,7 @@ def measured(devices, marks=8):
 
 
 def told(monitor):
-    """What a monitor says, for the tests' own process."""
+    """Returns a monitor's reports, for the process of the tests."""
     spans = (None, *monitor.labels)
     return SimpleNamespace(
         available=monitor.available,
@@ -68,7 +68,7 @@ def told(monitor):
 
 
 def measured_by_torch(devices, uuids, current=0):
-    """Where torch has CUDA devices of these UUIDs, which it writes without NVML's prefix."""
+    """Measures where torch has CUDA devices with these UUIDs, which it writes without NVML's prefix."""
     with (
         mock.patch.object(torch.cuda, "is_available", return_value=True),
         mock.patch.object(torch.cuda, "device_count", return_value=len(uuids)),
@@ -79,7 +79,7 @@ def measured_by_torch(devices, uuids, current=0):
 
 
 def constructed(*args):
-    """The error that it raises, or why it does nothing."""
+    """Returns the constructor's error, or the reason why the monitor does nothing."""
     try:
         return PowerMonitor(*args).reason
     except (TypeError, ValueError) as error:
@@ -109,7 +109,7 @@ def measured_in_threads_twice():
 
 
 def used_in_a_middle_third(devices):
-    """The joules of a third of a block, of intervals that reach beyond it, and how long the third is."""
+    """Returns the joules of a block's middle third and of intervals that reach beyond it, and the third's length."""
     with PowerMonitor(devices, interval=NEVER) as monitor:
         pass
     begin, end = monitor.samples[0].time, monitor.samples[-1].time
@@ -154,7 +154,7 @@ def without_room_for_a_thread():
 
 
 def misused():
-    """The errors of a second block inside the first, and of marks."""
+    """Returns the errors of a second block inside the first, and of wrong marks."""
     monitor, errors = PowerMonitor([A], interval=NEVER), []
 
     def attempt(call, *args):
@@ -185,7 +185,7 @@ def test_a_sample_holds_every_reading_in_its_unit(run):
     assert result.samples[0] == Sample(
         device=A,
         time=result.samples[0].time,
-        power=350.0,  # the first values were the probes'
+        power=350.0,  # the first values went to the probes
         energy=5_000_100,
         sm_utilisation=1.0,
         memory_utilisation=0.4,
@@ -383,7 +383,7 @@ def test_misuse_is_an_error_that_says_so(run):
     ]
 
 
-# The thread, and the library's reference count, which every call of `run` checks too
+# The thread, and the library's reference count, which every call of `run` checks as well
 
 
 def test_the_thread_samples_during_the_block_and_ends_with_it(run):
@@ -417,7 +417,7 @@ def test_what_was_measured_before_a_gpu_is_lost_stays(run):
     (summary,) = result.summaries[None]
     assert (summary.samples, summary.joules, summary.lost) == (3, 2.0, "GPU is lost")
     assert (result.joules[None], result.per_sample) == (None, None)  # the rest of the block was not measured
-    assert (result.joules["0"], result.summaries["0"][0].lost) == (1.0, None)  # whole
+    assert (result.joules["0"], result.summaries["0"][0].lost) == (1.0, None)  # complete
     assert (result.joules["1"], result.summaries["1"][0].lost) == (None, "GPU is lost")
     assert (result.joules["3"], result.summaries["3"]) == (None, ())
 
@@ -453,7 +453,7 @@ def test_the_others_are_measured_where_one_cannot_be_opened_and_it_is_named(run)
     assert result.available
     assert result.missing == {B: "Insufficient Permissions"}
     assert [(s.device, s.joules) for s in result.summaries[None]] == [(A, 10.0)]
-    assert (result.joules[None], result.per_sample) == (None, None)  # not of all
+    assert (result.joules[None], result.per_sample) == (None, None)  # not of all devices
 
 
 def test_where_none_can_be_opened_there_is_nothing_to_measure(run):
@@ -464,7 +464,7 @@ def test_where_none_can_be_opened_there_is_nothing_to_measure(run):
 
 @pytest.mark.parametrize("devices", [1, "cuda:1", torch.device("cuda", 1), [torch.device("cuda:1")], (1,)])
 def test_devices_of_torch_are_identified_by_uuid_and_not_by_their_number(run, devices):
-    uuids = [B.removeprefix("GPU-"), A.removeprefix("GPU-")]  # torch counts the other way round
+    uuids = [B.removeprefix("GPU-"), A.removeprefix("GPU-")]  # torch has the opposite order
     assert run(TWO, measured_by_torch, devices, uuids).summaries[None][0].device == A
 
 

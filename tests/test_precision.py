@@ -1,4 +1,4 @@
-"""Mixed precision, gradient scaling and all that stands between a loss and a step: each gives the plain result."""
+"""Mixed precision, gradient scaling and all else between a loss and a step give the plain result."""
 
 import copy
 import functools
@@ -79,12 +79,12 @@ def gradient(model):
 
 
 def far(a, b):
-    """The length of the difference, as a share of b's."""
+    """Returns the length of the difference, relative to b's length."""
     return float((a - b).norm() / b.norm())
 
 
 def smooth():
-    """A model without kinks: where a ReLU opens in 16 bits only, its gradient is another one, not a less exact one."""
+    """A model without kinks: a ReLU that opens only in 16 bits would have another gradient, not a less exact one."""
     model = build(dtype=torch.float32)
     for name, module in model.named_children():
         if isinstance(module, nn.ReLU):
@@ -102,7 +102,7 @@ def test_a_step_under_autocast_is_that_of_single_precision(name, dtype):
     x, y = batch(dtype=torch.float32)
     result = []
     for enabled in (False, True):
-        # near a smooth model's minimum 1 - cos is smaller than 16 bits can tell: there kinks are needed
+        # near a smooth model's minimum 16 bits cannot resolve 1 - cos, so this needs kinks
         model = build(dtype=torch.float32) if name == "grad_align" else smooth()
         mining, optimizer = copy.deepcopy(bullet), torch.optim.SGD(model.parameters(), lr=0.1)
         before = nn.utils.parameters_to_vector(model.parameters()).detach().clone()
@@ -125,7 +125,7 @@ def test_a_step_under_autocast_is_that_of_single_precision(name, dtype):
 
 
 class Watching(nn.Module):
-    """Notes in its forwards whether a cast of a weight would be cached: without gradient, or at all."""
+    """Records in its forwards whether a cast of a weight would be cached: without gradient, or at all."""
 
     def __init__(self):
         super().__init__()
@@ -139,7 +139,7 @@ class Watching(nn.Module):
 
 @EACH
 def test_no_weight_cast_without_gradient_waits_in_the_cache_for_the_update(name):
-    """Some versions of torch give the update such a cast, and the weight gets no gradient."""
+    """Some versions of torch reuse such a cast in the update, and the weight then gets no gradient."""
     (loss, bullet), model = LOSSES[name], Watching()
     with torch.autocast("cpu", torch.bfloat16):
         loss(model, *batch(dtype=torch.float32), copy.deepcopy(bullet)).backward()
@@ -150,7 +150,7 @@ def test_no_weight_cast_without_gradient_waits_in_the_cache_for_the_update(name)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("fold", [True, False])
 def test_the_view_s_own_autocast_is_not_the_caller_s(fold, dtype):
-    """The cache of the outer one holds casts of the same weights to the other dtype."""
+    """The outer autocast's cache holds casts of the same weights to the other dtype."""
     model, (x, _) = build(dtype=torch.float32).eval(), batch(dtype=torch.float32)
     outer = next(d for d in DTYPES if d != dtype)
     with attack_model(model, Frozen(fold=fold, channels_last=False, autocast=dtype), x) as view:
@@ -169,7 +169,7 @@ def perturbed(model, x, **options):
 
 
 def flat(scale, model=None):
-    """A model of which all input gradients are about `scale` times as large."""
+    """A model with all input gradients about `scale` times as large."""
     model = (build(dtype=torch.float32) if model is None else model).eval()
     with torch.no_grad():
         model[-1].weight *= scale
@@ -190,7 +190,7 @@ def test_the_caller_s_autocast_gives_the_attack_of_the_view_s_own(dtype, scale):
 
 
 def test_in_float16_no_sample_stands_still_near_its_clean_point():
-    """Its KL divergence has a gradient of the size of the random start, times a small weight."""
+    """Near the clean point, the KL divergence's gradient has the size of the random start, times a small weight."""
     model, (x, _) = flat(1e-2), batch(dtype=torch.float32)
     target = model(x).softmax(dim=1).detach()
     start = x + 1e-5 * torch.randn(x.shape, generator=seeded())
@@ -201,7 +201,7 @@ def test_in_float16_no_sample_stands_still_near_its_clean_point():
 
 
 class Prepared(nn.Module):
-    """Computes in 16 bits by its own autocast and returns single precision, as some libraries prepare a model."""
+    """Computes in 16 bits by its own autocast and returns float32, as some libraries prepare a model."""
 
     def __init__(self, body, dtype):
         super().__init__()
@@ -246,7 +246,7 @@ def test_the_callers_autocast_decides_anew_whether_rows_are_scaled():
 
 @pytest.mark.parametrize("objective", ["pgd", "trades"])
 def test_in_float16_yopo_loses_no_sample_and_no_gradient(objective):
-    """Its gradients are computed within the call, where no gradient scaler reaches them."""
+    """YOPO's gradients are computed within the call, out of reach of a gradient scaler."""
     x, y = batch(m=64, dtype=torch.float32)
     result = []
     for enabled in (False, True):
@@ -290,16 +290,16 @@ def test_the_loss_of_16_bit_logits_is_computed_in_single_precision(name, dtype):
     value = loss(model, *batch(dtype=dtype), copy.deepcopy(bullet))
     value.backward()
     assert value.dtype == torch.float32
-    assert value.to(dtype).float() != value  # a loss rounded to the dtype would pass
+    assert value.to(dtype).float() != value  # a loss rounded to the dtype would be equal
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
 @pytest.mark.parametrize("name", ["trades_kl", "mart_loss", "js_divergence"])
 def test_a_float16_gradient_is_rounded_before_it_is_scaled_and_once_more_after(name):
-    """So entries of a row below 2^-25 are lost, whatever the scale."""
+    """Entries of a row below 2^-25 are lost at any scale."""
     scale = 2.0**16 / 128
     logits = [3 * torch.randn(64, 10, generator=seeded(k)) for k in range(2 if name != "js_divergence" else 3)]
-    logits = [(logits[0] + 1e-2 * z).half() for z in logits]  # near each other, and some of them nearly certain
+    logits = [(logits[0] + 1e-2 * z).half() for z in logits]  # near each other, some of them nearly certain
     labels = [torch.arange(64) % 10, 6.0] if name == "mart_loss" else []
     rows = 64 if name == "mart_loss" else 1
 
@@ -312,7 +312,7 @@ def test_a_float16_gradient_is_rounded_before_it_is_scaled_and_once_more_after(n
 
 
 class Exploding(nn.Module):
-    """Logits beyond float16 in the given modes."""
+    """Returns logits beyond float16 in the given modes."""
 
     def __init__(self, training):
         super().__init__()
@@ -348,12 +348,12 @@ def test_logits_that_overflow_float16_in_the_update_leave_the_step_to_the_scaler
     assert scaler.get_scale() == 2.0**15
 
 
-# Formats, accumulation, clipping, averages: the plain path's own numbers
+# Formats, accumulation, clipping, averages: the numbers of the plain path
 
 
 @EACH
 def test_channels_last_models_and_images(name):
-    """With BulletTrain a sample's noise is counted as its pixels lie in memory: there the images stay contiguous."""
+    """With BulletTrain a sample's noise follows its pixels' memory order: there the images stay contiguous."""
     loss, bullet = LOSSES[name]
     x, y = batch()
     result = []
@@ -373,7 +373,7 @@ def widened():
 
 
 def standing_norms():
-    """Trains, but for its norms."""
+    """A model that trains, with norms in eval mode."""
     model = build()
     for module in model:
         if isinstance(module, nn.BatchNorm2d):
@@ -399,7 +399,7 @@ MICRO = {
 @pytest.mark.parametrize("model_of", [no_norm, standing_norms])
 @pytest.mark.parametrize("name", MICRO)
 def test_micro_batches_add_up_to_the_gradient_of_one_batch(name, model_of, frozen):
-    """Where no norm sees a batch: in float64, from one generator, whose noise four batches of four get as one of 16."""
+    """Without batch norm, in float64 and from one generator, four batches of four get the noise of one batch of 16."""
     x, y = batch(m=16)
     options = {} if name.startswith("yopo") else {"frozen": frozen}
     result = []
@@ -413,7 +413,7 @@ def test_micro_batches_add_up_to_the_gradient_of_one_batch(name, model_of, froze
 
 @pytest.mark.parametrize("frozen", [None, Frozen()])
 def test_clipped_steps_and_averaged_weights_are_the_authors(frozen):
-    """Three updates with clipped gradients and an exponential average, in double precision."""
+    """Compares three updates with clipped gradients and an exponential average, in double precision."""
     result = []
     for loss in (trades_loss, reference_trades_loss):
         torch.manual_seed(0)
@@ -440,7 +440,7 @@ def test_an_average_of_a_model_that_has_views_is_evaluated_with_its_own_weights(
             for p in model.parameters():
                 p -= 0.5 * p.grad
         average.update_parameters(model)
-        evaluate(average, [(x, y)], ThreatModel(0.05), steps=2, frozen=Frozen())  # a view of the average as it is now
+        evaluate(average, [(x, y)], ThreatModel(0.05), steps=2, frozen=Frozen())  # a view of the current average
     update_bn([x, x + 0.1], average)
     plain = build()
     plain.load_state_dict(average.module.state_dict())

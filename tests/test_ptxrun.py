@@ -1,4 +1,4 @@
-"""The executor of compiled kernels must see what it is there to see."""
+"""The executor of compiled kernels must detect the faults it is made for."""
 
 import numpy as np
 import ptxrun
@@ -57,7 +57,7 @@ def test_bfloat16_widens_to_double():
     )
     values = np.linspace(-3e38, 3e38, 64, dtype=np.float32).view(np.uint32)
     result = run(body, values.copy(), check_races=False)
-    assert (result == values & np.uint32(0xFFFF0000)).all()  # a bfloat16 is a float32's upper half
+    assert (result == values & np.uint32(0xFFFF0000)).all()  # a bfloat16 is the upper half of a float32
 
 
 def test_the_absolute_value_of_packed_bfloat16_is_that_of_both_halves():
@@ -78,4 +78,4 @@ def test_packed_integers_are_added_each_for_itself(kind):
         "@%p3 st.global.b32 [%d3], %r3;"
     )
     result = run(body, halves.view(np.uint32), check_races=False).view(np.uint16)
-    assert result[:4].tolist() == [0xFFFE, 6, 0xFFFE, 0]  # nothing is carried from the low half into the high one
+    assert result[:4].tolist() == [0xFFFE, 6, 0xFFFE, 0]  # no carry from the low half into the high one

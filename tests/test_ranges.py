@@ -1,4 +1,4 @@
-"""Ranges for profilers: what they are called, how often they come, and that they are balanced and nearly free."""
+"""Ranges for profilers: their names and numbers; they are balanced and nearly free."""
 
 import timeit
 from unittest import mock
@@ -29,7 +29,7 @@ M, STEPS = 6, 4
 
 
 def loss(loss_of, bullet=None, **options):
-    """A loss of one minibatch, in the same state each time."""
+    """Computes a loss of one minibatch, in the same state each time."""
     torch.manual_seed(0)
     model = options.pop("model", None) or small_models.conv_bn()
     x, y = torch.rand(M, *small_models.SHAPE), torch.arange(M) % small_models.CLASSES
@@ -45,7 +45,7 @@ def bullet():
 
 
 def counts(work):
-    """How often each range is in a trace of the CPU."""
+    """Returns how often each range occurs in a trace of the CPU."""
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
         work()
     result = {event.key: event.count for event in profiled.key_averages() if event.key.startswith("bt_fast::")}
@@ -53,7 +53,7 @@ def counts(work):
 
 
 class Nvtx:
-    """In the place of torch.cuda.nvtx: the ranges in order, how deep they are, and whether within a capture."""
+    """Replaces torch.cuda.nvtx: records the ranges in order, their depth, and whether a capture is active."""
 
     def __init__(self):
         self.pushed, self.open = [], []
@@ -139,4 +139,4 @@ def test_a_range_without_a_profiler_costs_microseconds_at_most():
 
     assert (
         min(timeit.repeat(one, number=1000, repeat=5)) / 1000 < 20e-6
-    )  # measured: 0.3e-6, and 2e-6 on a machine as busy as can be
+    )  # measured: 0.3e-6, and 2e-6 on a very busy machine

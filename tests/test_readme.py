@@ -1,4 +1,4 @@
-"""The README's scripts run as they are printed, and the documents' links lead somewhere."""
+"""The README's scripts run as printed, and the documents' links lead to existing targets."""
 
 import re
 import sys
@@ -15,7 +15,7 @@ from bt_fast.baselines.trades_reference import trades_reference_loss
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-AUTHORS = SimpleNamespace(trades_loss=trades_reference_loss)  # the module `trades` of the authors' repository
+AUTHORS = SimpleNamespace(trades_loss=trades_reference_loss)  # in place of the authors' module `trades`
 
 
 def names(**more):
@@ -38,7 +38,7 @@ def test_the_script_of_twelve_lines_trains(capsys):
 
 
 def diff(side):
-    """The lines of the README's diff that are there before ("-") or after it ("+")."""
+    """Returns the lines of the README's diff before ("-") or after it ("+")."""
     lines = re.search(r"```diff\n(.*?)```", README, re.DOTALL)[1].splitlines()
     return "\n".join(line[1:] for line in lines if line[0] in f" {side}" and line.strip() != "...")
 
@@ -74,7 +74,7 @@ def test_the_readme_is_a_front_page():
 
 
 def anchors(path):
-    """The anchors of a page's headings, as GitHub makes them."""
+    """Returns the anchors of a page's headings, as GitHub makes them."""
     headings = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 

@@ -17,7 +17,7 @@ CLASSES = [2, 3, 10, 100, 1000, 1001, 2**15 + 1, 100_000]
 
 
 def literally(z, y):
-    """SVar, correct, probabilities and unfit, row by row in 80 bits."""
+    """Computes SVar, correct, probabilities and unfit, row by row in 80 bits."""
     results = []
     for row, label in zip(z.double().numpy().astype(np.longdouble), y.tolist(), strict=True):
         k = len(row)
@@ -34,7 +34,7 @@ def literally(z, y):
 
 
 def assert_accurate(result, expected, k):
-    """To 1e-6 of each number, and where a row is all but uniform, to 1e-24/K²."""
+    """Compares to 1e-6 of each number, and to 1e-24/K² where a row is nearly uniform."""
     svar, correct, probabilities, unfit = expected
     assert result.correct.tolist() == correct.tolist()
     assert result.unfit.tolist() == unfit.tolist()
@@ -110,7 +110,7 @@ def test_of_nothing():
     assert [list(t.shape) for t in result] == [[0], [0], [0, 5], [0]]
 
 
-# Its registration
+# Registration
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

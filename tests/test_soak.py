@@ -1,4 +1,4 @@
-"""The soak (`python -m tests.soak`) runs, and tells a memory that grows from one that does not."""
+"""The soak (`python -m tests.soak`) runs, and distinguishes growing memory from flat memory."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ def growth_of(training, iterations=30):
 def test_no_tensor_and_no_object_is_left_behind(training):
     growth = growth_of(training(), 30 if training is Training else 12)
     assert growth.tensors[0] == growth.tensors[1]
-    assert growth.objects < 1000  # so many in a thousand iterations: there were too few to be more exact
+    assert growth.objects < 1000  # in a thousand iterations; too few run here to be more exact
 
 
 def test_a_tensor_that_is_kept_is_not_flat():
@@ -34,5 +34,5 @@ def test_the_resident_set_counts():
     def samples(kib):
         return [Sample(n, 1000 + kib * n / 1000 + (500 if n == 700 else 0), 5, 100) for n in range(100, 1001, 50)]
 
-    assert Growth.of(samples(kib=10)).flat  # one sample that is off is no slope
+    assert Growth.of(samples(kib=10)).flat  # a single outlier gives no slope
     assert not Growth.of(samples(kib=100)).flat

@@ -1,4 +1,4 @@
-"""A type checker sees the package's types in a user's script: right uses pass, and wrong ones are errors."""
+"""A type checker sees the package's types in a user's script: correct uses pass, and wrong ones are errors."""
 
 import re
 import shutil
@@ -13,7 +13,7 @@ tomllib = pytest.importorskip("tomllib" if sys.version_info >= (3, 11) else "tom
 
 ROOT = Path(__file__).parents[1]
 
-# a line with `# error: code` must be that error, and no other line any
+# a line with `# error: code` must have that error, and other lines none
 SCRIPT = """
 import torch
 from torch import Tensor, nn
@@ -72,7 +72,7 @@ bt_fast.trade_loss  # error: attr-defined
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory):
-    """A Python in which the package lies as pyproject.toml has it installed."""
+    """A Python with the package installed as pyproject.toml specifies."""
     folder = tmp_path_factory.mktemp("user")
     library, python = folder / "library", folder / "venv/bin/python"
     setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
@@ -92,7 +92,7 @@ def environment(tmp_path_factory):
 def test_right_uses_pass_and_wrong_ones_are_errors(environment):
     folder, python = environment
     (folder / "script.py").write_text(SCRIPT)
-    # the project's own cache and options: torch is read once for both: ten seconds
+    # the project's own cache and options: torch is then read once for both, which takes ten seconds
     options = ["--config-file", str(ROOT / "pyproject.toml"), "--cache-dir", str(ROOT / ".mypy_cache")]
     command = [sys.executable, "-m", "mypy", *options, "--python-executable", str(python), "script.py"]
     reported = subprocess.run(command, cwd=folder, capture_output=True, text=True).stdout

@@ -1,4 +1,4 @@
-"""Sizes in other units than those of the pixels are a warning that says what to write; those of everyday are none."""
+"""Sizes in another unit than the pixels' give a warning with the correct line; common sizes give none."""
 
 import inspect
 import math
@@ -42,7 +42,7 @@ def generated(epsilon, step_size):
 
 
 def attacked(epsilon, step_size):
-    """By a stand-in for AutoAttack's own package."""
+    """Calls `autoattack` with a fake of AutoAttack's package."""
     attack = SimpleNamespace(run_standard_evaluation=lambda x, y, bs: x)
     package = SimpleNamespace(AutoAttack=lambda *_, **__: attack)
     with mock.patch.dict(sys.modules, {"autoattack": package}):

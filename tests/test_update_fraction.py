@@ -53,7 +53,7 @@ def test_infinities_of_excluded_classes_and_the_largest_numbers_are_no_fault(dty
     assert (result.item(), faults.item()) == ((1 - 0.9) * 0.8, 0)
 
 
-# Its registration
+# Registration
 
 
 def test_opcheck():

@@ -1,4 +1,4 @@
-"""How close is equal, by dtype: the one place for it."""
+"""The tolerances of all tests, by dtype."""
 
 import torch
 
@@ -9,22 +9,22 @@ TOLERANCES = {
     torch.float16: {"rtol": 2e-3, "atol": 1e-3},
 }
 DTYPES = tuple(TOLERANCES)
-# float64 after some updates, each of which passes rounding on through normalised directions and SGD
+# float64 after some updates, which pass rounding on through normalised directions and SGD
 UPDATES = "updates"
 TOLERANCES[UPDATES] = {"rtol": 1e-8, "atol": 1e-9}
-# float32 images that a loader has normalised, put back to pixels: a rounding of each pixel, through some attack steps
+# float32 images that a loader has normalised, turned back to pixels: one rounding a pixel, through some attack steps
 NORMALISED = "normalised"
 TOLERANCES[NORMALISED] = {"rtol": 1e-3, "atol": 1e-5}
 
 
 def assert_near(actual, expected, kind=None, **options):
-    """`actual` is `expected` (anything that becomes a tensor) to the tolerance of `kind`, else of actual's dtype."""
+    """Asserts that `actual` is `expected` (anything tensor-like) to the tolerance of `kind`, else of actual's dtype."""
     expected = torch.as_tensor(expected, dtype=actual.dtype)
     torch.testing.assert_close(actual, expected, **TOLERANCES[kind or actual.dtype], **options)
 
 
 def assert_near_nested(actual, expected, kind=None):
-    """Two dicts of tensors: equal keys, None where None, integers exactly, floating point to the tolerance."""
+    """Compares two dicts of tensors: equal keys, None where None, integers exactly, floating point to the tolerance."""
     assert actual.keys() == expected.keys()
     for name, value in actual.items():
         other = expected[name]
@@ -34,6 +34,6 @@ def assert_near_nested(actual, expected, kind=None):
             assert_near(value, other, kind, msg=lambda text, name=name: f"{name}: {text}")
 
 
-# 16 bits by autocast beside single precision: how far a loss, gradient or step is off, as a share of its own length. Of
-# smooth models: where a ReLU opens in 16 bits only, a gradient may be off by 0.2
+# 16-bit autocast compared with float32: the error of a loss, gradient or step, relative to its length. For smooth
+# models: where a ReLU opens in 16 bits only, a gradient may be off by 0.2
 AUTOCAST = {torch.bfloat16: 5e-2, torch.float16: 1e-2}

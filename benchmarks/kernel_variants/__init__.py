@@ -1,6 +1,7 @@
-"""Every kernel in every form that a launch can give it, for the report and for the tests: one file for each op.
+"""Every form of every kernel that a launch can need, for the report and the tests: one file for each op.
 
-A file here has a function `variants()`, which yields the forms of the kernels of the file of that name in `kernels/`.
+A file here has a function `variants()`, which yields the forms of the kernels in the file of the same name in
+`kernels/`.
 """
 
 from __future__ import annotations
@@ -17,20 +18,20 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Variant:
-    """A kernel with its arguments' types.
+    """A kernel with the types of its arguments.
 
     Attributes:
-        name: unique, as the report shows it.
+        name: the unique name in the report.
         function: the `triton.jit` function.
         types: by argument, as Triton writes them: "*fp32" a pointer, "i32" a number, and the value itself (None, a
             bool, or an int) for an argument that is a constant of the compiled code.
         divisible: the arguments that are known to be divisible by 16.
         bytes_moved: bytes read and written for an element of the op's largest tensor.
-        bytes_least: the fewest that the equation allows.
-        load_bits: the width of loads that must be reached, store_bits: of stores; 0 where it does not matter.
-        occupancy: the least share of an SM's threads that the registers must leave room for.
-        main: whether it is compiled for every architecture; the others for an old one and a new one.
-        warps: of a program.
+        bytes_least: the minimum that the equation needs.
+        load_bits: the required width of loads; store_bits: of stores; 0 if it does not matter.
+        occupancy: the least share of an SM's threads that the number of registers must permit.
+        main: whether it is compiled for every architecture; other variants are compiled for an old one and a new one.
+        warps: the warps of a program.
     """
 
     name: str
@@ -47,12 +48,12 @@ class Variant:
 
 
 def arguments(function: Any, given: dict[str, Any]) -> dict[str, Any]:
-    """`given` in the order of the function's arguments; KeyError where one is missing."""
+    """Returns `given` in the order of the function's arguments; raises KeyError if one is missing."""
     return {name: given[name] for name in function.arg_names}
 
 
 def pointers(types: dict[str, Any]) -> tuple[str, ...]:
-    """The arguments that are addresses: torch's allocator places every tensor at a multiple of 16."""
+    """Returns the pointer arguments: torch's allocator aligns every tensor to 16 bytes."""
     return tuple(name for name, kind in types.items() if str(kind).startswith("*"))
 
 

@@ -1,4 +1,4 @@
-"""The gradient of the attack's loss with respect to the logits."""
+"""The forms of the kernels of `ascent_direction`: the gradient of the attack's loss with respect to the logits."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def ascent_direction(
     scaled: bool = False,
     **more: Any,
 ) -> Variant:
-    """Rows of `classes` logits, contiguous or `stride` apart (divisible by 16, or not), each with a scale or not."""
+    """Yields rows of `classes` logits, contiguous or `stride` apart (divisible by 16 or not), with a scale or not."""
     size, long = DTYPES[dtype].itemsize, classes > rows.LONGEST_BLOCK
     each, block, warps = (1, rows.LONG_BLOCK, rows.LONG_WARPS) if long else rows.block_of(classes)
     function = kernels.ascent_direction_long_fwd_kernel if long else kernels.ascent_direction_fwd_kernel
@@ -46,7 +46,7 @@ def ascent_direction(
 
 
 def variants() -> Iterator[Variant]:
-    """What a launch can be, for some numbers of classes."""
+    """Yields the forms of a launch, for some numbers of classes."""
     yield ascent_direction("fp32", 1000, 128, 128, main=True, occupancy=0.5)
     yield ascent_direction("fp32", 10, 64, 64, occupancy=0.5)
     yield ascent_direction("fp32", 1000, 128, 128, scaled=True, occupancy=0.5)

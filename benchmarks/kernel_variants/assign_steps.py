@@ -1,4 +1,4 @@
-"""The assignment: one program for a batch that fits it, blocks beyond."""
+"""The forms of the kernels of `assign_steps`: one program for a batch that fits it, else blocks."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ COMMON = FLOATS | INTEGERS | BYTES | NUMBERS | POLICY
 
 
 def variant(name: str, function: Any, warps: int, moved: float, least: float, main: bool, **given: Any) -> Variant:
-    """A kernel of the file, with its usual types but for the given; moved, least: bytes for a sample."""
+    """Returns a kernel of the file with its usual types, except those given; moved, least: bytes for a sample."""
     types = {key: kind for key, kind in (COMMON | given).items() if key in function.arg_names}
     ordered = arguments(function, types)
     return Variant(
@@ -41,10 +41,10 @@ def variant(name: str, function: Any, warps: int, moved: float, least: float, ma
 
 
 def variants() -> Iterator[Variant]:
-    """What an assignment's launches can be."""
+    """Yields the forms of an assignment's launches."""
     written = 8 + 8 + 8  # group, steps, step size
     least = 4 + 1 + 1 + written + 8
-    moved = least + 2 * 4 + 1  # SVar once more for the sizes and once for the order, correct twice
+    moved = least + 2 * 4 + 1  # SVar again for the sizes and for the order, correct twice
     one = kernels.assign_steps_fwd_kernel
     for block, warps in WARPS.items():
         sizes = {"BLOCK": block, "CHUNK": CHUNK}

@@ -1,4 +1,4 @@
-"""The losses of the update: TRADES' KL, MART and Jensen-Shannon."""
+"""The forms of the kernels of the update's losses: TRADES' KL, MART and Jensen-Shannon."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from benchmarks.kernel_variants import DTYPES, Variant, arguments, pointers
 from bt_fast.kernels import divergence as kernels
 from bt_fast.ops import divergence as ops
 
-WHOLE = {"trades_kl": 2, "mart_loss": 2, "js_divergence": 3}  # by loss, the logits that it takes
+WHOLE = {"trades_kl": 2, "mart_loss": 2, "js_divergence": 3}  # the number of logits that each loss takes
 
 
 def loss(name: str, dtype: str, tile: tuple[int, int, int], *, looped: bool, main: bool = False) -> Variant:
-    """A loss's kernel of whole rows, or of so many classes at a time."""
+    """Returns a loss's kernel for whole rows, or for some classes at a time."""
     block, rows, warps = tile
     function = getattr(kernels, f"{name}_looped_fwd_kernel" if looped else f"{name}_fwd_kernel")
     given: dict[str, Any] = {argument: f"*{dtype}" for argument in function.arg_names}
@@ -37,7 +37,7 @@ def loss(name: str, dtype: str, tile: tuple[int, int, int], *, looped: bool, mai
 
 
 def variants() -> Iterator[Variant]:
-    """What a loss's launch can be."""
+    """Yields the forms of the losses' launches."""
     for name in WHOLE:
         for dtype in DTYPES:
             tiles = ops.TILES[WHOLE[name]]

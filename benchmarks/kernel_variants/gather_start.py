@@ -1,4 +1,4 @@
-"""The sorted batch and its random start."""
+"""The forms of the kernel of `gather_start`: the sorted batch and its random start."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from bt_fast.ops.gather_start import BLOCK, WARPS
 
 
 def gather_start(noise: str, dtype: str, *, aligned: bool = True, main: bool = False, **types: Any) -> Variant:
-    """`gather_start_fwd_kernel`; noise: "normal" or "uniform"."""
+    """Returns `gather_start_fwd_kernel`; noise: "normal" or "uniform"."""
     size = DTYPES[dtype].itemsize
     given = {name: f"*{dtype}" for name in ("x", "clean", "start")}
     given |= {name: "*i64" for name in ("order", "steps", "state")} | {"samples": None}
@@ -37,7 +37,7 @@ def gather_start(noise: str, dtype: str, *, aligned: bool = True, main: bool = F
 
 
 def variants() -> Iterator[Variant]:
-    """What a launch can be."""
+    """Yields the forms of a launch."""
     for dtype in DTYPES:
         for noise in ("normal", "uniform"):
             yield gather_start(noise, dtype, main=noise == "normal" and dtype != "fp16")

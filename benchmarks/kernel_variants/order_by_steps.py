@@ -1,4 +1,4 @@
-"""The order by any step counts: one launch that compares all pairs, or a count, a sum and a placing in blocks."""
+"""The forms of the kernels of `order_by_steps`: one launch for all pairs, or count, sum and placing in blocks."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TYPES |= {"blocks": "i32"}
 
 
 def variant(function: Any, options: dict[str, int], moved: float, main: bool) -> Variant:
-    """A kernel of the file; moved: bytes for a sample."""
+    """Returns a kernel of the file; moved: bytes for a sample."""
     ordered = arguments(
         function, {name: kind for name, kind in (TYPES | options).items() if name in function.arg_names}
     )
@@ -42,7 +42,7 @@ def variant(function: Any, options: dict[str, int], moved: float, main: bool) ->
 
 
 def variants() -> Iterator[Variant]:
-    """What the launches of an order can be."""
+    """Yields the forms of the launches of an order."""
     yield variant(kernels.order_by_steps_fwd_kernel, PAIRS, 16, True)
     yield variant(kernels.count_steps_fwd_kernel, COUNT, 8, False)
     yield variant(kernels.place_by_steps_fwd_kernel, PLACE, 16, False)

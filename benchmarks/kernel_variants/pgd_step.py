@@ -1,4 +1,4 @@
-"""The projected-gradient step, in ℓ∞ and ℓ2."""
+"""The forms of the kernels of the projected-gradient step, in ℓ∞ and ℓ2."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from bt_fast.ops import pgd_step as ops
 from bt_fast.ops.pgd_l2_step import STAND_IN_BLOCK
 
 NORMS = {"linf": kernels.pgd_linf_sample_fwd_kernel, "l2": kernels.pgd_l2_sample_fwd_kernel}
-# elements of the images' size, read and written by the launches of a long sample's step
+# elements of the images' size that the launches of a long sample's step read and write
 LONG_PASSES = {"linf": 5, "l2": 8}
 LEAST_PASSES = {"linf": 4, "l2": 4}
 STEPS = {
@@ -46,7 +46,7 @@ def _variant(
 
 
 def sample(norm: str, dtype: str, elements: int, *, aligned: bool = True, main: bool = False, **types: Any) -> Variant:
-    """A whole sample in one block."""
+    """Returns a kernel that handles a whole sample in one block."""
     warps, size = ops.sample_warps(elements), DTYPES[dtype].itemsize
     bits = 8 * size * (min(16 // size, elements // (32 * warps)) if aligned else 1)
     return _variant(
@@ -65,7 +65,7 @@ def sample(norm: str, dtype: str, elements: int, *, aligned: bool = True, main: 
 
 
 def long(kernel: str, dtype: str, *, aligned: bool = True, main: bool = False, **types: Any) -> Variant:
-    """A launch of a long sample's step."""
+    """Returns a launch of a long sample's step."""
     size, norm = DTYPES[dtype].itemsize, "linf" if kernel in ("held", "linf") else "l2"
     parts = kernel in ("linf", "l2")
     block = ops.part_block(DTYPES[dtype]) if parts else ops.LONG_BLOCK
@@ -88,13 +88,13 @@ def long(kernel: str, dtype: str, *, aligned: bool = True, main: bool = False, *
 
 
 def variants() -> Iterator[Variant]:
-    """What a step's launches can be."""
+    """Yields the forms of a step's launches."""
     for dtype in DTYPES:
         for norm in NORMS:
             yield sample(norm, dtype, 4096, main=dtype == "fp32")
         yield long("linf", dtype, main=dtype == "fp32")
     yield long("l2", "fp32", main=True)
-    # what remains differs little in code: few dtypes, and two architectures
+    # the rest differs little in code: few dtypes, and two architectures
     for norm in NORMS:
         yield sample(norm, "fp32", 2048, aligned=False)
         yield sample(norm, "fp32", 1024, aligned=False, length=1, steps=None, step=None, faulty=None)

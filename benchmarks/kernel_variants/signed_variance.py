@@ -1,4 +1,4 @@
-"""Softmax and signed variance."""
+"""The forms of the kernels of `signed_variance`: softmax and signed variance."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def signed_variance(
 
 
 def variants() -> Iterator[Variant]:
-    """What a launch can be, for some numbers of classes."""
+    """Yields the forms of a launch, for some numbers of classes."""
     yield signed_variance("fp32", 1000, 128, 128, main=True, occupancy=0.5)
     yield signed_variance("fp32", 100_000, 128, 128, main=True)
     yield signed_variance("fp32", 10, 64, 64, occupancy=0.5)

@@ -1,4 +1,4 @@
-"""The share of correct rows, and its moving average."""
+"""The forms of the kernels of `update_fraction_`: the share of correct rows and its moving average."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def finish() -> Variant:
 
 
 def variants() -> Iterator[Variant]:
-    """What a launch can be, for some numbers of classes."""
+    """Yields the forms of a launch, for some numbers of classes."""
     yield update_fraction("fp32", 1000, 128, main=True)
     yield update_fraction("fp32", 10, 64)
     yield update_fraction("fp16", 100, 64)

@@ -1,1 +1,1 @@
-"""Ten minutes on a GPU that nobody has seen before, prepared: what to check and measure first, in order of value."""
+"""Prepares ten minutes on a new GPU: what to check and measure first, in order of value."""

@@ -1,12 +1,12 @@
-"""Check and measure the package on a GPU in a given time: the stages of `plan.py`, in order of value.
+"""Checks and measures the package on a GPU in a given time: the stages of `plan.py`, in order of value.
 
 python -m benchmarks.on_gpu --out FOLDER --minutes 8                   # all stages
 python -m benchmarks.on_gpu --out FOLDER --minutes 4 --stages c,d      # some, after a fix
 python -m benchmarks.on_gpu --out FOLDER --minutes 8 --rehearse        # all, tiny, on the CPU: nothing is measured
 
-It needs neither git nor a network, and installs the package from this tree if it is not. The folder then holds
+It needs neither git nor a network, and installs the package from this tree if necessary. The folder then holds
 results.json (everything), page.md (to quote), log.txt, and trace.json.gz (for Perfetto). The exit code is 1 if a stage
-failed, in a rehearsal also if one was cut or did not run; 2 for arguments that do not fit.
+failed, in a rehearsal also if one was cut or did not run; 2 for invalid arguments.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ LAYOUTS = (
 
 
 def parsed(arguments: Sequence[str] | None) -> Request:
-    """What is asked for; arguments that do not fit end the process with one line."""
+    """Returns the request; invalid arguments end the process with one line."""
     parser = argparse.ArgumentParser(
         "python -m benchmarks.on_gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -52,7 +52,7 @@ def parsed(arguments: Sequence[str] | None) -> Request:
 
 
 def check_out(folder: Path) -> None:
-    """Raise ValueError unless results can be written there, beside none of an earlier run."""
+    """Raises ValueError unless results can be written there and no earlier run has written any."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--out: {folder} is a file, expected a folder")
     for name in FILES:
@@ -65,7 +65,7 @@ def check_out(folder: Path) -> None:
 
 
 def check_data(path: Path) -> None:
-    """Raise ValueError unless the file is an .npz of one of the two layouts."""
+    """Raises ValueError unless the file is an .npz of one of the two layouts."""
     if not zipfile.is_zipfile(path):
         raise ValueError(f"--data: {path} is no .npz file")
     with zipfile.ZipFile(path) as archive:

@@ -1,7 +1,7 @@
-"""Stage e: bytes per second of the step kernel and of the start, beside this card's own copies of the same bytes.
+"""Stage e: bytes per second of the step kernel and of the start, compared with this card's copies of the same bytes.
 
-Each is timed as one graph of many launches, so that no gap between launches counts: on so many sets of images that none
-is in the cache when its turn comes ("cold"), and on one set ("warm").
+Each is timed as one graph of many launches, so that gaps between launches do not count: on so many sets of images that
+none is still in the cache when it comes again ("cold"), and on one set ("warm").
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from bt_fast import ops
 from bt_fast.device import synchronize
 from bt_fast.ops.pgd_step import launch_linf
 
-start = import_module("bt_fast.ops.gather_start")  # the op of that name hides the file
+start = import_module("bt_fast.ops.gather_start")  # the op of this name hides the file
 
 SIZES, REHEARSED_SIZES = (128, 8192, 65536), (2, 4, 8)
 SHAPE = (3, 32, 32)
-CACHES = 4.0  # times the cache that the sets together are larger
-MOVED = 2 << 30  # bytes of a run, at least: most of a millisecond, since a graph takes microseconds to start
+CACHES = 4.0  # how many times the cache all sets together are
+MOVED = 2 << 30  # least bytes of a run: most of a millisecond, since a graph takes microseconds to start
 REPEATS = 5  # runs
-LEAST = 4.0  # seconds: no size is begun with less
-SIDE = 8192  # of the products that tell the card's own rate of FLOPs
+LEAST = 4.0  # seconds: with less, no size is begun
+SIDE = 8192  # of the products that show the card's FLOP rate
 
 Call = Callable[[], object]
 
 
 def run(context: Context) -> Verdict:
-    """The kernels' share of what a copy reaches, by size."""
+    """Measures the share of a copy's speed that the kernels reach, by size."""
     device = device_of(context)
     if device.type == "cuda":
         context.record("copy", bytes_per_second=bandwidth(device))
@@ -57,7 +57,7 @@ def run(context: Context) -> Verdict:
 
 
 def measured(make: Callable[..., tuple[Call, int]], m: int, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """Seconds of a call and of a copy of as many bytes, cold and warm."""
+    """Returns the seconds of a call and of a copy of the same bytes, cold and warm."""
     first, moved = make(m, dtype, device)
     calls = [first, *(make(m, dtype, device)[0] for _ in range(sets(moved, device) - 1))]
     copies = [copy(moved, device) for _ in calls]
@@ -72,14 +72,14 @@ def measured(make: Callable[..., tuple[Call, int]], m: int, dtype: torch.dtype, 
 
 
 def often(calls: list[Call], moved: int, device: torch.device) -> list[Call]:
-    """The calls in turn until they have moved so much that the run is no matter of microseconds."""
+    """Repeats the calls in turn until the run moves enough bytes to take longer than microseconds."""
     if device.type != "cuda":
         return calls
     return calls * -(-MOVED // (moved * len(calls)))
 
 
 def sets(moved: int, device: torch.device) -> int:
-    """How many sets of so many bytes are `CACHES` times the card's cache."""
+    """Returns the number of sets of this many bytes that make `CACHES` times the card's cache."""
     if device.type != "cuda":
         return 2
     cache = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 50 << 20)
@@ -87,7 +87,7 @@ def sets(moved: int, device: torch.device) -> int:
 
 
 def step(m: int, dtype: torch.dtype, device: torch.device) -> tuple[Call, int]:
-    """The ℓ∞ step of m images, and the bytes that it moves: three images read, one written."""
+    """Returns the ℓ∞ step of m images, and the bytes that it moves: three images read, one written."""
     given: dict[str, Any] = {"dtype": dtype, "device": device}
     clean, gradient = torch.rand(m, *SHAPE, **given), torch.randn(m, *SHAPE, **given)
     size = torch.full((m,), 0.007, device=device)
@@ -99,34 +99,34 @@ def step(m: int, dtype: torch.dtype, device: torch.device) -> tuple[Call, int]:
 
 
 def gather(m: int, dtype: torch.dtype, device: torch.device) -> tuple[Call, int]:
-    """The sorted start of m images, and the bytes that it moves: an image read, two written."""
+    """Returns the sorted start of m images, and the bytes that it moves: an image read, two written."""
     x, order = torch.rand(m, *SHAPE, dtype=dtype, device=device), torch.randperm(m, device=device)
     steps, state = torch.full((m,), 10, device=device), torch.tensor([1, 2], device=device)
-    if device.type != "cuda":  # what it moves; the kernel's own tests say what it computes
+    if device.type != "cuda":  # only its traffic; the kernel's own tests check its results
         return lambda: (x[order], x.clone()), 3 * x.nbytes
     return lambda: start.launch_gather_start(x, order, steps, state, "normal", 0.001), 3 * x.nbytes
 
 
 def copy(moved: int, device: torch.device) -> Call:
-    """A copy that reads and writes so many bytes together."""
+    """Returns a copy that reads and writes this many bytes in total."""
     source = torch.rand(moved // 8, device=device)
     target = torch.empty_like(source)
     return lambda: target.copy_(source)
 
 
 def seconds(calls: list[Call], device: torch.device) -> float:
-    """Of one call: the least of several runs of all of them, in a graph."""
+    """Returns the seconds of one call: the least of several runs of all calls, in a graph."""
     stream = torch.cuda.Stream(device)
-    synchronize(device)  # what the calls read was written on another stream
+    synchronize(device)  # the calls' inputs were written on another stream
     with torch.cuda.stream(stream):
-        calls[0]()  # launched once before a capture
+        calls[0]()  # a first launch before the capture
         synchronize(device)
         graph = torch.cuda.CUDAGraph()
         kept = []
         with torch.cuda.graph(graph, stream=stream):
             for call in calls:
                 result = call()
-                if calls[0] is not calls[-1]:  # several sets: no result takes the place of another in the cache
+                if calls[0] is not calls[-1]:  # several sets: no result replaces another in the cache
                     kept.append(result)
         graph.replay()
         events = [torch.cuda.Event(enable_timing=True) for _ in range(REPEATS + 1)]
@@ -140,7 +140,7 @@ def seconds(calls: list[Call], device: torch.device) -> float:
 
 
 def products(context: Context, device: torch.device) -> None:
-    """The card's own rate of FLOPs in each precision, from one large product of random matrices."""
+    """Measures the card's FLOP rate in each precision, on one large product of random matrices."""
     allowed = torch.backends.cuda.matmul.allow_tf32
     for precision, dtype in (("float32", torch.float32), ("tf32", torch.float32), ("bfloat16", torch.bfloat16)):
         torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"

@@ -1,4 +1,4 @@
-"""Stage f: what a capture costs in seconds, what graphs hold in bytes, and after how many iterations that pays."""
+"""Stage f: the seconds of a capture, the bytes that graphs hold, and the number of iterations after which this pays."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from bt_fast.device import synchronize
 CAPTURED = ("bullet, graphs", "bullet, streams", "bullet, captured", "optimised, captured")
 REHEARSED = ("bullet, streams", "bullet, captured")
 REPEATS = 3  # of a replayed iteration
-LEAST = 5.0  # seconds: no variant is begun with less
+LEAST = 5.0  # seconds: with less, no variant is begun
 
 
 def run(context: Context) -> Verdict:
-    """Seconds, bytes and graphs of the captures of each kind, each on a network of its own: one shares memory."""
+    """Measures seconds, bytes and graphs of each kind's captures, each on its own network; one shares memory."""
     model = cases(context.minutes, context.rehearsal)[0][0]
     messages, wrong = [], False
     with stand_in(context):
@@ -48,11 +48,11 @@ def run(context: Context) -> Verdict:
 
 
 def captured(bench: Bench, variant: Variant) -> dict[str, Any]:
-    """The iterations of a variant until it is replayed.
+    """Runs the iterations of a variant until it is replayed.
 
-    `capture_seconds` are those inside of captures; `first_seconds` those of the iterations that came before the first
-    replayed one, each with what it adds for a capture (its own warm-up, say). `held_bytes` is what torch keeps for the
-    graphs once all else is freed, `driver_bytes` what is missing on the card: graphs themselves, too.
+    `capture_seconds` are those inside captures; `first_seconds` those of the iterations before the first replayed one,
+    each including additional work for a capture (such as its warm-up). `held_bytes` are the bytes that torch keeps for
+    the graphs after all else is freed, `driver_bytes` those missing on the card, which include the graphs themselves.
     """
     before = held(bench.device)
     work, first = bench.iteration(variant), []
@@ -74,7 +74,7 @@ def captured(bench: Bench, variant: Variant) -> dict[str, Any]:
 
 @contextmanager
 def counted() -> Iterator[list[float]]:
-    """The seconds of each capture that the package makes inside: of a step, or of an update's forward or backward."""
+    """Yields the seconds of each capture made inside: of a step, or of an update's forward or backward."""
     seconds: list[float] = []
     capture = engine.capture
 
@@ -90,7 +90,7 @@ def counted() -> Iterator[list[float]]:
 
 
 def once(bench: Bench, work: Callable[[], None]) -> float:
-    """Seconds of an iteration."""
+    """Returns the seconds of an iteration."""
     bench.ready()
     synchronize(bench.device)
     begin = time.perf_counter()
@@ -100,12 +100,12 @@ def once(bench: Bench, work: Callable[[], None]) -> float:
 
 
 def repeated(bench: Bench, work: Callable[[], None]) -> float:
-    """The median of some iterations."""
+    """Returns the median seconds of some iterations."""
     return statistics.median(once(bench, work) for _ in range(REPEATS))
 
 
 def held(device: torch.device) -> tuple[int, int]:
-    """Bytes that torch has reserved and cannot give back, and bytes in use on the card."""
+    """Returns the bytes that torch has reserved and cannot return, and the bytes in use on the card."""
     if device.type != "cuda":
         return 0, 0
     gc.collect()

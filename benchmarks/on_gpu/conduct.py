@@ -1,4 +1,4 @@
-"""Runs the stages one after the other, each in its time, and keeps what they find, whatever becomes of them.
+"""Runs the stages one after another, each within its time, and keeps their records however they end.
 
 Nothing here needs more than the standard library.
 """
@@ -40,10 +40,10 @@ from benchmarks.on_gpu.stage import (
 
 RESULTS, PAGE, LOG, TRACE = FILES = ("results.json", "page.md", "log.txt", "trace.json.gz")
 FORMAT = 1
-WITHIN = ("verdict", "part", "trying")  # records that are for the conductor, or for a stage's own parts
-KEPT_FOR_WRITING = 4.0  # seconds of the time
+WITHIN = ("verdict", "part", "trying")  # records for the conductor, or for a stage's own parts
+KEPT_FOR_WRITING = 4.0  # seconds reserved for writing
 POLL = 0.2
-REHEARSED = "rehearsed, not measured"  # in the place of figures
+REHEARSED = "rehearsed, not measured"  # in place of figures
 LOG_BYTES = 300_000  # of a stage
 TRACE_BYTES = 8 << 20
 INSTALL_SECONDS, LOOK_SECONDS = 60.0, 60.0
@@ -53,7 +53,7 @@ SOURCES = ("bt_fast", "kernels", "benchmarks", "tests")
 
 @dataclass(frozen=True)
 class Request:
-    """What the command line says: `seconds` for everything together."""
+    """The command line's request: `seconds` for everything together."""
 
     out: Path
     seconds: float
@@ -63,15 +63,15 @@ class Request:
 
 
 class Stop(BaseException):
-    """The time is up, or somebody wants this process to end; nothing but `conduct` catches it."""
+    """Raised when the time is up or this process is asked to end; only `conduct` catches it."""
 
 
 @dataclass(eq=False)
 class Session:
-    """One call of the command: its clock, its files, and what is running.
+    """One call of the command: its clock, its files, and its running jobs.
 
     Attributes:
-        content: of results.json.
+        content: the content of results.json.
     """
 
     request: Request
@@ -86,7 +86,7 @@ class Session:
         return self.until - time.monotonic()
 
     def write(self) -> None:
-        """Replace results.json and page.md, each as a whole."""
+        """Replaces results.json and page.md, each atomically."""
         self.content["seconds"] = round(self.request.seconds - KEPT_FOR_WRITING - self.left, 1)
         text = json.dumps(finite(self.content), indent=1, allow_nan=False) + "\n"
         for name, whole in ((RESULTS, text), (PAGE, page(self.content))):
@@ -95,19 +95,19 @@ class Session:
             os.replace(part, self.request.out / name)
 
     def start(self, given: Sequence[str], log: str) -> jobs.Job:
-        """Run a command in the repository."""
+        """Runs a command in the repository."""
         job = jobs.start(given, self.scratch / log, ROOT, environment())
         self.running.append(job)
         return job
 
     def end(self, job: jobs.Job) -> None:
-        """End a job with all that it started."""
+        """Ends a job and all that it started."""
         job.end()
         self.running.remove(job)
 
 
 def conduct(request: Request) -> int:
-    """Run what is requested, write it down and print the page; returns the exit status."""
+    """Runs the requested stages, writes the results and prints the page; returns the exit status."""
     began = time.monotonic()
     content: dict[str, Any] = {
         "format": FORMAT,
@@ -129,13 +129,13 @@ def conduct(request: Request) -> int:
         stages_in_turn(session)
     except Stop as stop:
         content["stopped"] = str(stop)
-    except Exception as error:  # of this process's own, a full disk say: what is known is still written
+    except Exception as error:  # an error of this process, such as a full disk: the known results are still written
         traceback.print_exc()
         content["stopped"] = f"{type(error).__name__}: {error}"
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, signal.SIG_IGN)  # what is left takes no time
+            signal.signal(number, signal.SIG_IGN)  # the rest takes no time
         for job in list(session.running):
             session.end(job)
         conclude(session)
@@ -149,7 +149,7 @@ def _stop(number: int, frame: object) -> None:
 
 
 def stages_in_turn(session: Session) -> None:
-    """All that is requested, in order; those that need no GPU beside the others."""
+    """Runs the requested stages in order; those that need no GPU run beside the others."""
     request = session.request
     session.write()
     session.content["machine"] = prepared(session)
@@ -175,7 +175,7 @@ def stages_in_turn(session: Session) -> None:
 
 
 def begin(session: Session, stage: Stage, seconds: float) -> jobs.Job:
-    """Start a stage that has so many seconds."""
+    """Starts a stage with this many seconds."""
     request, machine = session.request, session.content["machine"]
     context = Context(
         stage=stage.name,
@@ -191,7 +191,7 @@ def begin(session: Session, stage: Stage, seconds: float) -> jobs.Job:
 
 
 def wait(session: Session, stage: Stage, job: jobs.Job, seconds: float) -> None:
-    """Until the stage is done or its time is up; what it tells meanwhile is written down."""
+    """Waits until the stage is done or its time is up, and writes its records meanwhile."""
     began, reported = time.monotonic(), -1
     path = records_file(session.scratch, stage.name)
     while job.code is None and time.monotonic() < began + seconds:
@@ -208,13 +208,13 @@ def wait(session: Session, stage: Stage, job: jobs.Job, seconds: float) -> None:
 
 
 def last_line(log: Path) -> str:
-    """The last that a stage printed, in brief."""
+    """Returns the last line that a stage printed, shortened."""
     lines = log.read_text(errors="replace").split("\n") if log.exists() else []
     return next((line.strip()[:200] for line in reversed(lines) if line.strip()), "")
 
 
 def judged(records: Sequence[dict[str, Any]], code: int | None, seconds: float, last: str) -> tuple[str, str]:
-    """A stage's own verdict, or what became of it; `last` is the last that it printed."""
+    """Returns a stage's own verdict, or how it ended; `last` is the last line that it printed."""
     own = [(r["verdict"], r["message"]) for r in records if r["kind"] == "verdict"]
     if own:
         return own[-1]
@@ -229,7 +229,7 @@ def judged(records: Sequence[dict[str, Any]], code: int | None, seconds: float, 
 
 
 def note(session: Session, stage: Stage, verdict: tuple[str, str], seconds: float) -> None:
-    """Take what is known of a stage into the results."""
+    """Adds a stage's state to the results."""
     result = read_records(records_file(session.scratch, stage.name))
     session.content["stages"][stage.name] = {
         "letter": stage.letter,
@@ -242,7 +242,7 @@ def note(session: Session, stage: Stage, verdict: tuple[str, str], seconds: floa
 
 
 def settle(session: Session, stage: Stage, verdict: tuple[str, str], seconds: float) -> None:
-    """A stage has come to its end: write everything down, its log and its trace too, and say so."""
+    """Finishes a stage: writes everything, including its log and its trace, and reports it."""
     note(session, stage, verdict, seconds)
     session.write()
     log, trace = session.scratch / f"{stage.name}.log", session.scratch / TRACE
@@ -258,7 +258,7 @@ def settle(session: Session, stage: Stage, verdict: tuple[str, str], seconds: fl
 
 
 def shortened(log: Path) -> bytes:
-    """What a stage printed: its beginning and its end."""
+    """Returns the beginning and the end of a stage's output."""
     text = log.read_bytes()
     if len(text) <= LOG_BYTES:
         return text
@@ -266,7 +266,7 @@ def shortened(log: Path) -> bytes:
 
 
 def conclude(session: Session) -> None:
-    """The last word: what did not run, and why."""
+    """Reports at the end which stages did not run, and why."""
     stages, stopped = session.content["stages"], session.content["stopped"]
     for stage in session.request.stages:
         state = stages.get(stage.name)
@@ -283,7 +283,7 @@ def conclude(session: Session) -> None:
 
 
 def exit_status(content: dict[str, Any]) -> int:
-    """0 if nothing failed; a rehearsal has to pass as a whole."""
+    """Returns 0 if nothing failed; a rehearsal must pass as a whole."""
     verdicts = {state["verdict"] for state in content["stages"].values()}
     wrong = verdicts - {PASSED} if content["rehearsal"] else verdicts & {FAILED}
     unfit = content["machine"] is None or content["machine"]["unfit"]
@@ -294,7 +294,7 @@ def exit_status(content: dict[str, Any]) -> int:
 
 
 def prepared(session: Session) -> dict[str, Any]:
-    """What the machine is, once the package that is imported is that of this tree: installed if it is not."""
+    """Returns the machine's description, after installing the package from this tree if another one is imported."""
     result = looked_at(session)
     if not comes_from_here(result):
         print("installing the package from this tree", flush=True)
@@ -310,7 +310,7 @@ def prepared(session: Session) -> dict[str, Any]:
 
 
 def looked_at(session: Session) -> dict[str, Any]:
-    """What `machine.py` prints."""
+    """Returns the output of `machine.py`."""
     job = session.start([sys.executable, "-m", "benchmarks.on_gpu.machine"], "machine.log")
     settled(session, job, LOOK_SECONDS)
     path = session.scratch / "machine.log"
@@ -325,7 +325,7 @@ def looked_at(session: Session) -> dict[str, Any]:
 
 
 def settled(session: Session, job: jobs.Job, seconds: float) -> None:
-    """Wait for a job, for so long at most."""
+    """Waits for a job, at most this long."""
     end = time.monotonic() + min(seconds, session.left)
     while job.code is None and time.monotonic() < end:
         time.sleep(POLL / 4)
@@ -333,7 +333,7 @@ def settled(session: Session, job: jobs.Job, seconds: float) -> None:
 
 
 def comes_from_here(looked_at: dict[str, Any]) -> bool:
-    """Whether the package and its kernels are imported from this tree."""
+    """Returns whether the package and its kernels are imported from this tree."""
     return all(
         Path(looked_at.get(name, "")) == ROOT / folder
         for name, folder in (("bt_fast", "bt_fast"), ("kernels", "kernels"))
@@ -341,7 +341,7 @@ def comes_from_here(looked_at: dict[str, Any]) -> bool:
 
 
 def why_nothing(machine: dict[str, Any], rehearsal: bool) -> str:
-    """Why no stage can run, or ""."""
+    """Returns why no stage can run, or ""."""
     if machine.get("broken"):
         return str(machine["broken"])
     if not rehearsal and not machine.get("device"):
@@ -350,16 +350,16 @@ def why_nothing(machine: dict[str, Any], rehearsal: bool) -> str:
 
 
 def environment() -> dict[str, str]:
-    """The stages': one folder for compiled kernels, which a second call finds again."""
+    """Returns the stages' environment: one folder for compiled kernels, which a second call reuses."""
     cache = Path(tempfile.gettempdir()) / "on-gpu-triton"
-    # a profiler that is torn down crashes where graphs were replayed (torch/profiler/profiler.py says so of its own)
+    # the teardown of a profiler crashes after graphs were replayed (as torch/profiler/profiler.py documents)
     profiler = {"TEARDOWN_CUPTI": "0", "DISABLE_CUPTI_LAZY_REINIT": "1"}
-    python = {"PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1", "COLUMNS": "400"}  # pytest cuts what it says
+    python = {"PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1", "COLUMNS": "400"}  # pytest truncates its lines
     return {"TRITON_CACHE_DIR": str(cache), **os.environ, **profiler, **python}
 
 
 def source_hash() -> str:
-    """SHA-256 of the sources: which tree it was, without git."""
+    """Returns the SHA-256 of the sources, which identifies the tree without git."""
     digest = hashlib.sha256()
     for folder in SOURCES:
         for path in sorted((ROOT / folder).rglob("*.py")):
@@ -368,7 +368,7 @@ def source_hash() -> str:
 
 
 def finite(value: Any) -> Any:
-    """The same without NaN and infinity, of which JSON has none: None in their place."""
+    """Replaces NaN and infinity, which JSON lacks, by None."""
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

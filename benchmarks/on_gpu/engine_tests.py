@@ -1,4 +1,4 @@
-"""Stage c: the engine's tests on the GPU, each in a process of its own: one that breaks a capture spoils no other."""
+"""Stage c: the engine's tests on the GPU, each in a separate process, since a broken capture would affect others."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from typing import IO
 from benchmarks.on_gpu.pytest_runs import kernels_own, marked_files, pytest_command
 from benchmarks.on_gpu.stage import CUT, FAILED, PASSED, ROOT, Context, Verdict
 
-AT_ONCE = 8  # most of a test is the start of its process: half the cores, and that many at most
-SECONDS = 60.0  # for each test; emulated it takes longer
-LEAST = 5.0  # seconds: no test is begun with less
-TAIL = 3000  # characters of what a failed test printed
+AT_ONCE = 8  # most of a test is the start of its process: half the cores, but at most this many
+SECONDS = 60.0  # for each test; more if emulated
+LEAST = 5.0  # seconds: with less, no test is begun
+TAIL = 3000  # characters of a failed test's output
 REHEARSED = re.compile(r"\[GraphRunner-uniform-model\]$|_with_dropout_draws_from_graphs_")
 
 
@@ -29,7 +29,7 @@ class _Running:
 
 
 def run(context: Context) -> Verdict:
-    """How many passed, and what those that failed printed."""
+    """Counts the tests that passed, and reports the output of those that failed."""
     collected, whole = collect(context)
     waiting, running, outcomes = list(collected), [], []
     while waiting or running:
@@ -55,15 +55,15 @@ def run(context: Context) -> Verdict:
 
 
 def at_once(context: Context, cores: int) -> int:
-    """How many tests run beside each other."""
+    """Returns the number of tests that run at once."""
     return 2 if context.rehearsal else min(AT_ONCE, max(2, cores // 2))
 
 
 def collect(context: Context) -> tuple[list[str], bool]:
-    """The tests' names, and whether every file could be read.
+    """Returns the tests' names, and whether every file could be read.
 
     Raises:
-        RuntimeError: pytest finds none.
+        RuntimeError: pytest finds no tests.
     """
     files = [path for path in marked_files() if not kernels_own(path)]
     given = pytest_command(context, ["--collect-only", "-q", *files])
@@ -88,7 +88,7 @@ def _start(context: Context, test: str) -> _Running:
 
 
 def _outcome(one: _Running, seconds: float) -> str | None:
-    """What became of a test, or None while it runs in its time."""
+    """Returns the outcome of a test, or None while it runs within its time."""
     code = one.process.poll()
     if code is None:
         if time.monotonic() - one.began < seconds:
@@ -103,7 +103,7 @@ def _outcome(one: _Running, seconds: float) -> str | None:
 
 
 def _message(one: _Running, outcome: str) -> str:
-    """The end of what it printed, where it did not pass."""
+    """Returns the end of the output of a test that did not pass."""
     one.output.seek(0)
     text = one.output.read()
     one.output.close()

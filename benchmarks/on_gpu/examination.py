@@ -1,4 +1,4 @@
-"""Stage a: what `bt-fast doctor` finds, after its kernels were compiled in parallel."""
+"""Stage a: the findings of `bt-fast doctor`, after its kernels were compiled in parallel."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ COMPILING = 0.6  # of the stage's time at most
 
 
 def run(context: Context) -> Verdict:
-    """The doctor's verdict and all of its findings."""
+    """Returns the doctor's verdict and records all of its findings."""
     if context.part:
         return _compile(context)
     workers = 1 if context.rehearsal else WORKERS
@@ -37,7 +37,7 @@ def run(context: Context) -> Verdict:
 
 
 def _compile(context: Context) -> Verdict:
-    """A share of the doctor's checks, for the sake of the kernels that they compile."""
+    """Runs a share of the doctor's checks to compile their kernels."""
     from benchmarks.on_gpu.rehearsal import device_of
     from bt_fast.lab import doctor
 

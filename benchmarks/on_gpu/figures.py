@@ -1,4 +1,4 @@
-"""Figures from what the stages tell, with the standard library alone."""
+"""Figures from the stages' records, with the standard library alone."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ BASELINES = ("reference", "optimised")
 
 
 def cases_of(records: Records) -> dict[str, dict[str, dict[str, Any]]]:
-    """By case and variant: median seconds and host seconds, and for each baseline the median of the pairwise ratios
-    (`over NAME`), the ratio of FLOPs (`limit over NAME`) and the share of it that is reached (`of limit over NAME`)."""
+    """Returns by case and variant: median seconds and host seconds, and for each baseline the median of the pairwise
+    ratios (`over NAME`), the ratio of FLOPs (`limit over NAME`) and the reached share of it (`of limit over NAME`).
+    """
     result: dict[str, dict[str, dict[str, Any]]] = {}
     rounds: dict[str, list[Mapping[str, Any]]] = {}
     for record in of_kind(records, "round"):
@@ -46,23 +47,23 @@ def cases_of(records: Records) -> dict[str, dict[str, dict[str, Any]]]:
 
 
 def of_kind(records: Iterable[Mapping[str, Any]], kind: str) -> list[Mapping[str, Any]]:
-    """The records of a kind."""
+    """Returns the records of a kind."""
     return [r for r in records if r["kind"] == kind]
 
 
 def method_of(variant: str) -> str:
-    """Of a variant's name."""
+    """Returns the method in a variant's name."""
     return variant.partition(",")[0]
 
 
 def best(rows: Mapping[str, Mapping[str, Any]], method: str) -> str | None:
-    """The fastest variant of a method."""
+    """Returns the fastest variant of a method."""
     names = [name for name in rows if method_of(name) == method]
     return min(names, key=lambda name: rows[name]["seconds"], default=None)
 
 
 def headline(case: str, rows: Mapping[str, Mapping[str, Any]]) -> str:
-    """A case in a line: BulletTrain's fastest variant over the authors' and ours."""
+    """Describes a case in a line: BulletTrain's fastest variant over the authors' and ours."""
     name = best(rows, "bullet")
     if name is None:
         return f"{case.replace('/', ' ')}: BulletTrain was not measured"
@@ -77,7 +78,7 @@ def headline(case: str, rows: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def idle(row: Mapping[str, Any]) -> float | None:
-    """The share of an iteration in which the GPU does nothing: its work as traced, the time as measured without."""
+    """Returns the share of an iteration in which the GPU is idle: work as traced, time as measured without tracing."""
     if not row.get("launches"):
         return None
     return max(0.0, 1.0 - float(row["busy"]) / float(row["seconds"]))

@@ -1,4 +1,4 @@
-"""One case of stage d: exactness first, then times, costs and energy, each recorded as soon as it is known."""
+"""One case of stage d: exactness first, then times, costs and energy, each recorded at once."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from bt_fast.device import HostRead, synchronize
 
 WARM, WARM_CAPTURED = 1, 3  # a capture takes place when its size comes again
 ROUNDS, MOST_ROUNDS = 3, 8
-CHECK_SHARE, WARM_SHARE = 0.3, 0.5  # of the time that is left: then no further variant is begun
-HANGS = (10.0, 45.0)  # seconds in which a variant's first runs are done, or are not going to be: half the case's time
-JOULES_SECONDS = (0.3, 1.5)  # of each variant, at least and at most
-TRACE_SECONDS = 1.0  # to start, read and write one
+CHECK_SHARE, WARM_SHARE = 0.3, 0.5  # of the remaining time: after it, no further variant is begun
+HANGS = (10.0, 45.0)  # seconds until a variant's first runs count as hanging: half the case's time in this range
+JOULES_SECONDS = (0.3, 1.5)  # least and most seconds for each variant
+TRACE_SECONDS = 1.0  # to start, read and write a trace
 KEPT = 2.0  # seconds for the process's end
 
 # the baselines, and captures of each kind
@@ -34,11 +34,11 @@ Work = dict[Variant, Callable[[], None]]
 
 
 class LeftOutError(Exception):
-    """A variant cannot be measured; this process may be spoilt by it."""
+    """Raised when a variant cannot be measured; it may have damaged this process."""
 
 
 def measure(context: Context, model: str, precision: str, batch: int) -> Verdict:
-    """Everything of a case that there is time for, the wanted most first."""
+    """Measures as much of a case as time permits, the most wanted first."""
     case = f"{model}/{precision}"
     context.record("case", case=case, model=model, precision=precision, batch=batch)
     fit = [v for v in without({r["variant"] for r in context.records("left_out")}) if v in variants_of(context)]
@@ -53,7 +53,7 @@ def measure(context: Context, model: str, precision: str, batch: int) -> Verdict
         for measure_more in (count_flops, peaks, energy, more_rounds, busy_times):
             try:
                 measure_more(context, case, bench, works)
-            except Exception as error:  # the others may go well
+            except Exception as error:  # the others may succeed
                 traceback.print_exc()
                 message = f"{type(error).__name__}: {error}".splitlines()[0]
                 context.record("broke", case=case, message=f"{measure_more.__name__}: {message}")
@@ -61,13 +61,13 @@ def measure(context: Context, model: str, precision: str, batch: int) -> Verdict
 
 
 def variants_of(context: Context) -> tuple[Variant, ...]:
-    """All; in a rehearsal one of each kind."""
+    """Returns all variants; in a rehearsal one of each kind."""
     return REHEARSED if context.rehearsal else VARIANTS
 
 
 @contextmanager
 def trying(context: Context, case: str, variant: Variant) -> Iterator[None]:
-    """The first runs of a variant: if the process ends inside, or hangs, it is known of whom."""
+    """Marks the first runs of a variant: if the process ends inside, or hangs, the variant is known."""
     context.record("trying", case=case, variant=variant.name)
     seconds = min(max(HANGS[0], context.left / 2), HANGS[1])
     faulthandler.dump_traceback_later(seconds * (10 if context.rehearsal else 1), exit=True)
@@ -79,7 +79,7 @@ def trying(context: Context, case: str, variant: Variant) -> Iterator[None]:
         raise _left_out(context, case, variant, f"{type(error).__name__}: {error}") from error
     finally:
         faulthandler.cancel_dump_traceback_later()
-    for words in (words for words in fell_back if PLAIN in words):  # every variant of ours: none would be left
+    for words in (words for words in fell_back if PLAIN in words):  # true of all variants of ours
         context.record("broke", case=case, variant=variant.name, message=words)
     if fell := [words for words in fell_back if PLAIN not in words]:
         raise _left_out(context, case, variant, fell[0])
@@ -92,7 +92,7 @@ def _left_out(context: Context, case: str, variant: Variant, message: str) -> Le
 
 
 def check(context: Context, case: str, bench: Bench, variants: list[Variant]) -> list[Variant]:
-    """Those that are exact: what is not is not timed. Once for each network: float64 is the same in every precision."""
+    """Returns the exact variants, the only ones to time. Once a network: float64 is the same in every precision."""
     model = case.split("/")[0]
     done = {r["variant"] for r in context.records("exact") if r["model"] == model}
     exactness, exact, enough = None, [], (1 - CHECK_SHARE) * context.left
@@ -115,11 +115,11 @@ def check(context: Context, case: str, bench: Bench, variants: list[Variant]) ->
 
 
 def warm(context: Context, case: str, bench: Bench, variants: list[Variant]) -> Work:
-    """The iterations, captured where they are to be, of as many variants as there is time for."""
+    """Runs and, where planned, captures the iterations of as many variants as time permits."""
     works: Work = {}
     gc.collect()
     if bench.device.type == "cuda":
-        torch.cuda.empty_cache()  # of the check's float64
+        torch.cuda.empty_cache()  # of the check in float64
     enough = (1 - WARM_SHARE) * context.left
     for variant in variants:
         if context.left < enough and len(works) > 2:
@@ -136,17 +136,17 @@ def warm(context: Context, case: str, bench: Bench, variants: list[Variant]) -> 
             sizes = [(now - then) / runs for now, then in zip(bench.groups(), before, strict=True)]
             context.record("groups", case=case, variant=variant.name, sizes=sizes)
         works[variant] = work
-    for variant in works:  # captures give torch's unused memory back, which the first round would ask for again
+    for variant in works:  # captures return torch's unused memory, which the first round would request again
         if not variant.parts:
             bench.ready()
             works[variant]()
     synchronize(bench.device)
-    gc.collect()  # not while times are taken
+    gc.collect()  # no collection while times are taken
     return works
 
 
 def rounds(context: Context, case: str, bench: Bench, works: Work, count: int, kept: float = KEPT) -> None:
-    """Times in alternation, in rotating order, as long as a further round fits beside the seconds that are kept."""
+    """Times variants in alternation and rotating order, while a further round fits beside the `kept` seconds."""
     longest = 0.0
     variants = list(works)
     for number in range(count):
@@ -165,15 +165,15 @@ def rounds(context: Context, case: str, bench: Bench, works: Work, count: int, k
 
 
 def more_rounds(context: Context, case: str, bench: Bench, works: Work) -> None:
-    """As long as there is time for them beside the traces."""
+    """Runs more rounds while time permits, beside the traces."""
     if not context.rehearsal:
         rounds(context, case, bench, works, MOST_ROUNDS - ROUNDS, kept=traces_take(works))
 
 
 def timed(bench: Bench, work: Callable[[], None]) -> tuple[float, float]:
-    """Seconds of an iteration; and of the host in it, until all is enqueued, without its waits for the device.
+    """Returns the seconds of an iteration, and the host's until all is enqueued, without its waits for the device.
 
-    Where the queue of launches is full the host waits as well, and that counts.
+    If the queue of launches is full the host waits as well, which counts.
     """
     bench.ready()
     synchronize(bench.device)
@@ -188,7 +188,7 @@ def timed(bench: Bench, work: Callable[[], None]) -> tuple[float, float]:
 
 @contextmanager
 def waits() -> Iterator[list[float]]:
-    """The seconds of each wait for a read of the device's counts."""
+    """Yields the seconds of each wait for a read of the device's counts."""
     waited: list[float] = []
     wait = HostRead.wait
 
@@ -203,7 +203,7 @@ def waits() -> Iterator[list[float]]:
 
 
 def count_flops(context: Context, case: str, bench: Bench, works: Work) -> None:
-    """Of each method, once for each network."""
+    """Counts the FLOPs of each method, once for each network."""
     model = case.split("/")[0]
     done = {r["method"] for r in context.records("flops") if r["model"] == model}
     for variant in works:
@@ -213,9 +213,9 @@ def count_flops(context: Context, case: str, bench: Bench, works: Work) -> None:
 
 
 def peaks(context: Context, case: str, bench: Bench, works: Work) -> None:
-    """The most memory that torch allocates in an iteration, beside what is held before (weights, graphs, images).
+    """Records the most memory that torch allocates in an iteration beyond that held before (weights, graphs, images).
 
-    Not of what is replayed: a graph works in a pool of its own, of which torch takes no part as allocated.
+    Not for replayed variants: a graph works in a separate pool, which torch does not count as allocated.
     """
     if bench.device.type != "cuda":
         return
@@ -235,12 +235,12 @@ def peaks(context: Context, case: str, bench: Bench, works: Work) -> None:
 
 
 def traces_take(works: Work) -> float:
-    """The seconds to keep for `busy_times`."""
+    """Returns the seconds to keep for `busy_times`."""
     return KEPT + (len(works) + 1) * TRACE_SECONDS
 
 
 def busy_times(context: Context, case: str, bench: Bench, works: Work) -> None:
-    """For how long of an iteration the GPU works, by its own clock. Last: a profiler may slow down what follows it."""
+    """Records how long the GPU works in an iteration, by its own clock. Runs last: a profiler may slow later work."""
     first = True
     for variant, work in list(works.items())[: 1 if context.rehearsal else None]:
         if context.left < KEPT + 2:
@@ -255,7 +255,7 @@ def busy_times(context: Context, case: str, bench: Bench, works: Work) -> None:
 
 
 def energy(context: Context, case: str, bench: Bench, works: Work) -> None:
-    """The GPU's joules for an iteration of each variant, over as many as fit into a second or so."""
+    """Records the GPU's joules for an iteration of each variant, over as many iterations as fit into about a second."""
     least, most = JOULES_SECONDS
     seconds = min(most, 0.6 * (context.left - traces_take(works)) / len(works))
     if seconds < least:

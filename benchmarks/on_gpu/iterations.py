@@ -1,6 +1,6 @@
-"""Stage d: one TRADES iteration, each case (network and precision) in a process of its own.
+"""Stage d: one TRADES iteration, each case (network and precision) in a separate process.
 
-A variant that ends its process (a capture that poisons it, a hang) is left out, and the case is taken up again without.
+A variant that ends its process (a capture that poisons it, a hang) is left out, and the case restarts without it.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from benchmarks.on_gpu.figures import cases_of, headline
 from benchmarks.on_gpu.plan import batch_size, cases
 from benchmarks.on_gpu.stage import CUT, FAILED, PASSED, Context, Verdict, run_part
 
-ATTEMPTS = 5  # one for each part of the engine that may not work, and one without them
-LEAST = 8.0  # seconds: no case is begun with less
+ATTEMPTS = 5  # one for each part of the engine that may fail, and one without them
+LEAST = 8.0  # seconds: with less, no case is begun
 
 
 def run(context: Context) -> Verdict:
-    """What BulletTrain came to in each case, and what was left out."""
+    """Reports BulletTrain's result in each case, and the variants left out."""
     if context.part:
         from benchmarks.on_gpu.iteration import measure
 
@@ -29,7 +29,7 @@ def run(context: Context) -> Verdict:
 
 def _case(context: Context, model: str, precision: str, seconds: float) -> None:
     case = f"{model}/{precision}"
-    end = context.left - seconds  # what is left then
+    end = context.left - seconds  # the time that is left then
     for _ in range(ATTEMPTS):
         if (left := context.left - end) < LEAST:
             context.record("ended", case=case, message="no time was left")
@@ -49,19 +49,19 @@ def _case(context: Context, model: str, precision: str, seconds: float) -> None:
 
 
 def tried_last(context: Context, case: str) -> str | None:
-    """The variant that was being tried when the case's process ended, or None."""
+    """Returns the variant in its first runs when the case's process ended, or None."""
     tried = [r for r in context.records("trying") if r["case"] == case]
     return None if not tried or tried[-1]["variant"] is None else str(tried[-1]["variant"])
 
 
 def last_message(context: Context, case: str) -> str:
-    """What the case's last process reported at its end, if it came to that."""
+    """Returns the last message of the case's last process, if any."""
     messages = [r["message"] for r in context.records("part") if r["part"].startswith(case)]
     return messages[-1] if messages else "it reported nothing"
 
 
 def verdict(context: Context) -> Verdict:
-    """Failed where something is not exact, fell back or broke; cut where a case has no times."""
+    """Returns "failed" if a variant is not exact, fell back or broke, and "cut" if a case has no times."""
     records = [r for kind in ("round", "flops") for r in context.records(kind)]
     broken = [r for kind in ("left_out", "broke") for r in context.records(kind)]
     wrong = [f"{r['case'].replace('/', ' ')}, {r.get('variant', 'the case')}: {r['message']}" for r in broken]

@@ -1,4 +1,4 @@
-"""A process in a group of its own, that ends with the one which started it, or when that one says so."""
+"""Runs a process in a new group, which ends with the process that started it or at its request."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-GRACE = 1.0  # seconds from the request to end to the signal that cannot be refused
+GRACE = 1.0  # seconds from the request to end to SIGKILL
 TICK = 0.2
 
 
 @dataclass(eq=False)
 class Job:
-    """A running process group, and when it was begun, in seconds of `time.monotonic`."""
+    """A running process group, and its start, in seconds of `time.monotonic`."""
 
     process: subprocess.Popen[bytes]
     began: float
 
     @property
     def code(self) -> int | None:
-        """The exit code, minus the signal's number where it died of one; None while it runs."""
+        """The exit code, negative for the signal of a killed process; None while it runs."""
         return self.process.poll()
 
     def end(self) -> None:
-        """End all of the group that still runs. Does not wait for what even SIGKILL does not end."""
+        """Ends all of the group that still runs. Does not wait for processes that even SIGKILL does not end."""
         if self.code is None:
             self._signal(signal.SIGTERM)
             self._wait(GRACE)
-        self._signal(signal.SIGKILL)  # what the process has left behind, too
+        self._signal(signal.SIGKILL)  # also what the process has left behind
         self._wait(GRACE)
 
     def _signal(self, number: int) -> None:
@@ -46,7 +46,7 @@ class Job:
 
 
 def start(command: Sequence[str], log: Path, folder: Path, environment: Mapping[str, str]) -> Job:
-    """Run a command in a folder; what it prints goes to the file `log`."""
+    """Runs a command in a folder; its output goes to the file `log`."""
     with log.open("ab") as output:
         process = subprocess.Popen(
             command,
@@ -61,7 +61,7 @@ def start(command: Sequence[str], log: Path, folder: Path, environment: Mapping[
 
 
 def end_with_parent() -> None:
-    """From now on, end this process's whole group once its parent has gone: nothing is left behind by a SIGKILL."""
+    """Ends this process's whole group from now on when its parent is gone, so that a SIGKILL leaves nothing behind."""
     parent = os.getppid()
 
     def watch() -> None:

@@ -14,14 +14,14 @@ from benchmarks.on_gpu.stage import CUT, FAILED, PASSED, ROOT, Context, Verdict
 
 WORKERS = 8
 REPORTED_EVERY = 1.0  # seconds
-TELLING = 12.0  # seconds in which an interrupted pytest says what has failed until then, and why
+TELLING = 12.0  # seconds for an interrupted pytest to report what has failed so far, and why
 INTERRUPTED = 2  # pytest's exit code
 BAD = {"failed", "error"}
 REHEARSED = "test_order_by_steps and (128 or 8193)"
 
 
 def run(context: Context) -> Verdict:
-    """How many passed, and the messages of those that failed."""
+    """Counts the tests that passed, and reports the messages of those that failed."""
     parallel = ["-n", str(min(WORKERS, os.cpu_count() or 1))] if has_xdist() and not context.rehearsal else []
     picked = ["-k", REHEARSED] if context.rehearsal else []
     files = [path for path in marked_files() if kernels_own(path)]
@@ -34,7 +34,7 @@ def run(context: Context) -> Verdict:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        # else a process that was started in the background, as this one may have been, is deaf to it
+        # a process started in the background, as this may be, would ignore the signal
         preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdout is not None
@@ -64,7 +64,7 @@ def run(context: Context) -> Verdict:
 
 
 def counted(outcomes: dict[str, str]) -> dict[str, int]:
-    """How many tests there are of each outcome."""
+    """Returns the number of tests of each outcome."""
     result: dict[str, int] = {}
     for outcome in outcomes.values():
         result[outcome] = result.get(outcome, 0) + 1

@@ -1,4 +1,4 @@
-"""What this machine is, as one line of JSON: where the package comes from, the versions, and the GPU."""
+"""Describes this machine in one line of JSON: where the package comes from, the versions, and the GPU."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PACKAGES = ("torch", "triton", "numpy", "pytest", "pytest-xdist", "nvidia-ml-py"
 
 
 def machine() -> dict[str, Any]:
-    """Versions, and what torch says of the GPU; a part that is broken is reported with its error."""
+    """Returns versions and torch's description of the GPU; a part that fails is reported with its error."""
     result: dict[str, Any] = {"packages": {name: version(name) for name in PACKAGES}, "cores": os.cpu_count()}
     result["bt_fast"], result["kernels"] = place("bt_fast"), place("bt_fast.kernels")
     try:
@@ -26,13 +26,13 @@ def machine() -> dict[str, Any]:
         command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
         try:
             result["nvidia_smi"] = subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip()
-        except (OSError, subprocess.SubprocessError) as error:  # torch may work all the same
+        except (OSError, subprocess.SubprocessError) as error:  # torch may still work
             result["nvidia_smi"] = f"{type(error).__name__}: {error}"
     return result
 
 
 def version(package: str) -> str | None:
-    """Of an installed package; None where there is none."""
+    """Returns the version of an installed package, or None."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -40,7 +40,7 @@ def version(package: str) -> str | None:
 
 
 def place(module: str) -> str:
-    """The folder of a module, or what its import raised."""
+    """Returns the folder of a module, or the error of its import."""
     try:
         return str(Path(str(import_module(module).__file__)).resolve().parent)
     except Exception as error:
@@ -48,7 +48,7 @@ def place(module: str) -> str:
 
 
 def gpu() -> dict[str, Any]:
-    """Torch's build, and the GPU with what decides how fast it can be; or why there is none."""
+    """Returns torch's build, and the GPU with what determines its speed; or why there is none."""
     import torch
 
     result: dict[str, Any] = {"built_for": torch.version.cuda, "device": None}

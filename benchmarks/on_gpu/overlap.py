@@ -1,4 +1,4 @@
-"""Stage h: whether the chains of BulletTrain's groups run at the same time: a trace, and what it comes to."""
+"""Stage h: whether the chains of BulletTrain's groups run at the same time, from a trace."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ TRACED = ("bullet", "bullet, graphs", "bullet, streams", "bullet, streams, captu
 REHEARSED = ("bullet", "bullet, streams")
 STREAMS = "bullet, streams"
 WARM = 3
-OVERLAP = 0.02  # of the busy time, below which chains count as not overlapping
+OVERLAP = 0.02  # of the busy time; below it, chains do not count as overlapping
 
 
 def run(context: Context) -> Verdict:
-    """The share of the GPU's busy time in which at least two streams work; the trace goes to a file."""
+    """Reports the share of the GPU's busy time with work on at least two streams, and writes the trace to a file."""
     model = cases(context.minutes, context.rehearsal)[0][0]
     with stand_in(context), fallbacks() as fell_back:
         bench = Bench(model, "tf32", batch_size(context.rehearsal), device_of(context), tiny=context.rehearsal)
@@ -31,7 +31,7 @@ def run(context: Context) -> Verdict:
                 bench.ready()
                 work()
         synchronize(bench.device)
-        traced({STREAMS: lambda: None}, bench.device, host=True)  # the profiler's own start
+        traced({STREAMS: lambda: None}, bench.device, host=True)  # for the profiler's start
         bench.ready()
         trace = traced(works, bench.device, host=True)
     with gzip.open(Path(context.scratch) / "trace.json.gz", "wt") as file:

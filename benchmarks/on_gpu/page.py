@@ -1,4 +1,4 @@
-"""The page: a line for each stage, then its tables, from results.json alone and with the standard library alone."""
+"""Makes the page: a line for each stage, then its tables, from results.json and with the standard library alone."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ MOST_FAILURES = 20
 
 
 def verdict_line(state: Mapping[str, Any]) -> str:
-    """A stage in a line."""
+    """Returns the line of a stage."""
     verdict = f"{state['letter']}  {state['title']}: {state['verdict'].upper()} ({state['seconds']:.0f} s)"
     return f"{verdict}: {state['message']}" if state["message"] else verdict
 
 
 def page(content: Mapping[str, Any]) -> str:
-    """In Markdown."""
+    """Returns the page in Markdown."""
     rehearsal, stages = content["rehearsal"], content["stages"]
     lines = [f"# {REHEARSAL if rehearsal else 'On a GPU'}", "", *about(content), ""]
     lines += [f"- {verdict_line(state)}" for state in stages.values()]
@@ -28,7 +28,7 @@ def page(content: Mapping[str, Any]) -> str:
             continue
         try:
             reported = of_stage(stages[name]["records"], stages)
-        except Exception as error:  # the stages that are still to run matter more than a table
+        except Exception as error:  # the remaining stages matter more than a table
             reported = [f"No table: {type(error).__name__}: {error}. The records are in results.json."]
         if reported:
             lines += [
@@ -41,12 +41,12 @@ def page(content: Mapping[str, Any]) -> str:
 
 
 def headed(title: str) -> str:
-    """A title as a heading."""
+    """Returns a title as a heading."""
     return title[0].upper() + title[1:]
 
 
 def about(content: Mapping[str, Any]) -> list[str]:
-    """The machine, and when and how long it was used."""
+    """Describes the machine, and when and how long it was used."""
     machine, done = content["machine"] or {}, "to the end" if content["finished"] else "not to the end"
     versions = ", ".join(f"{name} {version}" for name, version in machine.get("packages", {}).items() if version)
     result = [
@@ -64,7 +64,7 @@ def about(content: Mapping[str, Any]) -> list[str]:
 
 
 def without_figures(lines: Sequence[str]) -> list[str]:
-    """The same with a dot for each figure: a table's cells but its first, in all rows below the headings."""
+    """Replaces each figure by a dot: all cells of a table except its first column and its headings."""
     result = []
     for number, line in enumerate(lines):
         cells = line.split("|")
@@ -74,7 +74,7 @@ def without_figures(lines: Sequence[str]) -> list[str]:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """In Markdown; nothing without rows."""
+    """Returns a table in Markdown; nothing without rows."""
     if not rows:
         return []
     line = "| --- |" + " ---: |" * (len(head) - 1)
@@ -82,7 +82,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def formatted(form: str, value: float | None) -> str:
-    """The value in a form, or a dash."""
+    """Formats the value, or returns a dash."""
     return "–" if value is None else form.format(value)
 
 
@@ -90,14 +90,14 @@ def formatted(form: str, value: float | None) -> str:
 
 
 def examination(records: Records, _: Any) -> list[str]:
-    """What the doctor finds wrong."""
+    """Lists the doctor's findings that are not fine."""
     wrong = [f for r in of_kind(records, "doctor") for f in r["findings"] if f["status"] == "FAILED"]
     return [f"- {f['section']}: {f['name']}: {f['text']}" for f in wrong]
 
 
 def tests(records: Records, _: Any) -> list[str]:
-    """The tests that failed, and their messages."""
-    why = {r["id"]: r["message"] for r in of_kind(records, "failure")}  # first as it fails, then with the reason
+    """Lists the failed tests and their messages."""
+    why = {r["id"]: r["message"] for r in of_kind(records, "failure")}  # first without, later with the reason
     result = [
         f"- `{test}`: {message or 'the time was up before the reason was known'}" for test, message in why.items()
     ]
@@ -111,7 +111,7 @@ def tests(records: Records, _: Any) -> list[str]:
 
 
 def iterations(records: Records, _: Any) -> list[str]:
-    """A table for each case."""
+    """Returns a table for each case."""
     lines: list[str] = []
     batch = {r["case"]: r["batch"] for r in of_kind(records, "case")}
     for case, rows in cases_of(records).items():
@@ -151,7 +151,7 @@ def iterations(records: Records, _: Any) -> list[str]:
 
 
 def groups(records: Records) -> list[str]:
-    """The sizes of BulletTrain's groups in each case, by variant where the rounding of a view has moved a sample."""
+    """Lists the sizes of BulletTrain's groups in each case, by variant if a view's rounding has moved a sample."""
     result: dict[str, dict[str, list[str]]] = {}
     for r in of_kind(records, "groups"):
         sizes = " / ".join(f"{size:g}" for size in r["sizes"])
@@ -166,13 +166,13 @@ def groups(records: Records) -> list[str]:
 
 
 def label(variant: str) -> str:
-    """For people."""
+    """Returns a variant's name for readers."""
     method = method_of(variant)
     return LABELS[method] + variant.removeprefix(method)
 
 
 def bandwidth(records: Records, _: Any) -> list[str]:
-    """The kernels beside copies of the same bytes."""
+    """Compares the kernels with copies of the same bytes."""
     lines = [
         f"A copy of 1 GiB: {r['bytes_per_second'] / 1e12:.2f} TB/s, read and written." for r in of_kind(records, "copy")
     ]
@@ -191,7 +191,7 @@ def bandwidth(records: Records, _: Any) -> list[str]:
 
 
 def captures(records: Records, _: Any) -> list[str]:
-    """What captures cost and hold."""
+    """Tabulates the costs and the memory of captures."""
     eager = {r["model"]: r["seconds"] for r in of_kind(records, "eager")}
     head = [
         "captured",
@@ -224,7 +224,7 @@ def captures(records: Records, _: Any) -> list[str]:
 
 
 def prediction(records: Records, stages: Mapping[str, Any]) -> list[str]:
-    """Predicted beside measured."""
+    """Compares predicted with measured times."""
     measured = cases_of(stages["iterations"]["records"]) if "iterations" in stages else {}
     head, body = ["", "PREDICTED ms", "measured ms", "off by", "PREDICTED busy", "measured busy"], []
     for r in of_kind(records, "predicted"):
@@ -239,7 +239,7 @@ def prediction(records: Records, stages: Mapping[str, Any]) -> list[str]:
 
 
 def overlap(records: Records, _: Any) -> list[str]:
-    """How long one and two streams worked."""
+    """Reports how long one and two streams worked."""
     head = ["traced (the profiler slows the host)", "launches", "streams", "busy ms", "two at a time ms", "share"]
     body = []
     for r in of_kind(records, "overlap"):
@@ -250,7 +250,7 @@ def overlap(records: Records, _: Any) -> list[str]:
 
 
 def training(records: Records, _: Any) -> list[str]:
-    """Accuracy against the time of each method's own steps."""
+    """Tabulates accuracy against the time of each method's own steps."""
     head, body = ["", "iterations", "epochs", "s", "clean", "robust"], []
     for r in sorted(of_kind(records, "accuracy"), key=lambda r: bool(r["method"] != "TRADES")):
         numbers = [str(r["iteration"]), f"{r['epochs']:.2f}", f"{r['seconds']:.1f}"]

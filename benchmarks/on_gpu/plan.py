@@ -1,22 +1,22 @@
-"""Which stages there are, in order of value, and how long each may take of the time that is left."""
+"""The stages in order of value, and how much of the remaining time each may take."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-SHORTEST = 3.0  # seconds: a stage is not begun with less
+SHORTEST = 3.0  # seconds: with less, no stage is begun
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage, which runs in a process group of its own: `benchmarks.on_gpu.NAME`.
+    """A stage, which runs as `benchmarks.on_gpu.NAME` in a separate process group.
 
     Attributes:
         letter: its short name on the command line.
-        share: the most of the whole time that it may take, as a share.
-        least: the share that earlier stages leave for it.
-        beside: it needs no GPU, and runs beside the stages before it from the beginning.
+        share: the largest share of the whole time that it may take.
+        least: the share that earlier stages must leave for it.
+        beside: it needs no GPU, and runs from the beginning, beside the stages before it.
     """
 
     letter: str
@@ -41,10 +41,10 @@ STAGES = (
 
 
 def chosen(text: str) -> tuple[Stage, ...]:
-    """The stages of a list of letters or names, in the order of value.
+    """Returns the stages of a list of letters or names, in order of value.
 
     Raises:
-        ValueError: there is none of a name.
+        ValueError: a name is unknown.
     """
     requested = [name.strip() for name in text.split(",")]
     for name in requested:
@@ -55,25 +55,25 @@ def chosen(text: str) -> tuple[Stage, ...]:
 
 
 def shared_out(stages: Sequence[Stage]) -> tuple[Stage, ...]:
-    """Some of the stages, with shares that use up the time that all have."""
+    """Returns some of the stages, with shares that use up the time of all."""
     whole = sum(stage.share for stage in stages if not stage.beside)
     grown = 1 / whole if 0 < whole < 1 else 1.0
     return tuple(stage if stage.beside else replace(stage, share=grown * stage.share) for stage in stages)
 
 
 def limit(stage: Stage, later: Sequence[Stage], whole: float, left: float, rehearsal: bool = False) -> float:
-    """The seconds that a stage gets: its share, as far as there is time beside the least of those after it.
+    """Returns the seconds of a stage: its share, limited by the least that later stages need.
 
     Args:
-        whole: all seconds. left: those that are left. rehearsal: no stage has a share, since CPUs differ.
+        whole: all seconds. left: the remaining ones. rehearsal: no stage has a share, since CPUs differ.
     """
     kept = sum(other.least for other in later) * whole
     share = 1.0 if rehearsal else stage.share
     return max(0.0, min(share * whole, left - kept))
 
 
-# What one iteration is measured of: network and precision, and its share of the stage's time; the wanted most first,
-# but for a small network, on which it is found out what does not work here
+# Measured iterations: network and precision, and the share of the stage's time; the most wanted first, but after a
+# small network, which shows what does not work here
 CASES = (
     ("preactresnet-18", "tf32", 0.14),
     ("wrn-34-10", "tf32", 0.26),
@@ -84,17 +84,17 @@ CASES = (
 )
 SMALL_CASES = tuple(("wrn-16-2", precision, 1 / 3) for precision in ("tf32", "bfloat16", "float32"))
 REHEARSED_CASES = (("wrn-10-1", "tf32", 0.5), ("wrn-10-1", "bfloat16", 0.5))
-MINUTES = 4.0  # with less the networks are too large
+MINUTES = 4.0  # with less time the networks are too large
 BATCH, REHEARSED_BATCH = 128, 8
 
 
 def cases(minutes: float, rehearsal: bool) -> tuple[tuple[str, str, float], ...]:
-    """Networks, precisions and shares of the time that is given."""
+    """Returns networks, precisions and shares of the time for this many minutes."""
     if rehearsal:
         return REHEARSED_CASES
     return CASES if minutes >= MINUTES else SMALL_CASES
 
 
 def batch_size(rehearsal: bool) -> int:
-    """Of every iteration that is measured."""
+    """Returns the batch size of every measured iteration."""
     return REHEARSED_BATCH if rehearsal else BATCH

@@ -1,4 +1,4 @@
-"""Stage g: the model's predictions for this card, made while the GPU's first stages run, beside what was measured."""
+"""Stage g: the model's predictions for this card, made during the GPU's first stages, compared with measured times."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from benchmarks.on_gpu.stage import NOT_RUN, PASSED, Context, Verdict
 if TYPE_CHECKING:
     from benchmarks.gpu_model import Gpu
 
-H200_BANDWIDTH = 4.8e12  # bytes/s, of NVIDIA's H200 data sheet, SXM: otherwise an H100
+H200_BANDWIDTH = 4.8e12  # bytes/s, from NVIDIA's H200 data sheet, SXM; the rest as for an H100
 
 
 def run(context: Context) -> Verdict:
-    """By how much the predictions were off."""
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # nothing is asked of the GPU, which others are measured on
+    """Reports the errors of the predictions."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # this stage must not use the GPU, on which others are measured
     os.nice(10)
     from benchmarks import gpu_prediction
     from benchmarks.gpu_model import Gpu
@@ -43,7 +43,7 @@ def run(context: Context) -> Verdict:
 
 
 def compared(context: Context) -> str:
-    """The errors of each case, of predicted over measured less 1."""
+    """Returns the errors of each case: predicted over measured, less 1."""
     rounds = context.records("round", "iterations")
     measured = cases_of([*rounds, *context.records("flops", "iterations")])
     messages = []
@@ -59,7 +59,7 @@ def compared(context: Context) -> str:
 
 
 def card_of(name: str) -> Gpu | None:
-    """The data sheet of the GPU of that name, or None."""
+    """Returns the data sheet of the GPU with this name, or None."""
     from benchmarks.gpu_model import GPUS
 
     if "H200" in name:

@@ -1,4 +1,4 @@
-"""A pytest plugin for rehearsals: tests that need a GPU are collected without one, and run on the CPU instead."""
+"""A pytest plugin for rehearsals: collects the tests that need a GPU without one, and runs them on the CPU."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ _there_is_one = ExitStack()
 
 
 def pytest_configure() -> None:
-    """While tests are collected there is a GPU."""
+    """Pretends that there is a GPU while tests are collected."""
     _there_is_one.enter_context(mock.patch.object(torch.cuda, "is_available", return_value=True))
 
 
 def pytest_collection_finish() -> None:
-    """From then on there is none again."""
+    """Ends the pretence after collection."""
     _there_is_one.close()
 
 
 def tiny_model(name: str, *, in_channels: int, num_classes: int, **_: object) -> nn.Module:
-    """In the place of a network: what an emulated device takes a second for."""
-    if name == "small-cnn":  # whose last layer and dropout a test looks at
+    """Replaces a network that takes an emulated device more than a second."""
+    if name == "small-cnn":  # a test looks at its last layer and dropout
         return build_model(name, in_channels=in_channels, image_size=16, num_classes=num_classes)
     body = [nn.Conv2d(in_channels, 4, 3, stride=2), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
     return nn.Sequential(*body, nn.Linear(4, num_classes))
@@ -36,13 +36,13 @@ def tiny_model(name: str, *, in_channels: int, num_classes: int, **_: object) ->
 
 @pytest.fixture(autouse=True)
 def stand_in(request: pytest.FixtureRequest) -> Iterator[None]:
-    """The module's device is the CPU; outside the kernels' tests its streams and graphs are emulated, networks tiny."""
+    """Sets the module's device to the CPU; except in kernel tests, emulates streams and graphs on tiny networks."""
     given = {
         "DEVICE": lambda device: type(device)("cpu"),
         "build_model": lambda build: tiny_model,
     }
     with ExitStack() as stack:
-        # the kernels' tests make sure that it was kernels that ran, which on the CPU it is not
+        # the kernels' tests check that kernels ran, which cannot hold on the CPU
         stack.enter_context(mock.patch.object(availability, "why_plain", return_value=None))
         stack.enter_context(mock.patch.object(torch.cuda, "current_device", return_value=0))
         for name, instead in given.items():

@@ -1,4 +1,4 @@
-"""What stands in for the GPU where a stage is rehearsed: the CPU, and the tests' emulated streams and graphs."""
+"""Replaces the GPU when a stage is rehearsed, by the CPU and the tests' emulated streams and graphs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from benchmarks.on_gpu.stage import Context
 
 
 def device_of(context: Context) -> torch.device:
-    """Where the stage's work runs."""
+    """Returns the device on which the stage's work runs."""
     if context.rehearsal:
         torch.set_num_threads(1)
         return torch.device("cpu")
@@ -22,7 +22,7 @@ def device_of(context: Context) -> torch.device:
 
 @contextmanager
 def stand_in(context: Context) -> Iterator[None]:
-    """In a rehearsal `torch.cuda`'s streams, graphs, pools and events are emulated inside."""
+    """Emulates `torch.cuda`'s streams, graphs, pools and events inside, in a rehearsal."""
     if not context.rehearsal:
         yield
         return
@@ -33,15 +33,15 @@ def stand_in(context: Context) -> Iterator[None]:
 
 
 class HostEvent:
-    """In the place of torch.cuda.Event: on the host all is done when it is recorded."""
+    """Replaces torch.cuda.Event: on the host all work is done when an event is recorded."""
 
     def __init__(self, enable_timing: bool = False) -> None:
         self._time = 0.0
 
     def record(self) -> None:
-        """Now."""
+        """Records the current time."""
         self._time = time.perf_counter()
 
     def elapsed_time(self, later: HostEvent) -> float:
-        """Milliseconds between the two."""
+        """Returns the milliseconds between the two."""
         return 1e3 * (later._time - self._time)

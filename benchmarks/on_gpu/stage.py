@@ -1,4 +1,4 @@
-"""One stage, or one part of it, in this process: what it finds goes to a file, line by line, as soon as it is known."""
+"""Runs one stage, or one part of it, in this process and writes its findings to a file at once, line by line."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ Verdict = tuple[str, str]  # one of these, and a sentence with numbers
 
 @dataclass(frozen=True)
 class Context:
-    """What a stage runs with.
+    """The settings of a stage.
 
     Attributes:
         stage: its name. part: which part of it, or "".
-        until: when it has to be done, in seconds of `time.monotonic`: soon after it is killed.
-        scratch: a folder for files that nobody keeps.
+        until: the time by which it has to be done, in seconds of `time.monotonic`; soon after that it is killed.
+        scratch: a folder for temporary files.
         rehearsal: whether to run on the CPU with tiny sizes.
         device: the GPU's name.
         data: the file of images, or None.
@@ -51,38 +51,38 @@ class Context:
         return self.until - time.monotonic()
 
     def record(self, kind: str, **values: Any) -> None:
-        """Tell a finding: it survives this process."""
+        """Records a finding, which survives this process."""
         line = json.dumps({"kind": kind, **values}) + "\n"
         with records_file(self.scratch, self.stage).open("a", encoding="utf-8") as file:
-            file.write(line)  # in one piece: parts of a stage write here, too
+            file.write(line)  # in one piece: parts of a stage write to this file, too
 
     def records(self, kind: str, stage: str | None = None) -> list[dict[str, Any]]:
-        """What this stage, or another, has recorded so far of a kind."""
+        """Returns the records of a kind that this stage, or another, has written so far."""
         return [r for r in read_records(records_file(self.scratch, stage or self.stage)) if r["kind"] == kind]
 
     def wait_for_turn(self) -> None:
-        """Of a stage that runs beside others: until those are done."""
+        """Waits, in a stage that runs beside others, until those are done."""
         while not turn_file(self.scratch, self.stage).exists() and self.left > 0:
             time.sleep(TICK)
 
     def part_command(self, part: str, seconds: float) -> list[str]:
-        """The command that runs a part of this stage in a process of its own, in this one's group."""
+        """Returns the command that runs a part of this stage in a separate process, in this one's group."""
         until = min(self.until, time.monotonic() + 0.95 * seconds)
         return command(dataclasses.replace(self, part=part, until=until))
 
 
 def command(context: Context) -> list[str]:
-    """What runs a stage."""
+    """Returns the command that runs a stage."""
     return [sys.executable, "-u", "-m", "benchmarks.on_gpu.stage", json.dumps(dataclasses.asdict(context))]
 
 
 def run_part(context: Context, part: str, seconds: float, environment: Mapping[str, str] | None = None) -> int | None:
-    """Run a part of the stage; its exit code, or None where it was killed after `seconds`."""
+    """Runs a part of the stage; returns its exit code, or None if it was killed after `seconds`."""
     return run_limited(context.part_command(part, seconds), seconds, environment)
 
 
 def run_limited(given: Sequence[str], seconds: float, environment: Mapping[str, str] | None = None) -> int | None:
-    """Run a command in the repository; its exit code, or None where it was killed after `seconds`."""
+    """Runs a command in the repository; returns its exit code, or None if it was killed after `seconds`."""
     process = subprocess.Popen(given, cwd=ROOT, env=None if environment is None else {**os.environ, **environment})
     try:
         return process.wait(max(0.0, seconds))
@@ -93,17 +93,17 @@ def run_limited(given: Sequence[str], seconds: float, environment: Mapping[str, 
 
 
 def records_file(scratch: str | Path, stage: str) -> Path:
-    """Where a stage's findings are."""
+    """Returns the file of a stage's findings."""
     return Path(scratch) / f"{stage}.jsonl"
 
 
 def turn_file(scratch: str | Path, stage: str) -> Path:
-    """What is there once the stages before this one are done."""
+    """Returns the file that exists once the stages before this one are done."""
     return Path(scratch) / f"{stage}.turn"
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of the file: the last one may have been cut off."""
+    """Returns the complete lines of the file; the last one may have been cut off."""
     text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     result = []
     for line in text[: text.rfind("\n") + 1].splitlines():
@@ -115,11 +115,11 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 
 def main() -> int:
-    """Run what the only argument says."""
+    """Runs the stage described by the only argument."""
     context = Context(**json.loads(sys.argv[1]))
     if not context.part:
         end_with_parent()
-    sys.path[1:1] = [str(ROOT / "benchmarks"), str(ROOT / "tests")]  # as pytest has them there
+    sys.path[1:1] = [str(ROOT / "benchmarks"), str(ROOT / "tests")]  # as in pytest
     try:
         verdict, message = importlib.import_module(f"benchmarks.on_gpu.{context.stage}").run(context)
     except Exception as error:

@@ -1,4 +1,4 @@
-"""What a GPU did and when, from a trace of torch's profiler: how long it was busy, and on how many streams at once."""
+"""Reads from a trace of torch's profiler how long a GPU was busy, and on how many streams at once."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from torch.profiler import ProfilerActivity, record_function
 from bt_fast.device import synchronize
 
 WORK = ("kernel", "gpu_memcpy", "gpu_memset")
-PERSONAL = ("host_name", "traceName")  # whose machine it was is nobody's business
+PERSONAL = ("host_name", "traceName")  # these identify a machine's owner
 
 Event = dict[str, Any]
 
 
 def traced(parts: dict[str, Callable[[], object]], device: torch.device, *, host: bool) -> dict[str, Any]:
-    """A chrome trace of some pieces of work, each in a range of its name that ends when the device is done.
+    """Returns a chrome trace of some pieces of work, each in a range of its name that ends when the device is done.
 
     Args:
-        host: the host's operations too, which takes the host longer.
+        host: also traces the host's operations, which slows the host.
     """
     activities = [ProfilerActivity.CUDA] if device.type == "cuda" else []
     if host or not activities:
@@ -43,7 +43,7 @@ def traced(parts: dict[str, Callable[[], object]], device: torch.device, *, host
 
 
 def work_of(trace: dict[str, Any], name: str | None = None) -> list[Event]:
-    """The GPU's work of a trace; only that which began within the range of that name, if one is given."""
+    """Returns the GPU's work in a trace; with a name, only the work that began within the range of that name."""
     events: list[Event] = trace["traceEvents"]
     result = [e for e in events if e.get("cat") in WORK and e.get("ph") == "X"]
     if name is None:
@@ -53,10 +53,10 @@ def work_of(trace: dict[str, Any], name: str | None = None) -> list[Event]:
 
 
 def range_of(trace: dict[str, Any], name: str) -> tuple[float, float]:
-    """Begin and end of the host's range of that name, in microseconds.
+    """Returns begin and end of the host's range of that name, in microseconds.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no such range.
     """
     for e in trace["traceEvents"]:
         if e.get("cat") == "user_annotation" and e.get("ph") == "X" and e["name"] == name:
@@ -65,12 +65,12 @@ def range_of(trace: dict[str, Any], name: str) -> tuple[float, float]:
 
 
 def busy(events: Iterable[Event]) -> dict[str, float]:
-    """Seconds with work on at least one stream (`busy`) and on at least two (`overlapping`); of all work (`work`)."""
+    """Returns seconds with work on at least one stream (`busy`) or two (`overlapping`), and of all work (`work`)."""
     edges = []
     for e in events:
         stream = e.get("args", {}).get("stream", e.get("tid"))
         edges += [(float(e["ts"]), 1, stream), (float(e["ts"] + e["dur"]), -1, stream)]
-    edges.sort(key=lambda edge: (edge[0], edge[1]))  # at one time ends come first
+    edges.sort(key=lambda edge: (edge[0], edge[1]))  # at the same time, ends come first
     open_: dict[Any, int] = {}
     result = {"busy": 0.0, "overlapping": 0.0, "work": 0.0}
     before = 0.0

@@ -1,6 +1,6 @@
 """Stage i: TRADES and BulletTrain on real images in lockstep, in bfloat16: accuracy against time.
 
-A run of the workbench (`bt-fast compare`) whose steps are under autocast; evaluations are in float32.
+A run of the workbench (`bt-fast compare`) with steps under autocast; evaluations are in float32.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from bt_fast.lab.training import Run, median_speedup
 
 METHODS = ("optimised-bf16", "bullet-bf16")
 NAMES = dict(zip(METHODS, ("TRADES", "BulletTrain"), strict=True))
-LOOKS = 6  # at the accuracy, in the time that there is
-MOST_EPOCHS = 1000  # more than fit
-IMAGES = 1000  # of an evaluation
+LOOKS = 6  # evaluations in the given time
+MOST_EPOCHS = 1000  # more than the time permits
+IMAGES = 1000  # in an evaluation
 KEPT = 6.0  # seconds for the last evaluation
 
 
 def run(context: Context) -> Verdict:
-    """The accuracies at the end, and after what time."""
+    """Reports the final accuracies, and the time they took."""
     if context.data is None and not context.rehearsal:
         return NOT_RUN, "no images were given (--data FILE)"
     began = time.monotonic()
@@ -55,7 +55,7 @@ def run(context: Context) -> Verdict:
 
 
 def config(context: Context, dataset: ImageDataset) -> RunConfig:
-    """CIFAR-10's of the workbench, without an end."""
+    """Returns the workbench's options for CIFAR-10, without an end."""
     tiny = {"model": "wrn-10-1", "batch_size": 32, "epochs": 1, "steps": 2, "boundary_steps": 2, "eval_steps": 2}
     return dataclasses.replace(
         PRESETS["cifar10"],
@@ -67,7 +67,7 @@ def config(context: Context, dataset: ImageDataset) -> RunConfig:
 
 
 def in_bfloat16(step: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
-    """A training step under autocast."""
+    """Wraps a training step in autocast."""
 
     def run_step(*given: Any) -> Any:
         with torch.autocast(device.type, torch.bfloat16):
@@ -77,7 +77,7 @@ def in_bfloat16(step: Callable[..., Any], device: torch.device) -> Callable[...,
 
 
 def look(context: Context, one: Run) -> None:
-    """Record where each method stands."""
+    """Records the state of each method."""
     for contestant in one.contestants:
         result = one.evaluate(contestant, min(IMAGES, len(one.dataset.x_test)), restarts=1)
         context.record(
@@ -93,7 +93,7 @@ def look(context: Context, one: Run) -> None:
 
 
 def verdict_of(context: Context, one: Run) -> Verdict:
-    """The last accuracies, and how much faster a step was."""
+    """Reports the last accuracies, and how much faster a step was."""
     last = {r["method"]: r for r in context.records("accuracy")}
     lines = [
         f"{name}: clean {r['clean']:.1%}, robust {r['robust']:.1%} of {r['images']} after {r['seconds']:.0f} s"
@@ -111,10 +111,10 @@ def verdict_of(context: Context, one: Run) -> Verdict:
 
 
 def images_of(path: Path | None) -> ImageDataset:
-    """The file's images, in the workbench's own layout or as JPEG files; without a file MNIST's of the package.
+    """Returns the file's images, in the workbench's own layout or as JPEG files; without a file, the package's MNIST.
 
     Raises:
-        ValueError: the file is neither.
+        ValueError: the file has neither layout.
     """
     if path is None:
         return load_dataset("digits")
@@ -129,7 +129,7 @@ def images_of(path: Path | None) -> ImageDataset:
 
 
 def decoded(arrays: dict[str, Any], half: str) -> torch.Tensor:
-    """Images uint8 [n, 3, H, W] of one run of JPEG files."""
+    """Returns the images of one sequence of JPEG files: uint8 [n, 3, H, W]."""
     from PIL import Image
 
     run, offsets = arrays[f"{half}_jpeg"].tobytes(), arrays[f"{half}_offset"]

@@ -1,8 +1,8 @@
 """One TRADES iteration on a network and a minibatch: the authors', ours and BulletTrain, each executed in several ways.
 
 The groups have the paper's sizes (gpu_prediction). A captured update has the memory format of the plain one, so that
-the effect of the capture alone is seen; "fast" is all that the package offers together: a folded, channels-last view
-for the attack, streams, and a captured channels-last update.
+the effect of the capture alone is seen; "fast" combines all that the package offers: a folded, channels-last view for
+the attack, streams, and a captured channels-last update.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from bt_fast.attack.runners import run_eager
 from bt_fast.baselines.trades_reference import trades_reference_loss
 
 SETTING: dict[str, Any] = {"step_size": 0.007, "epsilon": 0.031, "beta": 6.0}
-TOLERANCE = 1e-6  # of an update in float64, relative to the largest of each tensor or 1
+TOLERANCE = 1e-6  # of a float64 update, relative to the largest entry of each tensor or 1
 CHECKED = 4  # images
-FEW = (3, 1, 0)  # steps of a check and of a rehearsal: a graph is captured in the second and replayed in the third
+FEW = (3, 1, 0)  # steps in a check and in a rehearsal: a graph is captured in the second and replayed in the third
 RUNNERS: dict[str, Callable[[], Any]] = {"eager": lambda: run_eager, "graphs": GraphRunner, "streams": StreamRunner}
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A method ("reference", "optimised" or "bullet", as gpu_prediction calls them) and how it is executed."""
+    """A method ("reference", "optimised" or "bullet", as in gpu_prediction) and the way it is executed."""
 
     method: str
     runner: str = "eager"
@@ -43,7 +43,7 @@ class Variant:
 
     @property
     def name(self) -> str:
-        """Without captures that of `gpu_prediction.LABELS`."""
+        """The name; without captures that of `gpu_prediction.LABELS`."""
         if self.fast:
             return f"{self.method}, fast"
         parts = [self.method, *([self.runner] if self.runner != "eager" else []), *(["captured"] * self.captured)]
@@ -51,13 +51,13 @@ class Variant:
 
     @property
     def parts(self) -> frozenset[str]:
-        """What of the engine it takes beside the eager loop; each is first taken alone by one of `VARIANTS`."""
+        """The parts of the engine it uses beyond the eager loop; one of `VARIANTS` first uses each part alone."""
         if self.fast:
             return frozenset({"streams", "captured", "fast"})
         return frozenset({self.runner, *(["captured"] * self.captured)} - {"eager"})
 
     def loss_of(self, bullet: BulletTrain) -> Callable[..., Tensor]:
-        """The loss, with the authors' arguments; runners are new."""
+        """Returns the loss, with the authors' arguments and new runners."""
         if self.method == "reference":
             return trades_reference_loss
         mining = bullet if self.method == "bullet" else None
@@ -67,7 +67,7 @@ class Variant:
         return trades_by(RUNNERS[self.runner](), update=update, bullet=mining)
 
 
-# the wanted most first; without BulletTrain all samples are one chain, so that streams are graphs
+# the most wanted first; without BulletTrain all samples are one chain, so streams equal graphs
 VARIANTS = (
     Variant("reference"),
     Variant("optimised"),
@@ -87,20 +87,20 @@ BY_NAME = {variant.name: variant for variant in VARIANTS}
 
 
 def without(broken: Iterable[str]) -> list[Variant]:
-    """The variants without those of these names, and without whatever takes the same single part of the engine."""
+    """Returns the variants except those with these names and those that use the same single part of the engine."""
     named = [BY_NAME[name] for name in broken]
     parts = [variant.parts for variant in named if len(variant.parts) == 1]
     return [v for v in VARIANTS if v not in named and not any(part <= v.parts for part in parts)]
 
 
 def set_precision(precision: str) -> None:
-    """Of float32 products in this process: "tf32", or "float32" in full."""
+    """Sets the precision of float32 products in this process: "tf32", or "float32" in full."""
     allowed = precision == "tf32"
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
 
 
 class Bench:
-    """A network and a minibatch in a precision, and the iterations on them.
+    """A network and a minibatch in one precision, and the iterations on them.
 
     Args:
         precision: "float32", "tf32" or "bfloat16" (autocast around the loss).
@@ -114,14 +114,14 @@ class Bench:
         self.workload = Workload(Case(model, batch, 0), device)
         if tiny:
             self.workload.bullet = BulletTrain(*FEW).to(device)
-        with self._autocast():  # the groups follow from labels that are the logits' of the loss, to the bit
+        with self._autocast():  # the groups depend on labels that equal the loss's logits bit for bit
             self.workload.prepare()
         self._buffers = list(self.workload.model.buffers())
         self._kept = [buffer.clone() for buffer in self._buffers]
         self._fraction = self.workload.bullet.robust_fraction.clone()
 
     def ready(self) -> None:
-        """As it was before: so the groups keep their sizes. Never waits for the device."""
+        """Restores the initial state, which keeps the sizes of the groups. Never waits for the device."""
         torch._foreach_copy_(self._buffers, self._kept)
         self.workload.bullet.robust_fraction.copy_(self._fraction)
 
@@ -129,12 +129,12 @@ class Bench:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
 
     def groups(self) -> list[int]:
-        """BulletTrain's samples in all iterations so far: outlier, boundary, robust. Waits for the device."""
+        """Returns BulletTrain's samples in all iterations so far: outlier, boundary, robust. Waits for the device."""
         result: list[int] = self.workload.bullet.group_counts.tolist()
         return result
 
     def iteration(self, variant: Variant) -> Callable[[], None]:
-        """One iteration: loss, backward and the optimizer's step."""
+        """Returns one iteration: loss, backward and the optimizer's step."""
         w = self.workload
         loss_of = variant.loss_of(w.bullet)
 
@@ -147,7 +147,7 @@ class Bench:
         return run
 
     def flops(self, variant: Variant) -> int:
-        """Floating-point operations of a method's iteration, counted as it runs eagerly."""
+        """Returns the floating-point operations of a method's iteration, counted in an eager run."""
         work = self.iteration(Variant(variant.method))
         self.ready()
         with FlopCounter() as counter:
@@ -159,9 +159,9 @@ BASES = ("reference", "bullet")
 
 
 class Exactness:
-    """Some updates in float64 on some of the images: loss, gradients and buffers of a variant beside its model's.
+    """Compares some float64 updates of a variant on some images with its model's: loss, gradients and buffers.
 
-    Those of "optimised" are held against the authors', those of "bullet" against it step by step: `BASES`.
+    "optimised" is compared with the authors' code, "bullet" with itself step by step: `BASES`.
     """
 
     def __init__(self, bench: Bench) -> None:
@@ -174,7 +174,7 @@ class Exactness:
         self._expected: dict[str, list[Tensor]] = {}
 
     def difference(self, variant: Variant) -> float:
-        """The largest, relative to the largest of its tensor or 1; NaN where there is any."""
+        """Returns the largest difference, relative to the largest entry of its tensor or 1; NaN if there is any."""
         method = "bullet" if variant.method == "bullet" else "reference"
         if method not in self._expected:
             self._expected[method] = self._updates(Variant(method))
@@ -197,13 +197,13 @@ class Exactness:
         return result
 
 
-PLAIN = "in plain torch"  # all of ours, where no kernel can run
+PLAIN = "in plain torch"  # all of our ops, if no kernel can run
 FALLBACKS = ("without graphs", "no more graphs", "not folded", PLAIN)
 
 
 @contextmanager
 def fallbacks() -> Iterator[list[str]]:
-    """The warnings of work that was to run from graphs, on a folded view or in kernels, and did not."""
+    """Yields the warnings of work that should have run from graphs, on a folded view or in kernels, and did not."""
     fell_back: list[str] = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -1,1 +1,1 @@
-"""The ragged attack: every sample takes its own number of steps, and compute is spent on no other."""
+"""The ragged attack: every sample takes its own number of steps, and no compute is spent on finished samples."""

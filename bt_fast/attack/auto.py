@@ -1,4 +1,4 @@
-"""Choose the runner of an attack by timing the candidates."""
+"""Chooses the runner of an attack by timing the candidates."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from bt_fast.attack.streams import StreamRunner
 from bt_fast.attack.threat import ThreatModel
 from bt_fast.device import synchronize
 
-WARM, ROUNDS = 3, 5  # a graph is captured when its size comes again, and replayed from then on
+WARM, ROUNDS = 3, 5  # a graph is captured when its size comes again, and replayed afterwards
 
 
 class AutoRunner:
-    """Times the candidates on the first minibatch of each configuration (model, images, threat) and keeps the fastest.
+    """Times the candidates on the first minibatch of each configuration (model, images, norm) and keeps the fastest.
 
-    The measurement waits for the device, attacks copies, draws from a generator of its own, and interleaves the
-    candidates. Where there are no graphs (on the CPU) there is nothing to choose: it runs eagerly.
+    The measurement waits for the device, attacks copies, draws from a separate generator, and interleaves the
+    candidates. Without graphs (on the CPU) there is nothing to choose: it runs eagerly.
 
     Args:
         candidates: runners by name; eager, graphs and streams if not given.
@@ -38,7 +38,7 @@ class AutoRunner:
         reasons: a line for each configuration, with the measured times and the choice.
 
     Raises:
-        ValueError: there is no candidate.
+        ValueError: candidates is empty.
     """
 
     def __init__(self, candidates: Mapping[str, Runner] | None = None) -> None:
@@ -53,7 +53,7 @@ class AutoRunner:
         self.reasons: list[str] = []
 
     def explain(self, model: Any) -> str:
-        """How a model's attacks run, in words: of the configuration measured last."""
+        """Describes how a model's attacks run, for the configuration measured last."""
         return self._reason.get(model, "not measured yet")
 
     __call__ = run_queued
@@ -65,10 +65,11 @@ class AutoRunner:
         threat: ThreatModel,
         generator: torch.Generator | None,
     ) -> Callable[[], None]:
-        """Queue the attack as the chosen runner does; the returned function makes the caller's stream wait for it."""
+        """Queues the attack like the chosen runner; the returned function makes the caller's stream wait for it."""
         x = batch.x_adv
         inner = batch.inner if isinstance(batch.inner, str) else None
-        configuration = (x.shape[1:], batch.target.shape[1], x.dtype, x.device, threat, inner, caller_autocast(x))
+        attacked = threat.norm, threat.lower, threat.upper, inner  # not ε, which a schedule may change each time
+        configuration = (x.shape[1:], batch.target.shape[1], x.dtype, x.device, attacked, caller_autocast(x))
         chosen = self._chosen.setdefault(model, {})
         if configuration not in chosen:
             chosen[configuration] = self._choose(model, batch, threat)
@@ -99,7 +100,7 @@ class AutoRunner:
 
 
 def median_seconds(works: Sequence[Callable[[], Callable[[], object]]], x: Tensor) -> list[float]:
-    """Median seconds of some works on the device of x, in interleaved rounds. A work returns its timed part."""
+    """Returns the median seconds of works on the device of x, in interleaved rounds. A work returns its timed part."""
     seconds: list[list[float]] = [[] for _ in works]
     for _ in range(WARM + ROUNDS):
         for prepare, times in zip(works, seconds, strict=True):
@@ -111,12 +112,12 @@ def median_seconds(works: Sequence[Callable[[], Callable[[], object]]], x: Tenso
 
 
 def now(x: Tensor) -> float:
-    """The time, once the device of `x` has done all its work."""
+    """Returns the time after the device of `x` has done all its work."""
     synchronize(x.device)
     return time.perf_counter()
 
 
-# one of each for every caller: they keep their graphs by model, and hold no model alive
+# shared by all callers: they keep their graphs by model, and keep no model alive
 RUNNERS: dict[str, Runner] = {
     "eager": run_eager,
     "graphs": GraphRunner(),
@@ -126,7 +127,7 @@ RUNNERS: dict[str, Runner] = {
 
 
 def runner_of(runner: Runner | str) -> Runner:
-    """The runner itself, or the one of that name; a TypeError or ValueError for anything else."""
+    """Returns the runner itself, or the one with this name; TypeError or ValueError for anything else."""
     if isinstance(runner, str):
         if runner in RUNNERS:
             return RUNNERS[runner]

@@ -1,8 +1,8 @@
-"""Balanced raggedness: ranks of a data-parallel training with much to attack hand samples to ranks with little.
+"""Balanced raggedness: in data-parallel training, ranks with much to attack hand samples to ranks with little.
 
-Each rank has its own samples by step count, and all wait for the last one when the gradients are reduced. From the
-counts of all ranks every rank makes the same plan on the host, without communication; images travel before the attack
-and perturbed ones after it, each in one all-to-all of sizes that the plan gives.
+Ranks differ in their samples' step counts, and all wait for the slowest when the gradients are reduced. From the counts
+of all ranks every rank makes the same plan on the host, without communication; images travel before the attack and
+perturbed ones after it, each in one all-to-all of sizes that the plan gives.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ PARCEL = 32  # samples, some more than the busiest rank sends in `benchmarks/res
 class Exchange:
     """The plan of an exchange between N ranks, for step counts 0..n. Tensors are int64 on the CPU."""
 
-    counts: Tensor  # [N, n+1], the samples of rank r that take exactly k steps
-    quotas: Tensor  # [N, n+1], those that rank r attacks; samples without steps stay with their rank
+    counts: Tensor  # [N, n+1], the number of samples of rank r that take exactly k steps
+    quotas: Tensor  # [N, n+1], the number that rank r attacks; samples without steps stay with their rank
     # [moves]: `number` samples of `level` steps go from rank `source` to `target`. Ascending in source, then in target;
     # descending in level. No rank both sends and receives a level.
     source: Tensor
@@ -49,7 +49,7 @@ class Exchange:
 
     @property
     def busiest(self) -> int:
-        """The most samples that one rank sends, or receives."""
+        """The largest number of samples that one rank sends, or receives."""
         ends = (self.source.numpy(), self.target.numpy())
         return max((int(np.bincount(end, self.number.numpy()).max()) for end in ends if len(end)), default=0)
 
@@ -68,18 +68,18 @@ class Exchange:
 
 
 def plan(counts: Tensor, ranks_per_node: int = 1) -> Exchange:
-    """Even out the attack: at each step t the ranks' numbers of samples with more than t steps differ by at most 1.
+    """Plans an even attack: at each step t the ranks' numbers of samples with more than t steps differ by at most 1.
 
-    Where that leaves a choice, the rank with the least work so far gets one more, so that the sums over all steps are
-    near each other, too. No rank attacks more samples than it has where all have as many. Samples move within a node
+    If that leaves a choice, the rank with the least work so far gets one more, so that the sums over all steps are
+    close, too. If all ranks have equally many samples, no rank attacks more than it has. Samples move within a node
     first. The same counts give the same plan on every rank.
 
     Args:
         counts: [N, n+1] int64 on the CPU: counts[r, k] samples of rank r take exactly k steps.
-        ranks_per_node: ranks r with the same `r // ranks_per_node` are near each other.
+        ranks_per_node: ranks r with the same `r // ranks_per_node` are close to each other.
 
     Raises:
-        TypeError or ValueError: counts are not such a tensor, or ranks_per_node is no integer of at least 1.
+        TypeError or ValueError: counts is not such a tensor, or ranks_per_node is not an integer of at least 1.
     """
     if not isinstance(counts, Tensor) or counts.dtype != torch.int64:
         raise TypeError(
@@ -102,15 +102,16 @@ def plan(counts: Tensor, ranks_per_node: int = 1) -> Exchange:
 
 
 def _quotas(counts: np.ndarray) -> np.ndarray:
-    """[N, n+1], the samples of each step count for each rank, from the most steps down.
+    """Returns [N, n+1], the number of samples of each step count for each rank.
 
-    Of the samples with at least k steps each rank gets the same number, and some get one more: those that have one more
-    already, then those with the least work so far, then those with the most samples of their own to spare.
+    From the most steps down, each rank gets the same number of samples with at least k steps, and some ranks get one
+    more: first those that already have one more, then those with the least work so far, then those with the most own
+    samples to spare.
     """
     ranks, most = counts.shape[0], counts.shape[1] - 1
     quotas: np.ndarray = counts.copy()
     active = np.zeros(ranks, dtype=np.int64)  # samples with more than k steps
-    work = np.zeros(ranks, dtype=np.int64)  # their steps beyond k
+    work = np.zeros(ranks, dtype=np.int64)  # their steps after k
     total = 0
     for k in range(most, 0, -1):
         level = counts[:, k]
@@ -127,7 +128,7 @@ def _quotas(counts: np.ndarray) -> np.ndarray:
 
 
 def _moves(surplus: np.ndarray, ranks_per_node: int) -> tuple[np.ndarray, ...]:
-    """Source, target, step count and number of moves that take each rank's surplus [N, n+1] (or need, below 0) to 0."""
+    """Returns source, target, step count and size of the moves that bring the surplus [N, n+1] (need: < 0) to 0."""
     ranks, used = len(surplus), np.flatnonzero(surplus.any(axis=0))[::-1]  # from the most steps down
     nodes, levels = -(-ranks // ranks_per_node), len(used)
     by_level = surplus.T[used].ravel()
@@ -153,17 +154,17 @@ def _moves(surplus: np.ndarray, ranks_per_node: int) -> tuple[np.ndarray, ...]:
 
 @dataclass(frozen=True)
 class Costs:
-    """The costs of attack and exchange. The same on all ranks, or some would wait for an exchange without the others.
+    """The costs of attack and exchange. They must be the same on all ranks, or some would wait for an exchange in vain.
 
     Attributes:
         row_seconds: for one sample in one attack step.
-        step_seconds: for an attack step, however many samples take it.
-        sample_bytes: of one sample that is attacked elsewhere, there and back (`sample_bytes`).
-        latency_seconds: of one all-to-all, however little it carries; an exchange has two.
-        bytes_per_second: that a rank sends while it receives as many.
+        step_seconds: for an attack step, for any number of samples.
+        sample_bytes: of one sample attacked elsewhere, there and back (`sample_bytes`).
+        latency_seconds: of one all-to-all, for any number of bytes; an exchange has two.
+        bytes_per_second: the rate at which a rank sends while it receives equally much.
 
     Raises:
-        TypeError or ValueError: a value is no finite number of at least 0, or bytes_per_second is 0.
+        TypeError or ValueError: a value is not a finite number of at least 0, or bytes_per_second is 0.
     """
 
     row_seconds: float
@@ -182,13 +183,13 @@ class Costs:
             raise ValueError("bytes_per_second must be above 0, got 0: write 1e15 where sending costs nothing")
 
     def attack_seconds(self, counts: Tensor) -> Tensor:
-        """[N] float64: each rank's attack on counts [N, n+1] of samples; a step that no sample takes costs nothing."""
+        """Returns [N] float64: each rank's attack on counts [N, n+1]; a step without samples costs nothing."""
         levels = torch.arange(counts.shape[1], device="cpu")
         longest = (levels * (counts > 0)).amax(dim=1)
         return self.row_seconds * (counts * levels).sum(dim=1).double() + self.step_seconds * longest.double()
 
     def exchange_seconds(self, exchange: Exchange) -> float:
-        """The exchange there and back: two all-to-alls, as long as the rank with the most samples on the way takes."""
+        """Returns the time of an exchange's two all-to-alls, given by the rank that sends or receives most."""
         if len(exchange.number) == 0:
             return 0.0
         return 2 * self.latency_seconds + exchange.busiest * self.sample_bytes / self.bytes_per_second
@@ -201,7 +202,7 @@ def pays(exchange: Exchange, costs: Costs) -> bool:
 
 
 def sample_bytes(clean: Tensor, target: Tensor) -> int:
-    """Bytes of one sample that is attacked elsewhere: x, start, target and step size there, x' and its flag back."""
+    """Returns the bytes of one sample attacked elsewhere: x, start, target and step size there, x' and flag back."""
     image = math.prod(clean.shape[1:]) * clean.element_size()
     return 3 * image + target.shape[1] * target.element_size() + 8 + 4  # a label's 8 bytes more do not count
 
@@ -209,9 +210,10 @@ def sample_bytes(clean: Tensor, target: Tensor) -> int:
 def measured_costs(
     attack: Callable[[int], object], rows: int, clean: Tensor, target: Tensor, group: dist.ProcessGroup | None = None
 ) -> Costs:
-    """Costs by the clock, the mean of all ranks. Every rank of the group must call it.
+    """Measures the costs, as the mean of all ranks. Every rank of the group must call it.
 
-    For once before a training: it waits for the device. The bytes per second hold the latency too, and so are too few.
+    Meant to run once before a training, since it waits for the device. The bytes per second include the latency, and so
+    are too low.
 
     Args:
         attack: `attack(n)` takes one attack step on n samples.
@@ -231,11 +233,11 @@ def measured_costs(
     ]
 
     def together(work: Callable[[], object]) -> Callable[[], object]:
-        dist.barrier(group)  # or the wait for a slower rank would be measured
+        dist.barrier(group)  # else the wait for a slower rank would be measured
         return work
 
     of_few, of_many, of_nothing, of_parcel = median_seconds([partial(together, work) for work in works], clean)
-    row = max(0.0, (of_many - of_few) / (many - few))  # of this rank alone: ranks differ in rows
+    row = max(0.0, (of_many - of_few) / (many - few))  # of this rank only: ranks differ in rows
     mine = torch.tensor(
         [row, max(0.0, of_few - few * row), of_nothing, of_parcel], dtype=torch.float64, device=clean.device
     )
@@ -250,18 +252,18 @@ def measured_costs(
 
 @dataclass(frozen=True, eq=False)
 class Route:
-    """One all-to-all of a rank: the rows that it sends, and the order of its new batch."""
+    """One all-to-all of a rank: the rows to send, and the order of its new batch."""
 
     leaving: Tensor  # [sent] int64, rows of the old batch in the order of sending
-    sent: list[int]  # rows to each of the N ranks
-    received: list[int]  # rows from each of them
-    order: Tensor  # [new] int64: new row i is row order[i] of the old batch and the received rows behind it
+    sent: list[int]  # number of rows for each of the N ranks
+    received: list[int]  # number of rows from each of them
+    order: Tensor  # [new] int64: new row i is row order[i] of the old batch followed by the received rows
 
     def carry(self, tensors: Sequence[Tensor], group: dist.ProcessGroup | None) -> list[Tensor]:
-        """Each tensor's new rows, in its own memory format. Every rank of the group must call it.
+        """Returns each tensor's new rows, in its memory format. Every rank of the group must call it.
 
-        All travel as bytes in one all-to-all, to the bit. The host waits only where the group's backend does. On all
-        ranks the tensors agree in dtype, and in shape but for the number of rows.
+        All tensors are sent bit for bit, as bytes in one all-to-all. The host waits only if the group's backend does.
+        On all ranks the tensors agree in dtype, and in shape except for the number of rows.
         """
         device = tensors[0].device
         leaving, order = (_to(index, device) for index in (self.leaving, self.order))
@@ -278,10 +280,10 @@ class Route:
 
 
 def routes(exchange: Exchange, rank: int) -> tuple[Route, Route]:
-    """A rank's way out and its way home.
+    """Returns a rank's route out and its route home.
 
-    Out: from its samples in sorted order to those that it attacks, by descending steps, first its own and then those of
-    others by their ranks. Of each step count its last samples leave, to the lowest rank first. Home: from the attacked
+    Out: from its samples in sorted order to those that it attacks, by descending steps, first its own and then the
+    others' by rank. Of each step count its last samples leave, to the lowest rank first. Home: from the attacked
     samples, followed by the starts of its own, to the x' of its own.
     """
     most = exchange.counts.shape[1] - 1
@@ -290,16 +292,16 @@ def routes(exchange: Exchange, rank: int) -> tuple[Route, Route]:
     to, by = (moves.numpy()[:, levels] for moves in (exchange.outgoing(rank), exchange.incoming(rank)))
     staying = have - to.sum(axis=0)
     begin = have.cumsum() - have  # of each level in sorted order
-    # the j-th sample to go to rank r at level k lies behind those that stay and those that go to ranks below r
+    # the j-th sample for rank r at level k follows those that stay and those for ranks below r
     leaving = _ranges((begin + staying + to.cumsum(axis=0) - to).ravel(), to.ravel())
     own = _ranges(begin, staying)
     own_level, guest_level = np.repeat(levels, staying), np.repeat(np.tile(levels, len(by)), by.ravel())
     order = np.argsort(-np.concatenate([own_level, guest_level]), kind="stable")
     m, sent, received = int(exchange.counts[rank].sum()), to.sum(axis=1).tolist(), by.sum(axis=1).tolist()
     attacked = len(order)
-    place = np.empty(attacked, dtype=np.int64)  # in the attacked batch, of own samples that stay and then of guests
+    place = np.empty(attacked, dtype=np.int64)  # in the attacked batch: own samples that stay, then guests
     place[order] = np.arange(attacked)
-    home = attacked + np.arange(m)  # the start, for those without steps
+    home = attacked + np.arange(m)  # the start, for samples without steps
     home[own] = place[: len(own)]
     home[leaving] = attacked + m + np.arange(len(leaving))
     there = Route(_index(leaving), sent, received, _index(np.concatenate([own, m + np.arange(sum(received))])[order]))
@@ -308,7 +310,7 @@ def routes(exchange: Exchange, rank: int) -> tuple[Route, Route]:
 
 @dataclass(frozen=True, eq=False)
 class Rebalanced:
-    """The a samples that this rank attacks, at their start: its own with steps that stay, and those of others."""
+    """The samples that this rank attacks, at their start: its own that have steps and stay, and others' samples."""
 
     batch: AttackBatch
     _own_start: Tensor
@@ -316,9 +318,10 @@ class Rebalanced:
     _group: dist.ProcessGroup | None
 
     def bring_home(self, x_adv: Tensor, faulty: Tensor) -> tuple[Tensor, Tensor]:
-        """x' [m, ...] and the flags [m] int32 of this rank's own samples, in its own sorted order. Collective.
+        """Returns x' [m, ...] and the flags [m] int32 of this rank's own samples, in its sorted order. Collective.
 
-        Those without steps are as they started, and not faulty. `x_adv` [a, ...] and `faulty` [a] are those of `batch`.
+        Samples without steps keep their start and are not faulty. `x_adv` [a, ...] and `faulty` [a] are those of
+        `batch`.
         """
         for name, given, like in (("x_adv", x_adv, self.batch.x_adv), ("faulty", faulty, self.batch.faulty)):
             if given.shape != like.shape or given.dtype != like.dtype:
@@ -334,7 +337,7 @@ class Rebalanced:
 
 
 def send_out(batch: AttackBatch, exchange: Exchange, group: dist.ProcessGroup | None = None) -> Rebalanced:
-    """Hand this rank's surplus to others and take in theirs. Every rank must call it with the same plan."""
+    """Sends this rank's surplus to others and receives theirs. Every rank must call it with the same plan."""
     ranks, rank = dist.get_world_size(group), dist.get_rank(group)
     if exchange.ranks != ranks:
         raise ValueError(
@@ -362,7 +365,7 @@ def send_out(batch: AttackBatch, exchange: Exchange, group: dist.ProcessGroup | 
 
 
 def _ranges(begin: np.ndarray, length: np.ndarray) -> np.ndarray:
-    """The ranges [begin[i], begin[i] + length[i]), one after another."""
+    """Returns the ranges [begin[i], begin[i] + length[i]), one after another."""
     before = length.cumsum() - length
     return np.repeat(begin - before, length) + np.arange(int(length.sum()))
 
@@ -372,7 +375,7 @@ def _index(values: np.ndarray) -> Tensor:
 
 
 def _to(index: Tensor, device: torch.device) -> Tensor:
-    """On the device; the host does not wait for the copy."""
+    """Copies to the device; the host does not wait for the copy."""
     return index.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else index.to(device)
 
 
@@ -381,6 +384,6 @@ def _in_format_of(like: Tensor, images: Tensor) -> Tensor:
 
 
 def _bytes_of(rows: Tensor) -> Tensor:
-    """[n, bytes of a row] uint8."""
+    """Returns the rows as uint8 [n, bytes of a row]."""
     width = math.prod(rows.shape[1:])
     return rows.contiguous().view(len(rows), width).view(torch.uint8)

@@ -1,4 +1,4 @@
-"""Attacks that several ranks share out: those with much to attack hand samples to those with little, if it pays."""
+"""Attacks shared by several ranks: those with much to attack hand samples to those with little, if it pays."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from bt_fast.validation import check_kind, step_count
 @Sharing.register
 @dataclass(frozen=True)
 class Balance:
-    """How ranks share an attack out.
+    """The settings by which ranks share an attack.
 
-    Every sample's perturbation is that of its own rank, up to the rounding of another batch size.
+    Every sample's perturbation equals the one its own rank would find, up to rounding at another batch size.
 
     Attributes:
-        costs: by which it is decided in each minibatch whether an exchange pays; the same on all ranks. None: measured
-            on the first minibatch of each model and kind of images, which waits for the device.
-        ranks_per_node: ranks r with the same `r // ranks_per_node` are near each other: samples go there first.
+        costs: decide in each minibatch whether an exchange pays; the same on all ranks. None: measured on the first
+            minibatch of each model and kind of images, which waits for the device.
+        ranks_per_node: ranks r with the same `r // ranks_per_node` are close to each other and exchange samples first.
 
     Raises:
-        TypeError or ValueError: costs are no `Costs`, or ranks_per_node is no integer of at least 1.
+        TypeError or ValueError: costs is not a `Costs`, or ranks_per_node is not an integer of at least 1.
     """
 
     costs: Costs | None = None
@@ -68,7 +68,7 @@ def start_balanced_attack(
     away = start_attack(view, there.batch, threat, generator, runner)
 
     def result() -> Tensor:
-        """Of this rank's own samples. Collective."""
+        """Returns x' of this rank's own samples. Collective."""
         x_adv, flags = there.bring_home(away.result(), there.batch.faulty)
         batch.faulty.copy_(flags)
         return x_adv
@@ -80,7 +80,7 @@ _measured: WeakKeyDictionary[View, dict[tuple[object, ...], Costs]] = WeakKeyDic
 
 
 def _costs(view: View, batch: AttackBatch, threat: ThreatModel, runner: Runner, group: dist.ProcessGroup) -> Costs:
-    """Costs measured once for each kind of images. (These come in the same order on all ranks.)"""
+    """Returns costs measured once for each kind of images, which come in the same order on all ranks."""
     clean, target = batch.clean, batch.target
     known = _measured.setdefault(view, {})
     inner = batch.inner if isinstance(batch.inner, str) else None

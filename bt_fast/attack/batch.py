@@ -1,4 +1,4 @@
-"""The samples that an attack works on, as one object: every runner takes it, and slices it whole."""
+"""The samples of an attack as one object, which every runner takes and slices as a whole."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bt_fast.attack.inner import Inner
+from bt_fast.attack.inner import OfAPGD
 from bt_fast.plan import Plan
 
 View = Callable[[Tensor], Tensor]  # a model in eval mode, or a folded view of it
@@ -26,14 +26,14 @@ class AttackBatch:
     steps: Tensor  # [m] int64, never increasing
     active: tuple[int, ...]  # for each step, the number of rows that take it; never increasing
     faulty: Tensor  # [m] int32, 1 for a sample that stayed in some step, since its gradient held NaN (in ℓ2: or Inf)
-    inner: Inner = "kl"  # what is ascended
+    inner: OfAPGD = "kl"  # what is ascended
     labels: Tensor | None = None  # [m] int64, where the inner loss reads them
     together: bool = False  # a row's input gradient depends on the other rows
     epsilon: Tensor | None = None  # [m], each sample's own ε as the steps take it; None: the threat model's
 
     @classmethod
     def of(cls, plan: Plan, start: Tensor, clean: Tensor, target: Tensor, faulty: Tensor | None = None) -> AttackBatch:
-        """Samples in the plan's sorted order, at the start of their attack. Waits for the plan's counts."""
+        """Returns samples in the plan's sorted order, at the start of their attack. Waits for the plan's counts."""
         if faulty is None:
             faulty = torch.zeros(len(start), dtype=torch.int32, device=start.device)
         sizes, steps = plan.sort(plan.step_size), plan.sort(plan.steps)
@@ -43,7 +43,7 @@ class AttackBatch:
         return len(self.x_adv)
 
     def __getitem__(self, rows: slice) -> AttackBatch:
-        """Some rows that lie side by side, as views."""
+        """Returns a slice of rows, as views."""
         start, stop, _ = rows.indices(len(self))
         active = tuple(min(n, stop) - start for n in self.active if n > start)
         tensors: dict[str, Any] = {n: value[rows] for n, value in vars(self).items() if isinstance(value, Tensor)}

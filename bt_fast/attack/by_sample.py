@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bt_fast import faults, ops
+from bt_fast.attack.apgd import APGD
 from bt_fast.attack.pgd import PGD
 from bt_fast.attack.threat import ThreatModel
 from bt_fast.deciding import STEP_FACTOR
@@ -38,7 +38,7 @@ class PerSample:
         epsilon: [m] floating point of at least 0, in pixel units. x' of a sample with 0 is x; without mining it takes
             no step.
         step_size: [m] floating point of at least 0, in pixel units. With mining it is that of the sample should it be a
-            boundary one; all others have `1.7·ε_i/n`, of their own ε.
+            boundary one; all others have `1.7·ε_i/n`, of their own ε. Not with an `APGD`, which chooses them.
         start: [m, ...] floating point in the shape and the units of x, where each attack begins: moved into the
             sample's ball and the pixel bounds, if it lies outside. Nothing is drawn for it. Without mining, x' of a
             sample without steps is this point. At x itself "kl" has no gradient, and a sample stays there.
@@ -65,7 +65,7 @@ class PerSample:
 NOTHING = PerSample()
 
 
-def own_of(given: PerSample | None, x: Tensor, attack: PGD, *, mined: bool) -> PerSample:
+def own_of(given: PerSample | None, x: Tensor, attack: PGD | APGD, *, mined: bool) -> PerSample:
     """What images x [m, ...] have of their own; TypeError or ValueError unless it fits them and the attack."""
     check_kind("per_sample", given, PerSample, "write PerSample(steps=..., epsilon=...)", optional=True)
     if given is None:
@@ -75,7 +75,13 @@ def own_of(given: PerSample | None, x: Tensor, attack: PGD, *, mined: bool) -> P
             "per_sample must have no steps with mining, which decides about them: "
             "leave mining out, or write BulletTrain(policy=...) with a policy of your own"
         )
-    if attack.step_size == 0 and given.epsilon is not None and given.step_size is None:
+    if isinstance(attack, APGD):
+        if given.step_size is not None:
+            raise ValueError(
+                "per_sample must have no step_size with an APGD, whose step sizes are its own, got one: "
+                "leave it out, or write PGD(epsilon, step_size, steps)"
+            )
+    elif attack.step_size == 0 and given.epsilon is not None and given.step_size is None:
         raise ValueError(
             "per_sample must have a step_size where it has an epsilon and the attack's own step_size is 0: "
             "write PerSample(epsilon=epsilon, step_size=epsilon / 4), or PGD(step_size=2 / 255, ...)"
@@ -159,9 +165,11 @@ class SizedRead(CheckedRead):
         self._threat, self._pixels = threat, x[0].numel()
         self._warns = own.epsilon is not None or own.step_size is not None
         epsilon, size = filled(own.epsilon, threat.epsilon, x), filled(own.step_size, step_size, x)
-        longest = torch.where(epsilon > 0, size - 2 * epsilon, -math.inf)
-        rows = torch.stack([epsilon.argmax(), longest.argmax()])
-        numbers = [torch.stack([epsilon[rows], size[rows]]).flatten().view(torch.int64)]  # the bits of float64
+        # where ε differ, a step may well cross the smaller balls: a mistake of units is one that crosses all of them
+        crossing = torch.where((epsilon > 0) & (size > 2 * epsilon.max()), size, 0.0)
+        rows = torch.stack([epsilon.argmax(), crossing.argmax()])
+        sizes = torch.stack([size, crossing]).gather(1, rows[:, None])[:, 0]
+        numbers = [torch.cat([epsilon[rows], sizes]).view(torch.int64)]  # the bits of float64
         numbers += [] if counts is None else [counts]
         super().__init__(torch.cat([*numbers, *([faults.counts_of(wrong)] if wrong else [])]), wrong)
 

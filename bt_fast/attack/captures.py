@@ -1,7 +1,8 @@
 """The cache of CUDA graphs for attack steps (`graphs.py`) and updates (`objectives/update.py`).
 
-The key of a graph is all that it has fixed. Graphs share a memory pool, and are dropped when a tensor of the model has
-moved or when they are the least recently used. A model that cannot be captured runs eagerly, with a warning why.
+The key of a graph holds all that the graph has fixed. Graphs share a memory pool, and are dropped when a tensor of the
+model has moved or when they are the least recently used. A model that cannot be captured runs eagerly, with a warning
+that says why.
 """
 
 from __future__ import annotations
@@ -24,17 +25,17 @@ V = TypeVar("V")
 
 @dataclass(frozen=True)
 class GraphKey:
-    """All that a captured computation has fixed."""
+    """Everything that a captured computation has fixed."""
 
     computation: Hashable
     inputs: tuple[object, ...]  # their layout
     autocast: torch.dtype | None  # the caller's
     values: tuple[object, ...]  # modes, numbers and names in the model's modules
-    tensors: tuple[object, ...]  # the addresses of the model's, and their layout where that may change
+    tensors: tuple[object, ...]  # the addresses of the model's tensors, and their layout if that may change
 
 
 def hook_reason(model: nn.Module) -> str | None:
-    """Why a model with a hook cannot be captured; None for one without."""
+    """Returns why a model with a hook cannot be captured; None for a model without one."""
     name = hooked(model)
     return f"{name} has a hook, which a graph would not run" if name else None
 
@@ -43,7 +44,7 @@ class Recent(OrderedDict[K, V]):
     """A dictionary in the order of use, the least recently used first."""
 
     def use(self, key: K) -> V | None:
-        """The value of this key, from now on the most recently used."""
+        """Returns the value of this key and makes it the most recently used."""
         if key in self:
             self.move_to_end(key)
         return self.get(key)
@@ -57,13 +58,13 @@ class GraphPool(Recent[K, V]):
         self._pool: object = None
 
     def add(self, key: K, most: int, record: Callable[[object], V]) -> V:
-        """Keep the graphs that `record(pool)` captures; the least recently used make room where there are `most`.
+        """Keeps the graphs that `record(pool)` captures, and drops the least recently used if there are already `most`.
 
-        Whatever the model or the driver raises, out of memory too, is a CaptureError.
+        Any exception of the model or the driver, including out of memory, becomes a CaptureError.
         """
         while len(self) >= most:
             self.popitem(last=False)
-        if not self:  # torch takes no pool that no graph uses any more
+        if not self:  # torch accepts no pool that no graph uses any more
             self._pool = device.new_pool()
         try:
             self[key] = graph = record(self._pool)
@@ -85,13 +86,13 @@ class ModelGraphs(Generic[V]):
         self._warned: set[str] = set()
 
     def use(self, key: GraphKey) -> V | None:
-        """What was captured for this key. What works on memory that is the model's no more is dropped first."""
+        """Returns what was captured for this key, after dropping graphs on memory that the model no longer uses."""
         for old in [k for k in self.captured if k.tensors != key.tensors]:
             del self.captured[old]
         return self.captured.use(key)
 
     def refuse(self, reason: str, *, for_good: bool = False) -> None:
-        """Note why the call runs eagerly, and warn of it once; `for_good` also frees all graphs."""
+        """Records why the call runs eagerly, and warns of it once; `for_good` also frees all graphs."""
         self.reason = reason
         if for_good:
             self.failed = reason
@@ -101,7 +102,7 @@ class ModelGraphs(Generic[V]):
             warn_caller(f"the {self._subject} runs without graphs: {reason}")
 
     def explain(self, graphs: int, until: str) -> str:
-        """How the calls run, in words, with so many captured graphs. Without any they are eager `until` ..."""
+        """Describes how the calls run with this many captured graphs. Without any they are eager `until` ..."""
         if self.reason:
             return f"eagerly, since {self.reason}"
         return f"from CUDA graphs, {graphs} captured" if graphs else f"eagerly, until {until}"

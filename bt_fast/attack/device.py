@@ -1,6 +1,6 @@
-"""CUDA streams, graphs and generators for runners and the update, which reach them by this module alone.
+"""CUDA streams, graphs and generators for runners and the update, which use them only through this module.
 
-So that an emulation can take their place where there is no GPU.
+An emulation can therefore replace them where there is no GPU.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Graph = torch.cuda.CUDAGraph
 
 
 def has_graphs(x: Tensor) -> bool:
-    """Whether there are graphs where `x` is."""
+    """Whether the device of `x` has graphs."""
     return x.is_cuda
 
 
@@ -51,17 +51,17 @@ def on(stream: Stream) -> AbstractContextManager[object]:
 
 
 def new_pool() -> Any:
-    """A memory pool for graphs: those that share one must replay one after another."""
+    """Returns a memory pool for graphs: those that share one must replay one after another."""
     return torch.cuda.graph_pool_handle()
 
 
 @contextmanager
 def capture(pool: Any) -> Iterator[Graph]:
-    """Record the launches on the current stream, which must not be the default one, instead of running them.
+    """Records the launches on the current stream, which must not be the default one, instead of running them.
 
     Nothing inside may wait for the device or be launched there for the first time; other threads may go on meanwhile.
-    The pool is a new one, or one that a graph still uses. A capture that breaks off leaves streams, generators and
-    torch's allocator as they were; where that fails, a warning says so, and `no_graphs_reason` from then on.
+    The pool is a new one, or one that a graph still uses. A capture that breaks off restores streams, generators and
+    torch's allocator; if that fails, a warning says so, and `no_graphs_reason` from then on.
     """
     graph, stream, phase = torch.cuda.CUDAGraph(), torch.cuda.current_stream(), "begin"
     with _no_collection(), _own_workspaces():
@@ -79,7 +79,7 @@ def capture(pool: Any) -> Iterator[Graph]:
 
 
 def free_unused() -> None:
-    """Give back memory that torch keeps for its streams: that of a capture is its own."""
+    """Frees memory that torch keeps for its streams: a capture has its own."""
     torch.cuda.empty_cache()
 
 
@@ -88,26 +88,26 @@ class CaptureError(RuntimeError):
 
     @classmethod
     def of(cls, error: BaseException) -> CaptureError:
-        """With the error of the model or the driver."""
+        """Returns a CaptureError with the error of the model or the driver."""
         return cls(f"capture failed ({type(error).__name__}: {error})")
 
 
-# Before 2.14 torch counts a broken capture's pool as used for good, and may still look at its graph
+# Before 2.14 torch counts a broken capture's pool as in use forever, and may still read its graph
 GIVES_MEMORY_BACK = numbers(torch.__version__) >= [2, 14]
 _broken: list[Graph] = []
 _unusable: str | None = None  # why no graph is captured in this process any more
 
 
 def _unwind(graph: Any, pool: Any, stream: Any, phase: str) -> None:
-    """End what a capture that broke off in this phase has left under way."""
-    with on(stream):  # which the model may have left
+    """Ends what a capture that broke off in this phase has left unfinished."""
+    with on(stream):  # the model may have left the stream
         if phase == "inside":
             with suppress(RuntimeError), warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # that it may be empty
+                warnings.simplefilter("ignore")  # the warning that the graph may be empty
                 graph.capture_end()
-                return  # what broke it off was no error of CUDA's
+                return  # what broke off the capture was not an error of CUDA
         graph.reset()
-    with suppress(RuntimeError):  # newer ones have done so
+    with suppress(RuntimeError):  # newer versions have already done so
         _end_allocation(stream.device_index, pool)
     if phase != "begin" and not GIVES_MEMORY_BACK:
         _broken.append(graph)
@@ -120,7 +120,7 @@ def _unwind(graph: Any, pool: Any, stream: Any, phase: str) -> None:
 
 
 def _end_allocation(device_index: int, pool: Any) -> None:
-    # its name in torch before 2.8 says "CurrentStream", though it did the same
+    # before torch 2.8 its name has "CurrentStream", though it does the same
     name = "_cuda_endAllocateToPool"
     allocator: Any = torch._C
     end = getattr(allocator, name, None) or allocator._cuda_endAllocateCurrentStreamToPool
@@ -128,7 +128,7 @@ def _end_allocation(device_index: int, pool: Any) -> None:
 
 
 def _try_out(where: torch.device) -> None:
-    """Capture a launch on a stream and into a pool of its own, and draw a number.
+    """Captures a launch on a new stream and into a new pool, and draws a number.
 
     Before 2.13 only the end of a capture ends the broken one for the generators.
     """
@@ -136,7 +136,7 @@ def _try_out(where: torch.device) -> None:
     graph, random = torch.cuda.CUDAGraph(), RandomStates(device_generator(where))
     with on(torch.cuda.Stream(where)):
         number = torch.zeros(1, device=where)
-        number.zero_()  # not for the first time in the capture
+        number.zero_()  # a first launch before the capture
         graph.capture_begin(capture_error_mode="thread_local")
         number.zero_()
         graph.capture_end()
@@ -155,7 +155,7 @@ def _give_up(error: RuntimeError) -> None:
 
 @contextmanager
 def _no_collection() -> Iterator[None]:
-    """A collected tensor or graph would touch the allocator in the middle of a capture."""
+    """Disables garbage collection: freeing a tensor or graph would touch the allocator during a capture."""
     collecting = gc.isenabled()
     gc.disable()
     try:
@@ -167,11 +167,11 @@ def _no_collection() -> Iterator[None]:
 
 @contextmanager
 def _own_workspaces() -> Iterator[None]:
-    """A capture takes the workspace of cuBLAS from its own pool, and leaves none of that to its stream.
+    """Makes a capture take the workspace of cuBLAS from its own pool, and leaves no such workspace to its stream.
 
-    torch keeps one workspace for each stream, and before 2.15 a graph uses its stream's. But it may be freed while the
-    graph is still there: since 2.12 where another graph of that stream goes, and wherever a model that was compiled
-    with graphs of its own captures one.
+    torch keeps one workspace for each stream, and before 2.15 a graph uses its stream's. But that may be freed while
+    the graph still exists: since 2.12 when another graph of that stream is freed, and whenever a model that was
+    compiled with CUDA graphs captures one.
     """
     torch._C._cuda_clearCublasWorkspaces()
     try:
@@ -181,35 +181,35 @@ def _own_workspaces() -> Iterator[None]:
 
 
 def host_generator(device: torch.device) -> torch.Generator | None:
-    """The default generator of the host, where the device has one of its own. A graph does not draw from it again."""
+    """Returns the host's default generator if the device has its own. A replayed graph does not draw from it again."""
     return None if device.type == "cpu" else torch.default_generator
 
 
 def device_generator(device: torch.device) -> torch.Generator | None:
-    """The default generator of the device, from which graphs draw as the eager code does."""
+    """Returns the device's default generator, from which graphs draw like the eager code."""
     if device.type == "cuda":
         return torch.cuda.default_generators[device.index]
     return torch.default_generator if device.type == "cpu" else None
 
 
 class RandomStates:
-    """The states of some generators now (None among them is none)."""
+    """The current states of some generators (None stands for no generator)."""
 
     def __init__(self, *generators: torch.Generator | None) -> None:
         self._states = [(g, g.get_state()) for g in generators if g is not None]
 
     @classmethod
     def of(cls, where: torch.device, *others: torch.Generator | None) -> RandomStates:
-        """The states of the host's and the device's default generators, and of others."""
+        """Returns the states of the host's and the device's default generators, and of others."""
         return cls(host_generator(where), device_generator(where), *others)
 
     @property
     def moved(self) -> bool:
-        """Whether any has drawn since. Never waits for the device: a state is the host's."""
+        """Whether any generator has drawn since. Never waits for the device: the host holds the states."""
         return any(_bytes(g.get_state()) != _bytes(state) for g, state in self._states)
 
     def restore(self) -> None:
-        """Set them back."""
+        """Restores the states."""
         for generator, state in self._states:
             generator.set_state(state)
 

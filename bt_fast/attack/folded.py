@@ -1,8 +1,8 @@
-"""A faster view of the model for the attack, during which the weights stand still.
+"""The folded view: a faster form of the model for the attack, during which the weights do not change.
 
-In eval mode batch norm is `s·x + t` for each channel, so that behind a convolution or a linear layer it can be folded
+In eval mode batch norm is `s·x + t` for each channel, so that after a convolution or a linear layer it can be folded
 into that layer's weights: `bn(conv(x, W, b)) = conv(x, s·W, s·b + t)`. The view runs the model's own computation,
-traced once, on such folded weights, which `refresh` writes anew in place after the optimiser moved the model.
+traced once, on folded weights, which `refresh` rewrites in place after the optimiser has moved the model.
 
 A compiled model is traced as it was before, and an average of models as a model. A module that cannot be traced runs
 as it is, inside the view. Not folded is a norm that does not directly follow one layer: in a pre-activation block the
@@ -41,14 +41,14 @@ AGREEMENT = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.1, torc
 class Frozen:
     """The folded view of a model in the attack: each choice changes its gradients by rounding only.
 
-    In the model's own precision that moves next to no pixel of x'. In 16 bits it turns the signs of many small
-    gradients: x' is another one, found by an attack of the same strength (the README has the figures).
+    In the model's own precision rounding moves almost no pixel of x'. In 16 bits it flips the signs of many small
+    gradients: it gives another x', by an attack of the same strength (the README has the figures).
 
     Attributes:
         fold: batch norm becomes part of the layer before it.
-        channels_last: images and convolution weights with the channel as the fastest index.
-        autocast: torch.bfloat16 or torch.float16, for the attack's forwards and backwards, whatever the caller's own
-            autocast; None for the caller's, and without one the model's own precision.
+        channels_last: images and convolution weights have the channel as the fastest index.
+        autocast: torch.bfloat16 or torch.float16 for the attack's forwards and backwards, regardless of the caller's
+            autocast; None for the caller's, or without one the model's own precision.
         compile: `torch.compile` of the view (takes tens of seconds once; batch sizes are dynamic).
 
     Raises:
@@ -81,7 +81,7 @@ class FoldedModel:
     """
 
     def __init__(self, model: nn.Module, recipe: Frozen, x: Tensor) -> None:
-        """Trace the model and compare the view with it on `x` [n, ...]: waits for the device, once."""
+        """Traces the model and compares the view with it on `x` [n, ...]: waits for the device, once."""
         self._model = ref(model)
         self._recipe = recipe
         self.channels_last = recipe.channels_last and (recipe.fold or takes_channels_last(model, x))
@@ -101,7 +101,7 @@ class FoldedModel:
             self._compile(model, x)
 
     def _fold(self, model: nn.Module, x: Tensor) -> str | None:
-        """Trace the model; or why that cannot be."""
+        """Traces the model; returns the reason if that is impossible."""
         try:
             traced, self._folds = _traced(model, self._formatted(x), self._precision(x), self.channels_last)
             self.refresh()
@@ -124,21 +124,21 @@ class FoldedModel:
         return None
 
     def _compile(self, model: nn.Module, x: Tensor) -> None:
-        """Compile forward and backward now, so that a failure is known now."""
+        """Compiles forward and backward now, so that a failure is known now."""
         plain = self._folded
         self._folded = torch.compile(model if plain is None else plain, dynamic=True)  # for prefixes of many sizes
         leaf = x.detach().clone().requires_grad_()
         try:
             with torch.enable_grad():
                 torch.autograd.grad(self(leaf).float().sum(), leaf)
-        except Exception as error:  # whatever the compiler raises, or its C++ compiler that is not there
+        except Exception as error:  # any error of the compiler, or a missing C++ compiler
             why = " ".join(str(error).splitlines()[:2])  # the second line names what the backend raised
             warn_caller(f"the attack's view of the model is not compiled: {type(error).__name__}: {why}")
             self._folded = plain
 
     @property
     def model(self) -> nn.Module:
-        """The model of which this is a view."""
+        """The model that this is a view of."""
         model = self._model()
         assert model is not None, "the model is gone"
         return model
@@ -194,7 +194,7 @@ class FoldedModel:
 
 
 def independent(view: Callable[[Tensor], Tensor]) -> bool:
-    """Whether a training forward of the model may run beside calls of this view of it."""
+    """Whether a training forward of the model may run beside calls of this view."""
     return isinstance(view, FoldedModel) and view.independent
 
 
@@ -203,13 +203,13 @@ _views: WeakKeyDictionary[nn.Module, dict[Frozen, FoldedModel]] = WeakKeyDiction
 
 @contextmanager
 def attack_model(model: nn.Module, recipe: Frozen | None, x: Tensor) -> Iterator[Callable[[Tensor], Tensor]]:
-    """The view of the model by this recipe, up to date and in eval mode; without a recipe the model itself.
+    """Yields the view of the model by this recipe, up to date and in eval mode; without a recipe the model itself.
 
     Args:
         x: [n, ...], n ≥ 1, a batch on which a new view is compared with the model.
 
     Raises:
-        TypeError: the recipe is no `Frozen`, the model no module, or its output no logits.
+        TypeError: the recipe is not a `Frozen`, the model not a module, or its output not logits.
     """
     check_kind("frozen", recipe, Frozen, "write frozen=Frozen()", optional=True)
     model = unwrapped(model)
@@ -226,12 +226,12 @@ def attack_model(model: nn.Module, recipe: Frozen | None, x: Tensor) -> Iterator
 
 
 def known_view(model: nn.Module, recipe: Frozen) -> FoldedModel | None:
-    """The view of a model by this recipe, if there is one."""
+    """Returns the view of a model by this recipe, or None."""
     return _views.get(model, {}).get(recipe)
 
 
 def _held(model: nn.Module) -> list[object]:
-    """The modules and tensors of a trace. (A storage that moved needs no new trace: it is the same tensor.)
+    """Returns the modules and tensors of a trace. (A moved storage needs no new trace: the tensor is the same.)
 
     Modules are held by weak reference: a user's model may be one inside another.
     """
@@ -245,7 +245,7 @@ def _form(x: Tensor) -> dict[str, object]:
 
 
 def _kinds(held: list[object]) -> list[tuple[torch.dtype, torch.device]]:
-    """A parameter stays the same tensor when its module is cast or moved."""
+    """Returns dtypes and devices, since a parameter stays the same tensor when its module is cast or moved."""
     return [(t.dtype, t.device) for t in held if isinstance(t, Tensor)]
 
 
@@ -278,7 +278,7 @@ def _compare(model: nn.Module, graph: fx.GraphModule, x: Tensor, channels_last: 
         raise NotFoldedError(f"its trace does not run ({first_line(error)})") from error
     if same:
         return
-    try:  # in TF32 folded weights round to other bits: the logits may differ by more than the fold does to them
+    try:  # in TF32 folded weights round to other bits: the logits may differ by more than the fold itself causes
         with full_precision(), uncompiled():
             same = _same(graph(x.clone()), logits_in_format(model, x, channels_last))
     except RuntimeError as error:  # of a model that reads the old setting of TF32

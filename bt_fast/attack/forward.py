@@ -12,19 +12,19 @@ from torch import Tensor, nn
 
 from bt_fast.validation import check_model
 
-Modes = list[tuple[nn.Module, bool]]  # of a module and all in it, parents first: true in train mode
+Modes = list[tuple[nn.Module, bool]]  # of a module and all modules in it, parents first: True in train mode
 
 
 def modes_of(model: nn.Module) -> Modes:
-    """The train or eval mode of each module."""
+    """Returns the train or eval mode of each module."""
     return [(module, module.training) for module in model.modules()]
 
 
 def set_modes(modes: Modes) -> None:
-    """Put each module into its mode.
+    """Sets the mode of each module.
 
-    By `train(mode)`, parents first, since some modules do work there (adapters merge and unmerge their weights); then
-    the flags are set exactly, since others refuse.
+    Calls `train(mode)`, parents first, since some modules do work in it (adapters merge and unmerge their weights);
+    then sets the flags exactly, since other modules refuse.
     """
     for module, training in modes:
         if module.training != training:
@@ -34,7 +34,7 @@ def set_modes(modes: Modes) -> None:
 
 
 def plain_values(model: nn.Module) -> tuple[tuple[str, object], ...]:
-    """Modes, numbers and names in the model's modules, which a graph of its forward has fixed beside tensors."""
+    """Returns modes, numbers and names in the model's modules, which a graph of its forward fixes besides tensors."""
     return tuple([item for module in model.modules() for item in vars(module).items() if type(item[1]) in _PLAIN])
 
 
@@ -43,7 +43,7 @@ _PLAIN = frozenset({bool, int, float, str, type(None)})
 
 @contextmanager
 def modes_restored(model: nn.Module) -> Iterator[None]:
-    """Give every submodule its own train or eval mode back at the end. A TypeError, if the model is no module."""
+    """Restores the train or eval mode of every submodule at the end. TypeError if the model is not a module."""
     check_model(model)
     modes = modes_of(model)
     try:
@@ -54,20 +54,20 @@ def modes_restored(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """The whole model in eval mode: batch-norm statistics are frozen, and no sample sees its neighbours."""
+    """Sets the whole model to eval mode: batch-norm statistics are frozen, and no sample depends on its neighbours."""
     with modes_restored(model):
         model.eval()
         yield
 
 
 def uncompiled() -> AbstractContextManager[object]:
-    """Compiled modules run as they were written. (Without the compiler imported there are none.)"""
+    """Runs compiled modules as they were written. (If the compiler is not imported there are none.)"""
     compiled = "torch._dynamo" in sys.modules and not torch.compiler.is_compiling()
     return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 
 
 def uncached(x: Tensor) -> AbstractContextManager[object]:
-    """The caller's autocast, on the device of x, without its cache of cast weights.
+    """Disables the cache of cast weights in the caller's autocast on the device of x.
 
     A graph would outlive the cache, and an update needs casts that have a gradient.
     """
@@ -76,7 +76,7 @@ def uncached(x: Tensor) -> AbstractContextManager[object]:
 
 
 def caller_autocast(x: Tensor) -> torch.dtype | None:
-    """The dtype of the caller's autocast on the device of x, if there is one."""
+    """Returns the dtype of the caller's autocast on the device of x, or None."""
     kind = x.device.type
     enabled = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     return torch.get_autocast_dtype(kind) if enabled else None
@@ -114,7 +114,7 @@ def logits_of(model: Callable[[Tensor], Tensor], x: Tensor, *, least: int = 2) -
 
     Raises:
         TypeError: the model does not return a floating-point tensor.
-        ValueError: it does not return one row of at least two logits for each sample.
+        ValueError: the model does not return one row of at least two logits for each sample.
     """
     return checked_logits(model(x.clone()), len(x), least=least)
 
@@ -145,7 +145,8 @@ def place_of_logits(returned: object, n: int) -> str | None:
         return isinstance(value, Tensor) and value.is_floating_point() and value.dim() == 2 and len(value) == n
 
     if isinstance(returned, Mapping):
-        return next((f"[{key!r}]" for key, value in returned.items() if fits(value)), "['logits']")
+        keys = [key for key, value in returned.items() if fits(value)]
+        return f"[{'logits' if 'logits' in keys or not keys else keys[0]!r}]"
     if isinstance(returned, Sequence) and not isinstance(returned, str):
         return next((f"[{k}]" for k, value in enumerate(returned) if fits(value)), "[0]")
     return ".logits" if hasattr(returned, "logits") else None
@@ -153,7 +154,7 @@ def place_of_logits(returned: object, n: int) -> str | None:
 
 @contextmanager
 def reentrant_refused() -> Iterator[None]:
-    """Around `autograd.grad`: a ValueError for a model with reentrant checkpoints, which only `backward()` can run."""
+    """Makes `autograd.grad` raise ValueError for a model with reentrant checkpoints, which need `backward()`."""
     try:
         yield
     except RuntimeError as error:
@@ -166,10 +167,10 @@ def reentrant_refused() -> Iterator[None]:
 
 
 def gradient_of(outputs: Tensor, x: Tensor, weights: Tensor | None = None, *, create_graph: bool = False) -> Tensor:
-    """The gradient of the model's `outputs` (times `weights`, if they are no number) with respect to its images `x`.
+    """Returns the gradient of the model's `outputs` (times `weights` unless they are a number) by its images `x`.
 
     Raises:
-        ValueError: the outputs have no gradient to the images, or a reentrant checkpoint stands between them.
+        ValueError: the outputs have no gradient to the images, or a reentrant checkpoint lies between them.
     """
     grad = None
     if outputs.requires_grad:
@@ -181,7 +182,7 @@ def gradient_of(outputs: Tensor, x: Tensor, weights: Tensor | None = None, *, cr
 
 
 def without_gradient() -> ValueError:
-    """The error of a model that gives its images no gradient."""
+    """Returns the error for a model that gives its images no gradient."""
     return ValueError(
         "model must return logits with a gradient to its images, but gave logits without one: "
         "take .detach(), torch.no_grad() or a rounding out of its forward"
@@ -192,9 +193,9 @@ _in_float16: WeakKeyDictionary[Callable[[Tensor], Tensor], dict[object, bool]] =
 
 
 def in_float16(model: Callable[[Tensor], Tensor], x: Tensor, logits: Tensor) -> bool:
-    """Whether the gradient of `logits`, the model's for x, passes through float16, where small ones are lost.
+    """Whether the gradient of the model's `logits` for x passes through float16, which loses small values.
 
-    Known after one walk over the backward for each model, kind of images and autocast, without compiled parts.
+    Walks the backward once for each model, kind of images and autocast, without compiled parts.
     """
     if logits.dtype in (torch.float16, torch.float64):
         return logits.dtype == torch.float16
@@ -206,7 +207,7 @@ def in_float16(model: Callable[[Tensor], Tensor], x: Tensor, logits: Tensor) -> 
 
 
 def _dtypes_behind(outputs: Tensor) -> Iterator[torch.dtype]:
-    """The dtypes of all gradients in a backward of `outputs`."""
+    """Yields the dtypes of all gradients in a backward of `outputs`."""
     waiting, visited = [outputs.grad_fn], set()
     while waiting:
         node = waiting.pop()

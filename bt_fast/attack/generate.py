@@ -1,4 +1,4 @@
-"""Images, model and plan in; perturbed images out."""
+"""The ragged attack as a function: images, model and plan in; perturbed images out."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from bt_fast.validation import check_kind
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-COMPARED = 8  # samples on which a view of the model is held against it, once
+COMPARED = 8  # number of samples on which a view is compared with the model, once
 
 NEW_LINES = {
     "frozen": "write engine='fast', or engine=Engine(fold=True) for this alone",
@@ -53,10 +53,10 @@ def generate(
     engine: Engine | str = "exact",
     **deprecated: Unpack[Deprecated],
 ) -> Tensor:
-    """The ragged attack on images in a plan's sorted order: the divergence of the model's output from `target` grows.
+    """Runs the ragged attack on images in a plan's sorted order: the output's divergence from `target` grows.
 
-    The model runs in eval mode and comes back in its modes; its parameters' gradients are not touched. Each sample's
-    result depends on no other sample. A sample with 0 steps comes back as its `start`.
+    The model runs in eval mode and its modes are restored; its parameters' gradients are not touched. No sample's
+    result depends on other samples. A sample with 0 steps is returned as its `start`.
 
     Args:
         model: maps [n, ...] to logits [n, K].
@@ -65,9 +65,9 @@ def generate(
         target: [m, K]: the clean probabilities for KL, a one-hot label for cross-entropy.
         plan: the number and the size of each sample's steps.
         threat: the ball and the pixel bounds of a perturbation.
-        generator: on the images' device; its numbers stand in for a direction where an ℓ2 gradient is 0.
-        faulty: [m] int32 on the images' device, set to 1 for each sample that could not move in some step, since its
-            input gradient held NaN (in ℓ2: or Inf). `faults.gradients_without_direction` makes an error of it.
+        generator: on the images' device; its numbers replace the direction of an ℓ2 gradient that is 0.
+        faulty: [m] int32 on the images' device, set to 1 for each sample that could not move in some step because its
+            input gradient held NaN (in ℓ2: or Inf). `faults.gradients_without_direction` turns it into an error.
         engine: how the attack is executed, by name or as an `Engine`.
         deprecated: keywords of the first version; each warns with the new line.
 
@@ -76,8 +76,8 @@ def generate(
 
     Raises:
         TypeError: the images are not floating point, or the model does not return such logits.
-        ValueError: shapes do not fit together, or the model does not return logits [n, K]. Values are not checked
-            here (that would mean to wait for the device): `trades_loss` and `evaluate` check them.
+        ValueError: shapes do not fit together, or the model does not return logits [n, K]. Values are not checked here,
+            which would wait for the device: `trades_loss` and `evaluate` check them.
     """
     check_keywords("generate", deprecated, NEW_LINES)
     _check(clean, start, target, plan, faulty)
@@ -99,14 +99,14 @@ def generate(
 
 @dataclass(eq=False)
 class StartedAttack:
-    """An attack with its steps queued, perhaps on streams of its own. A `with` block leaves with it joined."""
+    """An attack with its steps queued, perhaps on separate streams. A `with` block joins it at its end."""
 
     join: Join
-    result: Callable[[], Tensor]  # gives x' [m, ...], once it is joined
+    result: Callable[[], Tensor]  # returns x' [m, ...], after the join
 
     @property
     def beside(self) -> bool:
-        """Whether the caller's work from now on runs beside the attack."""
+        """Whether the caller's later work runs beside the attack."""
         return self.join is not joined
 
     def __enter__(self) -> StartedAttack:
@@ -116,21 +116,21 @@ class StartedAttack:
         self.join()
 
     def finish(self) -> Tensor:
-        """x' [m, ...], once the caller's stream waits for the steps."""
+        """Makes the caller's stream wait for the steps and returns x' [m, ...]."""
         self.join()
-        self.join = joined  # not once more at the end of the block
+        self.join = joined  # so that the end of the block does not join again
         x_adv = self.result()
-        self.result = lambda: x_adv  # which keeps no batch in another memory format
+        self.result = lambda: x_adv  # keeps no batch in another memory format alive
         return x_adv
 
 
 def start_attack(
     view: View, batch: AttackBatch, threat: ThreatModel, generator: torch.Generator | None, runner: Runner
 ) -> StartedAttack:
-    """Queue the attack on a view of the model, as `attack_model` gives it and inside its `with` block.
+    """Queues the attack on a view of the model from `attack_model`, inside its `with` block.
 
-    Where the runner has streams of its own, the caller's work before `finish` runs beside the attack. The batch's
-    `x_adv` is the attack's start, and is not changed.
+    If the runner has its own streams, the caller's work before `finish` runs beside the attack. The batch's `x_adv` is
+    the attack's start, and is not changed.
     """
     start = batch.x_adv
     with torch.inference_mode(False):

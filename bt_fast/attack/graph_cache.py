@@ -1,4 +1,4 @@
-"""The graphs of one loss, of its attack steps and of its updates, and how an engine executes its attack."""
+"""The graphs of one loss's attack steps and updates, and how an engine executes its attack."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ DTYPES = {"bf16": torch.bfloat16}
 
 
 class GraphCache:
-    """The runners of a loss's attacks and the graphs of its updates. It holds no model alive, and is never copied."""
+    """The runners of a loss's attacks and the graphs of its updates. It keeps no model alive, and is never copied."""
 
     def __init__(self) -> None:
         self._runners: dict[bool, Runner] = {}  # by whether it may use streams
         self.updates: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()  # by model
 
     def runner(self, engine: Engine, x: Tensor) -> Runner:
-        """The runner of the engine's attack on images like x: eager where there are no graphs."""
+        """Returns the runner of the engine's attack on images like x: eager without graphs."""
         if not (engine.graphs and device.has_graphs(x)):
             return run_eager
         if engine.streams not in self._runners:
@@ -41,7 +41,7 @@ class GraphCache:
 
 
 def view_of(engine: Engine) -> Frozen | None:
-    """The view of the model that the engine's attack sees; None for the model itself."""
+    """Returns the view of the model that the engine's attack uses; None for the model itself."""
     if not (engine.fold or engine.channels_last or engine.compile or engine.precision):
         return None
     dtype = DTYPES[engine.precision] if engine.precision else None
@@ -49,7 +49,7 @@ def view_of(engine: Engine) -> Frozen | None:
 
 
 def shared_cache(engine: Engine) -> GraphCache:
-    """The cache of all functions called with this engine, which have no loss of their own to keep one."""
+    """Returns the cache for all functions called with this engine, since a function has no cache of its own."""
     return _shared.setdefault(engine, GraphCache())
 
 

@@ -1,8 +1,8 @@
-"""Replay the ragged attack's step from CUDA graphs: one graph for each size of prefix, rounded up to a bucket.
+"""Replays the ragged attack's step from CUDA graphs: one graph for each size of prefix, rounded up to a bucket.
 
-All buckets are prefixes of one set of static buffers, sorted by descending steps, so that there are m / 8 of them, and
-not one for each pair of group sizes. The samples that pad a bucket have no steps left, and the step leaves those alone
-(or they are rows of an earlier, larger batch, that nobody reads): the result is the eager one.
+All buckets are prefixes of one set of static buffers, sorted by descending steps, so that there are m / 8 of them
+instead of one for each pair of group sizes. The samples that pad a bucket have no steps left, so the step does not
+change them (or they are rows of an earlier, larger batch, which nobody reads): the result is the eager one.
 """
 
 from __future__ import annotations
@@ -29,20 +29,23 @@ from bt_fast.ops.launch import dense_format
 from bt_fast.ranges import ATTACK_STEP, range_
 from bt_fast.validation import step_count
 
+MOST_SESSIONS = 4  # of one model, with a pool of memory each: an ε that follows a schedule makes a new one each time
+
 
 class GraphRunner:
     """Runs schedules from graphs, captured when a prefix's size comes for the second time.
 
-    Work is queued on a stream of the runner's own, which waits for the caller's and which the caller's then waits for.
-    A model that cannot be captured runs eagerly, with one warning that says why: one with hooks (which run on the
-    host), one that waits for the device, one that draws random numbers (the rows that pad a bucket would draw some,
-    too), one whose forward changes a number of its own. Where a capture fails, or memory runs out, the runner frees all
-    graphs and buffers that it holds and runs that model eagerly from then on: all graphs of a model share one pool, so
-    that fewer of them would hardly need less.
+    Work is queued on the runner's own stream, which waits for the caller's and which the caller's then waits for. A
+    model that cannot be captured runs eagerly, with one warning that says why: one with hooks (which run on the host),
+    one that waits for the device, one that draws random numbers (the rows that pad a bucket would draw some, too), one
+    that changes a number of its own in its forward. If a capture fails, or memory runs out, the runner frees all graphs
+    and buffers that it holds and runs that model eagerly from then on: all graphs of a model share one pool, so keeping
+    fewer would hardly save memory.
 
     Args:
         bucket: prefixes are rounded up to a multiple of it.
-        most_graphs: for each model; the least recently used are dropped beyond.
+        most_graphs: for each model; beyond it, the least recently used are dropped, as are those of more than four
+            forms of attack (image sizes, ε, inner losses).
 
     Raises:
         TypeError or ValueError: a count is not an integer of at least 1.
@@ -62,9 +65,9 @@ class GraphRunner:
         threat: ThreatModel,
         generator: torch.Generator | None,
     ) -> Callable[[], None]:
-        """Queue the attack beside the caller's next work, which waits for it once the returned function is called.
+        """Queues the attack beside the caller's next work; calling the returned function makes later work wait for it.
 
-        An exception leaves the caller's stream waiting for the queued work, and the batch as it was.
+        After an exception the caller's stream waits for the queued work, and the batch is unchanged.
         """
         join = self.queued(model, batch, threat, generator)
         if join is None:
@@ -80,7 +83,7 @@ class GraphRunner:
         *,
         capacity: int = 0,
     ) -> Callable[[], None] | None:
-        """As `start`, but None, with a warning and nothing done, where the model cannot run from graphs.
+        """Like `start`, but only warns and returns None if the model cannot run from graphs.
 
         Args:
             capacity: the least number of samples to make room for.
@@ -103,7 +106,7 @@ class GraphRunner:
             if not out_of_memory(error):
                 raise
             reason = f"out of memory ({error})"
-        del session  # with the error gone too, no frame holds its memory when the attack runs eagerly
+        del session  # the error is gone too, so no frame holds its memory when the attack runs eagerly
         for of_model in self._graphs.values():
             of_model.captured.clear()
         random.restore()
@@ -111,11 +114,11 @@ class GraphRunner:
         return None
 
     def forget(self, model: Callable[[Tensor], Tensor]) -> None:
-        """Let go of a model's graphs and their memory."""
+        """Frees a model's graphs and their memory."""
         self._of(model).captured.clear()
 
     def explain(self, model: Any) -> str:
-        """How a model's attacks run, in words."""
+        """Describes how a model's attacks run."""
         graphs = self._of(model)
         return graphs.explain(sum(len(s.graphs) for s in graphs.captured.values()), "a size comes again")
 
@@ -129,7 +132,9 @@ class GraphRunner:
         session = graphs.use(key)
         if session is None or session.capacity < capacity:
             session = sessions[key] = _Session(model, batch, threat, self._bucket, self._most, capacity)
-        while len(sessions) > 1 and sum(len(s.graphs) for s in sessions.values()) > self._most:
+        while len(sessions) > MOST_SESSIONS or (
+            len(sessions) > 1 and sum(len(s.graphs) for s in sessions.values()) > self._most
+        ):
             sessions.popitem(last=False)
         return session
 
@@ -156,7 +161,7 @@ class _Session:
         self.capacity = -(-capacity // bucket) * bucket
         self.graphs: GraphPool[int, device.Graph] = GraphPool()
         self._bucket, self._most, self._threat = bucket, most, threat
-        # the graphs hold their addresses, which no other tensor must get
+        # the graphs hold their addresses, which must not be reused
         self._kept = [t.detach() for t in _tensors(model)]
         self._warm: set[int] = set()
         self._stream = device.new_stream(x)
@@ -175,7 +180,7 @@ class _Session:
         self._step, self._seed = (torch.zeros((), dtype=torch.int64, device=x.device) for _ in range(2))
 
     def start(self, model: View, batch: AttackBatch, seeds: Tensor | None) -> Join:
-        """Queue the attack; the returned function makes the caller wait. An exception leaves the batch as it was."""
+        """Queues the attack; the returned function makes the caller wait. An exception leaves the batch unchanged."""
         own, caller = self._own[: len(batch)], device.current_stream(batch.x_adv)
         self._stream.wait_stream(caller)
         try:
@@ -200,13 +205,13 @@ class _Session:
                 batch.x_adv.copy_(own.x_adv)
                 torch.maximum(batch.faulty, own.faulty, out=batch.faulty)
         except BaseException:
-            caller.wait_stream(self._stream)  # its buffers may be freed next, for the caller to use
+            caller.wait_stream(self._stream)  # its buffers may be freed next and reused by the caller
             raise
-        # until then the caller's stream must be given none of the memory that this one works on
+        # until then the caller's stream must not get any memory that this one works on
         return partial(_join, caller, self._stream, (self, batch, seeds))
 
     def _advance(self, model: View, n: int) -> None:
-        """One step of the first n samples: replayed, or run where this size is new."""
+        """Takes one step of the first n samples: replayed, or eager if this size is new."""
         graph = self.graphs.use(n)
         if graph is None and n not in self._warm:
             self._try(model, n)
@@ -216,7 +221,7 @@ class _Session:
         graph.replay()
 
     def _try(self, model: View, n: int) -> None:
-        """Run a step eagerly, and look whether a graph could do the same."""
+        """Runs a step eagerly, and checks whether a graph could do the same."""
         random, values = RandomStates.of(self._own.x_adv.device), _values(model)
         self._take_step(model, n)
         if _values(model) != values:
@@ -247,7 +252,7 @@ def own_inner_reason(batch: AttackBatch) -> str | None:
 
 
 def _reason(model: View, x: Tensor) -> str | None:
-    """Why the attack on this model cannot be captured now."""
+    """Returns why the attack on this model cannot be captured now, or None."""
     root = model.model if isinstance(model, FoldedModel) else model
     reason = hook_reason(root) if isinstance(root, nn.Module) else None
     if isinstance(root, nn.Module) and any(map(spread, root.modules())):
@@ -256,7 +261,7 @@ def _reason(model: View, x: Tensor) -> str | None:
 
 
 def _values(model: View) -> tuple[object, ...]:
-    """A view's are in its trace."""
+    """Returns the values fixed by a graph; a folded view's are in its trace."""
     return plain_values(model) if isinstance(model, nn.Module) else ()
 
 
@@ -267,6 +272,6 @@ def _tensors(model: View) -> list[Tensor]:
 
 
 def _room(x: Tensor, capacity: int) -> Tensor:
-    """Zeros for `capacity` samples like those of `x`, in its memory format."""
+    """Returns zeros for `capacity` samples like those of `x`, in its memory format."""
     rows = x[:1].expand(capacity, *x.shape[1:])
     return torch.zeros_like(rows, memory_format=dense_format(x) or torch.contiguous_format)

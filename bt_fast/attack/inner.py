@@ -5,17 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Final, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from bt_fast import ops
+from bt_fast.attack.dlr import LEAST_CLASSES, dlr
 from bt_fast.ops import rows as logit_rows
 from bt_fast.ops.numeric import kind_of
 
 InnerLoss = Literal["kl", "cross_entropy", "margin", "dlr", "lse"]
 NAMES: tuple[str, ...] = get_args(InnerLoss)
+TARGETED: Final = "dlr_targeted"
+OF_CLEAN = ("kl", "lse")
 SHORT = {"ce": "cross_entropy"}  # as evaluations call it
 
 
@@ -37,40 +40,52 @@ class Rows:
 
 InnerFunction = Callable[[Tensor, Rows], Tensor]
 Inner = InnerLoss | InnerFunction
+OfAPGD = Inner | Literal["dlr_targeted"]
 
 
-def check_inner(name: str, inner: object, *, optional: bool = True) -> None:
-    """Raise TypeError or ValueError that names `name` unless it is a named loss or a function, or optional and None."""
-    if (optional and inner is None) or (isinstance(inner, str) and inner in NAMES):
+def check_inner(name: str, inner: object, names: tuple[str, ...] = NAMES) -> None:
+    """Raise TypeError or ValueError that names `name` unless it is a loss of these names, a function, or None."""
+    if inner is None or (isinstance(inner, str) and inner in names):
         return
     if isinstance(inner, (str, type)) or not callable(inner):
         raise (ValueError if isinstance(inner, str) else TypeError)(
-            f"{name} must be one of {', '.join(map(repr, NAMES))} or a function of (outputs, rows), got {inner!r}: "
+            f"{name} must be one of {', '.join(map(repr, names))} or a function of (outputs, rows), got {inner!r}: "
             f"write {name}='cross_entropy'"
         )
 
 
-def check_enough_classes(inner: Inner, classes: int) -> None:
+def check_enough_classes(inner: OfAPGD, classes: int) -> None:
     """Raise ValueError where the inner loss needs more classes than the model has."""
-    if inner == "dlr" and classes < 3:
+    if not isinstance(inner, str) or classes >= (least := LEAST_CLASSES.get(inner, 2)):
+        return
+    below = "the third logit" if inner == "dlr" else "the mean of the third and the fourth logit"
+    raise ValueError(
+        f"inner={inner!r} divides by the gap of the first and {below}: the model must have K >= {least} classes, "
+        f"got {classes}: write inner='margin'"
+    )
+
+
+def check_not_at_x(start: str | None, inner: OfAPGD | None) -> None:
+    """Raise ValueError for a start at x where the inner loss has no gradient there."""
+    if start == "clean" and isinstance(inner, str) and inner in OF_CLEAN:
         raise ValueError(
-            f"inner='dlr' divides by the gap of the first and the third logit: the model must have K >= 3 classes, "
-            f"got {classes}: write inner='margin'"
+            f"attack must not start at x with the inner loss {inner!r}, a distance from x's own distribution, which "
+            "has no gradient there: write start='normal', or inner='cross_entropy'"
         )
 
 
-def of_clean(inner: Inner) -> bool:
+def of_clean(inner: OfAPGD) -> bool:
     """Whether it compares with the clean outputs of each sample, and not with its label alone."""
-    return not isinstance(inner, str) or inner in ("kl", "lse")
+    return not isinstance(inner, str) or inner in OF_CLEAN
 
 
-def by_label(inner: Inner) -> bool:
+def by_label(inner: OfAPGD) -> bool:
     """Whether it reads labels, and not a target alone."""
-    return not isinstance(inner, str) or inner in ("margin", "dlr")
+    return not isinstance(inner, str) or inner in ("margin", "dlr", TARGETED)
 
 
 def direction_of(
-    inner: Inner,
+    inner: OfAPGD,
     outputs: Tensor,
     target: Tensor,
     labels: Tensor | None,
@@ -86,6 +101,8 @@ def direction_of(
     - "lse": `‖softmax(z) - target‖²`, the target being the clean distribution (SCORE, Pang et al., 2022).
     - A function of (outputs, rows) returns the loss of each row.
 
+    "dlr_targeted" is of `inner_values` alone, whose goals it needs.
+
     Args:
         outputs: [n, d] floating point without gradient, logits but for a function.
         target: [n, d], probabilities; for a function the clean outputs.
@@ -100,9 +117,13 @@ def direction_of(
         return ops.ascent_direction(outputs, target, scaled)
     z = outputs.to(logit_rows.result_dtype(outputs))
     if not isinstance(inner, str):
-        direction, unfit = _of_function(inner, z, Rows(target, labels)), z.isnan().any(dim=1)
-    else:
-        direction, unfit = _of_name(inner, z, target.to(z.dtype), labels), ~logit_rows.has_softmax(z)
+        return fitted(of_function(inner, z, Rows(target, labels))[1], outputs, z.isnan().any(dim=1), scaled, together)
+    direction = _of_name(inner, z, target.to(z.dtype), labels)
+    return fitted(direction, outputs, ~logit_rows.has_softmax(z), scaled, together)
+
+
+def fitted(direction: Tensor, outputs: Tensor, unfit: Tensor, scaled: bool, together: bool) -> Tensor:
+    """A direction [n, d] as `direction_of` gives it: rows `unfit` [n] bool are NaN, scaled, in the outputs' dtype."""
     direction = torch.where(unfit[:, None], math.nan, direction)
     if scaled:
         direction = _scaled(direction, together)
@@ -117,8 +138,8 @@ def _of_name(inner: str, z: Tensor, target: Tensor, labels: Tensor | None) -> Te
         gap = p - target
         return 2.0 * p * (gap - (p * gap).sum(dim=1, keepdim=True))
     assert labels is not None
-    at = labels[:, None]
-    return _margin(z, at) if inner == "margin" else _dlr(z, at)
+    assert inner != TARGETED
+    return _margin(z, labels[:, None]) if inner == "margin" else dlr(z, labels)[1]
 
 
 def _margin(z: Tensor, at: Tensor) -> Tensor:
@@ -127,24 +148,8 @@ def _margin(z: Tensor, at: Tensor) -> Tensor:
     return torch.zeros_like(z).scatter_(1, wrong, 1.0).scatter_(1, at, -1.0)
 
 
-def _dlr(z: Tensor, at: Tensor) -> Tensor:
-    """With the margin a and the gap b of the DLR loss a / b: `∇a / b - a/b · ∇b / b`."""
-    top, places = z.topk(3, dim=1)
-    first, second, third = places.split(1, dim=1)
-    true_first = first == at
-    wrong = torch.where(true_first, second, first)
-    largest_wrong = torch.where(true_first, top[:, 1:2], top[:, :1])
-    gap = top[:, :1] - top[:, 2:] + 1e-12
-    loss = (largest_wrong - z.gather(1, at)) / gap
-    classes = torch.arange(z.shape[1], device=z.device)
-    of_margin, of_gap = (
-        (classes == up).to(z.dtype) - (classes == down).to(z.dtype) for up, down in ((wrong, at), (first, third))
-    )
-    return (of_margin - loss * of_gap) / gap
-
-
-def _of_function(inner: InnerFunction, z: Tensor, rows: Rows) -> Tensor:
-    """The gradient of the sum of the function's values, one of each row."""
+def of_function(inner: InnerFunction, z: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+    """The function's values [n] of outputs z [n, d], and the gradient of their sum."""
     z = z.detach().requires_grad_()
     with torch.enable_grad():
         values = inner(z, rows)
@@ -165,7 +170,7 @@ def _of_function(inner: InnerFunction, z: Tensor, rows: Rows) -> Tensor:
             "inner must return a loss with a gradient to its outputs, but gave one without: "
             "take .detach(), torch.no_grad() or a rounding out of it"
         )
-    return gradient
+    return values.detach(), gradient
 
 
 def _scaled(direction: Tensor, together: bool) -> Tensor:

@@ -1,6 +1,6 @@
-"""Models whose logits of a sample depend on the other samples of its batch in eval mode.
+"""Detects models with logits of a sample that depend on the other samples of its batch in eval mode.
 
-A batch norm without statistics of its own makes them so, or a layer that takes the batch's mean or attends to it.
+Causes are a batch norm without running statistics, or a layer that uses the batch's mean or attends to the batch.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from bt_fast.attack.threat import ThreatModel
 from bt_fast.warning import warn_caller
 
 _looked_at: WeakSet[nn.Module] = WeakSet()
-ROOM = 1e-2  # of the largest logit: far above rounding in 16 bits, far below the effect of another image
+ROOM = 1e-2  # relative to the largest logit: far above rounding in 16 bits, far below the effect of another image
 
 
 def warn_of_neighbours(model: nn.Module, x: Tensor, threat: ThreatModel, instead: str) -> None:
-    """Warn, once for a model in eval mode, if the first image's logits change with the image beside it.
+    """Warns once for a model if, in eval mode, the first image's logits change with the image beside it.
 
-    Two forwards of two images, which leave buffers and generators as they were; on a GPU they are waited for.
+    Runs two forwards of two images, which leave buffers and generators unchanged; on a GPU the host waits for them.
 
     Args:
         x: [m, ...], m ≥ 1, images within the threat model's bounds.
-        instead: another way out for the caller than to change the model.
+        instead: the caller's alternative to changing the model.
     """
     if model in _looked_at or x.is_meta:
         return

@@ -13,7 +13,8 @@ from bt_fast.attack.threat import ThreatModel
 from bt_fast.validation import check_choice, check_kind, real, size, size_of_step, step_count
 
 Norm = Literal["linf", "l2"]
-_NORMS: dict[str, str] = {"linf": "l_inf", "l2": "l_2"}  # as the threat model, and the authors' `distance`, call them
+NORMS: dict[str, str] = {"linf": "l_inf", "l2": "l_2"}  # as the threat model, and the authors' `distance`, call them
+STARTS = ("normal", "uniform", "clean", None)
 
 
 @dataclass(frozen=True)
@@ -26,14 +27,17 @@ class PGD:
         steps: N ≥ 1; with BulletTrain its N_B.
         norm: "linf" or "l2" (over all pixels of one image).
         start: "normal", at x and 0.001·N(0, 1), "uniform" in the ε-ball, clamped to the bounds, or "clean", at x (not
-            with "kl", which has no gradient there). None: the loss's own, "uniform" for `PGDLoss` and "normal" for all
-            others.
+            with "kl" and "lse", which have no gradient there). None: the loss's own, "uniform" for `PGDLoss` and
+            "normal" for all others.
         inner: the inner loss. Away from the clean distribution: "kl", or "lse", the squared error of the probabilities
             (SCORE). Away from the label: "cross_entropy"; "margin", the largest wrong logit minus the true one; "dlr",
             that divided by the gap of the first and the third logit (AutoAttack's; K ≥ 3). Or a function
             `(outputs, rows) -> [n]`, the loss of each of n outputs [n, d], with gradient to them; `rows.clean_outputs`
             [n, d] and `rows.labels` ([n] or None) are in the order of the outputs, which is not the caller's; it runs
             eagerly. None: the loss's own, "kl" for `TRADESLoss` and `perturb`, "cross_entropy" for the others.
+        keep: x' is the "last" iterate, or the "best": of start and all iterates that of the greatest inner loss (the
+            earliest of equals), as in MadryLab's robustness library. That takes one forward more, runs eagerly, and
+            begins at the start's projection onto ball and bounds. An evaluation judges every iterate anyway.
         bounds: the least and the greatest value of a pixel.
         normalization: of the images by their loader; without it they are pixels. ε, step sizes and bounds are in
             pixel units with it too.
@@ -44,8 +48,8 @@ class PGD:
             and functions too.
 
     Raises:
-        TypeError: an argument is not of its kind.
-        ValueError: a value is out of range or not known.
+        TypeError: an argument has a wrong type.
+        ValueError: a value is out of range or unknown.
     """
 
     epsilon: float
@@ -54,6 +58,7 @@ class PGD:
     norm: Norm = "linf"
     start: Noise | None = None
     inner: Inner | None = None
+    keep: Literal["last", "best"] = "last"
     bounds: tuple[float, float] = (0.0, 1.0)
     normalization: Normalization | None = None
     statistics: Statistics = "running"
@@ -61,10 +66,11 @@ class PGD:
     def __post_init__(self) -> None:
         epsilon = size("epsilon", self.epsilon)
         sizes = {"epsilon": epsilon, "step_size": size_of_step("step_size", self.step_size, epsilon)}
-        vars(self).update(sizes, steps=step_count("steps", self.steps, least=1), bounds=_bounds(self.bounds))
-        check_choice("norm", self.norm, _NORMS)
-        check_choice("start", self.start, ("normal", "uniform", "clean", None))
+        vars(self).update(sizes, steps=step_count("steps", self.steps, least=1), bounds=checked_bounds(self.bounds))
+        check_choice("norm", self.norm, NORMS)
+        check_choice("start", self.start, STARTS)
         check_inner("inner", self.inner)
+        check_choice("keep", self.keep, ("last", "best"))
         check_choice("statistics", self.statistics, STATISTICS)
         instead = "write normalization=Normalization(mean, std)"
         check_kind("normalization", self.normalization, Normalization, instead, optional=True)
@@ -72,15 +78,16 @@ class PGD:
     @property
     def threat(self) -> ThreatModel:
         """The perturbations that the attack may make."""
-        return ThreatModel(self.epsilon, _NORMS[self.norm], *self.bounds)
+        return ThreatModel(self.epsilon, NORMS[self.norm], *self.bounds)
 
 
 def norm_of(distance: str) -> Norm:
-    """The norm of the authors' `distance`: "l_inf" or "l_2"."""
+    """Returns the norm for the authors' `distance`: "l_inf" or "l_2"."""
     return "linf" if distance == "l_inf" else "l2"
 
 
-def _bounds(bounds: tuple[float, float]) -> tuple[float, float]:
+def checked_bounds(bounds: tuple[float, float]) -> tuple[float, float]:
+    """The bounds as two floats; TypeError or ValueError unless they are a smaller and a greater number."""
     if not isinstance(bounds, (tuple, list)) or len(bounds) != 2:
         raise TypeError(f"bounds must be two numbers, got {bounds!r}: write bounds=(0, 1)")
     lower, upper = (real("bounds", value) for value in bounds)

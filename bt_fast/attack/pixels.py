@@ -1,7 +1,7 @@
-"""Normalised images, with a mean and a standard deviation taken out of each channel by the loader.
+"""Normalised images: a loader has subtracted a mean from each channel and divided it by a standard deviation.
 
-An attack's ε, its steps and its bounds are those of pixels in [0, 1]. So such images are made pixels again first, and
-the normalisation becomes a part of the model.
+An attack's ε, steps and bounds refer to pixels in [0, 1]. So the images are converted back to pixels first, and the
+normalisation becomes a part of the model.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Normalization:
 
     `PGD(..., normalization=Normalization(mean, std))` takes that loader's images. The result is that for
     `nn.Sequential(Normalize(mean, std), model)` and the pixels, up to their rounding: ε and step sizes are in pixel
-    units of [0, 1]. Two of the same numbers are equal: it may be built anew for each call.
+    units of [0, 1]. Instances with the same numbers are equal, so it may be rebuilt for each call.
 
     Attributes:
         mean: [C], std: [C] > 0, in pixel units; kept as tuples.
@@ -57,16 +57,16 @@ class Normalization:
 
 
 class Normalize(nn.Module):
-    """`(x - mean) / std` of each channel, to stand in front of a model: `nn.Sequential(Normalize(mean, std), model)`.
+    """`(x - mean) / std` of each channel, as a layer in front of a model: `nn.Sequential(Normalize(mean, std), model)`.
 
-    It has no parameters, and its buffers are not saved.
+    It has no parameters and saves no buffers.
 
     Args:
         mean: [C], std: [C] > 0.
-        dims: of a batch: 4 for images [n, C, H, W].
+        dims: the dimensions of a batch: 4 for images [n, C, H, W].
 
     Raises:
-        TypeError or ValueError: as `Normalization`.
+        TypeError or ValueError: see `Normalization`.
     """
 
     mean: Tensor
@@ -79,7 +79,7 @@ class Normalize(nn.Module):
             self.register_buffer(name, torch.tensor(getattr(self._values, name)).view(self._shape), persistent=False)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Normalize:
-        """Follow moves and casts with the numbers as they were given: a cast would keep an earlier one's rounding."""
+        """Moves and casts the numbers as originally given: casting a cast would accumulate rounding."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name in ("mean", "std"):
             buffer = getattr(self, name)
@@ -91,13 +91,13 @@ class Normalize(nn.Module):
         return f"mean={self._values.mean}, std={self._values.std}"
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [n, C, ...] without mean and deviation."""
+        """Returns x [n, C, ...] without mean and deviation."""
         return (x - self.mean) / self.std
 
     def pixels(self, x: Tensor, lower: float, upper: float) -> Tensor:
-        """The pixels of normalised images x [n, C, ...], in their dtype. Never waits for the device.
+        """Returns the pixels of normalised images x [n, C, ...], in their dtype. Never waits for the device.
 
-        Those outside the bounds [lower, upper] by no more than rounding are moved onto them. The check of the bounds
+        Pixels outside the bounds [lower, upper] by no more than rounding are moved onto them. The check of the bounds
         refuses others.
         """
         values = wide(x) * self.std + self.mean
@@ -114,7 +114,7 @@ class OnPixels(Lent):
         self.normalize = Normalize(normalization.mean, normalization.std, dims)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The model's output for pixels x [n, C, ...]."""
+        """Returns the model's output for pixels x [n, C, ...]."""
         return cast(Tensor, self.model(self.normalize(x)))
 
 
@@ -129,13 +129,13 @@ def on_pixels(
     name: str = "x_natural",
     bounds: tuple[float, float] = (0.0, 1.0),
 ) -> Iterator[tuple[nn.Module, Callable[[Tensor], Tensor]]]:
-    """The model as a function of pixels, and a function that makes pixels of images like x [n, C, ...].
+    """Yields the model as a function of pixels, and a function that turns images like x [n, C, ...] into pixels.
 
-    Without a normalization these are the model itself and the identity. `name` is that of x in messages: a TypeError
-    or ValueError, where normalization, model or the number of channels do not fit.
+    Without a normalization these are the model itself and the identity. `name` is the name of x in messages.
+    TypeError or ValueError if normalization, model or the number of channels do not fit.
     """
     if normalization is None:
-        del x  # this suspended frame would hold it
+        del x  # this suspended frame would keep it alive
         yield model, lambda images: images
         return
     check_model(model)
@@ -157,7 +157,7 @@ def on_pixels(
 
 
 def _front(model: nn.Module, x: Tensor, normalization: Normalization) -> OnPixels:
-    """The front of this model, kept for it, on the device and in the dtype of x."""
+    """Returns the front that is kept for this model, on the device and in the dtype of x."""
     kept = _kept.setdefault(model, {})
     with torch.inference_mode(False):
         front = kept.get((normalization, x.dim()))

@@ -1,4 +1,4 @@
-"""How an attack is executed: the protocol of runners, and the eager one."""
+"""Runners execute an attack: their protocol, and the eager runner."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch import Tensor
 from bt_fast import ops
 from bt_fast.attack.batch import AttackBatch, View
 from bt_fast.attack.forward import gradient_of, in_float16, logits_of
-from bt_fast.attack.inner import Inner, direction_of
+from bt_fast.attack.inner import OfAPGD, direction_of
 from bt_fast.attack.threat import ThreatModel
 from bt_fast.ranges import ATTACK_STEP, range_
 
 
 class Runner(Protocol):
-    """How an attack is executed: `run_eager` is one, and every other gives its result."""
+    """The way an attack is executed: `run_eager` is one runner, and every other runner gives its result."""
 
     def __call__(
         self,
@@ -27,10 +27,10 @@ class Runner(Protocol):
         threat: ThreatModel,
         generator: torch.Generator | None,
     ) -> None:
-        """Change the batch's `x_adv` as `run_eager` does."""
+        """Changes the batch's `x_adv` like `run_eager`."""
 
 
-Join = Callable[[], None]  # makes the caller's stream wait for an attack; to call it again does no harm
+Join = Callable[[], None]  # makes the caller's stream wait for an attack; may be called repeatedly
 Start = Callable[[View, AttackBatch, ThreatModel, "torch.Generator | None"], Join]
 
 
@@ -41,7 +41,7 @@ class Queued(Protocol):
     """
 
     def start(self, model: View, batch: AttackBatch, threat: ThreatModel, generator: torch.Generator | None, /) -> Join:
-        """Change the batch's `x_adv` as `run_eager` does, at the latest when the returned function is called."""
+        """Changes the batch's `x_adv` like `run_eager`, at the latest when the returned function is called."""
 
 
 def run_queued(
@@ -51,12 +51,12 @@ def run_queued(
     threat: ThreatModel,
     generator: torch.Generator | None,
 ) -> None:
-    """As `run_eager`: the `__call__` of runners that have a `start`."""
+    """Runs the attack like `run_eager`: the `__call__` of runners that have a `start`."""
     self.start(model, batch, threat, generator)()
 
 
 def start_of(runner: Runner) -> Start:
-    """The runner's own `start`, or its whole run."""
+    """Returns the runner's own `start`, or its whole run."""
 
     def run(model: View, batch: AttackBatch, threat: ThreatModel, generator: torch.Generator | None) -> Join:
         runner(model, batch, threat, generator)
@@ -66,7 +66,7 @@ def start_of(runner: Runner) -> Start:
 
 
 def joined() -> None:
-    """What ran on the caller's stream needs no waiting."""
+    """Does nothing: work on the caller's stream needs no waiting."""
 
 
 def run_eager(
@@ -75,10 +75,10 @@ def run_eager(
     threat: ThreatModel,
     generator: torch.Generator | None,
 ) -> None:
-    """Step t runs forward, input gradient and projected step on the prefix of the samples that still have steps left.
+    """Runs the attack eagerly: forward, input gradient and projected step on the prefix of samples with steps left.
 
     Groups with different counts advance together, so there are as many launch sequences as the largest count. The
-    generator is on the images' device, for the stand-in of a zero ℓ2 gradient.
+    generator is on the images' device, for the replacement of a zero ℓ2 gradient.
     """
     batch = replace(batch, step_size=batch.step_size.to(batch.x_adv.dtype))
     seeds = stand_in_seeds(batch, threat, generator)
@@ -92,13 +92,20 @@ def run_eager(
 def take_step(
     model: View, batch: AttackBatch, threat: ThreatModel, seed: Tensor | None, step: Tensor | None = None
 ) -> None:
-    """One step of these samples: forward, input gradient, projected step in place.
+    """Takes one step of these samples: forward, input gradient, projected step in place.
 
     Args:
-        seed: for the direction where an ℓ2 gradient is 0; without it, as the TRADES code draws it on the CPU.
-        step: 0-dim integer, the counter: only samples with more steps than it move. Without it, all do.
+        seed: for the direction if an ℓ2 gradient is 0; without it, drawn on the CPU like in the TRADES code.
+        step: 0-dim integer, the counter: only samples with more steps than this move. Without it, all move.
     """
     grad = input_gradient(model, batch.x_adv, batch.target, batch.inner, batch.labels, together=batch.together)
+    move(batch, grad, threat, seed, step)
+
+
+def move(
+    batch: AttackBatch, grad: Tensor, threat: ThreatModel, seed: Tensor | None, step: Tensor | None = None
+) -> None:
+    """The projected step of `take_step` along a gradient [n, ...], in place."""
     epsilon = threat.epsilon if batch.epsilon is None else batch.epsilon
     images = (batch.x_adv, grad, batch.clean, batch.step_size, epsilon, threat.lower, threat.upper)
     steps = None if step is None else batch.steps
@@ -110,7 +117,7 @@ def take_step(
 
 
 def stand_in_seeds(batch: AttackBatch, threat: ThreatModel, generator: torch.Generator | None) -> Tensor | None:
-    """A seed for each step in ℓ2, drawn on the images' device; None where there is no need."""
+    """Draws a seed for each ℓ2 step on the images' device; returns None if none is needed."""
     x = batch.x_adv
     if threat.norm == "l_inf" or (x.is_cpu and generator is None):
         return None
@@ -121,7 +128,7 @@ def input_gradient(
     model: View,
     x: Tensor,
     target: Tensor,
-    inner: Inner = "kl",
+    inner: OfAPGD = "kl",
     labels: Tensor | None = None,
     *,
     together: bool = False,
@@ -136,10 +143,10 @@ def input_gradient(
 
 
 def _as_authors(grad: Tensor) -> Tensor:
-    """Normal noise for the rows of `grad`, on the CPU, that are 0: drawn for those rows only and descended along.
+    """Fills the zero rows of `grad`, on the CPU, with normal noise to descend along, drawn for those rows only.
 
-    This repeats the random numbers of the TRADES code in a seeded script. To find the rows on a GPU would mean to wait:
-    there the step itself makes the noise of a seed.
+    This repeats the random numbers of the TRADES code in a seeded script. On a GPU, finding the rows would wait for the
+    device: there the step itself makes noise from a seed.
     """
     zero = ~grad.flatten(1).any(dim=1)
     stand_in = torch.zeros_like(grad)

@@ -1,4 +1,4 @@
-"""Deprecated: where the first version had `Schedule`. It is `bt_fast.Plan` now."""
+"""Deprecated: the first version's place of `Schedule`, which is now `bt_fast.Plan`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Starting points of an attack: the clean image and a little noise, or anywhere in the ball."""
+"""Starting points of an attack: the clean image plus a little noise, or a point anywhere in the ball."""
 
 from __future__ import annotations
 
@@ -13,15 +13,17 @@ from bt_fast.attack.threat import ThreatModel
 from bt_fast.ops.gather_start import unit_noise
 from bt_fast.ops.numeric import per_sample
 
-Noise = Literal["normal", "uniform", "clean"]
+Noise = Literal["normal", "uniform", "clean", "surface"]  # the last is APGD's "uniform"
 TRADES_NOISE = 0.001  # standard deviation of the normal start
+AGAINST_ZERO = 1e-12  # added to norms, as AutoAttack does
+_SURFACE: dict[str, Literal["normal", "uniform"]] = {"l_inf": "uniform", "l_2": "normal"}
 
 
 def normal_noise(x: Tensor, generator: torch.Generator | None, *, on_cpu: bool = False) -> Tensor:
-    """The TRADES start's `0.001·N(0, 1)`, in the shape of `x`, drawn by a generator on its device.
+    """Returns the TRADES start's `0.001·N(0, 1)`, in the shape of `x`, drawn by a generator on its device.
 
-    With `on_cpu` it is drawn as the TRADES code does, in the default dtype from the CPU's default generator, so that a
-    seeded script repeats its own numbers.
+    With `on_cpu` it is drawn like in the TRADES code, in the default dtype from the CPU's default generator, so that a
+    seeded script repeats its numbers.
     """
     if on_cpu:
         return TRADES_NOISE * torch.randn(x.shape, device="cpu")
@@ -45,13 +47,25 @@ def ball_start(
     return _within_bounds(x + delta, x, threat)
 
 
+def surface_start(
+    x: Tensor, threat: ThreatModel, generator: torch.Generator | None = None, epsilon: Tensor | None = None
+) -> Tensor:
+    """`x` [n, ...] moved onto the ε-ball's surface, as AutoAttack starts, then clamped; drawn as for `ball_start`.
+
+    `x + ε·t / ‖t‖`, in ℓ∞ with t uniform in [-1, 1] (its largest entry is moved by ε), in ℓ2 with t normal.
+    """
+    given: dict[str, Any] = {"dtype": x.dtype, "device": x.device, "generator": generator}
+    direction = 2.0 * torch.rand(x.shape, **given) - 1.0 if threat.norm == "l_inf" else torch.randn(x.shape, **given)
+    return _on_surface(x, direction, threat, epsilon)
+
+
 def random_state(x: Tensor, generator: torch.Generator | None) -> Tensor:
-    """A seed and an offset for `sorted_start`, drawn where the images are."""
+    """Returns a seed and an offset for `sorted_start`, drawn on the images' device."""
     return torch.randint(torch.iinfo(torch.int64).max, (2,), device=x.device, generator=generator)
 
 
 def state_of_seed(x: Tensor, generator: torch.Generator | None, offset: int = 0) -> Tensor:
-    """The seed that the generator (or the device's own) was given last, and an offset. Nothing is drawn."""
+    """Returns the generator's (or the device's) last seed, and an offset. Draws nothing."""
     if generator is not None:
         seed = generator.initial_seed()
     else:
@@ -71,16 +85,16 @@ def sorted_start(
     samples: Tensor | None = None,
     epsilon: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The batch in sorted order, and the starts of the attack on it, with the noise of a counter.
+    """Returns the batch in sorted order, and its starts of the attack with counter-based noise.
 
     The noise of a sample depends neither on the order nor on its neighbours in the batch. A sample without steps starts
-    at x, to the bit. Never waits for the device.
+    exactly at x. Never waits for the device.
 
     Args:
         x: [m, ...], order: [m], steps: [m], state: [2], samples: [m]; as `ops.gather_start`, which makes the noise.
         noise: "normal" as TRADES, without a bound, or "uniform" in the ε-ball and clamped to the pixel bounds; in ℓ2
             from a normal direction and a radius, which is drawn at the next offset (`state` moves on by two). "clean"
-            is x, and `state` stays.
+            is x, and `state` stays; "surface" as `surface_start`.
         epsilon: [m], of each sample in place of the threat model's.
 
     Returns:
@@ -96,9 +110,10 @@ def sorted_start(
         return clean, clean.clone()
     rows = torch.arange(len(x), device=x.device) if order is None else order
     own = threat.epsilon if epsilon is None else epsilon[rows]
-    unit = "uniform" if threat.norm == "l_inf" else "normal"
-    _, delta = ops.gather_start(torch.zeros_like(x), order, None, state, unit, 1.0, samples=samples)
-    if threat.norm == "l_inf":
+    _, delta = ops.gather_start(torch.zeros_like(x), order, None, state, _SURFACE[threat.norm], 1.0, samples=samples)
+    if noise == "surface":
+        delta = _of_length_one(delta, threat) * _radius(threat, own, x)
+    elif threat.norm == "l_inf":
         delta = ops.wide(delta) * _radius(threat, own, x)
     else:
         share = unit_noise(rows if samples is None else samples[rows], 1, state, "uniform")[:, 0].abs()
@@ -109,7 +124,7 @@ def sorted_start(
 
 
 def uniform_start(x: Tensor, samples: Tensor, restart: int, threat: ThreatModel, seed: Tensor) -> Tensor:
-    """`ball_start` of x [n, ...] with the noise of a counter (`ops.gather_start`'s Philox), for evaluation.
+    """Returns `ball_start` of x [n, ...] with counter-based noise (`ops.gather_start`'s Philox), for evaluation.
 
     The noise depends on the seed (0-dim int64), the restart, the sample's number (`samples`, [n] int64 in 0..2^32-1)
     and the pixel alone.
@@ -122,6 +137,16 @@ def uniform_start(x: Tensor, samples: Tensor, restart: int, threat: ThreatModel,
         uniform = (_noise(samples, 1, seed, 2 * restart + 1, "uniform")[:, 0] + 1) / 2
         delta = _in_l2_ball(direction, uniform, threat.epsilon)
     return _within_bounds(x + delta.view(x.shape), x, threat)
+
+
+def numbered_start(x: Tensor, noise: Noise, samples: Tensor, restart: int, threat: ThreatModel, seed: Tensor) -> Tensor:
+    """Starts of x [n, ...], x itself for "clean", with the noise of a counter as `uniform_start`."""
+    if noise == "clean":
+        return x
+    if noise == "uniform":
+        return uniform_start(x, samples, restart, threat, seed)
+    numbers = _noise(samples, math.prod(x.shape[1:]), seed, 2 * restart, _SURFACE[threat.norm])
+    return _on_surface(x, numbers.view(x.shape), threat)
 
 
 def given_start(start: Tensor, x: Tensor, threat: ThreatModel, epsilon: Tensor | None = None) -> Tensor:
@@ -147,6 +172,20 @@ def _radius(threat: ThreatModel, epsilon: float | Tensor | None, x: Tensor) -> T
 
 def _within_bounds(moved: Tensor, x: Tensor, threat: ThreatModel) -> Tensor:
     return moved.clamp(threat.lower, threat.upper).to(x.dtype)
+
+
+def _on_surface(x: Tensor, direction: Tensor, threat: ThreatModel, epsilon: Tensor | None = None) -> Tensor:
+    """x [n, ...] moved by ε along each direction, in the norm of the threat, and clamped."""
+    delta = _of_length_one(direction, threat) * _radius(threat, epsilon, x)
+    return _within_bounds(ops.wide(x) + delta, x, threat)
+
+
+def _of_length_one(direction: Tensor, threat: ThreatModel) -> Tensor:
+    """Each direction [n, ...] with the length 1 in the norm of the threat."""
+    order = math.inf if threat.norm == "l_inf" else 2
+    direction = ops.wide(direction)
+    norms = torch.linalg.vector_norm(direction.flatten(1), order, dim=1) + AGAINST_ZERO
+    return direction / per_sample(norms, direction)
 
 
 def _noise(samples: Tensor, length: int, seed: Tensor, offset: int, noise: Noise) -> Tensor:

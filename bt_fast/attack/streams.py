@@ -1,4 +1,4 @@
-"""Run the groups of a schedule beside each other, each on a stream of its own."""
+"""Runs the groups of a schedule beside each other, each on its own stream."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from bt_fast.attack.threat import ThreatModel
 class StreamRunner:
     """Runs the samples with the same number of steps (boundary, robust, outlier) as one chain, the chains concurrently.
 
-    Each chain is replayed from graphs on a stream and from a memory pool of its own. The streams start with what the
-    caller's holds, and the caller's waits for them all. In ℓ2 there is one chain, of all samples: the stand-in for a
-    zero gradient is drawn for a sample by its place in the chain.
+    Each chain is replayed from graphs on its own stream and from its own memory pool. The streams start after the
+    caller's earlier work, and the caller's stream waits for them all. In ℓ2 there is one chain of all samples, since
+    the replacement of a zero gradient depends on a sample's place in the chain.
 
     Args:
         bucket: the sizes of chains are rounded up to a multiple of it.
-        most_graphs: for each model and chain; the least recently used are dropped beyond.
+        most_graphs: for each model and chain; beyond it, the least recently used are dropped.
 
     Raises:
         TypeError or ValueError: a count is not an integer of at least 1.
@@ -44,7 +44,7 @@ class StreamRunner:
         threat: ThreatModel,
         generator: torch.Generator | None,
     ) -> Callable[[], None]:
-        """Queue all chains; the returned function makes the caller's stream wait for them."""
+        """Queues all chains; the returned function makes the caller's stream wait for them."""
         groups = _groups(batch.active) if threat.norm == "l_inf" else [slice(None)]
         self._chains += [self._new_chain() for _ in groups[len(self._chains) :]]
         joins: list[Join] = []
@@ -52,7 +52,7 @@ class StreamRunner:
             for chain, rows in zip(self._chains, groups, strict=False):
                 part = batch[rows]
                 join = chain.queued(model, part, threat, generator, capacity=len(batch))
-                if join is None and not joins:  # whole, as a model that draws random numbers has to run
+                if join is None and not joins:  # as one chain, which a model that draws random numbers needs
                     run_eager(model, batch, threat, generator)
                     return joined
                 if join is None:
@@ -64,12 +64,12 @@ class StreamRunner:
         return partial(_join_all, joins)
 
     def forget(self, model: Callable[[Tensor], Tensor]) -> None:
-        """Let go of a model's graphs and their memory."""
+        """Frees a model's graphs and their memory."""
         for chain in self._chains:
             chain.forget(model)
 
     def explain(self, model: Any) -> str:
-        """How a model's attacks run, in words."""
+        """Describes how a model's attacks run."""
         return f"{len(self._chains)} chains beside each other, the first {self._chains[0].explain(model)}"
 
 
@@ -79,5 +79,5 @@ def _join_all(joins: list[Join]) -> None:
 
 
 def _groups(active: Sequence[int]) -> list[slice]:
-    """The rows of each number of steps above 0, the largest number first."""
+    """Returns the rows of each number of steps above 0, the largest number first."""
     return [slice(*ends) for ends in pairwise([0, *sorted(set(active) - {0})])]

@@ -20,7 +20,7 @@ class ThreatModel:
 
     Raises:
         TypeError: epsilon or a bound is not a number.
-        ValueError: a value is out of range or the norm is not known.
+        ValueError: a value is out of range or the norm is unknown.
     """
 
     epsilon: float
@@ -36,10 +36,10 @@ class ThreatModel:
                 f"lower must be less than upper, got {self.lower} and {self.upper}: "
                 "give the least and the greatest value of a pixel"
             )
-        for name in ("epsilon", "lower", "upper"):  # of a fraction, an integer of 64 bits, ... too
+        for name in ("epsilon", "lower", "upper"):  # also from a fraction, a 64-bit integer, ...
             object.__setattr__(self, name, float(getattr(self, name)))
 
 
 def check_threat(threat: ThreatModel) -> None:
-    """Raise TypeError unless it is a threat model."""
+    """Raises TypeError unless it is a threat model."""
     check_kind("threat", threat, ThreatModel, "write ThreatModel(epsilon)")

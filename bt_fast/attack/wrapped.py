@@ -1,4 +1,4 @@
-"""Models in wrappers that span the ranks: an attack, whose gradients are the images', communicates nothing.
+"""Models in wrappers that span the ranks: an attack needs only the images' gradients, so it communicates nothing.
 
 `DistributedDataParallel` prepares its sum of gradients in its forward: so an attack runs on the module inside, and of
 an update's forwards exactly one goes through the wrapper. (A second one would also send the buffers again, in place,
@@ -28,7 +28,7 @@ class Fronted(nn.Module):
 
     @property
     def unwrapped(self) -> nn.Module:
-        """The same in front of the module inside."""
+        """The same front, before the module inside the wrapper."""
         raise NotImplementedError
 
 
@@ -67,14 +67,15 @@ class Lent(Fronted):
 def unwrapped(model: nn.Module) -> nn.Module:
     """The module inside `DistributedDataParallel` or a `DataParallel` with one device, or the model itself.
 
-    Of a wrapper that was compiled as a whole it is the module as it was written: compile the module itself, and wrap
-    that, to have both compiled.
+    For a wrapper that was compiled as a whole it is the uncompiled module: to have both compiled, compile the module
+    itself and wrap that.
     """
     wrapper = getattr(model, "_orig_mod", model)
     if isinstance(wrapper, Fronted):
         front = wrapper.unwrapped
         return model if front is wrapper else front
-    return inside(wrapper) or model
+    called = inside(wrapper)  # whose truth is its length, which a compiled one may not have
+    return model if called is None else called
 
 
 def inside(model: nn.Module) -> nn.Module | None:
@@ -95,17 +96,17 @@ SPREAD = (
 
 
 def sharded_parts(model: nn.Module) -> list[Any]:
-    """The modules that `fully_shard` has spread, the outermost first."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")  # whoever has sharded a model has imported it; it takes a second
+    """Returns the modules that `fully_shard` has spread, the outermost first."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # code that shards a model has imported it, which takes a second
     kind = getattr(fsdp, "FSDPModule", None)
     return [] if kind is None else [module for module in model.modules() if isinstance(module, kind)]
 
 
 @contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:
-    """The model's parameters are whole on every rank, and neither forwards nor backwards of it communicate.
+    """Gathers the model's parameters on every rank, so that its forwards and backwards do not communicate.
 
-    Collective: every rank enters and leaves it. A model that is not sharded is as it is.
+    Collective: every rank must enter and leave it. A model that is not sharded stays unchanged.
     """
     parts = sharded_parts(model)
     before = [(group, group.post_forward_mesh_info, group.reshard_after_backward) for group in _parameter_groups(parts)]
@@ -124,6 +125,6 @@ def gathered(model: nn.Module) -> Iterator[None]:
 
 def _parameter_groups(parts: list[Any]) -> list[Any]:
     states = [part._get_fsdp_state() for part in parts]
-    # one each until torch 2.11
+    # separate ones until torch 2.11
     groups = [g for s in states for g in getattr(s, "_fsdp_param_groups", None) or [s._fsdp_param_group]]
     return [group for group in groups if group is not None]

@@ -1,8 +1,8 @@
 """Affine maps of images, one for each sample, with the arithmetic of Pillow's bilinear `Image.transform`.
 
-A matrix (a, b, c, d, e, f) takes the output pixel whose centre is (x, y) from (ax + by + c, dx + ey + f) of the input.
-Coordinates and weights are float64 and the result is cut to uint8, in Pillow's order of operations: the same bits, but
-where a compiler fuses multiplication and addition in one of the two. Nothing here waits for the device.
+A matrix (a, b, c, d, e, f) takes the output pixel with centre (x, y) from (ax + by + c, dx + ey + f) of the input.
+Coordinates and weights are float64 and the result is truncated to uint8, in Pillow's order of operations: the bits are
+the same, unless a compiler fuses multiplication and addition in one of the two. Nothing here waits for the device.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import math
 import torch
 from torch import Tensor
 
-DECIMALS = 1e15  # Pillow rounds the sine and the cosine to 15
+DECIMALS = 1e15  # Pillow rounds sine and cosine to 15 decimals
 
 
 def rotation(degrees: Tensor, height: int, width: int) -> Tensor:
-    """The matrices [n, 6] of `PIL.Image.rotate` by degrees [n] float64: counter-clockwise about the centre.
+    """Returns the matrices [n, 6] of `PIL.Image.rotate` by degrees [n] float64: counter-clockwise about the centre.
 
     Exactly the identity for 0°.
     """
@@ -28,7 +28,7 @@ def rotation(degrees: Tensor, height: int, width: int) -> Tensor:
 
 
 def transform(images: Tensor, matrices: Tensor) -> Tensor:
-    """Each of the uint8 images [n, C, H, W], mapped by its matrix of [n, 6] float64.
+    """Maps each of the uint8 images [n, C, H, W] by its matrix of [n, 6] float64.
 
     Bilinear within, the edge repeated half a pixel outwards, black beyond.
     """
@@ -42,7 +42,7 @@ def transform(images: Tensor, matrices: Tensor) -> Tensor:
     pixels = images.flatten(2)
 
     def row(at: Tensor) -> Tensor:
-        """Interpolated within the rows `at` [n, H, W]."""
+        """Interpolates within the rows `at` [n, H, W]."""
         first, second = (
             pixels.gather(2, (at * width + column).flatten(1)[:, None].expand(-1, channels, -1)).double()
             for column in (left, right)
@@ -55,7 +55,7 @@ def transform(images: Tensor, matrices: Tensor) -> Tensor:
 
 
 def _neighbours(at: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The pixels before and after a coordinate, within 0..size-1, and its distance from the centre of the first."""
+    """Returns the pixels before and after a coordinate, in 0..size-1, and its distance from the first's centre."""
     at = at - 0.5
     before = at.floor()
     first, second = (before + step for step in (0, 1))

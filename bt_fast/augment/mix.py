@@ -10,17 +10,17 @@ from torch import Tensor
 from bt_fast.augment.operations import LEAST_LEVEL, MOST_LEVEL, NONE, OPERATIONS, apply_operations
 from bt_fast.validation import check_pixels, real, step_count
 
-CHAINS, DEPTH = 3, 3  # the most operations of a chain
+CHAINS, DEPTH = 3, 3  # number of chains, and the most operations of a chain
 SEVERITY = 3.0
 
 
 @dataclass(frozen=True, eq=False)
 class Choices:
-    """Everything that AugMix draws for n samples, as data: what `augment_and_mix` does with it is determined.
+    """Everything that AugMix draws for n samples, as data: with it, `augment_and_mix` is deterministic.
 
     Attributes:
         operation: [n, 3, 3] int64, each chain's operations in order: indices into `OPERATIONS`, `NONE` from its end on.
-        level: [n, 3, 3] float64 in [0.1, severity), how strong each is.
+        level: [n, 3, 3] float64 in [0.1, severity), the strength of each operation.
         negative: [n, 3, 3] bool, whether an affine map goes the other way.
         weights: [n, 3] float64, of the chains; they sum to 1.
         mixing: [n] float64 in [0, 1), the share of the chains; the rest is the clean image.
@@ -36,7 +36,7 @@ class Choices:
 def draw_choices(
     n: int, device: torch.device, *, severity: float = SEVERITY, generator: torch.Generator | None = None
 ) -> Choices:
-    """Draw as the authors' code does: chains of 1 to 3 operations, Dirichlet(1, 1, 1) weights, Beta(1, 1) mixing.
+    """Draws like the authors' code: chains of 1 to 3 operations, Dirichlet(1, 1, 1) weights, Beta(1, 1) mixing.
 
     Args:
         n: the number of samples, at least 0.
@@ -45,7 +45,7 @@ def draw_choices(
         generator: on the device; its default generator if not given.
 
     Raises:
-        TypeError, ValueError: n is no integer of at least 0, or severity no number in range.
+        TypeError, ValueError: n is not an integer of at least 0, or severity not a number in range.
     """
     step_count("n", n)
     check_severity(severity)
@@ -100,7 +100,7 @@ def augment_and_mix(x: Tensor, choices: Choices) -> Tensor:
 
 
 def check_images(x: Tensor, name: str) -> None:
-    """Raise TypeError or ValueError that names `name` unless x is floating-point images [n, C, H, W]."""
+    """Raises TypeError or ValueError that names `name` unless x is floating-point images [n, C, H, W]."""
     check_pixels(x, name)
     if x.dim() != 4 or 0 in x.shape[1:]:
         raise ValueError(
@@ -110,7 +110,7 @@ def check_images(x: Tensor, name: str) -> None:
 
 
 def check_severity(severity: float) -> None:
-    """Raise TypeError or ValueError unless severity is a number in (0.1, 10]."""
+    """Raises TypeError or ValueError unless severity is a number in (0.1, 10]."""
     if not LEAST_LEVEL < real("severity", severity) <= MOST_LEVEL:
         raise ValueError(
             f"severity must lie in ({LEAST_LEVEL:g}, {MOST_LEVEL:g}], got {severity}: "

@@ -1,7 +1,7 @@
-"""The nine operations of AugMix (Hendrycks et al., 2020), each sample with an operation and a strength of its own.
+"""The nine operations of AugMix (Hendrycks et al., 2020), with a separate operation and strength for each sample.
 
-Four change grey values and five are affine maps. So a batch of mixed operations takes one table and one map for every
-sample, the identity where it is not that kind's turn: nothing is sorted by operation, and nothing waits for the device.
+Four change grey values and five are affine maps. So a batch of mixed operations applies one table and one map to every
+sample, of which the unused one is the identity: nothing is sorted by operation, and nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ LEAST_LEVEL, MOST_LEVEL = 0.1, 10.0  # of an operation's strength
 
 
 def apply_operations(images: Tensor, operation: Tensor, level: Tensor, negative: Tensor) -> Tensor:
-    """One operation on each image [n, C, H, W] uint8, as Pillow computes it, at the AugMix authors' strength.
+    """Applies one operation to each image [n, C, H, W] uint8, as Pillow computes it, at the AugMix authors' strength.
 
     At level l: posterize keeps `4 - int(4l/10)` bits, rotate turns by `int(30l/10)` degrees, solarize inverts from
     `256 - int(256l/10)` on, shear is by `0.3l/10`, and translate by `int(l/10 · size/3)` pixels (the authors' code has
@@ -36,7 +36,7 @@ def apply_operations(images: Tensor, operation: Tensor, level: Tensor, negative:
 
 
 def _tables(images: Tensor, operation: Tensor, level: Tensor) -> Tensor:
-    """Each sample's table of grey values, [n, C, 256]; no change where its operation is an affine map."""
+    """Returns each sample's table of grey values, [n, C, 256]; no change if its operation is an affine map."""
     chosen = tables.unchanged(images).to(torch.uint8).expand(*images.shape[:2], -1)
     for name, of_operation in (
         ("autocontrast", tables.autocontrast(images)),
@@ -49,7 +49,7 @@ def _tables(images: Tensor, operation: Tensor, level: Tensor) -> Tensor:
 
 
 def _matrices(images: Tensor, operation: Tensor, level: Tensor, negative: Tensor) -> Tensor:
-    """Each sample's matrix, [n, 6]; the identity where its operation changes grey values."""
+    """Returns each sample's matrix, [n, 6]; the identity if its operation changes grey values."""
     height, width = images.shape[2:]
     sign = torch.where(negative, -1.0, 1.0)
 
@@ -61,7 +61,7 @@ def _matrices(images: Tensor, operation: Tensor, level: Tensor, negative: Tensor
     shift_x, shift_y = (_whole(level, size / 3).double() for size in (width, height))
     x_row = [none, only("shear_x", shear), only("translate_x", shift_x)]
     y_row = [only("shear_y", shear), none, only("translate_y", shift_y)]
-    # a sample has one operation, so that one of the two summands is the identity or 0
+    # a sample has one operation, so one of the two summands is the identity or 0
     return turn + torch.stack(x_row + y_row, dim=1)
 
 
@@ -74,5 +74,5 @@ def _scaled(level: Tensor, most: float) -> Tensor:
 
 
 def _whole(level: Tensor, most: float) -> Tensor:
-    """The authors' `int_parameter`, int64."""
+    """Returns the authors' `int_parameter`, int64."""
     return _scaled(level, most).long()

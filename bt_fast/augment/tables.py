@@ -12,27 +12,27 @@ VALUES = 256
 
 
 def apply_tables(images: Tensor, tables: Tensor) -> Tensor:
-    """Each grey value replaced by its entry in the table."""
+    """Replaces each grey value by its entry in the table."""
     return tables.gather(2, images.flatten(2).long()).view(images.shape)
 
 
 def unchanged(images: Tensor) -> Tensor:
-    """The table of no change, [256] int64, on the images' device."""
+    """Returns the table of no change, [256] int64, on the images' device."""
     return torch.arange(VALUES, device=images.device)
 
 
 def autocontrast(images: Tensor) -> Tensor:
-    """Stretch each channel's grey values over 0..255 (`PIL.ImageOps.autocontrast`); one that is flat stays."""
+    """Stretches each channel's grey values over 0..255 (`PIL.ImageOps.autocontrast`); a flat channel stays."""
     values = unchanged(images)
     least, greatest = (extreme[:, :, None].double() for extreme in (images.amin((2, 3)), images.amax((2, 3))))
     span = (greatest - least).clamp(min=1.0)
-    scale = torch.full_like(span, 255.0) / span  # a number over a tensor would be its reciprocal first
+    scale = torch.full_like(span, 255.0) / span  # dividing a number by a tensor would take the reciprocal first
     stretched = (values * scale + -least * scale).trunc().clamp(0, VALUES - 1)
     return torch.where(greatest > least, stretched, values.double()).to(torch.uint8)
 
 
 def equalize(images: Tensor) -> Tensor:
-    """Spread each channel's grey values evenly (`PIL.ImageOps.equalize`); one with too few distinct pixels stays."""
+    """Spreads each channel's grey values evenly (`PIL.ImageOps.equalize`); not if it has too few distinct pixels."""
     values, pixels = unchanged(images), images.flatten(2).long()
     histogram = torch.zeros(*pixels.shape[:2], VALUES, dtype=torch.int64, device=images.device)
     histogram.scatter_add_(2, pixels, torch.ones_like(pixels))
@@ -44,13 +44,13 @@ def equalize(images: Tensor) -> Tensor:
 
 
 def posterize(images: Tensor, bits: Tensor) -> Tensor:
-    """Keep the upper bits [n] in 0..8 of each grey value (`PIL.ImageOps.posterize`, which refuses 0: it keeps none)."""
+    """Keeps the upper bits [n] in 0..8 of each grey value (`PIL.ImageOps.posterize`, which refuses 0: none)."""
     values, dropped = unchanged(images), 2 ** (8 - bits)[:, None, None]
     return _for_each_channel(values - values % dropped, images)
 
 
 def solarize(images: Tensor, threshold: Tensor) -> Tensor:
-    """Invert the grey values from a threshold [n] in 0..256 on (`PIL.ImageOps.solarize`)."""
+    """Inverts the grey values from a threshold [n] in 0..256 on (`PIL.ImageOps.solarize`)."""
     values = unchanged(images)
     return _for_each_channel(torch.where(values < threshold[:, None, None], values, 255 - values), images)
 

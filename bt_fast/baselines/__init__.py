@@ -1,1 +1,1 @@
-"""What BulletTrain is compared with."""
+"""The methods that BulletTrain is compared with."""

@@ -18,7 +18,7 @@ from bt_fast.validation import size, step_count
 
 SINGLE_STEP_FACTOR = 1.25  # α/ε of Wong et al.
 
-# the class of each, and the authors' β
+# the class of each loss, and the authors' β
 _OBJECTIVES: dict[Callable[..., Tensor], tuple[type[AdversarialLoss], dict[str, float]]] = {
     trades_loss: (TRADESLoss, {"beta": 1.0}),
     mart_loss: (MARTLoss, {"beta": 6.0}),
@@ -38,27 +38,27 @@ def fast_loss(
     step_size: float | None = None,
     **options: Any,
 ) -> Tensor:
-    """The objective's loss on the images of FAST: a uniform start in the ε-ball, then `steps` equal steps.
+    """Returns the objective's loss on FAST's images: a uniform start in the ε-ball, then `steps` equal steps.
 
-    `fast_loss(pgd_loss, ...)` is the method of Wong et al.; with `trades_loss` and `mart_loss` it is the rows "+ FAST"
-    of the BulletTrain paper's Tables 2 and 3, with `steps` > 1 the multi-step variant of its Table 4. The attack runs
-    in eval mode, as everywhere here. (The authors' attack runs in train mode and moves batch-norm buffers too.)
+    `fast_loss(pgd_loss, ...)` is the method of Wong et al.; with `trades_loss` and `mart_loss` it gives the rows "+
+    FAST" of the BulletTrain paper's Tables 2 and 3, with `steps` > 1 the multi-step variant of its Table 4. The attack
+    runs in eval mode, as everywhere here. (The authors' attack runs in train mode and moves batch-norm buffers too.)
 
     Args:
         objective: `trades_loss`, `mart_loss` or `pgd_loss`.
         model, x_natural, y, optimizer: as for the objective.
         epsilon: ε ≥ 0, in pixel units.
         steps: N ≥ 1.
-        step_size: α > 0, in pixel units. Without it 1.25·ε for one step, and for more 1.7·ε/N: the paper gives none
-            for Table 4, but this one for all its other attacks. In ℓ2 `pgd_loss` takes it as a step's length, and the
-            other two have a step of their own, 2ε/N.
+        step_size: α > 0, in pixel units. By default 1.25·ε for one step, and 1.7·ε/N for more: the paper gives no size
+            for Table 4, but this one for all its other attacks. In ℓ2 it is the length of a step of `pgd_loss`; the
+            other two always step by 2ε/N.
         options: the objective's other keywords, such as `beta`, `distance` or `generator`.
 
     Returns:
         0-dim loss with gradient to the model's parameters.
 
     Raises:
-        TypeError, ValueError: as the objective; or it is not one of the three, or an option contradicts FAST
+        TypeError, ValueError: as for the objective; or it is not one of the three, or an option contradicts FAST
             (`bullet`, `start`, `perturb_steps`, or a `step_size` that the objective would not use).
     """
     if not any(objective is known for known in _OBJECTIVES):
@@ -83,7 +83,7 @@ def fast_loss(
 
 
 def _check(options: dict[str, Any]) -> None:
-    """Raise TypeError or ValueError for options that contradict FAST."""
+    """Raises TypeError or ValueError for options that contradict FAST."""
     if options.get("bullet") is not None:
         raise ValueError(
             "bullet cannot be combined with fast_loss, which spends equal steps on all samples: for BulletTrain from "

@@ -27,27 +27,27 @@ def grad_align(
     generator: torch.Generator | None = None,
     normalization: Normalization | None = None,
 ) -> Tensor:
-    """`1 - mean cos(∇ₓ CE(x), ∇ₓ CE(x + η))`, to be added to a loss: `fast_loss(...) + 0.2 * grad_align(...)`. ℓ∞ only.
+    """The ℓ∞ term `1 - mean cos(∇ₓ CE(x), ∇ₓ CE(x + η))`, added to a loss: `fast_loss(...) + 0.2 * grad_align(...)`.
 
     As in the authors' code: η is uniform in [-ε, ε] and x + η is not clamped to the pixel bounds; the gradient at x is
-    a constant, and that at x + η is differentiated once more, to the parameters; samples of which a gradient is exactly
-    0 are left out of the mean. (Where all are, the term is 0 and so is its gradient; theirs is NaN.) The authors take
-    weights from 0.03 to 2, growing with ε: 0.2 for ε = 8/255. Both forwards run in train mode as the update of
-    `trades_loss` does, and batch norm sees both batches. (In the authors' code the first is the attack's own.)
+    a constant, and that at x + η is differentiated once more, to the parameters; samples with a gradient of exactly 0
+    are left out of the mean. (If all are, the term is 0 and so is its gradient; theirs is NaN.) The authors take
+    weights from 0.03 to 2, growing with ε: 0.2 for ε = 8/255. Both forwards run in train mode like the update of
+    `trades_loss`, and batch norm sees both batches. (In the authors' code the first is the attack's own.)
 
     Args:
         model: maps [m, ...] to logits [m, K]; twice differentiable.
         x_natural: [m, ...] floating point in [0, 1], m ≥ 1. y: [m] integers in 0..K-1.
         epsilon: ε ≥ 0, in pixel units.
         generator: on the images' device, for η; without it the device's own.
-        normalization: what the images' loader has done to the pixels, as for `trades_loss`.
+        normalization: the loader's normalisation of the images, as for `trades_loss`.
 
     Returns:
         0-dim term in 0..2 with gradient to the model's parameters, in the images' dtype or float32, whichever is wider.
 
     Raises:
-        TypeError, ValueError: as `trades_loss`, before anything has changed. Of the model's values only the first two
-            samples' logits are checked: NaN elsewhere, or in a gradient, makes the term NaN.
+        TypeError, ValueError: as for `trades_loss`, before anything has changed. Of the model's values only the first
+            two samples' logits are checked: NaN elsewhere, or in a gradient, makes the term NaN.
     """
     epsilon = ThreatModel(epsilon).epsilon
     arguments.check_batch(x_natural, y, "x_natural")
@@ -69,7 +69,7 @@ def grad_align(
 
 
 def _input_gradient(model: nn.Module, x: Tensor, y: Tensor, *, differentiable: bool) -> Tensor:
-    """[m, ...] gradient of the mean cross-entropy with respect to x, times `SCALE`: a cosine takes no notice."""
+    """Returns the gradient [m, ...] of the mean cross-entropy by x, times `SCALE`, which does not change a cosine."""
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         loss = SCALE * F.cross_entropy(ops.wide(logits_of(model, x)), y)
@@ -77,9 +77,9 @@ def _input_gradient(model: nn.Module, x: Tensor, y: Tensor, *, differentiable: b
 
 
 def _misalignment(fixed: Tensor, moved: Tensor) -> Tensor:
-    """1 minus the mean cosine of the rows [m, d], without those that are 0."""
+    """Returns 1 minus the mean cosine of the rows [m, d], without rows that are 0."""
     counts = (fixed != 0).any(dim=1) & (moved != 0).any(dim=1)
-    # a norm's derivative at 0 is NaN, times 0 too: those rows become 1 before it is taken
+    # a norm's derivative at 0 is NaN, even times 0: those rows become 1 before the norm is taken
     ones = torch.ones_like(fixed)
     a, b = (torch.where(counts[:, None], g / _scale(g), ones) for g in (fixed, moved))
     cosines = (a * b).sum(dim=1) / (a.norm(dim=1) * b.norm(dim=1))
@@ -87,6 +87,6 @@ def _misalignment(fixed: Tensor, moved: Tensor) -> Tensor:
 
 
 def _scale(gradients: Tensor) -> Tensor:
-    """Of each row its largest entry, or 1: the squares of what a mean loss leaves underflow in float32."""
+    """Returns each row's largest entry, or 1: squares of a mean loss's gradients would underflow in float32."""
     largest = gradients.detach().abs().amax(dim=1, keepdim=True)
     return torch.where(largest > 0, largest, 1.0)

@@ -1,6 +1,6 @@
-"""MART with its authors' computation, step for step: the yardstick of every speedup, not for use in training.
+"""MART with its authors' computation, step by step: the baseline of every speedup, not for use in training.
 
-It runs 26 forward-pass equivalents for ten steps, as ours without BulletTrain does.
+It runs 26 forward-pass equivalents for ten steps, like ours without BulletTrain.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def mart_reference_loss(
     perturb_steps: int = 10,
     beta: float = 6.0,
 ) -> Tensor:
-    """The ℓ∞ MART loss at its authors' cost; arguments and result as `bt_fast.mart_loss`, unchecked."""
+    """Computes the ℓ∞ MART loss at its authors' cost; arguments and result as for `bt_fast.mart_loss`, unchecked."""
     model.eval()
     start = x_natural.detach() + 0.001 * torch.randn(x_natural.shape, device="cpu").to(x_natural.device)
     x_adv = cross_entropy_attack(model, x_natural, y, start, step_size, epsilon, perturb_steps)

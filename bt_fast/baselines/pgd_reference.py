@@ -1,6 +1,6 @@
-"""Adversarial training as Madry et al. (2018) describe it, plainly: a yardstick, not for use in training.
+"""Adversarial training as Madry et al. (2018) describe it: a baseline of speedups, not for use in training.
 
-It runs 23 forward-pass equivalents for ten steps, as ours without BulletTrain does.
+It runs 23 forward-pass equivalents for ten steps, like ours without BulletTrain.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def pgd_reference_loss(
     epsilon: float = 0.031,
     perturb_steps: int = 10,
 ) -> Tensor:
-    """The ℓ∞ loss; arguments and result as `bt_fast.pgd_loss`, unchecked."""
+    """Computes the ℓ∞ loss; arguments and result as for `bt_fast.pgd_loss`, unchecked."""
     model.eval()
     noise = torch.rand(x_natural.shape, dtype=x_natural.dtype, device=x_natural.device)
     start = (x_natural + epsilon * (2.0 * noise - 1.0)).clamp(0.0, 1.0)
@@ -35,7 +35,7 @@ def pgd_reference_loss(
 def cross_entropy_attack(
     model: nn.Module, x: Tensor, y: Tensor, start: Tensor, step_size: float, epsilon: float, steps: int
 ) -> Tensor:
-    """ℓ∞ gradient ascent on the cross-entropy from `start`, projected; the model is in eval mode."""
+    """Climbs the cross-entropy in ℓ∞ from `start`, projected; the model is in eval mode."""
     x_adv = start
     for _ in range(steps):
         with range_(ATTACK_STEP):

@@ -1,4 +1,4 @@
-"""TRADES with its authors' computation, step for step: the yardstick of every speedup, not for use in training.
+"""TRADES with its authors' computation, step by step: the baseline of every speedup, not for use in training.
 
 It runs 39 forward-pass equivalents for ten steps: the clean forward again in each step, three forwards in the loss, and
 batch norm frozen by switching the whole model to eval mode and then to train mode.
@@ -23,7 +23,7 @@ def trades_reference_loss(
     perturb_steps: int = 10,
     beta: float = 1.0,
 ) -> Tensor:
-    """The ℓ∞ TRADES loss at its authors' cost; arguments and result as `bt_fast.trades_loss`, unchecked."""
+    """The ℓ∞ TRADES loss at its authors' cost; arguments and result as for `bt_fast.trades_loss`, unchecked."""
     model.eval()
     x_adv = x_natural.detach() + 0.001 * torch.randn(x_natural.shape, device="cpu").to(x_natural.device)
     for _ in range(perturb_steps):

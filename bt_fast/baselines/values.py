@@ -1,4 +1,4 @@
-"""The check of a batch's values before anything has changed."""
+"""Checks a batch's values before anything has changed."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from torch import Tensor, nn
 from bt_fast import faults
 from bt_fast.attack.forward import clean_logits, eval_mode
 
-# of a mean loss whose gradient is taken within a call, where no gradient scaler reaches it: a power of 2, so that in
+# for a mean loss with a gradient taken within a call, out of reach of a gradient scaler: a power of 2, so that in
 # higher precision nothing changes, below those at which scalers settle (tens of thousands)
 SCALE = 1024.0
 
 
 def check_values(model: nn.Module, x: Tensor, y: Tensor) -> None:
-    """Run the model, in eval mode, on two rows (some norms refuse one) and wait for the device.
+    """Runs the model, in eval mode, on two rows (some norms refuse one) and waits for the device.
 
     Raises:
-        TypeError, ValueError: its logits do not fit or are not finite, or pixels or labels are out of range.
+        TypeError, ValueError: the logits do not fit or are not finite, or pixels or labels are out of range.
     """
     with eval_mode(model):
         logits = clean_logits(model, x[:2])

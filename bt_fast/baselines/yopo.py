@@ -1,23 +1,23 @@
-"""YOPO-m-n (Zhang et al., 2019a): the attack moves against the first layer alone, m times n steps for m propagations.
+"""YOPO-m-n (Zhang et al., 2019a): an attack with m full propagations, and n steps against the first layer after each.
 
 The gradient p with respect to the first layer's output comes with each full propagation. While it is held fixed, the
-image climbs `H = Σ f₀(x + η)·p`, which takes the first layer f₀ alone.
+image climbs `H = Σ f₀(x + η)·p`, which needs only the first layer f₀.
 
 "pgd", from the authors' CIFAR-10 and MNIST code: η starts uniform in [-ε, ε], at first not clipped to the pixel bounds.
 Each of the m propagations runs forward and backward on x + η; the backward gives the parameters' gradient of the
-cross-entropy and p at once; n steps `η + α·sign ∂H/∂η` follow, each clipped to ε and to the pixel bounds; then f₀ gets
-the gradient of H at the new η too, beside that of the cross-entropy. (One of their scripts means to take the latter
-back, but puts back the tensor to which it has been added.) The loss is the sum of the m cross-entropies, and its
-gradient the sum of all of these gradients: the authors divide their learning rate by m. (So f₀'s gradient is not that
-of the loss's value.) The gradients are computed within the call, with the memory of one propagation, and `backward()`
-adds them, times its own gradient; a gradient scaler does not scale what is computed there, but it is scaled by 1024 on
-its way. The propagations run in train mode as the update of `trades_loss` does, and batch norm sees m batches. (The
-authors run one forward more, to report its accuracy.)
+cross-entropy and p at once; n steps `η + α·sign ∂H/∂η` follow, each clipped to ε and to the pixel bounds; then f₀ also
+gets the gradient of H at the new η, in addition to that of the cross-entropy. (One of their scripts tries to restore
+the latter, but restores the tensor to which the former has been added.) The loss is the sum of the m cross-entropies,
+and its gradient the sum of all of these gradients: the authors divide their learning rate by m. (So f₀'s gradient is
+not that of the loss's value.) The gradients are computed within the call, with the memory of one propagation, and
+`backward()` adds them, times its own gradient; a gradient scaler does not scale what is computed there, but it is
+scaled by 1024 on its way. The propagations run in train mode like the update of `trades_loss`, and batch norm sees m
+batches. (The authors run one forward more, to report its accuracy.)
 
-"trades", from their TRADES code: only x' is made by YOPO, in eval mode, from x and 0.001·N(0, 1) on the KL divergence
-from the clean distribution. The update is `CE(h(x), y) + β · mean KL(softmax h(x) ‖ softmax h(x'))` of two forwards in
-train mode: batch norm sees each batch once, where the TRADES code shows it the clean one twice. "mart", of which they
-have none, is built likewise: x' from the cross-entropy, and MART's loss.
+"trades", from their TRADES code: YOPO makes only x', in eval mode, from x and 0.001·N(0, 1) on the KL divergence from
+the clean distribution. The update is `CE(h(x), y) + β · mean KL(softmax h(x) ‖ softmax h(x'))` of two forwards in train
+mode: batch norm sees each batch once, whereas in the TRADES code it sees the clean one twice. "mart", which they do not
+have, is built in the same way: x' from the cross-entropy, and MART's loss.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def yopo_loss(
     """The loss of YOPO-m-n in ℓ∞, ready for `backward()`; the authors' YOPO-5-3 is `propagations=5, layer_steps=3`.
 
     Args:
-        model: maps [m, ...] to logits [m, K]; not DistributedDataParallel. A compiled one runs as it was written.
+        model: maps [m, ...] to logits [m, K]; not DistributedDataParallel. A compiled one runs uncompiled.
         x_natural: [m, ...] floating point in [0, 1], m ≥ 1. y: [m] integers in 0..K-1.
         optimizer: its `zero_grad()` is called; None leaves the gradients as they are, for gradient accumulation.
         propagations: m ≥ 1, full propagations. layer_steps: n ≥ 1, steps against the first layer after each.
@@ -93,14 +93,15 @@ def yopo_loss(
         step_size: α > 0, epsilon: ε ≥ 0, in pixel units; the authors take 0.007 with 0.031 for TRADES, 2/255 with 8/255
             for PGD.
         beta: β ≥ 0, the weight of the robust term of "trades" (by default 1, the authors') and of "mart" (6).
-        first: the layer whose output ends f₀, to which all before it belongs; by default the first convolution or
-            linear layer that the forward reaches. Buffers of f₀ move in each of its forwards.
+        first: the layer that ends f₀, which includes all before it; by default the first convolution or linear layer
+            that the forward reaches. Buffers of f₀ move in each of its forwards.
         generator: on the images' device, for the start; without it the device's own ("trades", "mart": as TRADES).
-        normalization: what the images' loader has done to the pixels, as for `trades_loss`.
+        normalization: the loader's normalisation of the images, as for `trades_loss`.
 
     Raises:
-        TypeError, ValueError: as `trades_loss`, or `first` is no layer that a forward calls exactly once. Nothing has
-            changed then; but NaN in an input gradient is raised after the attack, by which "pgd" moves batch norm.
+        TypeError, ValueError: as for `trades_loss`, or `first` is not a layer that a forward calls exactly once.
+            Nothing has changed then; but NaN in an input gradient is raised after the attack, which in "pgd" moves
+            batch norm.
     """
     threat = ThreatModel(epsilon)
     arguments.check_batch(x_natural, y, "x_natural")
@@ -134,7 +135,7 @@ def _checked_beta(objective: str, beta: float | None) -> float:
 
 
 def _checked_first(model: nn.Module, first: nn.Module | None, x: Tensor, y: Tensor) -> nn.Module:
-    """The first layer that a forward reaches, or `first`, checked in the forward that checks the values too."""
+    """Returns the first layer that a forward reaches, or the checked `first`; that forward also checks the values."""
     check_model(model)
     if first is not None and not isinstance(first, nn.Module):
         raise TypeError(
@@ -202,7 +203,7 @@ class _ReachedError(Exception):
 
 @dataclass(eq=False)
 class _Attack:
-    """The propagations of a model, and the steps against its layer `first`, whose output ends f₀."""
+    """The propagations of a model, and the steps against its layer `first`, which ends f₀."""
 
     model: nn.Module
     first: nn.Module
@@ -215,7 +216,7 @@ class _Attack:
     generator: torch.Generator | None
 
     def __post_init__(self) -> None:
-        # [m], samples that could not move in some step, since their gradient held NaN
+        # [m], samples that could not move in some step because their gradient held NaN
         self.faulty = torch.zeros(len(self.x), dtype=torch.bool, device=self.x.device)
 
     def images(self, eta: Tensor) -> Tensor:
@@ -223,11 +224,11 @@ class _Attack:
         return (self.x + eta).clamp(self.threat.lower, self.threat.upper)
 
     def propagated(self, eta: Tensor) -> tuple[Tensor, GradientEdge]:
-        """The logits of x + η, and where the gradient of the first layer's output will arrive.
+        """Returns the logits of x + η, and the edge at which the gradient of the first layer's output arrives.
 
         At the start x + η may lie outside the pixel bounds, as in the authors' code.
         """
-        edges: list[GradientEdge] = []  # taken before any change of the output in place
+        edges: list[GradientEdge] = []  # taken before the output is changed in place
         hook = self.first.register_forward_hook(lambda _, __, output: edges.append(get_gradient_edge(output)))
         try:
             logits = logits_of(self.model, (self.x + eta).detach().requires_grad_())
@@ -239,7 +240,7 @@ class _Attack:
         return logits, edges[0]
 
     def hamiltonian(self, eta: Tensor, p: Tensor) -> Tensor:
-        """H = Σ f₀(x + η)·p: the model's forward, left at the first layer's output."""
+        """Returns H = Σ f₀(x + η)·p: the model's forward, ended at the first layer's output."""
 
         def leave(_: nn.Module, __: object, output: Tensor) -> None:
             raise _ReachedError(output)
@@ -254,7 +255,7 @@ class _Attack:
         raise _not_once(0)
 
     def moved(self, eta: Tensor, p: Tensor) -> Tensor:
-        """η after n steps up H."""
+        """Returns η after n steps up H."""
         for _ in range(self.steps):
             with range_(ATTACK_STEP):
                 eta = eta.detach().requires_grad_()
@@ -265,12 +266,12 @@ class _Attack:
         return eta
 
     def check(self) -> None:
-        """Raise ValueError if a sample could not move."""
+        """Raises ValueError if a sample could not move."""
         faults.read([faults.gradients_without_direction(self.faulty)]).wait()
 
 
 def _attacked(attack: _Attack, divergence: bool) -> Tensor:
-    """x' of a model in eval mode, which climbs the divergence from the clean distribution, or the cross-entropy."""
+    """Returns x' of a model in eval mode, which climbs the divergence from clean predictions, or the cross-entropy."""
     x, model, generator = attack.x, attack.model, attack.generator
     with torch.enable_grad(), eval_mode(model):
         target = clean_logits(model, x).double().softmax(dim=1) if divergence else None
@@ -289,7 +290,7 @@ def _attacked(attack: _Attack, divergence: bool) -> Tensor:
 
 
 def _update(attack: _Attack, divergence: bool, beta: float) -> Tensor:
-    """The loss of TRADES (`divergence`) or MART on x' made before."""
+    """Returns the loss of TRADES (`divergence`) or MART on x' made before."""
     x, y, model = attack.x, attack.y, attack.model
     x_adv = _attacked(attack, divergence)
     with range_(UPDATE):
@@ -302,7 +303,7 @@ def _update(attack: _Attack, divergence: bool, beta: float) -> Tensor:
 
 
 def _propagations(attack: _Attack) -> Tensor:
-    """The sum of m cross-entropies, whose gradient is that of the propagations and of the first layer's H."""
+    """Returns the sum of m cross-entropies, with the gradient of the propagations and of the first layer's H."""
     x, model = attack.x, attack.model
     trained = [p for p in model.parameters() if p.requires_grad]
     sums: list[Tensor | None] = [None] * len(trained)
@@ -313,7 +314,7 @@ def _propagations(attack: _Attack) -> Tensor:
         for _ in range(attack.propagations):
             logits, edge = attack.propagated(eta)
             loss = F.cross_entropy(ops.wide(logits), attack.y)
-            wanted: Any = [edge, *trained]  # torch's annotation knows lists of one kind only
+            wanted: Any = [edge, *trained]  # torch's annotation permits lists of one type only
             p, *gradients = torch.autograd.grad(SCALE * loss, wanted, allow_unused=True)
             sums = _added(sums, gradients)
             eta = attack.moved(eta, p)
@@ -333,17 +334,17 @@ def _added(sums: Sequence[Tensor | None], gradients: Sequence[Tensor | None]) ->
 
 
 class _Carrier(torch.autograd.Function):
-    """A value of whose gradients with respect to the parameters `SCALE` times each is already there."""
+    """A value with parameter gradients that are already computed, `SCALE` times each."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, count: int, *gradients_and_parameters: Tensor) -> Tensor:
-        """The value; of what follows the first `count` are gradients, the others their parameters."""
+        """Returns the value; the first `count` of the others are gradients, the rest their parameters."""
         ctx.save_for_backward(*gradients_and_parameters[:count])
         return value.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradients, times that of the value."""
+        """Returns the gradients, times that of the value."""
         gradients, upstream = ctx.saved_tensors, gradient / SCALE
         return None, None, *(None for _ in gradients), *(g * upstream.to(g.dtype) for g in gradients)

@@ -12,10 +12,10 @@ PADDING = 4
 
 
 def crop_and_flip(x: Tensor, *, seed: int, iteration: int, share: Share | None = None) -> Tensor:
-    """Crop each image [m, C, H, W] at random from its zero-padded self, and mirror it with probability 1/2.
+    """Crops each image [m, C, H, W] at random after zero padding, and mirrors it with probability 1/2.
 
     The random numbers depend on `seed` and `iteration` alone, so a resumed run repeats them. With `share`, x is that
-    share of a larger minibatch, and gets the numbers that it has in the whole.
+    share of a larger minibatch, and gets its numbers in the whole minibatch.
     """
     m, _, height, width = x.shape
     share = Share(0, m, m) if share is None else share

@@ -1,4 +1,4 @@
-"""Checkpoints: tensors, numbers and one JSON string, read without running anything that they contain."""
+"""Checkpoints: tensors, numbers and one JSON string, read without running any code in them."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ _STOPPED = "WeightsUnpickler error"
 
 
 def save_checkpoint(path: Path, config: RunConfig, state: dict[str, Any]) -> None:
-    """Write `state` (tensors and plain values) and its configuration, replacing the file as a whole."""
+    """Writes `state` (tensors and plain values) and its configuration, replacing the file atomically."""
     with replacing(path) as file:
         torch.save({"bt_fast": FORMAT, "config": config.to_json(), "state": state}, file)
 
 
 def load_checkpoint(path: Path) -> tuple[RunConfig, dict[str, Any]]:
-    """The configuration and state that `save_checkpoint` wrote, tensors on the CPU; ValueError for another file."""
+    """Returns the configuration and state that `save_checkpoint` wrote, on the CPU; ValueError for another file."""
     content = read_tensors(path)
     version = content.get("bt_fast", "none") if isinstance(content, dict) else type(content).__name__
-    if type(version) is int and version > FORMAT:  # the type first: a tensor is not comparable
+    if type(version) is int and version > FORMAT:  # checks the type first: a tensor is not comparable
         raise ValueError(
             f"{path}: written by a newer version of bt_fast: found format {version}, expected {FORMAT}; upgrade"
         )
@@ -54,7 +54,7 @@ def load_checkpoint(path: Path) -> tuple[RunConfig, dict[str, Any]]:
 
 
 def read_tensors(path: Path) -> Any:
-    """What `torch.save` or safetensors wrote to `path`, tensors on the CPU; no code in it is run.
+    """Returns what `torch.save` or safetensors wrote to `path`, tensors on the CPU; no code in it is run.
 
     ValueError if the file is missing, damaged, or holds more than tensors and plain values.
     """
@@ -68,14 +68,14 @@ def read_tensors(path: Path) -> Any:
     if _is_safetensors(path):
         return _safetensors(path)
     try:
-        # opened once, since a run may put another file in its place
+        # opened once, since a run may replace the file
         with path.open("rb") as file, warnings.catch_warnings(), torch.serialization.safe_globals(_IGNORED):
-            if zipfile.is_zipfile(file):  # else of the form before torch 1.6, in which some networks were published
+            if zipfile.is_zipfile(file):  # else the format before torch 1.6, in which some networks were published
                 _check_archive(file)
             file.seek(0)
             warnings.simplefilter("ignore")  # torch warns of foreign pickles that it then refuses
             return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises a dozen kinds on a damaged file
+    except Exception as error:  # torch raises a dozen types on a damaged file
         if refused := re.search(r"GLOBAL ([\w.]+)", str(error)):
             raise ValueError(
                 f"{path}: not a readable checkpoint: beside tensors and plain values it holds {refused[1]}, which "
@@ -88,7 +88,7 @@ def read_tensors(path: Path) -> Any:
 
 
 def _is_safetensors(path: Path) -> bool:
-    """Whether the file begins with the length of a JSON header that fits, and that header."""
+    """Whether the file begins with a matching header length and a JSON header."""
     with path.open("rb") as file:
         start = file.read(9)
     return start[8:] == b"{" and int.from_bytes(start[:8], "little") <= path.stat().st_size
@@ -101,13 +101,13 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = load_file(path)
     except ImportError as error:
         raise ValueError(f"{path}: a file of safetensors; install them: pip install safetensors") from error
-    except Exception as error:  # of the library's own kind
+    except Exception as error:  # the library's own exception type
         raise ValueError(f"{path}: not a readable file of safetensors ({_first_line(error)}); write it anew") from error
     return tensors
 
 
 class _Ignored:
-    """Stands for objects of kinds that torch does not read and that scripts keep beside the weights."""
+    """Replaces objects of kinds that torch does not read and that scripts save beside the weights."""
 
     def __init__(self, *_: object) -> None:
         pass
@@ -130,9 +130,9 @@ _IGNORED: list[Any] = [
 
 
 def _check_archive(file: IO[bytes]) -> None:
-    """Raise ValueError or BadZipFile unless the archive is as `torch.save` writes one, with the right checksums.
+    """Raises ValueError or BadZipFile unless the archive has the form of `torch.save`, with correct checksums.
 
-    torch does not check them, and inflates whatever a foreign archive says.
+    torch does not check them, and inflates a foreign archive to any size.
     """
     with zipfile.ZipFile(file) as archive:
         members = archive.infolist()
@@ -149,6 +149,6 @@ def _check_archive(file: IO[bytes]) -> None:
 
 def _first_line(error: Exception) -> str:
     lines = str(error).splitlines() or [type(error).__name__]
-    # torch puts the unpickler's reason behind the advice to run the file
+    # torch puts the unpickler's reason after the advice to run the file
     stopped = (line[line.index(_STOPPED) :] for line in lines if _STOPPED in line)
     return next(stopped, lines[0]).strip()[:200]

@@ -59,7 +59,7 @@ class _Command(click.Command):
 
 
 class _Group(click.Group):
-    """Commands whose errors are one line on standard error, with exit code 2 for a user's mistake."""
+    """A group of commands with errors of one line on standard error, and exit code 2 for a user's mistake."""
 
     command_class = _Command
 
@@ -89,7 +89,7 @@ def cli() -> None:
 
 
 def _training(command: Any) -> Any:
-    """Add to a command the options of a training, and the help that is the same for all of them."""
+    """Adds to a command the options of a training, and the help that all trainings share."""
     command.__doc__ = f"""{command.__doc__}
 
     Interrupted or terminated, it finishes the iteration, saves and exits with 130 or 143; a second time it exits at
@@ -102,7 +102,7 @@ def _training(command: Any) -> Any:
 
 
 def _run(methods: tuple[str, ...], default: tuple[str, ...], values: dict[str, Any]) -> None:
-    """Train these methods, or the default ones; `values` of all options but --method."""
+    """Trains these methods, or the default ones; `values` of all options except --method."""
     names = {field.name for field in dataclasses.fields(Start)}
     start = Start(**{name: values[name] for name in names})
     chosen = methods or (default if start.previous is None else ())
@@ -122,9 +122,9 @@ def compare(methods: tuple[str, ...], **values: Any) -> None:
     twice = [method for method in methods if methods.count(method) > 1]
     if twice:
         raise ValueError(f"--method {twice[0]} is given twice: each method is trained once; give it once")
-    default = COMPARED[1:] if values["loss"] == "augmix" else COMPARED  # AugMix has no code of its authors here
+    default = COMPARED[1:] if values["loss"] == "augmix" else COMPARED  # AugMix has no authors' code here
     if values["engine"]:
-        default = (*default[:-1], "bullet")  # on the engine that was named
+        default = (*default[:-1], "bullet")  # on the named engine
     _run(methods, default, values)
 
 

@@ -30,13 +30,13 @@ def option(
     metavar: str | None = None,
     **limits: float,
 ) -> Any:
-    """A field of `RunConfig` with what the command line needs for it.
+    """Returns a field of `RunConfig` with its metadata for the command line.
 
     Args:
-        default: its value for the digits.
-        help, metavar: as of click's options.
-        choices: the values that it takes, if they are names.
-        limits: of a number, as of click's ranges: min, max, and min_open or max_open if the limit itself is outside.
+        default: the value for the digits.
+        help, metavar: as in click's options.
+        choices: the accepted values, if they are names.
+        limits: of a number, as in click's ranges: min, max, and min_open or max_open if the limit itself is outside.
     """
     shown = {"help": help, "metavar": metavar}
     return dataclasses.field(default=default, metadata={"shown": shown, "choices": tuple(choices), "limits": limits})
@@ -50,10 +50,10 @@ _share = functools.partial(option, min=0, max=1, max_open=True)
 
 @dataclass(frozen=True)
 class RunConfig:
-    """The training of a run: its options as the command line has them, with the defaults of the digits.
+    """The configuration of a run: the command line's options, with the defaults of the digits.
 
-    Step sizes, ε and pixels are in [0, 1] units. The objective "augmix" attacks nothing: such a run has no robust
-    accuracy of its own.
+    Step sizes, ε and pixels are in [0, 1] units. The objective "augmix" attacks nothing, so its runs have no robust
+    accuracy.
     """
 
     methods: tuple[str, ...] = COMPARED  # in lockstep on the same minibatches; each as `Method.parse` reads it
@@ -94,15 +94,15 @@ class RunConfig:
     seed: int = _at_least_0(0, max=2**32 - 1)  # torch's CPU generator keeps 32 bits
 
     def to_json(self) -> str:
-        """One line of JSON."""
+        """Returns one line of JSON."""
         return json.dumps(dataclasses.asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> RunConfig:
-        """The configuration that `to_json` wrote.
+        """Returns the configuration that `to_json` wrote.
 
         Raises:
-            ValueError: it is not one, or of another version.
+            ValueError: the text is not one, or of another version.
         """
         try:
             values = parse_json(text)
@@ -128,7 +128,7 @@ class RunConfig:
         return config
 
     def check(self) -> None:
-        """Raise ValueError, which names the option, for a choice that there is not, or not for the objective."""
+        """Raises ValueError, which names the option, for a choice that does not exist, or not for the objective."""
         for field in dataclasses.fields(self):
             value, choices = getattr(self, field.name), field.metadata.get("choices")
             if choices and value not in choices:
@@ -147,10 +147,10 @@ class RunConfig:
                 warn_of_units(config.epsilon, step_size=config.step_size)
 
     def of_method(self, name: str) -> tuple[Method, RunConfig]:
-        """The method of that name, and this configuration with the method's own options.
+        """Returns the method of that name, and this configuration with the method's own options.
 
         Raises:
-            ValueError: there is no such method, or not for this objective.
+            ValueError: the method does not exist, or not for this objective.
         """
         method = Method.parse(name)
         algorithms = _OF_AUGMIX if self.loss == "augmix" else _OF_ATTACKS
@@ -160,14 +160,14 @@ class RunConfig:
         return method, dataclasses.replace(self, **changes)
 
     def differences(self, other: RunConfig, *, but: tuple[str, ...] = ()) -> list[str]:
-        """`name: this value against the other value` for every field in which the two differ, but for some."""
+        """Returns `name: this value against the other value` for every differing field, except those in `but`."""
         mine, theirs = dataclasses.asdict(self), dataclasses.asdict(other)
         names = [name for name in mine if name not in but and mine[name] != theirs[name]]
         return [f"{name}: {mine[name]} against {theirs[name]}" for name in names]
 
 
 def _fits(value: object, kind: Any) -> bool:
-    """Whether a value, read from JSON, has the type of its field; an integer is a float, too, a bool is no number."""
+    """Whether a value read from JSON has the type of its field; an integer is also a float, a bool is not a number."""
     if isinstance(kind, UnionType):
         return any(_fits(value, member) for member in typing.get_args(kind))
     if typing.get_origin(kind) is tuple:
@@ -178,9 +178,9 @@ def _fits(value: object, kind: Any) -> bool:
 KINDS: dict[str, Any] = typing.get_type_hints(RunConfig)
 _OF_ATTACKS = ("reference", "optimised", "bullet", "fast", "yopo")
 _OF_AUGMIX = ("optimised", "bullet", "no-jsd")
-_LATER = {"metric", "policy", "grad_align", "non_finite"}  # options that older configurations lack: the default
+_LATER = {"metric", "policy", "grad_align", "non_finite"}  # options that older configurations lack
 
-_CIFAR = RunConfig(  # the scripts of TRADES, as the paper's Table 2 runs them
+_CIFAR = RunConfig(  # the scripts of TRADES, which the paper's Table 2 uses
     data="cifar10",
     model="wrn-34-10",
     width=None,
@@ -194,7 +194,7 @@ _CIFAR = RunConfig(  # the scripts of TRADES, as the paper's Table 2 runs them
     step_size=0.007,
     curve_size=500,
 )
-PRESETS = {  # the defaults for each data set; those of the digits let two CPU cores finish a comparison in minutes
+PRESETS = {  # the defaults for each data set; with those of the digits two CPU cores finish a comparison in minutes
     "digits": RunConfig(),
     "mnist": RunConfig(data="mnist", width=32, epochs=10, decay_epochs=(8,), curve_size=500),
     "cifar10": _CIFAR,

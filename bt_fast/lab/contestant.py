@@ -46,8 +46,8 @@ class Contestant:
     """One method of a run, in the same state on each rank of a world.
 
     Attributes:
-        kind, config: the parsed method, and the run's configuration with the method's own options.
-        bullet, criterion: None for a method that has none.
+        kind, config: the parsed method, and the run's configuration with the method's options.
+        bullet, criterion: None for a method without one.
         seconds: of each step. interval: begin and end of the last step, on the clock of `time.perf_counter`.
         loss_sum, left_out: the summed losses of this epoch, and the number of its skipped minibatches.
         counted: int64 [3], samples in each group up to the last record.
@@ -81,7 +81,7 @@ class Contestant:
             lr=config.lr,
             momentum=config.sgd_momentum,
             weight_decay=config.weight_decay,
-            fused=device.type == "cuda" or None,  # the fused step leaves faulty gradients out on the device
+            fused=device.type == "cuda" or None,  # the fused step skips faulty gradients on the device
         )
         self.bullet = _bullet(self.config, world, balance).to(device) if self.kind.algorithm == "bullet" else None
         modules = [self.model] if self.bullet is None else [self.model, self.bullet]
@@ -107,11 +107,11 @@ class Contestant:
         return OBJECTIVES[c.loss][1](attack, mining=self.bullet, engine=self.engine, **self._beta())
 
     def _beta(self) -> dict[str, Any]:
-        """The weight of the robust term as an option, which PGD's loss does not have."""
+        """The weight of the robust term as an option; PGD's loss has none."""
         return {} if self.config.loss == "pgd" else {"beta": self.config.beta}
 
     def step(self, x: Tensor, y: Tensor, indices: Tensor | None = None) -> Skipped | None:
-        """Take one timed training step; returns why the minibatch was skipped, or None. Collective.
+        """Takes one timed training step; returns why the minibatch was skipped, or None. Collective.
 
         Args:
             x: [m, C, H, W] in [0, 1], this rank's images. y: int64 [m], their labels.
@@ -128,14 +128,14 @@ class Contestant:
             with self.guard.minibatch(indices):
                 loss = self._loss_of_share(x, y, share)
                 with range_(BACKWARD):
-                    # so weighted, the mean of the ranks' gradients is the gradient of the whole minibatch
+                    # with these weights, the mean of the ranks' gradients is the gradient of the whole minibatch
                     (loss * (share.weight * self.world.count) if self.world.group else loss).backward()
                     self.guard.step(loss)
             self.world.follow(self.model)
             synchronize(self.device)
             self.interval = (begin, time.perf_counter())
             self.seconds.append(self.interval[1] - begin)
-        self.guard.settle()  # does not wait, since the device has just been waited for
+        self.guard.settle()  # does not wait, since the device has just finished
         if len(self.guard.skipped) > skipped_before:
             self.left_out += 1
             return self.guard.skipped[-1]
@@ -165,14 +165,14 @@ class Contestant:
         return loss
 
     def _augmix_generator(self) -> torch.Generator | None:
-        """Of several ranks with BulletTrain each draws for its own boundary samples."""
+        """A generator for AugMix's views if each of several ranks draws for its own boundary samples, else None."""
         if self.bullet is None or self.world.group is None:
             return None
         seed = (self.config.seed * 1_000_003 + len(self.seconds)) * self.world.count + self.world.rank
         return torch.Generator(self.device).manual_seed(seed)
 
     def _baseline(self, x: Tensor, y: Tensor) -> Tensor:
-        """The loss of a method without a class of its own; it clears the gradients itself."""
+        """Computes the loss of a method without its own class; clears the gradients itself."""
         c, kind = self.config, self.kind
         batch = (self._wrapped, x, y, self.optimizer)
         options: dict[str, Any] = {"epsilon": c.epsilon, **self._beta()}
@@ -199,7 +199,7 @@ class Contestant:
                 self._random = _random_state(self.device)
 
     def state(self) -> dict[str, Any]:
-        """Everything that the next step depends on, and the clock."""
+        """Returns all that the next step depends on, and the clock."""
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -213,7 +213,7 @@ class Contestant:
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        """Load what `state` returned; the first version's has neither `guard` nor `left_out`."""
+        """Loads what `state` returned; in the first version it had neither `guard` nor `left_out`."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.bullet is not None:
@@ -224,7 +224,7 @@ class Contestant:
         self.loss_sum = state["loss_sum"].to(self.device)
         self.guard.load_state_dict(state.get("guard", {"minibatches": len(self.seconds), "in_a_row": 0}))
         self.left_out = state.get("left_out", 0)
-        with self._own_random_stream():  # raises if torch does not take the states
+        with self._own_random_stream():  # raises if torch refuses the states
             pass
 
 
@@ -240,7 +240,7 @@ def _bullet(config: RunConfig, world: World, balance: Balance | None) -> BulletT
         process_group=world.group,
         balance=balance,
     )
-    if bullet.ranks is not None:  # set beforehand: the first minibatch of a resumed run may be a small one
+    if bullet.ranks is not None:  # set in advance: the first minibatch of a resumed run may be a small one
         bullet.ranks.rows = world.most_in_a_share(config.batch_size)
     return bullet
 

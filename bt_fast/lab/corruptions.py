@@ -1,8 +1,8 @@
-"""Error under common corruptions, on a test set in the layout in which CIFAR-10-C and CIFAR-100-C are published.
+"""Error under common corruptions, on a test set in the published layout of CIFAR-10-C and CIFAR-100-C.
 
-That is a folder with `labels.npy`, integers [5n], and for each corruption a file of its name with uint8 [5n, H, W, C]:
-the n test images at severity 1, then at severity 2, up to 5. A folder that `make_corruptions` made also has
-`made.json`, which records the images and the seed.
+This is a folder with `labels.npy`, integers [5n], and for each corruption a file of its name with uint8 [5n, H, W, C]:
+the n test images at severity 1, then at severity 2, up to 5. A folder from `make_corruptions` also has `made.json`,
+which records the images and the seed.
 """
 
 from __future__ import annotations
@@ -55,18 +55,18 @@ class Made:
 
     @classmethod
     def of(cls, x: Tensor, y: Tensor, seed: int) -> Made:
-        """Of images uint8 [n, C, H, W] and labels int64 [n]."""
+        """Returns the origin of images uint8 [n, C, H, W] and labels int64 [n]."""
         labelled = zip(x.cpu().contiguous().numpy(), y.tolist(), strict=True)
         digests = (hashlib.sha256(f"{label}".encode() + image.data).hexdigest() for image, label in labelled)
         return cls(seed, tuple(digest[:16] for digest in digests))
 
     def to_json(self) -> str:
-        """One line of JSON."""
+        """Returns one line of JSON."""
         return json.dumps({"seed": self.seed, "images": self.images})
 
     @classmethod
     def read(cls, path: Path) -> Made | None:
-        """What the file holds; None without the file; ValueError, which names it, if it holds something else."""
+        """Reads the file; None without it; ValueError, which names it, if it holds something else."""
         try:
             content = parse_json(path.read_text(encoding="utf-8"))
             made = cls(content["seed"], tuple(content["images"]))
@@ -80,9 +80,9 @@ class Made:
 
 
 class CorruptedTestSet:
-    """The files of a folder, checked when the object is made; pixels are read when they are needed.
+    """The corrupted test set in a folder: files are checked at once, pixels are read when needed.
 
-    Takes the first `first` test images of each severity, or all. Files of other corruptions are not read.
+    Uses the first `first` test images of each severity, or all. Files of other corruptions are not read.
 
     Attributes:
         labels: int64 [n], the same at each severity.
@@ -90,7 +90,7 @@ class CorruptedTestSet:
         made: the folder's origin, or None.
 
     Raises:
-        ValueError: a file is missing, not what it should be, or holds too few images; the message names it.
+        ValueError: a file is missing, invalid, or holds too few images; the message names it.
     """
 
     def __init__(self, folder: Path, first: int | None = None) -> None:
@@ -119,14 +119,14 @@ class CorruptedTestSet:
         self.made = Made.read(folder / MADE)
 
     def __str__(self) -> str:
-        """The number of images and their origin."""
+        """Describes the number of images and their origin."""
         is_whole = self._taken == self._per_severity
         number = f"{self._taken}" if is_whole else f"the first {self._taken} of {self._per_severity}"
         made = "" if self.made is None else f", made of the test set with seed {self.made.seed}"
         return f"{number} images at each severity{made}"
 
     def severity(self, name: str, severity: int) -> tuple[Tensor, Tensor]:
-        """The images uint8 [n, C, H, W] and labels int64 [n] of one corruption at one severity, 1 to 5."""
+        """Returns images uint8 [n, C, H, W] and labels int64 [n] of one corruption at one severity, 1 to 5."""
         begin = (severity - 1) * self._per_severity
         part = slice(begin, begin + self._taken)
         images = np.array(np.moveaxis(self._arrays[name][part], 3, 1), order="C")  # a copy: the file is read-only
@@ -134,7 +134,7 @@ class CorruptedTestSet:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of all images and labels that are taken; reads all of them."""
+        """Returns the SHA-256 of all images and labels in use; reads all of them."""
         digest = hashlib.sha256()
         for name in CORRUPTIONS:
             for severity in SEVERITIES:
@@ -144,7 +144,7 @@ class CorruptedTestSet:
         return digest.hexdigest()
 
     def check_made_of(self, x: Tensor, y: Tensor, seed: int | None) -> None:
-        """Raise ValueError if the folder was made of other test images, or not with `seed` where that is given."""
+        """Raises ValueError if the folder was made of other test images, or not with `seed` if that is given."""
         if seed is not None and (self.made is None or self.made.seed != seed):
             origin = "was not made here" if self.made is None else f"was made with seed {self.made.seed}"
             raise ValueError(f"--seed {seed}: {self._folder} {origin}; leave --seed away, or another --corruptions-dir")
@@ -161,17 +161,17 @@ class CorruptedTestSet:
 def corruption_errors(
     model: nn.Module, test_set: CorruptedTestSet, device: torch.device
 ) -> Iterator[tuple[str, list[float]]]:
-    """For each corruption its name and the error rates at the five severities, in [0, 1].
+    """Yields for each corruption its name and the error rates at the five severities, in [0, 1].
 
     The model, on the device, maps images [m, C, H, W] in [0, 1] to logits [m, K]; it runs in eval mode. TypeError or
-    ValueError if it does not, if logits hold NaN, or a label is outside 0..K-1.
+    ValueError if its logits are invalid or hold NaN, or a label is outside 0..K-1.
     """
     for name in CORRUPTIONS:
         yield name, [_error(model, *test_set.severity(name, severity), device) for severity in SEVERITIES]
 
 
 def mean_corruption_error(errors: dict[str, list[float]]) -> float:
-    """The mean over corruptions and severities, as reported for CIFAR-10-C: not relative to another network."""
+    """Returns the mean over corruptions and severities, as for CIFAR-10-C: not relative to another network."""
     return float(np.mean(list(errors.values())))
 
 
@@ -203,7 +203,7 @@ def _open_images(path: Path, n: int) -> Array:
 
 
 def _open_array(path: Path) -> Array:
-    """A memory-mapped array of plain numbers."""
+    """Returns a memory-mapped array of plain numbers."""
     with blaming(path, "a plain .npy array"):
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     if not isinstance(array, np.ndarray):

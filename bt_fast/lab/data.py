@@ -1,6 +1,6 @@
-"""Image data sets held in memory: MNIST, CIFAR-10 and -100, an npz of one's own, and a part of MNIST in the package.
+"""Image data sets in memory: MNIST, CIFAR-10 and -100, a custom npz, and a part of MNIST in the package.
 
-Nothing is downloaded, no code in a file is run, and a file that is damaged or of another kind is refused by name.
+Nothing is downloaded, no code in a file is run, and the error for a damaged or foreign file names it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class ImageDataset:
     """Labelled images for training and testing, checked when the object is made.
 
     Images are uint8 [n, C, H, W] with the same C, H, W in both halves (`images` turns them into floats), labels int64
-    [n] in 0..classes-1. ValueError, which names the array, if they are not.
+    [n] in 0..classes-1. Otherwise a ValueError names the array.
     """
 
     name: str
@@ -54,17 +54,17 @@ class ImageDataset:
 
 
 def images(batch: Tensor, device: torch.device | str) -> Tensor:
-    """uint8 [n, C, H, W] as float32 in [0, 1] on `device`; ValueError for another dtype."""
+    """Converts uint8 [n, C, H, W] to float32 in [0, 1] on `device`; ValueError for another dtype."""
     if batch.dtype != torch.uint8:
         raise wrong("batch", str(batch.dtype), "torch.uint8: give bytes, as load_dataset does")
-    return batch.to(device).float() / 255  # moved first: uint8 is a quarter of the bytes
+    return batch.to(device).float() / 255  # moves uint8, a quarter of the bytes
 
 
 def minibatches(n: int, batch_size: int, *, seed: int, epoch: int) -> Iterator[Tensor]:
-    """One epoch's minibatches: a permutation of 0..n-1, cut into int64 index tensors [batch_size] on the CPU.
+    """Yields one epoch's minibatches: a permutation of 0..n-1, cut into int64 index tensors [batch_size] on the CPU.
 
-    The permutation depends on n, seed and epoch alone; the last minibatch holds what is left. Raises ValueError unless
-    n and batch_size are at least 1, seed and epoch at least 0.
+    The permutation depends only on n, seed and epoch; the last minibatch holds the rest. Raises ValueError unless n and
+    batch_size are at least 1, seed and epoch at least 0.
     """
     if n < 1 or batch_size < 1 or seed < 0 or epoch < 0:
         raise ValueError(
@@ -78,7 +78,7 @@ def minibatches(n: int, batch_size: int, *, seed: int, epoch: int) -> Iterator[T
 
 
 def load_dataset(source: str, data_dir: Path = Path("data")) -> ImageDataset:
-    """Load a data set from files already on this machine.
+    """Loads a data set from files already on this machine.
 
     Args:
         source: one of
@@ -130,7 +130,7 @@ def _npz_dataset(path: Path, name: str) -> ImageDataset:
 
 
 def _other_files(folder: Path) -> str:
-    """What a folder holds in place of a data set, and how to make one of it."""
+    """Describes what a folder holds instead of a data set, and how to make one of it."""
     below = sorted(folder.iterdir())
     archives = [path.name for path in below if path.suffix == ".npz"]
     if archives:

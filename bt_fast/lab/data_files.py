@@ -23,7 +23,7 @@ from bt_fast.faults import rounding_of_pixels
 
 Array = npt.NDArray[Any]
 Split = tuple[Tensor, Tensor]  # images uint8 [n, C, H, W], labels int64 [n]
-Place = tuple[Path, list[list[str]]]  # a folder, and for each file expected there its possible names
+Place = tuple[Path, list[list[str]]]  # a folder, and for each expected file its possible names
 
 OR_NPZ = (
     "of any other data make one file, np.savez('images.npz', x_train=..., y_train=..., x_test=..., y_test=...), uint8 "
@@ -35,13 +35,13 @@ _PIXELS = prod(_CIFAR_SHAPE)
 
 
 def wrong(where: object, given: str, expected: str) -> ValueError:
-    """The error for data that are not what they should be."""
+    """Returns the error for invalid data."""
     return ValueError(f"{where}: found {given}, expected {expected}")
 
 
 @contextmanager
 def blaming(path: Path, expected: str) -> Iterator[None]:
-    """Turn any exception into a ValueError that names the file: readers raise a dozen types on corrupt bytes."""
+    """Turns any exception into a ValueError that names the file: on corrupt bytes readers raise a dozen types."""
     try:
         yield
     except Exception as error:
@@ -49,7 +49,7 @@ def blaming(path: Path, expected: str) -> Iterator[None]:
 
 
 def check_split(split: Split, classes: int, images_name: str, labels_name: str) -> None:
-    """Raise ValueError, which names the array, unless images and labels have the dtypes and shapes of a `Split`."""
+    """Raises ValueError, which names the array, unless images and labels have the dtypes and shapes of a `Split`."""
     x, y = split
     if x.dtype != torch.uint8 or x.ndim != 4 or 0 in x.shape:
         raise wrong(images_name, f"{x.dtype} {list(x.shape)}", "torch.uint8 [n, C, H, W], none of them 0")
@@ -61,9 +61,10 @@ def check_split(split: Split, classes: int, images_name: str, labels_name: str) 
 
 
 def locate(places: Sequence[Place], *, missing_ok: bool = False, advice: str = "") -> list[Path]:
-    """The files of the first place that has all of them.
+    """Returns the files of the first place that has all of them.
 
-    Without such a place, nothing with `missing_ok`, else a ValueError that lists what is missing where, and `advice`.
+    Without such a place, returns nothing with `missing_ok`, else raises a ValueError with the missing files and
+    `advice`.
     """
     lines = []
     for folder, expected in places:
@@ -111,7 +112,7 @@ def _read_idx(images_path: Path, labels_path: Path) -> Split:
 
 
 def _idx_array(path: Path, ndim: int) -> Array:
-    """The array of an IDX file: 0, 0, 8 (uint8), ndim, then ndim big-endian int32 sizes, then the values."""
+    """Returns the array of an IDX file: 0, 0, 8 (uint8), ndim, then ndim big-endian int32 sizes, then the values."""
     if path.suffix == ".gz":
         with blaming(path, "a whole gzip file"), gzip.open(path) as file:
             content = file.read()
@@ -134,11 +135,12 @@ def _idx_array(path: Path, ndim: int) -> Array:
 def _cifar(
     title: str, folders: tuple[str, str], stems: tuple[str, ...], classes: int, label_bytes: int, key: bytes
 ) -> Format:
-    """One of the two.
+    """Returns the format of CIFAR-10 or CIFAR-100.
 
     Args:
-        folders: of the binary and of the python version. stems: of its files' names, of which the last is the test set.
-        label_bytes: before the pixels of a binary record; the last is the label. key: of the labels in a pickle.
+        folders: of the binary and of the python version. stems: of the file names; the last is the test set.
+        label_bytes: the bytes before the pixels of a binary record; the last is the label. key: of the labels in a
+            pickle.
     """
     binary, python = [[f"{stem}.bin"] for stem in stems], [[stem] for stem in stems]
 
@@ -179,9 +181,9 @@ def _read_pickle(path: Path, key: bytes, classes: int) -> Split:
 
 
 class _Recorded:
-    """Stands for a numpy array or dtype in a pickle: keeps its arguments and its state, and runs nothing.
+    """Replaces a numpy array or dtype in a pickle: keeps its arguments and its state, and runs nothing.
 
-    The real ones trust the state that a pickle gives them, and a spoilt file can crash the process.
+    The real ones trust the pickle's state, so a corrupt file can crash the process.
     """
 
     def __init__(self, *args: object) -> None:
@@ -196,7 +198,7 @@ class _Recorded:
 
 
 def _frombuffer(content: object, dtype: object, shape: object, order: object) -> _Recorded:
-    """An array of pickle protocol 5, in the form of the older protocols."""
+    """Returns an array of pickle protocol 5, in the form of the older protocols."""
     array = _Recorded()
     array.state = (1, shape, dtype, order == "F", content)
     return array
@@ -212,7 +214,7 @@ _PICKLE_GLOBALS: dict[tuple[str, str], Callable[..., object]] = {
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Reads plain values and `_Recorded` arrays, and imports nothing: a pickle may otherwise call any function."""
+    """Reads only plain values and `_Recorded` arrays, and imports nothing: a pickle could call any function."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _PICKLE_GLOBALS:
@@ -250,7 +252,7 @@ FORMATS = {
 
 
 def read_npz(path: Path) -> tuple[Split, Split, int]:
-    """The training split, the test split and the number of classes."""
+    """Returns the training split, the test split and the number of classes."""
     arrays = _npz_arrays(path)
     classes = 1 + max(int(arrays[y].max(initial=0)) for y in ("y_train", "y_test"))
     return _npz_split(path, arrays, "train", classes), _npz_split(path, arrays, "test", classes), classes
@@ -273,7 +275,7 @@ def _npz_arrays(path: Path) -> dict[str, Array]:
     if len(arrays) < len(_NPZ_KEYS):
         raise wrong(path, ", ".join(keys) or "nothing", ", ".join(_NPZ_KEYS))
     for key, array in arrays.items():
-        if not isinstance(array, np.ndarray):  # numpy gives the bytes of a member that is no .npy file
+        if not isinstance(array, np.ndarray):  # for a member that is not an .npy file numpy gives its bytes
             raise wrong(f"{path}: {key}", f"{len(array)} bytes", "an array as numpy saves it")
         if key.startswith("y") and not np.issubdtype(array.dtype, np.integer):
             raise wrong(f"{path}: {key}", str(array.dtype), "integer labels")
@@ -294,7 +296,7 @@ def _channels_first(x: Array, where: str) -> Array:
 
 
 def _as_uint8(x: Array, where: str) -> Array:
-    if x.dtype == np.uint8 or x.size == 0:  # an empty array is refused later, for being empty
+    if x.dtype == np.uint8 or x.size == 0:  # an empty array gets its own error later
         return x.astype(np.uint8, copy=False)
     if x.dtype not in (np.float32, np.float64):
         raise wrong(where, str(x.dtype), "uint8, or float32 or float64 in [0, 1]")

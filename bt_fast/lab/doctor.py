@@ -1,6 +1,6 @@
-"""`bt-fast doctor`: what is installed, what runs fused or does not and why, and whether results are right.
+"""`bt-fast doctor`: checks what is installed, what runs fused or why not, and whether results are correct.
 
-Probes take what they examine as arguments, and an exception in one is a finding of its own: no probe breaks another.
+Probes get what they examine as arguments, and an exception in one becomes a finding: no probe breaks another.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ SECTIONS = ("versions", "device", "triton", "fused or plain", "self-check", "a t
 GRAPHS = "CUDA graphs and streams"
 SECONDS = 10.0  # of the self-check; a first run also compiles the kernels
 WITHOUT_KERNELS = "python -m pip uninstall triton"
-LIST_PROCESSES = "nvidia-smi"  # that fill the memory
-# errors after which all others fail too: a part of their message, and what has happened
+LIST_PROCESSES = "nvidia-smi"  # lists the processes that fill the memory
+# errors after which all others fail too: a part of their message, and their cause
 TROUBLES = {
     FULL: "the memory was full",
     "no kernel image": "torch was not built for this GPU, as was seen",
@@ -60,8 +60,8 @@ class Finding:
 
     Attributes:
         section: one of SECTIONS.
-        status: "ok", "note" (worth knowing; nothing that should work here fails), "FAILED" or "skipped".
-        next: the command to run, where there is one.
+        status: "ok", "note" (worth knowing, but no failure), "FAILED" or "skipped".
+        next: the command to run, if any.
     """
 
     section: str
@@ -72,7 +72,7 @@ class Finding:
 
 
 def examine(device: torch.device | None) -> list[Finding]:
-    """All findings about this machine and a device; None for the GPU if it can be used, else the CPU."""
+    """Returns all findings about this machine and a device; None means the GPU if it can be used, else the CPU."""
     cuda = torch_cuda()
     where = device or torch.device("cuda" if cuda.count else "cpu")
     usable = where.type == "cpu" or (where.index or 0) < cuda.count
@@ -94,7 +94,7 @@ def examine(device: torch.device | None) -> list[Finding]:
     if not usable:
         return [*rows, *(Finding(s, "all", "skipped", f"{where} cannot be used") for s in SECTIONS[-2:])]
     rows += fused(CHECKS, where, plain_on(where) if on_gpu else None)
-    with one_thread(), torch.device("cpu"):  # where the checks make their cases
+    with one_thread(), torch.device("cpu"):  # the device of the checks' cases
         rows += self_check(CHECKS, where)
         trouble = next((t for row in rows if row.status == "FAILED" and (t := trouble_in(row.text))), "")
         rows += training_steps(STEPS, where, trouble and f"{trouble} before")
@@ -102,15 +102,15 @@ def examine(device: torch.device | None) -> list[Finding]:
 
 
 def probe(section: str, name: str, look: Callable[[], Sequence[Finding]]) -> Sequence[Finding]:
-    """What `look` returns, or its exception as a finding."""
+    """Returns the result of `look`, or its exception as a finding."""
     try:
         return look()
-    except Exception as error:  # whatever is broken there, the other probes go on
+    except Exception as error:  # whatever fails there, the other probes go on
         return [Finding(section, name, "FAILED", reason(error), LIST_PROCESSES if out_of_memory(error) else None)]
 
 
 def versions(version_of: Callable[[str], str]) -> list[Finding]:
-    """What is installed; `version_of` raises PackageNotFoundError as that of importlib.metadata."""
+    """Returns what is installed; `version_of` raises PackageNotFoundError like that of importlib.metadata."""
     built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "a build without CUDA"
     here = {k: str(v) for k, v in provenance.machine(torch.device("cpu")).items() if k not in ("device", "driver")}
     here["torch"] += f", {built}"
@@ -122,7 +122,7 @@ def versions(version_of: Callable[[str], str]) -> list[Finding]:
             rows.append(Finding("versions", name, "note", "not installed"))
             continue
         if too_old(name, version):
-            status = "note" if name == "triton" else "FAILED"  # the section triton says whether it is needed
+            status = "note" if name == "triton" else "FAILED"  # the section triton reports whether it is needed
             rows.append(Finding("versions", name, status, f"{version}, needed: {FLOORS[name]}", upgrade(name)))
         else:
             rows.append(Finding("versions", name, "ok", version))
@@ -140,11 +140,11 @@ def gpu(
     device: torch.device | None,
     properties: Callable[[int], Any],
 ) -> list[Finding]:
-    """The driver, and the GPU or why there is none: a failure if one was named, or is in the machine unused.
+    """Reports the driver, and the GPU or why there is none: a failure if one was named, or is in the machine unused.
 
     Args:
-        pci: how many the bus has. visible: CUDA_VISIBLE_DEVICES. device: None if none was named.
-        properties: of the device of an index, as torch has them.
+        pci: the number on the bus. visible: CUDA_VISIBLE_DEVICES. device: None if none was named.
+        properties: returns torch's properties of the device of an index.
     """
     driver = f"{nvml.driver}, up to CUDA {'.'.join(map(str, nvml.cuda or ()))}" if nvml.driver else f"{nvml.error}"
     rows = [Finding("device", "driver", "ok" if nvml.driver else "note", driver)]
@@ -164,14 +164,14 @@ def gpu(
 
 
 def graphs(where: torch.device) -> list[Finding]:
-    """Whether a graph can be captured and replayed on a stream of its own."""
+    """Reports whether a graph can be captured and replayed on a new stream."""
     x = torch.zeros(1, device=where)
     if why := engine.no_graphs_reason(x):
         return [Finding("device", GRAPHS, "note", f"attacks run eagerly: {why}")]
     stream = engine.new_stream(x)
     stream.wait_stream(engine.current_stream(x))
     with engine.on(stream):
-        x.add_(1)  # launched once before a capture
+        x.add_(1)  # a first launch before the capture
         with engine.capture(engine.new_pool()) as graph:
             x.add_(1)
         graph.replay()
@@ -185,7 +185,7 @@ def graphs(where: torch.device) -> list[Finding]:
 
 
 def compiler(which: Callable[[str], str | None], header: Path, needed: bool) -> list[Finding]:
-    """The C compiler and the header with which triton builds the launcher of a kernel."""
+    """Reports the C compiler and the header with which triton builds the launcher of a kernel."""
     named = os.environ.get("CC")
     path = next((path for name in ([named] if named else ["gcc", "clang"]) if (path := which(name))), None)
     if path is None:
@@ -198,21 +198,21 @@ def compiler(which: Callable[[str], str | None], header: Path, needed: bool) -> 
 
 
 def missing(name: str, text: str, command: str, needed: bool) -> Finding:
-    """What triton lacks: a failure where kernels would run, a note elsewhere."""
+    """Returns what triton lacks: a failure where kernels would run, else a note."""
     if needed:
         return Finding("triton", name, "FAILED", text, command)
     return Finding("triton", name, "note", f"{text}; nothing here needs it")
 
 
 def imported(problem: Plain | None, needed: bool) -> list[Finding]:
-    """Whether triton can be imported and is new enough; that it is missing is reported where it would run."""
+    """Reports whether triton can be imported and is new enough; `problem` is reported where kernels would run."""
     if problem is None:
         return [Finding("triton", "import", "ok", "can be imported")]
     return [] if problem == NO_TRITON else [missing("import", problem.reason, problem.command or "", needed)]
 
 
 def plain_on(where: torch.device) -> Plain | None:
-    """Why ops on this CUDA device run in plain torch, as far as that is known now; or None."""
+    """Returns why ops on this CUDA device run in plain torch, as far as known; or None."""
     try:
         return why_plain(torch.device(where.type, where.index or 0))
     except Exception as error:
@@ -220,7 +220,7 @@ def plain_on(where: torch.device) -> Plain | None:
 
 
 def launched(where: torch.device) -> list[Finding]:
-    """Whether a kernel can be launched: the compiler, the launcher's build, the cache and the driver together."""
+    """Reports whether a kernel can be launched: compiler, launcher build, cache and driver together."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the finding reports it
         order_by_steps(torch.zeros(1, dtype=torch.int64, device=where), 1)
@@ -233,13 +233,13 @@ def launched(where: torch.device) -> list[Finding]:
 
 
 def triton_cache(environment: Mapping[str, str]) -> Path:
-    """Where triton keeps compiled kernels."""
+    """Returns the folder where triton keeps compiled kernels."""
     home = environment.get("TRITON_HOME") or Path.home()
     return Path(environment.get("TRITON_CACHE_DIR") or Path(home) / ".triton" / "cache")
 
 
 def cache(folder: Path, needed: bool) -> list[Finding]:
-    """Whether compiled kernels can be kept in the folder, or in one that triton would make there."""
+    """Reports whether compiled kernels can be kept in the folder, or in one that triton would make there."""
     place = next(p for p in (folder, *folder.absolute().parents) if os.path.exists(p))
     try:
         with tempfile.TemporaryFile(dir=place) as file:
@@ -254,7 +254,7 @@ def cache(folder: Path, needed: bool) -> list[Finding]:
 
 
 def fused(checks: Sequence[Check], where: torch.device, problem: Plain | None) -> list[Finding]:
-    """One row for each op: the fused kernel or plain torch, and why: the `problem` of a CUDA device."""
+    """Returns one row for each op: the fused kernel or plain torch, with the `problem` of a CUDA device."""
     if where.type == "cuda" and problem is None:
         text = "fused kernel for {}; anything else, float64 too, in plain torch"
         return [Finding("fused or plain", c.op, "ok", text.format(c.fused)) for c in checks]
@@ -264,7 +264,7 @@ def fused(checks: Sequence[Check], where: torch.device, problem: Plain | None) -
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """Torch with one thread: the cases are too small for a second one to pay."""
+    """Sets torch to one thread: the cases are too small for a second one to pay."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -274,12 +274,12 @@ def one_thread() -> Iterator[None]:
 
 
 def self_check(checks: Sequence[Check], where: torch.device, seconds: float = SECONDS) -> list[Finding]:
-    """One row for each op: its cases on the device. The first of each always runs, the others while there is time."""
+    """Returns one row for each op: its cases on the device. The first always runs, others while there is time."""
     start, trouble = time.perf_counter(), ""
-    results: dict[str, list[str | float]] = {c.op: [] for c in checks}  # a difference, or what is wrong
+    results: dict[str, list[str | float]] = {c.op: [] for c in checks}  # a difference, or an error's text
     left = dict.fromkeys(results, 0)
     cases = [(n, check, *case) for check in checks for n, case in enumerate(check.cases().items())]
-    for number, check, name, arguments in sorted(cases, key=lambda case: case[0]):  # the first of every op, ...
+    for number, check, name, arguments in sorted(cases, key=lambda case: case[0]):  # first cases of all ops, ...
         if trouble or (number and time.perf_counter() - start > seconds):
             left[check.op] += 1
             continue
@@ -294,7 +294,7 @@ def self_check(checks: Sequence[Check], where: torch.device, seconds: float = SE
 
 
 def trouble_in(message: str) -> str:
-    """What has happened if an error is one after which all others fail too; else nothing."""
+    """Returns the cause if an error is one after which all others fail too; else nothing."""
     return next((happened for words, happened in TROUBLES.items() if words in message), "")
 
 
@@ -314,7 +314,7 @@ def _row(check: Check, where: torch.device, results: list[str | float], left: in
 
 
 def training_steps(steps: Sequence[StepCheck], where: torch.device, trouble: str = "") -> list[Finding]:
-    """One row for each way to execute a step of `trades_loss` with BulletTrain; none runs after `trouble`."""
+    """Returns one row for each way to execute a step of `trades_loss` with BulletTrain; none runs after `trouble`."""
     rows = []
     for step in steps:
         rows.append(_training_step(step, where, trouble))
@@ -339,7 +339,7 @@ def _training_step(step: StepCheck, where: torch.device, trouble: str) -> Findin
 
 
 def verdict(findings: Sequence[Finding]) -> tuple[bool, str]:
-    """Whether all that should work here works, and a sentence about it."""
+    """Returns whether all that should work here works, and a sentence about it."""
     wrong = [f"{f.section}: {f.name}" for f in findings if f.status == "FAILED"]
     if wrong:
         return False, f"{len(wrong)} of {len(findings)} FAILED ({', '.join(wrong)})"
@@ -350,7 +350,7 @@ def verdict(findings: Sequence[Finding]) -> tuple[bool, str]:
 
 
 def lines(findings: Sequence[Finding]) -> list[str]:
-    """The report: its sections, the verdict, and what to run next."""
+    """Returns the report: its sections, the verdict, and what to run next."""
     out, width = [], max(len(f.name) for f in findings)
     for section in SECTIONS:
         out.append(section)
@@ -371,6 +371,6 @@ def _fused(findings: Sequence[Finding]) -> bool:
 
 
 def as_json(findings: Sequence[Finding]) -> dict[str, Any]:
-    """The report as data, for a bug report."""
+    """Returns the report as data, for a bug report."""
     works, sentence = verdict(findings)
     return {"works": works, "verdict": sentence, "findings": [asdict(f) for f in findings]}

@@ -1,8 +1,8 @@
-"""What `bt-fast doctor` runs: every op on a device against its reference in float64 on the CPU, and a whole step.
+"""The checks of `bt-fast doctor`: every op on a device against its float64 reference on the CPU, and a whole step.
 
 `pytest -m cuda` is the full check. Here each kind of input has one case: short and long rows, one sample, NaN, 16 bits,
-channels-last. A reference in float64 on the CPU shares neither a kernel nor the op's own dtype, so that a check can
-fail on the CPU too.
+channels-last. A reference in float64 on the CPU shares neither the kernel nor the op's dtype, so a check can fail on
+the CPU too.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ FULL = "the memory is full"
 
 
 def reason(error: BaseException) -> str:
-    """Type and first line of an error's message; of a check's AssertionError the first line alone."""
+    """Returns type and first line of an error's message; for a check's AssertionError only the first line."""
     if isinstance(error, AssertionError):
         return (str(error).splitlines() or ["no message"])[0]
     return f"{FULL}: {type_and_message(error)}" if out_of_memory(error) else type_and_message(error)
@@ -61,12 +61,12 @@ class Check:
 
     Attributes:
         op: its name in `bt_fast.ops`. reference: the same in plain torch.
-        results: calls its first argument with the others; returns what the call returns and changes, by name.
+        results: calls its first argument with the others; returns all that the call returns or changes, by name.
         cases: arguments on the CPU, by the case's name.
-        tolerance: relative and absolute, of float32 or wider results; 16 bits have two units in the last place more.
-        cuda_tests, tests: words in the names of its full check in tests/kernels/test_on_cuda.py, and of the file in
-            tests that needs no GPU.
-        fused: what its kernel takes; anything else runs in plain torch.
+        tolerance: relative and absolute, for float32 or wider results; 16 bits add two units in the last place.
+        cuda_tests, tests: words in the names of its full check in tests/kernels/test_on_cuda.py, and in the name of the
+            test file that needs no GPU.
+        fused: the inputs its kernel takes; others run in plain torch.
     """
 
     op: str
@@ -80,11 +80,11 @@ class Check:
 
 
 def largest_difference(check: Check, arguments: Arguments, device: torch.device) -> float:
-    """The largest absolute difference of the op on the device from the reference in float64 on the CPU, in one case.
+    """Returns the largest absolute difference of the op on the device from its float64 reference on the CPU.
 
-    Raises AssertionError as `compare`.
+    Raises AssertionError like `compare`.
     """
-    # looked up at every call; of a loss the op is that of its rows
+    # looked up at every call; for a loss the op is that of its rows
     run = getattr(divergence, f"{check.op}_rows", None) or getattr(ops, check.op)
     on_device = {k: v.clone().to(device) if isinstance(v, Tensor) else v for k, v in arguments.items()}
     results = check.results(run, **on_device)
@@ -93,16 +93,16 @@ def largest_difference(check: Check, arguments: Arguments, device: torch.device)
 
 
 def _widened(value: Any) -> Any:
-    """A copy, in float64 if it is a tensor of floating-point numbers."""
+    """Returns a copy, in float64 for floating-point tensors."""
     if not isinstance(value, Tensor):
         return value
     return value.to(torch.float64, copy=True) if value.is_floating_point() else value.clone()
 
 
 def compare(results: Outputs, expected: Outputs, tolerance: float) -> float:
-    """The largest absolute difference of floating-point results within `tolerance` (both relative and absolute).
+    """Returns the largest absolute difference of floating-point results within `tolerance` (relative and absolute).
 
-    Raises AssertionError, which names the result, beyond it, or if integers, signs or the places of NaN differ.
+    Raises AssertionError, which names the result, if it is larger, or if integers, signs or the places of NaN differ.
     """
     largest = 0.0
     for name, right in expected.items():
@@ -132,7 +132,7 @@ def _generator() -> torch.Generator:
 
 
 def _logits(m: int, k: int, dtype: torch.dtype, faults: bool, count: int = 1) -> list[Tensor]:
-    """As many batches [m, k]; with `faults` every fourth row holds NaN in all."""
+    """Returns `count` batches [m, k]; with `faults` every fourth row holds NaN in all of them."""
     z = 3 * torch.randn(count, m, k, generator=_generator())
     if faults:
         z[:, ::4, 1] = torch.nan
@@ -140,7 +140,7 @@ def _logits(m: int, k: int, dtype: torch.dtype, faults: bool, count: int = 1) ->
 
 
 def _labels(z: Tensor) -> Tensor:
-    """Int64 [m]: right for two rows of three."""
+    """Returns labels int64 [m] that are right for two rows of three."""
     best = z.float().argmax(dim=1)
     return torch.where(torch.arange(len(z)) % 3 == 0, (best + 1) % z.shape[1], best)
 
@@ -162,12 +162,12 @@ IMAGE_BATCHES = {  # shape, dtype, layout, whether with NaN
 
 
 def _rows(of: Callable[..., Arguments], count: int = 1) -> Callable[[], dict[str, Arguments]]:
-    """Cases of an op over rows of logits, whose arguments are `of(*logits)`."""
+    """Returns a maker of cases of an op over rows of logits, with arguments `of(*logits)`."""
     return lambda: {name: of(*_logits(*kind, count)) for name, kind in ROWS.items()}
 
 
 def _outputs(returned: Sequence[str] = (), changed: Sequence[str] = ()) -> Callable[..., Outputs]:
-    """A call of an op, with names for what it returns, and the names of the arguments that it changes."""
+    """Returns a caller of an op, with names for its results, and the names of the arguments that it changes."""
 
     def results(run: Callable[..., Any], **arguments: Any) -> Outputs:
         out = run(**arguments) or ()
@@ -183,7 +183,7 @@ def _way_case(z: Tensor) -> Arguments:
 
 
 def _directed(run: Callable[..., Any], **arguments: Any) -> Outputs:
-    """The direction scaled to 1, and whether it is within its own scale: a power of two, that the last bit can move."""
+    """Returns the direction scaled to 1, and whether its scale, a power of two that the last bit can move, is right."""
     direction = run(**arguments)
     largest = direction.double().abs().amax(dim=1, keepdim=True)
     return {"direction": (direction / largest).to(direction.dtype), "scale": (largest >= 1) & (largest <= 2)}
@@ -191,7 +191,7 @@ def _directed(run: Callable[..., Any], **arguments: Any) -> Outputs:
 
 def _mined(run: Callable[..., Any], logits: Tensor, labels: Tensor) -> Outputs:
     svar, correct, probabilities, unfit = run(logits, labels)
-    scaled = svar * logits.shape[1] ** 2  # Var can be far below 1
+    scaled = svar * logits.shape[1] ** 2  # the variance can be far below 1
     signs = svar.nan_to_num().signbit()
     return {"svar": scaled, "sign": signs, "correct": correct, "probabilities": probabilities, "unfit": unfit}
 
@@ -227,7 +227,7 @@ def _order_cases() -> dict[str, Arguments]:
 
 
 def _order_stated(steps: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """The order by Python's sort."""
+    """Computes the order by Python's sort."""
     counts = steps.tolist()
     order = sorted(range(len(counts)), key=lambda i: -counts[i])
     return torch.tensor(order).long(), torch.tensor([sum(n > t for n in counts) for t in range(most)])
@@ -248,7 +248,7 @@ def _step_cases(norm: str) -> dict[str, Arguments]:
         arguments |= {"step_size": torch.full((n,), 0.125 * size), "epsilon": 0.25 * size, "lower": 0.0, "upper": 1.0}
         arguments |= {"steps": torch.tensor([2, 2, 1, 3, 0] * n)[:n], "step": torch.tensor(1)}
         if norm == "l_2":
-            arguments["stand_in"] = torch.tensor(5)  # a seed, for the sample whose gradient is 0
+            arguments["stand_in"] = torch.tensor(5)  # a seed, for the sample with a gradient of 0
             arguments["grad"][0].mul_(float(dtype != torch.bfloat16))
         cases[name] = {**arguments, "faulty": torch.zeros(n, dtype=torch.int32)}
     return cases
@@ -277,7 +277,7 @@ def _losses(run: Callable[..., Any], **arguments: Any) -> Outputs:
 
 
 def _graded(op: str) -> Callable[..., tuple[Tensor, ...]]:
-    """The reference's loss and its gradients by autograd, not the reference's own derivation of them."""
+    """Returns the reference's loss and its gradients by autograd instead of the reference's own derivation."""
 
     def reference(*arguments: Any) -> tuple[Tensor, ...]:
         logits = [a.requires_grad_() for a in arguments if isinstance(a, Tensor) and a.is_floating_point()]
@@ -323,12 +323,12 @@ def _eager() -> Runner:
 
 @dataclass(frozen=True)
 class StepCheck:
-    """`TRADESLoss` with BulletTrain, executed in one way without TF32, against float64 eagerly on the same device.
+    """A check of one execution of `TRADESLoss` with BulletTrain, without TF32, against eager float64 on the device.
 
     Attributes:
-        runner: makes the runner of the attack. update: how the update runs.
+        runner: makes the runner of the attack. update: the way the update runs.
         dtype: of the network and the images.
-        tolerance: relative and absolute. In float32 signs differ where a gradient is next to 0, in float64 hardly any.
+        tolerance: relative and absolute. In float32 signs differ if a gradient is almost 0, in float64 hardly ever.
         graphs: whether it needs CUDA graphs.
     """
 
@@ -340,8 +340,8 @@ class StepCheck:
     update: Update | None = None
 
 
-SHARPER = 10.0  # a factor on a new network's weights; an update's loss without the attack then differs by a third
-LOOSE, TIGHT = 0.1, 1e-6  # LOOSE holds without TF32 only, which leads the attack elsewhere
+SHARPER = 10.0  # a factor on a new network's weights; without the attack an update's loss then differs by a third
+LOOSE, TIGHT = 0.1, 1e-6  # LOOSE holds only without TF32, which gives another x'
 STEPS = (
     StepCheck("eager, float32", _eager, torch.float32, LOOSE, graphs=False),
     StepCheck("graphs, float64", GraphRunner, torch.float64, TIGHT),
@@ -353,14 +353,14 @@ STEPS = (
 
 
 def skip_reason(check: StepCheck, device: torch.device) -> str | None:
-    """Why the step cannot run so on this device, or None."""
+    """Returns why the step cannot run this way on the device, or None."""
     return no_graphs_reason(torch.empty(0, device=device)) if check.graphs else None
 
 
 def step_difference(check: StepCheck, device: torch.device) -> float:
-    """The largest difference of losses, gradients and F_R in some updates.
+    """Returns the largest difference of losses, gradients and F_R in some updates.
 
-    Raises AssertionError beyond the tolerance, or if the step fell back to another way.
+    Raises AssertionError if it exceeds the tolerance, or if the step fell back to another way.
     """
     with full_precision(), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -376,7 +376,7 @@ def step_difference(check: StepCheck, device: torch.device) -> float:
 def _updates(
     device: torch.device, dtype: torch.dtype, runner: Runner, update: Update | None, updates: int = 3
 ) -> Outputs:
-    """Loss and size of the gradient of each update, and F_R at the end, on the CPU."""
+    """Returns loss and size of the gradient of each update, and F_R at the end, on the CPU."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         network = build_model("wrn-10-1", in_channels=3, image_size=16, num_classes=10).double()

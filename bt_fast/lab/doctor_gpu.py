@@ -1,4 +1,4 @@
-"""What torch, the driver and the bus report about GPUs, and why torch cannot use one."""
+"""Reads what torch, the driver and the bus report about GPUs, and explains why torch cannot use one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ INSTALL_DRIVER = "sudo ubuntu-drivers install"
 
 @dataclass(frozen=True)
 class TorchCuda:
-    """What torch reports of CUDA: the version that it is built for, how many devices it can use, and why none."""
+    """Torch's report of CUDA: the version it is built for, the number of usable devices, and why there are none."""
 
     built_for: str | None
     count: int
@@ -26,19 +26,19 @@ class TorchCuda:
 
 
 def torch_cuda() -> TorchCuda:
-    """What this torch reports."""
+    """Returns what this torch reports."""
     try:
         torch.cuda.init()
         return TorchCuda(torch.version.cuda, torch.cuda.device_count())
-    except Exception as error:  # a driver that is missing or too old, ...: each has a type of its own
+    except Exception as error:  # a driver that is missing, too old, ...: each has its own type
         return TorchCuda(torch.version.cuda, 0, reason(error))
 
 
 @dataclass(frozen=True)
 class Nvml:
-    """What the driver's own library, which hides nothing, reports: its version, the newest CUDA, the GPUs' names.
+    """The report of the driver's own library, which hides no GPU: its version, the newest CUDA, the GPUs' names.
 
-    Or `error`, why it reports nothing, and `kind`, the type of its exception.
+    Without a report, `error` holds the reason, and `kind` the type of its exception.
     """
 
     driver: str | None = None
@@ -49,7 +49,7 @@ class Nvml:
 
 
 def read_nvml(load: Callable[[], Any]) -> Nvml:
-    """What the module that `load` returns (pynvml) reports; its exceptions too."""
+    """Returns what the module that `load` returns (pynvml) reports, or its exception."""
     try:
         nvml = load()
         nvml.nvmlInit()
@@ -69,7 +69,7 @@ def _cuda_version(number: int) -> tuple[int, int]:
 
 
 def pci_gpus(root: Path) -> int:
-    """The number of NVIDIA's display controllers on the bus, with a driver or without."""
+    """Returns the number of NVIDIA's display controllers on the bus, with or without a driver."""
     count = 0
     for folder in root.glob("*"):
         with contextlib.suppress(OSError):
@@ -79,7 +79,7 @@ def pci_gpus(root: Path) -> int:
 
 
 def why_none(cuda: TorchCuda, nvml: Nvml, pci: int, visible: str | None, index: int) -> tuple[str, str]:
-    """Why torch cannot use the GPU of that index, and the command that helps."""
+    """Returns why torch cannot use the GPU of that index, and the command that helps."""
     present = len(nvml.gpus) or pci
     if visible is not None and cuda.built_for and cuda.count <= index < len(nvml.gpus):
         why = f"CUDA_VISIBLE_DEVICES={visible} hides it: torch sees {cuda.count} of {present}"

@@ -1,9 +1,9 @@
-"""Random numbers of a minibatch that ranks share: each rank draws those of all samples, and takes its own.
+"""Random numbers for a minibatch shared by ranks: each rank draws those of all samples, and takes its own.
 
 So all ranks' random streams stay the same, and a sample gets the numbers that a single process would draw for it: for
-random starts without BulletTrain (with it they are counted, not drawn), the authors' code, AugMix without BulletTrain,
-GradAlign, and dropout. With BulletTrain, which sorts each rank's samples by their steps, dropout's masks fall to other
-samples than in a single process. Each rank needs the memory of the whole minibatch's numbers.
+random starts without BulletTrain (with it they are counter-based, not drawn), the authors' code, AugMix without
+BulletTrain, GradAlign, and dropout. With BulletTrain, which sorts each rank's samples by steps, dropout's masks go to
+other samples than in a single process. Each rank needs the memory of the whole minibatch's numbers.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from torch.overrides import TorchFunctionMode
 
 
 class DrawsOfAll(TorchFunctionMode):
-    """A context in which random numbers for `count` samples are drawn for `of` samples, and those from `first` taken.
+    """Inside, random numbers for `count` samples are drawn for `of` samples, and those from `first` on are used.
 
-    Likewise for k views of each sample in one draw of k·count rows. Draws from an explicit generator stay as they are.
+    The same holds for k views of each sample in one draw of k·count rows. Draws from an explicit generator do not
+    change.
     """
 
     def __init__(self, first: int, count: int, of: int) -> None:
@@ -28,7 +29,7 @@ class DrawsOfAll(TorchFunctionMode):
         self._first, self._count, self._of = first, count, of
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Replace the functions that draw."""
+        """Replaces the functions that draw."""
         kwargs = kwargs or {}
         if func is F.dropout:
             return self._dropout(*args, **kwargs)
@@ -45,7 +46,7 @@ class DrawsOfAll(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _dropout(self, x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-        """Dropout with the first of this rank's masks where x has fewer rows than samples (those under attack)."""
+        """Applies the first of this rank's dropout masks if x has fewer rows than samples (those under attack)."""
         if not training or p == 0 or len(x) == 0:
             return F.dropout(x, p, training, inplace)
         views = -(-len(x) // self._count)
@@ -53,7 +54,7 @@ class DrawsOfAll(TorchFunctionMode):
         return x * self._own(masks)[: len(x)]
 
     def _views(self, size: Sequence[int]) -> int:
-        """The number of views of each sample in a draw of this size; 0 if it is not a draw by sample."""
+        """Returns the number of views of each sample in a draw of this size; 0 if it is not a draw by sample."""
         return size[0] // self._count if len(size) and size[0] % self._count == 0 else 0
 
     def _whole(self, size: Sequence[int]) -> list[int]:

@@ -1,4 +1,4 @@
-"""The joules of methods that are trained in lockstep: the GPU's power over the time of each one's steps."""
+"""Measures the joules of methods trained in lockstep: the GPU's power over the time of each method's steps."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 
 from bt_fast.power import PowerMonitor
 
-INTERVAL = 0.05  # seconds between samples: an instant power is renewed every 0.1 s (arXiv:2312.02741)
-SHORTEST = 0.2  # seconds of a mean step: of shorter ones too many renewals belong to another method
+INTERVAL = 0.05  # seconds between samples: an instant power is updated every 0.1 s (arXiv:2312.02741)
+SHORTEST = 0.2  # seconds of a mean step: in shorter steps too many updates belong to another method
 
 Interval = tuple[float, float]
 
@@ -18,18 +18,18 @@ Interval = tuple[float, float]
 class TrainingEnergy:
     """The joules of each method's steps, measured in `with` blocks and added up over them and over resumed runs.
 
-    A sum of which a part is unknown is unknown. Those of several methods are unknown where the device's power is an
-    average over a second, or their steps are short: the energy would be shared out by chance.
+    A sum with an unknown part is unknown. With several methods the sums are unknown if the device's power is an average
+    over a second, or if steps are short: the energy would be divided by chance.
 
     Args:
-        device: that of training, or its UUID.
-        methods: those whose steps `add` takes.
+        device: the training's device, or its UUID.
+        methods: the names that `add` accepts.
     """
 
     def __init__(self, device: torch.device | str, methods: Sequence[str]) -> None:
         self._monitor = PowerMonitor(device, INTERVAL)
         self._unknown: str | None = None
-        self._steps: dict[str, list[Interval]] = {method: [] for method in methods}  # since samples were added up
+        self._steps: dict[str, list[Interval]] = {method: [] for method in methods}  # since samples were last added up
         self._sums: dict[str, dict[str, Any]] = {
             "joules": dict.fromkeys(methods, 0.0),
             "seconds": dict.fromkeys(methods, 0.0),
@@ -50,7 +50,7 @@ class TrainingEnergy:
         )
 
     def joules(self, method: str) -> float | None:
-        """Of the method's steps up to the last `settle` or end of a block; None where `reason` says why."""
+        """The joules of the method's steps up to the last `settle` or end of a block, or None with a `reason`."""
         return None if self.reason is not None else self._sums["joules"][method]
 
     def __enter__(self) -> TrainingEnergy:
@@ -64,13 +64,13 @@ class TrainingEnergy:
             self._add_up()
 
     def add(self, method: str, step: Interval) -> None:
-        """A step of the method, from when to when, in seconds of `time.perf_counter`."""
+        """Adds a step of the method, given as begin and end in seconds of `time.perf_counter`."""
         self._unknown = self._unknown or self._monitor.reason
         if self._unknown is None:
             self._steps[method].append(step)
 
     def settle(self) -> None:
-        """Add up what was measured and forget the samples, so that memory stays the same over days."""
+        """Adds up the measurements and drops the samples, so that memory stays constant over days."""
         if any(self._steps.values()):
             self.__exit__()
             self.__enter__()
@@ -85,7 +85,7 @@ class TrainingEnergy:
             self._sums["counts"][method] += len(taken[method])
 
     def _why_unknown(self, joules: dict[str, float | None]) -> str | None:
-        """Why the joules of these methods' last steps are not known, or None."""
+        """Returns why the joules of these methods' last steps are unknown, or None."""
         if not joules:
             return None
         if not (summaries := self._monitor.summary()):
@@ -99,12 +99,12 @@ class TrainingEnergy:
         return summary.shared
 
     def state(self) -> dict[str, Any]:
-        """What `load` takes."""
+        """Returns the state for `load`."""
         self.settle()
         return {"unknown": self._unknown, **{name: dict(of_methods) for name, of_methods in self._sums.items()}}
 
     def load(self, state: dict[str, Any] | None) -> None:
-        """Go on from what `state` returned; None is of a version that measured nothing."""
+        """Continues from a result of `state`; None comes from a version that measured nothing."""
         if state is None:
             self._unknown = "the run was begun by a version that did not measure it"
             return

@@ -1,4 +1,4 @@
-"""The networks in a checkpoint, their data, and corrupted test sets, for `bt-fast evaluate` and `corruptions`."""
+"""Loads the networks in a checkpoint, their data, and corrupted test sets, for `bt-fast evaluate` and `corruptions`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from bt_fast.lab.terminal import progress_bar, say
 
 @dataclass(frozen=True)
 class Source:
-    """Which networks of a checkpoint to evaluate, and on which data; named as the options are."""
+    """The networks of a checkpoint to evaluate, and the data; fields are named like the options."""
 
     checkpoint: Path
     method: str | None
@@ -35,7 +35,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """Networks by name, their data, the first how many test images of them (None: all), and ε."""
+    """Networks by name, their data, the number of test images to use (None: all), and ε."""
 
     networks: dict[str, nn.Module]
     dataset: ImageDataset
@@ -44,16 +44,16 @@ class Evaluated:
 
 
 def read_networks(source: Source) -> Evaluated:
-    """The networks of a run's checkpoint, or, with the name of its model, of a published one.
+    """Returns the networks of a run's checkpoint, or, with the name of its model, of a published one.
 
     Raises:
-        ValueError: the file, its networks or the data are not what the source says.
+        ValueError: the file, its networks or the data do not match the source.
     """
     return _published(source, source.model) if source.model is not None else _of_run(source)
 
 
 def _published(source: Source, model: str) -> Evaluated:
-    """A network whose state_dict somebody published."""
+    """Returns a network from a published state_dict."""
     if source.method is not None:
         raise ValueError(
             f"--method {source.method}: a checkpoint that is read with --model holds one network; leave it away"
@@ -78,7 +78,7 @@ def _of_run(source: Source) -> Evaluated:
         networks[name] = _build(config.model, config.width, dataset, weights, path)
         try:
             networks[name].load_state_dict(weights)
-        except RuntimeError as error:  # other data, of other channels or of another size
+        except RuntimeError as error:  # other data, with other channels or another size
             raise ValueError(
                 f"{path}: its network does not fit the data ({error}); evaluate it on --data with images like its own"
             ) from error
@@ -86,7 +86,7 @@ def _of_run(source: Source) -> Evaluated:
 
 
 def _data_of_run(source: Source, config: RunConfig, sha256: object) -> ImageDataset:
-    """The data that the source names, or else those of the run, which are no others though others lie there now."""
+    """Returns the data that the source names, or those of the run, which must still be the same."""
     test_size = source.test_size or config.test_size
     if source.data is not None:
         return load_dataset(source.data, source.data_dir).take(None, test_size)
@@ -98,10 +98,10 @@ def _data_of_run(source: Source, config: RunConfig, sha256: object) -> ImageData
 
 
 def _build(model: str, width: int | None, dataset: ImageDataset, weights: object, path: Path) -> nn.Module:
-    """The network for weights that are somewhere in what `path` holds: it has their classes, not those of the data."""
+    """Returns the network for the weights in the contents of `path`: with their classes, not those of the data."""
     classes = classes_in(model, weights)
     if classes is None:
-        classes = 2  # loading says which weights are missing
+        classes = 2  # loading reports the missing weights
     else:
         check_labels(classes, dataset.y_test, dataset.name, f"the network of {path}")
     _, channels, *size = dataset.x_test.shape
@@ -111,14 +111,14 @@ def _build(model: str, width: int | None, dataset: ImageDataset, weights: object
 def corrupted_test_set(
     folder: Path, dataset: ImageDataset, test_size: int | None, seed: int | None = None
 ) -> CorruptedTestSet:
-    """The corrupted test set in the folder, made of the data set's test images if there is none.
+    """Returns the corrupted test set in the folder, made from the data set's test images if missing.
 
     Args:
-        test_size: how many images are to be evaluated; None for all.
-        seed: of the corruptions that are made, 0 where None; where it is given, those that are there have it too.
+        test_size: the number of images to evaluate; None for all.
+        seed: of the corruptions to make, 0 if None; if given, existing ones must have it too.
 
     Raises:
-        ValueError: the images in the folder are others.
+        ValueError: the folder was made of other images.
     """
     if not folder.exists() or not any(folder.iterdir()):
         with progress_bar("corrupting the test set", len(CORRUPTIONS)) as bar:

@@ -1,4 +1,4 @@
-"""Files that a reader finds whole, old or new, never half-written; and the parsing of JSON from anywhere."""
+"""Writes files atomically, so that readers see the old or the new content, and parses JSON from any source."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from bt_fast.lab.locks import remove_abandoned, take
 
 @contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A binary file that replaces `path` when the block ends without an exception: synced, then renamed.
+    """Yields a binary file that replaces `path` when the block ends without an exception: synced, then renamed.
 
     A process that is killed in the block leaves `.NAME.PID.RANDOM.part` behind, which the next writer of `path`
     removes; the file of a process that is still writing is locked, and stays. Of several writers the last one wins.
 
     Raises:
-        OSError: the file cannot be written (a full disk, a folder that is read-only or missing); it names `path`, which
-            keeps its old content.
+        OSError: the file cannot be written (full disk, missing or read-only folder); it names `path`, which keeps its
+            old content.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.part")
     with naming(path):
@@ -33,9 +33,9 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-                os.replace(temporary, path)  # still locked, so that nobody takes it for abandoned
+                os.replace(temporary, path)  # still locked, so that it does not count as abandoned
         finally:
-            with suppress(OSError):  # the write itself raises what keeps the file from being removed
+            with suppress(OSError):  # the write itself reports what prevents removal
                 temporary.unlink(missing_ok=True)
         folder = os.open(path.parent, os.O_RDONLY)
         try:
@@ -45,13 +45,13 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace the contents of `path`."""
+    """Replaces the contents of `path`."""
     with replacing(path) as file:
         file.write(text.encode())
 
 
 def parse_json(text: str) -> Any:
-    """`json.loads`, which raises ValueError also for JSON that is nested more deeply than Python's parser goes."""
+    """Calls `json.loads`, and raises ValueError also for JSON nested too deeply for Python's parser."""
     try:
         return json.loads(text)
     except RecursionError as error:
@@ -59,7 +59,7 @@ def parse_json(text: str) -> Any:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Add a line to the file and wait until it is on the disk; OSError names `path`."""
+    """Appends a line to the file and waits until it is on disk; OSError names `path`."""
     with naming(path), open(path, "a", encoding="utf-8") as file:
         file.write(line + "\n")
         file.flush()
@@ -68,7 +68,7 @@ def append_line(path: Path, line: str) -> None:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Make OSErrors in the block name `path` where they name no file, or a temporary one."""
+    """Makes OSErrors in the block name `path` if they name no file, or a temporary one."""
     try:
         yield
     except OSError as error:
@@ -79,14 +79,14 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def _open_locked(path: str, _: int) -> int:
-    """An opener of new files that stay locked until they are closed."""
+    """Opens a new file that stays locked until it is closed."""
     while (descriptor := take(Path(path))) is None:
-        pass  # another process is testing whether the file was abandoned, for a moment
+        pass  # for a moment, another process is testing whether the file was abandoned
     return descriptor
 
 
 def _remove_leftovers(path: Path) -> None:
-    """Remove the temporary files of processes that have ended."""
+    """Removes the temporary files of processes that have ended."""
     form = re.compile(rf"\.{re.escape(path.name)}\.\d+(\.[0-9a-f]{{8}})?\.part")  # the first version had no RANDOM
     with suppress(OSError):
         for name in os.listdir(path.parent):

@@ -19,11 +19,11 @@ _UNITS = ("bytes", "kB", "MB", "GB", "TB", "PB", "EB")
 
 
 def check_training(config: RunConfig, dataset: ImageDataset, device: torch.device, world: World = ALONE) -> None:
-    """Raise ValueError, which names the data, for a training that cannot be.
+    """Raises ValueError, which names the data, for an impossible training.
 
-    That is one of data with a single class, of images that the network does not take, of a minibatch too small for its
-    batch norm, or too large for the device's memory. The memory is a lower bound: weights, their gradients and momenta,
-    and one update's activations.
+    Impossible are data with a single class, images that do not fit the network, and a minibatch too small for its batch
+    norm or too large for the device's memory. The memory is a lower bound: weights, their gradients and momenta, and
+    one update's activations.
     """
     if dataset.classes < 2:
         raise ValueError(f"{dataset.name}: all labels are 0, one class: training needs at least two; give other --data")
@@ -57,7 +57,7 @@ def check_training(config: RunConfig, dataset: ImageDataset, device: torch.devic
 
 
 def check_labels(classes: int, labels: Tensor, where: str, network: str) -> None:
-    """Raise ValueError if labels int64 [n] of the data `where` exceed the classes of a network, `network` in words."""
+    """Raises ValueError if labels int64 [n] of the data `where` exceed the classes of a network, named by `network`."""
     greatest = int(labels.max())
     if greatest >= classes:
         raise ValueError(
@@ -67,7 +67,7 @@ def check_labels(classes: int, labels: Tensor, where: str, network: str) -> None
 
 
 def memory(device: torch.device) -> float:
-    """The bytes of a device's memory, free or not: with swap, within a container's limit; infinite where unknown."""
+    """The bytes of a device's memory, free or not: with swap, within a container's limit; infinite if unknown."""
     if device.type == "cuda":
         return float(torch.cuda.get_device_properties(device).total_memory)
     try:
@@ -88,7 +88,7 @@ def _text(path: str) -> str:
 
 
 def _of_labels(dataset: ImageDataset) -> str:
-    """Advice where labels are not numbered from 0 on."""
+    """Returns advice for labels that are not numbered from 0 on."""
     different = len(torch.cat([dataset.y_train, dataset.y_test]).unique())
     if 2 * different > dataset.classes:
         return ""
@@ -97,7 +97,7 @@ def _of_labels(dataset: ImageDataset) -> str:
 
 
 def _bytes(size: float) -> str:
-    """For people; beyond the units in powers of ten."""
+    """Formats a number of bytes; beyond the units in powers of ten."""
     power = 0
     while size >= 1000 and power < len(_UNITS) - 1:
         size, power = size / 1000, power + 1

@@ -1,8 +1,8 @@
-"""Locks that die with their process: on a run's folder, on what several processes would make, on half-written files.
+"""Locks that end with their process: on run folders, on files that several processes would make, on half-written files.
 
-A lock is the system's, on an open file whose content names the holder; a file that merely exists locks nothing. The
-library filelock does not serve: its lock files stay for ever, while here the locked file is removed by its holder, and
-it may be the half-written file itself.
+A lock is the system's, on an open file that contains the holder's name; a file that merely exists locks nothing. The
+library filelock is unsuitable: its lock files stay forever, while here the holder removes the locked file, which may be
+the half-written file itself.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if sys.platform == "win32":
     import msvcrt
 
     def _lock(descriptor: int) -> None:
-        os.lseek(descriptor, 2**30, os.SEEK_SET)  # behind the content, which others read
+        os.lseek(descriptor, 2**30, os.SEEK_SET)  # behind the content, which other processes read
         msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
         os.lseek(descriptor, 0, os.SEEK_SET)
 
@@ -43,7 +43,7 @@ _WAIT = 0.1  # seconds between attempts
 
 @dataclass(eq=False)
 class _Lock:
-    """A lock of this process, and how many holders it has."""
+    """A lock of this process, and the number of its holders."""
 
     path: Path
     descriptor: int | None  # None in a fork
@@ -54,10 +54,10 @@ _LOCKS: dict[Path, _Lock] = {}
 
 
 def hold(folder: Path) -> Callable[[], None]:
-    """Lock an existing folder until the returned function is called, or the process ends, killed or not.
+    """Locks an existing folder until the returned function is called, or the process ends, killed or not.
 
-    A process may hold a folder several times; its forks do not hold it. Readers need no lock. ValueError if another
-    process holds it, which the message names; OSError if no file can be made in it.
+    A process may hold a folder several times; its forks do not hold it. Readers need no lock. ValueError, which names
+    the other process, if one holds it; OSError if no file can be made in it.
     """
     path = folder.resolve() / NAME
     lock = _LOCKS.get(path)
@@ -76,7 +76,7 @@ def hold(folder: Path) -> Callable[[], None]:
 
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """`hold` for the time of the block."""
+    """Holds the folder during the block."""
     release = hold(folder)
     try:
         yield
@@ -86,9 +86,9 @@ def held(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def alone(path: Path, waiting: Callable[[str], object]) -> Iterator[None]:
-    """Only one process at a time runs the block of a path, a file that exists while one does.
+    """Lets only one process at a time run the block for a path, a file that exists meanwhile.
 
-    `waiting` is called once with the description of another process that is in it. OSError if the file cannot be made.
+    `waiting` is called once with the description of another process in the block. OSError if the file cannot be made.
     """
     is_reported = False
     while (descriptor := take(path)) is None:
@@ -104,9 +104,9 @@ def alone(path: Path, waiting: Callable[[str], object]) -> Iterator[None]:
 
 
 def take(path: Path) -> int | None:
-    """A descriptor of the file, made if missing, and locked until it is closed; None if another process has the lock.
+    """Returns a descriptor of the file, made if missing and locked until closed; None if another process has the lock.
 
-    Where the file system has no locks, it warns and does not lock.
+    If the file system has no locks, it warns and does not lock.
     """
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
@@ -114,7 +114,7 @@ def take(path: Path) -> int | None:
         try:
             if not _try_lock(descriptor, path):
                 return None
-            is_locked = _is_at(descriptor, path)  # not if its holder has removed it, when another may be in its place
+            is_locked = _is_at(descriptor, path)  # not if its holder has removed the file and another is in its place
             if is_locked:
                 return descriptor
         finally:
@@ -123,7 +123,7 @@ def take(path: Path) -> int | None:
 
 
 def remove_abandoned(path: Path) -> None:
-    """Remove a file that `take` made in a process that has ended; one that cannot be locked or removed stays."""
+    """Removes a file that `take` made in a process that has ended; one that cannot be locked or removed stays."""
     with suppress(OSError):
         descriptor = os.open(path, os.O_RDWR)
         try:
@@ -134,7 +134,7 @@ def remove_abandoned(path: Path) -> None:
 
 
 def new_folder(parent: Path) -> Path:
-    """Make a folder in `parent`, named by date and time, that no other process makes."""
+    """Makes a folder in `parent` with a name from date and time that no other process uses."""
     parent.mkdir(parents=True, exist_ok=True)
     folder = dated = parent / datetime.now().strftime("%Y%m%d-%H%M%S")
     number = 1
@@ -168,7 +168,7 @@ def _is_at(descriptor: int, path: Path) -> bool:
 
 
 def _registered(path: Path, descriptor: int) -> _Lock:
-    """The lock of a descriptor that `take` returned, with this process's name in the file."""
+    """Returns the lock of a descriptor from `take`, after writing this process's name into the file."""
     lock = _LOCKS[path] = _Lock(path, descriptor)
     try:
         os.ftruncate(descriptor, 0)
@@ -198,7 +198,7 @@ def _release(lock: _Lock) -> None:
 
 
 def _forget_in_fork() -> None:
-    """Close a fork's descriptors, which would keep the locks beyond the death of the process that it came from."""
+    """Closes a fork's descriptors, which would keep the locks after the death of its parent process."""
     for lock in _LOCKS.values():
         if lock.descriptor is not None:
             os.close(lock.descriptor)

@@ -1,7 +1,7 @@
-"""The fifteen corruptions of a test set at five severities, by the imagecorruptions library, in the published layout.
+"""Makes the fifteen corruptions of a test set at five severities with the imagecorruptions library, as published.
 
-The library has the severities of ImageNet-C, which are harder on small images than those of CIFAR-10-C: errors on what
-it makes compare models with each other, not with published figures.
+The library has the severities of ImageNet-C, which are harder on small images than those of CIFAR-10-C: errors on its
+images compare models with each other, not with published figures.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from bt_fast.lab.corruptions import CORRUPTIONS, MADE, SEVERITIES, Made
 from bt_fast.lab.files import write_text
 from bt_fast.lab.locks import alone
 
-LIBRARY = "imagecorruptions-imaug"  # the kept fork: the package it forks does not run with today's scikit-image
+LIBRARY = "imagecorruptions-imaug"  # the maintained fork: the original does not run with today's scikit-image
 LEAST_SIZE = 32  # pixels a side that the library needs
 WITH_SEED = ("impulse_noise", "glass_blur")  # these take a seed, the others draw from numpy's global generator
 
@@ -36,15 +36,15 @@ def make_corruptions(
     done: Callable[[str], object] = lambda _: None,
     waiting: Callable[[str], object] = lambda _: None,
 ) -> None:
-    """Write `labels.npy`, a file for each corruption and `made.json`; the folder appears when all of them are whole.
+    """Writes `labels.npy`, a file for each corruption and `made.json`; the folder appears when all are complete.
 
-    An image's corruption depends on its pixels, its place and the seed alone; numpy's global random state is left as it
-    was. Images of fewer than 32 pixels a side are padded with their edge for the library, and cropped again. A grey
+    An image's corruption depends only on its pixels, its place and the seed; numpy's global random state does not
+    change. Images of fewer than 32 pixels a side are padded with their edge for the library, and cropped again. A grey
     image takes the first channel of the result.
 
     Args:
         x: uint8 [n, C, H, W], C 1 or 3, n ≥ 1. y: int64 [n].
-        folder: new or empty. What another process makes of the same images meanwhile is awaited and kept.
+        folder: new or empty. If another process is making it from the same images, its result is awaited and used.
         done: called with each corruption's name when it is written.
         waiting: called once with a description of the other process.
 
@@ -77,7 +77,7 @@ def make_corruptions(
 
 
 def _all_severities(corrupt: Callable[..., Any], images: _Image, name: str, seed: int) -> _Image:
-    """[5n, H, W, C]."""
+    """Returns [5n, H, W, C]."""
     state = np.random.get_state()
     try:
         corrupted = [
@@ -93,7 +93,7 @@ def _all_severities(corrupt: Callable[..., Any], images: _Image, name: str, seed
 def _corrupted(
     corrupt: Callable[..., Any], image: _Image, name: str, severity: int, key: tuple[int, int, int, int]
 ) -> _Image:
-    """One image [H, W, C], its random numbers determined by the key."""
+    """Corrupts one image [H, W, C], with random numbers determined by the key."""
     height, width, channels = image.shape
     drawn = int(np.random.SeedSequence(key).generate_state(1)[0])
     np.random.seed(drawn)  # the library's own generator

@@ -1,4 +1,4 @@
-"""The methods of a run, as one writes them: `bullet`, `optimised-bf16`, `fast-2`, `bullet-exact,robust-steps=0`."""
+"""The methods of a run by name: `bullet`, `optimised-bf16`, `fast-2`, `bullet-exact,robust-steps=0`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 COMPARED = ("reference", "optimised-exact", "bullet-exact", "bullet-fast")
 FORMS = "reference, optimised, bullet, fast, fast-N, yopo-M-N and no-jsd"
-CHANGES = {  # options of a run that a method may have for itself, and their kinds
+CHANGES = {  # options of a run that a method may set for itself, and their types
     "step-size": float,
     "beta": float,
     "boundary-steps": int,
@@ -25,14 +25,14 @@ _FORM = re.compile(r"(reference|optimised|bullet|no-jsd|fast(?:-\d+)?|yopo-\d+-\
 
 @dataclass(frozen=True)
 class Method:
-    """An algorithm, the engine that it runs on, and the run's options of which it has values of its own.
+    """An algorithm, the engine that it runs on, and the run's options that it sets for itself.
 
     Algorithms are "reference" (the objective as its authors wrote it), "optimised" (ours, the same result), "bullet"
     (ours with BulletTrain), "fast" (N steps from a uniform start), "yopo" (YOPO-m-n) and "no-jsd" (AugMix without its
     divergence).
     """
 
-    name: str  # as it was written
+    name: str  # as written
     algorithm: str
     engine: str = ""  # "exact", "fast" (in the first version "frozen") or "bf16"; "" for the run's
     numbers: tuple[int, ...] = ()  # (N,) of fast, (m, n) of yopo
@@ -40,10 +40,10 @@ class Method:
 
     @classmethod
     def parse(cls, name: str) -> Method:
-        """The method of that name.
+        """Returns the method of that name.
 
         Raises:
-            ValueError: there is none; the message says what there is.
+            ValueError: there is none; the message lists the methods.
         """
         form, *options = name.split(",")
         match = _FORM.fullmatch(form)

@@ -1,4 +1,4 @@
-"""The networks of the experiments, under the tensor names of the checkpoints that were published for them."""
+"""The networks of the experiments, with the tensor names of their published checkpoints."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from bt_fast.attack.pixels import Normalize
 from bt_fast.lab.checkpoint import read_tensors
 from bt_fast.lab.layouts import Candidate, described, listed, network_in
 
-SMALLEST = 16  # pixels: the least height and width of which small-cnn's convolutions leave something
+SMALLEST = 16  # pixels: the least height and width that small-cnn's convolutions can handle
 _WIDE = r"wrn-([1-9][0-9]*)-([1-9][0-9]*)"
 _LAST_BIAS = {"small-cnn": "classifier.fc3.bias", "preactresnet-18": "linear.bias"}  # else "fc.bias"
 _Projection = Literal["shortcut", "convShortcut"]
@@ -32,7 +32,7 @@ class SmallCNN(nn.Module):
     The last layer starts at zero, so a new network gives zero logits and a zero input gradient.
 
     Args:
-        image_size: height and width of an image, one number where they are the same; ValueError below 16.
+        image_size: height and width of an image, or one number if they are equal; ValueError below 16.
         width: channels of the first two convolutions, 32 as published; the last two have twice as many.
         dropout: probability of dropping a hidden unit after the first linear layer.
     """
@@ -83,13 +83,13 @@ class SmallCNN(nn.Module):
             nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits [m, num_classes] of images [m, in_channels, height, width], same dtype."""
+        """Returns logits [m, num_classes] of images [m, in_channels, height, width], same dtype."""
         logits: Tensor = self.classifier(self.feature_extractor(x).flatten(1))
         return logits
 
 
 class _PreActBlock(nn.Module):
-    """Norm, relu, convolution, twice, plus the input, which a 1x1 convolution reshapes where it has to."""
+    """Norm, relu, convolution, twice, plus the input, which a 1x1 convolution reshapes if necessary."""
 
     def __init__(self, in_planes: int, planes: int, stride: int, projection: _Projection, dropout: float = 0.0) -> None:
         super().__init__()
@@ -115,13 +115,13 @@ class _PreActBlock(nn.Module):
 def _stage(
     depth: int, in_planes: int, planes: int, stride: int, projection: _Projection, dropout: float = 0.0
 ) -> nn.Sequential:
-    """`depth` blocks, of which the first changes the shape."""
+    """Returns `depth` blocks, of which the first changes the shape."""
     first = _PreActBlock(in_planes, planes, stride, projection, dropout)
     return nn.Sequential(first, *(_PreActBlock(planes, planes, 1, projection, dropout) for _ in range(depth - 1)))
 
 
 def _pool(x: Tensor) -> Tensor:
-    """The mean over all positions, [m, channels]."""
+    """Returns the mean over all positions, [m, channels]."""
     # Not adaptive_avg_pool2d: it sums in another order, and published logits would differ in the last bits.
     return F.avg_pool2d(x, x.shape[-2:]).flatten(1)
 
@@ -129,7 +129,7 @@ def _pool(x: Tensor) -> Tensor:
 class PreActResNet18(nn.Module):
     """Pre-activation ResNet-18 as in pytorch-cifar, without a norm before the pooling.
 
-    FAST and its successors use it, which the paper's Tables 2 and 4 compare with; no table of the paper does.
+    FAST and its successors, which the paper's Tables 2 and 4 compare with, use it; no table of the paper does.
     """
 
     def __init__(self, in_channels: int = 3, num_classes: int = 10) -> None:
@@ -142,7 +142,7 @@ class PreActResNet18(nn.Module):
         self.linear = nn.Linear(512, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits [m, num_classes] of images [m, in_channels, height, width], same dtype."""
+        """Returns logits [m, num_classes] of images [m, in_channels, height, width], same dtype."""
         out = self.layer4(self.layer3(self.layer2(self.layer1(self.conv1(x)))))
         logits: Tensor = self.linear(_pool(out))
         return logits
@@ -194,14 +194,14 @@ class WideResNet(nn.Module):
         self.register_load_state_dict_pre_hook(_rename_published)  # type: ignore[no-untyped-call]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits [m, num_classes] of images [m, in_channels, height, width], same dtype."""
+        """Returns logits [m, num_classes] of images [m, in_channels, height, width], same dtype."""
         out = self.block3(self.block2(self.block1(self.conv1(x))))
         logits: Tensor = self.fc(_pool(F.relu(self.bn1(out), inplace=True)))
         return logits
 
 
 def _rename_published(_module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: object) -> None:
-    """Strip `module.` and drop `sub_block1.*` below `prefix`, in place: a pre-hook of load_state_dict."""
+    """Strips `module.` and drops `sub_block1.*` below `prefix`, in place: a pre-hook of load_state_dict."""
     for name in [name for name in state_dict if name.startswith(prefix)]:
         tensor = state_dict.pop(name)
         bare = name.removeprefix(prefix).removeprefix("module.")
@@ -212,10 +212,10 @@ def _rename_published(_module: nn.Module, state_dict: dict[str, Any], prefix: st
 def build_model(
     name: str, *, in_channels: int, image_size: int | tuple[int, int], num_classes: int, width: int | None = None
 ) -> nn.Module:
-    """Build a new network by its name: "small-cnn", "preactresnet-18", or "wrn-D-K", as "wrn-34-10".
+    """Builds a new network by its name: "small-cnn", "preactresnet-18", or "wrn-D-K" such as "wrn-34-10".
 
-    Only "small-cnn" depends on `image_size` and takes a `width` (None for 32). ValueError for an unknown name, another
-    network with a width, and a size or depth that the network refuses.
+    Only "small-cnn" depends on `image_size` and takes a `width` (None for 32). ValueError for an unknown name, a width
+    for another network, and a size or depth that the network refuses.
     """
     if name == "small-cnn":
         return SmallCNN(in_channels, image_size, num_classes, width=32 if width is None else width)
@@ -239,7 +239,7 @@ class Size:
     Attributes:
         weights: the number of parameters.
         activations: the number of outputs of its convolutions and linear layers, for one image.
-        positions: of a channel at the smallest batch norm, which needs two values of it; 2 without batch norm.
+        positions: of a channel at the smallest batch norm, which needs two values of a channel; 2 without batch norm.
     """
 
     weights: int
@@ -250,7 +250,7 @@ class Size:
 def size_of(
     name: str, *, in_channels: int, image_size: tuple[int, int], num_classes: int, width: int | None = None
 ) -> Size:
-    """The size of the network that `build_model` would build; nothing is allocated, however large the network is."""
+    """Returns the size of the network that `build_model` would build, without allocating anything."""
     height, breadth = image_size
     if name == "small-cnn":
         w = 32 if width is None else width
@@ -279,7 +279,7 @@ def size_of(
 
 
 def classes_in(name: str, content: object) -> int | None:
-    """The number of classes of the named network in a checkpoint, from the bias of its last layer; None without it."""
+    """The number of classes of the named network in a checkpoint, from its last layer's bias; None without it."""
     last = _LAST_BIAS.get(name, "fc.bias")
     for key, value in content.items() if isinstance(content, Mapping) else ():
         if isinstance(value, Tensor):
@@ -291,21 +291,20 @@ def classes_in(name: str, content: object) -> int | None:
 
 
 def load_published(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
-    """Load a checkpoint file into `model`, which stays on its device and in its dtype.
+    """Loads a checkpoint file into `model`, which stays on its device and in its dtype.
 
     The file holds a state_dict, bare or under any key, as `torch.save({"model": model.state_dict()}, path)` writes it;
     no code in it is run. Its names may be those of a wrapper (DataParallel, torch.compile, AveragedModel, ...) or of a
-    model of which the network is a part; `model` itself has no wrapper. Batch norm's step counts, which torch 0.4.0 did
-    not keep, may be missing. Warns where the file has the network twice with other values, or tensors of something
-    else.
+    model that contains the network; `model` itself has no wrapper. Batch norm's step counts, which torch 0.4.0 did not
+    save, may be missing. Warns if the file has the network twice with different values, or tensors of something else.
 
     Returns:
-        `model`, or where the file has the mean and the deviation of a layer in front of the network,
+        `model`, or if the file has the mean and the deviation of a layer in front of the network,
         `nn.Sequential(Normalize(mean, std), model)`: both take images in [0, 1].
 
     Raises:
-        ValueError: the file cannot be read, holds no state_dict, or none whose names and shapes are those of `model`,
-            which is then left as it was; the message says what the file holds.
+        ValueError: the file cannot be read, holds no state_dict, or none with the names and shapes of `model`, which
+            then does not change; the message describes the contents of the file.
     """
     content, own = read_tensors(Path(path)), model.state_dict()
     candidate, kind = network_in(content, own), type(model).__name__
@@ -334,7 +333,7 @@ def load_published(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
 
 
 def _remarks(candidate: Candidate, path: str | os.PathLike[str], kind: str) -> Iterator[str]:
-    """What a user should know of the rest of the file, and of a layer in front that it does not hold."""
+    """Yields remarks for the user on the rest of the file, and on a layer in front that it does not hold."""
     if candidate.again:
         yield (
             f"{path} has the network in several places with other values: read is {candidate.place}, not "
@@ -354,7 +353,7 @@ def _remarks(candidate: Candidate, path: str | os.PathLike[str], kind: str) -> I
 
 
 def _check_fit(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], message: str, place: str) -> None:
-    """Raise ValueError with the first names of each kind that keep the tensors, at `place`, from being loaded."""
+    """Raises ValueError with the first names of each kind that prevent loading the tensors at `place`."""
     offending = {
         "missing": [name for name in own if name not in tensors],
         "unexpected": [name for name in tensors if name not in own],

@@ -1,4 +1,4 @@
-"""The options that several commands have; those of a run are made from the fields of `RunConfig`."""
+"""The options shared by several commands; those of a run are made from the fields of `RunConfig`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class FiniteRange(click.FloatRange):
     """A range of numbers without NaN and infinity."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """The number, or a usage error that names the option."""
+        """Returns the number, or raises a usage error that names the option."""
         number = float(super().convert(value, param, ctx))
         if not math.isfinite(number):
             self.fail(f"{value} is not a finite number.", param, ctx)
@@ -35,13 +35,13 @@ class FiniteRange(click.FloatRange):
 
 
 class Parsed(click.types.StringParamType):
-    """A text that `parse` takes: its ValueError becomes the command's error, with the prefix before it."""
+    """A text for `parse`: its ValueError becomes the command's error, with the prefix before it."""
 
     def __init__(self, parse: Callable[[str], object], prefix: str = "") -> None:
         self._parse, self._prefix = parse, prefix
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """The text as it is."""
+        """Checks the text and returns it unchanged."""
         try:
             self._parse(value)
         except ValueError as error:
@@ -50,7 +50,7 @@ class Parsed(click.types.StringParamType):
 
 
 def _type_of(field: dataclasses.Field[Any]) -> click.ParamType[Any]:
-    """The values that the option of a `RunConfig` field takes."""
+    """Returns the type of the option of a `RunConfig` field."""
     kinds = {KINDS[field.name], *typing.get_args(KINDS[field.name])}
     if field.name == "engine":
         return Parsed(Engine.parse, "--engine: ")
@@ -64,7 +64,7 @@ def _type_of(field: dataclasses.Field[Any]) -> click.ParamType[Any]:
 
 
 def _option_of(field: dataclasses.Field[Any]) -> Decorator:
-    """The option of a `RunConfig` field; its value is None, or () of several, where it is not given."""
+    """Returns the option of a `RunConfig` field; if not given, its value is None, or () for several."""
     name, kind = field.name.replace("_", "-"), KINDS[field.name]
     return click.option(
         f"--{name}/--no-{name}" if kind is bool else f"--{name}",
@@ -76,7 +76,7 @@ def _option_of(field: dataclasses.Field[Any]) -> Decorator:
 
 
 def method(*name: str, **attributes: Any) -> Decorator:
-    """The option --method, for values that `Method.parse` takes."""
+    """Returns the option --method, with values for `Method.parse`."""
     return click.option("--method", *name, metavar="METHOD", type=Parsed(Method.parse), **attributes)
 
 
@@ -115,7 +115,7 @@ CHECKPOINT_OPTIONS = [
 
 
 def with_options(options: Iterable[Decorator]) -> Decorator:
-    """A decorator that adds the options to a command, in their order."""
+    """Returns a decorator that adds the options to a command, in their order."""
 
     def decorate(command: Any) -> Any:
         for option in reversed([*options]):
@@ -126,5 +126,5 @@ def with_options(options: Iterable[Decorator]) -> Decorator:
 
 
 def given(values: dict[str, Any]) -> dict[str, Any]:
-    """The options of a run that were given, by the names of `RunConfig`'s fields."""
+    """Returns the given options of a run, by the names of `RunConfig`'s fields."""
     return {name: value for name, value in values.items() if value not in (None, ())}

@@ -1,4 +1,4 @@
-"""Where an iteration's time goes, phase by phase, what it costs in joules, and a trace for a timeline viewer."""
+"""Profiles an iteration: its time phase by phase, its joules, and a trace for a timeline viewer."""
 
 from __future__ import annotations
 
@@ -36,24 +36,24 @@ _LAUNCHES = ("cuda_runtime", "cuda_driver")
 _WORK = ("kernel", "gpu_memcpy", "gpu_memset")
 
 Event = dict[str, Any]
-Work = list[tuple[float, float]] | None  # when each piece was launched and how long it took, in microseconds
+Work = list[tuple[float, float]] | None  # start of the launch and duration of each piece of work, in microseconds
 
 
 @dataclass(frozen=True)
 class Phase:
-    """A phase of the traced iterations, in mean per iteration."""
+    """A phase of the traced iterations, averaged per iteration."""
 
-    name: str  # one of `PHASES`, or "other", which is the rest
+    name: str  # one of `PHASES`, or "other", the rest
     calls: float  # 0 for "other"
-    host: float  # seconds of the host; on the CPU that is the time of its work
-    device: float | None  # seconds of the GPU's work that was launched in it; None where none was traced
+    host: float  # seconds of the host; on the CPU this is the time of its work
+    device: float | None  # seconds of the GPU work launched in it; None if none was traced
 
 
 @dataclass(frozen=True)
 class Profile:
     """Time and energy of a method's iterations."""
 
-    method: str  # as `Method.parse` reads it
+    method: str  # in the form for `Method.parse`
     loss: str
     batch_size: int
     epoch: int  # the number of training images
@@ -61,23 +61,24 @@ class Profile:
     phases: tuple[Phase, ...]  # of `TRACED` further iterations, which tracing slows down
     power: tuple[Summary, ...]  # of each device during the iterations of `seconds`
     reason: str | None  # why there is no power, or None
-    joules: float | None  # per iteration, of all devices; None where they are not known
+    joules: float | None  # per iteration, of all devices; None if unknown
     machine: dict[str, Any]  # as of `provenance.machine`
 
 
 def profile(
     config: RunConfig, dataset: ImageDataset, device: torch.device, folder: Path | None, iterations: int
 ) -> tuple[Profile, Path]:
-    """Run `WARM_UP` iterations of the configuration's only method, then `iterations` timed and `TRACED` traced ones.
+    """Runs `WARM_UP` iterations of the configuration's only method, then `iterations` timed and `TRACED` traced ones.
 
-    Writes `trace.json`, for Perfetto or chrome://tracing, and `profile.json` into the folder, which is this process's
+    Writes `trace.json`, for Perfetto or chrome://tracing, and `profile.json` into the folder, which this process locks
     meanwhile. A folder of None is a new one, `profiles/DATE-TIME`.
 
     Returns:
         the profile and the folder.
 
     Raises:
-        ValueError: as of `fitting.check_training`; the folder holds such a file already, or another process writes one.
+        ValueError: see `fitting.check_training`; or the folder already holds such a file, or another process writes
+            one.
     """
     check_training(config, dataset, device)
     (method,) = config.methods
@@ -119,12 +120,12 @@ def _profiled(contestant: Contestant, dataset: ImageDataset, folder: Path, itera
 
 
 def _batches(config: RunConfig, dataset: ImageDataset, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """Whole minibatches as training sees them, without end."""
+    """Yields whole minibatches as in training, without end."""
     n = len(dataset.x_train)
     size, iteration = min(config.batch_size, n), count()
     for epoch in count():
         for batch in minibatches(n, size, seed=config.seed, epoch=epoch):
-            if len(batch) < size:  # an epoch's last one would not compare
+            if len(batch) < size:  # an epoch's last minibatch is not comparable
                 continue
             x = images(dataset.x_train[batch], device)
             if config.augment:
@@ -133,7 +134,7 @@ def _batches(config: RunConfig, dataset: ImageDataset, device: torch.device) -> 
 
 
 def _traced(contestant: Contestant, batches: Sequence[tuple[Tensor, Tensor]], path: Path) -> list[Event]:
-    """The events of one iteration on each batch; the trace goes to `path`."""
+    """Returns the events of one iteration on each batch; writes the trace to `path`."""
     activities = [ProfilerActivity.CPU]
     if contestant.device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
@@ -144,7 +145,7 @@ def _traced(contestant: Contestant, batches: Sequence[tuple[Tensor, Tensor]], pa
                 synchronize(contestant.device)
     profiled.export_chrome_trace(str(path))
     trace: dict[str, Any] = json.loads(path.read_text())
-    for name in ("host_name", "traceName"):  # they name the machine
+    for name in ("host_name", "traceName"):  # these identify the machine
         trace.pop(name, None)
     write_text(path, json.dumps(trace))
     events: list[Event] = trace["traceEvents"]
@@ -152,10 +153,10 @@ def _traced(contestant: Contestant, batches: Sequence[tuple[Tensor, Tensor]], pa
 
 
 def phases_of(events: Sequence[Event]) -> tuple[Phase, ...]:
-    """The phases of a trace's iterations, and the rest, in mean per iteration.
+    """Returns the phases of a trace's iterations, and the rest, averaged per iteration.
 
-    A phase inside another (the oracle's attack inside the mining, say) belongs to the outer one. A kernel belongs to
-    the phase in whose time the host launched it, on whatever thread, since autograd's threads launch the backward.
+    A phase inside another (for example the oracle's attack inside the mining) belongs to the outer one. A kernel
+    belongs to the phase during which the host launched it, on any thread, since autograd's threads launch the backward.
 
     Args:
         events: "traceEvents" of a chrome trace, times in microseconds.
@@ -181,13 +182,13 @@ def phases_of(events: Sequence[Event]) -> tuple[Phase, ...]:
 
 
 def _annotations(events: Sequence[Event], names: Sequence[str]) -> list[Event]:
-    """The host's ranges of these names, by their start."""
+    """Returns the host's ranges of these names, sorted by start."""
     ranges = [e for e in events if e.get("cat") == "user_annotation" and e.get("ph") == "X" and e["name"] in names]
     return sorted(ranges, key=lambda event: (event["ts"], -event["dur"]))
 
 
 def _launched(events: Sequence[Event]) -> Work:
-    """The GPU's work; None without any."""
+    """Returns the GPU's work, or None."""
     linked = [e for e in events if "correlation" in e.get("args", {})]
     launches = {e["args"]["correlation"]: e["ts"] for e in linked if e.get("cat") in _LAUNCHES}
     work = [(launches.get(e["args"]["correlation"]), e["dur"]) for e in linked if e.get("cat") in _WORK]
@@ -195,7 +196,7 @@ def _launched(events: Sequence[Event]) -> Work:
 
 
 def _phase(name: str, ranges: Sequence[Event], work: Work, iterations: int) -> Phase:
-    """The phase of these ranges, which do not overlap and are in order."""
+    """Returns the phase of these ranges, which are sorted and do not overlap."""
     starts, device = [event["ts"] for event in ranges], 0.0
     for launched, duration in work or ():
         k = bisect_right(starts, launched) - 1
@@ -210,7 +211,7 @@ def _phase(name: str, ranges: Sequence[Event], work: Work, iterations: int) -> P
 
 
 def table(result: Profile) -> Table:
-    """The phases of one iteration, for the terminal."""
+    """Returns the phases of one iteration, for the terminal."""
     view = plain_table(None, label(result.method, result.loss), "calls", "host ms", "share", "GPU ms")
     whole = sum(phase.host for phase in result.phases)
     for phase in result.phases:
@@ -225,7 +226,7 @@ def table(result: Profile) -> Table:
 
 
 def lines(result: Profile) -> list[str]:
-    """Time and energy per iteration, sample and epoch, and NVML's other figures."""
+    """Returns time and energy per iteration, sample and epoch, and NVML's other figures."""
     seconds, m, n = statistics.median(result.seconds), result.batch_size, result.epoch
     time = (
         f"time: {1e3 * seconds:.2f} ms per iteration (median of {len(result.seconds)}, not traced), "
@@ -243,7 +244,7 @@ def lines(result: Profile) -> list[str]:
 
 
 def _line(s: Summary) -> str:
-    """A device's summary, without what is not known."""
+    """Formats a device's summary, without unknown values."""
     throttled = ", ".join(f"{name} {share:.0%}" for name, share in (s.throttle or {}).items())
     parts = {
         "energy from the {}": s.energy_source,

@@ -1,4 +1,4 @@
-"""What a run is made of, so that it can be repeated: `run.json` in its folder."""
+"""Records what a run depends on, so that it can be repeated: `run.json` in its folder."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Provenance:
-    """A run's configuration, its data as of `data_summary`, and its start and resumptions as of `this_start`."""
+    """A run's configuration, its data from `data_summary`, and its start and resumptions from `this_start`."""
 
     config: RunConfig
     data: dict[str, Any]
     starts: list[dict[str, Any]]
 
     def write(self, path: Path) -> None:
-        """Replace the file as a whole."""
+        """Replaces the file atomically."""
         write_text(path, json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=2) + "\n")
 
     @classmethod
     def read(cls, path: Path) -> Provenance:
-        """Read what `write` wrote; ValueError, which names the file, if it is missing or holds something else."""
+        """Reads what `write` wrote; ValueError, which names the file, if it is missing or holds something else."""
         try:
             content = parse_json(path.read_text(encoding="utf-8"))
             if content["format"] != FORMAT:
@@ -62,7 +62,7 @@ class Provenance:
 
 
 def data_summary(dataset: ImageDataset, sha256: str) -> dict[str, Any]:
-    """The data set's name and fingerprint, and its numbers of images and classes."""
+    """Returns the data set's name and fingerprint, and its numbers of images and classes."""
     return {
         "name": dataset.name,
         "sha256": sha256,
@@ -73,10 +73,10 @@ def data_summary(dataset: ImageDataset, sha256: str) -> dict[str, Any]:
 
 
 def this_start(iteration: int, device: torch.device, ranks: int) -> dict[str, Any]:
-    """A start of a run by this process: when, with which command, and on which machine and settings of torch."""
+    """Describes a start of a run by this process: time, command, machine and settings of torch."""
     try:
         precision = torch.get_float32_matmul_precision()
-    except RuntimeError:  # torch's old and new settings of TF32 were used together, and only the new one can be read
+    except RuntimeError:  # torch's old and new settings of TF32 were mixed, and only the new one can be read
         precision = str(torch.backends.cuda.matmul.fp32_precision)
     return {
         "iteration": iteration,
@@ -96,7 +96,7 @@ def this_start(iteration: int, device: torch.device, ranks: int) -> dict[str, An
 
 
 def changes(start: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """`name: then, now` for everything that rounding may depend on and in which two starts differ."""
+    """Lists `name: then, now` for each difference between two starts that may affect rounding."""
     one, other = (
         {**s.get("machine", {}), **s.get("settings", {}), "revision": s.get("revision")} for s in (start, now)
     )
@@ -104,7 +104,7 @@ def changes(start: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def fingerprint(dataset: ImageDataset) -> str:
-    """SHA-256 of the arrays, their shapes and the number of classes, in hexadecimal."""
+    """Returns the SHA-256 of the arrays, their shapes and the number of classes, in hexadecimal."""
     digest = hashlib.sha256(str(dataset.classes).encode())
     for array in (dataset.x_train, dataset.y_train, dataset.x_test, dataset.y_test):
         digest.update(f"{array.dtype}{list(array.shape)}".encode())
@@ -113,7 +113,7 @@ def fingerprint(dataset: ImageDataset) -> str:
 
 
 def check_configuration(config: RunConfig, stored: RunConfig, path: Path, *, but_data: bool) -> None:
-    """Raise ValueError, which names `path`, unless the two are equal; with `but_data` the data's place may differ."""
+    """Raises ValueError, which names `path`, unless the two are equal; with `but_data` the data's path may differ."""
     differences = config.differences(stored, but=("data",) if but_data else ())
     if differences:
         raise ValueError(
@@ -123,7 +123,7 @@ def check_configuration(config: RunConfig, stored: RunConfig, path: Path, *, but
 
 
 def check_data(dataset: ImageDataset, sha256: str, expected: str, path: Path) -> None:
-    """Raise ValueError, which names `path`, unless the data have the fingerprint that is stored there."""
+    """Raises ValueError, which names `path`, unless the data have the stored fingerprint."""
     if sha256 != expected:
         raise ValueError(
             f"{path}: of a run on other data than {dataset.name}: its images or labels have the SHA-256 "
@@ -132,7 +132,7 @@ def check_data(dataset: ImageDataset, sha256: str, expected: str, path: Path) ->
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """Versions and hardware that a measurement depends on; the driver is None on the CPU and without NVML."""
+    """Returns versions and hardware that a measurement depends on; the driver is None on the CPU and without NVML."""
     return {
         "bt_fast": bt_fast.__version__,
         "torch": torch.__version__,
@@ -154,11 +154,11 @@ def _processor() -> str:
 
 
 def _revision() -> str | None:
-    """The commit of the package's repository, with `-dirty` appended if files were changed."""
+    """Returns the commit of the package's repository, with `-dirty` appended if files were changed."""
     root = Path(bt_fast.__file__).parents[1]
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        if not (root / ".git").exists():  # git would look in the folders above
+        if not (root / ".git").exists():  # git would search the parent folders
             return None
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):

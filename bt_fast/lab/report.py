@@ -31,7 +31,7 @@ from bt_fast.objectives.repeated_forward import RepeatedForward
 from bt_fast.speedup import augmix_cost, mart_cost, pgd_cost, trades_cost, trades_reference_cost, yopo_cost
 
 OBJECTIVE_NAMES = {"trades": "TRADES", "mart": "MART", "pgd": "PGD", "augmix": "AugMix"}
-LABELS = {  # by algorithm; {} is the objective
+LABELS = {  # by algorithm; {} is replaced by the objective
     "reference": "{}, authors'",
     "optimised": "{}, ours",
     "bullet": "+ BulletTrain",
@@ -39,7 +39,7 @@ LABELS = {  # by algorithm; {} is the objective
     "yopo": "+ YOPO",
     "no-jsd": "{} - JSD",
 }
-SYMBOLS = {  # of a method's own options
+SYMBOLS = {  # for a method's own options
     "step_size": "α",
     "beta": "β",
     "boundary_steps": "N_B",
@@ -49,7 +49,7 @@ SYMBOLS = {  # of a method's own options
     "fraction_momentum": "p",
     "grad_align": "GradAlign",
 }
-COLOURS = {  # by algorithm and engine; the engine "exact" has the colour of none
+COLOURS = {  # by algorithm and engine; "exact" has the colour of no engine
     "reference": "#7a7a7a",
     "optimised": "#1f77b4",
     "optimised-fast": "#17becf",
@@ -62,11 +62,11 @@ GROUP_COLOURS = {"boundary": "#d62728", "robust": "#2ca02c", "outlier": "#7a7a7a
 
 
 def label(method: str, loss: str) -> str:
-    """A method's name in tables and plots."""
+    """Returns a method's name in tables and plots."""
     kind = Method.parse(method)
     name = LABELS[kind.algorithm].format(OBJECTIVE_NAMES[loss])
     if (loss, kind.algorithm) == ("pgd", "reference"):
-        name = "PGD, plain"  # there is no one code of its authors in this form
+        name = "PGD, plain"  # this form is not a single authors' code
     elif (loss, kind.algorithm) == ("augmix", "optimised"):
         name = "AugMix"
     elif kind.engine and kind.algorithm == "bullet":
@@ -78,7 +78,7 @@ def label(method: str, loss: str) -> str:
 
 
 def summarise(run: Run, evaluated: Callable[[str], object]) -> dict[str, Any]:
-    """Evaluate every method on all test images and write `summary.json`; `evaluated` is called with each one's name."""
+    """Evaluates every method on all test images and writes `summary.json`; calls `evaluated` with each name."""
     methods = {}
     for contestant in run.contestants:
         methods[contestant.method] = _method_summary(run, contestant)
@@ -120,7 +120,7 @@ def _method_summary(run: Run, contestant: Contestant) -> dict[str, Any]:
 
 
 def _theoretical_speedup(contestant: Contestant, steps: int) -> float | None:
-    """Eq. 7 or its AugMix form, over the objective itself; None for YOPO, which has no attack steps of full cost."""
+    """Returns Eq. 7 or its AugMix form, over the objective itself; None for YOPO, which has no full attack steps."""
     kind, bullet = contestant.kind, contestant.bullet
     if bullet is not None:
         augmix = contestant.config.loss == "augmix"
@@ -131,7 +131,7 @@ def _theoretical_speedup(contestant: Contestant, steps: int) -> float | None:
 
 
 def _cost(contestant: Contestant) -> float:
-    """Forward-pass equivalents of an iteration, by arithmetic; GradAlign's are not among them."""
+    """Returns the forward-pass equivalents of an iteration, by arithmetic, without GradAlign's."""
     config, kind, bullet = contestant.config, contestant.kind, contestant.bullet
     if kind.algorithm == "no-jsd":
         return 3.0
@@ -155,11 +155,11 @@ def _cost(contestant: Contestant) -> float:
 
 
 def _repeats_itself(contestant: Contestant) -> bool:
-    """Whether a training forward can be replayed; not with dropout, say."""
+    """Whether a training forward can be replayed, which is impossible with dropout, for example."""
     model = copy.deepcopy(contestant.model).train()
     for module in model.modules():
         if isinstance(module, nn.SyncBatchNorm):
-            module.eval()  # else it waits for the other ranks
+            module.eval()  # else it would wait for the other ranks
     x = torch.zeros(2, *contestant.image_shape, device=contestant.device)
     with torch.random.fork_rng([contestant.device] if contestant.device.type == "cuda" else []), torch.no_grad():
         repeat = RepeatedForward(model, contestant.device)
@@ -169,7 +169,7 @@ def _repeats_itself(contestant: Contestant) -> bool:
 
 
 def plain_table(title: str | None, first: str, *columns: str) -> Table:
-    """A table for the terminal without rows: texts in the first column, numbers in the others."""
+    """Returns a table for the terminal without rows: texts in the first column, numbers in the others."""
     view = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False)
     view.add_column(first, no_wrap=True)
     for column in columns:
@@ -178,7 +178,7 @@ def plain_table(title: str | None, first: str, *columns: str) -> Table:
 
 
 def table(summary: dict[str, Any]) -> Table:
-    """The comparison as a table for the terminal."""
+    """Returns the comparison as a table for the terminal."""
     config, methods = summary["config"], summary["methods"]
     first = next(iter(methods))
     title = config["data"]
@@ -187,7 +187,7 @@ def table(summary: dict[str, Any]) -> Table:
     energy = ["energy"] if any(entry.get("joules") is not None for entry in methods.values()) else []
     columns = ("clean", "robust", "F_B/F_R/F_O", "theory", "passes", "clock", "time", *energy)
     view = plain_table(title, "", *columns)
-    view.columns[0].no_wrap = False  # methods with options of their own have long names
+    view.columns[0].no_wrap = False  # methods with their own options have long names
     for method, entry in methods.items():
         fractions = entry.get("fractions")
         view.add_row(
@@ -205,7 +205,7 @@ def table(summary: dict[str, Any]) -> Table:
 
 
 def corruption_table(name: str, errors: dict[str, list[float]]) -> Table:
-    """The errors of one network by corruption and severity, for the terminal."""
+    """Returns the errors of one network by corruption and severity, for the terminal."""
     title = f"{name}: mean corruption error {100 * mean_corruption_error(errors):.2f}%"
     view = plain_table(title, "error at severity", *map(str, SEVERITIES), "mean")
     for corruption, of_severities in errors.items():
@@ -215,11 +215,11 @@ def corruption_table(name: str, errors: dict[str, list[float]]) -> Table:
 
 
 def plot(run: Run) -> list[Path]:
-    """Write the plots that the run's records allow; returns their paths."""
+    """Writes the plots that the run's records permit; returns their paths."""
     records = run.records()
     paths = [_plot_accuracy(run, [r for r in records if r["kind"] == "epoch"])]
     fractions = [r for r in records if r["kind"] == "fractions"]
-    if fractions:  # of one method: what the others' attack rounds away does not show
+    if fractions:  # of one method: the others' differ only by their attack's rounding
         paths.append(_plot_fractions(run, [r for r in fractions if r["method"] == fractions[0]["method"]]))
     return paths
 
@@ -254,7 +254,7 @@ def _plot_fractions(run: Run, records: list[dict[str, Any]]) -> Path:
 
 
 def new_figure(title: str, *, height: float = 4.5, size: float = 10) -> tuple[Figure, Any]:
-    """A figure of that height in inches, and its axes with a grid and the title in that size."""
+    """Returns a figure of this height in inches, and its axes with a grid and the title in this size."""
     figure, axes = plt.subplots(figsize=(7, height), layout="constrained")
     axes.set_title(title, fontsize=size)
     axes.grid(alpha=0.3)
@@ -262,7 +262,7 @@ def new_figure(title: str, *, height: float = 4.5, size: float = 10) -> tuple[Fi
 
 
 def save_figure(figure: Figure, path: Path) -> Path:
-    """Write a PNG, replacing the file as a whole."""
+    """Writes a PNG, replacing the file atomically."""
     with replacing(path) as file:
         figure.savefig(file, format="png", dpi=130)
     plt.close(figure)

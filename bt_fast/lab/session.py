@@ -1,4 +1,4 @@
-"""A training that the command line begins, resumes or repeats, from its options to its summary."""
+"""Begins, resumes or repeats a training for the command line, from its options to its summary."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from bt_fast.lab.world import World, joined, norms_alone
 
 @dataclass(frozen=True)
 class Start:
-    """Where a training's data, device and folder are, and which run it goes on from; named as the options are.
+    """A training's data, device and folder, and the run that it continues; fields are named like the options.
 
     Raises:
-        ValueError: a resumed run has another folder, too.
+        ValueError: a resumed run is also given another folder.
     """
 
     data_dir: Path
@@ -47,14 +47,14 @@ class Start:
 
     @property
     def previous(self) -> Path | None:
-        """The folder of the run that is resumed or repeated."""
+        """The folder of the run to resume or repeat."""
         if self.resume is not None and self.resume.name == "checkpoint.pt":
             return self.resume.parent
         return self.resume or self.repeat
 
 
 def run_training(start: Start, options: dict[str, Any]) -> None:
-    """Begin, resume or repeat a run, train it to its end, and print its results.
+    """Begins, resumes or repeats a run, trains it to its end, and prints its results.
 
     Args:
         options: values of `RunConfig`'s fields.
@@ -95,7 +95,7 @@ def run_training(start: Start, options: dict[str, Any]) -> None:
 
 @contextmanager
 def _joined_ranks(start: Start) -> Iterator[tuple[World, torch.device]]:
-    """The ranks that train together and this process's device; only the first rank prints."""
+    """Yields the ranks that train together and this process's device; only the first rank prints."""
     with joined(start.device, start.rank_timeout) as (world, name):
         quiet, console.quiet = console.quiet, not world.leads
         try:
@@ -105,7 +105,7 @@ def _joined_ranks(start: Start) -> Iterator[tuple[World, torch.device]]:
 
 
 def named_device(name: str) -> torch.device:
-    """The device of that name, which need not be there."""
+    """Returns the device of that name, which need not exist."""
     with suppress(RuntimeError):
         if (device := torch.device(name)).type in ("cpu", "cuda"):
             return device
@@ -113,10 +113,10 @@ def named_device(name: str) -> torch.device:
 
 
 def usable_device(name: str | None) -> torch.device:
-    """The device of that name, or the default one; ValueError if nothing can be computed there."""
+    """Returns the device of that name, or the default one; ValueError if it cannot compute."""
     device = named_device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     try:
-        torch.zeros(1, device=device)  # a launch, which a GPU that torch was not built for does not take
+        torch.zeros(1, device=device)  # a launch, which fails on a GPU that torch was not built for
     except (RuntimeError, AssertionError) as error:
         hint = "bt-fast doctor says what to do, and --device cpu goes without"
         raise ValueError(f"--device {device}: {str(error).splitlines()[0].split('. ')[0]}; {hint}") from error
@@ -127,19 +127,19 @@ def usable_device(name: str | None) -> torch.device:
 
 
 def configure(options: dict[str, Any], data_dir: Path) -> tuple[RunConfig, ImageDataset]:
-    """The configuration of a new run with these options, and its data."""
+    """Returns the configuration of a new run with these options, and its data."""
     source = options.get("data", "digits")
     dataset = load_dataset(source, data_dir)
     return adapt(dataclasses.replace(preset(source, dataset), data=source), options, dataset)
 
 
 def preset(source: str, dataset: ImageDataset) -> RunConfig:
-    """The defaults for a data set, or for one like it."""
+    """Returns the defaults for a data set, or for a similar one."""
     return PRESETS.get(source) or PRESETS["mnist" if dataset.x_train.shape[1] == 1 else "cifar10"]
 
 
 def adapt(base: RunConfig, options: dict[str, Any], dataset: ImageDataset) -> tuple[RunConfig, ImageDataset]:
-    """A configuration with these options, and the part of the data that it uses."""
+    """Returns a configuration with these options, and the part of the data that it uses."""
     implied: dict[str, Any] = {}
     if options.get("model", "small-cnn") != "small-cnn":
         implied["width"] = None
@@ -154,7 +154,7 @@ def adapt(base: RunConfig, options: dict[str, Any], dataset: ImageDataset) -> tu
 
 
 def data_of(config: RunConfig, data_dir: Path) -> ImageDataset:
-    """A run's data, which may not be where they were."""
+    """Loads a run's data, which may have been moved."""
     try:
         return load_dataset(config.data, data_dir).take(config.train_size, config.test_size)
     except ValueError as error:
@@ -162,7 +162,7 @@ def data_of(config: RunConfig, data_dir: Path) -> ImageDataset:
 
 
 def _repeated(folder: Path, options: dict[str, Any], data_dir: Path) -> tuple[RunConfig, ImageDataset]:
-    """The configuration of the run in the folder, and its data; only where they lie may be another place."""
+    """Returns the configuration of the run in the folder, and its data, which may lie in another place."""
     path = folder / "run.json"
     original = Provenance.read(path)
     others = sorted(set(options) - {"data"})
@@ -176,7 +176,7 @@ def _repeated(folder: Path, options: dict[str, Any], data_dir: Path) -> tuple[Ru
 
 
 def _resumed(folder: Path, options: dict[str, Any], data_dir: Path) -> tuple[RunConfig, ImageDataset]:
-    """The same of a run that goes on in its folder."""
+    """Returns the configuration and the data of a run that continues in its folder."""
     path = folder / "checkpoint.pt"
     if folder.is_dir() and not path.exists():
         raise ValueError(f"{folder}: has no checkpoint.pt, so nothing was saved yet: start it with --out instead")
@@ -187,7 +187,7 @@ def _resumed(folder: Path, options: dict[str, Any], data_dir: Path) -> tuple[Run
 
 
 def _say_changes(folder: Path, device: torch.device) -> None:
-    """Print what has changed since the run in the folder was started last, and why that matters."""
+    """Prints what has changed since the last start of the run in the folder, and why that matters."""
     path = folder / "run.json"
     starts = Provenance.read(path).starts if path.exists() else []
     if starts and (differences := changes(starts[-1], this_start(0, device, 1))):
@@ -198,12 +198,12 @@ def _say_changes(folder: Path, device: torch.device) -> None:
 
 
 def sizes(dataset: ImageDataset) -> str:
-    """The numbers of images, in words."""
+    """Describes the numbers of images."""
     return f"{len(dataset.x_train)} training, {len(dataset.x_test)} test images"
 
 
 def train(run: Run, stop: list[int], how_to_go_on: str) -> None:
-    """Train to the end, or to the first iteration after a signal arrived in any rank's `stop`: then save and exit."""
+    """Trains to the end, or to the first iteration after a signal in any rank's `stop`: then saves and exits."""
     with progress_bar("training", run.iterations, run.iteration) as bar:
         try:
             number = _train_until_signal(run, stop, bar)
@@ -215,14 +215,14 @@ def train(run: Run, stop: list[int], how_to_go_on: str) -> None:
 
 
 def _train_until_signal(run: Run, stop: list[int], bar: Bar) -> int:
-    """The number of the signal, or 0."""
+    """Returns the number of the signal, or 0."""
     for at in run.train():
         bar.reach(at.iteration, _ratios(run))
         if at.epoch_ended and run.world.leads:
             say(_epoch_line(run))
         if number := run.world.most(stop[0] if stop else 0):
             run.save()
-            run.world.most(0)  # when one rank ends, torchrun signals the others: not before they are here
+            run.world.most(0)  # when one rank ends, torchrun signals the others: all must have arrived here before
             return number
     return 0
 
@@ -244,7 +244,7 @@ def _ratios(run: Run) -> str:
 
 
 def _report(run: Run, *, trained: bool) -> None:
-    """Evaluate the run's models, write the summary and the plots, and print them. Collective; the first rank writes."""
+    """Evaluates the run's models, writes and prints summary and plots. Collective; the first rank writes."""
     if not run.world.leads:
         for contestant in run.contestants:
             run.final(contestant)

@@ -22,7 +22,7 @@ from rich.progress import (
 )
 
 console = Console()
-say = functools.partial(console.print, soft_wrap=True, highlight=False)  # lines to copy from are not broken
+say = functools.partial(console.print, soft_wrap=True, highlight=False)  # lines to copy are not wrapped
 
 
 class Bar(NamedTuple):
@@ -32,17 +32,17 @@ class Bar(NamedTuple):
     task: TaskID
 
     def reach(self, count: int, description: str | None = None) -> None:
-        """So many are done."""
+        """Sets the number of finished items."""
         self.progress.update(self.task, completed=count, description=description)
 
     def advance(self, _: object = None) -> None:
-        """One more is done, whichever."""
+        """Adds one finished item."""
         self.progress.advance(self.task)
 
 
 @contextmanager
 def progress_bar(description: str, total: int, completed: int = 0) -> Iterator[Bar]:
-    """A progress bar for the block."""
+    """Shows a progress bar during the block."""
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(TextColumn("{task.description}"), *columns, console=console) as progress:
         yield Bar(progress, progress.add_task(description, total=total, completed=completed))
@@ -50,14 +50,14 @@ def progress_bar(description: str, total: int, completed: int = 0) -> Iterator[B
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """A list that receives the number of an interrupt or termination signal; a second one exits at once."""
+    """Yields a list that receives the number of an interrupt or termination signal; a second signal exits at once."""
     received: list[int] = []
 
     def receive(number: int, _: object) -> None:
         received.append(number)
         if len(received) > 1:
             sys.exit(128 + number)
-        os.write(2, b"bt-fast: stopping after this iteration; once more to stop at once\n")  # safe in a handler
+        os.write(2, b"bt-fast: stopping after this iteration; once more to stop at once\n")  # safe in a signal handler
 
     before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -1,4 +1,4 @@
-"""Training runs: several methods in lockstep on the same minibatches, so that their times and accuracies pair."""
+"""Training runs: several methods in lockstep on the same minibatches, so that their times and accuracies are paired."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from bt_fast.ops import GROUPS
 
 EVALUATION_BATCH = 250
 CHECKPOINT_SECONDS = 60.0
-RECORD_EVERY = 10  # iterations; each record waits for the device
+RECORD_EVERY = 10  # iterations; a record waits for the device
 WARM_UP = 3  # iterations left out of the ratios: first calls compile and allocate
 
 
@@ -54,23 +54,23 @@ class Run:
     """A run folder and the training that fills it.
 
     `metrics.jsonl` holds one record a line, `checkpoint.pt` everything needed to resume, and `run.json` a
-    `provenance.Provenance`. No other process can write into the folder until `close`, the end of the run as a Python
-    object, or the death of the process; any can read it.
+    `provenance.Provenance`. No other process can write into the folder until `close`, the deletion of the Run object,
+    or the end of the process; any can read it.
 
     Args:
         folder: made if missing; None for a new one, `runs/DATE-TIME`.
-        resume: go on from the folder's checkpoint, with its configuration; the data may lie in another place.
-        observe: called with the run after every tenth iteration, to `append` records. It must leave models and random
-            numbers as they are.
+        resume: continue from the folder's checkpoint, with its configuration; the data may lie in another place.
+        observe: called with the run after every tenth iteration, to `append` records. It must not change models and
+            random numbers.
         world: the ranks, each with a run of the same arguments; methods are collective, and rank 0 writes.
-        balance: how the ranks share out BulletTrain's attacks.
+        balance: how the ranks share BulletTrain's attacks.
 
     Attributes:
         minibatch: this rank's images and labels of the last iteration.
         fingerprint: SHA-256 of the data.
 
     Raises:
-        ValueError: as of `fitting.check_training`; another process writes into the folder, it already holds a run and
+        ValueError: see `fitting.check_training`; or another process writes into the folder, it already holds a run and
             `resume` is not set, or the checkpoint does not fit the configuration or the data. Nothing was written.
         OSError: the folder cannot be written.
     """
@@ -130,13 +130,13 @@ class Run:
             raise ValueError(
                 f"{self.folder}: already holds a run ({existing[0].name}); {go_on}name another folder with --out"
             )
-        self._provenance_path.unlink(missing_ok=True)  # of a run that was killed before its first checkpoint
+        self._provenance_path.unlink(missing_ok=True)  # from a run killed before its first checkpoint
         self._record_start()
         self.save()  # so that a run killed at any moment can be resumed
 
     def _resume(self) -> None:
         config, state = load_checkpoint(self.checkpoint_path)
-        data = state.get("data")  # None in checkpoints of the first version, which kept only the place of the data
+        data = state.get("data")  # None in checkpoints of the first version, which kept only the data's path
         check_configuration(self.config, config, self.checkpoint_path, but_data=data is not None)
         if data is not None:
             check_data(self.dataset, self.fingerprint, str(data), self.checkpoint_path)
@@ -153,14 +153,14 @@ class Run:
             ) from error
         if not self.world.leads:
             return
-        # records from after the checkpoint will be made again
+        # records after the checkpoint will be made again
         kept = [json.dumps(record) for record in self.records() if record["iteration"] <= self.iteration]
         write_text(self._metrics_path, "".join(line + "\n" for line in kept))
         if self.iteration < self.iterations:
             self._record_start()
 
     def _record_start(self) -> None:
-        """Add this process's start to run.json, which is begun if it is missing."""
+        """Adds this process's start to run.json, which is created if missing."""
         if self._provenance_path.exists():
             starts = Provenance.read(self._provenance_path)
             provenance = dataclasses.replace(starts, config=self.config)  # the data may have moved
@@ -170,25 +170,25 @@ class Run:
         provenance.write(self._provenance_path)
 
     def close(self) -> None:
-        """Leave the folder to other processes; the run is over for this one."""
+        """Releases the folder to other processes; the run is over in this one."""
         self._release()
 
     @property
     def iterations_per_epoch(self) -> int:
-        """Minibatches in one pass over the training images."""
+        """The number of minibatches in one pass over the training images."""
         return -(-len(self.dataset.x_train) // self.config.batch_size)
 
     @property
     def iterations(self) -> int:
-        """Minibatches in the whole run."""
+        """The number of minibatches in the whole run."""
         return self.config.epochs * self.iterations_per_epoch
 
     def train(self) -> Iterator[Progress]:
-        """Train to the end, yielding after every iteration; the run can be left at any yield and saved.
+        """Trains to the end, yielding after every iteration; the run can be left and saved at any yield.
 
         Raises:
-            NonFiniteError: NaN or Inf in a minibatch, or in too many one after the other if they are skipped.
-            OSError: a record or checkpoint cannot be written; what was written before is whole, and the run resumes.
+            NonFiniteError: NaN or Inf in a minibatch, or in too many consecutive ones if they are skipped.
+            OSError: a record or checkpoint cannot be written; earlier ones are intact, and the run can resume.
         """
         with self.energy:
             saved = time.monotonic()
@@ -211,7 +211,7 @@ class Run:
                     yield Progress(self.iteration, ended)
 
     def save(self) -> None:
-        """Write the checkpoint, on rank 0."""
+        """Writes the checkpoint, on rank 0."""
         if not self.world.leads:
             return
         state = {
@@ -223,10 +223,10 @@ class Run:
         save_checkpoint(self.checkpoint_path, self.config, state)
 
     def evaluate(self, contestant: Contestant, size: int | None, restarts: int) -> dict[str, Any]:
-        """`clean` and `robust` accuracy in [0, 1] on the first `size` test images (None: all), and their number.
+        """The `clean` and `robust` accuracy in [0, 1] on the first `size` test images (None: all), and their number.
 
-        Random starts are the same each time. `robust` is None of AugMix, which defends against no attack:
-        `corruptions.corruption_errors` is its measure. Collective.
+        Random starts are the same each time. `robust` is None for AugMix, which defends against no attack: its measure
+        is `corruptions.corruption_errors`. Collective.
         """
         x, y = self.dataset.x_test[:size], self.dataset.y_test[:size]
         share = self.world.share(len(y))
@@ -250,9 +250,9 @@ class Run:
         return {"clean": clean / len(y), "robust": robust / len(y), "images": len(y)}
 
     def final(self, contestant: Contestant) -> dict[str, Any]:
-        """A trained method's accuracy on all test images, evaluated once and then kept among the records.
+        """Returns a trained method's accuracy on all test images, evaluated once and then kept among the records.
 
-        Collective; only rank 0 reads the records, and returns all of one.
+        Collective; only rank 0 reads the records and returns a whole one.
         """
         records = self.records() if self.world.leads else []
         finals = [r for r in records if r["kind"] == "final" and r["method"] == contestant.method]
@@ -263,7 +263,7 @@ class Run:
         return self.records()[-1] if self.world.leads else accuracy
 
     def records(self) -> list[dict[str, Any]]:
-        """The records in metrics.jsonl; ValueError if a line other than a cut-off last one is not a record."""
+        """Returns the records in metrics.jsonl; ValueError if a line other than a cut-off last one is not a record."""
         path = self._metrics_path
         if not path.exists():
             return []
@@ -281,7 +281,7 @@ class Run:
         return records
 
     def append(self, **record: object) -> None:
-        """Write a record of this iteration to metrics.jsonl, on rank 0."""
+        """Writes a record of this iteration to metrics.jsonl, on rank 0."""
         if self.world.leads:
             append_line(self._metrics_path, json.dumps({"iteration": self.iteration, **record}))
 
@@ -308,7 +308,7 @@ class Run:
                 self._observe(self)
 
     def _images(self, batch: Tensor, share: Share, iteration: int) -> tuple[Tensor, Tensor]:
-        """Images and labels of a share of an iteration's minibatch, augmented."""
+        """Returns images and labels of a share of an iteration's minibatch, augmented."""
         own = share.own(batch)
         x, y = images(self.dataset.x_train[own], self.device), self.dataset.y_train[own].to(self.device)
         if self.config.augment:
@@ -316,7 +316,7 @@ class Run:
         return x, y
 
     def _record_fractions(self) -> None:
-        """Record the shares of the groups since the last record (Fig. 3)."""
+        """Records the shares of the groups since the last record (Fig. 3)."""
         for contestant in self.contestants:
             if contestant.bullet is None:
                 continue
@@ -324,7 +324,7 @@ class Run:
             counts = contestant.bullet.group_counts.clone()
             recent, contestant.counted = (counts - contestant.counted).double(), counts
             shares = (recent / recent.sum()).tolist()
-            if not math.isnan(shares[0]):  # NaN where all minibatches were skipped
+            if not math.isnan(shares[0]):  # NaN if all minibatches were skipped
                 self.append(
                     kind="fractions",
                     method=contestant.method,
@@ -333,19 +333,19 @@ class Run:
                 )
 
     def _record_allocations(self, batch: Tensor) -> None:
-        """Record each sample's SVar and steps in the minibatch just trained on (Fig. 5), without changing any state."""
+        """Records each sample's SVar and steps in the last trained minibatch (Fig. 5), without changing any state."""
         if not self.world.leads:
             return
         x, y = self._images(batch, ALONE.share(len(batch)), self.iteration - 1)
         for contestant in self.contestants:
-            if contestant.bullet is None or isinstance(contestant.bullet.policy, Oracle):  # the oracle would attack
+            if contestant.bullet is None or isinstance(contestant.bullet.policy, Oracle):  # an oracle would attack
                 continue
             bullet = copy.deepcopy(contestant.bullet)
             bullet.process_group = None
             try:
                 with eval_mode(contestant.model):
                     plan = bullet.plan(clean_logits(contestant.model, x), y, epsilon=contestant.config.epsilon)
-            except NonFiniteError:  # a minibatch that was skipped has no steps
+            except NonFiniteError:  # a skipped minibatch has no steps
                 continue
             self.append(
                 kind="allocation",
@@ -376,19 +376,19 @@ Observe = Callable[[Run], None]
 
 
 def evaluation_batches(x: Tensor, y: Tensor, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """Images uint8 [n, C, H, W] and labels [n] as float minibatches on the device."""
+    """Yields images uint8 [n, C, H, W] and labels [n] as float minibatches on the device."""
     for start in range(0, len(y), EVALUATION_BATCH):
         end = start + EVALUATION_BATCH
         yield images(x[start:end], device), y[start:end].to(device)
 
 
 def _clean_correct(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> int:
-    """The number of images that the model classifies correctly, in eval mode."""
+    """Returns the number of images that the model classifies correctly, in eval mode."""
     with eval_mode(model):
         return sum(int((clean_logits(model, x).argmax(dim=1) == y).sum()) for x, y in batches)
 
 
 def median_speedup(slower: list[float], faster: list[float]) -> float:
-    """The median over iterations of the ratio of two methods' times, without the first few."""
+    """Returns the median over iterations of the ratio of two methods' times, without the first few."""
     pairs = list(zip(slower, faster, strict=True))
     return statistics.median(a / b for a, b in pairs[WARM_UP:] or pairs)

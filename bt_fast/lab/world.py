@@ -1,4 +1,4 @@
-"""The processes that train together: `torchrun -m bt_fast train` starts them, each takes its share, rank 0 writes."""
+"""The processes that train together: `torchrun -m bt_fast train` starts them, each has its share, rank 0 writes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _SET_BY_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MAS
 
 @dataclass(frozen=True)
 class Share:
-    """A rank's samples of a minibatch of size `of`: those from `first` to before `end`."""
+    """A rank's samples in a minibatch of size `of`: those from `first` to before `end`."""
 
     first: int
     end: int
@@ -36,7 +36,7 @@ class Share:
         return self.end - self.first
 
     def own(self, values: Tensor) -> Tensor:
-        """This rank's part of values [of, ...]."""
+        """Returns this rank's part of values [of, ...]."""
         return values[self.first : self.end]
 
     @property
@@ -49,7 +49,7 @@ class Share:
 class World:
     """The ranks that train together. Every rank must call the methods marked collective, in the same order.
 
-    `group` is that of all `count` ranks, for tensors on the CPU and on the training's device, or None for a single
+    `group` is the group of all `count` ranks, for tensors on the CPU and on the training's device, or None for a single
     process; `per_node` is the number of ranks on this machine.
     """
 
@@ -64,15 +64,15 @@ class World:
         return self.rank == 0
 
     def share(self, m: int) -> Share:
-        """This rank's contiguous share of m samples; the ranks' shares differ in size by at most one."""
+        """Returns this rank's contiguous share of m samples; the ranks' shares differ in size by at most one."""
         return Share(self.rank * m // self.count, (self.rank + 1) * m // self.count, m)
 
     def most_in_a_share(self, m: int) -> int:
-        """The size of the largest share of m samples."""
+        """Returns the size of the largest share of m samples."""
         return -(-m // self.count)
 
     def check_minibatches(self, n: int, batch_size: int) -> None:
-        """Raise ValueError, which names --batch-size, if an epoch of n images has a minibatch smaller than `count`."""
+        """Raises ValueError, which names --batch-size, if an epoch of n images has a minibatch smaller than `count`."""
         for m, which in ((min(n, batch_size), "a minibatch"), (n % batch_size, "the last minibatch of an epoch")):
             if 0 < m < self.count:
                 raise ValueError(
@@ -82,9 +82,9 @@ class World:
                 )
 
     def place(self, model: nn.Module, device: torch.device) -> tuple[nn.Module, nn.Module]:
-        """The model on the device, for attacks, and the same wrapped so that its gradients are averaged over the ranks.
+        """Returns the model on the device, for attacks, and a wrapper of it that averages gradients over the ranks.
 
-        On CUDA, where torch can do it, batch norms see all ranks' samples.
+        On CUDA, where torch supports it, batch norms see all ranks' samples.
         """
         if self.group is None:
             model = model.to(device)
@@ -93,24 +93,24 @@ class World:
         if is_cuda:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model, self.group)
         model = model.to(device)
-        with warnings.catch_warnings():  # the option is renamed from torch 2.13 on, and older ones lack the new name
+        with warnings.catch_warnings():  # torch 2.13 renamed the option, and older versions lack the new name
             warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)
-            # a synchronised norm's buffers are the same on all ranks; `follow` broadcasts the others
+            # a synchronised norm's buffers are equal on all ranks; `follow` broadcasts the others
             devices = [device] if is_cuda else None
             return model, DistributedDataParallel(model, devices, process_group=self.group, broadcast_buffers=False)
 
     def follow(self, model: nn.Module) -> None:
-        """Broadcast rank 0's buffers if batch norms are not synchronised. Collective."""
+        """Broadcasts rank 0's buffers if batch norms are not synchronised. Collective."""
         if self.group is not None and norms_alone(model):
             for buffer in model.buffers():
                 dist.broadcast(buffer, 0, self.group)
 
     def draws(self, share: Share) -> DrawsOfAll | None:
-        """A context in which random numbers for the share are drawn for the whole minibatch; None of one process."""
+        """A context that draws the share's random numbers for the whole minibatch; None for a single process."""
         return None if self.group is None else DrawsOfAll(share.first, len(share), share.of)
 
     def broadcast_path(self, path: Path | None) -> Path:
-        """The path that rank 0 gives. Collective."""
+        """Returns the path that rank 0 gives. Collective."""
         paths = [path]
         if self.group is not None:
             dist.broadcast_object_list(paths, 0, self.group)
@@ -119,11 +119,11 @@ class World:
         return paths[0]
 
     def most(self, number: int) -> int:
-        """The largest of the ranks' numbers. Collective."""
+        """Returns the largest of the ranks' numbers. Collective."""
         return self._reduced([number], dist.ReduceOp.MAX)[0]
 
     def sums(self, numbers: Sequence[int]) -> list[int]:
-        """The sum of each number over the ranks. Collective."""
+        """Returns the sum of each number over the ranks. Collective."""
         return self._reduced(numbers, dist.ReduceOp.SUM)
 
     def _reduced(self, numbers: Sequence[int], operation: dist.ReduceOp.RedOpType) -> list[int]:
@@ -134,7 +134,7 @@ class World:
         return [int(n) for n in reduced]
 
     def mean(self, value: Tensor, share: Share) -> Tensor:
-        """The mean over a whole minibatch, 0-dim, from the mean over each share. Collective."""
+        """Returns the mean over a whole minibatch, 0-dim, from the mean over each share. Collective."""
         if self.group is None:
             return value
         mean = value.double() * share.weight
@@ -142,12 +142,12 @@ class World:
         return mean
 
     def check(self, fault: NonFiniteError | None, share: Share) -> None:
-        """Raise on all ranks the error that some raised in their shares, as a backward waits for all. Collective.
+        """Raises on all ranks the error that some raised in their shares, since a backward waits for all. Collective.
 
-        Where a rank fails before a forward in which the others wait for it (that of a synchronised batch norm, or of
-        the second minibatch, when DistributedDataParallel settles its buckets), the job ends in the group's time limit.
+        If a rank fails before a forward in which the others wait for it (that of a synchronised batch norm, or of the
+        second minibatch, when DistributedDataParallel settles its buckets), the job ends at the group's time limit.
 
-        The NonFiniteError is that of the first rank that names samples, by their places in the whole minibatch.
+        The NonFiniteError comes from the first rank that names samples, by their places in the whole minibatch.
         """
         if self.group is None:
             if fault is not None:
@@ -173,10 +173,10 @@ def norms_alone(model: nn.Module) -> bool:
 
 @contextmanager
 def joined(device: str | None, minutes: float) -> Iterator[tuple[World, str | None]]:
-    """For the block, the world in which torchrun started this process, and the name of its device.
+    """Yields the world in which torchrun started this process, and the name of its device.
 
-    `device` is "cpu", "cuda" or None for either; a single process gets it back as it is. A rank that does not answer
-    for so many `minutes` is an error on the others. ValueError if the environment or the device does not fit.
+    `device` is "cpu", "cuda" or None for either; a single process gets it back unchanged. A rank that does not answer
+    for `minutes` is an error on the others. ValueError if the environment or the device does not fit.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield ALONE, device
@@ -194,7 +194,7 @@ def joined(device: str | None, minutes: float) -> Iterator[tuple[World, str | No
         yield World(dist.get_rank(), dist.get_world_size(), dist.group.WORLD, per_node), name
     finally:
         gc.collect()  # wrapped models hold the group, and its threads must end before Python does
-        time.sleep(0.1)  # the threads need the interpreter to end, and torch 2.6 holds it while it waits for them
+        time.sleep(0.1)  # the threads need the interpreter to end, but torch 2.6 holds it while it waits for them
         dist.destroy_process_group()
 
 

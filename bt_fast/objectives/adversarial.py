@@ -1,6 +1,6 @@
 """The attack on a minibatch, with or without BulletTrain, and the update that may start beside it.
 
-Everything that TRADES, MART and PGD adversarial training share: all but their losses.
+TRADES, MART and PGD adversarial training share all of it; only their losses differ.
 """
 
 from __future__ import annotations
@@ -16,14 +16,16 @@ from torch import Tensor, nn
 from bt_fast import faults, ops
 from bt_fast.allocation import Oracle, three_groups
 from bt_fast.attack import by_sample
+from bt_fast.attack.apgd import APGD
 from bt_fast.attack.balanced import Balance, start_balanced_attack
 from bt_fast.attack.batch import AttackBatch
 from bt_fast.attack.by_sample import NOTHING, PerSample
+from bt_fast.attack.dlr import with_goal
 from bt_fast.attack.folded import attack_model, independent
 from bt_fast.attack.forward import clean_logits, eval_mode
 from bt_fast.attack.generate import COMPARED, StartedAttack, start_attack
 from bt_fast.attack.graph_cache import GraphCache
-from bt_fast.attack.inner import Inner, by_label, check_enough_classes, of_clean
+from bt_fast.attack.inner import TARGETED, Inner, OfAPGD, by_label, check_enough_classes, of_clean
 from bt_fast.attack.neighbours import warn_of_neighbours
 from bt_fast.attack.pgd import PGD
 from bt_fast.attack.pixels import Normalize, on_pixels
@@ -34,7 +36,7 @@ from bt_fast.attack.wrapped import unwrapped
 from bt_fast.deciding import STEP_FACTOR
 from bt_fast.engine import Engine
 from bt_fast.faults import CheckedRead, Fault
-from bt_fast.labels import check_classes, class_of, for_loss, is_soft, target_of
+from bt_fast.labels import check_classes, for_loss, is_soft, largest_part, target_of
 from bt_fast.mining import BulletTrain
 from bt_fast.objectives import arguments, starts
 from bt_fast.objectives.execution import Execution
@@ -57,10 +59,10 @@ class Call:
     """The options of one call of a loss or of `perturb`."""
 
     execution: Execution
-    indices: Tensor | None  # [m] integers: these and the seed alone decide the random starts
-    generator: torch.Generator | None  # for the start, and for the stand-in of a zero ℓ2 gradient
+    indices: Tensor | None  # [m] integers: only these and the seed decide the random starts
+    generator: torch.Generator | None  # for the start, and for the replacement of a zero ℓ2 gradient
     unperturbed: Unperturbed | None  # None for the default of N_R and N_O
-    balance: Balance | None  # how the ranks of the mining's process group share the attack out
+    balance: Balance | None  # how the ranks of the mining's process group share the attack
     name: str = "x"  # of the images in messages
     kept: object = None  # without mining: the attack of the first pass over this minibatch, which this one reuses
     updates: bool = True  # the model is trained on x' next, and so returns logits in the update's modes too
@@ -95,27 +97,29 @@ class Call:
 
 @dataclass(frozen=True, eq=False)
 class Adversary:
-    """A `PGD` with a start and an inner loss, and the call in which it attacks."""
+    """A `PGD` or an `APGD` with a start and an inner loss, and the call in which it attacks."""
 
     threat: ThreatModel
-    step_size: float
+    step_size: float  # 0 for an `APGD`, which has one for each sample
     steps: int  # not used with BulletTrain, which has its own
     noise: Noise
-    inner: Inner
+    inner: OfAPGD
     call: Call
     statistics: Statistics
 
     @classmethod
-    def of(cls, attack: PGD, noise: Noise, inner: Inner, call: Call) -> Adversary:
+    def of(cls, attack: PGD | APGD, noise: Noise, inner: Inner, call: Call) -> Adversary:
         """The attack; `noise` and `inner` where it names none."""
-        noise, inner = attack.start or noise, attack.inner or inner
-        return cls(attack.threat, attack.step_size, attack.steps, noise, inner, call, attack.statistics)
+        noise, step_size = attack.start or noise, 0.0 if isinstance(attack, APGD) else attack.step_size
+        if isinstance(attack, APGD) and noise == "uniform":
+            noise = "surface"
+        return cls(attack.threat, step_size, attack.steps, noise, attack.inner or inner, call, attack.statistics)
 
     def batch(self, plan: Plan, begin: Tensor, clean: Tensor, target: Tensor, y: Tensor | None) -> AttackBatch:
         """The samples, in the plan's sorted order as all of these are, at the start. Waits for the plan's counts."""
         labels = None
         if y is not None and by_label(self.inner):
-            labels = class_of(y) if isinstance(self.inner, str) else for_loss(y, target.dtype)
+            labels = largest_part(y) if isinstance(self.inner, str) else for_loss(y, target.dtype)
             if not self.call.embeds and not is_soft(labels):
                 labels = labels.clamp(0, target.shape[1] - 1)  # one out of range is a fault later
         together, epsilon = self.statistics != "running", self.radii(clean)
@@ -128,6 +132,11 @@ class Adversary:
         return self.call.own
 
     @property
+    def asks_clean(self) -> bool:
+        """Whether it needs the clean outputs of each sample."""
+        return of_clean(self.inner) or self.inner == TARGETED
+
+    @property
     def still(self) -> bool:
         """Whether no sample can move."""
         return by_sample.still(self.own, self.threat)
@@ -138,22 +147,22 @@ class Adversary:
 
     @property
     def numbers(self) -> Tensor | None:
-        """The samples' numbers as the ops take them."""
+        """Returns the samples' numbers in the form for the ops."""
         return None if self.call.indices is None else self.call.indices.long()
 
     def random_state(self, x: Tensor, offset: int = 0) -> Tensor:
-        """Seed and offset of a start: drawn, or with numbered samples the generator's own seed and `offset`."""
+        """Returns seed and offset of a start: drawn, or for numbered samples the generator's own seed and `offset`."""
         generator = self.call.generator
         return random_state(x, generator) if self.call.indices is None else state_of_seed(x, generator, offset)
 
     def queue(self, view: Callable[[Tensor], Tensor], batch: AttackBatch) -> StartedAttack:
-        """Start the attack's steps."""
+        """Starts the attack's steps."""
         return start_attack(view, batch, self.threat, self.call.generator, self.call.execution.runner)
 
 
 @dataclass(frozen=True, eq=False)
 class Attack:
-    """An attack whose steps are queued. Rows are in the plan's sorted order."""
+    """An attack with queued steps. Rows are in the plan's sorted order."""
 
     x: Tensor  # [m, ...], clean
     y: Tensor | None  # [m] int64, or [m, K] distributions
@@ -161,14 +170,14 @@ class Attack:
     threat: ThreatModel
     moving: int  # the number of samples with steps
     independent: bool  # a training forward may run beside it
-    inputs: CheckedRead | None  # of faults of the input, where nothing has waited for them yet
-    faulty: Tensor | None  # [m] int32, samples whose input gradient held NaN; None for a further pass
+    inputs: CheckedRead | None  # of the input's faults, if nothing has waited for them yet
+    faulty: Tensor | None  # [m] int32, samples with NaN in their input gradient; None for a further pass
     plan: Plan
-    logits: Tensor | None  # [m, K], clean, in the minibatch's own order; None where the attack needed none
-    observed: bool = False  # the mining's `observe` raises the error of `faulty`, not `perturbed`
+    logits: Tensor | None  # [m, K], clean, in the minibatch's own order; None if the attack needed none
+    observed: bool = False  # whether the mining's `observe` raises the error of `faulty`, instead of `perturbed`
 
     def ended(self) -> Attack:
-        """The same with nothing left to be checked, for a further pass."""
+        """Returns the attack without pending checks, for a further pass."""
         return replace(self, independent=False, inputs=None, faulty=None)
 
     def of_moving(self) -> Attack:
@@ -184,12 +193,12 @@ class Attack:
         )
 
     def perturbed(self) -> tuple[Tensor, CheckedRead | None]:
-        """x', and a read to be waited for when the device has work again. On the CPU faults are raised here."""
+        """Returns x', and a read to wait for when the device has work again. On the CPU faults are raised here."""
         x_adv = self.started.finish()
         if self.faulty is None or self.observed:
             return x_adv, None
         read = faults.read([faults.gradients_without_direction(self.faulty, self.plan.order)])
-        if x_adv.is_cuda:  # it has the update's forwards to do before
+        if x_adv.is_cuda:  # it first has the update's forwards to do
             return x_adv, read
         read.wait()
         return x_adv, None
@@ -200,15 +209,15 @@ def attacking(
     model: nn.Module,
     x: Tensor,
     y: Tensor | None,
-    pgd: PGD,
+    pgd: PGD | APGD,
     defaults: tuple[Noise, Inner],
     bullet: BulletTrain | None,
     call: Call,
 ) -> Iterator[tuple[nn.Module, Attack]]:
-    """In the block, under the engine's autocast: the model on pixels, and the attack on it, joined at the end.
+    """Yields the model on pixels, and the attack on it, joined at the end; the block is under the engine's autocast.
 
     Args:
-        defaults: start and inner loss of a `pgd` that names none.
+        defaults: start and inner loss for a `pgd` that names none.
     """
     images = on_pixels(model, x, pgd.normalization, call.name, pgd.bounds)
     with images as (model, pixels), call.execution.autocast(x), undone_by_errors(model, pgd.statistics):
@@ -245,7 +254,7 @@ def _start_uniform(model: nn.Module, x: Tensor, y: Tensor | None, a: Adversary, 
     """The authors' attack, in which every sample takes `steps` steps, or its own number of them."""
     begin = starts.in_order(x, a)
     with attack_view(model, a.call.execution.view, x[:COMPARED], a.statistics) as view:
-        if of_clean(a.inner):
+        if a.asks_clean:
             logits, name = clean_logits(view, x, least=1 if a.call.embeds else 2), "the model's logits"
         else:  # two rows of the model itself tell the number of classes: a view would be compiled anew for them
             with nullcontext() if a.statistics == "running" else eval_mode(model):
@@ -261,15 +270,15 @@ def _start_uniform(model: nn.Module, x: Tensor, y: Tensor | None, a: Adversary, 
         begin = by_sample.begun(a.own, a.threat, begin, x, plan.steps)
         x, begin = plan.sort(x), plan.sort(begin)
         labels = None if y is None else plan.sort(for_loss(y, ops.wide(logits).dtype))
-        target = _target(a.inner, plan, labels, logits, _probabilities if of_clean(a.inner) else ops.wide)
+        target = _target(a.inner, plan, labels, logits, _probabilities if a.asks_clean else ops.wide)
         batch = a.batch(plan, begin, x, target, labels)
         started = a.queue(view, batch)
-    clean = logits if of_clean(a.inner) else None
+    clean = logits if a.asks_clean else None
     return Attack(x, labels, started, a.threat, len(x), independent(view), inputs, batch.faulty, plan, clean)
 
 
 def _target(
-    inner: Inner, plan: Plan, y: Tensor | None, logits: Tensor, probabilities: Callable[[Tensor], Tensor]
+    inner: OfAPGD, plan: Plan, y: Tensor | None, logits: Tensor, probabilities: Callable[[Tensor], Tensor]
 ) -> Tensor:
     """[m, K] in the plan's sorted order, as y is: what the attack moves away from. The logits are in their own."""
     if not isinstance(inner, str):
@@ -278,13 +287,14 @@ def _target(
     if of_clean(inner):
         return plan.sort(of_logits)
     assert y is not None
-    return target_of(y, of_logits)
+    target = target_of(y, of_logits)
+    return with_goal(target, plan.sort(of_logits)) if inner == TARGETED else target
 
 
 def _start_ragged(model: nn.Module, x: Tensor, y: Tensor, a: Adversary, bullet: BulletTrain, pixels: Fault) -> Attack:
-    """Algorithm 2's attack. Waits for the counts: what is wrong with the input is raised here."""
+    """Starts Algorithm 2's attack. Waits for the counts: errors in the input are raised here."""
     with attack_model(model, a.call.execution.view, x[:COMPARED]) as view:
-        with range_(MINING):  # to the end of the wait for the counts
+        with range_(MINING):  # until the counts have arrived
             logits = clean_logits(view, x)
             check_classes("y", y, logits.shape[1])
             check_enough_classes(a.inner, logits.shape[1])
@@ -333,9 +343,9 @@ def _start_ragged(model: nn.Module, x: Tensor, y: Tensor, a: Adversary, bullet: 
 def _attacked_logits(
     view: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, logits: Tensor, a: Adversary, steps: int
 ) -> tuple[Tensor, Fault]:
-    """Logits [m, K], by which the oracle groups, after uniform steps of 1.7·ε/steps, and the attack's fault.
+    """Returns logits [m, K] for the oracle's groups, after uniform steps of 1.7·ε/steps, and the attack's fault.
 
-    It is the objective's own attack but for its steps. Its random numbers are drawn after the training start's state.
+    It is the objective's own attack with other steps. Its random numbers are drawn after the training start's state.
     """
     state = a.random_state(x, offset=2)  # offsets 0 and 1 are those of the training start
     clean, begin = starts.sorted_by(x, None, None, state, a, a.numbers)
@@ -349,7 +359,7 @@ def _attacked_logits(
 
 
 def _probabilities(logits: Tensor) -> Tensor:
-    """Softmax of logits [m, K], rounded once, as that of the ops."""
+    """Returns the softmax of logits [m, K], rounded once, like that of the ops."""
     return logits.double().softmax(dim=1).to(ops.wide(logits).dtype)
 
 
@@ -364,7 +374,7 @@ def _reused(kept: object, x: Tensor, y: Tensor, threat: ThreatModel, bullet: Bul
 
 
 def other_samples(kept_x: Tensor, kept_y: Tensor, x: Tensor, y: Tensor, plan: Plan | None = None) -> Fault:
-    """The number of samples that are not those of the first pass, which is in the order of `plan`, if given.
+    """Counts the samples that differ from those of the first pass, which is in the order of `plan`, if given.
 
     Raises:
         ValueError: the images are of another shape, dtype or device, or the labels of another shape.
@@ -383,9 +393,9 @@ def other_samples(kept_x: Tensor, kept_y: Tensor, x: Tensor, y: Tensor, plan: Pl
 
 
 def run(model: nn.Module, attack: Attack, forwards: Forwards, execution: Execution) -> tuple[Terms, Tensor, bool]:
-    """Run the update, its clean forward beside the attack where that is the same.
+    """Runs the update, with its clean forward beside the attack if the result is the same.
 
-    It gives the terms of `forwards`, x' in the plan's sorted order, and whether the clean forward ran beside.
+    Returns the terms of `forwards`, x' in the plan's sorted order, and whether the clean forward ran beside.
     """
     assert attack.y is not None
     update, rows = execution.update, len(attack.x)

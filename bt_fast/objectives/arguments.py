@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bt_fast.attack.apgd import APGD
 from bt_fast.attack.balanced import Balance
 from bt_fast.attack.by_sample import NOTHING, PerSample
-from bt_fast.attack.inner import InnerLoss
+from bt_fast.attack.inner import InnerLoss, check_not_at_x
 from bt_fast.attack.pgd import PGD
 from bt_fast.attack.start import Noise
 from bt_fast.attack.statistics import check_statistics
@@ -43,13 +44,14 @@ def check_optimizer(optimizer: object) -> None:
 
 
 def check_attack(
-    attack: PGD, mining: BulletTrain | None, defaults: tuple[Noise, InnerLoss], own: PerSample = NOTHING
+    attack: PGD | APGD, mining: BulletTrain | None, defaults: tuple[Noise, InnerLoss], own: PerSample = NOTHING
 ) -> None:
     """Raise TypeError or ValueError unless they are an attack and a mining with the same steps of a boundary sample.
 
     `defaults` are start and inner loss of an attack that names none; `own` is what samples have of their own.
     """
-    check_kind("attack", attack, PGD, "write PGD(epsilon=8 / 255, step_size=2 / 255, steps=10)")
+    if not isinstance(attack, APGD):
+        check_kind("attack", attack, PGD, "write PGD(epsilon=8 / 255, step_size=2 / 255, steps=10)")
     check_kind("mining", mining, BulletTrain, "write mining=BulletTrain()", optional=True)
     if mining is not None and mining.boundary_steps not in (0, attack.steps):
         raise ValueError(
@@ -61,12 +63,8 @@ def check_attack(
     if own.steps is not None or own.epsilon is not None:
         instead = "leave statistics, or steps and epsilon of per_sample, out"
         check_statistics(attack.statistics, "where samples take their own numbers of steps", instead)
-    start, inner = attack.start or defaults[0], attack.inner or defaults[1]
-    if start == "clean" and inner in ("kl", "lse") and own.start is None:
-        raise ValueError(
-            f"attack must not start at x with the inner loss {inner!r}, a distance from x's own distribution, which "
-            "has no gradient there: write start='normal', or inner='cross_entropy'"
-        )
+    if own.start is None:
+        check_not_at_x(attack.start or defaults[0], attack.inner or defaults[1])
 
 
 def check_draws(x: Tensor, indices: Tensor | None, generator: torch.Generator | None, name: str) -> None:

@@ -37,22 +37,22 @@ class AugMixLoss(nn.Module):
 
     x' and x'' are two AugMix views of each sample and JS is that of `ops.js_divergence`. Without `mining` it is the
     authors' loss, from one forward of the three views together: 9 forward-pass equivalents with backward. With `jsd`
-    off it is their `--no-jsd`, the paper's "AugMix − JSD": `CE(h(x'), y)` on one view, at 3.
+    off it is their `--no-jsd`, the paper's "AugMix − JSD": `CE(h(x'), y)` on one view, at 3 equivalents.
 
     With `mining` it is Algorithm 2 of the BulletTrain paper at N_B = 1, N_R = N_O = 0: a clean forward in train mode,
-    whose logits both assign the groups and enter the loss, then one forward of the boundary samples' two views; JS is
-    summed over these and divided by m: 3 + 6·F_B. F_R moves by the accuracy, over all m samples, on the first view x',
-    as in Eq. 5; where a sample has no view, its z' is its clean z.
+    with logits that both assign the groups and enter the loss, then one forward of the boundary samples' two views; JS
+    is summed over these and divided by m: 3 + 6·F_B. F_R moves by the accuracy, over all m samples, on the first view
+    x', as in Eq. 5; a sample without a view has its clean z as z'.
 
     Batch norm sees the three views as one batch without `mining`, and with it first the clean batch and then the views,
     so its buffers are moved twice. The forwards run in the modes of `AdversarialLoss`'s update.
 
     Args:
-        mining: `BulletTrain(1, 0, 0)`, with any metric and any policy but the oracle: a sample with a step is augmented
-            ("uniform" augments all). It is a part of this module, moves and saves with it.
-        jsd: whether there is a divergence term. Off, `mining` must be None: it has nothing to leave out.
+        mining: `BulletTrain(1, 0, 0)`, with any metric and any policy except the oracle: a sample with a step is
+            augmented ("uniform" augments all). It is a submodule, and moves and saves with this module.
+        jsd: whether there is a divergence term. If off, `mining` must be None, since there is nothing to leave out.
         severity: of the operations, in (0.1, 10]; 3 in the authors' code.
-        normalization: what the images' loader has done to the pixels, which are augmented.
+        normalization: the loader's normalisation of the images; the pixels are augmented.
         engine: how the forwards are executed, by name or as an `Engine`: its precision and channels_last.
         label_smoothing, smoothing: of the cross-entropy, as for `TRADESLoss`.
 
@@ -82,11 +82,12 @@ class AugMixLoss(nn.Module):
         self.cross_entropy = CrossEntropy(label_smoothing, smoothing)
         self._passes = Passes()
 
-    def __setstate__(self, state: dict[str, Any]) -> None:  # of a version without passes too
-        super().__setstate__({"_passes": Passes()} | state)  # type: ignore[no-untyped-call]
+    def __setstate__(self, state: dict[str, Any]) -> None:  # of a version without these too
+        added = {"_passes": Passes(), "cross_entropy": CrossEntropy()}
+        super().__setstate__(added | state)  # type: ignore[no-untyped-call]
 
     def objective(self, clean_logits: Tensor, y: Tensor, divergence: Tensor | None) -> Tensor:
-        """The loss of a minibatch of m samples, 0-dim.
+        """Returns the loss of a minibatch of m samples, 0-dim.
 
         Args:
             clean_logits: [m, K]; of the one view x' with `jsd` off.
@@ -97,14 +98,14 @@ class AugMixLoss(nn.Module):
         return loss if divergence is None else loss + JSD_WEIGHT / len(y) * divergence
 
     def forward(self, model: nn.Module, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
-        """The loss of a minibatch, ready for `backward()`. Gradients are not zeroed.
+        """Returns the loss of a minibatch, ready for `backward()`. Gradients are not zeroed.
 
         Args:
             model: maps [m, C, H, W] to logits [m, K].
             x: [m, C, H, W] floating point in [0, 1], m ≥ 1.
             y: [m] integers in 0..K-1, or [m, K] distributions, as for a call of `AdversarialLoss`.
             generator: on the images' device, for the augmentation; the device's default generator if not given. With
-                `mining` it draws for the augmented samples alone.
+                `mining` it draws only for the augmented samples.
 
         Returns:
             0-dim loss with gradient to the model's parameters.
@@ -142,7 +143,7 @@ class AugMixLoss(nn.Module):
         return f"jsd={self.jsd}, severity={self.severity:g}, engine={self.engine.name!r}{options}"
 
     def explain(self) -> str:
-        """What is used of the engine, in lines."""
+        """Describes in lines what is used of the engine."""
         engine, precision = self.engine, precision_of(self.engine)
         why = ", where the model's forward takes such images" if engine.channels_last else ""
         return (
@@ -248,7 +249,7 @@ class _Views:
 
 
 def _reused(kept: object, x: Tensor, y: Tensor, clean: Tensor, bullet: BulletTrain) -> _Views:
-    """The views of the first pass, once it is known that it was over this minibatch."""
+    """Returns the views of the first pass, after checking that it was over this minibatch."""
     if not isinstance(kept, _Views):
         raise ValueError(f"again(reuse=True) has the x' of another loss, but augmix_loss needs views: {NEW_ONES}")
     others = other_samples(kept.x, kept.y, x, y)
@@ -257,7 +258,7 @@ def _reused(kept: object, x: Tensor, y: Tensor, clean: Tensor, bullet: BulletTra
 
 
 def _views(x: Tensor, count: int, severity: float, generator: torch.Generator | None) -> tuple[Tensor, ...]:
-    """`count` AugMix views of each sample, drawn together."""
+    """Returns `count` AugMix views of each sample, drawn together."""
     choices = draw_choices(count * len(x), x.device, severity=severity, generator=generator)
     return augment_and_mix(x.repeat(count, 1, 1, 1), choices).chunk(count)
 
@@ -272,7 +273,7 @@ def _check_batch(x: Tensor, y: Tensor, generator: torch.Generator | None) -> Non
 
 
 def _check_options(mining: BulletTrain | None, jsd: bool, severity: float, name: str) -> None:
-    """`name` is that of the mining in messages."""
+    """Checks the options; `name` is that of the mining in messages."""
     check_severity(severity)
     if mining is None:
         return

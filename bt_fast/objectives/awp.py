@@ -147,6 +147,9 @@ class AWP:
                 value = value if self.scaler is None else self.scaler.scale(value)
             with reentrant_refused():
                 gradients = torch.autograd.grad(value, weights, allow_unused=True)
+        except BaseException:
+            buffers.forget()  # of an attack that moves them, too, nothing stays
+            raise
         finally:
             buffers.put_back()
         wrapper = getattr(self.model, "_orig_mod", self.model)
@@ -190,6 +193,7 @@ class _Buffers:
         self._model = model
         self._kept: list[tuple[nn.Module, str, Tensor, Tensor]] = []
         self.note()
+        self._first = self._kept
         self.noted = False  # by a loss of bt_fast with an attack, which may have moved some on purpose
 
     @torch.no_grad()
@@ -198,6 +202,10 @@ class _Buffers:
         named = [(m, name, b) for m in self._model.modules() for name, b in m._buffers.items() if b is not None]
         self._kept = [(module, name, buffer, buffer.detach().clone()) for module, name, buffer in named]
         self.noted = True
+
+    def forget(self) -> None:
+        """Bring the first values back, whatever was noted since."""
+        self._kept = self._first
 
     @torch.no_grad()
     def put_back(self) -> None:

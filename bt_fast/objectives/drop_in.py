@@ -1,4 +1,4 @@
-"""Losses called as their authors' functions are, and the keywords of the first version, which work with a warning."""
+"""Losses called like their authors' functions, and the keywords of the first version, which work with a warning."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ NEW_LINES = {
 
 @dataclass(frozen=True, eq=False)
 class Given:
-    """The arguments that all drop-ins have, as their authors call them."""
+    """The arguments common to all drop-ins, with their authors' names."""
 
     model: nn.Module
     x_natural: Tensor
@@ -75,7 +75,7 @@ class Given:
     generator: torch.Generator | None
 
     def check(self) -> None:
-        """Raise TypeError or ValueError, which names the argument, for what the host can see of it."""
+        """Raises TypeError or ValueError, which names the argument, for errors that the host can see."""
         bullet = self.bullet
         check_choice("distance", self.distance, NORMS)
         ThreatModel(self.epsilon, self.distance)
@@ -105,9 +105,9 @@ def call(
     function: str = "",
     **of_loss: Any,
 ) -> Tensor:
-    """The loss `kind` of a drop-in's arguments, with the attack's start and the function's name if not its own.
+    """Calls the loss `kind` with a drop-in's arguments, and the attack's start and the function's name if not its own.
 
-    `of_loss` are further arguments of the loss, `beta` say.
+    `of_loss` are further arguments of the loss, for example `beta`.
     """
     known = NEW_LINES if kind.clean_forwards else {k: v for k, v in NEW_LINES.items() if k != "unperturbed"}
     check_keywords(function or kind.drop_in, deprecated, known, loss=kind.__name__)
@@ -140,7 +140,7 @@ def call(
 
 
 def _check_old(deprecated: Mapping[str, Any], bullet: BulletTrain | None) -> None:
-    """Raise TypeError or ValueError for values of old keywords."""
+    """Raises TypeError or ValueError for invalid values of old keywords."""
     for name, kind in (("frozen", Frozen), ("update", Update)):
         check_kind(name, deprecated.get(name), kind, "write engine='fast'", optional=True)
     if "runner" in deprecated:
@@ -154,7 +154,7 @@ def _check_old(deprecated: Mapping[str, Any], bullet: BulletTrain | None) -> Non
 
 
 def _execution(engine: Engine, deprecated: Mapping[str, Any], x: Tensor) -> Execution:
-    """That of the engine, or of the old keywords that replace it."""
+    """Returns the execution for the engine, or for the old keywords that replace it."""
     frozen, runner, update = (deprecated.get(name) for name in ("frozen", "runner", "update"))
     if frozen is None and runner is None and update is None:
         return Execution.of(engine, shared_cache(engine), x)

@@ -1,4 +1,4 @@
-"""An engine on the device of one loss, and what a loss's `explain` says of it."""
+"""An engine on the device of one loss, and the lines of a loss's `explain` about it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bt_fast.attack import device
+from bt_fast.attack.apgd import APGD
 from bt_fast.attack.auto import AutoRunner
 from bt_fast.attack.folded import FoldedModel, Frozen, known_view
 from bt_fast.attack.graph_cache import DTYPES, GraphCache, view_of
@@ -19,6 +20,7 @@ from bt_fast.attack.pgd import PGD
 from bt_fast.attack.runners import Runner, run_eager
 from bt_fast.attack.statistics import why_apart
 from bt_fast.attack.streams import StreamRunner
+from bt_fast.attack.valued_runners import APGDRunner, PGDRunner, runner_for
 from bt_fast.engine import Engine
 from bt_fast.objectives.update import Update, explain_graphs
 
@@ -27,7 +29,7 @@ from bt_fast.objectives.update import Update, explain_graphs
 class Execution:
     """An engine on one device."""
 
-    view: Frozen | None  # what the attack sees; None for the model itself
+    view: Frozen | None  # what the attack uses; None for the model itself
     runner: Runner  # of the attack's steps
     update: Update | None  # None for eagerly, in the images' own format
     cache: GraphCache | None = None  # of the update's graphs; None for the one of all callers
@@ -36,45 +38,46 @@ class Execution:
 
     @classmethod
     def of(cls, engine: Engine, cache: GraphCache, x: Tensor) -> Execution:
-        """The engine on the device of x."""
+        """Returns the execution of the engine on the device of x."""
         graphs = engine.graphs and device.has_graphs(x)
         update = Update(channels_last=engine.channels_last, graphs=graphs) if engine.channels_last or graphs else None
         return cls(view_of(engine), cache.runner(engine, x), update, cache, precision_of(engine))
 
-    def fitting(self, attack: PGD) -> Execution:
-        """The same, but for what this attack cannot use of it."""
+    def fitting(self, attack: PGD | APGD) -> Execution:
+        """The same, but for what this attack cannot use of it, and with its own runner, if it has one."""
+        own = runner_for(attack)
         if attack.statistics == "running":
-            return self
-        return replace(self, view=None, runner=run_eager, apart=why_apart(attack.statistics))
+            return self if own is None else replace(self, runner=own)
+        return replace(self, view=None, runner=own or run_eager, apart=why_apart(attack.statistics))
 
     def autocast(self, x: Tensor) -> AbstractContextManager[object]:
-        """The precision, around attack and update."""
+        """Returns the autocast around attack and update."""
         return autocast(self.precision, x)
 
 
 def precision_of(engine: Engine) -> torch.dtype | None:
-    """The dtype of the engine's autocast; None for the caller's."""
+    """Returns the dtype of the engine's autocast; None for the caller's."""
     return DTYPES[engine.precision] if engine.precision else None
 
 
 def autocast(precision: torch.dtype | None, x: Tensor) -> AbstractContextManager[object]:
-    """Autocast on the device of x; None leaves the caller's as it is."""
+    """Returns autocast on the device of x; None leaves the caller's unchanged."""
     return nullcontext() if precision is None else torch.autocast(x.device.type, precision)
 
 
 @dataclass(frozen=True, eq=False)
 class Seen:
-    """The last call of a loss."""
+    """The state of a loss's last call, for `explain`."""
 
-    model: Callable[[], nn.Module | None]  # as the attack knows it
-    updated: Callable[[], nn.Module | None]  # as the update knows it
+    model: Callable[[], nn.Module | None]  # the model of the attack
+    updated: Callable[[], nn.Module | None]  # the model of the update
     device: torch.device
     execution: Execution
     beside: bool  # the update's clean forward ran beside the attack
 
 
 def lines(seen: Seen) -> Iterator[str]:
-    """What ran folded, from graphs, in 16 bits, on streams, and why something did not."""
+    """Yields what ran folded, from graphs, in 16 bits, on streams, and why something did not."""
     execution, model, updated = seen.execution, seen.model(), seen.updated()
     if model is None or updated is None:
         yield "the model of the last call is gone: explain while there is one"
@@ -124,7 +127,7 @@ def folded_in_words(view: FoldedModel) -> str:
 
 
 def _runner(runner: Runner, attacked: object, where: torch.device) -> str:
-    if isinstance(runner, (AutoRunner, GraphRunner, StreamRunner)):
+    if isinstance(runner, (AutoRunner, GraphRunner, StreamRunner, PGDRunner, APGDRunner)):
         return runner.explain(attacked)
     if runner is run_eager and where.type != "cuda":
         return f"eagerly, since graphs and streams are CUDA's and the images are on {where}"

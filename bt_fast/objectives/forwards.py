@@ -1,4 +1,4 @@
-"""The forwards of an update, and the loss of their logits: what is run at once, and what a graph captures."""
+"""The forwards of an update, and the loss of their logits: the part that is run together, or captured as a graph."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ Clean = tuple[Tensor, RepeatedForward | None]
 class Forwards:
     """The update of a loss on m samples.
 
-    Its terms are the loss, the adversarial logits [m, K] without gradient, and, where there is a clean forward, the
-    clean logits [m, K] without gradient.
+    Its terms are the loss, the adversarial logits [m, K] without gradient, and, with a clean forward, the clean logits
+    [m, K] without gradient.
     """
 
-    key: Hashable  # distinguishes this loss's updates from others; None where that is not known
+    key: Hashable  # distinguishes this loss's updates from others; None if unknown
     of: AdversarialLoss
-    rows: int  # how many, from the first, run an adversarial forward; the others' x' is x
+    rows: int  # the first `rows` run an adversarial forward; the x' of the others is x
     channels_last: bool
     rerun: bool  # a clean forward that cannot be replayed runs a second time, as in the authors' code
     extra: ExtraTerm | None = None  # a further term of the loss
@@ -80,7 +80,7 @@ class Forwards:
         return self._terms(unwrapped(model), clean, adversarial, x, x_adv, y)
 
     def clean(self, model: nn.Module, x: Tensor, replayable: bool | None = None) -> Clean:
-        """The clean forward, and, where there are two, what it did to the buffers."""
+        """Runs the clean forward, and returns, if there are two, its effect on the buffers."""
         images = formatted(x, self.channels_last)
         if self.of.clean_forwards == 1:
             return watched_forward(model, images), None

@@ -13,6 +13,7 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
+from bt_fast.attack.apgd import APGD
 from bt_fast.attack.graph_cache import GraphCache
 from bt_fast.attack.inner import InnerLoss
 from bt_fast.attack.logits import Select, Selection
@@ -22,6 +23,7 @@ from bt_fast.attack.pixels import Normalize, OnPixels
 from bt_fast.attack.start import Noise
 from bt_fast.attack.wrapped import unwrapped
 from bt_fast.engine import Engine
+from bt_fast.labels import is_soft
 from bt_fast.mining import BulletTrain
 from bt_fast.objectives import adversarial, arguments
 from bt_fast.objectives.adversarial import Attack, Call
@@ -36,10 +38,10 @@ from bt_fast.validation import weight
 
 @dataclass(frozen=True, eq=False)
 class Record:
-    """What a script logs of a loss's last minibatch of m samples, in the caller's order.
+    """The data to log of a loss's last minibatch of m samples, in the caller's order.
 
     Attributes:
-        logits: [m, K], of the update's clean forward; None for a loss that has none.
+        logits: [m, K], of the update's clean forward; None for a loss without one.
         adversarial_logits: [m, K], of the update's adversarial forward.
         x_adv: [m, ...], x', in the units of x.
         steps: [m] int64, the attack steps of each sample.
@@ -60,21 +62,21 @@ class Record:
         adversarial_logits: Tensor,
         *clean: Tensor,
     ) -> Record:
-        """Of x' and logits in the plan's sorted order; `clean` logits if there are any."""
+        """Returns the record of x' and logits in the plan's sorted order; `clean` logits if there are any."""
         x_adv = adversarial.in_callers_order(x_adv, x, plan, normalize)
         return cls(plan.unsort(clean[0]) if clean else None, plan.unsort(adversarial_logits), x_adv, plan.steps)
 
 
 class AdversarialLoss(nn.Module, ABC):
-    """A loss whose images are attacked first: `criterion(model, x, y).backward()`.
+    """A loss that first attacks the images: `criterion(model, x, y).backward()`.
 
-    A loss of one's own is a subclass with an `objective`. The attack runs in eval mode. The update's forwards run in
-    the modes that the model has, module by module; a model in eval mode as a whole runs them in train mode, as the
-    authors' code does. The modes are restored. With `mining` it is Algorithm 2 of the BulletTrain paper: steps by
-    group, the samples sorted by descending steps, F_R moved by the adversarial samples' accuracy.
+    A custom loss is a subclass with an `objective`. The attack runs in eval mode. The update's forwards run in the
+    modes of the model's modules; a model entirely in eval mode runs them in train mode, as in the authors' code. The
+    modes are restored. With `mining` it is Algorithm 2 of the BulletTrain paper: steps by group, the samples sorted by
+    descending steps, F_R moved by the adversarial samples' accuracy.
 
     Args:
-        attack: how images are attacked.
+        attack: how images are attacked, a `PGD` or an `APGD`; it may be set, to follow a schedule of ε say.
         mining: who gets how many steps; None for all alike. It is a part of this module, moves and saves with it.
         engine: how attack and update are executed, by name or as an `Engine`.
         extra: a further term: a function of an `UpdateBatch` that returns a 0-dim tensor, which is added to the loss,
@@ -84,23 +86,23 @@ class AdversarialLoss(nn.Module, ABC):
             `select` of `Logits`. None for a model that returns them.
 
     Attributes:
-        clean_forwards: how often the update runs the clean images: 0, 1, or 2 as TRADES' authors do.
-        default_start, default_inner: of an attack that names none.
+        clean_forwards: how often the update runs the clean images: 0, 1, or 2 like TRADES' authors.
+        default_start, default_inner: for an attack that names none.
 
     Raises:
-        TypeError: an argument is not of its kind.
-        ValueError: the engine's name is not known, or attack and mining have different numbers of steps.
+        TypeError: an argument has a wrong type.
+        ValueError: the engine's name is unknown, or attack and mining have different numbers of steps.
     """
 
     clean_forwards: int = 1
     default_start: ClassVar[Noise] = "normal"
     default_inner: ClassVar[InnerLoss] = "cross_entropy"
-    step_in_l2_is_its_own: ClassVar[bool] = False  # the authors' function does not use its step size there
+    step_in_l2_is_its_own: ClassVar[bool] = False  # the authors' function does not use its step size in l2
     drop_in: ClassVar[str] = ""  # the authors' function
 
     def __init__(
         self,
-        attack: PGD,
+        attack: PGD | APGD,
         *,
         mining: BulletTrain | None = None,
         engine: Engine | str = "fast",
@@ -108,8 +110,7 @@ class AdversarialLoss(nn.Module, ABC):
         logits: Select | None = None,
     ) -> None:
         super().__init__()
-        arguments.check_attack(attack, mining, (self.default_start, self.default_inner))
-        check_extra(extra)
+        self._check(attack, mining, extra)
         if mining is not None and mining.unperturbed == "skip" and self.clean_forwards == 0:
             raise ValueError(
                 f"mining's unperturbed must be 'keep' or None for {type(self).__name__}, got 'skip': "
@@ -127,7 +128,7 @@ class AdversarialLoss(nn.Module, ABC):
 
     @property
     def engine(self) -> Engine:
-        """How attack and update are executed; may be set, by name too."""
+        """How attack and update are executed; may be set, also by name."""
         return self._engine
 
     @engine.setter
@@ -136,24 +137,24 @@ class AdversarialLoss(nn.Module, ABC):
 
     @abstractmethod
     def objective(self, clean_logits: Tensor | None, adversarial_logits: Tensor, y: Tensor) -> Tensor:
-        """The loss of a minibatch, 0-dim, with gradient to the logits.
+        """Returns the loss of a minibatch, 0-dim, with gradient to the logits.
 
         Args:
-            clean_logits: [m, K], of the update's forward of x; None where `clean_forwards` is 0.
+            clean_logits: [m, K], of the update's forward of x; None if `clean_forwards` is 0.
             adversarial_logits: [m, K], of its forward of x'; the clean ones for samples that it leaves out.
             y: [m] int64 in 0..K-1, or [m, K] distributions in the width of the logits (float32 at least).
         """
 
     def graph_key(self) -> Hashable:
-        """All numbers of its own that `objective` reads: graphs are captured anew where one changes.
+        """Returns all of the loss's own numbers that `objective` reads: graphs are captured again if one changes.
 
-        None, the default: the update of a loss of one's own is not captured. One that reads nothing but its arguments
-        returns (); one that reads tensors of its own cannot be captured.
+        None, the default: the update of a custom loss is not captured. A loss that reads only its arguments returns ();
+        a loss that reads its own tensors cannot be captured.
         """
         return None
 
     def objective_of_two(self, first: Tensor, second: Tensor, adversarial_logits: Tensor, y: Tensor) -> Tensor:
-        """The loss where there are two clean forwards, `first` and `second` [m, K], that differ by random numbers.
+        """Returns the loss for two clean forwards, `first` and `second` [m, K], that differ by random numbers.
 
         Args:
             adversarial_logits, y: as for `objective`.
@@ -169,7 +170,7 @@ class AdversarialLoss(nn.Module, ABC):
         *,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """The loss of a minibatch, ready for `backward()`. Gradients are not zeroed.
+        """Returns the loss of a minibatch, ready for `backward()`. Gradients are not zeroed.
 
         Args:
             model: maps [m, ...] to logits [m, K]; compiled by `torch.compile` or not.
@@ -181,7 +182,7 @@ class AdversarialLoss(nn.Module, ABC):
                 on its number and the seed last given to `generator` (or the device's own) alone, in whatever batch and
                 on whatever rank it is. Nothing is drawn: give a new seed in each epoch.
             generator: on the images' device, for the random start. Without it and without mining, images on the CPU
-                draw as the authors' code does, so that a seeded script repeats its numbers. With mining only a seed is
+                draw like the authors' code, so that a seeded script repeats its numbers. With mining only a seed is
                 drawn, from this generator or the device's own.
 
         Returns:
@@ -191,8 +192,8 @@ class AdversarialLoss(nn.Module, ABC):
             TypeError: images are not floating point, labels of another kind, or the model does not return a tensor.
             ValueError: a shape, device or value does not fit (pixels outside the bounds, labels out of range, NaN
                 logits, NaN in the input gradient). No buffer, no gradient and no F_R has changed then, unless it is the
-                update's own forwards that went wrong. On a GPU, NaN in an input gradient is raised after these
-                forwards, and with mining by the next call.
+                update that went wrong, its forwards or its further term: batch norm may have moved. On a GPU, NaN in an
+                input gradient is raised after these forwards, and with mining by the next call.
         """
         call = Call.of(self.engine, self._cache, x, y, self.mining, indices, generator)
         return self.of_call(model, x, y, call)
@@ -204,6 +205,7 @@ class AdversarialLoss(nn.Module, ABC):
             return self._of_pass(model, x, y, call, this)
 
     def _of_pass(self, model: nn.Module, x: Tensor, y: Tensor, call: Call, this: Pass) -> Tensor:
+        self._check(self.attack, self.mining, self.extra)  # which may have been set since
         check_moving(this.of_moving and self.mining is None)
         call = replace(call, execution=call.execution.fitting(self.attack), kept=self._passes.begin())
         mining, execution, update = self.mining, call.execution, call.execution.update
@@ -231,7 +233,8 @@ class AdversarialLoss(nn.Module, ABC):
         loss, *logits = terms
         assert attack.y is not None
         if mining is not None:
-            mining.observe(attack.of_all(logits[0]), attack.y, order=attack.plan.order, faulty=attack.faulty)
+            labels = attack.plan.sort(y) if is_soft(y) else attack.y  # as given: in 16 bits their sums are off
+            mining.observe(attack.of_all(logits[0]), labels, order=attack.plan.order, faulty=attack.faulty)
             mining.keep(attack.ended())
         else:
             self._passes.keep(attack.ended())
@@ -256,7 +259,7 @@ class AdversarialLoss(nn.Module, ABC):
 
     @property
     def last(self) -> Record:
-        """What there is to log of the last minibatch.
+        """The data to log of the last minibatch.
 
         Raises:
             RuntimeError: there has been none.
@@ -266,7 +269,7 @@ class AdversarialLoss(nn.Module, ABC):
         return self._last()
 
     def explain(self) -> str:
-        """What ran folded, from graphs, in 16 bits, on streams in the last call; what did not, and why."""
+        """Describes what ran folded, from graphs, in 16 bits, on streams in the last call; what did not, and why."""
         title = f"{type(self).__name__}, engine {self.engine.name!r}"
         if self._seen is None:
             return f"{title}: not called yet"
@@ -280,13 +283,18 @@ class AdversarialLoss(nn.Module, ABC):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_last": None, "_seen": None}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:  # of a version without passes too
-        super().__setstate__({"_passes": Passes()} | state)  # type: ignore[no-untyped-call]
+    def __setstate__(self, state: dict[str, Any]) -> None:  # of a version without these too
+        added = {"_passes": Passes(), "extra": None, "_selection": None, "cross_entropy": CrossEntropy()}
+        super().__setstate__(added | state)  # type: ignore[no-untyped-call]
+
+    def _check(self, attack: PGD | APGD, mining: BulletTrain | None, extra: Extra | None) -> None:
+        arguments.check_attack(attack, mining, (self.default_start, self.default_inner))
+        check_extra(extra)
 
     def _adversarial_rows(self, attack: Attack, call: Call) -> int:
-        """How many rows, from the first, run an adversarial forward.
+        """Returns how many rows, from the first, run an adversarial forward.
 
-        The default of `unperturbed` is that of N_R and N_O for every policy, whatever counts it gives.
+        The default of `unperturbed` depends on N_R and N_O for every policy, regardless of its counts.
         """
         mining = self.mining
         if mining is None or self.clean_forwards == 0:
@@ -295,7 +303,7 @@ class AdversarialLoss(nn.Module, ABC):
         return len(attack.x) if keep else attack.moving
 
     def _identity(self) -> Hashable:
-        """Distinguishes the loss's updates from others; None where an objective of one's own has no `graph_key`."""
+        """Distinguishes the loss's updates from others; None if a custom objective has no `graph_key`."""
         of_key = next(c for c in type(self).__mro__ if "graph_key" in vars(c))
         of_objective = next(c for c in type(self).__mro__ if vars(c).keys() & {"objective", "objective_of_two"})
         key = self.graph_key() if issubclass(of_key, of_objective) else None
@@ -315,7 +323,7 @@ class RobustTermLoss(AdversarialLoss):
 
     def __init__(
         self,
-        attack: PGD,
+        attack: PGD | APGD,
         beta: float = 6.0,
         *,
         mining: BulletTrain | None = None,

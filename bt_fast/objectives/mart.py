@@ -25,14 +25,14 @@ if TYPE_CHECKING:
 class MARTLoss(RobustTermLoss):
     """The MART loss `1/m Σ -log q_y - log(1.0001 - q_r + 1e-12) + β·KL(p ‖ q + 1e-12)·(1.0000001 - p_y)`.
 
-    p = softmax h(x), q = softmax h(x'), and r is the largest wrong class of q. x' grows the cross-entropy from x and a
-    little noise. Without `mining` and with the engine "exact" it is the authors' result (loss, gradients, batch norm's
-    buffers, random numbers) at their 26 forward-pass equivalents for ten steps: there is nothing to leave out.
+    p = softmax h(x), q = softmax h(x'), and r is the largest wrong class of q. x' climbs the cross-entropy from x plus
+    a little noise. Without `mining` and with the engine "exact" it is the authors' result (loss, gradients, batch
+    norm's buffers, random numbers) at their 26 forward-pass equivalents for ten steps: nothing can be left out.
 
     The update runs the clean forward and then the adversarial one: batch norm sees each batch once. Without `mining`
-    there is no clean forward before the attack: NaN in the first two samples' logits is raised as such, in those of
-    another as NaN in its input gradient. MART's authors have no attack in ℓ2 (theirs stops at the random start): it is
-    that of the TRADES code, of the cross-entropy.
+    there is no clean forward before the attack: NaN in the first two samples' logits is raised as such, in another
+    sample's as NaN in its input gradient. MART's authors have no ℓ2 attack (theirs stops at the random start): here it
+    is the attack of the TRADES code on the cross-entropy.
 
     Of a soft label, or a smoothed one, it is the expectation of that loss over the label, `Σ_k t_k l(y=k)`, as Mixup's
     authors mix losses: MART's have none. The attack sees the label as it is given: of a soft one it climbs KL to it.
@@ -96,7 +96,7 @@ def mart_loss(
     generator: torch.Generator | None = None,
     **deprecated: Unpack[Deprecated],
 ) -> Tensor:
-    """`MARTLoss`, called as the authors' `mart_loss` is.
+    """`MARTLoss`, called like the authors' `mart_loss`.
 
     Args:
         model, x_natural, y, optimizer, step_size, epsilon, perturb_steps, beta, distance, bullet, engine, generator,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bt_fast.attack import by_sample
+from bt_fast.attack.apgd import APGD
 from bt_fast.attack.by_sample import NOTHING, PerSample
 from bt_fast.attack.graph_cache import shared_cache
 from bt_fast.attack.inner import InnerLoss
@@ -48,7 +49,7 @@ def perturb(
     model: nn.Module,
     x: Tensor,
     y: Tensor | None,
-    attack: PGD,
+    attack: PGD | APGD,
     mining: BulletTrain | None = ...,
     *,
     engine: Engine | str = ...,
@@ -64,7 +65,7 @@ def perturb(
     model: nn.Module,
     x: Tensor,
     y: Tensor | None,
-    attack: PGD,
+    attack: PGD | APGD,
     mining: BulletTrain | None = ...,
     *,
     engine: Engine | str = ...,
@@ -79,7 +80,7 @@ def perturb(
     model: nn.Module,
     x: Tensor,
     y: Tensor | None,
-    attack: PGD,
+    attack: PGD | APGD,
     mining: BulletTrain | None = None,
     *,
     engine: Engine | str = "exact",
@@ -88,21 +89,20 @@ def perturb(
     generator: torch.Generator | None = None,
     return_details: bool = False,
 ) -> Tensor | Perturbed:
-    """x' of a minibatch, for a script with a loss of its own: `x_adv = perturb(model, x, y, attack, mining)`.
+    """Returns x' of a minibatch, for a script with its own loss: `x_adv = perturb(model, x, y, attack, mining)`.
 
-    The model runs in eval mode and comes back in the modes that it had; no parameter's gradient is touched. An attack
-    that names no inner loss and no start has TRADES': "kl" and "normal". With mining the script ends each minibatch
-    itself, by `mining.observe(adversarial_logits, y)`; where it does not, F_R stays as it is, and a warning says so.
+    The model runs in eval mode and its modes are restored; no parameter's gradient is touched. An attack that names no
+    inner loss and no start has TRADES': "kl" and "normal". With mining the script must end each minibatch itself, by
+    `mining.observe(adversarial_logits, y)`; otherwise F_R does not move, and a warning says so.
 
     Args:
-        model, indices, generator: as for a call of `AdversarialLoss`, with its errors.
+        model, engine, indices, generator: as for an `AdversarialLoss` and its calls, with their errors.
         x: [m, ...] floating point within the attack's bounds, m ≥ 1; not changed.
         y: [m] integers in 0..K-1, or [m, K] distributions, as for a call of `AdversarialLoss`. May be None without
             mining where `attack.inner` is a function: the model's outputs may then be any [m, d], embeddings say, and
             labels, if given, any, which only that function reads.
-        attack: how images are attacked.
-        mining: who gets how many steps; None for all alike.
-        engine: how the attack is executed, by name or as an `Engine`.
+        attack: how images are attacked, a `PGD` or an `APGD`.
+        mining, engine: who gets how many steps, and how the attack is executed, as for `AdversarialLoss`.
         per_sample: step counts, ε, step sizes and starts of the samples' own. Where steps or ε are, the attack waits
             for its one read of the device before its first step, as with mining; samples without steps left leave it.
         return_details: whether to return a `Perturbed`.
@@ -131,14 +131,14 @@ def perturb(
     if mining is not None and queued.faulty is not None and plan.order is not None:
         mining.attacked(queued.faulty, plan.order)
     normalize = model.normalize if isinstance(model, OnPixels) else None
-    moved = by_sample.moved(call.own, attack.threat, plan.steps, mined=mining is not None)
+    moved = by_sample.moved(own, attack.threat, plan.steps, mined=mining is not None)
     x_adv = adversarial.in_callers_order(x_adv, x.detach(), plan, normalize, moved)
     if not return_details:
         return x_adv
     return Perturbed(x_adv, queued.logits, plan.steps, plan.group if isinstance(plan, MinedPlan) else None)
 
 
-def _check_labels_given(y: Tensor | None, attack: PGD, mining: BulletTrain | None) -> None:
+def _check_labels_given(y: Tensor | None, attack: PGD | APGD, mining: BulletTrain | None) -> None:
     """Raise TypeError where there are no labels for mining, or for an inner loss with a name."""
     if y is not None or (mining is None and callable(attack.inner)):
         return

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor, nn
 
+from bt_fast.attack.apgd import APGD
 from bt_fast.attack.logits import Select
 from bt_fast.attack.pgd import PGD
 from bt_fast.attack.start import Noise
@@ -26,10 +27,10 @@ if TYPE_CHECKING:
 class PGDLoss(AdversarialLoss):
     """The cross-entropy `CE(h(x'), y)` of adversarial training: `criterion(model, x, y).backward()`.
 
-    x' grows the cross-entropy from a point drawn uniformly from the ε-ball. It takes 23 forward-pass equivalents for
-    ten steps. Batch norm sees x' alone, once. With `mining` a sample with 0 steps has no random start either: its x' is
+    x' climbs the cross-entropy from a point drawn uniformly from the ε-ball. It takes 23 forward-pass equivalents for
+    ten steps. Batch norm sees only x', once. With `mining` a sample with 0 steps has no random start either: its x' is
     x, and takes part in the update's only forward. Without `mining` there is no clean forward before the attack: NaN in
-    the first two samples' logits is raised as such, in those of another as NaN in its input gradient.
+    the first two samples' logits is raised as such, in another sample's as NaN in its input gradient.
 
     Args:
         attack, mining, engine, label_smoothing, smoothing, extra, logits: as for `TRADESLoss`, with its errors; a batch
@@ -42,7 +43,7 @@ class PGDLoss(AdversarialLoss):
 
     def __init__(
         self,
-        attack: PGD,
+        attack: PGD | APGD,
         *,
         mining: BulletTrain | None = None,
         engine: Engine | str = "fast",

@@ -1,6 +1,6 @@
-"""The modes of an update, also where the caller's backward computes activations again (`torch.utils.checkpoint`).
+"""The modes of an update, also when the caller's backward recomputes activations (`torch.utils.checkpoint`).
 
-Such a backward runs parts of the model once more, when the model is back in the modes that it had before the update.
+That backward runs parts of the model again, after the model's modes have been restored.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from bt_fast.attack.forward import Modes, modes_of, modes_restored, set_modes
 
 @contextmanager
 def update_modes(model: nn.Module) -> Iterator[DeferredModes]:
-    """In the block, the modes of an update: those that each module has, or train mode where all are in eval mode.
+    """Sets the modes of an update in the block: each module's own, or train mode if all are in eval mode.
 
-    `again_in_backward` of what is yielded has the backward of given tensors run in them too.
+    With `again_in_backward` of the yielded object, the backward of given tensors also runs in them.
     """
     with modes_restored(model):
         before = modes_of(model)
@@ -31,7 +31,7 @@ def update_modes(model: nn.Module) -> Iterator[DeferredModes]:
 
 
 class DeferredModes:
-    """A model's present modes, for a backward that comes when it is back in those `before`."""
+    """A model's current modes, for a backward that comes when the modes `before` are restored."""
 
     def __init__(self, model: nn.Module, before: Modes) -> None:
         self._model, self._modes = model, modes_of(model)
@@ -39,7 +39,7 @@ class DeferredModes:
         self._entered = False
 
     def again_in_backward(self, terms: Sequence[Tensor]) -> None:
-        """Have every backward of these run in the present modes, and leave them at its end, or when it raises."""
+        """Makes every backward of these run in the current modes, and leave them at its end, or when it raises."""
         for term in terms if self._differ else ():
             if term.grad_fn is not None:
                 term.grad_fn.register_prehook(self._enter)
@@ -55,7 +55,7 @@ class DeferredModes:
         set_modes(self._modes)
 
     def leave(self) -> None:
-        """Put the model back into the modes that it had before the first of its backwards under way."""
+        """Restores the modes that the model had before the first of its running backwards."""
         if not self._entered:
             return
         self._entered = False
@@ -66,12 +66,12 @@ class DeferredModes:
             set_modes(before)
 
 
-# of models with such a backward under way: how many there are, and the modes before the first
+# for each model with a running backward: how many there are, and the modes before the first
 _entered: WeakKeyDictionary[nn.Module, tuple[int, Modes]] = WeakKeyDictionary()
 
 
 class _AtTheEnd:
-    """Called when a backward has ended; where it raised, torch only lets go of it."""
+    """Called when a backward has ended; if it raised, torch only frees this object."""
 
     def __init__(self, modes: DeferredModes) -> None:
         self._modes = modes
@@ -83,12 +83,12 @@ class _AtTheEnd:
 
 
 class Recomputing:
-    """In a `with` block, `seen` becomes whether a forward leaves something to its backward to compute again."""
+    """Detects in a `with` block, as `seen`, whether a forward leaves something for its backward to recompute."""
 
     seen = False
 
     def __enter__(self) -> Recomputing:
-        # a checkpoint, as all that decides about what is saved, comes by this way
+        # a checkpoint, like everything that decides what is saved, enters this context
         enter = self._enter = saved_tensors_hooks.__enter__
 
         def watched(hooks: saved_tensors_hooks) -> None:

@@ -1,8 +1,8 @@
-"""A second training forward of the same batch, without running it.
+"""Replays a second training forward of the same batch without running it.
 
 The TRADES code runs `h(x)` twice in one update. The second run gives the same logits and moves the batch-norm buffers
 by the same batch statistics, so it can be replayed from what the first one did to them: exactly, unless the forward
-draws random numbers (dropout) or keeps other state, in which case it must really run again.
+draws random numbers (dropout) or keeps other state, in which case it must run again.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _BATCH_NORM_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
 _Statistics = list[Tensor]  # the values of a layer's `_BUFFERS`
 _Modes = tuple[bool, ...]
 
-# whether a model's forward in given modes leaves its other buffers alone: decided once, since comparing values waits
+# whether a model's forward in given modes changes none of its other buffers: decided once, since comparing values waits
 _leaves_alone: WeakKeyDictionary[nn.Module, dict[_Modes, bool]] = WeakKeyDictionary()
 
 
@@ -41,15 +41,15 @@ class RepeatedForward:
         if repeat.replayable: repeat.replay()        # the buffers as after another h(x), whose logits are `logits`
         else: logits_again = model(x)
 
-    Randomness is seen in torch's default generators and state in the model's buffers, and nowhere else. The first
-    forward of a model in its current modes compares other buffers by value, which on a GPU waits for the device.
+    Randomness is detected only in torch's default generators, and state only in the model's buffers. The first forward
+    of a model in its current modes compares other buffers by value, which on a GPU waits for the device.
 
     Args:
-        replayable: the answer, where it is known: then nothing is looked at on the host, and a graph can capture all.
+        replayable: the answer, if known: then the host checks nothing, and a graph can capture everything.
 
     Attributes:
-        replayable: whether a replay does all that a second forward would.
-        recomputed: whether the backward runs parts of the forward again: of a second forward it would run them twice.
+        replayable: whether a replay has all effects of a second forward.
+        recomputed: whether the backward runs parts of the forward again: with a second forward it would run them twice.
     """
 
     def __init__(self, model: nn.Module, device: torch.device, replayable: bool | None = None) -> None:
@@ -62,7 +62,7 @@ class RepeatedForward:
 
     @contextmanager
     def first(self) -> Iterator[None]:
-        """Note what the first forward does."""
+        """Records the effects of the first forward."""
         with Recomputing() as watched:
             yield
         self.recomputed = watched.seen
@@ -71,19 +71,19 @@ class RepeatedForward:
             self.replayable = self._watch.repeatable()
 
     def replay(self) -> None:
-        """Move the batch-norm buffers as the same forward would move them again. Never waits for the device."""
+        """Moves the batch-norm buffers as the same forward would again. Never waits for the device."""
         for layer, before, after in zip(self._layers, self._before, self._after, strict=True):
             _replay(layer, before, after)
 
 
 class _Watch:
-    """What the host can see of a forward that does more than move the buffers of `layers`."""
+    """Detects, as far as the host can see, that a forward does more than move the buffers of `layers`."""
 
     def __init__(self, model: nn.Module, device: torch.device, layers: list[_BatchNorm]) -> None:
         self._model = model
         self._moved = {id(buffer) for layer in layers for buffer in _statistics(layer)}
         means = [id(layer.running_mean) for layer in layers]
-        self._shared = len(means) > len(set(means))  # layers that move one tensor in turn
+        self._shared = len(means) > len(set(means))  # some layers move the same tensor in turn
         self._modes = _modes(model)
         self._versions = self._other_versions()
         known = _leaves_alone.setdefault(model, {})
@@ -91,7 +91,7 @@ class _Watch:
         self._random = RandomStates(host_generator(device), device_generator(device))
 
     def repeatable(self) -> bool:
-        """Whether the forward since did nothing that a replay would leave out."""
+        """Whether the forward since then did nothing that a replay would omit."""
         known = _leaves_alone[self._model]
         if self._values is not None:
             others = self._other_buffers()
@@ -100,16 +100,16 @@ class _Watch:
         return unchanged and not self._random.moved and not self._shared
 
     def _other_buffers(self) -> dict[str, Tensor]:
-        """All buffers but those that `replay` moves."""
+        """Returns all buffers except those that `replay` moves."""
         return {name: b for name, b in self._model.named_buffers() if id(b) not in self._moved}
 
     def _other_versions(self) -> dict[str, tuple[int, int]]:
-        """Which tensor each other buffer is, and its version: what the host can see of a change."""
+        """Returns the identity and version of each other buffer: what the host can see of a change."""
         return {name: (id(b), b._version) for name, b in self._other_buffers().items()}
 
 
 def watched_forward(model: nn.Module, x: Tensor) -> Tensor:
-    """The checked logits of `x`. Where it is not known yet, `moves_batch_norm_alone` knows the answer afterwards."""
+    """Returns the checked logits of `x`; afterwards `moves_batch_norm_alone` knows the answer."""
     inner = unwrapped(model)
     if _modes(inner) in _leaves_alone.get(inner, {}):
         return logits_of(model, x)
@@ -119,7 +119,7 @@ def watched_forward(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def moves_batch_norm_alone(model: nn.Module) -> bool:
-    """Whether a forward in the current modes is known to move no buffers but those of torch's batch norms."""
+    """Whether a forward in the current modes is known to move only the buffers of torch's batch norms."""
     model = unwrapped(model)
     return _leaves_alone.get(model, {}).get(_modes(model), False)
 
@@ -152,12 +152,12 @@ def _copied_statistics(layer: _BatchNorm) -> _Statistics:
 
 
 def _replay(layer: _BatchNorm, before: _Statistics, after: _Statistics) -> None:
-    # .data: autograd saved these buffers in the forward, and batch norm itself moves them without a new version
+    # .data: autograd saved these buffers in the forward, and batch norm itself moves them without a version change
     (*moments, seen), (*moments_before, seen_before), (*moments_after, seen_after) = _statistics(layer), before, after
     updates = seen_after - seen_before  # a norm may be used several times in a forward, or not at all
     for now, was, then in zip(moments, moments_before, moments_after, strict=True):
         if layer.momentum is None:
-            # cumulative average over n batches: r·n is their sum, to which the first forward added its own part
+            # cumulative average over n batches: r·n is their sum, to which the first forward added its part
             # (in float64, since n exceeds what 16 bits hold)
             added = then.double() * seen_after.double() - was.double() * seen_before.double()
             moved = (now.double() * seen.double() + added) / (seen + updates).double()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from bt_fast.attack.start import ball_start, given_start, normal_noise, sorted_start
+from bt_fast.attack.start import ball_start, given_start, normal_noise, sorted_start, surface_start
 from bt_fast.ops.numeric import per_sample
 
 if TYPE_CHECKING:
@@ -23,8 +23,8 @@ def in_order(x: Tensor, a: Adversary) -> Tensor:
         return x
     if a.call.indices is not None:
         return sorted_by(x, None, None, a.random_state(x), a, a.numbers)[1]
-    if a.noise == "uniform":
-        return ball_start(x, a.threat, generator, a.radii(x))
+    if a.noise in ("uniform", "surface"):
+        return (surface_start if a.noise == "surface" else ball_start)(x, a.threat, generator, a.radii(x))
     as_authors = generator is None and not x.is_cuda
     noise = normal_noise(x, generator, on_cpu=as_authors)
     if as_authors and a.threat.norm == "l_2":  # the TRADES code draws once more and uses the second

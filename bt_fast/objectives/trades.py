@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from bt_fast import ops
+from bt_fast.attack.apgd import APGD
 from bt_fast.attack.inner import InnerLoss
 from bt_fast.attack.logits import Select
 from bt_fast.attack.pgd import PGD
@@ -28,12 +29,12 @@ if TYPE_CHECKING:
 class TRADESLoss(RobustTermLoss):
     """The TRADES loss `CE(h(x), y) + β/m · Σ KL(softmax h(x) ‖ softmax h(x'))`: `criterion(model, x, y).backward()`.
 
-    x' grows the KL term from x and a little noise. Without `mining` and with the engine "exact" it is the authors'
+    x' climbs the KL term from x plus a little noise. Without `mining` and with the engine "exact" it is the authors'
     result (loss, gradients, batch norm's buffers) at 27 forward-pass equivalents for ten steps instead of their 39.
 
-    The authors' update runs the clean batch twice; the second forward changes nothing but batch norm's buffers, which
-    are moved without it. A model that draws random numbers in its forward (dropout) runs it twice without `mining`, and
-    once with it.
+    The authors' update runs the clean batch twice; the second forward only moves batch norm's buffers, which here move
+    without it. A model that draws random numbers in its forward (dropout) runs it twice without `mining`, and once with
+    it.
 
     Of a soft label the first term is `Σ_k -y_k log softmax(h(x))_k`: KL to the label, but for a constant. The attack
     sees the label as it is given, smoothing or not, and with the inner loss "kl" none at all; with "cross_entropy" and
@@ -42,7 +43,7 @@ class TRADESLoss(RobustTermLoss):
     Args:
         attack: how images are attacked.
         beta: β ≥ 0, the weight of the robust term.
-        mining: who gets how many steps; None for all alike.
+        mining: decides how many steps each sample gets; None for all alike.
         engine: how attack and update are executed, by name or as an `Engine`.
         label_smoothing: s in [0, 1), of the first term alone.
         smoothing: where s goes: "torch", to all classes alike, as in `F.cross_entropy`, or "others", to the K-1 other
@@ -64,7 +65,7 @@ class TRADESLoss(RobustTermLoss):
 
     def __init__(
         self,
-        attack: PGD,
+        attack: PGD | APGD,
         beta: float = 6.0,
         *,
         mining: BulletTrain | None = None,
@@ -95,7 +96,7 @@ class TRADESLoss(RobustTermLoss):
         return self.objective_of_two(clean_logits, clean_logits, adversarial_logits, y)
 
     def objective_of_two(self, first: Tensor, second: Tensor, adversarial_logits: Tensor, y: Tensor) -> Tensor:
-        """As `objective`: y is learnt from `first`, and `second` is the target of adversarial_logits."""
+        """Like `objective`: y is learnt from `first`, and `second` is the target of adversarial_logits."""
         robust = ops.trades_kl(adversarial_logits, second)
         return self.cross_entropy(first, y) + self.beta / len(y) * robust
 
@@ -116,7 +117,7 @@ def trades_loss(
     generator: torch.Generator | None = None,
     **deprecated: Unpack[Deprecated],
 ) -> Tensor:
-    """`TRADESLoss`, called as the authors' `trades_loss` is.
+    """`TRADESLoss`, called like the authors' `trades_loss`.
 
     Args:
         model: maps [m, ...] to logits [m, K]; compiled by `torch.compile` or not.
@@ -133,7 +134,7 @@ def trades_loss(
         distance: "l_inf" or "l_2".
         bullet: the mining state, on the images' device. One minibatch moves it once: for another pass over the same
             one, at other weights, call this within `with bullet.again():`.
-        engine: "exact", the authors' own, "fast", the same up to rounding, "bf16", or an `Engine`.
+        engine: "exact", the authors' way, "fast", the same up to rounding, "bf16", or an `Engine`.
         generator: on the images' device, for the random start, as for a call of `TRADESLoss`.
         deprecated: keywords of the first version; each warns with the new line.
 
@@ -141,7 +142,7 @@ def trades_loss(
         0-dim loss with gradient to the model's parameters, ready for `backward()`.
 
     Raises:
-        TypeError, ValueError: as `TRADESLoss` and its call, with the names of these arguments.
+        TypeError, ValueError: as for `TRADESLoss` and its call, with the names of these arguments.
     """
     given = drop_in.Given(
         model, x_natural, y, optimizer, step_size, epsilon, perturb_steps, distance, bullet, engine, generator

@@ -1,8 +1,8 @@
-"""How the update (its forwards, its loss and its backward) is executed.
+"""Executes the update (its forwards, its loss and its backward), eagerly or from CUDA graphs.
 
 The whole update is captured as one function, in two graphs: its forwards and loss, and its backward. All captured
-updates of a model share one memory pool: a forward replayed between another's forward and backward would overwrite what
-that one has saved. So an update runs eagerly while an earlier loss awaits its backward.
+updates of a model share one memory pool: a forward replayed between another's forward and backward would overwrite the
+tensors saved by the latter. So an update runs eagerly while an earlier loss awaits its backward.
 
 `torch.cuda.make_graphed_callables` would capture the parameters' own nodes, which accumulate their gradients. While an
 earlier loss is alive these belong to the stream of its forward, for which a capture cannot wait. Here the parameters
@@ -27,10 +27,10 @@ from bt_fast.attack.device import RandomStates
 from bt_fast.attack.forward import caller_autocast, plain_values, uncached
 from bt_fast.attack.graph_cache import GraphCache
 
-MOST_CAPTURED = 8  # of one model: each keeps gradients of the model's size
+MOST_CAPTURED = 8  # of one model: each keeps gradients as large as the model
 MOST_REMEMBERED = 64
 WARM_UPS = 3
-OFTEN = 8  # a capture costs as much as several updates, and sizes that vary do not all come again
+OFTEN = 8  # a capture costs as much as several updates, and not all varying sizes come again
 
 Terms = tuple[Tensor, ...]
 Given = tuple[Tensor, Tensor, Tensor]  # x, x' and y
@@ -38,21 +38,22 @@ Given = tuple[Tensor, Tensor, Tensor]  # x, x' and y
 
 @dataclass(frozen=True)
 class Update:
-    """How the update is executed; the attack has `Frozen` and runners.
+    """The way the update is executed; the attack has `Frozen` and runners.
 
     Attributes:
         channels_last: 4-d images enter the update's forwards with the channel as the fastest index: the same gradients
             up to rounding.
-        graphs: forwards, loss and backward are replayed from CUDA graphs: the eager result, exactly. An update is
+        graphs: forwards, loss and backward are replayed from CUDA graphs, with exactly the eager result. An update is
             captured when it comes for the second time with the same shapes, modes and weights' addresses; one whose
             number of adversarial rows varies (`unperturbed="skip"`) when that number comes for the eighth time. The 8
-            used last are kept for each model. A change of anything that a graph has fixed makes a new key: a parameter
-            replaced, moved, or no longer trained, a mode, a Python number of a module (a norm's momentum, say), MART's
-            β, the caller's autocast, whose cast weights are not cached then. The loss has one backward; an earlier one
-            may be alive. It runs eagerly, with one warning that says why: not on CUDA, a hook, DistributedDataParallel,
-            a model that replaces its buffers, draws from the host's generator or trains tensors that are no parameters
-            of its modules, a capture that failed (for good: out of memory, say; the graphs are freed), and while an
-            earlier loss awaits its backward. A forward that keeps other state of its own in Python is not recognised.
+            most recently used are kept for each model. A change of anything that a graph has fixed makes a new key: a
+            parameter replaced, moved, or no longer trained, a mode, a Python number of a module (for example a norm's
+            momentum), MART's β, the caller's autocast (its cast weights are then not cached). The loss has one
+            backward; an earlier one may be alive. The update runs eagerly, with one warning that says why: not on CUDA,
+            with a hook, with DistributedDataParallel, for a model that replaces its buffers, draws from the host's
+            generator or trains tensors that are not parameters of its modules, after a failed capture (for good, for
+            example out of memory; the graphs are freed), and while an earlier loss awaits its backward. Other state
+            that a forward keeps in Python is not detected.
 
     Raises:
         TypeError: an option is not a bool.
@@ -72,7 +73,7 @@ class Computation(Protocol):
 
     @property
     def identity(self) -> Hashable:
-        """Equal to another's where both compute the same; None where that is not known."""
+        """Equal for computations of the same result; None if unknown."""
 
     @property
     def unknown(self) -> str | None:
@@ -84,7 +85,7 @@ class Computation(Protocol):
     def __call__(
         self, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, replayable: bool | None = None
     ) -> tuple[Terms, bool]:
-        """Terms, of which the first has a gradient, and whether `RepeatedForward` can replay its forward."""
+        """Returns terms, of which the first has a gradient, and whether `RepeatedForward` can replay its forward."""
 
 
 def run_update(
@@ -96,10 +97,10 @@ def run_update(
     y: Tensor,
     cache: GraphCache | None = None,
 ) -> Terms:
-    """The computation's terms.
+    """Returns the computation's terms.
 
     Args:
-        cache: where captured updates are kept; without it in one for all callers.
+        cache: holds captured updates; without it, a cache shared by all callers.
     """
     if update is None or not update.graphs:
         return computation(model, x, x_adv, y)[0]
@@ -107,7 +108,7 @@ def run_update(
 
 
 def explain_graphs(model: nn.Module, cache: GraphCache | None) -> str:
-    """How a model's updates run with graphs, in words."""
+    """Describes how a model's updates run with graphs."""
     graphs = _graphs_of(model, cache)
     return graphs.explain(len(graphs.captured), "the same shapes come again")
 
@@ -119,7 +120,7 @@ def _graphs_of(model: nn.Module, cache: GraphCache | None) -> _UpdateGraphs:
 
 @dataclass(eq=False)
 class _History:
-    """How often an update of one key has come, and whether its clean forward can be replayed on the buffers."""
+    """The number of updates with one key, and whether their clean forward can be replayed on the buffers."""
 
     times: int = 0
     replayable: bool = False
@@ -132,11 +133,11 @@ class _UpdateGraphs(ModelGraphs["_Captured"]):
 
     def __init__(self) -> None:
         super().__init__("update", GraphPool())
-        self._side: device.Stream | None = None  # on which all are captured, as memory of a pool is the stream's
+        self._side: device.Stream | None = None  # the stream of all captures, since a pool's memory belongs to a stream
         self._histories: Recent[GraphKey, _History] = Recent()
         self._latest: Callable[[], _Replay | None] = lambda: None
-        self._stream: device.Stream | None = None  # on which the latest replay was queued
-        self._new = 0  # updates in a row that had not come before
+        self._stream: device.Stream | None = None  # the stream of the latest replay
+        self._new = 0  # consecutive updates with new keys
 
     def __call__(self, model: nn.Module, computation: Computation, given: Given) -> Terms:
         self.reason = None
@@ -162,7 +163,7 @@ class _UpdateGraphs(ModelGraphs["_Captured"]):
         return "an earlier loss still awaits its backward, for which the graphs' memory is kept"
 
     def _run_eagerly(self, history: _History, model: nn.Module, computation: Computation, given: Given) -> Terms:
-        """An eager update, of which it is noted what a graph would leave out."""
+        """Runs an eager update, and records what a graph would omit."""
         while len(self._histories) > MOST_REMEMBERED:
             self._histories.popitem(last=False)
         self._new = self._new + 1 if history.times == 1 else 0
@@ -182,7 +183,7 @@ class _UpdateGraphs(ModelGraphs["_Captured"]):
     def _capture(
         self, key: GraphKey, history: _History, model: nn.Module, computation: Computation, given: Given
     ) -> _Captured | None:
-        """Capture the update; None, with all graphs freed, where that failed. The model is as it was."""
+        """Captures the update; returns None, with all graphs freed, if that failed. The model does not change."""
         side = self._side = self._side or device.new_stream(given[0])
         buffers = [(b, b.detach().clone()) for b in model.buffers()]
         random = RandomStates.of(given[0].device)
@@ -220,7 +221,7 @@ def _key(model: nn.Module, computation: Computation, given: Given) -> GraphKey:
 
 
 class _Captured:
-    """One update as two graphs, of its forward and of its backward. What these write is static memory."""
+    """One update as two graphs, of its forward and of its backward. They write to static memory."""
 
     def __init__(
         self,
@@ -231,8 +232,8 @@ class _Captured:
         side: device.Stream,
         pool: object,
     ) -> None:
-        """Capture it on the stream `side`. What its runs move (buffers, generators) is the caller's to restore."""
-        self._kept = [t.detach() for t in _tensors(model)]  # the graphs hold their addresses, which no other may get
+        """Captures the update on the stream `side`. The caller restores what its runs move (buffers, generators)."""
+        self._kept = [t.detach() for t in _tensors(model)]  # the graphs hold their addresses, which must not be reused
         self._given = tuple(t.clone(memory_format=torch.preserve_format) for t in given)
         trial = _Trial(model, computation, replayable)
         caller = device.current_stream(given[0])
@@ -241,7 +242,7 @@ class _Captured:
             with uncached(given[0]):
                 with device.on(side):
                     arriving = trial.warm_up(self._given)
-                self._arriving = tuple(torch.empty_like(a) for a in arriving)  # on the stream of the replays
+                self._arriving = tuple(torch.empty_like(a) for a in arriving)  # on the replays' stream
                 del arriving
                 device.free_unused()
                 with device.on(side):
@@ -250,19 +251,19 @@ class _Captured:
                     with device.capture(pool) as self._backward:
                         self._gradients = trial.gradients(terms, self._arriving)
         finally:
-            caller.wait_stream(side)  # whose runs end before the caller restores anything
+            caller.wait_stream(side)  # its runs end before the caller restores anything
         self._terms = tuple(t.detach() for t in terms)
         self.constant = tuple(k for k, t in enumerate(terms) if not t.requires_grad)
 
     def forward(self, *given: Tensor) -> Terms:
-        """Replay the forward on the values of x, x' and y: copies of its terms, as a caller may keep them."""
+        """Replays the forward on the values of x, x' and y; returns copies of its terms, which a caller may keep."""
         for static, value in zip(self._given, given, strict=True):
             static.copy_(value)
         self._forward.replay()
         return tuple(t.clone() for t in self._terms)
 
     def backward(self, arriving: list[Tensor]) -> tuple[Tensor | None, ...]:
-        """Replay the backward on the gradients of the terms that have some."""
+        """Replays the backward on the gradients of the terms that have some."""
         for static, value in zip(self._arriving, arriving, strict=True):
             static.copy_(value)
         self._backward.replay()
@@ -270,7 +271,7 @@ class _Captured:
 
 
 class _Trial(nn.Module):
-    """The update as a forward, in which leaves stand for the trained parameters; `torch.func` wants a module."""
+    """The update as a forward in which leaves replace the trained parameters; `torch.func` needs a module."""
 
     def __init__(self, model: nn.Module, computation: Computation, replayable: bool) -> None:
         super().__init__()
@@ -279,21 +280,21 @@ class _Trial(nn.Module):
         self._leaves: dict[str, Tensor] = {f"model.{name}": nn.Parameter(p.detach()) for name, p in trained.items()}
 
     def forward(self, x: Tensor, x_adv: Tensor, y: Tensor) -> Terms:
-        """The update's terms."""
+        """Returns the update's terms."""
         return self._computation(self.model, x, x_adv, y, self._replayable)[0]
 
     def terms(self, given: tuple[Tensor, ...]) -> Terms:
-        """The update's terms, whose gradients lead to the leaves."""
+        """Returns the update's terms, with gradients that lead to the leaves."""
         terms: Terms = torch.func.functional_call(self, self._leaves, given)
         return terms
 
     def gradients(self, terms: Terms, arriving: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
-        """Those of the trained parameters; None for one that is not used."""
+        """Returns the gradients of the trained parameters; None for an unused one."""
         of = [t for t in terms if t.requires_grad]
         return torch.autograd.grad(of, list(self._leaves.values()), arriving, allow_unused=True)
 
     def warm_up(self, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Run it, so that nothing is launched for the first time later; tensors like the terms' gradients."""
+        """Runs the update, so that no launch is a first one later; returns tensors like the terms' gradients."""
         arriving: tuple[Tensor, ...] = ()
         for _ in range(WARM_UPS):
             terms = self.terms(given)
@@ -305,7 +306,7 @@ class _Trial(nn.Module):
 
 
 def _leaves_of(terms: Terms) -> set[int]:
-    """The identities of the tensors that the gradients of `terms` lead to."""
+    """Returns the identities of the tensors that the gradients of `terms` lead to."""
     leaves, visited = set(), {t.grad_fn for t in terms}
     waiting = list(visited)
     while waiting:
@@ -320,13 +321,13 @@ def _leaves_of(terms: Terms) -> set[int]:
 
 
 class _Replay:
-    """One replayed forward: what it has saved lasts until its backward, or until it is gone."""
+    """One replayed forward, with saved tensors that last until its backward, or until it is freed."""
 
     def __init__(self) -> None:
         self.done = False
 
     def begin_backward(self) -> None:
-        """Before the backward's replay, which overwrites what it no longer needs.
+        """Marks the begin of the backward's replay, which overwrites tensors that it no longer needs.
 
         Raises:
             RuntimeError: it is the second one.
@@ -342,13 +343,13 @@ class _Replay:
 class _Replayed(torch.autograd.Function):
     """The terms of a captured update of (x, x', y, trained parameters), and the parameters' gradients.
 
-    All leave static memory, which the next replay overwrites: a caller may keep a loss, and autograd makes what it is
-    given a parameter's `.grad`.
+    All are copied out of static memory, which the next replay overwrites: a caller may keep a loss, and autograd uses
+    the gradients themselves as `.grad`.
     """
 
     @staticmethod
     def forward(ctx: Any, captured: _Captured, replay: _Replay, *given: Tensor) -> Terms:
-        """Copies."""
+        """Returns copies."""
         ctx.captured, ctx.replay = captured, replay
         ctx.save_for_backward(*given[3:])
         terms = captured.forward(*given[:3])
@@ -358,7 +359,7 @@ class _Replayed(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *arriving: Tensor) -> tuple[Tensor | None, ...]:
-        """Copies. Raises, as autograd does, where a parameter was changed in place since the forward."""
+        """Returns copies. Raises, like autograd, if a parameter was changed in place since the forward."""
         ctx.replay.begin_backward()
         parameters, captured = ctx.saved_tensors, ctx.captured
         gradients = captured.backward([a for k, a in enumerate(arriving) if k not in captured.constant])
@@ -368,12 +369,12 @@ class _Replayed(torch.autograd.Function):
 
 
 def _eagerly(model: nn.Module, computation: Computation, given: Given) -> tuple[Terms, bool]:
-    with uncached(given[0]):  # as the graphs
+    with uncached(given[0]):  # like the graphs
         return computation(model, *given)
 
 
 def _reason(model: nn.Module, x: Tensor) -> str | None:
-    """Why an update of this model cannot be captured now."""
+    """Returns why an update of this model cannot be captured now, or None."""
     if reason := device.no_graphs_reason(x):
         return reason
     if reason := hook_reason(model):

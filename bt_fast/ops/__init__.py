@@ -1,6 +1,6 @@
-"""The operations that a kernel fuses on CUDA, where triton is installed; elsewhere, and in float64, plain torch.
+"""Operations with fused kernels on CUDA, if triton is installed; elsewhere, and in float64, plain torch.
 
-Every one stays on its tensors' device. None reads a value back to the host, so none waits for the device.
+They stay on their tensors' device. None reads a value back to the host, so none waits for the device.
 """
 
 from bt_fast.ops.ascent_direction import ascent_direction

@@ -13,24 +13,25 @@ from bt_fast.ops.launch import check, define_op
 
 
 def ascent_direction(logits: Tensor, target: Tensor, scaled: bool = True) -> Tensor:
-    """The inner loss's gradient with respect to the logits: `softmax(z') - target`, or a multiple of each row of it.
+    """Returns the inner loss's gradient by the logits: `softmax(z') - target`, or a multiple of each row of it.
 
     It is the gradient of `KL(target ‖ softmax(z'))` (TRADES: the target is the clean distribution) and of the
     cross-entropy (MART, PGD: the target is one-hot), finite however saturated either is. The softmax is computed in
-    float64 and rounded to float32, as `signed_variance` does it: against those probabilities a row of the same logits
-    is exactly 0. A row that has no softmax (NaN, +Inf, or nothing but -Inf) is NaN, and, scaled, one whose target is
-    not finite.
+    float64 and rounded to float32, as in `signed_variance`: with those probabilities as target, a row of the same
+    logits is exactly 0. A row without a softmax (NaN, +Inf, or only -Inf) is NaN, and, if scaled, so is a row with a
+    target that is not finite.
 
-    The kernel is compiled anew for every K. Up to K = 8192 it reads logits and target once and writes once; beyond, it
-    reads the logits three times and the target twice (not scaled, twice and once). Logits whose classes do not lie side
-    by side are copied first.
+    The kernel is compiled separately for every K. Up to K = 8192 it reads logits and target once and writes once;
+    beyond, it reads the logits three times and the target twice (not scaled, twice and once). Logits with classes that
+    are not contiguous are copied first.
 
     Args:
         logits: [n, K] floating point, K ≥ 2, rows any stride apart. n may be 0.
         target: [n, K] floating point, probabilities; used in float32 (float64 for float64 logits).
-        scaled: whether each row is times the power of two, at most 2^126, that brings its largest entry to [1, 2): near
-            the clean point the difference underflows in float16, in which the model may compute. Signs and normalised
-            directions of an image's gradient stay the same, unless the model's outputs for it depend on other images.
+        scaled: whether each row is multiplied by the power of two, at most 2^126, that brings its largest entry to
+            [1, 2): near the clean point the difference would underflow in float16, in which the model may compute.
+            Signs and normalised directions of an image's gradient stay the same, unless the model's outputs for it
+            depend on other images.
 
     Returns:
         [n, K] in the logits' dtype.
@@ -45,7 +46,7 @@ def ascent_direction(logits: Tensor, target: Tensor, scaled: bool = True) -> Ten
 
 
 def ascent_direction_reference(logits: Tensor, target: Tensor, scaled: bool = True) -> Tensor:
-    """`ascent_direction` in plain torch: the reference of the kernel, and what runs without one."""
+    """`ascent_direction` in plain torch: the kernel's reference and fallback."""
     gap = rows.softmax(logits).to(target.dtype) - target
     if not scaled:
         return gap.to(logits.dtype)
@@ -56,7 +57,7 @@ def ascent_direction_reference(logits: Tensor, target: Tensor, scaled: bool = Tr
 
 @or_plain(ascent_direction_reference)
 def launch_ascent_direction(logits: Tensor, target: Tensor, scaled: bool = True) -> Tensor:
-    """`ascent_direction` as one launch, of logits that `rows.kernel_takes`."""
+    """`ascent_direction` as one launch, for logits that `rows.kernel_takes`."""
     from bt_fast.kernels.ascent_direction import ascent_direction_fwd_kernel, ascent_direction_long_fwd_kernel
 
     kernels = ascent_direction_fwd_kernel, ascent_direction_long_fwd_kernel

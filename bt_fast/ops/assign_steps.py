@@ -1,4 +1,4 @@
-"""From signed variances to groups, steps and an order: fused kernels on CUDA, plain torch elsewhere."""
+"""Assigns groups, steps and an order by signed variances: fused kernels on CUDA, plain torch elsewhere."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from bt_fast.ops.order_by_steps import order_reference
 OUTLIER, BOUNDARY, ROBUST = 0, 1, 2
 GROUPS = ("outlier", "boundary", "robust")
 
-MOST_SAMPLES = 2**20  # of a batch for the kernels
-WARPS = {1024: 4, 8192: 16}  # of the one program, by the size of its block
-CHUNK = 1024  # of it at a time, once the threshold is known
-BLOCK = 2048  # of each program of a batch beyond that
+MOST_SAMPLES = 2**20  # in a batch for the kernels
+WARPS = {1024: 4, 8192: 16}  # of the single program, by its block size
+CHUNK = 1024  # of it at a time, after the threshold is known
+BLOCK = 2048  # of each program for larger batches
 BLOCKS = MOST_SAMPLES // BLOCK
 BLOCK_WARPS = 8
 BINS, DIGITS = 256, 4
@@ -50,13 +50,13 @@ def assign_steps(
     faults: Tensor | None = None,
     group_counts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Group each sample by the classification rule of Eq. 6, give each group its steps, and sort by them.
+    """Groups each sample by the classification rule of Eq. 6, gives each group its steps, and sorts by them.
 
-    `T = max(0, Percentile(SVar, 1 - F_R))`, interpolated between order statistics as `numpy.quantile`; NaN is the
+    `T = max(0, Percentile(SVar, 1 - F_R))`, interpolated between order statistics like `numpy.quantile`; NaN is the
     largest SVar. An outlier is misclassified, a robust sample correct with `SVar ≥ T`, a boundary sample any other. At
-    `F_R = 0` every correct sample is boundary, the largest too (the limit of Eq. 6).
+    `F_R = 0` every correct sample is boundary, also that with the largest SVar (the limit of Eq. 6).
 
-    On CUDA one launch up to m = 8192, and seven up to 2^20, not for SVar in float64.
+    On CUDA it is one launch up to m = 8192, and seven up to 2^20, except for SVar in float64.
 
     Args:
         svar: [m] float32 or float64, m ≥ 0.
@@ -64,8 +64,8 @@ def assign_steps(
         robust_fraction: 0-dim float64, F_R in [0, 1].
         group_steps: (N_O, N_B, N_R), each at least 0.
         group_step_sizes: (α_O, α_B, α_R).
-        unfit: [m] uint8, 0 for a sound sample; bit 0 and bit 1 are two kinds of fault.
-        faults: [f] int64, how often anything else was wrong.
+        unfit: [m] uint8, 0 for a valid sample; bit 0 and bit 1 are two kinds of fault.
+        faults: [f] int64, the counts of other faults.
         group_counts: [3] int64, to which the group sizes are added unless a sample is unfit or a fault not 0.
 
     Returns:
@@ -74,7 +74,7 @@ def assign_steps(
         group: [m] int64, one of OUTLIER, BOUNDARY, ROBUST.
         steps: [m] int64.
         step_size: [m] float64.
-        order: [m] int64, so that `steps[order]` never increases and equal counts keep their places.
+        order: [m] int64, so that `steps[order]` never increases; equal counts keep their order.
         counts: [n + 3 + f + 2] int64, which the host reads, n the largest of `group_steps`: how many samples have more
             than t steps for each t < n; the sizes of the groups; the faults; how many samples are unfit by bit 0, and
             how many by bit 1.
@@ -90,14 +90,14 @@ def assign_steps(
 
 @packed(Arguments)
 def assign_reference(a: Arguments) -> Assigned:
-    """`assign_steps` in plain torch: the reference of the kernel, and what runs without one."""
+    """`assign_steps` in plain torch: the kernel's reference and fallback."""
     threshold = robust_threshold(a.svar, a.robust_fraction)
     robust = (a.svar.double() >= threshold) & (a.robust_fraction > 0)
     group = a.correct.long() + (a.correct & robust)
 
     steps = torch.full_like(group, a.group_steps[OUTLIER])
     step_size = torch.full_like(group, a.group_step_sizes[OUTLIER], dtype=torch.float64)
-    for member in (BOUNDARY, ROBUST):  # by scalars: a table copied to the device would make the host wait
+    for member in (BOUNDARY, ROBUST):  # scalars, since copying a table to the device would make the host wait
         inside = group == member
         steps.masked_fill_(inside, a.group_steps[member])
         step_size.masked_fill_(inside, a.group_step_sizes[member])
@@ -115,12 +115,12 @@ def assign_reference(a: Arguments) -> Assigned:
 
 
 def robust_threshold(svar: Tensor, robust_fraction: Tensor, count: Tensor | None = None) -> Tensor:
-    """`T = max(0, Percentile(SVar, 1 - F_R))` (Eq. 6), interpolated between order statistics as `numpy.quantile`.
+    """Returns `T = max(0, Percentile(SVar, 1 - F_R))` (Eq. 6), interpolated like `numpy.quantile`.
 
     Args:
         svar: [m] floating point, m ≥ 0; NaN is the largest.
         robust_fraction: 0-dim, F_R in [0, 1].
-        count: 0-dim int64 in 1..m, how many of these are samples; the others are NaN. None: all.
+        count: 0-dim int64 in 1..m, the number of samples among these; the others are NaN. None: all.
 
     Returns:
         0-dim float64; 0 for an empty batch.
@@ -131,13 +131,13 @@ def robust_threshold(svar: Tensor, robust_fraction: Tensor, count: Tensor | None
     ordered = svar.sort().values.double()
     last = torch.full((), m, dtype=torch.int64, device=svar.device) - 1 if count is None else count - 1
     rank = (1.0 - robust_fraction.double()) * last
-    below = rank.floor().clamp(0, m - 1).nan_to_num()  # no index is out of range, whatever F_R was loaded
+    below = rank.floor().clamp(0, m - 1).nan_to_num()  # keeps every index in range, for any loaded F_R
     t = rank - below
     pair = torch.stack([below, torch.minimum(below + 1, last)]).long()
     low, high = ordered[pair].unbind()
-    # numpy's form: from the nearer end, so that the result is monotone and exact at both
+    # numpy's form: from the nearer end, so that the result is monotone, and exact at both ends
     percentile = torch.where(t < 0.5, low + (high - low) * t, high - (high - low) * (1.0 - t))
-    return torch.where(percentile <= 0, 0.0, percentile)  # one zero, whichever the sort put first
+    return torch.where(percentile <= 0, 0.0, percentile)  # a single zero, whichever one the sort put first
 
 
 @or_plain(assign_reference)
@@ -182,7 +182,7 @@ def launch_assign_in_blocks(a: Arguments) -> Assigned:
 
 
 def _bits(number: float) -> int:
-    """The 64 bits of a float, as a kernel takes it."""
+    """Returns the 64 bits of a float, the form for a kernel."""
     return int.from_bytes(struct.pack("<d", number), "little", signed=True)
 
 
@@ -195,7 +195,7 @@ def _kernel_takes(svar: Tensor) -> bool:
 
 
 def _results(a: Arguments) -> Assigned:
-    """The results, not yet filled."""
+    """Returns the results, not yet filled."""
     m, device = len(a.svar), a.svar.device
     numbers = max(a.group_steps) + 3 + _faults(a) + 2
     group, steps, order, counts = (torch.empty(n, dtype=torch.int64, device=device) for n in (m, m, m, numbers))

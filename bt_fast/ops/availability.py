@@ -1,7 +1,7 @@
-"""Whether kernels run on a device: on a CUDA one, until its properties or a launch show that they cannot.
+"""Decides whether kernels run on a device: on CUDA, until its properties or a launch show that they cannot.
 
-Then a warning says why, and the device's ops are plain torch for the rest of the process. A call costs one look-up in a
-dictionary.
+Then a warning says why, and the device's ops run in plain torch for the rest of the process. A call costs one look-up
+in a dictionary.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from bt_fast.device import out_of_memory
 from bt_fast.floors import FLOORS, numbers, too_old, upgrade
 
 LEAST_CAPABILITY = (7, 5)
-# every triton from the floor on compiles for these; from NEWER on for those too, and for bfloat16 on 7.5
+# every supported triton compiles for these; from NEWER on also for the next ones, and for bfloat16 on 7.5
 CAPABILITIES = ((7, 5), (8, 0), (8, 6), (8, 7), (8, 9), (9, 0))
 NEWER, NEWER_CAPABILITIES = [3, 6], ((10, 0), (10, 3), (12, 0), (12, 1))
 BFLOAT16_CAPABILITY = (8, 0)
@@ -35,7 +35,7 @@ Result = TypeVar("Result")
 
 
 class Plain(NamedTuple):
-    """Why a device's ops run in plain torch, and the command that helps, if one does."""
+    """Why a device's ops run in plain torch, and the command that helps, if any."""
 
     reason: str
     command: str | None = None
@@ -44,7 +44,7 @@ class Plain(NamedTuple):
 NO_TRITON = Plain("triton is not installed", f"python -m pip install 'triton>={FLOORS['triton']}'")
 
 _plain: dict[tuple[torch.device, bool], Plain | None] = {}  # by device and whether in bfloat16; None: kernels run
-_launched: set[torch.device] = set()  # where a launch went well
+_launched: set[torch.device] = set()  # devices with a successful launch
 _warnings: set[str] = set()  # already given
 
 
@@ -59,7 +59,7 @@ def kernels_run(x: Tensor) -> bool:
 
 
 def why_plain(device: torch.device, bfloat16: bool = False) -> Plain | None:
-    """Why ops on this CUDA device run in plain torch, as far as that is known now; or None."""
+    """Returns why ops on this CUDA device run in plain torch, as far as known; or None."""
     if (device, bfloat16) in _plain:
         return _plain[device, bfloat16]
     if problem := triton_problem():
@@ -80,12 +80,12 @@ def why_plain(device: torch.device, bfloat16: bool = False) -> Plain | None:
 
 @functools.cache
 def triton_problem() -> Plain | None:
-    """What is wrong with the installed triton, or None. Imports it if it is installed."""
+    """Returns what is wrong with the installed triton, or None. Imports it if it is installed."""
     if importlib.util.find_spec("triton") is None:
         return NO_TRITON
     try:
         version = triton_version()
-    except Exception as error:  # a broken installation raises whatever it likes
+    except Exception as error:  # a broken installation may raise anything
         return Plain(
             f"triton cannot be imported ({first_line(error)})", "python -m pip install --force-reinstall triton"
         )
@@ -95,7 +95,7 @@ def triton_problem() -> Plain | None:
 
 
 def triton_version() -> str:
-    """The version of the imported triton."""
+    """Returns the version of the imported triton."""
     import triton
 
     return str(triton.__version__)
@@ -105,8 +105,8 @@ def triton_version() -> str:
 def compiles_for(capability: tuple[int, int]) -> bool:
     """Whether triton compiles for a compute capability.
 
-    Its compiler aborts the whole process for a newer capability than its own. So one that is not known to work is tried
-    in another process, which takes seconds.
+    Its compiler aborts the whole process for a capability newer than it supports. So a capability that is not known to
+    work is tried in another process, which takes seconds.
     """
     if capability in CAPABILITIES or (numbers(triton_version())[:2] >= NEWER and capability in NEWER_CAPABILITIES):
         return True
@@ -118,10 +118,10 @@ def compiles_for(capability: tuple[int, int]) -> bool:
 
 
 def or_plain(reference: Callable[Given, Result]) -> Callable[[Callable[Given, Result]], Callable[Given, Result]]:
-    """Decorates a launch on the first argument's device: where none can be made, `reference` gives this call's results.
+    """Decorates a launch on the first argument's device: if it is impossible, `reference` computes this call's results.
 
-    That is, where nothing has been launched yet, or where triton lacks something outside of it. Any other error is a
-    bug, and raised; so is one of a full memory, and one inside a capture, which says nothing about the device.
+    An error shows that if no launch has succeeded yet, or if triton lacks something outside itself. Any other error is
+    a bug and raised; also raised are out of memory, and an error inside a capture, which says nothing about the device.
     """
 
     def decorated(launch: Callable[Given, Result]) -> Callable[Given, Result]:
@@ -149,17 +149,17 @@ def or_plain(reference: Callable[Given, Result]) -> Callable[[Callable[Given, Re
 
 
 def no_way_back(error: Exception) -> None:
-    """Mark an error of a launch after one that has changed the caller's tensors: plain torch would do so again."""
+    """Marks an error of a launch after one that changed the caller's tensors: plain torch would do so again."""
     error.no_way_back = True  # type: ignore[attr-defined]
 
 
 def first_line(error: BaseException) -> str:
-    """Type and first line of the message."""
+    """Returns type and first line of the message."""
     return f"{type(error).__name__}: {(str(error).splitlines() or ['no message'])[0]}"
 
 
 def _warn(device: torch.device, problem: Plain) -> None:
-    """Warn of a problem, once."""
+    """Warns of a problem, once."""
     cure = f". To have them: {problem.command}" if problem.command else ""
     text = (
         f"bt_fast runs in plain torch on {device}, since {problem.reason}: results are the same, but without fused "
@@ -171,7 +171,7 @@ def _warn(device: torch.device, problem: Plain) -> None:
 
 
 def _problem(error: Exception, x: Tensor) -> Plain | None:
-    """The device's problem that an error of a launch on `x` shows; None if it is a bug or shows none."""
+    """Returns the device's problem shown by an error of a launch on `x`; None if it is a bug or shows none."""
     if not x.is_cuda or hasattr(error, "no_way_back") or out_of_memory(error):
         return None
     if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
@@ -183,7 +183,7 @@ def _problem(error: Exception, x: Tensor) -> Plain | None:
 
 
 def _lacking(error: Exception) -> Plain | None:
-    """What triton lacks outside of it: a C compiler or Python's header for its launcher, or a place for its cache."""
+    """Returns what triton lacks: a C compiler or Python's header for its launcher, or a place for its cache."""
     if "Failed to find C compiler" in str(error):
         return Plain("triton finds no C compiler to build its launcher with", "sudo apt-get install gcc")
     if isinstance(error, subprocess.CalledProcessError):
@@ -200,5 +200,5 @@ def _lacking(error: Exception) -> Plain | None:
 
 
 def python_header() -> Path:
-    """Python's own header file, which the launcher of a kernel includes."""
+    """Returns Python's own header file, which the launcher of a kernel includes."""
     return Path(sysconfig.get_paths()["include"]) / "Python.h"

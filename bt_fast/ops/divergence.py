@@ -1,7 +1,7 @@
 """The losses of the update: a fused kernel on CUDA, plain torch elsewhere.
 
-A loss of the update is one op: the loss of every row and, computed in the same pass, its gradient with respect to all
-logits. Its backward scales them. A second derivative goes through the plain torch of the reference.
+A loss of the update is one op: it computes the loss of every row and, in the same pass, its gradient with respect to
+all logits. Its backward scales these. A second derivative goes through the plain torch of the reference.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from bt_fast.ops.launch import MOST_INT32, check, define_op, run_kernel
 from bt_fast.ops.numeric import wide
 from bt_fast.ops.rows import check_logits, kernel_takes, result_dtype
 
-# By the number of a loss's logits, such that no compiler spills registers: the most classes of which a block holds
-# whole rows, its rows and its warps; and beyond, so many classes at a time.
+# By a loss's number of logits, such that no compiler spills registers: the most classes for which a block holds whole
+# rows, its rows and its warps; and for more classes, the number of classes at a time.
 TILES = {2: ((32, 4, 4), (1024, 1, 8)), 3: ((32, 4, 4), (1024, 1, 16))}
 LOOPED = {2: (2048, 1, 16), 3: (1024, 1, 16)}
 
@@ -27,10 +27,10 @@ Rows = tuple[Tensor, ...]  # the losses of the rows, and a gradient for each of 
 
 
 def trades_kl(adversarial_logits: Tensor, clean_logits: Tensor, weights: Tensor | None = None) -> Tensor:
-    """`Σ_i w_i KL(softmax(z_i) ‖ softmax(z'_i))`, the robust term of TRADES, differentiable in both logits.
+    """Returns `Σ_i w_i KL(softmax(z_i) ‖ softmax(z'_i))`, the robust term of TRADES, differentiable in both logits.
 
-    Loss and gradients are finite however saturated the rows are, but for a class that only z' rules out (by -Inf):
-    there the divergence is infinite. NaN or +Inf makes its row NaN.
+    Loss and gradients are finite for rows of any saturation, except for a class that only z' rules out (by -Inf): there
+    the divergence is infinite. NaN or +Inf makes its row NaN.
 
     Args:
         adversarial_logits: [n, K] floating point, z'.
@@ -49,19 +49,19 @@ def trades_kl(adversarial_logits: Tensor, clean_logits: Tensor, weights: Tensor 
 def mart_loss(
     clean_logits: Tensor, adversarial_logits: Tensor, labels: Tensor, beta: float, weights: Tensor | None = None
 ) -> Tensor:
-    """`1/n Σ_i w_i l_i`, the loss of MART (Wang et al., 2020) as its authors' code computes it.
+    """Returns `1/n Σ_i w_i l_i`, the loss of MART (Wang et al., 2020) as its authors' code computes it.
 
     `l = -log q_y - log(1.0001 - q_r + 1e-12) + β·KL(p ‖ q + 1e-12)·(1.0000001 - p_y)` with `p = softmax(z)`,
-    `q = softmax(z')` and r the largest wrong class of q (the first of equals), differentiable in both logits: through
-    the target and the weight too. Loss and gradients are finite however saturated the rows are, but for a label that z'
-    rules out (by -Inf): there the loss is infinite. NaN or +Inf makes its row NaN, and so does a label outside 0..K-1.
+    `q = softmax(z')` and r the largest wrong class of q (the first of equals), differentiable in both logits, also
+    through the target and the weight. Loss and gradients are finite for rows of any saturation, except for a label that
+    z' rules out (by -Inf): there the loss is infinite. NaN, +Inf, or a label outside 0..K-1 makes its row NaN.
 
     Args:
         clean_logits: [n, K ≥ 2] floating point, z.
         adversarial_logits: [n, K] of the same dtype, z'.
         labels: [n] int64, y.
         beta: β.
-        weights: w, as in `trades_kl`, and so are result and errors.
+        weights: w, as in `trades_kl`, with its result and errors.
     """
     rows = mart_loss_rows(clean_logits, adversarial_logits, labels, beta)[0]
     n: int = rows.shape[0]
@@ -71,16 +71,16 @@ def mart_loss(
 def js_divergence(
     clean_logits: Tensor, first_logits: Tensor, second_logits: Tensor, weights: Tensor | None = None
 ) -> Tensor:
-    """`Σ_i w_i JS_i` of AugMix (Hendrycks et al., 2020): the Jensen-Shannon divergence of three views' distributions.
+    """Returns `Σ_i w_i JS_i` of AugMix (Hendrycks et al., 2020), Jensen-Shannon divergences of three distributions.
 
     `JS = Σ_j KL(p_j ‖ M)/3` with `M = clamp((p_1 + p_2 + p_3)/3, 1e-7, 1)`, differentiable in all logits (the clamp
-    passes no gradient where it cuts off). It is the sum over the rows, where AugMix' authors take the mean: divide by
-    the size of the batch. Finite however saturated the rows are; NaN or +Inf makes its row NaN.
+    passes no gradient where it cuts off). It is the sum over the rows, whereas AugMix' authors take the mean: divide by
+    the size of the batch. Finite for rows of any saturation; NaN or +Inf makes its row NaN.
 
     Args:
         clean_logits: [n, K] floating point.
         first_logits: [n, K] of the same dtype, second_logits: likewise; of the augmented views.
-        weights: w, as in `trades_kl`, and so are result and errors.
+        weights: w, as in `trades_kl`, with its result and errors.
     """
     return _total(js_divergence_rows(clean_logits, first_logits, second_logits)[0], clean_logits, weights)
 
@@ -91,7 +91,7 @@ def _total(rows: Tensor, logits: Tensor, weights: Tensor | None) -> Tensor:
 
 
 def trades_kl_reference(adversarial_logits: Tensor, clean_logits: Tensor) -> Rows:
-    """`trades_kl_rows` in plain torch: the reference of the kernel, and what runs without one."""
+    """`trades_kl_rows` in plain torch: the kernel's reference and fallback."""
     log_q, log_p = (F.log_softmax(wide(z), dim=1) for z in (adversarial_logits, clean_logits))
     q, p = log_q.exp(), log_p.exp()
     terms = _times_gap(p, log_p, log_q)
@@ -109,10 +109,10 @@ def launch_trades_kl(adversarial_logits: Tensor, clean_logits: Tensor) -> Rows:
 
 
 def mart_loss_reference(clean_logits: Tensor, adversarial_logits: Tensor, labels: Tensor, beta: float) -> Rows:
-    """`mart_loss_rows` in plain torch: the reference of the kernel, and what runs without one.
+    """`mart_loss_rows` in plain torch: the kernel's reference and fallback.
 
     `1.0001 - q_r` and `1.0000001 - p_y` are computed as the sum of the other probabilities: in float32 the difference
-    has a rounding error as large as what is left of it.
+    has a rounding error as large as itself.
     """
     classes = torch.arange(clean_logits.shape[1], device=labels.device)
     of_label = classes == labels[:, None]
@@ -151,7 +151,7 @@ def launch_mart_loss(clean_logits: Tensor, adversarial_logits: Tensor, labels: T
 
 
 def js_divergence_reference(clean_logits: Tensor, first_logits: Tensor, second_logits: Tensor) -> Rows:
-    """`js_divergence_rows` in plain torch: the reference of the kernel, and what runs without one."""
+    """`js_divergence_rows` in plain torch: the kernel's reference and fallback."""
     log_ps = [F.log_softmax(wide(z), dim=1) for z in (clean_logits, first_logits, second_logits)]
     ps = [log_p.exp() for log_p in log_ps]
     mean = (ps[0] + ps[1] + ps[2]) / 3.0
@@ -164,7 +164,7 @@ def js_divergence_reference(clean_logits: Tensor, first_logits: Tensor, second_l
 
 
 def _js_gradient(p: Tensor, p_times_g: Tensor) -> Tensor:
-    """From the derivatives g/3 with respect to the probabilities to those with respect to the logits."""
+    """Converts derivatives g/3 by the probabilities to those by the logits."""
     return (p_times_g - p * p_times_g.sum(dim=1, keepdim=True)) / 3.0
 
 
@@ -178,22 +178,22 @@ def launch_js_divergence(clean_logits: Tensor, first_logits: Tensor, second_logi
 
 
 def _times_gap(p: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
-    """`p·(log p - log q)`; where p is 0 it is 0, even against log 0 on both sides."""
+    """Returns `p·(log p - log q)`; it is 0 if p is 0, even with log 0 on both sides."""
     return p * torch.where(p > 0, log_p - log_q, 0.0)
 
 
 def tile(classes: int, logits: int) -> tuple[int, int, int]:
-    """The classes and rows of a block and its warps; one of `LOOPED` where rows do not fit into any."""
+    """Returns the classes and rows of a block and its warps; those of `LOOPED` if no block holds whole rows."""
     return next((t for t in TILES[logits] if classes <= t[0]), LOOPED[logits])
 
 
 def whole(classes: int, logits: int) -> bool:
-    """Whether a block holds whole rows of so many classes."""
+    """Whether a block holds whole rows of this many classes."""
     return classes <= TILES[logits][-1][0]
 
 
 def _launch(one_block: Any, looped: Any, logits: Rows, labels: Rows = (), numbers: tuple[float, ...] = ()) -> Rows:
-    """Launch the kernel for whole rows where they fit into a block, and the looped one where they do not."""
+    """Launches the kernel for whole rows if they fit into a block, else the looped one."""
     results = _empty_results(*logits)
     n, classes = logits[0].shape
     if n == 0:
@@ -207,7 +207,7 @@ def _launch(one_block: Any, looped: Any, logits: Rows, labels: Rows = (), number
 
 
 def _empty_results(*logits: Tensor) -> Rows:
-    """The losses of the rows, and a gradient for each of the logits, not yet filled."""
+    """Returns the losses of the rows, and a gradient for each of the logits, not yet filled."""
     z = logits[0]
     loss = torch.empty(z.shape[0], dtype=result_dtype(z), device=z.device)
     return loss, *(torch.empty(z.shape, dtype=z.dtype, device=z.device) for z in logits)
@@ -226,7 +226,7 @@ def _check_mart(clean_logits: Tensor, adversarial_logits: Tensor, labels: Tensor
 
 
 def _register_gradient(op: Any, reference: Callable[..., tuple[Tensor, ...]], logits: int) -> None:
-    """Make the losses of `op` differentiable in its first arguments, the `logits`, whose gradients it returns too."""
+    """Makes the losses of `op` differentiable in its first arguments, the `logits`; it also returns their gradients."""
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.set_materialize_grads(False)
@@ -238,7 +238,7 @@ def _register_gradient(op: Any, reference: Callable[..., tuple[Tensor, ...]], lo
         if upstream is None:
             return (None,) * (logits + len(ctx.constants))
         gradients = ctx.saved_tensors[logits:]
-        if torch.is_grad_enabled():  # a second derivative is wanted: the gradients as functions of the logits
+        if torch.is_grad_enabled():  # for a second derivative: the gradients as functions of the logits
             gradients = reference(*ctx.saved_tensors[:logits], *ctx.constants)[1:]
         scaled = (
             (g * upstream[:, None]).to(g.dtype) if needed else None

@@ -24,7 +24,7 @@ from bt_fast.ops.numeric import per_sample, wide
 
 NOISES = ("normal", "uniform")
 WARPS = 4
-BLOCK = WARPS * 32 * 4  # a thread has the four elements of one Philox call: 128 bits of float32
+BLOCK = WARPS * 32 * 4  # a thread has the four elements of one Philox call: 128 bits in float32
 PHILOX_MULTIPLIERS, PHILOX_KEYS, PHILOX_ROUNDS = (0xD2511F53, 0xCD9E8D57), (0x9E3779B9, 0xBB67AE85), 10
 LOW = 0xFFFFFFFF
 # polynomials of the kernel, from the highest power: -2·ln(1 + g) / g to 4e-7, cos(½πt) and sin(½πt) / t of z = t²
@@ -58,30 +58,28 @@ def gather_start(
     upper: float | None = None,
     samples: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The batch in sorted order, and where the attack on it starts: `clip(x + scale·noise, lower, upper)`.
+    """Returns the batch in sorted order, and the attack's start: `clip(x + scale·noise, lower, upper)`.
 
-    Sorted row i is sample `order[i]`. A sample with no steps starts at x, to the bit, and is not clipped. For dense
-    images a kernel reads each element once and writes two; a second launch of one number moves the offset. No gradient
-    passes.
+    Sorted row i is sample `order[i]`. A sample without steps starts exactly at x and is not clipped. For dense images a
+    kernel reads each element once and writes two; a second launch of one number moves the offset. No gradient passes.
 
-    The noise is that of a counter, and the same to the bit on every device and in every dtype: element e of sample s,
-    counted in the order in which the sample lies in memory, has output `e mod 4` of Philox4x32-10 with the counter
-    `(e div 4, s, offset)` and the seed as key; s is the sample's place in the batch, or its number in `samples`. So it
-    depends neither on `order` nor on what else is in the batch, but images in channels-last have it in other places
-    than contiguous ones. 32 bits make a number in [-1, 1], or, two by two, normal numbers of up to 6.8 (Box and Muller,
-    1958; logarithm, sine and cosine to 1e-6).
+    The noise is counter-based, and the same bit for bit on every device and in every dtype: element e of sample s, in
+    memory order, has output `e mod 4` of Philox4x32-10 with the counter `(e div 4, s, offset)` and the seed as key; s
+    is the sample's place in the batch, or its number in `samples`. So it depends neither on `order` nor on the rest of
+    the batch, but channels-last images have it at other places than contiguous ones. 32 bits make a number in [-1, 1],
+    or, two by two, normal numbers of up to 6.8 (Box and Muller, 1958; logarithm, sine and cosine to 1e-6).
 
     Args:
         x: [m, ...] floating point.
         order: [m] int64, a permutation or any indices of samples, or None: the batch's own order. Its values are not
-            checked (that would mean to wait for the device); one outside 0..m-1 reads memory that is not the images'.
-        steps: [m] int64 or int32, of the batch's own order: 0 where a sample does not move. None: all move.
-        state: [2] int64, seed and offset. The offset is moved on by one, on the device: a CUDA graph that holds this
-            op draws other noise in each replay.
+            checked, which would wait for the device; an index outside 0..m-1 reads foreign memory.
+        steps: [m] int64 or int32, in the batch's own order: 0 if a sample does not move. None: all move.
+        state: [2] int64, seed and offset. The offset is increased by one on the device, so that each replay of a CUDA
+            graph with this op draws new noise.
         noise: "normal" (standard) or "uniform" (in [-1, 1]).
         scale: standard deviation, or ε (rounded to the images' dtype), in pixel units.
-        lower: the least pixel value, upper: the greatest; None: without bound.
-        samples: [m] int64 in 0..2^32-1, of the batch's own order: each sample's number for the noise. None: its place.
+        lower: the least pixel value, upper: the greatest; None: no bound.
+        samples: [m] int64 in 0..2^32-1, in the batch's own order: each sample's number for the noise. None: its place.
 
     Returns:
         clean and start, both new, of x's shape and dtype, dense in x's memory format.
@@ -95,7 +93,7 @@ def gather_start(
 
 @packed(Start)
 def gather_start_reference(s: Start) -> tuple[Tensor, Tensor]:
-    """`gather_start` in plain torch, but for the offset, which stays."""
+    """`gather_start` in plain torch, but without moving the offset."""
     x = s.x
     clean, start = _like(x), _like(x)
     dense = x if dense_format(x) else x.contiguous()
@@ -113,7 +111,7 @@ def gather_start_reference(s: Start) -> tuple[Tensor, Tensor]:
 
 
 def unit_noise(samples: Tensor, length: int, state: Tensor, noise: str) -> Tensor:
-    """`length` normal or uniform numbers for each of the samples [n], as `gather_start` says: [n, length], float32."""
+    """`length` normal or uniform numbers for each of the samples [n], see `gather_start`: [n, length], float32."""
     calls = -(-length // 4)
     offset = state[1]
     call = torch.arange(calls, device=samples.device)
@@ -143,20 +141,20 @@ def philox(seed: Tensor, counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> tupl
     rounds = torch.arange(PHILOX_ROUNDS, device=seed.device)
     keys = [(part + rounds * key) & LOW for part, key in zip((seed, seed >> 32), PHILOX_KEYS, strict=True)]
     for k0, k1 in zip(*keys, strict=True):
-        p0, p1 = c0 * PHILOX_MULTIPLIERS[0], c2 * PHILOX_MULTIPLIERS[1]  # 64 bits, whatever the sign
+        p0, p1 = c0 * PHILOX_MULTIPLIERS[0], c2 * PHILOX_MULTIPLIERS[1]  # 64 bits, for either sign
         c0, c1, c2, c3 = ((p1 >> 32) ^ c1 ^ k0) & LOW, p1, ((p0 >> 32) ^ c3 ^ k1) & LOW, p0
     return c0, c1 & LOW, c2, c3 & LOW
 
 
 def _normal_pair(uniform: Tensor, angle: Tensor, out: Tensor) -> None:
-    """Write two normal numbers [..., 2] of twice 32 random bits, operation by operation as the kernel."""
+    """Writes two normal numbers [..., 2] from twice 32 random bits, with the kernel's operations."""
     mantissa = uniform.to(torch.float32).add_(0.5)
     bits = mantissa.view(torch.int32)
     exponent = (bits - 0x3F2AAAAB).bitwise_right_shift_(23)
     bits.sub_(exponent << 23)
     g = mantissa.sub_(1.0)
     squared = _polynomial(g, LOGARITHM).mul_(g).add_((32 - exponent).to(torch.float32).mul_(1.3862944))
-    r = squared.double().sqrt_().float()  # torch's root in float32 is not always the nearest number
+    r = squared.double().sqrt_().float()  # torch's float32 root is not always correctly rounded
     angle = angle.to(torch.int32)
     r.view(torch.int32).bitwise_xor_(angle & -(2**31))
     t = (angle << 1).to(torch.float32).mul_(2.0**-31)
@@ -166,7 +164,7 @@ def _normal_pair(uniform: Tensor, angle: Tensor, out: Tensor) -> None:
 
 
 def _polynomial(z: Tensor, coefficients: tuple[float, ...]) -> Tensor:
-    """Horner's scheme, from the highest power."""
+    """Evaluates by Horner's scheme, from the highest power."""
     total = z * coefficients[0]
     for coefficient in coefficients[1:-1]:
         total.add_(coefficient).mul_(z)
@@ -176,7 +174,7 @@ def _polynomial(z: Tensor, coefficients: tuple[float, ...]) -> Tensor:
 @or_plain(gather_start_reference)
 @packed(Start)
 def launch_gather_start(s: Start) -> tuple[Tensor, Tensor]:
-    """`gather_start` as one launch, but for the offset, which stays. The images are dense: `_kernel_takes(x)`."""
+    """`gather_start` as one launch, but without moving the offset. The images are dense: `_kernel_takes(x)`."""
     from bt_fast.kernels.gather_start import gather_start_fwd_kernel
 
     clean, start = _like(s.x), _like(s.x)
@@ -197,22 +195,22 @@ def _kernel_takes(x: Tensor) -> bool:
 
 
 def _blocks(x: Tensor) -> int:
-    """Programs for each sample."""
+    """Returns the number of programs for each sample."""
     return -(-math.prod(x.shape[1:]) // BLOCK)
 
 
 def _scale(s: Start) -> float:
-    """ε as the projection has it, so that no start lies outside."""
+    """Returns ε in the form of the projection, so that no start lies outside."""
     return rounded(s.scale, s.x.dtype) if s.noise == "uniform" else float(s.scale)
 
 
 def _like(x: Tensor) -> Tensor:
-    """An empty tensor, dense in the memory format of `x`; contiguous where that has none."""
+    """Returns an empty tensor, dense in the memory format of `x`, or contiguous if `x` has none."""
     return torch.empty_like(x, memory_format=dense_format(x) or torch.contiguous_format)
 
 
 def _flat(x: Tensor) -> Tensor:
-    """A dense tensor as [m, length], in the order in which it lies in memory."""
+    """Returns a dense tensor as [m, length], in memory order."""
     lies = x if x.is_contiguous() else x.movedim(1, -1)
     return lies.view(len(x), math.prod(x.shape[1:]))
 
@@ -232,7 +230,7 @@ def _check(s: Start) -> None:
 def _run(x: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     started = (launch_gather_start if _kernel_takes(x) else gather_start_reference)(x, *others)
     state: Tensor = others[2]
-    state[1].add_(1)  # a launch of its own: while the other runs, all of it must see the old offset
+    state[1].add_(1)  # a separate launch: while the other runs, all of it must see the old offset
     return started
 
 

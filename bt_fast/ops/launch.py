@@ -1,4 +1,4 @@
-"""What the ops share: registration, the launch of a kernel, how dense images lie, and checks of arguments."""
+"""Common code of the ops: registration, the launch of a kernel, the layout of dense images, and checks of arguments."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from bt_fast.ops.availability import kernels_run
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# a launch counts programs, rows and the offsets within a row in int32; the spare covers the last block's tail
+# a launch counts programs, rows and offsets within a row in int32; the reserve covers the last block's tail
 MOST_INT32 = 2**31 - 2**16
 
 Fields = ParamSpec("Fields")
@@ -24,12 +24,12 @@ Result = TypeVar("Result")
 def define_op(
     schema: str, check: Callable[..., None], run: Callable[..., Any], results: Callable[..., Any] = lambda *_: None
 ) -> Any:
-    """Register an op of `bt_fast`; each function takes its arguments in the order of the schema.
+    """Registers an op of `bt_fast`; each function takes its arguments in the order of the schema.
 
     Args:
-        schema: name, arguments and results, as `torch.library` has them.
+        schema: name, arguments and results, in `torch.library`'s form.
         check: raises TypeError or ValueError unless the arguments fit; called first in both others.
-        run: computes.
+        run: computes the results.
         results: empty tensors like those that `run` returns, for a trace.
     """
 
@@ -48,7 +48,7 @@ def define_op(
 
 
 def packed(kind: Callable[Fields, Packed]) -> Callable[[Callable[[Packed], Result]], Callable[Fields, Result]]:
-    """Decorates a function that takes a named tuple of this kind: it is called with the fields."""
+    """Decorates a function of a named tuple of this kind: it is then called with the fields."""
 
     def decorated(function: Callable[[Packed], Result]) -> Callable[Fields, Result]:
         @functools.wraps(function)
@@ -61,33 +61,34 @@ def packed(kind: Callable[Fields, Packed]) -> Callable[[Callable[[Packed], Resul
 
 
 def run_kernel(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
-    """Launch so many programs of a kernel. Multiplications and additions are not fused."""
+    """Launches this many programs of a kernel. Multiplications and additions are not fused."""
     kernel[(programs,)](*arguments, **constants, enable_fp_fusion=False)
 
 
 def dense_format(x: Tensor) -> torch.memory_format | None:
-    """The dense format of `x` with the sample outermost; None where it is not dense, or permuted in another way."""
+    """Returns the dense format of `x` with the sample outermost; None if it is not dense, or permuted otherwise."""
     formats = [torch.contiguous_format]
     formats += {4: [torch.channels_last], 5: [torch.channels_last_3d]}.get(x.dim(), [])
     return next((f for f in formats if x.is_contiguous(memory_format=f)), None)
 
 
 def takes_images(x: Tensor, programs: int) -> bool:
-    """Whether so many programs can compute images such as `x` [n, ...]: on CUDA, dense, and not in float64."""
+    """Whether this many programs can compute images like `x` [n, ...]: on CUDA, dense, and not in float64."""
     if not x.is_cuda or x.dtype not in KERNEL_DTYPES or dense_format(x) is None:
         return False
     return max(x[:1].numel(), programs) < MOST_INT32 and kernels_run(x)
 
 
 def contiguous(values: Tensor | None) -> Tensor | None:
-    """`values`, copied if they are not contiguous."""
+    """Returns `values`, copied if they are not contiguous."""
     return None if values is None else values.contiguous()
 
 
 def rounded(value: float, dtype: torch.dtype) -> float:
-    """A number as it is in `dtype`, infinite if it is too large for it.
+    """Returns a number rounded to `dtype`, infinite if it is too large.
 
-    torch subtracts it so from 16-bit tensors on the CPU, but not on CUDA; and it does not clamp at one too large.
+    torch rounds it before subtracting it from 16-bit tensors on the CPU, but not on CUDA; and it does not clamp at one
+    that is too large.
     """
     return torch.tensor(value, dtype=dtype, device="cpu").item() if dtype.itemsize < 8 else float(value)
 
@@ -100,9 +101,9 @@ def check(
     device: torch.device,
     changed: bool = False,
 ) -> None:
-    """Raise TypeError or ValueError that names `name` unless `values`, if given, have shape, dtype and device.
+    """Raises TypeError or ValueError that names `name` unless `values`, if given, have shape, dtype and device.
 
-    What is `changed` in place must be contiguous too.
+    Values `changed` in place must also be contiguous.
     """
     if values is None:
         return
@@ -119,7 +120,7 @@ def check(
 
 
 def check_images(name: str, x: Tensor) -> None:
-    """Raise TypeError or ValueError that names `name` unless `x` is floating point [n, ...]."""
+    """Raises TypeError or ValueError that names `name` unless `x` is floating point [n, ...]."""
     if not x.is_floating_point():
         raise TypeError(f"{name} must be floating point, got {x.dtype}: write {name}.float()")
     if x.dim() < 1:

@@ -1,4 +1,4 @@
-"""The order of a ragged attack, from any step counts: a fused kernel on CUDA, plain torch elsewhere."""
+"""The order of a ragged attack, for any step counts: a fused kernel on CUDA, plain torch elsewhere."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from bt_fast.ops.launch import define_op, run_kernel
 
 ONE_LAUNCH = 8192  # the most samples whose pairs one launch compares
 MOST_SAMPLES = 2**20
-MOST_CELLS = 2**24  # of the table of counts, of every number of steps in every block
+MOST_CELLS = 2**24  # in the table of counts, of every number of steps in every block
 PAIRS = {"BLOCK_I": 32, "BLOCK_J": 128, "num_warps": 4}
 COUNT = {"BLOCK": 256, "num_warps": 4}
 PLACE = {"BLOCK": 256, "TILE": 32, "num_warps": 8}
 
 
 def order_by_steps(steps: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """The stable order by descending step count, and how many samples are active at each step.
+    """Returns the stable order by descending step count, and how many samples are active at each step.
 
-    On CUDA one launch up to m = 8192, and six up to 2^20 while (most + 1)·⌈m/256⌉ is at most 2^24; plain torch beyond.
+    On CUDA one launch up to m = 8192, and six up to 2^20 if (most + 1)·⌈m/256⌉ is at most 2^24; else plain torch.
 
     Args:
         steps: [m] integers in 0..most.
@@ -41,9 +41,9 @@ def _kernel_takes(steps: Tensor) -> bool:
 
 
 def order_reference(steps: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """`order_by_steps` in plain torch: the reference of the kernel, and what runs without one."""
+    """`order_by_steps` in plain torch: the kernel's reference and fallback."""
     ordered, order = steps.sort(descending=True, stable=True)
-    # how many come before a count of t; negated, since a search wants an ascending row
+    # how many come before a count of t; negated, since the search needs an ascending row
     return order, torch.searchsorted(-ordered, -torch.arange(most, dtype=steps.dtype, device=steps.device))
 
 
@@ -60,7 +60,7 @@ def launch_order(steps: Tensor, most: int) -> tuple[Tensor, Tensor]:
 
 @or_plain(order_reference)
 def launch_order_in_blocks(steps: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """`order_by_steps` for any 0 < m ≤ MOST_SAMPLES: count in blocks, add up, place."""
+    """`order_by_steps` for any 0 < m ≤ MOST_SAMPLES: counts in blocks, adds up, places."""
     from bt_fast.kernels.order_by_steps import count_steps_fwd_kernel, place_by_steps_fwd_kernel
 
     m, steps = len(steps), steps.contiguous()
@@ -70,7 +70,7 @@ def launch_order_in_blocks(steps: Tensor, most: int) -> tuple[Tensor, Tensor]:
     run_kernel(count_steps_fwd_kernel, blocks, steps, cells, m, most, blocks, **COUNT)
     starts = cells.cumsum(0)
     run_kernel(place_by_steps_fwd_kernel, blocks, steps, starts, order, m, most, blocks, **PLACE)
-    # where the samples with t steps begin, there are all those with more
+    # samples with t steps begin after all those with more
     return order, starts[blocks:-1:blocks].flip(0)
 
 

@@ -26,7 +26,7 @@ from bt_fast.ops.pgd_step import (
     split,
 )
 
-STAND_IN_BLOCK = 512  # one element a thread: making random numbers takes registers
+STAND_IN_BLOCK = 512  # one element a thread, since making random numbers takes registers
 
 
 class L2Step(NamedTuple):
@@ -62,12 +62,13 @@ def l2_step_(
 ) -> None:
     """One projected step of steepest ascent in ℓ2, in place: `x' ← x + renorm(clip(x' + α_i·g/‖g‖, lower, upper) - x)`.
 
-    Clamped to the bounds once more, since rounding may leave them. Norms are those of a whole sample, of gradients of
-    any magnitude. A sample whose gradient holds NaN or Inf has no direction: it stays, and is marked in `faulty`.
+    The result is clamped to the bounds again, since rounding may leave them. Norms are over a whole sample, for
+    gradients of any magnitude. A sample with NaN or Inf in its gradient has no direction: it does not move, and is
+    marked in `faulty`.
 
     For dense images of up to 4096 elements one kernel reads each of the three tensors once and writes one; for others
-    two make seven reads and one write. A last small launch, which reads one number of each sample, moves those whose
-    gradient is 0. A gradient in another memory format than the images' is copied first.
+    two make seven reads and one write. A last small launch, which reads one number of each sample, moves those with a
+    zero gradient. A gradient in another memory format than the images' is copied first.
 
     Args:
         x_adv: [n, ...] floating point, at least two dimensions, changed in place.
@@ -88,7 +89,7 @@ def l2_step_(
 
 @packed(L2Step)
 def l2_reference(s: L2Step) -> None:
-    """`pgd_l2_step_` in plain torch: the reference of the kernel, and what runs without one."""
+    """`pgd_l2_step_` in plain torch: the kernel's reference and fallback."""
     if s.x_adv.numel() == 0:
         return
     wide_clean = wide(s.clean)
@@ -110,13 +111,13 @@ def _shrunk(delta: Tensor, s: L2Step) -> Tensor:
 
 
 def _direction(grad: Tensor, stand_in: Tensor, x_adv: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The direction of each sample's step, in a new tensor, and whether it has none [n]; None where all have."""
+    """Returns each sample's direction in a new tensor, and which samples have none [n], or None if all have one."""
     norm = rows_of(grad).norm(dim=1)
-    # on the CPU the norms show that no square overflowed or vanished; elsewhere to read them would mean to wait
+    # on the CPU the norms show that no square overflowed or vanished; elsewhere reading them would wait
     if grad.is_cpu and ((norm > 1e-15) & (norm < 1e15)).all():
         return grad / per_sample(norm, grad), None
     top = torch.linalg.vector_norm(rows_of(grad), math.inf, dim=1)
-    # a power of two, which brings the greatest number near 1
+    # a power of two that brings the greatest number near 1
     scale = (torch.frexp(top).mantissa / top).clamp(max=1 / torch.finfo(top.dtype).tiny)
     scaled = grad * per_sample(scale, grad)
     direction = scaled.div_(per_sample(rows_of(scaled).norm(dim=1), grad))
@@ -128,9 +129,9 @@ def _direction(grad: Tensor, stand_in: Tensor, x_adv: Tensor) -> tuple[Tensor, T
 
 
 def seeded_normal(seed: Tensor, x: Tensor) -> Tensor:
-    """Standard normal numbers in the shape of `x` [n, ...]: sums of the 16 bytes of Philox-4x32-10, centred and scaled.
+    """Standard normal numbers in the shape of `x` [n, ...]: scaled, centred sums of the 16 bytes of Philox-4x32-10.
 
-    The counter is (place in the sample's memory, sample, 0, 0) and the key the seed: the kernel makes the same ones.
+    The counter is (place in the sample's memory, sample, 0, 0) and the key the seed, as in the kernel.
     """
     like = torch.empty_like(x)
     place = torch.arange(x[0].numel(), device=x.device)
@@ -146,7 +147,7 @@ def seeded_normal(seed: Tensor, x: Tensor) -> Tensor:
 @or_plain(l2_reference)
 @packed(L2Step)
 def launch_l2(s: L2Step) -> None:
-    """`pgd_l2_step_` as two launches, or for long samples three. The images are dense: `kernel_takes(x_adv)`."""
+    """`pgd_l2_step_` as two launches, or three for long samples. The images are dense: `kernel_takes(x_adv)`."""
     from bt_fast.kernels import pgd_step as kernels
 
     if s.x_adv.numel() == 0:
@@ -195,7 +196,7 @@ def _check(s: L2Step) -> None:
 
 pgd_l2_step_ = define_op(
     "pgd_l2_step_(Tensor(a0!) x_adv, Tensor grad, Tensor clean, Tensor step_size, float epsilon, float lower, "
-    "float upper, Tensor stand_in, Tensor? steps, Tensor? step, Tensor(a10!)? faulty, Tensor? epsilons=None) -> ()",
+    "float upper, Tensor stand_in, Tensor? steps, Tensor? step, Tensor(a10!)? faulty, Tensor? epsilons) -> ()",
     check=lambda *given: _check(L2Step(*given)),
     run=lambda *given: (launch_l2 if kernel_takes(given[0]) else l2_reference)(*given),
 )

@@ -26,8 +26,8 @@ from bt_fast.ops.rows import result_dtype
 if TYPE_CHECKING:
     from bt_fast.ops.pgd_l2_step import L2Step
 
-PART_WARPS = 4  # of a program that works on a part of a long sample
-LONG_BLOCK = 2048  # what a program that goes over a long sample takes at once
+PART_WARPS = 4  # of a program for a part of a long sample
+LONG_BLOCK = 2048  # elements at a time, for a program that goes over a long sample
 
 
 class Step(NamedTuple):
@@ -61,7 +61,7 @@ def linf_step_(
 ) -> None:
     """One projected step of steepest ascent in ℓ∞, in place: `x' ← clip(clip(x' + α_i·sign(g), x ± ε), lower, upper)`.
 
-    A sample whose gradient holds NaN stays as it is and is marked in `faulty`. ±Inf is a direction like any other.
+    A sample with NaN in its gradient does not move and is marked in `faulty`. ±Inf is a direction like any other.
 
     For dense images of up to 4096 elements one kernel reads each of the three tensors once and writes one; for longer
     ones (and a few others: see `sample_block`) one more reads the gradient to find NaN. A gradient in another memory
@@ -76,7 +76,7 @@ def linf_step_(
         lower: the least pixel value, upper: the greatest.
         steps: [n] integers: only samples with `steps[i] > step` move. Without it, all do.
         step: 0-dim integer on the device, t.
-        faulty: [n] int32, set to 1 for each sample with steps left whose gradient holds NaN; its sum counts those.
+        faulty: [n] int32, set to 1 for each sample with steps left and NaN in its gradient; its sum counts those.
 
     Raises:
         TypeError or ValueError: a dtype, shape or device does not fit; the message names the argument.
@@ -92,13 +92,13 @@ def split(epsilon: float | Tensor) -> tuple[float, Tensor | None]:
 
 @packed(Step)
 def linf_reference(s: Step) -> None:
-    """`pgd_linf_step_` in plain torch: the reference of the kernel, and what runs without one.
+    """`pgd_linf_step_` in plain torch: the kernel's reference and fallback.
 
-    In 16 bits it rounds after every operation and the kernel once. The results are the same, because rounding keeps
-    order: to clip rounded values at rounded limits is to round the clipped value.
+    In 16 bits it rounds after every operation, and the kernel once. The results are the same, because rounding is
+    monotone: clipping rounded values at rounded limits equals rounding the clipped value.
     """
     no_direction = None
-    # on the CPU a sum shows at a tenth of the cost that there is no NaN; elsewhere to read it would mean to wait
+    # on the CPU a sum shows at a tenth of the cost that there is no NaN; elsewhere reading it would wait
     if not s.grad.is_cpu or s.grad.sum().isnan():
         no_direction = rows_of(s.grad).isnan().any(dim=1)
     unmoved = mark_and_hold(s, no_direction)
@@ -109,7 +109,7 @@ def linf_reference(s: Step) -> None:
 
 
 def mark_and_hold(s: Step | L2Step, no_direction: Tensor | None) -> Tensor | None:
-    """The samples [n] that stay: those without direction, which are marked as faulty, and those with no steps left."""
+    """The samples [n] that do not move: those without direction, marked as faulty, and those without steps left."""
     active = None if s.steps is None or s.step is None else s.steps > s.step
     if no_direction is not None and s.faulty is not None:
         s.faulty.masked_fill_(no_direction if active is None else no_direction & active, 1)
@@ -132,7 +132,7 @@ def _step_in_box(s: Step, epsilon: float | Tensor) -> Tensor:
 @or_plain(linf_reference)
 @packed(Step)
 def launch_linf(s: Step) -> None:
-    """`pgd_linf_step_` as one launch, or for long samples two. The images are dense: `kernel_takes(x_adv)`."""
+    """`pgd_linf_step_` as one launch, or two for long samples. The images are dense: `kernel_takes(x_adv)`."""
     from bt_fast.kernels import pgd_step as kernels
 
     if s.x_adv.numel() == 0:
@@ -156,42 +156,42 @@ def launch_linf(s: Step) -> None:
 
 
 def sample_block(length: int) -> int | None:
-    """The elements of a block that holds a whole sample of `length`, None where none does.
+    """Returns the elements of a block that holds a whole sample of `length`, or None.
 
-    A thread has 8 elements of each tensor at the most, 4 where accesses are narrow: more would take registers from
-    a quarter of the threads.
+    A thread has at most 8 elements of each tensor, or 4 with narrow accesses: more would take registers from a quarter
+    of the threads.
     """
     sizes = (1024, 4096 if length % 16 == 0 else 2048)
     return next((size for size in sizes if length <= size), None)
 
 
 def sample_warps(block: int) -> int:
-    """At least one 128-bit access of float32 a thread, at most 16 warps."""
+    """Returns warps for at least one 128-bit access of float32 a thread, at most 16."""
     return min(block // 128, 16)
 
 
 def part_block(dtype: torch.dtype) -> int:
-    """One 128-bit access a thread and tensor."""
+    """Returns a block with one 128-bit access for each thread and tensor."""
     return PART_WARPS * 32 * (4 if dtype == torch.float32 else 8)
 
 
 def in_format(images: Tensor, x_adv: Tensor) -> Tensor:
-    """`images` with the dimensions inside a sample in the order of `x_adv`, copied if need be."""
+    """Returns `images` with the inner dimensions in the order of `x_adv`, copied if necessary."""
     return images.contiguous(memory_format=dense_format(x_adv) or torch.contiguous_format)
 
 
 def kernel_takes(x_adv: Tensor) -> bool:
-    """Whether there is a kernel for these images."""
+    """Whether a kernel supports these images."""
     return x_adv.numel() > 0 and takes_images(x_adv, x_adv.numel() // 128)
 
 
 def rows_of(x: Tensor) -> Tensor:
-    """[n, ...] as [n, elements], also where n is 0."""
+    """Returns [n, ...] as [n, elements], also if n is 0."""
     return x.reshape(len(x), math.prod(x.shape[1:]))
 
 
 def check_step(s: Step | L2Step) -> None:
-    """Raise TypeError or ValueError unless everything fits `x_adv`."""
+    """Raises TypeError or ValueError unless everything fits `x_adv`."""
     check_images("x_adv", s.x_adv)
     n, dtype, device = s.x_adv.shape[:1], s.x_adv.dtype, s.x_adv.device
     check("grad", s.grad, s.x_adv.shape, (dtype,), device)
@@ -207,7 +207,7 @@ def check_step(s: Step | L2Step) -> None:
 
 pgd_linf_step_ = define_op(
     "pgd_linf_step_(Tensor(a0!) x_adv, Tensor grad, Tensor clean, Tensor step_size, float epsilon, float lower, "
-    "float upper, Tensor? steps, Tensor? step, Tensor(a9!)? faulty, Tensor? epsilons=None) -> ()",
+    "float upper, Tensor? steps, Tensor? step, Tensor(a9!)? faulty, Tensor? epsilons) -> ()",
     check=lambda *given: check_step(Step(*given)),
     run=lambda *given: (launch_linf if kernel_takes(given[0]) else linf_reference)(*given),
 )

@@ -1,4 +1,4 @@
-"""What the ops over rows of logits share: which rows have a softmax, what a kernel takes, how rows fill programs."""
+"""Common code of the ops over rows of logits: rows with a softmax, inputs of kernels, and rows of programs."""
 
 from __future__ import annotations
 
@@ -12,34 +12,34 @@ from bt_fast.ops.launch import KERNEL_DTYPES, MOST_INT32, run_kernel
 from bt_fast.ops.numeric import FLOATS
 
 LONGEST_BLOCK = 8192  # classes that a program holds at once
-LONG_BLOCK, LONG_WARPS = 2048, 8  # of rows that are longer
+LONG_BLOCK, LONG_WARPS = 2048, 8  # for longer rows
 
 
 def softmax(logits: Tensor) -> Tensor:
-    """The softmax of the rows of `logits` [m, K] in float64, as the kernels have it before they round it."""
+    """Returns the softmax of the rows of `logits` [m, K] in float64, as in the kernels before rounding."""
     return logits.double().softmax(dim=1)
 
 
 def has_softmax(logits: Tensor) -> Tensor:
-    """Bool [m]: whether a row of `logits` [m, K] has a softmax: its largest logit is finite.
+    """Returns bool [m]: whether a row of `logits` [m, K] has a softmax: its largest logit is finite.
 
-    So neither NaN nor +Inf stands in it, and not -Inf (a class that is ruled out) alone.
+    It then holds neither NaN nor +Inf, and not only -Inf (classes that are ruled out).
     """
     return logits.amax(dim=1).isfinite()
 
 
 def labels_outside(labels: Tensor, classes: int) -> Tensor:
-    """Bool [m]: whether a label (int64) lies outside 0..classes-1."""
+    """Returns bool [m]: whether a label (int64) lies outside 0..classes-1."""
     return (labels < 0) | (labels >= classes)
 
 
 def result_dtype(values: Tensor) -> torch.dtype:
-    """That of a result which is not rounded to the values' own dtype."""
+    """Returns the dtype of a result that is not rounded to the values' own dtype."""
     return torch.float64 if values.dtype == torch.float64 else torch.float32
 
 
 def check_logits(name: str, logits: Tensor, rows: int = 0, classes: int = 2) -> None:
-    """Raise TypeError or ValueError that names `name` unless `logits` are floating point [m ≥ rows, K ≥ classes]."""
+    """Raises TypeError or ValueError that names `name` unless `logits` are floating point [m ≥ rows, K ≥ classes]."""
     if logits.dtype not in FLOATS:
         raise TypeError(f"{name} must be floating point, got {logits.dtype}: write {name}.float()")
     if logits.dim() != 2 or logits.shape[0] < rows or logits.shape[1] < classes:
@@ -50,29 +50,29 @@ def check_logits(name: str, logits: Tensor, rows: int = 0, classes: int = 2) -> 
 
 
 def kernel_takes(logits: Tensor) -> bool:
-    """Whether the kernels compute rows such as these [m, K]: on CUDA, with triton, not in float64."""
+    """Whether the kernels compute rows like these [m, K]: on CUDA, with triton, not in float64."""
     if not logits.is_cuda or logits.dtype not in KERNEL_DTYPES:
         return False
     return max(logits.shape) < MOST_INT32 and kernels_run(logits)
 
 
 def rows_apart(logits: Tensor) -> tuple[Tensor, int | None]:
-    """`logits` [m, K] with K's stride 1 (copied if need be), and the rows' stride: None where they lie end to end."""
+    """Returns `logits` [m, K] with stride 1 along K (copied if necessary), and the rows' stride: None if contiguous."""
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
     return logits, None if logits.is_contiguous() else logits.stride(0)
 
 
 def block_of(classes: int) -> tuple[int, int, int]:
-    """Rows of a program, its block of classes, and its warps, for rows that fit a block.
+    """Returns the rows of a program, its block of classes, and its warps, for rows that fit a block.
 
-    A thread has four elements, a 128-bit access in float32, of short rows, and up to sixteen of long ones.
+    A thread has four elements of short rows, a 128-bit access in float32, and up to sixteen of long ones.
     """
     block = 1 << (classes - 1).bit_length()
     return max(512 // block, 1), block, min(max(block // 512, 4), 16)
 
 
 def launch(short: Any, long: Any, logits: Tensor, *others: Tensor, **constants: Any) -> None:
-    """Launch the kernel for rows of logits [m, K] that fit a block, or the one for longer ones."""
+    """Launches the kernel for rows of logits [m, K] that fit a block, or the one for longer rows."""
     m, k = logits.shape
     logits, stride = rows_apart(logits)
     if m == 0:

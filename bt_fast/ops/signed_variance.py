@@ -1,4 +1,4 @@
-"""The uncertainty by which samples are sorted into groups: a fused kernel on CUDA, plain torch elsewhere."""
+"""The uncertainty that sorts samples into groups: a fused kernel on CUDA, plain torch elsewhere."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class SignedVariance(NamedTuple):
         svar: [m] float32 (float64 for float64 logits), -0.0 for a misclassified uniform row.
         correct: [m] bool.
         probabilities: [m, K] of SVar's dtype, softmax of the logits.
-        unfit: [m] uint8, 0 for a sound row, plus 1 where the row has no softmax, plus 2 where its label is no class.
+        unfit: [m] uint8, 0 for a valid row, plus 1 if the row has no softmax, plus 2 if its label is not a class.
     """
 
     svar: Tensor
@@ -29,19 +29,18 @@ class SignedVariance(NamedTuple):
 
 
 def signed_variance(logits: Tensor, labels: Tensor) -> SignedVariance:
-    """Signed prediction variance (paper, section 3.2 and Eq. 4), and the softmax that it is the variance of.
+    """Returns signed prediction variance (paper, section 3.2 and Eq. 4), and the softmax that it is the variance of.
 
-    `SVar_i = s_i · Var_k[softmax(z_i)]` with the biased variance over the K classes, whose mean is exactly 1/K, and
-    `s_i = +1` where `argmax z_i = y_i` (the first maximum wins a tie), else -1.
+    `SVar_i = s_i · Var_k[softmax(z_i)]` with the biased variance over the K classes, which have the mean 1/K exactly,
+    and `s_i = +1` if `argmax z_i = y_i` (the first maximum of a tie), else -1.
 
     Computed in float64 and rounded once: both results are within 1e-6 of the exact ones, relative to their own size,
-    for logits of any magnitude. (Where all logits of a row lie within 1e-9 of each other, the variance is below
-    1e-18/K² and its error below 1e-24/K²; it is exactly 0 where all are equal.) A row without softmax (NaN, +Inf, or
-    nothing but -Inf) has NaN for SVar and probabilities, and is not correct. A label outside 0..K-1 counts as
-    misclassified.
+    for logits of any magnitude. (If all logits of a row lie within 1e-9 of each other, the variance is below 1e-18/K²
+    and its error below 1e-24/K²; it is exactly 0 if all are equal.) A row without softmax (NaN, +Inf, or only -Inf) has
+    NaN for SVar and probabilities, and is not correct. A label outside 0..K-1 counts as misclassified.
 
-    The kernel is compiled anew for every K. It reads the logits once, from K = 8193 on twice, and writes the
-    probabilities once. Logits whose classes do not lie side by side are copied first.
+    The kernel is compiled separately for every K. It reads the logits once, from K = 8193 on twice, and writes the
+    probabilities once. Logits with classes that are not contiguous are copied first.
 
     Args:
         logits: [m, K] floating point, K ≥ 2, rows any stride apart. m may be 0.
@@ -54,7 +53,7 @@ def signed_variance(logits: Tensor, labels: Tensor) -> SignedVariance:
 
 
 def signed_variance_reference(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`signed_variance` in plain torch: the reference of the kernel, and what runs without one."""
+    """`signed_variance` in plain torch: the kernel's reference and fallback."""
     dtype, fit = rows.result_dtype(logits), rows.has_softmax(logits)
     probabilities = rows.softmax(logits)
     variance = (probabilities - 1.0 / logits.shape[1]).square().mean(dim=1)
@@ -65,7 +64,7 @@ def signed_variance_reference(logits: Tensor, labels: Tensor) -> tuple[Tensor, T
 
 @or_plain(signed_variance_reference)
 def launch_signed_variance(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`signed_variance` as one launch, of logits that `rows.kernel_takes`."""
+    """`signed_variance` as one launch, for logits that `rows.kernel_takes`."""
     from bt_fast.kernels.signed_variance import signed_variance_fwd_kernel, signed_variance_long_fwd_kernel
 
     kernels = signed_variance_fwd_kernel, signed_variance_long_fwd_kernel
@@ -75,7 +74,7 @@ def launch_signed_variance(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tens
 
 
 def _results(logits: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The four results, not yet filled."""
+    """Returns the four results, not yet filled."""
     m, dtype, device = len(logits), rows.result_dtype(logits), logits.device
     svar = torch.empty(m, dtype=dtype, device=device)
     correct, unfit = (torch.empty(m, dtype=kind, device=device) for kind in (torch.bool, torch.uint8))

@@ -6,7 +6,7 @@ import sys
 
 
 def main(sm: int) -> None:
-    """Compile one that shuffles and loads through masks. Raises what triton raises, or is aborted by its compiler."""
+    """Compiles a kernel with shuffles and masked loads. Raises triton's error, or is aborted by its compiler."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource

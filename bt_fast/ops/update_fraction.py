@@ -9,23 +9,23 @@ from bt_fast.ops import rows
 from bt_fast.ops.availability import or_plain
 from bt_fast.ops.launch import check, define_op, run_kernel
 
-# what one program counts by itself: 8192 rows of up to 1024 classes
+# the most that one program counts by itself: 8192 rows of up to 1024 classes
 MOST_ROWS, MOST_LOGITS = 2**13, 2**23
-ELEMENTS, WARPS = 4096, 16  # that a program holds at once
-PROGRAMS = 256  # that count larger batches: a power of two
+ELEMENTS, WARPS = 4096, 16  # that a program holds at a time
+PROGRAMS = 256  # for larger batches: a power of two
 
 
 def update_fraction_(
     robust_fraction: Tensor, unreported_faults: Tensor, logits: Tensor, labels: Tensor, gamma: float, momentum: float
 ) -> None:
-    """`F_R ← p·F_R + (1-p)·γ·mean_i[argmax z'_i = y_i]` (Eq. 5), in place; the first maximum wins a tie.
+    """Moves `F_R ← p·F_R + (1-p)·γ·mean_i[argmax z'_i = y_i]` (Eq. 5), in place; of a tie the first maximum counts.
 
-    A batch with a row that has no softmax (NaN, +Inf, or nothing but -Inf) or a label outside 0..K-1 leaves F_R as it
-    is and adds 1 to `unreported_faults`.
+    A batch with a row without a softmax (NaN, +Inf, or only -Inf) or a label outside 0..K-1 does not move F_R and adds
+    1 to `unreported_faults`.
 
-    Counted in integers and averaged in float64 as `p·F_R + ((1-p)·γ)·(hits/m)`: the same to the bit everywhere. One
-    kernel (two beyond 8192 rows or 2^23 logits) reads the logits once, compiled anew for every K, γ and p. Logits whose
-    classes do not lie side by side are copied first.
+    It counts in integers and averages in float64 as `p·F_R + ((1-p)·γ)·(hits/m)`: the same bit for bit everywhere. One
+    kernel (two above 8192 rows or 2^23 logits) reads the logits once; it is compiled separately for every K, γ and p.
+    Logits with classes that are not contiguous are copied first.
 
     Args:
         robust_fraction: 0-dim float64, F_R, changed in place.
@@ -44,14 +44,14 @@ def update_fraction_(
 def update_fraction_reference(
     robust_fraction: Tensor, unreported_faults: Tensor, logits: Tensor, labels: Tensor, gamma: float, momentum: float
 ) -> None:
-    """`update_fraction_` in plain torch: the reference of the kernel, and what runs without one."""
+    """`update_fraction_` in plain torch: the kernel's reference and fallback."""
     hits, faulty = adversarial_hits(logits, labels)
     move_fraction_(robust_fraction, hits, torch.full_like(hits, len(labels)), faulty, gamma, momentum)
     unreported_faults += faulty
 
 
 def adversarial_hits(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """How many of the adversarial samples are classified correctly (0-dim int64), and whether one is unfit (bool)."""
+    """Returns the number of correct adversarial samples (0-dim int64), and whether one is unfit (bool)."""
     faulty = (~rows.has_softmax(logits) | rows.labels_outside(labels, logits.shape[1])).any()
     return (logits.argmax(dim=1) == labels).sum(), faulty
 
@@ -59,12 +59,12 @@ def adversarial_hits(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 def move_fraction_(
     robust_fraction: Tensor, hits: Tensor, m: Tensor, faulty: Tensor, gamma: float, momentum: float
 ) -> None:
-    """`F_R ← p·F_R + (1-p)·γ·hits/m` (Eq. 5), in place.
+    """Moves `F_R ← p·F_R + (1-p)·γ·hits/m` (Eq. 5), in place.
 
     Args:
         robust_fraction: 0-dim float64, F_R.
-        hits: 0-dim int64, how many of `m` (0-dim int64) adversarial samples are classified correctly.
-        faulty: 0-dim bool: F_R stays as it is.
+        hits: 0-dim int64, the number of correct samples among `m` (0-dim int64) adversarial ones.
+        faulty: 0-dim bool: F_R does not move.
         gamma: γ, momentum: p.
     """
     moved = momentum * robust_fraction + (1.0 - momentum) * gamma * (hits.double() / m)
@@ -75,14 +75,14 @@ def move_fraction_(
 def launch_update_fraction(
     robust_fraction: Tensor, unreported_faults: Tensor, logits: Tensor, labels: Tensor, gamma: float, momentum: float
 ) -> None:
-    """`update_fraction_` as one launch, or two for a large batch, of logits that `rows.kernel_takes`."""
+    """`update_fraction_` as one launch, or two for a large batch, for logits that `rows.kernel_takes`."""
     from bt_fast.kernels.update_fraction import update_fraction_finish_kernel, update_fraction_fwd_kernel
 
     m, k = logits.shape
     logits, stride = rows.rows_apart(logits)
     each, block = block_of(k)
     alone = m <= MOST_ROWS and m * k <= MOST_LOGITS
-    # a workspace of each call, and no atomics: nothing to reset, and nothing for two streams to share
+    # a new workspace for each call, and no atomics: nothing to reset, and nothing that two streams share
     tallies = None if alone else torch.empty(2, PROGRAMS, dtype=torch.int32, device=logits.device)
     state, rule = (robust_fraction, unreported_faults), {"MOMENTUM": momentum, "WEIGHT": (1.0 - momentum) * gamma}
     given = (*state, logits, labels.contiguous(), tallies, m, -(-m // each), stride)
@@ -93,7 +93,7 @@ def launch_update_fraction(
 
 
 def block_of(classes: int) -> tuple[int, int]:
-    """Rows and classes that a program holds at once."""
+    """Returns the rows and classes that a program holds at a time."""
     block = min(1 << (classes - 1).bit_length(), ELEMENTS)
     return ELEMENTS // block, block
 

@@ -1,4 +1,4 @@
-"""The runner that tries: it keeps the fastest, leaves no trace of the trying, and says why."""
+"""AutoRunner keeps the fastest runner, leaves no trace of its trials, and explains its choice."""
 
 import copy
 import itertools
@@ -18,7 +18,7 @@ THREAT = ThreatModel(0.1)
 
 
 class Slow:
-    """Runs eagerly, and says that it took so many seconds."""
+    """Runs eagerly and reports a given number of seconds."""
 
     def __init__(self, seconds, clock):
         self.seconds, self.clock, self.runs = seconds, clock, 0
@@ -63,8 +63,9 @@ def test_each_configuration_is_tried_once(candidates):
     model, runner = small_models.conv_bn().double().eval(), AutoRunner(candidates)
     for _ in range(2):
         attack(runner, model)
-        attack(runner, model, n=3)  # a last batch that is smaller is no other configuration
-        attack(runner, model, threat=ThreatModel(0.2))
+        attack(runner, model, n=3)  # a smaller last batch is not a new configuration
+        attack(runner, model, threat=ThreatModel(0.2))  # nor is another ε, which a schedule may bring each time
+        attack(runner, model, threat=ThreatModel(0.1, "l_2"))
     attack(runner, small_models.conv_bn().double().eval())
     assert len(runner.reasons) == 3
 
@@ -78,7 +79,7 @@ def test_without_candidates_of_one_s_own_graphs_and_streams_are_tried():
 
 def test_what_was_not_chosen_keeps_no_graphs():
     model, graphs, streams = small_models.conv_bn().double().eval(), GraphRunner(), StreamRunner()
-    clock = itertools.count()  # in which the first candidate, measured first, is as fast as any
+    clock = itertools.count()  # by this clock all candidates take the same time, so the first one wins
     with mock.patch.object(auto, "now", side_effect=lambda x: next(clock)):
         attack(AutoRunner({"eager": run_eager, "graphs": graphs, "streams": streams}), model)
     assert graphs.explain(model) == "eagerly, until a size comes again"

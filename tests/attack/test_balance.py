@@ -1,4 +1,4 @@
-"""The plan is pure and tried on any counts; the exchange runs in real processes, joined by gloo."""
+"""The plan is a pure function, tested on arbitrary counts; the exchange runs in real processes joined by gloo."""
 
 import dataclasses
 import itertools
@@ -25,7 +25,7 @@ COUNTS = arrays.arrays(np.int64, SHAPES, elements=st.integers(0, 9)).map(torch.f
 
 
 def active(counts):
-    """[N, n]: the samples with more than t steps."""
+    """Returns [N, n]: for each rank the number of samples with more than t steps."""
     return counts.flip(1).cumsum(1).flip(1)[:, 1:]
 
 
@@ -206,7 +206,7 @@ def test_the_routes_lead_out_and_home_again(counts):
     attacked = carried([there for there, _ in ways], rows)
     for rank, batch in enumerate(attacked):
         taken = [(-steps[source][i], source != rank, source, i) for source, i in batch]
-        assert taken == sorted(taken)  # by descending steps; first the rank's own, then those of others by rank
+        assert taken == sorted(taken)  # by descending steps; first the rank's own samples, then those of others by rank
         result = [sum(steps[source][i] == k for source, i in batch) for k in range(1, counts.shape[1])]
         assert result == exchange.quotas[rank, 1:].tolist()
     moving = [(rank, i) for rank, i in itertools.chain(*rows) if steps[rank][i]]
@@ -217,7 +217,7 @@ def test_the_routes_lead_out_and_home_again(counts):
 
 
 def carried(ways, batches):
-    """What the all-to-all does, for all ranks at once."""
+    """Simulates the all-to-all for all ranks at once."""
     parcels = [[batches[rank][i] for i in way.leaving.tolist()] for rank, way in enumerate(ways)]
     arrived = []
     for rank, way in enumerate(ways):
@@ -232,7 +232,10 @@ def carried(ways, batches):
 
 
 def exact_attack(clean, start, target, schedule):
-    """Sums and products alone: the same bits for a sample in whatever batch. Flags whose start is below its image."""
+    """Attacks by sums and products alone, so that a sample gets the same bits in any batch.
+
+    Flags the attacked samples with a start pixel below the image.
+    """
     x = start.clone(memory_format=torch.preserve_format)
     for n in schedule.active_counts:
         size = schedule.step_size[:n].to(x.dtype).view(-1, 1, 1, 1)
@@ -244,7 +247,7 @@ def exact_attack(clean, start, target, schedule):
 
 
 def samples(rank, own, dtype, memory_format):
-    """A rank's clean images, starts, targets and schedule for its counts [n+1], in sorted order."""
+    """Returns a rank's clean images, starts, targets and schedule for its counts [n+1], in sorted order."""
     generator = torch.Generator().manual_seed(rank)
     m = int(own.sum())
     clean = torch.rand(m, 3, 8, 8, dtype=torch.float64, generator=generator)
@@ -257,7 +260,7 @@ def samples(rank, own, dtype, memory_format):
 
 
 def counts_of(ranks):
-    """Cases: three groups, every level, all on one rank, and one with nothing to attack."""
+    """Returns cases of counts: three groups, every level, all on one rank, and one with nothing to attack."""
     generator = torch.Generator().manual_seed(ranks)
     groups = torch.zeros(ranks, 6, dtype=torch.int64)
     groups[:, [0, 2, 5]] = torch.randint(0, 7, (ranks, 3), generator=generator)
@@ -323,7 +326,7 @@ def all_is_as_if_nobody_had_helped(group):
 
 
 def by_descending(quotas):
-    """The step counts above 0 of quotas [n+1]."""
+    """Lists the step counts above 0 of quotas [n+1], in descending order."""
     return [k for k in range(len(quotas) - 1, 0, -1) for _ in range(int(quotas[k]))]
 
 
@@ -378,11 +381,11 @@ def what_does_not_fit_is_told(group):
 
 def measured_costs_are_those_of_all_ranks():
     rank, sizes = dist.get_rank(), set()
-    rows = 64 - 8 * rank  # as where a minibatch has no equal shares: who then did not agree would not meet
+    rows = 64 - 8 * rank  # unequal shares: ranks that did not agree on the sizes would not meet in a collective
 
     def attack(n):
         sizes.add(n)
-        time.sleep(0.002 + 1e-4 * n * (1 + rank))  # ranks differ: 2.5e-4 for a sample in the mean
+        time.sleep(0.002 + 1e-4 * n * (1 + rank))  # ranks differ: the mean is 2.5e-4 s a sample
 
     clean, target = torch.empty(1, 3, 8, 8), torch.empty(1, 4)
     result = measured_costs(attack, rows, clean, target)

@@ -1,4 +1,4 @@
-"""A capture that breaks off leaves streams, generators and the allocator as they were, or says that it does not."""
+"""A capture that breaks off leaves streams, generators and the allocator unchanged, or reports that it cannot."""
 
 import gc
 import warnings
@@ -14,7 +14,7 @@ from bt_fast.attack import device
 
 
 def raising(x):
-    """At once, so that the graph is empty, of which torch would warn."""
+    """Raises before any work is captured."""
     raise ArithmeticError("the model's own")
 
 
@@ -59,13 +59,13 @@ BREAKING = {
     leaving_its_stream: "the model's own",
     waiting_on_the_default_stream: "_local_scalar_dense: operation not permitted",
     leaving_work_unjoined: "unjoined work",
-    leaving_its_stream_quietly: None,  # the capture is sound
+    leaving_its_stream_quietly: None,  # this capture succeeds
     beside_a_loader: None,
 }
 
 
 def broken_and_good(module, breaking, as_torch):
-    """A capture that breaks off, random numbers, and another capture; all that is amiss afterwards."""
+    """Breaks off a capture, draws random numbers, captures again, and returns everything that went wrong."""
     amiss = []
     with EmulatedDevice(as_torch) as emulated, warnings.catch_warnings(record=True) as warned:
         x, side, pool = torch.ones(3), torch.cuda.Stream(), module.new_pool()
@@ -109,7 +109,7 @@ def test_whatever_happens_in_a_capture_the_process_can_draw_and_capture_afterwar
 
 
 def one_of_two_graphs_goes(module):
-    """Of two graphs of matrix products on one stream the first goes; all that is amiss."""
+    """Frees the first of two graphs of matrix products on one stream, and returns everything that went wrong."""
     with EmulatedDevice() as emulated:
         x, side, graphs = torch.eye(2), torch.cuda.Stream(), []
         with module.on(side):

@@ -1,4 +1,4 @@
-"""The folded view of a model computes what the model computes, follows it, and says why where it cannot."""
+"""The folded view of a model computes what the model computes, follows its changes, and explains why it cannot fold."""
 
 import copy
 import functools
@@ -27,7 +27,7 @@ RECIPES = [Frozen(), Frozen(channels_last=False)]
 
 
 def trained(model):
-    """The model in double precision with norms and weights as after some training."""
+    """Returns the model in double precision with norms and weights as after some training."""
     torch.manual_seed(0)
     model = model.double()
     for module in model.modules():
@@ -36,13 +36,13 @@ def trained(model):
                 module.running_mean.normal_()
                 module.running_var.uniform_(0.1, 3.0)
             if module.weight is not None:
-                nn.init.uniform_(module.weight, -0.5, 1.5)  # negative scales among them
+                nn.init.uniform_(module.weight, -0.5, 1.5)  # some scales are negative
                 nn.init.uniform_(module.bias, 0.0, 1.0)
     return model
 
 
 class TwoReaders(nn.Module):
-    """A convolution that not only its norm reads."""
+    """A convolution with a second reader besides its norm."""
 
     def __init__(self):
         super().__init__()
@@ -54,7 +54,7 @@ class TwoReaders(nn.Module):
 
 
 class RunTwice(nn.Module):
-    """One convolution in front of two norms."""
+    """One convolution followed by two norms."""
 
     def __init__(self):
         super().__init__()
@@ -180,7 +180,7 @@ def test_it_follows_the_model_without_being_traced_again():
     first = view_of(model, x)
     for _ in range(2):
         model.train()
-        F.cross_entropy(model(x), torch.arange(5)).backward()  # moves the statistics
+        F.cross_entropy(model(x), torch.arange(5)).backward()  # changes the running statistics
         optimizer.step()
         with attack_model(model, RECIPES[0], x) as view:
             assert view is first
@@ -244,7 +244,7 @@ def hooked():
 
 
 class WithOptions(nn.Module):
-    """Its forward takes more than images, and decides by it; used as many published models are."""
+    """A model with forward arguments besides the images that change its result, as many published models have."""
 
     def __init__(self):
         super().__init__()
@@ -437,8 +437,8 @@ def test_what_cannot_be_compiled_runs_uncompiled_and_says_why_once():
     ("name", "recipe", "independent"),
     [
         ("conv_bn", Frozen(), True),
-        ("wrn-10-1", Frozen(), True),  # the norms that stay have numbers of their own
-        ("normalising", Frozen(), True),  # reads buffers, but not a norm's
+        ("wrn-10-1", Frozen(), True),  # the norms that stay have their own numbers
+        ("normalising", Frozen(), True),  # reads buffers, but not those of a norm
         ("instance norm", Frozen(), False),
         ("conv_bn", Frozen(fold=False), False),
     ],
@@ -464,7 +464,7 @@ def test_a_wrong_recipe_is_refused():
 
 
 def in_tf32():
-    """A deep network whose logits are far from 0, images, and a device on which its float32 is TF32."""
+    """Returns a deep network with logits far from 0, images, and a device that computes float32 in TF32."""
     torch.manual_seed(0)
     model = build_model("preactresnet-18", in_channels=3, image_size=16, num_classes=10)
     for module in model.modules():
@@ -500,7 +500,7 @@ def test_where_float32_is_tf32_a_wrong_fold_is_refused():
         FoldedModel(model.eval(), Frozen(), x)
 
 
-@pytest.mark.filterwarnings("ignore:.*not folded")  # since torch 2.9, where it cannot be compared
+@pytest.mark.filterwarnings("ignore:.*not folded")  # since torch 2.9, where settings cannot be compared
 def test_a_model_that_reads_the_old_setting_of_tf32_is_not_broken_by_the_comparison():
     model, x, device = in_tf32()
     reading = nn.Sequential(model, nn.Identity())

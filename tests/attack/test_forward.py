@@ -7,7 +7,7 @@ from bt_fast.attack.forward import clean_logits, eval_mode, logits_of, modes_res
 
 
 def mixed():
-    """A model whose modules are in different modes."""
+    """Returns a model with modules in different modes."""
     model = build("conv_bn")
     model[1].eval()
     model[3].eval()
@@ -71,7 +71,7 @@ def test_a_model_that_does_not_return_logits(output, error, message):
 
 
 class Merging(nn.Linear):
-    """Work on the way to eval mode that the way back undoes, as low-rank adapters have it."""
+    """Changes its weight on the way to eval mode and undoes it on the way back, like low-rank adapters."""
 
     merged = False
 

@@ -20,7 +20,7 @@ STEPS = torch.tensor([3, 0, 1, 5, 0, 2, 5, 1])
 
 
 def case(m=8, model="conv_bn", dtype=torch.float64, seed=0):
-    """A model, clean images, starts, and the clean distribution."""
+    """Returns a model, clean images, starts, and the clean distribution."""
     model = build(model, seed, dtype)
     x, _ = batch(m, seed, dtype)
     start = x + 0.01 * torch.randn(x.shape, generator=torch.Generator().manual_seed(seed + 1)).to(dtype)
@@ -34,7 +34,7 @@ def sizes_of(m):
 
 
 def attack(model, x, start, target, steps, sizes, norm="l_inf", **options):
-    """`generate`, in the batch's own order."""
+    """Runs `generate` and returns the result in the batch's own order."""
     plan = Plan.from_steps(steps, sizes)
     threat = ThreatModel(EPSILON[norm], norm)
     rows = [plan.sort(t) for t in (x, start, target)]
@@ -45,7 +45,7 @@ def attack(model, x, start, target, steps, sizes, norm="l_inf", **options):
 
 
 def one_by_one(model, x, start, steps, sizes, norm):
-    """Each sample alone, by the authors' loops. ℓ2 steps are of a size of their own: one step at a time."""
+    """Attacks each sample alone by the authors' loops; ℓ2 runs step by step, since each step has its own size."""
     model.eval()
     result = start.clone()
     for i, n in enumerate(steps.tolist()):
@@ -157,7 +157,7 @@ def test_the_input_gradient_points_along_that_of_the_divergence_and_of_the_cross
 
 
 class HalfBody(nn.Module):
-    """A 16-bit body under a single-precision head: logits are float32, the gradient passes through 16 bits."""
+    """A 16-bit body under a float32 head: logits are float32, but the gradient passes through 16 bits."""
 
     def __init__(self, dtype):
         super().__init__()
@@ -172,7 +172,7 @@ def test_a_tiny_gradient_survives_a_16_bit_body(dtype):
     torch.manual_seed(0)
     model, (x, _) = HalfBody(dtype), batch(dtype=torch.float32)
     logits = model(x).detach()
-    target = logits.double().softmax(dim=1).float()  # rounded as the op rounds its own
+    target = logits.double().softmax(dim=1).float()  # rounded as the op rounds its target
     target[:, 0] += 1e-7
     target[:, 1] -= 1e-7
     grad = input_gradient(model, x, target)

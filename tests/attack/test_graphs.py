@@ -1,4 +1,4 @@
-"""From graphs and on streams the attack finds what it finds eagerly, in every order of work that CUDA permits."""
+"""An attack from graphs and on streams gives the eager result, in every order of work that CUDA permits."""
 
 import functools
 import gc
@@ -30,7 +30,7 @@ COUNTS = [[3, 3, 1, 0], [2, 3, 2, 1, 3], [0, 3, 2], [1, 2, 1, 0, 1]]
 
 
 class Training:
-    """An attack on each of several batches, and after each an update of the weights and of the batch's memory."""
+    """Attacks several batches, and after each updates the weights and overwrites the batch's memory."""
 
     def __init__(self, build, counts=COUNTS, threat=THREAT, inner="kl", own=False):
         torch.manual_seed(0)
@@ -58,7 +58,7 @@ class Training:
                 runner(view, batch, self.threat, generator)
             result += [x_adv.clone(), faulty.clone()]
             for memory in (x_adv, clean, target):
-                memory.fill_(float("nan"))  # the caller is done with it
+                memory.fill_(float("nan"))  # the caller no longer needs this memory
             with torch.no_grad():
                 for parameter in self.model.parameters():
                     parameter.mul_(1.1)
@@ -74,7 +74,7 @@ def mlp():
 
 
 class Troubled(nn.Module):
-    """Its input gradient is 0 for the darker samples, and NaN for the brighter."""
+    """A model with an input gradient of 0 for darker samples and of NaN for brighter ones."""
 
     def __init__(self):
         super().__init__()
@@ -107,7 +107,7 @@ def test_the_eager_result_in_any_order(runner, model, frozen, norm, orders):
         result = training.run(runner(bucket=2), frozen)
     if norm == "l_inf":
         assert same(result, expected)
-    else:  # where no sign hides it, the last bit of a library's result depends on the batch's size
+    else:  # ℓ2 takes no sign, so the last bit of a library's result, which depends on the batch size, shows
         for a, b in zip(result, expected, strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-14)
     assert emulated.captures > 1
@@ -143,6 +143,23 @@ def test_one_model_has_graphs_for_each_inner_loss_and_keeps_them_apart():
             result += training.run(runner)
     assert emulated.replays
     assert same(result, expected)
+
+
+@pytest.mark.parametrize("counts", [COUNTS, [(1, 1, 1)]], ids=["many steps", "one step, not captured"])
+def test_a_schedule_of_epsilon_keeps_the_buffers_of_a_few(counts):
+    def trained(runner):
+        training, result = Training(mlp, counts), []
+        for k in range(8):
+            training.threat = ThreatModel(0.01 * (k + 1))
+            result += training.run(runner)
+            if runner is not run_eager:
+                (graphs,) = runner._graphs.values()
+                assert len(graphs.captured) == min(k + 1, 4)
+        return result
+
+    expected = trained(run_eager)
+    with EmulatedDevice():
+        assert same(trained(GraphRunner()), expected)
 
 
 @pytest.mark.parametrize("runner", [GraphRunner, StreamRunner, AutoRunner])
@@ -183,7 +200,7 @@ def test_the_training_loss_of_either_runner_is_the_eager_one(bullet, runner):
 
 @pytest.mark.parametrize("runner", [GraphRunner, StreamRunner])
 def test_under_the_caller_s_autocast_a_graph_reads_the_weights_of_its_replay_not_casts_of_its_capture(runner):
-    """The cache of cast weights is freed where the autocast ends."""
+    """The cache of cast weights is freed when the autocast ends."""
     result = []
     for run in (run_eager, runner(bucket=2)):
         torch.manual_seed(0)
@@ -208,7 +225,7 @@ def test_in_an_ordinary_loop_with_an_earlier_loss_alive_and_a_loader_at_work_it_
     expected = ordinary_loops.iterations("cpu", build)
     with EmulatedDevice() as emulated:
         result = ordinary_loops.iterations("cpu", build, runner=runner(bucket=2))
-    assert emulated.replays == 7  # of 8 steps; the first is to be met before
+    assert emulated.replays == 7  # of 8 steps; a size first runs once eagerly
     assert all(same(*pair) for pair in zip(result, expected, strict=True))
     for seed in range(5):
         assert same(emulated.shuffled(seed, result[-1]), expected[-1]), seed
@@ -232,7 +249,7 @@ def test_after_a_capture_that_broke_off_numbers_are_drawn_and_another_model_is_c
 
 
 def replaced_weights(runner, model=Troubled):
-    """Two trainings, between which every weight is replaced by another tensor."""
+    """Trains twice, and replaces every weight by another tensor in between."""
     training = Training(model)
     result = training.run(runner)
     for layer in training.model.body:
@@ -242,7 +259,7 @@ def replaced_weights(runner, model=Troubled):
 
 
 class Tempered(nn.Module):
-    """Its logits are divided by a number; it may note how many rows it was given."""
+    """Divides its logits by a number; if asked, records how many rows each forward gets."""
 
     def __init__(self, noting=False):
         super().__init__()
@@ -255,7 +272,7 @@ class Tempered(nn.Module):
 
 
 def another_number(runner):
-    """Two trainings, between which a number of the model becomes another."""
+    """Trains twice, and changes a number of the model in between."""
     training = Training(Tempered)
     result = training.run(runner)
     training.model.temperature = -0.5
@@ -275,13 +292,13 @@ def own_radii(runner):
 
 
 def broken_capture(runner):
-    """The capture of the second size breaks off, and the attack goes on eagerly in memory that is free again."""
+    """Breaks off the capture of the second size; the attack goes on eagerly in memory that has become free."""
     training = Training(lambda: Uncapturable(rows=2), [[4, 4, 4, 2, 2]])
     return training.run(runner) + training.run(runner)
 
 
 def exception(runner):
-    """The model raises in the second chain's first step, and the caller uses its tensors for something else."""
+    """Raises in the first step of the second chain; the caller then reuses the memory of its tensors."""
     training = Training(lambda: Failing(-1), [[3, 3, 0, 0], [3, 3, 1, 1]])
     clean, target, schedule = training.batches.pop()
     first = training.run(runner)
@@ -300,12 +317,12 @@ def drawn(runner):
 
 
 def side_by_side(runner):
-    """The same chains again and again."""
+    """Repeats the same chains again and again."""
     return Training(Troubled, [[3, 3, 2, 2, 1]] * 4).run(runner)
 
 
 def evicted(runner):
-    """A runner that holds one graph only, and is to capture again and again."""
+    """Limits the runner to one graph, so that it must capture again and again."""
     training = Training(mlp, [[9] * 3 + [6] * 3 + [3] * 3] * 2)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -313,7 +330,7 @@ def evicted(runner):
 
 
 def used_beside(runner):
-    """The caller lets go of the tensors of an attack that is still at work, and takes memory for others."""
+    """Frees the tensors of an attack that is still running, and allocates memory for others."""
     training, result = Training(mlp, [[2, 2, 1]] * 3), []
     for clean, target, schedule in training.batches:
         x_adv = clean + 0.001
@@ -361,7 +378,7 @@ def eager(scenario):
 
 
 def caught(changed, scenario):
-    """Whether some order of the work gives another result than the eager one, or something raises."""
+    """Returns whether the changed module gives a non-eager result in some order of the work, or raises."""
     for runner in ("GraphRunner", "StreamRunner"):
         result, emulated = under_emulation(scenario, runner, changed)
         if result is None or (SCENARIOS[scenario] and not emulated.replays):
@@ -387,7 +404,7 @@ def under_emulation(scenario, runner, changed):
 
 
 def near(result, expected):
-    """To the last bits, which in ℓ2 depend on the batch's size."""
+    """Compares up to the last bits, which in ℓ2 depend on the batch size."""
     return all(torch.allclose(a, b, rtol=0, atol=1e-13, equal_nan=True) for a, b in zip(result, expected, strict=True))
 
 
@@ -472,7 +489,7 @@ def test_no_call_that_orders_work_is_without_a_planted_bug(module, bugs):
 
 
 class Reading(nn.Module):
-    """Waits for the device."""
+    """Makes the host wait for the device."""
 
     def __init__(self):
         super().__init__()
@@ -529,7 +546,7 @@ class Drawing(nn.Module):
 
 
 class Uncapturable(nn.Module):
-    """Raises in a capture of so many rows."""
+    """Raises in a capture with a given number of rows."""
 
     def __init__(self, rows):
         super().__init__()
@@ -542,7 +559,7 @@ class Uncapturable(nn.Module):
 
 
 class Failing(nn.Module):
-    """Raises at its nth forward."""
+    """Raises in its nth forward."""
 
     def __init__(self, n):
         super().__init__()
@@ -563,7 +580,7 @@ def test_an_exception_in_the_model_leaves_streams_joined_and_training_able_to_go
     training, runner = Training(lambda: Failing(forward), counts), GraphRunner(bucket=2)
     with EmulatedDevice() as emulated:
         caller = emulated.stream
-        # one that only the capture saw is the capture's
+        # an error that occurs only in the capture is reported as a failure of the capture
         expecting = pytest.warns(UserWarning, match="own") if captured else pytest.raises(ArithmeticError, match="own")
         with expecting:
             training.run(runner)
@@ -580,7 +597,7 @@ def test_an_exception_in_the_model_leaves_streams_joined_and_training_able_to_go
 
 
 class Exhausting(nn.Module):
-    """Its nth forward is out of memory. Notes at each forward what a weak reference holds then."""
+    """Runs out of memory in its nth forward; records in each forward whether a watched object is still alive."""
 
     def __init__(self, n, error=RuntimeError):
         super().__init__()
@@ -598,8 +615,8 @@ class Exhausting(nn.Module):
         return self.body(x)
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError])  # torch's allocator's, the driver's
-@pytest.mark.parametrize("forward", [3, 4])  # of the second attack: a new size run for the first time, its capture
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError])  # the allocator's of torch, and the driver's
+@pytest.mark.parametrize("forward", [3, 4])  # of the second attack: the first run of a new size, and its capture
 @pytest.mark.parametrize("runner", [GraphRunner, StreamRunner])
 def test_out_of_memory_frees_the_graphs_before_the_attack_goes_on_without(runner, forward, error):
     counts = [[3] * 4, [3] * 2]

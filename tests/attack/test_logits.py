@@ -288,6 +288,12 @@ def test_a_wrong_select_is_refused_before_the_attack(returns, select, message, e
     assert_unchanged(before, model)
 
 
+def test_the_key_that_says_logits_is_named_before_others_that_fit():
+    model = build(lambda: Returning(lambda z: {"features": z * 2, "logits": z}))
+    with pytest.raises(TypeError, match=r"write Logits\(model, lambda output: output\['logits'\]\)"):
+        TRADESLoss(ATTACK)(model, *batch())
+
+
 @pytest.mark.parametrize("select", [None, "logits", 3, tuple])
 def test_what_is_no_function_is_refused(select):
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""A model whose logits of an image depend on the rest of its batch is told, where samples are dropped from batches."""
+"""Where samples are dropped from batches, a model is reported if an image's logits depend on the rest of its batch."""
 
 import re
 import warnings
@@ -18,7 +18,7 @@ THREAT = ThreatModel(0.1)
 
 
 def told(run):
-    """The warnings of this kind."""
+    """Runs `run` and returns the warnings about neighbours."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         run()
@@ -37,7 +37,7 @@ def trained(model, loss=trades_loss):
 
 @pytest.mark.parametrize("name", ACROSS)
 def test_it_is_reported_once_for_a_model(name):
-    if name != "untracked norm, 1d":  # which refuses a single row, and so what is left of a batch
+    if name != "untracked norm, 1d":  # this norm refuses a single row, which a shrinking batch may leave
         model = build(ACROSS[name])
         assert len(told(trained(model))) == 1
         assert not told(evaluated(model))

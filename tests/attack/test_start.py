@@ -1,4 +1,4 @@
-"""Where an attack begins."""
+"""Tests of the attack's start: its noise, clipping and random numbers."""
 
 import math
 
@@ -64,7 +64,7 @@ def test_the_next_call_draws_other_noise_and_nothing_else_moves(noise, threat):
     before, random = x.clone(), torch.get_rng_state()
     first, second = (sorted_start(x, ORDER, STEPS, moving, noise, threat)[1] for _ in range(2))
     assert not torch.equal(first, second)
-    each = 2 if (noise, threat.norm) == ("uniform", "l_2") else 1  # the radius is drawn at an offset of its own
+    each = 2 if (noise, threat.norm) == ("uniform", "l_2") else 1  # an ℓ2 radius is drawn at a separate offset
     assert torch.equal(moving, state() + torch.tensor([0, 2 * each]))
     assert torch.equal(x, before)
     assert torch.equal(torch.get_rng_state(), random)
@@ -95,7 +95,7 @@ def test_uniform_starts_fill_the_box(start_of):
 @pytest.mark.parametrize("start_of", [of_a_counter, of_a_generator])
 @pytest.mark.parametrize("pixels", [2, 5])
 def test_uniform_starts_fill_the_ball(start_of, pixels):
-    """In d dimensions the share of the ball within the radius r is (r/ε)^d, in every direction alike."""
+    """In d dimensions the share of starts within radius r is (r/ε)^d, and all directions are equally likely."""
     delta = (start_of(torch.full((20_000, pixels), 0.5, dtype=torch.float64), ThreatModel(0.4, "l_2")) - 0.5) / 0.4
     assert delta.norm(dim=1).max() <= 1 + 1e-6
     inside = torch.histc(delta.norm(dim=1) ** pixels, 8, 0, 1) / len(delta)

@@ -160,16 +160,26 @@ def test_data_parallel_on_one_device_is_folded(wrapper):
         check(model, view, images())
 
 
+class WithoutLength(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = conv_bn()
+
+    def forward(self, x):
+        return self.body(x)
+
+
 def test_a_loss_on_data_parallel_is_that_on_the_model():
     x, y = batch(8)
     result = []
-    for wrap in (nn.DataParallel, lambda model: model):
-        model = small_models.build()
+    for wrap in (nn.DataParallel, WRAPPERS["it around a compiled model"], lambda model: model):
+        model = small_models.build(WithoutLength)
         loss = trades_loss(wrap(model), x, y, None, engine="fast", generator=torch.Generator().manual_seed(0))
         loss.backward()
         result.append([loss.detach(), *(p.grad for p in model.parameters()), *model.buffers()])
-    for ours, expected in zip(*result, strict=True):
-        torch.testing.assert_close(ours, expected, rtol=0, atol=0)
+    for of_wrapped, of_compiled, expected in zip(*result, strict=True):
+        torch.testing.assert_close(of_wrapped, expected, rtol=0, atol=0)
+        torch.testing.assert_close(of_compiled, expected)
 
 
 def test_the_update_goes_through_data_parallel():

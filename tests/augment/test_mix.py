@@ -26,7 +26,7 @@ def pictures(n, shape=(3, 32, 32), seed=0):
 
 
 def as_lists(choices, i):
-    """What the reference takes for sample i: its chains, its weights and its mixing."""
+    """Returns what the reference takes for sample i: its chains, its weights and its mixing."""
     triples = zip(choices.operation[i], choices.level[i], choices.negative[i], strict=True)
     chains = [
         [
@@ -39,7 +39,7 @@ def as_lists(choices, i):
     return chains, choices.weights[i].numpy(), choices.mixing[i].item()
 
 
-# The authors' algorithm, with their choices
+# The authors' algorithm, with given choices
 
 
 @pytest.mark.parametrize("severity", [1, 3, 10])
@@ -75,7 +75,7 @@ def test_other_precisions_give_the_same_images_as_closely_as_they_can(dtype):
     images, choices = pictures(8), draw(8)
     out = augment_and_mix((images.double() / 255).to(dtype), choices)
     assert out.dtype == dtype
-    if dtype == torch.bfloat16:  # some grey values are lost in eight bits
+    if dtype == torch.bfloat16:  # eight bits of precision lose some grey values
         assert (out.double() - augment_and_mix(images.double() / 255, choices)).abs().mean() < 0.01
     else:
         assert_near(out, augment_and_mix(images.float() / 255, choices), torch.float16)

@@ -1,4 +1,4 @@
-"""The nine operations against Pillow's, to the bit: each over all strengths it can take, and by hypothesis."""
+"""The nine operations equal Pillow's bit for bit: at all strengths, and on images that hypothesis draws."""
 
 import platform
 
@@ -14,12 +14,12 @@ from bt_fast.augment import affine, tables
 from bt_fast.augment.operations import NONE, OPERATIONS, apply_operations
 
 SHAPES = [(3, 32, 32), (1, 28, 28), (3, 7, 12), (1, 1, 1), (3, 40, 40)]
-# a compiler that fuses multiplication and addition may round a value to the other side of an integer
+# a compiler that fuses multiplication and addition may round a value to another integer
 FUSES = platform.machine() not in ("x86_64", "AMD64")
 
 
 def pictures(n, shape, seed=0):
-    """Images with all that histograms and edges can have: noise, few grey values, flat ones, ramps, extremes."""
+    """Returns images that are hard for histograms and edges: noise, few grey values, flat ones, ramps, extremes."""
     g = torch.Generator().manual_seed(seed)
     noise = torch.randint(256, (n, *shape), generator=g)
     offset, levels = torch.randint(256, (2, n, shape[0], 1, 1), generator=g)
@@ -75,7 +75,7 @@ def test_every_whole_degree_of_rotation_is_pillows(shape):
     images = pictures(len(degrees), shape)
     ours = affine.transform(images, affine.rotation(degrees.double(), *shape[1:]))
     pillows = by_pillow(images, lambda image, by: image.rotate(by, resample=Image.Resampling.BILINEAR), degrees)
-    # by a right angle Pillow copies where the sides fit, which is the same
+    # for a right angle Pillow copies if the sides fit, which gives the same pixels
     assert_same_bits(ours, pillows, geometric=True)
 
 
@@ -83,7 +83,7 @@ def test_no_rotation_is_exactly_the_identity():
     assert affine.rotation(torch.zeros(1, dtype=torch.float64), 28, 31).tolist() == [[1, 0, 0, 0, 1, 0]]
 
 
-quarters = st.integers(-8, 8).map(lambda k: k / 4)  # coordinates that fall on edges and centres of pixels
+quarters = st.integers(-8, 8).map(lambda k: k / 4)  # coordinates on edges and centres of pixels
 
 
 def number(most):

@@ -21,7 +21,7 @@ def options_of(objective):
 
 
 def taken_by_wong(objective, model, x, y, epsilon, alpha, steps):
-    """The lines of Wong et al.'s training script, of the objective's own inner loss: δ, not x', is what moves."""
+    """Copies the attack of Wong et al.'s training script, with the objective's inner loss; it moves δ instead of x'."""
     model.eval()
     delta = (2 * torch.rand(x.shape, dtype=x.dtype) - 1) * epsilon
     delta = torch.max(torch.min(delta, 1 - x), 0 - x)
@@ -65,7 +65,7 @@ def test_loss_gradients_and_buffers_are_those_of_wongs_steps(objective, steps, a
 
 
 def corrupted_by(objective, distance, **options):
-    """x' of the update's last forward, beside x."""
+    """Returns x, and the x' that the last forward of the update gets."""
     model, (x, y) = build("conv_bn"), batch(64)
     seen = []
     model.register_forward_pre_hook(lambda m, args: seen.append(args[0].detach()) if m.training else None)
@@ -111,7 +111,7 @@ BAD = {
     "perturb_steps": ({"perturb_steps": 3}, TypeError, "perturb_steps is no option of fast_loss.*steps"),
     "no step": ({"steps": 0}, ValueError, "steps must be at least 1, got 0"),
     "half a step": ({"steps": 1.5}, TypeError, "steps must be an integer, got 1.5"),
-    "epsilon": ({"epsilon": 0.0}, ValueError, "epsilon.*greater than 0.*0.0"),
+    "epsilon": ({"epsilon": -0.1}, ValueError, "epsilon.*at least 0.*-0.1"),
     "epsilon NaN": ({"epsilon": math.nan}, ValueError, "epsilon.*nan"),
     "step size": ({"step_size": -0.1}, ValueError, "step_size.*greater than 0.*-0.1"),
     "step size that l_2 ignores": (

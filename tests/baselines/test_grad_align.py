@@ -24,7 +24,7 @@ def input_gradient(model, x, y, delta, backprop):
 
 
 def authors_term(model, x, y, epsilon):
-    """Their lines: samples with a gradient of 0 are left out, and only the second gradient is differentiated."""
+    """The authors' term: it leaves out samples with a gradient of 0 and differentiates only the second gradient."""
     grad = input_gradient(model, x, y, torch.zeros_like(x), False)
     eta = (2.0 * torch.rand(x.shape, dtype=x.dtype) - 1.0) * epsilon
     grad2 = input_gradient(model, x, y, eta, True)
@@ -36,7 +36,7 @@ def authors_term(model, x, y, epsilon):
 
 
 class Gated(nn.Module):
-    """The logits of the images that are dark at one pixel do not depend on the image."""
+    """A model with constant logits for the images that are dark at one pixel."""
 
     def __init__(self):
         super().__init__()
@@ -54,7 +54,7 @@ def computed(loss_of, model, seed=4):
 
 
 def with_relus_smoothed(model):
-    """Softplus: of piecewise linear functions the second derivative by the images is 0 but for batch norm."""
+    """Replaces ReLU by softplus: with ReLU the second derivative by the images is 0 except for batch norm."""
     for name, child in model.named_children():
         if isinstance(child, nn.ReLU):
             setattr(model, name, nn.Softplus())
@@ -98,7 +98,7 @@ def test_where_all_gradients_are_zero_the_term_is_zero_and_its_gradient_too(make
 
 
 def test_gradients_too_small_to_be_squared_keep_their_direction():
-    """What is left where a sample is classified with near certainty."""
+    """Such gradients occur where a sample is classified with near certainty."""
     terms = []
     for factor in (1.0, 1e-25):
         model = nn.Sequential(nn.Flatten(), nn.Linear(36, 4), nn.Softplus(), nn.Linear(4, CLASSES))
@@ -184,7 +184,7 @@ def test_autocast():
 
 
 BAD = {
-    "epsilon": ({"epsilon": 0.0}, ValueError, "epsilon.*greater than 0.*0.0"),
+    "epsilon": ({"epsilon": -0.1}, ValueError, "epsilon.*at least 0.*-0.1"),
     "epsilon NaN": ({"epsilon": math.nan}, ValueError, "epsilon.*nan"),
     "epsilon in words": ({"epsilon": "x"}, TypeError, "epsilon must be a number"),
     "generator": ({"generator": 5}, TypeError, "generator must be a torch.Generator"),

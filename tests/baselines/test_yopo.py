@@ -34,7 +34,7 @@ def plain():
 
 
 def in_place():
-    """The first layer's output is changed in place right after it."""
+    """A model that changes the output of its first layer in place."""
     return nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(64, CLASSES))
 
 
@@ -43,7 +43,7 @@ def linear():
 
 
 def halves(model):
-    """f₀ and the rest, of a model written as a sequence."""
+    """Splits a sequential model into f₀ and the rest."""
     if hasattr(model, "offset"):
         return (lambda x: model.body[0]((x - model.offset) / model.scale)), model.body[1:]
     k = 1 if isinstance(model[0], nn.Conv2d) else 2
@@ -58,7 +58,7 @@ MODELS = {"plain": plain, "conv_bn": "conv_bn", "normalising": "normalising", "i
 EACH_MODEL = pytest.mark.parametrize("name", MODELS)
 
 
-# The authors' lines, on a model that is split by hand; `.grad` collects everything
+# The authors' lines, on a model split by hand; all gradients accumulate in `.grad`
 
 
 def step(f0, inp, p, eta, inner_steps, sigma, eps):
@@ -79,7 +79,7 @@ def step(f0, inp, p, eta, inner_steps, sigma, eps):
 
 
 def authors_pgd(model, x, y, m, n):
-    """Of their CIFAR-10 code, without the forward that only reports an accuracy. Gradients are in `.grad`."""
+    """The authors' CIFAR-10 code without the forward that only reports accuracy; leaves the gradients in `.grad`."""
     f0, rest = halves(model)
     model.train()
     eta = ((2.0 * torch.rand(x.shape, dtype=x.dtype) - 1.0) * SIZES["epsilon"]).requires_grad_()
@@ -202,7 +202,10 @@ def test_beta(objective, theirs):
 
 @pytest.mark.parametrize(("objective", "full"), [("pgd", 3), ("trades", 6), ("mart", 5)])
 def test_the_steps_run_the_first_layer_alone(objective, full):
-    """Beside two rows at the beginning. With "pgd" H is computed once more in each propagation, for its gradient."""
+    """A check at the beginning adds a forward of two rows.
+
+    With "pgd", each propagation computes H once more, for its gradient.
+    """
     model = build("conv_bn")
     rows = {k: [] for k in range(len(model))}
     for k, layer in enumerate(model):
@@ -223,7 +226,7 @@ def test_a_propagation_runs_one_backward():
 
 
 def test_a_layer_of_ones_own_choice():
-    """The second convolution: what lies before it belongs to f₀."""
+    """With `first` set to the second convolution, all layers before it belong to f₀."""
     model = build(plain)
     counts = [0] * len(model)
     for k, layer in enumerate(model):
@@ -236,7 +239,7 @@ def test_a_layer_of_ones_own_choice():
 
 @pytest.mark.parametrize("objective", ["pgd", "trades", "mart"])
 def test_the_host_waits_twice(objective):
-    """For what is wrong with the input, before anything else, and with the gradients."""
+    """The host waits once to check the input, before anything else, and once to check the gradients."""
     model = build("conv_bn", dtype=torch.float32).to(DEVICE)
     x = torch.empty(8, *SHAPE, device=DEVICE)
     y = torch.zeros(8, dtype=torch.int64, device=DEVICE)
@@ -255,7 +258,7 @@ def test_cost():
         yopo_cost(2, "free")
 
 
-# The loss behaves as any other
+# The loss behaves like any other
 
 
 @pytest.mark.parametrize("objective", ["pgd", "trades", "mart"])
@@ -346,7 +349,7 @@ def test_training_lowers_the_loss(objective):
 
 
 class TwoPaths(nn.Module):
-    """Its first convolution is called twice in a forward."""
+    """A model that calls its first convolution twice in a forward."""
 
     def __init__(self):
         super().__init__()
@@ -402,7 +405,7 @@ BAD = {
     "objective": (of(objective="free"), ValueError, "objective must be one of 'pgd', 'trades', 'mart', got 'free'"),
     "beta without a robust term": (of(beta=1.0), ValueError, "beta is an option of 'trades' and 'mart'"),
     "beta": (of(objective="trades", beta=-1.0), ValueError, "beta.*at least 0, got -1.0"),
-    "epsilon": (of(epsilon=0.0), ValueError, "epsilon.*greater than 0.*0.0"),
+    "epsilon": (of(epsilon=-0.1), ValueError, "epsilon.*at least 0.*-0.1"),
     "step size": (of(step_size=math.nan), ValueError, "step_size.*nan"),
     "generator": (of(generator=5), TypeError, "generator must be a torch.Generator"),
     "optimizer": (of(optimizer="sgd"), TypeError, "optimizer must be an optimizer or None, got str"),
@@ -439,7 +442,7 @@ def test_bad_input(name, objective):
 
 
 class Broken(nn.Module):
-    """What lies before its first layer has a derivative of NaN at bright images."""
+    """A model with a NaN derivative, at bright images, before its first layer."""
 
     def __init__(self):
         super().__init__()

@@ -1,8 +1,8 @@
 """python -m tests.fuzz [--cases 100000] [--seed 0] [--out FILE.json] [--only TARGET ...] [--verbose]
 
-Half of the cases are calls of public entry points, drawn by hypothesis; the other half files for the readers, by
-atheris where it is installed (the `fuzz` extra) and by random mutation of valid files. Each target gets as many as the
-others of its kind. The result file is written anew after each target. Exit status: 1 if there is a failure.
+Half of the cases are calls of public entry points, drawn by hypothesis; the other half are files for the readers, made
+by atheris where it is installed (the `fuzz` extra) and by random mutation of valid files. All targets of a kind get the
+same number of cases. The result file is rewritten after each target. Exit status: 1 if there is a failure.
 """
 
 import argparse
@@ -25,7 +25,7 @@ MOST_MEMORY = 16 * 2**30  # bytes of address space: a file that asks for more ge
 
 
 def outcomes(cases: int, seed: int, only: list[str], verbose: bool):
-    """What came of each target, one after another."""
+    """Yields the outcome of each target, one after another."""
     by_coverage = has_atheris() and not verbose
     shares = {name: -(-cases // 2 // len(api.TARGETS)) for name in api.TARGETS}
     shares |= {name: -(-cases // 2 // len(readers.READERS)) for name in readers.READERS}
@@ -35,7 +35,7 @@ def outcomes(cases: int, seed: int, only: list[str], verbose: bool):
         if name in api.TARGETS:
             yield fuzz(name, api.TARGETS[name], count, seed, verbose)
             continue
-        # coverage finds new ways through the bytes, the other changes the values of sound JSON
+        # atheris finds new paths by coverage, mutation changes the values of valid JSON
         if by_coverage:
             yield fuzz_by_coverage(name, count // 2, seed)
         yield fuzz_bytes(name, count - by_coverage * (count // 2), seed, verbose)

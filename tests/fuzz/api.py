@@ -1,4 +1,4 @@
-"""Targets: every public entry point."""
+"""Fuzz targets for every public entry point."""
 
 import copy
 import dataclasses
@@ -63,18 +63,18 @@ SHARES = st.floats(0, 1)
 
 
 def absurd(n):
-    """A count so large that it can only be waited for."""
+    """Returns whether a count is so large that the call would only take long."""
     return isinstance(n, int) and not isinstance(n, bool) and n > 100
 
 
 def target(cases):
-    """Take part in the campaign."""
+    """Registers a target with the campaign."""
     TARGETS[cases.__name__] = cases()
     return cases
 
 
 def call(function, arguments, *, check=None, state=lambda: (), reset=lambda: None, names=(), late=None):
-    """A case that calls a function by keywords; an error must leave its arguments unchanged, too."""
+    """Makes a case that calls a function by keywords; an error must also leave its arguments unchanged."""
     given = [v for v in arguments.values() if isinstance(v, torch.Tensor)]
     return Case(
         run=lambda: function(**arguments),
@@ -96,7 +96,7 @@ def expect(holds, what):
 
 
 class Bad(nn.Module):
-    """Returns what is no logits."""
+    """A model with invalid logits."""
 
     def __init__(self, what):
         super().__init__()
@@ -147,7 +147,7 @@ BADS += ["one class", "some nan", "nan gradient"]
 
 @functools.cache
 def model_of(name):
-    """One of each, which is put back after each case; with the buffers that it had."""
+    """Returns the one model of this name, which `put_back` restores after each case, and its initial state."""
     torch.manual_seed(0)
     build = {"convolutional": convolutional, "linear": linear, "double": lambda: linear().double()}
     model = build[name]() if name in build else Bad(name)
@@ -184,7 +184,7 @@ def count_of(x):
 
 @st.composite
 def bullets(draw, steps=COUNTS):
-    """A `BulletTrain`, whose own arguments are another target's."""
+    """Draws a `BulletTrain`; another target draws its invalid arguments."""
     counts = [n if type(n) is int and 0 <= n <= 30 else 1 for n in (draw(steps) for _ in range(3))]
     policy = draw(st.sampled_from(["three_groups", "three_groups", "uniform", "gaussian", "oracle"]))
     bullet = BulletTrain(*counts, metric=draw(st.sampled_from(list(allocation.METRICS))), policy=policy)
@@ -193,10 +193,10 @@ def bullets(draw, steps=COUNTS):
 
 
 def state_of(*holders):
-    """What errors must leave as it is."""
+    """Returns the state that an error must leave unchanged."""
     held = []
     for holder in holders:
-        if isinstance(holder, BulletTrain):  # the faults of an earlier batch are told once
+        if isinstance(holder, BulletTrain):  # the faults of an earlier batch are reported once
             held += [b for name, b in holder.named_buffers() if not name.startswith("unreported")]
         elif isinstance(holder, nn.Module):
             held += model_state(holder)
@@ -204,7 +204,7 @@ def state_of(*holders):
 
 
 def objective_options(draw, x, *names):
-    """The keywords of those names, drawn."""
+    """Draws values for the keywords of these names."""
     drawn = {
         "optimizer": lambda: draw(mostly(st.none())),
         "step_size": lambda: draw(SIZES),
@@ -239,7 +239,7 @@ def objective_options(draw, x, *names):
 
 @st.composite
 def attacks(draw):
-    """A `PGD`, whose own arguments are another target's."""
+    """Draws a `PGD`; another target draws its invalid arguments."""
     return PGD(
         draw(mostly(POSITIVE, st.just(0.0))),
         draw(POSITIVE),
@@ -252,7 +252,7 @@ def attacks(draw):
 
 
 def objective_case(draw, function, names, fixed=None, images_name="x_natural"):
-    """A call of an objective, whose loss is finite and has a gradient."""
+    """Draws a call of an objective, which must return a finite loss with a gradient."""
     name = draw(MODELS)
     model = model_of(name)[0]
     x = images(draw, name=name)
@@ -269,16 +269,16 @@ def objective_case(draw, function, names, fixed=None, images_name="x_natural"):
 
     def check(loss):
         expect(loss.dim() == 0 and (loss.requires_grad or name in ("detached", "constant")), "the loss has no gradient")
-        passed_on = function is grad_align and "nan" in name  # as is documented
-        passed_on |= (options.get("beta") or 0.0) > 1e30  # a term that is too large for float32
-        passed_on |= function is grad_align and arguments["epsilon"] > 1e30  # nor do its pixels stay in their bounds
+        passed_on = function is grad_align and "nan" in name  # as documented
+        passed_on |= (options.get("beta") or 0.0) > 1e30  # a term too large for float32
+        passed_on |= function is grad_align and arguments["epsilon"] > 1e30  # nor do its pixels stay within bounds
         expect(math.isfinite(loss.item()) or passed_on, "the loss is not finite")
         expect(all(p.grad is None for p in model.parameters()), "a parameter's gradient was touched")
         if isinstance(bullet, BulletTrain):
             expect(int(bullet.group_counts.sum()) == len(x), "the groups do not sum to the batch")
             expect(0 <= float(bullet.robust_fraction) <= 1, "F_R is no share")
 
-    # batch norm refuses a batch of one, and says so in words of its own; the model's logits are named as such
+    # batch norm has its own message for a batch of one; errors about logits name the model
     words = ("model", "the model's", "perturb_steps", "distance", "channel", "labels", "adversarial_logits", "tensors")
     return call(
         function,
@@ -287,7 +287,7 @@ def objective_case(draw, function, names, fixed=None, images_name="x_natural"):
         state=lambda: state_of(model, bullet),
         reset=lambda: put_back(name),
         names=words,
-        late="adversarial_logits must be finite",  # told after the update's forwards, which is documented
+        late="adversarial_logits must be finite",  # raised after the update's forwards, as documented
     )
 
 
@@ -372,7 +372,7 @@ def perturbed(draw):
         reach = moved.amax() if attack.norm == "linf" else moved.norm(dim=1).amax()
         room = attack.epsilon * (1 + 1e-4) + (
             0.01 if attack.start != "uniform" else 1e-5
-        )  # a normal start is not bounded
+        )  # a normal start is unbounded
         expect(float(reach) <= attack.epsilon * (1 + 1e-4) + room, "it left the ball")
 
     words = ("model", "the model's", "labels", "tensors", "channel")
@@ -458,7 +458,7 @@ def augmix_loss(draw):
 @target
 @st.composite
 def further_pass(draw):
-    """A sound minibatch, then a pass over it that may be another one's: the mining stays as it is."""
+    """Draws a valid minibatch and a further pass over it or over another one: the mining must not move."""
     losses = {bt_fast.augmix_loss: (1, 0, 0), bt_fast.pgd_loss: (2, 1, 0)}
     losses |= {bt_fast.trades_loss: (2, 1, 0), bt_fast.mart_loss: (2, 0, 1)}
     loss = draw(st.sampled_from(list(losses)))
@@ -522,7 +522,7 @@ def threat_model(draw):
 @target
 @st.composite
 def options_of_the_attack(draw):
-    """Frozen, Update, Gaussian, Oracle, the runners."""
+    """Draws the options `Frozen`, `Update`, `Gaussian` and `Oracle`, and the runners."""
     kinds = {
         Frozen: {"autocast": mostly(st.sampled_from([None, torch.float16, torch.bfloat16]))},
         Update: {"channels_last": st.booleans()},
@@ -575,7 +575,7 @@ def generate(draw):
     model, m = model_of(name)[0], draw(st.integers(1, 5))
     clean = images(draw, m, name)
     start = clean if draw(st.integers(0, 3)) else images(draw, m, name)
-    # values are not checked here, as is documented: to look at them means to wait for the device
+    # as documented, values are not checked here, since reading them would wait for the device
     target = draw(floats_of((m, CLASSES), ("uniform",), (torch.float64 if name == "double" else torch.float32,)))
     steps = torch.tensor(draw(st.lists(st.integers(0, 3), min_size=m, max_size=m)))
     attacked = Plan.from_steps(steps, torch.full((m,), draw(POSITIVE), dtype=torch.float64))
@@ -654,7 +654,7 @@ def evaluation(draw):
 @target
 @st.composite
 def auto_attack(draw):
-    """What is checked before the package, which is not installed here, is looked for."""
+    """Draws a call of `autoattack`, which checks its arguments before it imports the missing package."""
     x = images(draw)
     arguments = {
         "model": model_of("linear")[0],
@@ -678,7 +678,7 @@ def auto_attack(draw):
 @target
 @st.composite
 def normalisation(draw):
-    """`Normalization`, and `Normalize` on images."""
+    """Draws `Normalization`, and `Normalize` on images."""
     numbers = mostly(st.lists(st.floats(0.1, 2.0), min_size=1, max_size=3))
     arguments = {"mean": draw(numbers), "std": draw(numbers)}
     if draw(st.booleans()):
@@ -698,7 +698,7 @@ def normalisation(draw):
 @target
 @st.composite
 def plan_of_ranks(draw):
-    """Who attacks whose samples, and whether that pays."""
+    """Draws a plan of which rank attacks which samples, and whether that pays."""
     ranks, most = draw(st.integers(1, 9)), draw(st.integers(0, 4))
     numbers = st.lists(st.integers(0, 9), min_size=ranks * (most + 1), max_size=ranks * (most + 1))
     counts = numbers.map(lambda n: torch.tensor(n, dtype=torch.int64).view(ranks, most + 1))
@@ -731,7 +731,7 @@ def costs_of_ranks(draw):
 @target
 @st.composite
 def guarded_step(draw):
-    """A step that is taken, left out or refused, and in the last two cases leaves the weights as they were."""
+    """Draws a step that is taken, skipped or refused; the last two must leave the weights unchanged."""
     torch.manual_seed(0)
     layer = nn.Linear(2, 2)
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9, fused=draw(st.booleans()))
@@ -759,7 +759,7 @@ def guarded_step(draw):
         expect(sound or (not moved and len(guard.skipped) == 1), "a faulty step was taken, or not told")
         expect(not sound or not guard.skipped, "a sound step was left out")
 
-    # what is raised says what is wrong with the minibatch
+    # the error describes the minibatch
     words = ("modules", "minibatch", "tensors")
     return call(run, arguments, check=check, state=lambda: list(layer.parameters()), names=words)
 
@@ -841,7 +841,7 @@ def observe(draw):
 @target
 @st.composite
 def rules_of_ones_own(draw):
-    """Metrics and policies that return anything."""
+    """Draws custom metrics and policies that return anything."""
     m = draw(st.integers(1, 4))
     integers = tensors(st.just((m,)), st.sampled_from([torch.int64, torch.int8, torch.uint8]))
     metric = draw(st.booleans())
@@ -861,7 +861,7 @@ def rules_of_ones_own(draw):
 @target
 @st.composite
 def theory(draw):
-    """The speedups of a `BulletTrain`, and the functions of `speedup`."""
+    """Draws the speedups of a `BulletTrain`, and the functions of `speedup`."""
     share, count = mostly(st.floats(0, 0.4)), mostly(st.integers(0, 20))
     functions = {
         speedup.Fractions: {name: share for name in ("boundary", "robust", "outlier")},
@@ -879,7 +879,7 @@ def theory(draw):
 @target
 @st.composite
 def loaded_state(draw):
-    """A state of one's own, loaded as torch loads one: its errors are torch's RuntimeError."""
+    """Draws a custom state, which `load_state_dict` loads; its errors are torch's RuntimeError."""
     bullet = BulletTrain(2, 1, 0, policy=draw(st.sampled_from(["three_groups", "uniform"])))
     own = bullet.state_dict()
     state = dict(own)
@@ -904,18 +904,18 @@ def loaded_state(draw):
     return Case(load, ("state_dict", "earlier", "BulletTrain", *state), told(state), check)
 
 
-# Operations, which are called with tensors: torch itself refuses other things, by the names in their schemas
+# Operations, called with tensors only: torch itself refuses other types, by the names in the schemas
 
 
 def any_tensor(strategy):
-    """No value that is not a tensor."""
+    """Keeps only the tensors of a strategy."""
     return strategy.filter(lambda x: isinstance(x, torch.Tensor))
 
 
 @target
 @st.composite
 def rows_ops(draw):
-    """What works on rows of logits."""
+    """Draws the ops on rows of logits."""
     z = draw(any_tensor(floats_of((draw(st.integers(0, 4)), draw(st.integers(0, 4))), CONTENTS, FLOATS)))
     like = lambda: draw(any_tensor(floats_of(tuple(z.shape), CONTENTS, (z.dtype,))))  # noqa: E731
     y = draw(any_tensor(labels_of(count_of(z), classes_of(z))))

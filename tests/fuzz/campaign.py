@@ -1,8 +1,8 @@
-"""Cases against targets, and what came of them.
+"""Runs cases against targets and counts the outcomes.
 
 A case is either accepted, with a result whose invariants hold, or rejected with a TypeError or ValueError that names an
-argument (of a file: its path), and then nothing has changed. All else is a failure: another exception, an error that
-names nothing, a broken invariant, changed state, a case that takes SLOW seconds, something executed from a file.
+argument (of a file: its path), and then nothing has changed. Anything else is a failure: another exception, an error
+that names nothing, a broken invariant, changed state, a case that takes SLOW seconds, or code executed from a file.
 """
 
 import re
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from tests.ways_out import has_way_out
 
 SLOW = 30.0  # seconds on a busy core; most cases take a millisecond
-CHUNK = 500  # cases of one run of hypothesis, which remembers them all
+CHUNK = 500  # cases of one run of hypothesis, which keeps all of them in memory
 PACKAGE = Path(__file__).parents[2]
 
 
@@ -39,12 +39,12 @@ class Case:
 
     Attributes:
         run: the call.
-        names: one of these words must stand in an error's message.
-        told: what it is called with, for whoever looks for the reason of a failure.
+        names: an error's message must contain one of these words.
+        told: the arguments of the call, for debugging a failure.
         check: raises AssertionError if an invariant of the result does not hold.
-        state: tensors and plain values that an error must leave as they are.
-        late: an error with this in it may change them, as is documented.
-        reset: called afterwards.
+        state: tensors and plain values that an error must leave unchanged.
+        late: an error with this text may change the state, as documented.
+        reset: called after the case.
     """
 
     run: Callable[[], Any]
@@ -58,7 +58,7 @@ class Case:
 
 @dataclass
 class Outcome:
-    """What came of the cases of one target."""
+    """The outcome of the cases of one target."""
 
     target: str
     engine: str = "hypothesis"
@@ -74,15 +74,15 @@ class Outcome:
 
 
 class UnlawfulError(BaseException):
-    """What no handler of the package may swallow."""
+    """An error that no handler of the package may swallow."""
 
 
 class HangError(UnlawfulError):
-    """A case took too long."""
+    """Raised when a case takes too long."""
 
 
 class Run:
-    """Runs cases and counts."""
+    """Runs cases and counts their outcomes."""
 
     def __init__(self, target: str, engine: str = "hypothesis", verbose: bool = False) -> None:
         self.outcome, self.verbose = Outcome(target, engine), verbose
@@ -104,7 +104,7 @@ class Run:
         self.outcome.seconds = time.perf_counter() - self._start
 
     def _judge(self, case: Case, error: BaseException, before: list[Any]) -> None:
-        if of_the_model(error):  # its own exceptions are the caller's
+        if of_the_model(error):  # the model's own exceptions reach the caller
             self.outcome.rejected += 1
             return
         if not isinstance(error, TypeError | ValueError):
@@ -136,7 +136,7 @@ class Run:
 
 @contextmanager
 def _in_time() -> Iterator[None]:
-    """A block that HangError leaves after SLOW seconds."""
+    """A context manager that raises HangError after SLOW seconds."""
     signal.signal(signal.SIGALRM, _hang)
     signal.setitimer(signal.ITIMER_REAL, SLOW)
     try:
@@ -150,7 +150,7 @@ def _hang(*_: object) -> None:
 
 
 def of_the_model(error: BaseException) -> bool:
-    """Whether it was raised inside a module's own call."""
+    """Returns whether the error was raised inside a module's own call."""
     call = nn.Module._call_impl.__code__
     return any(frame.f_code is call for frame, _ in traceback.walk_tb(error.__traceback__))
 
@@ -160,7 +160,7 @@ def _copy(value: object) -> object:
 
 
 def _same(a: object, b: object) -> bool:
-    """Equal to the bit, NaN and NaN too."""
+    """Compares bit for bit; NaN equals NaN."""
     if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
         return type(a) is type(b) and (a == b or a is b)
     if a.shape != b.shape or a.dtype != b.dtype or a.layout != b.layout:
@@ -172,7 +172,7 @@ def _same(a: object, b: object) -> bool:
 
 
 def fuzz(target: str, cases: st.SearchStrategy[Case], count: int, seed: int, verbose: bool = False) -> Outcome:
-    """Run `count` cases of a strategy, in chunks; hypothesis stops earlier where there are no others."""
+    """Runs `count` cases of a strategy, in chunks; hypothesis may run out of cases earlier."""
     run = Run(target, verbose=verbose)
     for chunk in range(-(-count // CHUNK)):
         wanted, done = min(CHUNK, count - chunk * CHUNK), run.outcome.cases

@@ -1,7 +1,7 @@
-"""Bytes for the readers: valid files, changed at random, or by atheris (libFuzzer), which is led by coverage.
+"""Makes bytes for the readers from valid files: by random mutation, or by atheris (libFuzzer), guided by coverage.
 
-python -m tests.fuzz.mutation READER RUNS SEED OUT.json runs atheris on one reader; it ends the process, so it has one
-of its own.
+python -m tests.fuzz.mutation READER RUNS SEED OUT.json runs atheris on one reader. It needs a separate process, since
+atheris ends its process.
 """
 
 import copy
@@ -26,7 +26,7 @@ def has_atheris() -> bool:
 
 
 def mutated(seed: bytes, others: list[bytes], random: random.Random) -> bytes:
-    """A few changes: bits, bytes, parts cut, doubled, moved, or taken from another file."""
+    """Makes a few changes: of bits and bytes, and of parts that are cut, doubled, moved, or taken from another file."""
     data = bytearray(seed)
     for _ in range(random.choice((1, 1, 2, 3, 8))):
         at = random.randrange(len(data) + 1)
@@ -74,7 +74,7 @@ VALUES = (
 
 
 def with_other_values(seed: bytes, random: random.Random) -> bytes | None:
-    """JSON, or lines of it, in which some values are others, are gone or are there twice; None if it is no JSON."""
+    """Replaces, removes or repeats some values of JSON, or of lines of JSON; returns None for anything else."""
     lines = seed.decode(errors="replace").splitlines()
     try:
         content = [json.loads(line) for line in lines]
@@ -98,7 +98,7 @@ def with_other_values(seed: bytes, random: random.Random) -> bytes | None:
 
 
 def _places(content: object) -> list[tuple[Any, Any]]:
-    """Every place of a value in JSON, as what holds it and its key there."""
+    """Lists the place of every value in JSON as (container, key)."""
     if not isinstance(content, dict | list):
         return []
     keys = list(content) if isinstance(content, dict) else range(len(content))
@@ -106,7 +106,7 @@ def _places(content: object) -> list[tuple[Any, Any]]:
 
 
 def fuzz_bytes(name: str, count: int, seed: int, verbose: bool = False) -> Outcome:
-    """The seeds themselves, and mutations of them."""
+    """Fuzzes a reader with its seeds and mutations of them."""
     from tests.fuzz.readers import READERS, case_of
 
     source, seeds, run = random.Random(f"{seed}, {name}"), READERS[name].seeds, Run(name, "mutation", verbose)
@@ -120,7 +120,7 @@ def fuzz_bytes(name: str, count: int, seed: int, verbose: bool = False) -> Outco
 
 
 def fuzz_by_coverage(name: str, count: int, seed: int) -> Outcome:
-    """The same by atheris, in a process of its own."""
+    """Fuzzes a reader with atheris, in a separate process."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "outcome.json"
         command = [sys.executable, "-m", "tests.fuzz.mutation", name, str(count), str(seed), str(out)]

@@ -1,4 +1,4 @@
-"""Targets: every reader of files, given bytes; and valid files to begin with."""
+"""Fuzz targets for every reader of files, and valid files to start from."""
 
 import argparse
 import contextlib
@@ -37,13 +37,13 @@ STEM = "subject"
 
 @dataclass(frozen=True)
 class Reader:
-    """Reads a file of these bytes.
+    """A reader of files and how to call it on given bytes.
 
     Attributes:
-        read: of a folder in which the other files that it needs lie.
+        read: called with a folder that contains the other files it needs.
         place: writes the bytes into that folder.
-        seeds: valid files; mutations of them are what is read.
-        names: one of these words must stand in an error.
+        seeds: valid files, to be mutated.
+        names: an error's message must contain one of these words.
     """
 
     read: Callable[[Path], object]
@@ -53,11 +53,11 @@ class Reader:
 
 
 class ExecutedError(UnlawfulError):
-    """Something that a file holds was run."""
+    """Raised when code from a file is executed."""
 
 
 class Watch:
-    """An audit hook that raises where a reader does what no reader needs to do."""
+    """An audit hook that raises when a reader does something that no reader needs."""
 
     def __init__(self):
         self.on = False
@@ -78,12 +78,12 @@ WATCH = Watch()
 
 
 def sing(*_):
-    """What the malicious files of the corpus call."""
+    """The function that the corpus's malicious files call."""
     raise ExecutedError("a function was called by a pickle")
 
 
 class Canary:
-    """Pickles as a call of `sing`."""
+    """An object that pickles as a call of `sing`."""
 
     def __reduce__(self):
         return sing, ()
@@ -93,7 +93,7 @@ FOLDERS: dict[str, Path] = {}
 
 
 def case_of(name: str, data: bytes) -> Case:
-    """The reading of these bytes."""
+    """Returns the case that reads these bytes."""
     reader = READERS[name]
     folder = folder_of(name)
     reader.place(folder, data)
@@ -109,7 +109,7 @@ def case_of(name: str, data: bytes) -> Case:
 
 
 def folder_of(name: str) -> Path:
-    """A folder in memory, with the other files in it."""
+    """Returns a folder in memory with the other files."""
     if name not in FOLDERS:
         memory = Path("/dev/shm")
         FOLDERS[name] = Path(tempfile.mkdtemp(prefix="fuzz-", dir=memory if memory.is_dir() else None))
@@ -122,7 +122,7 @@ def folder_of(name: str) -> Path:
 
 
 def clean_up() -> None:
-    """Remove the folders."""
+    """Removes the folders."""
     for folder in FOLDERS.values():
         shutil.rmtree(folder, ignore_errors=True)
     FOLDERS.clear()
@@ -136,7 +136,7 @@ def file_in(*parts: str) -> Callable[[Path, bytes], object]:
 
 
 def member_in(file: str, member: str, others: dict[str, bytes]) -> Callable[[Path, bytes], object]:
-    """The bytes as a member of a sound zip archive."""
+    """Writes the bytes as a member of a valid zip archive."""
 
     def place(folder: Path, data: bytes) -> None:
         with zipfile.ZipFile(folder / file, "w") as archive:
@@ -299,7 +299,7 @@ def corrupted(folder: Path) -> object:
 
 
 def unfinished(folder: Path) -> object:
-    """A report of a run without a summary, whose description or records are these."""
+    """Loads a run without a summary, with these bytes as its description or records."""
     (run,) = load_runs([folder])
     assert run.unfinished
     assert [result.name for result in run.results] == list(run.config["methods"])

@@ -1,4 +1,4 @@
-"""Arguments, mostly such as they should be, and now and then anything."""
+"""Draws arguments that are mostly valid, and sometimes anything."""
 
 import decimal
 import fractions
@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from hypothesis import strategies as st
 
-HUGE = 10**400  # beyond every float
+HUGE = 10**400  # too large for a float
 NUMBERS = (0, -0.0, 1, -1, math.nan, math.inf, -math.inf, 1e-320, 1e300, 2**31, 2**63, HUGE, -HUGE)
 OTHERS = (
     None,
@@ -63,12 +63,12 @@ LAYOUTS = ("plain", "strided", "expanded", "transposed", "gradient", "meta", "sp
 
 @st.composite
 def mostly(draw, valid, wild=ANYTHING, share=25):
-    """One in `share` is wild."""
+    """Draws from `valid`, and once in `share` from `wild`."""
     return draw(wild if draw(st.integers(1, share)) == share else valid)
 
 
 def filled(shape, content, seed, dtype):
-    """A tensor of float64 numbers of that kind, cast."""
+    """Returns a tensor of float64 numbers of one of CONTENTS, cast to the dtype."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.rand(shape, generator=generator, dtype=torch.float64)
     match content:
@@ -90,7 +90,7 @@ def filled(shape, content, seed, dtype):
 
 
 def laid_out(x, layout):
-    """The same numbers in another way."""
+    """Returns the same numbers in another layout."""
     match layout:
         case "strided" if x.dim():
             return torch.stack([x, x], dim=-1)[..., 0]
@@ -119,7 +119,7 @@ ANY_CONTENT, ANY_LAYOUT = st.sampled_from(CONTENTS), st.sampled_from(LAYOUTS)
 
 @st.composite
 def tensors(draw, shapes=SHAPES, dtypes=DTYPES, contents=ANY_CONTENT, layouts=ANY_LAYOUT):
-    """Any tensor within the given choices."""
+    """Draws any tensor within the given choices."""
     return laid_out(filled(draw(shapes), draw(contents), draw(SEEDS), draw(dtypes)), draw(layouts))
 
 
@@ -130,19 +130,19 @@ STRIDED = st.sampled_from(LAYOUTS[:5])
 
 @st.composite
 def floats_of(draw, shape, contents=("uniform", "normal", "zero", "constant"), dtypes=(torch.float32,), share=25):
-    """Mostly a dense tensor of this shape and one of these dtypes."""
+    """Draws mostly a dense tensor of this shape and one of these dtypes."""
     choices = {"dtypes": st.sampled_from(dtypes), "contents": st.sampled_from(contents), "layouts": STRIDED}
     return draw(mostly(tensors(st.just(shape), **choices), odd_like(shape), share))
 
 
 def odd_like(shape):
-    """Another kind of tensor of this shape, another shape, or something else."""
+    """Returns a strategy of tensors of this shape and any kind, of another shape, and other objects."""
     return st.one_of(tensors(st.just(shape)), WILD_TENSORS)
 
 
 @st.composite
 def labels_of(draw, m, classes, share=25):
-    """Mostly labels in 0..classes-1."""
+    """Draws mostly labels in 0..classes-1."""
     generator = torch.Generator().manual_seed(draw(SEEDS))
     kind = draw(mostly(st.just("labels"), st.sampled_from(["outside", "odd", "narrow"]), share))
     if kind == "odd":
@@ -164,12 +164,12 @@ def labels_or_distributions(draw, m, classes, share=25):
 
 
 def generators():
-    """None, or a generator on the CPU; now and then something else."""
+    """Draws None or a generator on the CPU, and sometimes something else."""
     return mostly(st.one_of(st.none(), SEEDS.map(lambda seed: torch.Generator().manual_seed(seed))))
 
 
 def told(arguments):
-    """Arguments in a line each."""
+    """Formats arguments, one a line."""
     return "\n     ".join(f"{name} = {_told(value)}" for name, value in arguments.items())
 
 

@@ -1,4 +1,4 @@
-"""Checks are worth something only if they see bugs: each of these, planted into a kernel's source, must be caught."""
+"""Plants bugs into the kernels' source; the checks must catch each of them."""
 
 from unittest import mock
 
@@ -16,7 +16,7 @@ from bt_fast.kernels import signed_variance
 from bt_fast.ops import rows
 from bt_fast.ops.ascent_direction import ascent_direction_reference, launch_ascent_direction
 
-# a name, the text, and its replacement
+# name, text, and replacement of each planted bug
 BUGS = [
     ("descent", "b_p - tl.load(target, mask=m_x, other=0.0)", "tl.load(target, mask=m_x, other=0.0) - b_p"),
     ("a power too large", "127 - b_biased", "128 - b_biased"),
@@ -37,7 +37,7 @@ BUGS = [
     ("the target's rows apart as the logits'", "target + o_x", "target + o_z"),
     ("rows end to end", "(K if stride is None else stride)", "K"),
 ]
-SMALL = {"LONGEST_BLOCK": 128, "LONG_BLOCK": 128, "LONG_WARPS": 4}  # so that 300 classes are three blocks
+SMALL = {"LONGEST_BLOCK": 128, "LONG_BLOCK": 128, "LONG_WARPS": 4}  # makes 300 classes three blocks
 CASES = [
     rows_cases.batch(70, 10, torch.float32, 0)[0],
     rows_cases.batch(5, 100, torch.float16, 1, layout="apart")[0],
@@ -46,7 +46,7 @@ CASES = [
 
 
 def caught(module):
-    """Whether a case comes out wrong, or faults, with the kernels of this module."""
+    """Returns whether this module's kernels fault or give a wrong result in some case."""
     stand_ins = compiled_kernels(module, 80)
     with mock.patch.multiple(kernels, **stand_ins), mock.patch.multiple(rows, **SMALL), rows_cases.poisoned():
         for z in CASES:

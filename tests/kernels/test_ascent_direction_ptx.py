@@ -1,4 +1,4 @@
-"""The compiled kernels, executed on the CPU: layouts, predicates, vector accesses and rounding as on a GPU."""
+"""The compiled kernels, executed on the CPU, have layouts, predicates, vector accesses and rounding as on a GPU."""
 
 from unittest import mock
 
@@ -16,7 +16,7 @@ from bt_fast.ops.ascent_direction import ascent_direction_reference, launch_asce
 
 @pytest.fixture(params=[80, 90])
 def compiled(request):
-    """The kernels, each replaced by its compiled self: a dict by name."""
+    """Replaces the kernels by their compiled versions, returned as a dict by name."""
     stand_ins = compiled_kernels(kernels, request.param)
     with mock.patch.multiple(kernels, **stand_ins):
         yield stand_ins
@@ -50,7 +50,7 @@ def test_ascent_direction(compiled, n, k, dtype, layout, scaled):
     [(10, True, 1, 1), (10, False, 1, 1), (1000, True, 1, 1), (8200, True, 3, 2), (8200, False, 2, 1)],
 )
 def test_bytes(compiled, k, scaled, of_logits, of_target):
-    """One read of each and one write; rows that do not fit a block are read for the sum and for the scale before."""
+    """One read of each input and one write; rows longer than a block are first read for the sum and for the scale."""
     n = 6
     z, _ = rows_cases.batch(n, k, torch.float16, 0)
     launch_ascent_direction(z, rows_cases.target_for(z, 0), scaled)

@@ -1,4 +1,4 @@
-"""Checks are worth something only if they see bugs: each of these, planted into a kernel's source, must be caught."""
+"""Plants bugs into the kernels' source; the checks must catch each of them."""
 
 import importlib
 from unittest import mock
@@ -15,10 +15,10 @@ from compiled_kernel import compiled_kernels, planted
 from bt_fast.kernels import assign_steps as kernels
 from bt_fast.kernels import order_by_steps as order_kernels
 
-op = importlib.import_module("bt_fast.ops.assign_steps")  # by attribute one finds the function of that name
+op = importlib.import_module("bt_fast.ops.assign_steps")  # as an attribute this name is the function
 order_op = importlib.import_module("bt_fast.ops.order_by_steps")
 
-# what is planted: a name, the text, and its replacement
+# name, text, and replacement of each planted bug
 ASSIGN = [
     ("a rank too high", "k = below.to(tl.int32)", "k = below.to(tl.int32) + 1"),
     ("a strict comparison of ranks", "fewer <= k", "fewer < k"),
@@ -50,11 +50,11 @@ ORDER = [
 
 
 def assign_cases_of(*sizes):
-    """A batch of each kind and size, so that every branch is taken."""
+    """Returns a batch of each kind and size, which together take every branch."""
     for i, (m, kind) in enumerate((m, kind) for m in sizes for kind in assign_cases.VALUES):
         f_r, policy = assign_cases.FRACTIONS[i % 7], assign_cases.POLICIES[i % 8]
         yield assign_cases.case(m, i, kind=kind, f_r=f_r, policy=policy, sound=i % 2 > 0)
-    # between neighbours among the floats
+    # between neighbouring float32 values
     close = torch.tensor([0.1, 0.1]).view(torch.int32).add(torch.tensor([0, 1])).int().view(torch.float32)
     yield assign_cases.case(2, 0, f_r=0.75, sound=True) | {"svar": close, "correct": torch.ones(2, dtype=torch.bool)}
     yield assign_cases.case(9, 3, f_r=0.8, sound=True) | {"faults": torch.tensor([0, 1])}
@@ -64,7 +64,7 @@ def assign_cases_of(*sizes):
 
 
 def assign_is_wrong(module, launch, *sizes):
-    """Whether a case comes out wrong, or faults, with the kernels of this module."""
+    """Returns whether this module's kernels fault or give a wrong result in some case."""
     small = mock.patch.object(op, "BLOCK", 256)
     with small, mock.patch.multiple(kernels, **compiled_kernels(module, 80)):
         for arguments in assign_cases_of(*sizes):

@@ -1,4 +1,4 @@
-"""The compiled kernels, executed on the CPU, with blocks in random order: equal to the reference to the bit."""
+"""The compiled kernels, executed on the CPU with blocks in random order, equal the reference bit for bit."""
 
 import importlib
 from unittest import mock
@@ -13,12 +13,12 @@ from compiled_kernel import compiled_kernels
 
 from bt_fast.kernels import assign_steps as kernels
 
-op = importlib.import_module("bt_fast.ops.assign_steps")  # by attribute one finds the function of that name
+op = importlib.import_module("bt_fast.ops.assign_steps")  # as an attribute this name is the function
 
 
 @pytest.fixture(params=[80, 90])
 def compiled(request):
-    """The kernels, each replaced by its compiled self: a dict by name."""
+    """Replaces the kernels by their compiled versions, returned as a dict by name."""
     stand_ins = compiled_kernels(kernels, request.param)
     with mock.patch.multiple(kernels, **stand_ins):
         yield stand_ins
@@ -78,7 +78,7 @@ def test_launches(compiled):
 
 
 def test_another_policy_compiles_nothing_anew(compiled):
-    """Numbers of steps, also 0, 1 and those divisible by 16, and step sizes are run-time arguments."""
+    """Numbers of steps (0, 1 and multiples of 16 included) and step sizes are run-time arguments."""
     kernel = compiled["assign_steps_fwd_kernel"]
     for kind, values in (("steps_", (0, 1, 16, 10)), ("size_", (0.0, 1.0, 0.3))):
         parameters = [p for p in kernel.function.params if p.name.startswith(kind)]

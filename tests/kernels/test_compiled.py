@@ -1,4 +1,4 @@
-"""What the compiler makes of the kernels, for every architecture, without a GPU."""
+"""Checks the code that the compiler generates for the kernels, for every architecture, without a GPU."""
 
 import importlib
 import pkgutil
@@ -25,7 +25,7 @@ def test_a_step_in_single_precision_divisible_by_16_takes_128_bits():
     steps = [v for v in VARIANTS.values() if v.types.get("grad") == "*fp32" and "length" in v.divisible]
     assert steps
     assert all(v.load_bits == 128 for v in steps)
-    writing = [v for v in steps if v.store_bits]  # the others find out about the gradient
+    writing = [v for v in steps if v.store_bits]  # the others only check the gradient
     assert writing
     assert all(v.store_bits == 128 for v in writing)
 

@@ -1,4 +1,4 @@
-"""Every op launches its kernels where they take its input, and only there."""
+"""Every op launches its kernels for the inputs they take, and for no others."""
 
 import contextlib
 import importlib
@@ -33,7 +33,7 @@ def assign(m):
     return lambda: ops.assign_steps(**assign_cases.case(m, 0))
 
 
-# a file of `bt_fast/ops` with the condition, a call of the op, and the kernels that it is to launch
+# the file in `bt_fast/ops` with the condition, a call of the op, and the number of kernels it should launch
 OPS = {
     "signed_variance": ("rows", lambda: ops.signed_variance(Z, Y), 1),
     "update_fraction": (
@@ -63,7 +63,7 @@ OPS = {
 
 @contextlib.contextmanager
 def counted_kernels():
-    """A list that grows by one with every kernel that would be launched; none is."""
+    """Yields a list that gets one entry for every kernel launch, and launches nothing."""
     launched = []
     with contextlib.ExitStack() as stack:
         for result in pkgutil.iter_modules(kernels.__path__):

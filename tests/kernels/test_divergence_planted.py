@@ -1,4 +1,4 @@
-"""Checks are worth something only if they see bugs: each of these, planted into a kernel's source, must be caught."""
+"""Plants bugs into the kernels' source; the checks must catch each of them."""
 
 from unittest import mock
 
@@ -13,7 +13,7 @@ from compiled_kernel import compiled_kernels, planted
 
 from bt_fast.kernels import divergence as kernels
 
-# what is planted: a name, the loss that is to show it, the text, and its replacement
+# name, loss that shows it, text, and replacement of each planted bug
 BUGS = [
     ("a mask that ends too late", "trades_kl", "m_n & (o_k < classes)", "m_n & (o_k <= classes)"),
     ("a mask that ends too early", "trades_kl", "m_n & (o_k < classes)", "m_n & (o_k < classes - 1)"),
@@ -61,7 +61,7 @@ def cases(name, looped):
 
 
 def caught(module, name, looped):
-    """Whether a case of this loss comes out wrong, or faults, with the kernels of this module."""
+    """Returns whether this module's kernels fault or give a wrong result in some case of this loss."""
     with mock.patch.multiple(kernels, **compiled_kernels(module, 80)):
         for case in cases(name, looped):
             try:

@@ -1,4 +1,4 @@
-"""The compiled kernels, executed on the CPU: layouts, predicates, reductions and rounding as on a GPU."""
+"""The compiled kernels, executed on the CPU, have layouts, predicates, reductions and rounding as on a GPU."""
 
 from unittest import mock
 
@@ -17,7 +17,7 @@ from bt_fast.ops import divergence as ops
 
 @pytest.fixture(params=[80, 90])
 def compiled(request):
-    """The kernels, each replaced by its compiled self: a dict by name."""
+    """Replaces the kernels by their compiled versions, returned as a dict by name."""
     stand_ins = compiled_kernels(kernels, request.param)
     with mock.patch.multiple(kernels, **stand_ins):
         yield stand_ins

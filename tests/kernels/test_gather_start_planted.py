@@ -1,4 +1,4 @@
-"""Checks are worth something only if they see bugs: each of these, planted into the kernel's source, must be caught."""
+"""Plants bugs into the kernel's source; the checks must catch each of them."""
 
 from unittest import mock
 
@@ -13,7 +13,7 @@ from compiled_kernel import compiled_kernels, planted
 
 from bt_fast.kernels import gather_start as kernels
 
-# what is planted: a name, the text, and its replacement
+# name, text, and replacement of each planted bug
 BUGS = [
     ("a mask that ends too late", "m_x = o_x < length", "m_x = o_x <= length"),
     ("a mask that ends too early", "m_x = o_x < length", "m_x = o_x < length - 1"),
@@ -43,7 +43,7 @@ CASES = [
 
 
 def caught(module):
-    """Whether a case comes out wrong, or faults, with the kernel of this module."""
+    """Returns whether this module's kernel faults or gives a wrong result in some case."""
     with mock.patch.multiple(kernels, **compiled_kernels(module, 80)):
         for case in CASES:
             try:

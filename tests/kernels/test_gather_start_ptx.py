@@ -1,4 +1,4 @@
-"""The compiled kernel, executed on the CPU: layouts, predicates, vector accesses and rounding as on a GPU."""
+"""The compiled kernel, executed on the CPU, has layouts, predicates, vector accesses and rounding as on a GPU."""
 
 from unittest import mock
 
@@ -20,7 +20,7 @@ BARE = {"ordered": False, "counted": False}
 
 @pytest.fixture(params=[80, 90])
 def compiled(request):
-    """The kernel, replaced by its compiled self: a dict by name."""
+    """Replaces the kernel by its compiled version, returned as a dict by name."""
     stand_ins = compiled_kernels(kernels, request.param)
     with mock.patch.multiple(kernels, **stand_ins):
         yield stand_ins

@@ -1,4 +1,4 @@
-"""The kernels under Triton's interpreter. It is chosen when triton is imported: each file has a process of its own."""
+"""Runs the kernels in Triton's interpreter, each file in its own process: importing triton chooses the interpreter."""
 
 import os
 import re
@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("triton")
 HERE = Path(__file__).parent / "interpreted"
 KERNELS = Path(__file__).parents[2] / "kernels"
-# for each op: where its kernels widen an offset to 64 bits, and what would leave it in 32
+# for each op, the text that widens an offset to 64 bits, and a replacement that leaves it in 32
 WIDENED = {
     "gather_start": ("tl.cast(i_n, tl.int64)", "i_n"),
     "ascent_direction": ("tl.cast(i_n, tl.int64)", "i_n"),
@@ -20,7 +20,7 @@ WIDENED = {
     "update_fraction": ("tl.cast(i_b, tl.int64)", "i_b"),
     "divergence": ("tl.cast(tl.program_id(0), tl.int64)", "tl.program_id(0)"),
 }
-# one script for several kernels shows that it would see each of them
+# a script for several kernels must notice each of them
 SEVERAL = [
     (op, name) for op in ["pgd_step"] for name in re.findall(r"def (\w+_kernel)", (KERNELS / f"{op}.py").read_text())
 ]

@@ -1,4 +1,4 @@
-"""The kernels on a GPU, where there is one: what the other tests of this folder prove without. `pytest -m cuda`"""
+"""Runs on a GPU the kernel tests that the other files of this folder run without one: `pytest -m cuda`."""
 
 import importlib
 
@@ -28,18 +28,18 @@ pytestmark = [
 ]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SHAPES = [(3, 32, 32), (1, 28, 28), (3, 15, 37), (3, 96, 96), (7,)]
-assign = importlib.import_module("bt_fast.ops.assign_steps")  # the op of that name hides the file
+assign = importlib.import_module("bt_fast.ops.assign_steps")  # the op of this name hides the file
 
 
 @pytest.fixture(autouse=True)
 def in_kernels():
-    """Ops that went over to plain torch would be compared with themselves."""
+    """Forbids ops to fall back to plain torch, which would be compared with itself."""
     yield
     assert availability.why_plain(torch.device(DEVICE, torch.cuda.current_device())) is None
 
 
 def on_device(run):
-    """`run` on the GPU, with arguments and results on the host."""
+    """Returns `run` on the GPU, with arguments and results on the host."""
     return elsewhere.on_device(run, DEVICE)
 
 
@@ -138,7 +138,7 @@ def test_a_replayed_graph_draws_new_noise_and_moves_by_the_device_s_own_counter(
         out.copy_(start)
         t.add_(1)
 
-    work()  # launched once before a capture
+    work()  # a first launch before the capture
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         work()

@@ -13,7 +13,7 @@ from compiled_kernel import compiled_kernels
 
 from bt_fast.kernels import order_by_steps as kernels
 
-op = importlib.import_module("bt_fast.ops.order_by_steps")  # by attribute one finds the function of that name
+op = importlib.import_module("bt_fast.ops.order_by_steps")  # as an attribute this name is the function
 
 
 @pytest.fixture(params=[80, 90])

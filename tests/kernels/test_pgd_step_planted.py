@@ -1,4 +1,4 @@
-"""Checks are worth something only if they see bugs: each of these, planted into a kernel's source, must be caught."""
+"""Plants bugs into the kernels' source; the checks must catch each of them."""
 
 from unittest import mock
 
@@ -91,7 +91,7 @@ NORMS = {
 
 
 def caught(module, norm):
-    """Whether a case comes out wrong, or faults, with the kernels of this module."""
+    """Returns whether this module's kernels fault or give a wrong result in some case."""
     launch, reference, cases = NORMS[norm]
     with mock.patch.multiple(kernels, **compiled_kernels(module, 80)):
         for case in cases:

@@ -1,4 +1,4 @@
-"""The compiled kernels, executed on the CPU: layouts, predicates, vector accesses and rounding as on a GPU."""
+"""The compiled kernels, executed on the CPU, have layouts, predicates, vector accesses and rounding as on a GPU."""
 
 from unittest import mock
 
@@ -22,14 +22,14 @@ SMALL = ("step_size", "steps", "step", "faulty", "held", "flat", "measured", "st
 
 @pytest.fixture(params=[80, 90])
 def compiled(request):
-    """The step's kernels, each replaced by its compiled self: a dict by name."""
+    """Replaces the step's kernels by their compiled versions, returned as a dict by name."""
     stand_ins = compiled_kernels(kernels, request.param)
     with mock.patch.multiple(kernels, **stand_ins):
         yield stand_ins
 
 
 def moved(kernel):
-    """Bytes of images that a kernel's latest launch loaded and stored, by argument."""
+    """Returns the bytes of images that a kernel's latest launch loaded and stored, by argument."""
     names = dict(enumerate(kernel.function.arg_names))
     return [
         {names[k]: v for k, v in kernel.statistics.get(f"{how}.parameter", {}).items() if names[k] not in SMALL}
@@ -92,7 +92,7 @@ def test_l2(compiled, n, shape, dtype, options):
     ],
 )
 def test_a_step_reads_three_tensors_and_writes_one(compiled, launch, arrange, kernel, dtype):
-    case = arrange(3, (3, 32, 32), dtype, 2, flags=True)  # in ℓ2 no zero gradient
+    case = arrange(3, (3, 32, 32), dtype, 2, flags=True)  # ℓ2 without zero gradients
     case = case.but(grad=case.arguments["grad"].nan_to_num(0, 1, -1) + 1)
     case = case.but(steps=torch.tensor([1, 0, 3]), step=torch.tensor(0))
     case.run(launch)

@@ -1,4 +1,4 @@
-"""Checks are worth something only if they see bugs: each of these, planted into a kernel's source, must be caught."""
+"""Plants bugs into the kernels' source; the checks must catch each of them."""
 
 from unittest import mock
 
@@ -15,7 +15,7 @@ from bt_fast.kernels import signed_variance as kernels
 from bt_fast.ops import rows
 from bt_fast.ops.signed_variance import launch_signed_variance, signed_variance_reference
 
-# a name, the text, and its replacement
+# name, text, and replacement of each planted bug
 BUGS = [
     ("the last maximum", "tl.min(tl.where(b_z == b_max", "tl.max(tl.where(b_z != b_max"),
     ("a later block's maximum wins a tie", "b_z > b_lane_max", "b_z >= b_lane_max"),
@@ -35,7 +35,7 @@ BUGS = [
     ("an exponential of few terms", "b_y * b_r + 1.0 / 6\n", "b_r * (1.0 / 24) + 1.0 / 6\n"),
     ("rows end to end", "(K if stride is None else stride)", "K"),
 ]
-SMALL = {"LONGEST_BLOCK": 128, "LONG_BLOCK": 128, "LONG_WARPS": 4}  # so that 300 classes are three blocks
+SMALL = {"LONGEST_BLOCK": 128, "LONG_BLOCK": 128, "LONG_WARPS": 4}  # makes 300 classes three blocks
 CASES = [
     rows_cases.batch(70, 10, torch.float32, 0),
     rows_cases.batch(5, 100, torch.float16, 1, layout="apart"),
@@ -44,7 +44,7 @@ CASES = [
 
 
 def caught(module):
-    """Whether a case comes out wrong, or faults, with the kernels of this module."""
+    """Returns whether this module's kernels fault or give a wrong result in some case."""
     stand_ins = compiled_kernels(module, 80)
     with mock.patch.multiple(kernels, **stand_ins), mock.patch.multiple(rows, **SMALL), rows_cases.poisoned():
         for case in CASES:

@@ -1,4 +1,4 @@
-"""The compiled kernels, executed on the CPU: layouts, predicates, vector accesses and rounding as on a GPU."""
+"""The compiled kernels, executed on the CPU, have layouts, predicates, vector accesses and rounding as on a GPU."""
 
 from unittest import mock
 
@@ -16,7 +16,7 @@ from bt_fast.ops.signed_variance import launch_signed_variance, signed_variance_
 
 @pytest.fixture(params=[80, 90])
 def compiled(request):
-    """The kernels, each replaced by its compiled self: a dict by name."""
+    """Replaces the kernels by their compiled versions, returned as a dict by name."""
     stand_ins = compiled_kernels(kernels, request.param)
     with mock.patch.multiple(kernels, **stand_ins):
         yield stand_ins
@@ -49,7 +49,7 @@ def test_signed_variance(compiled, m, k, dtype, layout):
 
 @pytest.mark.parametrize(("k", "reads"), [(10, 1), (1000, 1), (8200, 2)])
 def test_bytes(compiled, k, reads):
-    """One read of the logits and one write of the probabilities; two reads of rows that do not fit a block."""
+    """One read of the logits and one write of the probabilities; rows longer than a block are read twice."""
     m = 6
     z, y = rows_cases.batch(m, k, torch.float16, 0)
     launch_signed_variance(z, y)

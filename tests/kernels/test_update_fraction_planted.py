@@ -1,4 +1,4 @@
-"""Checks are worth something only if they see bugs: each of these, planted into a kernel's source, must be caught."""
+"""Plants bugs into the kernels' source; the checks must catch each of them."""
 
 from unittest import mock
 
@@ -14,7 +14,7 @@ from compiled_kernel import compiled_kernels, planted
 from bt_fast.kernels import update_fraction as kernels
 from bt_fast.ops import update_fraction as ops
 
-# a name, the text, and its replacement
+# name, text, and replacement of each planted bug
 BUGS = [
     ("float32", "/ tl.cast(m, tl.float64))", "/ tl.cast(m, tl.float64)).to(tl.float32)"),
     ("a fault moves F_R", "tl.where(faults > 0, before, after)", "after"),
@@ -45,7 +45,7 @@ def with_faults(z, y, nan, beyond):
     return z, y
 
 
-SMALL = {"ELEMENTS": 512, "WARPS": 4, "PROGRAMS": 2}  # so that 90 rows of 10 classes are three blocks
+SMALL = {"ELEMENTS": 512, "WARPS": 4, "PROGRAMS": 2}  # makes 90 rows of 10 classes three blocks
 CASES = [
     without_fault(90, 10, 0, layout="apart"),
     with_faults(*without_fault(90, 10, 0, layout="apart"), [3, 4], []),
@@ -55,7 +55,7 @@ CASES = [
 
 
 def caught(module):
-    """Whether a case comes out wrong, or faults, with the kernels of this module; in one launch, and in two."""
+    """Returns whether this module's kernels fault or give a wrong result in some case, in one launch and in two."""
     with mock.patch.multiple(kernels, **compiled_kernels(module, 80)), rows_cases.poisoned():
         for most in (ops.MOST_ROWS, 1):
             for case in CASES:

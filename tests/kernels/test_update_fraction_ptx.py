@@ -1,4 +1,4 @@
-"""The compiled kernels, executed on the CPU: layouts, predicates, vector accesses and rounding as on a GPU."""
+"""The compiled kernels, executed on the CPU, have layouts, predicates, vector accesses and rounding as on a GPU."""
 
 from unittest import mock
 
@@ -16,7 +16,7 @@ from bt_fast.ops import update_fraction as ops
 
 @pytest.fixture(params=[80, 90])
 def compiled(request):
-    """The kernels, each replaced by its compiled self: a dict by name."""
+    """Replaces the kernels by their compiled versions, returned as a dict by name."""
     stand_ins = compiled_kernels(kernels, request.param)
     with mock.patch.multiple(kernels, **stand_ins):
         yield stand_ins
@@ -59,7 +59,7 @@ def test_two_launches(compiled, bad):
 
 
 def test_bytes(compiled):
-    """One read of the logits, and nothing as large written."""
+    """One read of the logits; nothing of that size is written."""
     m, k = 70, 100
     z, y = rows_cases.batch(m, k, torch.float16, 0, faults=False, strays=False)
     same(z, y)

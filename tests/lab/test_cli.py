@@ -42,7 +42,7 @@ def bt_fast(*arguments):
 
 
 def one_line(result):
-    """The error of a command that failed as a user's mistake should."""
+    """Returns the error of a command that failed because of a user's mistake."""
     assert result.exit_code == 2, result.output
     line = result.stderr.strip()
     assert "\n" not in line
@@ -52,7 +52,7 @@ def one_line(result):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """A small npz of two classes, black or white."""
+    """A small npz of two classes, black and white."""
     path = tmp_path_factory.mktemp("data") / "small.npz"
     y = np.arange(64) % 2
     x = np.repeat(y * 255, 256).reshape(64, 16, 16).astype(np.uint8)
@@ -107,7 +107,7 @@ def test_evaluate_ascends_the_loss_that_is_asked_for(compared):
     result = bt_fast(*arguments, "--loss", "margin")
     assert result.exit_code == 0, result.output
     assert "(PGD-2 x 1, l_inf, margin loss, eps = 0.2, 16 images)" in result.output
-    assert "--loss" in one_line(bt_fast(*arguments, "--loss", "kl"))
+    assert "--loss" in one_line(bt_fast(*arguments, "--loss", "hinge"))
 
 
 def test_evaluate_shows_how_many_images_are_decided(compared):
@@ -195,7 +195,7 @@ def test_train_trains_one_method_with_bullettrain_as_the_default(data, tmp_path)
 
 @pytest.fixture(scope="module")
 def long_run(data, tmp_path_factory):
-    """The options of a run of 120 iterations, and the state in which it ends."""
+    """Returns the options of a run of 120 iterations, and its final state."""
     options = ["--data", str(data), *SMALL, "--epochs", "40"]
     folder = tmp_path_factory.mktemp("runs") / "whole"
     result = bt_fast("train", *options, "--out", folder)

@@ -13,7 +13,7 @@ N = 7
 
 
 def write(folder, n=N, shape=(6, 5, 3)):
-    """A folder in the published layout: pixel (0, 0) of each image says corruption, severity and place."""
+    """Writes a folder in the published layout: pixel (0, 0) of each image encodes corruption, severity and place."""
     folder.mkdir(parents=True, exist_ok=True)
     np.save(folder / "labels.npy", np.tile(np.arange(n) % 3, 5).astype(np.uint8))
     for k, name in enumerate(CORRUPTIONS):
@@ -28,7 +28,7 @@ def write(folder, n=N, shape=(6, 5, 3)):
 
 
 class Fooled(nn.Module):
-    """Right, but for the images of a severity above 3 in the corruption of number 4; class = place modulo 3."""
+    """A model that errs only at severities above 3 of corruption number 4; class = place modulo 3."""
 
     def forward(self, x):
         number, severity, place = (x[:, 0, row, column] * 255 for row, column in ((0, 0), (0, 1), (1, 0)))
@@ -71,7 +71,7 @@ def test_the_error_is_the_share_of_wrong_decisions(tmp_path):
 
 def test_more_images_than_one_batch(tmp_path):
     errors = dict(corruption_errors(Fooled(), CorruptedTestSet(write(tmp_path, n=1001, shape=(2, 2, 1))), CPU))
-    # places beyond a byte wrap around, and 256 is 1 modulo 3
+    # places wrap around at a byte, and 256 is 1 modulo 3
     expected = np.mean([(i % 256) % 3 != i % 3 for i in range(1001)])
     assert errors["fog"] == pytest.approx([expected] * 5)
 

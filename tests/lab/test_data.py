@@ -24,7 +24,7 @@ IDX_NAMES = {
 CIFAR_STEMS = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
 
 
-# Small data sets, and how each format writes them
+# Small data sets, and a writer of each format
 
 
 def made_up(shape=(6, 5), train=12, test=4, seed=0):
@@ -64,7 +64,7 @@ def write_cifar_binary(folder, batches):
 
 
 def python_2_pickle(data, labels):
-    """Opcode by opcode what Python 2 and numpy 1 wrote into the published cifar-10-batches-py."""
+    """Writes, opcode by opcode, the pickle of Python 2 and numpy 1 in the published cifar-10-batches-py."""
     rows, columns = (b"M" + struct.pack("<H", size) for size in data.shape)
     dtype = b"cnumpy\ndtype\nU\x02u1K\x00K\x01\x87R(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
     values = b"T" + struct.pack("<i", data.size) + data.tobytes()
@@ -83,7 +83,7 @@ def python_3_pickle_of_protocol_5(data, labels):
 
 
 def numpy_1_pickle_of_protocol_5(data, labels):
-    """Under the module's name of numpy before 2.0."""
+    """Writes a pickle with the module name that numpy used before 2.0."""
     content = python_3_pickle_of_protocol_5(data, labels)
     if b"numpy._core" not in content:
         return content

@@ -210,7 +210,7 @@ def test_a_package_that_is_too_old_fails_with_what_is_needed_and_the_command():
     result = {f.name: f for f in doctor.versions(lambda name: "1.2")}
     assert (result["numpy"].status, result["numpy"].text) == ("FAILED", "1.2, needed: 1.24")
     assert result["nvidia-ml-py"].next == "python -m pip install --upgrade 'nvidia-ml-py>=12'"
-    assert result["triton"].status == "note"  # nothing is lost without a GPU
+    assert result["triton"].status == "note"  # without a GPU nothing is lost
 
 
 @pytest.mark.parametrize("needed", [True, False])
@@ -236,7 +236,7 @@ def test_what_triton_lacks_fails_where_kernels_would_run_and_is_a_note_elsewhere
 
 def test_what_triton_has_is_ok_and_its_cache_is_not_made(tmp_path, monkeypatch):
     monkeypatch.setenv("CC", "cc-of-mine")
-    assert only(doctor.compiler(lambda name: name, tmp_path, True)).status == "FAILED"  # a folder is no header
+    assert only(doctor.compiler(lambda name: name, tmp_path, True)).status == "FAILED"  # a folder is not a header
     (tmp_path / "Python.h").write_text("")
     result = only(doctor.compiler(lambda name: f"/bin/{name}", tmp_path / "Python.h", True))
     assert (result.status, result.text) == ("ok", "/bin/cc-of-mine")
@@ -278,7 +278,7 @@ def test_what_is_reported_to_run_fused_is_what_the_ops_take():
 
 @pytest.fixture
 def forgotten(monkeypatch):
-    """Nothing is known of any device yet."""
+    """Clears all that is known of devices."""
     monkeypatch.setattr(availability, "_plain", {})
     monkeypatch.setattr(availability, "_warnings", set())
     monkeypatch.setattr(availability, "_launched", set())
@@ -322,7 +322,7 @@ def target(op):
 
 
 def spoiling(real):
-    """The op, with 0.01 (or 1) more in the first tensor that it returns or changes."""
+    """Returns the op with an error of 0.01 (or 1) in the first tensor that it returns or changes."""
 
     def run(*args, **kwargs):
         out = real(*args, **kwargs)

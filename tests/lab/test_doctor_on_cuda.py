@@ -1,4 +1,4 @@
-"""The doctor on a GPU, `pytest -m cuda`: all is well, and fused."""
+"""On a GPU (`pytest -m cuda`) the doctor finds no problem, and the ops run in kernels."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The joules of training against a stub of NVML; `nvml_stub` says what a script means."""
+"""Tests the joules of training against a stub of NVML; `nvml_stub` describes the scripts."""
 
 import dataclasses
 import json
@@ -29,11 +29,11 @@ def run(tmp_path_factory):
         yield run_there
 
 
-# What runs in the process with the stub
+# Functions that run in the process with the stub
 
 
 def trained(folder, config):
-    """The summary's methods and the epochs' records of a run on the stub's GPU, where no step is too short."""
+    """Returns the summary's methods and the epochs' records of a run on the stub's GPU, where no step is too short."""
     with mock.patch.object(energy, "SHORTEST", 0.0):
         result = on_stub(folder, config)
         for _ in result.train():
@@ -53,7 +53,7 @@ def told(result):
 
 
 def trained_with_a_break(folder):
-    """The same, left and saved in the middle of an epoch, and gone on with."""
+    """Does the same for a run that is saved in the middle of an epoch, left, and resumed."""
     first = on_stub(folder, ALONE)
     for at in first.train():
         if at.iteration == 4:
@@ -67,8 +67,8 @@ def trained_with_a_break(folder):
 
 
 def samples_kept(folder):
-    """The number of samples in memory after each save."""
-    with mock.patch.object(energy, "INTERVAL", 3600.0):  # samples at the ends of blocks alone
+    """Returns the number of samples in memory after each save."""
+    with mock.patch.object(energy, "INTERVAL", 3600.0):  # samples only at the ends of blocks
         result, kept = on_stub(folder, ALONE), []
     for _ in result.train():
         result.save()
@@ -77,13 +77,13 @@ def samples_kept(folder):
 
 
 def added(*steps, methods="ab", device=A, blocks=1):
-    """Each method's joules, and why they are unknown, after blocks of steps: of whom, and for how many seconds."""
+    """Returns each method's joules, and why they are unknown, after blocks of steps given as (method, seconds)."""
     result = TrainingEnergy(device, methods)
     for _ in range(blocks):
         with result:
             for method, seconds in steps:
                 begin = time.perf_counter()
-                time.sleep(seconds)  # at least so long
+                time.sleep(seconds)  # at least this long
                 result.add(method, (begin, begin + seconds))
     return [result.joules(method) for method in methods], result.reason
 
@@ -126,7 +126,7 @@ def test_the_energy_before_a_break_is_kept(run, tmp_path):
 
 def test_samples_are_forgotten_at_every_save(run, tmp_path):
     kept = run(STEADY, samples_kept, tmp_path / "run")
-    assert kept == [1] * 6  # that which begins the next block
+    assert kept == [1] * 6  # the sample that begins the next block
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_energy_of_which_a_part_is_unknown_is_none_and_says_why(run, script, why
     assert run(script, added, ("a", 0.01), ("b", 0.01), blocks=2) == ([None, None], why)
 
 
-# What can be told apart
+# Separating the methods
 
 
 def test_power_goes_to_the_method_in_whose_step_it_was(run):

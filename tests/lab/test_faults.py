@@ -1,4 +1,4 @@
-"""Full disks, read-only folders, damaged and foreign checkpoints, NaN in a run, signals, other data: clear errors."""
+"""Full disks, read-only folders, damaged and foreign checkpoints, NaN, signals and other data give clear errors."""
 
 import copy
 import dataclasses
@@ -55,7 +55,7 @@ SMALL = ["--width=2", "--epochs=2", "--batch-size=16", "--curve-size=8", "--eval
 
 
 def blobs(label=None):
-    """Three classes of 16x16 images, told apart by where they are bright; the first label may be another."""
+    """Three classes of 16x16 images that differ in where they are bright; the first label may be another."""
     x = torch.randint(0, 60, (52, 1, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     y = torch.arange(52) % 3
     for i, k in enumerate(y):
@@ -73,7 +73,7 @@ def to_the_end(folder, config=CONFIG, **options):
 
 
 def state_of(run):
-    """All that a run depends on, but its clock."""
+    """Returns everything that a run depends on, except its clock."""
     state = run.contestants[0].state()
     return {key: value for key, value in state.items() if key != "seconds"}
 
@@ -121,7 +121,7 @@ def test_what_a_killed_writer_left_goes_with_the_next_write_and_a_living_ones_st
     others = [tmp_path / name for name in (".metrics.jsonl.7.0123abcd.part", ".checkpoint.pt.old.part")]
     for file in (*leftovers, *others):
         file.write_text("half")
-    living = tmp_path / f".checkpoint.pt.{os.getpid()}.89abcdef.part"  # of a process that may be on another machine
+    living = tmp_path / f".checkpoint.pt.{os.getpid()}.89abcdef.part"  # of a process that may run on another machine
     descriptor = take(living)
     try:
         write_text(path, "new")
@@ -207,7 +207,7 @@ def test_a_run_that_fills_the_disk_ends_with_one_line_and_resumes_to_the_same_en
 
 @contextmanager
 def a_read_only_folder():
-    """One in which this process may not write; root may everywhere, and becomes nobody for the block."""
+    """Yields a folder that this process may not write to; root may write anywhere, so it becomes nobody meanwhile."""
     folder = Path(tempfile.mkdtemp(dir="/tmp"))
     folder.chmod(0o555)
     root = os.geteuid() == 0
@@ -301,7 +301,7 @@ def test_a_tar_is_refused(tmp_path):
 
 
 class Command:
-    """Unpickled, it would make a file."""
+    """An object that makes a file when unpickled."""
 
     def __init__(self, path):
         self.path = path
@@ -382,7 +382,7 @@ def test_a_line_that_is_no_record_is_named(tmp_path, line):
 
 @pytest.fixture
 def faulty_minibatches(monkeypatch):
-    """The second minibatch has a NaN loss, and in the third the objective finds NaN in samples 1 and 3."""
+    """Gives the second minibatch a NaN loss, and in the third lets the objective report NaN in samples 1 and 3."""
     loss_of = Contestant._loss
 
     def loss(contestant, x, y):

@@ -1,4 +1,4 @@
-"""Data and network, checked against each other and the machine before anything is written."""
+"""Data and network are checked against each other and the machine before anything is written."""
 
 import dataclasses
 
@@ -45,7 +45,7 @@ def blobs(shape, classes=10, n=60):
     return ImageDataset("blobs", x, y, x, y, classes)
 
 
-# What a network needs
+# Needs of a network
 
 
 @pytest.mark.parametrize("name", ["small-cnn", "preactresnet-18", "wrn-10-1", "wrn-16-2"])
@@ -73,7 +73,7 @@ def test_a_checkpoint_knows_its_classes_however_deep_its_weights_lie():
         assert classes_in(name, [weights]) is None
 
 
-# What cannot be trained
+# Refused training
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_what_just_fits_is_not_refused(monkeypatch):
     monkeypatch.setattr(fitting, "memory", lambda _: needed - 1)
     with pytest.raises(ValueError, match="cpu has"):
         check_training(config, dataset, CPU)
-    check_training(config, dataset, CPU, World(0, 2, object()))  # of whom each has half a minibatch
+    check_training(config, dataset, CPU, World(0, 2, object()))  # each has half a minibatch
     check_training(dataclasses.replace(config, sgd_momentum=0.0), dataset, CPU)
 
 
@@ -162,7 +162,7 @@ def test_augmix_takes_images_that_are_not_square(tmp_path):
 
 @pytest.fixture(scope="module")
 def ten(tmp_path_factory):
-    """A run on ten classes, and its network as somebody would publish it."""
+    """A run on ten classes, and its network in the form of a published file."""
     place = tmp_path_factory.mktemp("ten")
     path = write(place / "ten.npz", np.arange(64) % 10)
     result = bt_fast("train", "--data", path, "--out", place / "run", *SMALL, "--width", 32)

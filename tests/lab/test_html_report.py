@@ -90,7 +90,7 @@ def invoke(*arguments):
 
 
 def error_of(*arguments):
-    """The error of a command that failed as a user's mistake should: one line, exit code 2."""
+    """Returns the error of a command that failed because of a user's mistake: one line, exit code 2."""
     result = invoke(*arguments)
     assert result.exit_code == 2, result.output
     line = result.stderr.strip()
@@ -103,13 +103,13 @@ def page_of(*folders):
     return page(load_runs(folders), NOW)
 
 
-# What a page is made of
+# The elements of a page
 
 VOID = {"meta", "br", "link", "img", "input", "hr"}
 
 
 class Reader(html.parser.HTMLParser):
-    """A page as a list of elements; each has its name, attributes, ancestors and text."""
+    """Parses a page into a list of elements, each with its name, attributes, ancestors and text."""
 
     def __init__(self, text):
         super().__init__()
@@ -233,7 +233,7 @@ def test_a_page_names_its_language_and_can_be_skipped_through(reader):
 def test_a_page_takes_nothing_from_elsewhere_and_runs_nothing(text, reader):
     assert "http:" not in text
     assert "https:" not in text
-    assert text.count("url(") == text.count("url(#")  # of the page itself
+    assert text.count("url(") == text.count("url(#")  # within the page itself
     assert "@import" not in text
     assert not reader.all("script", "link", "img", "iframe", "object", "embed", "form", "base")
     for result in reader.elements:
@@ -282,7 +282,7 @@ def test_text_and_lines_stand_out_from_what_is_behind_them(palette):
 
 def test_both_palettes_have_a_colour_for_everything_that_the_page_uses(text):
     assert set(re.findall(r"var\(--(\w+)\)", text)) <= set(LIGHT) == set(DARK)
-    assert not re.findall(r"(?:fill|stroke): #\w+", text)  # which would be the same in both
+    assert not re.findall(r"(?:fill|stroke): #\w+", text)  # such a colour would be the same in both palettes
 
 
 def test_series_differ_in_shape_as_well_as_in_colour():
@@ -296,11 +296,11 @@ def test_a_method_looks_the_same_in_every_run(folders):
     assert list(styles) == ["reference", "optimised", "bullet", "bullet-fast"]
 
 
-# What it says
+# Its content
 
 
 def cells(reader, caption):
-    """The table of that caption, row by row."""
+    """Returns the rows of the table with this caption."""
     (result,) = (t for t in reader.all("table") if t.texts and t.text.startswith(caption))
     rows = [e for e in reader.all("tr") if result in e.ancestors]
     return [[e.text for e in reader.all("th", "td") if e.ancestors[-1] is row] for row in rows]
@@ -479,7 +479,7 @@ def test_many_methods_are_all_in_the_tables_and_the_rest_of_the_charts_is_named(
     assert "not drawn: A9, A10" in text
 
 
-# The way from the reference to ours
+# The waterfall from the reference to ours
 
 
 def test_each_optimisation_is_a_stage_with_its_time_and_its_limits(folders):
@@ -535,7 +535,7 @@ def test_a_limit_that_the_summary_does_not_tell_is_not_drawn(tmp_path):
 
 
 def words(reader, name):
-    """The texts in a chart."""
+    """Returns the texts in a chart."""
     (chart,) = (e for e in reader.all("svg") if reader.with_id(name) in e.ancestors)
     return [e.text for e in reader.all("text") if chart in e.ancestors]
 
@@ -673,7 +673,7 @@ def test_a_summary_that_was_cut_off_is_named(tmp_path, cut):
 
 
 def change(where, value):
-    """A summary with one entry replaced."""
+    """Returns a summary with one entry replaced."""
     result = copy.deepcopy(summary())
     *path, last = where
     inner = result
@@ -789,7 +789,7 @@ def test_two_processes_do_not_write_their_scalars_into_one_folder(folders, tmp_p
     pytest.importorskip("tensorboard")
     events = tmp_path / "events"
     events.mkdir()
-    descriptor = locks.take(events / locks.NAME)  # as another process has it
+    descriptor = locks.take(events / locks.NAME)  # as if held by another process
     error = error_of(folders[0], "--out", tmp_path / "out.html", "--tensorboard", events)
     os.close(descriptor)
     assert "writes there" in error
@@ -857,7 +857,7 @@ def test_the_keyboard_reaches_the_skip_link_the_tables_and_the_numbers(browser, 
         seen.append(browser.evaluate(here))
     del seen[-1]
     assert seen[0][:2] == ["A", "Skip to the results"]
-    assert [e for e in seen if e[2] != "solid"] == []  # focus can be seen
+    assert [e for e in seen if e[2] != "solid"] == []  # the focus is visible
     names = {name for name, *_ in seen}
     assert names == {"A", "DIV", "SUMMARY"}
     assert [name for name, *_ in seen].count("SUMMARY") == CHARTS

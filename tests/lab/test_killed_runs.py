@@ -1,4 +1,4 @@
-"""A run that is killed while it writes resumes to the same bits. `killed_runs.py` does it at 50 random moments."""
+"""A run that is killed while it writes resumes to the same bits. `killed_runs.py` tests 50 random moments."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Every layout in which scripts and wrappers leave a network's weights is read; of another, what was found is said."""
+"""Every layout in which scripts and wrappers save weights is read; for others the error reports the content."""
 
 import argparse
 import copy
@@ -26,7 +26,7 @@ MEAN, STD = [0.4914, 0.4822, 0.4465], [0.2471, 0.2435, 0.2616]
 
 
 def trained(build=lambda: WideResNet(10, 1), seed=0):
-    """A network none of whose tensors is as it was at first."""
+    """Returns a network that differs from its initial state in every tensor."""
     torch.manual_seed(seed)
     model = build()
     with torch.no_grad():
@@ -36,7 +36,7 @@ def trained(build=lambda: WideResNet(10, 1), seed=0):
 
 
 def assert_read(path, model, like=None):
-    """The file gives another network of the kind all of the model's tensors, without a warning."""
+    """Asserts that the file gives another network of this kind all of the model's tensors, without a warning."""
     other = (like or (lambda: WideResNet(10, 1)))()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -104,7 +104,7 @@ def test_it_may_lie_bare_or_deep(tmp_path, content):
 
 
 class Robust(nn.Module):
-    """As a Lightning module or a trainer's holds a network and its mining."""
+    """Holds a network and its mining, like a Lightning module or a trainer."""
 
     def __init__(self, model):
         super().__init__()
@@ -160,7 +160,7 @@ def test_the_names_may_be_a_wrappers(tmp_path, wrapped, key, build):
 
 
 def saved_by_ranks(folder, how):
-    """What rank 0 saves of a model that is spread over ranks."""
+    """Saves from rank 0 a model that is spread over ranks."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     model = trained()
@@ -210,7 +210,7 @@ class Attacker(nn.Module):
 
 
 def kept_buffers(names, unit=1.0):
-    """A normaliser that saves its numbers, in front of a network."""
+    """Returns the state of a normaliser that saves its numbers, in front of a network."""
 
     def state(model):
         front = nn.Module()
@@ -248,7 +248,7 @@ def test_what_normalises_in_front_of_the_network_comes_along(tmp_path, front):
 
 
 def test_a_layer_in_front_that_saves_nothing_is_a_warning(tmp_path):
-    """It may have normalised the images, as in this package's guide."""
+    """The layer may have normalised the images, as in this package's guide."""
     model = trained()
     path = saved(nn.Sequential(Normalize(MEAN, STD), model).state_dict(), tmp_path)
     other = WideResNet(10, 1)
@@ -257,7 +257,7 @@ def test_a_layer_in_front_that_saves_nothing_is_a_warning(tmp_path):
     assert torch.equal(other.fc.weight, model.fc.weight)
 
 
-# Which of several
+# Several candidates
 
 
 def test_the_network_is_read_before_its_average_and_it_is_reported(tmp_path):
@@ -282,7 +282,7 @@ def test_what_is_beside_the_network_is_reported_not_to_be_read(tmp_path):
         load_published(WideResNet(10, 1), saved(whole.state_dict(), tmp_path))
 
 
-# What is not read
+# Files that are refused
 
 
 def test_a_deeper_network_is_not_taken_for_a_shallower_one(tmp_path):
@@ -313,7 +313,7 @@ def test_what_could_run_code_is_named_and_not_read(tmp_path):
 
 
 def test_what_scripts_note_beside_the_weights_is_not_made(tmp_path):
-    """A Namespace and arrays are passed over: none of their own code runs."""
+    """A Namespace and arrays are skipped without running any of their code."""
     buffer = io.BytesIO()
     torch.save({"net": trained().state_dict(), "args": argparse.Namespace(a=1), "best": np.float32(1)}, buffer)
     path = tmp_path / "file.pt"
@@ -341,7 +341,7 @@ def test_the_guides_checkpoint_is_evaluated_by_the_command_line(tmp_path):
     assert "--model small-cnn" in " ".join(result.output.split())
 
 
-# Written by other means than torch.save
+# Files not written by torch.save
 
 
 def test_a_file_of_safetensors_is_read(tmp_path):
@@ -365,7 +365,7 @@ def test_without_the_library_of_safetensors_the_error_says_what_to_install(tmp_p
 
 def test_torchscript_is_refused_with_what_to_write(tmp_path):
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch leaves it
+        warnings.simplefilter("ignore")  # torch deprecates TorchScript
         torch.jit.save(torch.jit.trace(trained().eval(), torch.zeros(1, 3, 32, 32)), tmp_path / "script.pt")
     with pytest.raises(ValueError, match=r"TorchScript, whose code is not run: write torch\.jit\.load\(path\)"):
         load_published(WideResNet(10, 1), tmp_path / "script.pt")
@@ -377,7 +377,7 @@ def test_of_a_sharded_checkpoint_the_error_says_how_to_make_one_file(tmp_path):
 
     model = trained()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that it is of one process
+        warnings.simplefilter("ignore")  # the warning that there is only one process
         checkpoint.save(model.state_dict(), checkpoint_id=str(tmp_path / "shards"), no_dist=True)
     with pytest.raises(ValueError, match=r"shards: a sharded checkpoint; write torch\.distributed.*dcp_to_torch_save"):
         load_published(WideResNet(10, 1), tmp_path / "shards")

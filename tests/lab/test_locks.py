@@ -1,4 +1,4 @@
-"""A folder is one process's at a time, a dead process keeps nothing, and new folders have names that do not collide."""
+"""A folder belongs to one process at a time, a dead process holds nothing, and names of new folders do not collide."""
 
 import errno
 import fcntl
@@ -20,7 +20,7 @@ from bt_fast.lab.locks import alone, held, hold, new_folder, take
 
 
 def child(work):
-    """A fork that does it and then waits to be killed; it has done it when this returns."""
+    """Forks a process that does the work and waits to be killed; returns when the work is done."""
     reading, writing = os.pipe()
     process = os.fork()
     if process == 0:
@@ -158,7 +158,7 @@ def test_folders_of_the_same_second_have_names_of_their_own(tmp_path):
 
 
 def test_windows_locks_a_byte_behind_the_content(tmp_path, monkeypatch):
-    """With the calls that Windows has, on this system's locks of bytes that belong to an open file."""
+    """Emulates the calls of Windows with this system's locks of bytes that belong to an open file."""
 
     def locking(descriptor, mode, count):
         assert (mode, count) == (2, 1)

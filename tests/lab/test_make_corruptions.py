@@ -88,7 +88,7 @@ def test_small_images_are_padded_by_their_edge_for_the_library_and_cut_again(cal
     images, _ = CorruptedTestSet(tmp_path / "c").severity("fog", 1)
     difference = images ^ x
     assert images.shape == x.shape
-    assert (difference == difference[:, :, :1, :1]).all()  # the first channel, in its place
+    assert (difference == difference[:, :, :1, :1]).all()  # the first channel stays in its place
 
 
 def test_what_was_left_of_an_interrupted_run_is_replaced(calls, tmp_path):
@@ -143,7 +143,7 @@ def test_the_command_makes_the_folder_that_is_not_there_and_reads_it_the_next_ti
 
 @pytest.fixture
 def cached(calls, tmp_path):
-    """`corruptions` with further options on a folder that was made of six test images with seed 0."""
+    """Runs `corruptions` with further options on a folder that was made of six test images with seed 0."""
     network = build_model("small-cnn", in_channels=1, image_size=28, num_classes=10)
     torch.save(network.state_dict(), tmp_path / "model.pt")
 

@@ -44,7 +44,7 @@ def stage_shapes(name, blocks, before, planes, projection):
 
 
 def wide_resnet_shapes(depth, factor, *, published=False):
-    """Names and shapes of a WideResNet; as published, with the sub_block1 that is never run."""
+    """Returns names and shapes of a WideResNet; as published, with the unused sub_block1."""
     blocks, planes = (depth - 4) // 6, 16 * factor
     shapes = {"conv1.weight": (16, 3, 3, 3)}
     shapes |= stage_shapes("block1.layer", blocks, 16, planes, "convShortcut")
@@ -67,7 +67,7 @@ def shapes_of(model):
 
 
 def random_state(shapes):
-    """A checkpoint as training leaves it: no tensor at its initial value, variances positive."""
+    """Returns a checkpoint like after training: no tensor has its initial value, and variances are positive."""
     state = {
         name: torch.tensor(7) if name.endswith("num_batches_tracked") else 0.1 * torch.randn(shape)
         for name, shape in shapes.items()
@@ -95,7 +95,7 @@ def parameters(model):
 
 
 def reference_logits(state, x, stages, projection, *, final_norm, linear):
-    """Evaluation-mode logits of a pre-activation network, written as formulas on its checkpoint."""
+    """Computes evaluation-mode logits of a pre-activation network by formulas on its checkpoint."""
 
     def norm_relu(x, name):
         mean, var = state[f"{name}.running_mean"], state[f"{name}.running_var"]

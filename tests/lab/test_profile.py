@@ -37,7 +37,7 @@ def profiled(data, tmp_path_factory):
     return folder, result.output, small
 
 
-# Traces by hand, in microseconds
+# Handmade traces, in microseconds
 
 
 def annotation(name, start, duration):
@@ -88,13 +88,13 @@ def test_gpu_work_belongs_to_the_phase_in_which_it_was_launched_on_any_thread():
     events = [
         *TWO_ITERATIONS,
         *kernel(100, 30, 1),  # mining, from its first moment
-        *kernel(300, 5, 2),  # its end is the first step's beginning
+        *kernel(300, 5, 2),  # ends where the first step begins
         *kernel(420, 7, 3, launch="cuda_driver"),
-        *kernel(750, 40, 4, thread=2),  # the backward's, by autograd's thread
+        *kernel(750, 40, 4, thread=2),  # of the backward, from autograd's thread
         *kernel(1810, 60, 5, cat="gpu_memcpy"),
         *kernel(950, 11, 6),  # in no phase
         *kernel(2500, 1000, 7),  # in no iteration
-        kernel(0, 1000, 8)[1],  # launched by nobody
+        kernel(0, 1000, 8)[1],  # without a launch event
     ]
     found = {phase.name: phase.device for phase in phases_of(events)}
     expected = {MINING: 15e-6, ATTACK_STEP: 6e-6, UPDATE: 0.0, BACKWARD: 50e-6, OTHER: 5.5e-6}
@@ -156,7 +156,7 @@ def test_a_method_that_there_is_not_is_an_error(profiled):
     assert "--method none: no such method" in bt_fast("profile", "--method", "none").stderr
 
 
-# What is said where there is a GPU
+# Output on a machine with a GPU
 
 
 NOTHING = {field.name: None for field in dataclasses.fields(Summary)}

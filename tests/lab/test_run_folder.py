@@ -1,4 +1,4 @@
-"""A run folder is one process's at a time, whatever dies; a run is its configuration and its data, not their place."""
+"""A run folder belongs to one process at a time, whatever dies; configuration and data identify a run, not its path."""
 
 import dataclasses
 import json
@@ -36,7 +36,7 @@ def bt_fast(*arguments):
 
 
 def stopped(folder, config=CONFIG, iteration=2):
-    """A run that stands after so many iterations, in no process."""
+    """Returns a run stopped after this many iterations and held by no process."""
     run = Run(folder, config, blobs(), CPU)
     for at in run.train():
         if at.iteration == iteration:
@@ -153,7 +153,7 @@ def test_a_run_goes_on_with_its_data_wherever_they_are_now(tmp_path, npz, monkey
     assert all(torch.equal(value, other["model"][key]) for key, value in one["model"].items())
     reported = Provenance.read(tmp_path / "run" / "run.json")
     assert (reported.config.data, len(reported.starts)) == ("renamed.npz", 2)
-    assert bt_fast("train", "--resume", tmp_path / "run").exit_code == 0  # which knows the new place
+    assert bt_fast("train", "--resume", tmp_path / "run").exit_code == 0  # the run has recorded the new path
     assert "epochs: 9 against 2" in one_line(bt_fast("train", "--resume", tmp_path / "run", "--epochs", 9))
 
 

@@ -41,7 +41,7 @@ def study(name, data, out, *options):
 
 @pytest.fixture(scope="module")
 def conducted(data, tmp_path_factory):
-    """A study's folder by its name, each conducted once."""
+    """Returns a study's folder by its name; each study is conducted once."""
     done = {}
 
     def conduct(name):
@@ -116,7 +116,7 @@ def test_robust_in_table_1_is_the_accuracy_under_corruption(conducted):
 
 
 def test_a_corrupted_test_set_is_measured_once_and_another_one_anew(conducted, data, tmp_path):
-    """By what it holds: the same folder elsewhere is the same, and another in its place is not."""
+    """A corrupted test set is identified by its content, not by its path."""
 
     def measured(corrupted):
         result = study("table1", data, folder, "--corruptions-dir", corrupted, "--seed", 0)
@@ -160,7 +160,7 @@ def test_a_seed_that_cannot_go_on_is_reported_before_another_is_trained(conducte
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["seed1"]
 
 
-# What the studies ask
+# The configurations of the studies
 
 
 def test_figure_2_leaves_out_each_group_in_turn_at_the_papers_step_sizes():
@@ -195,11 +195,11 @@ def test_the_papers_configurations_are_its_own():
     assert (fig2.data, fig2.epochs, fig2.epsilon, fig2.eval_steps, fig2.eval_restarts) == ("mnist", 10, 0.3, 100, 20)
 
 
-# What the answers say
+# The answers
 
 
 def summary(**methods):
-    """A run's summary, as far as the answers look at it."""
+    """Returns a run's summary with the entries that the answers read."""
     entries = {
         name: {"label": name, "clean": 0.9, "robust": robust, "theoretical_speedup": theory, "speedup": {}}
         for name, (robust, theory) in methods.items()

@@ -32,7 +32,7 @@ CPU = torch.device("cpu")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 SMALL = ["--train-size=76", "--test-size=30", "--width=2", "--epochs=2", "--batch-size=32", "--steps=3"]
 SMALL += ["--eval-steps=2", "--curve-size=13"]
-# A BulletTrain sorts samples rank by rank: the masks of dropout fall to others then
+# BulletTrain sorts samples per rank, so dropout masks would fall to other samples
 WITHOUT_DROPOUT = """
 import os, signal, sys, time
 from functools import partialmethod
@@ -70,7 +70,7 @@ CONFIG = dataclasses.replace(
 
 
 def blobs():
-    """Three classes of 16x16 images, told apart by where they are bright."""
+    """Three classes of 16x16 images that differ in where they are bright."""
     x = torch.randint(0, 60, (52, 1, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     y = torch.arange(52) % 3
     for i, k in enumerate(y):
@@ -92,7 +92,7 @@ def records(folder):
 
 
 def assert_same_run(folder, expected, atol=1e-5):
-    """In float32, whose sums are in another order; groups, counts and accuracies are the same numbers."""
+    """Compares float32 values up to another order of summation; groups, counts and accuracies must be equal."""
     close = partial(torch.testing.assert_close, rtol=0, atol=atol)
     for method, state in contestants(expected).items():
         result = contestants(folder)[method]
@@ -179,7 +179,7 @@ def trained(folder, config, balance=None):
     return [parameter.detach().clone() for c in run.contestants for parameter in c.model.parameters()]
 
 
-# what draws for the whole minibatch, dropout too, is the same without BulletTrain
+# what draws for the whole minibatch, including dropout, is the same without BulletTrain
 DRAWING = {
     "trades": ("reference", "optimised", "fast,grad-align=0.2"),
     "pgd": ("reference", "optimised-fast"),
@@ -220,7 +220,7 @@ def test_augmix_with_bullet_train_counts_and_trains_alike_on_all_ranks(tmp_path)
 
 
 def normed(folder, config):
-    """The state, with statistics of batch norm, after one minibatch."""
+    """Returns the state, with statistics of batch norm, after one minibatch."""
     data = blobs()
     data = dataclasses.replace(data, x_train=data.x_train[:8], y_train=data.y_train[:8])
     run = Run(folder, config, data, CPU, world=this_world())
@@ -231,7 +231,7 @@ def normed(folder, config):
 
 
 def faulty(folder, how):
-    """The weights after two epochs, where the second rank's third sample of the fourth minibatch is at fault."""
+    """Returns the weights after two epochs, with a fault in the second rank's third sample of the fourth minibatch."""
     config = dataclasses.replace(CONFIG, methods=("optimised",), non_finite="skip", epochs=2)
     run = Run(folder, config, blobs(), CPU, world=this_world())
     sound = Contestant._loss

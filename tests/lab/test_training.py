@@ -16,7 +16,7 @@ METHODS = ("reference", "optimised", "bullet", "optimised-fast", "optimised-bf16
 
 
 def blobs(train=40, test=12):
-    """Three classes of 16x16 images, told apart by where they are bright."""
+    """Three classes of 16x16 images that differ in where they are bright."""
     generator = torch.Generator().manual_seed(0)
     y = torch.arange(train + test) % 3
     x = torch.randint(0, 60, (train + test, 1, 16, 16), generator=generator, dtype=torch.uint8)
@@ -267,7 +267,7 @@ def test_a_configuration_with_an_unknown_objective_is_refused():
 def test_of_another_objective_reference_and_ours_take_the_same_first_step(tmp_path, loss):
     config = dataclasses.replace(CONFIG, loss=loss, methods=("reference", "optimised"))
     run = Run(tmp_path / "run", config, blobs(), CPU)
-    for contestant in run.contestants:  # without MART's runner-up among equals: this network starts with logits of 0
+    for contestant in run.contestants:  # without MART's runner-up, which ties: this network starts with logits of 0
         torch.manual_seed(0)
         torch.nn.init.normal_(list(contestant.model.double().parameters())[-2], std=0.3)
     x, y = run.dataset.x_train[:8].double() / 255, run.dataset.y_train[:8]

@@ -1,4 +1,4 @@
-"""Compiles the stub of NVML, and runs functions in a process whose libnvidia-ml.so.1 it is."""
+"""Compiles the stub of NVML, and runs functions in a process that loads it as libnvidia-ml.so.1."""
 
 import ctypes
 import os
@@ -10,7 +10,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from unittest import mock
 
-SONAME = "libnvidia-ml.so.1"  # what nvidia-ml-py loads
+SONAME = "libnvidia-ml.so.1"  # the name that nvidia-ml-py loads
 COMPILER = shutil.which("gcc") or shutil.which("cc")
 
 
@@ -22,7 +22,7 @@ def compile_stub(folder):
 
 @contextmanager
 def process_with_stub(folder):
-    """`run(script, function, *args)`: what the module's function returns in the one process that has the stub."""
+    """Yields `run(script, function, *args)`, which calls a function of the module in the one process with the stub."""
     compile_stub(folder)
     path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("LD_LIBRARY_PATH")])])
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
@@ -36,7 +36,7 @@ def process_with_stub(folder):
 
 
 def stub():
-    """The stub, in its process."""
+    """Returns the stub, in its process."""
     return ctypes.CDLL(SONAME)
 
 

@@ -61,7 +61,7 @@ static void script_series(struct series *s, char **rest) {
     }
 }
 
-/* Returns 0, or the number of the line that it does not understand. Starts all counts anew. */
+/* Returns 0, or the number of the line that it does not understand. Resets all counts. */
 int stub_script(const char *text) {
     char *copy = strdup(text), *lines = copy, *line;
     int number = 0, bad = 0;

@@ -1,4 +1,4 @@
-"""A loss called twice for one minibatch, as said by the caller: the mining moves once."""
+"""A loss called again for one minibatch, as the caller declares, moves the mining only once."""
 
 import copy
 import functools
@@ -49,13 +49,13 @@ def mining_of(name, **rules):
 
 
 def minibatch(k, model, m=9):
-    """Images of which the model is sure of some, errs in two, and wavers at the others."""
+    """Returns images of which the model classifies some with certainty, two wrongly, and others narrowly."""
     x, _ = small_models.batch(m, seed=k)
     return x, own_labels(model, x)
 
 
 def moved(model, by=0.05):
-    """The model's weights, moved in place."""
+    """Moves the model's weights in place."""
     with torch.no_grad():
         for k, p in enumerate(model.parameters()):
             p.add_(by * torch.randn(p.shape, generator=seeded(k), dtype=p.dtype))
@@ -97,7 +97,7 @@ def test_a_further_pass_moves_neither_f_r_nor_a_count(name, reuse, rules):
 @WAYS
 @pytest.mark.parametrize("rules", RULES.values(), ids=RULES)
 def test_at_the_same_weights_a_further_pass_is_the_first(name, reuse, rules):
-    """Also where F_R has moved by then: from 0 or 0.9, by which other samples would be sorted out."""
+    """Losses and gradients are equal, also if F_R has moved, from 0 or 0.9, so that it would give other groups."""
     for start in (0.0, 0.9):
         model, bullet = confident(), mining_of(name, **rules)
         bullet.robust_fraction.fill_(start)
@@ -105,7 +105,7 @@ def test_at_the_same_weights_a_further_pass_is_the_first(name, reuse, rules):
         buffers = [(b, b.clone()) for b in model.buffers()]
         first = LOSSES[name](model, x, y, bullet=bullet, generator=seeded(0))
         expected = gradient_of(model, first)
-        for buffer, value in buffers:  # batch norm's have moved, and the attack sees them
+        for buffer, value in buffers:  # the attack reads batch norm's buffers, which have moved
             buffer.copy_(value)
         with bullet.again(reuse=reuse):
             second = LOSSES[name](model, x, y, bullet=bullet, generator=seeded(0))
@@ -134,7 +134,7 @@ def test_reused_images_cost_no_attack_and_no_random_number(name):
 
 @EACH
 def test_made_anew_they_are_those_of_the_weights_as_they_are_now(name):
-    """As a first pass at these weights by the same F_R makes them."""
+    """x' made again equal those of a first pass at these weights and the same F_R."""
     model, bullet = confident(), mining_of(name)
     bullet.robust_fraction.fill_(0.4)
     other = copy.deepcopy(bullet)
@@ -150,14 +150,14 @@ def test_made_anew_they_are_those_of_the_weights_as_they_are_now(name):
 
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
 def test_sharpness_aware_minimisation_is_the_two_passes_written_out(objective):
-    """Weights, gradients' directions and F_R of three steps; x' of the first pass is recorded and used again."""
+    """Compares weights, gradients' directions and F_R of three steps; the literal version reuses the first x'."""
     models = [confident(), confident()]
     optimizers = [sgd(m) for m in models]
     bullet, plain = BulletTrain(3, 2, 1), BulletTrain(3, 2, 1)
     options = {**objective.options("l_inf"), "perturb_steps": 3}
     for k in range(3):
         x, y = minibatch(k, models[0])
-        # written out: both passes' updates are those of the first pass's images
+        # written out: both updates use the images of the first pass
         forwards = recorded(models[0])
         objective.loss(models[0], x, y, optimizers[0], **options, bullet=plain, generator=seeded(k)).backward()
         images = forwards[True]
@@ -167,7 +167,7 @@ def test_sharpness_aware_minimisation_is_the_two_passes_written_out(objective):
         literal(objective, models[0], images, x, y, options).backward()
         back()
         optimizers[0].step()
-        # as a script says it
+        # as a script writes it
         objective.loss(models[1], x, y, optimizers[1], **options, bullet=bullet, generator=seeded(k)).backward()
         back = climbed(models[1])
         with bullet.again():
@@ -180,7 +180,7 @@ def test_sharpness_aware_minimisation_is_the_two_passes_written_out(objective):
 
 
 def climbed(model, radius=0.05):
-    """The weights moved up their gradient, in place; what moves them back."""
+    """Moves the weights up their gradient, in place, and returns a function that moves them back."""
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
     with torch.no_grad():
@@ -196,9 +196,9 @@ def climbed(model, radius=0.05):
 
 
 def literal(objective, model, images, x, y, options):
-    """The update on images that were recorded: all samples run both forwards, since N_R and N_O are not 0."""
+    """Runs the update on recorded images: all samples run both forwards, since N_R and N_O are not 0."""
     x_adv = images[1] if objective.robust else images[0]
-    order = (x_adv[:, None] - x[None]).abs().flatten(2).amax(2).argmin(1)  # of each x' the image that is nearest
+    order = (x_adv[:, None] - x[None]).abs().flatten(2).amax(2).argmin(1)  # for each x' the nearest image
     taken = list(range(len(x)))
     return objective.update(model, x[order], x_adv, y[order], taken, options.get("beta"))[0]
 
@@ -206,7 +206,7 @@ def literal(objective, model, images, x, y, options):
 @EACH
 @WAYS
 def test_weights_that_are_perturbed_against_the_loss(name, reuse):
-    """Adversarial weight perturbation: a pass that only finds the direction, one at the perturbed weights, one step."""
+    """Adversarial weight perturbation: a pass for the direction, a pass at the perturbed weights, one step."""
     model, bullet, plain = confident(), mining_of(name), mining_of(name)
     optimizer = sgd(model)
     for k in range(3):
@@ -221,7 +221,7 @@ def test_weights_that_are_perturbed_against_the_loss(name, reuse):
         assert_near_nested(bullet.state_dict(), plain.state_dict())
 
 
-# What may go wrong in between
+# Errors in between
 
 
 class Raising(torch.nn.Module):
@@ -258,7 +258,7 @@ def test_an_error_in_the_block_leaves_the_mining_as_it_was(name, reuse):
             several_passes(name, model, x, y, bullet, reuse)
         assert_near_nested(state_of(bullet), before)
     model.left = None
-    with bullet.again(reuse=reuse):  # it may be tried again
+    with bullet.again(reuse=reuse):  # it may be retried
         LOSSES[name](model, x, y, bullet=bullet, generator=seeded(0))
     assert_near_nested(state_of(bullet), before)
     LOSSES[name](model, x, y, bullet=bullet, generator=seeded(0))  # the next minibatch counts
@@ -281,7 +281,7 @@ def test_nan_at_the_moved_weights_is_an_error_that_moves_nothing(name, reuse):
 
 @EACH
 def test_a_guard_takes_back_the_whole_minibatch(name):
-    """NaN in the second pass: neither pass stays in F_R, the counts and batch norm."""
+    """With NaN in the second pass, neither pass remains in F_R, the counts and batch norm."""
     model, bullet = confident(), mining_of(name)
     optimizer = sgd(model)
     guard = Guard(optimizer, model, bullet, non_finite="skip")
@@ -300,7 +300,7 @@ def test_a_guard_takes_back_the_whole_minibatch(name):
     assert_unchanged(before[0], bullet)
     assert_near_nested(dict(model.named_buffers()), before[1])
     assert len(guard.skipped) == 1
-    with guard.minibatch():  # and the next one is as ever
+    with guard.minibatch():  # and the next one works as usual
         LOSSES[name](model, x, y, bullet=bullet, generator=seeded(0)).backward()
         back = climbed(model)
         with bullet.again():
@@ -312,7 +312,7 @@ def test_a_guard_takes_back_the_whole_minibatch(name):
 
 
 def another(x, y):
-    """Minibatches that are not x and y, and what is said of them."""
+    """Returns minibatches other than x and y, with the error for each."""
     brighter, others = x.clone(), y.clone()
     brighter[3, 0, 2, 2] = 0.123
     others[[1, 4]] = (others[[1, 4]] + 1) % 5
@@ -351,7 +351,7 @@ def test_images_are_reused_for_their_own_threat_and_kind_of_loss_alone():
 
 
 def failed_in_a_forward(model, bullet, x, y):
-    """The minibatch before it is not the last one any more."""
+    """After this failure, the previous minibatch is no longer the latest one."""
     trades_loss(model, x, y, None, bullet=bullet)
     raising = Raising()
     raising.left = 1
@@ -407,7 +407,7 @@ def test_whether_to_reuse_is_a_bool():
         pytest.fail("it was entered")
 
 
-# What is kept
+# Kept memory
 
 
 def test_a_copy_has_the_state_and_not_the_minibatch():
@@ -444,11 +444,11 @@ def test_normalised_images_are_reused_too(name):
         assert torch.equal(LOSSES[name](model, (x - 0.4) / 0.2, y, **options), first)
 
 
-# However the attack and the update are executed
+# All executions of the attack and the update
 
 
 def two_passes(loss, frozen, runner, update):
-    """Losses, gradients and F_R of some minibatches, each with a reused and a new second pass; memory is spoilt."""
+    """Returns losses, gradients and F_R of some minibatches with a further pass each; their memory is overwritten."""
     model, bullet, result = build("conv_bn"), BulletTrain(2, 1, 0), []
     for k in range(4):
         x, y = small_models.batch(6, seed=k)
@@ -502,7 +502,7 @@ def test_on_a_device_a_further_pass_waits_once(name):
 
 
 def on_ranks(name, reuse):
-    """What a rank's mining is after three minibatches of two passes each, and what one of another minibatch raises."""
+    """Returns a rank's mining after three minibatches of two passes each, and the error of another minibatch."""
     rank = dist.get_rank()
     model = confident()
     bullet = mining_of(name)
@@ -541,7 +541,7 @@ def test_ranks_that_mine_together_move_once_together(name, reuse):
 
 
 def test_judged_by_f_r_as_it_is_after_the_first_pass_the_second_is_another_one(monkeypatch):
-    """So the test above sees it."""
+    """With the F_R after the first pass the second pass differs, so the test above can fail."""
     monkeypatch.setattr(BulletTrain, "_deciding_fraction", lambda bullet: bullet.robust_fraction)
     with pytest.raises(AssertionError):
         test_at_the_same_weights_a_further_pass_is_the_first("trades", False, {})

@@ -29,7 +29,7 @@ def seeded(seed):
 
 
 def views(x, count, seed, severity=3):
-    """What `augmix_loss` draws for these samples with this seed: a view of each, then the next of each."""
+    """Returns what `augmix_loss` draws for these samples with this seed: first views, then second views."""
     choices = draw_choices(count * len(x), CPU, severity=severity, generator=seeded(seed))
     return augment_and_mix(x.repeat(count, 1, 1, 1), choices).chunk(count) if len(x) else [x] * count
 
@@ -39,14 +39,14 @@ def sgd(model):
 
 
 def recorded(model):
-    """Inputs and modes of the model's forwards."""
+    """Records inputs and modes of the model's forwards."""
     forwards = []
     model.register_forward_pre_hook(lambda m, args: forwards.append((m.training, args[0].detach().clone())))
     return forwards
 
 
 def confident(name="conv_bn", seed=0, dtype=torch.float64):
-    """A model whose logits are spread enough for all three groups to occur."""
+    """A model with logits that spread enough for all three groups to occur."""
     model = build(name, seed, dtype)
     with torch.no_grad():
         next(m for m in reversed(list(model.modules())) if isinstance(m, nn.Linear)).weight.mul_(4.0)
@@ -54,7 +54,7 @@ def confident(name="conv_bn", seed=0, dtype=torch.float64):
 
 
 def own_labels(model, x, wrong=2):
-    """The model's own decisions in train mode, the first `wrong` of them falsified."""
+    """Returns the model's own decisions in train mode, the first `wrong` of them falsified."""
     with torch.no_grad():
         y = copy.deepcopy(model).train()(x).argmax(dim=1)
     y[:wrong] = (y[:wrong] + 1) % CLASSES
@@ -62,7 +62,7 @@ def own_labels(model, x, wrong=2):
 
 
 def assert_same_update(models, expected, ours):
-    """The reference model and ours have the same loss, gradients and buffers."""
+    """Asserts that the reference model and ours have the same loss, gradients and buffers."""
     expected.backward()
     ours.backward()
     assert_near(ours.detach(), expected.detach())
@@ -70,7 +70,7 @@ def assert_same_update(models, expected, ours):
     assert_near_nested(models[1].state_dict(), models[0].state_dict())
 
 
-# Without BulletTrain: what the authors' code computes
+# Without BulletTrain: the authors' computation
 
 
 @pytest.mark.parametrize("severity", [3, 7])
@@ -190,7 +190,7 @@ def test_any_batch(m, f_r, seed):
 
 
 def test_the_fraction_moves_by_the_first_view_and_not_by_the_second():
-    """A model that is right but for the second half of its second batch."""
+    """The second half of the second batch has misclassified second views only."""
 
     class Scripted(nn.Module):
         def __init__(self):
@@ -395,11 +395,11 @@ def test_reads_on_the_cpu(options):
     assert len(waits) == (2 if "bullet" in options else 1)
 
 
-# Bad input: the error names it, and nothing has changed
+# Bad input: the error names it, and nothing changes
 
 
 class Wrapped(nn.Module):
-    """A good model whose output is spoilt on the way out."""
+    """A good model with a corrupted output."""
 
     def __init__(self, spoil):
         super().__init__()

@@ -334,6 +334,15 @@ def test_an_error_in_the_first_pass_changes_no_buffer():
     assert_unchanged(before, model)
 
 
+def test_an_error_in_the_first_pass_takes_back_what_an_attack_did_to_the_buffers():
+    model, (x, y) = build("conv_bn"), batch()
+    criterion = PGDLoss(PGD(0.05, 0.02, 2, statistics="tracked"), extra=lambda batch: batch.y)
+    before = snapshot(model)
+    with pytest.raises(TypeError, match="extra must return a floating-point tensor"), AWP(model)(criterion, x, y):
+        pytest.fail("it was entered")
+    assert_unchanged(before, model)
+
+
 @EACH
 def test_neither_gradients_nor_buffers_keep_anything_of_the_first_pass(name):
     """A buffer that the forward replaces is the model's own again."""

@@ -1,4 +1,4 @@
-"""The clean forward of the update runs beside the attack where nothing can tell, and all that is queued is joined."""
+"""The clean forward of the update runs beside the attack where nothing can notice it, and all queued work is joined."""
 
 import functools
 import gc
@@ -34,7 +34,7 @@ def same(result, expected):
 
 
 def training(runner, bullet=lambda: None, frozen=VIEW, build="conv_bn", steps=3):
-    """Losses, gradients and buffers of some updates; batches are spoilt when they are done with."""
+    """Returns losses, gradients and buffers of some updates; each batch is overwritten after use."""
     torch.manual_seed(0)
     model, bullet, result = small_models.build(build), bullet(), []
     for k in range(steps):
@@ -76,7 +76,7 @@ def test_the_result_is_that_of_one_after_the_other_in_any_order(model, bullet, r
 
 
 def order(**options):
-    """What came first, the clean forward of each update or the end of its attack."""
+    """Returns which comes first: the clean forward of each update, or the end of its attack."""
     events, clean, finish = [], forwards.Forwards.clean, generate.StartedAttack.finish
     with (
         mock.patch.object(
@@ -115,7 +115,7 @@ def test_a_loss_refreshes_the_view_once():
         folded.FoldedModel, "refresh", autospec=True, side_effect=folded.FoldedModel.refresh
     ) as refresh:
         training(run_eager)
-        assert refresh.call_count == 1 + 3  # the first when it is made
+        assert refresh.call_count == 1 + 3  # the first when the view is made
         training(run_eager, BULLETS["bullet"])
         assert refresh.call_count == 2 * (1 + 3)
 
@@ -135,7 +135,7 @@ class FailingInTraining(nn.Module):
 
 
 def failing_forward(runner):
-    """The clean forward raises beside the attack, and the caller takes memory for something else."""
+    """The clean forward raises beside the attack, and the caller reuses the memory."""
     torch.manual_seed(0)
     model = small_models.build(FailingInTraining)
     x, y = small_models.batch(6)
@@ -143,7 +143,7 @@ def failing_forward(runner):
     for model.fails in (False, False, True):
         with suppress(ArithmeticError):
             trades.trades_loss(model, x, y, None, **options)
-    gc.collect()  # the error and its frames
+    gc.collect()  # frees the error and its frames
     others = [torch.full_like(x, 3.0) for _ in range(24)]
     assert model.training
     model.fails = False
@@ -152,7 +152,7 @@ def failing_forward(runner):
 
 
 def without_view(runner):
-    """The attack sees the model itself, whose statistics the update moves."""
+    """The attack uses the model itself, and the update changes its statistics."""
     return training(runner, frozen=None)
 
 
@@ -161,7 +161,7 @@ def beside(runner):
 
 
 def oracle(runner):
-    """The groups are told by an attack of its own, which changes them."""
+    """The Oracle's own attack assigns the groups, so work out of order changes them."""
     model, bullet, result = small_models.build("conv_bn"), BULLETS["oracle"](), []
     for k in range(3):
         x, _ = small_models.batch(6, seed=k)
@@ -174,7 +174,7 @@ def oracle(runner):
 
 
 def own_attack(runner):
-    """An attack by `generate`, which leaves its start alone."""
+    """An attack by `generate`, which must not change its start."""
     model = small_models.build("conv_bn").eval()
     x, _ = small_models.batch(6)
     start, target = x + 0.001, torch.eye(5, dtype=torch.float64)[torch.arange(6) % 5]
@@ -274,7 +274,7 @@ PLACES = [
 
 
 def caught(changed, scenario):
-    """Whether some order of the work gives another result than the eager one, or something raises."""
+    """Returns whether the changed module gives a non-eager result in some order of the work, or raises."""
     with ExitStack() as patches:
         for module, attributes in PLACES:
             for attribute in attributes:

@@ -1,4 +1,4 @@
-"""The losses as modules: the same numbers as the functions, and what a module adds to them."""
+"""The losses as modules give the functions' numbers; what modules add is tested here."""
 
 import copy
 import gc
@@ -113,7 +113,7 @@ def test_what_there_is_to_log_is_in_the_callers_order(kind):
 
 
 class Margin(AdversarialLoss):
-    """A loss of one's own."""
+    """A custom loss."""
 
     weight = 1.0
 
@@ -141,7 +141,7 @@ def test_without_an_objective_there_is_no_loss():
         AdversarialLoss(ATTACK)
 
 
-# It is a module
+# As an nn.Module
 
 
 def test_mining_is_a_part_of_it():
@@ -168,6 +168,22 @@ def test_a_copy_has_its_numbers_and_nothing_of_its_last_minibatch(copied):
     with pytest.raises(RuntimeError):
         _ = twin.last
     twin(model, x, y)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, AugMixLoss])
+def test_a_loss_that_was_saved_before_there_were_these_options_loads(kind):
+    model, x, y = small_models.build("conv_bn").float(), torch.rand(4, *small_models.SHAPE), torch.tensor([0, 1, 2, 0])
+    criterion = kind() if kind is AugMixLoss else kind(ATTACK)
+    state = dict(criterion.__reduce_ex__(2)[2])
+    for name in ("_passes", "extra", "_selection", "cross_entropy"):
+        state.pop(name, None)
+    loaded = kind.__new__(kind)
+    loaded.__setstate__(state)
+    losses = []
+    for one in (criterion, loaded):
+        torch.manual_seed(0)
+        losses.append(one(copy.deepcopy(model), x, y))
+    assert torch.equal(*losses)
 
 
 def test_it_holds_no_model_alive():
@@ -229,7 +245,7 @@ def test_starts_by_the_samples_numbers_do_not_depend_on_the_batch(kind):
     model, (x, y) = small_models.build("conv_bn"), small_models.batch(8)
     generator, indices = torch.Generator().manual_seed(3), torch.arange(100, 108)
     criterion = kind(ATTACK, engine="exact")
-    criterion(copy.deepcopy(model), x, y, indices, generator=generator)  # a copy, since batch norm moves
+    criterion(copy.deepcopy(model), x, y, indices, generator=generator)  # on a copy, since batch norm moves
     whole = criterion.last.x_adv
     criterion(copy.deepcopy(model), x[3:5], y[3:5], indices[3:5], generator=generator)
     torch.testing.assert_close(criterion.last.x_adv, whole[3:5], rtol=0, atol=1e-12)
@@ -276,7 +292,7 @@ def test_what_a_call_cannot_take_is_named(arguments, options, error, message):
         TRADESLoss(ATTACK)(small_models.build("conv_bn", dtype=torch.float32), *arguments, **options)
 
 
-# In words
+# Texts
 
 
 def test_it_explains_what_ran_and_what_did_not():
@@ -330,7 +346,7 @@ def test_under_graphs_it_is_the_eager_loss_in_any_order_and_says_what_it_capture
 
 
 def under_graphs(make, change, engine):
-    """Losses of six minibatches; before the fourth something of the loss is changed."""
+    """Returns losses of six minibatches; `change` changes the loss before the fourth."""
     model, result, criterion = small_models.build("conv_bn"), [], make(engine)
     for k in range(6):
         if k == 3:
@@ -344,7 +360,7 @@ def under_graphs(make, change, engine):
 
 
 class Keyed(Margin):
-    """One that says what its objective reads."""
+    """A loss that declares what its objective reads."""
 
     def objective(self, clean_logits, adversarial_logits, y):
         return super().objective(clean_logits, adversarial_logits, y)
@@ -378,6 +394,37 @@ def test_beta_and_engine_may_be_set_and_are_checked():
         criterion.beta = -1.0
     with pytest.raises(ValueError, match="engine must be one of"):
         criterion.engine = "quick"
+
+
+@EACH
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("attack", PGD(0.1, 0.03, 3), "attack takes 3 steps, but mining 4 boundary steps"),
+        ("attack", PGD(0.1, 0.03, 4, statistics="batch"), "attack's statistics must be 'running' with BulletTrain"),
+        ("attack", PGD(0.1, 0.03, 4, start="clean", inner="lse"), "attack must not start at x with the inner loss"),
+        ("attack", 0.1, "attack must be a PGD, got float"),
+        ("mining", mined(5), "attack takes 4 steps, but mining 5 boundary steps"),
+        ("extra", 3, "extra must be a function of an UpdateBatch, got int"),
+    ],
+)
+def test_attack_mining_and_extra_may_be_set_and_are_checked_by_the_next_call(kind, name, value, message):
+    model, (x, y) = small_models.build("conv_bn"), small_models.batch(6)
+    criterion = kind(ATTACK, mining=mined(), extra=len)
+    setattr(criterion, name, value)
+    before = state(model, *criterion.mining.buffers())
+    with pytest.raises((TypeError, ValueError), match=message):
+        criterion(model, x, y)
+    assert same(before, state(model, *criterion.mining.buffers()))
+
+
+def test_a_schedule_of_epsilon_sets_the_attack():
+    model, (x, y) = small_models.build("conv_bn"), small_models.batch(6)
+    criterion = PGDLoss(PGD(0.0, 0.0, 4))
+    for epsilon in (0.0, 0.02, 0.1):
+        criterion.attack = PGD(epsilon, epsilon / 2, 4)
+        criterion(model, x, y)
+        assert (criterion.last.x_adv - x).abs().max().item() == pytest.approx(epsilon, rel=1e-6)
 
 
 def test_what_stopped_once_is_not_why_the_next_runs():
@@ -455,7 +502,7 @@ def test_a_minibatch_that_is_not_observed_is_warned_of():
     mining.observe(model(x_adv), y)
     with pytest.raises(ValueError, match="must lie in"):
         TRADESLoss(ATTACK, mining=mining, engine="exact")(model, 2 * x, y)
-    with warnings.catch_warnings():  # what has failed was no minibatch
+    with warnings.catch_warnings():  # a failed call was no minibatch
         warnings.simplefilter("error")
         perturb(model, x, y, ATTACK, mining)
 

@@ -41,7 +41,7 @@ def sgd(model):
 
 
 def recorded(model):
-    """Inputs of the model's forwards, in train mode and in eval mode."""
+    """Records inputs of the model's forwards, in train mode and in eval mode."""
     looked_at(model)
     forwards = {True: [], False: []}
     model.register_forward_pre_hook(lambda m, args: forwards[m.training].append(args[0].detach().clone()))
@@ -49,12 +49,12 @@ def recorded(model):
 
 
 def distances(x, x_adv):
-    """How far each x' is, in the largest of its pixels, from the image that it comes from: the nearest one."""
+    """Returns the l_inf distance of each x' from the nearest image, the one it comes from."""
     return (x_adv[:, None] - x[None]).abs().flatten(2).amax(dim=2).amin(dim=1)
 
 
 def confident(name="conv_bn", seed=0, dtype=torch.float64):
-    """A model whose logits are spread enough for all three groups to occur."""
+    """A model with logits that spread enough for all three groups to occur."""
     model = build(name, seed, dtype)
     with torch.no_grad():
         next(m for m in reversed(list(model.modules())) if isinstance(m, nn.Linear)).weight.mul_(4.0)
@@ -62,18 +62,18 @@ def confident(name="conv_bn", seed=0, dtype=torch.float64):
 
 
 def own_labels(model, x, wrong=2):
-    """The model's own decisions, the first `wrong` of them falsified."""
+    """Returns the model's own decisions, the first `wrong` of them falsified."""
     with torch.no_grad():
         y = copy.deepcopy(model).eval()(x).argmax(dim=1)
     y[:wrong] = (y[:wrong] + 1) % CLASSES
     return y
 
 
-# Without BulletTrain: what the authors' code computes
+# Without BulletTrain: the authors' computation
 
 
 def run_both(objective, model, x_of, options, steps=3):
-    """Loss, gradients and state after each of some updates, of the reference and of ours."""
+    """Returns loss, gradients and state after each of some updates, of the reference and of ours."""
     twins = [model, copy.deepcopy(model)]
     optimizers = [sgd(m) for m in twins]
     for k in range(steps):
@@ -151,7 +151,7 @@ def test_a_zero_gradient_gives_the_authors_images(objective, distance):
 
 @EACH
 def test_forwards_of_the_batch_and_those_that_the_authors_take(objective):
-    """TRADES takes 13 where its authors take 23."""
+    """TRADES runs 13 forwards, and its authors' code 23."""
     for loss_of, expected in (
         (objective.loss, objective.forwards),
         (objective.reference, objective.reference_forwards),
@@ -226,7 +226,7 @@ def algorithm_2(objective, model, x, y, optimizer, starts, f_r, policy, skip, op
 
 
 def assert_same_update(models, loss, ours):
-    """The reference model and ours have the same loss, gradients, weights and buffers."""
+    """Asserts that the reference model and ours have the same loss, gradients, weights and buffers."""
     loss.backward()
     ours.backward()
     assert_near(ours.detach(), loss.detach(), UPDATES)
@@ -349,7 +349,7 @@ VECTOR_NORMS = {
 @pytest.mark.parametrize("moving", [0, 1, 2])
 @EACH
 def test_few_samples_left_to_corrupt_where_batch_norm_sees_one_value_a_channel(objective, name, moving):
-    """Batch norm cannot train on one row of one value: the caller's batch is not 1, so that is no error of theirs."""
+    """Batch norm cannot train on one row of one value; the caller's batch has more rows, so this is not their error."""
     torch.manual_seed(0)
     model = nn.Sequential(*VECTOR_NORMS[name](), nn.Linear(8, CLASSES)).double()
     x, _ = batch(8)
@@ -395,7 +395,7 @@ class Logging(nn.Sequential):
 
 
 class OnStreams:
-    """A runner that says that the attack is still at work until it is joined."""
+    """A runner whose attack counts as running until it is joined."""
 
     def __init__(self, log):
         self.log = log
@@ -427,7 +427,7 @@ def test_the_number_of_classes_is_not_asked_of_a_view_which_may_have_to_be_compi
     assert sizes == [8] * 10
 
 
-# Gradients and modes of the caller
+# The caller's gradients and modes
 
 
 BULLETS = pytest.mark.parametrize("bullet", [None, BulletTrain(3, 1, 0)], ids=["uniform", "bullet"])
@@ -561,7 +561,7 @@ def test_a_model_in_half_precision(objective, bullet, dtype, distance):
     assert loss.isfinite()
     assert all(p.grad.isfinite().all() for p in model.parameters())
     moved = distances(x, forwards[True][-1])
-    # bfloat16 rounds most of the start's noise away, so that now and then a sample stays at x, where no gradient is
+    # bfloat16 rounds away most of the start's noise, so a few samples stay at x, where there is no gradient
     assert (moved > 0.01).double().mean() >= (0.5 if dtype == torch.bfloat16 else 1)
 
 
@@ -572,7 +572,7 @@ def test_a_model_in_half_precision(objective, bullet, dtype, distance):
 @pytest.mark.parametrize("distance", DISTANCES)
 @EACH
 def test_one_read_a_call_on_a_device_and_one_more_without_bullettrain(objective, bullet, distance):
-    """Without state there is no later call that could raise what is wrong with an attack's gradients."""
+    """Without state, no later call could raise an error for the attack's gradients."""
     model = build("conv_bn", dtype=torch.float32).to(DEVICE)
     x = torch.empty(8, *SHAPE, device=DEVICE)
     y = torch.zeros(8, dtype=torch.int64, device=DEVICE)
@@ -605,11 +605,11 @@ def test_reads_on_the_cpu(objective, bullet, reads):
     assert len(waits) == reads
 
 
-# Bad input: the error names it, and nothing has changed
+# Bad input: the error names it, and nothing changes
 
 
 class Wrapped(nn.Module):
-    """A good model whose output is spoilt on the way out."""
+    """A good model with a corrupted output."""
 
     def __init__(self, spoil):
         super().__init__()
@@ -803,7 +803,7 @@ def test_a_model_that_returns_something_else_in_train_mode_is_named_and_keeps_it
 @pytest.mark.parametrize("bullet", [False, True])
 @EACH
 def test_a_numbered_sample_is_attacked_alike_in_any_batch(objective, bullet, start, distance):
-    """Of a network without batch norm, the whole batch's gradient is the mean of two halves', shuffled."""
+    """Without batch norm, the whole batch's gradient is the mean of the gradients of two shuffled halves."""
     x, y = batch(8)
     numbers = torch.tensor([5, 2**32 - 1, 0, 7, 1, 2**31, 3, 4])
     given = objective.options(distance) | {"start": start, "perturb_steps": 3}
@@ -814,7 +814,7 @@ def test_a_numbered_sample_is_attacked_alike_in_any_batch(objective, bullet, sta
         torch.manual_seed(0)
         for p in model.double().parameters():
             nn.init.normal_(p, std=0.5)
-        torch.manual_seed(4)  # the global generator is where ever it is
+        torch.manual_seed(4)  # the global generator's state does not matter
         generator = torch.Generator().manual_seed(9)
         torch.rand(len(rows), generator=generator)
         options = given | {"bullet": BulletTrain(3, 1, 0, policy="uniform") if bullet else None}

@@ -1,4 +1,4 @@
-"""A model that returns something else than logits: the error shows the wrapper that makes it fit, and it does."""
+"""For a model that returns something other than logits, the error shows a wrapper, and that wrapper works."""
 
 import re
 from collections import OrderedDict, namedtuple

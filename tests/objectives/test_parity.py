@@ -1,4 +1,4 @@
-"""Without BulletTrain the authors' loss, gradients, buffers and random numbers, whatever the model is made of."""
+"""Without BulletTrain, loss, gradients, buffers and random numbers are the authors', for all kinds of models."""
 
 import copy
 
@@ -15,7 +15,7 @@ FOUND = ("train", "eval", "mixed", "mixed in eval")
 
 
 def put_into(model, found):
-    """The modes in which the loss is to find a model; mixed: as a whole in one mode, every other part in the other."""
+    """Sets the modes of a model before the call; mixed: the whole in one mode, every second part in the other."""
     whole = found in ("train", "mixed")
     model.train(whole)
     if "mixed" in found:
@@ -24,7 +24,7 @@ def put_into(model, found):
 
 
 def with_authors_modes(model, found):
-    """The twin for the authors' code: its `train()` gives the modes in which the update runs."""
+    """The twin for the authors' code: its `train()` sets the modes in which our update runs."""
     twin = copy.deepcopy(model)
     for module in twin.modules():
         if hasattr(module, "out_of_place"):

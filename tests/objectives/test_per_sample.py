@@ -527,3 +527,11 @@ def test_sizes_of_pixels_are_not_reported_nor_is_the_attacks_own_that_is_not_use
     model, (x, y) = network(), small_models.batch(3)
     own = PerSample(epsilon=torch.tensor([0.0, 8 / 255, 0.3]), step_size=torch.tensor([0.5, 2 / 255, 0.1]))
     perturb(model, x, y, PGD(8.0, 2.0, 3), per_sample=own)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("mining", [False, True])
+def test_a_step_that_crosses_the_smaller_balls_alone_is_no_mistake_of_units(mining):
+    model, (x, y) = network(), small_models.batch(3)
+    own = PerSample(epsilon=torch.tensor([0.1, 0.002, 0.0]))
+    perturb(model, x, y, ATTACK, BulletTrain(4, 1, 0) if mining else None, per_sample=own)

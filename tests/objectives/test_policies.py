@@ -1,4 +1,4 @@
-"""The objectives with metrics and policies other than BulletTrain's own: one sample at a time, written out."""
+"""The objectives with other metrics and policies equal a literal computation, one sample at a time."""
 
 import copy
 
@@ -27,7 +27,7 @@ STEPS = (5, 2, 1)
 
 
 def literal_update(objective, model, x, y, starts, steps, skip, options):
-    """The authors' update on x' of any counts, each sample attacked on its own: loss, and the share that held."""
+    """Runs the authors' update on x' of any step counts, one sample at a time: loss, and the share still correct."""
     model.eval()
     x_adv = x.clone()
     for i, n in enumerate(steps):
@@ -43,7 +43,7 @@ def literal_update(objective, model, x, y, starts, steps, skip, options):
 
 
 def by_entropy(z, y):
-    """A metric of one's own."""
+    """A custom metric."""
     p = z.softmax(dim=1)
     return torch.where(z.argmax(dim=1) == y, 1.0, -1.0) * (2.0 + (p * p.log()).sum(dim=1))
 
@@ -95,7 +95,7 @@ def test_any_counts_are_the_authors_update_one_sample_at_a_time(objective, rule,
 
 
 def told_by_attack(objective, model, x, y, starts, k, options):
-    """The groups of Fig. 2, one sample at a time: right before and under a k-step attack?"""
+    """Returns the groups of Fig. 2, one sample at a time: is it right before, and under a k-step attack?"""
     model.eval()
     groups = []
     for i in range(len(x)):
@@ -110,7 +110,7 @@ def told_by_attack(objective, model, x, y, starts, k, options):
 @pytest.mark.parametrize("distance", DISTANCES)
 @EACH
 def test_the_oracle_s_groups_come_from_an_attack_and_its_update_is_algorithm_2(objective, distance, k):
-    """The training attack's start is drawn first, the oracle's next, from the same generator."""
+    """One generator draws the training attack's start first, the oracle's next."""
     models, bullet = [confident(), confident()], BulletTrain(*STEPS, policy=Oracle(k))
     options = objective.options(distance) | {"perturb_steps": STEPS[0]}
     options["epsilon"] *= {"l_inf": 4, "l_2": 2}[distance]  # so that all three groups occur
@@ -142,7 +142,7 @@ def test_the_oracle_costs_its_steps_and_one_forward_more(objective):
     forwards = recorded(model)
     objective.loss(model, *batch(), None, perturb_steps=3, bullet=BulletTrain(3, 0, 0, policy=Oracle(4)))
     rows = [len(x) for x in forwards[False]]
-    assert rows[:6] == [8] * 6  # the clean one, four steps, the attacked one
+    assert rows[:6] == [8] * 6  # the clean forward, four steps, the attacked forward
     assert all(n < 8 for n in rows[6:])
     assert len(rows) <= 6 + 3
 
@@ -152,7 +152,7 @@ def test_a_gradient_with_nan_in_the_oracle_s_attack_is_an_error_and_nothing_chan
     model, bullet = build(Undefined), BulletTrain(3, 0, 0, policy="oracle")
     x, _ = with_bright([1, 4])
     before = snapshot(model, bullet)
-    wrong = (model.eval()(x).argmax(dim=1) + 1) % 5  # outliers alone: nothing but the oracle moves them
+    wrong = (model.eval()(x).argmax(dim=1) + 1) % 5  # only outliers: without the oracle they take no step
     model.train()
     with pytest.raises(ValueError, match=r"input gradient must be finite, but held NaN for 2 of 8 samples"):
         objective.loss(model, x, wrong, None, perturb_steps=3, bullet=bullet)

@@ -1,4 +1,4 @@
-"""What the caller's backward computes again, it computes in the modes of the update."""
+"""What the caller's backward recomputes, it computes in the modes of the update."""
 
 import copy
 
@@ -57,7 +57,7 @@ def test_a_model_found_in_eval_mode_has_the_gradient_of_one_found_in_train_mode(
 
 
 def test_a_norm_in_a_checkpoint_sees_as_many_batches_as_in_the_authors_code():
-    """Of three forwards, each of which runs again in the backward."""
+    """Each of the three forwards runs again in the backward."""
     model, (x, y) = build(normed), batch()
     before = int(model[1][0].num_batches_tracked)
     trades_loss(model, x, y, None).backward()
@@ -65,7 +65,7 @@ def test_a_norm_in_a_checkpoint_sees_as_many_batches_as_in_the_authors_code():
 
 
 class Breaks(nn.Module):
-    """Its backward raises."""
+    """Raises in its backward."""
 
     def forward(self, x):
         if self.training and x.requires_grad:

@@ -18,7 +18,7 @@ REPLAYABLE = {
 
 
 def repeated(model, first, between):
-    """Runs a forward, watched, and one of other images: the first one's logits and what watched it."""
+    """Runs a watched forward and one of other images; returns the first logits and the watcher."""
     repeat = RepeatedForward(model, first.device)
     with repeat.first():
         logits = model(first).detach()
@@ -88,7 +88,7 @@ def test_a_backward_through_all_forwards_still_works():
 def test_a_norm_that_no_forward_uses_stays_as_it_is(momentum):
     model, x = build("conv_bn"), batch()[0]
     model.idle = torch.nn.BatchNorm2d(4, momentum=momentum).double()
-    forward = torch.nn.Sequential(*list(model)[:-1])  # the same layers without it
+    forward = torch.nn.Sequential(*list(model)[:-1])  # the same layers without the last
     model.forward = forward.forward
     before = copy.deepcopy(model.idle.state_dict())
     repeat = repeated(model, x, x)[1]
@@ -104,7 +104,7 @@ def test_where_the_answer_is_known_nothing_is_looked_at_and_the_buffers_move_ali
         repeat = RepeatedForward(model, first.device, known)
         with repeat.first():
             model(first)
-            torch.rand(1)  # a watched forward would have drawn it
+            torch.rand(1)  # a watched forward would have drawn this number
         assert repeat.replayable == bool(known)
         model(between)
         repeat.replay()

@@ -297,6 +297,44 @@ def test_in_16_bits_they_are_near_single_precision(name, mined):
     assert losses[1] == pytest.approx(losses[0], rel=0.05)
 
 
+SIXTEEN = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+
+
+def rounded_labels(dtype, m=12):
+    """Distributions in 16 bits whose sums are 1 to their rounding alone."""
+    x, y = batch(m, dtype=torch.float32)
+    share = torch.linspace(0.51, 0.93, m)[:, None]
+    labels = (share * torch.eye(CLASSES)[y] + (1 - share) * torch.eye(CLASSES)[y.roll(1)]).to(dtype)
+    assert ((labels.double().sum(dim=1) - 1).abs() > 1e-5).any()
+    return x, labels
+
+
+@EACH
+@SIXTEEN
+def test_mining_takes_labels_that_are_rounded_to_16_bits(name, dtype):
+    model, (x, y) = confident(torch.float32), rounded_labels(dtype)
+    states = []
+    for labels in (y, y.argmax(dim=1)):
+        torch.manual_seed(0)
+        mining = mining_of(name, True)
+        LOSSES[name](mining, engine="exact")(copy.deepcopy(model), x, labels)
+        states.append(mining.group_counts.tolist())
+    assert states[0] == states[1]
+
+
+@SIXTEEN
+@pytest.mark.parametrize("mined", [False, True])
+@pytest.mark.parametrize("inner", ["margin", "dlr"])
+def test_the_margins_of_labels_that_are_rounded_to_16_bits_are_those_of_their_classes(inner, mined, dtype):
+    model, (x, y) = confident(torch.float32), rounded_labels(dtype)
+    attack, moved = PGD(0.1, 0.03, 4, start="clean", inner=inner), []
+    for labels in (y, y.argmax(dim=1)):
+        mining = BulletTrain(4, 2, 0, policy="oracle") if mined else None
+        torch.manual_seed(0)
+        moved.append(perturb(model, x, labels, attack, mining))
+    assert torch.equal(*moved)
+
+
 def test_under_the_callers_autocast_they_are_near_single_precision():
     model, (x, y) = confident(torch.float32), mixup(*batch(12, dtype=torch.float32), CLASSES)
     losses = []

@@ -1,4 +1,4 @@
-"""The update from graphs is the eager one, to the bit, in every order of work that CUDA permits."""
+"""The update from graphs equals the eager one bit for bit, in every order of work that CUDA permits."""
 
 import functools
 import gc
@@ -34,7 +34,7 @@ SIZES = (6, 6, 4, 6, 4, 4, 6)
 
 
 class Training:
-    """Updates on batches whose memory is spoilt afterwards; `found` holds all that they give."""
+    """Updates on batches with memory that is overwritten afterwards; `found` holds all results."""
 
     def __init__(self, options, build="conv_bn", bullet=None, seed=0, loss_of=trades_loss):
         self.loss_of = loss_of
@@ -56,12 +56,12 @@ class Training:
         self.finish(loss)
 
     def finish(self, *values):
-        """Note them and all state; descend along the gradients."""
+        """Records these values and all state, and descends along the gradients."""
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         state = [] if self.bullet is None else [self.bullet.robust_fraction]
         self.found += [v.detach().clone() for v in (*values, *gradients, *self.model.buffers(), *state)]
         for memory in self.given:
-            memory.fill_(-1)  # the caller is done with it
+            memory.fill_(-1)  # the caller no longer needs this memory
         self.given = []
         with torch.no_grad():
             for p in self.model.parameters():
@@ -80,7 +80,7 @@ def same(result, expected):
 
 
 NOT_CAPTURED = {
-    "cumulative average": "_local_scalar_dense",  # such a norm reads its count
+    "cumulative average": "_local_scalar_dense",  # such a norm reads its count on the host
     "tied norm, cumulative average": "_local_scalar_dense",
     "counter replaced": "replaces its parameters or buffers",
 }
@@ -136,7 +136,7 @@ def test_what_cannot_be_captured_runs_eagerly_says_why_once_and_gives_the_same(m
         assert same(emulated.shuffled(seed, training.found), expected.found), seed
 
 
-# What a caller may do between updates. A scenario takes the update's options and gives what was found
+# What a caller may do between updates: a scenario takes the update's options and returns its results
 
 
 def epochs(options):
@@ -144,7 +144,7 @@ def epochs(options):
 
 
 def same_batches(options):
-    """Batches that stay in memory and come again."""
+    """Batches that keep their memory and come again."""
     training = Training(options)
     batches = [small_models.batch(6, seed) for seed in range(2)]
     for _ in range(3):
@@ -156,7 +156,7 @@ def same_batches(options):
 
 
 def skipped_rows(options):
-    """Three rows run a corrupted forward, of batches of two sizes."""
+    """Runs a corrupted forward of three rows, in batches of two sizes."""
     training = Training(options, bullet=BulletTrain(1, 0, 0))
     for m in [6] * 9 + [5]:
         x, y = small_models.batch(m, training.steps)
@@ -174,7 +174,7 @@ def dropout(options):
 
 
 def accumulation(options):
-    """Gradients of two losses in `.grad`, and those of an earlier one kept by the caller."""
+    """Accumulates gradients of two losses in `.grad`, while the caller keeps those of an earlier one."""
     training = Training(options)
     for _ in range(3):
         training.loss().backward()
@@ -188,7 +188,7 @@ def accumulation(options):
 
 
 def two_losses(options):
-    """Two losses, of different sizes, before their backwards."""
+    """Computes two losses of different sizes before their backwards."""
     training = Training(options)
     training.run((6, 6, 4, 4))
     losses = [training.loss(6), training.loss(4)]
@@ -209,7 +209,7 @@ def two_models(options):
 
 
 def weighted(options):
-    """A loss that is a part of the caller's own."""
+    """Makes the loss a part of the caller's own."""
     training = Training(options)
     for k in range(4):
         loss = training.loss() * (k + 1)
@@ -219,7 +219,7 @@ def weighted(options):
 
 
 def kept_losses(options):
-    """Losses that are read after all updates."""
+    """Reads the losses only after all updates."""
     training, losses = Training(options, loss_of=pgd_loss), []
     for _ in range(4):
         loss = training.loss()
@@ -230,7 +230,7 @@ def kept_losses(options):
 
 
 def second_backward(options):
-    """A second backward of a loss: from graphs it is an error, and changes nothing."""
+    """Runs a second backward of a loss: from graphs it is an error, and changes nothing."""
     training = Training(options)
     training.run()
     loss = training.loss()
@@ -245,7 +245,7 @@ def second_backward(options):
 
 
 def changed_before_the_backward(options):
-    """An error, as autograd makes it."""
+    """Raises an error, like autograd."""
     training = Training(options)
     training.run()
     loss = training.loss()
@@ -266,7 +266,7 @@ def replaced_parameter(options):
 
 
 def replaced_before_the_backward(options):
-    """A weight that is not trained is replaced by another between a loss and its backward."""
+    """Replaces an untrained weight between a loss and its backward."""
     training = Training(options)
     training.model[4].weight.requires_grad_(False)
     training.run()
@@ -279,7 +279,7 @@ def replaced_before_the_backward(options):
 
 
 def other_numbers(options):
-    """A norm's momentum, and then its mode."""
+    """Changes a norm's momentum, and then its mode."""
     training = Training(options)
     training.run()
     training.model[1].momentum = 0.5
@@ -298,7 +298,7 @@ def fewer_trained(options):
 
 
 def idle_parameter(options):
-    """One that no forward uses has no gradient, not zeros."""
+    """A parameter that no forward uses has no gradient, rather than zeros."""
     training = Training(options)
     training.model.register_parameter("idle", nn.Parameter(torch.ones(2)))
     training.run()
@@ -307,7 +307,7 @@ def idle_parameter(options):
 
 
 def casts(options):
-    """Under the caller's autocast and without it."""
+    """Updates under the caller's autocast and without it."""
     training = Training(options)
     training.model.float()
     with mock.patch.object(small_models.batch, "__defaults__", (8, 0, torch.float32)):
@@ -318,7 +318,7 @@ def casts(options):
 
 
 def both_ways(options):
-    """Unperturbed samples kept and skipped, one like the other with rows of the same number."""
+    """Keeps and skips unperturbed samples, with equal numbers of rows."""
     training = Training(options, bullet=BulletTrain(1, 1, 1))
     training.run()
     training.bullet = None
@@ -328,10 +328,10 @@ def both_ways(options):
 
 
 def on_streams(options):
-    """Two updates on streams that do not wait for each other."""
+    """Runs two updates on streams that do not wait for each other."""
     training, streams = Training(options, mlp), [None, None]
     training.run()
-    if torch.cuda.CUDAGraph is not torch.cuda.graphs.CUDAGraph:  # emulated
+    if torch.cuda.CUDAGraph is not torch.cuda.graphs.CUDAGraph:  # on the emulated device
         streams = [torch.cuda.Stream() for _ in range(2)]
         for stream in streams:
             stream.wait_stream(torch.cuda.current_stream())
@@ -356,7 +356,7 @@ def mlp():
 
 
 def ordinary_loop(options, build="conv_bn"):
-    """As in any script: a loss is alive until the next one has been computed."""
+    """Trains as in any script: a loss is alive until the next one has been computed."""
     result = ordinary_loops.iterations("cpu", build, update=update.Update(**options))
     return [value for iteration in result for value in iteration]
 
@@ -365,7 +365,7 @@ beside_a_loader = functools.partial(ordinary_loop, build=ordinary_loops.BesideAL
 
 
 class ReadingOthers(nn.Module):
-    """Layers that share a weight, one that reads another's, and one whose weight is computed of a parameter."""
+    """Layers that share a weight, one that reads another's, and one with a weight computed from a parameter."""
 
     def __init__(self):
         super().__init__()
@@ -380,7 +380,7 @@ class ReadingOthers(nn.Module):
 
 
 class Symmetric(nn.Module):
-    """The weight's sign is lost."""
+    """A model that ignores the sign of its weight."""
 
     def forward(self, weight):
         return weight.abs()
@@ -390,7 +390,7 @@ reading_others = functools.partial(ordinary_loop, build=ReadingOthers)
 
 
 class OutsideItsModules(nn.Module):
-    """Trains a tensor that is no parameter of its modules."""
+    """Trains a tensor that is not a parameter of its modules."""
 
     def __init__(self):
         super().__init__()
@@ -407,14 +407,14 @@ def outside_its_modules(options):
 
 
 def broken_then_good(options):
-    """One model's capture breaks off; another's, which draws random numbers, comes after it."""
+    """Breaks off one model's capture; then captures another's, which draws random numbers."""
     torch.manual_seed(0)
     first, second = Training(options, ordinary_loops.Waiting), Training(options, "dropout")
     return [*first.run(), *second.run(), torch.rand(3)]
 
 
 class Breaking(nn.Module):
-    """Raises at its nth training forward, or in a capture; or waits for the device there, where it has no error."""
+    """Raises in its nth training forward or in a capture; without an error, waits for the device there."""
 
     def __init__(self, n=-1, error=ArithmeticError):
         super().__init__()
@@ -434,7 +434,7 @@ class Breaking(nn.Module):
 
 
 def broken(options, n, error=ArithmeticError):
-    """A capture breaks off: in its nth warm-up forward, or while it records."""
+    """Breaks off a capture in its nth warm-up forward, or while it records."""
     torch.manual_seed(0)
     training = Training(options, lambda: Breaking(error=error))
     training.step()
@@ -447,7 +447,7 @@ broken_warmup = functools.partial(broken, n=2)
 broken_recording = functools.partial(broken, n=-100)
 waiting = functools.partial(broken, n=-100, error=None)
 out_of_memory = functools.partial(broken, n=-100, error=torch.OutOfMemoryError)
-SCENARIOS = {  # and how many replays
+SCENARIOS = {  # and the number of their replays
     epochs: 12,
     same_batches: 10,
     skipped_rows: 2,
@@ -458,7 +458,7 @@ SCENARIOS = {  # and how many replays
     weighted: 6,
     kept_losses: 6,
     second_backward: 12,
-    changed_before_the_backward: 11,  # without the backward that is refused
+    changed_before_the_backward: 11,  # without the refused backward
     replaced_parameter: 12,
     replaced_before_the_backward: 6,
     other_numbers: 12,
@@ -587,7 +587,7 @@ IN_CAPTURES = [
 
 
 def caught(changed, scenario):
-    """Whether some order of the work gives another result than the eager one, or something raises."""
+    """Returns whether the changed module gives a non-eager result in some order of the work, or raises."""
     with ExitStack() as patches:
         for module, attribute in ((adversarial, "run_update"), (update, "GraphPool")):
             if attribute in vars(changed):
@@ -602,7 +602,7 @@ def caught(changed, scenario):
         return True
     try:
         return any(not same(emulated.shuffled(seed, result), eager(scenario)) for seed in range(20))
-    except IndexError:  # garbage where a label was to be
+    except IndexError:  # garbage in place of a label
         return True
 
 
@@ -637,7 +637,7 @@ def test_after_a_broken_capture_another_model_is_captured_and_memory_comes_back(
 
 
 class TorchsHelper(update._Captured):
-    """The update captured as before: by `torch.cuda.make_graphed_callables`, of the model's own parameters."""
+    """Captures the update as before: by `torch.cuda.make_graphed_callables`, on the model's own parameters."""
 
     def __init__(self, model, computation, replayable, given, side, pool):
         static, self.constant = tuple(t.clone() for t in given), ()
@@ -664,7 +664,7 @@ class TorchsHelper(update._Captured):
 
 
 def by_torchs_helper(scenario):
-    """What it finds, how many replays there are, and all warnings."""
+    """Returns its results, the number of replays, and all warnings."""
     with (
         EmulatedDevice() as emulated,
         mock.patch.object(update, "_Captured", TorchsHelper),
@@ -717,7 +717,7 @@ def drawing_on_the_host(training):
 
 
 class HostDrawing(nn.Module):
-    """Decides by the host's random numbers."""
+    """A model that branches on the host's random numbers."""
 
     generator = torch.Generator()
 
@@ -866,7 +866,7 @@ def test_of_mart_each_weight_of_the_robust_term_has_its_own_graph():
     "fast", [(GraphRunner, Update(graphs=True)), (StreamRunner, Update())], ids=["graphs", "streams"]
 )
 def test_everything_together(loss_of, fast):
-    """The clean forward of the update runs beside the attack where the update is not from graphs."""
+    """The clean forward of the update runs beside the attack unless the update is from graphs."""
     result = []
     for runner, how in ((run_eager, Update()), (fast[0](bucket=2), fast[1])):
         model, bullet = small_models.build("conv_bn"), BulletTrain(2, 1, 0)

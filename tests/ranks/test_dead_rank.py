@@ -17,7 +17,7 @@ TIMEOUT = timedelta(seconds=2)
 
 
 def interrupted(how, path):
-    """Rank 1 ends or sleeps after two iterations; rank 0 writes what it is told, and after how many seconds."""
+    """Ends or suspends rank 1 after two iterations; rank 0 writes the error it gets, and after how many seconds."""
     group = dist.new_group(timeout=TIMEOUT)
     model = DistributedDataParallel(build(), process_group=group)
     bullet, (x, y) = BulletTrain(2, 1, 0, process_group=group), batch()

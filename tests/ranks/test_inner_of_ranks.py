@@ -1,4 +1,4 @@
-"""Every inner loss, and a selected output, on two ranks that share the attack out, as in one process."""
+"""Every inner loss, APGD, best iterates and a selected output, on two ranks sharing the attack, as in one process."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from small_models import CLASSES, batch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from bt_fast import PGD, Balance, BulletTrain, Costs, Logits, TRADESLoss, perturb
+from bt_fast import APGD, PGD, Balance, BulletTrain, Costs, Logits, TRADESLoss, perturb
 
 M = 12
 sharding = pytest.mark.skipif(
@@ -42,13 +42,19 @@ def by_label(outputs, rows):
     return (outputs - rows.clean_outputs).square().sum(dim=1) * (1 + rows.labels)
 
 
-INNER = {"margin": "margin", "dlr": "dlr", "lse": "lse", "a function of labels": by_label}
+ATTACKS = {
+    **{inner: PGD(0.1, 0.03, 3, inner=inner) for inner in ("margin", "dlr", "lse")},
+    "a function of labels": PGD(0.1, 0.03, 3, inner=by_label),
+    "the best": PGD(0.1, 0.08, 3, inner="margin", keep="best"),
+    "APGD": APGD(0.1, 3, inner=by_label),
+    "APGD towards a class": APGD(0.1, 3, inner="dlr_targeted"),
+}
 
 
 def trained(inner, model, rows, **of_ranks):
     """Loss, x' and the state of mining after two minibatches."""
     mining = BulletTrain(3, 1, 0, gamma=1.0, momentum=0.5, **of_ranks)
-    criterion = TRADESLoss(PGD(0.1, 0.03, 3, inner=INNER[inner]), mining=mining, engine="exact", logits=logits)
+    criterion = TRADESLoss(ATTACKS[inner], mining=mining, engine="exact", logits=logits)
     optimizer, result = torch.optim.SGD(model.parameters(), lr=0.03), []
     generator = torch.Generator().manual_seed(0 if not of_ranks else dist.get_rank())  # rank 0's is everyone's
     for seed in (1, 2):
@@ -89,12 +95,12 @@ def on_a_rank_sharded(inner):
 
 
 @sharding
-@pytest.mark.parametrize("inner", ["dlr"])
+@pytest.mark.parametrize("inner", ["dlr", "APGD towards a class"])
 def test_a_net_that_is_sharded_over_two_ranks_returns_a_dict_too(inner):
     assert_as_one_process(inner, *run_ranks(2, on_a_rank_sharded, inner))
 
 
-@pytest.mark.parametrize("inner", INNER)
+@pytest.mark.parametrize("inner", ATTACKS)
 def test_two_ranks_that_share_the_attack_out_find_what_one_process_finds(inner):
     assert_as_one_process(inner, *run_ranks(2, on_a_rank, inner))
 

@@ -1,4 +1,4 @@
-"""What docs/distributed.md shows for Accelerate and Lightning, as it stands there, in two processes of torchrun."""
+"""The code that docs/distributed.md shows for Accelerate and Lightning, run verbatim in two processes of torchrun."""
 
 import json
 import subprocess
@@ -44,7 +44,7 @@ os._exit(0)  # gloo's threads abort now and then while Python ends, without this
 
 
 def shown(name):
-    """The page's Python block behind the comment of that name."""
+    """Returns the page's Python block after the comment of this name."""
     text = PAGE.read_text(encoding="utf-8")
     begin = text.index("```python\n", text.index(f"<!-- {name} -->")) + len("```python\n")
     return text[begin : text.index("```\n", begin)]

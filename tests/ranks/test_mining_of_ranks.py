@@ -1,4 +1,4 @@
-"""N ranks that mine together assign what one process would with all of their samples."""
+"""N ranks that mine together make the same assignments as one process with all of their samples."""
 
 import copy
 import io
@@ -23,7 +23,7 @@ RULES = {
 
 
 def minibatches(sizes, seed, dtype=torch.float32):
-    """Clean and adversarial logits and labels of ranks with so many samples."""
+    """Returns clean and adversarial logits and labels of ranks with these numbers of samples."""
     g = torch.Generator().manual_seed(seed)
     result = []
     for m in sizes:
@@ -34,7 +34,7 @@ def minibatches(sizes, seed, dtype=torch.float32):
 
 
 def mined(bullet, z, z_adv, y):
-    """A plan and what follows of its minibatch, as plain values."""
+    """Returns a plan and the state after its minibatch, as plain values."""
     a = bullet.plan(z, y, epsilon=EPSILON)
     bullet.observe(z_adv, y)
     bullet.finish()
@@ -101,11 +101,11 @@ def test_the_groups_are_those_of_one_process_with_all_samples(rule, rounds, dtyp
                 assert e[name] == one[name] if name == "mean_steps" else torch.equal(e[name], one[name])
 
 
-# What is wrong on one rank is told to all
+# An error on one rank is raised on all
 
 
 def with_a_fault(where, rank_of_fault):
-    """Messages of the errors of three assignments, of which the second is faulty on one rank."""
+    """Returns the errors of three assignments, of which the second is faulty on one rank."""
     bullet, messages = BulletTrain(process_group=dist.group.WORLD), []
     for step in range(3):
         z, z_adv, y = minibatches((4, 4), step)[dist.get_rank()]
@@ -143,7 +143,7 @@ def with_a_fault(where, rank_of_fault):
 def test_a_fault_of_one_rank_is_raised_on_all_and_the_next_minibatch_is_sound(where, step, message):
     (first, f_r), (second, same) = run_ranks(2, with_a_fault, where, 1)
     assert [result and result.split(": samples")[0] for result in second] == first
-    assert (where == "logits") == str(second[step]).endswith(": samples 2")  # as only the rank itself knows
+    assert (where == "logits") == str(second[step]).endswith(": samples 2")  # only the rank itself knows the samples
     assert f_r == same
     assert [result is not None for result in first] == [k == step for k in range(3)]
     assert first[step].startswith(message)
@@ -153,7 +153,7 @@ def test_a_fault_of_one_rank_is_raised_on_all_and_the_next_minibatch_is_sound(wh
 
 
 def saved_by_one_rank():
-    """Rank 0 alone saves, copies and prints while a sum is on its way; then both go on."""
+    """Lets rank 0 alone save, copy and print while a sum is in progress; then both go on."""
     bullet = BulletTrain(process_group=dist.group.WORLD)
     z, z_adv, y = minibatches((4, 4), 0)[dist.get_rank()]
     bullet.plan(z, y)
@@ -176,7 +176,7 @@ def test_one_rank_saves_what_all_have():
 
 
 def after_a_skipped_minibatch(group):
-    """F_R, the groups and what is still to be raised, after six minibatches of which the fourth has NaN gradients."""
+    """Returns F_R, the groups and the pending errors after six minibatches, of which the fourth has NaN gradients."""
     model, mining = build("conv_bn"), BulletTrain(2, 1, 0, process_group=group)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     guard = Guard(optimizer, model, mining, non_finite="skip", process_group=group)
@@ -219,7 +219,7 @@ def test_an_oracle_has_no_group():
 
 
 def with_a_gradient_of_nan():
-    """What the losses of three minibatches raise; in the second rank 1 has images without a gradient."""
+    """Returns the errors of three minibatches; in the second, rank 1 has images without a gradient."""
     model, messages = build(Undefined), []
     bullet = BulletTrain(2, 1, 0, process_group=dist.group.WORLD)
     for step in range(3):
@@ -239,11 +239,11 @@ def test_gradients_of_nan_on_one_rank_are_raised_on_all_by_the_next_minibatch():
     assert first[2].startswith("the model's input gradient must be finite, but held NaN for ")
 
 
-# On a device the host waits for nothing but the counts
+# On a device the host waits only for the counts
 
 
 class Told(Ranks):
-    """Two ranks of whom nobody is there: the collectives are queued and never looked at."""
+    """Pretends two ranks without processes: the collectives are queued and never looked at."""
 
     def __init__(self):
         self.group, self.rank, self.count, self.rows = None, 1, 2, 6

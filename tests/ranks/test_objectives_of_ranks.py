@@ -1,4 +1,4 @@
-"""N ranks with m samples each train as one process with N·m."""
+"""N ranks with m samples each train like one process with N·m."""
 
 import pytest
 import torch
@@ -27,12 +27,12 @@ from bt_fast.attack import balanced
 from bt_fast.baselines.fast import fast_loss
 from bt_fast.baselines.grad_align import grad_align
 
-M = 12  # of the whole minibatch
+M = 12  # samples of the whole minibatch
 CLOSE = {"rtol": 0, "atol": 1e-10}
 
 
 class NormOfAll(nn.Module):
-    """A batch norm over all ranks' samples, with gradient: `SyncBatchNorm` wants a GPU."""
+    """A batch norm over all ranks' samples, with gradient; `SyncBatchNorm` needs a GPU."""
 
     def __init__(self, channels):
         super().__init__()
@@ -84,7 +84,7 @@ LOSSES = {
 
 
 def trained(model, loss_of, x, y, numbers, bullet, generator, **options):
-    """Losses, gradients and states of three iterations of SGD. In ℓ2 the attack draws too: starts go by numbers."""
+    """Returns losses, gradients and states of three iterations of SGD; ℓ2 also draws, so starts go by numbers."""
     optimizer, result = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9), []
     for step in range(3):
         given = OPTIONS | {"bullet": bullet, "generator": generator} | options
@@ -107,7 +107,7 @@ def trained(model, loss_of, x, y, numbers, bullet, generator, **options):
 
 
 def data(count, rank):
-    """Three minibatches, and of them a rank's share."""
+    """Returns three minibatches, or a rank's share of them."""
     x, y = batch(3 * M, seed=3)
     x, y = x.view(3, M, *x.shape[1:]), y.view(3, M)
     each = M // count
@@ -120,11 +120,11 @@ def on_ranks(name, build, balance=None):
     options = options | {"balance": balance}
     model = DistributedDataParallel(build())
     bullet = BulletTrain(3, 1, 0, gamma=1.0, momentum=0.5, process_group=dist.group.WORLD)
-    generator = torch.Generator().manual_seed(dist.get_rank())  # rank 0's is everyone's
+    generator = torch.Generator().manual_seed(dist.get_rank())  # all ranks use rank 0's
     return trained(model, loss_of, *data(dist.get_world_size(), dist.get_rank()), bullet, generator, **options)
 
 
-# which ranks run a corrupted forward is a matter of each, and only SyncBatchNorm itself is told
+# each rank decides whether it runs a corrupted forward, and only SyncBatchNorm itself is informed
 BUILDS = [(name, build) for name in LOSSES for build in (plain, normed) if (name, build) != ("trades, skip", normed)]
 RANKS = [
     *((name, build, 2, balance) for name, build in BUILDS for balance in (None, ALWAYS)),
@@ -181,7 +181,7 @@ def test_sizes_of_the_samples_own_are_theirs_on_any_rank():
 
 
 class Counted(nn.Module):
-    """Counts the rows of its forwards with input gradients in eval mode: those of an attack."""
+    """Counts the rows of its forwards with input gradients in eval mode, which are an attack's."""
 
     def __init__(self):
         super().__init__()
@@ -194,7 +194,7 @@ class Counted(nn.Module):
 
 
 def rows_attacked(balance):
-    """Rank 0's samples are all correct, and so boundary at first; rank 1's are outliers."""
+    """Attacks correct samples, at first boundary, on rank 0 and outliers on rank 1."""
     model, (x, y) = Counted(), batch(8)
     with torch.no_grad():
         y = model(x).argmax(dim=1)
@@ -240,7 +240,7 @@ def test_a_balance_of_nonsense_is_refused(wrong):
 
 
 def wrapped_losses(build, wrap):
-    """The objectives without BulletTrain or with their own, and GradAlign's term."""
+    """Yields the objectives without BulletTrain or with their own, and GradAlign's term."""
     torch.manual_seed(1)
     model = build()
     model = DistributedDataParallel(model, broadcast_buffers=True) if wrap else model

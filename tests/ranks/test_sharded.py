@@ -1,4 +1,4 @@
-"""A model that `fully_shard` has spread over the ranks trains as it would whole."""
+"""A model that `fully_shard` has spread over the ranks trains like the whole model."""
 
 import pytest
 import torch
@@ -40,7 +40,7 @@ def whole(parameter):
 
 
 def trained(model, x, y, loss_of, group):
-    """Losses of three iterations, the accuracy under attack, the parameters."""
+    """Returns losses of three iterations, the accuracy under attack, and the parameters."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9)
     bullet = BulletTrain(4, 1, 0, gamma=1.0, momentum=0.5, process_group=group)
     losses, steps = [], []
@@ -87,7 +87,7 @@ def uneven_attacks(frozen):
     """Only rank 0 attacks for long: rank 1 has no sample that takes a step, and must not be waited for."""
     model, (x, y) = sharded(), batch(6, seed=3)
     with torch.no_grad():
-        y = model(x).argmax(dim=1)  # collective
+        y = model(x).argmax(dim=1)  # this forward is collective
     if dist.get_rank() == 1:
         y = (y + 1) % CLASSES
     bullet = BulletTrain(5, 2, 0)

@@ -1,4 +1,4 @@
-"""The charts of what is measured in training: accuracy, trade-off, fractions, groups, signed variances."""
+"""The charts of training measurements: accuracy, trade-off, fractions, groups, signed variances."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from bt_fast.lab.html_report.loading import LoadedRun, Record, Result
 from bt_fast.lab.html_report.numbers import count, duration, joules, percent, plain
 
 _BINS = 24
-_RECORDS = 300  # of a kind in a chart
-_LABELLED = 40  # points of the trade-off
+_RECORDS = 300  # most records of a kind in a chart
+_LABELLED = 40  # most labelled points of the trade-off
 _COMPARABLE = ("test_size", "loss", "epsilon", "eval_steps", "eval_restarts")
 _GROUPS = ("boundary", "robust", "outlier")
 _F_R = "F_R, moving robust accuracy"
@@ -38,7 +38,7 @@ Styles = Mapping[str, Style]
 
 
 def styles_of(runs: Sequence[LoadedRun]) -> dict[str, Style]:
-    """A style for each method, the same in all runs and charts."""
+    """Returns a style for each method, the same in all runs and charts."""
     names = dict.fromkeys(result.name for run in runs for result in run.results)
     return {name: drawing.style_of(i) for i, name in enumerate(names)}
 
@@ -47,7 +47,7 @@ def styles_of(runs: Sequence[LoadedRun]) -> dict[str, Style]:
 
 
 def accuracy(runs: Sequence[LoadedRun], styles: Styles) -> list[Panel]:
-    """A panel for each run, with the same axis of accuracy; that of time too, where the runs took alike."""
+    """Returns a panel for each run with the same accuracy axis, and the same time axis if the runs took alike."""
     records = {run.letter: [r for x in run.results for r in run.of_kind("epoch", x.name)] for run in runs}
     shares = [r.get(key) for of_run in records.values() for r in of_run for key in ("clean", "robust")]
     least = min((share for share in shares if share is not None and drawable(share)), default=0)
@@ -105,7 +105,7 @@ def _last_epoch(result: Result, records: list[Record]) -> str:
 
 
 def trade_off(runs: Sequence[LoadedRun], styles: Styles) -> list[Panel]:
-    """A chart for each set of runs whose accuracies can be compared: on the same data, against the same attack."""
+    """Returns a chart for each set of runs with comparable accuracies: the same data and the same attack."""
     comparable: dict[str, list[LoadedRun]] = {}
     for run in runs:
         options = ", ".join(f"{key} {run.config.get(key)}" for key in _COMPARABLE)
@@ -146,8 +146,8 @@ def _trade_off(runs: Sequence[LoadedRun], styles: Styles) -> Panel:
 
 
 def _label(figure: Figure, axes: Axes, points: Mapping[str, tuple[float, float]]) -> None:
-    """Write its name beside each mark, on the side where it hides least."""
-    figure.draw_without_rendering()  # which places the marks
+    """Writes its name beside each mark, on the side where it hides the least."""
+    figure.draw_without_rendering()  # places the marks
     places = axes.transData.transform(list(points.values()))
     taken = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in places]
     for (name, point), (x, y) in zip(points.items(), places, strict=True):
@@ -163,7 +163,7 @@ def _label(figure: Figure, axes: Axes, points: Mapping[str, tuple[float, float]]
 
 
 def of_methods(runs: Sequence[LoadedRun], kind: str) -> list[Panel]:
-    """A panel for each method with records of a kind of `_KINDS`, up to DRAWN of a run, and a remark on the others."""
+    """Returns a panel for each method with records of a kind in `_KINDS`, up to DRAWN a run, and remarks on others."""
     make, without = _KINDS[kind]
     panels, left = [], []
     for run in runs:
@@ -176,7 +176,7 @@ def of_methods(runs: Sequence[LoadedRun], kind: str) -> list[Panel]:
 
 
 def _fractions(row: str, label: str, records: list[Record]) -> Panel:
-    """The shares of the groups in the minibatches of a method with BulletTrain, and F_R."""
+    """Plots the shares of the groups in the minibatches of a method with BulletTrain, and F_R."""
     last = records[-1]
     ends = ", ".join(f"{group} {percent(last[group])}" for group in _GROUPS)
     text = f"In the last minibatches: {ends}; F_R {percent(last['robust_fraction'])} (compare Fig. 3)."
@@ -187,7 +187,7 @@ def _fractions(row: str, label: str, records: list[Record]) -> Panel:
 
 
 def attacked_groups(run: LoadedRun) -> list[Panel]:
-    """The groups of an attack, if the run recorded them: their shares, and their mean signed variances."""
+    """Plots the shares and mean signed variances of an attack's groups, if the run recorded them."""
     if not (records := [r for r in run.records if r["kind"] == "groups"]):
         return []
     heading = f"{run.letter}: {run.results[0].label}"
@@ -213,7 +213,7 @@ def attacked_groups(run: LoadedRun) -> list[Panel]:
 def _over_iterations(
     panel: Panel, records: list[Record], values: Mapping[str, list[float | None]], variance: bool = False
 ) -> Panel:
-    """The panel with a line for each list of values that has a style: of variances, or else of shares."""
+    """Returns the panel with a line for each list of values with a style: of variances, or else of shares."""
     shown = range(len(records))[-1 :: -math.ceil(len(records) / _RECORDS)][::-1]  # evenly spread, and the last
     iterations = [records[i]["iteration"] for i in shown]
     figure, axes = drawing.chart("iteration", "mean signed variance (SVar)" if variance else "share (%)")
@@ -238,7 +238,7 @@ def _over_iterations(
 
 
 def _allocation(row: str, label: str, records: list[Record]) -> Panel:
-    """Signed variances and assigned steps of the samples of a method's last recorded minibatch."""
+    """Plots signed variances and assigned steps of the samples of a method's last recorded minibatch."""
     last = records[-1]
     svar, steps, threshold = np.array(last["svar"], float), np.array(last["steps"], float), float(last["threshold"])
     lines = {"0 ": 0.0, " T": threshold} if drawable(threshold) else {"0 ": 0.0}
@@ -270,7 +270,7 @@ def _allocation(row: str, label: str, records: list[Record]) -> Panel:
 
 
 def _histogram(title: str, svar: np.ndarray, steps: np.ndarray, edges: np.ndarray) -> Table:
-    """For each bin with samples, how many there are, and how many took each number of steps."""
+    """Tabulates for each bin with samples their number, and how many took each number of steps."""
     samples = {"samples": np.histogram(svar, edges)[0]}
     samples |= {f"of {n:g} steps": np.histogram(svar[steps == n], edges)[0] for n in np.unique(steps)}
     bins = [f"{low:.4f} to {high:.4f}".replace("-", "−") for low, high in itertools.pairwise(edges)]
@@ -288,7 +288,7 @@ def _course(title: str, records: list[Record]) -> Table:
     return Table(title, columns, rows)
 
 
-_KINDS = {  # of records, each with its chart, and a remark for runs without
+_KINDS = {  # kinds of records, each with its chart, and a remark for runs without
     "fractions": (
         _fractions,
         "No method of these runs recorded fractions: they are of BulletTrain, every ten iterations.",

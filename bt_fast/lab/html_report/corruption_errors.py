@@ -12,11 +12,11 @@ from bt_fast.lab.html_report.loading import LoadedRun, Result
 from bt_fast.lab.html_report.numbers import percent, printable
 
 _SHARES = {**{f"severity {n}": percent for n in SEVERITIES}, "mean": percent}
-Errors = Sequence[tuple[Result, Mapping[str, Sequence[float]]]]  # of methods: shares by corruption, for each severity
+Errors = Sequence[tuple[Result, Mapping[str, Sequence[float]]]]  # by method: shares by corruption, for each severity
 
 
 def corruption_errors(run: LoadedRun, styles: Mapping[str, Style]) -> list[Panel]:
-    """The errors by corruption, and by severity, if the run recorded them."""
+    """Returns the errors by corruption, and by severity, if the run recorded them."""
     errors = [
         (result, records[-1]["errors"])
         for result in run.results
@@ -26,7 +26,7 @@ def corruption_errors(run: LoadedRun, styles: Mapping[str, Style]) -> list[Panel
 
 
 def _by_corruption(run: LoadedRun, errors: Errors, styles: Mapping[str, Style]) -> Panel:
-    """A row for each corruption, in it a mark for each method, one below the other."""
+    """Draws a row for each corruption, with a mark for each method, one below another."""
     names = {name: printable(name.replace("_", " ")) for _, of_method in errors for name in of_method}
     means = [(r, {name: statistics.fmean(shares) for name, shares in of_method.items()}) for r, of_method in errors]
     apart = 1 / (len(means[:DRAWN]) + 1)

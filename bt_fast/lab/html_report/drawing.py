@@ -14,7 +14,7 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-DRAWN = 8  # methods in a chart, or charts of a run: more cannot be told apart; tables have all
+DRAWN = 8  # most methods in a chart, or charts of a run: more are indistinguishable; tables have all
 MARKERS = "os^Dv+xp"
 _LIGHT = Path(__file__).with_name("style.css").read_text(encoding="utf-8").partition("@media")[0]
 COLOURS: dict[str, str] = dict(re.findall(r"--(\w+):(#\w{6})", _LIGHT))  # by the names of the variables
@@ -45,16 +45,16 @@ RC: Any = {  # of matplotlib; `Any`, since its types differ from version to vers
     "ytick.color": COLOURS["muted"],
     "ytick.left": False,
 }
-WIDTH = 5.6  # of a chart, in inches
-_LONGEST = 52  # characters of a name that fit into a chart
+WIDTH = 5.6  # width of a chart, in inches
+_LONGEST = 52  # most characters of a name in a chart
 
 Style = dict[str, Any]  # arguments of `Axes.plot`
-Columns = Mapping[str, Callable[[Any], str]]  # by their names, how their values are written; numbers not by `str`
+Columns = Mapping[str, Callable[[Any], str]]  # by name, the format of the values; that of numbers is not `str`
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table, the first column of which heads the rows; those of the indices `marked` stand out."""
+    """A table with row headings in the first column; rows with indices in `marked` are highlighted."""
 
     caption: str
     columns: Columns
@@ -64,11 +64,11 @@ class Table:
 
 @dataclass(frozen=True)
 class Panel:
-    """A chart with its numbers, or, without a figure, a remark.
+    """A chart with its numbers, or a remark without a figure.
 
     Attributes:
         text: the chart's description, or the remark.
-        name: of the chart, unique in the page. title: of the chart and its numbers.
+        name: the chart's unique name in the page. title: of the chart and its numbers.
     """
 
     text: str
@@ -93,22 +93,22 @@ class Panel:
 
 
 def style_of(index: int) -> Style:
-    """The style of the series of that number; colour and marker together differ for the first 64."""
+    """Returns the style of the series with this number; colour and marker together differ for the first 64."""
     return {"color": COLOURS[f"s{index % 8}"], "marker": MARKERS[(index + index // 8) % 8]}
 
 
 def hollow(style: Style) -> Style:
-    """The style with hollow marks, and dashed where it has a solid line: of a second measure."""
+    """Returns the style with hollow marks, and dashed if it has a solid line: for a second measure."""
     return {"linestyle": "--", **style, "markerfacecolor": COLOURS["panel"]}
 
 
 def drawable(*values: float | None) -> bool:
-    """Whether a chart can show the values: numbers, and none so large that no axis holds it."""
+    """Whether a chart can show the values: they are numbers, none of them too large for an axis."""
     return all(value is not None and abs(value) < 1e15 for value in values)
 
 
 def chart(x_label: str, y_label: str = "", height: float = 3.6) -> tuple[Figure, Axes]:
-    """A figure of one chart, `height` inches high."""
+    """Returns a figure with one chart, `height` inches high."""
     figure = Figure(figsize=(WIDTH, height))
     axes = figure.subplots()
     axes.set(xlabel=x_label, ylabel=y_label)
@@ -116,33 +116,33 @@ def chart(x_label: str, y_label: str = "", height: float = 3.6) -> tuple[Figure,
 
 
 def line(axes: Axes, x: Iterable[float], y: Iterable[float | None], style: Style, scale: float = 100) -> Artist:
-    """Draw a line through the points that are drawable, with about ten marks, one of them on the last point."""
+    """Draws a line through the drawable points, with about ten marks, one of them on the last point."""
     points = [(a, scale * b) for a, b in zip(x, y, strict=True) if b is not None and drawable(a, b)]
     every = max(1, math.ceil(len(points) / 10))
     return marks(axes, points, {"linestyle": "-", **style, "markevery": ((len(points) - 1) % every, every)})
 
 
 def marks(axes: Axes, points: Sequence[tuple[float, float]], style: Style) -> Artist:
-    """Draw a mark on each point, without a line if the style has none."""
+    """Draws a mark on each point, without a line if the style has none."""
     x, y = zip(*points, strict=True) if points else ((), ())
     (drawn,) = axes.plot(x, y, **{"linestyle": "none", **style}, clip_on=False, in_layout=False)
     return drawn
 
 
 def legend(figure: Figure, series: Sequence[tuple[Artist, str]]) -> None:
-    """Name the series below the chart; the figure grows by as much."""
+    """Names the series below the chart, and enlarges the figure accordingly."""
     columns = 2 if sum(sorted(len(name) for _, name in series)[-2:]) <= _LONGEST else 1
     figure.set_figheight(figure.get_figheight() + 0.21 * math.ceil(len(series) / columns))
-    names = [f" {shortened(name)}" for _, name in series]  # matplotlib leaves out names that begin with "_"
+    names = [f" {shortened(name)}" for _, name in series]  # matplotlib omits names that begin with "_"
     figure.legend([artist for artist, _ in series], names, loc="outside lower left", ncols=columns)
 
 
 def shortened(name: str) -> str:
-    """As much of a name as fits into a chart."""
+    """Shortens a name to fit into a chart."""
     return name if len(name) <= _LONGEST else f"{name[: _LONGEST - 1]}…"
 
 
 def undrawn(methods: int) -> str:
-    """A sentence about the methods that are too many for a chart, if there are such."""
+    """Returns a sentence about the methods omitted from a chart, if there are too many."""
     rest = methods - DRAWN
     return f" The first {DRAWN} methods are drawn; the table has {rest} more." if rest > 0 else ""

@@ -1,4 +1,4 @@
-"""Run folders, read and checked: an error names what is missing or foreign in them."""
+"""Reads and checks run folders: an error names what is missing or foreign in them."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class Result:
-    """The result of one method of a run; None stands for what the summary lacks.
+    """The result of one method of a run; entries missing from the summary are None.
 
     Attributes:
-        name: as on the command line. label: as in tables.
-        method: of that name, with the engine that it ran on; without an algorithm if this version knows none.
-        clean, robust: accuracies in [0, 1]. attack: the attack against which `robust` was measured.
+        name: on the command line. label: in tables.
+        method: the parsed name, with the engine it ran on; without an algorithm if this version knows none.
+        clean, robust: accuracies in [0, 1]. attack: the attack used to measure `robust`.
         seconds: of training. iteration_seconds: the median of an iteration.
         forward_passes: F of an iteration. theoretical_speedup: Eq. 7.
         speedup: over the other methods by name, the median of the ratios of paired iterations.
         fractions: of `boundary`, `robust`, `outlier`; None without BulletTrain.
-        joules: of training. joules_reason: why there are none.
-        missing: the entries that the summary, of an older version, does not have.
+        joules: of training. joules_reason: why they are missing.
+        missing: the entries that an older version's summary lacks.
     """
 
     name: str
@@ -57,14 +57,14 @@ class Result:
 
 @dataclass(frozen=True)
 class LoadedRun:
-    """A run.
+    """A run in a report.
 
     Attributes:
-        letter: stands for it in the report, "A" for the first. title: its folder as it was given.
+        letter: its name in the report, "A" for the first. title: its folder as given.
         written: the time of its summary, or of its last record, in seconds since 1970.
         records: of metrics.jsonl.
-        data: the SHA-256 of its data; None where its summary, of an older version, lacks it.
-        unfinished: how far it is, in words; "" of one with a summary.
+        data: the SHA-256 of its data; None if an older version's summary lacks it.
+        unfinished: its progress, in words; "" for a run with a summary.
     """
 
     letter: str
@@ -79,25 +79,24 @@ class LoadedRun:
 
     @property
     def trained_on(self) -> str:
-        """The identity of its data: their hash where it is known, else their place."""
+        """The identity of its data: their hash if known, else their path."""
         return self.data or str(self.config.get("data"))
 
     def of_kind(self, kind: str, method: str) -> list[Record]:
-        """A method's records of that kind; older ones that name no method are of the first with BulletTrain."""
+        """A method's records of that kind; older records without a method belong to the first with BulletTrain."""
         bullet = next((r.name for r in self.results if r.method.algorithm == "bullet"), self.results[0].name)
         return [r for r in self.records if r["kind"] == kind and r.get("method", bullet) == method]
 
     def row_name(self, result: Result) -> str:
-        """`A2`, the second method of run A: the name of rows and points."""
+        """Returns for example `A2` for the second method of run A: the name of rows and points."""
         return f"{self.letter}{list(self.results).index(result) + 1}"
 
 
 def load_runs(paths: Sequence[Path]) -> list[LoadedRun]:
-    """The runs in run folders, and in folders of run folders such as a study's; other processes may write them now.
+    """Returns the runs in run folders, and in folders of run folders like a study's, even while they are written.
 
     Raises:
-        ValueError: a folder holds no run of which an epoch has ended or is given twice, or a file in it is cut off or
-            another thing.
+        ValueError: a folder holds no run with a finished epoch, is given twice, or a file in it is cut off or foreign.
     """
     folders = [folder for path in paths for folder in _run_folders(path)]
     resolved = [folder.resolve() for folder in folders]
@@ -130,7 +129,7 @@ def _load(letter: str, folder: Path) -> LoadedRun:
         return _load_unfinished(letter, folder)
     try:
         summary = parse_json(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # also of text that is not UTF-8
+    except ValueError as error:  # also for text that is not UTF-8
         raise ValueError(f"{path}: cut off, or not a summary ({error}); restore it, or make the run anew") from error
     records = _records(folder / "metrics.jsonl")
     try:
@@ -141,7 +140,7 @@ def _load(letter: str, folder: Path) -> LoadedRun:
 
 
 def _parts(path: Path, summary: Any, records: list[Record]) -> dict[str, Any]:
-    """The fields of `LoadedRun` that a summary holds."""
+    """Returns the fields of `LoadedRun` that a summary holds."""
     where = f"{path}: not a summary of a run"
     entries = summary if isinstance(summary, dict) else {}
     config, machine, methods = (_object(entries, name, where) for name in ("config", "machine", "methods"))
@@ -163,7 +162,7 @@ def _result(where: str, name: str, entry: dict[str, Any], config: dict[str, Any]
     fields = _of_name(name, str(config.get("loss")), str(config.get("engine", "exact")))
     algorithm = fields["method"].algorithm
     if "theoretical_speedup" not in entry and algorithm in ("reference", "optimised"):
-        fields["theoretical_speedup"] = 1.0  # by definition; older summaries leave it out
+        fields["theoretical_speedup"] = 1.0  # by definition; older summaries omit it
     for key, read in _ENTRIES.items():
         if key in ("clean", "seconds") or entry.get(key) is not None:
             fields[key] = read(entry, key, where)
@@ -175,18 +174,18 @@ def _result(where: str, name: str, entry: dict[str, Any], config: dict[str, Any]
 
 
 def _of_name(name: str, loss: str, engine: str) -> dict[str, Any]:
-    """The fields of `Result` that a method's name gives, in a run with that engine."""
+    """Returns the fields of `Result` given by a method's name, in a run with this engine."""
     try:
         method, made = Method.parse(name), label(name, loss)
-    except (ValueError, KeyError):  # of another version
+    except (ValueError, KeyError):  # from another version
         method, made = Method(name, ""), name
-    authors = method.algorithm in ("reference", "yopo")  # their code runs as it was written
+    authors = method.algorithm in ("reference", "yopo")  # their code ignores the engine
     ran_on = "exact" if authors else method.engine or engine.partition(",")[0]
     return {"name": name, "label": printable(made), "method": dataclasses.replace(method, engine=ran_on)}
 
 
 def _load_unfinished(letter: str, folder: Path) -> LoadedRun:
-    """A run without a summary, as it is after the last epoch of which every method has its record."""
+    """Returns a run without a summary, up to the last epoch with a record of every method."""
     path = folder / "metrics.jsonl"
     records = _records(path)
     epochs = {(record["method"], record["epoch"]): record for record in records if record["kind"] == "epoch"}
@@ -212,7 +211,7 @@ def _load_unfinished(letter: str, folder: Path) -> LoadedRun:
 
 
 def _records(path: Path) -> list[Record]:
-    """The records, but for a last line that was cut off while it was written."""
+    """Returns the records, except a last line that was cut off during writing."""
     if not path.exists():
         return []
     *lines, _ = path.read_text(encoding="utf-8", errors="replace").split("\n")
@@ -243,7 +242,7 @@ def _record(line: str, where: str) -> Record:
     return record
 
 
-# Readers of an object's entry; the callers add to their errors what to do
+# Readers of an object's entry; the callers complete the errors with advice
 
 _Read = Callable[[Mapping[str, Any], str, str], Any]
 
@@ -272,7 +271,7 @@ def _optional(read: _Read) -> _Read:
 
 
 def _each(read: _Read, keys: Iterable[str] = ()) -> _Read:
-    """A reader of an object with those keys, or with any."""
+    """Returns a reader of an object with these keys, or with any."""
 
     def read_object(entries: Mapping[str, Any], key: str, where: str) -> dict[str, Any]:
         inner = _object(entries, key, where)
@@ -312,7 +311,7 @@ _ENTRIES: dict[str, _Read] = {  # of a method in a summary
     "speedup": _each(_number),
     "fractions": _each(_number, GROUPS),
 }
-_RECORDS: dict[str, dict[str, _Read]] = {  # entries of records by kind; what a report does not draw is not read
+_RECORDS: dict[str, dict[str, _Read]] = {  # entries of records by kind; entries that a report does not draw are ignored
     "epoch": {
         **dict.fromkeys(("epoch", "clean", "seconds"), _number),
         **dict.fromkeys(("robust", "loss", "joules"), _optional(_number)),

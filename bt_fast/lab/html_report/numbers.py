@@ -1,4 +1,4 @@
-"""Numbers and foreign text as a report writes them."""
+"""Formats numbers and foreign text for a report."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 
 
 def printable(text: str) -> str:
-    """The text with U+FFFD or "?" for what no page may hold: control characters and lone surrogates."""
+    """Replaces what no page may hold by U+FFFD or "?": control characters and lone surrogates."""
     return _CONTROL.sub("\ufffd", text.encode("utf-8", "replace").decode())
 
 
@@ -23,29 +23,29 @@ def _number(value: float | None, written: str) -> str:
 
 
 def percent(share: float | None) -> str:
-    """A share in percent with one decimal."""
+    """Formats a share in percent with one decimal."""
     return _number(None if share is None else 100 * share, "{:.1f} %")
 
 
 def times(ratio: float | None) -> str:
-    """A speedup."""
+    """Formats a speedup."""
     return _number(ratio, "{:.2f}×")
 
 
 def points(change: float | None) -> str:
-    """A difference of two shares."""
+    """Formats a difference of two shares."""
     return _number(None if change is None else 100 * change, "{:+.1f} points")
 
 
 def plain(value: float | None, unit: str = "") -> str:
-    """A number with three significant digits, or all that are before the point."""
+    """Formats a number with three significant digits, or all before the point."""
     finite = value is not None and math.isfinite(value)
     decimals = max(0, 2 - math.floor(math.log10(abs(value)))) if value and finite else 0
     return _number(value, f"{{:.{min(decimals, 9)}f}}{' ' if unit else ''}{unit}")
 
 
 def duration(seconds: float | None) -> str:
-    """A time in milliseconds or seconds."""
+    """Formats a time in milliseconds or seconds."""
     if seconds is not None and abs(seconds) < 1:
         return plain(1000 * seconds, "ms")
     return plain(seconds, "s")
@@ -55,12 +55,12 @@ joules, watts, passes = (functools.partial(plain, unit=unit) for unit in ("J", "
 
 
 def count(number: float) -> str:
-    """A number as it is."""
+    """Formats a number without rounding."""
     return str(number)
 
 
 def shares(fractions: Mapping[str, float] | None) -> str:
-    """F_B / F_R / F_O."""
+    """Formats F_B / F_R / F_O."""
     if fractions is None:
         return UNKNOWN
     return " / ".join(_number(fractions[group], "{:.2f}") for group in ("boundary", "robust", "outlier"))

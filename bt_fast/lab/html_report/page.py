@@ -1,4 +1,4 @@
-"""The page: what was run, on what, and the results."""
+"""Makes the page: what was run, on which machine and data, and the results."""
 
 from __future__ import annotations
 
@@ -45,26 +45,26 @@ _NO_REASON = "the summary has no joules, and does not say why"
 
 
 def write_page(runs: Sequence[LoadedRun], path: Path) -> None:
-    """Write the report of at least one run, replacing the file as a whole.
+    """Writes the report of at least one run, replacing the file atomically.
 
     Raises:
-        ValueError: as of `check_path`.
+        ValueError: see `check_path`.
     """
     check_path(path)
     write_text(path, page(runs, datetime.now(timezone.utc)))
 
 
 def check_path(path: Path) -> None:
-    """Raise ValueError if a report cannot be written there: without its folder, or where a folder is."""
+    """Raises ValueError if a report cannot be written there: the folder is missing, or the path is a folder."""
     if not path.parent.is_dir() or path.is_dir():
         what = "it is a folder" if path.is_dir() else f"there is no folder {path.parent}"
         raise ValueError(f"--out {path}: {what}; expected a file to write")
 
 
 def page(runs: Sequence[LoadedRun], now: datetime) -> str:
-    """The report as HTML, one file that fetches nothing and runs nothing."""
+    """Returns the report as HTML, one file that loads nothing and runs nothing."""
     with matplotlib.rc_context(RC), warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # of glyphs that matplotlib's font lacks: the reader's draws them
+        warnings.simplefilter("ignore", UserWarning)  # of glyphs that matplotlib's font lacks: the reader's has them
         text = _TEMPLATES.get_template("page.html").render(
             runs=runs,
             date=_date(now),
@@ -77,7 +77,7 @@ def page(runs: Sequence[LoadedRun], now: datetime) -> str:
 
 
 def _sections(runs: Sequence[LoadedRun]) -> list[tuple[str, str, Sequence[Table | Panel]]]:
-    """The sections of the page: id, name and content; those of what studies alone record may be empty."""
+    """Returns the sections of the page: id, name and content; those for studies may be empty."""
     styles = charts.styles_of(runs)
     return [
         ("methods", "Methods", [_methods(runs), *_over_seeds(runs), *_missing(runs)]),
@@ -140,7 +140,7 @@ def _clock(run: LoadedRun, result: Result) -> float | None:
 
 
 def _missing(runs: Sequence[LoadedRun]) -> list[Table]:
-    """For each entry that some summaries lack, the rows of the first table that it is missing in."""
+    """Lists, for each entry that some summaries lack, the rows of the first table without it."""
     rows: dict[str, list[str]] = {}
     for run in runs:
         for result in run.results:
@@ -152,7 +152,7 @@ def _missing(runs: Sequence[LoadedRun]) -> list[Table]:
 
 
 def _over_seeds(runs: Sequence[LoadedRun]) -> list[Table]:
-    """A table of means for every set of finished runs that differ in nothing but their seeds; each seed counts once."""
+    """Returns a table of means for each set of finished runs that differ only in their seeds; each seed counts once."""
     groups: dict[str, dict[str, LoadedRun]] = {}
     for run in runs:
         if not run.unfinished:
@@ -190,9 +190,9 @@ def _mean(write: Callable[[float | None], str], values: Sequence[float | None]) 
 
 
 def _energy(runs: Sequence[LoadedRun]) -> list[Table | Panel]:
-    """The energy of the methods of which it was measured, and why it was not of the others."""
+    """Returns the measured energy of methods, and for the others the reason why it is missing."""
     rows: list[tuple[Any, ...]] = []
-    unmeasured: dict[str, list[str]] = {}  # rows of the first table, by the reason
+    unmeasured: dict[str, list[str]] = {}  # rows of the first table, by reason
     for run in runs:
         for result in run.results:
             name, energy = run.row_name(result), result.joules
@@ -208,12 +208,12 @@ def _energy(runs: Sequence[LoadedRun]) -> list[Table | Panel]:
 
 
 def _configuration(run: LoadedRun) -> dict[str, Any]:
-    """The run's configuration; data are named by their hash where it is known, not by the place where they lay."""
+    """Returns the run's configuration; data are named by their hash if known, instead of their path."""
     return run.config | ({"data": f"SHA-256 {run.data[:12]}..."} if run.data else {})
 
 
 def _differences(caption: str, runs: Sequence[LoadedRun], entries: Sequence[Mapping[str, Any]]) -> Table:
-    """A row for each name, a column for each run; a row whose values differ is marked, in words too."""
+    """Returns a row for each name and a column for each run; rows with different values are marked, also in words."""
     names = dict.fromkeys(name for of_run in entries for name in of_run)
     rows = [[name, *(_value(of_run, name) for of_run in entries)] for name in names]
     marked = [i for i, (_, *values) in enumerate(rows) if len(set(values)) > 1]

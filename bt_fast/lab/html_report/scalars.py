@@ -1,4 +1,4 @@
-"""A run's curves as TensorBoard scalars."""
+"""Writes a run's curves as TensorBoard scalars."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _FRACTIONS = ("boundary", "robust", "outlier", "robust_fraction")
 
 
 def write_scalars(runs: Sequence[LoadedRun], folder: Path) -> None:
-    """Write a folder of events for each method of each run: accuracy, loss, joules and fractions by iteration.
+    """Writes a folder of events for each method of each run: accuracy, loss, joules and fractions by iteration.
 
-    The clock of all but the fractions is the method's training time: TensorBoard's RELATIVE axis shows it.
+    For all except the fractions the clock is the method's training time, which TensorBoard's RELATIVE axis shows.
 
     Raises:
         ValueError: the tensorboard package is not installed, the folder is not empty, or another process writes there.
@@ -30,7 +30,7 @@ def write_scalars(runs: Sequence[LoadedRun], folder: Path) -> None:
     _check_free(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with locks.held(folder):
-        _check_free(folder)  # another process may have written there since
+        _check_free(folder)  # another process may have written there meanwhile
         for run in runs:
             for result in run.results:
                 name = re.sub(r"[^\w.,=+-]", "_", result.name)
@@ -39,7 +39,7 @@ def write_scalars(runs: Sequence[LoadedRun], folder: Path) -> None:
 
 
 def _check_free(folder: Path) -> None:
-    """Raise ValueError unless nothing is there, or an empty folder."""
+    """Raises ValueError unless the path does not exist or is an empty folder."""
     if folder.exists() and not (folder.is_dir() and all(child.name == locks.NAME for child in folder.iterdir())):
         raise ValueError(f"--tensorboard {folder}: already there and not an empty folder; name another")
 

@@ -1,4 +1,4 @@
-"""From the objective as its authors wrote it to ours: what each optimisation takes off an iteration, and the limits."""
+"""The waterfall from the authors' objective to ours: the time each optimisation takes off an iteration, and limits."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ _FORWARD_PASSES, _EQUATION_7 = _LIMIT | {"marker": "^"}, _LIMIT | {"marker": "D"
 
 @dataclass(frozen=True)
 class Stage:
-    """A method on the way from the first to the last.
+    """A stage of the waterfall: one method.
 
     Attributes:
-        step: the optimisations that the stage before lacks; "" of the first.
-        time: of an iteration, as a share of the first stage's: 1 over the median of the ratios of paired iterations.
-        change: of the time from the stage before; None of the first.
-        equation_7, forward_passes: the share that the theoretical speedup and the forward passes alone would leave;
-            None where the summary lacks them.
+        step: the optimisations that the previous stage lacks; "" for the first.
+        time: of an iteration, relative to the first stage's: 1 over the median of the ratios of paired iterations.
+        change: of the time from the previous stage; None for the first.
+        equation_7, forward_passes: the share that only the theoretical speedup and only the forward passes would leave;
+            None if the summary lacks them.
     """
 
     result: Result
@@ -58,10 +58,10 @@ class Stage:
 
 
 def stages(results: Sequence[Result]) -> list[Stage]:
-    """The run's methods in the order reference, ours, BulletTrain, fast engine, 16 bits, as far as it has them.
+    """Returns the run's methods in the order reference, ours, BulletTrain, fast engine, 16 bits, as far as it has them.
 
-    Without BulletTrain the engines of our implementation itself. A method with options of its own is none of them, nor
-    is one without a ratio to the first. Fewer than two methods are no way: the list is empty then.
+    Without BulletTrain, the engines are those of our own implementation. Methods with their own options, or without a
+    ratio to the first, are left out. With fewer than two methods the list is empty.
     """
     by_form = {(r.method.algorithm, r.method.engine): r for r in reversed(results) if not r.method.changes}
     bullet = any(algorithm == "bullet" for algorithm, _ in by_form)
@@ -90,7 +90,7 @@ def _over(a: float | None, b: float | None) -> float | None:
 
 
 def waterfall(run: LoadedRun) -> Panel:
-    """The run's stages as bars, each from the time of the stage before to its own."""
+    """Draws the run's stages as bars, each from the time of the previous stage to its own."""
     heading, way = f"{run.letter}: {run.title}", stages(run.results)
     if not way:
         remark = (
@@ -125,7 +125,7 @@ def waterfall(run: LoadedRun) -> Panel:
 
 
 def _row(axes: Axes, row: int, stage: Stage, change: float | None, name: str, text: str) -> None:
-    """The bar of a change, or of a whole time, below two lines of text, and the limits of a stage after the first."""
+    """Draws the bar of a change, or of a whole time, below two lines of text, and limits of stages after the first."""
     kind = "a whole iteration" if change is None else "time saved" if change <= 0 else "time added (dashed)"
     width = stage.time if change is None else change
     axes.barh(row + 0.25, 100 * width, 0.3, 100 * (stage.time - width), **_BARS[kind])

@@ -1,4 +1,4 @@
-"""Figures 3, 4 and 5: the groups over training, and how well the signed prediction variance tells them apart."""
+"""Figures 3, 4 and 5: the groups over training, and how well the signed prediction variance separates them."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from bt_fast.lab.studies.study import LAPTOP, PGD, STEPS, Findings, Study
 from bt_fast.lab.training import Run
 from bt_fast.plan import Plan
 
-ORACLE = Oracle()  # its ten-step attack tells the groups apart, as in section 3.1
+ORACLE = Oracle()  # its ten-step attack determines the groups, as in section 3.1
 
 
 def oracle_groups(run: Run, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """The groups of Eq. 1 to 3 by a ten-step attack on the first method's model, and the signed variances.
+    """Returns the groups of Eq. 1 to 3 by a ten-step attack on the first method's model, and the signed variances.
 
     Args:
         x: [m, C, H, W] in [0, 1]; y: [m] int64.
@@ -51,7 +51,7 @@ def oracle_groups(run: Run, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _observe(run: Run) -> None:
-    """Record the groups of the minibatch just trained on, and the mean SVar of each."""
+    """Records the groups of the last trained minibatch, and the mean SVar of each."""
     x, y = run.minibatch
     group, svar = oracle_groups(run, x, y)
     members = {name: svar[group == number] for number, name in enumerate(ops.GROUPS)}
@@ -64,7 +64,7 @@ def _observe(run: Run) -> None:
 
 
 def _chance_below(low: Tensor, high: Tensor) -> float | None:
-    """The chance that a value of `low` lies below one of `high`, ties by half: 1 where SVar separates perfectly."""
+    """Returns the chance that a value of `low` is below one of `high`, ties by half: 1 if SVar separates perfectly."""
     if not len(low) or not len(high):
         return None
     difference = high[:, None] - low
@@ -76,13 +76,13 @@ def _of_kind(records: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
 
 
 def _series(findings: Findings, key: str, group: str) -> np.ndarray[Any, Any]:
-    """[seeds, observations]; NaN where there was none of the group."""
+    """Returns [seeds, observations]; NaN if the group was empty."""
     rows = [[record[key][group] for record in _of_kind(records, "groups")] for records in findings.records]
     return np.array(rows, dtype=float)
 
 
 def _epochs(findings: Findings) -> list[float]:
-    """The epoch of each observation, as a fraction."""
+    """Returns the epoch of each observation, as a fraction."""
     records = findings.records[0]
     last = max(record["iteration"] for record in records)
     return [record["iteration"] / last * findings.config["epochs"] for record in _of_kind(records, "groups")]
@@ -92,7 +92,7 @@ def _epochs(findings: Findings) -> list[float]:
 
 
 def _answer_fig3(findings: Findings) -> dict[str, Any]:
-    """Each group's share in the first and in the last fifth of training."""
+    """Returns each group's share in the first and in the last fifth of training."""
     answers: dict[str, Any] = {}
     for group in GROUP_COLOURS:
         series = _series(findings, "shares", group)
@@ -115,7 +115,7 @@ def _draw_fig3(findings: Findings) -> Figure:
 
 
 def _answer_fig4(findings: Findings) -> dict[str, Any]:
-    """How often the groups' mean SVar are in the paper's order, and how well SVar separates boundary from robust."""
+    """How often the groups' mean SVar have the paper's order, and how well SVar separates boundary from robust."""
     outlier, boundary, robust = (_series(findings, "svar", group) for group in ops.GROUPS)
     whole = ~np.isnan(outlier + boundary + robust)
     ordered = (outlier <= boundary) & (boundary <= robust)
@@ -141,7 +141,7 @@ def _draw_fig4(findings: Findings) -> Figure:
 
 
 def _answer_fig5(findings: Findings) -> dict[str, Any]:
-    """The last minibatch's threshold, and how many samples took how many steps."""
+    """Returns the last minibatch's threshold, and how many samples took how many steps."""
     answers = []
     for records in findings.records:
         last = _of_kind(records, "allocation")[-1]
@@ -175,7 +175,7 @@ def _study(
     picture: Callable[[Findings], Figure],
     answers: Callable[[Findings], dict[str, Any]],
 ) -> Study:
-    """PGD training by one method, with looks at its groups."""
+    """Returns a study of PGD training by one method, with observations of its groups."""
     laptop, paper = (
         dataclasses.replace(base, methods=(method,), boundary_steps=STEPS, **PGD) for base in (LAPTOP, PRESETS["mnist"])
     )

@@ -1,4 +1,4 @@
-"""The parts of a study: its configurations, a run folder for each seed, and NAME.json and NAME.png in the end."""
+"""The parts of a study: its configurations, a run folder for each seed, and finally NAME.json and NAME.png."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from bt_fast.lab.terminal import console, progress_bar, stop_signals
 from bt_fast.lab.training import Contestant, Observe, Run
 
 SCALES = ("laptop", "paper")
-# for two cores, in minutes; with --data and --train-size for more than the embedded digits
+# for minutes on two cores; with --data and --train-size for more than the embedded digits
 LAPTOP = dataclasses.replace(PRESETS["digits"], epochs=5, decay_epochs=(4,))
 PAPER = PRESETS["cifar10"]
 # PGD training of the figures
@@ -42,21 +42,21 @@ class Study:
 
     name: str
     title: str
-    laptop: RunConfig  # the configuration of a run at either scale; the seed is set for each run
+    laptop: RunConfig  # the configuration of a run at each scale; the seed is set for each run
     paper: RunConfig
     picture: Callable[[Findings], Figure]
-    answers: Callable[[Findings], dict[str, Any]]  # the findings in numbers
+    answers: Callable[[Findings], dict[str, Any]]  # summarises the findings in numbers
     observe: Observe | None = None  # called with the run after every tenth iteration
-    corruptions: bool = False  # robust accuracy is that on a corrupted test set
+    corruptions: bool = False  # whether robust accuracy is measured on a corrupted test set
 
     def config(self, scale: str) -> RunConfig:
-        """The configuration at a scale."""
+        """Returns the configuration at a scale."""
         return self.laptop if scale == "laptop" else self.paper
 
 
 @dataclass(frozen=True)
 class Findings:
-    """The results of a study's runs: of each seed's run the summary (`report.summarise`) and the records."""
+    """The results of a study's runs: for each seed the summary (`report.summarise`) and the records."""
 
     study: str
     title: str
@@ -66,39 +66,39 @@ class Findings:
 
     @property
     def config(self) -> dict[str, Any]:
-        """The first run's."""
+        """The first run's configuration."""
         config: dict[str, Any] = self.summaries[0]["config"]
         return config
 
     @property
     def methods(self) -> list[str]:
-        """Their names, in the order in which they were trained."""
+        """The names of the methods, in the order of training."""
         return list(self.summaries[0]["methods"])
 
     def values(self, method: str, key: str) -> list[Any]:
-        """An entry of a method's summary, for each seed; None where there is none."""
+        """Returns an entry of a method's summary, for each seed; None if it is missing."""
         return [summary["methods"][method].get(key) for summary in self.summaries]
 
     def mean(self, method: str, key: str) -> float:
-        """Its mean over the seeds."""
+        """Returns the mean of an entry over the seeds."""
         return mean(self.values(method, key))
 
     def label(self, method: str) -> str:
-        """A method's name in tables and pictures."""
+        """Returns a method's name in tables and pictures."""
         return str(self.values(method, "label")[0])
 
     def clock(self, method: str, over: str) -> float:
-        """The speedup over another method by the clock, the mean over the seeds of the median ratios of iterations."""
+        """Returns the measured speedup over another method: the mean over seeds of the median ratios of iterations."""
         return 1.0 if method == over else mean([ratios[over] for ratios in self.values(method, "speedup")])
 
 
 def mean(values: Sequence[float]) -> float:
-    """The arithmetic mean."""
+    """Returns the arithmetic mean."""
     return float(sum(values) / len(values))
 
 
 def check_run(config: RunConfig, dataset: ImageDataset, folder: Path, device: torch.device) -> None:
-    """Raise ValueError for a seed's run that cannot be trained, or is another than the one that was left there."""
+    """Raises ValueError for a seed's run that cannot be trained, or that differs from the existing one."""
     check_training(config, dataset, device)
     path = folder / f"seed{config.seed}" / "checkpoint.pt"
     if path.exists():
@@ -107,7 +107,7 @@ def check_run(config: RunConfig, dataset: ImageDataset, folder: Path, device: to
 
 
 def open_run(study: Study, config: RunConfig, dataset: ImageDataset, folder: Path, device: torch.device) -> Run:
-    """The run of the configuration's seed: begun, or gone on with where it was left."""
+    """Returns the run of the configuration's seed, new or resumed."""
     place = folder / f"seed{config.seed}"
     return Run(place, config, dataset, device, resume=(place / "checkpoint.pt").exists(), observe=study.observe)
 
@@ -120,7 +120,7 @@ def conduct(
     device: torch.device,
     test_set: CorruptedTestSet | None,
 ) -> tuple[Run, dict[str, Any]]:
-    """Train the run of the configuration's seed, or what is left of it, and print its summary.
+    """Trains the run of the configuration's seed, or the rest of it, and prints its summary.
 
     With a corrupted test set, `robust` in the summary is each method's accuracy on it.
     """
@@ -140,7 +140,7 @@ def conduct(
 
 
 def _under_corruption(run: Run, contestant: Contestant, test_set: CorruptedTestSet) -> dict[str, Any]:
-    """The record of a method's accuracy under corruption, the method's last one; measured once on the same test set."""
+    """Returns the last record of a method's accuracy under corruption, measured once for each test set."""
     records = [r for r in run.records() if r["kind"] == "corruptions" and r["method"] == contestant.method]
     if records and records[-1].get("sha256") == test_set.fingerprint:
         return records[-1]
@@ -156,7 +156,7 @@ def _under_corruption(run: Run, contestant: Contestant, test_set: CorruptedTestS
 
 
 def write(study: Study, scale: str, runs: Sequence[tuple[Run, dict[str, Any]]], folder: Path) -> list[Path]:
-    """Write NAME.json and NAME.png; returns their paths."""
+    """Writes NAME.json and NAME.png; returns their paths."""
     summaries, records = [summary for _, summary in runs], [run.records() for run, _ in runs]
     findings = Findings(study.name, study.title, scale, summaries, records)
     content = {
@@ -168,6 +168,6 @@ def write(study: Study, scale: str, runs: Sequence[tuple[Run, dict[str, Any]]], 
         "runs": summaries,
     }
     path = folder / f"{study.name}.json"
-    with alone(folder / f".{study.name}.lock", lambda _: None):  # of the processes of several seeds, both of one
+    with alone(folder / f".{study.name}.lock", lambda _: None):  # one process writes both files
         write_text(path, json.dumps(content, indent=2) + "\n")
         return [path, report.save_figure(study.picture(findings), folder / f"{study.name}.png")]

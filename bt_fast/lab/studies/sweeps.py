@@ -22,27 +22,27 @@ from bt_fast.lab.studies.study import STEPS as MOST_STEPS
 
 GROUPS = ("boundary", "outlier", "robust")  # in the order of the figure's panels
 PAPER_STEPS = tuple(range(MOST_STEPS + 1))
-LAPTOP_STEPS = (0, MOST_STEPS)  # eight trainings of three attacks each
+LAPTOP_STEPS = (0, MOST_STEPS)  # eight trainings with three attacks each
 
 
 def steps_method(boundary: int, outlier: int, robust: int) -> str:
-    """PGD training with these steps for the groups that the oracle tells apart."""
+    """Returns PGD training with these steps for the oracle's groups."""
     size = f",step-size={STEP_FACTOR * EPSILON / boundary:.6g}" if boundary else ""
     steps = f"boundary-steps={boundary},robust-steps={robust},outlier-steps={outlier}"
     return f"bullet,policy=oracle,{steps}{size}"
 
 
-_BASELINE = steps_method(MOST_STEPS, MOST_STEPS, MOST_STEPS)  # it spares no group
+_BASELINE = steps_method(MOST_STEPS, MOST_STEPS, MOST_STEPS)  # all groups are attacked
 
 
 def _cell(without: str, a: int, b: int) -> str:
-    """The method of a panel's cell: a and b steps for the other two groups, in the order of `GROUPS`."""
+    """Returns the method of a panel's cell: a and b steps for the other two groups, in the order of `GROUPS`."""
     one, other = (group for group in GROUPS if group != without)
     return steps_method(**{without: 0, one: a, other: b})
 
 
 def _leave_one_out(steps: Sequence[int]) -> tuple[str, ...]:
-    """The baseline and the methods of the three panels, each once."""
+    """Returns the baseline and the methods of the three panels, each once."""
     cells = [_cell(without, a, b) for without in GROUPS for a, b in itertools.product(steps, steps)]
     return tuple(dict.fromkeys([_BASELINE, *cells]))
 
@@ -52,13 +52,13 @@ def _steps_of(findings: Findings) -> Sequence[int]:
 
 
 def _panel(findings: Findings, without: str) -> np.ndarray[Any, Any]:
-    """Robust accuracy in percent, [steps of the second group, steps of the first]."""
+    """Returns robust accuracy in percent, [steps of the second group, steps of the first]."""
     steps = _steps_of(findings)
     return np.array([[100 * findings.mean(_cell(without, a, b), "robust") for a in steps] for b in steps])
 
 
 def _answer_fig2(findings: Findings) -> dict[str, Any]:
-    """The best robust accuracy without steps for a group."""
+    """Returns the best robust accuracy without steps for each group."""
     best = {f"N_{group[0].upper()} = 0": float(_panel(findings, group).max()) for group in GROUPS}
     baseline = 100 * findings.mean(_BASELINE, "robust")
     return {"baseline": baseline, "best robust accuracy": best, "most missed first": sorted(best, key=best.__getitem__)}
@@ -96,7 +96,7 @@ FIG2 = Study(
 
 
 def _answer_sweep(findings: Findings) -> dict[str, Any]:
-    """How far accuracy moves over the values."""
+    """Returns how far accuracy moves over the values."""
     robust = {findings.label(m): findings.mean(m, "robust") for m in findings.methods}
     clean = {findings.label(m): findings.mean(m, "clean") for m in findings.methods}
     return {

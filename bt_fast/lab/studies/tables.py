@@ -1,4 +1,4 @@
-"""Tables 1 to 4: accuracy and speedup of BulletTrain, and of the methods beside it."""
+"""Tables 1 to 4: accuracy and speedup of BulletTrain, and of the methods compared with it."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ BULLET_METHODS: dict[str, Row] = {
 
 
 def _rows(findings: Findings, baseline: str, reported: Mapping[str, Row]) -> dict[str, Any]:
-    """Each method beside the baseline and the paper."""
+    """Compares each method with the baseline and the paper."""
     rows = []
     for method in findings.methods:
         theory, robust = findings.values(method, "theoretical_speedup"), findings.values(method, "robust")
@@ -73,7 +73,7 @@ def _rows(findings: Findings, baseline: str, reported: Mapping[str, Row]) -> dic
 
 
 def _fast_against_bullet(findings: Findings) -> dict[str, Any]:
-    """For each number of steps of FAST, the configurations of BulletTrain that are no slower and no less robust."""
+    """Lists for each step count of FAST the BulletTrain configurations that are no slower and no less robust."""
     dominated = {}
     for fast in FAST_METHODS:
         speed, robust = findings.mean(fast, "theoretical_speedup"), findings.mean(fast, "robust")
@@ -119,7 +119,7 @@ def _draw_table(findings: Findings, baseline: str, reported: Mapping[str, Row]) 
 
 
 def _shares(fractions: list[dict[str, float] | None]) -> str:
-    """The mean fractions of the groups over the seeds; None is of a method without BulletTrain."""
+    """Returns the mean fractions of the groups over the seeds; None belongs to a method without BulletTrain."""
     if None in fractions:
         return "1 / 0 / 0"
     return " / ".join(f"{mean([f[group] for f in fractions if f]):.2f}".lstrip("0") for group in GROUP_COLOURS)
@@ -151,7 +151,7 @@ def _scatter(findings: Findings) -> Figure:
 def _table(
     name: str, title: str, baseline: str, reported: Mapping[str, Row], laptop: dict[str, Any], paper: dict[str, Any]
 ) -> Study:
-    """The study of a table: its methods, and the options that replace those of `LAPTOP` and `PAPER`."""
+    """Returns the study of a table: its methods, and the options that replace those of `LAPTOP` and `PAPER`."""
     methods = tuple(reported)
     return Study(
         name,
@@ -169,7 +169,7 @@ _TITLE1 = "Table 1: AugMix, without its divergence, and with BulletTrain; accura
 _TITLE2 = "Table 2: TRADES with FAST, YOPO and BulletTrain"
 _TITLE3 = "Table 3: MART with FAST and BulletTrain"
 _TITLE4 = "Table 4: TRADES with multi-step FAST (N = 2 to 5) against BulletTrain (N_B = 3 to 6, N_R = 2, γ = 0.75)"
-_MART = {"loss": "mart", "lr": 0.02}  # at a learning rate of 0.03 one of four diverged
+_MART = {"loss": "mart", "lr": 0.02}  # at a learning rate of 0.03 one of four runs diverged
 TABLES: Sequence[Study] = (
     dataclasses.replace(
         _table("table1", _TITLE1, "optimised", AUGMIX_METHODS, _AUGMIX, _AUGMIX_PAPER), corruptions=True

@@ -11,13 +11,13 @@ from assign_cases import assert_same, case, poisoned_memory, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-op = importlib.import_module("bt_fast.ops.assign_steps")  # by attribute one finds the function of that name
+op = importlib.import_module("bt_fast.ops.assign_steps")  # as an attribute this name is the function
 
 
 def check(launch, arguments):
     expected = run(op.assign_reference, arguments)
     with poisoned_memory(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # numpy's, of Inf - Inf
+        warnings.simplefilter("ignore", RuntimeWarning)  # numpy warns of Inf - Inf
         result = run(launch, arguments)
     assert_same(result, expected)
 

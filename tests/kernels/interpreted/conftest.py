@@ -1,4 +1,4 @@
-"""Completes the interpreter where one interprets: pytest reads this file for the tests beside this folder, too."""
+"""Patches the interpreter if it is in use: pytest also reads this file for the tests in the parent folder."""
 
 import os
 

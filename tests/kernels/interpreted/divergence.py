@@ -17,7 +17,7 @@ WHOLE, LOOPED = [2, 3, 10, 31, 32, 33, 200], [1025, 2048, 2049, 5000]
 
 @pytest.fixture(autouse=True)
 def _poisoned():
-    """What the kernels are to write holds NaN before."""
+    """Fills with NaN the memory that the kernels are to write."""
     empty = divergence._empty_results
     with mock.patch.object(divergence, "_empty_results", lambda *z: tuple(t.fill_(torch.nan) for t in empty(*z))):
         yield

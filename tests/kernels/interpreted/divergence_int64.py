@@ -1,6 +1,6 @@
-"""Logits beyond the 2^31st, by interpreted kernels, in memory that is reserved and hardly touched.
+"""Runs interpreted kernels on logits beyond the 2^31st, in memory that is reserved but hardly touched.
 
-Runs with TRITON_INTERPRET=1 as a script of its own, since a kernel that computes offsets in int32 reads elsewhere. Its
+Runs with TRITON_INTERPRET=1 as a separate script, since a kernel that computes offsets in int32 reads elsewhere. Its
 argument is the file of the kernels.
 """
 

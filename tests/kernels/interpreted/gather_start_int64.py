@@ -1,6 +1,6 @@
-"""Elements beyond the 2^31st, by an interpreted kernel, in memory that is reserved and hardly touched.
+"""Runs an interpreted kernel on elements beyond the 2^31st, in memory that is reserved but hardly touched.
 
-Runs with TRITON_INTERPRET=1 as a script of its own, since a kernel that computes offsets in int32 writes elsewhere. Its
+Runs with TRITON_INTERPRET=1 as a separate script, since a kernel that computes offsets in int32 writes elsewhere. Its
 argument is the file of the kernels.
 """
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from bt_fast.kernels.order_by_steps import order_by_steps_fwd_kernel
 
-op = importlib.import_module("bt_fast.ops.order_by_steps")  # by attribute one finds the function of that name
+op = importlib.import_module("bt_fast.ops.order_by_steps")  # as an attribute this name is the function
 LAUNCHES = [op.launch_order, op.launch_order_in_blocks]
 
 
@@ -50,6 +50,6 @@ def test_the_largest_counts_of_one_launch():
     assert (most + 2) * op.ONE_LAUNCH < 2**31
     steps = torch.tensor([0, most, most - 1, 0, most])
     order, active = torch.empty_like(steps), torch.empty(most, dtype=torch.int64)
-    order_by_steps_fwd_kernel[(1,)](steps, order, active, len(steps), most, **op.PAIRS)  # of many, the first program
+    order_by_steps_fwd_kernel[(1,)](steps, order, active, len(steps), most, **op.PAIRS)  # the first program
     assert order.tolist() == [1, 4, 2, 0, 3]
     assert active[: op.PAIRS["BLOCK_I"] - len(steps)].eq(3).all()

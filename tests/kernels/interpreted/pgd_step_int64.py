@@ -1,7 +1,7 @@
-"""Elements beyond the 2^31st, by interpreted kernels, in memory that is reserved and hardly touched.
+"""Runs interpreted kernels on elements beyond the 2^31st, in memory that is reserved but hardly touched.
 
-Runs with TRITON_INTERPRET=1 as a script of its own, since a kernel that computes offsets in int32 writes elsewhere. Its
-arguments are the file of the kernels and, if not all are to run, the names of some.
+Runs with TRITON_INTERPRET=1 as a separate script, since a kernel that computes offsets in int32 writes elsewhere. Its
+arguments are the file of the kernels and, to run only some, their names.
 """
 
 import runpy
@@ -13,8 +13,8 @@ import torch
 interpreter.complete()
 kernels = runpy.run_path(sys.argv[1])
 
-# rows so long that the third begins at 2^31, and of whose elements a block takes the first; or so many that it is the
-# last, for kernels that go over the whole row
+# either rows so long that the third begins at 2^31, of which a block takes the first elements; or, for kernels that go
+# over whole rows, so many rows that the last begins at 2^31
 LENGTH, ROWS, BLOCK = 2**30, 3, 4
 MANY, SHORT, LONG_BLOCK = 2**11 + 1, 2**20, 2**17
 STARTS = range(0, LENGTH * ROWS, LENGTH)
@@ -31,7 +31,7 @@ def images(*firsts):
 
 
 def last(value, dtype=torch.int8):
-    """Images whose last row, [2^31, 2^31 + 2^20), holds the value at its last place and 0 elsewhere."""
+    """Returns images with a last row, [2^31, 2^31 + 2^20), that holds the value at its last place and 0 elsewhere."""
     x = torch.empty(MANY * SHORT, dtype=dtype)
     x[-SHORT:] = 0
     x[-1] = value

@@ -47,7 +47,7 @@ def test_large_batches(m, k):
 
 @pytest.mark.parametrize("bad", [False, True])
 def test_two_launches(bad):
-    """9000 rows fill three of the programs' rounds in part."""
+    """9000 rows partly fill three rounds of the programs."""
     z, y = rows_cases.batch(9000, 10, torch.float32, 0, faults=False, strays=False)
     if bad:
         y[8999] = 10

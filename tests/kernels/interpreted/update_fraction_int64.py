@@ -1,6 +1,6 @@
-"""Elements beyond the 2^31st, by an interpreted kernel, in memory that is reserved and hardly touched.
+"""Runs an interpreted kernel on elements beyond the 2^31st, in memory that is reserved but hardly touched.
 
-Runs with TRITON_INTERPRET=1 as a script of its own, since a kernel that computes offsets in int32 writes elsewhere. Its
+Runs with TRITON_INTERPRET=1 as a separate script, since a kernel that computes offsets in int32 writes elsewhere. Its
 argument is the file of the kernels.
 """
 
@@ -16,7 +16,7 @@ STRIDE, ROWS, K = 2**30, 4, 4
 
 
 def far_apart():
-    """Rows of logits 2^30 elements apart, the first maxima of which are 0, 1, 2 and 3."""
+    """Returns rows of logits 2^30 elements apart, with their first maxima at 0, 1, 2 and 3."""
     z = torch.empty(STRIDE * (ROWS - 1) + K, dtype=torch.int8)
     rows = z.as_strided((ROWS, K), (STRIDE, 1))
     rows.copy_(torch.eye(K) * 3)
