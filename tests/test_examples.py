@@ -12,30 +12,35 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from published import package
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted(path.stem for path in (ROOT / "examples").glob("*.py"))
 DOCUMENT = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
-SIZE, CLASSES = 12, 4
+CLASSES = 4
 
 
 def example(name):
     return importlib.import_module(f"examples.{name}")
 
 
-def images(n):
+def images(n, size=12):
     """Images uint8 [n, H, W, 3] that are easy to tell apart, and their classes."""
     drawn = np.random.default_rng(n)
     y = np.arange(n) % CLASSES
-    patterns = np.random.default_rng(0).integers(0, 200, (CLASSES, SIZE, SIZE, 3))
-    return (patterns[y] + drawn.integers(0, 50, (n, SIZE, SIZE, 3))).astype(np.uint8), y
+    patterns = np.random.default_rng(0).integers(0, 200, (CLASSES, size, size, 3))
+    return (patterns[y] + drawn.integers(0, 50, (n, size, size, 3))).astype(np.uint8), y
+
+
+def save_images(path, n, of_test, **options):
+    (x, y), (x_test, y_test) = images(n, **options), images(of_test, **options)
+    np.savez(path, x_train=x, y_train=y, x_test=x_test, y_test=y_test)
 
 
 @pytest.fixture(autouse=True)
 def in_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (x, y), (x_test, y_test) = images(48), images(24)
-    np.savez("images.npz", x_train=x, y_train=y, x_test=x_test, y_test=y_test)
+    save_images("images.npz", 48, 24)
 
 
 def run(name, **options):
@@ -230,3 +235,50 @@ def test_the_inner_loss_knows_each_row_by_its_number():
     rows = SimpleNamespace(labels=torch.tensor([2, 0]))
     distances = example("clip_embeddings").away_from(original)(torch.tensor([[5.0, 6.0], [3.0, 4.0]]), rows)
     assert distances.tolist() == [1.0, 25.0]
+
+
+# ImageNet
+
+SCRIPT = """
+import json, os, sys
+from pathlib import Path
+from published import package
+package("torchvision")
+from examples.imagenet_finetune import main
+Path(f"{os.environ['RANK']}.json").write_text(json.dumps(main(sys.argv[1:])))
+"""
+
+
+@pytest.fixture
+def imagenet():
+    """Arguments of a run over 16 images, and 9 of the test."""
+    package("torchvision")
+    save_images("large.npz", 16, 9, size=32)
+    given = {"data": "large.npz", "model": "convnext_atto", "batch-size": 8, "workers": 0, "epochs": 1, "device": "cpu"}
+    return ["--no-pretrained", *(text for key, value in given.items() for text in (f"--{key}", str(value)))]
+
+
+@pytest.mark.parametrize("mining", [(), ("--mining",)], ids=["all", "mining"])
+def test_a_convnext_is_fine_tuned_in_one_process(imagenet, mining):
+    clean, robust = example("imagenet_finetune").main([*imagenet, *mining])
+    assert 0 <= robust <= clean <= 1
+
+
+def test_a_convnext_is_fine_tuned_by_two_processes(imagenet):
+    Path("script.py").write_text(SCRIPT, encoding="utf-8")
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "script.py", "--mining"]
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    ran = subprocess.run(
+        [sys.executable, *launch, *imagenet], env=environment, capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert Path("0.json").read_text() == Path("1.json").read_text()  # the accuracies of all test images
+    assert ran.stdout.count("averaged weights") == 1
+
+
+def test_without_timm_the_network_is_torchvision_s(monkeypatch):
+    package("torchvision")
+    monkeypatch.setitem(sys.modules, "timm", None)
+    network = example("imagenet_finetune").convnext("of timm", CLASSES, pretrained=False)
+    assert network(torch.rand(1, 3, 32, 32)).shape == (1, CLASSES)
