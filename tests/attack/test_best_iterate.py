@@ -61,7 +61,7 @@ def target_of(inner, model, x, y):
 
 
 def iterates(model, x, y, start, threat, inner, steps, size):
-    """Images and inner losses of one sample's attack, plainly."""
+    """Images and inner losses of one sample's attack, plainly; in ℓ2 up to a gradient of 0 (then ours draws)."""
     loss, x_adv, seen = loss_of(inner, model(x)[0].detach()), start, []
     for t in range(steps + 1):
         x_adv = x_adv.detach().requires_grad_()
@@ -69,6 +69,8 @@ def iterates(model, x, y, start, threat, inner, steps, size):
         seen.append((x_adv.detach(), float(value.detach())))
         if t < steps:
             (grad,) = torch.autograd.grad(value, x_adv)
+            if threat.norm == "l_2" and not grad.any():
+                break
             x_adv = projected_step(x_adv.detach(), grad, x, threat, size)
     return seen
 
@@ -104,8 +106,8 @@ def test_each_sample_keeps_the_iterate_that_a_plain_loop_keeps(steps, norm, inne
     for i, n in enumerate(steps):
         one = slice(i, i + 1)
         seen = iterates(model, x[one], y[one], start[one], threats[i], inner, n, size)
-        if n and len({value for _, value in seen}) == 1:
-            continue  # dead units: there is no gradient, and ours goes in ℓ2 along random numbers
+        if len(seen) <= n:
+            continue  # dead units
         expected = best_of(seen) if keep == "best" and n else seen[-1][0]
         torch.testing.assert_close(result[one], expected, **CLOSE)
 
