@@ -202,7 +202,10 @@ class AdversarialLoss(nn.Module, ABC):
         """The loss of model, x and y, which have been checked; `call` is how it goes about it."""
         this = wanted() or Pass()
         with self.again() if this.further else nullcontext():
-            return self._of_pass(model, x, y, call, this)
+            if self._selection is None:
+                return self._of_pass(model, x, y, call, this)
+            with self._selection.in_front_of(model) as selected:
+                return self._of_pass(selected, x, y, call, this)
 
     def _of_pass(self, model: nn.Module, x: Tensor, y: Tensor, call: Call, this: Pass) -> Tensor:
         self._check(self.attack, self.mining, self.extra)  # which may have been set since
@@ -210,11 +213,7 @@ class AdversarialLoss(nn.Module, ABC):
         call = replace(call, execution=call.execution.fitting(self.attack), kept=self._passes.begin())
         mining, execution, update = self.mining, call.execution, call.execution.update
         defaults = self.default_start, self.default_inner
-        selected = nullcontext(model) if self._selection is None else self._selection.in_front_of(model)
-        with (
-            selected as model,
-            adversarial.attacking(model, x, y, self.attack, defaults, mining, call) as (model, attack),
-        ):
+        with adversarial.attacking(model, x, y, self.attack, defaults, mining, call) as (model, attack):
             this.update_begins()
             updated = attack.of_moving() if this.of_moving else attack
             normalize = model.normalize if isinstance(model, OnPixels) else None
