@@ -13,7 +13,7 @@ from bt_fast import faults
 from bt_fast.accuracy import Accuracy, sound_logits
 from bt_fast.attack.apgd import APGD
 from bt_fast.attack.dlr import ranked_wrong
-from bt_fast.attack.early_exit import STOOD, Samples, Verdicts, Waiting, target_of
+from bt_fast.attack.early_exit import STOOD, Samples, Verdicts, Waiting, clean_target
 from bt_fast.attack.folded import Frozen, attack_model
 from bt_fast.attack.forward import clean_logits
 from bt_fast.attack.generate import COMPARED
@@ -251,7 +251,7 @@ def _correct(
     outside = faults.pixels_outside(x, threat.lower, threat.upper, "the images")
     x = faults.onto_bounds(x, threat.lower, threat.upper)
     logits = sound_logits(model, x, y, "the labels", outside)
-    on_host, target = (logits.argmax(dim=1) == y).cpu(), target_of(course.inner[0], logits)
+    on_host, target = (logits.argmax(dim=1) == y).cpu(), clean_target(course.inner[0], logits)
     numbers = verdicts.number(len(y))
     wrong = numbers[~on_host]
     verdicts.record(wrong, torch.zeros_like(wrong), torch.zeros_like(wrong))

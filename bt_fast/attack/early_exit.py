@@ -19,6 +19,7 @@ from bt_fast.attack.inner import Inner, OfAPGD, direction_of, of_clean
 from bt_fast.attack.start import Noise, numbered_start
 from bt_fast.attack.threat import ThreatModel
 from bt_fast.faults import CheckedRead
+from bt_fast.labels import target_of
 from bt_fast.ops.launch import dense_format
 from bt_fast.ops.rows import has_softmax, softmax
 
@@ -191,7 +192,7 @@ class WorkingBatch:
         n, threat = self._count, self._attack.threat
         scaled = in_float16(model, probe, logits)
         plain, labels = logits.detach(), self._labels[:n]
-        target = one_hot(labels, plain) if self._target is None else self._target[:n]
+        target = target_of(labels, plain) if self._target is None else self._target[:n]
         direction = direction_of(self._attack.loss, plain, target, labels, scaled=scaled)
         grad, step = gradient_of(logits, probe, direction), self._counter[j]
         images = (self._x[:n], grad, self._clean[:n], self._step_size[:n])
@@ -270,12 +271,7 @@ class WorkingBatch:
         return self._x, self._clean, self._labels, self._left, *targets
 
 
-def one_hot(labels: Tensor, like: Tensor) -> Tensor:
-    """[n, K] in the dtype of `like` [n, K]; labels [n] int64 in 0..K-1."""
-    return torch.zeros_like(like).scatter_(1, labels[:, None], 1.0)
-
-
-def target_of(loss: OfAPGD, logits: Tensor) -> Tensor | None:
+def clean_target(loss: OfAPGD, logits: Tensor) -> Tensor | None:
     """[n, K], what the loss compares with where that is the clean logits [n, K]."""
     if not of_clean(loss):
         return None

@@ -11,6 +11,7 @@ from torch import Tensor
 from bt_fast.attack.batch import AttackBatch
 from bt_fast.attack.dlr import dlr
 from bt_fast.attack.inner import TARGETED, OfAPGD, Rows, direction_of, fitted, of_function
+from bt_fast.labels import target_of
 from bt_fast.ops import rows as logit_rows
 
 
@@ -46,7 +47,10 @@ def values_and_directions(
         [n], float32 (float64 for float64 outputs), and [n, d] in the outputs' dtype.
     """
     z = outputs.to(logit_rows.result_dtype(outputs))
-    target = _one_hot(aim, z) if aim.target is None else aim.target
+    target = aim.target
+    if target is None:
+        assert aim.labels is not None
+        target = target_of(aim.labels, z)
     if not isinstance(inner, str):
         values, direction = of_function(inner, z, Rows(target, aim.labels))
         return values, fitted(direction, outputs, z.isnan().any(dim=1), scaled, together)
@@ -70,8 +74,3 @@ def _values(inner: str, z: Tensor, target: Tensor, labels: Tensor | None) -> Ten
         return (log_q.exp() - p).square().sum(dim=1)
     gap = p.log() - log_q if inner == "kl" else -log_q
     return torch.where(p > 0, p * gap, 0.0).sum(dim=1)
-
-
-def _one_hot(aim: Aim, like: Tensor) -> Tensor:
-    assert aim.labels is not None
-    return torch.zeros_like(like).scatter_(1, aim.labels[:, None], 1.0)
