@@ -36,10 +36,10 @@ ROUNDS = {(20, 1): 3, (20, 5): 2}
 class Trained:
     """A moderately robust network, test images, and the ε that half of them withstand."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, name: str = "small-cnn") -> None:
         torch.manual_seed(0)
-        data = load_dataset("digits")
-        self.model = build_model("small-cnn", in_channels=1, image_size=28, num_classes=10, width=16).to(device)
+        data, width = load_dataset("digits"), 16 if name == "small-cnn" else None
+        self.model = build_model(name, in_channels=1, image_size=28, num_classes=10, width=width).to(device)
         self.x, self.y = images(data.x_test[:IMAGES], device), data.y_test[:IMAGES].to(device)
         self._train(images(data.x_train[:TRAINED], device), data.y_train[:TRAINED].to(device))
         self.model.eval()
