@@ -93,10 +93,10 @@ def test_apgd_evaluation(name: str, steps: int, interleaved: Any, benchmark: Any
     seconds = interleaved(variants, lambda _: trained.model.zero_grad(), ROUNDS[steps])
     result, expected = trained.standard(steps, n), trained.plainly(steps, n, True)
     ours = torch.stack([result.restart, result.step])
-    info: dict[str, Any] = {f"{name}: s": round(statistics.median(times), 2) for name, times in seconds.items()}
+    info: dict[str, Any] = {f"{one}: s": round(statistics.median(times), 2) for one, times in seconds.items()}
     for other in ("plain, all samples", "plain, as AutoAttack"):
-        for name in ("ours", "ours, fast"):
-            info[f"{name} over {other}"] = round(median_ratio(seconds[other], seconds[name]), 2)
+        for one in ("ours", "ours, fast"):
+            info[f"{one} over {other}"] = round(median_ratio(seconds[other], seconds[one]), 2)
         passes = _passes_plainly(expected, steps, drop=other != "plain, all samples")
         info[f"limit over {other}"] = round(passes / _passes(ours, steps), 2)
     info["clean, robust"] = f"{result.clean:.1%}, {result.robust:.1%} at eps = {trained.threat.epsilon:.3f}"
