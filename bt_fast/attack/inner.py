@@ -43,9 +43,9 @@ Inner = InnerLoss | InnerFunction
 OfAPGD = Inner | Literal["dlr_targeted"]
 
 
-def check_inner(name: str, inner: object, names: tuple[str, ...] = NAMES) -> None:
-    """Raise TypeError or ValueError that names `name` unless it is a loss of these names, a function, or None."""
-    if inner is None or (isinstance(inner, str) and inner in names):
+def check_inner(name: str, inner: object, names: tuple[str, ...] = NAMES, *, optional: bool = True) -> None:
+    """Raise TypeError or ValueError that names `name` unless it is a loss of these names, a function, or maybe None."""
+    if (inner is None and optional) or (isinstance(inner, str) and inner in names):
         return
     if isinstance(inner, (str, type)) or not callable(inner):
         raise (ValueError if isinstance(inner, str) else TypeError)(
@@ -56,7 +56,7 @@ def check_inner(name: str, inner: object, names: tuple[str, ...] = NAMES) -> Non
 
 def check_enough_classes(inner: OfAPGD, classes: int) -> None:
     """Raise ValueError where the inner loss needs more classes than the model has."""
-    if not isinstance(inner, str) or classes >= (least := LEAST_CLASSES.get(inner, 2)):
+    if not isinstance(inner, str) or classes >= (least := LEAST_CLASSES.get(inner, 1)):
         return
     below = "the third logit" if inner == "dlr" else "the mean of the third and the fourth logit"
     raise ValueError(
@@ -131,6 +131,11 @@ def fitted(direction: Tensor, outputs: Tensor, unfit: Tensor, scaled: bool, toge
 
 
 def _of_name(inner: str, z: Tensor, target: Tensor, labels: Tensor | None) -> Tensor:
+    if target.shape != z.shape:
+        raise ValueError(
+            f"target must have shape {list(z.shape)} like the logits, got {list(target.shape)}: "
+            "give a column for each class of the model"
+        )
     if inner in ("kl", "cross_entropy"):
         return ops.ascent_direction(z, target, False)
     if inner == "lse":
