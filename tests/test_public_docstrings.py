@@ -8,6 +8,7 @@ import textwrap
 import pytest
 
 import bt_fast
+from tests import public_api
 
 NAMES = [name for name in bt_fast.__all__ if callable(getattr(bt_fast, name))]
 CHECKS = re.compile(r"_?check(ed)?(_\w+)?|positive|real|size|size_of_step|step_count|weight")
@@ -48,7 +49,8 @@ def raises(function):
         return False
     calls = (node.func for node in ast.walk(tree) if isinstance(node, ast.Call))
     names = (f.attr if isinstance(f, ast.Attribute) else getattr(f, "id", "") for f in calls)
-    return any(isinstance(node, ast.Raise) for node in ast.walk(tree)) or any(map(CHECKS.fullmatch, names))
+    anew = any(isinstance(node, ast.Raise) and node.exc is not None for node in ast.walk(tree))
+    return anew or any(map(CHECKS.fullmatch, names))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -69,6 +71,23 @@ def test_what_raises_names_its_errors(name):
     value = getattr(bt_fast, name)
     if any(map(raises, bodies(value))):
         assert re.search(r"^Raises:\n    \w+", own_docs(value), re.M)
+
+
+def methods():
+    """Yields `(Class.method, function)` of the public classes' own methods and properties."""
+    for name in NAMES:
+        value = getattr(bt_fast, name)
+        for member, of_class in public_api.members(value) if inspect.isclass(value) else ():
+            function = getattr(of_class, "fget", None) or getattr(of_class, "__func__", of_class)
+            if inspect.isfunction(function) and not member.startswith("__"):
+                yield pytest.param(function, id=f"{name}.{member}")
+
+
+@pytest.mark.parametrize("method", list(methods()))
+def test_a_method_says_what_it_does_and_names_its_errors(method):
+    text = inspect.getdoc(method)
+    assert re.search(r"^\W*[A-Z1-9].*[.:)`]$", text.splitlines()[0])
+    assert not raises(method) or re.search(r"Error|errors?\b|Raises", text)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if inspect.isfunction(getattr(bt_fast, name))])

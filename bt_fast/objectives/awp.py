@@ -84,7 +84,7 @@ class AWP:
 
     @property
     def gamma(self) -> float:
-        """γ, the length of a weight's move as a share of its norm; may be set."""
+        """The length γ of a weight's move, as a share of its norm; may be set."""
         return self._gamma
 
     @gamma.setter

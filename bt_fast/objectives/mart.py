@@ -47,7 +47,7 @@ class MARTLoss(RobustTermLoss):
     drop_in = "mart_loss"
 
     def graph_key(self) -> tuple[float, CrossEntropy]:
-        """β, and how the labels are smoothed."""
+        """The numbers that a graph fixes: β, and how the labels are smoothed."""
         return self.beta, self.cross_entropy
 
     def objective(self, clean_logits: Tensor | None, adversarial_logits: Tensor, y: Tensor) -> Tensor:

@@ -84,7 +84,7 @@ class TRADESLoss(RobustTermLoss):
             raise ValueError(f"clean_updates must be 1 or 2, got {clean_updates}: write clean_updates=1")
 
     def graph_key(self) -> tuple[float, CrossEntropy]:
-        """β, and how the labels are smoothed."""
+        """The numbers that a graph fixes: β, and how the labels are smoothed."""
         return self.beta, self.cross_entropy
 
     def extra_repr(self) -> str:
