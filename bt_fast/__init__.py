@@ -16,6 +16,7 @@ from bt_fast.attack.by_sample import PerSample
 from bt_fast.attack.folded import Frozen
 from bt_fast.attack.generate import generate
 from bt_fast.attack.graphs import GraphRunner
+from bt_fast.attack.inner import Rows
 from bt_fast.attack.logits import Logits
 from bt_fast.attack.pgd import PGD
 from bt_fast.attack.pixels import Normalization, Normalize
@@ -77,6 +78,7 @@ __all__ = [
     "PerSample",
     "Plan",
     "PowerMonitor",
+    "Rows",
     "Skipped",
     "StreamRunner",
     "TRADESLoss",

@@ -74,7 +74,9 @@ def _correct(logits: Tensor, labels: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Judged:
-    """The values known of m samples before their steps are decided. Tensors are on the logits' device.
+    """What a policy of your own, `BulletTrain(policy=...)`, is given of m samples to decide their steps.
+
+    All tensors are on the logits' device.
 
     Attributes:
         certainty: [m] float32 (float64 for float64 logits), the metric's values.
@@ -116,13 +118,19 @@ def uniform(judged: Judged) -> Tensor:
 
 @dataclass(frozen=True)
 class Gaussian:
-    """A quantised Gaussian over the certainty, as the closing remark of section 3.2 suggests.
+    """A policy of `BulletTrain`: steps by a quantised Gaussian over the certainty (closing remark of section 3.2).
 
     `n_i = max(least_i, round(N_B · exp(-(c_i - μ)² / (2·(w·σ)²))))` with the width w > 0. μ and σ are the mean and the
     (biased) standard deviation of the boundary samples' certainties c; halves round to even. `least_i` is N_R for a
     correct sample and N_O for a misclassified one; all samples get it if none is boundary. σ is at least 1e-6·|μ|, the
     size of rounding: a single boundary sample takes N_B. Boundary samples that spread evenly over [0, T) take 0.22·N_B
-    steps at either end, at w = 1. Raises TypeError or ValueError if the width is not a finite number above 0.
+    steps at either end, at w = 1.
+
+    Attributes:
+        width: w > 0.
+
+    Raises:
+        TypeError or ValueError: the width is not a finite number above 0.
     """
 
     width: float = 1.0
@@ -146,12 +154,18 @@ class Gaussian:
 
 @dataclass(frozen=True)
 class Oracle:
-    """Assigns N_O, N_B or N_R by groups that come from an attack instead of the certainty (Fig. 2 of the paper).
+    """A policy of `BulletTrain`: groups come from an attack made first, not from the certainty (Fig. 2 of the paper).
 
     An outlier is misclassified before the attack, a boundary sample after it, a robust sample neither. The objectives
     run their own attack with `steps` ≥ 1 uniform steps of 1.7·ε/steps. It costs as much as the allocation saves: an
     upper bound for metrics, not a method. They draw the training start's seed first, then the oracle's, from the same
-    generator. Raises TypeError or ValueError if steps is not an integer of at least 1.
+    generator.
+
+    Attributes:
+        steps: of that attack, at least 1.
+
+    Raises:
+        TypeError or ValueError: steps is not an integer of at least 1.
     """
 
     steps: int = 10

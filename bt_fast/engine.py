@@ -12,8 +12,7 @@ PRESETS_LINE = "write engine='exact', 'fast' or 'bf16', or an Engine of your own
 class Engine:
     """The way attack and update are executed. `Engine()` is the authors' way: in eager mode, on the model itself.
 
-    Names: "exact", "fast" (the same result up to rounding) and "bf16" ("fast" in 16 bits). Raises TypeError for an
-    option that is not a bool, and ValueError for another precision, or for streams without graphs.
+    Names: "exact", "fast" (the same result up to rounding) and "bf16" ("fast" in 16 bits).
 
     Attributes:
         precision: "bf16" runs the forwards and backwards of attack and update under `torch.autocast` with bfloat16,
@@ -24,6 +23,10 @@ class Engine:
         streams: with graphs, groups of samples are attacked concurrently on CUDA streams, if that is measured to be
             faster on the first minibatch; on CUDA only.
         compile: `torch.compile` of the attack's view (takes tens of seconds once).
+
+    Raises:
+        TypeError: an option is not a bool.
+        ValueError: the precision is another one, or streams are on without graphs.
     """
 
     precision: str | None = None

@@ -91,7 +91,7 @@ def evaluate(
     first: int = 0,
     **deprecated: Unpack[Deprecated],
 ) -> Evaluation:
-    """Clean accuracy, and accuracy under PGD or APGD from each of `restarts` starts, or under AutoAttack's attacks.
+    """Returns clean accuracy, and that under PGD or APGD from each of `restarts` starts, or under AutoAttack's attacks.
 
     A sample is broken if the model misclassifies it clean, or at any iterate of any restart: the start (iterate 0) and
     the image after each of the N steps, projections included. PGD starts at a point drawn uniformly from the ε-ball and

@@ -20,6 +20,11 @@ AGAINST_NAN = " (lower the learning rate, or look for a division by 0 in the mod
 class NonFiniteError(ValueError):
     """NaN or Inf in logits, an input gradient, the loss or a parameter's gradient; the message says which.
 
+    A `ValueError`, so that code that catches that goes on as before.
+
+    Args:
+        message: the text.
+
     Attributes:
         samples: their indices in the minibatch; empty if they are unknown (the loss and the parameters' gradients come
             from all samples).

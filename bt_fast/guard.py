@@ -25,7 +25,7 @@ REASONS = ("the loss is NaN or infinite", "the gradients of the parameters hold 
 
 @dataclass(frozen=True)
 class Skipped:
-    """A minibatch that the weights have not learnt from.
+    """A minibatch that a `Guard` left out, so that the weights have not learnt from it.
 
     Attributes:
         minibatch: its number, from 0.
@@ -84,6 +84,10 @@ class Guard:
 
     Attributes:
         skipped: the minibatches skipped so far; complete after `settle`.
+
+    Raises:
+        TypeError: an argument is not of its kind.
+        ValueError: non_finite is neither of the two.
     """
 
     def __init__(

@@ -26,7 +26,7 @@ from bt_fast.warning import warn_deprecated
 
 
 class BulletTrain(nn.Module):
-    """The compute allocation of BulletTrain (Eq. 5, Eq. 6, Algorithm 2) and its moving state.
+    """Decides how many attack steps each sample gets, by how sure the model is of it (Eq. 5, Eq. 6, Algorithm 2).
 
     A module without parameters: its state is in buffers, which move, save and load with everything else. `plan` begins
     a minibatch and `observe` ends it: only then does the state move. A sample with n steps has the step size 1.7·ε/n,
@@ -262,7 +262,7 @@ class BulletTrain(nn.Module):
         of_attack: Sequence[Fault] = (),
         state: Tensor | None = None,
     ) -> MinedPlan:
-        """Runs `plan` without waiting for its counts: faults are raised by the first use of a count.
+        """Runs `plan`, with its errors, without waiting for its counts: faults are raised by the first use of a count.
 
         Args:
             logits, labels, epsilon, step_size, attacked_logits: as for `plan`. names: of the first two in messages.
@@ -419,7 +419,7 @@ class BulletTrain(nn.Module):
         return int(self.steps_assigned) / total
 
     def theoretical_speedup(self, baseline_steps: int | None = None) -> float:
-        """Eq. 7, `(N + 1) / (mean_steps + 1)` for an integer N = baseline_steps ≥ 0, or N_B; at first NaN."""
+        """Eq. 7, `(N + 1) / (mean_steps + 1)`, N = baseline_steps ≥ 0 (else an error), or N_B; at first NaN."""
         baseline = self.boundary_steps if baseline_steps is None else step_count("baseline_steps", baseline_steps)
         return (baseline + 1) / (self.mean_steps + 1)
 

@@ -35,7 +35,9 @@ class Known:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """The attack steps of m samples. Tensors are in the batch's own order, on one device.
+    """How many attack steps of which size each of m samples takes, and in which order they are worked on.
+
+    All tensors are in the batch's own order, on one device.
 
     Attributes:
         steps: [m] int64.

@@ -30,7 +30,7 @@ __all__ = [
 
 
 class PowerMonitor:
-    """Samples GPUs in a thread while its `with` block runs.
+    """Measures the power and the energy of GPUs, by a thread, while its `with` block runs.
 
         with PowerMonitor() as monitor:
             train()

@@ -12,10 +12,16 @@ from bt_fast.validation import check_choice, check_kind, real
 
 @dataclass(frozen=True)
 class Fractions:
-    """Shares of the samples in each group: boundary F_B, robust F_R, outlier F_O, each in [0, 1].
+    """The shares of boundary, robust and outlier samples, F_B, F_R and F_O, each in [0, 1].
 
-    They sum to 1, or are all 0 before the first assignment. TypeError for a share that is not a number, ValueError for
-    one outside [0, 1] or a sum above 1.
+    They sum to 1, or are all 0 before the first assignment.
+
+    Attributes:
+        boundary, robust, outlier: F_B, F_R, F_O.
+
+    Raises:
+        TypeError: a share is not a number.
+        ValueError: a share is outside [0, 1], or their sum above 1.
     """
 
     boundary: float
@@ -68,7 +74,11 @@ def theoretical_speedup(
 def theoretical_speedup_augmix(boundary_fraction: float) -> float:
     """The AugMix form of Eq. 7, `3 / (1 + 2·F_B)`: only boundary samples run their two augmented views.
 
-    TypeError or ValueError if boundary_fraction, F_B, is not a number in [0, 1].
+    Args:
+        boundary_fraction: F_B.
+
+    Raises:
+        TypeError or ValueError: boundary_fraction is not a number in [0, 1].
     """
     real("boundary_fraction", boundary_fraction)
     if not 0.0 <= boundary_fraction <= 1.0:

@@ -277,6 +277,8 @@ CALLS = {
     **{f"yopo_loss, {objective}": yopo(objective) for objective in ("pgd", "trades", "mart")},
     "generate": generated(),
     "generate, view": generated(engine="fast"),
+    "generate, margin": generated(inner="margin"),
+    "generate, a function": generated(inner=away),
     "evaluate": evaluated(),
     "evaluate, margin, view": evaluated(loss="margin", engine="fast"),
     "evaluate, APGD": evaluated(APGD(0.1, STEPS), restarts=2, engine="fast"),

@@ -10,6 +10,7 @@ import pytest
 import small_models
 import torch
 
+import bt_fast
 from bt_fast.baselines.trades_reference import trades_reference_loss
 
 ROOT = Path(__file__).parents[1]
@@ -89,3 +90,20 @@ def test_links_lead_to_files_and_headings_that_exist(page):
         assert target.exists(), f"{page.name}: {link}"
         if anchor:
             assert anchor in anchors(target), f"{page.name}: {link}"
+
+
+def test_the_guides_lines_for_other_scripts_run_as_printed():
+    text = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8").split("## Other scripts")[1]
+    parts = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1].split("# all of the above\n")
+    small = dict(vars(bt_fast), F=torch.nn.functional) | names(x=lambda x, _: x.float(), y=lambda _, y: y)
+    small |= {"model": small_models.build("conv_bn", dtype=torch.float32)}
+    small |= {"helper": small_models.build("conv_bn", seed=1, dtype=torch.float32).eval()}
+    of_losses = re.split(r"(?m)^(?=# )", parts[0])
+    assert len(of_losses) == 7  # one of them empty, before the first
+    for lines in of_losses[1:]:
+        exec(lines + parts[1].split("# torchattacks")[0], small)
+        assert small["loss"].isfinite()
+        assert small["clean_and_adversarial"][1].shape == (8, small_models.CLASSES)
+    for lines in re.split(r"(?m)^(?=# )", parts[1])[1:]:
+        exec(lines, small)
+        assert 0.0 < (small["x_adv"] - small["x"]).abs().max() <= 8 / 255 + 1e-6

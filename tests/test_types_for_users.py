@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import bt_fast
 import bt_fast.kernels
 from bt_fast import BulletTrain, Frozen, GraphRunner, Plan, PowerMonitor, ThreatModel, Update
-from bt_fast import augmix_loss, generate, mart_loss, pgd_loss, trades_loss
+from bt_fast import PGD, Rows, augmix_loss, generate, mart_loss, perturb, pgd_loss, trades_loss
 from bt_fast.allocation import Judged
 from bt_fast.baselines.fast import fast_loss
 from bt_fast.baselines.yopo import yopo_loss
@@ -46,6 +46,9 @@ augmix_loss(model, x, y, bullet=BulletTrain(1, 0, 0), jsd=True).backward()
 found: Evaluation = evaluate(model, [(x, y)], threat, steps=5, loss="margin")
 share: float = found.robust
 sizes: tuple[int, int, int] = bullet.plan(model(x), y).group_sizes
+def away(outputs: Tensor, rows: Rows) -> Tensor: return (outputs - rows.clean_outputs).square().sum(dim=1)
+perturb(model, x, None, PGD(0.1, 0.05, 3, inner=away, start="uniform"))
+PGD(0.1, 0.05, 3, inner=lambda outputs, rows: rows.logits)  # error: attr-defined
 attacked: Tensor = generate(model, x, x, x, bullet.plan(model(x), y), threat)
 with PowerMonitor() as monitor:
     joules: float | None = monitor.joules_per_sample(10)

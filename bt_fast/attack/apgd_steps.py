@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bt_fast import ops
-from bt_fast.attack.start import AGAINST_ZERO
+from bt_fast.attack.start import AGAINST_ZERO, radius_of
 from bt_fast.attack.threat import ThreatModel
 from bt_fast.ops.numeric import per_sample
 
@@ -128,11 +128,6 @@ class Trail:
         moved = inside(now + (moved - now) * share + (now - self.before) * (1 - share))
         self.before.copy_(x)
         x.copy_(moved)
-
-
-def radius_of(epsilon: float | Tensor, x: Tensor) -> float | Tensor:
-    """ε of all, or [n], to broadcast against images like x."""
-    return per_sample(epsilon, x) if isinstance(epsilon, Tensor) else epsilon
 
 
 def _box(clean: Tensor, threat: ThreatModel, radius: float | Tensor) -> Callable[[Tensor], Tensor]:

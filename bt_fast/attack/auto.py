@@ -26,8 +26,9 @@ WARM, ROUNDS = 3, 5  # a graph is captured when its size comes again, and replay
 
 
 class AutoRunner:
-    """Times the candidates on the first minibatch of each configuration (model, images, norm) and keeps the fastest.
+    """Executes attack steps in the fastest of several ways: eagerly, from CUDA graphs, or on CUDA streams.
 
+    It times the candidates on the first minibatch of each configuration (model, images, norm) and keeps the fastest.
     The measurement waits for the device, attacks copies, draws from a separate generator, and interleaves the
     candidates. Without graphs (on the CPU) there is nothing to choose: it runs eagerly.
 

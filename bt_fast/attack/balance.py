@@ -154,7 +154,9 @@ def _moves(surplus: np.ndarray, ranks_per_node: int) -> tuple[np.ndarray, ...]:
 
 @dataclass(frozen=True)
 class Costs:
-    """The costs of attack and exchange. They must be the same on all ranks, or some would wait for an exchange in vain.
+    """What an attack step, and an exchange of samples between ranks, cost: by this `Balance` decides whether one pays.
+
+    They must be the same on all ranks, or some would wait for an exchange in vain.
 
     Attributes:
         row_seconds: for one sample in one attack step.

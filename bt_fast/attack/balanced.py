@@ -22,8 +22,9 @@ from bt_fast.validation import check_kind, step_count
 @Sharing.register
 @dataclass(frozen=True)
 class Balance:
-    """The settings by which ranks share an attack.
+    """Lets ranks share an attack: `BulletTrain(process_group=..., balance=Balance())`.
 
+    Ranks with many boundary samples hand some to ranks with few, which would wait for them otherwise.
     Every sample's perturbation equals the one its own rank would find, up to rounding at another batch size.
 
     Attributes:

@@ -39,7 +39,7 @@ AGREEMENT = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.1, torc
 
 @dataclass(frozen=True)
 class Frozen:
-    """The folded view of a model in the attack: each choice changes its gradients by rounding only.
+    """How the attack's folded view of a model is made, which computes the same up to rounding: as `Engine` has it now.
 
     In the model's own precision rounding moves almost no pixel of x'. In 16 bits it flips the signs of many small
     gradients: it gives another x', by an attack of the same strength (the README has the figures).

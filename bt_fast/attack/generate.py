@@ -13,14 +13,15 @@ from bt_fast.attack.auto import runner_of
 from bt_fast.attack.batch import AttackBatch, View
 from bt_fast.attack.folded import FoldedModel, Frozen, attack_model
 from bt_fast.attack.graph_cache import shared_cache, view_of
+from bt_fast.attack.inner import Inner, by_label, check_enough_classes, check_inner
 from bt_fast.attack.runners import Join, Runner, joined, start_of
 from bt_fast.attack.threat import ThreatModel, check_threat
 from bt_fast.deprecated import check_keywords
 from bt_fast.engine import Engine
-from bt_fast.ops.numeric import computable, kind_of
+from bt_fast.ops.numeric import computable, kind_of, wide
 from bt_fast.plan import Plan
 from bt_fast.units import warn_of_units
-from bt_fast.validation import check_kind
+from bt_fast.validation import check_floating, check_kind
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -48,23 +49,29 @@ def generate(
     plan: Plan,
     threat: ThreatModel,
     *,
+    inner: Inner = "kl",
     generator: torch.Generator | None = None,
     faulty: Tensor | None = None,
     engine: Engine | str = "exact",
     **deprecated: Unpack[Deprecated],
 ) -> Tensor:
-    """Runs the ragged attack on images in a plan's sorted order: the output's divergence from `target` grows.
+    """Runs the ragged attack on images in a plan's sorted order: the inner loss of the model's outputs grows.
 
-    The model runs in eval mode and its modes are restored; its parameters' gradients are not touched. No sample's
-    result depends on other samples. A sample with 0 steps is returned as its `start`.
+    `perturb` in parts of one's own: what is given is in sorted order (`plan.sort(x)`), and so is what comes back
+    (`plan.unsort(x_adv)` is in the batch's own). The model runs in eval mode and its modes are restored; no parameter's
+    gradient is touched. No sample's result depends on other samples. A sample with 0 steps is returned as its `start`.
 
     Args:
-        model: maps [n, ...] to logits [n, K].
+        model: maps [n, ...] to logits [n, K]; for a function as inner loss to any outputs [n, d].
         clean: [m, ...] floating point, x.
-        start: [m, ...], where the attack begins; not changed.
-        target: [m, K]: the clean probabilities for KL, a one-hot label for cross-entropy.
+        start: [m, ...], where the attack begins; not changed. At x itself "kl" and "lse" have no gradient.
+        target: [m, K] floating point: for "kl" and "lse" the clean probabilities, for the others the labels, one-hot or
+            soft; "margin" and "dlr" take a row's largest entry for the label. For a function [m, d], its
+            `rows.clean_outputs`.
         plan: the number and the size of each sample's steps.
         threat: the ball and the pixel bounds of a perturbation.
+        inner: what is ascended, as for `PGD`. "kl" and "cross_entropy" are both KL(target ‖ softmax(z')) here. A
+            function is given no labels (`rows.labels` is None): one that reads them is for `perturb`.
         generator: on the images' device; its numbers replace the direction of an ℓ2 gradient that is 0.
         faulty: [m] int32 on the images' device, set to 1 for each sample that could not move in some step because its
             input gradient held NaN (in ℓ2: or Inf). `faults.gradients_without_direction` turns it into an error.
@@ -75,26 +82,35 @@ def generate(
         [m, ...] in the plan's sorted order, without gradient.
 
     Raises:
-        TypeError: the images are not floating point, or the model does not return such logits.
-        ValueError: shapes do not fit together, or the model does not return logits [n, K]. Values are not checked here,
-            which would wait for the device: `trades_loss` and `evaluate` check them.
+        TypeError: the images or the target are not floating point, or the model does not return such logits.
+        ValueError: shapes do not fit together, the inner loss is unknown or needs more classes ("dlr" 3), or the model
+            does not return logits [n, K]. Values are not checked here, which would wait for the device: `trades_loss`
+            and `evaluate` check them.
     """
-    check_keywords("generate", deprecated, NEW_LINES)
     _check(clean, start, target, plan, faulty)
     check_threat(threat)
-    chosen = Engine.of(engine)
-    frozen, runner = view_of(chosen), shared_cache(chosen).runner(chosen, clean)
-    if any(value is not None for value in deprecated.values()):
-        if chosen != Engine():
-            raise ValueError(
-                f"engine={chosen.name!r} says already how it is executed, but frozen or runner does, too: "
-                "leave these out"
-            )
-        frozen, runner = deprecated.get("frozen"), runner_of(deprecated.get("runner", "eager"))
+    check_inner("inner", inner, optional=False)
+    check_enough_classes(inner, target.shape[1])
+    recipe, runner = _executed(engine, clean, deprecated)
     warn_of_units(threat.epsilon, threat.norm, (threat.lower, threat.upper), pixels=clean[:1].numel() or 1)
-    with torch.inference_mode(False), attack_model(model, frozen, clean[:COMPARED].detach()) as view:
-        batch = AttackBatch.of(plan, start, clean, target, faulty)
+    with torch.inference_mode(False), attack_model(model, recipe, clean[:COMPARED].detach()) as view:
+        target = target.detach() if isinstance(inner, str) else wide(target.detach())
+        labels = target.argmax(dim=1) if isinstance(inner, str) and by_label(inner) else None
+        batch = replace(AttackBatch.of(plan, start, clean, target, faulty), inner=inner, labels=labels)
         return start_attack(view, batch, threat, generator, runner).finish()
+
+
+def _executed(engine: Engine | str, clean: Tensor, deprecated: Deprecated) -> tuple[Frozen | None, Runner]:
+    """The view's recipe and the runner of an engine, or of the first version's keywords."""
+    check_keywords("generate", deprecated, NEW_LINES)
+    chosen = Engine.of(engine)
+    if all(value is None for value in deprecated.values()):
+        return view_of(chosen), shared_cache(chosen).runner(chosen, clean)
+    if chosen != Engine():
+        raise ValueError(
+            f"engine={chosen.name!r} says already how it is executed, but frozen or runner does, too: leave these out"
+        )
+    return deprecated.get("frozen"), runner_of(deprecated.get("runner", "eager"))
 
 
 @dataclass(eq=False)
@@ -165,6 +181,7 @@ def _check(clean: Tensor, start: Tensor, target: Tensor, plan: Plan, faulty: Ten
     if target.dim() != 2 or len(target) != m:
         instead = "give a row for each image, its softmax or its one-hot label"
         raise _misfit("target", target, f"have shape [{m}, K]", instead)
+    check_floating("target", target, "write target.float(), or of labels one_hot(y, K).float()")
     if faulty is not None and faulty.shape != (m,):
         raise _misfit("faulty", faulty, f"have shape [{m}]", f"write torch.zeros({m}, dtype=torch.int32)")
 

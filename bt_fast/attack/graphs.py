@@ -33,8 +33,9 @@ MOST_SESSIONS = 4  # of one model, with a pool of memory each: an ε that follow
 
 
 class GraphRunner:
-    """Runs schedules from graphs, captured when a prefix's size comes for the second time.
+    """Executes attack steps from CUDA graphs, each launched at once: as `Engine(graphs=True)` has it.
 
+    A graph is captured when a number of rows comes for the second time; until then they run eagerly.
     Work is queued on the runner's own stream, which waits for the caller's and which the caller's then waits for. A
     model that cannot be captured runs eagerly, with one warning that says why: one with hooks (which run on the host),
     one that waits for the device, one that draws random numbers (the rows that pad a bucket would draw some, too), one

@@ -24,14 +24,25 @@ SHORT = {"ce": "cross_entropy"}  # as evaluations call it
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """The n samples of an attack step, as an inner loss of one's own `(outputs, rows) -> [n]` is given them.
+    """The samples of one attack step, as a function `inner(outputs, rows) -> [n]` of your own is given them.
 
-    They are in the order in which the attack works, by descending steps, and those that have no steps left are not
-    among them: row i is not sample i of the minibatch.
+    Such a function is the inner loss of `PGD(..., inner=inner)`, of `APGD`, `evaluate(loss=inner)` and `generate`. It
+    returns the loss of each of n samples, which the attack increases. `outputs` [n, d] are the model's for x', in
+    float32 (float64 for float64 outputs), with gradient; it computes with these and with the fields below:
+
+        def away(outputs: Tensor, rows: Rows) -> Tensor:  # RobustVLM: away from the clean embedding
+            return (outputs - rows.clean_outputs).square().sum(dim=1)
+
+    Row i of all of them is one sample, but not sample i of the minibatch: the attack works by descending steps, and
+    samples that have no steps left are not among the n. So further tensors of a sample are found by its label: in
+    `perturb` without mining call it with `y=torch.arange(m)`, and take `texts[rows.labels]`. The function is called in
+    each step, eagerly and with gradients enabled, and must treat each row alone. The attack makes these objects.
 
     Attributes:
-        clean_outputs: [n, d] float32 (float64 for float64 outputs), the model's for the clean samples, no gradient.
-        labels: [n] int64, or distributions [n, K] where such are given; None where there are none.
+        clean_outputs: [n, d] float32 (float64 for float64 outputs), the model's for the clean images, computed once,
+            without gradient.
+        labels: y of these samples: [n] int64, or [n, K] in `clean_outputs`' dtype. None in `generate`, and in `perturb`
+            with `y=None`.
     """
 
     clean_outputs: Tensor
@@ -43,9 +54,9 @@ Inner = InnerLoss | InnerFunction
 OfAPGD = Inner | Literal["dlr_targeted"]
 
 
-def check_inner(name: str, inner: object, names: tuple[str, ...] = NAMES) -> None:
-    """Raise TypeError or ValueError that names `name` unless it is a loss of these names, a function, or None."""
-    if inner is None or (isinstance(inner, str) and inner in names):
+def check_inner(name: str, inner: object, names: tuple[str, ...] = NAMES, *, optional: bool = True) -> None:
+    """Raise TypeError or ValueError that names `name` unless it is a loss of these names, a function, or maybe None."""
+    if (inner is None and optional) or (isinstance(inner, str) and inner in names):
         return
     if isinstance(inner, (str, type)) or not callable(inner):
         raise (ValueError if isinstance(inner, str) else TypeError)(
@@ -56,7 +67,7 @@ def check_inner(name: str, inner: object, names: tuple[str, ...] = NAMES) -> Non
 
 def check_enough_classes(inner: OfAPGD, classes: int) -> None:
     """Raise ValueError where the inner loss needs more classes than the model has."""
-    if not isinstance(inner, str) or classes >= (least := LEAST_CLASSES.get(inner, 2)):
+    if not isinstance(inner, str) or classes >= (least := LEAST_CLASSES.get(inner, 1)):
         return
     below = "the third logit" if inner == "dlr" else "the mean of the third and the fourth logit"
     raise ValueError(
@@ -131,6 +142,11 @@ def fitted(direction: Tensor, outputs: Tensor, unfit: Tensor, scaled: bool, toge
 
 
 def _of_name(inner: str, z: Tensor, target: Tensor, labels: Tensor | None) -> Tensor:
+    if target.shape != z.shape:
+        raise ValueError(
+            f"target must have shape {list(z.shape)} like the logits, got {list(target.shape)}: "
+            "give a column for each class of the model"
+        )
     if inner in ("kl", "cross_entropy"):
         return ops.ascent_direction(z, target, False)
     if inner == "lse":

@@ -40,7 +40,8 @@ def ball_start(
     """
     given: dict[str, Any] = {"dtype": x.dtype, "device": x.device, "generator": generator}
     if threat.norm == "l_inf":
-        delta = (2.0 * torch.rand(x.shape, **given) - 1.0) * _radius(threat, epsilon, x)
+        delta = 2.0 * torch.rand(x.shape, **given) - 1.0
+        delta = delta * threat.epsilon if epsilon is None else ops.wide(delta) * radius_of(epsilon, x)
     else:
         direction = torch.randn(x.shape, **given)
         delta = _in_l2_ball(direction, torch.rand(len(x), **given), threat.epsilon if epsilon is None else epsilon)
@@ -112,9 +113,9 @@ def sorted_start(
     own = threat.epsilon if epsilon is None else epsilon[rows]
     _, delta = ops.gather_start(torch.zeros_like(x), order, None, state, _SURFACE[threat.norm], 1.0, samples=samples)
     if noise == "surface":
-        delta = _of_length_one(delta, threat) * _radius(threat, own, x)
+        delta = _of_length_one(delta, threat) * radius_of(own, x)
     elif threat.norm == "l_inf":
-        delta = ops.wide(delta) * _radius(threat, own, x)
+        delta = ops.wide(delta) * radius_of(own, x)
     else:
         share = unit_noise(rows if samples is None else samples[rows], 1, state, "uniform")[:, 0].abs()
         state[1].add_(1)
@@ -154,20 +155,26 @@ def given_start(start: Tensor, x: Tensor, threat: ThreatModel, epsilon: Tensor |
 
     In ℓ2 it is moved into the ball and then onto the bounds. `epsilon` [n] is each sample's own.
     """
-    start, clean = ops.wide(start.to(x.dtype)), ops.wide(x)
-    radius = _radius(threat, epsilon, x)
+    radius = threat.epsilon if epsilon is None else epsilon
+    return _within_bounds(into_ball(ops.wide(start.to(x.dtype)), ops.wide(x), threat, radius), x, threat)
+
+
+def into_ball(points: Tensor, clean: Tensor, threat: ThreatModel, epsilon: float | Tensor) -> Tensor:
+    """Each point [n, ...], or the nearest one to it in the ε-ball of its clean image; one in the ball stays as it is.
+
+    `epsilon` is of all, or [n]. It computes in the dtype of points and clean images, in ℓ2 not in 16 bits.
+    """
+    radius = radius_of(epsilon, clean)
     if threat.norm == "l_inf":
-        return _within_bounds(start.clamp(clean - radius, clean + radius), x, threat)
-    delta = start - clean
-    size = per_sample(delta.flatten(1).norm(dim=1), x)
-    return _within_bounds(torch.where(size > radius, clean + delta * (radius / size), start), x, threat)
+        return points.clamp(clean - radius, clean + radius)
+    delta = points - clean
+    length = per_sample(delta.flatten(1).norm(dim=1), clean)
+    return torch.where(length > radius, clean + delta * (radius / length), points)
 
 
-def _radius(threat: ThreatModel, epsilon: float | Tensor | None, x: Tensor) -> Tensor | float:
-    """ε to broadcast against images like x, rounded as their steps take it."""
-    if epsilon is None:
-        epsilon = threat.epsilon
-    return per_sample(ops.wide(epsilon), x) if isinstance(epsilon, Tensor) else epsilon
+def radius_of(epsilon: float | Tensor, x: Tensor) -> float | Tensor:
+    """ε of all, or [n], to broadcast against images like x."""
+    return per_sample(epsilon, x) if isinstance(epsilon, Tensor) else epsilon
 
 
 def _within_bounds(moved: Tensor, x: Tensor, threat: ThreatModel) -> Tensor:
@@ -176,7 +183,7 @@ def _within_bounds(moved: Tensor, x: Tensor, threat: ThreatModel) -> Tensor:
 
 def _on_surface(x: Tensor, direction: Tensor, threat: ThreatModel, epsilon: Tensor | None = None) -> Tensor:
     """x [n, ...] moved by ε along each direction, in the norm of the threat, and clamped."""
-    delta = _of_length_one(direction, threat) * _radius(threat, epsilon, x)
+    delta = _of_length_one(direction, threat) * radius_of(threat.epsilon if epsilon is None else epsilon, x)
     return _within_bounds(ops.wide(x) + delta, x, threat)
 
 

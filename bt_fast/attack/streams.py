@@ -17,8 +17,9 @@ from bt_fast.attack.threat import ThreatModel
 
 
 class StreamRunner:
-    """Runs the samples with the same number of steps (boundary, robust, outlier) as one chain, the chains concurrently.
+    """Executes attack steps on CUDA streams, groups of samples beside each other: as `Engine(streams=True)` may choose.
 
+    Samples with the same number of steps (boundary, robust, outlier) are one chain, and the chains run concurrently.
     Each chain is replayed from graphs on its own stream and from its own memory pool. The streams start after the
     caller's earlier work, and the caller's stream waits for them all. In ℓ2 there is one chain of all samples, since
     the replacement of a zero gradient depends on a sample's place in the chain.

@@ -11,7 +11,7 @@ NORMS = ("l_inf", "l_2")
 
 @dataclass(frozen=True)
 class ThreatModel:
-    """All x' with `‖x' - x‖ ≤ epsilon` and every pixel in [lower, upper].
+    """The perturbations that an attack may make: all x' with `‖x' - x‖ ≤ epsilon` and every pixel in [lower, upper].
 
     Attributes:
         epsilon: ε ≥ 0, in pixel units; at 0 x' is x.

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from bt_fast.attack.apgd import APGD, checkpoints
-from bt_fast.attack.apgd_steps import Trail, radius_of, with_direction
+from bt_fast.attack.apgd_steps import Trail, with_direction
 from bt_fast.attack.batch import AttackBatch, View
 from bt_fast.attack.forward import clean_logits, gradient_of, in_float16, logits_of
 from bt_fast.attack.inner_values import Aim, values_and_directions
 from bt_fast.attack.pgd import PGD
 from bt_fast.attack.runners import Runner, move, stand_in_seeds
+from bt_fast.attack.start import into_ball
 from bt_fast.attack.threat import ThreatModel
 from bt_fast.ops.numeric import per_sample, wide
 from bt_fast.ranges import ATTACK_STEP, range_
@@ -145,11 +146,9 @@ def project(x: Tensor, clean: Tensor, threat: ThreatModel, epsilon: float | Tens
 
     `epsilon` is of all, or [n].
     """
-    inside, radius = x.clamp(threat.lower, threat.upper), radius_of(epsilon, x)
-    if threat.norm == "l_inf":
-        inside = torch.minimum(torch.maximum(inside, clean - radius), clean + radius)
-        x.copy_(inside.clamp_(threat.lower, threat.upper))
-        return
-    delta = wide(inside) - wide(clean)
-    length = per_sample(delta.flatten(1).norm(dim=1), x)
-    x.copy_(torch.where(length > radius, wide(clean) + delta * (radius / length), wide(inside)))
+    # onto the bounds first, as a step in l2 does; `given_start` goes into the ball first, which is another point there
+    inside = x.clamp(threat.lower, threat.upper)
+    if threat.norm == "l_2":
+        inside, clean = wide(inside), wide(clean)
+    inside = into_ball(inside, clean, threat, epsilon)
+    x.copy_(inside.clamp_(threat.lower, threat.upper))

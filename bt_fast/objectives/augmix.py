@@ -35,9 +35,10 @@ BULLET_STEPS = (1, 0, 0)  # N_B, N_R, N_O (paper, section 4): a sample is augmen
 class AugMixLoss(nn.Module):
     """The AugMix loss `CE(h(x), y) + 12/m · Σ JS(h(x), h(x'), h(x''))`: `criterion(model, x, y).backward()`.
 
-    x' and x'' are two AugMix views of each sample and JS is that of `ops.js_divergence`. Without `mining` it is the
-    authors' loss, from one forward of the three views together: 9 forward-pass equivalents with backward. With `jsd`
-    off it is their `--no-jsd`, the paper's "AugMix − JSD": `CE(h(x'), y)` on one view, at 3 equivalents.
+    Of Hendrycks et al. (2020). x' and x'' are two AugMix views of each sample and JS is that of `ops.js_divergence`.
+    Without `mining` it is the authors' loss, from one forward of the three views together: 9 forward-pass equivalents
+    with backward. With `jsd` off it is their `--no-jsd`, the paper's "AugMix − JSD": `CE(h(x'), y)` on one view, at 3
+    equivalents.
 
     With `mining` it is Algorithm 2 of the BulletTrain paper at N_B = 1, N_R = N_O = 0: a clean forward in train mode,
     with logits that both assign the groups and enter the loss, then one forward of the boundary samples' two views; JS
@@ -222,12 +223,18 @@ def augmix_loss(
     normalization: Normalization | None = None,
     engine: Engine | str = "exact",
 ) -> Tensor:
-    """`AugMixLoss` as a function, with its result and its errors.
+    """The AugMix loss of a minibatch as a function: `AugMixLoss` made and called at once.
 
     Args:
         model, x, y, generator: as for a call of `AugMixLoss`.
         bullet: `BulletTrain(1, 0, 0)`, on the images' device.
         jsd, severity, normalization, engine: as for `AugMixLoss`.
+
+    Returns:
+        0-dim loss with gradient to the model's parameters, ready for `backward()`.
+
+    Raises:
+        TypeError, ValueError: as for `AugMixLoss` and its call, with the names of these arguments.
     """
     _check_batch(x, y, generator)
     _check_options(bullet, jsd, severity, "bullet")

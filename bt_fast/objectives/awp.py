@@ -34,10 +34,11 @@ class AWP:
             optimizer.step()
     ```
 
-    The loss of a minibatch is computed twice on one x', which is made by the weights as they are. The first pass takes
-    the gradient g of the whole loss; no `.grad` and no buffer of the model keeps anything of it. Each trained parameter
-    w of two or more dimensions with "weight" in its name then moves by `γ·‖w‖·g / (‖g‖ + 1e-20)`. There the second pass
-    computes the loss of the block. When the block ends, by an exception too, the weights come back.
+    Of Wu et al. (2020). The loss of a minibatch is computed twice on one x', which is made by the weights as they are.
+    The first pass takes the gradient g of the whole loss; no `.grad` and no buffer of the model keeps anything of it.
+    Each trained parameter w of two or more dimensions with "weight" in its name then moves by `γ·‖w‖·g / (‖g‖ +
+    1e-20)`. There the second pass computes the loss of the block. When the block ends, by an exception too, the weights
+    come back.
 
     This is the authors' step of a proxy network by SGD (whose length the scaling takes out), and their update: of a
     loss with two clean forwards (TRADES) batch norm sees adversarial, clean, clean. As with them the move is subtracted
@@ -83,7 +84,7 @@ class AWP:
 
     @property
     def gamma(self) -> float:
-        """γ, the length of a weight's move as a share of its norm; may be set."""
+        """The length γ of a weight's move, as a share of its norm; may be set."""
         return self._gamma
 
     @gamma.setter

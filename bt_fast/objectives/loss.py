@@ -342,7 +342,7 @@ class RobustTermLoss(AdversarialLoss):
 
     @property
     def beta(self) -> float:
-        """β, the weight of the robust term; may be set."""
+        """The weight β of the robust term; may be set."""
         return self._beta
 
     @beta.setter

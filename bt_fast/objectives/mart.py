@@ -25,9 +25,10 @@ if TYPE_CHECKING:
 class MARTLoss(RobustTermLoss):
     """The MART loss `1/m Σ -log q_y - log(1.0001 - q_r + 1e-12) + β·KL(p ‖ q + 1e-12)·(1.0000001 - p_y)`.
 
-    p = softmax h(x), q = softmax h(x'), and r is the largest wrong class of q. x' climbs the cross-entropy from x plus
-    a little noise. Without `mining` and with the engine "exact" it is the authors' result (loss, gradients, batch
-    norm's buffers, random numbers) at their 26 forward-pass equivalents for ten steps: nothing can be left out.
+    Of Wang et al. (2020), as their code has it. p = softmax h(x), q = softmax h(x'), and r is the largest wrong class
+    of q. x' climbs the cross-entropy from x plus a little noise. Without `mining` and with the engine "exact" it is the
+    authors' result (loss, gradients, batch norm's buffers, random numbers) at their 26 forward-pass equivalents for ten
+    steps: nothing can be left out.
 
     The update runs the clean forward and then the adversarial one: batch norm sees each batch once. Without `mining`
     there is no clean forward before the attack: NaN in the first two samples' logits is raised as such, in another
@@ -46,7 +47,7 @@ class MARTLoss(RobustTermLoss):
     drop_in = "mart_loss"
 
     def graph_key(self) -> tuple[float, CrossEntropy]:
-        """β, and how the labels are smoothed."""
+        """The numbers that a graph fixes: β, and how the labels are smoothed."""
         return self.beta, self.cross_entropy
 
     def objective(self, clean_logits: Tensor | None, adversarial_logits: Tensor, y: Tensor) -> Tensor:

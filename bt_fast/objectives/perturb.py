@@ -96,7 +96,7 @@ def perturb(
     `mining.observe(adversarial_logits, y)`; otherwise F_R does not move, and a warning says so.
 
     Args:
-        model, engine, indices, generator: as for an `AdversarialLoss` and its calls, with their errors.
+        model, indices, generator: as for a call of an `AdversarialLoss`.
         x: [m, ...] floating point within the attack's bounds, m ≥ 1; not changed.
         y: [m] integers in 0..K-1, or [m, K] distributions, as for a call of `AdversarialLoss`. May be None without
             mining where `attack.inner` is a function: the model's outputs may then be any [m, d], embeddings say, and
@@ -109,6 +109,10 @@ def perturb(
 
     Returns:
         [m, ...] without gradient, in the dtype and order of x; or a `Perturbed` with it.
+
+    Raises:
+        TypeError, ValueError: as for an `AdversarialLoss` and its calls, and where labels are missing or per_sample
+            does not fit. F_R has not changed then.
     """
     check_outside("perturb", "call it before the block, and give its x' to the loss")
     arguments.check_attack(attack, mining, DEFAULTS, per_sample if isinstance(per_sample, PerSample) else NOTHING)
@@ -118,11 +122,7 @@ def perturb(
     embeds = mining is None and attack.inner is not None and not isinstance(attack.inner, str)
     own = by_sample.own_of(per_sample, x, attack, mined=mining is not None)
     call = replace(call, execution=call.execution.fitting(attack), embeds=embeds, own=own)
-    if mining is not None and mining.unobserved:
-        warn_caller(
-            "the last minibatch was not observed, so F_R stays where it is: "
-            "call mining.observe(adversarial_logits, y) once for each minibatch"
-        )
+    _warn_if_unobserved(mining)
     with adversarial.attacking(model, x, y, attack, DEFAULTS, mining, call) as (model, queued):
         x_adv, late = queued.perturbed()
         if late is not None:
@@ -136,6 +136,14 @@ def perturb(
     if not return_details:
         return x_adv
     return Perturbed(x_adv, queued.logits, plan.steps, plan.group if isinstance(plan, MinedPlan) else None)
+
+
+def _warn_if_unobserved(mining: BulletTrain | None) -> None:
+    if mining is not None and mining.unobserved:
+        warn_caller(
+            "the last minibatch was not observed, so F_R stays where it is: "
+            "call mining.observe(adversarial_logits, y) once for each minibatch"
+        )
 
 
 def _check_labels_given(y: Tensor | None, attack: PGD | APGD, mining: BulletTrain | None) -> None:

@@ -27,10 +27,11 @@ if TYPE_CHECKING:
 class PGDLoss(AdversarialLoss):
     """The cross-entropy `CE(h(x'), y)` of adversarial training: `criterion(model, x, y).backward()`.
 
-    x' climbs the cross-entropy from a point drawn uniformly from the ε-ball. It takes 23 forward-pass equivalents for
-    ten steps. Batch norm sees only x', once. With `mining` a sample with 0 steps has no random start either: its x' is
-    x, and takes part in the update's only forward. Without `mining` there is no clean forward before the attack: NaN in
-    the first two samples' logits is raised as such, in another sample's as NaN in its input gradient.
+    Of Madry et al. (2018). x' climbs the cross-entropy from a point drawn uniformly from the ε-ball. It takes 23
+    forward-pass equivalents for ten steps. Batch norm sees only x', once. With `mining` a sample with 0 steps has no
+    random start either: its x' is x, and takes part in the update's only forward. Without `mining` there is no clean
+    forward before the attack: NaN in the first two samples' logits is raised as such, in another sample's as NaN in its
+    input gradient.
 
     Args:
         attack, mining, engine, label_smoothing, smoothing, extra, logits: as for `TRADESLoss`, with its errors; a batch

@@ -29,8 +29,9 @@ if TYPE_CHECKING:
 class TRADESLoss(RobustTermLoss):
     """The TRADES loss `CE(h(x), y) + β/m · Σ KL(softmax h(x) ‖ softmax h(x'))`: `criterion(model, x, y).backward()`.
 
-    x' climbs the KL term from x plus a little noise. Without `mining` and with the engine "exact" it is the authors'
-    result (loss, gradients, batch norm's buffers) at 27 forward-pass equivalents for ten steps instead of their 39.
+    Of Zhang et al. (2019). x' climbs the KL term from x plus a little noise. Without `mining` and with the engine
+    "exact" it is the authors' result (loss, gradients, batch norm's buffers) at 27 forward-pass equivalents for ten
+    steps instead of their 39.
 
     The authors' update runs the clean batch twice; the second forward only moves batch norm's buffers, which here move
     without it. A model that draws random numbers in its forward (dropout) runs it twice without `mining`, and once with
@@ -83,7 +84,7 @@ class TRADESLoss(RobustTermLoss):
             raise ValueError(f"clean_updates must be 1 or 2, got {clean_updates}: write clean_updates=1")
 
     def graph_key(self) -> tuple[float, CrossEntropy]:
-        """β, and how the labels are smoothed."""
+        """The numbers that a graph fixes: β, and how the labels are smoothed."""
         return self.beta, self.cross_entropy
 
     def extra_repr(self) -> str:

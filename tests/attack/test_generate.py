@@ -3,14 +3,17 @@ import math
 import pytest
 import reference_trades
 import torch
+import torch.nn.functional as F
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from plain_pgd import by_input, loss_of, projected_step
 from pretended_device import DEVICE, pretended_device
 from small_models import CLASSES, SHAPE, Dead, Undefined, assert_unchanged, batch, build, snapshot, with_bright
 from tolerances import DTYPES, TOLERANCES, assert_near
 from torch import nn
 
 from bt_fast import Plan, ThreatModel, generate
+from bt_fast.attack.inner import NAMES
 from bt_fast.attack.runners import input_gradient
 from bt_fast.plan import Known
 
@@ -195,6 +198,96 @@ def test_samples_whose_gradient_holds_nan_stay_and_are_marked(norm):
         generate(model, *rows, plan, ThreatModel(0.03), faulty=faulty[1:])
 
 
+# The inner loss
+
+
+def along(loss, model, x, start, steps, sizes, norm):
+    """Attacks each sample alone by a plain loop; `loss` is a function of the model's outputs and the sample's row."""
+    model.eval()
+    result = start.clone()
+    for i, n in enumerate(steps.tolist()):
+        one = result[i : i + 1]
+        for _ in range(n):
+            probe = one.detach().requires_grad_()
+            grad = by_input(loss(model(probe), i), probe)
+            one = projected_step(one, grad, x[i : i + 1], ThreatModel(EPSILON[norm], norm), sizes[i].item())
+        result[i : i + 1] = one
+    model.train()
+    return result
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("inner", NAMES)
+@pytest.mark.parametrize("engine", ["exact", "fast"])
+def test_every_inner_loss_is_that_of_each_sample_attacked_alone(norm, inner, engine):
+    model, x, start, clean = case()
+    labels = torch.arange(8) % CLASSES
+    target = clean if inner in ("kl", "lse") else F.one_hot(labels, CLASSES).double()
+    result = attack(model, x, start, target, STEPS, sizes_of(8), norm, inner=inner, engine=engine)
+    rows = [slice(i, i + 1) for i in range(8)]
+    plain = along(
+        lambda z, i: loss_of(inner, z, labels[rows[i]], target[rows[i]]), model, x, start, STEPS, sizes_of(8), norm
+    )
+    assert_near(result, plain)
+
+
+@pytest.mark.parametrize("inner", ["margin", "dlr"])
+def test_the_largest_entry_of_a_soft_target_is_the_label(inner):
+    model, x, start, _ = case()
+    hard = F.one_hot(torch.arange(8) % CLASSES, CLASSES).double()
+    soft = 0.9 * hard + 0.1 / CLASSES
+    of_hard, of_soft = (attack(model, x, start, t, STEPS, sizes_of(8), inner=inner) for t in (hard, soft))
+    assert torch.equal(of_soft, of_hard)
+
+
+@pytest.mark.parametrize("width", [1, 3])
+def test_a_function_ascends_from_the_target_of_any_width(width):
+    torch.manual_seed(0)
+    model, (x, _) = nn.Sequential(nn.Flatten(), nn.Linear(36, width), nn.Tanh()).double(), batch()
+    target, start = model(x).detach(), (x + 0.01).clamp(0, 1)
+    seen = []
+
+    def away(outputs, rows):
+        seen.append((len(outputs), rows.labels))
+        return (outputs - rows.clean_outputs).square().sum(dim=1)
+
+    result = attack(model, x, start, target, STEPS, sizes_of(8), inner=away)
+    assert seen == [(6, None), (4, None), (3, None), (2, None), (2, None)]
+    plain = along(lambda z, i: (z - target[i]).square().sum(), model, x, start, STEPS, sizes_of(8), "l_inf")
+    assert_near(result, plain)
+
+
+def test_a_function_is_given_targets_of_16_bits_in_32():
+    model, x, start, target = case(dtype=torch.float32)
+    kinds = []
+
+    def away(outputs, rows):
+        kinds.append((outputs.dtype, rows.clean_outputs.dtype))
+        return (outputs - rows.clean_outputs).square().sum(dim=1)
+
+    attack(model.bfloat16(), x.bfloat16(), start.bfloat16(), target.bfloat16(), STEPS, sizes_of(8), inner=away)
+    assert set(kinds) == {(torch.float32, torch.float32)}
+
+
+@pytest.mark.parametrize(
+    ("inner", "columns", "error", "message"),
+    [
+        ("hinge", CLASSES, ValueError, "inner must be one of 'kl'.*write inner='cross_entropy'"),
+        ("dlr_targeted", CLASSES, ValueError, "inner must be one of 'kl'.*got 'dlr_targeted'"),
+        (None, CLASSES, TypeError, "inner must be one of 'kl'.*got None"),
+        ("dlr", 2, ValueError, "the model must have K >= 3 classes, got 2"),
+        *((name, 7, ValueError, r"target must have shape \[6, 5\].*got \[6, 7\]") for name in NAMES),
+        (lambda z, rows: z.sum(), CLASSES, ValueError, r"inner must return shape \[6\]"),
+    ],
+)
+def test_an_inner_loss_that_does_not_fit_is_an_error(inner, columns, error, message):
+    model, x, start, _ = case()
+    before = snapshot(model)
+    with pytest.raises(error, match=message):
+        attack(model, x, start, torch.eye(8, columns).double(), STEPS, sizes_of(8), inner=inner)
+    assert_unchanged(before, model)
+
+
 # What it costs
 
 
@@ -328,6 +421,7 @@ def test_no_number_is_drawn_where_no_gradient_is_0(norm):
         ("start", lambda t: t[:, :, :3], ValueError, r"start must have clean's shape.*\[8, 1, 3, 6\]"),
         ("start", lambda t: t.long(), TypeError, "start must be floating-point.*int64"),
         ("target", lambda t: t[:1], ValueError, r"target must have shape \[8, K\], got \[1, 5\]"),
+        ("target", lambda t: t.argmax(dim=1)[:, None], TypeError, "target must be floating point, got torch.int64"),
         ("target", lambda t: t[:, 0], ValueError, r"target must have shape \[8, K\], got \[8\]"),
     ],
 )

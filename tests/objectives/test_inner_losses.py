@@ -9,7 +9,7 @@ from plain_pgd import loss_of, projected_step
 from small_models import CLASSES, Undefined, assert_unchanged, batch, build, snapshot, with_bright
 from torch import nn
 
-from bt_fast import PGD, BulletTrain, Engine, MARTLoss, Oracle, PGDLoss, ThreatModel, TRADESLoss, perturb
+from bt_fast import PGD, BulletTrain, Engine, MARTLoss, Oracle, PerSample, PGDLoss, ThreatModel, TRADESLoss, perturb
 from bt_fast.attack.inner import NAMES
 from bt_fast.attack.start import ball_start, random_state, sorted_start
 
@@ -220,6 +220,22 @@ def test_labels_of_embeddings_are_the_functions_own():
         model.eval(), x, y, start, attack(), lambda z, _: F.cross_entropy(z @ table.T, y, reduction="none")
     )
     torch.testing.assert_close(result, expected, **CLOSE)
+
+
+def test_a_samples_own_tensors_are_those_of_its_label_where_samples_take_their_own_steps():
+    texts, steps = torch.randn(8, 3, dtype=torch.float64), torch.tensor([1, 3, 0, 2, 3, 1, 0, 2])
+
+    def from_its_text(outputs, rows):
+        return -(outputs * texts[rows.labels]).sum(dim=1)
+
+    model, (x, _) = build(lambda: Encoder(3)), batch()
+    pgd = attack(inner=from_its_text, start="clean")
+    result = perturb(model, x, torch.arange(8), pgd, per_sample=PerSample(steps))
+    model.eval()
+    for i, n in enumerate(steps.tolist()):
+        row = slice(i, i + 1)
+        one = plain_attack(model, x[row], None, x[row], attack(), lambda z, _, row=row: -(z * texts[row]).sum(dim=1), n)
+        torch.testing.assert_close(result[row], one, **CLOSE)
 
 
 # Bad input
