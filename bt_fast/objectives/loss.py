@@ -284,6 +284,8 @@ class AdversarialLoss(nn.Module, ABC):
 
     def __setstate__(self, state: dict[str, Any]) -> None:  # of a version without these too
         added = {"_passes": Passes(), "extra": None, "_selection": None, "cross_entropy": CrossEntropy()}
+        if "extra" in state["_modules"]:  # a term that is a module is a part of the loss
+            del added["extra"]
         super().__setstate__(added | state)  # type: ignore[no-untyped-call]
 
     def _check(self, attack: PGD | APGD, mining: BulletTrain | None, extra: Extra | None) -> None:
