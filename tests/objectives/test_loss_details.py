@@ -480,6 +480,7 @@ BAD_TERMS = {
     "nothing": (lambda b: None, TypeError, "extra must return a floating-point tensor, got NoneType"),
     "a number": (lambda b: 0.5, TypeError, "extra must return a floating-point tensor, got float"),
     "an integer": (lambda b: b.y.sum(), TypeError, r"extra must return a floating-point tensor, got torch\.int64"),
+    "elsewhere": (lambda b: b.logits.mean().to("meta"), ValueError, "extra's result must be on cpu like the loss"),
     "a row": (
         lambda b: b.logits.sum(dim=1),
         ValueError,
