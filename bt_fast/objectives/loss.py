@@ -191,9 +191,10 @@ class AdversarialLoss(nn.Module, ABC):
         Raises:
             TypeError: images are not floating point, labels of another kind, or the model does not return a tensor.
             ValueError: a shape, device or value does not fit (pixels outside the bounds, labels out of range, NaN
-                logits, NaN in the input gradient). No buffer, no gradient and no F_R has changed then, unless it is the
-                update that went wrong, its forwards or its further term: batch norm may have moved. On a GPU, NaN in an
-                input gradient is raised after these forwards, and with mining by the next call.
+                logits, NaN in the input gradient). No buffer, no gradient and no F_R has changed then, and random
+                generators are as before, unless it is the update that went wrong, its forwards or its further term:
+                batch norm may have moved. On a GPU, NaN in an input gradient is raised after these forwards, and with
+                mining by the next call.
         """
         call = Call.of(self.engine, self._cache, x, y, self.mining, indices, generator)
         return self.of_call(model, x, y, call)

@@ -457,10 +457,14 @@ def test_a_bad_value_is_named_before_anything_has_changed(name, mining):
     model, (x, y) = small_models.build(), small_models.batch(M)
     bullet = BulletTrain(4, 1, 0) if mining else None
     modules = [model] if bullet is None else [model, bullet]
-    before = small_models.snapshot(*modules)
-    with pytest.raises(error, match=message):
-        perturb(model, x, y, ATTACK, bullet, per_sample=PerSample(**fields))
+    before, random = small_models.snapshot(*modules), torch.get_rng_state()
+    for generator in (None, torch.Generator().manual_seed(0)):
+        state = None if generator is None else generator.get_state()
+        with pytest.raises(error, match=message):
+            perturb(model, x, y, ATTACK, bullet, per_sample=PerSample(**fields), generator=generator)
+        assert generator is None or torch.equal(generator.get_state(), state)
     small_models.assert_unchanged(before, *modules)
+    assert torch.equal(torch.get_rng_state(), random)
 
 
 @pytest.mark.parametrize(
