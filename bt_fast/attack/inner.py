@@ -71,7 +71,7 @@ def check_not_at_x(start: str | None, inner: OfAPGD | None) -> None:
     if start == "clean" and isinstance(inner, str) and inner in OF_CLEAN:
         raise ValueError(
             f"attack must not start at x with the inner loss {inner!r}, a distance from x's own distribution, which "
-            "has no gradient there: write start='normal', or inner='cross_entropy'"
+            "has no gradient there: write start='uniform', or inner='cross_entropy'"
         )
 
 

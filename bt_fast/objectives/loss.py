@@ -180,7 +180,7 @@ class AdversarialLoss(nn.Module, ABC):
                 the largest part of its distribution, the first of equals.
             indices: [m] integers in 0..2^32-1, each sample's number, in its data set say. A sample's start then depends
                 on its number and the seed last given to `generator` (or the device's own) alone, in whatever batch and
-                on whatever rank it is. Nothing is drawn: give a new seed in each epoch.
+                on whatever rank it is, of images in one memory format. Nothing is drawn: give a new seed each epoch.
             generator: on the images' device, for the random start. Without it and without mining, images on the CPU
                 draw like the authors' code, so that a seeded script repeats its numbers. With mining only a seed is
                 drawn, from this generator or the device's own.
