@@ -15,6 +15,7 @@ from bt_fast.ops.rows import has_softmax
 
 MAX_LISTED = 8  # samples in a message
 AGAINST_NAN = " (lower the learning rate, or look for a division by 0 in the model)"
+IN_GRADIENTS = AGAINST_NAN.replace("in the model", "in the model, or in inner where that is a function")
 
 
 class NonFiniteError(ValueError):
@@ -145,7 +146,7 @@ def gradients_without_direction(faulty: Tensor, order: Tensor | None = None) -> 
     `order` [m] int64 is the sample of the minibatch for each of these; None for its own place.
     """
     message = f"the model's input gradient must be finite, but held NaN for {{count}} of {len(faulty)} samples"
-    return Fault(faulty.sum(), message + AGAINST_NAN, lambda: marked(faulty, order))
+    return Fault(faulty.sum(), message + IN_GRADIENTS, lambda: marked(faulty, order))
 
 
 def marked(unfit: Tensor, order: Tensor | None = None) -> Tensor:
@@ -177,7 +178,7 @@ def unreported(updates: Tensor, gradients: Tensor, faulty: Tensor, order: Tensor
     of_gradients = "the model's input gradient must be finite, but held NaN for {count} samples of earlier attacks"
     return [
         Fault(updates, of_updates + AGAINST_NAN, _no_samples, earlier=True),
-        Fault(gradients, of_gradients + AGAINST_NAN, lambda: marked(faulty, order), earlier=True),
+        Fault(gradients, of_gradients + IN_GRADIENTS, lambda: marked(faulty, order), earlier=True),
     ]
 
 

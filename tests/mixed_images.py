@@ -1,7 +1,10 @@
 """Mixup and CutMix, as torchvision's v2 transforms make them: each image and label mixed with the one before it."""
 
+import importlib
+
 import torch
 import torch.nn.functional as F
+from published import package
 
 
 def mixup(x, y, classes, share=0.7):
@@ -29,10 +32,10 @@ def mixed_labels(y, classes, share):
 
 def of_torchvision(name):
     """The transform of torchvision, called as the functions here; None where it is not installed."""
-    try:
-        from torchvision.transforms import v2
-    except (ImportError, RuntimeError):  # the second where it is built for another torch
+    if importlib.util.find_spec("torchvision") is None:
         return None
+    package("torchvision")
+    v2 = importlib.import_module("torchvision.transforms.v2")
 
     def mixed(x, y, classes, seed=0):
         with torch.random.fork_rng():

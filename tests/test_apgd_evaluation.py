@@ -377,6 +377,12 @@ def test_a_model_of_more_classes_goes_to_nine(no_package):
         result = evaluate(model, [(x, y)], ThreatModel(0.02), attacks="standard", generator=generator())
     losses = ["cross_entropy", *["dlr_targeted"] * 9]
     assert fates(result) == plainly(model, x, y, "linf", 0.02, 7, losses, "surface", seed_of(3))
+    rows = []
+    model.register_forward_hook(lambda _, args, __: rows.append(len(args[0]) if len(args[0]) == 16 else 0))
+    with pytest.warns(UserWarning, match="alone"):
+        unbroken = evaluate(model, [(x, y)], ThreatModel(1e-9), attacks="standard", generator=generator())
+    assert unbroken.robust_correct == 16
+    assert sum(rows) == 16 + 16 * (1 + 9) * (7 + 1)
 
 
 # Bad input

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from bt_fast.attack.inner import NAMES, TARGETED, OfAPGD, check_inner, check_not_at_x
-from bt_fast.attack.pgd import NORMS, STARTS, Norm, checked_bounds
+from bt_fast.attack.pgd import NORMS, Norm, check_start, checked_bounds
 from bt_fast.attack.pixels import Normalization
 from bt_fast.attack.start import Noise
 from bt_fast.attack.statistics import Statistics
@@ -61,7 +61,7 @@ class APGD:
         vars(self).update(epsilon=size("epsilon", self.epsilon), steps=steps, rho=rho)
         vars(self).update(bounds=checked_bounds(self.bounds))
         check_choice("norm", self.norm, NORMS)
-        check_choice("start", self.start, STARTS)
+        check_start(self.start)
         check_inner("inner", self.inner, (*NAMES, TARGETED))
         if not 0.0 <= rho <= 1.0:
             raise ValueError(f"rho must lie in [0, 1], got {self.rho}: write rho=0.75")

@@ -219,9 +219,10 @@ def attack_model(model: nn.Module, recipe: Frozen | None, x: Tensor) -> Iterator
             return
         views = _views.setdefault(model, {})
         view = views.get(recipe)
-        if view is None or not view.current or not view.fits(x):
-            view = views[recipe] = FoldedModel(model, recipe, x)
-        view.refresh()
+        with torch.inference_mode(False):  # of a caller: what a view keeps is for attacks, and for later ones
+            if view is None or not view.current or not view.fits(x):
+                view = views[recipe] = FoldedModel(model, recipe, x.clone())
+            view.refresh()
         yield view
 
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from bt_fast import ops
 from bt_fast.attack.dlr import LEAST_CLASSES, dlr
 from bt_fast.ops import rows as logit_rows
-from bt_fast.ops.numeric import kind_of
+from bt_fast.ops.numeric import computable, kind_of
+from bt_fast.validation import check_device
 
 InnerLoss = Literal["kl", "cross_entropy", "margin", "dlr", "lse"]
 NAMES: tuple[str, ...] = get_args(InnerLoss)
@@ -81,7 +82,7 @@ def check_not_at_x(start: str | None, inner: OfAPGD | None) -> None:
     if start == "clean" and isinstance(inner, str) and inner in OF_CLEAN:
         raise ValueError(
             f"attack must not start at x with the inner loss {inner!r}, a distance from x's own distribution, which "
-            "has no gradient there: write start='normal', or inner='cross_entropy'"
+            "has no gradient there: write start='uniform', or inner='cross_entropy'"
         )
 
 
@@ -165,11 +166,11 @@ def _margin(z: Tensor, at: Tensor) -> Tensor:
 
 
 def of_function(inner: InnerFunction, z: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
-    """The function's values [n] of outputs z [n, d], and the gradient of their sum."""
+    """The function's values [n] of outputs z [n, d], and the gradient of their sum: NaN where the value is."""
     z = z.detach().requires_grad_()
     with torch.enable_grad():
         values = inner(z, rows)
-    if not isinstance(values, Tensor) or not values.is_floating_point():
+    if not isinstance(values, Tensor) or not computable(values):
         raise TypeError(
             f"inner must return a floating-point tensor, got {kind_of(values)}: let it return one number for each row"
         )
@@ -178,6 +179,7 @@ def of_function(inner: InnerFunction, z: Tensor, rows: Rows) -> tuple[Tensor, Te
             f"inner must return shape [{len(z)}], one loss for each row, got {list(values.shape)}: "
             "let it sum over the outputs only, with .sum(dim=1)"
         )
+    check_device("inner's result", values, z.device, "the outputs")
     gradient = None
     if values.requires_grad:
         (gradient,) = torch.autograd.grad(values, z, torch.ones_like(values), allow_unused=True)
@@ -186,7 +188,8 @@ def of_function(inner: InnerFunction, z: Tensor, rows: Rows) -> tuple[Tensor, Te
             "inner must return a loss with a gradient to its outputs, but gave one without: "
             "take .detach(), torch.no_grad() or a rounding out of it"
         )
-    return values.detach(), gradient
+    values = values.detach()
+    return values, torch.where(values.isnan()[:, None], math.nan, gradient)
 
 
 def _scaled(direction: Tensor, together: bool) -> Tensor:

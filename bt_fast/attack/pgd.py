@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from torch import Tensor
+
 from bt_fast.attack.inner import Inner, check_inner
 from bt_fast.attack.pixels import Normalization
 from bt_fast.attack.start import Noise
@@ -68,7 +70,7 @@ class PGD:
         sizes = {"epsilon": epsilon, "step_size": size_of_step("step_size", self.step_size, epsilon)}
         vars(self).update(sizes, steps=step_count("steps", self.steps, least=1), bounds=checked_bounds(self.bounds))
         check_choice("norm", self.norm, NORMS)
-        check_choice("start", self.start, STARTS)
+        check_start(self.start)
         check_inner("inner", self.inner)
         check_choice("keep", self.keep, ("last", "best"))
         check_choice("statistics", self.statistics, STATISTICS)
@@ -79,6 +81,16 @@ class PGD:
     def threat(self) -> ThreatModel:
         """The perturbations that the attack may make."""
         return ThreatModel(self.epsilon, NORMS[self.norm], *self.bounds)
+
+
+def check_start(start: object) -> None:
+    """Raise TypeError or ValueError unless it is the name of a start, or None."""
+    if isinstance(start, Tensor):
+        raise TypeError(
+            f"start must be one of {', '.join(map(repr, STARTS))}, got a tensor: "
+            "write perturb(..., per_sample=PerSample(start=...))"
+        )
+    check_choice("start", start, STARTS)
 
 
 def norm_of(distance: str) -> Norm:

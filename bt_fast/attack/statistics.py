@@ -7,11 +7,13 @@ would be a neighbour, and no mining, which drops samples from the batch.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
+from bt_fast.attack.device import RandomStates
 from bt_fast.attack.folded import Frozen, attack_model
 from bt_fast.attack.forward import buffers_kept, training_modes
 from bt_fast.attack.wrapped import gathered, unwrapped
@@ -43,12 +45,21 @@ def why_apart(statistics: Statistics) -> str:
     return f"statistics={statistics!r} runs the model itself, in the modes of the update"
 
 
-def undone_by_errors(model: nn.Module, statistics: Statistics) -> AbstractContextManager[object]:
-    """Around an attack and what follows it: an error takes back what "tracked" forwards did to the buffers."""
-    if statistics != "tracked":
-        return nullcontext()
-    check_model(model)
-    return buffers_kept(model, after_errors_only=True)
+@contextmanager
+def undone_by_errors(
+    model: nn.Module, statistics: Statistics, x: Tensor, generator: torch.Generator | None
+) -> Iterator[None]:
+    """Around an attack and what follows it: an error takes back what they drew, and "tracked" forwards' buffers."""
+    if statistics == "tracked":
+        check_model(model)
+    random = () if torch.compiler.is_compiling() else (RandomStates.of(x.device, generator),)
+    with buffers_kept(model, after_errors_only=True) if statistics == "tracked" else nullcontext():
+        try:
+            yield
+        except BaseException:
+            for states in random:
+                states.restore()
+            raise
 
 
 def check_statistics(statistics: Statistics, where: str, instead: str) -> None:

@@ -220,7 +220,8 @@ def attacking(
         defaults: start and inner loss for a `pgd` that names none.
     """
     images = on_pixels(model, x, pgd.normalization, call.name, pgd.bounds)
-    with images as (model, pixels), call.execution.autocast(x), undone_by_errors(model, pgd.statistics):
+    undone = undone_by_errors(model, pgd.statistics, x, call.generator)
+    with images as (model, pixels), call.execution.autocast(x), undone:
         if call.updates:
             check_training_outputs(model, x, pixels)
         attack = start(model, pixels(x), y, Adversary.of(pgd, *defaults, call.on_pixels(pixels)), bullet)

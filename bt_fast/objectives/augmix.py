@@ -14,6 +14,7 @@ from bt_fast.allocation import Oracle
 from bt_fast.attack.forward import buffers_kept, checked_logits, logits_of
 from bt_fast.attack.memory_format import formatted, takes_channels_last
 from bt_fast.attack.pixels import Normalization, on_pixels
+from bt_fast.attack.statistics import undone_by_errors
 from bt_fast.attack.wrapped import unwrapped
 from bt_fast.augment.mix import SEVERITY, augment_and_mix, check_images, check_severity, draw_choices
 from bt_fast.engine import Engine
@@ -123,6 +124,7 @@ class AugMixLoss(nn.Module):
             self.again() if this.further else nullcontext(),
             on_pixels(model, x, self.normalization, "x") as (model, pixels),
             autocast(precision_of(self.engine), x),
+            undone_by_errors(model, "running", x, generator),
         ):
             images = pixels(x).detach()
             outside = faults.pixels_outside(images, 0.0, 1.0, "x")

@@ -11,6 +11,7 @@ from bt_fast.attack.pixels import Normalize
 from bt_fast.objectives import adversarial
 from bt_fast.ops.numeric import kind_of
 from bt_fast.plan import Plan
+from bt_fast.validation import check_device
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +58,7 @@ class ExtraTerm:
         """The loss with the term, in the loss's dtype. All rows given are the first in the plan's sorted order.
 
         Raises:
-            TypeError, ValueError: the function returned something else than a floating-point number, 0-dim.
+            TypeError, ValueError: the function returned no floating-point number, 0-dim, on the device of the loss.
         """
         term = self.function(self._batch(clean, adversarial_logits, x_adv, y))
         if not isinstance(term, Tensor) or not term.is_floating_point():
@@ -68,7 +69,9 @@ class ExtraTerm:
             raise ValueError(
                 f"extra must return one number, 0-dim, got shape {list(term.shape)}: let it end with .mean()"
             )
-        return loss + term.to(loss.dtype)
+        total = loss + term.to(loss.dtype)
+        check_device("extra's result", total, loss.device, "the loss")  # a number on the CPU goes with any
+        return total
 
     def _batch(self, clean: Tensor | None, adversarial_logits: Tensor, x_adv: Tensor, y: Tensor) -> UpdateBatch:
         n, order, unsort = len(y), self.plan.order, self.plan.unsort

@@ -180,7 +180,7 @@ class AdversarialLoss(nn.Module, ABC):
                 the largest part of its distribution, the first of equals.
             indices: [m] integers in 0..2^32-1, each sample's number, in its data set say. A sample's start then depends
                 on its number and the seed last given to `generator` (or the device's own) alone, in whatever batch and
-                on whatever rank it is. Nothing is drawn: give a new seed in each epoch.
+                on whatever rank it is, of images in one memory format. Nothing is drawn: give a new seed each epoch.
             generator: on the images' device, for the random start. Without it and without mining, images on the CPU
                 draw like the authors' code, so that a seeded script repeats its numbers. With mining only a seed is
                 drawn, from this generator or the device's own.
@@ -191,9 +191,10 @@ class AdversarialLoss(nn.Module, ABC):
         Raises:
             TypeError: images are not floating point, labels of another kind, or the model does not return a tensor.
             ValueError: a shape, device or value does not fit (pixels outside the bounds, labels out of range, NaN
-                logits, NaN in the input gradient). No buffer, no gradient and no F_R has changed then, unless it is the
-                update that went wrong, its forwards or its further term: batch norm may have moved. On a GPU, NaN in an
-                input gradient is raised after these forwards, and with mining by the next call.
+                logits, NaN in the input gradient). No buffer, no gradient and no F_R has changed then, and random
+                generators are as before, unless it is the update that went wrong, its forwards or its further term:
+                batch norm may have moved. On a GPU, NaN in an input gradient is raised after these forwards, and with
+                mining by the next call.
         """
         call = Call.of(self.engine, self._cache, x, y, self.mining, indices, generator)
         return self.of_call(model, x, y, call)
@@ -284,6 +285,8 @@ class AdversarialLoss(nn.Module, ABC):
 
     def __setstate__(self, state: dict[str, Any]) -> None:  # of a version without these too
         added = {"_passes": Passes(), "extra": None, "_selection": None, "cross_entropy": CrossEntropy()}
+        if "extra" in state["_modules"]:  # a term that is a module is a part of the loss
+            del added["extra"]
         super().__setstate__(added | state)  # type: ignore[no-untyped-call]
 
     def _check(self, attack: PGD | APGD, mining: BulletTrain | None, extra: Extra | None) -> None:

@@ -16,7 +16,7 @@ from emulated_tf32 import EmulatedTf32
 from torch import nn
 from torch.nn.functional import avg_pool2d
 
-from bt_fast import BulletTrain, Frozen, Plan, ThreatModel, generate, trades_loss
+from bt_fast import APGD, PGD, BulletTrain, Frozen, Plan, ThreatModel, TRADESLoss, generate, perturb, trades_loss
 from bt_fast.attack import folded, folding
 from bt_fast.attack.folded import FoldedModel, attack_model
 from bt_fast.attack.forward import eval_mode
@@ -185,6 +185,24 @@ def test_it_follows_the_model_without_being_traced_again():
         with attack_model(model, RECIPES[0], x) as view:
             assert view is first
             torch.testing.assert_close(view(x), model(x), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("attack", [PGD(0.1, 0.03, 3), PGD(0.1, 0.03, 3, keep="best"), APGD(0.1, 3)])
+def test_a_view_made_under_inference_mode_attacks_there_and_later(attack):
+    """As a validation loop may attack before the first update, of images that are made there."""
+    model, (x, y) = trained(small_models.conv_bn()), small_models.batch(6)
+    results = []
+    for mode in (torch.inference_mode(), torch.no_grad(), nullcontext()):
+        with mode:
+            generator = torch.Generator().manual_seed(0)
+            given = x.clone(), y.clone()
+            results.append(perturb(model, *given, attack, engine="fast", generator=generator))
+    for result in results:
+        assert torch.equal(result, results[0])
+        assert not result.is_inference()
+    with torch.inference_mode():
+        TRADESLoss(attack, mining=BulletTrain(3, 1, 0))(model, x.clone(), y.clone())
+    TRADESLoss(attack, mining=BulletTrain(3, 1, 0))(model, x, y).backward()
 
 
 @pytest.mark.parametrize("change", ["parameter", "module", "dtype"])

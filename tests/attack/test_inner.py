@@ -159,6 +159,8 @@ WRONG = {
         ValueError,
         r"inner must return a loss with a gradient.*: take",
     ),
+    "sparse": (lambda z, rows: z.sum(dim=1).to_sparse(), TypeError, r"got torch\.float32, torch\.sparse_coo"),
+    "elsewhere": (lambda z, rows: z.sum(dim=1).to("meta"), ValueError, "inner's result must be on cpu like"),
     "a leaf": (lambda z, rows: torch.ones(2, requires_grad=True) * 2, ValueError, "inner must return a loss with a"),
 }
 

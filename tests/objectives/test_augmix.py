@@ -451,10 +451,11 @@ def test_bad_input(name, options):
         p.grad = torch.ones_like(p)
     model.body[1].eval()
     state = [model, *([given_["bullet"]] if "bullet" in given_ else [])]
-    before = snapshot(*state)
+    before, random = snapshot(*state), torch.get_rng_state()
     with pytest.raises(error, match=message):
         augmix_loss(model, given_.pop("x"), given_.pop("y"), **given_)
     assert_unchanged(before, *state)
+    assert torch.equal(torch.get_rng_state(), random)
 
 
 def test_nan_logits_of_the_views_change_nothing():

@@ -202,6 +202,23 @@ def test_trained_weights_of_two_dimensions_move_by_gamma_of_their_norm():
     assert_near_nested(weights_of(model), before)
 
 
+def test_a_parameter_with_another_name_than_weight_stays_as_with_the_authors():
+    class WithPlaces(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.places, self.body = nn.Parameter(0.1 * torch.randn(1, 1, 6, 6)), build()
+
+        def forward(self, x):
+            return self.body(x + self.places)
+
+    model, (x, y) = build(WithPlaces), batch()
+    before = weights_of(model)
+    with AWP(model, gamma=0.02)(loss_of(), x, y):
+        shares = moved_by(model, before)
+    assert shares["places"] == 0
+    assert shares["body.0.weight"] == pytest.approx(0.02)
+
+
 def test_a_shared_weight_moves_once():
     class Shared(nn.Module):
         def __init__(self):

@@ -1,6 +1,7 @@
 """Every inner loss in losses and `perturb`: x' of a plain loop, with mining of each sample alone; embeddings."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -9,7 +10,19 @@ from plain_pgd import loss_of, projected_step
 from small_models import CLASSES, Undefined, assert_unchanged, batch, build, snapshot, with_bright
 from torch import nn
 
-from bt_fast import PGD, BulletTrain, Engine, MARTLoss, Oracle, PerSample, PGDLoss, ThreatModel, TRADESLoss, perturb
+from bt_fast import (
+    APGD,
+    PGD,
+    BulletTrain,
+    Engine,
+    MARTLoss,
+    Oracle,
+    PerSample,
+    PGDLoss,
+    ThreatModel,
+    TRADESLoss,
+    perturb,
+)
 from bt_fast.attack.inner import NAMES
 from bt_fast.attack.start import ball_start, random_state, sorted_start
 
@@ -332,3 +345,22 @@ def test_nan_in_a_samples_gradient_is_reported_and_the_model_stays(inner):
     with pytest.raises(ValueError, match=r"NaN for 2 of 8 samples.*: samples 2, 5"):
         PGDLoss(attack(inner=away if inner == "a function" else inner), engine="exact")(model, x, y)
     assert_unchanged(before, model)
+
+
+@pytest.mark.parametrize("mined", [False, True])
+@pytest.mark.parametrize("kind", [PGD, partial(PGD, keep="best"), APGD], ids=["last", "best", "apgd"])
+def test_a_function_that_gives_nan_with_a_sound_gradient_is_reported(kind, mined):
+    """No iterate is greater than NaN, so that what keeps the best one would keep the start."""
+
+    def inner(outputs, rows):
+        value = outputs.square().sum(dim=1)
+        return value + torch.where(rows.labels == 1, torch.nan, 0.0)
+
+    model, (x, y) = build("conv_bn"), batch()
+    mining = BulletTrain(STEPS, STEPS, STEPS) if mined else None
+    size = () if kind is APGD else (0.03,)
+    modules = [model] if mining is None else [model, mining]
+    before, message = snapshot(*modules), rf"held NaN for {int((y == 1).sum())} of 8 samples.*, or in inner where"
+    with pytest.raises(ValueError, match=message):
+        PGDLoss(kind(0.1, *size, STEPS, inner=inner), mining=mining, engine="exact")(model, x, y)
+    assert_unchanged(before, *modules)

@@ -388,6 +388,32 @@ def test_a_minibatch_that_the_attack_refuses_does_not_reach_it():
     assert not hasattr(noted, "batch")
 
 
+class OfATeacher(nn.Module):
+    """A further term that is a module, and so a part of the loss."""
+
+    def __init__(self):
+        super().__init__()
+        self.teacher = build("conv_bn", seed=1).eval()
+
+    def forward(self, batch):
+        with torch.no_grad():
+            of_teacher = self.teacher(batch.x)
+        return F.mse_loss(batch.adversarial_logits, of_teacher)
+
+
+def test_a_copy_and_a_pickle_keep_a_further_term_that_is_a_module():
+    model, (x, y) = build("conv_bn"), batch(8)
+    criterion = TRADESLoss(ATTACK, extra=OfATeacher(), engine="exact")
+    values = []
+    for loss in (criterion, copy.deepcopy(criterion), pickle.loads(pickle.dumps(criterion))):
+        torch.manual_seed(0)
+        values.append(loss(copy.deepcopy(model), x, y).item())
+    assert values[0] == values[1] == values[2]
+    without = TRADESLoss(ATTACK, engine="exact")
+    torch.manual_seed(0)
+    assert without(copy.deepcopy(model), x, y).item() != values[0]
+
+
 def test_a_copy_and_a_pickle_have_the_options():
     criterion = TRADESLoss(ATTACK, label_smoothing=0.1, smoothing="others", clean_updates=1, extra=torch.sum)
     for twin in (copy.deepcopy(criterion), pickle.loads(pickle.dumps(criterion))):
@@ -454,6 +480,7 @@ BAD_TERMS = {
     "nothing": (lambda b: None, TypeError, "extra must return a floating-point tensor, got NoneType"),
     "a number": (lambda b: 0.5, TypeError, "extra must return a floating-point tensor, got float"),
     "an integer": (lambda b: b.y.sum(), TypeError, r"extra must return a floating-point tensor, got torch\.int64"),
+    "elsewhere": (lambda b: b.logits.mean().to("meta"), ValueError, "extra's result must be on cpu like the loss"),
     "a row": (
         lambda b: b.logits.sum(dim=1),
         ValueError,

@@ -691,10 +691,11 @@ def test_bad_input(objective, name, bullet):
         p.grad = torch.ones_like(p)
     model.body[1].eval()
     state = [model] if bullet is None else [model, bullet]
-    before = snapshot(*state)
+    before, random = snapshot(*state), torch.get_rng_state()
     with pytest.raises(error, match=message):
         objective.loss(model, options.pop("x"), options.pop("y"), sgd(model), **options, bullet=bullet)
     assert_unchanged(before, *state)
+    assert torch.equal(torch.get_rng_state(), random)
 
 
 @pytest.mark.parametrize("objective", [o for o in OBJECTIVES if o.rows_seen_before == 2], ids=str)

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from pretended_device import counted_waits, pretended_device
 
 from bt_fast import (
+    APGD,
     PGD,
     BulletTrain,
     MARTLoss,
@@ -278,7 +279,7 @@ def test_a_clean_start_is_x_itself(kind, norm):
 
 def test_a_clean_start_has_no_gradient_of_the_divergence_from_itself():
     model, (x, y) = network(), small_models.batch(M)
-    clean, why = dataclasses.replace(ATTACK, start="clean"), r"no gradient there: write start='normal', or inner='cross"
+    clean, why = dataclasses.replace(ATTACK, start="clean"), r"no gradient there: write start='uniform', or inner='"
     with pytest.raises(ValueError, match=why):
         perturb(model, x, y, clean)
     with pytest.raises(ValueError, match=why):
@@ -457,10 +458,14 @@ def test_a_bad_value_is_named_before_anything_has_changed(name, mining):
     model, (x, y) = small_models.build(), small_models.batch(M)
     bullet = BulletTrain(4, 1, 0) if mining else None
     modules = [model] if bullet is None else [model, bullet]
-    before = small_models.snapshot(*modules)
-    with pytest.raises(error, match=message):
-        perturb(model, x, y, ATTACK, bullet, per_sample=PerSample(**fields))
+    before, random = small_models.snapshot(*modules), torch.get_rng_state()
+    for generator in (None, torch.Generator().manual_seed(0)):
+        state = None if generator is None else generator.get_state()
+        with pytest.raises(error, match=message):
+            perturb(model, x, y, ATTACK, bullet, per_sample=PerSample(**fields), generator=generator)
+        assert generator is None or torch.equal(generator.get_state(), state)
     small_models.assert_unchanged(before, *modules)
+    assert torch.equal(torch.get_rng_state(), random)
 
 
 @pytest.mark.parametrize(
@@ -478,6 +483,14 @@ def test_a_bad_value_is_named_before_anything_has_changed(name, mining):
 def test_a_field_of_another_kind_is_named(fields, message):
     with pytest.raises(TypeError, match=message):
         PerSample(**fields)
+
+
+@pytest.mark.parametrize("kind", [PGD, APGD])
+def test_a_tensor_as_start_of_an_attack_is_shown_its_place(kind):
+    size = () if kind is APGD else (0.03,)
+    message = r"start must be one of .*, got a tensor: write perturb\(\.\.\., per_sample=PerSample\(start="
+    with pytest.raises(TypeError, match=message):
+        kind(0.1, *size, 3, start=torch.zeros(M, 1, 6, 6))
 
 
 def test_what_does_not_go_together_is_refused():
