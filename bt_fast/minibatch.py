@@ -16,6 +16,7 @@ class LastMinibatch:
 
     fraction_before: Tensor | None = None  # F_R before it; None until `observe` has ended it, and without mining
     kept: object = None  # the results of its objective
+    owner: object = None  # whose results these are
     planned: MinedPlan | None = None  # until `observe` counts it
     attacked: tuple[Tensor, Tensor] | None = None  # the arguments of `BulletTrain.attacked`, until `observe`
 
@@ -32,6 +33,15 @@ class LastMinibatch:
                 "loss with it (or plan and observe) first, outside of the block of `with bullet.again():`"
             )
         torch.clear_autocast_cache()  # of the caller's autocast: it holds casts of the weights of the first pass
+
+    def check_owner(self, owner: object) -> None:
+        """RuntimeError where there is a last minibatch, and another loss than this one has made it."""
+        if self.owner != owner and (self.fraction_before is not None or self.kept is not None):
+            raise RuntimeError(
+                "again goes over this loss's last minibatch once more, but the last one of its mining was that of "
+                "another loss or script: give each loss a BulletTrain of its own, or go over a minibatch again before "
+                "the next loss is called"
+            )
 
     def reused(self) -> object:
         """Returns the kept results; RuntimeError if there are none."""

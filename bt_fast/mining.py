@@ -199,10 +199,10 @@ class BulletTrain(nn.Module):
         """Whether this pass is the minibatch's first, which counts."""
         return self._reuse is None
 
-    def keep(self, made: object) -> None:
-        """Keeps what an objective has made, for `reused`, until the next minibatch begins; not in a further pass."""
+    def keep(self, made: object, owner: object = None) -> None:
+        """Keeps what a loss has made, for `reused`, until the next minibatch begins; not in a further pass."""
         if self._counts_now:
-            self._last.kept = made
+            self._last.kept, self._last.owner = made, owner
 
     def reused(self) -> object:
         """Returns the kept value if a further pass reuses it; None if x' must be made.

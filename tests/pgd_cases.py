@@ -84,6 +84,13 @@ def case(n, shape, dtype, seed, *, last=False, counts=False, flags=False, own=Fa
     )
 
 
+def as_own(case, dtype=None):
+    """The same with the ε of all as each sample's own, in the given dtype; None for float32 at least."""
+    images, epsilon = case.arguments["grad"], case.arguments["epsilon"]
+    dtype = dtype or torch.promote_types(images.dtype, torch.float32)
+    return case.but(epsilon=9.0, epsilons=torch.full((len(images),), epsilon, dtype=dtype))
+
+
 def radii(n, seed, epsilon):
     """ε of n samples, [n] float32: most in 0.5·ε to 1.5·ε, and every fourth 0."""
     result = epsilon * (0.5 + torch.rand(n, generator=torch.Generator().manual_seed(seed)))

@@ -100,12 +100,13 @@ def test_a_gradient_of_any_magnitude_gives_the_same_step(dtype):
     torch.testing.assert_close(result[2], result[0], rtol=0, atol=info.eps)
 
 
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("shape", [(3, 4, 4), (2, 15, 37), (3, 32, 32), (3, 8, 8, 4), (7,)])
 @pytest.mark.parametrize("seeded", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_one_epsilon_of_each_sample_is_the_same_number_for_all(dtype, seeded):
-    case = pgd_cases.l2_case(7, (3, 4, 4), dtype, 0, seeded=seeded).but(epsilon=0.375)
-    own = case.but(epsilon=9.0, epsilons=torch.full((7,), 0.375, dtype=torch.promote_types(dtype, torch.float32)))
-    pgd_cases.assert_near(own.run(pgd_l2_step_), case.run(pgd_l2_step_))
+def test_one_epsilon_of_each_sample_is_to_the_bit_the_same_number_for_all(dtype, seeded, shape, last):
+    case = pgd_cases.l2_case(7, shape, dtype, 0, seeded=seeded, last=last)
+    pgd_cases.assert_same(pgd_cases.as_own(case).run(pgd_l2_step_), case.run(pgd_l2_step_))
 
 
 def test_a_gradient_without_a_norm_spares_its_sample_and_is_counted():

@@ -72,8 +72,7 @@ def test_linf_is_to_the_bit_what_it_was_before_there_was_a_kernel(dtype, shape):
 @pytest.mark.parametrize("wide", [False, True])
 def test_one_epsilon_of_each_sample_is_the_same_number_for_all(dtype, wide):
     case = pgd_cases.case(5, (3, 4, 4), dtype, 0)
-    kind = torch.promote_types(dtype, torch.float32) if wide else dtype
-    own = case.but(epsilon=9.0, epsilons=torch.full((5,), case.arguments["epsilon"], dtype=kind))
+    own = pgd_cases.as_own(case, torch.promote_types(dtype, torch.float32) if wide else dtype)
     pgd_cases.assert_same(own.run(pgd_linf_step_), case.run(pgd_linf_step_))
 
 

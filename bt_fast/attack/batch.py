@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 
 from bt_fast.attack.inner import OfAPGD
+from bt_fast.attack.threat import ThreatModel
+from bt_fast.ops.launch import rounded
+from bt_fast.ops.rows import result_dtype
 from bt_fast.plan import Plan
 
 View = Callable[[Tensor], Tensor]  # a model in eval mode, or a folded view of it
@@ -39,6 +42,14 @@ class AttackBatch:
         sizes, steps = plan.sort(plan.step_size), plan.sort(plan.steps)
         return cls(start, clean, target, sizes, steps, plan.active_counts, faulty)
 
+    def with_radii(self, threat: ThreatModel) -> AttackBatch:
+        """The same with an ε of each sample, also where all have the threat model's: a step's result is the same."""
+        if self.epsilon is not None:
+            return self
+        dtype = dtype_of_radii(threat, self.x_adv)
+        number = rounded(threat.epsilon, dtype)
+        return replace(self, epsilon=torch.full((len(self),), number, dtype=dtype, device=self.x_adv.device))
+
     def __len__(self) -> int:
         return len(self.x_adv)
 
@@ -48,3 +59,8 @@ class AttackBatch:
         active = tuple(min(n, stop) - start for n in self.active if n > start)
         tensors: dict[str, Any] = {n: value[rows] for n, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, active=active, **tensors)
+
+
+def dtype_of_radii(threat: ThreatModel, x: Tensor) -> torch.dtype:
+    """The dtype in which the steps on images like x take each sample's ε."""
+    return x.dtype if threat.norm == "l_inf" else result_dtype(x)

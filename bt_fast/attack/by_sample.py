@@ -10,12 +10,12 @@ from torch import Tensor
 
 from bt_fast import faults, ops
 from bt_fast.attack.apgd import APGD
+from bt_fast.attack.batch import dtype_of_radii
 from bt_fast.attack.pgd import PGD
 from bt_fast.attack.threat import ThreatModel
 from bt_fast.deciding import STEP_FACTOR
 from bt_fast.faults import CheckedRead, Fault
 from bt_fast.ops.numeric import computable, kind_of, per_sample
-from bt_fast.ops.rows import result_dtype
 from bt_fast.plan import Known, MinedPlan, Plan
 from bt_fast.units import warn_of_units
 from bt_fast.validation import check_device, check_kind, holds_integers
@@ -130,7 +130,7 @@ def radii(own: PerSample, threat: ThreatModel, x: Tensor) -> Tensor | None:
     """Each sample's own ε [m] as the steps on images x take it; None where it is the threat model's."""
     if own.epsilon is None:
         return None
-    return own.epsilon.to(x.dtype if threat.norm == "l_inf" else result_dtype(x))
+    return own.epsilon.to(dtype_of_radii(threat, x))
 
 
 def moved(own: PerSample, threat: ThreatModel, steps: Tensor, mined: bool) -> Tensor:

@@ -29,7 +29,7 @@ from bt_fast.ops.launch import dense_format
 from bt_fast.ranges import ATTACK_STEP, range_
 from bt_fast.validation import step_count
 
-MOST_SESSIONS = 4  # of one model, with a pool of memory each: an ε that follows a schedule makes a new one each time
+MOST_SESSIONS = 4  # of one model, with a pool of memory each
 
 
 class GraphRunner:
@@ -46,7 +46,8 @@ class GraphRunner:
     Args:
         bucket: prefixes are rounded up to a multiple of it.
         most_graphs: for each model; beyond it, the least recently used are dropped, as are those of more than four
-            forms of attack (image sizes, ε, inner losses).
+            forms of attack (image sizes, norms, bounds, inner losses). ε and step sizes are not among these: they are
+            copied in, so that one capture serves a schedule of them.
 
     Raises:
         TypeError or ValueError: a count is not an integer of at least 1.
@@ -97,6 +98,7 @@ class GraphRunner:
         random = RandomStates.of(batch.x_adv.device, generator)
         session: _Session | None = None
         try:
+            batch = batch.with_radii(threat)
             session = self._session(graphs, model, batch, threat, max(capacity, len(batch)))
             seeds = stand_in_seeds(batch, threat, generator)
             with uncached(batch.x_adv):
@@ -144,7 +146,7 @@ def _key(model: View, batch: AttackBatch, threat: ThreatModel) -> GraphKey:
     x, target = batch.x_adv, batch.target
     dtypes = [None if t is None else t.dtype for t in (x, batch.clean, target, batch.epsilon)]
     return GraphKey(
-        computation=(threat, batch.inner),
+        computation=(threat.norm, threat.lower, threat.upper, batch.inner),
         inputs=(x.shape[1:], target.shape[1], *dtypes, x.stride(), x.device),
         autocast=caller_autocast(x),
         values=_values(model),
@@ -176,7 +178,7 @@ class _Session:
             faulty=torch.zeros(self.capacity, dtype=torch.int32, device=x.device),
             inner=batch.inner,
             labels=None if batch.labels is None else batch.labels.new_zeros(self.capacity),
-            epsilon=None if batch.epsilon is None else batch.epsilon.new_zeros(self.capacity),
+            epsilon=None if batch.epsilon is None else batch.epsilon.new_zeros(self.capacity),  # no graph bakes in one
         )
         self._step, self._seed = (torch.zeros((), dtype=torch.int64, device=x.device) for _ in range(2))
 

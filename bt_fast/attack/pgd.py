@@ -47,7 +47,7 @@ class PGD:
             sample's result does not depend on its neighbours. Without mining also the batch's, as some scripts have
             it: the attack runs in the modes of the update, dropout included, eagerly and not folded. "batch" puts all
             buffers back after it; with "tracked" each forward of the attack moves them, the clean one of "kl", "lse"
-            and functions too.
+            and functions too. With `SyncBatchNorm` the batch is that of all ranks, which must attack at the same time.
 
     Raises:
         TypeError: an argument has a wrong type.

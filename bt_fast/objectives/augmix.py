@@ -180,7 +180,7 @@ class AugMixLoss(nn.Module):
                 labels = labels.clamp(0, classes - 1)  # one out of range is a fault, not a crash
             loss = self.objective(clean, labels, ops.js_divergence(clean, *of_views) if self.jsd else None)
             read.wait()
-            self._passes.keep(_Views(x, y.clone(), indices[: len(x)], views))
+            self._passes.keep(_Views(x, y.clone(), indices[: len(x)], views), None)
             return loss
 
     def _loss_of_boundary(
@@ -208,7 +208,7 @@ class AugMixLoss(nn.Module):
                 given = formatted(torch.cat(views.drawn), last)
                 first, second = checked_logits(unwrapped(model)(given), len(given)).chunk(2)
             mining.observe(clean.detach().index_copy(0, boundary, first.detach()), y)
-            mining.keep(views)
+            self._passes.keep(views, mining)
             labels = for_loss(y, ops.wide(clean).dtype)
             return self.objective(clean, labels, ops.js_divergence(clean[boundary], first, second))
 
@@ -243,6 +243,7 @@ def augmix_loss(
     if bullet is None:
         check_outside("augmix_loss", "write criterion = AugMixLoss(...) before the loop")
     criterion = AugMixLoss(bullet, jsd=jsd, severity=severity, normalization=normalization, engine=engine)
+    criterion._passes.owner = AugMixLoss, severity
     loss: Tensor = criterion(model, x, y, generator=generator)
     return loss
 

@@ -131,6 +131,7 @@ def call(
         normalization=old("normalization"),
     )
     loss = kind(attack, mining=bullet, engine=given.engine, **of_loss)
+    loss._passes.owner = kind, attack
     execution = _execution(loss.engine, deprecated, given.x_natural)
     how = Call(execution, old("samples"), given.generator, unperturbed, balance, "x_natural")
     value = loss.of_call(given.model, given.x_natural, given.y, how)

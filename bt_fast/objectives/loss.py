@@ -235,9 +235,7 @@ class AdversarialLoss(nn.Module, ABC):
         if mining is not None:
             labels = attack.plan.sort(y) if is_soft(y) else attack.y  # as given: in 16 bits their sums are off
             mining.observe(attack.of_all(logits[0]), labels, order=attack.plan.order, faulty=attack.faulty)
-            mining.keep(attack.ended())
-        else:
-            self._passes.keep(attack.ended())
+        self._passes.keep(attack.ended(), mining)
         whole = len(logits[0]) == len(x)
         self._last = partial(Record.of, attack.plan, x.detach(), x_adv, normalize, *logits) if whole else None
         return loss
@@ -248,8 +246,8 @@ class AdversarialLoss(nn.Module, ABC):
         For optimizers that evaluate one minibatch's loss at several weights, such as sharpness-aware ones:
         `with criterion.again(): criterion(model, x, y).backward()`. The last minibatch is that of the last call outside
         of such a block; its tensors stay on the device until the next. With mining it is `mining.again`. To enter it
-        is a RuntimeError where there is no last minibatch, it ended with an error, or the mining was moved or loaded
-        since; a ValueError of the call where x and y are not that minibatch.
+        is a RuntimeError where there is no last minibatch, it ended with an error, or since then the mining was moved
+        or loaded, or served another loss; a ValueError of the call where x and y are not that minibatch.
 
         Args:
             reuse: whether the calls in the block take the x' of the first pass, and run only the update's forwards.

@@ -64,14 +64,19 @@ class Passes:
     def __init__(self) -> None:
         self._last = LastMinibatch()
         self._reuse: bool | None = None  # the argument of `again`, in its block
+        self.owner: object = object()  # of what is kept; equal for losses that a function makes anew in each call
 
     def __reduce__(self) -> tuple[type[Passes], tuple[()]]:
         return Passes, ()
 
     @contextmanager
     def again(self, mining: BulletTrain | None, reuse: bool) -> Iterator[None]:
-        """In the block, a further pass; `reuse` takes its x'. TypeError or RuntimeError as `BulletTrain.again`."""
+        """In the block, a further pass; `reuse` takes its x'. TypeError or RuntimeError as `BulletTrain.again`.
+
+        Also a RuntimeError where the mining's last minibatch is not that of this loss.
+        """
         if mining is not None:
+            mining._last.check_owner(self.owner)
             with mining.again(reuse=reuse):
                 yield
             return
@@ -88,7 +93,9 @@ class Passes:
             self._last = LastMinibatch()
         return self._last.reused() if self._reuse else None
 
-    def keep(self, made: object) -> None:
-        """Keep what a first pass without mining has made."""
-        if self._reuse is None:
+    def keep(self, made: object, mining: BulletTrain | None) -> None:
+        """Keep what a first pass has made."""
+        if mining is not None:
+            mining.keep(made, self.owner)
+        elif self._reuse is None:
             self._last.kept = made

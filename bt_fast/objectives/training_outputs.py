@@ -1,8 +1,9 @@
 """Whether a model returns logits in the modes of its update too, looked at before the attack and not after it.
 
 Some nets return more in train mode: Inception its auxiliary logits, say. Two images show it, once for each model and
-modes, without a gradient and with buffers and random numbers as they were. It is looked at only where some module's
-own code reads `training`: no layer of torch's returns another kind of output in train mode.
+its settings (its modules, their modes, and their other attributes that are bools or names), without a gradient and with
+buffers and random numbers as they were. It is looked at only where some module's own code reads `training`: no layer of
+torch's returns another kind of output in train mode.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ from bt_fast.attack.logits import SelectError
 from bt_fast.attack.wrapped import unwrapped
 from bt_fast.validation import check_model
 
-_known: WeakKeyDictionary[nn.Module, set[tuple[bool, ...]]] = WeakKeyDictionary()
+MOST_SETTINGS = 64  # of one model: one whose forwards set its flags at random is left to its update after these
+
+_known: WeakKeyDictionary[nn.Module, set[tuple[object, ...]]] = WeakKeyDictionary()  # settings that need no look
 
 
 def check_training_outputs(model: nn.Module, x: Tensor, pixels: Callable[[Tensor], Tensor]) -> None:
@@ -39,13 +42,25 @@ def check_training_outputs(model: nn.Module, x: Tensor, pixels: Callable[[Tensor
         return
     check_model(model)
     model = unwrapped(model)
-    if not any(map(_reads_its_mode, model.modules())):
+    known, settings = _known.setdefault(model, set()), _settings(model)
+    if settings in known or len(known) >= MOST_SETTINGS:
         return
-    known, modes = _known.setdefault(model, set()), tuple(module.training for module in model.modules())
-    if modes in known or x.is_meta or (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return
-    _look(model, pixels(x[:2].detach().clone()))
-    known.add(modes)
+    if any(map(_reads_its_mode, model.modules())):
+        if x.is_meta or (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+            return
+        _look(model, pixels(x[:2].detach().clone()))
+    known.add(settings)
+
+
+def _settings(model: nn.Module) -> tuple[object, ...]:
+    """What a look has seen of a model. Not its numbers, of which some count its forwards."""
+    result: list[object] = []
+    for module in model.modules():
+        values = vars(module)
+        forward = values.get("forward")  # as code, since a bound one would keep the model
+        result += (id(module), type(module), getattr(forward, "__code__", None))
+        result += [value for value in values.values() if type(value) in (bool, str)]
+    return tuple(result)
 
 
 def _look(model: nn.Module, images: Tensor) -> None:

@@ -105,9 +105,10 @@ def _shrunk(delta: Tensor, s: L2Step) -> Tensor:
     """Perturbations no longer than ε, in place."""
     if s.epsilons is None:
         return delta.renorm_(p=2, dim=0, maxnorm=s.epsilon)
-    size, epsilon = rows_of(delta).norm(dim=1), s.epsilons.to(delta.dtype)
-    shrink = torch.where(size > epsilon, epsilon / (size + 1e-7), 1.0)  # as torch's renorm
-    return delta.mul_(per_sample(shrink, delta))
+    # to the bit as torch's renorm, whose sums are in the order of the memory format
+    size = torch.linalg.vector_norm(delta, dim=tuple(range(1, delta.dim())), keepdim=True)
+    epsilon = per_sample(s.epsilons.to(delta.dtype), delta)
+    return delta.mul_(torch.where(size > epsilon, epsilon / (size + 1e-7), 1.0))
 
 
 def _direction(grad: Tensor, stand_in: Tensor, x_adv: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -145,12 +145,36 @@ def test_one_model_has_graphs_for_each_inner_loss_and_keeps_them_apart():
     assert same(result, expected)
 
 
+def scheduled(runner, norm="l_inf", epsilons=10):
+    """Trains with one ε after the other."""
+    training, result = Training(mlp, threat=ThreatModel(0.1, norm)), []
+    for k in range(epsilons):
+        training.threat = replace(training.threat, epsilon=0.004 * (k + 1))
+        result += training.run(runner)
+    return result
+
+
+@pytest.mark.parametrize("norm", ["l_inf", "l_2"])
+@pytest.mark.parametrize("runner", [GraphRunner, StreamRunner])
+def test_one_capture_serves_a_whole_schedule_of_epsilon(runner, norm):
+    captures = []
+    for epsilons in (2, 10):
+        with EmulatedDevice() as emulated:
+            result = scheduled(runner(bucket=2), norm, epsilons)
+        captures.append(emulated.captures)
+    assert captures[0] == captures[1] > 0
+    assert near(result, scheduled(run_eager, norm))
+    assert norm == "l_2" or same(result, scheduled(run_eager))
+    for seed in range(5):
+        assert same(emulated.shuffled(seed, result), result), seed
+
+
 @pytest.mark.parametrize("counts", [COUNTS, [(1, 1, 1)]], ids=["many steps", "one step, not captured"])
-def test_a_schedule_of_epsilon_keeps_the_buffers_of_a_few(counts):
+def test_the_buffers_of_a_few_forms_of_attack_are_kept(counts):
     def trained(runner):
         training, result = Training(mlp, counts), []
         for k in range(8):
-            training.threat = ThreatModel(0.01 * (k + 1))
+            training.threat = ThreatModel(0.1, upper=0.6 + 0.05 * k)
             result += training.run(runner)
             if runner is not run_eager:
                 (graphs,) = runner._graphs.values()
@@ -291,6 +315,14 @@ def own_radii(runner):
     return result + training.run(runner)
 
 
+def other_bounds(runner):
+    """Trains with one upper bound, and then with another."""
+    training = Training(mlp)
+    result = training.run(runner)
+    training.threat = replace(THREAT, upper=0.5)
+    return result + training.run(runner)
+
+
 def broken_capture(runner):
     """Breaks off the capture of the second size; the attack goes on eagerly in memory that has become free."""
     training = Training(lambda: Uncapturable(rows=2), [[4, 4, 4, 2, 2]])
@@ -363,6 +395,8 @@ SCENARIOS = {
     another_number: True,
     zero_gradients: True,
     own_radii: True,
+    scheduled: True,
+    other_bounds: True,
     exception: True,
     used_beside: True,
     side_by_side: True,
@@ -421,13 +455,13 @@ IN_GRAPHS = [
     Bug("x is not copied in", "own.clean.copy_(batch.clean)"),
     Bug("the target is not copied in", "own.target.copy_(batch.target)"),
     Bug("labels are not copied in", "own.labels.copy_(batch.labels)", scenario=by_label),
-    Bug("graphs of another inner loss", "computation=(threat, batch.inner)", "computation=threat", by_another_loss),
+    Bug("graphs of another inner loss", "threat.upper, batch.inner)", "threat.upper)", by_another_loss),
     Bug("step sizes are not copied in", "own.step_size.copy_(batch.step_size)"),
     Bug("steps are not copied in", "own.steps.copy_(batch.steps)"),
     Bug("each sample's ε is not copied in", "own.epsilon.copy_(batch.epsilon)", scenario=own_radii),
-    Bug(
-        "a graph of one ε is replayed", "(x, batch.clean, target, batch.epsilon)", "(x, batch.clean, target)", own_radii
-    ),
+    Bug("a schedule's ε is not copied in", "own.epsilon.copy_(batch.epsilon)", scenario=scheduled),
+    Bug("a graph has the ε of its capture", "batch = batch.with_radii(threat)", scenario=scheduled),
+    Bug("graphs of other bounds", "(threat.norm, threat.lower, threat.upper, ", "(threat.norm, ", other_bounds),
     Bug("the seed is not copied in", "self._seed.copy_(seeds[t])", scenario=zero_gradients),
     Bug("x' is not copied out", "batch.x_adv.copy_(own.x_adv)"),
     Bug("flags of an earlier attack", "own.faulty.zero_()"),
@@ -704,7 +738,7 @@ def test_a_smaller_last_batch_needs_no_new_buffers_and_a_larger_one_does():
     assert sessions[0] is sessions[1] is not sessions[2]
 
 
-@pytest.mark.parametrize("change", ["mode", "threat", "dtype", "memory format", "autocast"])
+@pytest.mark.parametrize("change", ["mode", "norm", "bounds", "dtype", "memory format", "autocast"])
 def test_what_a_graph_has_fixed_is_captured_anew(change):
     x, target = torch.rand(2, 3, 4, 4), torch.rand(2, 5)
     model = nn.Sequential(nn.Conv2d(3, 2, 3), nn.BatchNorm2d(2))
@@ -715,13 +749,14 @@ def test_what_a_graph_has_fixed_is_captured_anew(change):
         return graphs._key(model, batch, threat)
 
     before = key(x)
-    assert before == key(x.clone())
+    assert before == key(x.clone()) == key(x, ThreatModel(0.2))
     with torch.autocast("cpu", enabled=change == "autocast"):
         model.train(change != "mode")
         x_adv = x.double() if change == "dtype" else x
         if change == "memory format":
             x_adv = x.contiguous(memory_format=torch.channels_last)
-        after = key(x_adv, ThreatModel(0.2) if change == "threat" else THREAT)
+        threats = {"norm": ThreatModel(0.1, "l_2"), "bounds": ThreatModel(0.1, lower=-1.0)}
+        after = key(x_adv, threats.get(change, THREAT))
     assert before != after
 
 

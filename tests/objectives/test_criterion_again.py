@@ -3,6 +3,7 @@
 import copy
 import pickle
 import weakref
+from functools import partial
 
 import pytest
 import reference_trades
@@ -15,7 +16,19 @@ from test_again import another, climbed, gradient_of, minibatch, moved, state_of
 from test_objectives import confident, recorded, seeded, sgd
 from tolerances import UPDATES, assert_near_nested
 
-from bt_fast import PGD, AugMixLoss, BulletTrain, MARTLoss, NonFiniteError, PGDLoss, TRADESLoss
+from bt_fast import (
+    AWP,
+    PGD,
+    AugMixLoss,
+    BulletTrain,
+    MARTLoss,
+    NonFiniteError,
+    PGDLoss,
+    TRADESLoss,
+    mart_loss,
+    perturb,
+    trades_loss,
+)
 
 KINDS = {
     "trades": lambda mining: TRADESLoss(PGD(0.03, 0.01, 3), mining=mining, engine="exact"),
@@ -182,6 +195,62 @@ def test_where_there_is_no_minibatch_to_go_over_it_is_reported(name, mining, reu
     with pytest.raises(ValueError, match="must lie in"):  # the minibatch before it is not the last one any more
         criterion(model, x + 2, y)
     entered(criterion)
+
+
+OTHERS = {
+    "trades": lambda mining: MARTLoss(PGD(0.03, 0.01, 3), mining=mining, engine="exact"),
+    "mart": KINDS["trades"],
+    "pgd": KINDS["pgd"],  # another one of the same kind
+    "augmix": KINDS["augmix"],
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@WAYS
+def test_the_last_minibatch_of_a_shared_mining_belongs_to_the_loss_that_was_called_last(name, reuse):
+    model, mining = confident(), BulletTrain(*((1, 0, 0) if name == "augmix" else (3, 2, 1)))
+    first, second = KINDS[name](mining), OTHERS[name](mining)
+    x, y = minibatch(0, model)
+    first(model, x, y)
+    second(model, x, y)
+    before = state_of(mining)
+    with pytest.raises(RuntimeError, match=r"was that of another loss.*BulletTrain of its own"):  # noqa: SIM117
+        with first.again(reuse=reuse):
+            pytest.fail("it was entered")
+    with second.again(reuse=reuse):
+        second(model, x, y)
+    assert_near_nested(state_of(mining), before)
+    first(model, x, y)
+    with first.again(reuse=reuse):
+        first(model, x, y)
+
+
+def test_a_minibatch_that_a_script_has_planned_itself_is_not_the_loss_s():
+    model, criterion = confident(), criterion_of("trades", True)
+    x, y = minibatch(0, model)
+    criterion(model, x, y)
+    perturb(model, x, y, criterion.attack, criterion.mining)
+    criterion.mining.observe(model(x), y)
+    with pytest.raises(RuntimeError, match="was that of another loss or script"), criterion.again(reuse=False):
+        pytest.fail("it was entered")
+
+
+@pytest.mark.parametrize("functions", [False, True])
+def test_in_the_second_pass_of_awp_two_losses_of_one_mining_are_refused(functions):
+    model, mining = confident(), BulletTrain(3, 2, 1)
+    x, y = minibatch(0, model)
+    trades, mart = KINDS["trades"](mining), KINDS["mart"](mining)
+    if functions:
+        trades, mart = (
+            partial(loss, optimizer=None, bullet=mining, perturb_steps=3) for loss in (trades_loss, mart_loss)
+        )
+    weights = [p.detach().clone() for p in model.parameters()]
+    with AWP(model)(trades, x, y):
+        pass
+    with pytest.raises(RuntimeError, match="was that of another loss"):  # noqa: SIM117
+        with AWP(model)(lambda *given: trades(*given) + mart(*given), x, y):
+            pytest.fail("it was entered")
+    assert all(torch.equal(p, w) for p, w in zip(model.parameters(), weights, strict=True))
 
 
 @EACH

@@ -427,6 +427,28 @@ def test_a_schedule_of_epsilon_sets_the_attack():
         assert (criterion.last.x_adv - x).abs().max().item() == pytest.approx(epsilon, rel=1e-6)
 
 
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_schedule_of_epsilon_and_step_size_is_captured_once(norm):
+    attacks = [PGD(0.01 * k, 0.004 * k, 3, norm) for k in range(1, 11)]
+
+    def run(engine, schedule):
+        model, criterion, result = small_models.build("conv_bn"), PGDLoss(attacks[0], engine=engine), []
+        for k, attack in enumerate(schedule):
+            torch.manual_seed(k)
+            criterion.attack = attack
+            criterion(model, *small_models.batch(8, seed=k)).backward()  # eight, the rows of a graph: no row pads it
+            result.append(criterion.last.x_adv.clone())
+        return result
+
+    captures = []
+    for schedule in ([attacks[0]] * 10, attacks):
+        with EmulatedDevice() as emulated:
+            result = run(Engine(graphs=True), schedule)
+        captures.append(emulated.captures)
+        assert same(result, run("exact", schedule))
+    assert captures[0] == captures[1] > 0
+
+
 def test_what_stopped_once_is_not_why_the_next_runs():
     model, (x, y) = small_models.build("conv_bn"), small_models.batch(6)
     criterion = TRADESLoss(ATTACK, engine=Engine(graphs=True))

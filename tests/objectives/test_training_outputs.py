@@ -8,6 +8,7 @@ from small_models import assert_unchanged, batch, build, conv_bn, snapshot
 from torch import nn
 
 from bt_fast import PGD, BulletTrain, Logits, MARTLoss, PGDLoss, TRADESLoss, perturb
+from bt_fast.objectives import training_outputs
 
 ATTACK = PGD(0.06, 0.02, 3)
 EACH = pytest.mark.parametrize("kind", [TRADESLoss, MARTLoss, PGDLoss])
@@ -111,6 +112,72 @@ def test_looking_moves_neither_buffers_nor_random_numbers():
     assert torch.equal(*losses)
     assert torch.equal(*drawn)
     assert all(map(torch.equal, model.buffers(), plain.buffers()))
+
+
+@pytest.mark.parametrize("build_net", [Plain, Auxiliary])
+def test_what_is_known_of_a_model_is_looked_up_before_its_modules_are_scanned(build_net, monkeypatch):
+    scanned, reads = [], training_outputs._reads_its_mode
+    monkeypatch.setattr(
+        training_outputs, "_reads_its_mode", lambda module: bool(scanned.append(module)) or reads(module)
+    )
+    model, (x, y) = build(build_net), batch()
+    criterion = TRADESLoss(ATTACK, logits=lambda output: output[0] if isinstance(output, tuple) else output)
+    criterion(model, x, y)
+    once = len(scanned)
+    for _ in range(3):
+        criterion(model, x, y)
+    assert len(scanned) == once > 0
+    criterion(copy.deepcopy(model), x, y)
+    assert len(scanned) == 2 * once
+
+
+class Configured(Auxiliary):
+    """Returns auxiliary logits in train mode if asked."""
+
+    def __init__(self, auxiliary):
+        super().__init__()
+        self.auxiliary = auxiliary
+
+    def _outputs(self, z):
+        return super()._outputs(z) if self.auxiliary else z
+
+
+def refused(model, x, y):
+    before = snapshot(model)
+    with pytest.raises(TypeError, match=r"got tuple in train mode, in which the update runs"):
+        PGDLoss(ATTACK)(model, x, y)
+    assert_unchanged(before, model)
+
+
+def test_another_configuration_of_a_known_class_or_model_is_looked_at_anew():
+    model, (x, y) = build(lambda: Configured(False)), batch()
+    PGDLoss(ATTACK)(model, x, y)
+    refused(build(lambda: Configured(True)), x, y)
+    PGDLoss(ATTACK)(model, x, y)
+    model.auxiliary = True
+    refused(model, x, y)
+    model.auxiliary = False
+    PGDLoss(ATTACK)(model, x, y)
+
+
+@pytest.mark.parametrize("change", ["a module", "a method"])
+def test_what_takes_another_part_of_a_known_model_is_looked_at_anew(change):
+    model, (x, y) = nn.Sequential(build(Plain)), batch()
+    PGDLoss(ATTACK)(model, x, y)
+    if change == "a module":
+        model[0] = build(Auxiliary)
+    else:
+        model[0].forward = lambda x, self=model[0]: (self.body(x),) if self.training else self.body(x)
+    refused(model, x, y)
+
+
+def test_a_net_that_sets_its_flags_at_random_is_looked_at_a_limited_number_of_times(monkeypatch):
+    monkeypatch.setattr(training_outputs, "MOST_SETTINGS", 3)
+    model, (x, y) = build(lambda: Configured(False)), batch()
+    for k in range(5):
+        model.name = f"forward {k}"
+        PGDLoss(ATTACK)(model, x, y)
+    assert [rows for rows in model.rows if rows == (True, 2)] == [(True, 2)] * 3
 
 
 class Choosy(Auxiliary):

@@ -40,6 +40,18 @@ def test_l2(n, shape, dtype, seed, options):
     pgd_cases.assert_near(case.run(pgd_l2_step.launch_l2), case.run(pgd_l2_step.l2_reference))
 
 
+@pytest.mark.parametrize("shape", [(3, 4, 4), (2, 15, 37), (4, 36, 36)])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("arrange", "launch"),
+    [(pgd_cases.case, pgd_step.launch_linf), (pgd_cases.l2_case, pgd_l2_step.launch_l2)],
+    ids=["linf", "l2"],
+)
+def test_one_epsilon_of_each_sample_is_to_the_bit_the_same_number_for_all(arrange, launch, dtype, shape):
+    case = arrange(7, shape, dtype, 0)
+    pgd_cases.assert_same(pgd_cases.as_own(case).run(launch), case.run(launch))
+
+
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize(
     ("arrange", "launch", "reference"),
