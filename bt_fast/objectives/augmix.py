@@ -22,7 +22,7 @@ from bt_fast.faults import Fault
 from bt_fast.labels import check_classes, check_either, check_without_gradient, for_loss, is_soft
 from bt_fast.mining import BulletTrain
 from bt_fast.objectives.adversarial import NEW_ONES, other_samples
-from bt_fast.objectives.cross_entropy import CrossEntropy, Smoothing
+from bt_fast.objectives.cross_entropy import CrossEntropy, Smoothed, Smoothing
 from bt_fast.objectives.execution import autocast, precision_of, yes
 from bt_fast.objectives.passes import Pass, Passes, check_moving, check_outside, wanted
 from bt_fast.objectives.recomputed import update_modes
@@ -33,7 +33,7 @@ JSD_WEIGHT = 12.0
 BULLET_STEPS = (1, 0, 0)  # N_B, N_R, N_O (paper, section 4): a sample is augmented or it is not
 
 
-class AugMixLoss(nn.Module):
+class AugMixLoss(Smoothed, nn.Module):
     """The AugMix loss `CE(h(x), y) + 12/m · Σ JS(h(x), h(x'), h(x''))`: `criterion(model, x, y).backward()`.
 
     Of Hendrycks et al. (2020). x' and x'' are two AugMix views of each sample and JS is that of `ops.js_divergence`.

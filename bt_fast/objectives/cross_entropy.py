@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -62,6 +62,30 @@ class CrossEntropy:
         if not self.label_smoothing:
             return ""
         return f", label_smoothing={self.label_smoothing:g}, smoothing={self.smoothing!r}"
+
+
+class Smoothed:
+    """The label smoothing of a loss, which may be read and set, as its β may."""
+
+    cross_entropy: CrossEntropy
+
+    @property
+    def label_smoothing(self) -> float:
+        """s in [0, 1) of the term that learns the labels; may be set."""
+        return self.cross_entropy.label_smoothing
+
+    @label_smoothing.setter
+    def label_smoothing(self, amount: float) -> None:
+        self.cross_entropy = replace(self.cross_entropy, label_smoothing=amount)
+
+    @property
+    def smoothing(self) -> Smoothing:
+        """Where s goes: "torch" or "others"; may be set."""
+        return self.cross_entropy.smoothing
+
+    @smoothing.setter
+    def smoothing(self, smoothing: Smoothing) -> None:
+        self.cross_entropy = replace(self.cross_entropy, smoothing=smoothing)
 
 
 def weighted(weights: Tensor, values: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from bt_fast.labels import is_soft
 from bt_fast.mining import BulletTrain
 from bt_fast.objectives import adversarial, arguments
 from bt_fast.objectives.adversarial import Attack, Call
-from bt_fast.objectives.cross_entropy import CrossEntropy, Smoothing
+from bt_fast.objectives.cross_entropy import CrossEntropy, Smoothed, Smoothing
 from bt_fast.objectives.execution import Seen, lines
 from bt_fast.objectives.extra_term import Extra, ExtraTerm, check_extra
 from bt_fast.objectives.forwards import Forwards
@@ -310,7 +310,7 @@ class AdversarialLoss(nn.Module, ABC):
         return None if key is None else (type(self), key)
 
 
-class RobustTermLoss(AdversarialLoss):
+class RobustTermLoss(Smoothed, AdversarialLoss):
     """An adversarial loss of a clean and a robust term.
 
     Args:

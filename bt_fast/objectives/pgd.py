@@ -14,7 +14,7 @@ from bt_fast.attack.start import Noise
 from bt_fast.engine import Engine
 from bt_fast.mining import BulletTrain
 from bt_fast.objectives import drop_in
-from bt_fast.objectives.cross_entropy import CrossEntropy, Smoothing
+from bt_fast.objectives.cross_entropy import CrossEntropy, Smoothed, Smoothing
 from bt_fast.objectives.extra_term import Extra
 from bt_fast.objectives.loss import AdversarialLoss
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from bt_fast.objectives.drop_in import Deprecated
 
 
-class PGDLoss(AdversarialLoss):
+class PGDLoss(Smoothed, AdversarialLoss):
     """The cross-entropy `CE(h(x'), y)` of adversarial training: `criterion(model, x, y).backward()`.
 
     Of Madry et al. (2018). x' climbs the cross-entropy from a point drawn uniformly from the ε-ball. It takes 23

@@ -116,6 +116,17 @@ def test_a_smoothed_loss_is_the_loss_of_smoothed_labels(kind, smoothing, mined):
     assert_near_nested(*results)
 
 
+@pytest.mark.parametrize("kind", [TRADESLoss, MARTLoss, PGDLoss, AugMixLoss])
+def test_smoothing_may_be_set_later(kind):
+    criterion = kind() if kind is AugMixLoss else kind(ATTACK)
+    criterion.label_smoothing, criterion.smoothing = 0.2, "others"
+    assert criterion.cross_entropy == CrossEntropy(0.2, "others")
+    with pytest.raises(ValueError, match="label_smoothing must lie in"):
+        criterion.label_smoothing = 1.0
+    assert criterion.label_smoothing == 0.2
+    assert criterion.smoothing == "others"
+
+
 def test_augmix_smooths_its_cross_entropy():
     model, (x, y) = build("conv_bn"), batch(8)
     values = []
