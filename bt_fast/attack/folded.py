@@ -31,6 +31,7 @@ from bt_fast.attack.tracing import NotFoldedError, Trace, first_line, hooked, tr
 from bt_fast.attack.wrapped import gathered, unwrapped
 from bt_fast.deprecated import renamed
 from bt_fast.full_precision import full_precision
+from bt_fast.untraced import untraced
 from bt_fast.validation import check_kind
 from bt_fast.warning import warn_caller
 
@@ -217,12 +218,18 @@ def attack_model(model: nn.Module, recipe: Frozen | None, x: Tensor) -> Iterator
         if recipe is None:
             yield model
             return
-        views = _views.setdefault(model, {})
-        view = views.get(recipe)
-        if view is None or not view.current or not view.fits(x):
-            view = views[recipe] = FoldedModel(model, recipe, x)
-        view.refresh()
-        yield view
+        yield _view_of(model, recipe, x)
+
+
+@untraced
+def _view_of(model: nn.Module, recipe: Frozen, x: Tensor) -> FoldedModel:
+    """The view, up to date: a new one where there is none yet that fits."""
+    views = _views.setdefault(model, {})
+    view = views.get(recipe)
+    if view is None or not view.current or not view.fits(x):
+        view = views[recipe] = FoldedModel(model, recipe, x)
+    view.refresh()
+    return view
 
 
 def known_view(model: nn.Module, recipe: Frozen) -> FoldedModel | None:

@@ -27,6 +27,7 @@ from bt_fast.attack.wrapped import spread
 from bt_fast.device import out_of_memory
 from bt_fast.ops.launch import dense_format
 from bt_fast.ranges import ATTACK_STEP, range_
+from bt_fast.untraced import untraced
 from bt_fast.validation import step_count
 
 MOST_SESSIONS = 4  # of one model, with a pool of memory each
@@ -75,6 +76,7 @@ class GraphRunner:
             run_eager(model, batch, threat, generator)
         return join or joined
 
+    @untraced
     def queued(
         self,
         model: Callable[[Tensor], Tensor],
