@@ -149,6 +149,12 @@ class FoldedModel:
         folded = [t for layer in self._layers for t in layer.buffers()]
         return [*folded, *(t for t in self._held if isinstance(t, Tensor))]
 
+    def as_they_are(self) -> list[nn.Module]:
+        """The modules that run untraced in a call: all of the model, or the `kept` ones, whose numbers it reads."""
+        if self._folded is None or self._folds is None:
+            return [self.model]
+        return [module for name, module in self.model.named_modules() if name in self.kept]
+
     @property
     def _layers(self) -> list[nn.Module]:
         return [] if self._folds is None else [*self._folds.layers]

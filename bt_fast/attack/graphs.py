@@ -265,8 +265,9 @@ def _reason(model: View, x: Tensor) -> str | None:
 
 
 def _values(model: View) -> tuple[object, ...]:
-    """Returns the values fixed by a graph; a folded view's are in its trace."""
-    return plain_values(model) if isinstance(model, nn.Module) else ()
+    """Returns the values fixed by a graph; those of what a folded view has traced are in its trace."""
+    modules = model.as_they_are() if isinstance(model, FoldedModel) else [model]
+    return tuple(value for module in modules if isinstance(module, nn.Module) for value in plain_values(module))
 
 
 def _tensors(model: View) -> list[Tensor]:
