@@ -13,11 +13,26 @@ from torch import nn
 from torch._dynamo.utils import counters
 from torch.optim.swa_utils import AveragedModel
 
-from bt_fast import BulletTrain, Frozen, Normalization, augmix_loss, mart_loss, ops, pgd_loss, trades_loss
+from bt_fast import (
+    AWP,
+    PGD,
+    BulletTrain,
+    Engine,
+    Frozen,
+    Normalization,
+    TRADESLoss,
+    augmix_loss,
+    mart_loss,
+    ops,
+    pgd_loss,
+    trades_loss,
+)
+from bt_fast.attack import folded, forward, neighbours
 from bt_fast.attack.folded import attack_model
 from bt_fast.attack.forward import eval_mode, modes_restored
 from bt_fast.baselines.fast import fast_loss
 from bt_fast.baselines.yopo import yopo_loss
+from bt_fast.objectives import repeated_forward, training_outputs
 from bt_fast.objectives.repeated_forward import moves_batch_norm_alone
 
 THREE = BulletTrain(3, 1, 0)
@@ -283,6 +298,64 @@ def test_a_training_step_of_ones_own_is_one_graph():
 
 
 # The whole loss
+
+
+class Reading(nn.Module):
+    """Reads its mode, so that the loss looks what it returns in train mode."""
+
+    def forward(self, x):
+        return x if self.training else x + 0.0
+
+
+BOOKKEEPING = {
+    "as it is": (
+        {"engine": Engine()},
+        [(repeated_forward._Watch, "_other_versions"), (training_outputs, "_look"), (forward, "_dtypes_behind")],
+    ),
+    "folded, mined": (
+        {"engine": Engine(fold=True, channels_last=True), "mining": BulletTrain(2, 1, 0)},
+        [
+            *((folded, name) for name in ("_traced", "_compare")),
+            (folded.FoldedModel, "refresh"),
+            (neighbours, "_alone"),
+        ],
+    ),
+}
+
+
+def watching(original, traced, name):
+    def watched(*args, **options):
+        traced[name] = traced.get(name, False) or torch.compiler.is_compiling()
+        return original(*args, **options)
+
+    return watched
+
+
+@pytest.mark.parametrize("name", BOOKKEEPING)
+def test_what_a_loss_finds_out_about_a_model_is_not_traced_where_the_loss_is_compiled(name, monkeypatch):
+    traced, (options, functions) = {}, BOOKKEEPING[name]
+    for owner, function in functions:
+        monkeypatch.setattr(owner, function, watching(getattr(owner, function), traced, function))
+    model, (x, y) = nn.Sequential(build(dtype=torch.float32), Reading()), batch(dtype=torch.float32)
+    COMPILE(TRADESLoss(PGD(0.03, 0.01, 2), **options))(model, x, y).backward()
+    assert traced == {function: False for _, function in functions}
+
+
+def test_a_compiled_loss_goes_on_where_models_come_and_go():
+    """AWP calls a loss twice, and each model leaves what the loss knew of it behind."""
+    loss = TRADESLoss(PGD(0.03, 0.01, 2), engine=Engine(fold=True))
+    compiled = COMPILE(loss)
+    for seed in range(2):
+        dtype = (torch.float32, torch.float64)[seed]
+        result = []
+        for run in (compiled, loss):
+            torch.manual_seed(seed)
+            model, (x, y) = build(dtype=dtype), batch(6 + seed, seed=seed, dtype=dtype)
+            with AWP(model)(run, x, y) as value:
+                value.backward()
+            result.append({"loss": value.detach(), **dict(model.named_buffers())})
+            result[-1] |= {f"{name}.grad": p.grad for name, p in model.named_parameters()}
+        assert_near_nested(*result)
 
 
 @pytest.mark.parametrize(("loss", "bullet"), [(trades_loss, THREE), (pgd_loss, None)])

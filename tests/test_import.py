@@ -79,6 +79,7 @@ LAYERS = [
         "bt_fast.ranks",
         "bt_fast.ranges",
         "bt_fast.units",
+        "bt_fast.untraced",
         "bt_fast.warning",
     ],
     [

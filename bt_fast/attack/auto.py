@@ -21,6 +21,7 @@ from bt_fast.attack.runners import Runner, run_eager, run_queued, start_of
 from bt_fast.attack.streams import StreamRunner
 from bt_fast.attack.threat import ThreatModel
 from bt_fast.device import synchronize
+from bt_fast.untraced import untraced
 
 WARM, ROUNDS = 3, 5  # a graph is captured when its size comes again, and replayed afterwards
 
@@ -59,6 +60,7 @@ class AutoRunner:
 
     __call__ = run_queued
 
+    @untraced
     def start(
         self,
         model: Callable[[Tensor], Tensor],

@@ -16,6 +16,7 @@ from bt_fast.attack.runners import Runner, start_of
 from bt_fast.attack.threat import ThreatModel
 from bt_fast.plan import Plan
 from bt_fast.ranks import Sharing
+from bt_fast.untraced import untraced
 from bt_fast.validation import check_kind, step_count
 
 
@@ -80,6 +81,7 @@ def start_balanced_attack(
 _measured: WeakKeyDictionary[View, dict[tuple[object, ...], Costs]] = WeakKeyDictionary()
 
 
+@untraced
 def _costs(view: View, batch: AttackBatch, threat: ThreatModel, runner: Runner, group: dist.ProcessGroup) -> Costs:
     """Returns costs measured once for each kind of images, which come in the same order on all ranks."""
     clean, target = batch.clean, batch.target

@@ -31,6 +31,7 @@ from bt_fast.attack.tracing import NotFoldedError, Trace, first_line, hooked, tr
 from bt_fast.attack.wrapped import gathered, unwrapped
 from bt_fast.deprecated import renamed
 from bt_fast.full_precision import full_precision
+from bt_fast.untraced import untraced
 from bt_fast.validation import check_kind
 from bt_fast.warning import warn_caller
 
@@ -148,6 +149,12 @@ class FoldedModel:
         folded = [t for layer in self._layers for t in layer.buffers()]
         return [*folded, *(t for t in self._held if isinstance(t, Tensor))]
 
+    def as_they_are(self) -> list[nn.Module]:
+        """The modules that run untraced in a call: all of the model, or the `kept` ones, whose numbers it reads."""
+        if self._folded is None or self._folds is None:
+            return [self.model]
+        return [module for name, module in self.model.named_modules() if name in self.kept]
+
     @property
     def _layers(self) -> list[nn.Module]:
         return [] if self._folds is None else [*self._folds.layers]
@@ -217,13 +224,19 @@ def attack_model(model: nn.Module, recipe: Frozen | None, x: Tensor) -> Iterator
         if recipe is None:
             yield model
             return
-        views = _views.setdefault(model, {})
-        view = views.get(recipe)
-        with torch.inference_mode(False):  # of a caller: what a view keeps is for attacks, and for later ones
-            if view is None or not view.current or not view.fits(x):
-                view = views[recipe] = FoldedModel(model, recipe, x.clone())
-            view.refresh()
-        yield view
+        yield _view_of(model, recipe, x)
+
+
+@untraced
+def _view_of(model: nn.Module, recipe: Frozen, x: Tensor) -> FoldedModel:
+    """The view, up to date: a new one where there is none yet that fits."""
+    views = _views.setdefault(model, {})
+    view = views.get(recipe)
+    with torch.inference_mode(False):  # of a caller: what a view keeps is for attacks, and for later ones
+        if view is None or not view.current or not view.fits(x):
+            view = views[recipe] = FoldedModel(model, recipe, x.clone())
+        view.refresh()
+    return view
 
 
 def known_view(model: nn.Module, recipe: Frozen) -> FoldedModel | None:

@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from bt_fast.untraced import untraced
 from bt_fast.validation import check_model
 
 Modes = list[tuple[nn.Module, bool]]  # of a module and all modules in it, parents first: True in train mode
@@ -192,6 +193,7 @@ def without_gradient() -> ValueError:
 _in_float16: WeakKeyDictionary[Callable[[Tensor], Tensor], dict[object, bool]] = WeakKeyDictionary()
 
 
+@untraced
 def in_float16(model: Callable[[Tensor], Tensor], x: Tensor, logits: Tensor) -> bool:
     """Whether the gradient of the model's `logits` for x passes through float16, which loses small values.
 

@@ -27,6 +27,7 @@ from bt_fast.attack.wrapped import spread
 from bt_fast.device import out_of_memory
 from bt_fast.ops.launch import dense_format
 from bt_fast.ranges import ATTACK_STEP, range_
+from bt_fast.untraced import untraced
 from bt_fast.validation import step_count
 
 MOST_SESSIONS = 4  # of one model, with a pool of memory each
@@ -76,6 +77,7 @@ class GraphRunner:
             run_eager(model, batch, threat, generator)
         return join or joined
 
+    @untraced
     def queued(
         self,
         model: Callable[[Tensor], Tensor],
@@ -264,8 +266,9 @@ def _reason(model: View, x: Tensor) -> str | None:
 
 
 def _values(model: View) -> tuple[object, ...]:
-    """Returns the values fixed by a graph; a folded view's are in its trace."""
-    return plain_values(model) if isinstance(model, nn.Module) else ()
+    """Returns the values fixed by a graph; those of what a folded view has traced are in its trace."""
+    modules = model.as_they_are() if isinstance(model, FoldedModel) else [model]
+    return tuple(value for module in modules if isinstance(module, nn.Module) for value in plain_values(module))
 
 
 def _tensors(model: View) -> list[Tensor]:

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from bt_fast.attack.forward import place_of_logits
 from bt_fast.attack.wrapped import Fronted, Lent, unwrapped
 from bt_fast.ops.numeric import kind_of
+from bt_fast.untraced import untraced
 from bt_fast.validation import check_model
 
 Select = Callable[[Any], Tensor]
@@ -99,9 +100,13 @@ class Selection:
         """In the block, a module that returns the logits of the model."""
         check_model(model)
         inner = unwrapped(model)
-        front, inside = (self._fronts.setdefault(m, LentLogits(self.select)) for m in (model, inner))
+        front, inside = self._front_of(model), self._front_of(inner)
         with inside.holding(inner, inside), front.holding(model, inside):
             yield front
+
+    @untraced
+    def _front_of(self, model: nn.Module) -> LentLogits:
+        return self._fronts.setdefault(model, LentLogits(self.select))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Selection:
         return Selection(self.select)

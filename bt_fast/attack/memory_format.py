@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from bt_fast.attack.forward import eval_mode, logits_of, uncached
 from bt_fast.attack.wrapped import unwrapped
+from bt_fast.untraced import untraced
 
 CONTIGUOUS = "its forward calls .view on activations, which needs them contiguous: write .flatten(1) or .reshape"
 
@@ -23,6 +24,7 @@ def formatted(x: Tensor, channels_last: bool) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last) if channels_last and x.dim() == 4 else x
 
 
+@untraced
 def takes_channels_last(model: nn.Module, x: Tensor | None = None) -> bool:
     """Whether a model runs on such images, as far as is known.
 

@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from bt_fast.attack.device import RandomStates
 from bt_fast.attack.forward import buffers_kept, clean_logits, uncompiled
 from bt_fast.attack.threat import ThreatModel
+from bt_fast.untraced import untraced
 from bt_fast.warning import warn_caller
 
 _looked_at: WeakSet[nn.Module] = WeakSet()
 ROOM = 1e-2  # relative to the largest logit: far above rounding in 16 bits, far below the effect of another image
 
 
+@untraced
 def warn_of_neighbours(model: nn.Module, x: Tensor, threat: ThreatModel, instead: str) -> None:
     """Warns once for a model if, in eval mode, the first image's logits change with the image beside it.
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from bt_fast.attack.wrapped import Lent, unwrapped
 from bt_fast.faults import rounding_of_pixels
 from bt_fast.ops import wide
+from bt_fast.untraced import untraced
 from bt_fast.validation import check_kind, check_model, real
 
 
@@ -156,6 +157,7 @@ def on_pixels(
         yield front, restored
 
 
+@untraced
 def _front(model: nn.Module, x: Tensor, normalization: Normalization) -> OnPixels:
     """Returns the front that is kept for this model, on the device and in the dtype of x."""
     kept = _kept.setdefault(model, {})

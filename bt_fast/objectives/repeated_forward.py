@@ -21,6 +21,7 @@ from bt_fast.attack.forward import logits_of
 from bt_fast.attack.wrapped import unwrapped
 from bt_fast.objectives.recomputed import Recomputing
 from bt_fast.ops import wide
+from bt_fast.untraced import untraced
 
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 _BATCH_NORM_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
@@ -58,7 +59,7 @@ class RepeatedForward:
         self._layers = [] if replayable is False else [m for m in model.modules() if _is_tracking_batch_norm(m)]
         self._before = [_copied_statistics(layer) for layer in self._layers]
         self._after: list[_Statistics] = []
-        self._watch = _Watch(model, device, self._layers) if replayable is None else None
+        self._watch = _watch(model, device, self._layers) if replayable is None else None
 
     @contextmanager
     def first(self) -> Iterator[None]:
@@ -90,6 +91,7 @@ class _Watch:
         self._values = None if self._modes in known else {k: b.clone() for k, b in self._other_buffers().items()}
         self._random = RandomStates(host_generator(device), device_generator(device))
 
+    @untraced
     def repeatable(self) -> bool:
         """Whether the forward since then did nothing that a replay would omit."""
         known = _leaves_alone[self._model]
@@ -108,10 +110,14 @@ class _Watch:
         return {name: (id(b), b._version) for name, b in self._other_buffers().items()}
 
 
+@untraced
+def _watch(model: nn.Module, device: torch.device, layers: list[_BatchNorm]) -> _Watch:
+    return _Watch(model, device, layers)
+
+
 def watched_forward(model: nn.Module, x: Tensor) -> Tensor:
     """Returns the checked logits of `x`; afterwards `moves_batch_norm_alone` knows the answer."""
-    inner = unwrapped(model)
-    if _modes(inner) in _leaves_alone.get(inner, {}):
+    if _known(unwrapped(model)) is not None:
         return logits_of(model, x)
     watch = RepeatedForward(model, x.device)
     with watch.first():
@@ -120,8 +126,13 @@ def watched_forward(model: nn.Module, x: Tensor) -> Tensor:
 
 def moves_batch_norm_alone(model: nn.Module) -> bool:
     """Whether a forward in the current modes is known to move only the buffers of torch's batch norms."""
-    model = unwrapped(model)
-    return _leaves_alone.get(model, {}).get(_modes(model), False)
+    return bool(_known(unwrapped(model)))
+
+
+@untraced
+def _known(model: nn.Module) -> bool | None:
+    """The answer for the model in its current modes, if there is one."""
+    return _leaves_alone.get(model, {}).get(_modes(model))
 
 
 def _modes(model: nn.Module) -> _Modes:

@@ -22,6 +22,7 @@ from bt_fast.attack.device import RandomStates
 from bt_fast.attack.forward import buffers_kept, checked_logits, training_modes, uncompiled
 from bt_fast.attack.logits import SelectError
 from bt_fast.attack.wrapped import unwrapped
+from bt_fast.untraced import untraced
 from bt_fast.validation import check_model
 
 MOST_SETTINGS = 64  # of one model: one whose forwards set its flags at random is left to its update after these
@@ -29,6 +30,7 @@ MOST_SETTINGS = 64  # of one model: one whose forwards set its flags at random i
 _known: WeakKeyDictionary[nn.Module, set[tuple[object, ...]]] = WeakKeyDictionary()  # settings that need no look
 
 
+@untraced
 def check_training_outputs(model: nn.Module, x: Tensor, pixels: Callable[[Tensor], Tensor]) -> None:
     """Raise TypeError or ValueError unless the model is known to return logits in the modes of an update.
 
@@ -38,8 +40,6 @@ def check_training_outputs(model: nn.Module, x: Tensor, pixels: Callable[[Tensor
     Args:
         x: [m, ...]; `pixels` makes images of it as the model takes them.
     """
-    if torch.compiler.is_compiling():  # of the whole loss
-        return
     check_model(model)
     model = unwrapped(model)
     known, settings = _known.setdefault(model, set()), _settings(model)

@@ -26,6 +26,7 @@ from bt_fast.attack.captures import GraphKey, GraphPool, ModelGraphs, Recent, ho
 from bt_fast.attack.device import RandomStates
 from bt_fast.attack.forward import caller_autocast, plain_values, uncached
 from bt_fast.attack.graph_cache import GraphCache
+from bt_fast.untraced import untraced
 
 MOST_CAPTURED = 8  # of one model: each keeps gradients as large as the model
 MOST_REMEMBERED = 64
@@ -104,7 +105,12 @@ def run_update(
     """
     if update is None or not update.graphs:
         return computation(model, x, x_adv, y)[0]
-    return _graphs_of(model, cache)(model, computation, (x, x_adv, y))
+    return _run_graphs(model, computation, (x, x_adv, y), cache)
+
+
+@untraced
+def _run_graphs(model: nn.Module, computation: Computation, given: Given, cache: GraphCache | None) -> Terms:
+    return _graphs_of(model, cache)(model, computation, given)
 
 
 def explain_graphs(model: nn.Module, cache: GraphCache | None) -> str:

@@ -303,6 +303,40 @@ def another_number(runner):
     return result + training.run(runner)
 
 
+class Untraced(nn.Module):
+    """Its last layer decides by the number of its rows, and so runs as it is in a folded view."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.last = mlp(), Divided()
+
+    def forward(self, x):
+        return self.last(self.body(x))
+
+
+class Divided(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.temperature = 1.0
+
+    def forward(self, z):
+        return z / self.temperature if len(z) else z
+
+
+def another_number_beside_a_fold(runner, frozen=None):
+    """Trains twice on a view, and changes a number of a module that runs as it is in it."""
+    training = Training(Untraced)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        result = training.run(runner, frozen or Frozen())
+        training.model.last.temperature = -0.5
+        return result + training.run(runner, frozen or Frozen())
+
+
+def another_number_without_a_fold(runner):
+    return another_number_beside_a_fold(runner, Frozen(fold=False))
+
+
 def zero_gradients(runner):
     return Training(Troubled, threat=ThreatModel(0.1, "l_2")).run(runner)
 
@@ -393,6 +427,8 @@ SCENARIOS = {
     by_another_loss: True,
     replaced_weights: True,
     another_number: True,
+    another_number_beside_a_fold: True,
+    another_number_without_a_fold: True,
     zero_gradients: True,
     own_radii: True,
     scheduled: True,
@@ -474,6 +510,10 @@ IN_GRAPHS = [
     Bug("a graph of nothing", f"{CAPTURE}self._take_step(model, n)", f"{CAPTURE}pass"),
     Bug("graphs of weights that are gone", "t.data_ptr() for t in _tensors(model)", "0 for t in _tensors(model)"),
     Bug("graphs of numbers that are gone", "values=_values(model)", "values=()", another_number),
+    *(
+        Bug(f"graphs of numbers that are gone from a view, {k}", "isinstance(module, nn.Module)", "module is model", of)
+        for k, of in enumerate((another_number_beside_a_fold, another_number_without_a_fold))
+    ),
     Bug("random numbers are drawn twice", "random.restore()", scenario=drawn),
     Bug("a model that draws is captured", "if random.moved:", "if False:", drawn),
 ]
