@@ -173,9 +173,15 @@ class PlainMemory:
                 result[k] = result[k].flip(2)
         return result
 
-    def write(self, indices: Tensor, placement: Placement, delta: Tensor) -> None:
-        """Remembers delta [m, C, H, W] of these crops; what they do not show stays."""
+    def write(self, indices: Tensor, placement: Placement, delta: Tensor, moved: Tensor) -> None:
+        """Remembers delta [m, C, H, W] of these crops; what they do not show stays.
+
+        A sample that was not `moved` [m] is forgotten as a whole.
+        """
         for k, number in enumerate(indices.tolist()):
+            if not moved[k]:
+                self.stored[number] = 0
+                continue
             top, left, mirrored = _place(placement, k)
             own, of_crop = _both(self.stored.shape[2:], top, left)
             crop = delta[k].flip(2) if mirrored else delta[k]
@@ -207,7 +213,8 @@ class Minibatch:
         loss: 0-dim, with its graph. group, steps: [m] int64. weights: [m], of the robust terms; 0 if left out.
         kept: [k] int64, the samples in the adversarial forward.
         x_adv: [m, ...]. kept_adv: [k, ...], the leaf of its forward if its gradient is wanted.
-        remembers: [m] bool, the samples of which something new is remembered.
+        moved: [m] bool, the samples that are attacked. remembers: [m] bool, those of which something new is remembered,
+            if it is only that they stayed at x.
         fraction: F_R after this minibatch.
     """
 
@@ -218,6 +225,7 @@ class Minibatch:
     kept: Tensor
     x_adv: Tensor
     kept_adv: Tensor
+    moved: Tensor
     remembers: Tensor
     fraction: float
 
@@ -278,8 +286,8 @@ def minibatch(
         loss = loss + recipe.beta / m * (weights[kept].to(x.dtype) * divergence(z_adv, z[kept])).sum()
         hits[kept] = (z_adv.argmax(dim=1) == y[kept]).to(weights.dtype)
     robust = float((weights * hits).sum()) / m
-    moved_fraction = MOMENTUM * fraction + (1.0 - MOMENTUM) * GAMMA * robust
-    return Minibatch(loss, group, steps, weights, kept, x_adv, kept_adv, ~out_before, moved_fraction)
+    next_fraction = MOMENTUM * fraction + (1.0 - MOMENTUM) * GAMMA * robust
+    return Minibatch(loss, group, steps, weights, kept, x_adv, kept_adv, moved, ~out_before, next_fraction)
 
 
 def groups(logits: Tensor, y: Tensor, fraction: float) -> Tensor:

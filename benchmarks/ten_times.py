@@ -274,7 +274,7 @@ class Training:
             if self.memory and recipe.remember:
                 new = made.remembers.nonzero().flatten()
                 at = dataclasses.replace(placement, **{k: v[new] for k, v in vars(placement).items()})
-                self.memory.write(indices[new], at, made.perturbation(x, recipe, c.epsilon)[new])
+                self.memory.write(indices[new], at, made.perturbation(x, recipe, c.epsilon)[new], made.moved[new])
         self.optimizer.step()
         return float(loss.detach()), group
 

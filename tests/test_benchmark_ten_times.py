@@ -94,6 +94,7 @@ def test_a_remembered_start_is_clipped_and_a_sample_without_steps_stays():
     assert (result.group == OUTLIER).any()
     assert torch.equal(result.x_adv[result.group == OUTLIER], x[result.group == OUTLIER])
     assert result.remembers.all()
+    assert torch.equal(result.moved, result.group != OUTLIER)
     assert not result.perturbation(x, recipe_of("1/1/0"), EPSILON)[result.group == OUTLIER].any()
 
 
@@ -202,11 +203,11 @@ def test_a_memory_shows_what_a_crop_of_it_shows_and_keeps_the_rest(seed, int8):
     _, at = CropAndFlip(padding=3)(x[:3], seeded(seed))
     indices, memory = torch.tensor([4, 0, 2]), PlainMemory(x.shape, EPSILON, int8=int8)
     delta = EPSILON * (2 * torch.rand(3, 2, 7, 6, generator=seeded(seed + 1)) - 1)
-    memory.write(torch.arange(5), still(5), EPSILON * (2 * x - 1))
+    memory.write(torch.arange(5), still(5), EPSILON * (2 * x - 1), torch.ones(5).bool())
     whole = memory.read(torch.arange(5), still(5))
     torch.testing.assert_close(whole, EPSILON * (2 * x - 1), rtol=0, atol=EPSILON / 254 + 1e-7 if int8 else 1e-7)
     assert torch.equal(memory.read(indices, at), crop(whole[indices], at))
-    memory.write(indices, at, delta)
+    memory.write(indices, at, delta, torch.ones(3).bool())
     after = memory.read(torch.arange(5), still(5))
     shown = crop(torch.ones_like(delta), at) == 1
     torch.testing.assert_close(memory.read(indices, at)[shown], delta[shown], rtol=0, atol=EPSILON / 254 + 1e-7)
@@ -216,6 +217,9 @@ def test_a_memory_shows_what_a_crop_of_it_shows_and_keeps_the_rest(seed, int8):
         assert torch.equal(after[number][~seen], whole[number][~seen])
     others = [1, 3]
     assert torch.equal(after[others], whole[others])
+    memory.write(indices, at, delta, torch.tensor([True, False, True]))
+    assert torch.equal(memory.stored[0], torch.zeros_like(memory.stored[0]))
+    assert torch.equal(memory.read(torch.tensor([4, 2]), still(2)), after[[4, 2]])
 
 
 def still(m):
