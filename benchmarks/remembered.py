@@ -21,6 +21,7 @@ A method is a text: steps, then options, then further phases, each with the shar
 | `beta=B` | the weight of the robust term, 6 |
 | `margin=W` | the attack climbs KL + W · (the largest wrong logit - the true one) |
 | `gradient=S` | a further remembered step of S·ε along the sign of the update's own gradient of x' |
+| `bf16` | attack and update run under bfloat16 autocast, with weights and losses in float32 |
 | `sizes=B/R/O` | step sizes as shares of ε |
 """
 
@@ -66,6 +67,7 @@ class Recipe:
     beta: float = 6.0
     margin: float = 0.0
     gradient: float = 0.0
+    bf16: bool = False
     sizes: tuple[float, float, float] | None = None
     authors: bool = False
 
@@ -118,7 +120,7 @@ def recipe_of(text: str) -> Recipe:
     for option in options:
         name, equals, value = option.partition("=")
         change: dict[str, Any]
-        if name in ("remember", "int8", "skip", "one-clean") and not equals:
+        if name in ("remember", "int8", "skip", "one-clean", "bf16") and not equals:
             change = {name.replace("-", "_"): True}
         elif option in ("half", "half-before"):
             change = {"half": "before" if option == "half-before" else "after"}
@@ -257,10 +259,24 @@ def minibatch(
         fraction: F_R. delta: [m, C, H, W], what is remembered of these crops, or None.
         generator: draws the noise of all samples, then which robust ones stand for all.
     """
+    with torch.autocast("cpu", torch.bfloat16, enabled=recipe.bf16):
+        return _minibatch(model, x, y, recipe, epsilon, fraction, delta, generator)
+
+
+def _minibatch(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    recipe: Recipe,
+    epsilon: float,
+    fraction: float,
+    delta: Tensor | None,
+    generator: torch.Generator,
+) -> Minibatch:
     m = len(x)
     model.train(recipe.one_clean)
     with torch.set_grad_enabled(recipe.one_clean):
-        z = model(x)
+        z = model(x).to(x.dtype)
     known = z.detach()
     group = groups(known, y, fraction) if recipe.mining else torch.full_like(y, BOUNDARY)
     steps, sizes = (_by_group(group, values) for values in (recipe.steps, recipe.step_sizes))
@@ -277,12 +293,12 @@ def minibatch(
 
     model.train()
     if not recipe.one_clean:
-        z = model(x)
+        z = model(x).to(x.dtype)
     kept = ((weights > 0) & (moved | (not recipe.skip))).nonzero().flatten()
     kept_adv = x_adv[kept].requires_grad_(bool(recipe.gradient))
     loss, hits = F.cross_entropy(z, y), (known.argmax(dim=1) == y).to(weights.dtype)
     if len(kept):
-        z_adv = model(kept_adv)
+        z_adv = model(kept_adv).to(x.dtype)
         loss = loss + recipe.beta / m * (weights[kept].to(x.dtype) * divergence(z_adv, z[kept])).sum()
         hits[kept] = (z_adv.argmax(dim=1) == y[kept]).to(weights.dtype)
     robust = float((weights * hits).sum()) / m
@@ -329,7 +345,7 @@ def attack(
     for step in range(int(steps.max())):
         rows = (steps > step).nonzero().flatten()
         at = x_adv[rows].requires_grad_()
-        z = model(at)
+        z = model(at).to(x.dtype)
         inner = F.kl_div(z.log_softmax(dim=1), target[rows], reduction="sum")
         if margin:
             wrong = z.scatter(1, y[rows, None], -torch.inf).amax(dim=1)

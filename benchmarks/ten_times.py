@@ -398,7 +398,9 @@ def parser_of() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--checkpoints", type=Path, default=CHECKPOINTS)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--table", action="store_true", help="print the table of the runs in --out, and write it there")
+    parser.add_argument(
+        "--table", action="store_true", help="print the table of the runs in --out, and write it there with pictures"
+    )
     return parser
 
 
@@ -408,11 +410,12 @@ def main(arguments: list[str] | None = None) -> int:
     places = {name: given.pop(name) for name in ("data", "out", "checkpoints", "threads", "table")}
     methods, seeds = given.pop("method"), given.pop("seed") or [0]
     if places["table"]:
-        from benchmarks.ten_times_table import table
+        from benchmarks.ten_times_table import draw, table
 
         text = table(places["out"])
-        write_text(places["out"] / "table.md", text)
         print(text)
+        pictures = "".join(f"\n![Robust accuracy against cost]({path.name})\n" for path in draw(places["out"]))
+        write_text(places["out"] / "table.md", text + pictures)
         return 0
     if not methods:
         print("nothing to train: give --method, or --table", file=sys.stderr)

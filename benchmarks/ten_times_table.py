@@ -1,33 +1,81 @@
-"""The table of the runs of `ten_times`: accuracies and costs, averaged over seeds."""
+"""The table and the pictures of the runs of `ten_times`: accuracies and costs, averaged over seeds."""
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
 from benchmarks.ten_times import METHODS, records_of
 
 AUTHORS = 39.0  # F
+NAMES = {text: name for name, text in METHODS.items()}
+JUDGED = ("clean", "pgd20", "pgd50", "pgd50_margin")
+HEAD = (
+    "| method | seeds | clean | PGD-20 | PGD-50, CE | PGD-50, margin | to TRADES, CE / margin | F_B / F_R / F_O "
+    "| F | over 39 F | CPU s |"
+)
 
 
-def table(folder: Path) -> str:
-    """Returns the runs that have been judged as a table in Markdown: means over seeds, the best by margin first."""
+@dataclass(frozen=True)
+class Line:
+    """The judged runs of one method in one training, which differ by their seeds.
+
+    Attributes:
+        epochs: of each run, in their order. judged: of each run.
+    """
+
+    method: str
+    epochs: list[list[dict[str, Any]]]
+    judged: list[dict[str, Any]]
+
+    @property
+    def family(self) -> str:
+        """The method without its β."""
+        return re.sub(r",beta=[^,;]*", "", self.method)
+
+    @property
+    def label(self) -> str:
+        """The method's name, if it has one, and its text."""
+        return f"{NAMES[self.method]}: `{self.method}`" if self.method in NAMES else f"`{self.method}`"
+
+    def mean(self, key: str) -> float:
+        """Returns the mean of an accuracy, in per cent."""
+        return 100 * statistics.fmean(record[key] for record in self.judged)
+
+    def mean_of_epochs(self, key: str) -> float:
+        """Returns the mean over all epochs of all runs."""
+        return statistics.fmean(record[key] for run in self.epochs for record in run)
+
+    def spread(self, key: str) -> str:
+        """Returns the mean of an accuracy in per cent, and from two seeds on the standard deviation."""
+        values = [100 * record[key] for record in self.judged]
+        deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+        return f"{statistics.fmean(values):.1f}{deviation}"
+
+
+def lines_of(folder: Path) -> dict[str, list[Line]]:
+    """Returns the judged runs below a folder, by training; the best by the margin loss first."""
     ended: defaultdict[tuple[str, str], list[list[dict[str, Any]]]] = defaultdict(list)
     for path in sorted(folder.glob("*/metrics.jsonl")):
         records = records_of(path)
         if records and records[-1]["kind"] == "judged":
             ended[_training_of(records[0]), records[0]["method"]].append(records)
-    lines: list[str] = []
-    for training in sorted({key[0] for key in ended}):
-        of_training = {method: runs for (where, method), runs in ended.items() if where == training}
-        lines += [f"## {training}", "", *_table_of(of_training), ""]
-    return "\n".join(lines)
+    result: defaultdict[str, list[Line]] = defaultdict(list)
+    for (training, method), runs in sorted(ended.items()):
+        epochs = [[record for record in records if record["kind"] == "epoch"] for records in runs]
+        result[training].append(Line(method, epochs, [records[-1] for records in runs]))
+    for lines in result.values():
+        lines.sort(key=lambda line: -line.mean("pgd50_margin"))
+    return dict(result)
 
 
-def _training_of(config: dict[str, Any]) -> str:
+def _training_of(config: Mapping[str, Any]) -> str:
     kind = f"{config['data']}, {config['train']:,} images, {config['network']}"
     kind += f" of width {config['width']}" if config["network"] == "cnn5" else ""
     moves = f"crops of {config['padding']} pixels" if config["padding"] else "no crops"
@@ -36,33 +84,78 @@ def _training_of(config: dict[str, Any]) -> str:
     return f"{kind}, lr {config['lr']:g}, weight decay {config['weight_decay']:g}, {config['test']:,} test images"
 
 
-HEAD = "| method | seeds | clean | PGD-20 | PGD-50, CE | PGD-50, margin | F_B / F_R / F_O | F | over 39 F | CPU s |"
+# The table
 
 
-def _table_of(of_training: dict[str, list[list[dict[str, Any]]]]) -> Iterable[str]:
-    yield HEAD
-    yield "| --- " * (HEAD.count("|") - 1) + "|"
-    names = {text: name for name, text in METHODS.items()}
-    rows = []
-    for method, runs in of_training.items():
-        last = [records[-1] for records in runs]
-        epochs = [[r for r in records if r["kind"] == "epoch"] for records in runs]
-        cells = [_spread([100 * r[key] for r in last]) for key in ("clean", "pgd20", "pgd50", "pgd50_margin")]
-        shares = [_mean([r[key] for of_run in epochs for r in of_run]) for key in ("boundary", "robust", "outlier")]
-        cost = _mean([r["F"] for of_run in epochs for r in of_run])
-        seconds = _mean([sum(r["cpu_seconds"] for r in of_run) for of_run in epochs])
-        named = f"{names[method]}: `{method}`" if method in names else f"`{method}`"
-        line = [named, str(len(runs)), *cells, " / ".join(f"{share:.2f}".lstrip("0") for share in shares)]
-        line += [f"{cost:.1f}", f"{AUTHORS / cost:.2f}×", f"{seconds:,.0f}"]
-        rows.append((_mean([r["pgd50_margin"] for r in last]), f"| {' | '.join(line)} |"))
-    yield from (line for _, line in sorted(rows, reverse=True))
+def table(folder: Path) -> str:
+    """Returns the judged runs as tables in Markdown, one for each training.
+
+    "To TRADES" is how far a method lies above the line through TRADES's own points of several β, at its own clean
+    accuracy; "–" where no two of these enclose it.
+    """
+    result = []
+    for training, lines in lines_of(folder).items():
+        rows = [HEAD, "| --- " * (HEAD.count("|") - 1) + "|", *(_row(line, lines) for line in lines)]
+        result.append(f"## {training}\n\n" + "\n".join(rows) + "\n")
+    return "\n".join(result)
 
 
-def _mean(values: Sequence[float]) -> float:
-    return statistics.fmean(values)
+def _row(line: Line, others: Iterable[Line]) -> str:
+    cost, trades = line.mean_of_epochs("F"), [other for other in others if other.family == "10"]
+    seconds = statistics.fmean(sum(record["cpu_seconds"] for record in run) for run in line.epochs)
+    shares = [f"{line.mean_of_epochs(key):.2f}".lstrip("0") for key in ("boundary", "robust", "outlier")]
+    above = [_above(line, trades, key) for key in ("pgd50", "pgd50_margin")]
+    cells = [line.label, str(len(line.judged)), *map(line.spread, JUDGED), " / ".join(above), " / ".join(shares)]
+    return f"| {' | '.join([*cells, f'{cost:.1f}', f'{AUTHORS / cost:.2f}×', f'{seconds:,.0f}'])} |"
 
 
-def _spread(values: Sequence[float]) -> str:
-    """Returns the mean in per cent, and from two seeds on the standard deviation."""
-    deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{_mean(values):.1f}{deviation}"
+def _above(line: Line, trades: Sequence[Line], key: str) -> str:
+    """Returns by how many points a method is above TRADES's own curve at equal clean accuracy."""
+    points, clean = sorted((other.mean("clean"), other.mean(key)) for other in trades), line.mean("clean")
+    for (low, at_low), (high, at_high) in pairwise(points):
+        if low <= clean <= high:
+            share = (clean - low) / (high - low) if high > low else 0.0
+            return f"{line.mean(key) - at_low - share * (at_high - at_low):+.1f}"
+    return "–"
+
+
+# The pictures
+
+
+def draw(folder: Path) -> list[Path]:
+    """Draws a picture for each training and returns the files.
+
+    On the left the curves of PGD-50 with the margin loss over the forward passes of a training image; on the right,
+    for each method at several β, the judgement against clean accuracy.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    paths = []
+    for number, (training, lines) in enumerate(lines_of(folder).items(), start=1):
+        figure, (left, right) = plt.subplots(1, 2, figsize=(14, 5.5), layout="constrained")
+        colours = {family: f"C{k % 10}" for k, family in enumerate(sorted({line.family for line in lines}))}
+        styles = ["-", "--", ":", "-."]
+        for k, line in enumerate(lines):
+            run = range(len(line.epochs[0]))
+            passes = [statistics.fmean(of_run[e]["F"] for of_run in line.epochs) for e in run]
+            robust = [100 * statistics.fmean(of_run[e]["pgd50_margin"] for of_run in line.epochs) for e in run]
+            style = {"color": colours[line.family], "linestyle": styles[k % 4], "label": line.label.replace("`", "")}
+            left.plot(list(accumulate(passes)), robust, **style)
+        for family, colour in colours.items():
+            of_family = sorted(
+                (line.mean("clean"), line.mean("pgd50_margin")) for line in lines if line.family == family
+            )
+            right.plot(*zip(*of_family, strict=True), "o-", color=colour, label=family)
+        left.set(
+            xlabel="forward passes per training image", ylabel="% robust: PGD-50, margin loss, test images of the curve"
+        )
+        right.set(xlabel="% clean", ylabel="% robust: PGD-50, margin loss")
+        left.legend(fontsize=7)
+        figure.suptitle(training, fontsize=9)
+        paths.append(folder / f"curves-{number}.png")
+        figure.savefig(paths[-1], dpi=120)
+        plt.close(figure)
+    return paths

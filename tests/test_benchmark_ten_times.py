@@ -161,6 +161,21 @@ def gradient_at(result, rows):
     return whole[rows]
 
 
+def test_in_16_bits_the_forwards_alone_are():
+    (x, y), exact, rounded = batch(16, dtype=torch.float32), build(dtype=torch.float32), build(dtype=torch.float32)
+    of_output = []
+    rounded[-1].register_forward_hook(lambda module, given, output: of_output.append(output.dtype))
+    recipe = "1/1/0,remember"
+    results = [made(f"{recipe}{end}", m, x, y, delta=0 * x) for end, m in (("", exact), (",bf16", rounded))]
+    assert set(of_output) == {torch.bfloat16}
+    for result in results:
+        result.loss.backward()
+        assert result.loss.dtype == torch.float32
+    assert float(results[1].loss.detach()) == pytest.approx(float(results[0].loss.detach()), rel=0.02)
+    assert results[0].loss != results[1].loss
+    assert all(p.grad.dtype == torch.float32 for p in rounded.parameters())
+
+
 # Forward-pass equivalents
 
 RECIPES = sorted({part.split(":")[-1] for text in METHODS.values() for part in text.split(";")} - {"authors"})
@@ -368,26 +383,45 @@ def test_the_command_trains_and_shows_its_table(tmp_path, capsys):
     assert (first["flip"], first["epsilon"]) == (False, 0.2)
     assert ten_times.main(["--table", *places]) == 0
     assert "| remembered: `1,remember` | 2 |" in capsys.readouterr().out
-    assert (tmp_path / "out" / "table.md").exists()
+    assert (tmp_path / "out" / "table.md").read_text().endswith("(curves-1.png)\n")
+    assert (tmp_path / "out" / "curves-1.png").stat().st_size > 10_000
     assert ten_times.main([*places]) == 2
     assert ten_times.main(["--method=ten", *tiny, *places]) == 2
 
 
-def test_the_table_is_of_means_over_seeds_and_apart_by_training(tmp_path):
-    config = dataclasses.asdict(Config("10"))
+def judged_run(folder, method, accuracies, **changes):
+    """Writes the records of a run of two epochs, judged at these accuracies: clean, CE, margin."""
+    config = dataclasses.asdict(Config(method)) | changes
     epoch = {"kind": "epoch", "F": 27.0, "cpu_seconds": 5.0, "boundary": 1.0, "robust": 0.0, "outlier": 0.0}
+    judged = {"kind": "judged", "pgd20": 0.3} | dict(zip(("clean", "pgd50", "pgd50_margin"), accuracies, strict=True))
+    folder.mkdir()
+    lines = [{"kind": "config", **config}, epoch, epoch, judged]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def rows_of(folder):
+    text = ten_times_table.table(folder)
+    return text, [line.split(" | ") for line in text.splitlines() if line.startswith("| ") and "---" not in line]
+
+
+def test_the_table_is_of_means_over_seeds_and_apart_by_training(tmp_path):
     for k, (seed, train, clean) in enumerate([(0, 100, 0.5), (1, 100, 0.6), (0, 200, 0.7)]):
-        judged = {"kind": "judged", "clean": clean, "pgd20": 0.3, "pgd50": 0.25, "pgd50_margin": 0.2}
-        (tmp_path / str(k)).mkdir()
-        lines = [{"kind": "config", **config, "seed": seed, "train": train}, epoch, epoch, judged]
-        (tmp_path / str(k) / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        judged_run(tmp_path / str(k), "10", (clean, 0.25, 0.2), seed=seed, train=train)
     (tmp_path / "running").mkdir()
-    (tmp_path / "running" / "metrics.jsonl").write_text(json.dumps({"kind": "config", **config}) + "\n")
-    text = ten_times_table.table(tmp_path)
-    rows = [line for line in text.splitlines() if line.startswith("| trades")]
-    assert rows[0].startswith(
-        "| trades: `10` | 2 | 55.0 ± 7.1 | 30.0 ± 0.0 | 25.0 ± 0.0 | 20.0 ± 0.0 | 1.00 / .00 / .00 |"
-    )
-    assert rows[0].endswith("| 27.0 | 1.44× | 10 |")
-    assert rows[1].startswith("| trades: `10` | 1 | 70.0 |")
+    (tmp_path / "running" / "metrics.jsonl").write_text(json.dumps({"kind": "config"}) + "\n")
+    text, (_, first, _, second) = rows_of(tmp_path)
+    assert first[:5] == ["| trades: `10`", "2", "55.0 ± 7.1", "30.0 ± 0.0", "25.0 ± 0.0"]
+    assert first[-4:] == ["1.00 / .00 / .00", "27.0", "1.44×", "10 |"]
+    assert second[:3] == ["| trades: `10`", "1", "70.0"]
     assert text.count("## digits") == 2
+
+
+def test_a_method_is_compared_with_the_line_through_trades_own_points(tmp_path):
+    judged_run(tmp_path / "a", "10,beta=3", (0.60, 0.20, 0.16))
+    judged_run(tmp_path / "b", "10,beta=6", (0.50, 0.30, 0.24))
+    judged_run(tmp_path / "c", "1/1/0,remember", (0.55, 0.26, 0.18))
+    judged_run(tmp_path / "d", "1,remember", (0.62, 0.26, 0.10))
+    above = {row[0]: row[6] for row in rows_of(tmp_path)[1]}
+    assert above["| remembered-1-1: `1/1/0,remember`"] == "+1.0 / -2.0"
+    assert above["| remembered: `1,remember`"] == "– / –"
+    assert above["| `10,beta=6`"] == "+0.0 / +0.0"
