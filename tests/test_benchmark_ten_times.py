@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_models import batch, build, gradients
 
@@ -17,6 +17,7 @@ from bt_fast.augment import CropAndFlip, crop
 from bt_fast.lab.data import load_dataset
 
 EPSILON = 0.1
+quick = settings(max_examples=60, deadline=None)
 
 
 def seeded(seed=0):
@@ -44,6 +45,7 @@ def test_ten_steps_for_all_are_trades():
     torch.testing.assert_close(dict(ours.named_buffers()), dict(theirs.named_buffers()))
 
 
+@quick
 @given(st.integers(0, 10_000), st.floats(0, 1), st.integers(2, 6))
 def test_groups_are_those_of_bullettrain(seed, fraction, classes):
     logits = 2 * torch.randn(24, classes, generator=seeded(seed), dtype=torch.float64)
@@ -212,6 +214,7 @@ def test_the_arithmetic_is_that_of_the_published_rows():
 # What is remembered
 
 
+@quick
 @given(st.integers(0, 10_000), st.booleans())
 def test_a_memory_shows_what_a_crop_of_it_shows_and_keeps_the_rest(seed, int8):
     x = torch.rand(5, 2, 7, 6, generator=seeded(seed))

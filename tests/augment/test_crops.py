@@ -9,13 +9,14 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bt_fast import Placement
 from bt_fast.augment import CropAndFlip, crop
 
 MANY = 2048
+quick = settings(max_examples=60, deadline=None)
 
 
 def plain_crop(image, top, left, mirrored, border=16):
@@ -36,6 +37,7 @@ def placement(*places):
     return Placement(torch.tensor(top), torch.tensor(left), torch.tensor(mirrored))
 
 
+@quick
 @given(
     st.lists(st.tuples(st.integers(-4, 4), st.integers(-2, 2), st.booleans()), min_size=1, max_size=5),
     st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.uint8]),
