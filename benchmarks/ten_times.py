@@ -28,7 +28,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -52,6 +52,24 @@ CHECKPOINTS = Path("runs") / "ten-times"
 SECONDS = 300.0  # between checkpoints within an epoch
 BATCH = 250  # of an evaluation
 RISE = 0.3  # of the epochs, in which the rate grows
+
+
+class Judge(NamedTuple):
+    """An attack that judges: PGD of `steps` steps, from so many uniform starts."""
+
+    name: str
+    steps: int
+    inner: Inner
+    restarts: int
+
+
+JUDGES = (
+    Judge("pgd20", 20, "cross_entropy", 1),
+    Judge("pgd50", 50, "cross_entropy", 2),
+    Judge("pgd50_margin", 50, "margin", 2),
+)
+CURVE = tuple(judge._replace(restarts=1) for judge in JUDGES)
+HARD = Judge("pgd100_margin", 100, "margin", 5)
 
 _CHEAP = "remember,skip,half,one-clean"
 METHODS = {
@@ -235,7 +253,18 @@ class Training:
                     self.save()
                     saved = time.monotonic()
         self.save(weights_alone=True)
-        self.append(kind="judged", **judged(self.model, self.dataset, self.config, self.config.test, restarts=2))
+        self.append(kind="judged", **judged(self.model, self.dataset, self.config, self.config.test, JUDGES))
+
+    def judge_hard(self) -> None:
+        """Judges an ended run by HARD, once, from the weights in its checkpoint."""
+        if any(record["kind"] == "hard" for record in records_of(self.metrics)):
+            return
+        if not self.checkpoint.exists():
+            raise ValueError(
+                f"{self.checkpoint}: no such file, and the weights of the run are nowhere else; run it anew"
+            )
+        self.model.load_state_dict(torch.load(self.checkpoint, weights_only=True)["model"])
+        self.append(kind="hard", **judged(self.model, self.dataset, self.config, self.config.test, [HARD]))
 
     def step(self, indices: Tensor, recipe: Recipe) -> None:
         """Takes a training step on the images of these numbers, and counts it."""
@@ -286,7 +315,7 @@ class Training:
             return trades_reference_loss(self.model, x, y, self.optimizer, **options)
 
     def _end_epoch(self, epoch: int) -> None:
-        accuracies = judged(self.model, self.dataset, self.config, self.config.curve, restarts=1)
+        accuracies = judged(self.model, self.dataset, self.config, self.config.curve, CURVE)
         self.append(kind="epoch", epoch=epoch + 1, **self.tally.record(), robust_fraction=self.fraction, **accuracies)
         self.tally = Tally()
 
@@ -351,22 +380,19 @@ def generator_of(seed: int, iteration: int) -> torch.Generator:
     return torch.Generator().manual_seed(mixed)
 
 
-def judged(model: nn.Module, dataset: ImageDataset, config: Config, count: int, restarts: int) -> dict[str, Any]:
-    """Returns accuracies in [0, 1] on the first `count` test images: clean, by PGD-20, and by PGD-50 in two ways."""
+def judged(
+    model: nn.Module, dataset: ImageDataset, config: Config, count: int, attacks: Sequence[Judge]
+) -> dict[str, Any]:
+    """Returns accuracies in [0, 1] on the first `count` test images, clean and by each attack."""
     x, y, epsilon = images(dataset.x_test[:count], "cpu"), dataset.y_test[:count], config.epsilon
     batches = list(zip(x.split(BATCH), y.split(BATCH), strict=True))
     result: dict[str, Any] = {"images": len(y)}
     modes = [module.training for module in model.modules()]
-    attacks: list[tuple[str, int, Inner, int]] = [
-        ("pgd20", 20, "cross_entropy", 1),
-        ("pgd50", 50, "cross_entropy", restarts),
-        ("pgd50_margin", 50, "margin", restarts),
-    ]
-    for name, steps, inner, starts in attacks:
-        attack = PGD(epsilon, 2 * epsilon / steps, steps, start="uniform", inner=inner)
+    for judge in attacks:
+        attack = PGD(epsilon, 2 * epsilon / judge.steps, judge.steps, start="uniform", inner=judge.inner)
         generator = torch.Generator().manual_seed(config.seed)
-        stood = evaluate(model, batches, attack, restarts=starts, generator=generator, engine="fast")
-        result["clean"], result[name] = stood.clean_correct / len(y), stood.robust_correct / len(y)
+        stood = evaluate(model, batches, attack, restarts=judge.restarts, generator=generator, engine="fast")
+        result["clean"], result[judge.name] = stood.clean_correct / len(y), stood.robust_correct / len(y)
     for module, mode in zip(model.modules(), modes, strict=True):
         module.training = mode
     return result
@@ -398,16 +424,15 @@ def parser_of() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--checkpoints", type=Path, default=CHECKPOINTS)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument(
-        "--table", action="store_true", help="print the table of the runs in --out, and write it there with pictures"
-    )
+    parser.add_argument("--hard", action="store_true", help="judge each run by PGD-100 from 5 starts, margin loss, too")
+    parser.add_argument("--table", action="store_true", help="write table and pictures of the runs into --out")
     return parser
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Trains the given methods with the given seeds, or prints the table; returns the exit status."""
     given = vars(parser_of().parse_args(arguments))
-    places = {name: given.pop(name) for name in ("data", "out", "checkpoints", "threads", "table")}
+    places = {name: given.pop(name) for name in ("data", "out", "checkpoints", "threads", "hard", "table")}
     methods, seeds = given.pop("method"), given.pop("seed") or [0]
     if places["table"]:
         from benchmarks.ten_times_table import draw, table
@@ -433,7 +458,10 @@ def main(arguments: list[str] | None = None) -> int:
                 checkpoint = places["checkpoints"] / config.name / "checkpoint.pt"
                 checkpoint.parent.mkdir(parents=True, exist_ok=True)
                 with held(checkpoint.parent):
-                    Training(config, dataset, places["out"] / config.name, checkpoint).train()
+                    run = Training(config, dataset, places["out"] / config.name, checkpoint)
+                    run.train()
+                    if places["hard"]:
+                        run.judge_hard()
             except ValueError as error:
                 print(error, file=sys.stderr)
                 return 2

@@ -15,10 +15,10 @@ from benchmarks.ten_times import METHODS, records_of
 
 AUTHORS = 39.0  # F
 NAMES = {text: name for name, text in METHODS.items()}
-JUDGED = ("clean", "pgd20", "pgd50", "pgd50_margin")
+JUDGED = ("clean", "pgd20", "pgd50", "pgd50_margin", "pgd100_margin")
 HEAD = (
-    "| method | seeds | clean | PGD-20 | PGD-50, CE | PGD-50, margin | to TRADES, CE / margin | F_B / F_R / F_O "
-    "| F | over 39 F | CPU s |"
+    "| method | seeds | clean | PGD-20 | PGD-50, CE | PGD-50, margin | PGD-100 × 5, margin | to TRADES, CE / margin "
+    "| F_B / F_R / F_O | F | over 39 F | CPU s |"
 )
 
 
@@ -53,7 +53,9 @@ class Line:
         return statistics.fmean(record[key] for run in self.epochs for record in run)
 
     def spread(self, key: str) -> str:
-        """Returns the mean of an accuracy in per cent, and from two seeds on the standard deviation."""
+        """Returns the mean of an accuracy in per cent, with the standard deviation over seeds; "–" if one lacks it."""
+        if not all(key in record for record in self.judged):
+            return "–"
         values = [100 * record[key] for record in self.judged]
         deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
         return f"{statistics.fmean(values):.1f}{deviation}"
@@ -64,15 +66,21 @@ def lines_of(folder: Path) -> dict[str, list[Line]]:
     ended: defaultdict[tuple[str, str], list[list[dict[str, Any]]]] = defaultdict(list)
     for path in sorted(folder.glob("*/metrics.jsonl")):
         records = records_of(path)
-        if records and records[-1]["kind"] == "judged":
+        if any(record["kind"] == "judged" for record in records):
             ended[_training_of(records[0]), records[0]["method"]].append(records)
     result: defaultdict[str, list[Line]] = defaultdict(list)
     for (training, method), runs in sorted(ended.items()):
         epochs = [[record for record in records if record["kind"] == "epoch"] for records in runs]
-        result[training].append(Line(method, epochs, [records[-1] for records in runs]))
+        result[training].append(Line(method, epochs, [_judged(records) for records in runs]))
     for lines in result.values():
         lines.sort(key=lambda line: -line.mean("pgd50_margin"))
     return dict(result)
+
+
+def _judged(records: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """Returns all accuracies of a judged run."""
+    of_kind = {record["kind"]: record for record in records if record["kind"] in ("judged", "hard")}
+    return of_kind["judged"] | of_kind.get("hard", {})
 
 
 def _training_of(config: Mapping[str, Any]) -> str:

@@ -327,6 +327,25 @@ def test_an_ended_run_is_left_alone(digits, tmp_path):
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
 
 
+def test_an_ended_run_can_be_judged_harder_once(digits, tmp_path):
+    started(digits, tmp_path, "1", epochs=1).train()
+    for _ in range(2):
+        again = started(digits, tmp_path, "1", epochs=1)
+        again.train()
+        again.judge_hard()
+    *_, judged, hard = ten_times.records_of(again.metrics)
+    assert (judged["kind"], hard["kind"]) == ("judged", "hard")
+    assert hard["clean"] == judged["clean"]
+    assert hard["pgd100_margin"] <= judged["pgd50_margin"] + 1 / 6
+    ((line,),) = ten_times_table.lines_of(tmp_path).values()
+    assert line.spread("pgd100_margin") == f"{100 * hard['pgd100_margin']:.1f}"
+    again.checkpoint.unlink()
+    lines = again.metrics.read_text().splitlines(keepends=True)
+    again.metrics.write_text("".join(lines[:-1]))
+    with pytest.raises(ValueError, match="no such file, and the weights of the run are nowhere else"):
+        started(digits, tmp_path, "1", epochs=1).judge_hard()
+
+
 def test_a_folder_with_another_run_is_refused(digits, tmp_path):
     started(digits, tmp_path, "1")
     with pytest.raises(ValueError, match="a run with another method, lr"):
@@ -379,7 +398,7 @@ def test_the_command_trains_and_shows_its_table(tmp_path, capsys):
     tiny = [f"--{name}={value}" for name, value in TINY.items()]
     places = [f"--out={tmp_path / 'out'}", f"--checkpoints={tmp_path / 'checkpoints'}"]
     seeds = ["--seed=0", "--seed=1"]
-    assert ten_times.main(["--method=remembered", *seeds, *tiny, "--epochs=1", *places]) == 0
+    assert ten_times.main(["--method=remembered", *seeds, *tiny, "--epochs=1", "--hard", *places]) == 0
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert names == [f"digits-20-cnn5-2-1ep-1_remember-s{seed}" for seed in (0, 1)]
     first = json.loads((tmp_path / "out" / names[0] / "metrics.jsonl").read_text().splitlines()[0])
@@ -414,6 +433,7 @@ def test_the_table_is_of_means_over_seeds_and_apart_by_training(tmp_path):
     (tmp_path / "running" / "metrics.jsonl").write_text(json.dumps({"kind": "config"}) + "\n")
     text, (_, first, _, second) = rows_of(tmp_path)
     assert first[:5] == ["| trades: `10`", "2", "55.0 ± 7.1", "30.0 ± 0.0", "25.0 ± 0.0"]
+    assert first[6] == "–"
     assert first[-4:] == ["1.00 / .00 / .00", "27.0", "1.44×", "10 |"]
     assert second[:3] == ["| trades: `10`", "1", "70.0"]
     assert text.count("## digits") == 2
@@ -424,7 +444,7 @@ def test_a_method_is_compared_with_the_line_through_trades_own_points(tmp_path):
     judged_run(tmp_path / "b", "10,beta=6", (0.50, 0.30, 0.24))
     judged_run(tmp_path / "c", "1/1/0,remember", (0.55, 0.26, 0.18))
     judged_run(tmp_path / "d", "1,remember", (0.62, 0.26, 0.10))
-    above = {row[0]: row[6] for row in rows_of(tmp_path)[1]}
+    above = {row[0]: row[7] for row in rows_of(tmp_path)[1]}
     assert above["| remembered-1-1: `1/1/0,remember`"] == "+1.0 / -2.0"
     assert above["| remembered: `1,remember`"] == "– / –"
     assert above["| `10,beta=6`"] == "+0.0 / +0.0"
