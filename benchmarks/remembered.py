@@ -162,12 +162,13 @@ class PlainMemory:
         self.stored = torch.zeros(shape, dtype=torch.int8 if int8 else torch.float32)
 
     def read(self, indices: Tensor, placement: Placement) -> Tensor:
-        """Returns what the crops [m, C, H, W] of these images show of their perturbations, in float32; else 0."""
-        result = torch.zeros(len(indices), *self.stored.shape[1:])
+        """Returns what the crops [m, C, H, W] of these images show of their perturbations; else 0."""
+        dtype = torch.float32 if self.stored.dtype == torch.int8 else self.stored.dtype
+        result = torch.zeros(len(indices), *self.stored.shape[1:], dtype=dtype)
         for k, number in enumerate(indices.tolist()):
             top, left, mirrored = _place(placement, k)
             own, of_crop = _both(self.stored.shape[2:], top, left)
-            shown = self.stored[number][:, own[0], own[1]].float()
+            shown = self.stored[number][:, own[0], own[1]].to(dtype)
             if self.stored.dtype == torch.int8:
                 shown = shown * (self.epsilon / 127)
             result[k][:, of_crop[0], of_crop[1]] = shown
@@ -296,7 +297,7 @@ def _minibatch(
         z = model(x).to(x.dtype)
     kept = ((weights > 0) & (moved | (not recipe.skip))).nonzero().flatten()
     kept_adv = x_adv[kept].requires_grad_(bool(recipe.gradient))
-    loss, hits = F.cross_entropy(z, y), (known.argmax(dim=1) == y).to(weights.dtype)
+    loss, hits = F.cross_entropy(z, y), (z.argmax(dim=1) == y).to(weights.dtype)
     if len(kept):
         z_adv = model(kept_adv).to(x.dtype)
         loss = loss + recipe.beta / m * (weights[kept].to(x.dtype) * divergence(z_adv, z[kept])).sum()

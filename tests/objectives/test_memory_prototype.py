@@ -22,7 +22,7 @@ def no_noise(monkeypatch):
 
 
 def minibatch_of(seed):
-    """A minibatch with samples of all groups, their numbers, today's crops, and fractions of ε of the whole data set."""
+    """A minibatch with samples of all groups, their numbers, today's crops, and fractions of ε of all samples."""
     generator = torch.Generator().manual_seed(seed)
     (x, y), model = batch(M, seed=seed), build(seed=seed).eval()
     y = torch.where(torch.rand(M, generator=generator) < 0.7, model(x).argmax(dim=1), y)
@@ -33,7 +33,7 @@ def minibatch_of(seed):
 
 
 def loss_with(memory, fractions, x, y, indices, seed, unperturbed):
-    """TRADES with this memory, filled, and the model's gradients at F_R = 1/2."""
+    """TRADES with this memory, filled with these fractions of ε, at F_R = 1/2."""
     mining = BulletTrain(unperturbed=unperturbed)
     attack = PGD(EPSILON, 0.03, 10)
     criterion = TRADESLoss(attack, 6.0, mining=mining, memory=memory, engine="exact", clean_updates=1)
