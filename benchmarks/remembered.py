@@ -260,7 +260,8 @@ def minibatch(
         fraction: F_R. delta: [m, C, H, W], what is remembered of these crops, or None.
         generator: draws the noise of all samples, then which robust ones stand for all.
     """
-    with torch.autocast("cpu", torch.bfloat16, enabled=recipe.bf16):
+    # no cache: in torch 2.6 it keeps weights that were cast without gradients, and the update would not reach them
+    with torch.autocast("cpu", torch.bfloat16, enabled=recipe.bf16, cache_enabled=False):
         return _minibatch(model, x, y, recipe, epsilon, fraction, delta, generator)
 
 
