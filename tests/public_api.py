@@ -26,6 +26,7 @@ MODULES = {
     "bt_fast": None,
     "bt_fast.ops": None,
     "bt_fast.allocation": ("cross_entropy", "gradient_norm", "margin", "signed_variance", "three_groups", "uniform"),
+    "bt_fast.augment": None,
     "bt_fast.augment.mix": ("Choices", "augment_and_mix", "draw_choices"),
     "bt_fast.autoattack": ("AutoAttacked", "autoattack", "for_autoattack"),
     "bt_fast.baselines.fast": ("fast_loss",),

@@ -38,6 +38,7 @@ from bt_fast import (
     pgd_loss,
     trades_loss,
 )
+from bt_fast.augment import CropAndFlip, crop
 from bt_fast.augment.mix import augment_and_mix, draw_choices
 from bt_fast.autoattack import autoattack
 from bt_fast.baselines.fast import fast_loss
@@ -132,6 +133,12 @@ def perturbed_by_sample(mining=None, **options):
 def away(outputs, rows):
     """An inner loss of one's own."""
     return (outputs - rows.clean_outputs).square().sum(dim=1)
+
+
+def cropped(model, x, y):
+    out, placement = CropAndFlip(padding=2)(x, generator=seeded())
+    assert torch.equal(crop(x, placement), out)
+    return out
 
 
 def selected(model, x, y):
@@ -285,6 +292,7 @@ CALLS = {
     "evaluate, lse": evaluated(loss="lse"),
     "autoattack": autoattacked,
     "augment_and_mix": lambda m, x, y: augment_and_mix(x, draw_choices(len(x), x.device, generator=seeded())),
+    "CropAndFlip": cropped,
     "Normalize": lambda m, x, y: Normalize((0.5,), (0.25,))(x),
     "BulletTrain": mined,
     "METRICS": measured,

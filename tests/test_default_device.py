@@ -188,7 +188,7 @@ def planned():
 
 def data():
     batches = list(minibatches(20, 6, seed=0, epoch=1))
-    return batches, crop_and_flip(model_and_batch()[1], seed=0, iteration=2), load_dataset("digits").x_test[:2]
+    return batches, crop_and_flip(model_and_batch()[1], seed=0, iteration=2)[0], load_dataset("digits").x_test[:2]
 
 
 def examined():

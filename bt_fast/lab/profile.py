@@ -129,7 +129,7 @@ def _batches(config: RunConfig, dataset: ImageDataset, device: torch.device) -> 
                 continue
             x = images(dataset.x_train[batch], device)
             if config.augment:
-                x = crop_and_flip(x, seed=config.seed, iteration=next(iteration))
+                x, _ = crop_and_flip(x, seed=config.seed, iteration=next(iteration))
             yield x, dataset.y_train[batch].to(device)
 
 

@@ -312,7 +312,7 @@ class Run:
         own = share.own(batch)
         x, y = images(self.dataset.x_train[own], self.device), self.dataset.y_train[own].to(self.device)
         if self.config.augment:
-            x = crop_and_flip(x, seed=self.config.seed, iteration=iteration, share=share)
+            x, _ = crop_and_flip(x, seed=self.config.seed, iteration=iteration, share=share)
         return x, y
 
     def _record_fractions(self) -> None:

@@ -30,6 +30,7 @@ from bt_fast import (
 )
 from bt_fast.attack import balance
 from bt_fast.attack.batch import AttackBatch
+from bt_fast.augment import CropAndFlip, crop
 from bt_fast.augment.mix import augment_and_mix, draw_choices
 from bt_fast.autoattack import autoattack
 from bt_fast.baselines.fast import fast_loss
@@ -50,6 +51,7 @@ from tests.fuzz.values import (
     labels_of,
     labels_or_distributions,
     mostly,
+    odd_like,
     tensors,
     told,
 )
@@ -1086,6 +1088,49 @@ def augmix_images(draw):
             expect(bool((result >= -1e-2).all() and (result <= 1 + 1e-2).all()), "out of bounds")
 
     return call(augment_and_mix, {"x": x, "choices": choices}, check=check)
+
+
+@target
+@st.composite
+def crops(draw):
+    n, shape = draw(st.integers(0, 3)), draw(st.tuples(*[st.integers(1, 5)] * 3))
+    x = draw(floats_of((n, *shape), ("uniform", "constant", "zero"), FLOATS, 10))
+    m = draw(mostly(st.just(n), st.integers(0, 4)))
+    reach = draw(mostly(st.just(0), st.integers(-1, 1)))  # whether a crop may lie just outside
+
+    def corners(size):
+        most = size - 1 + reach
+        numbers = st.lists(st.integers(-max(most, 0), max(most, 0)), min_size=m, max_size=m)
+        return mostly(numbers.map(lambda drawn: torch.tensor(drawn, dtype=torch.int64)), odd_like((m,)))
+
+    mirrored = mostly(st.just(torch.arange(m) % 2 == 0), odd_like((m,)))
+    at = bt_fast.Placement(draw(corners(shape[1])), draw(corners(shape[2])), draw(mirrored))
+
+    def check(result):
+        expect(result.shape == x.shape and result.dtype == x.dtype and result.is_contiguous(), "shapes")
+
+    names = ("placement.top", "placement.left", "placement.mirrored")
+    return call(crop, {"x": x, "placement": draw(mostly(st.just(at)))}, check=check, names=names)
+
+
+@target
+@st.composite
+def crop_and_flip(draw):
+    shape = draw(st.tuples(st.integers(0, 3), *[st.integers(1, 9)] * 3))
+    arguments = {
+        "padding": draw(COUNTS),
+        "flip": draw(mostly(st.booleans())),
+        "x": draw(floats_of(shape, ("uniform", "constant", "zero"), FLOATS, 10)),
+        "generator": draw(mostly(st.one_of(st.none(), SEEDS.map(lambda s: torch.Generator().manual_seed(s))))),
+    }
+
+    def augmented(padding, flip, x, generator):
+        result, at = CropAndFlip(padding, flip)(x, generator)
+        expect(result.shape == x.shape and result.dtype == x.dtype, "shapes")
+        expect(torch.equal(crop(x, at), result), "the placement does not give the crops")
+        expect(flip or not at.mirrored.any(), "mirrored")
+
+    return call(augmented, arguments)
 
 
 @target
