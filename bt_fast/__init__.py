@@ -38,6 +38,7 @@ from bt_fast.objectives.trades import TRADESLoss, trades_loss
 from bt_fast.objectives.update import Update
 from bt_fast.plan import MinedPlan, Plan
 from bt_fast.power import PowerMonitor
+from bt_fast.robust_half import HalfDrawn
 from bt_fast.speedup import Fractions, theoretical_speedup, theoretical_speedup_augmix
 
 __version__ = "0.1.0"
@@ -65,6 +66,7 @@ __all__ = [
     "Gaussian",
     "GraphRunner",
     "Guard",
+    "HalfDrawn",
     "Judged",
     "Logits",
     "MARTLoss",

@@ -41,6 +41,7 @@ from bt_fast.mining import BulletTrain
 from bt_fast.objectives import arguments, starts
 from bt_fast.objectives.execution import Execution
 from bt_fast.objectives.forwards import Forwards
+from bt_fast.objectives.passes import NEW_ONES, other_samples
 from bt_fast.objectives.recomputed import update_modes
 from bt_fast.objectives.repeated_forward import moves_batch_norm_alone
 from bt_fast.objectives.training_outputs import check_training_outputs
@@ -51,7 +52,6 @@ from bt_fast.ranges import MINING, UPDATE, range_
 from bt_fast.units import warn_of_units
 
 Unperturbed = Literal["keep", "skip"]
-NEW_ONES = "write again(reuse=False) to make new ones"
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,10 +175,16 @@ class Attack:
     plan: Plan
     logits: Tensor | None  # [m, K], clean, in the minibatch's own order; None if the attack needed none
     observed: bool = False  # whether the mining's `observe` raises the error of `faulty`, instead of `perturbed`
+    into: Tensor | None = None  # [m], which of the attack's rows each row is; None: the same
 
     def ended(self) -> Attack:
         """Returns the attack without pending checks, for a further pass."""
         return replace(self, independent=False, inputs=None, faulty=None)
+
+    @property
+    def unable(self) -> Tensor | None:
+        """`faulty` in the order of these rows; to be read when the attack has ended."""
+        return self.faulty if self.faulty is None or self.into is None else self.faulty[self.into]
 
     def of_moving(self) -> Attack:
         """The samples that have steps alone, for an update; all where there are fewer than batch norm can train on."""
@@ -195,9 +201,10 @@ class Attack:
     def perturbed(self) -> tuple[Tensor, CheckedRead | None]:
         """Returns x', and a read to wait for when the device has work again. On the CPU faults are raised here."""
         x_adv = self.started.finish()
-        if self.faulty is None or self.observed:
+        x_adv = x_adv if self.into is None else x_adv[self.into]
+        if self.unable is None or self.observed:
             return x_adv, None
-        read = faults.read([faults.gradients_without_direction(self.faulty, self.plan.order)])
+        read = faults.read([faults.gradients_without_direction(self.unable, self.plan.order)])
         if x_adv.is_cuda:  # it first has the update's forwards to do
             return x_adv, read
         read.wait()
@@ -315,6 +322,7 @@ def _start_ragged(model: nn.Module, x: Tensor, y: Tensor, a: Adversary, bullet: 
                 attacked_logits=attacked,
                 of_attack=of_attack,
                 state=state,
+                generator=a.call.generator,
             )
             numbers = a.numbers
             if plan.ranks is not None:
@@ -371,25 +379,6 @@ def _reused(kept: object, x: Tensor, y: Tensor, threat: ThreatModel, bullet: Bul
     assert kept.y is not None
     others = [other_samples(kept.x, kept.y, x, y, kept.plan)]
     return replace(kept, inputs=faults.read(others) if bullet is None else bullet.start_again(others))
-
-
-def other_samples(kept_x: Tensor, kept_y: Tensor, x: Tensor, y: Tensor, plan: Plan | None = None) -> Fault:
-    """Counts the samples that differ from those of the first pass, which is in the order of `plan`, if given.
-
-    Raises:
-        ValueError: the images are of another shape, dtype or device, or the labels of another shape.
-    """
-    needs = "again(reuse=True) needs the images and labels of the last call outside of its block"
-    instead = f"call the loss on these once before, or {NEW_ONES}"
-    if (kept_x.shape, kept_x.dtype, kept_x.device) != (x.shape, x.dtype, x.device):
-        first, now = (f"{list(t.shape)} {t.dtype} on {t.device}" for t in (kept_x, x))
-        raise ValueError(f"{needs}, {first}, got {now}: {instead}")
-    if kept_y.shape != y.shape:
-        raise ValueError(f"{needs}, y of shape {list(kept_y.shape)}, got {list(y.shape)}: {instead}")
-    x, y = (x, y) if plan is None else (plan.sort(x), plan.sort(y))
-    other_labels = (kept_y != y.to(kept_y.dtype)).reshape(len(y), -1).any(dim=1)
-    differs = (kept_x != x).flatten(1).any(dim=1) | other_labels
-    return Fault(differs.sum(), f"{needs}, but {{count}} of {len(y)} samples are others: {instead}")
 
 
 def run(model: nn.Module, attack: Attack, forwards: Forwards, execution: Execution) -> tuple[Terms, Tensor, bool]:

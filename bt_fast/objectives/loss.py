@@ -32,7 +32,9 @@ from bt_fast.objectives.execution import Seen, lines
 from bt_fast.objectives.extra_term import Extra, ExtraTerm, check_extra
 from bt_fast.objectives.forwards import Forwards
 from bt_fast.objectives.passes import Pass, Passes, check_moving, wanted
+from bt_fast.objectives.update_order import in_update_order, left_out, weights_of
 from bt_fast.plan import Plan
+from bt_fast.robust_half import check_all_count
 from bt_fast.validation import weight
 
 
@@ -42,7 +44,7 @@ class Record:
 
     Attributes:
         logits: [m, K], of the update's clean forward; None for a loss without one.
-        adversarial_logits: [m, K], of the update's adversarial forward.
+        adversarial_logits: [m, K], of the update's adversarial forward; the clean ones for samples that it leaves out.
         x_adv: [m, ...], x', in the units of x.
         steps: [m] int64, the attack steps of each sample.
     """
@@ -161,6 +163,20 @@ class AdversarialLoss(nn.Module, ABC):
         """
         return self.objective(first, adversarial_logits, y)
 
+    def weighted_objective(
+        self, clean_logits: Tensor | None, adversarial_logits: Tensor, y: Tensor, weights: Tensor
+    ) -> Tensor:
+        """Like `objective`, where a sample's adversarial logits count as often as its weight says.
+
+        For a mining with `HalfDrawn`, in which half of the robust samples stand for all of them; a loss of your own is
+        refused there unless it has this method.
+
+        Args:
+            clean_logits, adversarial_logits, y: as for `objective`; without clean forwards, of weights above 0 alone.
+            weights: [m] float64 of at least 0, w. Over all samples of a minibatch they sum to their number.
+        """
+        raise NotImplementedError
+
     def forward(
         self,
         model: nn.Module,
@@ -210,11 +226,14 @@ class AdversarialLoss(nn.Module, ABC):
     def _of_pass(self, model: nn.Module, x: Tensor, y: Tensor, call: Call, this: Pass) -> Tensor:
         self._check(self.attack, self.mining, self.extra)  # which may have been set since
         check_moving(this.of_moving and self.mining is None)
+        if this.of_moving and self.mining is not None:
+            check_all_count(self.mining.half_drawn, "with AWP's samples='moved'", "write samples='all'")
         call = replace(call, execution=call.execution.fitting(self.attack), kept=self._passes.begin())
         mining, execution, update = self.mining, call.execution, call.execution.update
         defaults = self.default_start, self.default_inner
         with adversarial.attacking(model, x, y, self.attack, defaults, mining, call) as (model, attack):
             this.update_begins()
+            attack = in_update_order(attack)
             updated = attack.of_moving() if this.of_moving else attack
             normalize = model.normalize if isinstance(model, OnPixels) else None
             forwards = Forwards(
@@ -226,19 +245,21 @@ class AdversarialLoss(nn.Module, ABC):
                 extra=None if self.extra is None else ExtraTerm(self.extra, x.detach(), attack.plan, normalize),
                 adversarial_first=this.adversarial_first and self.clean_forwards == 2,
                 of_moving=this.of_moving,
+                weights=weights_of(attack.plan),
             )
             terms, x_adv, beside = adversarial.run(model, updated, forwards, execution)
             self._seen = Seen(ref(unwrapped(model)), ref(model), x.device, execution, beside)
-        loss, *logits = terms
+        loss, adversarial_logits, *clean = terms
         assert attack.y is not None
+        of_all = attack.of_all(adversarial_logits)
         if mining is not None:
             labels = attack.plan.sort(y) if is_soft(y) else attack.y  # as given: in 16 bits their sums are off
-            mining.observe(attack.of_all(logits[0]), labels, order=attack.plan.order, faulty=attack.faulty)
+            mining.observe(of_all, labels, order=attack.plan.order, faulty=attack.unable)
             mining.keep(attack.ended())
         else:
             self._passes.keep(attack.ended())
-        whole = len(logits[0]) == len(x)
-        self._last = partial(Record.of, attack.plan, x.detach(), x_adv, normalize, *logits) if whole else None
+        whole = len(updated.x) == len(x)
+        self._last = partial(Record.of, attack.plan, x.detach(), x_adv, normalize, of_all, *clean) if whole else None
         return loss
 
     def again(self, *, reuse: bool = True) -> AbstractContextManager[None]:
@@ -288,6 +309,8 @@ class AdversarialLoss(nn.Module, ABC):
 
     def _check(self, attack: PGD | APGD, mining: BulletTrain | None, extra: Extra | None) -> None:
         arguments.check_attack(attack, mining, (self.default_start, self.default_inner))
+        if mining is not None and not self._overrides("weighted_objective"):
+            check_all_count(mining.half_drawn, f"for {type(self).__name__}", "give it a weighted_objective")
         check_extra(extra)
 
     def _adversarial_rows(self, attack: Attack, call: Call) -> int:
@@ -295,18 +318,22 @@ class AdversarialLoss(nn.Module, ABC):
 
         The default of `unperturbed` depends on N_R and N_O for every policy, regardless of its counts.
         """
-        mining = self.mining
+        mining, all_rows = self.mining, len(attack.x) - left_out(attack.plan)[0]
         if mining is None or self.clean_forwards == 0:
-            return len(attack.x)
+            return all_rows
         keep = call.unperturbed == "keep" if call.unperturbed else mining.robust_steps or mining.outlier_steps
-        return len(attack.x) if keep else attack.moving
+        return all_rows if keep else attack.moving
 
     def _identity(self) -> Hashable:
         """Distinguishes the loss's updates from others; None if a custom objective has no `graph_key`."""
-        of_key = next(c for c in type(self).__mro__ if "graph_key" in vars(c))
-        of_objective = next(c for c in type(self).__mro__ if vars(c).keys() & {"objective", "objective_of_two"})
-        key = self.graph_key() if issubclass(of_key, of_objective) else None
+        key = self.graph_key() if self._overrides("graph_key") else None
         return None if key is None else (type(self), key)
+
+    def _overrides(self, method: str) -> bool:
+        """Whether the method is of the class whose objective this is, or of one below it."""
+        of_method = next(c for c in type(self).__mro__ if method in vars(c))
+        of_objective = next(c for c in type(self).__mro__ if vars(c).keys() & {"objective", "objective_of_two"})
+        return issubclass(of_method, of_objective)
 
 
 class RobustTermLoss(AdversarialLoss):

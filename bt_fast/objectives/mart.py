@@ -52,14 +52,24 @@ class MARTLoss(RobustTermLoss):
     def objective(self, clean_logits: Tensor | None, adversarial_logits: Tensor, y: Tensor) -> Tensor:
         """The loss of clean_logits and adversarial_logits [m, K], with gradient through both; y is [m] or [m, K]."""
         assert clean_logits is not None
+        return self._of_rows(clean_logits, adversarial_logits, y, None)
+
+    def weighted_objective(
+        self, clean_logits: Tensor | None, adversarial_logits: Tensor, y: Tensor, weights: Tensor
+    ) -> Tensor:
+        """`objective` of clean_logits, adversarial_logits and y with weights [m]: all terms read adversarial logits."""
+        assert clean_logits is not None
+        return self._of_rows(clean_logits, adversarial_logits, y, weights.to(ops.wide(clean_logits).dtype))
+
+    def _of_rows(self, clean: Tensor, adversarial: Tensor, y: Tensor, weights: Tensor | None) -> Tensor:
         if not is_soft(y) and not self.cross_entropy.label_smoothing:
-            return ops.mart_loss(clean_logits, adversarial_logits, y, self.beta)
-        target = self.cross_entropy.target(y, ops.wide(clean_logits))
-        return _expected(clean_logits, adversarial_logits, target, self.beta)
+            return ops.mart_loss(clean, adversarial, y, self.beta, weights)
+        rows = _expected(clean, adversarial, self.cross_entropy.target(y, ops.wide(clean)), self.beta)
+        return (rows if weights is None else rows * weights).mean()
 
 
 def _expected(clean_logits: Tensor, adversarial_logits: Tensor, target: Tensor, beta: float) -> Tensor:
-    """The mean over rows and labels of MART's loss, where the labels have the distributions `target` [m, K].
+    """For each row the mean over labels of MART's loss, where the labels have the distributions `target` [m, K].
 
     Of a label k the largest wrong class is the first by q, or the second where k is the first. Differences to 1 are
     computed as sums of the other probabilities, as in `ops.mart_loss`.
@@ -72,7 +82,7 @@ def _expected(clean_logits: Tensor, adversarial_logits: Tensor, target: Tensor, 
     surest = log_p.detach().argmax(dim=1, keepdim=True)
     wrong = (1.0 - p).scatter(1, surest, _others(p, surest))
     kl = weighted(p, log_p - (q + 1e-12).log())
-    return (beta * kl * (1e-7 + weighted(target, wrong)) - margin[:, 0] - weighted(target, log_q)).mean()
+    return beta * kl * (1e-7 + weighted(target, wrong)) - margin[:, 0] - weighted(target, log_q)
 
 
 def _others(values: Tensor, at: Tensor) -> Tensor:

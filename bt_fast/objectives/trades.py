@@ -95,6 +95,14 @@ class TRADESLoss(RobustTermLoss):
         assert clean_logits is not None
         return self.objective_of_two(clean_logits, clean_logits, adversarial_logits, y)
 
+    def weighted_objective(
+        self, clean_logits: Tensor | None, adversarial_logits: Tensor, y: Tensor, weights: Tensor
+    ) -> Tensor:
+        """`objective` of clean_logits, adversarial_logits and y, in which a KL term has its weights [m] row by row."""
+        assert clean_logits is not None
+        robust = ops.trades_kl(adversarial_logits, clean_logits, weights.to(ops.wide(clean_logits).dtype))
+        return self.cross_entropy(clean_logits, y) + self.beta / len(y) * robust
+
     def objective_of_two(self, first: Tensor, second: Tensor, adversarial_logits: Tensor, y: Tensor) -> Tensor:
         """Like `objective`: y is learnt from `first`, and `second` is the target of adversarial_logits."""
         robust = ops.trades_kl(adversarial_logits, second)

@@ -1,0 +1,35 @@
+"""The order of an update in which half of the robust samples stand for all: those left out last."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from bt_fast.plan import MinedPlan, Plan
+
+if TYPE_CHECKING:
+    from bt_fast.objectives.adversarial import Attack
+
+
+def in_update_order(attack: Attack) -> Attack:
+    """The attack with the samples for which others stand last. Where these have no steps they are so anyway."""
+    plan, idle = attack.plan, left_out(attack.plan)[1]
+    if attack.into is not None or idle == 0 or not isinstance(plan, MinedPlan) or attack.y is None:
+        return attack
+    assert plan.weights is not None
+    into = (plan.sort(plan.weights) == 0).long().argsort(stable=True)
+    plan, moving = replace(plan, order=plan.order[into]), attack.moving - idle
+    return replace(attack, x=attack.x[into], y=attack.y[into], plan=plan, into=into, moving=moving)
+
+
+def left_out(plan: Plan) -> tuple[int, int]:
+    """How many robust samples others stand for, and how many of those have attack steps."""
+    return plan.left_out if isinstance(plan, MinedPlan) else (0, 0)
+
+
+def weights_of(plan: Plan) -> Tensor | None:
+    """How often each sample counts in the adversarial term, [m] in the plan's sorted order; None: each once."""
+    weights = plan.weights if isinstance(plan, MinedPlan) else None
+    return None if weights is None else plan.sort(weights)
