@@ -239,6 +239,8 @@ CALLS = {
     **{f"{kind.__name__}": criterion(kind) for kind in LOSSES},
     **{f"{kind.__name__}, exact": criterion(kind, engine="exact") for kind in LOSSES},
     **{f"{kind.__name__}, mining": criterion(kind, THREE) for kind in LOSSES},
+    "TRADESLoss, shared": criterion(TRADESLoss, THREE, clean_updates="shared"),
+    "MARTLoss, shared, exact": criterion(MARTLoss, THREE, clean_updates="shared", engine="exact"),
     "TRADESLoss, bf16": criterion(TRADESLoss, THREE, engine="bf16"),
     "TRADESLoss, normalised": criterion(TRADESLoss, attack=PGD(0.1, 0.05, STEPS, normalization=PIXELS)),
     **{f"{kind.__name__}, soft labels": softly(criterion(kind, THREE)) for kind in LOSSES},

@@ -68,6 +68,7 @@ class Call:
     updates: bool = True  # the model is trained on x' next, and so returns logits in the update's modes too
     embeds: bool = False  # its outputs need not be logits of the labels' classes
     own: PerSample = NOTHING  # what samples have of their own, in the units of x
+    clean: Callable[[nn.Module, Tensor], Tensor] | None = None  # the update's clean forward, where it comes first
 
     @classmethod
     def of(
@@ -141,6 +142,10 @@ class Adversary:
         """Whether no sample can move."""
         return by_sample.still(self.own, self.threat)
 
+    def clean_before(self, model: nn.Module, x: Tensor) -> Tensor | None:
+        """The logits of the update's clean forward on x, with gradient, if mining and attack take them too."""
+        return None if self.call.clean is None else self.call.clean(model, x)
+
     def radii(self, x: Tensor) -> Tensor | None:
         """Each sample's own ε, if it has one, for images like x."""
         return by_sample.radii(self.own, self.threat, x)
@@ -176,10 +181,11 @@ class Attack:
     logits: Tensor | None  # [m, K], clean, in the minibatch's own order; None if the attack needed none
     observed: bool = False  # whether the mining's `observe` raises the error of `faulty`, instead of `perturbed`
     into: Tensor | None = None  # [m], which of the attack's rows each row is; None: the same
+    shared: Tensor | None = None  # [m, K] with gradient, of the update's clean forward, where the attack has run it
 
     def ended(self) -> Attack:
         """Returns the attack without pending checks, for a further pass."""
-        return replace(self, independent=False, inputs=None, faulty=None)
+        return replace(self, independent=False, inputs=None, faulty=None, shared=None)
 
     @property
     def unable(self) -> Tensor | None:
@@ -188,8 +194,8 @@ class Attack:
 
     def of_moving(self) -> Attack:
         """The samples that have steps alone, for an update; all where there are fewer than batch norm can train on."""
-        n = self.moving
-        return self if n < 2 or self.y is None else replace(self, x=self.x[:n], y=self.y[:n])
+        n, shared = self.moving, None if self.shared is None else self.shared[: self.moving]
+        return self if n < 2 or self.y is None else replace(self, x=self.x[:n], y=self.y[:n], shared=shared)
 
     def of_all(self, logits: Tensor) -> Tensor:
         """z' [m, K] of z' of the first rows: that of the others, whose x' is x, is the z by which they were judged."""
@@ -227,7 +233,8 @@ def attacking(
         defaults: start and inner loss for a `pgd` that names none.
     """
     images = on_pixels(model, x, pgd.normalization, call.name, pgd.bounds)
-    with images as (model, pixels), call.execution.autocast(x), undone_by_errors(model, pgd.statistics):
+    moves = pgd.statistics if call.clean is None else "tracked"  # a forward before the input is known to be sound
+    with images as (model, pixels), call.execution.autocast(x), undone_by_errors(model, moves):
         if call.updates:
             check_training_outputs(model, x, pixels)
         attack = start(model, pixels(x), y, Adversary.of(pgd, *defaults, call.on_pixels(pixels)), bullet)
@@ -246,22 +253,26 @@ def start(model: nn.Module, x: Tensor, y: Tensor | None, adversary: Adversary, b
         warn_of_units(threat.epsilon, threat.norm, bounds, adversary.step_size, x[0].numel())
     pixels = faults.pixels_outside(x, *bounds, adversary.call.name)
     x = faults.onto_bounds(x, *bounds)
-    model = unwrapped(model)
+    wrapped, model = model, unwrapped(model)
     if bullet is None and adversary.call.kept is None:
-        return _start_uniform(model, x, y, adversary, pixels)
+        return _start_uniform(model, x, y, adversary, pixels, adversary.clean_before(wrapped, x))
     assert y is not None
     if (kept := adversary.call.kept if bullet is None else bullet.reused()) is not None:
         by_sample.check_made_anew(adversary.own)
         return _reused(kept, x, y, threat, bullet)
     assert bullet is not None
-    return _start_ragged(model, x, y, adversary, bullet, pixels)
+    return _start_ragged(model, x, y, adversary, bullet, pixels, adversary.clean_before(wrapped, x))
 
 
-def _start_uniform(model: nn.Module, x: Tensor, y: Tensor | None, a: Adversary, pixels: Fault) -> Attack:
+def _start_uniform(
+    model: nn.Module, x: Tensor, y: Tensor | None, a: Adversary, pixels: Fault, shared: Tensor | None
+) -> Attack:
     """The authors' attack, in which every sample takes `steps` steps, or its own number of them."""
     begin = starts.in_order(x, a)
     with attack_view(model, a.call.execution.view, x[:COMPARED], a.statistics) as view:
-        if a.asks_clean:
+        if shared is not None:
+            logits, name = shared.detach(), "the model's logits"
+        elif a.asks_clean:
             logits, name = clean_logits(view, x, least=1 if a.call.embeds else 2), "the model's logits"
         else:  # two rows of the model itself tell the number of classes: a view would be compiled anew for them
             with nullcontext() if a.statistics == "running" else eval_mode(model):
@@ -281,7 +292,8 @@ def _start_uniform(model: nn.Module, x: Tensor, y: Tensor | None, a: Adversary, 
         batch = a.batch(plan, begin, x, target, labels)
         started = a.queue(view, batch)
     clean = logits if a.asks_clean else None
-    return Attack(x, labels, started, a.threat, len(x), independent(view), inputs, batch.faulty, plan, clean)
+    attack = Attack(x, labels, started, a.threat, len(x), independent(view), inputs, batch.faulty, plan, clean)
+    return attack if shared is None else replace(attack, shared=plan.sort(shared))
 
 
 def _target(
@@ -298,11 +310,13 @@ def _target(
     return with_goal(target, plan.sort(of_logits)) if inner == TARGETED else target
 
 
-def _start_ragged(model: nn.Module, x: Tensor, y: Tensor, a: Adversary, bullet: BulletTrain, pixels: Fault) -> Attack:
+def _start_ragged(
+    model: nn.Module, x: Tensor, y: Tensor, a: Adversary, bullet: BulletTrain, pixels: Fault, shared: Tensor | None
+) -> Attack:
     """Starts Algorithm 2's attack. Waits for the counts: errors in the input are raised here."""
     with attack_model(model, a.call.execution.view, x[:COMPARED]) as view:
         with range_(MINING):  # until the counts have arrived
-            logits = clean_logits(view, x)
+            logits = clean_logits(view, x) if shared is None else shared.detach()
             check_classes("y", y, logits.shape[1])
             check_enough_classes(a.inner, logits.shape[1])
             warn_of_neighbours(model, x, a.threat, "leave BulletTrain out")
@@ -343,9 +357,8 @@ def _start_ragged(model: nn.Module, x: Tensor, y: Tensor, a: Adversary, bullet: 
             started = start_balanced_attack(view, batch, *how, plan.steps_of_ranks, group)
     moving = batch.active[0] if batch.active else 0
     later = x.is_cuda or group is not None
-    return Attack(
-        clean, labels, started, a.threat, moving, independent(view), None, batch.faulty, plan, logits, observed=later
-    )
+    made = (clean, labels, started, a.threat, moving, independent(view), None, batch.faulty, plan, logits, later)
+    return Attack(*made, shared=None if shared is None else plan.sort(shared))
 
 
 def _attacked_logits(
@@ -390,8 +403,12 @@ def run(model: nn.Module, attack: Attack, forwards: Forwards, execution: Executi
     update, rows = execution.update, len(attack.x)
     with range_(UPDATE), update_modes(model) as modes:
         alone = attack.started.beside and attack.independent and not (update is not None and update.graphs)
-        beside = alone and forwards.clean_first and moves_batch_norm_alone(model)
-        if beside:
+        beside = alone and attack.shared is None and forwards.clean_first and moves_batch_norm_alone(model)
+        if attack.shared is not None:
+            x_adv, late = attack.perturbed()
+            made = attack.shared, None
+            terms, _ = forwards.adversarial_half(unwrapped(model), made, attack.x, x_adv[:rows], attack.y)
+        elif beside:
             clean = forwards.clean(model, attack.x)
             x_adv, late = attack.perturbed()
             terms, _ = forwards.adversarial_half(unwrapped(model), clean, attack.x, x_adv[:rows], attack.y)

@@ -74,6 +74,7 @@ class Seen:
     device: torch.device
     execution: Execution
     beside: bool  # the update's clean forward ran beside the attack
+    shared: bool = False  # it ran before, and mining and attack took its logits
 
 
 def lines(seen: Seen) -> Iterator[str]:
@@ -94,7 +95,8 @@ def lines(seen: Seen) -> Iterator[str]:
     runner = _runner(execution.runner, model if view is None else view, seen.device)
     yield f"attack steps: {f'eagerly, since {apart}' if apart else runner}"
     graphs = update is not None and update.graphs
-    yield f"update: {explain_graphs(updated, execution.cache) if graphs else 'eagerly'}"
+    shared = "eagerly, since its clean forward comes before the attack, which shares it"
+    yield f"update: {shared if seen.shared else explain_graphs(updated, execution.cache) if graphs else 'eagerly'}"
     yield f"clean forward beside the attack: {yes(seen.beside)}"
     if execution.precision is not None:
         yield f"precision: {execution.precision}, under autocast"

@@ -32,6 +32,7 @@ from bt_fast.objectives.execution import Seen, lines
 from bt_fast.objectives.extra_term import Extra, ExtraTerm, check_extra
 from bt_fast.objectives.forwards import Forwards
 from bt_fast.objectives.passes import Pass, Passes, check_moving, wanted
+from bt_fast.objectives.shared_forward import SharedForward, check_shared
 from bt_fast.objectives.update_order import in_update_order, left_out, weights_of
 from bt_fast.plan import Plan
 from bt_fast.robust_half import check_all_count
@@ -89,6 +90,7 @@ class AdversarialLoss(nn.Module, ABC):
 
     Attributes:
         clean_forwards: how often the update runs the clean images: 0, 1, or 2 like TRADES' authors.
+        clean_shared: whether the one clean forward comes before the attack, and mining and attack take its logits.
         default_start, default_inner: for an attack that names none.
 
     Raises:
@@ -97,6 +99,7 @@ class AdversarialLoss(nn.Module, ABC):
     """
 
     clean_forwards: int = 1
+    clean_shared: bool = False
     default_start: ClassVar[Noise] = "normal"
     default_inner: ClassVar[InnerLoss] = "cross_entropy"
     step_in_l2_is_its_own: ClassVar[bool] = False  # the authors' function does not use its step size in l2
@@ -231,8 +234,13 @@ class AdversarialLoss(nn.Module, ABC):
         call = replace(call, execution=call.execution.fitting(self.attack), kept=self._passes.begin())
         mining, execution, update = self.mining, call.execution, call.execution.update
         defaults = self.default_start, self.default_inner
+        last = update is not None and update.channels_last
+        if self.clean_shared:
+            this.update_begins()  # its clean forward is the first
+            call = replace(call, clean=SharedForward(last))
         with adversarial.attacking(model, x, y, self.attack, defaults, mining, call) as (model, attack):
-            this.update_begins()
+            if not self.clean_shared:
+                this.update_begins()
             attack = in_update_order(attack)
             updated = attack.of_moving() if this.of_moving else attack
             normalize = model.normalize if isinstance(model, OnPixels) else None
@@ -240,7 +248,7 @@ class AdversarialLoss(nn.Module, ABC):
                 key=self._identity(),
                 of=self,
                 rows=self._adversarial_rows(updated, call),
-                channels_last=update is not None and update.channels_last and takes_channels_last(model),
+                channels_last=last and takes_channels_last(model),
                 rerun=mining is None,
                 extra=None if self.extra is None else ExtraTerm(self.extra, x.detach(), attack.plan, normalize),
                 adversarial_first=this.adversarial_first and self.clean_forwards == 2,
@@ -248,7 +256,9 @@ class AdversarialLoss(nn.Module, ABC):
                 weights=weights_of(attack.plan),
             )
             terms, x_adv, beside = adversarial.run(model, updated, forwards, execution)
-            self._seen = Seen(ref(unwrapped(model)), ref(model), x.device, execution, beside)
+            self._seen = Seen(
+                ref(unwrapped(model)), ref(model), x.device, execution, beside, updated.shared is not None
+            )
         loss, adversarial_logits, *clean = terms
         assert attack.y is not None
         of_all = attack.of_all(adversarial_logits)
@@ -309,6 +319,8 @@ class AdversarialLoss(nn.Module, ABC):
 
     def _check(self, attack: PGD | APGD, mining: BulletTrain | None, extra: Extra | None) -> None:
         arguments.check_attack(attack, mining, (self.default_start, self.default_inner))
+        if self.clean_shared:
+            check_shared(attack, attack.inner or self.default_inner, mined=mining is not None)
         if mining is not None and not self._overrides("weighted_objective"):
             check_all_count(mining.half_drawn, f"for {type(self).__name__}", "give it a weighted_objective")
         check_extra(extra)

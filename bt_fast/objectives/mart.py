@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bt_fast import ops
+from bt_fast.attack.apgd import APGD
+from bt_fast.attack.logits import Select
+from bt_fast.attack.pgd import PGD
 from bt_fast.engine import Engine
 from bt_fast.labels import is_soft
 from bt_fast.mining import BulletTrain
 from bt_fast.objectives import drop_in
-from bt_fast.objectives.cross_entropy import CrossEntropy, weighted
+from bt_fast.objectives.cross_entropy import CrossEntropy, Smoothing, weighted
+from bt_fast.objectives.extra_term import Extra
 from bt_fast.objectives.loss import RobustTermLoss
+from bt_fast.objectives.shared_forward import SHARED, CleanUpdates, clean_forwards_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -40,10 +45,33 @@ class MARTLoss(RobustTermLoss):
     Args:
         attack, beta, mining, engine, label_smoothing, smoothing, extra, logits: as for `TRADESLoss`, with its errors;
             the smoothing is of the label of all of its terms.
+        clean_updates: 1, or "shared", as for `TRADESLoss`; that needs mining, or an inner loss of the clean logits.
     """
 
     step_in_l2_is_its_own = True
     drop_in = "mart_loss"
+
+    def __init__(
+        self,
+        attack: PGD | APGD,
+        beta: float = 6.0,
+        *,
+        mining: BulletTrain | None = None,
+        engine: Engine | str = "fast",
+        label_smoothing: float = 0.0,
+        smoothing: Smoothing = "torch",
+        clean_updates: CleanUpdates = 1,
+        extra: Extra | None = None,
+        logits: Select | None = None,
+    ) -> None:
+        options: Any = {"label_smoothing": label_smoothing, "smoothing": smoothing, "extra": extra, "logits": logits}
+        self.clean_forwards = clean_forwards_of(clean_updates, most=1)
+        self.clean_shared = clean_updates == SHARED
+        super().__init__(attack, beta, mining=mining, engine=engine, **options)
+
+    def extra_repr(self) -> str:
+        """The configuration, as it would be written."""
+        return super().extra_repr() + (", clean_updates='shared'" if self.clean_shared else "")
 
     def graph_key(self) -> tuple[float, CrossEntropy]:
         """β, and how the labels are smoothed."""

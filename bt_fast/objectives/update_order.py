@@ -21,7 +21,8 @@ def in_update_order(attack: Attack) -> Attack:
     assert plan.weights is not None
     into = (plan.sort(plan.weights) == 0).long().argsort(stable=True)
     plan, moving = replace(plan, order=plan.order[into]), attack.moving - idle
-    return replace(attack, x=attack.x[into], y=attack.y[into], plan=plan, into=into, moving=moving)
+    shared = None if attack.shared is None else attack.shared[into]
+    return replace(attack, x=attack.x[into], y=attack.y[into], plan=plan, into=into, moving=moving, shared=shared)
 
 
 def left_out(plan: Plan) -> tuple[int, int]:
