@@ -144,7 +144,10 @@ class Adversary:
 
     def clean_before(self, model: nn.Module, x: Tensor) -> Tensor | None:
         """The logits of the update's clean forward on x, with gradient, if mining and attack take them too."""
-        return None if self.call.clean is None else self.call.clean(model, x)
+        if self.call.clean is None:
+            return None
+        with self.call.execution.autocast_of_update(x):
+            return self.call.clean(model, x)
 
     def radii(self, x: Tensor) -> Tensor | None:
         """Each sample's own ε, if it has one, for images like x."""
@@ -254,14 +257,19 @@ def start(model: nn.Module, x: Tensor, y: Tensor | None, adversary: Adversary, b
     pixels = faults.pixels_outside(x, *bounds, adversary.call.name)
     x = faults.onto_bounds(x, *bounds)
     wrapped, model = model, unwrapped(model)
+    execution = adversary.call.execution
     if bullet is None and adversary.call.kept is None:
-        return _start_uniform(model, x, y, adversary, pixels, adversary.clean_before(wrapped, x))
+        shared = adversary.clean_before(wrapped, x)
+        with execution.autocast_of_attack(x):
+            return _start_uniform(model, x, y, adversary, pixels, shared)
     assert y is not None
     if (kept := adversary.call.kept if bullet is None else bullet.reused()) is not None:
         by_sample.check_made_anew(adversary.own)
         return _reused(kept, x, y, threat, bullet)
     assert bullet is not None
-    return _start_ragged(model, x, y, adversary, bullet, pixels, adversary.clean_before(wrapped, x))
+    shared = adversary.clean_before(wrapped, x)
+    with execution.autocast_of_attack(x):
+        return _start_ragged(model, x, y, adversary, bullet, pixels, shared)
 
 
 def _start_uniform(
@@ -401,7 +409,7 @@ def run(model: nn.Module, attack: Attack, forwards: Forwards, execution: Executi
     """
     assert attack.y is not None
     update, rows = execution.update, len(attack.x)
-    with range_(UPDATE), update_modes(model) as modes:
+    with range_(UPDATE), execution.autocast_of_update(attack.x), update_modes(model) as modes:
         alone = attack.started.beside and attack.independent and not (update is not None and update.graphs)
         beside = alone and attack.shared is None and forwards.clean_first and moves_batch_norm_alone(model)
         if attack.shared is not None:

@@ -21,7 +21,7 @@ from bt_fast.faults import Fault
 from bt_fast.labels import check_classes, check_either, check_without_gradient, for_loss, is_soft
 from bt_fast.mining import BulletTrain
 from bt_fast.objectives.cross_entropy import CrossEntropy, Smoothing
-from bt_fast.objectives.execution import autocast, precision_of, yes
+from bt_fast.objectives.execution import autocast, dtype_of, yes
 from bt_fast.objectives.passes import NEW_ONES, Pass, Passes, check_moving, check_outside, other_samples, wanted
 from bt_fast.objectives.recomputed import update_modes
 from bt_fast.ranges import MINING, UPDATE, range_
@@ -120,7 +120,7 @@ class AugMixLoss(nn.Module):
         with (
             self.again() if this.further else nullcontext(),
             on_pixels(model, x, self.normalization, "x") as (model, pixels),
-            autocast(precision_of(self.engine), x),
+            autocast(dtype_of(self.engine.update_precision), x),
         ):
             images = pixels(x).detach()
             outside = faults.pixels_outside(images, 0.0, 1.0, "x")
@@ -143,7 +143,7 @@ class AugMixLoss(nn.Module):
 
     def explain(self) -> str:
         """Describes in lines what is used of the engine."""
-        engine, precision = self.engine, precision_of(self.engine)
+        engine, precision = self.engine, dtype_of(self.engine.update_precision)
         why = ", where the model's forward takes such images" if engine.channels_last else ""
         return (
             f"{type(self).__name__}, engine {engine.name!r}\n"
