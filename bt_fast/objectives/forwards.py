@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -40,6 +40,9 @@ class Forwards:
     adversarial_first: bool = False  # before the clean forwards, as in TRADES-AWP
     of_moving: bool = False  # the samples are those of a minibatch that have steps: as many as there happen to be
     weights: Tensor | None = None  # [m], how often each counts in the adversarial term; None: each once
+    on_gradient: Callable[[Tensor], None] | None = (
+        None  # takes the loss's gradient by x' of the first rows, [rows, ...]
+    )
 
     def steady(self, m: int) -> bool:
         """Whether every batch of m samples has the same shapes throughout."""
@@ -59,6 +62,8 @@ class Forwards:
             return "extra is a function of your own, which a graph would not run again"
         if self.weights is not None:
             return "half of the robust samples stand for all, and are drawn anew for each minibatch"
+        if self.on_gradient is not None:
+            return "its backward hands the gradient by x' to on_input_gradient, which a graph would not call again"
         if self.key is None:
             return "the loss is one of your own, without a graph_key that says which numbers its objective reads"
         return None
@@ -136,4 +141,9 @@ class Forwards:
             return None
         if rows == 1 and not together and any(isinstance(module, _BatchNorm) for module in model.modules()):
             rows = min(2, len(x_adv))  # batch norm cannot train on one row: an unperturbed one joins its statistics
-        return logits_of(model, formatted(x_adv[:rows], self.channels_last))[: self.rows]
+        images = x_adv[:rows]
+        if self.on_gradient is not None and torch.is_grad_enabled():
+            hand, own = self.on_gradient, self.rows
+            images = images.detach().requires_grad_()
+            images.register_hook(lambda gradient: hand(gradient[:own].detach()))
+        return logits_of(model, formatted(images, self.channels_last))[: self.rows]

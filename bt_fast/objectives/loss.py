@@ -33,7 +33,7 @@ from bt_fast.objectives.extra_term import Extra, ExtraTerm, check_extra
 from bt_fast.objectives.forwards import Forwards
 from bt_fast.objectives.passes import Pass, Passes, check_moving, wanted
 from bt_fast.objectives.shared_forward import SharedForward, check_shared
-from bt_fast.objectives.update_order import in_update_order, left_out, weights_of
+from bt_fast.objectives.update_order import in_callers_rows, in_update_order, left_out, weights_of
 from bt_fast.plan import Plan
 from bt_fast.robust_half import check_all_count
 from bt_fast.validation import weight
@@ -91,6 +91,9 @@ class AdversarialLoss(nn.Module, ABC):
     Attributes:
         clean_forwards: how often the update runs the clean images: 0, 1, or 2 like TRADES' authors.
         clean_shared: whether the one clean forward comes before the attack, and mining and attack take its logits.
+        on_input_gradient: None, or a function to which the loss's backward hands its gradient with respect to x', a
+            tensor [m, ...] in the caller's order and for pixels, 0 for samples without an adversarial forward: at the
+            price of one input gradient of the first layer, the ascent direction of a further step. May be set.
         default_start, default_inner: for an attack that names none.
 
     Raises:
@@ -100,6 +103,7 @@ class AdversarialLoss(nn.Module, ABC):
 
     clean_forwards: int = 1
     clean_shared: bool = False
+    on_input_gradient: Callable[[Tensor], None] | None = None
     default_start: ClassVar[Noise] = "normal"
     default_inner: ClassVar[InnerLoss] = "cross_entropy"
     step_in_l2_is_its_own: ClassVar[bool] = False  # the authors' function does not use its step size in l2
@@ -234,7 +238,7 @@ class AdversarialLoss(nn.Module, ABC):
         call = replace(call, execution=call.execution.fitting(self.attack), kept=self._passes.begin())
         mining, execution, update = self.mining, call.execution, call.execution.update
         defaults = self.default_start, self.default_inner
-        last = update is not None and update.channels_last
+        last, take = update is not None and update.channels_last, self.on_input_gradient
         if self.clean_shared:
             this.update_begins()  # its clean forward is the first
             call = replace(call, clean=SharedForward(last))
@@ -254,6 +258,7 @@ class AdversarialLoss(nn.Module, ABC):
                 adversarial_first=this.adversarial_first and self.clean_forwards == 2,
                 of_moving=this.of_moving,
                 weights=weights_of(attack.plan),
+                on_gradient=take and in_callers_rows(take, attack.plan, len(updated.x)),
             )
             terms, x_adv, beside = adversarial.run(model, updated, forwards, execution)
             self._seen = Seen(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,17 @@ def in_update_order(attack: Attack) -> Attack:
     plan, moving = replace(plan, order=plan.order[into]), attack.moving - idle
     shared = None if attack.shared is None else attack.shared[into]
     return replace(attack, x=attack.x[into], y=attack.y[into], plan=plan, into=into, moving=moving, shared=shared)
+
+
+def in_callers_rows(take: Callable[[Tensor], None], plan: Plan, m: int) -> Callable[[Tensor], None]:
+    """A function that takes the gradient of the first rows of m in the plan's sorted order, and gives `take` all."""
+
+    def hand(gradient: Tensor) -> None:
+        whole = gradient.new_zeros(m, *gradient.shape[1:])
+        whole[: len(gradient)] = gradient
+        take(plan.unsort(whole))
+
+    return hand
 
 
 def left_out(plan: Plan) -> tuple[int, int]:
