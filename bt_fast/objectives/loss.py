@@ -120,11 +120,6 @@ class AdversarialLoss(nn.Module, ABC):
     ) -> None:
         super().__init__()
         self._check(attack, mining, extra)
-        if mining is not None and mining.unperturbed == "skip" and self.clean_forwards == 0:
-            raise ValueError(
-                f"mining's unperturbed must be 'keep' or None for {type(self).__name__}, got 'skip': "
-                "its only forward is the adversarial one: leave unperturbed out"
-            )
         self.attack = attack
         self.mining = mining
         self.extra = extra
@@ -324,6 +319,11 @@ class AdversarialLoss(nn.Module, ABC):
 
     def _check(self, attack: PGD | APGD, mining: BulletTrain | None, extra: Extra | None) -> None:
         arguments.check_attack(attack, mining, (self.default_start, self.default_inner))
+        if mining is not None and mining.unperturbed == "skip" and self.clean_forwards == 0:
+            raise ValueError(
+                f"mining's unperturbed must be 'keep' or None for {type(self).__name__}, got 'skip': "
+                "its only forward is the adversarial one: leave unperturbed out"
+            )
         if self.clean_shared:
             check_shared(attack, attack.inner or self.default_inner, mined=mining is not None)
         if mining is not None and not self._overrides("weighted_objective"):

@@ -11,6 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from gloo_ranks import run_ranks
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from objective_cases import DISTANCES, EACH, OBJECTIVES, moved_one_at_a_time
 from small_models import Undefined, batch, gradients, with_bright
 from test_objectives import assert_same_update, confident, own_labels, recorded, seeded, sgd
@@ -160,6 +162,29 @@ def test_an_update_is_the_weighted_loss_of_those_that_are_drawn(objective, polic
     assert counts["robust"] > 6
     assert bullet.group_counts.tolist() == [counts[g] for g in GROUPS]
     assert bullet.mean_steps == pytest.approx(total / 33, rel=1e-12)
+
+
+@EACH
+@settings(max_examples=15, deadline=None)
+@given(
+    st.integers(1, 10),
+    st.floats(0, 1),
+    st.tuples(*[st.integers(0, 3)] * 3),
+    st.booleans(),
+    st.booleans(),
+    st.integers(0, 99),
+)
+def test_any_batch_and_policy(objective, m, f_r, policy, skip, before, seed):
+    skip = skip and objective.robust and policy[1] > 0
+    models, attacked = [confident(seed=seed), confident(seed=seed)], "half" if before else "all"
+    x, y = batch(m, seed)
+    bullet = halving(*policy, attacked, unperturbed="skip" if skip else "keep")
+    bullet.robust_fraction.fill_(f_r)
+    options = objective.options("l_inf") | {"perturb_steps": policy[0]}
+    loss, right, *_ = literal(objective, models[0], x, y, seed, f_r, policy, attacked, skip, options)
+    ours = objective.loss(models[1], x, y, None, **options, bullet=bullet, generator=seeded(seed))
+    assert_same_update(models, loss, ours)
+    assert_near(bullet.robust_fraction, 0.9 * f_r + 0.08 * right)
 
 
 RULES = {
