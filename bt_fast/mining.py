@@ -145,7 +145,8 @@ class BulletTrain(MeasuredShares):
             rules += f", policy={allocation.name_of(self.policy, POLICIES)}"
         if self.unperturbed is not None:
             rules += f", unperturbed={self.unperturbed!r}"
-        steps = f"{self.boundary_steps}, {self.half_drawn or self.robust_steps}, {self.outlier_steps}"
+        robust = self.robust_steps if self.half_drawn is None else replace(self.half_drawn, steps=self.robust_steps)
+        steps = f"{self.boundary_steps}, {robust}, {self.outlier_steps}"
         return f"{steps}, gamma={self.gamma:g}, momentum={self.momentum:g}{rules}"
 
     def __getstate__(self) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from bt_fast.attack.graph_cache import GraphCache
 from bt_fast.attack.inner import TARGETED, Inner, OfAPGD, by_label, check_enough_classes, of_clean
 from bt_fast.attack.neighbours import warn_of_neighbours
 from bt_fast.attack.pgd import PGD
-from bt_fast.attack.pixels import Normalize, on_pixels
+from bt_fast.attack.pixels import on_pixels
 from bt_fast.attack.start import Noise, random_state, state_of_seed
 from bt_fast.attack.statistics import Statistics, attack_view, undone_by_errors
 from bt_fast.attack.threat import ThreatModel
@@ -46,7 +46,6 @@ from bt_fast.objectives.recomputed import update_modes
 from bt_fast.objectives.repeated_forward import moves_batch_norm_alone
 from bt_fast.objectives.training_outputs import check_training_outputs
 from bt_fast.objectives.update import Terms, run_update
-from bt_fast.ops.numeric import per_sample
 from bt_fast.plan import Plan
 from bt_fast.ranges import MINING, UPDATE, range_
 from bt_fast.units import warn_of_units
@@ -427,19 +426,3 @@ def run(model: nn.Module, attack: Attack, forwards: Forwards, execution: Executi
     if late is not None:
         late.wait()
     return terms, x_adv, beside
-
-
-def in_callers_order(
-    x_adv: Tensor, x: Tensor, plan: Plan, normalize: Normalize | None, moved: Tensor | None = None
-) -> Tensor:
-    """x' [m, ...] in the order and the units of the caller's x: a sample that has not moved is x itself, to the bit.
-
-    Args:
-        x_adv: [m, ...] pixels in the plan's sorted order.
-        normalize: makes images like x of pixels; None where they are pixels.
-        moved: [m] bool, the samples that may have; None: those with steps.
-    """
-    x_adv = plan.unsort(x_adv)
-    if normalize is None:
-        return x_adv
-    return torch.where(per_sample(plan.steps > 0 if moved is None else moved, x), normalize(x_adv), x)

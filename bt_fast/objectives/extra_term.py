@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from bt_fast.attack.pixels import Normalize
-from bt_fast.objectives import adversarial
+from bt_fast.objectives.update_order import in_callers_order
 from bt_fast.ops.numeric import kind_of
 from bt_fast.plan import MinedPlan, Plan
 
@@ -79,6 +79,6 @@ class ExtraTerm:
         if n < len(self.x) and order is not None:  # those that moved
             images = self.x[order[:n]], x_adv if self.normalize is None else self.normalize(x_adv)
             return UpdateBatch(clean, adversarial_logits, y, *images, None if weights is None else weights[order[:n]])
-        x_adv = adversarial.in_callers_order(x_adv, self.x, self.plan, self.normalize)
+        x_adv = in_callers_order(x_adv, self.x, self.plan, self.normalize)
         logits = None if clean is None else unsort(clean)
         return UpdateBatch(logits, unsort(adversarial_logits), unsort(y), self.x, x_adv, weights)

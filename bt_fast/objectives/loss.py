@@ -33,7 +33,7 @@ from bt_fast.objectives.extra_term import Extra, ExtraTerm, check_extra
 from bt_fast.objectives.forwards import Forwards
 from bt_fast.objectives.passes import Pass, Passes, check_moving, wanted
 from bt_fast.objectives.shared_forward import SharedForward, check_shared
-from bt_fast.objectives.update_order import in_callers_rows, in_update_order, left_out, weights_of
+from bt_fast.objectives.update_order import in_callers_order, in_callers_rows, in_update_order, left_out, weights_of
 from bt_fast.plan import Plan
 from bt_fast.robust_half import check_all_count
 from bt_fast.validation import weight
@@ -66,7 +66,7 @@ class Record:
         *clean: Tensor,
     ) -> Record:
         """Returns the record of x' and logits in the plan's sorted order; `clean` logits if there are any."""
-        x_adv = adversarial.in_callers_order(x_adv, x, plan, normalize)
+        x_adv = in_callers_order(x_adv, x, plan, normalize)
         return cls(plan.unsort(clean[0]) if clean else None, plan.unsort(adversarial_logits), x_adv, plan.steps)
 
 

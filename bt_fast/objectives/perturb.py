@@ -21,6 +21,7 @@ from bt_fast.mining import BulletTrain
 from bt_fast.objectives import adversarial, arguments
 from bt_fast.objectives.adversarial import Call
 from bt_fast.objectives.passes import check_outside
+from bt_fast.objectives.update_order import in_callers_order
 from bt_fast.robust_half import check_all_count
 from bt_fast.warning import warn_caller
 
@@ -135,7 +136,7 @@ def perturb(
         mining.attacked(queued.faulty, plan.order)
     normalize = model.normalize if isinstance(model, OnPixels) else None
     moved = by_sample.moved(own, attack.threat, plan.steps, mined=mining is not None)
-    x_adv = adversarial.in_callers_order(x_adv, x.detach(), plan, normalize, moved)
+    x_adv = in_callers_order(x_adv, x.detach(), plan, normalize, moved)
     if not return_details:
         return x_adv
     return Perturbed(x_adv, queued.logits, plan.steps, getattr(plan, "group", None), getattr(plan, "weights", None))

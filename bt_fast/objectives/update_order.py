@@ -1,4 +1,4 @@
-"""The order of an update in which half of the robust samples stand for all: those left out last."""
+"""The orders of a minibatch: an update's, in which samples that others stand for come last, and the caller's."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
+from bt_fast.attack.pixels import Normalize
+from bt_fast.ops.numeric import per_sample
 from bt_fast.plan import MinedPlan, Plan
 
 if TYPE_CHECKING:
@@ -46,3 +49,19 @@ def weights_of(plan: Plan) -> Tensor | None:
     """How often each sample counts in the adversarial term, [m] in the plan's sorted order; None: each once."""
     weights = plan.weights if isinstance(plan, MinedPlan) else None
     return None if weights is None else plan.sort(weights)
+
+
+def in_callers_order(
+    x_adv: Tensor, x: Tensor, plan: Plan, normalize: Normalize | None, moved: Tensor | None = None
+) -> Tensor:
+    """x' [m, ...] in the order and the units of the caller's x: a sample that has not moved is x itself, to the bit.
+
+    Args:
+        x_adv: [m, ...] pixels in the plan's sorted order.
+        normalize: makes images like x of pixels; None where they are pixels.
+        moved: [m] bool, the samples that may have; None: those with steps.
+    """
+    x_adv = plan.unsort(x_adv)
+    if normalize is None:
+        return x_adv
+    return torch.where(per_sample(plan.steps > 0 if moved is None else moved, x), normalize(x_adv), x)

@@ -474,6 +474,8 @@ def test_it_is_written_and_copied_with_the_rest():
     assert repr(HalfDrawn(1)) == "HalfDrawn(1)"
     assert pickle.loads(pickle.dumps(bullet)).half_drawn == HalfDrawn(2, "half")
     assert BulletTrain(10, HalfDrawn(2)).robust_steps == 2
+    bullet.robust_steps = 1
+    assert "HalfDrawn(1, attacked='half')" in repr(bullet)
     old = BulletTrain().__getstate__()
     del old["half_drawn"]
     loaded = BulletTrain.__new__(BulletTrain)
