@@ -65,9 +65,10 @@ class MARTLoss(RobustTermLoss):
         logits: Select | None = None,
     ) -> None:
         options: Any = {"label_smoothing": label_smoothing, "smoothing": smoothing, "extra": extra, "logits": logits}
+        super().__init__(attack, beta, mining=mining, engine=engine, **options)
         self.clean_forwards = clean_forwards_of(clean_updates, most=1)
         self.clean_shared = clean_updates == SHARED
-        super().__init__(attack, beta, mining=mining, engine=engine, **options)
+        self._check(attack, mining, extra)
 
     def extra_repr(self) -> str:
         """The configuration, as it would be written."""

@@ -80,9 +80,10 @@ class TRADESLoss(RobustTermLoss):
         logits: Select | None = None,
     ) -> None:
         options: Any = {"label_smoothing": label_smoothing, "smoothing": smoothing, "extra": extra, "logits": logits}
+        super().__init__(attack, beta, mining=mining, engine=engine, **options)
         self.clean_forwards = clean_forwards_of(clean_updates, most=2)
         self.clean_shared = clean_updates == SHARED
-        super().__init__(attack, beta, mining=mining, engine=engine, **options)
+        self._check(attack, mining, extra)
 
     def graph_key(self) -> tuple[float, CrossEntropy]:
         """β, and how the labels are smoothed."""
