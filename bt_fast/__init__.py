@@ -40,6 +40,7 @@ from bt_fast.objectives.update import Update
 from bt_fast.placement import Placement
 from bt_fast.plan import MinedPlan, Plan
 from bt_fast.power import PowerMonitor
+from bt_fast.robust_half import HalfDrawn
 from bt_fast.speedup import Fractions, theoretical_speedup, theoretical_speedup_augmix
 
 __version__ = "0.1.0"
@@ -67,6 +68,7 @@ __all__ = [
     "Gaussian",
     "GraphRunner",
     "Guard",
+    "HalfDrawn",
     "Judged",
     "Logits",
     "MARTLoss",

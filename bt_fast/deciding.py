@@ -14,6 +14,7 @@ from bt_fast.allocation import Judged, Metric, Oracle, Policy
 from bt_fast.faults import CheckedRead, Fault
 from bt_fast.plan import MinedPlan
 from bt_fast.ranks import Ranks, Together
+from bt_fast.robust_half import HalfDrawn, Halved, halved
 from bt_fast.validation import check_device, check_floating, size, size_of_step
 
 STEP_FACTOR = 1.7  # α = 1.7 ε / N (section 3.1, Fig. 2)
@@ -27,6 +28,7 @@ class Rule:
         metric, policy: the functions, as in `BulletTrain`.
         steps: (N_O, N_B, N_R), in the ops' numbering of the groups.
         epsilon: ε. step_size: α of the boundary samples, 1.7·ε/N_B if None; all in pixel units.
+        half_drawn: which half of the robust samples takes part in the update, or None for all.
     """
 
     metric: Metric
@@ -34,11 +36,17 @@ class Rule:
     steps: tuple[int, int, int]
     epsilon: float
     step_size: float | None
+    half_drawn: HalfDrawn | None = None
 
     @property
     def by_groups(self) -> bool:
         """Whether the paper's rule decides, rather than a policy."""
         return self.policy is allocation.three_groups
+
+    @property
+    def steps_vary(self) -> bool:
+        """Whether the numbers of samples in the groups do not give their steps."""
+        return not self.by_groups or (self.half_drawn is not None and self.half_drawn.attacked == "half")
 
     @property
     def taken(self) -> tuple[int, int, int]:
@@ -101,6 +109,7 @@ class Evidence:
         names: of the logits and the labels in messages. soft: the labels were distributions.
         attacked_correct: [m] bool, whether attacked samples are classified correctly, for an Oracle.
         of_attack: the faults of the Oracle's attack, raised last.
+        generator: draws which robust samples stand for all, if half of them do.
     """
 
     rule: Rule
@@ -113,6 +122,7 @@ class Evidence:
     soft: bool = False
     attacked_correct: Tensor | None = None
     of_attack: Sequence[Fault] = ()
+    generator: torch.Generator | None = None
 
     def unfit_faults(self, counts: Tensor) -> Sequence[Fault]:
         """Returns the faults of unfit rows, from their counts [2]."""
@@ -124,6 +134,11 @@ class Evidence:
         attacked = ops.signed_variance(logits, labels)
         of_attack = [*of_attack, faults.marked_rows(attacked.unfit & 1, "attacked_logits")]
         return replace(self, attacked_correct=attacked.correct, of_attack=of_attack)
+
+    def half(self, group: Tensor, steps: Tensor) -> Halved | None:
+        """Draws the robust samples that stand for all in a plan of these; None where all of them do."""
+        how = self.rule.half_drawn
+        return None if how is None else halved(how, group, steps, self.rule.most_steps, self.generator)
 
     def plan(self, **decided: Any) -> MinedPlan:
         """Returns the plan with these decided fields."""
@@ -179,6 +194,12 @@ def _by_groups(evidence: Evidence) -> MinedPlan:
     threshold, group, steps, step_size, order, counts = ops.assign_steps(
         certainty, signs.correct, evidence.fraction, rule.taken, rule.sizes, signs.unfit, wrong, counted
     )
+    most, counted_steps = rule.most_steps, None
+    half = evidence.half(group, steps)
+    if half is not None:
+        steps, order, idle = half.steps, half.order, half.idle
+        counts = torch.cat([half.active, counts[most : most + 3], idle, counts[most + 3 :]])
+        counted_steps = steps.sum() * counted.any() if rule.steps_vary else None
     return evidence.plan(
         steps=steps,
         step_size=step_size,
@@ -187,8 +208,9 @@ def _by_groups(evidence: Evidence) -> MinedPlan:
         group=group,
         threshold=threshold,
         counted_groups=counted,
-        counted_steps=None,
+        counted_steps=counted_steps,
         ranks=None,
+        weights=None if half is None else half.weights,
     )
 
 
@@ -248,18 +270,23 @@ def _planned(
         spread = [_spread(steps, everyone.is_sample, len(everyone.sizes), rule.most_steps)]
         steps = steps * everyone.is_sample
     order, active = ops.order_by_steps(own_steps, rule.most_steps)
+    half, idle = evidence.half(group, own_steps), []
+    if half is not None:
+        own_steps, order, active, idle = half.steps, half.order, half.active, [half.idle]
+        steps = own_steps if everyone is None else steps
     sizes, sound = _sizes_of(group), ~wrong.any()
     sizes_of_all = sizes if everyone is None else _sizes_of(judged.group, everyone.is_sample)
     return evidence.plan(
         steps=own_steps,
         step_size=rule.sizes_of(group, own_steps),
         order=order,
-        counts=CheckedRead(torch.cat([active, sizes, *spread, wrong]), every),
+        counts=CheckedRead(torch.cat([active, sizes, *idle, *spread, wrong]), every),
         group=group,
         threshold=judged.threshold,
         counted_groups=sizes_of_all * sound,
         counted_steps=None if rule.by_groups else steps.sum() * sound,
         ranks=everyone,
+        weights=None if half is None else half.weights,
     )
 
 

@@ -17,6 +17,8 @@ class Engine:
     Attributes:
         precision: "bf16" runs the forwards and backwards of attack and update under `torch.autocast` with bfloat16,
             with weights, losses and gradients in their own precision; None changes nothing.
+        precision_of: what `precision` is of: "both", or "attack" (with mining's look at the clean images) or "update"
+            alone.
         fold: the attack uses a folded view of the model, in which each batch norm is part of the layer before it.
         channels_last: 4-d images, and the view's weights, have the channel as the fastest index.
         graphs: attack steps, and the update with its backward, are replayed from CUDA graphs; on CUDA only.
@@ -35,10 +37,21 @@ class Engine:
     graphs: bool = False
     streams: bool = False
     compile: bool = False
+    precision_of: str = "both"
 
     def __post_init__(self) -> None:
         if self.precision not in (None, "bf16"):
             raise ValueError(f"precision must be 'bf16' or None, got {self.precision!r}: write precision='bf16'")
+        if self.precision_of not in PARTS:
+            raise ValueError(
+                f"precision_of must be one of {', '.join(map(repr, PARTS))}, got {self.precision_of!r}: "
+                "write precision_of='update'"
+            )
+        if self.precision_of != "both" and self.precision is None:
+            raise ValueError(
+                f"precision_of={self.precision_of!r} needs a precision, got None: "
+                f"write Engine(precision='bf16', precision_of={self.precision_of!r})"
+            )
         for name in SWITCHES:
             if not isinstance(value := getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {value!r}: write Engine({name}=True)")
@@ -60,11 +73,17 @@ class Engine:
 
     @classmethod
     def parse(cls, text: str) -> Engine:
-        """Returns an engine from text: a name, then options, as in `fast,graphs=off`. ValueError if one is unknown."""
+        """Returns an engine from text: a name, then options, as in `fast,graphs=off` or `bf16,precision_of=update`.
+
+        ValueError if one is unknown.
+        """
         name, *options = text.split(",")
         engine, changes = cls.of(name), dict[str, Any]()
         for option in options:
             switch, _, value = option.partition("=")
+            if switch == "precision_of":
+                changes[switch] = value
+                continue
             if switch not in SWITCHES or value not in ("on", "off"):
                 raise ValueError(
                     f"engine {text!r}: expected NAME=on or NAME=off, NAME one of {', '.join(SWITCHES)}; got {option!r}"
@@ -73,6 +92,16 @@ class Engine:
             if option == "graphs=off":
                 changes.setdefault("streams", False)  # streams need graphs
         return replace(engine, **changes)
+
+    @property
+    def attack_precision(self) -> str | None:
+        """That of the attack, and of mining's look at the clean images."""
+        return None if self.precision_of == "update" else self.precision
+
+    @property
+    def update_precision(self) -> str | None:
+        """That of the update's forwards and backward."""
+        return None if self.precision_of == "attack" else self.precision
 
     @property
     def name(self) -> str:
@@ -85,6 +114,7 @@ class Engine:
         return f"Engine({', '.join(options)})"
 
 
+PARTS = ("both", "attack", "update")
 SWITCHES = ("fold", "channels_last", "graphs", "streams", "compile")
 _FAST = Engine(fold=True, channels_last=True, graphs=True, streams=True)
 ENGINES = {"exact": Engine(), "fast": _FAST, "bf16": replace(_FAST, precision="bf16")}

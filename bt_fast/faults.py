@@ -221,15 +221,19 @@ class CheckedRead:
     def __init__(self, numbers: Tensor, faults: Sequence[Fault]) -> None:
         self._faults = faults
         self._read = HostRead(numbers)
+        self._values: list[int] | None = None  # once they have been waited for, and none was a fault
 
     def wait(self) -> list[int]:
         """Returns the values as Python integers; raises the error of the first fault that occurred."""
+        if self._values is not None:
+            return self._values
         numbers = self._read.wait()
         split = len(numbers) - len(self._faults)
         for count, fault in zip(numbers[split:], self._faults, strict=True):
             if count:
                 raise fault.error(count)
-        return numbers[:split]
+        self._values = numbers[:split]
+        return self._values
 
 
 class OfRanks(Sequence[Fault]):

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from bt_fast import allocation, deciding, faults, ops
 from bt_fast.allocation import METRICS, POLICIES, Metric, Oracle, Policy
@@ -20,12 +20,13 @@ from bt_fast.labels import check_logits_and_labels, class_of, is_soft
 from bt_fast.minibatch import LastMinibatch
 from bt_fast.plan import MinedPlan
 from bt_fast.ranks import Ranks, Sharing
-from bt_fast.speedup import Fractions, theoretical_speedup_augmix
+from bt_fast.robust_half import HalfDrawn, check_ranks, check_saving, steps_of
+from bt_fast.shares import MeasuredShares
 from bt_fast.validation import check_choice, check_process_group, real, step_count
 from bt_fast.warning import warn_deprecated
 
 
-class BulletTrain(nn.Module):
+class BulletTrain(MeasuredShares):
     """Decides how many attack steps each sample gets, by how sure the model is of it (Eq. 5, Eq. 6, Algorithm 2).
 
     A module without parameters: its state is in buffers, which move, save and load with everything else. `plan` begins
@@ -33,7 +34,8 @@ class BulletTrain(nn.Module):
     but a boundary sample (with another policy than three groups: one with N_B steps) the plan's `step_size`.
 
     Args:
-        boundary_steps: N_B, robust_steps: N_R, outlier_steps: N_O; each at least 0.
+        boundary_steps: N_B, robust_steps: N_R, outlier_steps: N_O; each at least 0. With `HalfDrawn(N_R)` half
+            of the robust samples stand for all in the update.
         gamma: γ in (0, 1], scales the measured robust accuracy. momentum: p in [0, 1) of the moving average.
         metric: the certainty of the model about a sample, in place of SVar in Eq. 6: a name in `allocation.METRICS`, or
             a function of (logits [m, K] in float32 or float64, labels [m] int64) that returns [m] floating point:
@@ -62,19 +64,17 @@ class BulletTrain(nn.Module):
             samples with NaN in an attack's input gradient, since the last read; raised by the next.
 
     Raises:
-        TypeError: an argument has a wrong type. ValueError: out of range, unknown, or an Oracle in a process group.
+        TypeError: an argument has a wrong type. ValueError: out of range, unknown, or not to be combined.
     """
 
     robust_fraction: Tensor
-    group_counts: Tensor
-    steps_assigned: Tensor | None
     unreported_faults: Tensor
     unreported_gradients: Tensor
 
     def __init__(
         self,
         boundary_steps: int = 10,
-        robust_steps: int = 2,
+        robust_steps: int | HalfDrawn = 2,
         outlier_steps: int = 0,
         *,
         gamma: float = 0.8,
@@ -87,7 +87,8 @@ class BulletTrain(nn.Module):
     ) -> None:
         super().__init__()
         self.boundary_steps = step_count("boundary_steps", boundary_steps)
-        self.robust_steps = step_count("robust_steps", robust_steps)
+        self.half_drawn = robust_steps if isinstance(robust_steps, HalfDrawn) else None
+        self.robust_steps = step_count("robust_steps", steps_of(robust_steps))
         self.outlier_steps = step_count("outlier_steps", outlier_steps)
         self.gamma = real("gamma", gamma)
         if not 0.0 < self.gamma <= 1.0:
@@ -97,8 +98,11 @@ class BulletTrain(nn.Module):
             raise ValueError(f"momentum must lie in [0, 1), got {momentum}: write momentum=0.9")
         self.metric = allocation.rule_of("metric", metric, METRICS)
         self.policy = allocation.rule_of("policy", policy, POLICIES)
-        self.process_group = process_group
         check_choice("unperturbed", unperturbed, ("keep", "skip", None))
+        move = self.policy is not allocation.three_groups or self.robust_steps > 0
+        skipped = unperturbed == "skip" or (unperturbed is None and not self.outlier_steps)
+        check_saving(self.half_drawn, move, skipped)
+        self.process_group = process_group
         if not (balance is None or isinstance(balance, Sharing)):
             raise TypeError(
                 f"balance must be a Balance or None, got {type(balance).__name__}: write balance=bt_fast.Balance()"
@@ -113,7 +117,7 @@ class BulletTrain(nn.Module):
         self.register_buffer("group_counts", torch.zeros(3, dtype=torch.int64))
         for name in ("steps_assigned", "unreported_faults", "unreported_gradients"):
             self.register_buffer(name, torch.zeros((), dtype=torch.int64))
-        if self.policy is allocation.three_groups:
+        if not self._rule(0.0, None).steps_vary:
             self.steps_assigned = None
 
     @property
@@ -129,6 +133,7 @@ class BulletTrain(nn.Module):
                 "policy must not be an Oracle in a process group: its attack would need the ranks' random state: "
                 "write policy='three_groups', or leave process_group out"
             )
+        check_ranks(self.half_drawn, group is not None)
         self.ranks = None if group is None else Ranks(group)
 
     def extra_repr(self) -> str:
@@ -140,7 +145,8 @@ class BulletTrain(nn.Module):
             rules += f", policy={allocation.name_of(self.policy, POLICIES)}"
         if self.unperturbed is not None:
             rules += f", unperturbed={self.unperturbed!r}"
-        steps = f"{self.boundary_steps}, {self.robust_steps}, {self.outlier_steps}"
+        robust = self.robust_steps if self.half_drawn is None else replace(self.half_drawn, steps=self.robust_steps)
+        steps = f"{self.boundary_steps}, {robust}, {self.outlier_steps}"
         return f"{steps}, gamma={self.gamma:g}, momentum={self.momentum:g}{rules}"
 
     def __getstate__(self) -> dict[str, Any]:
@@ -148,7 +154,7 @@ class BulletTrain(nn.Module):
         return self.__dict__ | {"_last": LastMinibatch(), "_reuse": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__({"_last": LastMinibatch(), "_reuse": None} | state)  # type: ignore[no-untyped-call]
+        super().__setstate__({"_last": LastMinibatch(), "_reuse": None, "half_drawn": None} | state)  # type: ignore[no-untyped-call]
 
     def _save_to_state_dict(self, *args: Any) -> None:
         self.finish()
@@ -261,6 +267,7 @@ class BulletTrain(nn.Module):
         attacked_logits: Tensor | None = None,
         of_attack: Sequence[Fault] = (),
         state: Tensor | None = None,
+        generator: torch.Generator | None = None,
     ) -> MinedPlan:
         """Runs `plan`, with its errors, without waiting for its counts: faults are raised by the first use of a count.
 
@@ -268,6 +275,7 @@ class BulletTrain(nn.Module):
             logits, labels, epsilon, step_size, attacked_logits: as for `plan`. names: of the first two in messages.
             inputs: further faults to raise with the counts. of_attack: those of the oracle's attack, raised last.
             state: [2] int64, a random state: the ranks of the process group take rank 0's.
+            generator: draws which robust samples stand for all, if half of them do; the device's own if None.
         """
         soft, (logits, labels) = is_soft(labels), self._checked(logits, labels)
         deciding.check_attacked(self.policy, logits, attacked_logits)
@@ -275,17 +283,21 @@ class BulletTrain(nn.Module):
         self.finish()
         if self._counts_now:
             self._last = LastMinibatch()
-        rule = Rule(self.metric, self.policy, self._group_steps, epsilon, step_size)
+        rule = self._rule(epsilon, step_size)
         of_logits = ops.signed_variance(logits, labels)
         certainty, current = rule.certainty_of(logits, labels, of_logits)
         fraction, earlier = self._deciding_fraction(), self._earlier_faults()
         evidence = Evidence(rule, of_logits, certainty, fraction, earlier, [*inputs, *current], names, soft)
+        evidence = replace(evidence, generator=generator)
         if attacked_logits is not None:
             evidence = evidence.with_attacked(attacked_logits.detach(), labels, of_attack)
         plan = deciding.decide(evidence, self.ranks, state)
         self._clear_earlier_faults()
         self._last.planned = plan
         return plan
+
+    def _rule(self, epsilon: float, step_size: float | None) -> Rule:
+        return Rule(self.metric, self.policy, self._group_steps, epsilon, step_size, self.half_drawn)
 
     def _deciding_fraction(self) -> Tensor:  # in a further pass the first pass's F_R
         return self.robust_fraction if (before := self._last.fraction_before) is None else before
@@ -326,13 +338,14 @@ class BulletTrain(nn.Module):
         logits, classes = self._checked(adversarial_logits, labels)
         if len(classes) == 0:
             raise ValueError("adversarial_logits must have at least 1 row, got 0: leave empty minibatches out")
+        weights = self._planned_weights(len(classes), order)
         attacked, self._last.attacked = self._last.attacked, None
         if faulty is not None:
             self._last_attack = (faulty, order)
         elif attacked is not None:
             faulty, self._last_attack = attacked[0], attacked
         if self.ranks is not None:
-            self._observe_together(self.ranks, logits, classes, faulty)
+            self._observe_together(self.ranks, logits, classes, faulty, weights)
             return
         if not logits.is_cuda:
             outside = faults.labels_outside(labels, logits.shape[1], "labels")
@@ -341,16 +354,31 @@ class BulletTrain(nn.Module):
             self.unreported_gradients += faulty.sum()
         if self._counts_now:
             self._begin_move()
-            state = (self.robust_fraction, self.unreported_faults)
-            ops.update_fraction_(*state, logits, classes, self.gamma, self.momentum)
+            ops.update_fraction_(
+                self.robust_fraction, self.unreported_faults, logits, classes, self.gamma, self.momentum, weights
+            )
         elif logits.is_cuda:
             self.unreported_faults += ops.adversarial_hits(logits, classes)[1] > 0
 
-    def _observe_together(self, ranks: Ranks, logits: Tensor, labels: Tensor, faulty: Tensor | None) -> None:
+    def _planned_weights(self, m: int, order: Tensor | None) -> Tensor | None:
+        """[m], how often each row counts in F_R's mean, where half of the robust samples stand for all."""
+        weights = None if self._last.planned is None else self._last.planned.weights
+        if weights is None:
+            return None
+        if len(weights) != m:
+            raise ValueError(
+                f"adversarial_logits must have a row for each of the {len(weights)} planned samples with "
+                f"{self.half_drawn}, got {m}: give clean logits for those of weight 0"
+            )
+        return weights if order is None else weights[order]
+
+    def _observe_together(
+        self, ranks: Ranks, logits: Tensor, labels: Tensor, faulty: Tensor | None, weights: Tensor | None
+    ) -> None:
         self.finish()
-        hits, without_number = ops.adversarial_hits(logits, labels)
+        hits, without_number = ops.adversarial_hits(logits, labels, weights)
         gradients = hits.new_zeros(()) if faulty is None else faulty.sum()
-        numbers = [hits, hits.new_full((), len(labels)), without_number.long(), gradients.long()]
+        numbers = [hits, hits.new_full((), len(labels)), without_number.to(hits), gradients.to(hits)]
         self._begin_move()
         self._moving = ranks.start_sum(torch.stack(numbers)), self._counts_now
 
@@ -379,7 +407,7 @@ class BulletTrain(nn.Module):
             if moves:
                 ops.move_fraction_(self.robust_fraction, hits, m, without_number > 0, self.gamma, self.momentum)
             self.unreported_faults += without_number > 0
-            self.unreported_gradients += gradients
+            self.unreported_gradients += gradients.long()
 
     def assign(self, *args: Any, **options: Any) -> MinedPlan:
         """Deprecated: `plan`, with the same args and options, but the minibatch counts at once, not when it ends."""
@@ -394,41 +422,6 @@ class BulletTrain(nn.Module):
         """Deprecated: `observe`, with the same adversarial_logits, labels and order."""
         warn_deprecated("BulletTrain.update", "write bullet.observe(adversarial_logits, labels)")
         self.observe(adversarial_logits, labels, order=order)
-
-    @property
-    def fractions(self) -> Fractions:
-        """Returns the measured F_B, F_R and F_O over all observed samples since the start or `reset_fractions`."""
-        outlier, boundary, robust = self.group_counts.tolist()
-        total = max(outlier + boundary + robust, 1)
-        return Fractions(boundary=boundary / total, robust=robust / total, outlier=outlier / total)
-
-    def reset_fractions(self) -> None:
-        """Restarts the measured fractions and `mean_steps`; F_R, which controls the assignment, stays."""
-        self.group_counts.zero_()
-        if self.steps_assigned is not None:
-            self.steps_assigned.zero_()
-
-    @property
-    def mean_steps(self) -> float:
-        """Attack steps per sample, over all observed samples since the start or `reset_fractions`; at first NaN."""
-        total = int(self.group_counts.sum())
-        if total == 0:
-            return math.nan
-        if self.steps_assigned is None:
-            return self.fractions.mean_steps(self.boundary_steps, self.robust_steps, self.outlier_steps)
-        return int(self.steps_assigned) / total
-
-    def theoretical_speedup(self, baseline_steps: int | None = None) -> float:
-        """Eq. 7, `(N + 1) / (mean_steps + 1)`, N = baseline_steps ≥ 0 (else an error), or N_B; at first NaN."""
-        baseline = self.boundary_steps if baseline_steps is None else step_count("baseline_steps", baseline_steps)
-        return (baseline + 1) / (self.mean_steps + 1)
-
-    def theoretical_speedup_augmix(self) -> float:
-        """`3 / (1 + 2·F)` for `augmix_loss`, with F = F_B, or `mean_steps` (at N_B = 1) with a policy; NaN at first."""
-        if not self.group_counts.any():
-            return math.nan
-        share = self.fractions.boundary if self.steps_assigned is None else self.mean_steps
-        return theoretical_speedup_augmix(share)
 
     @property
     def _group_steps(self) -> tuple[int, int, int]:

@@ -121,6 +121,8 @@ class MinedPlan(Plan):
             together; 0 if the minibatch had a fault.
         counted_steps: 0-dim int64, the steps that `observe` counts; None if the groups' sizes give them.
         ranks: the samples of all ranks of a process group, or None.
+        weights: [m] float64, how often each sample counts in the update's adversarial term, where half of the robust
+            ones stand for all: n/⌈n/2⌉ for those that are drawn, 0 for the others, else 1. None: each once.
     """
 
     order: Tensor
@@ -132,6 +134,7 @@ class MinedPlan(Plan):
     counted_groups: Tensor
     counted_steps: Tensor | None
     ranks: Together | None
+    weights: Tensor | None = None
 
     @property
     def group_sizes(self) -> tuple[int, int, int]:
@@ -140,9 +143,19 @@ class MinedPlan(Plan):
         return outlier, boundary, robust
 
     @property
+    def left_out(self) -> tuple[int, int]:
+        """How many robust samples are left out of the update's adversarial forward, and how many of those have steps.
+
+        The left-out samples are those of weight 0.
+        """
+        if self.weights is None:
+            return 0, 0
+        return self.group_sizes[2] // 2, self.counts.wait()[self.most_steps + 3]
+
+    @property
     def steps_of_ranks(self) -> Tensor:
         """[N, most_steps + 1] int64 on the host: how many samples of each rank have 0, 1, ... steps."""
-        spread = self.counts.wait()[self.most_steps + 3 :]
+        spread = self.counts.wait()[self.most_steps + 3 + (self.weights is not None) :]
         return torch.tensor(spread, dtype=torch.int64, device="cpu").view(-1, self.most_steps + 1)
 
 

@@ -42,9 +42,9 @@ class GraphCache:
 
 def view_of(engine: Engine) -> Frozen | None:
     """Returns the view of the model that the engine's attack uses; None for the model itself."""
-    if not (engine.fold or engine.channels_last or engine.compile or engine.precision):
+    if not (engine.fold or engine.channels_last or engine.compile or engine.attack_precision):
         return None
-    dtype = DTYPES[engine.precision] if engine.precision else None
+    dtype = DTYPES[engine.attack_precision] if engine.attack_precision else None
     return Frozen(fold=engine.fold, channels_last=engine.channels_last, autocast=dtype, compile=engine.compile)
 
 

@@ -28,7 +28,7 @@ from bt_fast.attack.graph_cache import GraphCache
 from bt_fast.attack.inner import TARGETED, Inner, OfAPGD, by_label, check_enough_classes, of_clean
 from bt_fast.attack.neighbours import warn_of_neighbours
 from bt_fast.attack.pgd import PGD
-from bt_fast.attack.pixels import Normalize, on_pixels
+from bt_fast.attack.pixels import on_pixels
 from bt_fast.attack.start import Noise, random_state, state_of_seed
 from bt_fast.attack.statistics import Statistics, attack_view, undone_by_errors
 from bt_fast.attack.threat import ThreatModel
@@ -41,17 +41,16 @@ from bt_fast.mining import BulletTrain
 from bt_fast.objectives import arguments, starts
 from bt_fast.objectives.execution import Execution
 from bt_fast.objectives.forwards import Forwards
+from bt_fast.objectives.passes import NEW_ONES, other_samples
 from bt_fast.objectives.recomputed import update_modes
 from bt_fast.objectives.repeated_forward import moves_batch_norm_alone
 from bt_fast.objectives.training_outputs import check_training_outputs
 from bt_fast.objectives.update import Terms, run_update
-from bt_fast.ops.numeric import per_sample
 from bt_fast.plan import Plan
 from bt_fast.ranges import MINING, UPDATE, range_
 from bt_fast.units import warn_of_units
 
 Unperturbed = Literal["keep", "skip"]
-NEW_ONES = "write again(reuse=False) to make new ones"
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +67,7 @@ class Call:
     updates: bool = True  # the model is trained on x' next, and so returns logits in the update's modes too
     embeds: bool = False  # its outputs need not be logits of the labels' classes
     own: PerSample = NOTHING  # what samples have of their own, in the units of x
+    clean: Callable[[nn.Module, Tensor], Tensor] | None = None  # the update's clean forward, where it comes first
 
     @classmethod
     def of(
@@ -141,6 +141,13 @@ class Adversary:
         """Whether no sample can move."""
         return by_sample.still(self.own, self.threat)
 
+    def clean_before(self, model: nn.Module, x: Tensor) -> Tensor | None:
+        """The logits of the update's clean forward on x, with gradient, if mining and attack take them too."""
+        if self.call.clean is None:
+            return None
+        with self.call.execution.autocast_of_update(x):
+            return self.call.clean(model, x)
+
     def radii(self, x: Tensor) -> Tensor | None:
         """Each sample's own ε, if it has one, for images like x."""
         return by_sample.radii(self.own, self.threat, x)
@@ -175,15 +182,22 @@ class Attack:
     plan: Plan
     logits: Tensor | None  # [m, K], clean, in the minibatch's own order; None if the attack needed none
     observed: bool = False  # whether the mining's `observe` raises the error of `faulty`, instead of `perturbed`
+    into: Tensor | None = None  # [m], which of the attack's rows each row is; None: the same
+    shared: Tensor | None = None  # [m, K] with gradient, of the update's clean forward, where the attack has run it
 
     def ended(self) -> Attack:
         """Returns the attack without pending checks, for a further pass."""
-        return replace(self, independent=False, inputs=None, faulty=None)
+        return replace(self, independent=False, inputs=None, faulty=None, shared=None)
+
+    @property
+    def unable(self) -> Tensor | None:
+        """`faulty` in the order of these rows; to be read when the attack has ended."""
+        return self.faulty if self.faulty is None or self.into is None else self.faulty[self.into]
 
     def of_moving(self) -> Attack:
         """The samples that have steps alone, for an update; all where there are fewer than batch norm can train on."""
-        n = self.moving
-        return self if n < 2 or self.y is None else replace(self, x=self.x[:n], y=self.y[:n])
+        n, shared = self.moving, None if self.shared is None else self.shared[: self.moving]
+        return self if n < 2 or self.y is None else replace(self, x=self.x[:n], y=self.y[:n], shared=shared)
 
     def of_all(self, logits: Tensor) -> Tensor:
         """z' [m, K] of z' of the first rows: that of the others, whose x' is x, is the z by which they were judged."""
@@ -195,9 +209,10 @@ class Attack:
     def perturbed(self) -> tuple[Tensor, CheckedRead | None]:
         """Returns x', and a read to wait for when the device has work again. On the CPU faults are raised here."""
         x_adv = self.started.finish()
-        if self.faulty is None or self.observed:
+        x_adv = x_adv if self.into is None else x_adv[self.into]
+        if self.unable is None or self.observed:
             return x_adv, None
-        read = faults.read([faults.gradients_without_direction(self.faulty, self.plan.order)])
+        read = faults.read([faults.gradients_without_direction(self.unable, self.plan.order)])
         if x_adv.is_cuda:  # it first has the update's forwards to do
             return x_adv, read
         read.wait()
@@ -220,7 +235,8 @@ def attacking(
         defaults: start and inner loss for a `pgd` that names none.
     """
     images = on_pixels(model, x, pgd.normalization, call.name, pgd.bounds)
-    undone = undone_by_errors(model, pgd.statistics, x, call.generator)
+    moves = pgd.statistics if call.clean is None else "tracked"  # a forward before the input is known to be sound
+    undone = undone_by_errors(model, moves, x, call.generator)
     with images as (model, pixels), call.execution.autocast(x), undone:
         if call.updates:
             check_training_outputs(model, x, pixels)
@@ -240,22 +256,31 @@ def start(model: nn.Module, x: Tensor, y: Tensor | None, adversary: Adversary, b
         warn_of_units(threat.epsilon, threat.norm, bounds, adversary.step_size, x[0].numel())
     pixels = faults.pixels_outside(x, *bounds, adversary.call.name)
     x = faults.onto_bounds(x, *bounds)
-    model = unwrapped(model)
+    wrapped, model = model, unwrapped(model)
+    execution = adversary.call.execution
     if bullet is None and adversary.call.kept is None:
-        return _start_uniform(model, x, y, adversary, pixels)
+        shared = adversary.clean_before(wrapped, x)
+        with execution.autocast_of_attack(x):
+            return _start_uniform(model, x, y, adversary, pixels, shared)
     assert y is not None
     if (kept := adversary.call.kept if bullet is None else bullet.reused()) is not None:
         by_sample.check_made_anew(adversary.own)
         return _reused(kept, x, y, threat, bullet)
     assert bullet is not None
-    return _start_ragged(model, x, y, adversary, bullet, pixels)
+    shared = adversary.clean_before(wrapped, x)
+    with execution.autocast_of_attack(x):
+        return _start_ragged(model, x, y, adversary, bullet, pixels, shared)
 
 
-def _start_uniform(model: nn.Module, x: Tensor, y: Tensor | None, a: Adversary, pixels: Fault) -> Attack:
+def _start_uniform(
+    model: nn.Module, x: Tensor, y: Tensor | None, a: Adversary, pixels: Fault, shared: Tensor | None
+) -> Attack:
     """The authors' attack, in which every sample takes `steps` steps, or its own number of them."""
     begin = starts.in_order(x, a)
     with attack_view(model, a.call.execution.view, x[:COMPARED], a.statistics) as view:
-        if a.asks_clean:
+        if shared is not None:
+            logits, name = shared.detach(), "the model's logits"
+        elif a.asks_clean:
             logits, name = clean_logits(view, x, least=1 if a.call.embeds else 2), "the model's logits"
         else:  # two rows of the model itself tell the number of classes: a view would be compiled anew for them
             with nullcontext() if a.statistics == "running" else eval_mode(model):
@@ -275,7 +300,8 @@ def _start_uniform(model: nn.Module, x: Tensor, y: Tensor | None, a: Adversary, 
         batch = a.batch(plan, begin, x, target, labels)
         started = a.queue(view, batch)
     clean = logits if a.asks_clean else None
-    return Attack(x, labels, started, a.threat, len(x), independent(view), inputs, batch.faulty, plan, clean)
+    attack = Attack(x, labels, started, a.threat, len(x), independent(view), inputs, batch.faulty, plan, clean)
+    return attack if shared is None else replace(attack, shared=plan.sort(shared))
 
 
 def _target(
@@ -292,11 +318,13 @@ def _target(
     return with_goal(target, plan.sort(of_logits)) if inner == TARGETED else target
 
 
-def _start_ragged(model: nn.Module, x: Tensor, y: Tensor, a: Adversary, bullet: BulletTrain, pixels: Fault) -> Attack:
+def _start_ragged(
+    model: nn.Module, x: Tensor, y: Tensor, a: Adversary, bullet: BulletTrain, pixels: Fault, shared: Tensor | None
+) -> Attack:
     """Starts Algorithm 2's attack. Waits for the counts: errors in the input are raised here."""
     with attack_model(model, a.call.execution.view, x[:COMPARED]) as view:
         with range_(MINING):  # until the counts have arrived
-            logits = clean_logits(view, x)
+            logits = clean_logits(view, x) if shared is None else shared.detach()
             check_classes("y", y, logits.shape[1])
             check_enough_classes(a.inner, logits.shape[1])
             warn_of_neighbours(model, x, a.threat, "leave BulletTrain out")
@@ -316,6 +344,7 @@ def _start_ragged(model: nn.Module, x: Tensor, y: Tensor, a: Adversary, bullet: 
                 attacked_logits=attacked,
                 of_attack=of_attack,
                 state=state,
+                generator=a.call.generator,
             )
             numbers = a.numbers
             if plan.ranks is not None:
@@ -336,9 +365,8 @@ def _start_ragged(model: nn.Module, x: Tensor, y: Tensor, a: Adversary, bullet: 
             started = start_balanced_attack(view, batch, *how, plan.steps_of_ranks, group)
     moving = batch.active[0] if batch.active else 0
     later = x.is_cuda or group is not None
-    return Attack(
-        clean, labels, started, a.threat, moving, independent(view), None, batch.faulty, plan, logits, observed=later
-    )
+    made = (clean, labels, started, a.threat, moving, independent(view), None, batch.faulty, plan, logits, later)
+    return Attack(*made, shared=None if shared is None else plan.sort(shared))
 
 
 def _attacked_logits(
@@ -374,25 +402,6 @@ def _reused(kept: object, x: Tensor, y: Tensor, threat: ThreatModel, bullet: Bul
     return replace(kept, inputs=faults.read(others) if bullet is None else bullet.start_again(others))
 
 
-def other_samples(kept_x: Tensor, kept_y: Tensor, x: Tensor, y: Tensor, plan: Plan | None = None) -> Fault:
-    """Counts the samples that differ from those of the first pass, which is in the order of `plan`, if given.
-
-    Raises:
-        ValueError: the images are of another shape, dtype or device, or the labels of another shape.
-    """
-    needs = "again(reuse=True) needs the images and labels of the last call outside of its block"
-    instead = f"call the loss on these once before, or {NEW_ONES}"
-    if (kept_x.shape, kept_x.dtype, kept_x.device) != (x.shape, x.dtype, x.device):
-        first, now = (f"{list(t.shape)} {t.dtype} on {t.device}" for t in (kept_x, x))
-        raise ValueError(f"{needs}, {first}, got {now}: {instead}")
-    if kept_y.shape != y.shape:
-        raise ValueError(f"{needs}, y of shape {list(kept_y.shape)}, got {list(y.shape)}: {instead}")
-    x, y = (x, y) if plan is None else (plan.sort(x), plan.sort(y))
-    other_labels = (kept_y != y.to(kept_y.dtype)).reshape(len(y), -1).any(dim=1)
-    differs = (kept_x != x).flatten(1).any(dim=1) | other_labels
-    return Fault(differs.sum(), f"{needs}, but {{count}} of {len(y)} samples are others: {instead}")
-
-
 def run(model: nn.Module, attack: Attack, forwards: Forwards, execution: Execution) -> tuple[Terms, Tensor, bool]:
     """Runs the update, with its clean forward beside the attack if the result is the same.
 
@@ -400,10 +409,14 @@ def run(model: nn.Module, attack: Attack, forwards: Forwards, execution: Executi
     """
     assert attack.y is not None
     update, rows = execution.update, len(attack.x)
-    with range_(UPDATE), update_modes(model) as modes:
+    with range_(UPDATE), execution.autocast_of_update(attack.x), update_modes(model) as modes:
         alone = attack.started.beside and attack.independent and not (update is not None and update.graphs)
-        beside = alone and forwards.clean_first and moves_batch_norm_alone(model)
-        if beside:
+        beside = alone and attack.shared is None and forwards.clean_first and moves_batch_norm_alone(model)
+        if attack.shared is not None:
+            x_adv, late = attack.perturbed()
+            made = attack.shared, None
+            terms, _ = forwards.adversarial_half(unwrapped(model), made, attack.x, x_adv[:rows], attack.y)
+        elif beside:
             clean = forwards.clean(model, attack.x)
             x_adv, late = attack.perturbed()
             terms, _ = forwards.adversarial_half(unwrapped(model), clean, attack.x, x_adv[:rows], attack.y)
@@ -414,19 +427,3 @@ def run(model: nn.Module, attack: Attack, forwards: Forwards, execution: Executi
     if late is not None:
         late.wait()
     return terms, x_adv, beside
-
-
-def in_callers_order(
-    x_adv: Tensor, x: Tensor, plan: Plan, normalize: Normalize | None, moved: Tensor | None = None
-) -> Tensor:
-    """x' [m, ...] in the order and the units of the caller's x: a sample that has not moved is x itself, to the bit.
-
-    Args:
-        x_adv: [m, ...] pixels in the plan's sorted order.
-        normalize: makes images like x of pixels; None where they are pixels.
-        moved: [m] bool, the samples that may have; None: those with steps.
-    """
-    x_adv = plan.unsort(x_adv)
-    if normalize is None:
-        return x_adv
-    return torch.where(per_sample(plan.steps > 0 if moved is None else moved, x), normalize(x_adv), x)

@@ -21,10 +21,9 @@ from bt_fast.engine import Engine
 from bt_fast.faults import Fault
 from bt_fast.labels import check_classes, check_either, check_without_gradient, for_loss, is_soft
 from bt_fast.mining import BulletTrain
-from bt_fast.objectives.adversarial import NEW_ONES, other_samples
 from bt_fast.objectives.cross_entropy import CrossEntropy, Smoothed, Smoothing
-from bt_fast.objectives.execution import autocast, precision_of, yes
-from bt_fast.objectives.passes import Pass, Passes, check_moving, check_outside, wanted
+from bt_fast.objectives.execution import autocast, dtype_of, yes
+from bt_fast.objectives.passes import NEW_ONES, Pass, Passes, check_moving, check_outside, other_samples, wanted
 from bt_fast.objectives.recomputed import update_modes
 from bt_fast.ranges import MINING, UPDATE, range_
 from bt_fast.validation import check_generator, check_kind
@@ -123,7 +122,7 @@ class AugMixLoss(Smoothed, nn.Module):
         with (
             self.again() if this.further else nullcontext(),
             on_pixels(model, x, self.normalization, "x") as (model, pixels),
-            autocast(precision_of(self.engine), x),
+            autocast(dtype_of(self.engine.update_precision), x),
             undone_by_errors(model, "running", x, generator),
         ):
             images = pixels(x).detach()
@@ -147,7 +146,7 @@ class AugMixLoss(Smoothed, nn.Module):
 
     def explain(self) -> str:
         """Describes in lines what is used of the engine."""
-        engine, precision = self.engine, precision_of(self.engine)
+        engine, precision = self.engine, dtype_of(self.engine.update_precision)
         why = ", where the model's forward takes such images" if engine.channels_last else ""
         return (
             f"{type(self).__name__}, engine {engine.name!r}\n"
@@ -297,6 +296,11 @@ def _check_options(mining: BulletTrain | None, jsd: bool, severity: float, name:
     if mining.unperturbed is not None or mining.balance is not None:
         raise ValueError(
             f"{name}'s unperturbed and balance must be None: AugMix runs no attack and no adversarial forward: "
+            "write BulletTrain(1, 0, 0)"
+        )
+    if mining.half_drawn is not None:
+        raise ValueError(
+            f"{name}'s robust_steps must be 0, got {mining.half_drawn}: AugMix augments no robust sample: "
             "write BulletTrain(1, 0, 0)"
         )
     if isinstance(mining.policy, Oracle):

@@ -50,6 +50,11 @@ class CrossEntropy:
         target = self.target(y, z)
         return -weighted(target, F.log_softmax(z, dim=1)).mean()
 
+    def of_rows(self, logits: Tensor, y: Tensor) -> Tensor:
+        """The cross-entropy of each row, [m]."""
+        z = ops.wide(logits)
+        return -weighted(self.target(y, z), F.log_softmax(z, dim=1))
+
     def target(self, y: Tensor, like: Tensor) -> Tensor:
         """t [m, K] of these labels, with the columns and dtype of `like`."""
         p, s, classes = target_of(y, like), self.label_smoothing, like.shape[1]

@@ -34,6 +34,8 @@ class Execution:
     update: Update | None  # None for eagerly, in the images' own format
     cache: GraphCache | None = None  # of the update's graphs; None for the one of all callers
     precision: torch.dtype | None = None  # of the whole under autocast; None for the caller's
+    attack_alone: torch.dtype | None = None  # of the attack, where the update has the caller's
+    update_alone: torch.dtype | None = None  # of the update, where the attack has the caller's
     apart: str | None = None  # why the attack runs without view, graphs and streams
 
     @classmethod
@@ -41,7 +43,9 @@ class Execution:
         """Returns the execution of the engine on the device of x."""
         graphs = engine.graphs and device.has_graphs(x)
         update = Update(channels_last=engine.channels_last, graphs=graphs) if engine.channels_last or graphs else None
-        return cls(view_of(engine), cache.runner(engine, x), update, cache, precision_of(engine))
+        dtypes = dict.fromkeys(("both", "attack", "update")) | {engine.precision_of: dtype_of(engine.precision)}
+        alone = {"attack_alone": dtypes["attack"], "update_alone": dtypes["update"]}
+        return cls(view_of(engine), cache.runner(engine, x), update, cache, dtypes["both"], **alone)
 
     def fitting(self, attack: PGD | APGD) -> Execution:
         """The same, but for what this attack cannot use of it, and with its own runner, if it has one."""
@@ -54,15 +58,26 @@ class Execution:
         """Returns the autocast around attack and update."""
         return autocast(self.precision, x)
 
+    def autocast_of_attack(self, x: Tensor) -> AbstractContextManager[object]:
+        """The autocast around an attack that has one of its own, inside of `autocast`."""
+        return autocast(self.attack_alone, x, cached=False)
 
-def precision_of(engine: Engine) -> torch.dtype | None:
-    """Returns the dtype of the engine's autocast; None for the caller's."""
-    return DTYPES[engine.precision] if engine.precision else None
+    def autocast_of_update(self, x: Tensor) -> AbstractContextManager[object]:
+        """Likewise around an update."""
+        return autocast(self.update_alone, x, cached=False)
 
 
-def autocast(precision: torch.dtype | None, x: Tensor) -> AbstractContextManager[object]:
-    """Returns autocast on the device of x; None leaves the caller's unchanged."""
-    return nullcontext() if precision is None else torch.autocast(x.device.type, precision)
+def dtype_of(precision: str | None) -> torch.dtype | None:
+    """The dtype of a precision's autocast; None for the caller's."""
+    return DTYPES[precision] if precision else None
+
+
+def autocast(precision: torch.dtype | None, x: Tensor, *, cached: bool = True) -> AbstractContextManager[object]:
+    """Returns autocast on the device of x; None leaves the caller's unchanged.
+
+    Not `cached`, it takes no weights that an autocast around it has cast to another dtype.
+    """
+    return nullcontext() if precision is None else torch.autocast(x.device.type, precision, cache_enabled=cached)
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,6 +89,7 @@ class Seen:
     device: torch.device
     execution: Execution
     beside: bool  # the update's clean forward ran beside the attack
+    shared: bool = False  # it ran before, and mining and attack took its logits
 
 
 def lines(seen: Seen) -> Iterator[str]:
@@ -94,10 +110,15 @@ def lines(seen: Seen) -> Iterator[str]:
     runner = _runner(execution.runner, model if view is None else view, seen.device)
     yield f"attack steps: {f'eagerly, since {apart}' if apart else runner}"
     graphs = update is not None and update.graphs
-    yield f"update: {explain_graphs(updated, execution.cache) if graphs else 'eagerly'}"
+    shared = "eagerly, since its clean forward comes before the attack, which shares it"
+    yield f"update: {shared if seen.shared else explain_graphs(updated, execution.cache) if graphs else 'eagerly'}"
     yield f"clean forward beside the attack: {yes(seen.beside)}"
     if execution.precision is not None:
         yield f"precision: {execution.precision}, under autocast"
+    elif execution.update_alone is not None:
+        yield f"precision: the update in {execution.update_alone}, under autocast"
+    elif execution.attack_alone is not None:
+        yield f"precision: the attack in {execution.attack_alone}, under autocast"
     elif recipe is not None and recipe.autocast is not None:
         yield f"precision: the attack in {recipe.autocast}"
     else:

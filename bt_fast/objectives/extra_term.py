@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from bt_fast.attack.pixels import Normalize
-from bt_fast.objectives import adversarial
+from bt_fast.objectives.update_order import in_callers_order
 from bt_fast.ops.numeric import kind_of
-from bt_fast.plan import Plan
+from bt_fast.plan import MinedPlan, Plan
 from bt_fast.validation import check_device
 
 
@@ -18,13 +18,15 @@ from bt_fast.validation import check_device
 class UpdateBatch:
     """A minibatch of m samples in a loss's update, for its further term. All rows are in the caller's order.
 
-    In the proxy's pass of `AWP(samples="moved")` it holds the samples that moved alone, by descending steps.
+    In the proxy's pass of `AWP(samples="moved")` it holds the samples that moved alone, by descending steps; of
+    `PGDLoss` those that have weights above 0 alone, where others do not.
 
     Attributes:
         logits: [m, K] with gradient, of the update's clean forward; None for a loss that has none.
         adversarial_logits: [m, K] with gradient, of its adversarial forward; the clean ones for samples it leaves out.
         y: [m] int64, or [m, K] distributions in the width of the logits (float32 at least).
         x: [m, ...], as given. x_adv: [m, ...], x', in the units of x.
+        weights: [m] float64, how often each sample counts in the adversarial term; None: each once.
     """
 
     logits: Tensor | None
@@ -32,6 +34,7 @@ class UpdateBatch:
     y: Tensor
     x: Tensor
     x_adv: Tensor
+    weights: Tensor | None = None
 
 
 Extra = Callable[[UpdateBatch], Tensor]
@@ -75,9 +78,10 @@ class ExtraTerm:
 
     def _batch(self, clean: Tensor | None, adversarial_logits: Tensor, x_adv: Tensor, y: Tensor) -> UpdateBatch:
         n, order, unsort = len(y), self.plan.order, self.plan.unsort
+        weights = self.plan.weights if isinstance(self.plan, MinedPlan) else None
         if n < len(self.x) and order is not None:  # those that moved
             images = self.x[order[:n]], x_adv if self.normalize is None else self.normalize(x_adv)
-            return UpdateBatch(clean, adversarial_logits, y, *images)
-        x_adv = adversarial.in_callers_order(x_adv, self.x, self.plan, self.normalize)
+            return UpdateBatch(clean, adversarial_logits, y, *images, None if weights is None else weights[order[:n]])
+        x_adv = in_callers_order(x_adv, self.x, self.plan, self.normalize)
         logits = None if clean is None else unsort(clean)
-        return UpdateBatch(logits, unsort(adversarial_logits), unsort(y), self.x, x_adv)
+        return UpdateBatch(logits, unsort(adversarial_logits), unsort(y), self.x, x_adv, weights)

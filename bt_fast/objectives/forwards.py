@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -39,6 +39,10 @@ class Forwards:
     extra: ExtraTerm | None = None  # a further term of the loss
     adversarial_first: bool = False  # before the clean forwards, as in TRADES-AWP
     of_moving: bool = False  # the samples are those of a minibatch that have steps: as many as there happen to be
+    weights: Tensor | None = None  # [m], how often each counts in the adversarial term; None: each once
+    on_gradient: Callable[[Tensor], None] | None = (
+        None  # takes the loss's gradient by x' of the first rows, [rows, ...]
+    )
 
     def steady(self, m: int) -> bool:
         """Whether every batch of m samples has the same shapes throughout."""
@@ -56,6 +60,10 @@ class Forwards:
         """Why there is no identity; None where there is one."""
         if self.extra is not None:
             return "extra is a function of your own, which a graph would not run again"
+        if self.weights is not None:
+            return "half of the robust samples stand for all, and are drawn anew for each minibatch"
+        if self.on_gradient is not None:
+            return "its backward hands the gradient by x' to on_input_gradient, which a graph would not call again"
         if self.key is None:
             return "the loss is one of your own, without a graph_key that says which numbers its objective reads"
         return None
@@ -70,8 +78,10 @@ class Forwards:
     ) -> tuple[Terms, bool]:
         """As `Computation` says."""
         if self.of.clean_forwards == 0:
-            logits = logits_of(model, formatted(x_adv, self.channels_last))
-            loss = self._with_extra(self.of.objective(None, logits, y), None, logits, x_adv, y)
+            logits = self._adversarial_logits(model, x_adv)
+            assert logits is not None
+            n = len(logits)  # the others have no part in this loss
+            loss = self._with_extra(self._loss(None, logits, y[:n]), None, logits, x_adv[:n], y[:n])
             return (loss, logits.detach()), False
         if self.clean_first:
             return self.adversarial_half(unwrapped(model), self.clean(model, x, replayable), x, x_adv, y)
@@ -111,9 +121,14 @@ class Forwards:
         else:
             if repeat is not None and replayed:
                 repeat.replay()
-            loss = self.of.objective(logits, adversarial, y)
+            loss = self._loss(logits, adversarial, y)
         loss = self._with_extra(loss, logits, adversarial, x_adv, y)
         return (loss, adversarial.detach(), logits.detach()), replayed
+
+    def _loss(self, clean: Tensor | None, adversarial: Tensor, y: Tensor) -> Tensor:
+        if self.weights is None:
+            return self.of.objective(clean, adversarial, y)
+        return self.of.weighted_objective(clean, adversarial, y, self.weights[: len(y)])
 
     def _with_extra(self, loss: Tensor, clean: Tensor | None, adversarial: Tensor, x_adv: Tensor, y: Tensor) -> Tensor:
         return loss if self.extra is None else self.extra.added(loss, clean, adversarial, x_adv, y)
@@ -126,4 +141,9 @@ class Forwards:
             return None
         if rows == 1 and not together and any(isinstance(module, _BatchNorm) for module in model.modules()):
             rows = min(2, len(x_adv))  # batch norm cannot train on one row: an unperturbed one joins its statistics
-        return logits_of(model, formatted(x_adv[:rows], self.channels_last))[: self.rows]
+        images = x_adv[:rows]
+        if self.on_gradient is not None and torch.is_grad_enabled():
+            hand, own = self.on_gradient, self.rows
+            images = images.detach().requires_grad_()
+            images.register_hook(lambda gradient: hand(gradient[:own].detach()))
+        return logits_of(model, formatted(images, self.channels_last))[: self.rows]

@@ -32,7 +32,10 @@ from bt_fast.objectives.execution import Seen, lines
 from bt_fast.objectives.extra_term import Extra, ExtraTerm, check_extra
 from bt_fast.objectives.forwards import Forwards
 from bt_fast.objectives.passes import Pass, Passes, check_moving, wanted
+from bt_fast.objectives.shared_forward import SharedForward, check_shared
+from bt_fast.objectives.update_order import in_callers_order, in_callers_rows, in_update_order, left_out, weights_of
 from bt_fast.plan import Plan
+from bt_fast.robust_half import check_all_count
 from bt_fast.validation import weight
 
 
@@ -42,7 +45,7 @@ class Record:
 
     Attributes:
         logits: [m, K], of the update's clean forward; None for a loss without one.
-        adversarial_logits: [m, K], of the update's adversarial forward.
+        adversarial_logits: [m, K], of the update's adversarial forward; the clean ones for samples that it leaves out.
         x_adv: [m, ...], x', in the units of x.
         steps: [m] int64, the attack steps of each sample.
     """
@@ -63,7 +66,7 @@ class Record:
         *clean: Tensor,
     ) -> Record:
         """Returns the record of x' and logits in the plan's sorted order; `clean` logits if there are any."""
-        x_adv = adversarial.in_callers_order(x_adv, x, plan, normalize)
+        x_adv = in_callers_order(x_adv, x, plan, normalize)
         return cls(plan.unsort(clean[0]) if clean else None, plan.unsort(adversarial_logits), x_adv, plan.steps)
 
 
@@ -87,6 +90,10 @@ class AdversarialLoss(nn.Module, ABC):
 
     Attributes:
         clean_forwards: how often the update runs the clean images: 0, 1, or 2 like TRADES' authors.
+        clean_shared: whether the one clean forward comes before the attack, and mining and attack take its logits.
+        on_input_gradient: None, or a function to which the loss's backward hands its gradient with respect to x', a
+            tensor [m, ...] in the caller's order and for pixels, 0 for samples without an adversarial forward: at the
+            price of one input gradient of the first layer, the ascent direction of a further step. May be set.
         default_start, default_inner: for an attack that names none.
 
     Raises:
@@ -95,6 +102,8 @@ class AdversarialLoss(nn.Module, ABC):
     """
 
     clean_forwards: int = 1
+    clean_shared: bool = False
+    on_input_gradient: Callable[[Tensor], None] | None = None
     default_start: ClassVar[Noise] = "normal"
     default_inner: ClassVar[InnerLoss] = "cross_entropy"
     step_in_l2_is_its_own: ClassVar[bool] = False  # the authors' function does not use its step size in l2
@@ -111,11 +120,6 @@ class AdversarialLoss(nn.Module, ABC):
     ) -> None:
         super().__init__()
         self._check(attack, mining, extra)
-        if mining is not None and mining.unperturbed == "skip" and self.clean_forwards == 0:
-            raise ValueError(
-                f"mining's unperturbed must be 'keep' or None for {type(self).__name__}, got 'skip': "
-                "its only forward is the adversarial one: leave unperturbed out"
-            )
         self.attack = attack
         self.mining = mining
         self.extra = extra
@@ -160,6 +164,20 @@ class AdversarialLoss(nn.Module, ABC):
             adversarial_logits, y: as for `objective`.
         """
         return self.objective(first, adversarial_logits, y)
+
+    def weighted_objective(
+        self, clean_logits: Tensor | None, adversarial_logits: Tensor, y: Tensor, weights: Tensor
+    ) -> Tensor:
+        """Like `objective`, where a sample's adversarial logits count as often as its weight says.
+
+        For a mining with `HalfDrawn`, in which half of the robust samples stand for all of them; a loss of your own is
+        refused there unless it has this method.
+
+        Args:
+            clean_logits, adversarial_logits, y: as for `objective`; without clean forwards, of weights above 0 alone.
+            weights: [m] float64 of at least 0, w. Over all samples of a minibatch they sum to their number.
+        """
+        raise NotImplementedError
 
     def forward(
         self,
@@ -211,33 +229,46 @@ class AdversarialLoss(nn.Module, ABC):
     def _of_pass(self, model: nn.Module, x: Tensor, y: Tensor, call: Call, this: Pass) -> Tensor:
         self._check(self.attack, self.mining, self.extra)  # which may have been set since
         check_moving(this.of_moving and self.mining is None)
+        if this.of_moving and self.mining is not None:
+            check_all_count(self.mining.half_drawn, "with AWP's samples='moved'", "write samples='all'")
         call = replace(call, execution=call.execution.fitting(self.attack), kept=self._passes.begin())
         mining, execution, update = self.mining, call.execution, call.execution.update
         defaults = self.default_start, self.default_inner
+        last, take = update is not None and update.channels_last, self.on_input_gradient
+        if self.clean_shared:
+            this.update_begins()  # its clean forward is the first
+            call = replace(call, clean=SharedForward(last))
         with adversarial.attacking(model, x, y, self.attack, defaults, mining, call) as (model, attack):
-            this.update_begins()
+            if not self.clean_shared:
+                this.update_begins()
+            attack = in_update_order(attack)
             updated = attack.of_moving() if this.of_moving else attack
             normalize = model.normalize if isinstance(model, OnPixels) else None
             forwards = Forwards(
                 key=self._identity(),
                 of=self,
                 rows=self._adversarial_rows(updated, call),
-                channels_last=update is not None and update.channels_last and takes_channels_last(model),
+                channels_last=last and takes_channels_last(model),
                 rerun=mining is None,
                 extra=None if self.extra is None else ExtraTerm(self.extra, x.detach(), attack.plan, normalize),
                 adversarial_first=this.adversarial_first and self.clean_forwards == 2,
                 of_moving=this.of_moving,
+                weights=weights_of(attack.plan),
+                on_gradient=take and in_callers_rows(take, attack.plan, len(updated.x)),
             )
             terms, x_adv, beside = adversarial.run(model, updated, forwards, execution)
-            self._seen = Seen(ref(unwrapped(model)), ref(model), x.device, execution, beside)
-        loss, *logits = terms
+            self._seen = Seen(
+                ref(unwrapped(model)), ref(model), x.device, execution, beside, updated.shared is not None
+            )
+        loss, adversarial_logits, *clean = terms
         assert attack.y is not None
+        of_all = attack.of_all(adversarial_logits)
         if mining is not None:
             labels = attack.plan.sort(y) if is_soft(y) else attack.y  # as given: in 16 bits their sums are off
-            mining.observe(attack.of_all(logits[0]), labels, order=attack.plan.order, faulty=attack.faulty)
+            mining.observe(of_all, labels, order=attack.plan.order, faulty=attack.unable)
         self._passes.keep(attack.ended(), mining)
-        whole = len(logits[0]) == len(x)
-        self._last = partial(Record.of, attack.plan, x.detach(), x_adv, normalize, *logits) if whole else None
+        whole = len(updated.x) == len(x)
+        self._last = partial(Record.of, attack.plan, x.detach(), x_adv, normalize, of_all, *clean) if whole else None
         return loss
 
     def again(self, *, reuse: bool = True) -> AbstractContextManager[None]:
@@ -289,6 +320,15 @@ class AdversarialLoss(nn.Module, ABC):
 
     def _check(self, attack: PGD | APGD, mining: BulletTrain | None, extra: Extra | None) -> None:
         arguments.check_attack(attack, mining, (self.default_start, self.default_inner))
+        if mining is not None and mining.unperturbed == "skip" and self.clean_forwards == 0:
+            raise ValueError(
+                f"mining's unperturbed must be 'keep' or None for {type(self).__name__}, got 'skip': "
+                "its only forward is the adversarial one: leave unperturbed out"
+            )
+        if self.clean_shared:
+            check_shared(attack, attack.inner or self.default_inner, mined=mining is not None)
+        if mining is not None and not self._overrides("weighted_objective"):
+            check_all_count(mining.half_drawn, f"for {type(self).__name__}", "give it a weighted_objective")
         check_extra(extra)
 
     def _adversarial_rows(self, attack: Attack, call: Call) -> int:
@@ -296,18 +336,22 @@ class AdversarialLoss(nn.Module, ABC):
 
         The default of `unperturbed` depends on N_R and N_O for every policy, regardless of its counts.
         """
-        mining = self.mining
+        mining, all_rows = self.mining, len(attack.x) - left_out(attack.plan)[0]
         if mining is None or self.clean_forwards == 0:
-            return len(attack.x)
+            return all_rows
         keep = call.unperturbed == "keep" if call.unperturbed else mining.robust_steps or mining.outlier_steps
-        return len(attack.x) if keep else attack.moving
+        return all_rows if keep else attack.moving
 
     def _identity(self) -> Hashable:
         """Distinguishes the loss's updates from others; None if a custom objective has no `graph_key`."""
-        of_key = next(c for c in type(self).__mro__ if "graph_key" in vars(c))
-        of_objective = next(c for c in type(self).__mro__ if vars(c).keys() & {"objective", "objective_of_two"})
-        key = self.graph_key() if issubclass(of_key, of_objective) else None
+        key = self.graph_key() if self._overrides("graph_key") else None
         return None if key is None else (type(self), key)
+
+    def _overrides(self, method: str) -> bool:
+        """Whether the method is of the class whose objective this is, or of one below it."""
+        of_method = next(c for c in type(self).__mro__ if method in vars(c))
+        of_objective = next(c for c in type(self).__mro__ if vars(c).keys() & {"objective", "objective_of_two"})
+        return issubclass(of_method, of_objective)
 
 
 class RobustTermLoss(Smoothed, AdversarialLoss):

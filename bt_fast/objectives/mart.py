@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bt_fast import ops
+from bt_fast.attack.apgd import APGD
+from bt_fast.attack.logits import Select
+from bt_fast.attack.pgd import PGD
 from bt_fast.engine import Engine
 from bt_fast.labels import is_soft
 from bt_fast.mining import BulletTrain
 from bt_fast.objectives import drop_in
-from bt_fast.objectives.cross_entropy import CrossEntropy, weighted
+from bt_fast.objectives.cross_entropy import CrossEntropy, Smoothing, weighted
+from bt_fast.objectives.extra_term import Extra
 from bt_fast.objectives.loss import RobustTermLoss
+from bt_fast.objectives.shared_forward import SHARED, CleanUpdates, clean_forwards_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -41,10 +46,34 @@ class MARTLoss(RobustTermLoss):
     Args:
         attack, beta, mining, engine, label_smoothing, smoothing, extra, logits: as for `TRADESLoss`, with its errors;
             the smoothing is of the label of all of its terms.
+        clean_updates: 1, or "shared", as for `TRADESLoss`; that needs mining, or an inner loss of the clean logits.
     """
 
     step_in_l2_is_its_own = True
     drop_in = "mart_loss"
+
+    def __init__(
+        self,
+        attack: PGD | APGD,
+        beta: float = 6.0,
+        *,
+        mining: BulletTrain | None = None,
+        engine: Engine | str = "fast",
+        label_smoothing: float = 0.0,
+        smoothing: Smoothing = "torch",
+        clean_updates: CleanUpdates = 1,
+        extra: Extra | None = None,
+        logits: Select | None = None,
+    ) -> None:
+        options: Any = {"label_smoothing": label_smoothing, "smoothing": smoothing, "extra": extra, "logits": logits}
+        super().__init__(attack, beta, mining=mining, engine=engine, **options)
+        self.clean_forwards = clean_forwards_of(clean_updates, most=1)
+        self.clean_shared = clean_updates == SHARED
+        self._check(attack, mining, extra)
+
+    def extra_repr(self) -> str:
+        """The configuration, as it would be written."""
+        return super().extra_repr() + (", clean_updates='shared'" if self.clean_shared else "")
 
     def graph_key(self) -> tuple[float, CrossEntropy]:
         """The numbers that a graph fixes: β, and how the labels are smoothed."""
@@ -53,14 +82,24 @@ class MARTLoss(RobustTermLoss):
     def objective(self, clean_logits: Tensor | None, adversarial_logits: Tensor, y: Tensor) -> Tensor:
         """The loss of clean_logits and adversarial_logits [m, K], with gradient through both; y is [m] or [m, K]."""
         assert clean_logits is not None
+        return self._of_rows(clean_logits, adversarial_logits, y, None)
+
+    def weighted_objective(
+        self, clean_logits: Tensor | None, adversarial_logits: Tensor, y: Tensor, weights: Tensor
+    ) -> Tensor:
+        """`objective` of clean_logits, adversarial_logits and y with weights [m]: all terms read adversarial logits."""
+        assert clean_logits is not None
+        return self._of_rows(clean_logits, adversarial_logits, y, weights.to(ops.wide(clean_logits).dtype))
+
+    def _of_rows(self, clean: Tensor, adversarial: Tensor, y: Tensor, weights: Tensor | None) -> Tensor:
         if not is_soft(y) and not self.cross_entropy.label_smoothing:
-            return ops.mart_loss(clean_logits, adversarial_logits, y, self.beta)
-        target = self.cross_entropy.target(y, ops.wide(clean_logits))
-        return _expected(clean_logits, adversarial_logits, target, self.beta)
+            return ops.mart_loss(clean, adversarial, y, self.beta, weights)
+        rows = _expected(clean, adversarial, self.cross_entropy.target(y, ops.wide(clean)), self.beta)
+        return (rows if weights is None else rows * weights).mean()
 
 
 def _expected(clean_logits: Tensor, adversarial_logits: Tensor, target: Tensor, beta: float) -> Tensor:
-    """The mean over rows and labels of MART's loss, where the labels have the distributions `target` [m, K].
+    """For each row the mean over labels of MART's loss, where the labels have the distributions `target` [m, K].
 
     Of a label k the largest wrong class is the first by q, or the second where k is the first. Differences to 1 are
     computed as sums of the other probabilities, as in `ops.mart_loss`.
@@ -73,7 +112,7 @@ def _expected(clean_logits: Tensor, adversarial_logits: Tensor, target: Tensor, 
     surest = log_p.detach().argmax(dim=1, keepdim=True)
     wrong = (1.0 - p).scatter(1, surest, _others(p, surest))
     kl = weighted(p, log_p - (q + 1e-12).log())
-    return (beta * kl * (1e-7 + weighted(target, wrong)) - margin[:, 0] - weighted(target, log_q)).mean()
+    return beta * kl * (1e-7 + weighted(target, wrong)) - margin[:, 0] - weighted(target, log_q)
 
 
 def _others(values: Tensor, at: Tensor) -> Tensor:

@@ -7,8 +7,14 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 
+from torch import Tensor
+
+from bt_fast.faults import Fault
 from bt_fast.minibatch import LastMinibatch
 from bt_fast.mining import BulletTrain
+from bt_fast.plan import Plan
+
+NEW_ONES = "write again(reuse=False) to make new ones"
 
 
 def _nothing() -> None:
@@ -99,3 +105,22 @@ class Passes:
             mining.keep(made, self.owner)
         elif self._reuse is None:
             self._last.kept = made
+
+
+def other_samples(kept_x: Tensor, kept_y: Tensor, x: Tensor, y: Tensor, plan: Plan | None = None) -> Fault:
+    """Counts the samples that differ from those of the first pass, which is in the order of `plan`, if given.
+
+    Raises:
+        ValueError: the images are of another shape, dtype or device, or the labels of another shape.
+    """
+    needs = "again(reuse=True) needs the images and labels of the last call outside of its block"
+    instead = f"call the loss on these once before, or {NEW_ONES}"
+    if (kept_x.shape, kept_x.dtype, kept_x.device) != (x.shape, x.dtype, x.device):
+        first, now = (f"{list(t.shape)} {t.dtype} on {t.device}" for t in (kept_x, x))
+        raise ValueError(f"{needs}, {first}, got {now}: {instead}")
+    if kept_y.shape != y.shape:
+        raise ValueError(f"{needs}, y of shape {list(kept_y.shape)}, got {list(y.shape)}: {instead}")
+    x, y = (x, y) if plan is None else (plan.sort(x), plan.sort(y))
+    other_labels = (kept_y != y.to(kept_y.dtype)).reshape(len(y), -1).any(dim=1)
+    differs = (kept_x != x).flatten(1).any(dim=1) | other_labels
+    return Fault(differs.sum(), f"{needs}, but {{count}} of {len(y)} samples are others: {instead}")

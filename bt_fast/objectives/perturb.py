@@ -21,7 +21,8 @@ from bt_fast.mining import BulletTrain
 from bt_fast.objectives import adversarial, arguments
 from bt_fast.objectives.adversarial import Call
 from bt_fast.objectives.passes import check_outside
-from bt_fast.plan import MinedPlan
+from bt_fast.objectives.update_order import in_callers_order
+from bt_fast.robust_half import check_all_count
 from bt_fast.warning import warn_caller
 
 DEFAULTS: tuple[Noise, InnerLoss] = ("normal", "kl")  # TRADES'
@@ -36,12 +37,15 @@ class Perturbed:
         logits: [m, K], the clean outputs, of the model in the attack's mode; None where the attack needed none.
         steps: [m] int64, attack steps.
         group: [m] int64, one of `ops.OUTLIER`, `ops.BOUNDARY`, `ops.ROBUST`; None without mining.
+        weights: [m] float64, how often the script's loss is to count each sample's adversarial term, where the mining
+            lets half of the robust samples stand for all; None: each once.
     """
 
     x_adv: Tensor
     logits: Tensor | None
     steps: Tensor
     group: Tensor | None
+    weights: Tensor | None = None
 
 
 @overload
@@ -116,7 +120,7 @@ def perturb(
     """
     check_outside("perturb", "call it before the block, and give its x' to the loss")
     arguments.check_attack(attack, mining, DEFAULTS, per_sample if isinstance(per_sample, PerSample) else NOTHING)
-    _check_labels_given(y, attack, mining)
+    _check_goes_together(y, attack, mining, return_details)
     chosen = Engine.of(engine)
     call = Call.of(chosen, shared_cache(chosen), x, y, mining, indices, generator, updates=False)
     embeds = mining is None and attack.inner is not None and not isinstance(attack.inner, str)
@@ -132,10 +136,10 @@ def perturb(
         mining.attacked(queued.faulty, plan.order)
     normalize = model.normalize if isinstance(model, OnPixels) else None
     moved = by_sample.moved(own, attack.threat, plan.steps, mined=mining is not None)
-    x_adv = adversarial.in_callers_order(x_adv, x.detach(), plan, normalize, moved)
+    x_adv = in_callers_order(x_adv, x.detach(), plan, normalize, moved)
     if not return_details:
         return x_adv
-    return Perturbed(x_adv, queued.logits, plan.steps, plan.group if isinstance(plan, MinedPlan) else None)
+    return Perturbed(x_adv, queued.logits, plan.steps, getattr(plan, "group", None), getattr(plan, "weights", None))
 
 
 def _warn_if_unobserved(mining: BulletTrain | None) -> None:
@@ -146,8 +150,10 @@ def _warn_if_unobserved(mining: BulletTrain | None) -> None:
         )
 
 
-def _check_labels_given(y: Tensor | None, attack: PGD | APGD, mining: BulletTrain | None) -> None:
-    """Raise TypeError where there are no labels for mining, or for an inner loss with a name."""
+def _check_goes_together(y: Tensor | None, attack: PGD | APGD, mining: BulletTrain | None, details: bool) -> None:
+    """Raise ValueError where weights would be lost; TypeError where mining, or an inner loss with a name, needs y."""
+    if mining is not None and not details:
+        check_all_count(mining.half_drawn, "for x' alone", "write return_details=True and weigh the loss by .weights")
     if y is not None or (mining is None and callable(attack.inner)):
         return
     by, instead = "mining", "leave mining out"

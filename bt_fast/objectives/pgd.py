@@ -29,9 +29,9 @@ class PGDLoss(Smoothed, AdversarialLoss):
 
     Of Madry et al. (2018). x' climbs the cross-entropy from a point drawn uniformly from the ε-ball. It takes 23
     forward-pass equivalents for ten steps. Batch norm sees only x', once. With `mining` a sample with 0 steps has no
-    random start either: its x' is x, and takes part in the update's only forward. Without `mining` there is no clean
-    forward before the attack: NaN in the first two samples' logits is raised as such, in another sample's as NaN in its
-    input gradient.
+    random start either: its x' is x, and takes part in the update's only forward; robust samples for which others stand
+    (`HalfDrawn`) do not. Without `mining` there is no clean forward before the attack: NaN in the first two samples'
+    logits is raised as such, in another sample's as NaN in its input gradient.
 
     Args:
         attack, mining, engine, label_smoothing, smoothing, extra, logits: as for `TRADESLoss`, with its errors; a batch
@@ -63,6 +63,14 @@ class PGDLoss(Smoothed, AdversarialLoss):
     def objective(self, clean_logits: Tensor | None, adversarial_logits: Tensor, y: Tensor) -> Tensor:
         """The cross-entropy of adversarial_logits [m, K] and y, [m] or [m, K]; there are no clean_logits."""
         return self.cross_entropy(adversarial_logits, y)
+
+    def weighted_objective(
+        self, clean_logits: Tensor | None, adversarial_logits: Tensor, y: Tensor, weights: Tensor
+    ) -> Tensor:
+        """`objective` of adversarial_logits and y with weights, [n] of rows above 0; there are no clean_logits."""
+        rows = self.cross_entropy.of_rows(adversarial_logits, y)
+        weights = weights.to(rows.dtype)
+        return (rows * weights).sum() / weights.sum()
 
     def extra_repr(self) -> str:
         """The configuration, as it would be written."""

@@ -18,7 +18,7 @@ from bt_fast.objectives import drop_in
 from bt_fast.objectives.cross_entropy import CrossEntropy, Smoothing
 from bt_fast.objectives.extra_term import Extra
 from bt_fast.objectives.loss import RobustTermLoss
-from bt_fast.validation import step_count
+from bt_fast.objectives.shared_forward import SHARED, CleanUpdates, clean_forwards_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -50,7 +50,10 @@ class TRADESLoss(RobustTermLoss):
         smoothing: where s goes: "torch", to all classes alike, as in `F.cross_entropy`, or "others", to the K-1 other
             classes, so that the label keeps 1-s.
         clean_updates: how often the clean batch moves batch norm: 2, as in the authors' code, or 1. With 1 there is one
-            clean forward in the update, whatever the model draws.
+            clean forward in the update, whatever the model draws. "shared": 1, by a forward in train mode that comes
+            before the attack, and whose logits mining and the attack's target take too (detached), in place of a
+            forward in eval mode of their own. Mining then looks through the batch's statistics. What the forward has
+            computed stays in memory during the attack; its update runs eagerly.
         extra: a further term, as for `AdversarialLoss`.
         logits: a function that takes the logits out of the model's output, where that is not they; as for `Logits`.
 
@@ -73,15 +76,15 @@ class TRADESLoss(RobustTermLoss):
         engine: Engine | str = "fast",
         label_smoothing: float = 0.0,
         smoothing: Smoothing = "torch",
-        clean_updates: int = 2,
+        clean_updates: CleanUpdates = 2,
         extra: Extra | None = None,
         logits: Select | None = None,
     ) -> None:
         options: Any = {"label_smoothing": label_smoothing, "smoothing": smoothing, "extra": extra, "logits": logits}
         super().__init__(attack, beta, mining=mining, engine=engine, **options)
-        self.clean_forwards = step_count("clean_updates", clean_updates, least=1)
-        if self.clean_forwards > 2:
-            raise ValueError(f"clean_updates must be 1 or 2, got {clean_updates}: write clean_updates=1")
+        self.clean_forwards = clean_forwards_of(clean_updates, most=2)
+        self.clean_shared = clean_updates == SHARED
+        self._check(attack, mining, extra)
 
     def graph_key(self) -> tuple[float, CrossEntropy]:
         """The numbers that a graph fixes: β, and how the labels are smoothed."""
@@ -89,12 +92,21 @@ class TRADESLoss(RobustTermLoss):
 
     def extra_repr(self) -> str:
         """The configuration, as it would be written."""
-        return super().extra_repr() + (", clean_updates=1" if self.clean_forwards == 1 else "")
+        clean = ", clean_updates='shared'" if self.clean_shared else ", clean_updates=1"
+        return super().extra_repr() + (clean if self.clean_forwards == 1 else "")
 
     def objective(self, clean_logits: Tensor | None, adversarial_logits: Tensor, y: Tensor) -> Tensor:
         """Cross-entropy of clean_logits [m, K] and y, [m] or [m, K], and β times the KL term of adversarial_logits."""
         assert clean_logits is not None
         return self.objective_of_two(clean_logits, clean_logits, adversarial_logits, y)
+
+    def weighted_objective(
+        self, clean_logits: Tensor | None, adversarial_logits: Tensor, y: Tensor, weights: Tensor
+    ) -> Tensor:
+        """`objective` of clean_logits, adversarial_logits and y, in which a KL term has its weights [m] row by row."""
+        assert clean_logits is not None
+        robust = ops.trades_kl(adversarial_logits, clean_logits, weights.to(ops.wide(clean_logits).dtype))
+        return self.cross_entropy(clean_logits, y) + self.beta / len(y) * robust
 
     def objective_of_two(self, first: Tensor, second: Tensor, adversarial_logits: Tensor, y: Tensor) -> Tensor:
         """Like `objective`: y is learnt from `first`, and `second` is the target of adversarial_logits."""

@@ -16,7 +16,13 @@ PROGRAMS = 256  # for larger batches: a power of two
 
 
 def update_fraction_(
-    robust_fraction: Tensor, unreported_faults: Tensor, logits: Tensor, labels: Tensor, gamma: float, momentum: float
+    robust_fraction: Tensor,
+    unreported_faults: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    gamma: float,
+    momentum: float,
+    weights: Tensor | None = None,
 ) -> None:
     """Moves `F_R ← p·F_R + (1-p)·γ·mean_i[argmax z'_i = y_i]` (Eq. 5), in place; of a tie the first maximum counts.
 
@@ -33,11 +39,17 @@ def update_fraction_(
         logits: [m, K] floating point, m ≥ 1, K ≥ 2, of the adversarial samples; rows any stride apart.
         labels: [m] int64.
         gamma: γ, momentum: p.
+        weights: [m] float64 with the sum m, of the rows in the mean. With these it is computed in plain torch.
 
     Raises:
         TypeError or ValueError: a dtype, shape or device does not fit; the message names the argument. Nothing has
             changed.
     """
+    if weights is not None:
+        _check(robust_fraction, unreported_faults, logits, labels)
+        check("weights", weights, labels.shape, (torch.float64,), logits.device)
+        _update_plainly(robust_fraction, unreported_faults, logits, labels, gamma, momentum, weights)
+        return
     _update_fraction_(robust_fraction, unreported_faults, logits, labels, gamma, momentum)
 
 
@@ -45,15 +57,31 @@ def update_fraction_reference(
     robust_fraction: Tensor, unreported_faults: Tensor, logits: Tensor, labels: Tensor, gamma: float, momentum: float
 ) -> None:
     """`update_fraction_` in plain torch: the kernel's reference and fallback."""
-    hits, faulty = adversarial_hits(logits, labels)
+    _update_plainly(robust_fraction, unreported_faults, logits, labels, gamma, momentum, None)
+
+
+def _update_plainly(
+    robust_fraction: Tensor,
+    unreported_faults: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    gamma: float,
+    momentum: float,
+    weights: Tensor | None,
+) -> None:
+    hits, faulty = adversarial_hits(logits, labels, weights)
     move_fraction_(robust_fraction, hits, torch.full_like(hits, len(labels)), faulty, gamma, momentum)
     unreported_faults += faulty
 
 
-def adversarial_hits(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the number of correct adversarial samples (0-dim int64), and whether one is unfit (bool)."""
+def adversarial_hits(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Returns the number of correct adversarial samples (0-dim int64), and whether one is unfit (bool).
+
+    With `weights` [m] float64 it is the sum of the correct ones' (0-dim float64).
+    """
     faulty = (~rows.has_softmax(logits) | rows.labels_outside(labels, logits.shape[1])).any()
-    return (logits.argmax(dim=1) == labels).sum(), faulty
+    correct = logits.argmax(dim=1) == labels
+    return (correct.sum() if weights is None else (correct * weights).sum()), faulty
 
 
 def move_fraction_(
@@ -63,7 +91,7 @@ def move_fraction_(
 
     Args:
         robust_fraction: 0-dim float64, F_R.
-        hits: 0-dim int64, the number of correct samples among `m` (0-dim int64) adversarial ones.
+        hits: 0-dim, the number of correct samples, or the sum of their weights, among `m` (0-dim) adversarial ones.
         faulty: 0-dim bool: F_R does not move.
         gamma: γ, momentum: p.
     """

@@ -18,6 +18,7 @@ from bt_fast import (
     Engine,
     Frozen,
     Guard,
+    HalfDrawn,
     Normalization,
     Normalize,
     PerSample,
@@ -189,6 +190,8 @@ def bullets(draw, steps=COUNTS):
     """Draws a `BulletTrain`; another target draws its invalid arguments."""
     counts = [n if type(n) is int and 0 <= n <= 30 else 1 for n in (draw(steps) for _ in range(3))]
     policy = draw(st.sampled_from(["three_groups", "three_groups", "uniform", "gaussian", "oracle"]))
+    if counts[1] and draw(st.integers(0, 3)) == 0:
+        counts[1] = HalfDrawn(counts[1], draw(st.sampled_from(["all", "half"])))
     bullet = BulletTrain(*counts, metric=draw(st.sampled_from(list(allocation.METRICS))), policy=policy)
     bullet.robust_fraction.fill_(draw(SHARES))
     return bullet
@@ -230,7 +233,7 @@ def objective_options(draw, x, *names):
         "indices": lambda: draw(mostly(st.none(), labels_of(count_of(x), 2**32), 3)),
         "label_smoothing": lambda: draw(mostly(st.floats(0, 1, exclude_max=True))),
         "smoothing": lambda: draw(mostly(st.sampled_from(["torch", "others"]))),
-        "clean_updates": lambda: draw(mostly(st.sampled_from([1, 2]))),
+        "clean_updates": lambda: draw(mostly(st.sampled_from([1, 2, "shared"]))),
         "extra": lambda: draw(
             mostly(st.sampled_from([None, lambda given: given.adversarial_logits.softmax(1)[:, 0].mean()]))
         ),
@@ -327,7 +330,7 @@ def criterion(draw):
     names = ("attack", "mining", "engine", "indices", "generator")
     names += ("label_smoothing", "smoothing", "extra")
     names += () if kind is bt_fast.PGDLoss else ("beta",)
-    names += ("clean_updates",) if kind is bt_fast.TRADESLoss else ()
+    names += () if kind is bt_fast.PGDLoss else ("clean_updates",)
     return objective_case(draw, as_module, names, lambda _: {"kind": kind}, "x")
 
 

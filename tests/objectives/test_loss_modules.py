@@ -271,6 +271,10 @@ def test_options_of_mining_that_mean_nothing_to_a_loss_are_refused():
     x, y = small_models.batch(4)
     with pytest.raises(ValueError, match="mining's unperturbed must be 'keep' or None for PGDLoss"):
         PGDLoss(ATTACK, mining=mined(unperturbed="skip"))
+    criterion = PGDLoss(ATTACK, mining=mined())
+    criterion.mining = mined(unperturbed="skip")
+    with pytest.raises(ValueError, match="mining's unperturbed must be 'keep' or None for PGDLoss"):
+        criterion(small_models.build("conv_bn"), *small_models.batch(8))
     with pytest.raises(ValueError, match="mining's unperturbed and balance must be None: AugMix"):
         AugMixLoss(BulletTrain(1, 0, 0, unperturbed="skip"))
     with pytest.raises(ValueError, match="attack takes 3 steps, but mining 4 boundary steps"):
