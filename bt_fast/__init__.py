@@ -36,6 +36,7 @@ from bt_fast.objectives.perturb import perturb
 from bt_fast.objectives.pgd import PGDLoss, pgd_loss
 from bt_fast.objectives.trades import TRADESLoss, trades_loss
 from bt_fast.objectives.update import Update
+from bt_fast.placement import Placement
 from bt_fast.plan import MinedPlan, Plan
 from bt_fast.power import PowerMonitor
 from bt_fast.speedup import Fractions, theoretical_speedup, theoretical_speedup_augmix
@@ -75,6 +76,7 @@ __all__ = [
     "Oracle",
     "PGDLoss",
     "PerSample",
+    "Placement",
     "Plan",
     "PowerMonitor",
     "Skipped",

@@ -92,7 +92,7 @@ LAYERS = [
         "bt_fast.power_device",
         "bt_fast.power_samples",
     ],
-    ["bt_fast.allocation", "bt_fast.plan"],
+    ["bt_fast.allocation", "bt_fast.placement", "bt_fast.plan"],
     ["bt_fast.deciding", "bt_fast.minibatch"],
     ["bt_fast.mining"],
     ["bt_fast.attack", "bt_fast.augment", "bt_fast.guard"],
