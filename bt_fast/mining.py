@@ -195,13 +195,13 @@ class BulletTrain(nn.Module):
             self._reuse = outer
 
     @property
-    def _counts_now(self) -> bool:
+    def counts_now(self) -> bool:
         """Whether this pass is the minibatch's first, which counts."""
         return self._reuse is None
 
     def keep(self, made: object) -> None:
         """Keeps what an objective has made, for `reused`, until the next minibatch begins; not in a further pass."""
-        if self._counts_now:
+        if self.counts_now:
             self._last.kept = made
 
     def reused(self) -> object:
@@ -209,7 +209,7 @@ class BulletTrain(nn.Module):
 
         An objective calls it first: outside `again` a new minibatch begins. RuntimeError if nothing was kept.
         """
-        if self._counts_now:
+        if self.counts_now:
             self._last = LastMinibatch()
         return self._last.reused() if self._reuse else None
 
@@ -273,7 +273,7 @@ class BulletTrain(nn.Module):
         deciding.check_attacked(self.policy, logits, attacked_logits)
         epsilon, step_size = deciding.checked_sizes(epsilon, step_size)
         self.finish()
-        if self._counts_now:
+        if self.counts_now:
             self._last = LastMinibatch()
         rule = Rule(self.metric, self.policy, self._group_steps, epsilon, step_size)
         of_logits = ops.signed_variance(logits, labels)
@@ -299,7 +299,7 @@ class BulletTrain(nn.Module):
 
     def attacked(self, faulty: Tensor, order: Tensor) -> None:
         """Keeps faulty and order, as for `observe`, from a script's own attack on the planned minibatch."""
-        if self._counts_now:
+        if self.counts_now:
             self._last.attacked = faulty, order
 
     @property
@@ -339,7 +339,7 @@ class BulletTrain(nn.Module):
             faults.read([outside, faults.rows_without_number(logits, "adversarial_logits", order)]).wait()
         elif faulty is not None:
             self.unreported_gradients += faulty.sum()
-        if self._counts_now:
+        if self.counts_now:
             self._begin_move()
             state = (self.robust_fraction, self.unreported_faults)
             ops.update_fraction_(*state, logits, classes, self.gamma, self.momentum)
@@ -352,12 +352,12 @@ class BulletTrain(nn.Module):
         gradients = hits.new_zeros(()) if faulty is None else faulty.sum()
         numbers = [hits, hits.new_full((), len(labels)), without_number.long(), gradients.long()]
         self._begin_move()
-        self._moving = ranks.start_sum(torch.stack(numbers)), self._counts_now
+        self._moving = ranks.start_sum(torch.stack(numbers)), self.counts_now
 
     def _begin_move(self) -> None:
         """Records F_R for the minibatch that ends now, and counts its plan."""
         planned, self._last.planned = self._last.planned, None
-        if self._counts_now:
+        if self.counts_now:
             self._last.fraction_before = self.robust_fraction.clone()
             if planned is not None:
                 self._count(planned)
@@ -385,7 +385,7 @@ class BulletTrain(nn.Module):
         """Deprecated: `plan`, with the same args and options, but the minibatch counts at once, not when it ends."""
         warn_deprecated("BulletTrain.assign", "write bullet.plan(...), which counts when bullet.observe ends it")
         plan = self.plan(*args, **options)
-        if self._counts_now:
+        if self.counts_now:
             self._count(plan)
         self._last.planned = None
         return plan

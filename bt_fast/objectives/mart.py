@@ -38,8 +38,8 @@ class MARTLoss(RobustTermLoss):
     authors mix losses: MART's have none. The attack sees the label as it is given: of a soft one it climbs KL to it.
 
     Args:
-        attack, beta, mining, engine, label_smoothing, smoothing, extra, logits: as for `TRADESLoss`, with its errors;
-            the smoothing is of the label of all of its terms.
+        attack, beta, mining, engine, label_smoothing, smoothing, extra, logits, memory: as for `TRADESLoss`, with
+            its errors; the smoothing is of the label of all of its terms.
     """
 
     step_in_l2_is_its_own = True

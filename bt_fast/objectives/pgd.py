@@ -12,6 +12,7 @@ from bt_fast.attack.logits import Select
 from bt_fast.attack.pgd import PGD
 from bt_fast.attack.start import Noise
 from bt_fast.engine import Engine
+from bt_fast.memory import Memory
 from bt_fast.mining import BulletTrain
 from bt_fast.objectives import drop_in
 from bt_fast.objectives.cross_entropy import CrossEntropy, Smoothing
@@ -33,8 +34,8 @@ class PGDLoss(AdversarialLoss):
     the first two samples' logits is raised as such, in another sample's as NaN in its input gradient.
 
     Args:
-        attack, mining, engine, label_smoothing, smoothing, extra, logits: as for `TRADESLoss`, with its errors; a batch
-            of the further term has no `logits`.
+        attack, mining, engine, label_smoothing, smoothing, extra, logits, memory: as for `TRADESLoss`, with its
+            errors; a batch of the further term has no `logits`.
     """
 
     clean_forwards = 0
@@ -51,8 +52,9 @@ class PGDLoss(AdversarialLoss):
         smoothing: Smoothing = "torch",
         extra: Extra | None = None,
         logits: Select | None = None,
+        memory: Memory | None = None,
     ) -> None:
-        super().__init__(attack, mining=mining, engine=engine, extra=extra, logits=logits)
+        super().__init__(attack, mining=mining, engine=engine, extra=extra, logits=logits, memory=memory)
         self.cross_entropy = CrossEntropy(label_smoothing, smoothing)
 
     def graph_key(self) -> CrossEntropy:

@@ -13,6 +13,7 @@ from bt_fast.attack.inner import InnerLoss
 from bt_fast.attack.logits import Select
 from bt_fast.attack.pgd import PGD
 from bt_fast.engine import Engine
+from bt_fast.memory import Memory
 from bt_fast.mining import BulletTrain
 from bt_fast.objectives import drop_in
 from bt_fast.objectives.cross_entropy import CrossEntropy, Smoothing
@@ -52,6 +53,7 @@ class TRADESLoss(RobustTermLoss):
             clean forward in the update, whatever the model draws.
         extra: a further term, as for `AdversarialLoss`.
         logits: a function that takes the logits out of the model's output, where that is not they; as for `Logits`.
+        memory: the perturbations of the data set's samples, where attacks start, see `Memory`; calls need `indices`.
 
     Raises:
         TypeError: an argument is not of its kind.
@@ -75,8 +77,10 @@ class TRADESLoss(RobustTermLoss):
         clean_updates: int = 2,
         extra: Extra | None = None,
         logits: Select | None = None,
+        memory: Memory | None = None,
     ) -> None:
         options: Any = {"label_smoothing": label_smoothing, "smoothing": smoothing, "extra": extra, "logits": logits}
+        options |= {"memory": memory}
         super().__init__(attack, beta, mining=mining, engine=engine, **options)
         self.clean_forwards = step_count("clean_updates", clean_updates, least=1)
         if self.clean_forwards > 2:
