@@ -1,15 +1,23 @@
 """A loss with a memory attacks, remembers and updates as a plain loop over samples does, for three epochs."""
 
+import contextlib
 import copy
+import dataclasses
 import math
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from emulated_device import EmulatedDevice
+from pretended_device import DEVICE, pretended_device
 from small_models import CLASSES, conv_bn
 
 from bt_fast import PGD, BulletTrain, Memory, PGDLoss, Placement, TRADESLoss
+from bt_fast.attack.graphs import GraphRunner
+from bt_fast.attack.streams import StreamRunner
+from bt_fast.objectives import execution
 from bt_fast.ops.gather_start import unit_noise
 
 SAMPLES, OWN, VIEW, EPSILON = 12, (1, 8, 9), (1, 6, 6), 0.1
@@ -193,3 +201,40 @@ def test_it_is_the_plain_loop(kind, norm, stored, steps, mined, engine):
     assert set(taken) == ({*steps} if mined else {steps[0]})
     assert memory.clock == 3 * SAMPLES
     assert (memory.ages() < 1).all()
+
+
+# On a GPU
+
+
+@pytest.mark.parametrize("runner", [GraphRunner, StreamRunner])
+@pytest.mark.parametrize("mined", [False, True])
+def test_from_graphs_and_on_streams_it_remembers_the_same(runner, mined):
+    images, labels = data_set()
+    memories, run, of = [], runner(bucket=2), execution.Execution.of
+    for emulates in (False, True):
+        model, memory = network(), Memory(SAMPLES, OWN, dtype=DOUBLE, steps=(2, 1, 0))
+        criterion = criterion_of(TRADESLoss, memory, mined)
+        here = EmulatedDevice() if emulates else contextlib.nullcontext()
+        chosen = mock.patch.object(execution.Execution, "of", lambda *a: dataclasses.replace(of(*a), runner=run))
+        with chosen if emulates else contextlib.nullcontext(), here as emulated:
+            for indices, place, seed in minibatches():
+                x, generator = views(images, place, indices), torch.Generator().manual_seed(seed)
+                criterion(model, x, labels[indices], indices=indices, placement=place, generator=generator)
+        memories.append(memory.perturbations)
+    assert emulated.replays
+    torch.testing.assert_close(*memories, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("mined", [False, True])
+def test_the_host_waits_once_for_each_minibatch(mined, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "initial_seed", lambda: 5)
+    model, memory = network().float().to(DEVICE), Memory(SAMPLES, OWN, reset_after=3)
+    criterion = criterion_of(TRADESLoss, memory, mined).to(DEVICE)
+    x, y = torch.rand(5, *VIEW, device=DEVICE), torch.zeros(5, dtype=torch.int64, device=DEVICE)
+    place = Placement(*(torch.zeros(5, dtype=kind, device=DEVICE) for kind in (torch.int64, torch.int64, torch.bool)))
+    indices = torch.arange(5, device=DEVICE)
+    for _ in range(2):  # the second has rows to read
+        with pretended_device(plan=[3, 3, 1, 1] if mined else []) as reads:
+            criterion(model, x, y, indices=indices, placement=place).backward()
+        assert reads.waited == (1 if mined else 2)  # as without a memory
+    assert memory.perturbations.shape == (SAMPLES, *OWN)
