@@ -104,7 +104,9 @@ class Memory(nn.Module):
 
     # A minibatch
 
-    def recall(self, x: Tensor, indices: Tensor | None, placement: Placement | None, *, l2: bool) -> Recalled:
+    def recall(
+        self, x: Tensor, indices: Tensor | None, placement: Placement | None, *, l2: bool, together: bool = False
+    ) -> Recalled:
         """What is remembered of a minibatch. Nothing changes.
 
         On the CPU what is wrong is raised here; on a GPU values are counted, in `wrong`.
@@ -113,7 +115,8 @@ class Memory(nn.Module):
             x: [m, ...] floating point, the images.
             indices: [m] integers, each sample's number in the data set, all different.
             placement: where the images lie in their own frames; None: they are these.
-            l2: whether the perturbations are bounded in ℓ2.
+            l2: whether the perturbations are bounded in ℓ2. together: whether ranks mine together: wrong indices are
+                counted on the CPU too, so that all ranks raise the error.
 
         Raises:
             TypeError or ValueError: indices are missing, out of range, of another rank's share, or one is there twice;
@@ -126,14 +129,14 @@ class Memory(nn.Module):
         wrong = self._misplaced(x, placement, shape)
         dtype = self._dtype(l2)
         if self.storage == "device":
-            check_device("images", x, self.clock.device, "the memory", "are")
+            check_device("memory", self.clock, x.device, "the images")
         self.settle()
         apart = self._apart(x)
         numbers = indices.detach().long()
         numbers = numbers.to(self.written.device) if apart else numbers
         outside, twice, numbers = self._numbers(numbers)
         wrong = [*wrong, outside, twice]
-        if not numbers.is_cuda:
+        if not (numbers.is_cuda or (together and not apart)):
             faults.read(wrong[-2:]).wait()
             wrong = wrong[:-2]
         placed = None
@@ -192,13 +195,15 @@ class Memory(nn.Module):
         return f"{self.samples}{text}, storage={self.storage!r}, steps={self.steps}"
 
     def description(self) -> str:
-        """What it holds, where, and how large it is."""
+        """What it holds, where, how large it is, and the steps of its groups."""
+        steps = " / ".join(map(str, self.steps))
         if self.perturbations is None:
-            return f"of {len(self.written)} samples, nothing remembered yet"
+            return f"of {len(self.written)} samples, nothing remembered yet; {steps} steps"
         size = self.perturbations.numel() * self.perturbations.element_size() / 2**20
         where = {"host": "on the host", "file": f"in {self.path}"}.get(self.storage, f"on {self.written.device}")
         kind = NUMPY[self.perturbations.dtype]
-        return f"of {len(self.written)} samples of {list(self.perturbations.shape[1:])}, {kind}, {size:.1f} MiB {where}"
+        of = f"of {len(self.written)} samples of {list(self.perturbations.shape[1:])}"
+        return f"{of}, {kind}, {size:.1f} MiB {where}; {steps} steps"
 
     # Rows
 
@@ -285,7 +290,7 @@ class Memory(nn.Module):
         self._pending.append(settled)
 
     def _allocate(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        self.shape = shape
+        self.shape, self.dtype = shape, dtype
         if self.path is not None:
             self._file = created(self.path, len(self.written), shape, dtype, self.fingerprint, self._digest())
             self._of_file(self._file)
@@ -377,7 +382,7 @@ class Memory(nn.Module):
         optional = ("shape", "dtype", "fingerprint")
         either = {name: two for name, two in either.items() if not (name in optional and None in two)}
         check_same(either, "the saved memory", "load it into a Memory of the same data set, made with the same")
-        if (own["file"], saved.get("file")) != (saved.get("file"), own["file"]):
+        if own["file"] != saved.get("file"):
             raise ValueError(
                 f"path must be the file that was saved with this state, {saved.get('file')}, got {own['file']}: bring "
                 "that file back, or leave the entries that begin with 'memory.' out of the state to begin anew"

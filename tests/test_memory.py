@@ -59,7 +59,7 @@ def test_it_holds_nothing_until_a_minibatch_has_ended():
     assert memory.perturbations.dtype == torch.int8
     assert not memory.perturbations[2:].any()
     assert memory.perturbations[:2].flatten(1).abs().amax(dim=1).tolist() == [127, 127]
-    assert "memory: of 6 samples of [1, 6, 6], int8, 0.0 MiB on cpu" in criterion.explain()
+    assert "memory: of 6 samples of [1, 6, 6], int8, 0.0 MiB on cpu; 1 / 1 / 0 steps" in criterion.explain()
 
 
 @pytest.mark.parametrize("kind", [TRADESLoss, MARTLoss, PGDLoss])
@@ -408,6 +408,27 @@ def test_bad_input_is_one_clear_error_and_changes_nothing(given, error, message)
     with pytest.raises(error, match=message):
         run()
     unchanged()
+
+
+def test_ranks_that_mine_together_raise_wrong_indices_with_their_one_read():
+    x, _, _ = batch(0, 1, 2)
+    recalled = Memory(SAMPLES).recall(x, torch.tensor([1, 9, 1]), None, l2=False, together=True)
+    assert [int(fault.count) for fault in recalled.wrong] == [1, 1]
+    assert (recalled.numbers < SAMPLES).all()
+
+
+def test_a_memory_elsewhere_is_an_error():
+    x, _, indices = (t.to("meta") for t in batch(0, 1, 2))
+    with pytest.raises(ValueError, match=r"^memory must be on meta like the images, but is on cpu"):
+        Memory(SAMPLES).recall(x, indices, None, l2=False)
+
+
+def test_the_norm_cannot_change_under_int8():
+    criterion = trained(Memory(SAMPLES), (0, 1))
+    criterion.attack = PGD(0.1, 0.02, 10, "l2")
+    x, y, indices = batch(0, 1)
+    with pytest.raises(ValueError, match=r"^memory's dtype must be floating point in l2, got torch.int8"):
+        criterion(model(), x, y, indices=indices)
 
 
 def test_a_placement_without_a_memory_is_an_error():

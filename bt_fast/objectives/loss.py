@@ -309,7 +309,8 @@ class AdversarialLoss(nn.Module, ABC):
 
     def _recalled(self, x: Tensor, indices: Tensor | None, placement: Placement | None) -> Recalled | None:
         if self.memory is not None:
-            return self.memory.recall(x, indices, placement, l2=self.attack.norm == "l2")
+            together = self.mining is not None and self.mining.process_group is not None
+            return self.memory.recall(x, indices, placement, l2=self.attack.norm == "l2", together=together)
         if placement is not None:
             raise ValueError(
                 f"placement is for a loss with a memory, but this {type(self).__name__} has none: leave it out, or "
