@@ -166,7 +166,7 @@ def launch_recall(s: Recall) -> tuple[Tensor, Tensor]:
     """`recall` as one launch, but without moving the offset. The images are dense: `_kernel_takes(x, memory)`."""
     from bt_fast.kernels import recall as kernels
 
-    x, placed = s.x, placed_of(s.top, s.left, s.mirrored)
+    x, placed = dense(s.x), placed_of(s.top, s.left, s.mirrored)
     clean, start = _like(x), _like(x)
     if x.numel() == 0:
         return clean, start

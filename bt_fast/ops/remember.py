@@ -133,7 +133,7 @@ def launch_remember(s: Remember) -> None:
 
     if s.x_adv.numel() == 0 or s.memory.numel() == 0:
         return
-    x_adv, placed = s.x_adv, placed_of(s.top, s.left, s.mirrored)
+    x_adv, placed = dense(s.x_adv), placed_of(s.top, s.left, s.mirrored)
     layout = Layout.of(x_adv, s.memory, placed)
     clean = s.clean.contiguous(memory_format=torch.channels_last if layout.LAST else torch.contiguous_format)
     keep = None if s.keep is None else s.keep.contiguous().view(torch.uint8)
