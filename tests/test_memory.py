@@ -417,6 +417,21 @@ def test_ranks_that_mine_together_raise_wrong_indices_with_their_one_read():
     assert (recalled.numbers < SAMPLES).all()
 
 
+@pytest.mark.parametrize("mining", [None, BulletTrain()])
+def test_wrong_indices_that_only_the_device_sees_are_raised_with_the_read_of_the_attack(mining):
+    recall, memory = Memory.recall, trained(Memory(SAMPLES), *ALL).memory
+    criterion, before = TRADESLoss(ATTACK, memory=memory, mining=copy.deepcopy(mining)), copy.deepcopy(memory)
+    x, y, _ = batch(0, 1, 2)
+    later = mock.patch.object(Memory, "recall", lambda *a, **options: recall(*a, **options | {"together": True}))
+    for indices, message in (
+        ([0, 7, 1], r"^indices must lie in 0..5, but 1 of 3"),
+        ([0, 1, 0], "^indices must be all"),
+    ):
+        with later, pytest.raises(ValueError, match=message):
+            criterion(model(), x, y, indices=torch.tensor(indices))
+        assert same(memory, before)
+
+
 def test_a_memory_elsewhere_is_an_error():
     x, _, indices = (t.to("meta") for t in batch(0, 1, 2))
     with pytest.raises(ValueError, match=r"^memory must be on meta like the images, but is on cpu"):
