@@ -27,6 +27,7 @@ from bt_fast.engine import Engine
 from bt_fast.evaluation import evaluate
 from bt_fast.faults import NonFiniteError
 from bt_fast.guard import Guard, Skipped
+from bt_fast.memory import Memory
 from bt_fast.mining import BulletTrain
 from bt_fast.objectives.augmix import AugMixLoss, augmix_loss
 from bt_fast.objectives.awp import AWP
@@ -72,6 +73,7 @@ __all__ = [
     "Judged",
     "Logits",
     "MARTLoss",
+    "Memory",
     "MinedPlan",
     "NonFiniteError",
     "Normalization",

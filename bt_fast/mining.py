@@ -201,13 +201,13 @@ class BulletTrain(MeasuredShares):
             self._reuse = outer
 
     @property
-    def _counts_now(self) -> bool:
+    def counts_now(self) -> bool:
         """Whether this pass is the minibatch's first, which counts."""
         return self._reuse is None
 
     def keep(self, made: object, owner: object = None) -> None:
         """Keeps what a loss has made, for `reused`, until the next minibatch begins; not in a further pass."""
-        if self._counts_now:
+        if self.counts_now:
             self._last.kept, self._last.owner = made, owner
 
     def reused(self) -> object:
@@ -215,7 +215,7 @@ class BulletTrain(MeasuredShares):
 
         An objective calls it first: outside `again` a new minibatch begins. RuntimeError if nothing was kept.
         """
-        if self._counts_now:
+        if self.counts_now:
             self._last = LastMinibatch()
         return self._last.reused() if self._reuse else None
 
@@ -281,7 +281,7 @@ class BulletTrain(MeasuredShares):
         deciding.check_attacked(self.policy, logits, attacked_logits)
         epsilon, step_size = deciding.checked_sizes(epsilon, step_size)
         self.finish()
-        if self._counts_now:
+        if self.counts_now:
             self._last = LastMinibatch()
         rule = self._rule(epsilon, step_size)
         of_logits = ops.signed_variance(logits, labels)
@@ -311,7 +311,7 @@ class BulletTrain(MeasuredShares):
 
     def attacked(self, faulty: Tensor, order: Tensor) -> None:
         """Keeps faulty and order, as for `observe`, from a script's own attack on the planned minibatch."""
-        if self._counts_now:
+        if self.counts_now:
             self._last.attacked = faulty, order
 
     @property
@@ -352,7 +352,7 @@ class BulletTrain(MeasuredShares):
             faults.read([outside, faults.rows_without_number(logits, "adversarial_logits", order)]).wait()
         elif faulty is not None:
             self.unreported_gradients += faulty.sum()
-        if self._counts_now:
+        if self.counts_now:
             self._begin_move()
             ops.update_fraction_(
                 self.robust_fraction, self.unreported_faults, logits, classes, self.gamma, self.momentum, weights
@@ -380,12 +380,12 @@ class BulletTrain(MeasuredShares):
         gradients = hits.new_zeros(()) if faulty is None else faulty.sum()
         numbers = [hits, hits.new_full((), len(labels)), without_number.to(hits), gradients.to(hits)]
         self._begin_move()
-        self._moving = ranks.start_sum(torch.stack(numbers)), self._counts_now
+        self._moving = ranks.start_sum(torch.stack(numbers)), self.counts_now
 
     def _begin_move(self) -> None:
         """Records F_R for the minibatch that ends now, and counts its plan."""
         planned, self._last.planned = self._last.planned, None
-        if self._counts_now:
+        if self.counts_now:
             self._last.fraction_before = self.robust_fraction.clone()
             if planned is not None:
                 self._count(planned)
@@ -413,7 +413,7 @@ class BulletTrain(MeasuredShares):
         """Deprecated: `plan`, with the same args and options, but the minibatch counts at once, not when it ends."""
         warn_deprecated("BulletTrain.assign", "write bullet.plan(...), which counts when bullet.observe ends it")
         plan = self.plan(*args, **options)
-        if self._counts_now:
+        if self.counts_now:
             self._count(plan)
         self._last.planned = None
         return plan

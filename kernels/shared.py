@@ -1,4 +1,4 @@
-"""Shared parts of the kernels: a float64 softmax, the same for all, and a clamp that keeps NaN."""
+"""Shared parts of the kernels: a float64 softmax, the same for all, a clamp that keeps NaN, and random numbers."""
 
 import triton
 import triton.language as tl
@@ -49,3 +49,39 @@ def _clip(b_v, b_low, b_high):
     """Returns `torch.clamp`: NaN stays NaN, and the upper bound wins."""
     b_v = tl.maximum(b_v, b_low, propagate_nan=tl.PropagateNan.ALL)
     return tl.minimum(b_v, b_high, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _signed(b_u):
+    """Converts 32 random bits to a number in [-1, 1]."""
+    return b_u.to(tl.int32, bitcast=True).to(tl.float32) * 4.656612873077393e-10  # 2^-31
+
+
+@triton.jit
+def _normal_pair(b_u, b_v):
+    """Returns two normal numbers from twice 32 random bits, by Box and Muller, with the angle in half turns."""
+    # r² = -2·ln((u + ½) / 2^32): the mantissa is brought to [⅔, 4/3), where a polynomial gives the logarithm
+    b_f = b_u.to(tl.float32) + 0.5
+    b_bits = b_f.to(tl.int32, bitcast=True)
+    b_exponent = (b_bits - 0x3F2AAAAB) >> 23
+    b_g = (b_bits - (b_exponent << 23)).to(tl.float32, bitcast=True) - 1.0
+    b_p = b_g * 0.3154916 - 0.34222665
+    b_p = b_p * b_g + 0.3268116
+    b_p = b_p * b_g - 0.39590025
+    b_p = b_p * b_g + 0.5002408
+    b_p = b_p * b_g - 0.6667598
+    b_p = b_p * b_g + 0.99999756
+    b_p = b_p * b_g - 1.9999996
+    b_r = tl.sqrt_rn(b_p * b_g + (32 - b_exponent).to(tl.float32) * 1.3862944)
+    # the angle: the highest bit is a half turn, a sign, and the other bits are t, between a quarter turn each way
+    b_r = (b_r.to(tl.int32, bitcast=True) ^ (b_v.to(tl.int32, bitcast=True) & -0x80000000)).to(tl.float32, bitcast=True)
+    b_t = _signed(b_v << 1)
+    b_z = b_t * b_t
+    b_cos = b_z * 8.5819064e-4 - 0.020810628
+    b_cos = b_cos * b_z + 0.25365075
+    b_cos = b_cos * b_z - 1.2336982
+    b_cos = b_cos * b_z + 0.99999994
+    b_sin = b_z * -0.0043331 + 0.07943434
+    b_sin = b_sin * b_z - 0.64589286
+    b_sin = b_sin * b_z + 1.570791
+    return b_r * b_cos, b_r * (b_sin * b_t)

@@ -20,6 +20,7 @@ NAMES = {
     torch.int64: "i64",
     torch.int32: "i32",
     torch.uint8: "u8",
+    torch.int8: "i8",
 }
 _compile = functools.cache(
     lambda function, types, divisible, sm, warps: compile_kernel(function, dict(types), divisible, sm, warps)

@@ -22,11 +22,13 @@ from bt_fast import (
     HalfDrawn,
     Logits,
     MARTLoss,
+    Memory,
     Normalization,
     Normalize,
     Oracle,
     PerSample,
     PGDLoss,
+    Placement,
     Plan,
     PowerMonitor,
     ThreatModel,
@@ -75,6 +77,23 @@ def criterion(kind, mining=None, attack=ATTACK, **options):
         made = kind(attack, mining=copy.deepcopy(mining), **options)
         result = made(model, x, y, generator=seeded())
         assert made.last.x_adv.shape == x.shape
+        return result
+
+    return run
+
+
+def remembering(kind, mining=None, engine="exact"):
+    """Calls a loss with a memory twice on the same samples, once of them mirrored."""
+
+    def run(model, x, y):
+        indices, zeros = torch.arange(len(x), device=x.device), torch.zeros(len(x), dtype=torch.int64, device=x.device)
+        place = Placement(zeros, zeros + 1, zeros == 0)
+        given = [t.clone() for t in (indices, *vars(place).values())]
+        memory = Memory(len(x)).to(x.device)
+        made = kind(ATTACK, mining=copy.deepcopy(mining), memory=memory, engine=engine)
+        made(model, x, y, indices=indices, generator=seeded())
+        result = made(model, x, y, indices=indices, placement=place, generator=seeded())
+        assert all(torch.equal(a, b) for a, b in zip((indices, *vars(place).values()), given, strict=True))
         return result
 
     return run
@@ -261,6 +280,8 @@ CALLS = {
     "perturb, soft labels": softly(perturbed(THREE)),
     "augmix_loss, soft labels": softly(augmix(ONE)),
     "AWP": weight_perturbed(),
+    **{f"Memory, {kind.__name__}": remembering(kind) for kind in (TRADESLoss, MARTLoss, PGDLoss)},
+    "Memory, mining": remembering(TRADESLoss, BulletTrain(), engine="fast"),
     "AWP, mining": weight_perturbed(THREE),
     "AWP, moved": weight_perturbed(THREE, samples="moved"),
     "AWP, warm-up": weight_perturbed(gamma=0),

@@ -20,6 +20,7 @@ from tests.public_calls import CALLS, STEPS, seeded
 NO_CALLS = {
     *("AdversarialLoss", "Engine", "PGD", "APGD", "PerSample"),
     "MinedPlan",
+    "Placement",
     *("Assignment", "Balance", "Costs", "Fractions", "Judged", "NonFiniteError", "Skipped", "POLICIES", "RUNNERS"),
     *("AutoRunner", "GraphRunner", "StreamRunner", "theoretical_speedup", "theoretical_speedup_augmix"),
     *("Frozen", "Gaussian", "Normalization", "Oracle", "Plan", "ThreatModel", "Update", "UpdateBatch"),

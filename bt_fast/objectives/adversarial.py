@@ -5,7 +5,7 @@ TRADES, MART and PGD adversarial training share all of it; only their losses dif
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -48,6 +48,7 @@ from bt_fast.objectives.training_outputs import check_training_outputs
 from bt_fast.objectives.update import Terms, run_update
 from bt_fast.plan import Plan
 from bt_fast.ranges import MINING, UPDATE, range_
+from bt_fast.recalled import Recalled, step_size
 from bt_fast.units import warn_of_units
 
 Unperturbed = Literal["keep", "skip"]
@@ -68,6 +69,7 @@ class Call:
     embeds: bool = False  # its outputs need not be logits of the labels' classes
     own: PerSample = NOTHING  # what samples have of their own, in the units of x
     clean: Callable[[nn.Module, Tensor], Tensor] | None = None  # the update's clean forward, where it comes first
+    recalled: Recalled | None = None  # what is remembered of the samples: where they start, and their steps
 
     @classmethod
     def of(
@@ -110,10 +112,13 @@ class Adversary:
     @classmethod
     def of(cls, attack: PGD | APGD, noise: Noise, inner: Inner, call: Call) -> Adversary:
         """The attack; `noise` and `inner` where it names none."""
-        noise, step_size = attack.start or noise, 0.0 if isinstance(attack, APGD) else attack.step_size
+        if (recalled := call.recalled) is not None:
+            steps, size = recalled.counts[0], step_size(recalled.counts[0], attack.epsilon)
+            return cls(attack.threat, size, steps, "normal", attack.inner or inner, call, attack.statistics)
+        noise, size = attack.start or noise, 0.0 if isinstance(attack, APGD) else attack.step_size
         if isinstance(attack, APGD) and noise == "uniform":
             noise = "surface"
-        return cls(attack.threat, step_size, attack.steps, noise, attack.inner or inner, call, attack.statistics)
+        return cls(attack.threat, size, attack.steps, noise, attack.inner or inner, call, attack.statistics)
 
     def batch(self, plan: Plan, begin: Tensor, clean: Tensor, target: Tensor, y: Tensor | None) -> AttackBatch:
         """The samples, in the plan's sorted order as all of these are, at the start. Waits for the plan's counts."""
@@ -130,6 +135,11 @@ class Adversary:
     def own(self) -> PerSample:
         """What samples have of their own."""
         return self.call.own
+
+    @property
+    def wrong(self) -> Sequence[Fault]:
+        """What may be wrong with the samples' numbers and placements, as the device sees."""
+        return () if self.call.recalled is None else self.call.recalled.wrong
 
     @property
     def asks_clean(self) -> bool:
@@ -286,7 +296,7 @@ def _start_uniform(
             with nullcontext() if a.statistics == "running" else eval_mode(model):
                 logits, name = clean_logits(model, x[:2]), "the model's logits of the first two samples"
         check_enough_classes(a.inner, logits.shape[1])
-        wrong = [pixels, faults.rows_without_number(logits, name)]
+        wrong = [pixels, faults.rows_without_number(logits, name), *a.wrong]
         if y is not None and not a.call.embeds:
             check_classes("y", y, logits.shape[1])
             wrong.insert(1, faults.labels_outside(y, logits.shape[1], "y"))
@@ -339,7 +349,7 @@ def _start_ragged(
                 y,
                 epsilon=a.threat.epsilon if own.epsilon is None else 1.0,
                 step_size=a.step_size or None,
-                inputs=[pixels, *by_sample.wrong_values(own)],
+                inputs=[pixels, *by_sample.wrong_values(own), *a.wrong],
                 names=("the model's logits", "y"),
                 attacked_logits=attacked,
                 of_attack=of_attack,
@@ -352,7 +362,11 @@ def _start_ragged(
                 numbers = torch.arange(len(x), device=x.device) + first if numbers is None else numbers
             at_boundary = None if bullet.policy is three_groups else bullet.boundary_steps
             plan = by_sample.mined(own, a.threat, plan, at_boundary, a.step_size)
-            clean, begin = starts.sorted_by(x, plan.order, plan.steps, state, a, numbers)
+            if (recalled := a.call.recalled) is None:
+                clean, begin = starts.sorted_by(x, plan.order, plan.steps, state, a, numbers)
+            else:
+                plan = recalled.sized(plan, a.threat.epsilon)
+                clean, begin = recalled.starts(x, a.threat, state, numbers, plan.order, plan.steps)
             labels = for_loss(plan.sort(y), plan.probabilities.dtype)
             target = _target(a.inner, plan, labels, logits, lambda _: plan.probabilities)
             batch = a.batch(plan, begin, clean, target, labels)

@@ -13,8 +13,11 @@ from bt_fast.attack.pgd import PGD
 from bt_fast.attack.start import Noise
 from bt_fast.attack.statistics import check_statistics
 from bt_fast.labels import check_either, check_without_gradient
+from bt_fast.memory import Memory
 from bt_fast.mining import BulletTrain
 from bt_fast.validation import check_generator, check_kind, check_labels, check_pixels
+
+DEFAULT_COUNTS = (10, 2, 0)  # of a BulletTrain that is given none
 
 
 def check_batch(x: Tensor, y: Tensor | None, name: str, *, optional: bool = False) -> None:
@@ -44,16 +47,22 @@ def check_optimizer(optimizer: object) -> None:
 
 
 def check_attack(
-    attack: PGD | APGD, mining: BulletTrain | None, defaults: tuple[Noise, InnerLoss], own: PerSample = NOTHING
+    attack: PGD | APGD,
+    mining: BulletTrain | None,
+    defaults: tuple[Noise, InnerLoss],
+    own: PerSample = NOTHING,
+    memory: Memory | None = None,
 ) -> None:
     """Raise TypeError or ValueError unless they are an attack and a mining with the same steps of a boundary sample.
 
-    `defaults` are start and inner loss of an attack that names none; `own` is what samples have of their own.
+    `defaults` are start and inner loss of an attack that names none; `own` is what samples have of their own. With a
+    `memory` the steps are its.
     """
+    fit_to_memory(memory, attack, mining)
     if not isinstance(attack, APGD):
         check_kind("attack", attack, PGD, "write PGD(epsilon=8 / 255, step_size=2 / 255, steps=10)")
     check_kind("mining", mining, BulletTrain, "write mining=BulletTrain()", optional=True)
-    if mining is not None and mining.boundary_steps not in (0, attack.steps):
+    if mining is not None and memory is None and mining.boundary_steps not in (0, attack.steps):
         raise ValueError(
             f"attack takes {attack.steps} steps, but mining {mining.boundary_steps} boundary steps: "
             f"write BulletTrain({attack.steps}, ...), or the same number for both"
@@ -63,8 +72,34 @@ def check_attack(
     if own.steps is not None or own.epsilon is not None:
         instead = "leave statistics, or steps and epsilon of per_sample, out"
         check_statistics(attack.statistics, "where samples take their own numbers of steps", instead)
-    if own.start is None:
+    if own.start is None and memory is None:
         check_not_at_x(attack.start or defaults[0], attack.inner or defaults[1])
+
+
+def fit_to_memory(memory: Memory | None, attack: PGD | APGD, mining: BulletTrain | None) -> None:
+    """Raise TypeError or ValueError unless the attack can start at what is remembered; mining gets its counts."""
+    check_kind("memory", memory, Memory, "write memory=Memory(50_000), the number of samples", optional=True)
+    if memory is None:
+        return
+    check_kind("attack", attack, PGD, "an APGD has steps of its own, so write PGD(...), or leave memory out")
+    if attack.start not in (None, "normal"):
+        raise ValueError(
+            f"attack's start must be 'normal' or None with a memory, which is where it starts, got {attack.start!r}: "
+            "leave start out of the PGD"
+        )
+    if attack.norm == "l2" and memory.dtype == torch.int8:
+        raise ValueError(
+            "memory's dtype must be floating point in l2, got torch.int8: write Memory(samples, dtype=torch.float16)"
+        )
+    if mining is None:
+        return
+    counts = mining.boundary_steps, mining.robust_steps, mining.outlier_steps
+    if counts not in (DEFAULT_COUNTS, memory.steps):
+        raise ValueError(
+            f"mining's steps must be those of the memory, {memory.steps}, got {counts}: write BulletTrain() without "
+            f"counts, or Memory(samples, steps={counts})"
+        )
+    mining.boundary_steps, mining.robust_steps, mining.outlier_steps = memory.steps
 
 
 def check_draws(x: Tensor, indices: Tensor | None, generator: torch.Generator | None, name: str) -> None:

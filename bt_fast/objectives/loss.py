@@ -24,6 +24,7 @@ from bt_fast.attack.start import Noise
 from bt_fast.attack.wrapped import unwrapped
 from bt_fast.engine import Engine
 from bt_fast.labels import is_soft
+from bt_fast.memory import Memory
 from bt_fast.mining import BulletTrain
 from bt_fast.objectives import adversarial, arguments
 from bt_fast.objectives.adversarial import Attack, Call
@@ -34,7 +35,9 @@ from bt_fast.objectives.forwards import Forwards
 from bt_fast.objectives.passes import Pass, Passes, check_moving, wanted
 from bt_fast.objectives.shared_forward import SharedForward, check_shared
 from bt_fast.objectives.update_order import in_callers_order, in_callers_rows, in_update_order, left_out, weights_of
+from bt_fast.placement import Placement
 from bt_fast.plan import Plan
+from bt_fast.recalled import Recalled
 from bt_fast.robust_half import check_all_count
 from bt_fast.validation import weight
 
@@ -87,6 +90,8 @@ class AdversarialLoss(nn.Module, ABC):
             and its autocast, after its forwards, and eagerly: an update with it is not captured in a graph.
         logits: of a model that returns a tuple, a dict or an object: the function that takes its logits [m, K], as
             `select` of `Logits`. None for a model that returns them.
+        memory: the perturbations of the data set's samples, where attacks start, with steps of their own in place of
+            those of attack and mining. It is a part of this module too; calls then need `indices`.
 
     Attributes:
         clean_forwards: how often the update runs the clean images: 0, 1, or 2 like TRADES' authors.
@@ -117,8 +122,10 @@ class AdversarialLoss(nn.Module, ABC):
         engine: Engine | str = "fast",
         extra: Extra | None = None,
         logits: Select | None = None,
+        memory: Memory | None = None,
     ) -> None:
         super().__init__()
+        self.memory = memory
         self._check(attack, mining, extra)
         self.attack = attack
         self.mining = mining
@@ -186,6 +193,7 @@ class AdversarialLoss(nn.Module, ABC):
         y: Tensor,
         indices: Tensor | None = None,
         *,
+        placement: Placement | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """Returns the loss of a minibatch, ready for `backward()`. Gradients are not zeroed.
@@ -199,6 +207,8 @@ class AdversarialLoss(nn.Module, ABC):
             indices: [m] integers in 0..2^32-1, each sample's number, in its data set say. A sample's start then depends
                 on its number and the seed last given to `generator` (or the device's own) alone, in whatever batch and
                 on whatever rank it is, of images in one memory format. Nothing is drawn: give a new seed each epoch.
+            placement: with a memory, where crops lie in their own images' frames, and which are mirrored; None: the
+                images are these.
             generator: on the images' device, for the random start. Without it and without mining, images on the CPU
                 draw like the authors' code, so that a seeded script repeats its numbers. With mining only a seed is
                 drawn, from this generator or the device's own.
@@ -215,6 +225,7 @@ class AdversarialLoss(nn.Module, ABC):
                 mining by the next call.
         """
         call = Call.of(self.engine, self._cache, x, y, self.mining, indices, generator)
+        call = replace(call, recalled=self._recalled(x, indices, placement))
         return self.of_call(model, x, y, call)
 
     def of_call(self, model: nn.Module, x: Tensor, y: Tensor, call: Call) -> Tensor:
@@ -267,6 +278,9 @@ class AdversarialLoss(nn.Module, ABC):
             labels = attack.plan.sort(y) if is_soft(y) else attack.y  # as given: in 16 bits their sums are off
             mining.observe(of_all, labels, order=attack.plan.order, faulty=attack.unable)
         self._passes.keep(attack.ended(), mining)
+        if self.memory is not None and call.recalled is not None and self._passes.first(mining):
+            epsilon, l2 = self.attack.epsilon, self.attack.norm == "l2"
+            self.memory.remember(call.recalled, x_adv.detach(), attack.x, attack.plan, epsilon, l2=l2)
         whole = len(updated.x) == len(x)
         self._last = partial(Record.of, attack.plan, x.detach(), x_adv, normalize, of_all, *clean) if whole else None
         return loss
@@ -302,7 +316,8 @@ class AdversarialLoss(nn.Module, ABC):
         title = f"{type(self).__name__}, engine {self.engine.name!r}"
         if self._seen is None:
             return f"{title}: not called yet"
-        return "\n".join([f"{title}, on {self._seen.device}", *lines(self._seen)])
+        memory = [] if self.memory is None else [f"memory: {self.memory.description()}"]
+        return "\n".join([f"{title}, on {self._seen.device}", *lines(self._seen), *memory])
 
     def extra_repr(self) -> str:
         """The configuration, as it would be written."""
@@ -313,13 +328,14 @@ class AdversarialLoss(nn.Module, ABC):
         return {**self.__dict__, "_last": None, "_seen": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:  # of a version without these too
-        added = {"_passes": Passes(), "extra": None, "_selection": None, "cross_entropy": CrossEntropy()}
-        if "extra" in state["_modules"]:  # a term that is a module is a part of the loss
-            del added["extra"]
+        added: dict[str, Any] = {"_passes": Passes(), "extra": None, "_selection": None, "memory": None}
+        added["cross_entropy"] = CrossEntropy()
+        for name in added.keys() & state["_modules"].keys():  # what is a module is a part of the loss
+            del added[name]
         super().__setstate__(added | state)  # type: ignore[no-untyped-call]
 
     def _check(self, attack: PGD | APGD, mining: BulletTrain | None, extra: Extra | None) -> None:
-        arguments.check_attack(attack, mining, (self.default_start, self.default_inner))
+        arguments.check_attack(attack, mining, (self.default_start, self.default_inner), memory=self.memory)
         if mining is not None and mining.unperturbed == "skip" and self.clean_forwards == 0:
             raise ValueError(
                 f"mining's unperturbed must be 'keep' or None for {type(self).__name__}, got 'skip': "
@@ -330,6 +346,17 @@ class AdversarialLoss(nn.Module, ABC):
         if mining is not None and not self._overrides("weighted_objective"):
             check_all_count(mining.half_drawn, f"for {type(self).__name__}", "give it a weighted_objective")
         check_extra(extra)
+
+    def _recalled(self, x: Tensor, indices: Tensor | None, placement: Placement | None) -> Recalled | None:
+        if self.memory is not None:
+            together = self.mining is not None and self.mining.process_group is not None
+            return self.memory.recall(x, indices, placement, l2=self.attack.norm == "l2", together=together)
+        if placement is not None:
+            raise ValueError(
+                f"placement is for a loss with a memory, but this {type(self).__name__} has none: leave it out, or "
+                "write memory=Memory(samples)"
+            )
+        return None
 
     def _adversarial_rows(self, attack: Attack, call: Call) -> int:
         """Returns how many rows, from the first, run an adversarial forward.
@@ -358,7 +385,8 @@ class RobustTermLoss(Smoothed, AdversarialLoss):
     """An adversarial loss of a clean and a robust term.
 
     Args:
-        beta: β ≥ 0, the weight of the robust term. attack, mining, engine, extra, logits: as for `AdversarialLoss`.
+        beta: β ≥ 0, the weight of the robust term. attack, mining, engine, extra, logits,
+            memory: as for `AdversarialLoss`.
         label_smoothing, smoothing: of the term that learns the labels, as `CrossEntropy` has them; not of the attack.
 
     Raises:
@@ -376,8 +404,9 @@ class RobustTermLoss(Smoothed, AdversarialLoss):
         smoothing: Smoothing = "torch",
         extra: Extra | None = None,
         logits: Select | None = None,
+        memory: Memory | None = None,
     ) -> None:
-        super().__init__(attack, mining=mining, engine=engine, extra=extra, logits=logits)
+        super().__init__(attack, mining=mining, engine=engine, extra=extra, logits=logits, memory=memory)
         self.beta = beta
         self.cross_entropy = CrossEntropy(label_smoothing, smoothing)
 

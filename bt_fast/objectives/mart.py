@@ -14,6 +14,7 @@ from bt_fast.attack.logits import Select
 from bt_fast.attack.pgd import PGD
 from bt_fast.engine import Engine
 from bt_fast.labels import is_soft
+from bt_fast.memory import Memory
 from bt_fast.mining import BulletTrain
 from bt_fast.objectives import drop_in
 from bt_fast.objectives.cross_entropy import CrossEntropy, Smoothing, weighted
@@ -44,8 +45,8 @@ class MARTLoss(RobustTermLoss):
     authors mix losses: MART's have none. The attack sees the label as it is given: of a soft one it climbs KL to it.
 
     Args:
-        attack, beta, mining, engine, label_smoothing, smoothing, extra, logits: as for `TRADESLoss`, with its errors;
-            the smoothing is of the label of all of its terms.
+        attack, beta, mining, engine, label_smoothing, smoothing, extra, logits, memory: as for `TRADESLoss`, with its
+            errors; the smoothing is of the label of all of its terms.
         clean_updates: 1, or "shared", as for `TRADESLoss`; that needs mining, or an inner loss of the clean logits.
     """
 
@@ -64,8 +65,10 @@ class MARTLoss(RobustTermLoss):
         clean_updates: CleanUpdates = 1,
         extra: Extra | None = None,
         logits: Select | None = None,
+        memory: Memory | None = None,
     ) -> None:
         options: Any = {"label_smoothing": label_smoothing, "smoothing": smoothing, "extra": extra, "logits": logits}
+        options |= {"memory": memory}
         super().__init__(attack, beta, mining=mining, engine=engine, **options)
         self.clean_forwards = clean_forwards_of(clean_updates, most=1)
         self.clean_shared = clean_updates == SHARED
@@ -87,7 +90,7 @@ class MARTLoss(RobustTermLoss):
     def weighted_objective(
         self, clean_logits: Tensor | None, adversarial_logits: Tensor, y: Tensor, weights: Tensor
     ) -> Tensor:
-        """`objective` of clean_logits, adversarial_logits and y with weights [m]: all terms read adversarial logits."""
+        """The `objective` of clean_logits, adversarial_logits and y with weights [m]: all terms read adversarial logits."""
         assert clean_logits is not None
         return self._of_rows(clean_logits, adversarial_logits, y, weights.to(ops.wide(clean_logits).dtype))
 

@@ -93,6 +93,10 @@ class Passes:
         finally:
             self._reuse = outer
 
+    def first(self, mining: BulletTrain | None) -> bool:
+        """Whether this pass is the minibatch's first."""
+        return self._reuse is None if mining is None else mining.counts_now
+
     def begin(self) -> object:
         """What a further pass without mining reuses; None where x' is to be made, of a new minibatch or anew."""
         if self._reuse is None:

@@ -12,6 +12,7 @@ from bt_fast.attack.logits import Select
 from bt_fast.attack.pgd import PGD
 from bt_fast.attack.start import Noise
 from bt_fast.engine import Engine
+from bt_fast.memory import Memory
 from bt_fast.mining import BulletTrain
 from bt_fast.objectives import drop_in
 from bt_fast.objectives.cross_entropy import CrossEntropy, Smoothed, Smoothing
@@ -34,8 +35,8 @@ class PGDLoss(Smoothed, AdversarialLoss):
     logits is raised as such, in another sample's as NaN in its input gradient.
 
     Args:
-        attack, mining, engine, label_smoothing, smoothing, extra, logits: as for `TRADESLoss`, with its errors; a batch
-            of the further term has no `logits`.
+        attack, mining, engine, label_smoothing, smoothing, extra, logits, memory: as for `TRADESLoss`, with its
+            errors; a batch of the further term has no `logits`.
     """
 
     clean_forwards = 0
@@ -52,8 +53,9 @@ class PGDLoss(Smoothed, AdversarialLoss):
         smoothing: Smoothing = "torch",
         extra: Extra | None = None,
         logits: Select | None = None,
+        memory: Memory | None = None,
     ) -> None:
-        super().__init__(attack, mining=mining, engine=engine, extra=extra, logits=logits)
+        super().__init__(attack, mining=mining, engine=engine, extra=extra, logits=logits, memory=memory)
         self.cross_entropy = CrossEntropy(label_smoothing, smoothing)
 
     def graph_key(self) -> CrossEntropy:
@@ -67,7 +69,7 @@ class PGDLoss(Smoothed, AdversarialLoss):
     def weighted_objective(
         self, clean_logits: Tensor | None, adversarial_logits: Tensor, y: Tensor, weights: Tensor
     ) -> Tensor:
-        """`objective` of adversarial_logits and y with weights, [n] of rows above 0; there are no clean_logits."""
+        """The `objective` of adversarial_logits and y with weights, [n] of rows above 0; there are no clean_logits."""
         rows = self.cross_entropy.of_rows(adversarial_logits, y)
         weights = weights.to(rows.dtype)
         return (rows * weights).sum() / weights.sum()

@@ -19,6 +19,8 @@ def in_order(x: Tensor, a: Adversary) -> Tensor:
     generator = a.call.generator
     if a.own.start is not None:
         return given_start(a.own.start, x, a.threat, a.radii(x))
+    if a.call.recalled is not None:
+        return a.call.recalled.starts(x, a.threat, a.random_state(x), a.numbers)[1]
     if a.noise == "clean":
         return x
     if a.call.indices is not None:

@@ -13,6 +13,7 @@ from bt_fast.attack.inner import InnerLoss
 from bt_fast.attack.logits import Select
 from bt_fast.attack.pgd import PGD
 from bt_fast.engine import Engine
+from bt_fast.memory import Memory
 from bt_fast.mining import BulletTrain
 from bt_fast.objectives import drop_in
 from bt_fast.objectives.cross_entropy import CrossEntropy, Smoothing
@@ -56,6 +57,7 @@ class TRADESLoss(RobustTermLoss):
             computed stays in memory during the attack; its update runs eagerly.
         extra: a further term, as for `AdversarialLoss`.
         logits: a function that takes the logits out of the model's output, where that is not they; as for `Logits`.
+        memory: the perturbations of the data set's samples, where attacks start, see `Memory`; calls need `indices`.
 
     Raises:
         TypeError: an argument is not of its kind.
@@ -79,8 +81,10 @@ class TRADESLoss(RobustTermLoss):
         clean_updates: CleanUpdates = 2,
         extra: Extra | None = None,
         logits: Select | None = None,
+        memory: Memory | None = None,
     ) -> None:
         options: Any = {"label_smoothing": label_smoothing, "smoothing": smoothing, "extra": extra, "logits": logits}
+        options |= {"memory": memory}
         super().__init__(attack, beta, mining=mining, engine=engine, **options)
         self.clean_forwards = clean_forwards_of(clean_updates, most=2)
         self.clean_shared = clean_updates == SHARED
@@ -103,7 +107,7 @@ class TRADESLoss(RobustTermLoss):
     def weighted_objective(
         self, clean_logits: Tensor | None, adversarial_logits: Tensor, y: Tensor, weights: Tensor
     ) -> Tensor:
-        """`objective` of clean_logits, adversarial_logits and y, in which a KL term has its weights [m] row by row."""
+        """The `objective` of clean_logits, adversarial_logits and y, in which a KL term has its weights [m] row by row."""
         assert clean_logits is not None
         robust = ops.trades_kl(adversarial_logits, clean_logits, weights.to(ops.wide(clean_logits).dtype))
         return self.cross_entropy(clean_logits, y) + self.beta / len(y) * robust

@@ -18,6 +18,8 @@ from bt_fast.ops.numeric import wide
 from bt_fast.ops.order_by_steps import order_by_steps
 from bt_fast.ops.pgd_l2_step import l2_step_
 from bt_fast.ops.pgd_step import linf_step_
+from bt_fast.ops.recall import Limits, recall
+from bt_fast.ops.remember import remember_
 from bt_fast.ops.signed_variance import SignedVariance, signed_variance
 from bt_fast.ops.update_fraction import adversarial_hits, move_fraction_, update_fraction_
 
@@ -26,6 +28,7 @@ __all__ = [
     "GROUPS",
     "OUTLIER",
     "ROBUST",
+    "Limits",
     "SignedVariance",
     "adversarial_hits",
     "ascent_direction",
@@ -37,6 +40,8 @@ __all__ = [
     "mart_loss",
     "move_fraction_",
     "order_by_steps",
+    "recall",
+    "remember_",
     "robust_threshold",
     "signed_variance",
     "trades_kl",

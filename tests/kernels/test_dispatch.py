@@ -7,6 +7,7 @@ from unittest import mock
 
 import assign_cases
 import gather_start_cases
+import memory_cases
 import pgd_cases
 import pytest
 import torch
@@ -17,6 +18,7 @@ from bt_fast import kernels, ops
 from bt_fast.ops.pgd_l2_step import pgd_l2_step_
 from bt_fast.ops.pgd_step import pgd_linf_step_
 
+recall_op, remember_op, SAME = memory_cases.recall_op, memory_cases.remember_op, memory_cases.SHAPES[0]
 Z, Y = torch.randn(5, 10), torch.arange(5)
 LONG = (3, 96, 96)
 
@@ -49,6 +51,16 @@ OPS = {
     "gather_start": (
         "gather_start",
         lambda: ops.gather_start(**gather_start_cases.case(4, (3, 4, 4), torch.float32, 0).arguments),
+        1,
+    ),
+    "recall": (
+        "recall",
+        lambda: recall_op._recall(**memory_cases.recall_case(4, SAME, torch.float32, torch.int8, 0).arguments),
+        1,
+    ),
+    "remember": (
+        "remember",
+        lambda: remember_op._remember(**memory_cases.remember_case(4, SAME, torch.float32, torch.int8, 0).arguments),
         1,
     ),
     "linf": ("pgd_step", linf((3, 32, 32)), 1),

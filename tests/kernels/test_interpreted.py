@@ -14,6 +14,8 @@ KERNELS = Path(__file__).parents[2] / "kernels"
 # for each op, the text that widens an offset to 64 bits, and a replacement that leaves it in 32
 WIDENED = {
     "gather_start": ("tl.cast(i_n, tl.int64)", "i_n"),
+    "recall": ("tl.cast(i_n, tl.int64)", "i_n"),
+    "remember": ("tl.cast(i_n, tl.int64)", "i_n"),
     "ascent_direction": ("tl.cast(i_n, tl.int64)", "i_n"),
     "pgd_step": ("tl.cast(i_n, tl.int64)", "i_n"),
     "signed_variance": ("tl.cast(i_m, tl.int64)", "i_m"),

@@ -5,6 +5,7 @@ import importlib
 import assign_cases
 import divergence_cases
 import gather_start_cases
+import memory_cases
 import on_device as elsewhere
 import pgd_cases
 import pytest
@@ -69,6 +70,23 @@ def test_gather_start(shape, dtype, noise):
     result = on_device(ops.gather_start)(**given | {"state": state})
     gather_start_cases.assert_same(result, expected)
     assert (state - given["state"]).tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("stored", memory_cases.STORED)
+@pytest.mark.parametrize("shapes", memory_cases.SHAPES)
+@pytest.mark.parametrize("l2", [False, True])
+def test_recall_and_remember(shapes, dtype, stored, l2):
+    options = {"placed": True, "own": True, "l2": l2}
+    case = memory_cases.recall_case(33, shapes, dtype, stored, 0, **options)
+    expected = memory_cases.recall_op.recall_reference(**case.arguments)
+    given = case.arguments | {"state": case.arguments["state"].clone()}
+    memory_cases.same_start(on_device(memory_cases.recall_op._recall)(**given), expected, l2)
+    given = memory_cases.remember_case(33, shapes, dtype, stored, 0, **options).arguments
+    expected, result = given["memory"].clone(), given["memory"].clone()
+    memory_cases.remember_op.remember_reference(**given | {"memory": expected})
+    on_device(memory_cases.remember_op._remember)(**given | {"memory": result})
+    memory_cases.same_memory(result, expected)
 
 
 @pytest.mark.parametrize("m", [0, 1, 128, 1025, 8192, 8193, 2**17, 2**20])

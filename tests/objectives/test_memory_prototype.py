@@ -4,11 +4,8 @@ import pytest
 import torch
 from small_models import SHAPE, batch, build, gradients
 
-import bt_fast
 from benchmarks import remembered
-from bt_fast import PGD, BulletTrain, Placement, TRADESLoss, ops
-
-pytestmark = pytest.mark.skipif(not hasattr(bt_fast, "Memory"), reason="this version has no Memory")
+from bt_fast import PGD, BulletTrain, Memory, Placement, TRADESLoss, ops
 
 EPSILON, SAMPLES, M = 0.1, 40, 24
 
@@ -58,7 +55,7 @@ def loss_with(memory, fractions, x, y, indices, seed, unperturbed):
 def test_loss_gradients_images_and_memory_are_the_prototypes(steps, recipe, seed):
     x, y, indices, placement, fractions = minibatch_of(seed)
     ours, theirs, options = build(seed=seed), build(seed=seed), remembered.recipe_of(recipe)
-    memory = bt_fast.Memory(SAMPLES, SHAPE, dtype=torch.int8 if options.int8 else torch.float64, steps=steps)
+    memory = Memory(SAMPLES, SHAPE, dtype=torch.int8 if options.int8 else torch.float64, steps=steps)
     criterion = loss_with(memory, fractions, x, y, indices, seed, "skip" if options.skip else "keep")
     loss = criterion(ours, x, y, indices=indices, placement=placement, generator=torch.Generator().manual_seed(1))
     loss.backward()

@@ -1,0 +1,430 @@
+"""The memory of perturbations: an attack starts where that of the same sample ended an epoch ago."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from bt_fast import faults, ops
+from bt_fast.faults import Fault
+from bt_fast.memory_arguments import check_same, checked_dtype, checked_shape, checked_share, checked_steps
+from bt_fast.memory_file import NEVER, NUMPY, MemoryFile, created, described
+from bt_fast.ops.frames import Placed
+from bt_fast.ops.numeric import per_sample
+from bt_fast.placement import Placement, check_placement
+from bt_fast.plan import MinedPlan, Plan
+from bt_fast.recalled import Recalled
+from bt_fast.validation import check_choice, check_device, check_kind, check_labels, positive, step_count
+
+INDICES = "give each sample's number in its data set, as in criterion(model, x, y, indices=indices)"
+
+
+class Memory(nn.Module):
+    """The perturbations of a data set's samples, from which their next attacks start: one step then does for many.
+
+    A part of a loss, `TRADESLoss(attack, memory=Memory(50_000))`, which is then called with `indices=`. A sample with
+    steps starts at `clip(x + remembered + 0.001·N(0, 1))`, and x' - x is remembered after the attack, as fractions of
+    ε, so that ε may follow a schedule. A sample without steps stays at x, and its whole memory becomes 0. The steps are
+    the memory's own, in place of those of the attack and of the mining: of size ε where there is one, else 1.2·ε/n.
+    A module without parameters: it moves, saves and loads with the loss that holds it.
+
+    Args:
+        samples: how many samples the data set has; `indices` are 0..samples-1.
+        shape: of a sample in its own frame, as [channels, height, width]; None: that of the first minibatch's images.
+        dtype: torch.int8, whose unit is ε/127, float16, float32 or float64, the last three also in ℓ2. None: int8, or
+            in ℓ2 float16.
+        storage: where it lies. "device": with the loss. "host": in the host's memory; the rows of a minibatch are
+            copied to the device and back. "file": likewise, in a memory-mapped file at `path`.
+        path: of the file, which is made if there is none. Its description lies beside it, in path + ".json". One
+            process at a time may use it.
+        share: [n] integers, the numbers of the samples that this rank sees, where ranks have fixed shares: only these
+            have memory here. None: all.
+        steps: of (boundary, robust, outlier) samples with mining; without it all take as many as boundary ones.
+        reset_after: a perturbation older than this many epochs is not used, and forgotten. None: none is too old.
+        fingerprint: any text that identifies the data set. A state or a file of another one is refused.
+
+    Attributes:
+        perturbations: [n, ...] buffer, fractions of ε; int8: times 127. None until the first minibatch has ended.
+        written: [n] int64 buffer, the clock at which each was written; -1: never.
+        clock: 0-dim int64 buffer, how many samples have been remembered so far.
+
+    Raises:
+        TypeError: an argument has a wrong type. ValueError: out of range or unknown, or the file is of another memory.
+    """
+
+    perturbations: Tensor | None
+    written: Tensor
+    clock: Tensor
+    share: Tensor | None
+
+    def __init__(
+        self,
+        samples: int,
+        shape: Sequence[int] | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        storage: Literal["device", "host", "file"] = "device",
+        path: str | os.PathLike[str] | None = None,
+        share: Tensor | None = None,
+        steps: tuple[int, int, int] = (1, 1, 0),
+        reset_after: float | None = None,
+        fingerprint: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.samples = step_count("samples", samples, least=1)
+        self.shape = None if shape is None else checked_shape(shape)
+        self.dtype = checked_dtype(dtype)
+        check_choice("storage", storage, ("device", "host", "file"))
+        if (path is not None) != (storage == "file"):
+            instead = "write storage='file', path='perturbations.mem', or leave path out"
+            raise ValueError(f"path must be given for storage='file' alone, got {path!r} for {storage!r}: {instead}")
+        self.storage, self.path = storage, None if path is None else Path(path)
+        self.steps = checked_steps(steps)
+        instead = "write reset_after=3, a number of epochs"
+        self.reset_after = None if reset_after is None else positive("reset_after", reset_after, instead)
+        check_kind("fingerprint", fingerprint, str, "write the name of the data set and its version", optional=True)
+        self.fingerprint = fingerprint
+        self._file: MemoryFile | None = None
+        self._pending: list[Callable[[], None]] = []  # rows that the device has not yet copied to the host
+        share = None if share is None else checked_share(share, self.samples)
+        self.register_buffer("share", share, persistent=False)
+        self.register_buffer("perturbations", None)
+        count = self.samples if share is None else len(share)
+        self.register_buffer("written", torch.full((count,), NEVER, dtype=torch.int64))
+        self.register_buffer("clock", torch.zeros((), dtype=torch.int64))
+        if self.path is not None:
+            self._open(self.path)
+
+    # A minibatch
+
+    def recall(
+        self, x: Tensor, indices: Tensor | None, placement: Placement | None, *, l2: bool, together: bool = False
+    ) -> Recalled:
+        """What is remembered of a minibatch. Nothing changes.
+
+        On the CPU what is wrong is raised here; on a GPU values are counted, in `wrong`.
+
+        Args:
+            x: [m, ...] floating point, the images.
+            indices: [m] integers, each sample's number in the data set, all different.
+            placement: where the images lie in their own frames; None: they are these.
+            l2: whether the perturbations are bounded in ℓ2. together: whether ranks mine together: wrong indices are
+                counted on the CPU too, so that all ranks raise the error.
+
+        Raises:
+            TypeError or ValueError: indices are missing, out of range, of another rank's share, or one is there twice;
+                a placement shows nothing of its image; a type, shape or device does not fit.
+        """
+        if indices is None:
+            raise ValueError(f"indices must be given to a loss with a memory, got none: {INDICES}")
+        check_labels(indices, len(x), x.device, "indices")
+        shape = tuple(x.shape[1:]) if self.shape is None else self.shape
+        wrong = self._misplaced(x, placement, shape)
+        dtype = self._dtype(l2)
+        if self.storage == "device":
+            check_device("memory", self.clock, x.device, "the images")
+        self.settle()
+        apart = self._apart(x)
+        numbers = indices.detach().long()
+        numbers = numbers.to(self.written.device) if apart else numbers
+        outside, twice, numbers = self._numbers(numbers)
+        wrong = [*wrong, outside, twice]
+        if not (numbers.is_cuda or (together and not apart)):
+            faults.read(wrong[-2:]).wait()
+            wrong = wrong[:-2]
+        placed = None
+        if placement is not None:
+            placed = Placed(placement.top.long(), placement.left.long(), placement.mirrored)
+        return self._read(x, numbers, placed, shape, dtype, tuple(wrong), apart)
+
+    def remember(
+        self, recalled: Recalled, x_adv: Tensor, clean: Tensor, plan: Plan, epsilon: float, *, l2: bool
+    ) -> None:
+        """Remembers x' - x of a minibatch.
+
+        Args:
+            recalled: what was remembered of it.
+            x_adv, clean: [m, ...], x' and x, in the plan's sorted order.
+            plan: the steps of each sample, and their order.
+            epsilon: ε of the attack; l2: whether it is bounded in ℓ2.
+
+        Robust samples that others stand for, and that were therefore not attacked, keep their memory and its age.
+        """
+        if self.perturbations is None:
+            self._allocate(recalled.shape, self._dtype(l2))
+            recalled = self._again(recalled, x_adv)
+        rows, slots, numbers, out = recalled.rows, recalled.slots, recalled.numbers, _not_attacked(plan)
+        before = None if out is None else (rows[slots], self.written[numbers])
+        how: dict[str, Any] = {"order": plan.order, "steps": plan.steps, "keep": recalled.fresh}
+        ops.remember_(rows, x_adv, clean, slots, epsilon, l2=l2, placed=recalled.placed, **how)
+        self.clock += len(numbers)
+        self.written.index_copy_(0, numbers, self.clock.expand(len(numbers)))
+        if out is not None and before is not None:
+            for values, at, old in ((rows, slots, before[0]), (self.written, numbers, before[1])):
+                here = out.to(values.device)
+                values.index_copy_(0, at, torch.where(per_sample(here, old), old, values[at]))
+        if rows is not self.perturbations:
+            self._write_back(rows, numbers)
+
+    def ages(self) -> Tensor:
+        """How many epochs ago each perturbation was written, [n] float64; infinite where it never was.
+
+        An epoch is as many remembered samples as there are in the memory: right after a shuffled epoch ages are
+        between 0 and 1, and a sample's age when it comes again is between 0 and 2.
+        """
+        self.settle()
+        ages = (self.clock - self.written).double() / len(self.written)
+        return ages.masked_fill(self.written < 0, math.inf)
+
+    def reset(self) -> None:
+        """Forgets all perturbations: every sample starts afresh."""
+        self.settle()
+        self.written.fill_(NEVER)
+        if self.perturbations is not None:
+            self.perturbations.zero_()
+
+    def settle(self) -> None:
+        """Waits until what the device has copied to the host is in the memory there."""
+        while self._pending:
+            self._pending.pop(0)()
+
+    def extra_repr(self) -> str:
+        """The configuration, as it would be written."""
+        given = {"shape": self.shape, "dtype": self.dtype, "reset_after": self.reset_after}
+        text = "".join([f", {name}={value}" for name, value in given.items() if value is not None])
+        return f"{self.samples}{text}, storage={self.storage!r}, steps={self.steps}"
+
+    def description(self) -> str:
+        """What it holds, where, how large it is, and the steps of its groups."""
+        steps = " / ".join(map(str, self.steps))
+        if self.perturbations is None:
+            return f"of {len(self.written)} samples, nothing remembered yet; {steps} steps"
+        size = self.perturbations.numel() * self.perturbations.element_size() / 2**20
+        where = {"host": "on the host", "file": f"in {self.path}"}.get(self.storage, f"on {self.written.device}")
+        kind = NUMPY[self.perturbations.dtype]
+        of = f"of {len(self.written)} samples of {list(self.perturbations.shape[1:])}"
+        return f"{of}, {kind}, {size:.1f} MiB {where}; {steps} steps"
+
+    # Rows
+
+    def _misplaced(self, x: Tensor, placement: Placement | None, shape: tuple[int, ...]) -> list[Fault]:
+        if placement is not None:
+            outside = check_placement(placement, len(x), x.shape[1:], shape, x.device)
+            return [outside] if x.is_cuda else []
+        if tuple(x.shape[1:]) != shape:
+            raise ValueError(
+                f"images must have the memory's shape {list(shape)} where they have no placement, got "
+                f"{list(x.shape[1:])}: write placement=Placement(top, left, mirrored) of crops, or Memory(samples, "
+                f"{tuple(x.shape[1:])})"
+            )
+        return []
+
+    def _dtype(self, l2: bool) -> torch.dtype:
+        return self.dtype or (torch.float16 if l2 else torch.int8)
+
+    def _apart(self, x: Tensor) -> bool:
+        """Whether rows are copied to the images' device and back."""
+        return self.written.device != x.device
+
+    def _numbers(self, numbers: Tensor) -> tuple[Fault, Fault, Tensor]:
+        """Which indices are wrong, those that are there twice, and each sample's row; of a wrong one any row."""
+        m, count = len(numbers), len(self.written)
+        ordered = numbers.sort().values
+        again = (ordered[1:] == ordered[:-1]).sum()
+        if self.share is None:
+            outside, rows = (numbers < 0) | (numbers >= self.samples), numbers.clamp(0, self.samples - 1)
+            text = f"indices must lie in 0..{self.samples - 1}, but {{count}} of {m} do not: {INDICES}"
+        else:
+            rows = torch.searchsorted(self.share, numbers).clamp_(max=count - 1)
+            outside = self.share[rows] != numbers
+            text = (
+                f"indices must be of this rank's share of {count} samples, but {{count}} of {m} are not: "
+                "let the sampler give each rank the samples of its share in every epoch"
+            )
+        twice = f"indices must be all different, but {{count}} of {m} are there again: leave second copies out"
+        return Fault(outside.sum(), text), Fault(again, twice), rows
+
+    def _read(
+        self,
+        x: Tensor,
+        numbers: Tensor,
+        placed: Placed | None,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        wrong: tuple[Fault, ...],
+        apart: bool,
+    ) -> Recalled:
+        fresh, stored = None, self.perturbations
+        if self.reset_after is not None:
+            fresh = (self.clock - self.written[numbers]).double() <= self.reset_after * len(self.written)
+            fresh = fresh.to(x.device)
+        if stored is None:  # nothing is remembered, and what is wrong may yet come to light
+            nothing = torch.full((len(x),), NEVER, dtype=torch.int64, device=x.device)
+            rows = torch.empty(0, *shape, dtype=dtype, device=x.device)
+            return Recalled(rows, nothing, numbers, fresh, placed, shape, wrong, self.steps)
+        if not apart:
+            return Recalled(stored, numbers, numbers, fresh, placed, shape, wrong, self.steps)
+        rows = stored[numbers]
+        rows = rows.pin_memory().to(x.device, non_blocking=True) if x.is_cuda else rows.to(x.device)
+        return Recalled(rows, torch.arange(len(x), device=x.device), numbers, fresh, placed, shape, wrong, self.steps)
+
+    def _again(self, recalled: Recalled, x: Tensor) -> Recalled:
+        """The same minibatch, of a memory that has been made since."""
+        given = recalled.numbers, recalled.placed, recalled.shape, recalled.rows.dtype, recalled.wrong
+        return self._read(x, *given, self._apart(x))
+
+    def _write_back(self, rows: Tensor, numbers: Tensor) -> None:
+        stored = self.perturbations
+        assert stored is not None
+        if not rows.is_cuda:
+            stored.index_copy_(0, numbers, rows)
+            return
+        arrived, copied = torch.cuda.Event(), torch.empty(rows.shape, dtype=rows.dtype, device="cpu", pin_memory=True)
+        copied.copy_(rows, non_blocking=True)
+        arrived.record(torch.cuda.current_stream(rows.device))
+
+        def settled() -> None:
+            arrived.synchronize()
+            stored.index_copy_(0, numbers, copied)
+
+        self._pending.append(settled)
+
+    def _allocate(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        self.shape, self.dtype = shape, dtype
+        if self.path is not None:
+            self._file = created(self.path, len(self.written), shape, dtype, self.fingerprint, self._digest())
+            self._of_file(self._file)
+            return
+        size = (len(self.written), *shape)
+        self.perturbations = torch.zeros(size, dtype=dtype, device=self.written.device)
+
+    # Files
+
+    def _open(self, path: Path) -> None:
+        if (result := described(path)) is None:
+            if not path.absolute().parent.is_dir():
+                raise ValueError(f"path must lie in a folder that exists, got {str(path)!r}: make {path.parent} first")
+            return
+        dtype = next(kind for kind, name in NUMPY.items() if name == result.dtype)
+        own = {
+            "samples": (len(self.written), result.samples),
+            "shape": (self.shape or result.shape, result.shape),
+            "dtype": (self.dtype or dtype, dtype),
+            "fingerprint": (self.fingerprint or result.fingerprint, result.fingerprint),
+            "share": (self._digest(), result.share),
+        }
+        check_same(own, f"the file {path.name}", "write another path, or delete it to begin anew")
+        self.shape, self.dtype, self._file = result.shape, dtype, MemoryFile(path, result)
+        self._of_file(self._file)
+
+    def _of_file(self, file: MemoryFile) -> None:
+        """Takes a file's tensors in place of buffers: they are neither moved nor saved with the module."""
+        self.register_buffer("perturbations", file.perturbations, persistent=False)
+        self.register_buffer("written", file.written, persistent=False)
+        if not self.clock:  # a file without a checkpoint goes on from its own last minibatch
+            self.clock.fill_(max(int(file.written.max()), 0))
+
+    def _digest(self) -> str | None:
+        if self.share is None:
+            return None
+        return hashlib.sha256(self.share.cpu().numpy().tobytes()).hexdigest()
+
+    # Moving, saving and loading
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Memory:
+        """Follows the moves of the module that holds this one, but not its casts; on the host nothing moves."""
+        if self.storage == "device":
+            for name, buffer in self._buffers.items():
+                if buffer is not None:
+                    self._buffers[name] = buffer.to(fn(torch.empty(0, device=buffer.device)).device)
+        return self
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """What the perturbations are of, for a check at loading."""
+        identity = None if self._file is None else self._file.description.identity
+        kind = None if self.perturbations is None else NUMPY[self.perturbations.dtype]
+        shape = None if self.perturbations is None else list(self.perturbations.shape[1:])
+        given = {"samples": self.samples, "shape": shape, "dtype": kind, "fingerprint": self.fingerprint}
+        return given | {"share": self._digest(), "file": identity}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Does nothing: `state` has been checked before the buffers were loaded."""
+
+    def _save_to_state_dict(self, *args: Any) -> None:
+        self.settle()
+        if self._file is not None:
+            self._file.flush()
+        super()._save_to_state_dict(*args)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Loads a state of the same data set; of a file that has been written since, its perturbations as they are."""
+        self.settle()
+        saved = state_dict.get(f"{prefix}_extra_state")
+        if isinstance(saved, dict):
+            self._check_state(saved)
+        stored = state_dict.get(f"{prefix}perturbations")
+        if self._file is None:
+            if stored is not None:
+                self.perturbations = torch.empty_like(stored, device=self.written.device)
+                self.shape, self.dtype = tuple(stored.shape[1:]), stored.dtype
+            else:
+                self.perturbations = None
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if self._file is not None:
+            self._take_newer()
+
+    def _check_state(self, saved: dict[str, Any]) -> None:
+        own = self.get_extra_state()
+        known = own | {"shape": None if self.shape is None else list(self.shape)}
+        known |= {"dtype": None if self.dtype is None else NUMPY[self.dtype]}
+        asked = ("samples", "shape", "dtype", "fingerprint", "share")
+        either = {name: (known[name], saved.get(name)) for name in asked}
+        optional = ("shape", "dtype", "fingerprint")
+        either = {name: two for name, two in either.items() if not (name in optional and None in two)}
+        check_same(either, "the saved memory", "load it into a Memory of the same data set, made with the same")
+        if own["file"] != saved.get("file"):
+            raise ValueError(
+                f"path must be the file that was saved with this state, {saved.get('file')}, got {own['file']}: bring "
+                "that file back, or leave the entries that begin with 'memory.' out of the state to begin anew"
+            )
+
+    def _take_newer(self) -> None:
+        newer = self.written > self.clock
+        if count := int(newer.sum()):
+            warnings.warn(
+                f"{count} of {len(newer)} perturbations in {self.path} were written after the state that is loaded, "
+                "and are used as they are: a run that goes on from here is not exactly the one that was interrupted",
+                stacklevel=2,
+            )
+            self.written[newer] = self.clock
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.settle()
+        if self._file is None:
+            return self.__dict__
+        self._file.flush()
+        buffers = {**self._buffers, "perturbations": None, "written": torch.empty(0, dtype=torch.int64)}
+        return self.__dict__ | {"_file": None, "_buffers": buffers}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if self.path is not None and not len(self.written):
+            description = described(self.path)
+            if description is None:
+                raise ValueError(f"path must be the memory's file, but there is none at {self.path}: move it back")
+            self._file = MemoryFile(self.path, description)
+            self._of_file(self._file)
+
+
+def _not_attacked(plan: Plan) -> Tensor | None:
+    """[m] bool, the robust samples that others stand for before the attack, in the batch's own order; None: none."""
+    weights = plan.weights if isinstance(plan, MinedPlan) else None
+    return None if weights is None else (weights == 0) & (plan.steps == 0)

@@ -1,0 +1,56 @@
+"""Checks of a memory's arguments, and of what it is given to load."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bt_fast.ops.frames import STORED
+from bt_fast.validation import check_kind, step_count
+
+
+def check_same(either: dict[str, tuple[Any, Any]], of: str, instead: str) -> None:
+    """Raise ValueError unless each name is the same of both, `own` and that `of` something else."""
+    for name, (own, other) in either.items():
+        if own != other:
+            raise ValueError(f"memory must have the {name} of {of}, {other}, got {own}: {instead} {name}")
+
+
+def checked_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    """The sizes of a sample; TypeError or ValueError unless they are such."""
+    if not isinstance(shape, (tuple, list)):
+        raise TypeError(f"shape must be a tuple of a sample's sizes, got {shape!r}: write shape=(3, 32, 32)")
+    return tuple(step_count("shape", size, least=1) for size in shape)
+
+
+def checked_dtype(dtype: torch.dtype | None) -> torch.dtype | None:
+    """The type in which a memory stores; ValueError unless it can."""
+    if dtype is not None and dtype not in STORED:
+        listed = ", ".join(map(str, STORED))
+        raise ValueError(f"dtype must be one of {listed}, or None, got {dtype!r}: write dtype=torch.float16")
+    return dtype
+
+
+def checked_steps(steps: tuple[int, int, int]) -> tuple[int, int, int]:
+    """The steps of the three groups; TypeError or ValueError unless they are such."""
+    if not isinstance(steps, (tuple, list)) or len(steps) != 3:
+        raise TypeError(f"steps must be three numbers, of boundary, robust and outlier samples, got {steps!r}: "
+                        "write steps=(1, 1, 0)")  # fmt: skip
+    boundary, robust, outlier = steps
+    return step_count("steps", boundary, least=1), step_count("steps", robust), step_count("steps", outlier)
+
+
+def checked_share(share: Tensor, samples: int) -> Tensor:
+    """The numbers of a rank's samples, ascending; TypeError or ValueError unless they are such."""
+    instead = "write torch.arange(rank, samples, ranks)"
+    check_kind("share", share, Tensor, instead)
+    if share.dim() != 1 or share.dtype == torch.bool or share.is_floating_point() or not len(share):
+        got = f"{list(share.shape)} {share.dtype}"
+        raise TypeError(f"share must be integers [n], the numbers of this rank's samples, got {got}: {instead}")
+    numbers: Tensor = share.detach().long().unique()
+    if len(numbers) != len(share) or numbers[0] < 0 or numbers[-1] >= samples:
+        raise ValueError(f"share must hold different numbers in 0..{samples - 1}, got others: {instead}")
+    return numbers

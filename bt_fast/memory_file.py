@@ -1,0 +1,111 @@
+"""A memory-mapped file of perturbations, for data sets whose memory does not fit, and its description beside it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import uuid
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+FORMAT = 1
+NUMPY = {torch.int8: "int8", torch.float16: "float16", torch.float32: "float32", torch.float64: "float64"}
+NEVER = -1
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a file holds, as the JSON file beside it says."""
+
+    samples: int  # rows
+    shape: tuple[int, ...]  # of a row
+    dtype: str
+    fingerprint: str | None  # of the data set
+    share: str | None  # of the samples' numbers
+    identity: str  # of this file: a checkpoint belongs to one
+    format: int = FORMAT
+
+    @property
+    def bytes_of_rows(self) -> int:
+        """The size of all rows, up to a multiple of 8 bytes."""
+        size = self.samples * math.prod(self.shape) * np.dtype(self.dtype).itemsize
+        return -(-size // 8) * 8
+
+
+class MemoryFile:
+    """An open file: its rows, and for each of them the clock at which it was last written.
+
+    Rows that have never been written take no space on the disk. One process at a time may use it.
+    """
+
+    def __init__(self, path: Path, description: Description) -> None:
+        self.path, self.description = path, description
+        rows, count = description.bytes_of_rows, description.samples
+        if not path.exists() or path.stat().st_size != rows + 8 * count:
+            raise ValueError(
+                f"path must be a file of {rows + 8 * count} bytes as {header_of(path).name} says, got one of "
+                f"{path.stat().st_size if path.exists() else 0} bytes: write another path=, or bring it back"
+            )
+        shape, kind = (count, *description.shape), np.dtype(description.dtype)
+        self._maps = [
+            np.memmap(path, dtype=kind, mode="r+", shape=shape) if rows else np.zeros(shape, dtype=kind),
+            np.memmap(path, dtype=np.int64, mode="r+", offset=rows, shape=(count,)),
+        ]
+        self.perturbations, self.written = (torch.from_numpy(values) for values in self._maps)
+
+    def flush(self) -> None:
+        """Writes what has changed to the disk."""
+        for values in self._maps:
+            if isinstance(values, np.memmap):
+                values.flush()
+
+
+def header_of(path: Path) -> Path:
+    """The JSON file beside a file."""
+    return path.with_name(path.name + ".json")
+
+
+def described(path: Path) -> Description | None:
+    """What the file at `path` holds; None if there is none yet. ValueError if its description cannot be read."""
+    header = header_of(path)
+    if not header.exists():
+        if path.exists() and path.stat().st_size:
+            raise ValueError(
+                f"path must be a memory with its {header.name} beside it, or a new file, got {path.name} without one: "
+                "write another path, or bring the description back"
+            )
+        return None
+    try:
+        fields = json.loads(header.read_text(encoding="utf-8"))
+        description = Description(**fields | {"shape": tuple(fields["shape"])})
+        if description.format != FORMAT or description.dtype not in NUMPY.values():
+            raise KeyError(f"format {description.format} of {description.dtype}")
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(
+            f"path must be a memory whose {header.name} describes it, but that cannot be read ({error}): "
+            "write another path=, or leave it out of the folder to begin anew"
+        ) from error
+    return description
+
+
+def created(
+    path: Path, samples: int, shape: tuple[int, ...], dtype: torch.dtype, fingerprint: str | None, share: str | None
+) -> MemoryFile:
+    """Makes a new file, in which nothing is remembered. FileNotFoundError where its folder does not exist."""
+    description = Description(samples, shape, NUMPY[dtype], fingerprint, share, uuid.uuid4().hex)
+    with path.open("wb") as file:
+        file.truncate(description.bytes_of_rows)
+        file.seek(description.bytes_of_rows)
+        for first in range(0, samples, CHUNK):
+            np.full(min(CHUNK, samples - first), NEVER, dtype=np.int64).tofile(file)
+    unfinished = path.with_name(f"{path.name}.{description.identity}")
+    unfinished.write_text(json.dumps(asdict(description), indent=2) + "\n", encoding="utf-8")
+    os.replace(unfinished, header_of(path))  # last: a file without its description is not taken for a memory
+    return MemoryFile(path, description)
+
+
+CHUNK = 2**20

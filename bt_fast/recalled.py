@@ -1,0 +1,70 @@
+"""What a memory holds of one minibatch: where its attacks start, and how large their steps are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bt_fast import ops
+from bt_fast.attack.start import TRADES_NOISE
+from bt_fast.attack.threat import ThreatModel
+from bt_fast.faults import Fault
+from bt_fast.memory_file import NEVER
+from bt_fast.ops.frames import Placed
+from bt_fast.plan import MinedPlan
+
+TWO_STEPS = 1.2  # ε times this, divided by their number, is the size of each of two or more steps
+
+
+@dataclass(frozen=True, eq=False)
+class Recalled:
+    """What is remembered of the m samples of a minibatch, in the caller's order.
+
+    Attributes:
+        rows: [slots, ...], on the images' device.
+        slots: [m] int64, the row of each sample.
+        numbers: [m] int64, the row of each sample in the memory itself, on its device.
+        fresh: [m] bool, whose memory is not too old; None: nobody's is.
+        placed: where the images lie in their own frames; None: they are these.
+        shape: of a sample's own frame.
+        wrong: what only the device can see.
+        counts: the steps of (boundary, robust, outlier) samples.
+    """
+
+    rows: Tensor
+    slots: Tensor
+    numbers: Tensor
+    fresh: Tensor | None
+    placed: Placed | None
+    shape: tuple[int, ...]
+    wrong: tuple[Fault, ...]
+    counts: tuple[int, int, int]
+
+    def starts(
+        self,
+        x: Tensor,
+        threat: ThreatModel,
+        state: Tensor,
+        samples: Tensor | None,
+        order: Tensor | None = None,
+        steps: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The images in sorted order, and `clip(x + remembered + 0.001·N(0, 1))` of those with steps."""
+        limits = ops.Limits(threat.epsilon, threat.lower, threat.upper, threat.norm == "l_2")
+        slots = self.slots if self.fresh is None else torch.where(self.fresh, self.slots, NEVER)
+        how: dict[str, Any] = {"order": order, "steps": steps, "samples": samples, "placed": self.placed}
+        return ops.recall(x, self.rows, slots, state, limits, noise=TRADES_NOISE, **how)
+
+    def sized(self, plan: MinedPlan, epsilon: float) -> MinedPlan:
+        """The plan with the step sizes of remembered starts."""
+        sizes = TWO_STEPS * epsilon / plan.steps.double().clamp(min=1)
+        sizes = torch.where(plan.steps == 1, epsilon, sizes).masked_fill(plan.steps == 0, 0.0)
+        return replace(plan, step_size=sizes)
+
+
+def step_size(steps: int, epsilon: float) -> float:
+    """The size of each of `steps` steps from a remembered start, in the units of epsilon."""
+    return epsilon if steps <= 1 else TWO_STEPS * epsilon / steps
