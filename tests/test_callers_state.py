@@ -22,7 +22,7 @@ NO_CALLS = {
     "MinedPlan",
     *("Assignment", "Balance", "Costs", "Fractions", "Judged", "NonFiniteError", "Skipped", "POLICIES", "RUNNERS"),
     *("AutoRunner", "GraphRunner", "StreamRunner", "theoretical_speedup", "theoretical_speedup_augmix"),
-    *("Frozen", "Gaussian", "Normalization", "Oracle", "Plan", "ThreatModel", "Update", "UpdateBatch"),
+    *("Frozen", "Gaussian", "Normalization", "Oracle", "Plan", "Rows", "ThreatModel", "Update", "UpdateBatch"),
 }
 
 
