@@ -206,7 +206,7 @@ class BulletTrain(MeasuredShares):
         return self._reuse is None
 
     def keep(self, made: object, owner: object = None) -> None:
-        """Keeps what a loss has made, for `reused`, until the next minibatch begins; not in a further pass."""
+        """Keeps what its owner has made, for `reused`, until the next minibatch begins; not in a further pass."""
         if self.counts_now:
             self._last.kept, self._last.owner = made, owner
 

@@ -23,7 +23,18 @@ NO_CALLS = {
     "Placement",
     *("Assignment", "Balance", "Costs", "Fractions", "Judged", "NonFiniteError", "Skipped", "POLICIES", "RUNNERS"),
     *("AutoRunner", "GraphRunner", "StreamRunner", "theoretical_speedup", "theoretical_speedup_augmix"),
-    *("Frozen", "Gaussian", "Normalization", "Oracle", "Plan", "ThreatModel", "Update", "UpdateBatch"),
+    *(
+        "Frozen",
+        "Gaussian",
+        "HalfDrawn",
+        "Normalization",
+        "Oracle",
+        "Plan",
+        "Rows",
+        "ThreatModel",
+        "Update",
+        "UpdateBatch",
+    ),
 }
 
 

@@ -76,7 +76,7 @@ class Smoothed:
 
     @property
     def label_smoothing(self) -> float:
-        """s in [0, 1) of the term that learns the labels; may be set."""
+        """The amount s in [0, 1) of the term that learns the labels; may be set, with the errors of `CrossEntropy`."""
         return self.cross_entropy.label_smoothing
 
     @label_smoothing.setter
@@ -85,7 +85,7 @@ class Smoothed:
 
     @property
     def smoothing(self) -> Smoothing:
-        """Where s goes: "torch" or "others"; may be set."""
+        """Where s goes: "torch" or "others"; may be set, with the errors of `CrossEntropy`."""
         return self.cross_entropy.smoothing
 
     @smoothing.setter

@@ -183,6 +183,9 @@ class AdversarialLoss(nn.Module, ABC):
         Args:
             clean_logits, adversarial_logits, y: as for `objective`; without clean forwards, of weights above 0 alone.
             weights: [m] float64 of at least 0, w. Over all samples of a minibatch they sum to their number.
+
+        Raises:
+            NotImplementedError: the loss has none of its own.
         """
         raise NotImplementedError
 

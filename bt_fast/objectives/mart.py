@@ -90,7 +90,7 @@ class MARTLoss(RobustTermLoss):
     def weighted_objective(
         self, clean_logits: Tensor | None, adversarial_logits: Tensor, y: Tensor, weights: Tensor
     ) -> Tensor:
-        """The `objective` of clean_logits, adversarial_logits and y with weights [m]: all terms read adversarial logits."""
+        """The `objective` of clean_logits, adversarial_logits and y with weights [m], which all of its terms have."""
         assert clean_logits is not None
         return self._of_rows(clean_logits, adversarial_logits, y, weights.to(ops.wide(clean_logits).dtype))
 
