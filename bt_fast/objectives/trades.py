@@ -107,7 +107,7 @@ class TRADESLoss(RobustTermLoss):
     def weighted_objective(
         self, clean_logits: Tensor | None, adversarial_logits: Tensor, y: Tensor, weights: Tensor
     ) -> Tensor:
-        """The `objective` of clean_logits, adversarial_logits and y; the KL of each row has its weight of weights [m]."""
+        """The `objective` of clean_logits, adversarial_logits and y; each row of KL has its weight of weights [m]."""
         assert clean_logits is not None
         robust = ops.trades_kl(adversarial_logits, clean_logits, weights.to(ops.wide(clean_logits).dtype))
         return self.cross_entropy(clean_logits, y) + self.beta / len(y) * robust
