@@ -378,7 +378,7 @@ def test_of_a_sharded_checkpoint_the_error_says_how_to_make_one_file(tmp_path):
     model = trained()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the warning that there is only one process
-        checkpoint.save(model.state_dict(), checkpoint_id=str(tmp_path / "shards"), no_dist=True)
+        checkpoint.save(model.state_dict(), checkpoint_id=str(tmp_path / "shards"))
     with pytest.raises(ValueError, match=r"shards: a sharded checkpoint; write torch\.distributed.*dcp_to_torch_save"):
         load_published(WideResNet(10, 1), tmp_path / "shards")
     with warnings.catch_warnings():
