@@ -411,7 +411,7 @@ class Memory(nn.Module):
         if self._file is None:
             return self.__dict__
         self._file.flush()
-        buffers = {**self._buffers, "perturbations": None, "written": torch.empty(0, dtype=torch.int64)}
+        buffers = {**self._buffers, "perturbations": None, "written": torch.empty(0, dtype=torch.int64, device="cpu")}
         return self.__dict__ | {"_file": None, "_buffers": buffers}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -162,4 +162,4 @@ def test_no_registered_op_has_a_default(name):
 
 
 def test_every_op_is_registered():
-    assert len(REGISTERED) == 11
+    assert len(REGISTERED) == 13
