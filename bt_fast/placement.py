@@ -80,7 +80,7 @@ def outside_frame(placement: Placement, crop_shape: Sequence[int], own_shape: Se
     outside = (top <= -height) | (top >= own_height) | (left <= -width) | (left >= own_width)
     message = (
         f"placement must show a part of each image, but {{count}} of {len(top)} crops of {height}x{width} lie outside "
-        f"of their frames of {own_height}x{own_width}: top and left are the crop's upper left corner in the image's "
-        "own frame, in pixels"
+        f"of their frames of {own_height}x{own_width}: give as top and left the crop's upper left corner in the "
+        "image's own frame, in pixels"
     )
     return Fault(outside.sum(), message)
