@@ -107,8 +107,7 @@ def test_what_a_pickle_runs_is_a_failure(monkeypatch):
 
 def test_a_planted_bug_is_caught(monkeypatch):
     monkeypatch.setattr(bt_fast.deciding, "size", lambda _, value: value)
-    outcome = fuzz("plan", api.TARGETS["plan"], 1000, seed=0)
-    assert outcome.failures
+    assert any(fuzz("plan", api.TARGETS["plan"], 300, seed=seed).failures for seed in range(30))
 
 
 def test_cases_are_those_of_the_seed():
