@@ -43,7 +43,7 @@ class Frozen:
     """How the attack's folded view of a model is made, which computes the same up to rounding: as `Engine` has it now.
 
     In the model's own precision rounding moves almost no pixel of x'. In 16 bits it flips the signs of many small
-    gradients: it gives another x', by an attack of the same strength (the README has the figures).
+    gradients: it gives another x', by an attack of the same strength (docs/benchmarks.md has the figures).
 
     Attributes:
         fold: batch norm becomes part of the layer before it.

@@ -33,7 +33,7 @@ from bt_fast.objectives.execution import Seen, lines
 from bt_fast.objectives.extra_term import Extra, ExtraTerm, check_extra
 from bt_fast.objectives.forwards import Forwards
 from bt_fast.objectives.passes import Pass, Passes, check_moving, wanted
-from bt_fast.objectives.shared_forward import SharedForward, check_shared
+from bt_fast.objectives.shared_forward import SHARED, CleanUpdates, SharedForward, check_shared, clean_forwards_of
 from bt_fast.objectives.update_order import in_callers_order, in_callers_rows, in_update_order, left_out, weights_of
 from bt_fast.placement import Placement
 from bt_fast.plan import Plan
@@ -391,6 +391,8 @@ class RobustTermLoss(Smoothed, AdversarialLoss):
         beta: β ≥ 0, the weight of the robust term. attack, mining, engine, extra, logits,
             memory: as for `AdversarialLoss`.
         label_smoothing, smoothing: of the term that learns the labels, as `CrossEntropy` has them; not of the attack.
+        clean_updates: how often the clean batch moves batch norm: "authors", as in the authors' code, a number below
+            that, or "shared", as for `TRADESLoss`.
 
     Raises:
         TypeError, ValueError: as `AdversarialLoss`, or another argument is not of its kind or out of range.
@@ -405,6 +407,7 @@ class RobustTermLoss(Smoothed, AdversarialLoss):
         engine: Engine | str = "fast",
         label_smoothing: float = 0.0,
         smoothing: Smoothing = "torch",
+        clean_updates: CleanUpdates = "authors",
         extra: Extra | None = None,
         logits: Select | None = None,
         memory: Memory | None = None,
@@ -412,10 +415,15 @@ class RobustTermLoss(Smoothed, AdversarialLoss):
         super().__init__(attack, mining=mining, engine=engine, extra=extra, logits=logits, memory=memory)
         self.beta = beta
         self.cross_entropy = CrossEntropy(label_smoothing, smoothing)
+        self.clean_forwards = clean_forwards_of(clean_updates, most=type(self).clean_forwards)
+        self.clean_shared = clean_updates == SHARED
+        self._check(attack, mining, extra)
 
     def extra_repr(self) -> str:
         """The configuration, as it would be written."""
-        return super().extra_repr() + self.cross_entropy.options()
+        fewer = ", clean_updates=1" if self.clean_forwards < type(self).clean_forwards else ""
+        clean = ", clean_updates='shared'" if self.clean_shared else fewer
+        return super().extra_repr() + self.cross_entropy.options() + clean
 
     @property
     def beta(self) -> float:

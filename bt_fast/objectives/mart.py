@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bt_fast import ops
-from bt_fast.attack.apgd import APGD
-from bt_fast.attack.logits import Select
-from bt_fast.attack.pgd import PGD
 from bt_fast.engine import Engine
 from bt_fast.labels import is_soft
-from bt_fast.memory import Memory
 from bt_fast.mining import BulletTrain
 from bt_fast.objectives import drop_in
-from bt_fast.objectives.cross_entropy import CrossEntropy, Smoothing, weighted
-from bt_fast.objectives.extra_term import Extra
+from bt_fast.objectives.cross_entropy import CrossEntropy, weighted
 from bt_fast.objectives.loss import RobustTermLoss
-from bt_fast.objectives.shared_forward import SHARED, CleanUpdates, clean_forwards_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -47,36 +41,12 @@ class MARTLoss(RobustTermLoss):
     Args:
         attack, beta, mining, engine, label_smoothing, smoothing, extra, logits, memory: as for `TRADESLoss`, with its
             errors; the smoothing is of the label of all of its terms.
-        clean_updates: 1, or "shared", as for `TRADESLoss`; that needs mining, or an inner loss of the clean logits.
+        clean_updates: 1, as in the authors' code ("authors"), or "shared", as for `TRADESLoss`; that needs mining, or
+            an inner loss of the clean logits.
     """
 
     step_in_l2_is_its_own = True
     drop_in = "mart_loss"
-
-    def __init__(
-        self,
-        attack: PGD | APGD,
-        beta: float = 6.0,
-        *,
-        mining: BulletTrain | None = None,
-        engine: Engine | str = "fast",
-        label_smoothing: float = 0.0,
-        smoothing: Smoothing = "torch",
-        clean_updates: CleanUpdates = 1,
-        extra: Extra | None = None,
-        logits: Select | None = None,
-        memory: Memory | None = None,
-    ) -> None:
-        options: Any = {"label_smoothing": label_smoothing, "smoothing": smoothing, "extra": extra, "logits": logits}
-        options |= {"memory": memory}
-        super().__init__(attack, beta, mining=mining, engine=engine, **options)
-        self.clean_forwards = clean_forwards_of(clean_updates, most=1)
-        self.clean_shared = clean_updates == SHARED
-        self._check(attack, mining, extra)
-
-    def extra_repr(self) -> str:
-        """The configuration, as it would be written."""
-        return super().extra_repr() + (", clean_updates='shared'" if self.clean_shared else "")
 
     def graph_key(self) -> tuple[float, CrossEntropy]:
         """The numbers that a graph fixes: β, and how the labels are smoothed."""

@@ -20,7 +20,7 @@ from bt_fast.objectives.recomputed import update_modes
 from bt_fast.ranges import UPDATE, range_
 from bt_fast.validation import step_count
 
-CleanUpdates = int | Literal["shared"]
+CleanUpdates = int | Literal["authors", "shared"]
 SHARED = "shared"
 
 
@@ -37,10 +37,13 @@ class SharedForward:
 
 
 def clean_forwards_of(clean_updates: CleanUpdates, most: int) -> int:
-    """How many clean forwards an update has; TypeError or ValueError unless it is 1 to `most`, or "shared"."""
+    """How many clean forwards an update has, `most` by its authors; TypeError or ValueError unless it is one of these.
+
+    These are 1 to `most`, "authors" and "shared".
+    """
     if isinstance(clean_updates, str):
-        if clean_updates == SHARED:
-            return 1
+        if clean_updates in ("authors", SHARED):
+            return 1 if clean_updates == SHARED else most
         raise ValueError(
             f"clean_updates must be a number or 'shared', got {clean_updates!r}: write clean_updates='shared'"
         )

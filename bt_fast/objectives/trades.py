@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from bt_fast import ops
-from bt_fast.attack.apgd import APGD
 from bt_fast.attack.inner import InnerLoss
-from bt_fast.attack.logits import Select
-from bt_fast.attack.pgd import PGD
 from bt_fast.engine import Engine
-from bt_fast.memory import Memory
 from bt_fast.mining import BulletTrain
 from bt_fast.objectives import drop_in
-from bt_fast.objectives.cross_entropy import CrossEntropy, Smoothing
-from bt_fast.objectives.extra_term import Extra
+from bt_fast.objectives.cross_entropy import CrossEntropy
 from bt_fast.objectives.loss import RobustTermLoss
-from bt_fast.objectives.shared_forward import SHARED, CleanUpdates, clean_forwards_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -50,11 +44,11 @@ class TRADESLoss(RobustTermLoss):
         label_smoothing: s in [0, 1), of the first term alone.
         smoothing: where s goes: "torch", to all classes alike, as in `F.cross_entropy`, or "others", to the K-1 other
             classes, so that the label keeps 1-s.
-        clean_updates: how often the clean batch moves batch norm: 2, as in the authors' code, or 1. With 1 there is one
-            clean forward in the update, whatever the model draws. "shared": 1, by a forward in train mode that comes
-            before the attack, and whose logits mining and the attack's target take too (detached), in place of a
-            forward in eval mode of their own. Mining then looks through the batch's statistics. What the forward has
-            computed stays in memory during the attack; its update runs eagerly.
+        clean_updates: how often the clean batch moves batch norm: "authors", as in the authors' code, which is 2, or 1.
+            With 1 there is one clean forward in the update, whatever the model draws. "shared": 1, by a forward in
+            train mode that comes before the attack, and whose logits mining and the attack's target take too
+            (detached), in place of a forward in eval mode of their own. Mining then looks through the batch's
+            statistics. What the forward has computed stays in memory during the attack; its update runs eagerly.
         extra: a further term, as for `AdversarialLoss`.
         logits: a function that takes the logits out of the model's output, where that is not they; as for `Logits`.
         memory: the perturbations of the data set's samples, where attacks start, see `Memory`; calls need `indices`.
@@ -69,35 +63,9 @@ class TRADESLoss(RobustTermLoss):
     step_in_l2_is_its_own = True
     drop_in = "trades_loss"
 
-    def __init__(
-        self,
-        attack: PGD | APGD,
-        beta: float = 6.0,
-        *,
-        mining: BulletTrain | None = None,
-        engine: Engine | str = "fast",
-        label_smoothing: float = 0.0,
-        smoothing: Smoothing = "torch",
-        clean_updates: CleanUpdates = 2,
-        extra: Extra | None = None,
-        logits: Select | None = None,
-        memory: Memory | None = None,
-    ) -> None:
-        options: Any = {"label_smoothing": label_smoothing, "smoothing": smoothing, "extra": extra, "logits": logits}
-        options |= {"memory": memory}
-        super().__init__(attack, beta, mining=mining, engine=engine, **options)
-        self.clean_forwards = clean_forwards_of(clean_updates, most=2)
-        self.clean_shared = clean_updates == SHARED
-        self._check(attack, mining, extra)
-
     def graph_key(self) -> tuple[float, CrossEntropy]:
         """The numbers that a graph fixes: β, and how the labels are smoothed."""
         return self.beta, self.cross_entropy
-
-    def extra_repr(self) -> str:
-        """The configuration, as it would be written."""
-        clean = ", clean_updates='shared'" if self.clean_shared else ", clean_updates=1"
-        return super().extra_repr() + (clean if self.clean_forwards == 1 else "")
 
     def objective(self, clean_logits: Tensor | None, adversarial_logits: Tensor, y: Tensor) -> Tensor:
         """Cross-entropy of clean_logits [m, K] and y, [m] or [m, K], and β times the KL term of adversarial_logits."""
