@@ -284,7 +284,7 @@ def _planned(
         group=group,
         threshold=judged.threshold,
         counted_groups=sizes_of_all * sound,
-        counted_steps=None if rule.by_groups else steps.sum() * sound,
+        counted_steps=steps.sum() * sound if rule.steps_vary else None,
         ranks=everyone,
         weights=None if half is None else half.weights,
     )

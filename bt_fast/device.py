@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 
-class HostRead:
-    """A small tensor, values int64 [n], on its way from any device to the host.
+class HostCopy:
+    """A tensor on its way from any device to the host.
 
     The copy is enqueued at construction and does not block; `wait` blocks until this copy, and nothing that was
     enqueued after it, has finished. On the CPU there is nothing to wait for; on the meta device it is a ValueError.
@@ -27,11 +27,22 @@ class HostRead:
             self._arrived = torch.cuda.Event()
             self._arrived.record(torch.cuda.current_stream(values.device))
 
-    def wait(self) -> list[int]:
-        """Waits and returns the values, as Python integers."""
+    def wait(self) -> Tensor:
+        """Waits and returns the tensor on the host."""
         if self._arrived is not None:
             self._arrived.synchronize()
-        return [int(v) for v in self._values.tolist()]
+        return self._values
+
+
+class HostRead:
+    """A few numbers, values int64 [n], on their way to the host, as a `HostCopy`."""
+
+    def __init__(self, values: Tensor) -> None:
+        self._copy = HostCopy(values)
+
+    def wait(self) -> list[int]:
+        """Waits and returns the values, as Python integers."""
+        return [int(v) for v in self._copy.wait().tolist()]
 
 
 def out_of_memory(error: BaseException) -> bool:

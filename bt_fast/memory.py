@@ -6,7 +6,8 @@ import hashlib
 import math
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,12 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from bt_fast import faults, ops
+from bt_fast.device import HostCopy
 from bt_fast.faults import Fault
 from bt_fast.memory_arguments import check_same, checked_dtype, checked_shape, checked_share, checked_steps
-from bt_fast.memory_file import NEVER, NUMPY, MemoryFile, created, described
+from bt_fast.memory_file import NEVER, NUMPY, Description, MemoryFile, created, described
 from bt_fast.ops.frames import Placed
 from bt_fast.ops.numeric import per_sample
-from bt_fast.placement import Placement, check_placement
+from bt_fast.placement import Placement, check_form, outside_frame
 from bt_fast.plan import MinedPlan, Plan
 from bt_fast.recalled import Recalled
 from bt_fast.validation import check_choice, check_device, check_kind, check_labels, positive, step_count
@@ -93,13 +95,14 @@ class Memory(nn.Module):
         check_kind("fingerprint", fingerprint, str, "write the name of the data set and its version", optional=True)
         self.fingerprint = fingerprint
         self._file: MemoryFile | None = None
-        self._pending: list[Callable[[], None]] = []  # rows that the device has not yet copied to the host
+        self._arriving: tuple[HostCopy, Tensor] | None = None  # rows on their way to the host, and their numbers
+        home = None if storage == "device" else torch.device("cpu")  # whatever the default device is
         share = None if share is None else checked_share(share, self.samples)
-        self.register_buffer("share", share, persistent=False)
+        self.register_buffer("share", share if share is None or home is None else share.to(home), persistent=False)
         self.register_buffer("perturbations", None)
         count = self.samples if share is None else len(share)
-        self.register_buffer("written", torch.full((count,), NEVER, dtype=torch.int64))
-        self.register_buffer("clock", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("written", torch.full((count,), NEVER, dtype=torch.int64, device=home))
+        self.register_buffer("clock", torch.zeros((), dtype=torch.int64, device=home))
         if self.path is not None:
             self._open(self.path)
 
@@ -116,7 +119,7 @@ class Memory(nn.Module):
             x: [m, ...] floating point, the images.
             indices: [m] integers, each sample's number in the data set, all different.
             placement: where the images lie in their own frames; None: they are these.
-            l2: whether the perturbations are bounded in ℓ2. together: whether ranks mine together: wrong indices are
+            l2: whether the perturbations are bounded in ℓ2. together: whether ranks mine together: wrong values are
                 counted on the CPU too, so that all ranks raise the error.
 
         Raises:
@@ -127,7 +130,7 @@ class Memory(nn.Module):
             raise ValueError(f"indices must be given to a loss with a memory, got none: {INDICES}")
         check_labels(indices, len(x), x.device, "indices")
         shape = tuple(x.shape[1:]) if self.shape is None else self.shape
-        wrong = self._misplaced(x, placement, shape)
+        self._check_shape(x, placement, shape)
         dtype = self._dtype(l2)
         if self.storage == "device":
             check_device("memory", self.clock, x.device, "the images")
@@ -136,13 +139,15 @@ class Memory(nn.Module):
         numbers = indices.detach().long()
         numbers = numbers.to(self.written.device) if apart else numbers
         outside, twice, numbers = self._numbers(numbers)
-        wrong = [*wrong, outside, twice]
-        if not (numbers.is_cuda or (together and not apart)):
-            faults.read(wrong[-2:]).wait()
-            wrong = wrong[:-2]
-        placed = None
+        wrong, placed = [outside, twice], None
         if placement is not None:
+            wrong.insert(0, outside_frame(placement, x.shape, shape))
             placed = Placed(placement.top.long(), placement.left.long(), placement.mirrored)
+        if together:
+            wrong = [replace(fault, count=fault.count.to(x.device)) for fault in wrong]
+        elif known := [fault for fault in wrong if not fault.count.is_cuda]:
+            faults.read(known).wait()
+            wrong = [fault for fault in wrong if fault.count.is_cuda]
         return self._read(x, numbers, placed, shape, dtype, tuple(wrong), apart)
 
     def remember(
@@ -161,7 +166,8 @@ class Memory(nn.Module):
         if self.perturbations is None:
             self._allocate(recalled.shape, self._dtype(l2))
             recalled = self._again(recalled, x_adv)
-        rows, slots, numbers, out = recalled.rows, recalled.slots, recalled.numbers, _not_attacked(plan)
+        rows, slots, numbers = recalled.rows, recalled.slots, recalled.numbers
+        out = _not_attacked(plan) if epsilon and self.steps[1] else None  # else no robust sample was going to be
         before = None if out is None else (rows[slots], self.written[numbers])
         how: dict[str, Any] = {"order": plan.order, "steps": plan.steps, "keep": recalled.fresh}
         ops.remember_(rows, x_adv, clean, slots, epsilon, l2=l2, placed=recalled.placed, **how)
@@ -172,7 +178,7 @@ class Memory(nn.Module):
                 here = out.to(values.device)
                 values.index_copy_(0, at, torch.where(per_sample(here, old), old, values[at]))
         if rows is not self.perturbations:
-            self._write_back(rows, numbers)
+            self._arriving = HostCopy(rows), numbers
 
     def ages(self) -> Tensor:
         """How many epochs ago each perturbation was written, [n] float64; infinite where it never was.
@@ -193,8 +199,9 @@ class Memory(nn.Module):
 
     def settle(self) -> None:
         """Waits until what the device has copied to the host is in the memory there."""
-        while self._pending:
-            self._pending.pop(0)()
+        if self._arriving is not None and self.perturbations is not None:
+            (rows, numbers), self._arriving = self._arriving, None
+            self.perturbations.index_copy_(0, numbers, rows.wait())
 
     def extra_repr(self) -> str:
         """The configuration, as it would be written."""
@@ -215,17 +222,15 @@ class Memory(nn.Module):
 
     # Rows
 
-    def _misplaced(self, x: Tensor, placement: Placement | None, shape: tuple[int, ...]) -> list[Fault]:
+    def _check_shape(self, x: Tensor, placement: Placement | None, shape: tuple[int, ...]) -> None:
         if placement is not None:
-            outside = check_placement(placement, len(x), x.shape[1:], shape, x.device)
-            return [outside] if x.is_cuda else []
-        if tuple(x.shape[1:]) != shape:
+            check_form(placement, len(x), x.shape[1:], shape, x.device)
+        elif tuple(x.shape[1:]) != shape:
             raise ValueError(
                 f"images must have the memory's shape {list(shape)} where they have no placement, got "
                 f"{list(x.shape[1:])}: write placement=Placement(top, left, mirrored) of crops, or Memory(samples, "
                 f"{tuple(x.shape[1:])})"
             )
-        return []
 
     def _dtype(self, l2: bool) -> torch.dtype:
         return self.dtype or (torch.float16 if l2 else torch.int8)
@@ -281,22 +286,6 @@ class Memory(nn.Module):
         given = recalled.numbers, recalled.placed, recalled.shape, recalled.rows.dtype, recalled.wrong
         return self._read(x, *given, self._apart(x))
 
-    def _write_back(self, rows: Tensor, numbers: Tensor) -> None:
-        stored = self.perturbations
-        assert stored is not None
-        if not rows.is_cuda:
-            stored.index_copy_(0, numbers, rows)
-            return
-        arrived, copied = torch.cuda.Event(), torch.empty(rows.shape, dtype=rows.dtype, device="cpu", pin_memory=True)
-        copied.copy_(rows, non_blocking=True)
-        arrived.record(torch.cuda.current_stream(rows.device))
-
-        def settled() -> None:
-            arrived.synchronize()
-            stored.index_copy_(0, numbers, copied)
-
-        self._pending.append(settled)
-
     def _allocate(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         self.shape, self.dtype = shape, dtype
         if self.path is not None:
@@ -344,7 +333,9 @@ class Memory(nn.Module):
         if self.storage == "device":
             for name, buffer in self._buffers.items():
                 if buffer is not None:
-                    self._buffers[name] = buffer.to(fn(torch.empty(0, device=buffer.device)).device)
+                    device = fn(torch.empty(0, device=buffer.device)).device
+                    filled = buffer.to(device) if not buffer.is_meta else torch.empty_like(buffer, device=device)
+                    self._buffers[name] = filled
         return self
 
     def get_extra_state(self) -> dict[str, Any]:
@@ -370,16 +361,26 @@ class Memory(nn.Module):
         saved = state_dict.get(f"{prefix}_extra_state")
         if isinstance(saved, dict):
             self._check_state(saved)
-        stored = state_dict.get(f"{prefix}perturbations")
-        if self._file is None:
-            if stored is not None:
-                self.perturbations = torch.empty_like(stored, device=self.written.device)
-                self.shape, self.dtype = tuple(stored.shape[1:]), stored.dtype
-            else:
-                self.perturbations = None
+        stored, written = (state_dict.get(f"{prefix}{name}") for name in ("perturbations", "written"))
+        if stored is not None and self.path is not None:
+            raise ValueError(
+                f"path must be left out for a state that holds its perturbations, got {str(self.path)!r}: "
+                "write Memory(..., storage='host') and load that"
+            )
+        if self._file is None and written is not None and written.shape == self.written.shape:
+            self._make_room(stored)
         super()._load_from_state_dict(state_dict, prefix, *args)
         if self._file is not None:
             self._take_newer()
+
+    def _make_room(self, stored: Tensor | None) -> None:
+        own = self.perturbations
+        if stored is None:
+            self.perturbations = None
+            return
+        if own is None or (own.shape, own.dtype) != (stored.shape, stored.dtype):
+            self.perturbations = torch.empty_like(stored, device=self.written.device)
+        self.shape, self.dtype = tuple(stored.shape[1:]), stored.dtype
 
     def _check_state(self, saved: dict[str, Any]) -> None:
         own = self.get_extra_state()
@@ -390,6 +391,11 @@ class Memory(nn.Module):
         optional = ("shape", "dtype", "fingerprint")
         either = {name: two for name, two in either.items() if not (name in optional and None in two)}
         check_same(either, "the saved memory", "load it into a Memory of the same data set, made with the same")
+        if own["file"] is not None and saved.get("file") is None:
+            raise ValueError(
+                f"path must be a new file for a state that was saved before anything was remembered, got "
+                f"{str(self.path)!r}, in which something is: write another path"
+            )
         if own["file"] != saved.get("file"):
             raise ValueError(
                 f"path must be the file that was saved with this state, {saved.get('file')}, got {own['file']}: bring "
@@ -412,14 +418,17 @@ class Memory(nn.Module):
             return self.__dict__
         self._file.flush()
         buffers = {**self._buffers, "perturbations": None, "written": torch.empty(0, dtype=torch.int64, device="cpu")}
-        return self.__dict__ | {"_file": None, "_buffers": buffers}
+        return self.__dict__ | {"_file": self._file.description, "_buffers": buffers}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        if self.path is not None and not len(self.written):
-            description = described(self.path)
-            if description is None:
-                raise ValueError(f"path must be the memory's file, but there is none at {self.path}: move it back")
+        description: object = self._file
+        if self.path is not None and isinstance(description, Description):
+            if described(self.path) != description:
+                raise ValueError(
+                    f"path must be the file that the copied memory uses, but {self.path} is another or gone: "
+                    "bring it back, or write a new Memory(...) and load its state"
+                )
             self._file = MemoryFile(self.path, description)
             self._of_file(self._file)
 

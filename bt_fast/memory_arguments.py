@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bt_fast.ops.frames import STORED
-from bt_fast.validation import check_kind, step_count
+from bt_fast.validation import check_kind, holds_integers, step_count
 
 
 def check_same(either: dict[str, tuple[Any, Any]], of: str, instead: str) -> None:
@@ -47,7 +47,7 @@ def checked_share(share: Tensor, samples: int) -> Tensor:
     """The numbers of a rank's samples, ascending; TypeError or ValueError unless they are such."""
     instead = "write torch.arange(rank, samples, ranks)"
     check_kind("share", share, Tensor, instead)
-    if share.dim() != 1 or share.dtype == torch.bool or share.is_floating_point() or not len(share):
+    if share.dim() != 1 or not holds_integers(share) or not len(share):
         got = f"{list(share.shape)} {share.dtype}"
         raise TypeError(f"share must be integers [n], the numbers of this rank's samples, got {got}: {instead}")
     numbers: Tensor = share.detach().long().unique()

@@ -6,13 +6,16 @@ import json
 import math
 import os
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
 
-FORMAT = 1
+FORMAT, CHUNK = 1, 2**20
 NUMPY = {torch.int8: "int8", torch.float16: "float16", torch.float32: "float32", torch.float64: "float64"}
 NEVER = -1
 
@@ -52,7 +55,7 @@ class MemoryFile:
             )
         shape, kind = (count, *description.shape), np.dtype(description.dtype)
         self._maps = [
-            np.memmap(path, dtype=kind, mode="r+", shape=shape) if rows else np.zeros(shape, dtype=kind),
+            np.memmap(path, dtype=kind, mode="r+", shape=shape),
             np.memmap(path, dtype=np.int64, mode="r+", offset=rows, shape=(count,)),
         ]
         self.perturbations, self.written = (torch.from_numpy(values) for values in self._maps)
@@ -60,8 +63,7 @@ class MemoryFile:
     def flush(self) -> None:
         """Writes what has changed to the disk."""
         for values in self._maps:
-            if isinstance(values, np.memmap):
-                values.flush()
+            values.flush()
 
 
 def header_of(path: Path) -> Path:
@@ -76,7 +78,7 @@ def described(path: Path) -> Description | None:
         if path.exists() and path.stat().st_size:
             raise ValueError(
                 f"path must be a memory with its {header.name} beside it, or a new file, got {path.name} without one: "
-                "write another path, or bring the description back"
+                "write another path, bring the description back, or delete the file if a run was cut while it made it"
             )
         return None
     try:
@@ -95,17 +97,39 @@ def described(path: Path) -> Description | None:
 def created(
     path: Path, samples: int, shape: tuple[int, ...], dtype: torch.dtype, fingerprint: str | None, share: str | None
 ) -> MemoryFile:
-    """Makes a new file, in which nothing is remembered. FileNotFoundError where its folder does not exist."""
+    """Makes a new file, in which nothing is remembered.
+
+    FileNotFoundError where its folder does not exist; ValueError where another memory has made its file there.
+    """
+    if header_of(path).exists() or (path.exists() and path.stat().st_size):
+        raise ValueError(
+            f"path must be a new file, but another Memory has made {path.name} since: write another path for each"
+        )
     description = Description(samples, shape, NUMPY[dtype], fingerprint, share, uuid.uuid4().hex)
-    with path.open("wb") as file:
+    with _replacing(path) as file:
         file.truncate(description.bytes_of_rows)
         file.seek(description.bytes_of_rows)
         for first in range(0, samples, CHUNK):
             np.full(min(CHUNK, samples - first), NEVER, dtype=np.int64).tofile(file)
-    unfinished = path.with_name(f"{path.name}.{description.identity}")
-    unfinished.write_text(json.dumps(asdict(description), indent=2) + "\n", encoding="utf-8")
-    os.replace(unfinished, header_of(path))  # last: a file without its description is not taken for a memory
+    with _replacing(header_of(path)) as file:  # last: a file without its description is not taken for a memory
+        file.write((json.dumps(asdict(description), indent=2) + "\n").encode())
     return MemoryFile(path, description)
 
 
-CHUNK = 2**20
+@contextmanager
+def _replacing(path: Path) -> Iterator[IO[bytes]]:
+    """Yields a new file that takes the place of `path` when the block has ended, synced and then renamed."""
+    unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+    try:
+        with unfinished.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

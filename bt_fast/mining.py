@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -86,10 +85,8 @@ class BulletTrain(MeasuredShares):
         balance: object = None,
     ) -> None:
         super().__init__()
-        self.boundary_steps = step_count("boundary_steps", boundary_steps)
-        self.half_drawn = robust_steps if isinstance(robust_steps, HalfDrawn) else None
-        self.robust_steps = step_count("robust_steps", steps_of(robust_steps))
-        self.outlier_steps = step_count("outlier_steps", outlier_steps)
+        steps = step_count("boundary_steps", boundary_steps), step_count("robust_steps", steps_of(robust_steps))
+        self._attacked = robust_steps.attacked if isinstance(robust_steps, HalfDrawn) else None
         self.gamma = real("gamma", gamma)
         if not 0.0 < self.gamma <= 1.0:
             raise ValueError(f"gamma must lie in (0, 1], got {gamma}: write gamma=0.8")
@@ -99,15 +96,14 @@ class BulletTrain(MeasuredShares):
         self.metric = allocation.rule_of("metric", metric, METRICS)
         self.policy = allocation.rule_of("policy", policy, POLICIES)
         check_choice("unperturbed", unperturbed, ("keep", "skip", None))
-        move = self.policy is not allocation.three_groups or self.robust_steps > 0
-        skipped = unperturbed == "skip" or (unperturbed is None and not self.outlier_steps)
-        check_saving(self.half_drawn, move, skipped)
+        self.unperturbed = unperturbed
+        self.take_steps(*steps, step_count("outlier_steps", outlier_steps))
         self.process_group = process_group
         if not (balance is None or isinstance(balance, Sharing)):
             raise TypeError(
                 f"balance must be a Balance or None, got {type(balance).__name__}: write balance=bt_fast.Balance()"
             )
-        self.unperturbed, self.balance = unperturbed, balance
+        self.balance = balance
         self._last = LastMinibatch()
         self._reuse: bool | None = None  # the argument of `again`, inside its block
         # the pending sum over the ranks that moves F_R, and whether it moves
@@ -136,6 +132,18 @@ class BulletTrain(MeasuredShares):
         check_ranks(self.half_drawn, group is not None)
         self.ranks = None if group is None else Ranks(group)
 
+    def take_steps(self, boundary: int, robust: int, outlier: int) -> None:
+        """Takes other steps of `boundary`, `robust`, `outlier` samples; ValueError where nothing is left to halve."""
+        move = self.policy is not allocation.three_groups or robust > 0
+        half = None if self._attacked is None else HalfDrawn(robust, self._attacked)
+        check_saving(half, move, self.unperturbed == "skip" or (self.unperturbed is None and not outlier))
+        self.boundary_steps, self.robust_steps, self.outlier_steps = boundary, robust, outlier
+
+    @property
+    def half_drawn(self) -> HalfDrawn | None:
+        """Which half of the robust samples stands for all; None where each counts for itself."""
+        return None if self._attacked is None else HalfDrawn(self.robust_steps, self._attacked)
+
     def extra_repr(self) -> str:
         """Returns the configuration, as it would be written."""
         rules = ""
@@ -145,8 +153,7 @@ class BulletTrain(MeasuredShares):
             rules += f", policy={allocation.name_of(self.policy, POLICIES)}"
         if self.unperturbed is not None:
             rules += f", unperturbed={self.unperturbed!r}"
-        robust = self.robust_steps if self.half_drawn is None else replace(self.half_drawn, steps=self.robust_steps)
-        steps = f"{self.boundary_steps}, {robust}, {self.outlier_steps}"
+        steps = f"{self.boundary_steps}, {self.half_drawn or self.robust_steps}, {self.outlier_steps}"
         return f"{steps}, gamma={self.gamma:g}, momentum={self.momentum:g}{rules}"
 
     def __getstate__(self) -> dict[str, Any]:
@@ -154,7 +161,7 @@ class BulletTrain(MeasuredShares):
         return self.__dict__ | {"_last": LastMinibatch(), "_reuse": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__({"_last": LastMinibatch(), "_reuse": None, "half_drawn": None} | state)  # type: ignore[no-untyped-call]
+        super().__setstate__({"_last": LastMinibatch(), "_reuse": None, "_attacked": None} | state)  # type: ignore[no-untyped-call]
 
     def _save_to_state_dict(self, *args: Any) -> None:
         self.finish()
@@ -287,8 +294,8 @@ class BulletTrain(MeasuredShares):
         of_logits = ops.signed_variance(logits, labels)
         certainty, current = rule.certainty_of(logits, labels, of_logits)
         fraction, earlier = self._deciding_fraction(), self._earlier_faults()
-        evidence = Evidence(rule, of_logits, certainty, fraction, earlier, [*inputs, *current], names, soft)
-        evidence = replace(evidence, generator=generator)
+        given = (rule, of_logits, certainty, fraction, earlier, [*inputs, *current], names, soft)
+        evidence = Evidence(*given, generator=generator)
         if attacked_logits is not None:
             evidence = evidence.with_attacked(attacked_logits.detach(), labels, of_attack)
         plan = deciding.decide(evidence, self.ranks, state)

@@ -47,6 +47,17 @@ def check_placement(
         crop_shape, own_shape: of one image as the model sees it, and of its own frame: [..., height, width].
         device: the images'.
     """
+    check_form(placement, m, crop_shape, own_shape, device)
+    outside = outside_frame(placement, crop_shape, own_shape)
+    if device.type == "cpu":
+        faults.read([outside]).wait()
+    return outside
+
+
+def check_form(
+    placement: object, m: int, crop_shape: Sequence[int], own_shape: Sequence[int], device: torch.device
+) -> None:
+    """The part of `check_placement` that reads no values."""
     check_kind("placement", placement, Placement, INSTEAD)
     for name, kind in (("top", "integers"), ("left", "integers"), ("mirrored", "bools")):
         values = getattr(placement, name)
@@ -67,10 +78,6 @@ def check_placement(
             f"placement must be of images [..., height, width] in frames of as many channels, got images {crop} in "
             f"frames {own}: leave placement out where an image is its own frame"
         )
-    outside = outside_frame(placement, crop, own)
-    if device.type == "cpu":
-        faults.read([outside]).wait()
-    return outside
 
 
 def outside_frame(placement: Placement, crop_shape: Sequence[int], own_shape: Sequence[int]) -> Fault:

@@ -318,6 +318,7 @@ def test_rows_that_are_copied_and_written_back_are_those_of_the_memory():
     memory = Memory(SAMPLES, storage="host")
     with mock.patch.object(Memory, "_apart", return_value=True):
         trained(memory, *ALL, *ALL, mining=BulletTrain())
+    memory.settle()
     assert same(memory, expected)
 
 

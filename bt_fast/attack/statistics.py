@@ -71,13 +71,13 @@ def why_apart(statistics: Statistics) -> str:
 
 @contextmanager
 def undone_by_errors(
-    model: nn.Module, statistics: Statistics, x: Tensor, generator: torch.Generator | None
+    model: nn.Module, x: Tensor, generator: torch.Generator | None, *, buffers: bool
 ) -> Iterator[None]:
-    """Around an attack and what follows it: an error takes back what they drew, and "tracked" forwards' buffers."""
-    if statistics == "tracked":
+    """Around an attack and what follows it: an error takes back what they drew, and what they did to the `buffers`."""
+    if buffers:
         check_model(model)
     random = () if torch.compiler.is_compiling() else (RandomStates.of(x.device, generator),)
-    with buffers_kept(model, after_errors_only=True) if statistics == "tracked" else nullcontext():
+    with buffers_kept(model, after_errors_only=True) if buffers else nullcontext():
         try:
             yield
         except BaseException:

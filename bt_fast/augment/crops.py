@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bt_fast.ops.frames import Layout, Placed, places, taken
 from bt_fast.ops.numeric import kind_of
 from bt_fast.placement import Placement, check_placement
 from bt_fast.validation import check_generator, check_kind, step_count
@@ -95,18 +96,10 @@ class CropAndFlip:
 def cut(x: Tensor, placement: Placement) -> Tensor:
     """`crop` without its checks."""
     channels, height, width = x.shape[1:]
-    rows, columns = (torch.arange(n, device=x.device) for n in (height, width))
-    row = placement.top[:, None] + rows
-    column = placement.left[:, None] + torch.where(placement.mirrored[:, None], columns.flip(0), columns)
-    seen = _within(row, height)[:, :, None] & _within(column, width)[:, None, :]
-    # of padding any pixel, which is then replaced: the index stays in range and the image needs no copy with a border
-    pixel = row.clamp(0, height - 1)[:, :, None] * width + column.clamp(0, width - 1)[:, None, :]
-    every = pixel.flatten(1)[:, None].expand(-1, channels, -1)
-    return x.flatten(2).gather(2, every).view(x.shape).masked_fill_(~seen[:, None], 0)
-
-
-def _within(place: Tensor, size: int) -> Tensor:
-    return (place >= 0) & (place < size)
+    layout = Layout(channels, height, width, height, width, False)
+    placed = Placed(placement.top, placement.left, placement.mirrored)
+    at, there = places(placed, torch.arange(len(x), device=x.device), layout)
+    return taken(x.flatten(2), at, there).view(x.shape)
 
 
 def _check(x: Tensor) -> None:

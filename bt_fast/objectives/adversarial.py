@@ -46,6 +46,7 @@ from bt_fast.objectives.recomputed import update_modes
 from bt_fast.objectives.repeated_forward import moves_batch_norm_alone
 from bt_fast.objectives.training_outputs import check_training_outputs
 from bt_fast.objectives.update import Terms, run_update
+from bt_fast.placement import Placement
 from bt_fast.plan import Plan
 from bt_fast.ranges import MINING, UPDATE, range_
 from bt_fast.recalled import Recalled, step_size
@@ -69,6 +70,7 @@ class Call:
     embeds: bool = False  # its outputs need not be logits of the labels' classes
     own: PerSample = NOTHING  # what samples have of their own, in the units of x
     clean: Callable[[nn.Module, Tensor], Tensor] | None = None  # the update's clean forward, where it comes first
+    placement: Placement | None = None  # where x lies in the frames of what is remembered
     recalled: Recalled | None = None  # what is remembered of the samples: where they start, and their steps
 
     @classmethod
@@ -220,9 +222,10 @@ class Attack:
         """Returns x', and a read to wait for when the device has work again. On the CPU faults are raised here."""
         x_adv = self.started.finish()
         x_adv = x_adv if self.into is None else x_adv[self.into]
-        if self.unable is None or self.observed:
+        unable = None if self.observed else self.unable
+        if unable is None:
             return x_adv, None
-        read = faults.read([faults.gradients_without_direction(self.unable, self.plan.order)])
+        read = faults.read([faults.gradients_without_direction(unable, self.plan.order)])
         if x_adv.is_cuda:  # it first has the update's forwards to do
             return x_adv, read
         read.wait()
@@ -245,8 +248,8 @@ def attacking(
         defaults: start and inner loss for a `pgd` that names none.
     """
     images = on_pixels(model, x, pgd.normalization, call.name, pgd.bounds)
-    moves = pgd.statistics if call.clean is None else "tracked"  # a forward before the input is known to be sound
-    undone = undone_by_errors(model, moves, x, call.generator)
+    moves = pgd.statistics == "tracked" or call.clean is not None  # by a forward before the input is known to be sound
+    undone = undone_by_errors(model, x, call.generator, buffers=moves)
     with images as (model, pixels), call.execution.autocast(x), undone:
         if call.updates:
             check_training_outputs(model, x, pixels)
@@ -426,17 +429,14 @@ def run(model: nn.Module, attack: Attack, forwards: Forwards, execution: Executi
     with range_(UPDATE), execution.autocast_of_update(attack.x), update_modes(model) as modes:
         alone = attack.started.beside and attack.independent and not (update is not None and update.graphs)
         beside = alone and attack.shared is None and forwards.clean_first and moves_batch_norm_alone(model)
+        clean = forwards.clean(model, attack.x) if beside else None
         if attack.shared is not None:
-            x_adv, late = attack.perturbed()
-            made = attack.shared, None
-            terms, _ = forwards.adversarial_half(unwrapped(model), made, attack.x, x_adv[:rows], attack.y)
-        elif beside:
-            clean = forwards.clean(model, attack.x)
-            x_adv, late = attack.perturbed()
-            terms, _ = forwards.adversarial_half(unwrapped(model), clean, attack.x, x_adv[:rows], attack.y)
-        else:
-            x_adv, late = attack.perturbed()
+            clean = attack.shared, None
+        x_adv, late = attack.perturbed()
+        if clean is None:
             terms = run_update(update, model, forwards, attack.x, x_adv[:rows], attack.y, execution.cache)
+        else:
+            terms, _ = forwards.adversarial_half(unwrapped(model), clean, attack.x, x_adv[:rows], attack.y)
         modes.again_in_backward(terms)
     if late is not None:
         late.wait()

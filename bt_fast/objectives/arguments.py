@@ -58,10 +58,10 @@ def check_attack(
     `defaults` are start and inner loss of an attack that names none; `own` is what samples have of their own. With a
     `memory` the steps are its.
     """
+    check_kind("mining", mining, BulletTrain, "write mining=BulletTrain()", optional=True)
     fit_to_memory(memory, attack, mining)
     if not isinstance(attack, APGD):
         check_kind("attack", attack, PGD, "write PGD(epsilon=8 / 255, step_size=2 / 255, steps=10)")
-    check_kind("mining", mining, BulletTrain, "write mining=BulletTrain()", optional=True)
     if mining is not None and memory is None and mining.boundary_steps not in (0, attack.steps):
         raise ValueError(
             f"attack takes {attack.steps} steps, but mining {mining.boundary_steps} boundary steps: "
@@ -99,7 +99,7 @@ def fit_to_memory(memory: Memory | None, attack: PGD | APGD, mining: BulletTrain
             f"mining's steps must be those of the memory, {memory.steps}, got {counts}: write BulletTrain() without "
             f"counts, or Memory(samples, steps={counts})"
         )
-    mining.boundary_steps, mining.robust_steps, mining.outlier_steps = memory.steps
+    mining.take_steps(*memory.steps)
 
 
 def check_draws(x: Tensor, indices: Tensor | None, generator: torch.Generator | None, name: str) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from bt_fast import faults, ops
 from bt_fast.allocation import Oracle
-from bt_fast.attack.forward import buffers_kept, checked_logits, logits_of
+from bt_fast.attack.forward import checked_logits, logits_of
 from bt_fast.attack.memory_format import formatted, takes_channels_last
 from bt_fast.attack.pixels import Normalization, on_pixels
 from bt_fast.attack.statistics import undone_by_errors
@@ -119,17 +119,16 @@ class AugMixLoss(Smoothed, nn.Module):
         _check_batch(x, y, generator)
         this = wanted() or Pass()
         check_moving(this.of_moving)
-        with (
+        with (  # the first forward moves batch norm's buffers, and only its logits tell whether the input was sound
             self.again() if this.further else nullcontext(),
             on_pixels(model, x, self.normalization, "x") as (model, pixels),
             autocast(dtype_of(self.engine.update_precision), x),
-            undone_by_errors(model, "running", x, generator),
+            undone_by_errors(model, x, generator, buffers=True),
         ):
             images = pixels(x).detach()
             outside = faults.pixels_outside(images, 0.0, 1.0, "x")
             images = faults.onto_bounds(images, 0.0, 1.0)
-            # the first forward moves batch norm's buffers, and only its logits tell whether the input was sound
-            with update_modes(model) as modes, buffers_kept(model, after_errors_only=True):
+            with update_modes(model) as modes:
                 loss_of = self._loss_of_all if self.mining is None else self._loss_of_boundary
                 loss = loss_of(model, images, y, outside, generator)
                 modes.again_in_backward([loss])

@@ -98,7 +98,8 @@ class AdversarialLoss(nn.Module, ABC):
         clean_shared: whether the one clean forward comes before the attack, and mining and attack take its logits.
         on_input_gradient: None, or a function to which the loss's backward hands its gradient with respect to x', a
             tensor [m, ...] in the caller's order and for pixels, 0 for samples without an adversarial forward: at the
-            price of one input gradient of the first layer, the ascent direction of a further step. May be set.
+            price of one input gradient of the first layer, the ascent direction of a further step. Not called where no
+            sample runs an adversarial forward. May be set.
         default_start, default_inner: for an attack that names none.
 
     Raises:
@@ -108,7 +109,7 @@ class AdversarialLoss(nn.Module, ABC):
 
     clean_forwards: int = 1
     clean_shared: bool = False
-    on_input_gradient: Callable[[Tensor], None] | None = None
+    on_input_gradient: Callable[[Tensor], None] | None
     default_start: ClassVar[Noise] = "normal"
     default_inner: ClassVar[InnerLoss] = "cross_entropy"
     step_in_l2_is_its_own: ClassVar[bool] = False  # the authors' function does not use its step size in l2
@@ -130,6 +131,7 @@ class AdversarialLoss(nn.Module, ABC):
         self.attack = attack
         self.mining = mining
         self.extra = extra
+        self.on_input_gradient = None
         self._engine = Engine.of(engine)
         self._selection = None if logits is None else Selection(logits)
         self._cache = GraphCache()
@@ -228,8 +230,7 @@ class AdversarialLoss(nn.Module, ABC):
                 mining by the next call.
         """
         call = Call.of(self.engine, self._cache, x, y, self.mining, indices, generator)
-        call = replace(call, recalled=self._recalled(x, indices, placement))
-        return self.of_call(model, x, y, call)
+        return self.of_call(model, x, y, replace(call, placement=placement))
 
     def of_call(self, model: nn.Module, x: Tensor, y: Tensor, call: Call) -> Tensor:
         """The loss of model, x and y, which have been checked; `call` is how it goes about it."""
@@ -245,7 +246,9 @@ class AdversarialLoss(nn.Module, ABC):
         check_moving(this.of_moving and self.mining is None)
         if this.of_moving and self.mining is not None:
             check_all_count(self.mining.half_drawn, "with AWP's samples='moved'", "write samples='all'")
-        call = replace(call, execution=call.execution.fitting(self.attack), kept=self._passes.begin())
+        recalled = None if self._passes.reuses(self.mining) else self._recalled(x, call.indices, call.placement)
+        call = replace(call, execution=call.execution.fitting(self.attack), recalled=recalled)
+        call = replace(call, kept=self._passes.begin())
         mining, execution, update = self.mining, call.execution, call.execution.update
         defaults = self.default_start, self.default_inner
         last, take = update is not None and update.channels_last, self.on_input_gradient
@@ -268,7 +271,7 @@ class AdversarialLoss(nn.Module, ABC):
                 adversarial_first=this.adversarial_first and self.clean_forwards == 2,
                 of_moving=this.of_moving,
                 weights=weights_of(attack.plan),
-                on_gradient=take and in_callers_rows(take, attack.plan, len(updated.x)),
+                on_gradient=take and in_callers_rows(take, attack.plan),
             )
             terms, x_adv, beside = adversarial.run(model, updated, forwards, execution)
             self._seen = Seen(
@@ -332,6 +335,7 @@ class AdversarialLoss(nn.Module, ABC):
 
     def __setstate__(self, state: dict[str, Any]) -> None:  # of a version without these too
         added: dict[str, Any] = {"_passes": Passes(), "extra": None, "_selection": None, "memory": None}
+        added["on_input_gradient"] = None
         added["cross_entropy"] = CrossEntropy()
         for name in added.keys() & state["_modules"].keys():  # what is a module is a part of the loss
             del added[name]
@@ -344,7 +348,17 @@ class AdversarialLoss(nn.Module, ABC):
                 f"mining's unperturbed must be 'keep' or None for {type(self).__name__}, got 'skip': "
                 "its only forward is the adversarial one: leave unperturbed out"
             )
+        take = getattr(self, "on_input_gradient", None)  # which the first check comes before
+        if take is not None and not callable(take):
+            raise TypeError(
+                f"on_input_gradient must be a function of a tensor or None, got {type(take).__name__}: "
+                "write criterion.on_input_gradient = gradients.append"
+            )
         if self.clean_shared:
+            if self.clean_forwards != 1:
+                raise ValueError(
+                    f"clean_forwards must be 1 with clean_shared, got {self.clean_forwards}: write clean_forwards = 1"
+                )
             check_shared(attack, attack.inner or self.default_inner, mined=mining is not None)
         if mining is not None and not self._overrides("weighted_objective"):
             check_all_count(mining.half_drawn, f"for {type(self).__name__}", "give it a weighted_objective")

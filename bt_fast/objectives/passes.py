@@ -97,6 +97,10 @@ class Passes:
         """Whether this pass is the minibatch's first."""
         return self._reuse is None if mining is None else mining.counts_now
 
+    def reuses(self, mining: BulletTrain | None) -> bool:
+        """Whether this pass takes the x' of the minibatch's first."""
+        return bool(self._reuse if mining is None else mining._reuse)
+
     def begin(self) -> object:
         """What a further pass without mining reuses; None where x' is to be made, of a new minibatch or anew."""
         if self._reuse is None:

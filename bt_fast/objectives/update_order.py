@@ -29,11 +29,11 @@ def in_update_order(attack: Attack) -> Attack:
     return replace(attack, x=attack.x[into], y=attack.y[into], plan=plan, into=into, moving=moving, shared=shared)
 
 
-def in_callers_rows(take: Callable[[Tensor], None], plan: Plan, m: int) -> Callable[[Tensor], None]:
-    """A function that takes the gradient of the first rows of m in the plan's sorted order, and gives `take` all."""
+def in_callers_rows(take: Callable[[Tensor], None], plan: Plan) -> Callable[[Tensor], None]:
+    """A function that takes the gradient of the first rows in the plan's sorted order, and gives `take` all."""
 
     def hand(gradient: Tensor) -> None:
-        whole = gradient.new_zeros(m, *gradient.shape[1:])
+        whole = gradient.new_zeros(len(plan.steps), *gradient.shape[1:])
         whole[: len(gradient)] = gradient
         take(plan.unsort(whole))
 

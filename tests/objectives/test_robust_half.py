@@ -477,7 +477,7 @@ def test_it_is_written_and_copied_with_the_rest():
     bullet.robust_steps = 1
     assert "HalfDrawn(1, attacked='half')" in repr(bullet)
     old = BulletTrain().__getstate__()
-    del old["half_drawn"]
+    del old["_attacked"]
     loaded = BulletTrain.__new__(BulletTrain)
     loaded.__setstate__(old)
     assert loaded.half_drawn is None
