@@ -35,7 +35,8 @@ class Memory(nn.Module):
     A part of a loss, `TRADESLoss(attack, memory=Memory(50_000))`, which is then called with `indices=`. A sample with
     steps starts at `clip(x + remembered + 0.001·N(0, 1))`, and x' - x is remembered after the attack, as fractions of
     ε, so that ε may follow a schedule. A sample without steps stays at x, and its whole memory becomes 0. The steps are
-    the memory's own, in place of those of the attack and of the mining: of size ε where there is one, else 1.2·ε/n.
+    the memory's own, in place of those of the attack and of the mining: one of size ε, two of ε/2, more of 1.7·ε/n; a
+    robust sample's one step has 0.6·ε where boundary samples take two.
     A module without parameters: it moves, saves and loads with the loss that holds it.
 
     Args:

@@ -11,12 +11,14 @@ from torch import Tensor
 from bt_fast import ops
 from bt_fast.attack.start import TRADES_NOISE
 from bt_fast.attack.threat import ThreatModel
+from bt_fast.deciding import STEP_FACTOR
 from bt_fast.faults import Fault
 from bt_fast.memory_file import NEVER
+from bt_fast.ops import ROBUST
 from bt_fast.ops.frames import Placed
 from bt_fast.plan import MinedPlan
 
-TWO_STEPS = 1.2  # ε times this, divided by their number, is the size of each of two or more steps
+ONE_BESIDE_TWO = 0.6  # ε times this is the size of a robust sample's one step where boundary samples take two
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,11 +62,16 @@ class Recalled:
 
     def sized(self, plan: MinedPlan, epsilon: float) -> MinedPlan:
         """The plan with the step sizes of remembered starts."""
-        sizes = TWO_STEPS * epsilon / plan.steps.double().clamp(min=1)
-        sizes = torch.where(plan.steps == 1, epsilon, sizes).masked_fill(plan.steps == 0, 0.0)
+        steps = plan.steps
+        sizes = STEP_FACTOR * epsilon / steps.double().clamp(min=1)
+        sizes = sizes.masked_fill(steps == 0, 0.0)
+        for n in (1, 2):
+            sizes = sizes.masked_fill(steps == n, step_size(n, epsilon))
+        if self.counts[:2] == (2, 1):
+            sizes = sizes.masked_fill((plan.group == ROBUST) & (steps == 1), ONE_BESIDE_TWO * epsilon)
         return replace(plan, step_size=sizes)
 
 
 def step_size(steps: int, epsilon: float) -> float:
     """The size of each of `steps` steps from a remembered start, in the units of epsilon."""
-    return epsilon if steps <= 1 else TWO_STEPS * epsilon / steps
+    return epsilon / steps if 1 <= steps <= 2 else STEP_FACTOR * epsilon / max(steps, 1)

@@ -75,18 +75,22 @@ class Oracle:
         self.robust_fraction = 0.0
 
     def steps_of(self, logits, y):
+        """Returns the number of steps and their size for each sample."""
         if not self.mined:
-            return [1] * len(y)
+            return [(1, EPSILON)] * len(y)
         p = logits.softmax(dim=1)
         correct = logits.argmax(dim=1) == y
         svar = (p.var(dim=1, unbiased=False) * torch.where(correct, 1.0, -1.0)).tolist()
         threshold = max(0.0, np.quantile(svar, 1 - self.robust_fraction))
         if self.robust_fraction == 0:
             threshold = math.inf
-        boundary, robust, outlier = self.mined
+        boundary, robust, outlier = [(n, EPSILON * {0: 0.0, 1: 1.0, 2: 0.5}[n]) for n in self.mined]
+        if self.mined[:2] == (2, 1):
+            robust = 1, 0.6 * EPSILON
         return [outlier if s < 0 else boundary if s < threshold else robust for s in svar]
 
-    def attack(self, x, y, z, steps, place, k, number, seed):
+    def attack(self, x, y, z, steps_and_size, place, k, number, seed):
+        steps, size = steps_and_size
         if steps == 0:
             self.memory[number] = 0.0
             return x
@@ -96,7 +100,7 @@ class Oracle:
         noise = unit_noise(torch.tensor([number]), x.numel(), torch.tensor([seed, 0]), "normal").mul(0.001)
         delta = delta + noise.double().view(VIEW)
         start = (x + self.projected(delta)).clamp(0, 1)
-        x_adv, size = start, EPSILON if steps == 1 else 1.2 * EPSILON / steps
+        x_adv = start
         for _ in range(steps):
             x_adv = x_adv.detach().requires_grad_()
             output = self.model(x_adv[None])
@@ -143,7 +147,7 @@ class Oracle:
         if self.mined:
             hits = (z_adv.argmax(dim=1) == y).double().mean().item()
             self.robust_fraction = 0.9 * self.robust_fraction + 0.1 * 0.8 * hits
-        return loss, x_adv, steps
+        return loss, x_adv, [n for n, _ in steps]
 
 
 def criterion_of(kind, memory, mined, norm="linf", **options):

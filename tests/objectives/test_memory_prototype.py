@@ -49,7 +49,8 @@ def loss_with(memory, fractions, x, y, indices, seed, unperturbed):
         ((1, 1, 0), "1/1/0,remember,skip"),
         ((1, 1, 0), "1/1/0,remember,skip,int8"),
         ((1, 1, 1), "1/1/1,remember,skip"),
-        ((3, 2, 1), "3/2/1,remember,skip,sizes=0.4/0.6/1"),
+        ((2, 1, 0), "2/1/0,remember,skip"),
+        ((3, 2, 1), "3/2/1,remember,skip"),
     ],
 )
 def test_loss_gradients_images_and_memory_are_the_prototypes(steps, recipe, seed):
