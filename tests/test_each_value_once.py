@@ -3,6 +3,7 @@
 import pytest
 from each_value_once import each_value_once
 
+pytestmark = pytest.mark.any_torch
 PAIRS = [(1, 1), (1, 2), (2, 2)]
 FILE = f"""
 import pytest
