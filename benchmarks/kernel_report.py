@@ -125,21 +125,30 @@ def occupancy(sm: int, registers: int, warps: int) -> float:
 
 def table() -> str:
     """Returns the report, in Markdown."""
-    lines = [
+    return "\n".join([*heading(), *(row for name in VARIANTS for row in rows(name))]) + "\n"
+
+
+def heading() -> list[str]:
+    """Returns the lines above the report's rows."""
+    return [
         f"Written by `python -m benchmarks.kernel_report` with triton {triton.__version__}.",
         "",
         "| kernel | sm | registers | occupancy | shared memory | spills | load bits | store bits | instructions "
         "| bytes per element | least |",
         "| --- |" + " ---: |" * 10,
     ]
-    for name, variant in VARIANTS.items():
-        for sm in targets(variant):
-            c = compiled(name, sm)
-            share = round(100 * occupancy(sm, c.registers, variant.warps))
-            cells = [name, sm, c.registers, f"{share} %", c.shared, c.spills, c.load_bits, c.store_bits]
-            cells += [c.instructions, variant.bytes_moved, variant.bytes_least]
-            lines.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join(lines) + "\n"
+
+
+def rows(name: str) -> list[str]:
+    """Returns the report's rows of a variant, one for each architecture."""
+    variant, result = VARIANTS[name], []
+    for sm in targets(variant):
+        c = compiled(name, sm)
+        share = round(100 * occupancy(sm, c.registers, variant.warps))
+        cells = [name, sm, c.registers, f"{share} %", c.shared, c.spills, c.load_bits, c.store_bits]
+        cells += [c.instructions, variant.bytes_moved, variant.bytes_least]
+        result.append(f"| {' | '.join(map(str, cells))} |")
+    return result
 
 
 def _widest(opcodes: Counter[str], access: str) -> int:

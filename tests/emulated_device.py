@@ -40,7 +40,6 @@ import torch._dynamo  # the first call of a registered op imports it, which fail
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _get_current_dispatch_mode_stack
-from torch.utils._pytree import tree_map
 
 from bt_fast.attack import device
 
@@ -438,7 +437,8 @@ class EmulatedDevice(TorchDispatchMode):
 
     def collect(self):
         """Returns the blocks of freed tensors to their pools."""
-        for address in [a for a, (_, weak) in self.known.items() if weak.expired()]:
+        expired = torch.UntypedStorage._expired  # as in `StorageWeakRef.expired`, which is slower
+        for address in [a for a, (_, weak) in self.known.items() if expired(weak.cdata)]:
             number, _ = self.known.pop(address)
             self.free.setdefault(self.owner[number], []).append(self.blocks[number])
 
@@ -447,7 +447,7 @@ class EmulatedDevice(TorchDispatchMode):
         return Ref(self.memory_of(tensor, new=new), tensor.dtype, *place)
 
     def refs(self, tree):
-        return tree_map(lambda v: self.ref(v) if isinstance(v, torch.Tensor) else v, tree)
+        return mapped(lambda v: self.ref(v) if isinstance(v, torch.Tensor) else v, tree)
 
     # Recording
 
@@ -494,7 +494,7 @@ class EmulatedDevice(TorchDispatchMode):
         """Returns what a call gives, without what it changes (buffers too, which schemas do not mention) and draws."""
         if not changes_its_input(call):
             state = torch.get_rng_state()
-            args, kwargs = tree_map(lambda v: v.clone() if isinstance(v, torch.Tensor) else v, (args, kwargs))
+            args, kwargs = mapped(lambda v: v.clone() if isinstance(v, torch.Tensor) else v, (args, kwargs))
             out = call(*args, **kwargs)
             torch.set_rng_state(state)
             return out
@@ -576,7 +576,7 @@ def drawn(work, args, results):
 
 
 def placed(work, tensor):
-    args, kwargs = (tree_map(lambda v: tensor(v) if isinstance(v, Ref) else v, t) for t in (work.args, work.kwargs))
+    args, kwargs = (mapped(lambda v: tensor(v) if isinstance(v, Ref) else v, t) for t in (work.args, work.kwargs))
     return work.call, args, kwargs, [tensor(ref) for ref in work.results]
 
 
@@ -589,7 +589,19 @@ def run_step(call, args, kwargs, results):
 
 
 def flat(tree):
-    return [tree] if isinstance(tree, torch.Tensor) else torch.utils._pytree.tree_leaves(tree)
+    """Returns what lists, tuples and dicts hold; torch's function for all kinds of trees takes far longer."""
+    if isinstance(tree, (list, tuple, dict)):
+        return [v for part in (tree.values() if isinstance(tree, dict) else tree) for v in flat(part)]
+    return [tree]
+
+
+def mapped(function, tree):
+    """Returns lists, tuples and dicts as they are with the function's result in each place."""
+    if isinstance(tree, dict):
+        return {key: mapped(function, part) for key, part in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return type(tree)([mapped(function, part) for part in tree])
+    return function(tree)
 
 
 def following(node):
@@ -624,10 +636,12 @@ def is_written(spec):
     return spec.alias_info is not None and spec.alias_info.is_write
 
 
+@functools.cache
 def changes_its_input(call):
     return any(is_written(spec) for spec in call._schema.arguments)
 
 
+@functools.cache
 def is_view(call):
     aliased = any(r.alias_info is not None for r in call._schema.returns)
     return aliased and not changes_its_input(call)

@@ -11,6 +11,7 @@ from benchmarks import compare
 from benchmarks.compare import Times, change, main
 from bt_fast.lab.report import machine
 
+pytestmark = pytest.mark.any_torch
 NAME = "benchmarks/test_x.py::test_y[small-cnn]"
 STEADY = [1.0, 1.001, 0.999, 1.002, 0.998]
 

@@ -15,6 +15,7 @@ from bt_fast.baselines.pgd_reference import pgd_reference_loss
 from bt_fast.baselines.trades_reference import trades_reference_loss
 from bt_fast.objectives import starts
 
+pytestmark = pytest.mark.any_torch
 OPTIONS = {"step_size": 0.02, "epsilon": 0.1, "perturb_steps": 4}
 LOSSES = {
     "trades": (trades_reference_loss, trades_loss),

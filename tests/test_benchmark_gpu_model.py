@@ -18,6 +18,7 @@ from benchmarks.predict import main
 from bt_fast import ops
 from bt_fast.attack import device as attack_device
 
+pytestmark = pytest.mark.any_torch
 NOTHING = {"launch": 0.0, "start": 0.0, "graph": 0.0, "node": 0.0, "wait": 0.0}
 
 

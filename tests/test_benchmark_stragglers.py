@@ -20,6 +20,7 @@ from benchmarks.stragglers import (
 )
 from bt_fast.speedup import Fractions
 
+pytestmark = pytest.mark.any_torch
 SECONDS = IterationTime(row_seconds=1.0, step_seconds=8.0, other_seconds=400.0, worst_fit=0.0)  # the plan takes no time
 FREE = Network(bytes_per_second=1e12, latency_seconds=0.0)
 GROUPS = Groups((PAPER, Fractions(0.4, 0.5, 0.1)), 1.3)

@@ -16,6 +16,7 @@ from bt_fast import PGD, BulletTrain, PerSample, Placement, TRADESLoss, perturb
 from bt_fast.augment import CropAndFlip, crop
 from bt_fast.lab.data import load_dataset
 
+pytestmark = pytest.mark.any_torch
 EPSILON = 0.1
 quick = settings(max_examples=60, deadline=None)
 

@@ -9,6 +9,7 @@ import torch
 
 from benchmarks import work_ratio
 
+pytestmark = pytest.mark.any_torch
 NAMES = ("part", "whole")
 SECONDS = {"part": [1.0, 2.0, 1.0], "whole": [4.0, 4.0, 5.0]}
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.any_torch
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "bt_fast").rglob("*.py"))
 MOST_LINES = {"file": 450, "function": 60}

@@ -4,6 +4,7 @@ import pytest
 
 from benchmarks import matrix
 
+pytestmark = pytest.mark.any_torch
 RESULTS = """<?xml version="1.0" encoding="utf-8"?>
 <testsuites><testsuite name="pytest" errors="1" failures="1" skipped="2" tests="6" time="90.0">
 <testcase classname="tests.test_a" name="test_one"/><testcase classname="tests.test_a" name="test_two[0]"/>

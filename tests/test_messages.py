@@ -10,6 +10,7 @@ import pytest
 import bt_fast
 from tests.ways_out import has_way_out
 
+pytestmark = pytest.mark.any_torch
 PACKAGE = Path(bt_fast.__file__).parent
 MESSAGE_OF = {
     "ValueError": 0,

@@ -31,6 +31,7 @@ from benchmarks.on_gpu.pytest_runs import explained, progress
 from benchmarks.on_gpu.stage import Context, read_records, records_file
 from benchmarks.on_gpu.traces import busy, range_of, work_of
 
+pytestmark = pytest.mark.any_torch
 ROOT = Path(__file__).parents[1]
 DRIVER = """
 import dataclasses, json, sys

@@ -4,6 +4,7 @@ import numpy as np
 import ptxrun
 import pytest
 
+pytestmark = pytest.mark.any_torch
 HEAD = ".version 8.0\n.target sm_80\n.visible .entry k(.param .u64 .ptr .global .align 1 a) .reqntid 64\n"
 REGISTERS = ".reg .pred %p<9>; .reg .b32 %r<9>; .reg .b64 %d<9>;"
 ADDRESS = "ld.param.b64 %d1, [a]; mov.u32 %r1, %tid.x; mul.wide.u32 %d2, %r1, 4; add.s64 %d3, %d1, %d2;"

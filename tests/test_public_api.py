@@ -11,6 +11,7 @@ import bt_fast
 from bt_fast import power, speedup
 from tests import public_api
 
+pytestmark = pytest.mark.any_torch
 ROOT = Path(__file__).parents[1]
 MEANT = "If the change is meant: python -m tests.public_api --write, and say so to users in the commit."
 

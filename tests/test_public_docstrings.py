@@ -10,6 +10,7 @@ import pytest
 import bt_fast
 from tests import public_api
 
+pytestmark = pytest.mark.any_torch
 NAMES = [name for name in bt_fast.__all__ if callable(getattr(bt_fast, name))]
 CHECKS = re.compile(r"_?check(ed)?(_\w+)?|positive|real|size|size_of_step|step_count|weight")
 MADE_BY_US = {"Judged", "MinedPlan", "NonFiniteError", "Plan", "Rows", "Skipped", "UpdateBatch"}  # need no errors

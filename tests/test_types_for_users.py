@@ -11,6 +11,7 @@ import pytest
 
 tomllib = pytest.importorskip("tomllib" if sys.version_info >= (3, 11) else "tomli")
 
+pytestmark = pytest.mark.any_torch
 ROOT = Path(__file__).parents[1]
 
 # a line with `# error: code` must have that error, and other lines none
