@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, SupportsIndex
 
 import torch
 import torch.distributed as dist
@@ -85,7 +85,6 @@ class BulletTrain(MeasuredShares):
         balance: object = None,
     ) -> None:
         super().__init__()
-        steps = step_count("boundary_steps", boundary_steps), step_count("robust_steps", steps_of(robust_steps))
         self._attacked = robust_steps.attacked if isinstance(robust_steps, HalfDrawn) else None
         self.gamma = real("gamma", gamma)
         if not 0.0 < self.gamma <= 1.0:
@@ -97,7 +96,7 @@ class BulletTrain(MeasuredShares):
         self.policy = allocation.rule_of("policy", policy, POLICIES)
         check_choice("unperturbed", unperturbed, ("keep", "skip", None))
         self.unperturbed = unperturbed
-        self.take_steps(*steps, step_count("outlier_steps", outlier_steps))
+        self.take_steps(boundary_steps, steps_of(robust_steps), outlier_steps)
         self.process_group = process_group
         if not (balance is None or isinstance(balance, Sharing)):
             raise TypeError(
@@ -132,8 +131,10 @@ class BulletTrain(MeasuredShares):
         check_ranks(self.half_drawn, group is not None)
         self.ranks = None if group is None else Ranks(group)
 
-    def take_steps(self, boundary: int, robust: int, outlier: int) -> None:
-        """Takes other steps of `boundary`, `robust`, `outlier` samples; ValueError where nothing is left to halve."""
+    def take_steps(self, boundary: SupportsIndex, robust: SupportsIndex, outlier: SupportsIndex) -> None:
+        """Takes other steps of `boundary`, `robust`, `outlier` samples; TypeError or ValueError as at construction."""
+        given = ("boundary_steps", boundary), ("robust_steps", robust), ("outlier_steps", outlier)
+        boundary, robust, outlier = (step_count(name, count) for name, count in given)
         move = self.policy is not allocation.three_groups or robust > 0
         half = None if self._attacked is None else HalfDrawn(robust, self._attacked)
         check_saving(half, move, self.unperturbed == "skip" or (self.unperturbed is None and not outlier))

@@ -28,6 +28,7 @@ from bt_fast import (
     BulletTrain,
     HalfDrawn,
     MARTLoss,
+    Memory,
     PGDLoss,
     TRADESLoss,
     perturb,
@@ -549,3 +550,24 @@ def test_fast_is_exact_up_to_rounding(objective, attacked):
             **model.state_dict(),
         }
     assert_near_nested(result["fast"], result["exact"], "updates")
+
+
+def test_other_steps_are_taken_all_or_none():
+    def steps():
+        return bullet.boundary_steps, bullet.half_drawn, bullet.robust_steps, bullet.outlier_steps
+
+    bullet = BulletTrain(10, HalfDrawn(2), 0, unperturbed="skip")
+    attack, before = PGD(0.1, 0.03, 10), steps()
+    for wrong in (
+        lambda: bullet.take_steps(1, 0, 0),
+        lambda: TRADESLoss(attack, mining=bullet, memory=Memory(9, steps=(1, 0, 0))),
+    ):
+        with pytest.raises(ValueError, match=r"^robust_steps must be a number where robust samples take no steps"):
+            wrong()
+        assert steps() == before
+    for wrong, message in (((1.5, 1, 0), "^boundary_steps must be an int"), ((1, 1, -1), "^outlier_steps must be at")):
+        with pytest.raises((TypeError, ValueError), match=message):
+            bullet.take_steps(*wrong)
+        assert steps() == before
+    TRADESLoss(attack, mining=bullet, memory=Memory(9, steps=(2, 1, 0)))
+    assert steps() == (2, HalfDrawn(1), 1, 0)

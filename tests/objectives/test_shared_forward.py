@@ -362,4 +362,10 @@ def test_bad_input():
     criterion.attack = PGD(EPSILON, STEP, 3, inner="margin")
     with pytest.raises(ValueError, match="clean_updates must be 1 without mining"):
         criterion(confident(), *batch())
+    criterion = TRADESLoss(attack, mining=mined(), clean_updates="shared")
+    criterion.clean_forwards = 2
+    with pytest.raises(
+        ValueError, match=r"^clean_forwards must be 1 with clean_shared, got 2: write clean_forwards = 1"
+    ):
+        criterion(confident(), *batch())
     Own(attack, mining=mined(), engine="exact")(confident(), *batch()).backward()
