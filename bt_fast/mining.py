@@ -197,9 +197,9 @@ class BulletTrain(MeasuredShares):
         then. RuntimeError if there is none yet, it ended with an error, or the module was moved or loaded since.
 
         Args:
-            reuse: whether the losses in the block reuse the x' of the first pass (in `augmix_loss`: its views) and run
-                only the update's forwards. False: the samples are grouped by the current weights and the first pass's
-                F_R, and attacked again.
+            reuse: whether the loss of the first pass reuses its x' in the block (in `augmix_loss`: its views) and runs
+                only the update's forwards; RuntimeError of another loss. False: the samples are grouped by the current
+                weights and the first pass's F_R, and attacked again.
         """
         self._last.begin_again(reuse)
         outer, self._reuse = self._reuse, reuse
@@ -218,14 +218,14 @@ class BulletTrain(MeasuredShares):
         if self.counts_now:
             self._last.kept, self._last.owner = made, owner
 
-    def reused(self) -> object:
-        """Returns the kept value if a further pass reuses it; None if x' must be made.
+    def reused(self, owner: object = None) -> object:
+        """Returns what `owner` has kept if a further pass reuses it; None if x' must be made.
 
-        An objective calls it first: outside `again` a new minibatch begins. RuntimeError if nothing was kept.
+        An objective calls it first: outside `again` a new minibatch begins. RuntimeError if that owner kept nothing.
         """
         if self.counts_now:
             self._last = LastMinibatch()
-        return self._last.reused() if self._reuse else None
+        return self._last.reused(owner) if self._reuse else None
 
     def start_again(self, inputs: Sequence[Fault]) -> CheckedRead:
         """The read of a pass that plans nothing: unreported faults, then those of its inputs; collective with ranks."""

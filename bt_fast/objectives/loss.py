@@ -248,7 +248,7 @@ class AdversarialLoss(nn.Module, ABC):
             check_all_count(self.mining.half_drawn, "with AWP's samples='moved'", "write samples='all'")
         recalled = None if self._passes.reuses(self.mining) else self._recalled(x, call.indices, call.placement)
         call = replace(call, execution=call.execution.fitting(self.attack), recalled=recalled)
-        call = replace(call, kept=self._passes.begin())
+        call = replace(call, kept=self._passes.begin(), owner=self._passes.owner)
         mining, execution, update = self.mining, call.execution, call.execution.update
         defaults = self.default_start, self.default_inner
         last, take = update is not None and update.channels_last, self.on_input_gradient
