@@ -7,7 +7,6 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from objective_cases import EACH
 from small_models import batch, gradients
 from test_objectives import confident, own_labels, seeded
 from tolerances import assert_near
@@ -35,12 +34,13 @@ def made(kind, name, **options):
     return kind(ATTACK, mining=bullet, engine="exact", **options)
 
 
-@pytest.mark.parametrize("name", MININGS)
-@EACH
-def test_it_is_the_loss_s_gradient_by_x_adv_in_the_caller_s_order(objective, name):
-    kind = KINDS[objective.name]
-    if kind is PGDLoss and name in ("skip", "half"):
-        pytest.skip("unperturbed samples are kept")
+KEPT = ("none", "keep", "before")  # which keep the samples without steps, as a loss without clean forwards must
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [(kind, name) for kind in KINDS.values() for name in (KEPT if kind is PGDLoss else MININGS)]
+)
+def test_it_is_the_loss_s_gradient_by_x_adv_in_the_caller_s_order(kind, name):
     x, _ = batch(11)
     results, plans = [], []
     planned = mock.patch.object(BulletTrain, "start_plan", lambda *a, **k: plans.append(PLAN(*a, **k)) or plans[0])
