@@ -323,7 +323,7 @@ def of_two_ranks():
         for p in [] if wrap else model.parameters():
             dist.all_reduce(p.grad)
             p.grad /= 2
-        results.append({**gradients(model), **model.state_dict()})
+        results.append({**gradients(model), **dict(model.named_buffers())})
     return results
 
 
