@@ -42,7 +42,7 @@ from bt_fast.attack.inner import Inner
 from bt_fast.augment import CropAndFlip
 from bt_fast.baselines.trades_reference import trades_reference_loss
 from bt_fast.lab.data import ImageDataset, images, minibatches
-from bt_fast.lab.files import append_line, parse_json, replacing, write_text
+from bt_fast.lab.files import append_line, parse_json, replacing, whole_lines, write_text
 from bt_fast.lab.locks import held
 from bt_fast.lab.models import build_model
 from bt_fast.lab.provenance import fingerprint
@@ -400,10 +400,7 @@ def judged(
 
 def records_of(path: Path) -> list[dict[str, Any]]:
     """Returns the records of a run, without a last line that was cut off."""
-    if not path.exists():
-        return []
-    text = path.read_text(encoding="utf-8")
-    return [parse_json(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    return [parse_json(line) for line in whole_lines(path)]
 
 
 # The command

@@ -18,7 +18,7 @@ from bt_fast import faults, ops
 from bt_fast.device import HostCopy
 from bt_fast.faults import Fault
 from bt_fast.memory_arguments import check_same, checked_dtype, checked_shape, checked_share, checked_steps
-from bt_fast.memory_file import NEVER, NUMPY, Description, MemoryFile, created, described
+from bt_fast.memory_file import NEVER, NUMPY, Description, MemoryFile, check_new, created, described
 from bt_fast.ops.frames import Placed
 from bt_fast.ops.numeric import per_sample
 from bt_fast.placement import Placement, check_form, outside_frame
@@ -125,7 +125,8 @@ class Memory(nn.Module):
 
         Raises:
             TypeError or ValueError: indices are missing, out of range, of another rank's share, or one is there twice;
-                a placement shows nothing of its image; a type, shape or device does not fit.
+                a placement shows nothing of its image; a type, shape or device does not fit; another memory has made
+                this one's file.
         """
         if indices is None:
             raise ValueError(f"indices must be given to a loss with a memory, got none: {INDICES}")
@@ -135,6 +136,8 @@ class Memory(nn.Module):
         dtype = self._dtype(l2)
         if self.storage == "device":
             check_device("memory", self.clock, x.device, "the images")
+        if self.path is not None and self._file is None:  # which this minibatch is going to make
+            check_new(self.path)
         self.settle()
         apart = self._apart(x)
         numbers = indices.detach().long()
@@ -288,13 +291,12 @@ class Memory(nn.Module):
         return self._read(x, *given, self._apart(x))
 
     def _allocate(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        self.shape, self.dtype = shape, dtype
         if self.path is not None:
             self._file = created(self.path, len(self.written), shape, dtype, self.fingerprint, self._digest())
             self._of_file(self._file)
-            return
-        size = (len(self.written), *shape)
-        self.perturbations = torch.zeros(size, dtype=dtype, device=self.written.device)
+        else:
+            self.perturbations = torch.zeros(len(self.written), *shape, dtype=dtype, device=self.written.device)
+        self.shape, self.dtype = shape, dtype
 
     # Files
 
@@ -359,15 +361,15 @@ class Memory(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Loads a state of the same data set; of a file that has been written since, its perturbations as they are."""
         self.settle()
-        saved = state_dict.get(f"{prefix}_extra_state")
-        if isinstance(saved, dict):
-            self._check_state(saved)
         stored, written = (state_dict.get(f"{prefix}{name}") for name in ("perturbations", "written"))
         if stored is not None and self.path is not None:
             raise ValueError(
                 f"path must be left out for a state that holds its perturbations, got {str(self.path)!r}: "
                 "write Memory(..., storage='host') and load that"
             )
+        saved = state_dict.get(f"{prefix}_extra_state")
+        if isinstance(saved, dict):
+            self._check_state(saved)
         if self._file is None and written is not None and written.shape == self.written.shape:
             self._make_room(stored)
         super()._load_from_state_dict(state_dict, prefix, *args)

@@ -101,19 +101,28 @@ def created(
 
     FileNotFoundError where its folder does not exist; ValueError where another memory has made its file there.
     """
-    if header_of(path).exists() or (path.exists() and path.stat().st_size):
-        raise ValueError(
-            f"path must be a new file, but another Memory has made {path.name} since: write another path for each"
-        )
+    check_new(path)
     description = Description(samples, shape, NUMPY[dtype], fingerprint, share, uuid.uuid4().hex)
     with _replacing(path) as file:
         file.truncate(description.bytes_of_rows)
         file.seek(description.bytes_of_rows)
         for first in range(0, samples, CHUNK):
             np.full(min(CHUNK, samples - first), NEVER, dtype=np.int64).tofile(file)
-    with _replacing(header_of(path)) as file:  # last: a file without its description is not taken for a memory
-        file.write((json.dumps(asdict(description), indent=2) + "\n").encode())
+    try:  # last: a file without its description is not taken for a memory
+        with _replacing(header_of(path)) as file:
+            file.write((json.dumps(asdict(description), indent=2) + "\n").encode())
+    except BaseException:
+        path.unlink()
+        raise
     return MemoryFile(path, description)
+
+
+def check_new(path: Path) -> None:
+    """ValueError where another memory has made its file at `path`."""
+    if header_of(path).exists() or (path.exists() and path.stat().st_size):
+        raise ValueError(
+            f"path must be a new file, but another Memory has made {path.name} since: write another path for each"
+        )
 
 
 @contextmanager

@@ -43,11 +43,17 @@ class LastMinibatch:
                 "the next loss is called"
             )
 
-    def reused(self) -> object:
-        """Returns the kept results; RuntimeError if there are none."""
+    def reused(self, owner: object = None) -> object:
+        """Returns the kept results; RuntimeError if there are none, or those of another owner."""
         if self.kept is None:
             raise RuntimeError(
                 "again(reuse=True) takes the x' that a loss of bt_fast has made, but the last minibatch had none: "
                 "write `with bullet.again(reuse=False):`"
+            )
+        if self.owner != owner:
+            raise RuntimeError(
+                "again(reuse=True) takes the x' that the same loss has made, but the last minibatch of its mining was "
+                "that of another loss, or of other arguments: write `with bullet.again(reuse=False):` to make new "
+                "ones, or give each loss a BulletTrain of its own"
             )
         return self.kept

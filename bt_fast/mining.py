@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, SupportsIndex
 
 import torch
 import torch.distributed as dist
@@ -85,7 +85,6 @@ class BulletTrain(MeasuredShares):
         balance: object = None,
     ) -> None:
         super().__init__()
-        steps = step_count("boundary_steps", boundary_steps), step_count("robust_steps", steps_of(robust_steps))
         self._attacked = robust_steps.attacked if isinstance(robust_steps, HalfDrawn) else None
         self.gamma = real("gamma", gamma)
         if not 0.0 < self.gamma <= 1.0:
@@ -97,7 +96,7 @@ class BulletTrain(MeasuredShares):
         self.policy = allocation.rule_of("policy", policy, POLICIES)
         check_choice("unperturbed", unperturbed, ("keep", "skip", None))
         self.unperturbed = unperturbed
-        self.take_steps(*steps, step_count("outlier_steps", outlier_steps))
+        self.take_steps(boundary_steps, steps_of(robust_steps), outlier_steps)
         self.process_group = process_group
         if not (balance is None or isinstance(balance, Sharing)):
             raise TypeError(
@@ -132,8 +131,10 @@ class BulletTrain(MeasuredShares):
         check_ranks(self.half_drawn, group is not None)
         self.ranks = None if group is None else Ranks(group)
 
-    def take_steps(self, boundary: int, robust: int, outlier: int) -> None:
-        """Takes other steps of `boundary`, `robust`, `outlier` samples; ValueError where nothing is left to halve."""
+    def take_steps(self, boundary: SupportsIndex, robust: SupportsIndex, outlier: SupportsIndex) -> None:
+        """Takes other steps of `boundary`, `robust`, `outlier` samples; TypeError or ValueError as at construction."""
+        given = ("boundary_steps", boundary), ("robust_steps", robust), ("outlier_steps", outlier)
+        boundary, robust, outlier = (step_count(name, count) for name, count in given)
         move = self.policy is not allocation.three_groups or robust > 0
         half = None if self._attacked is None else HalfDrawn(robust, self._attacked)
         check_saving(half, move, self.unperturbed == "skip" or (self.unperturbed is None and not outlier))
@@ -196,9 +197,9 @@ class BulletTrain(MeasuredShares):
         then. RuntimeError if there is none yet, it ended with an error, or the module was moved or loaded since.
 
         Args:
-            reuse: whether the losses in the block reuse the x' of the first pass (in `augmix_loss`: its views) and run
-                only the update's forwards. False: the samples are grouped by the current weights and the first pass's
-                F_R, and attacked again.
+            reuse: whether the loss of the first pass reuses its x' in the block (in `augmix_loss`: its views) and runs
+                only the update's forwards; RuntimeError of another loss. False: the samples are grouped by the current
+                weights and the first pass's F_R, and attacked again.
         """
         self._last.begin_again(reuse)
         outer, self._reuse = self._reuse, reuse
@@ -217,14 +218,14 @@ class BulletTrain(MeasuredShares):
         if self.counts_now:
             self._last.kept, self._last.owner = made, owner
 
-    def reused(self) -> object:
-        """Returns the kept value if a further pass reuses it; None if x' must be made.
+    def reused(self, owner: object = None) -> object:
+        """Returns what `owner` has kept if a further pass reuses it; None if x' must be made.
 
-        An objective calls it first: outside `again` a new minibatch begins. RuntimeError if nothing was kept.
+        An objective calls it first: outside `again` a new minibatch begins. RuntimeError if that owner kept nothing.
         """
         if self.counts_now:
             self._last = LastMinibatch()
-        return self._last.reused() if self._reuse else None
+        return self._last.reused(owner) if self._reuse else None
 
     def start_again(self, inputs: Sequence[Fault]) -> CheckedRead:
         """The read of a pass that plans nothing: unreported faults, then those of its inputs; collective with ranks."""

@@ -1,19 +1,17 @@
 """What a memory holds, forgets, saves and refuses."""
 
 import copy
-import json
 import math
 import pickle
-import warnings
 from unittest import mock
 
 import pytest
 import torch
 from pretended_device import DEVICE, pretended_device
 from small_models import CLASSES, conv_bn
+from tolerances import assert_near
 
 from bt_fast import APGD, AWP, PGD, BulletTrain, MARTLoss, Memory, PGDLoss, Placement, Plan, TRADESLoss, ops
-from bt_fast.memory_file import header_of
 
 SAMPLES, SHAPE = 6, (1, 6, 6)
 ATTACK = PGD(0.1, 0.02, 10)
@@ -77,7 +75,7 @@ def test_the_second_epoch_starts_where_the_first_ended(kind):
     assert (first - x).abs().max() < 0.006
     assert (second - x).abs().mean() > 0.04
     assert criterion.last.steps.tolist() == [1] * SAMPLES
-    torch.testing.assert_close(memory.perturbations, ((ended - x) / 0.1).clamp(-1, 1), rtol=0, atol=1e-6)
+    assert_near(memory.perturbations, ((ended - x) / 0.1).clamp(-1, 1))
 
 
 def test_epsilon_may_follow_a_schedule():
@@ -111,6 +109,19 @@ def test_a_further_pass_remembers_nothing():
             with criterion.again(reuse=reuse):
                 criterion(model(), x, y, indices=indices)
             assert same(memory, before)
+
+
+@pytest.mark.parametrize("mining", [None, BulletTrain()])
+def test_what_is_remembered_is_looked_up_only_where_x_is_made_anew(mining):
+    criterion = trained(Memory(SAMPLES), (0, 1, 2), mining=copy.deepcopy(mining))
+    x, y, indices = batch(0, 1, 2)
+    with mock.patch.object(Memory, "recall", autospec=True, side_effect=Memory.recall) as recall:
+        with criterion.again():
+            criterion(model(), x, y)  # which needs no indices
+        assert recall.call_count == 0
+        with criterion.again(reuse=False):
+            criterion(model(), x, y, indices=indices)
+        assert recall.call_count == 1
 
 
 def test_the_two_passes_of_awp_remember_once():
@@ -207,107 +218,32 @@ def test_it_follows_moves_but_not_casts_and_is_copied_whole():
     assert not held.perturbations.is_meta
 
 
-# Files
+@pytest.mark.parametrize("storage", ["host", "file"])
+def test_on_the_host_it_stays_there_whatever_the_default_device_is(storage, tmp_path):
+    (x, y, indices), network, share = batch(0, 1, 2), model(), torch.arange(SAMPLES)
+    path = tmp_path / "all.mem" if storage == "file" else None
+    with torch.device("meta"):  # on which a tensor has no values
+        memory = Memory(SAMPLES, storage=storage, path=path, share=share)
+        criterion = TRADESLoss(ATTACK, memory=memory)
+        for _ in range(2):
+            criterion(network, x, y, indices=indices)
+    assert {name: buffer.device.type for name, buffer in memory.named_buffers()} == dict.fromkeys(
+        ("share", "perturbations", "written", "clock"), "cpu"
+    )
+    before = copy.deepcopy(memory)
+    criterion.to_empty(device="meta")
+    assert same(memory, before)
 
 
-def in_file(path, **options):
-    return Memory(SAMPLES, storage="file", path=path / "all.mem", **options)
-
-
-def test_a_file_holds_what_a_device_would(tmp_path):
-    memory, expected = in_file(tmp_path), Memory(SAMPLES)
-    trained(memory, *ALL, *ALL)
-    trained(expected, *ALL, *ALL)
-    assert same(memory, expected)
-    described = json.loads(header_of(memory.path).read_text())
-    assert (described["samples"], described["shape"], described["dtype"]) == (SAMPLES, [*SHAPE], "int8")
-    state = memory.state_dict()
-    assert "perturbations" not in state
-    assert same(copy.deepcopy(memory), expected)
-    assert same(pickle.loads(pickle.dumps(memory)), expected)
-    del memory
-    again = in_file(tmp_path)
-    assert same(again, expected)
-    assert again.shape == SHAPE
-
-
-def test_a_file_as_old_as_its_checkpoint_goes_on_exactly(tmp_path):
-    memory, expected = in_file(tmp_path), Memory(SAMPLES)
-    state = trained(memory, *ALL).state_dict()
-    del memory
-    resumed = in_file(tmp_path)
-    criterion = TRADESLoss(ATTACK, memory=resumed)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        criterion.load_state_dict(state)
-    trained(resumed, *ALL)
-    trained(expected, *ALL, *ALL)
-    assert same(resumed, expected)
-
-
-def test_of_a_file_newer_than_its_checkpoint_perturbations_are_used_as_they_are(tmp_path):
-    memory = in_file(tmp_path)
-    state = copy.deepcopy(trained(memory, *ALL).state_dict())
-    trained(memory, (1, 2))
-    kept = memory.perturbations.clone()
-    del memory
-    resumed = in_file(tmp_path)
-    with pytest.warns(UserWarning, match=r"^2 of 6 perturbations in .*all.mem were written after the state"):
-        TRADESLoss(ATTACK, memory=resumed).load_state_dict(state)
-    assert resumed.clock == 6
-    assert torch.equal(resumed.perturbations, kept)
-    assert (resumed.ages() >= 0).all()
-    trained(resumed, *ALL)
-    assert resumed.clock == 12
-
-
-def test_a_torn_row_is_still_a_start_within_the_ball(tmp_path):
-    memory = in_file(tmp_path, dtype=torch.float16)
-    trained(memory, *ALL)
-    memory.perturbations[1] = float("nan")
-    memory.perturbations[2] = 3.0
-    criterion = trained(memory, ALL[0])
-    x = batch(*ALL[0])[0]
-    assert (criterion.last.x_adv - x).abs().max() <= 0.1 * 1.00001
-    assert memory.perturbations.isfinite().all()
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda path: header_of(path).unlink(), r"^path must be a memory with its all.mem.json beside it"),
-        (lambda path: header_of(path).write_text("[]"), r"^path must be a memory whose all.mem.json describes it"),
-        (lambda path: header_of(path).write_text('{"shape": [1]}'), r"^path must be a memory whose all.mem.json"),
-        (lambda path: path.write_bytes(b"short"), r"^path must be a file of 264 bytes .* got one of 5 bytes"),
-        (lambda path: path.unlink(), r"^path must be a file of 264 bytes .* got one of 0 bytes"),
-    ],
-)
-def test_a_file_that_is_damaged_is_refused(tmp_path, change, message):
-    memory = in_file(tmp_path)
-    trained(memory, *ALL)
-    path = memory.path
-    del memory
-    change(path)
-    with pytest.raises(ValueError, match=message):
-        in_file(tmp_path)
-
-
-def test_a_file_of_another_memory_is_refused(tmp_path):
-    state = trained(in_file(tmp_path, fingerprint="letters"), *ALL).state_dict()
-    for own, name in (
-        ({"fingerprint": "digits"}, "fingerprint"),
-        ({"dtype": torch.float16}, "dtype"),
-        ({"shape": (1, 6, 5)}, "shape"),
-    ):
-        with pytest.raises(ValueError, match=rf"^memory must have the {name} of the file all.mem, "):
-            in_file(tmp_path, **own)
-    with pytest.raises(ValueError, match=r"^memory must have the samples of the file all.mem, 6, got 5"):
-        Memory(5, storage="file", path=tmp_path / "all.mem")
-    other = Memory(SAMPLES, storage="file", path=tmp_path / "other.mem", fingerprint="letters")
-    with pytest.raises(ValueError, match=r"^path must be the file that was saved with this state"):
-        TRADESLoss(ATTACK, memory=other).load_state_dict(state)
-    with pytest.raises(ValueError, match=r"^path must lie in a folder that exists"):
-        Memory(SAMPLES, storage="file", path=tmp_path / "none" / "all.mem")
+def test_made_on_the_meta_device_it_is_filled_by_a_state():
+    saved = trained(Memory(SAMPLES), *ALL, mining=BulletTrain())
+    with torch.device("meta"):
+        criterion = TRADESLoss(ATTACK, memory=Memory(SAMPLES), mining=BulletTrain())
+    criterion.to_empty(device="cpu").load_state_dict(saved.state_dict())
+    assert same(criterion.memory, saved.memory)
+    trained(criterion.memory, *ALL)
+    trained(saved.memory, *ALL)
+    assert same(criterion.memory, saved.memory)
 
 
 # Rows that are copied to the images' device and back, as from the host to a GPU
@@ -483,6 +419,7 @@ def test_a_wrong_option_is_an_error(given, error, message):
     [
         (ATTACK, 50_000, TypeError, r"^memory must be a Memory or None, got int"),
         (APGD(0.1, 10), Memory(6), TypeError, r"^attack must be a PGD, got APGD"),
+        ("pgd", Memory(6), TypeError, r"^attack must be a PGD, got str: .*write PGD\(...\)"),
         (PGD(0.1, 0.02, 10, start="uniform"), Memory(6), ValueError, r"^attack's start must be 'normal' or None"),
         (PGD(0.1, 0.02, 10, "l2"), Memory(6, dtype=torch.int8), ValueError, r"^memory's dtype must be floating point"),
     ],
@@ -490,3 +427,8 @@ def test_a_wrong_option_is_an_error(given, error, message):
 def test_an_attack_that_cannot_start_there_is_an_error(attack, memory, error, message):
     with pytest.raises(error, match=message):
         TRADESLoss(attack, memory=memory)
+
+
+def test_a_mining_of_another_kind_is_an_error_that_names_it():
+    with pytest.raises(TypeError, match=r"^mining must be a BulletTrain or None, got str"):
+        TRADESLoss(ATTACK, mining="bullet", memory=Memory(SAMPLES))

@@ -58,6 +58,14 @@ def parse_json(text: str) -> Any:
         raise ValueError("JSON that is nested too deeply") from error
 
 
+def whole_lines(path: Path) -> list[str]:
+    """The lines of a text, without a last one that was cut off while it was written; none where there is no file."""
+    if not path.exists():
+        return []
+    *lines, _ = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    return lines
+
+
 def append_line(path: Path, line: str) -> None:
     """Appends a line to the file and waits until it is on disk; OSError names `path`."""
     with naming(path), open(path, "a", encoding="utf-8") as file:

@@ -30,7 +30,7 @@ from bt_fast.lab.config import RunConfig
 from bt_fast.lab.contestant import Contestant as Contestant
 from bt_fast.lab.data import ImageDataset, images, minibatches
 from bt_fast.lab.energy import TrainingEnergy
-from bt_fast.lab.files import append_line, parse_json, write_text
+from bt_fast.lab.files import append_line, parse_json, whole_lines, write_text
 from bt_fast.lab.fitting import check_training
 from bt_fast.lab.locks import hold, new_folder
 from bt_fast.lab.provenance import Provenance, check_configuration, check_data, data_summary, fingerprint, this_start
@@ -264,11 +264,8 @@ class Run:
 
     def records(self) -> list[dict[str, Any]]:
         """Returns the records in metrics.jsonl; ValueError if a line other than a cut-off last one is not a record."""
-        path = self._metrics_path
-        if not path.exists():
-            return []
-        text, records = path.read_text(encoding="utf-8", errors="replace"), []
-        for line in text[: text.rfind("\n") + 1].splitlines():
+        path, records = self._metrics_path, []
+        for line in whole_lines(path):
             try:
                 record = parse_json(line)
                 if not isinstance(record, dict) or type(record.get("iteration")) is not int or "kind" not in record:

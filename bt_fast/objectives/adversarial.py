@@ -66,6 +66,7 @@ class Call:
     balance: Balance | None  # how the ranks of the mining's process group share the attack
     name: str = "x"  # of the images in messages
     kept: object = None  # without mining: the attack of the first pass over this minibatch, which this one reuses
+    owner: object = None  # with mining: of that attack
     updates: bool = True  # the model is trained on x' next, and so returns logits in the update's modes too
     embeds: bool = False  # its outputs need not be logits of the labels' classes
     own: PerSample = NOTHING  # what samples have of their own, in the units of x
@@ -276,7 +277,7 @@ def start(model: nn.Module, x: Tensor, y: Tensor | None, adversary: Adversary, b
         with execution.autocast_of_attack(x):
             return _start_uniform(model, x, y, adversary, pixels, shared)
     assert y is not None
-    if (kept := adversary.call.kept if bullet is None else bullet.reused()) is not None:
+    if (kept := adversary.call.kept if bullet is None else bullet.reused(adversary.call.owner)) is not None:
         by_sample.check_made_anew(adversary.own)
         return _reused(kept, x, y, threat, bullet)
     assert bullet is not None
@@ -412,7 +413,7 @@ def _probabilities(logits: Tensor) -> Tensor:
 def _reused(kept: object, x: Tensor, y: Tensor, threat: ThreatModel, bullet: BulletTrain | None) -> Attack:
     """The attack of the first pass over this minibatch, which has ended; its read checks that the minibatch is this."""
     if not isinstance(kept, Attack) or kept.threat != threat:
-        made = f"with {kept.threat}" if isinstance(kept, Attack) else "by augmix_loss"
+        made = f"with {kept.threat}" if isinstance(kept, Attack) else "by a script"
         raise ValueError(f"again(reuse=True) has the x' made {made}, but this loss attacks with {threat}: {NEW_ONES}")
     assert kept.y is not None
     others = [other_samples(kept.x, kept.y, x, y, kept.plan)]

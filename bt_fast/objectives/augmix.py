@@ -23,7 +23,7 @@ from bt_fast.labels import check_classes, check_either, check_without_gradient, 
 from bt_fast.mining import BulletTrain
 from bt_fast.objectives.cross_entropy import CrossEntropy, Smoothed, Smoothing
 from bt_fast.objectives.execution import autocast, dtype_of, yes
-from bt_fast.objectives.passes import NEW_ONES, Pass, Passes, check_moving, check_outside, other_samples, wanted
+from bt_fast.objectives.passes import Pass, Passes, check_moving, check_outside, other_samples, wanted
 from bt_fast.objectives.recomputed import update_modes
 from bt_fast.ranges import MINING, UPDATE, range_
 from bt_fast.validation import check_generator, check_kind
@@ -188,7 +188,7 @@ class AugMixLoss(Smoothed, nn.Module):
         mining, last = self.mining, self.engine.channels_last and takes_channels_last(model, x)
         assert mining is not None
         with range_(MINING):
-            kept = mining.reused()
+            kept = mining.reused(self._passes.owner)
             clean = logits_of(model, formatted(x, last))
             check_classes("y", y, clean.shape[1])
             if kept is None:
@@ -258,8 +258,7 @@ class _Views:
 
 def _reused(kept: object, x: Tensor, y: Tensor, clean: Tensor, bullet: BulletTrain) -> _Views:
     """Returns the views of the first pass, after checking that it was over this minibatch."""
-    if not isinstance(kept, _Views):
-        raise ValueError(f"again(reuse=True) has the x' of another loss, but augmix_loss needs views: {NEW_ONES}")
+    assert isinstance(kept, _Views)
     others = other_samples(kept.x, kept.y, x, y)
     bullet.start_again([others, faults.rows_without_number(clean, "the model's logits")]).wait()
     return kept

@@ -99,7 +99,7 @@ class AdversarialLoss(nn.Module, ABC):
         on_input_gradient: None, or a function to which the loss's backward hands its gradient with respect to x', a
             tensor [m, ...] in the caller's order and for pixels, 0 for samples without an adversarial forward: at the
             price of one input gradient of the first layer, the ascent direction of a further step. Not called where no
-            sample runs an adversarial forward. May be set.
+            sample runs an adversarial forward. May be set; a module is then a part of this one, until None is set.
         default_start, default_inner: for an attack that names none.
 
     Raises:
@@ -248,7 +248,7 @@ class AdversarialLoss(nn.Module, ABC):
             check_all_count(self.mining.half_drawn, "with AWP's samples='moved'", "write samples='all'")
         recalled = None if self._passes.reuses(self.mining) else self._recalled(x, call.indices, call.placement)
         call = replace(call, execution=call.execution.fitting(self.attack), recalled=recalled)
-        call = replace(call, kept=self._passes.begin())
+        call = replace(call, kept=self._passes.begin(), owner=self._passes.owner)
         mining, execution, update = self.mining, call.execution, call.execution.update
         defaults = self.default_start, self.default_inner
         last, take = update is not None and update.channels_last, self.on_input_gradient

@@ -385,7 +385,7 @@ def measured_costs_are_those_of_all_ranks():
     rank, sizes = dist.get_rank(), set()
     rows = 64 - 8 * rank  # unequal shares: ranks that did not agree on the sizes would not meet in a collective
 
-    work = 0.0  # its seconds: real ones would be longer beside other processes, and here count a thousandth
+    work = 0.0  # its seconds: real ones would be longer beside other processes, and here count a millionth
 
     def attack(n):
         nonlocal work
@@ -393,7 +393,7 @@ def measured_costs_are_those_of_all_ranks():
         work += 0.002 + 1e-4 * n * (1 + rank)  # ranks differ: the mean is 2.5e-4 s a sample
 
     def clock(_):
-        return work + 1e-3 * time.perf_counter()
+        return work + 1e-6 * time.perf_counter()
 
     clean, target = torch.empty(1, 3, 8, 8), torch.empty(1, 4)
     with mock.patch.object(auto, "now", clock):

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import itertools
 import weakref
 from unittest import mock
 
@@ -18,6 +19,7 @@ from test_objectives import confident, own_labels, recorded, seeded, sgd
 from tolerances import assert_near_nested
 
 from bt_fast import (
+    PGD,
     BulletTrain,
     Frozen,
     GraphRunner,
@@ -25,9 +27,11 @@ from bt_fast import (
     NonFiniteError,
     Normalization,
     StreamRunner,
+    TRADESLoss,
     Update,
     augmix_loss,
     mart_loss,
+    perturb,
     pgd_loss,
     trades_loss,
 )
@@ -337,17 +341,36 @@ def test_images_are_reused_for_their_own_minibatch_alone(name, what):
     assert_near_nested(state_of(bullet), before)
 
 
-def test_images_are_reused_for_their_own_threat_and_kind_of_loss_alone():
-    model, bullet = confident(), BulletTrain(1, 0, 0)
+def test_images_are_reused_by_the_loss_that_made_them_alone():
+    model, bullet, attack = confident(), BulletTrain(1, 0, 0), PGD(0.03, 0.01, 1)
     x, y = minibatch(0, model)
-    trades_loss(model, x, y, None, bullet=bullet)
-    with pytest.raises(ValueError, match=r"epsilon=0.031.*epsilon=0.1.*reuse=False"), bullet.again():
-        trades_loss(model, x, y, None, epsilon=0.1, bullet=bullet)
-    with pytest.raises(ValueError, match=r"x' of another loss.*views.*reuse=False"), bullet.again():
-        augmix_loss(model, x, y, bullet=bullet)
-    augmix_loss(model, x, y, bullet=bullet)
-    with pytest.raises(ValueError, match=r"by augmix_loss.*reuse=False"), bullet.again():
-        mart_loss(model, x, y, None, bullet=bullet)
+    functions = {
+        "trades": functools.partial(trades_loss, optimizer=None, epsilon=0.03, step_size=0.01, perturb_steps=1),
+        "other ε": functools.partial(trades_loss, optimizer=None, epsilon=0.1, step_size=0.01, perturb_steps=1),
+        "mart": functools.partial(mart_loss, optimizer=None, epsilon=0.03, step_size=0.01, perturb_steps=1),
+        "augmix": augmix_loss,
+        "script": lambda model, x, y, bullet: perturb(model, x, y, attack, bullet),
+    }
+    for first, second in itertools.permutations(functions, 2):
+        if first == "script":
+            continue
+        functions[first](model, x, y, bullet=bullet)
+        before = state_of(bullet)
+        with (
+            pytest.raises(RuntimeError, match=r"x' that the same loss has made, .*again\(reuse=False\)"),
+            bullet.again(),
+        ):
+            functions[second](model, x, y, bullet=bullet)
+        assert_near_nested(state_of(bullet), before)
+        with bullet.again():
+            functions[first](model, x, y, bullet=bullet)
+    one, another = (TRADESLoss(attack, mining=bullet) for _ in range(2))
+    one(model, x, y)
+    with pytest.raises(RuntimeError, match="x' that the same loss has made"), bullet.again():
+        another(model, x, y)
+    bullet.keep("something else")
+    with pytest.raises(ValueError, match="x' made by a script, but this loss attacks with"), bullet.again():
+        functions["script"](model, x, y, bullet)
 
 
 def failed_in_a_forward(model, bullet, x, y):

@@ -1,12 +1,12 @@
 """The gradient of the update's loss with respect to x', handed over by its backward."""
 
 import copy
+import pickle
 from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
-from objective_cases import EACH
 from small_models import batch, gradients
 from test_objectives import confident, own_labels, seeded
 from tolerances import assert_near
@@ -34,12 +34,13 @@ def made(kind, name, **options):
     return kind(ATTACK, mining=bullet, engine="exact", **options)
 
 
-@pytest.mark.parametrize("name", MININGS)
-@EACH
-def test_it_is_the_loss_s_gradient_by_x_adv_in_the_caller_s_order(objective, name):
-    kind = KINDS[objective.name]
-    if kind is PGDLoss and name in ("skip", "half"):
-        pytest.skip("unperturbed samples are kept")
+KEPT = ("none", "keep", "before")  # which keep the samples without steps, as a loss without clean forwards must
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [(kind, name) for kind in KINDS.values() for name in (KEPT if kind is PGDLoss else MININGS)]
+)
+def test_it_is_the_loss_s_gradient_by_x_adv_in_the_caller_s_order(kind, name):
     x, _ = batch(11)
     results, plans = [], []
     planned = mock.patch.object(BulletTrain, "start_plan", lambda *a, **k: plans.append(PLAN(*a, **k)) or plans[0])
@@ -164,3 +165,45 @@ def test_such_an_update_and_one_of_half_is_not_captured():
         forwards = Forwards(**common, **options)
         assert forwards.identity is None
         assert why in forwards.unknown
+
+
+class Largest(nn.Module):
+    """Keeps the largest gradient so far, in its own unit."""
+
+    def __init__(self):
+        super().__init__()
+        self.unit = nn.Parameter(torch.ones(()))
+        self.register_buffer("largest", torch.zeros((), dtype=torch.float64))
+
+    def forward(self, gradient):
+        self.largest.copy_((gradient * self.unit).detach().abs().max())
+
+
+def test_a_module_is_a_part_of_the_loss_and_copied_with_it():
+    x, y = batch(6)
+    criterion = made(TRADESLoss, "none")
+    criterion.on_input_gradient = Largest()
+    assert [name for name, _ in criterion.named_parameters()] == ["on_input_gradient.unit"]
+    taken = []
+    for each in (criterion, copy.deepcopy(criterion), pickle.loads(pickle.dumps(criterion))):
+        each(confident(), x, y, generator=seeded(0)).backward()
+        taken.append(each.on_input_gradient.largest.item())
+    assert taken == [taken[0]] * 3
+    assert taken[0] > 0
+    criterion.on_input_gradient = None
+    assert not list(criterion.parameters())
+    criterion(confident(), x, y).backward()
+    criterion = copy.deepcopy(criterion)
+    assert criterion.on_input_gradient is None
+
+
+def test_what_is_no_function_is_refused_by_the_next_call_and_nothing_changes():
+    (x, y), model, criterion = batch(6), confident(), made(TRADESLoss, "keep")
+    criterion.on_input_gradient = torch.zeros(6)
+    before = copy.deepcopy((model.state_dict(), criterion.mining.state_dict()))
+    with pytest.raises(
+        TypeError, match=r"^on_input_gradient must be a function of a tensor or None, got Tensor: write"
+    ):
+        criterion(model, x, y)
+    for old, new in zip(before, (model.state_dict(), criterion.mining.state_dict()), strict=True):
+        assert all(torch.equal(old[name], new[name]) for name in old)

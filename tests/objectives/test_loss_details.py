@@ -212,8 +212,6 @@ class Noted:
 @MINED
 @pytest.mark.parametrize("soft", [False, True])
 def test_its_batch_is_in_the_callers_order(kind, mining, soft):
-    if kind is PGDLoss and mining is not None and mining.unperturbed:
-        pytest.skip("its only forward is the adversarial one")
     model, (x, y) = confident(), batch(12)
     y = own_labels(model, x)
     y = mixup(x, y, CLASSES)[1] if soft else y.int()

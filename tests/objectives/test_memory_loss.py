@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from emulated_device import EmulatedDevice
 from pretended_device import DEVICE, pretended_device
 from small_models import CLASSES, conv_bn
+from tolerances import assert_near
 
 from bt_fast import PGD, BulletTrain, HalfDrawn, MARTLoss, Memory, PGDLoss, Placement, TRADESLoss, ops
 from bt_fast.attack.graphs import GraphRunner
@@ -190,11 +191,11 @@ def test_it_is_the_plain_loop(kind, norm, stored, steps, mined, engine):
         expected, x_adv, counts = oracle.minibatch(x, y, indices, place, seed)
         generator.manual_seed(seed)
         loss = criterion(model, x, y, indices=indices, placement=place, generator=generator)
-        assert loss.item() == pytest.approx(expected.item(), rel=1e-9)
+        assert_near(loss.detach(), expected.detach(), "updates")
         assert criterion.last.steps.tolist() == counts
-        torch.testing.assert_close(criterion.last.x_adv, x_adv, rtol=0, atol=1e-10)
+        assert_near(criterion.last.x_adv, x_adv, "updates")
         remembered = memory.perturbations.double() / (127 if stored == torch.int8 else 1)
-        torch.testing.assert_close(remembered, oracle.memory, rtol=0, atol=5e-4 if stored == torch.float16 else 1e-9)
+        assert_near(remembered, oracle.memory, stored if stored == torch.float16 else "updates")
         delta = views(remembered * EPSILON, place, indices)
         seen = views(torch.ones(SAMPLES, *OWN, dtype=DOUBLE), place, indices) > 0
         quantum = EPSILON / 127 if stored == torch.int8 else EPSILON * 2e-3 if stored == torch.float16 else 1e-7
@@ -227,7 +228,7 @@ def test_from_graphs_and_on_streams_it_remembers_the_same(runner, mined):
                 criterion(model, x, labels[indices], indices=indices, placement=place, generator=generator)
         memories.append(memory.perturbations)
     assert emulated.replays
-    torch.testing.assert_close(*memories, rtol=0, atol=1e-9)
+    assert_near(*memories)
 
 
 @pytest.mark.parametrize("mined", [False, True])
@@ -269,7 +270,7 @@ def test_samples_that_others_stand_for_remember_their_attack_or_what_they_had(at
     out = robust & (plans[0].steps == 0)
     assert out.any() == (attacked == "half")
     expected = torch.where(out[:, None, None, None], before[indices], (x_adv - x) / EPSILON)
-    torch.testing.assert_close(memory.perturbations[indices], expected, rtol=0, atol=1e-12)
+    assert_near(memory.perturbations[indices], expected)
     assert torch.equal(memory.written[indices] == written[indices], out)
 
 
@@ -282,5 +283,5 @@ def test_a_shared_clean_forward_changes_neither_start_nor_what_is_remembered_of_
     for _ in range(2):
         criterion(model, images, labels, indices=torch.arange(SAMPLES)).backward()
         moved = (criterion.last.x_adv - images) / EPSILON
-        torch.testing.assert_close(memory.perturbations, moved, rtol=0, atol=1e-12)
+        assert_near(memory.perturbations, moved)
     assert moved.any()

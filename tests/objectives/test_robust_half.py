@@ -28,6 +28,7 @@ from bt_fast import (
     BulletTrain,
     HalfDrawn,
     MARTLoss,
+    Memory,
     PGDLoss,
     TRADESLoss,
     perturb,
@@ -193,12 +194,13 @@ RULES = {
 }
 
 
-@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize(
+    ("objective", "skip"),
+    [(objective, skip) for objective in OBJECTIVES for skip in (False, True) if objective.robust or not skip],
+    ids=str,
+)
 @pytest.mark.parametrize("rule", RULES)
-@EACH
 def test_a_policy_s_robust_samples_are_halved_whatever_their_steps(objective, rule, skip):
-    if skip and not objective.robust:
-        pytest.skip("it has no clean forward")
     models = [confident(), confident()]
     bullet = halving(3, 2, 1, "all", unperturbed="skip" if skip else "keep", **RULES[rule])
     bullet.robust_fraction.fill_(0.5)
@@ -322,13 +324,14 @@ def test_a_further_pass_has_the_same_half_and_the_same_x(kind, attacked):
     bullet = halving(3, 2, 0, attacked)
     bullet.robust_fraction.fill_(0.8)
     criterion = kind(PGD(0.1, 0.03, 3), mining=bullet, engine="exact")
-    first = criterion(model, x, y)
+    numbers, generator = torch.arange(9), seeded(0)  # these and its seed decide the starts: only the half is drawn
+    first = criterion(model, x, y, numbers, generator=generator)
     seen, f_r = criterion.last, bullet.robust_fraction.clone()
     with criterion.again():
-        assert_near(criterion(model, x, y), first.detach())
+        assert_near(criterion(model, x, y, numbers, generator=generator), first.detach())
     assert torch.equal(criterion.last.x_adv, seen.x_adv)
     with criterion.again(reuse=False):
-        losses = {round(criterion(model, x, y).item(), 9) for _ in range(6)}
+        losses = {round(criterion(model, x, y, numbers, generator=generator).item(), 9) for _ in range(6)}
     assert len(losses) > 1
     assert torch.equal(bullet.robust_fraction, f_r)
 
@@ -546,6 +549,27 @@ def test_fast_is_exact_up_to_rounding(objective, attacked):
             "loss": loss.detach(),
             "f_r": bullet.robust_fraction,
             **gradients(model),
-            **model.state_dict(),
+            **dict(model.named_buffers()),
         }
     assert_near_nested(result["fast"], result["exact"], "updates")
+
+
+def test_other_steps_are_taken_all_or_none():
+    def steps():
+        return bullet.boundary_steps, bullet.half_drawn, bullet.robust_steps, bullet.outlier_steps
+
+    bullet = BulletTrain(10, HalfDrawn(2), 0, unperturbed="skip")
+    attack, before = PGD(0.1, 0.03, 10), steps()
+    for wrong in (
+        lambda: bullet.take_steps(1, 0, 0),
+        lambda: TRADESLoss(attack, mining=bullet, memory=Memory(9, steps=(1, 0, 0))),
+    ):
+        with pytest.raises(ValueError, match=r"^robust_steps must be a number where robust samples take no steps"):
+            wrong()
+        assert steps() == before
+    for wrong, message in (((1.5, 1, 0), "^boundary_steps must be an int"), ((1, 1, -1), "^outlier_steps must be at")):
+        with pytest.raises((TypeError, ValueError), match=message):
+            bullet.take_steps(*wrong)
+        assert steps() == before
+    TRADESLoss(attack, mining=bullet, memory=Memory(9, steps=(2, 1, 0)))
+    assert steps() == (2, HalfDrawn(1), 1, 0)

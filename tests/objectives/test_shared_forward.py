@@ -14,7 +14,9 @@ from small_models import assert_unchanged, batch, build, gradients, snapshot
 from test_objectives import assert_same_update, confident, own_labels, recorded, seeded, sgd
 from test_robust_half import mart_of_one, permutation, weights_of
 from tolerances import assert_near, assert_near_nested
+from torch import distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from bt_fast import AWP, PGD, AdversarialLoss, BulletTrain, HalfDrawn, MARTLoss, PGDLoss, TRADESLoss
@@ -305,24 +307,30 @@ def test_in_16_bits_it_is_under_autocast_too(name):
     assert all(p.grad.dtype == torch.float32 for p in model.parameters())
 
 
-def wrapped():
-    from torch.nn.parallel import DistributedDataParallel
-
-    x, _ = batch(11)
+def of_two_ranks():
+    """Gradients and buffers of a rank's own images, averaged over the ranks by hand and by the wrapper."""
+    x = batch(22)[0].chunk(2)[dist.get_rank()]
     results = []
     for wrap in (False, True):
         model = confident()
         y = own_labels(model, x)
         outer = DistributedDataParallel(model) if wrap else model
         for _ in range(2):
+            for buffer in [] if wrap else model.buffers():
+                dist.broadcast(buffer, 0)  # as the wrapper does before a forward in train mode
+            model.zero_grad()
             shared("trades")(outer, x, y, generator=seeded(0)).backward()
-        results.append({**gradients(model), **model.state_dict()})
+        for p in [] if wrap else model.parameters():
+            dist.all_reduce(p.grad)
+            p.grad /= 2
+        results.append({**gradients(model), **dict(model.named_buffers())})
     return results
 
 
-def test_it_goes_through_distributed_data_parallel():
-    ((plain, ours),) = run_ranks(1, wrapped)
-    assert_near_nested(ours, plain)
+def test_ranks_average_its_gradients_through_distributed_data_parallel():
+    (by_hand, ours), (_, others) = run_ranks(2, of_two_ranks)
+    assert_near_nested(ours, by_hand)
+    assert all(torch.equal(ours[name], others[name]) for name in ours if name.endswith(("weight", "bias")))
 
 
 def test_explain_and_repr_say_it():
@@ -361,5 +369,11 @@ def test_bad_input():
     criterion = TRADESLoss(attack, clean_updates="shared")
     criterion.attack = PGD(EPSILON, STEP, 3, inner="margin")
     with pytest.raises(ValueError, match="clean_updates must be 1 without mining"):
+        criterion(confident(), *batch())
+    criterion = TRADESLoss(attack, mining=mined(), clean_updates="shared")
+    criterion.clean_forwards = 2
+    with pytest.raises(
+        ValueError, match=r"^clean_forwards must be 1 with clean_shared, got 2: write clean_forwards = 1"
+    ):
         criterion(confident(), *batch())
     Own(attack, mining=mined(), engine="exact")(confident(), *batch()).backward()

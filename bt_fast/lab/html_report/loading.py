@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bt_fast.lab.corruptions import SEVERITIES
-from bt_fast.lab.files import parse_json
+from bt_fast.lab.files import parse_json, whole_lines
 from bt_fast.lab.html_report.numbers import printable
 from bt_fast.lab.methods import Method
 from bt_fast.lab.provenance import Provenance
@@ -212,11 +212,8 @@ def _load_unfinished(letter: str, folder: Path) -> LoadedRun:
 
 def _records(path: Path) -> list[Record]:
     """Returns the records, except a last line that was cut off during writing."""
-    if not path.exists():
-        return []
-    *lines, _ = path.read_text(encoding="utf-8", errors="replace").split("\n")
     records = []
-    for n, line in enumerate(lines, start=1):
+    for n, line in enumerate(whole_lines(path), start=1):
         try:
             records.append(_record(line, f"{path}, line {n}"))
         except ValueError as error:

@@ -9,19 +9,10 @@ import sys
 
 import interpreter
 import torch
+from far_rows import LENGTH, ROWS, beginnings, images
 
 interpreter.complete()
 gather_start_fwd_kernel = runpy.run_path(sys.argv[1])["gather_start_fwd_kernel"]
-
-LENGTH, ROWS = 2**30, 3
-STARTS = range(0, LENGTH * ROWS, LENGTH)
-
-
-def images(*firsts):
-    x = torch.empty(LENGTH * ROWS, dtype=torch.int8)
-    for start, first in zip(STARTS, firsts, strict=True):
-        x[start : start + 4] = first
-    return x
 
 
 def sorted_by(order, expected):
@@ -30,8 +21,8 @@ def sorted_by(order, expected):
         x, clean, start, order, None, None, torch.zeros(2, dtype=torch.int64),
         LENGTH, 1, 0.0, 1.0, 25.0, BLOCK=4, NORMAL=True,
     )  # fmt: skip
-    assert [clean[s : s + 4].tolist() for s in STARTS] == [[v] * 4 for v in expected]
-    assert [start[s : s + 4].tolist() for s in STARTS] == [[min(v, 25)] * 4 for v in expected]
+    assert beginnings(clean) == [[v] * 4 for v in expected]
+    assert beginnings(start) == [[min(v, 25)] * 4 for v in expected]
 
 
 sorted_by(torch.tensor([2, 0, 1]), [30, 10, 20])

@@ -9,25 +9,16 @@ import sys
 
 import interpreter
 import torch
+from far_rows import BLOCK, LENGTH, ROWS, beginnings, images
 
 interpreter.complete()
 kernels = runpy.run_path(sys.argv[1])
 
-# either rows so long that the third begins at 2^31, of which a block takes the first elements; or, for kernels that go
-# over whole rows, so many rows that the last begins at 2^31
-LENGTH, ROWS, BLOCK = 2**30, 3, 4
+# far rows are long: for kernels that go over whole rows, so many short ones that the last begins at 2^31
 MANY, SHORT, LONG_BLOCK = 2**11 + 1, 2**20, 2**17
-STARTS = range(0, LENGTH * ROWS, LENGTH)
 NONE_LEFT = torch.zeros(MANY, dtype=torch.int64)
 NONE_LEFT[-1] = 1
 COUNTS = (NONE_LEFT, torch.tensor(0))
-
-
-def images(*firsts):
-    x = torch.empty(LENGTH * ROWS, dtype=torch.int8)
-    for start, first in zip(STARTS, firsts, strict=True):
-        x[start : start + BLOCK] = first
-    return x
 
 
 def last(value, dtype=torch.int8):
@@ -43,7 +34,7 @@ def linf(name, result):
     kernels[name][(ROWS,)](
         x, grad, clean, torch.full((ROWS,), 7.0), None, None, *result, 5.0, None, 0.0, 100.0, BLOCK=BLOCK
     )
-    assert [x[s : s + BLOCK].tolist() for s in STARTS] == [[15] * 4, [15] * 4, [35] * 4]
+    assert beginnings(x) == [[15] * 4, [15] * 4, [35] * 4]
 
 
 def pgd_linf_sample_fwd_kernel(name):
@@ -67,7 +58,7 @@ def pgd_l2_sample_fwd_kernel(name):
         x, grad, clean, torch.full((ROWS,), 16.0), None, None, flat, None, LENGTH, 100.0, None, 0.0, 100.0,
         BLOCK=BLOCK,
     )  # fmt: skip
-    assert [x[s : s + BLOCK].tolist() for s in STARTS] == [[18] * 4, [12] * 4, [38] * 4]
+    assert beginnings(x) == [[18] * 4, [12] * 4, [38] * 4]
     assert flat.tolist() == [0, 0, 0]
 
 
@@ -87,7 +78,7 @@ def pgd_l2_step_fwd_kernel(name):
     kernels[name][(ROWS,)](
         x, grad, clean, None, None, measured, ROWS, LENGTH, 1, 0.0, 100.0, BLOCK=BLOCK
     )  # fmt: skip
-    assert [x[s : s + BLOCK].tolist() for s in STARTS] == [[11] * 4, [16] * 4, [29] * 4]
+    assert beginnings(x) == [[11] * 4, [16] * 4, [29] * 4]
 
 
 def pgd_l2_stand_in_fwd_kernel(name):

@@ -9,19 +9,10 @@ import sys
 
 import interpreter
 import torch
+from far_rows import LENGTH, ROWS, beginnings, images
 
 interpreter.complete()
 recall_linf_fwd_kernel = runpy.run_path(sys.argv[1])["recall_linf_fwd_kernel"]
-
-LENGTH, ROWS = 2**30, 3
-STARTS = range(0, LENGTH * ROWS, LENGTH)
-
-
-def images(*firsts):
-    x = torch.empty(LENGTH * ROWS, dtype=torch.int8)
-    for start, first in zip(STARTS, firsts, strict=True):
-        x[start : start + 4] = first
-    return x
 
 
 def recalled(order, slots, expected):
@@ -31,7 +22,7 @@ def recalled(order, slots, expected):
         1, 2.0, None, 0.0, 0.0, 31.0,
         CHANNELS=1, HEIGHT=1, WIDTH=LENGTH, OWN_HEIGHT=1, OWN_WIDTH=LENGTH, LAST=False, NOISY=False, BLOCK=4,
     )  # fmt: skip
-    assert [start[s : s + 4].tolist() for s in STARTS] == [[v] * 4 for v in expected]
+    assert beginnings(start) == [[v] * 4 for v in expected]
 
 
 recalled(torch.tensor([2, 0, 1]), torch.tensor([1, 2, -1]), [30, 12, 18])

@@ -9,20 +9,10 @@ import sys
 
 import interpreter
 import torch
+from far_rows import LENGTH, ROWS, beginnings, images
 
 interpreter.complete()
 remember_fwd_kernel = runpy.run_path(sys.argv[1])["remember_fwd_kernel"]
-
-LENGTH, ROWS = 2**30, 3
-STARTS = range(0, LENGTH * ROWS, LENGTH)
-
-
-def images(*firsts):
-    x = torch.empty(LENGTH * ROWS, dtype=torch.int8)
-    for start, first in zip(STARTS, firsts, strict=True):
-        x[start : start + 4] = first
-    return x
-
 
 memory, x_adv, clean = images(5, 5, 5), images(11, 20, 28), images(10, 20, 30)
 slots = torch.tensor([2, 0, 1])
@@ -30,4 +20,4 @@ remember_fwd_kernel[(ROWS,)](
     memory, x_adv, clean, slots, None, None, None, None, None, None, 1, 2.0, None,
     CHANNELS=1, HEIGHT=1, WIDTH=LENGTH, OWN_HEIGHT=1, OWN_WIDTH=LENGTH, LAST=False, BLOCK=4,
 )  # fmt: skip
-assert [memory[s : s + 4].tolist() for s in STARTS] == [[0] * 4, [-127] * 4, [64] * 4]
+assert beginnings(memory) == [[0] * 4, [-127] * 4, [64] * 4]

@@ -9,25 +9,18 @@ import sys
 
 import interpreter
 import torch
+from far_rows import LOGITS, STRIDE, logits
 
 interpreter.complete()
 kernels = runpy.run_path(sys.argv[1])
-STRIDE, ROWS, K = 2**30, 4, 4
-
-
-def far_apart():
-    """Returns rows of logits 2^30 elements apart, with their first maxima at 0, 1, 2 and 3."""
-    z = torch.empty(STRIDE * (ROWS - 1) + K, dtype=torch.int8)
-    rows = z.as_strided((ROWS, K), (STRIDE, 1))
-    rows.copy_(torch.eye(K) * 3)
-    return rows
+ROWS = K = LOGITS
 
 
 def mined(kernel, grid, *sizes, **constants):
     svar, correct, unfit = torch.full((ROWS,), 7.0), torch.full((ROWS,), 7).byte(), torch.full((ROWS,), 7).byte()
     p = torch.full((ROWS, K), 7.0)
     labels = torch.tensor([0, 1, 0, 3])
-    kernels[kernel][grid](far_apart(), labels, svar, correct, unfit, p, *sizes, STRIDE, K=K, **constants)
+    kernels[kernel][grid](logits(), labels, svar, correct, unfit, p, *sizes, STRIDE, K=K, **constants)
     assert torch.allclose(p, (torch.eye(K) * 3).softmax(dim=1))
     assert (correct.tolist(), unfit.tolist()) == ([1, 1, 0, 1], [0] * ROWS)
     assert (svar > 0).tolist() == [True, True, False, True]
