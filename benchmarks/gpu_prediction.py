@@ -17,9 +17,9 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks.engine_parts import trades_by
-from benchmarks.gpu_model import Action, Gpu, kernels_of, simulate
+from benchmarks.gpu_model import Action, Gpu, Kernel, kernels_of, simulate
 from benchmarks.gpu_trace import NOWHERE, trace
-from bt_fast import BulletTrain, trades_loss
+from bt_fast import PGD, BulletTrain, Engine, Memory, Placement, TRADESLoss, trades_loss
 from bt_fast.attack.auto import now
 from bt_fast.attack.forward import clean_logits, eval_mode
 from bt_fast.attack.graphs import GraphRunner
@@ -171,6 +171,50 @@ def predict(gpu: Gpu, model: str, batch_size: int) -> Iterations:
         result = simulate(program, gpu)
         rows[name] = Row(result.seconds, _flops(model, batch_size, name), result.device_seconds / result.seconds)
     return Iterations(gpu.name, model, batch_size, True, rows)
+
+
+def price_of_a_memory(gpu: Gpu, model: str, batch_size: int, dtype: torch.dtype, placed: bool) -> dict[str, Any]:
+    """PREDICTS an iteration of TRADES with BulletTrain in 1 / 1 / 0 steps with a memory, and one without.
+
+    By the bytes that are moved: of the memory those of the minibatch's rows, which are all that is traced.
+
+    Args:
+        dtype: of the memory. placed: whether the images have a placement.
+    """
+    work = Workload(model, batch_size, NOWHERE)
+    m, shape = len(work.x), tuple(work.x.shape[1:])
+    options: dict[str, Any] = {"indices": torch.arange(m, device=NOWHERE)}
+    attack, engine = PGD(0.031, 0.031, 1), Engine(graphs=True)
+    seconds: dict[str, float] = {}
+    kernels: dict[str, list[Kernel]] = {}
+    for name, memory in (("without", None), ("with", Memory(m, shape, dtype=dtype).to(NOWHERE))):
+        if memory is not None and placed:
+            zeros = torch.zeros(m, dtype=torch.int64, device=NOWHERE)
+            options["placement"] = Placement(zeros, zeros, zeros.bool())
+        criterion = TRADESLoss(attack, mining=BulletTrain(1, 1, 0), memory=memory, engine=engine).to(NOWHERE)
+
+        def run(criterion: TRADESLoss = criterion) -> None:
+            criterion(work.model, work.x, work.y, **options).backward()
+            work.optimizer.step()
+
+        active = work.boundary + work.robust
+        program = trace(run, reads=[active, work.outliers, work.boundary, work.robust], warm=2)
+        seconds[name], kernels[name] = simulate(program, gpu).seconds, kernels_of(program)
+    fused = [kernel for kernel in kernels["with"] if kernel.name in ("recall", "remember_")]
+    moved = {name: sum(k.bytes for k in fused if k.name == name) for name in ("recall", "remember_")}
+    return {
+        "predicted": True,
+        "device": gpu.name,
+        "model": model,
+        "batch_size": batch_size,
+        "dtype": str(dtype).removeprefix("torch."),
+        "placed": placed,
+        "seconds without": seconds["without"],
+        "over without": seconds["with"] / seconds["without"],
+        "launches more": len(kernels["with"]) - len(kernels["without"]),
+        "bytes": moved,
+        "seconds of these bytes": sum(moved.values()) / (gpu.bandwidth * gpu.memory_efficiency),
+    }
 
 
 def measure(device: torch.device, model: str, batch_size: int, *, rounds: int = 10, warm: int = 3) -> Iterations:

@@ -61,6 +61,7 @@ def trace(work: Callable[[], object], *, reads: Sequence[int] = (), warm: int = 
             )
         )
         requested = (torch.is_autocast_enabled, torch.get_autocast_dtype)
+        stack.enter_context(_replaced(torch.cuda, initial_seed=torch.initial_seed))
         stack.enter_context(_replaced(torch, **{ask.__name__: _asked_of_cuda(ask) for ask in requested}))
         stack.enter_context(_CallsItselfCuda())
         stack.enter_context(recorder)

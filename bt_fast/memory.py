@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import warnings
@@ -17,16 +16,25 @@ from torch import Tensor, nn
 from bt_fast import faults, ops
 from bt_fast.device import HostCopy
 from bt_fast.faults import Fault
-from bt_fast.memory_arguments import check_same, checked_dtype, checked_shape, checked_share, checked_steps
+from bt_fast.memory_arguments import (
+    INDICES,
+    check_same,
+    check_view,
+    checked_dtype,
+    checked_shape,
+    checked_share,
+    checked_steps,
+    digest,
+    rows_of,
+)
 from bt_fast.memory_file import NEVER, NUMPY, Description, MemoryFile, check_new, created, described
+from bt_fast.memory_rows import Fetched, on_device, to_device
 from bt_fast.ops.frames import Placed
 from bt_fast.ops.numeric import per_sample
-from bt_fast.placement import Placement, check_form, outside_frame
-from bt_fast.plan import MinedPlan, Plan
-from bt_fast.recalled import Recalled
+from bt_fast.placement import Placement, outside_frame
+from bt_fast.plan import Plan
+from bt_fast.recalled import Recalled, not_attacked
 from bt_fast.validation import check_choice, check_device, check_kind, check_labels, positive, step_count
-
-INDICES = "give each sample's number in its data set, as in criterion(model, x, y, indices=indices)"
 
 
 class Memory(nn.Module):
@@ -97,6 +105,8 @@ class Memory(nn.Module):
         self.fingerprint = fingerprint
         self._file: MemoryFile | None = None
         self._arriving: tuple[HostCopy, Tensor] | None = None  # rows on their way to the host, and their numbers
+        self._fetched: Fetched | None = None  # rows on their way to the images' device
+        self._images: Tensor | None = None  # an empty tensor where the last minibatch's images were
         home = None if storage == "device" else torch.device("cpu")  # whatever the default device is
         share = None if share is None else checked_share(share, self.samples)
         self.register_buffer("share", share if share is None or home is None else share.to(home), persistent=False)
@@ -132,18 +142,17 @@ class Memory(nn.Module):
             raise ValueError(f"indices must be given to a loss with a memory, got none: {INDICES}")
         check_labels(indices, len(x), x.device, "indices")
         shape = tuple(x.shape[1:]) if self.shape is None else self.shape
-        self._check_shape(x, placement, shape)
+        check_view(x, placement, shape)
         dtype = self._dtype(l2)
         if self.storage == "device":
             check_device("memory", self.clock, x.device, "the images")
         if self.path is not None and self._file is None:  # which this minibatch is going to make
             check_new(self.path)
         self.settle()
-        apart = self._apart(x)
-        numbers = indices.detach().long()
-        numbers = numbers.to(self.written.device) if apart else numbers
-        outside, twice, numbers = self._numbers(numbers)
-        wrong, placed = [outside, twice], None
+        self._images, fetched, placed = x.detach().new_empty(0), None, None
+        if self._fetched is not None and self._fetched.are_of(indices):
+            fetched, self._fetched = self._fetched, None
+        *wrong, numbers = self._numbers(indices) if fetched is None else fetched.checked
         if placement is not None:
             wrong.insert(0, outside_frame(placement, x.shape, shape))
             placed = Placed(placement.top.long(), placement.left.long(), placement.mirrored)
@@ -152,7 +161,42 @@ class Memory(nn.Module):
         elif known := [fault for fault in wrong if not fault.count.is_cuda]:
             faults.read(known).wait()
             wrong = [fault for fault in wrong if fault.count.is_cuda]
-        return self._read(x, numbers, placed, shape, dtype, tuple(wrong), apart)
+        return self._read(x, numbers, placed, shape, dtype, tuple(wrong), fetched)
+
+    def prefetch(self, indices: Tensor) -> Tensor:
+        """Starts to copy the rows of the next minibatch to the images' device, where the memory is on the host.
+
+        To be called between the loss of a minibatch and its backward, with the samples of the next one:
+
+            loss = criterion(model, x, y, indices=indices)
+            following = criterion.memory.prefetch(numbers)  # on the host, so that nothing waits
+            loss.backward()
+
+        The next call takes `indices=following`, and the host does not wait to learn what they are. Results are
+        the same to the bit, also of samples in both minibatches; and if the next call has any other tensor, all is as
+        without this. Does nothing with storage="device", with images on the CPU, and before a first minibatch's end.
+
+        Args:
+            indices: [m] integers, the samples of the next minibatch, all different.
+
+        Returns:
+            `indices` on the images' device; as given before a first minibatch.
+
+        Raises:
+            TypeError or ValueError: as `recall` would; only where there is something to copy.
+        """
+        self._fetched = None
+        if self._images is None:
+            return indices
+        check_labels(indices, len(indices), indices.device, "indices")
+        if self.perturbations is None or not self._apart(self._images):
+            return indices.to(self._images.device)
+        rows = self._numbers(indices)
+        faults.read(rows[:2]).wait()
+        arriving = None if self._arriving is None else self._arriving[1]
+        following = to_device(indices, self._images)
+        self._fetched = Fetched.start(self.perturbations, self.written, following, rows, arriving, self._images)
+        return following
 
     def remember(
         self, recalled: Recalled, x_adv: Tensor, clean: Tensor, plan: Plan, epsilon: float, *, l2: bool
@@ -171,7 +215,7 @@ class Memory(nn.Module):
             self._allocate(recalled.shape, self._dtype(l2))
             recalled = self._again(recalled, x_adv)
         rows, slots, numbers = recalled.rows, recalled.slots, recalled.numbers
-        out = _not_attacked(plan) if epsilon and self.steps[1] else None  # else no robust sample was going to be
+        out = not_attacked(plan) if epsilon and self.steps[1] else None  # else no robust sample was going to be
         before = None if out is None else (rows[slots], self.written[numbers])
         how: dict[str, Any] = {"order": plan.order, "steps": plan.steps, "keep": recalled.fresh}
         ops.remember_(rows, x_adv, clean, slots, epsilon, l2=l2, placed=recalled.placed, **how)
@@ -197,6 +241,7 @@ class Memory(nn.Module):
     def reset(self) -> None:
         """Forgets all perturbations: every sample starts afresh."""
         self.settle()
+        self._fetched = None
         self.written.fill_(NEVER)
         if self.perturbations is not None:
             self.perturbations.zero_()
@@ -226,15 +271,8 @@ class Memory(nn.Module):
 
     # Rows
 
-    def _check_shape(self, x: Tensor, placement: Placement | None, shape: tuple[int, ...]) -> None:
-        if placement is not None:
-            check_form(placement, len(x), x.shape[1:], shape, x.device)
-        elif tuple(x.shape[1:]) != shape:
-            raise ValueError(
-                f"images must have the memory's shape {list(shape)} where they have no placement, got "
-                f"{list(x.shape[1:])}: write placement=Placement(top, left, mirrored) of crops, or Memory(samples, "
-                f"{tuple(x.shape[1:])})"
-            )
+    def _numbers(self, indices: Tensor) -> tuple[Fault, Fault, Tensor]:
+        return rows_of(indices.detach().long().to(self.written.device), self.samples, self.share)
 
     def _dtype(self, l2: bool) -> torch.dtype:
         return self.dtype or (torch.float16 if l2 else torch.int8)
@@ -242,24 +280,6 @@ class Memory(nn.Module):
     def _apart(self, x: Tensor) -> bool:
         """Whether rows are copied to the images' device and back."""
         return self.written.device != x.device
-
-    def _numbers(self, numbers: Tensor) -> tuple[Fault, Fault, Tensor]:
-        """Which indices are wrong, those that are there twice, and each sample's row; of a wrong one any row."""
-        m, count = len(numbers), len(self.written)
-        ordered = numbers.sort().values
-        again = (ordered[1:] == ordered[:-1]).sum()
-        if self.share is None:
-            outside, rows = (numbers < 0) | (numbers >= self.samples), numbers.clamp(0, self.samples - 1)
-            text = f"indices must lie in 0..{self.samples - 1}, but {{count}} of {m} do not: {INDICES}"
-        else:
-            rows = torch.searchsorted(self.share, numbers).clamp_(max=count - 1)
-            outside = self.share[rows] != numbers
-            text = (
-                f"indices must be of this rank's share of {count} samples, but {{count}} of {m} are not: "
-                "let the sampler give each rank the samples of its share in every epoch"
-            )
-        twice = f"indices must be all different, but {{count}} of {m} are there again: leave second copies out"
-        return Fault(outside.sum(), text), Fault(again, twice), rows
 
     def _read(
         self,
@@ -269,30 +289,29 @@ class Memory(nn.Module):
         shape: tuple[int, ...],
         dtype: torch.dtype,
         wrong: tuple[Fault, ...],
-        apart: bool,
+        fetched: Fetched | None = None,
     ) -> Recalled:
         fresh, stored = None, self.perturbations
         if self.reset_after is not None:
             fresh = (self.clock - self.written[numbers]).double() <= self.reset_after * len(self.written)
-            fresh = fresh.to(x.device)
+            fresh = to_device(fresh, x)
         if stored is None:  # nothing is remembered, and what is wrong may yet come to light
             nothing = torch.full((len(x),), NEVER, dtype=torch.int64, device=x.device)
             rows = torch.empty(0, *shape, dtype=dtype, device=x.device)
             return Recalled(rows, nothing, numbers, fresh, placed, shape, wrong, self.steps)
-        if not apart:
+        if not self._apart(x):
             return Recalled(stored, numbers, numbers, fresh, placed, shape, wrong, self.steps)
-        rows = stored[numbers]
-        rows = rows.pin_memory().to(x.device, non_blocking=True) if x.is_cuda else rows.to(x.device)
+        rows = on_device(stored, numbers, x) if fetched is None else fetched.arrived(stored, self.written)
         return Recalled(rows, torch.arange(len(x), device=x.device), numbers, fresh, placed, shape, wrong, self.steps)
 
     def _again(self, recalled: Recalled, x: Tensor) -> Recalled:
         """The same minibatch, of a memory that has been made since."""
         given = recalled.numbers, recalled.placed, recalled.shape, recalled.rows.dtype, recalled.wrong
-        return self._read(x, *given, self._apart(x))
+        return self._read(x, *given)
 
     def _allocate(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         if self.path is not None:
-            self._file = created(self.path, len(self.written), shape, dtype, self.fingerprint, self._digest())
+            self._file = created(self.path, len(self.written), shape, dtype, self.fingerprint, digest(self.share))
             self._of_file(self._file)
         else:
             self.perturbations = torch.zeros(len(self.written), *shape, dtype=dtype, device=self.written.device)
@@ -311,7 +330,7 @@ class Memory(nn.Module):
             "shape": (self.shape or result.shape, result.shape),
             "dtype": (self.dtype or dtype, dtype),
             "fingerprint": (self.fingerprint or result.fingerprint, result.fingerprint),
-            "share": (self._digest(), result.share),
+            "share": (digest(self.share), result.share),
         }
         check_same(own, f"the file {path.name}", "write another path, or delete it to begin anew")
         self.shape, self.dtype, self._file = result.shape, dtype, MemoryFile(path, result)
@@ -324,15 +343,11 @@ class Memory(nn.Module):
         if not self.clock:  # a file without a checkpoint goes on from its own last minibatch
             self.clock.fill_(max(int(file.written.max()), 0))
 
-    def _digest(self) -> str | None:
-        if self.share is None:
-            return None
-        return hashlib.sha256(self.share.cpu().numpy().tobytes()).hexdigest()
-
     # Moving, saving and loading
 
     def _apply(self, fn: Any, recurse: bool = True) -> Memory:
         """Follows the moves of the module that holds this one, but not its casts; on the host nothing moves."""
+        self._fetched = self._images = None
         if self.storage == "device":
             for name, buffer in self._buffers.items():
                 if buffer is not None:
@@ -347,7 +362,7 @@ class Memory(nn.Module):
         kind = None if self.perturbations is None else NUMPY[self.perturbations.dtype]
         shape = None if self.perturbations is None else list(self.perturbations.shape[1:])
         given = {"samples": self.samples, "shape": shape, "dtype": kind, "fingerprint": self.fingerprint}
-        return given | {"share": self._digest(), "file": identity}
+        return given | {"share": digest(self.share), "file": identity}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Does nothing: `state` has been checked before the buffers were loaded."""
@@ -361,6 +376,7 @@ class Memory(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Loads a state of the same data set; of a file that has been written since, its perturbations as they are."""
         self.settle()
+        self._fetched = None
         stored, written = (state_dict.get(f"{prefix}{name}") for name in ("perturbations", "written"))
         if stored is not None and self.path is not None:
             raise ValueError(
@@ -417,11 +433,12 @@ class Memory(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         self.settle()
+        state = self.__dict__ | {"_fetched": None, "_images": None}
         if self._file is None:
-            return self.__dict__
+            return state
         self._file.flush()
         buffers = {**self._buffers, "perturbations": None, "written": torch.empty(0, dtype=torch.int64, device="cpu")}
-        return self.__dict__ | {"_file": self._file.description, "_buffers": buffers}
+        return state | {"_file": self._file.description, "_buffers": buffers}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -434,9 +451,3 @@ class Memory(nn.Module):
                 )
             self._file = MemoryFile(self.path, description)
             self._of_file(self._file)
-
-
-def _not_attacked(plan: Plan) -> Tensor | None:
-    """[m] bool, the robust samples that others stand for before the attack, in the batch's own order; None: none."""
-    weights = plan.weights if isinstance(plan, MinedPlan) else None
-    return None if weights is None else (weights == 0) & (plan.steps == 0)

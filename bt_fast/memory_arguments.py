@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bt_fast.faults import Fault
 from bt_fast.ops.frames import STORED
+from bt_fast.placement import Placement, check_form
 from bt_fast.validation import check_kind, holds_integers, step_count
+
+INDICES = "give each sample's number in its data set, as in criterion(model, x, y, indices=indices)"
 
 
 def check_same(either: dict[str, tuple[Any, Any]], of: str, instead: str) -> None:
@@ -54,3 +59,43 @@ def checked_share(share: Tensor, samples: int) -> Tensor:
     if len(numbers) != len(share) or numbers[0] < 0 or numbers[-1] >= samples:
         raise ValueError(f"share must hold different numbers in 0..{samples - 1}, got others: {instead}")
     return numbers
+
+
+def digest(share: Tensor | None) -> str | None:
+    """Identifies a rank's share of the samples."""
+    return None if share is None else hashlib.sha256(share.cpu().numpy().tobytes()).hexdigest()
+
+
+def check_view(x: Tensor, placement: Placement | None, shape: tuple[int, ...]) -> None:
+    """Raises TypeError or ValueError unless images x [m, ...] are frames of this shape, or have a placement in them."""
+    if placement is not None:
+        check_form(placement, len(x), x.shape[1:], shape, x.device)
+    elif tuple(x.shape[1:]) != shape:
+        raise ValueError(
+            f"images must have the memory's shape {list(shape)} where they have no placement, got "
+            f"{list(x.shape[1:])}: write placement=Placement(top, left, mirrored) of crops, or Memory(samples, "
+            f"{tuple(x.shape[1:])})"
+        )
+
+
+def rows_of(numbers: Tensor, samples: int, share: Tensor | None) -> tuple[Fault, Fault, Tensor]:
+    """Which of the numbers [m] int64 are wrong, those that are there twice, and each sample's row; of a wrong one any.
+
+    Args:
+        samples: how many the data set has. share: ascending, the numbers of those that are here; None: all.
+    """
+    m, ordered = len(numbers), numbers.sort().values
+    again = (ordered[1:] == ordered[:-1]).sum()
+    if share is None:
+        rows = numbers.clamp(0, samples - 1)
+        outside = numbers != rows
+        text = f"indices must lie in 0..{samples - 1}, but {{count}} of {m} do not: {INDICES}"
+    else:
+        rows = torch.searchsorted(share, numbers).clamp_(max=len(share) - 1)
+        outside = share[rows] != numbers
+        text = (
+            f"indices must be of this rank's share of {len(share)} samples, but {{count}} of {m} are not: "
+            "let the sampler give each rank the samples of its share in every epoch"
+        )
+    twice = f"indices must be all different, but {{count}} of {m} are there again: leave second copies out"
+    return Fault(outside.sum(), text), Fault(again, twice), rows

@@ -84,7 +84,7 @@ def outside_frame(placement: Placement, crop_shape: Sequence[int], own_shape: Se
     """Counts the crops that show no pixel of their image."""
     (height, width), (own_height, own_width) = crop_shape[-2:], own_shape[-2:]
     top, left = placement.top, placement.left
-    outside = (top <= -height) | (top >= own_height) | (left <= -width) | (left >= own_width)
+    outside = (top != top.clamp(1 - height, own_height - 1)) | (left != left.clamp(1 - width, own_width - 1))
     message = (
         f"placement must show a part of each image, but {{count}} of {len(top)} crops of {height}x{width} lie outside "
         f"of their frames of {own_height}x{own_width}: give as top and left the crop's upper left corner in the "

@@ -16,7 +16,7 @@ from bt_fast.faults import Fault
 from bt_fast.memory_file import NEVER
 from bt_fast.ops import ROBUST
 from bt_fast.ops.frames import Placed
-from bt_fast.plan import MinedPlan
+from bt_fast.plan import MinedPlan, Plan
 
 ONE_BESIDE_TWO = 0.6  # ε times this is the size of a robust sample's one step where boundary samples take two
 
@@ -75,3 +75,9 @@ class Recalled:
 def step_size(steps: int, epsilon: float) -> float:
     """The size of each of `steps` steps from a remembered start, in the units of epsilon."""
     return epsilon / steps if 1 <= steps <= 2 else STEP_FACTOR * epsilon / max(steps, 1)
+
+
+def not_attacked(plan: Plan) -> Tensor | None:
+    """[m] bool, the robust samples that others stand for before the attack, in the batch's own order; None: none."""
+    weights = plan.weights if isinstance(plan, MinedPlan) else None
+    return None if weights is None else (weights == 0) & (plan.steps == 0)

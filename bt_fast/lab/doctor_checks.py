@@ -23,6 +23,14 @@ from bt_fast.attack.graph_cache import GraphCache
 from bt_fast.attack.runners import Runner, run_eager
 from bt_fast.device import out_of_memory
 from bt_fast.full_precision import full_precision
+from bt_fast.lab.doctor_memory import (
+    recall_cases,
+    recalled,
+    recalled_plainly,
+    remember_cases,
+    remembered,
+    remembered_plainly,
+)
 from bt_fast.lab.models import build_model
 from bt_fast.objectives.adversarial import Call
 from bt_fast.objectives.execution import Execution
@@ -300,6 +308,9 @@ _started = _outputs(("clean", "start"), ("state",))
 _stepped = _outputs(changed=("x_adv", "faulty"))
 _moved = _outputs(changed=("robust_fraction", "unreported_faults"))
 
+_recall = recalled, recalled_plainly, partial(recall_cases, IMAGE_BATCHES)
+_remember = remembered, remembered_plainly, partial(remember_cases, IMAGE_BATCHES)
+
 CHECKS = (
     Check("signed_variance", _mined, signed_variance_reference, _mined_cases, 2e-6, "rows", "signed_variance"),
     Check("assign_steps", _assigned, assign_reference, _assign_cases, 1e-12, "assign", "assign_steps", SVAR),
@@ -308,6 +319,8 @@ CHECKS = (
     Check("ascent_direction", _directed, ascent_direction_reference, _way_cases, 4e-6, "rows", "ascent_direction"),
     Check("linf_step_", _stepped, linf_reference, _linf_cases, 1e-6, "linf", "pgd_step", IMAGES),
     Check("l2_step_", _stepped, l2_reference, _l2_cases, 4e-6, "l2", "pgd_l2_step", IMAGES),
+    Check("recall", *_recall, 4e-6, "recall", "memory_ops", IMAGES),
+    Check("remember_", *_remember, 1e-6, "remember", "memory_ops", IMAGES),
     Check("update_fraction_", _moved, update_fraction_reference, _fraction_cases, 1e-15, "update", "update_fraction"),
     Check("trades_kl", _losses, _graded("trades_kl"), _trades_cases, 2e-5, "losses", "divergence"),
     Check("mart_loss", _losses, _graded("mart_loss"), _mart_cases, 1e-4, "losses", "divergence"),

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from bt_fast.ops.launch import check, contiguous, dense_format, rounded
 from bt_fast.ops.numeric import per_sample
@@ -50,9 +51,14 @@ class Layout(NamedTuple):
         return self.CHANNELS * self.HEIGHT * self.WIDTH
 
     @property
+    def own_pixels(self) -> int:
+        """The number of places of a frame."""
+        return self.OWN_HEIGHT * self.OWN_WIDTH
+
+    @property
     def own_length(self) -> int:
         """The number of elements of a frame."""
-        return self.CHANNELS * self.OWN_HEIGHT * self.OWN_WIDTH
+        return self.CHANNELS * self.own_pixels
 
 
 def dense(x: Tensor) -> Tensor:
@@ -81,36 +87,42 @@ def radii(epsilon: float, epsilons: Tensor | None, x: Tensor, rows: Tensor, l2: 
     return per_sample(own.to(result_dtype(x)), x)
 
 
-def places(placed: Placed, rows: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
-    """For each pixel of images of the samples `rows`: where it lies in the frame, [n, pixels], and whether it does."""
+def places(placed: Placed, rows: Tensor, layout: Layout) -> Tensor:
+    """Where each pixel of images of the samples `rows` lies in its frame, [n, pixels]; past its end where outside."""
     top, left, mirrored = (values[rows, None] for values in placed)
+    outside = layout.own_pixels
     i = top + torch.arange(layout.HEIGHT, device=top.device)
     j = torch.arange(layout.WIDTH, device=top.device)
     j = torch.where(mirrored, layout.WIDTH - 1 - j, j) + left
-    return _of_both(i, j, layout.OWN_HEIGHT, layout.OWN_WIDTH)
+    i = torch.where((i >= 0) & (i < layout.OWN_HEIGHT), i * layout.OWN_WIDTH, outside)
+    j = torch.where((j >= 0) & (j < layout.OWN_WIDTH), j, outside)
+    return (i[:, :, None] + j[:, None, :]).clamp_(max=outside).flatten(1)
 
 
-def showing(placed: Placed, rows: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
-    """For each pixel of the frames: where the images of the samples `rows` show it, [n, pixels], and if they do."""
-    top, left, mirrored = (values[rows, None] for values in placed)
-    i = torch.arange(layout.OWN_HEIGHT, device=top.device) - top
-    j = torch.arange(layout.OWN_WIDTH, device=top.device) - left
-    j = torch.where(mirrored, layout.WIDTH - 1 - j, j)
-    return _of_both(i, j, layout.HEIGHT, layout.WIDTH)
+def taken(frames: Tensor, at: Tensor) -> Tensor:
+    """Values of frames [n, channels, pixels] at places [n, pixels]; 0 past their end."""
+    return pad(frames, (0, 1)).gather(2, at[:, None].expand(-1, frames.shape[1], -1))
 
 
-def taken(values: Tensor, at: Tensor, there: Tensor) -> Tensor:
-    """Values [n, channels, pixels] at places [n, pixels]; 0 where they are not `there`."""
-    at, there = at[:, None], there[:, None]
-    return values.gather(2, at.expand(-1, values.shape[1], -1)).masked_fill_(~there, 0)
+def put(frames: Tensor, at: Tensor, values: Tensor) -> Tensor:
+    """Frames [n, channels, pixels] with values [n, channels, shown] at places [n, shown]; lost past their end."""
+    room = pad(frames, (0, 1)).scatter_(2, at[:, None].expand_as(values), values)
+    return room[..., :-1]
+
+
+def zero_rows(values: Tensor, marked: Tensor) -> None:
+    """Sets the rows of values [n, ...] that are `marked` to 0."""
+    if values.is_cuda:
+        values.masked_fill_(per_sample(marked, values), 0)
+    else:  # few or none, and on the CPU nothing waits for their numbers
+        values.index_fill_(0, marked.nonzero().flatten(), 0)
 
 
 def fraction(stored: Tensor, dtype: torch.dtype) -> Tensor:
-    """Stored numbers as fractions of ε in [-1, 1], in `dtype`."""
-    values = stored.to(dtype)
-    if stored.dtype == torch.int8:
-        values = values.div_(INT8_UNIT)
-    return values.nan_to_num(0.0, posinf=1.0, neginf=-1.0).clamp_(-1.0, 1.0)
+    """Stored numbers as fractions of ε in [-1, 1], in `dtype`: a new tensor."""
+    values = stored.to(dtype, copy=True)
+    values = values.div_(INT8_UNIT) if stored.dtype == torch.int8 else values.nan_to_num_(0.0, posinf=1.0, neginf=-1.0)
+    return values.clamp_(-1.0, 1.0)
 
 
 def placed_arguments(placed: Placed | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -151,9 +163,3 @@ def check_frames(x: Tensor, name: str, memory: Tensor, slots: Tensor, placed: tu
         )
     if not memory.is_contiguous():
         raise ValueError("memory must be contiguous: write memory.contiguous()")
-
-
-def _of_both(i: Tensor, j: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
-    there = ((i >= 0) & (i < height))[:, :, None] & ((j >= 0) & (j < width))[:, None, :]
-    at = i.clamp(0, height - 1)[:, :, None] * width + j.clamp(0, width - 1)[:, None, :]
-    return at.flatten(1), there.flatten(1)

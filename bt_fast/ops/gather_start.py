@@ -98,16 +98,33 @@ def gather_start_reference(s: Start) -> tuple[Tensor, Tensor]:
     clean, start = _like(x), _like(x)
     dense = x if dense_format(x) else x.contiguous()
     rows = torch.arange(len(x), device=x.device) if s.order is None else s.order
-    flat = torch.index_select(_flat(dense), 0, rows, out=_flat(clean))
-    moved = unit_noise(rows if s.samples is None else s.samples[rows], flat.shape[1], s.state, s.noise)
-    moved = moved.to(torch.promote_types(x.dtype, moved.dtype)).mul_(_scale(s)).add_(wide(flat))
+    whole = torch.index_select(flat(dense), 0, rows, out=flat(clean))
+    n = last_moving(s.steps, rows)
+    rows, images = rows[:n], whole[:n]
+    moved = unit_noise(rows if s.samples is None else s.samples[rows], images.shape[1], s.state, s.noise)
+    moved = moved.to(torch.promote_types(x.dtype, moved.dtype)).mul_(_scale(s)).add_(wide(images))
     if s.lower is not None or s.upper is not None:
         moved.clamp_(s.lower, s.upper)
-    if s.steps is None:
-        _flat(start).copy_(moved)
-    else:
-        torch.where(per_sample(s.steps[rows] > 0, flat), moved.to(x.dtype), flat, out=_flat(start))
+    fill_start(flat(start), moved, whole, s.steps, rows)
     return clean, start
+
+
+def last_moving(steps: Tensor | None, rows: Tensor) -> int:
+    """How many of the sorted rows, from the first, hold all samples with steps; on a GPU all: to count would wait."""
+    if steps is None or steps.is_cuda:
+        return len(rows)
+    with_steps = (steps[rows] > 0).nonzero()
+    return int(with_steps[-1]) + 1 if len(with_steps) else 0
+
+
+def fill_start(start: Tensor, moved: Tensor, clean: Tensor, steps: Tensor | None, rows: Tensor) -> None:
+    """Fills `start` with `moved` where the samples `rows`, the first of all, have steps, and else with `clean`."""
+    n = len(rows)
+    if steps is None:
+        start.copy_(moved)
+        return
+    torch.where(per_sample(steps[rows] > 0, moved), moved.to(start.dtype), clean[:n], out=start[:n])
+    start[n:] = clean[n:]
 
 
 def unit_noise(samples: Tensor, length: int, state: Tensor, noise: str) -> Tensor:
@@ -142,8 +159,14 @@ def philox(seed: Tensor, counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> tupl
     keys = [(part + rounds * key) & LOW for part, key in zip((seed, seed >> 32), PHILOX_KEYS, strict=True)]
     for k0, k1 in zip(*keys, strict=True):
         p0, p1 = c0 * PHILOX_MULTIPLIERS[0], c2 * PHILOX_MULTIPLIERS[1]  # 64 bits, for either sign
-        c0, c1, c2, c3 = ((p1 >> 32) ^ c1 ^ k0) & LOW, p1, ((p0 >> 32) ^ c3 ^ k1) & LOW, p0
+        c0, c1, c2, c3 = _mixed(p1, c1, k0), p1, _mixed(p0, c3, k1), p0
     return c0, c1 & LOW, c2, c3 & LOW
+
+
+def _mixed(product: Tensor, other: Tensor, key: Tensor) -> Tensor:
+    high = product >> 32
+    high = high.bitwise_xor_(other) if high.shape == other.shape else high ^ other  # else they broadcast
+    return high.bitwise_xor_(key).bitwise_and_(LOW)
 
 
 def _normal_pair(uniform: Tensor, angle: Tensor, out: Tensor) -> None:
@@ -209,7 +232,7 @@ def _like(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=dense_format(x) or torch.contiguous_format)
 
 
-def _flat(x: Tensor) -> Tensor:
+def flat(x: Tensor) -> Tensor:
     """Returns a dense tensor as [m, length], in memory order."""
     lies = x if x.is_contiguous() else x.movedim(1, -1)
     return lies.view(len(x), math.prod(x.shape[1:]))

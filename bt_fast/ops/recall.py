@@ -21,8 +21,9 @@ from bt_fast.ops.frames import (
     radii,
     radius,
     taken,
+    zero_rows,
 )
-from bt_fast.ops.gather_start import BLOCK, WARPS, unit_noise
+from bt_fast.ops.gather_start import BLOCK, WARPS, fill_start, flat, last_moving, unit_noise
 from bt_fast.ops.launch import check, check_images, contiguous, define_op, packed, run_kernel, takes_images
 from bt_fast.ops.numeric import per_sample, wide
 from bt_fast.ops.rows import result_dtype
@@ -119,20 +120,17 @@ def recall_reference(s: Recall) -> tuple[Tensor, Tensor]:
     x, placed = dense(s.x), placed_of(s.top, s.left, s.mirrored)
     clean, start, layout = _like(x), _like(x), Layout.of(x, s.memory, placed)
     rows = torch.arange(len(x), device=x.device) if s.order is None else s.order
-    clean.copy_(x[rows])
+    torch.index_select(flat(x), 0, rows, out=flat(clean))
+    rows = rows[: last_moving(s.steps, rows)]
     delta = _remembered(s, layout, rows).mul_(radii(s.epsilon, s.epsilons, x, rows, s.l2))
     if s.noise:
         numbers = rows if s.samples is None else s.samples[rows]
         noise = unit_noise(numbers, layout.length, s.state, "normal").mul_(s.noise)
         if layout.LAST:
-            noise = noise.view(len(x), layout.HEIGHT, layout.WIDTH, -1).movedim(-1, 1)
+            noise = noise.view(len(rows), layout.HEIGHT, layout.WIDTH, layout.CHANNELS).movedim(-1, 1)
         delta.add_(noise.reshape(delta.shape))
-    moved = wide(clean) + _projected(delta, s, x, rows)
-    moved.clamp_(s.lower, s.upper)
-    if s.steps is None:
-        start.copy_(moved)
-    else:
-        start.copy_(torch.where(per_sample(s.steps[rows] > 0, clean), moved.to(x.dtype), clean))
+    moved = _projected(delta, s, x, rows).add_(wide(clean[: len(rows)])).clamp_(s.lower, s.upper)
+    fill_start(start, moved, clean, s.steps, rows)
     return clean, start
 
 
@@ -141,13 +139,14 @@ def _remembered(s: Recall, layout: Layout, rows: Tensor) -> Tensor:
     slots, shape = s.slots[rows], (len(rows), *s.x.shape[1:])
     if not len(s.memory):
         return torch.zeros(shape, dtype=result_dtype(s.x), device=s.x.device)
-    fractions = fraction(s.memory[slots.clamp(min=0)], result_dtype(s.x))
-    fractions.masked_fill_(per_sample(slots < 0, fractions), 0.0)
+    # as they are stored, they are the least to move
+    stored = s.memory.view(len(s.memory), layout.own_length).index_select(0, slots.clamp(min=0))
+    zero_rows(stored, slots < 0)
     placed = placed_of(s.top, s.left, s.mirrored)
-    if placed is None:
-        return fractions
-    own = fractions.reshape(len(rows), layout.CHANNELS, layout.OWN_HEIGHT * layout.OWN_WIDTH)
-    return taken(own, *places(placed, rows, layout)).view(shape)
+    if placed is not None:
+        frames = stored.view(len(rows), layout.CHANNELS, layout.own_pixels)
+        stored = taken(frames, places(placed, rows, layout))
+    return fraction(stored.view(shape), result_dtype(s.x))
 
 
 def _projected(delta: Tensor, s: Recall, x: Tensor, rows: Tensor) -> Tensor:

@@ -16,13 +16,14 @@ from bt_fast.ops.frames import (
     dense,
     placed_arguments,
     placed_of,
+    places,
+    put,
     radii,
     radius,
-    showing,
-    taken,
+    zero_rows,
 )
 from bt_fast.ops.launch import check, check_images, contiguous, define_op, packed, run_kernel, takes_images
-from bt_fast.ops.numeric import per_sample, wide
+from bt_fast.ops.numeric import wide
 from bt_fast.ops.rows import result_dtype
 
 WARPS = 4
@@ -93,36 +94,33 @@ def remember_reference(s: Remember) -> None:
         return
     placed = placed_of(s.top, s.left, s.mirrored)
     rows = torch.arange(len(s.x_adv), device=s.x_adv.device) if s.order is None else s.order
-    slots, moves = s.slots[rows], _every(s.steps, rows, s.x_adv)
+    slots, stay = s.slots[rows], None if s.steps is None else s.steps[rows] <= 0
     epsilon = radii(s.epsilon, s.epsilons, s.x_adv, rows, s.l2)
-    shown = _stored(wide(s.x_adv) - wide(s.clean), epsilon, s.memory.dtype)
-    if placed is None:
-        shown = shown.masked_fill_(~per_sample(moves, shown), 0)
-    else:
+    new = _stored(wide(s.x_adv) - wide(s.clean), epsilon, s.memory.dtype)
+    if stay is not None:
+        zero_rows(new, stay)
+    frames = s.memory.view(len(s.memory), -1)
+    if placed is not None:
         layout = Layout.of(s.x_adv.contiguous(), s.memory, placed)
-        at, there = showing(placed, rows, layout)
-        values = taken(shown.reshape(len(rows), layout.CHANNELS, layout.HEIGHT * layout.WIDTH), at, there)
-        stays = moves & _every(s.keep, rows, s.x_adv)
-        old = s.memory[slots].view(values.shape).masked_fill_(~per_sample(stays, values), 0)
-        shown = torch.where((there & moves[:, None])[:, None], values, old)
-    s.memory.index_copy_(0, slots, shown.view(-1, *s.memory.shape[1:]))
-
-
-def _every(values: Tensor | None, rows: Tensor, x: Tensor) -> Tensor:
-    """[m] bool: which of the `values` of the samples `rows` are above 0; all where there are none."""
-    if values is None:
-        return torch.ones(len(rows), dtype=torch.bool, device=x.device)
-    return values[rows] > 0
+        old = frames.index_select(0, slots)
+        for forgotten in (stay, None if s.keep is None else ~s.keep[rows]):
+            if forgotten is not None:
+                zero_rows(old, forgotten)
+        old, new = (values.view(len(rows), layout.CHANNELS, -1) for values in (old, new))
+        new = put(old, places(placed, rows, layout), new)
+    frames.index_copy_(0, slots, new.reshape(len(rows), -1))
 
 
 def _stored(delta: Tensor, epsilon: Tensor | float, dtype: torch.dtype) -> Tensor:
-    """Perturbations [m, ...] as they are stored: contiguous, and a new tensor."""
+    """Perturbations [m, ...], which it changes, as they are stored: contiguous."""
     if isinstance(epsilon, Tensor):
-        fractions = (delta / torch.where(epsilon > 0, epsilon, 1.0)).masked_fill_(~(epsilon > 0), 0.0)
+        fractions = delta.div_(torch.where(epsilon > 0, epsilon, 1.0))
+        zero_rows(fractions, ~(epsilon > 0).flatten())
     else:
-        fractions = delta / epsilon if epsilon > 0 else torch.zeros_like(delta)
-    fractions = fractions.nan_to_num_(0.0, posinf=1.0, neginf=-1.0).clamp_(-1.0, 1.0).contiguous()
-    return fractions.mul_(INT8_UNIT).round_().to(dtype) if dtype == torch.int8 else fractions.to(dtype)
+        fractions = delta.div_(epsilon) if epsilon > 0 else delta.zero_()
+    fractions.nan_to_num_(0.0, posinf=1.0, neginf=-1.0).clamp_(-1.0, 1.0)
+    fractions = fractions.mul_(INT8_UNIT).round_() if dtype == torch.int8 else fractions
+    return fractions.to(dtype).contiguous()
 
 
 @or_plain(remember_reference)
