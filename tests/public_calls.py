@@ -99,6 +99,17 @@ def remembering(kind, mining=None, engine="exact"):
     return run
 
 
+def remembered_by(loss_of, bullet=None, **options):
+    """Calls a drop-in with a memory."""
+
+    def run(model, x, y):
+        memory, indices = Memory(len(x)).to(x.device), torch.arange(len(x), device=x.device).flip(0)
+        given = {"bullet": copy.deepcopy(bullet), "memory": memory, "indices": indices, "generator": seeded()}
+        return loss_of(model, x, y, None, **given, **options)
+
+    return run
+
+
 def weight_perturbed(mining=None, **options):
     def run(model, x, y):
         made = TRADESLoss(ATTACK, mining=copy.deepcopy(mining))
@@ -282,6 +293,7 @@ CALLS = {
     "AWP": weight_perturbed(),
     **{f"Memory, {kind.__name__}": remembering(kind) for kind in (TRADESLoss, MARTLoss, PGDLoss)},
     "Memory, mining": remembering(TRADESLoss, BulletTrain(), engine="fast"),
+    "trades_loss, memory": remembered_by(trades_loss, BulletTrain()),
     "AWP, mining": weight_perturbed(THREE),
     "AWP, moved": weight_perturbed(THREE, samples="moved"),
     "AWP, warm-up": weight_perturbed(gamma=0),

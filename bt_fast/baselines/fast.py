@@ -73,7 +73,7 @@ def fast_loss(
     elif options.get("distance") == "l_2" and objective is not pgd_loss:
         raise ValueError("step_size is not used by this objective in l_2, where the step is 2ε/N: leave it out")
     kind, of_loss = _OBJECTIVES[objective]
-    defaults = {**of_loss, "distance": "l_inf", "engine": "exact", "generator": None, "bullet": None}
+    defaults = {**of_loss, "distance": "l_inf", "engine": "exact", "generator": None, "bullet": None, "indices": None}
     own = {name: options.pop(name, default) for name, default in defaults.items()}
     beta = {name: own.pop(name) for name in of_loss}
     given = drop_in.Given(
