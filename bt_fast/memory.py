@@ -15,15 +15,17 @@ import torch
 from torch import Tensor, nn
 
 from bt_fast import faults, ops
+from bt_fast.attack.threat import ThreatModel
 from bt_fast.device import HostCopy
 from bt_fast.faults import Fault
-from bt_fast.memory_arguments import check_same, checked_dtype, checked_shape, checked_share, checked_steps
+from bt_fast.memory_arguments import check_same, check_shape, checked_dtype, checked_shape, checked_share, checked_steps
 from bt_fast.memory_file import NEVER, NUMPY, Description, MemoryFile, created, described
 from bt_fast.ops.frames import Placed
 from bt_fast.ops.numeric import per_sample
-from bt_fast.placement import Placement, check_form, outside_frame
-from bt_fast.plan import MinedPlan, Plan
-from bt_fast.recalled import Recalled
+from bt_fast.placement import Placement, outside_frame
+from bt_fast.plan import Plan
+from bt_fast.recalled import Recalled, not_attacked
+from bt_fast.remembered import Remembered
 from bt_fast.validation import check_choice, check_device, check_kind, check_labels, positive, step_count
 
 INDICES = "give each sample's number in its data set, as in criterion(model, x, y, indices=indices)"
@@ -36,7 +38,8 @@ class Memory(nn.Module):
     steps starts at `clip(x + remembered + 0.001·N(0, 1))`, and x' - x is remembered after the attack, as fractions of
     ε, so that ε may follow a schedule. A sample without steps stays at x, and its whole memory becomes 0. The steps are
     the memory's own, in place of those of the attack and of the mining: of size ε where there is one, else 1.2·ε/n.
-    A module without parameters: it moves, saves and loads with the loss that holds it.
+    A module without parameters: it moves, saves and loads with the loss that holds it. For a loop without such a loss,
+    with an attack of its own, there is `minibatch`.
 
     Args:
         samples: how many samples the data set has; `indices` are 0..samples-1.
@@ -108,6 +111,26 @@ class Memory(nn.Module):
 
     # A minibatch
 
+    def minibatch(
+        self,
+        x: Tensor,
+        indices: Tensor,
+        threat: ThreatModel,
+        placement: Placement | None = None,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> Remembered:
+        """For an attack of your own, with steps of its own: begin it at the result's `start`, and `keep(x_adv)` x'.
+
+        Args:
+            x, indices, placement, generator: as for the call of a loss; x are pixels within the threat model's bounds.
+            threat: ε, norm and bounds of the attack.
+
+        Raises:
+            TypeError or ValueError: as `recall`; or pixels are out of bounds. On a GPU `keep` raises what is of values.
+        """
+        return Remembered(self, x, indices, threat, placement, generator)
+
     def recall(
         self, x: Tensor, indices: Tensor | None, placement: Placement | None, *, l2: bool, together: bool = False
     ) -> Recalled:
@@ -130,7 +153,7 @@ class Memory(nn.Module):
             raise ValueError(f"indices must be given to a loss with a memory, got none: {INDICES}")
         check_labels(indices, len(x), x.device, "indices")
         shape = tuple(x.shape[1:]) if self.shape is None else self.shape
-        self._check_shape(x, placement, shape)
+        check_shape(x, placement, shape)
         dtype = self._dtype(l2)
         if self.storage == "device":
             check_device("memory", self.clock, x.device, "the images")
@@ -165,9 +188,10 @@ class Memory(nn.Module):
         """
         if self.perturbations is None:
             self._allocate(recalled.shape, self._dtype(l2))
+        if not len(recalled.rows):  # of a memory that has been made since
             recalled = self._again(recalled, x_adv)
         rows, slots, numbers = recalled.rows, recalled.slots, recalled.numbers
-        out = _not_attacked(plan) if epsilon and self.steps[1] else None  # else no robust sample was going to be
+        out = not_attacked(plan) if epsilon and self.steps[1] else None  # else no robust sample was going to be
         before = None if out is None else (rows[slots], self.written[numbers])
         how: dict[str, Any] = {"order": plan.order, "steps": plan.steps, "keep": recalled.fresh}
         ops.remember_(rows, x_adv, clean, slots, epsilon, l2=l2, placed=recalled.placed, **how)
@@ -221,16 +245,6 @@ class Memory(nn.Module):
         return f"{of}, {kind}, {size:.1f} MiB {where}; {steps} steps"
 
     # Rows
-
-    def _check_shape(self, x: Tensor, placement: Placement | None, shape: tuple[int, ...]) -> None:
-        if placement is not None:
-            check_form(placement, len(x), x.shape[1:], shape, x.device)
-        elif tuple(x.shape[1:]) != shape:
-            raise ValueError(
-                f"images must have the memory's shape {list(shape)} where they have no placement, got "
-                f"{list(x.shape[1:])}: write placement=Placement(top, left, mirrored) of crops, or Memory(samples, "
-                f"{tuple(x.shape[1:])})"
-            )
 
     def _dtype(self, l2: bool) -> torch.dtype:
         return self.dtype or (torch.float16 if l2 else torch.int8)
@@ -431,9 +445,3 @@ class Memory(nn.Module):
                 )
             self._file = MemoryFile(self.path, description)
             self._of_file(self._file)
-
-
-def _not_attacked(plan: Plan) -> Tensor | None:
-    """[m] bool, the robust samples that others stand for before the attack, in the batch's own order; None: none."""
-    weights = plan.weights if isinstance(plan, MinedPlan) else None
-    return None if weights is None else (weights == 0) & (plan.steps == 0)

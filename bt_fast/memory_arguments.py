@@ -9,7 +9,20 @@ import torch
 from torch import Tensor
 
 from bt_fast.ops.frames import STORED
+from bt_fast.placement import Placement, check_form
 from bt_fast.validation import check_kind, holds_integers, step_count
+
+
+def check_shape(x: Tensor, placement: Placement | None, shape: tuple[int, ...]) -> None:
+    """Raise TypeError or ValueError unless images x [m, ...] are of a memory of this shape, or crops placed in it."""
+    if placement is not None:
+        check_form(placement, len(x), x.shape[1:], shape, x.device)
+    elif tuple(x.shape[1:]) != shape:
+        raise ValueError(
+            f"images must have the memory's shape {list(shape)} where they have no placement, got "
+            f"{list(x.shape[1:])}: write placement=Placement(top, left, mirrored) of crops, or Memory(samples, "
+            f"{tuple(x.shape[1:])})"
+        )
 
 
 def check_same(either: dict[str, tuple[Any, Any]], of: str, instead: str) -> None:
@@ -32,6 +45,14 @@ def checked_dtype(dtype: torch.dtype | None) -> torch.dtype | None:
         listed = ", ".join(map(str, STORED))
         raise ValueError(f"dtype must be one of {listed}, or None, got {dtype!r}: write dtype=torch.float16")
     return dtype
+
+
+def check_norm(dtype: torch.dtype | None, l2: bool) -> None:
+    """Raise ValueError unless a memory of this dtype, if it has one, can hold perturbations of that norm."""
+    if l2 and dtype == torch.int8:
+        raise ValueError(
+            "memory's dtype must be floating point in l2, got torch.int8: write Memory(samples, dtype=torch.float16)"
+        )
 
 
 def checked_steps(steps: tuple[int, int, int]) -> tuple[int, int, int]:

@@ -14,7 +14,7 @@ from bt_fast.attack.threat import ThreatModel
 from bt_fast.faults import Fault
 from bt_fast.memory_file import NEVER
 from bt_fast.ops.frames import Placed
-from bt_fast.plan import MinedPlan
+from bt_fast.plan import MinedPlan, Plan
 
 TWO_STEPS = 1.2  # ε times this, divided by their number, is the size of each of two or more steps
 
@@ -68,3 +68,9 @@ class Recalled:
 def step_size(steps: int, epsilon: float) -> float:
     """The size of each of `steps` steps from a remembered start, in the units of epsilon."""
     return epsilon if steps <= 1 else TWO_STEPS * epsilon / steps
+
+
+def not_attacked(plan: Plan) -> Tensor | None:
+    """[m] bool, the robust samples that others stand for before the attack, in the batch's own order; None: none."""
+    weights = plan.weights if isinstance(plan, MinedPlan) else None
+    return None if weights is None else (weights == 0) & (plan.steps == 0)

@@ -98,7 +98,7 @@ LAYERS = [
     ["bt_fast.deciding", "bt_fast.minibatch"],
     ["bt_fast.mining"],
     ["bt_fast.attack", "bt_fast.augment", "bt_fast.guard"],
-    ["bt_fast.memory", "bt_fast.memory_arguments", "bt_fast.memory_file", "bt_fast.recalled"],
+    ["bt_fast.memory", "bt_fast.memory_arguments", "bt_fast.memory_file", "bt_fast.recalled", "bt_fast.remembered"],
     ["bt_fast.objectives"],
     ["bt_fast.baselines"],
     ["bt_fast"],

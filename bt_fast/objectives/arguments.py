@@ -14,6 +14,7 @@ from bt_fast.attack.start import Noise
 from bt_fast.attack.statistics import check_statistics
 from bt_fast.labels import check_either, check_without_gradient
 from bt_fast.memory import Memory
+from bt_fast.memory_arguments import check_norm
 from bt_fast.mining import BulletTrain
 from bt_fast.validation import check_generator, check_kind, check_labels, check_pixels
 
@@ -87,10 +88,7 @@ def fit_to_memory(memory: Memory | None, attack: PGD | APGD, mining: BulletTrain
             f"attack's start must be 'normal' or None with a memory, which is where it starts, got {attack.start!r}: "
             "leave start out of the PGD"
         )
-    if attack.norm == "l2" and memory.dtype == torch.int8:
-        raise ValueError(
-            "memory's dtype must be floating point in l2, got torch.int8: write Memory(samples, dtype=torch.float16)"
-        )
+    check_norm(memory.dtype, attack.norm == "l2")
     if mining is None:
         return
     check_counts(mining, memory, "mining")
