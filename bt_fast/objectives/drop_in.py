@@ -88,8 +88,8 @@ class Given:
         size_of_step("step_size", self.step_size, self.epsilon)
         arguments.check_optimizer(self.optimizer)
         check_kind("bullet", bullet, BulletTrain, "write bullet=BulletTrain() once, before the loop", optional=True)
-        step_count("perturb_steps", self.perturb_steps, least=1 if bullet is None else 0)
         arguments.check_memory(memory)
+        step_count("perturb_steps", self.perturb_steps, least=0 if bullet is not None and memory is None else 1)
         if memory is not None:
             self._check_memory(memory)
         elif bullet is not None and self.perturb_steps not in (10, bullet.boundary_steps):

@@ -108,6 +108,7 @@ def test_without_a_memory_numbers_decide_about_the_starts():
         ({"placement": 3}, TypeError, r"^placement must be a Placement"),
         ({"memory": None}, ValueError, r"^placement is for a loss with a memory"),
         ({"samples": torch.arange(6)}, ValueError, r"^indices and samples are the same .* leave samples out"),
+        ({"perturb_steps": 0}, ValueError, r"^perturb_steps must be at least 1"),
         ({"perturb_steps": 7}, ValueError, r"^perturb_steps is 7, but memory takes 1 .*steps=\(7, 1, 0\)\)$"),
         ({"bullet": BulletTrain(7)}, ValueError, r"^bullet's steps must be those of the memory, \(1, 1, 0\), got"),
         (
