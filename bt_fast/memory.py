@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,11 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from bt_fast import faults, ops
+from bt_fast.attack.threat import ThreatModel
 from bt_fast.device import HostCopy
 from bt_fast.faults import Fault
 from bt_fast.memory_arguments import (
     INDICES,
     check_same,
+    check_state,
     check_view,
     checked_dtype,
     checked_shape,
@@ -34,6 +35,7 @@ from bt_fast.ops.numeric import per_sample
 from bt_fast.placement import Placement, outside_frame
 from bt_fast.plan import Plan
 from bt_fast.recalled import Recalled, not_attacked
+from bt_fast.remembered import Remembered
 from bt_fast.validation import check_choice, check_device, check_kind, check_labels, positive, step_count
 
 
@@ -45,7 +47,8 @@ class Memory(nn.Module):
     ε, so that ε may follow a schedule. A sample without steps stays at x, and its whole memory becomes 0. The steps are
     the memory's own, in place of those of the attack and of the mining: one of size ε, two of ε/2, more of 1.7·ε/n; a
     robust sample's one step has 0.6·ε where boundary samples take two.
-    A module without parameters: it moves, saves and loads with the loss that holds it.
+    A module without parameters: it moves, saves and loads with the loss that holds it. For a loop without such a loss,
+    with an attack of its own, there is `minibatch`.
 
     Args:
         samples: how many samples the data set has; `indices` are 0..samples-1.
@@ -119,6 +122,25 @@ class Memory(nn.Module):
 
     # A minibatch
 
+    def minibatch(
+        self,
+        x: Tensor,
+        indices: Tensor,
+        threat: ThreatModel,
+        placement: Placement | None = None,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> Remembered:
+        """For an attack of your own, with steps of its own: begin it at the result's `start`, and `keep(x_adv)` x'.
+
+        Args:
+            x, indices, placement, generator: as for a loss; x are pixels within the bounds. threat: of the attack.
+
+        Raises:
+            TypeError or ValueError: as `recall`; or pixels are out of bounds. On a GPU `keep` raises what is of values.
+        """
+        return Remembered(self, x, indices, threat, placement, generator)
+
     def recall(
         self, x: Tensor, indices: Tensor | None, placement: Placement | None, *, l2: bool, together: bool = False
     ) -> Recalled:
@@ -172,15 +194,12 @@ class Memory(nn.Module):
             following = criterion.memory.prefetch(numbers)  # on the host, so that nothing waits
             loss.backward()
 
-        The next call takes `indices=following`, and the host does not wait to learn what they are. Results are
-        the same to the bit, also of samples in both minibatches; and if the next call has any other tensor, all is as
-        without this. Does nothing with storage="device", with images on the CPU, and before a first minibatch's end.
+        The next call takes `indices=following`. Results are the same to the bit, also of samples in both minibatches;
+        if the next call has any other tensor, all is as without this. Does nothing with storage="device", with images
+        on the CPU, and before a first minibatch's end.
 
         Args:
-            indices: [m] integers, the samples of the next minibatch, all different.
-
-        Returns:
-            `indices` on the images' device; as given before a first minibatch.
+            indices: [m] integers, the samples of the next minibatch, all different. Returned on the images' device.
 
         Raises:
             TypeError or ValueError: as `recall` would; only where there is something to copy.
@@ -213,9 +232,10 @@ class Memory(nn.Module):
         """
         if self.perturbations is None:
             self._allocate(recalled.shape, self._dtype(l2))
+        if not len(recalled.rows):  # of a memory that has been made since
             recalled = self._again(recalled, x_adv)
         rows, slots, numbers = recalled.rows, recalled.slots, recalled.numbers
-        out = not_attacked(plan) if epsilon and self.steps[1] else None  # else no robust sample was going to be
+        out = not_attacked(plan) if epsilon and recalled.counts[1] else None  # else no robust sample was going to be
         before = None if out is None else (rows[slots], self.written[numbers])
         how: dict[str, Any] = {"order": plan.order, "steps": plan.steps, "keep": recalled.fresh}
         ops.remember_(rows, x_adv, clean, slots, epsilon, l2=l2, placed=recalled.placed, **how)
@@ -293,16 +313,16 @@ class Memory(nn.Module):
     ) -> Recalled:
         fresh, stored = None, self.perturbations
         if self.reset_after is not None:
-            fresh = (self.clock - self.written[numbers]).double() <= self.reset_after * len(self.written)
-            fresh = to_device(fresh, x)
+            age = (self.clock - self.written[numbers]).double()
+            fresh = to_device(age <= self.reset_after * len(self.written), x)
+        slots = torch.arange(len(x), device=x.device)
         if stored is None:  # nothing is remembered, and what is wrong may yet come to light
-            nothing = torch.full((len(x),), NEVER, dtype=torch.int64, device=x.device)
-            rows = torch.empty(0, *shape, dtype=dtype, device=x.device)
-            return Recalled(rows, nothing, numbers, fresh, placed, shape, wrong, self.steps)
-        if not self._apart(x):
-            return Recalled(stored, numbers, numbers, fresh, placed, shape, wrong, self.steps)
-        rows = on_device(stored, numbers, x) if fetched is None else fetched.arrived(stored, self.written)
-        return Recalled(rows, torch.arange(len(x), device=x.device), numbers, fresh, placed, shape, wrong, self.steps)
+            rows, slots = torch.empty(0, *shape, dtype=dtype, device=x.device), torch.full_like(slots, NEVER)
+        elif not self._apart(x):
+            rows, slots = stored, numbers
+        else:
+            rows = on_device(stored, numbers, x) if fetched is None else fetched.arrived(stored, self.written)
+        return Recalled(rows, slots, numbers, fresh, placed, shape, wrong, self.steps)
 
     def _again(self, recalled: Recalled, x: Tensor) -> Recalled:
         """The same minibatch, of a memory that has been made since."""
@@ -385,12 +405,14 @@ class Memory(nn.Module):
             )
         saved = state_dict.get(f"{prefix}_extra_state")
         if isinstance(saved, dict):
-            self._check_state(saved)
+            known: dict[str, Any] = {"shape": None if self.shape is None else list(self.shape)}
+            known["dtype"] = None if self.dtype is None else NUMPY[self.dtype]
+            check_state(saved, self.get_extra_state(), known, self.path)
         if self._file is None and written is not None and written.shape == self.written.shape:
             self._make_room(stored)
         super()._load_from_state_dict(state_dict, prefix, *args)
         if self._file is not None:
-            self._take_newer()
+            self._file.set_back(int(self.clock))
 
     def _make_room(self, stored: Tensor | None) -> None:
         own = self.perturbations
@@ -400,36 +422,6 @@ class Memory(nn.Module):
         if own is None or (own.shape, own.dtype) != (stored.shape, stored.dtype):
             self.perturbations = torch.empty_like(stored, device=self.written.device)
         self.shape, self.dtype = tuple(stored.shape[1:]), stored.dtype
-
-    def _check_state(self, saved: dict[str, Any]) -> None:
-        own = self.get_extra_state()
-        known = own | {"shape": None if self.shape is None else list(self.shape)}
-        known |= {"dtype": None if self.dtype is None else NUMPY[self.dtype]}
-        asked = ("samples", "shape", "dtype", "fingerprint", "share")
-        either = {name: (known[name], saved.get(name)) for name in asked}
-        optional = ("shape", "dtype", "fingerprint")
-        either = {name: two for name, two in either.items() if not (name in optional and None in two)}
-        check_same(either, "the saved memory", "load it into a Memory of the same data set, made with the same")
-        if own["file"] is not None and saved.get("file") is None:
-            raise ValueError(
-                f"path must be a new file for a state that was saved before anything was remembered, got "
-                f"{str(self.path)!r}, in which something is: write another path"
-            )
-        if own["file"] != saved.get("file"):
-            raise ValueError(
-                f"path must be the file that was saved with this state, {saved.get('file')}, got {own['file']}: bring "
-                "that file back, or leave the entries that begin with 'memory.' out of the state to begin anew"
-            )
-
-    def _take_newer(self) -> None:
-        newer = self.written > self.clock
-        if count := int(newer.sum()):
-            warnings.warn(
-                f"{count} of {len(newer)} perturbations in {self.path} were written after the state that is loaded, "
-                "and are used as they are: a run that goes on from here is not exactly the one that was interrupted",
-                stacklevel=2,
-            )
-            self.written[newer] = self.clock
 
     def __getstate__(self) -> dict[str, Any]:
         self.settle()

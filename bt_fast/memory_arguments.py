@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +25,29 @@ def check_same(either: dict[str, tuple[Any, Any]], of: str, instead: str) -> Non
             raise ValueError(f"memory must have the {name} of {of}, {other}, got {own}: {instead} {name}")
 
 
+def check_state(saved: dict[str, Any], own: dict[str, Any], known: dict[str, Any], path: Path | None) -> None:
+    """Raise ValueError unless a saved memory is of the same data set and file.
+
+    Args:
+        saved, own: what it and the memory that loads it say of themselves. known: what the latter was told, which need
+            not have been remembered yet. path: of its file.
+    """
+    either = {name: (known.get(name, own[name]), saved.get(name)) for name in own if name != "file"}
+    optional = ("shape", "dtype", "fingerprint")
+    either = {name: two for name, two in either.items() if not (name in optional and None in two)}
+    check_same(either, "the saved memory", "load it into a Memory of the same data set, made with the same")
+    if own["file"] is not None and saved.get("file") is None:
+        raise ValueError(
+            f"path must be a new file for a state that was saved before anything was remembered, got {str(path)!r}, "
+            "in which something is: write another path"
+        )
+    if own["file"] != saved.get("file"):
+        raise ValueError(
+            f"path must be the file that was saved with this state, {saved.get('file')}, got {own['file']}: bring "
+            "that file back, or leave the entries that begin with 'memory.' out of the state to begin anew"
+        )
+
+
 def checked_shape(shape: Sequence[int]) -> tuple[int, ...]:
     """The sizes of a sample; TypeError or ValueError unless they are such."""
     if not isinstance(shape, (tuple, list)):
@@ -37,6 +61,14 @@ def checked_dtype(dtype: torch.dtype | None) -> torch.dtype | None:
         listed = ", ".join(map(str, STORED))
         raise ValueError(f"dtype must be one of {listed}, or None, got {dtype!r}: write dtype=torch.float16")
     return dtype
+
+
+def check_norm(dtype: torch.dtype | None, l2: bool) -> None:
+    """Raise ValueError unless a memory of this dtype, if it has one, can hold perturbations of that norm."""
+    if l2 and dtype == torch.int8:
+        raise ValueError(
+            "memory's dtype must be floating point in l2, got torch.int8: write Memory(samples, dtype=torch.float16)"
+        )
 
 
 def checked_steps(steps: tuple[int, int, int]) -> tuple[int, int, int]:

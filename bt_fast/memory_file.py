@@ -6,6 +6,7 @@ import json
 import math
 import os
 import uuid
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -59,6 +60,17 @@ class MemoryFile:
             np.memmap(path, dtype=np.int64, mode="r+", offset=rows, shape=(count,)),
         ]
         self.perturbations, self.written = (torch.from_numpy(values) for values in self._maps)
+
+    def set_back(self, clock: int) -> None:
+        """Warns of rows that were written after this clock, and takes them for written then."""
+        newer = self.written > clock
+        if count := int(newer.sum()):
+            warnings.warn(
+                f"{count} of {len(newer)} perturbations in {self.path} were written after the state that is loaded, "
+                "and are used as they are: a run that goes on from here is not exactly the one that was interrupted",
+                stacklevel=2,
+            )
+            self.written[newer] = clock
 
     def flush(self) -> None:
         """Writes what has changed to the disk."""

@@ -99,6 +99,29 @@ def remembering(kind, mining=None, engine="exact"):
     return run
 
 
+def remembered_by(loss_of, bullet=None, **options):
+    """Calls a drop-in with a memory."""
+
+    def run(model, x, y):
+        memory, indices = Memory(len(x)).to(x.device), torch.arange(len(x), device=x.device).flip(0)
+        given = {"bullet": copy.deepcopy(bullet), "memory": memory, "indices": indices, "generator": seeded()}
+        return loss_of(model, x, y, None, **given, **options)
+
+    return run
+
+
+def begun_at_a_memory(model, x, y):
+    """Attacks by `perturb` from what is remembered, twice."""
+    memory, indices = Memory(len(x)).to(x.device), torch.arange(len(x), device=x.device).flip(0)
+    for _ in range(2):
+        minibatch = memory.minibatch(x, indices, THREAT, generator=seeded())
+        x_adv = perturb(model, x, y, ATTACK, per_sample=PerSample(start=minibatch.start))
+        given = x_adv.clone()
+        minibatch.keep(x_adv)
+        assert torch.equal(x_adv, given)
+    return x_adv
+
+
 def weight_perturbed(mining=None, **options):
     def run(model, x, y):
         made = TRADESLoss(ATTACK, mining=copy.deepcopy(mining))
@@ -282,6 +305,8 @@ CALLS = {
     "AWP": weight_perturbed(),
     **{f"Memory, {kind.__name__}": remembering(kind) for kind in (TRADESLoss, MARTLoss, PGDLoss)},
     "Memory, mining": remembering(TRADESLoss, BulletTrain(), engine="fast"),
+    "Memory, minibatch": begun_at_a_memory,
+    "trades_loss, memory": remembered_by(trades_loss, BulletTrain()),
     "AWP, mining": weight_perturbed(THREE),
     "AWP, moved": weight_perturbed(THREE, samples="moved"),
     "AWP, warm-up": weight_perturbed(gamma=0),

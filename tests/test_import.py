@@ -104,6 +104,7 @@ LAYERS = [
         "bt_fast.memory_file",
         "bt_fast.memory_rows",
         "bt_fast.recalled",
+        "bt_fast.remembered",
     ],
     ["bt_fast.objectives"],
     ["bt_fast.baselines"],

@@ -59,7 +59,7 @@ def fast_loss(
 
     Raises:
         TypeError, ValueError: as for the objective; or it is not one of the three, or an option contradicts FAST
-            (`bullet`, `start`, `perturb_steps`, or a `step_size` that the objective would not use).
+            (`bullet`, `start`, `memory`, `perturb_steps`, or a `step_size` that the objective would not use).
     """
     if not any(objective is known for known in _OBJECTIVES):
         raise ValueError(
@@ -73,7 +73,7 @@ def fast_loss(
     elif options.get("distance") == "l_2" and objective is not pgd_loss:
         raise ValueError("step_size is not used by this objective in l_2, where the step is 2ε/N: leave it out")
     kind, of_loss = _OBJECTIVES[objective]
-    defaults = {**of_loss, "distance": "l_inf", "engine": "exact", "generator": None, "bullet": None}
+    defaults = {**of_loss, "distance": "l_inf", "engine": "exact", "generator": None, "bullet": None, "indices": None}
     own = {name: options.pop(name, default) for name, default in defaults.items()}
     beta = {name: own.pop(name) for name in of_loss}
     given = drop_in.Given(
@@ -89,6 +89,11 @@ def _check(options: dict[str, Any]) -> None:
             "bullet cannot be combined with fast_loss, which spends equal steps on all samples: for BulletTrain from "
             "FAST's start write TRADESLoss(PGD(..., start='uniform'), mining=bullet), or another loss so"
         )
-    for name, instead in (("start", "which is 'uniform' here"), ("perturb_steps", "whose name is steps here")):
+    other = {
+        "start": "which is 'uniform' here",
+        "perturb_steps": "whose name is steps here",
+        "memory": "which says itself where attacks start: give it to the objective",
+    }
+    for name, instead in other.items():
         if name in options:
             raise TypeError(f"{name} is no option of fast_loss, {instead}")

@@ -57,7 +57,7 @@ def recalled(
 
 def recalled_plainly(limits: Limits, placed: Placed | None, **others: Any) -> tuple[Tensor, Tensor]:
     """`ops.recall` by its reference."""
-    places = dict(zip(Placed._fields, placed or (None, None, None), strict=True))
+    places: dict[str, Any] = dict(zip(Placed._fields, placed or (None, None, None), strict=True))
     of_limits = limits._asdict()
     start = recall_reference(noise=0.001, **of_limits, **places, **others)
     others["state"][1] += 1
@@ -74,7 +74,8 @@ def remembered(
 
 def remembered_plainly(placed: Placed | None, **others: Any) -> None:
     """`ops.remember_` by its reference."""
-    remember_reference(**others, **dict(zip(Placed._fields, placed or (None, None, None), strict=True)))
+    places: dict[str, Any] = dict(zip(Placed._fields, placed or (None, None, None), strict=True))
+    remember_reference(**others, **places)
 
 
 def _placed(top: Tensor | None, left: Tensor | None, mirrored: Tensor | None) -> Placed | None:

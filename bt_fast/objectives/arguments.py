@@ -14,6 +14,7 @@ from bt_fast.attack.start import Noise
 from bt_fast.attack.statistics import check_statistics
 from bt_fast.labels import check_either, check_without_gradient
 from bt_fast.memory import Memory
+from bt_fast.memory_arguments import check_norm
 from bt_fast.mining import BulletTrain
 from bt_fast.validation import check_generator, check_kind, check_labels, check_pixels
 
@@ -78,7 +79,7 @@ def check_attack(
 
 def fit_to_memory(memory: Memory | None, attack: PGD | APGD, mining: BulletTrain | None) -> None:
     """Raise TypeError or ValueError unless the attack can start at what is remembered; mining gets its counts."""
-    check_kind("memory", memory, Memory, "write memory=Memory(50_000), the number of samples", optional=True)
+    check_memory(memory)
     if memory is None:
         return
     check_kind("attack", attack, PGD, "an APGD has steps of its own, so write PGD(...), or leave memory out")
@@ -87,19 +88,26 @@ def fit_to_memory(memory: Memory | None, attack: PGD | APGD, mining: BulletTrain
             f"attack's start must be 'normal' or None with a memory, which is where it starts, got {attack.start!r}: "
             "leave start out of the PGD"
         )
-    if attack.norm == "l2" and memory.dtype == torch.int8:
-        raise ValueError(
-            "memory's dtype must be floating point in l2, got torch.int8: write Memory(samples, dtype=torch.float16)"
-        )
+    check_norm(memory.dtype, attack.norm == "l2")
     if mining is None:
         return
+    check_counts(mining, memory, "mining")
+    mining.take_steps(*memory.steps)
+
+
+def check_memory(memory: object) -> None:
+    """Raise TypeError unless it is a memory or None."""
+    check_kind("memory", memory, Memory, "write memory=Memory(50_000), the number of samples", optional=True)
+
+
+def check_counts(mining: BulletTrain, memory: Memory, name: str) -> None:
+    """Raise ValueError unless the mining's steps are its default or those of the memory; `name` is the mining's."""
     counts = mining.boundary_steps, mining.robust_steps, mining.outlier_steps
     if counts not in (DEFAULT_COUNTS, memory.steps):
         raise ValueError(
-            f"mining's steps must be those of the memory, {memory.steps}, got {counts}: write BulletTrain() without "
+            f"{name}'s steps must be those of the memory, {memory.steps}, got {counts}: write BulletTrain() without "
             f"counts, or Memory(samples, steps={counts})"
         )
-    mining.take_steps(*memory.steps)
 
 
 def check_draws(x: Tensor, indices: Tensor | None, generator: torch.Generator | None, name: str) -> None:

@@ -18,6 +18,7 @@ from bt_fast.attack.start import Noise
 from bt_fast.attack.threat import NORMS, ThreatModel
 from bt_fast.deprecated import check_keywords
 from bt_fast.engine import Engine
+from bt_fast.memory import Memory
 from bt_fast.mining import BulletTrain
 from bt_fast.objectives import arguments
 from bt_fast.objectives.adversarial import Call, Unperturbed
@@ -25,6 +26,7 @@ from bt_fast.objectives.execution import Execution
 from bt_fast.objectives.loss import AdversarialLoss
 from bt_fast.objectives.passes import check_outside
 from bt_fast.objectives.update import Update
+from bt_fast.placement import Placement
 from bt_fast.validation import check_choice, check_kind, size_of_step, step_count
 
 if TYPE_CHECKING:
@@ -52,7 +54,7 @@ NEW_LINES = {
     "frozen": _ENGINE.format(option="fold"),
     "runner": _ENGINE.format(option="graphs"),
     "update": _ENGINE.format(option="channels_last"),
-    "samples": "write criterion = {loss}(PGD(...), ...), and criterion(model, x, y, indices)",
+    "samples": "write indices=, the same numbers",
     "balance": "write bullet=BulletTrain(..., balance=Balance())",
     "normalization": "write criterion = {loss}(PGD(..., normalization={value}), ...), and criterion(model, x, y)",
 }
@@ -73,26 +75,46 @@ class Given:
     bullet: BulletTrain | None
     engine: Engine | str
     generator: torch.Generator | None
+    memory: Memory | None = None
+    indices: Tensor | None = None
+    placement: Placement | None = None
 
     def check(self) -> None:
         """Raises TypeError or ValueError, which names the argument, for errors that the host can see."""
-        bullet = self.bullet
+        bullet, memory = self.bullet, self.memory
         check_choice("distance", self.distance, NORMS)
         ThreatModel(self.epsilon, self.distance)
         arguments.check_batch(self.x_natural, self.y, "x_natural")
         size_of_step("step_size", self.step_size, self.epsilon)
         arguments.check_optimizer(self.optimizer)
         check_kind("bullet", bullet, BulletTrain, "write bullet=BulletTrain() once, before the loop", optional=True)
-        step_count("perturb_steps", self.perturb_steps, least=1 if bullet is None else 0)
-        if bullet is not None and self.perturb_steps not in (10, bullet.boundary_steps):
+        arguments.check_memory(memory)
+        step_count("perturb_steps", self.perturb_steps, least=0 if bullet is not None and memory is None else 1)
+        if memory is not None:
+            self._check_memory(memory)
+        elif bullet is not None and self.perturb_steps not in (10, bullet.boundary_steps):
             raise ValueError(
                 f"perturb_steps is {self.perturb_steps}, but bullet takes {bullet.boundary_steps} boundary steps: "
                 "leave perturb_steps out or make them equal"
             )
 
+    def _check_memory(self, memory: Memory) -> None:
+        if self.bullet is not None:
+            arguments.check_counts(self.bullet, memory, "bullet")
+        if self.perturb_steps not in (10, memory.steps[0]):
+            raise ValueError(
+                f"perturb_steps is {self.perturb_steps}, but memory takes {memory.steps[0]} (boundary) steps: "
+                f"leave perturb_steps out, or write Memory(samples, steps=({self.perturb_steps}, 1, 0))"
+            )
+        if self.indices is None:
+            raise ValueError(
+                "indices must be given with a memory, got none: give each sample's number in its data set, as in "
+                "indices=numbers"
+            )
+
     @property
     def steps(self) -> int:
-        """N, or with BulletTrain N_B; at least 1."""
+        """N, or with BulletTrain N_B; at least 1. Not used with a memory, which has its own."""
         return self.perturb_steps if self.bullet is None else max(self.bullet.boundary_steps, 1)
 
 
@@ -120,7 +142,7 @@ def call(
     if bullet is not None:
         unperturbed, balance = unperturbed or bullet.unperturbed, balance or bullet.balance
     balance = arguments.checked_balance(balance, bullet)
-    arguments.check_draws(given.x_natural, old("samples"), given.generator, "samples")
+    indices = _indices(given, old("samples"))
     authors_l2 = given.distance == "l_2" and kind.step_in_l2_is_its_own
     attack = PGD(
         given.epsilon,
@@ -130,14 +152,24 @@ def call(
         start=start or old("start"),
         normalization=old("normalization"),
     )
-    loss = kind(attack, mining=bullet, engine=given.engine, **of_loss)
+    loss = kind(attack, mining=bullet, engine=given.engine, memory=given.memory, **of_loss)
     loss._passes.owner = kind, attack
     execution = _execution(loss.engine, deprecated, given.x_natural)
-    how = Call(execution, old("samples"), given.generator, unperturbed, balance, "x_natural")
+    how = Call(execution, indices, given.generator, unperturbed, balance, "x_natural", placement=given.placement)
     value = loss.of_call(given.model, given.x_natural, given.y, how)
     if given.optimizer is not None:
         given.optimizer.zero_grad()
     return value
+
+
+def _indices(given: Given, samples: Tensor | None) -> Tensor | None:
+    """The samples' numbers, perhaps by the keyword of the first version; TypeError or ValueError unless they fit."""
+    if given.indices is not None and samples is not None:
+        raise ValueError("indices and samples are the same numbers, got both: leave samples out")
+    name = "indices" if samples is None else "samples"
+    indices = given.indices if samples is None else samples
+    arguments.check_draws(given.x_natural, indices, given.generator, name)
+    return indices
 
 
 def _check_old(deprecated: Mapping[str, Any], bullet: BulletTrain | None) -> None:

@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from bt_fast import ops
 from bt_fast.engine import Engine
 from bt_fast.labels import is_soft
+from bt_fast.memory import Memory
 from bt_fast.mining import BulletTrain
 from bt_fast.objectives import drop_in
 from bt_fast.objectives.cross_entropy import CrossEntropy, weighted
 from bt_fast.objectives.loss import RobustTermLoss
+from bt_fast.placement import Placement
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -107,15 +109,19 @@ def mart_loss(
     bullet: BulletTrain | None = None,
     engine: Engine | str = "exact",
     generator: torch.Generator | None = None,
+    memory: Memory | None = None,
+    indices: Tensor | None = None,
+    placement: Placement | None = None,
     **deprecated: Unpack[Deprecated],
 ) -> Tensor:
     """`MARTLoss`, called like the authors' `mart_loss`.
 
     Args:
         model, x_natural, y, optimizer, step_size, epsilon, perturb_steps, beta, distance, bullet, engine, generator,
-            deprecated: as for `trades_loss`, with its result and its errors.
+            memory, indices, placement, deprecated: as for `trades_loss`, with its result and its errors.
     """
     given = drop_in.Given(
-        model, x_natural, y, optimizer, step_size, epsilon, perturb_steps, distance, bullet, engine, generator
-    )
+        model, x_natural, y, optimizer, step_size, epsilon, perturb_steps, distance, bullet, engine, generator,
+        memory, indices, placement,
+    )  # fmt: skip
     return drop_in.call(MARTLoss, given, deprecated, beta=beta)

@@ -18,6 +18,7 @@ from bt_fast.objectives import drop_in
 from bt_fast.objectives.cross_entropy import CrossEntropy, Smoothed, Smoothing
 from bt_fast.objectives.extra_term import Extra
 from bt_fast.objectives.loss import AdversarialLoss
+from bt_fast.placement import Placement
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -92,16 +93,21 @@ def pgd_loss(
     bullet: BulletTrain | None = None,
     engine: Engine | str = "exact",
     generator: torch.Generator | None = None,
+    memory: Memory | None = None,
+    indices: Tensor | None = None,
+    placement: Placement | None = None,
     **deprecated: Unpack[Deprecated],
 ) -> Tensor:
     """`PGDLoss` as a function, with arguments like those of `trades_loss`.
 
     Args:
-        model, x_natural, y, optimizer, epsilon, perturb_steps, distance, bullet, engine, generator, deprecated: as for
-            `trades_loss`, with its result and its errors.
-        step_size: α > 0 (with `bullet`: of the boundary samples), in pixel units; in ℓ2 the length of a step.
+        model, x_natural, y, optimizer, epsilon, perturb_steps, distance, bullet, engine, generator, memory, indices,
+            placement, deprecated: as for `trades_loss`, with its result and its errors.
+        step_size: α > 0 (with `bullet`: of the boundary samples), in pixel units; in ℓ2 the length of a step. Not used
+            with `memory`.
     """
     given = drop_in.Given(
-        model, x_natural, y, optimizer, step_size, epsilon, perturb_steps, distance, bullet, engine, generator
-    )
+        model, x_natural, y, optimizer, step_size, epsilon, perturb_steps, distance, bullet, engine, generator,
+        memory, indices, placement,
+    )  # fmt: skip
     return drop_in.call(PGDLoss, given, deprecated)

@@ -10,10 +10,12 @@ from torch import Tensor, nn
 from bt_fast import ops
 from bt_fast.attack.inner import InnerLoss
 from bt_fast.engine import Engine
+from bt_fast.memory import Memory
 from bt_fast.mining import BulletTrain
 from bt_fast.objectives import drop_in
 from bt_fast.objectives.cross_entropy import CrossEntropy
 from bt_fast.objectives.loss import RobustTermLoss
+from bt_fast.placement import Placement
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -100,6 +102,9 @@ def trades_loss(
     bullet: BulletTrain | None = None,
     engine: Engine | str = "exact",
     generator: torch.Generator | None = None,
+    memory: Memory | None = None,
+    indices: Tensor | None = None,
+    placement: Placement | None = None,
     **deprecated: Unpack[Deprecated],
 ) -> Tensor:
     """`TRADESLoss`, called like the authors' `trades_loss`.
@@ -111,16 +116,19 @@ def trades_loss(
         optimizer: its `zero_grad()` is called, as the authors' code does; None leaves the gradients as they are, for
             gradient accumulation.
         step_size: α > 0 in ℓ∞ (with `bullet`: of the boundary samples), in pixel units. Not used in ℓ2, where the
-            step is 2ε/N.
+            step is 2ε/N, and with `memory`, whose steps have sizes of their own.
         epsilon: ε ≥ 0, in pixel units; at 0 x' is x.
         perturb_steps: N ≥ 1. With `bullet` its own counts hold, and a value that is neither N_B nor the default is an
-            error.
+            error; with `memory` likewise those of the memory, also for `bullet`, which is given without counts.
         beta: β ≥ 0, the weight of the robust term.
         distance: "l_inf" or "l_2".
         bullet: the mining state, on the images' device. One minibatch moves it once: for another pass over the same
             one, at other weights, call this within `with bullet.again():`.
         engine: "exact", the authors' way, "fast", the same up to rounding, "bf16", or an `Engine`.
         generator: on the images' device, for the random start, as for a call of `TRADESLoss`.
+        memory: the perturbations of the data set's samples, made once before the loop, see `Memory`: attacks start
+            there, and x' - x is remembered. A further pass in `bullet.again()` remembers nothing.
+        indices, placement: as for a call of `TRADESLoss`; `memory` needs `indices`.
         deprecated: keywords of the first version; each warns with the new line.
 
     Returns:
@@ -130,6 +138,7 @@ def trades_loss(
         TypeError, ValueError: as for `TRADESLoss` and its call, with the names of these arguments.
     """
     given = drop_in.Given(
-        model, x_natural, y, optimizer, step_size, epsilon, perturb_steps, distance, bullet, engine, generator
-    )
+        model, x_natural, y, optimizer, step_size, epsilon, perturb_steps, distance, bullet, engine, generator,
+        memory, indices, placement,
+    )  # fmt: skip
     return drop_in.call(TRADESLoss, given, deprecated, beta=beta)

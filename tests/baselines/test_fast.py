@@ -10,7 +10,7 @@ from objective_cases import DISTANCES, EACH
 from small_models import assert_unchanged, batch, build, gradients, looked_at, snapshot
 from tolerances import assert_near, assert_near_nested
 
-from bt_fast import BulletTrain, mart_loss, pgd_loss, trades_loss
+from bt_fast import PGD, BulletTrain, Memory, PGDLoss, mart_loss, pgd_loss, trades_loss
 from bt_fast.baselines.fast import fast_loss
 
 EPSILON = 0.1
@@ -99,6 +99,13 @@ def test_a_step_size_of_ones_own(objective):
     assert torch.equal(*losses)
 
 
+def test_numbers_decide_about_the_starts():
+    (x, y), attack = batch(), PGD(EPSILON, 1.25 * EPSILON, 1, start="uniform")
+    given = {"indices": torch.arange(len(x)).flip(0), "generator": torch.Generator().manual_seed(3)}
+    result = fast_loss(pgd_loss, build("conv_bn"), x, y, None, epsilon=EPSILON, **given)
+    assert torch.equal(result, PGDLoss(attack, engine="exact")(build("conv_bn"), x, y, **given))
+
+
 # Bad input
 
 X, Y = batch()
@@ -108,6 +115,7 @@ BAD = {
     "wrapped objective": ({"objective": functools.partial(pgd_loss)}, ValueError, "objective must be .*partial"),
     "bullet": ({"bullet": BulletTrain()}, ValueError, "bullet cannot be combined.*start='uniform'"),
     "start": ({"start": "normal"}, TypeError, "start is no option of fast_loss"),
+    "memory": ({"memory": Memory(8)}, TypeError, "memory is no option of fast_loss.*give it to the objective"),
     "perturb_steps": ({"perturb_steps": 3}, TypeError, "perturb_steps is no option of fast_loss.*steps"),
     "no step": ({"steps": 0}, ValueError, "steps must be at least 1, got 0"),
     "half a step": ({"steps": 1.5}, TypeError, "steps must be an integer, got 1.5"),
