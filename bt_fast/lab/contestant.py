@@ -127,7 +127,7 @@ class Contestant:
         Args:
             folder: for its file. ranks_of: int64 [n], the rank that sees each training image.
             fingerprint: of the data.
-            saved: the entry of a result of `state`; None for a new run.
+            saved: what `memory_states` returned on rank 0; None for a new run.
 
         Raises:
             ValueError: the file is another's, or the checkpoint's memory is.
@@ -165,7 +165,7 @@ class Contestant:
             synchronize(self.device)
             begin = time.perf_counter()
             with self.guard.minibatch(indices):
-                loss = self._loss_of_share(x, y, share, **self._remembered(share, indices, placement))
+                loss = self._loss_of_share(x, y, share, **self._numbered(share, indices, placement))
                 with range_(BACKWARD):
                     # with these weights, the mean of the ranks' gradients is the gradient of the whole minibatch
                     (loss * (share.weight * self.world.count) if self.world.group else loss).backward()
@@ -181,7 +181,7 @@ class Contestant:
         self.loss_sum += self.world.mean(loss.detach(), share)
         return None
 
-    def _remembered(self, share: Share, indices: Tensor | None, placement: Placement | None) -> dict[str, Any]:
+    def _numbered(self, share: Share, indices: Tensor | None, placement: Placement | None) -> dict[str, Any]:
         """What a call of a criterion with a memory takes, with the seed of this iteration's starts; else nothing."""
         if self.memory is None or indices is None:
             return {}
@@ -189,23 +189,23 @@ class Contestant:
         generator = torch.Generator(self.device).manual_seed(seed)
         return {"indices": share.own(indices).to(self.device), "placement": placement, "generator": generator}
 
-    def _loss_of_share(self, x: Tensor, y: Tensor, share: Share, **remembered: Any) -> Tensor:
+    def _loss_of_share(self, x: Tensor, y: Tensor, share: Share, **numbered: Any) -> Tensor:
         """The loss with the random numbers of the whole minibatch; a fault in one rank's share is raised on all."""
         loss, fault = torch.zeros((), device="cpu"), None
         try:
             with self.world.draws(share) or nullcontext():
-                loss = self._loss(x, y, **remembered)
+                loss = self._loss(x, y, **numbered)
         except NonFiniteError as error:
             fault = error
         self.world.check(fault, share)
         return loss
 
-    def _loss(self, x: Tensor, y: Tensor, **remembered: Any) -> Tensor:
+    def _loss(self, x: Tensor, y: Tensor, **numbered: Any) -> Tensor:
         if self.criterion is None:
             loss = self._baseline(x, y)
         else:
             self.optimizer.zero_grad()
-            options = {"generator": self._augmix_generator()} if self.config.loss == "augmix" else remembered
+            options = {"generator": self._augmix_generator()} if self.config.loss == "augmix" else numbered
             loss = self.criterion(self._wrapped, x, y, **options)
         if self.config.grad_align:
             loss = loss + self.config.grad_align * grad_align(self._wrapped, x, y, epsilon=self.config.epsilon)
@@ -246,7 +246,7 @@ class Contestant:
                 self._random = _random_state(self.device)
 
     def state(self) -> dict[str, Any]:
-        """Returns all that the next step depends on, and the clock; beside it `remembered` is the entry `memory`."""
+        """Returns all that the next step depends on, and the clock; except what it remembers: `memory_states`."""
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -259,7 +259,7 @@ class Contestant:
             "left_out": self.left_out,
         }
 
-    def remembered(self) -> list[dict[str, Any]] | None:
+    def memory_states(self) -> list[dict[str, Any]] | None:
         """Returns the states of the ranks' memories on rank 0; None without a memory. Collective."""
         return None if self.memory is None else states_of(self.memory, self.world)
 

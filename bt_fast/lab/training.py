@@ -119,6 +119,8 @@ class Run:
         if world.leads:
             folder.mkdir(parents=True, exist_ok=True)
             self._release = weakref.finalize(self, hold(folder))
+        if self._remembers:
+            world.most(0)  # no rank opens a file before the first one has locked the folder
         try:
             if resume:
                 self._resume()
@@ -229,7 +231,7 @@ class Run:
 
     def save(self) -> None:
         """Writes the checkpoint, on rank 0. Collective where ranks remember."""
-        memories = {c.method: c.remembered() for c in self.contestants}
+        memories = {c.method: c.memory_states() for c in self.contestants}
         if not self.world.leads:
             return
         state = {
