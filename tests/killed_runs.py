@@ -29,7 +29,7 @@ from bt_fast.lab.files import write_text
 from bt_fast.lab.provenance import machine
 
 OPTIONS = ["--width=2", "--batch-size=16", "--curve-size=8", "--eval-steps=2", "--steps=3", "--non-finite=skip"]
-METHODS = ["--method", "bullet", "--method", "optimised"]
+METHODS = ["--method", "bullet", "--method", "optimised,memory=on"]
 LIMIT = 120.0  # seconds for a run to end
 
 

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import json
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import UnionType
 from typing import Any
@@ -15,10 +15,12 @@ from bt_fast.allocation import METRICS, POLICIES
 from bt_fast.engine import ENGINES, Engine
 from bt_fast.guard import NON_FINITE
 from bt_fast.lab.files import parse_json
-from bt_fast.lab.methods import COMPARED, Method
+from bt_fast.lab.methods import COMPARED, REMEMBERING, Method
 from bt_fast.units import warn_of_units
 
 OBJECTIVES = ("trades", "mart", "pgd", "augmix")
+STORAGES, STORED = ("device", "host", "file"), ("int8", "float16", "float32")
+MEMORY_STEPS: dict[str, Any] = {"steps": 1, "boundary_steps": 1, "robust_steps": 1, "outlier_steps": 0}
 SOURCES = "digits|mnist|cifar10|cifar100|PATH"
 
 
@@ -87,6 +89,9 @@ class RunConfig:
     metric: str = option("signed_variance", "Of a sample's certainty. [signed_variance]", choices=METRICS)
     policy: str = option("three_groups", "Certainty to steps. [three_groups]", choices=POLICIES)
     grad_align: float = _at_least_0(0.0, "Weight of GradAlign's regulariser. [0]")
+    memory: bool = option(False, "An attack starts where that of its image ended an epoch ago, and takes one step.")
+    memory_storage: str = option("device", "Where the memory lies: file in the run folder. [device]", choices=STORAGES)
+    memory_dtype: str = option("int8", "Of the memory. [int8]", choices=STORED)
     non_finite: str = option("raise", "A minibatch with NaN or Inf. [raise]", choices=NON_FINITE)
     eval_steps: int = _at_least_1(20, "Steps of the final PGD. [20]")
     eval_restarts: int = _at_least_1(1, "Restarts of the final PGD. [1]")
@@ -145,19 +150,48 @@ class RunConfig:
             _, config = self.of_method(name)
             if self.loss != "augmix":
                 warn_of_units(config.epsilon, step_size=config.step_size)
+        kept = ("memory_storage", "memory_dtype")
+        unused = [name for name in kept if getattr(self, name) != getattr(type(self), name)]
+        if unused and not any(self.of_method(name)[1].memory for name in self.methods):
+            given = " ".join(f"--{name.replace('_', '-')} {getattr(self, name)}" for name in unused)
+            raise ValueError(f"{given}: no method has a memory; write --memory too, or leave it away")
 
     def of_method(self, name: str) -> tuple[Method, RunConfig]:
         """Returns the method of that name, and this configuration with the method's own options.
 
+        One with a memory has the memory's steps.
+
         Raises:
-            ValueError: the method does not exist, or not for this objective.
+            ValueError: the method does not exist, or not for this objective; or it has a memory and cannot, or other
+                steps than that.
         """
         method = Method.parse(name)
         algorithms = _OF_AUGMIX if self.loss == "augmix" else _OF_ATTACKS
         if method.algorithm not in algorithms:
             raise ValueError(f"--method {name}: {self.loss} has {', '.join(algorithms)}; name one of these")
         changes: dict[str, Any] = dict(method.changes)
-        return method, dataclasses.replace(self, **changes)
+        config = dataclasses.replace(self, **changes)
+        if not config.memory:
+            return method, config
+        if self.loss == "augmix":
+            raise ValueError("--memory: augmix attacks nothing, so nothing is remembered; leave it away")
+        if method.algorithm not in REMEMBERING:
+            raise ValueError(
+                f"--method {name}: {method.algorithm} has no memory; leave --memory away, and write "
+                f"--method bullet,memory=on (or optimised,memory=on) for those that shall have one"
+            )
+        config.check_steps(changes, f"--method {name}: ")
+        return method, dataclasses.replace(config, **MEMORY_STEPS)
+
+    def check_steps(self, given: Mapping[str, Any], prefix: str = "") -> None:
+        """Raises ValueError, which names the option, if options that were given are not those of a memory."""
+        for name, own in {**MEMORY_STEPS, "step_size": self.epsilon}.items():
+            if given.get(name, own) != own:
+                option = f"--{name.replace('_', '-')}"
+                raise ValueError(
+                    f"{prefix}{option} {given[name]:g}: with a memory it is {own:g}, for an attack goes on from where "
+                    f"it ended an epoch ago; leave {option} away"
+                )
 
     def differences(self, other: RunConfig, *, but: tuple[str, ...] = ()) -> list[str]:
         """Returns `name: this value against the other value` for every differing field, except those in `but`."""
@@ -179,6 +213,7 @@ KINDS: dict[str, Any] = typing.get_type_hints(RunConfig)
 _OF_ATTACKS = ("reference", "optimised", "bullet", "fast", "yopo")
 _OF_AUGMIX = ("optimised", "bullet", "no-jsd")
 _LATER = {"metric", "policy", "grad_align", "non_finite"}  # options that older configurations lack
+_LATER |= {"memory", "memory_storage", "memory_dtype"}
 
 _CIFAR = RunConfig(  # the scripts of TRADES, which the paper's Table 2 uses
     data="cifar10",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,13 +26,16 @@ from bt_fast.guard import Guard, Skipped
 from bt_fast.lab.config import RunConfig
 from bt_fast.lab.data import ImageDataset
 from bt_fast.lab.models import build_model
+from bt_fast.lab.remembering import check_no_file, file_of, new_memory, own_state, remove_unsaved, states_of
 from bt_fast.lab.world import ALONE, Share, World
+from bt_fast.memory import Memory
 from bt_fast.mining import BulletTrain
 from bt_fast.objectives.augmix import AugMixLoss
 from bt_fast.objectives.loss import AdversarialLoss
 from bt_fast.objectives.mart import MARTLoss, mart_loss
 from bt_fast.objectives.pgd import PGDLoss, pgd_loss
 from bt_fast.objectives.trades import TRADESLoss, trades_loss
+from bt_fast.placement import Placement
 from bt_fast.ranges import BACKWARD, range_
 
 # by name: the authors' code, our class, and our function
@@ -110,12 +114,47 @@ class Contestant:
         """The weight of the robust term as an option; PGD's loss has none."""
         return {} if self.config.loss == "pgd" else {"beta": self.config.beta}
 
-    def step(self, x: Tensor, y: Tensor, indices: Tensor | None = None) -> Skipped | None:
+    @property
+    def memory(self) -> Memory | None:
+        """What it remembers; None for a method without a memory, or before `remember`."""
+        return self.criterion.memory if isinstance(self.criterion, AdversarialLoss) else None
+
+    def remember(
+        self, folder: Path, ranks_of: Tensor, fingerprint: str, saved: list[dict[str, Any]] | None = None
+    ) -> None:
+        """Begins the memory, or goes on with that of a checkpoint; nothing without one in the configuration.
+
+        Args:
+            folder: for its file. ranks_of: int64 [n], the rank that sees each training image.
+            fingerprint: of the data.
+            saved: what `memory_states` returned on rank 0; None for a new run.
+
+        Raises:
+            ValueError: the file is another's, or the checkpoint's memory is.
+        """
+        if not self.config.memory or not isinstance(self.criterion, AdversarialLoss):
+            return
+        path, own = file_of(folder, self.method, self.world.rank), None
+        if saved is None:
+            check_no_file(path)
+        else:
+            own = own_state(saved, self.world)
+            remove_unsaved(path, own)
+        memory = new_memory(self.config, self.image_shape, ranks_of, self.world.rank, fingerprint, path)
+        memory.to(self.device)
+        if own is not None:
+            memory.load_state_dict(own)
+        self.criterion.memory = memory
+
+    def step(
+        self, x: Tensor, y: Tensor, indices: Tensor | None = None, placement: Placement | None = None
+    ) -> Skipped | None:
         """Takes one timed training step; returns why the minibatch was skipped, or None. Collective.
 
         Args:
             x: [m, C, H, W] in [0, 1], this rank's images. y: int64 [m], their labels.
-            indices: int64, the places in the training set of the whole minibatch, for reports and for its size.
+            indices: int64, the places in the training set of the whole minibatch, for reports, its size and a memory.
+            placement: of these images, where they are crops.
 
         Raises:
             NonFiniteError: NaN or Inf in the minibatch, in a run that does not skip such minibatches.
@@ -126,7 +165,7 @@ class Contestant:
             synchronize(self.device)
             begin = time.perf_counter()
             with self.guard.minibatch(indices):
-                loss = self._loss_of_share(x, y, share)
+                loss = self._loss_of_share(x, y, share, **self._numbered(share, indices, placement))
                 with range_(BACKWARD):
                     # with these weights, the mean of the ranks' gradients is the gradient of the whole minibatch
                     (loss * (share.weight * self.world.count) if self.world.group else loss).backward()
@@ -142,23 +181,31 @@ class Contestant:
         self.loss_sum += self.world.mean(loss.detach(), share)
         return None
 
-    def _loss_of_share(self, x: Tensor, y: Tensor, share: Share) -> Tensor:
+    def _numbered(self, share: Share, indices: Tensor | None, placement: Placement | None) -> dict[str, Any]:
+        """What a call of a criterion with a memory takes, with the seed of this iteration's starts; else nothing."""
+        if self.memory is None or indices is None:
+            return {}
+        seed = self.config.seed * 1_000_003 + len(self.seconds)
+        generator = torch.Generator(self.device).manual_seed(seed)
+        return {"indices": share.own(indices).to(self.device), "placement": placement, "generator": generator}
+
+    def _loss_of_share(self, x: Tensor, y: Tensor, share: Share, **numbered: Any) -> Tensor:
         """The loss with the random numbers of the whole minibatch; a fault in one rank's share is raised on all."""
         loss, fault = torch.zeros((), device="cpu"), None
         try:
             with self.world.draws(share) or nullcontext():
-                loss = self._loss(x, y)
+                loss = self._loss(x, y, **numbered)
         except NonFiniteError as error:
             fault = error
         self.world.check(fault, share)
         return loss
 
-    def _loss(self, x: Tensor, y: Tensor) -> Tensor:
+    def _loss(self, x: Tensor, y: Tensor, **numbered: Any) -> Tensor:
         if self.criterion is None:
             loss = self._baseline(x, y)
         else:
             self.optimizer.zero_grad()
-            options = {"generator": self._augmix_generator()} if self.config.loss == "augmix" else {}
+            options = {"generator": self._augmix_generator()} if self.config.loss == "augmix" else numbered
             loss = self.criterion(self._wrapped, x, y, **options)
         if self.config.grad_align:
             loss = loss + self.config.grad_align * grad_align(self._wrapped, x, y, epsilon=self.config.epsilon)
@@ -199,7 +246,7 @@ class Contestant:
                 self._random = _random_state(self.device)
 
     def state(self) -> dict[str, Any]:
-        """Returns all that the next step depends on, and the clock."""
+        """Returns all that the next step depends on, and the clock; except what it remembers: `memory_states`."""
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -211,6 +258,10 @@ class Contestant:
             "guard": self.guard.state_dict(),
             "left_out": self.left_out,
         }
+
+    def memory_states(self) -> list[dict[str, Any]] | None:
+        """Returns the states of the ranks' memories on rank 0; None without a memory. Collective."""
+        return None if self.memory is None else states_of(self.memory, self.world)
 
     def load(self, state: dict[str, Any]) -> None:
         """Loads what `state` returned; in the first version it had neither `guard` nor `left_out`."""

@@ -22,8 +22,8 @@ def check_training(config: RunConfig, dataset: ImageDataset, device: torch.devic
     """Raises ValueError, which names the data, for an impossible training.
 
     Impossible are data with a single class, images that do not fit the network, and a minibatch too small for its batch
-    norm or too large for the device's memory. The memory is a lower bound: weights, their gradients and momenta, and
-    one update's activations.
+    norm or too large for the device's memory. The memory is a lower bound: weights, their gradients and momenta, one
+    update's activations, and the perturbations that are remembered on the device.
     """
     if dataset.classes < 2:
         raise ValueError(f"{dataset.name}: all labels are 0, one class: training needs at least two; give other --data")
@@ -42,10 +42,12 @@ def check_training(config: RunConfig, dataset: ImageDataset, device: torch.devic
     n, b = len(dataset.x_train), config.batch_size
     copies = 1 + len(config.methods) * (2 if config.sgd_momentum else 1)
     needed = _FLOAT * (copies * size.weights + world.most_in_a_share(min(n, b)) * size.activations)
+    needed += (remembered := _remembered(config, dataset, world))
     if needed > (available := memory(device)):
         raise ValueError(
             f"{about}: {config.model} and minibatches of {min(n, b)} need at least {_bytes(needed)}, {device} has "
             f"{_bytes(available)}: take a smaller --model, --width or --batch-size{_of_labels(dataset)}"
+            f"{', or --memory-storage host or file' if remembered else ''}"
         )
     ranks = 1 if device.type == "cuda" else world.count  # on CUDA, norms see all ranks' samples
     least = (n % b or min(n, b)) // ranks
@@ -54,6 +56,15 @@ def check_training(config: RunConfig, dataset: ImageDataset, device: torch.devic
             f"{about}: the last minibatch of an epoch has {least} image where the batch norm of {config.model} has one "
             f"position, and it needs two values; take another --batch-size than {b}, or another --train-size than {n}"
         )
+
+
+def _remembered(config: RunConfig, dataset: ImageDataset, world: World) -> int:
+    """Returns the bytes of the perturbations that the methods remember on one rank's device."""
+    if config.memory_storage != "device":
+        return 0
+    count = sum(config.of_method(method)[1].memory for method in config.methods)
+    size: int = getattr(torch, config.memory_dtype).itemsize
+    return count * size * world.most_in_a_share(len(dataset.x_train)) * dataset.x_train[0].numel()
 
 
 def check_labels(classes: int, labels: Tensor, where: str, network: str) -> None:

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 COMPARED = ("reference", "optimised-exact", "bullet-exact", "bullet-fast")
 FORMS = "reference, optimised, bullet, fast, fast-N, yopo-M-N and no-jsd"
-CHANGES = {  # options of a run that a method may set for itself, and their types
+REMEMBERING = ("optimised", "bullet")  # the algorithms that may have a memory
+
+
+def _on(text: str) -> bool:
+    if text not in ("on", "off"):
+        raise ValueError(text)
+    return text == "on"
+
+
+CHANGES: dict[str, Callable[[str], float | int | str]] = {  # options that a method may set for itself, and their types
     "step-size": float,
     "beta": float,
     "boundary-steps": int,
@@ -19,6 +28,7 @@ CHANGES = {  # options of a run that a method may set for itself, and their type
     "metric": str,
     "policy": str,
     "grad-align": float,
+    "memory": _on,
 }
 _FORM = re.compile(r"(reference|optimised|bullet|no-jsd|fast(?:-\d+)?|yopo-\d+-\d+)(?:-(exact|fast|bf16|frozen))?")
 
@@ -73,5 +83,5 @@ def _change(name: str, option: str) -> tuple[str, float | int | str]:
     try:
         return key.replace("-", "_"), kind(text)
     except ValueError as error:
-        expected = {int: "an integer", float: "a number"}[kind]
+        expected = {int: "an integer", float: "a number", _on: "on or off"}[kind]
         raise ValueError(f"--method {name}: {key} must be {expected}, got {text!r}; give one") from error

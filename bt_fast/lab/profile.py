@@ -24,9 +24,10 @@ from bt_fast.lab.data import ImageDataset, images, minibatches
 from bt_fast.lab.files import write_text
 from bt_fast.lab.fitting import check_training
 from bt_fast.lab.locks import held, new_folder
-from bt_fast.lab.provenance import machine
+from bt_fast.lab.provenance import fingerprint, machine
 from bt_fast.lab.report import label, plain_table
 from bt_fast.lab.training import WARM_UP, Contestant
+from bt_fast.placement import Placement
 from bt_fast.power import PowerMonitor, Summary
 from bt_fast.ranges import PHASES
 
@@ -36,6 +37,7 @@ _LAUNCHES = ("cuda_runtime", "cuda_driver")
 _WORK = ("kernel", "gpu_memcpy", "gpu_memset")
 
 Event = dict[str, Any]
+Batch = tuple[Tensor, Tensor, Tensor, Placement | None]  # images, labels, their numbers, and where they are cropped
 Work = list[tuple[float, float]] | None  # start of the launch and duration of each piece of work, in microseconds
 
 
@@ -89,14 +91,16 @@ def profile(
         for name in ("trace.json", "profile.json"):
             if (folder / name).exists():
                 raise ValueError(f"--out: {folder} already holds {name}; name another folder")
+        everything = torch.zeros(len(dataset.x_train), dtype=torch.int64, device="cpu")
+        contestant.remember(folder, everything, fingerprint(dataset))
         return _profiled(contestant, dataset, folder, iterations), folder
 
 
 def _profiled(contestant: Contestant, dataset: ImageDataset, folder: Path, iterations: int) -> Profile:
     config, device = contestant.config, contestant.device
     ready = list(islice(_batches(config, dataset, device), WARM_UP + TRACED))
-    for x, y in ready[:WARM_UP]:
-        contestant.step(x, y)
+    for batch in ready[:WARM_UP]:
+        contestant.step(*batch)
     with PowerMonitor(device) as monitor:
         for k in range(iterations):
             contestant.step(*ready[k % len(ready)])
@@ -106,7 +110,7 @@ def _profiled(contestant: Contestant, dataset: ImageDataset, folder: Path, itera
     result = Profile(
         method=contestant.method,
         loss=config.loss,
-        batch_size=len(ready[0][1]),
+        batch_size=len(ready[0][0]),
         epoch=len(dataset.x_train),
         seconds=seconds,
         phases=phases_of(events),
@@ -119,7 +123,7 @@ def _profiled(contestant: Contestant, dataset: ImageDataset, folder: Path, itera
     return result
 
 
-def _batches(config: RunConfig, dataset: ImageDataset, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+def _batches(config: RunConfig, dataset: ImageDataset, device: torch.device) -> Iterator[Batch]:
     """Yields whole minibatches as in training, without end."""
     n = len(dataset.x_train)
     size, iteration = min(config.batch_size, n), count()
@@ -127,21 +131,21 @@ def _batches(config: RunConfig, dataset: ImageDataset, device: torch.device) -> 
         for batch in minibatches(n, size, seed=config.seed, epoch=epoch):
             if len(batch) < size:  # an epoch's last minibatch is not comparable
                 continue
-            x = images(dataset.x_train[batch], device)
+            x, placement = images(dataset.x_train[batch], device), None
             if config.augment:
-                x, _ = crop_and_flip(x, seed=config.seed, iteration=next(iteration))
-            yield x, dataset.y_train[batch].to(device)
+                x, placement = crop_and_flip(x, seed=config.seed, iteration=next(iteration))
+            yield x, dataset.y_train[batch].to(device), batch, placement
 
 
-def _traced(contestant: Contestant, batches: Sequence[tuple[Tensor, Tensor]], path: Path) -> list[Event]:
+def _traced(contestant: Contestant, batches: Sequence[Batch], path: Path) -> list[Event]:
     """Returns the events of one iteration on each batch; writes the trace to `path`."""
     activities = [ProfilerActivity.CPU]
     if contestant.device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
     with torch.profiler.profile(activities=activities) as profiled:
-        for x, y in batches:
+        for batch in batches:
             with record_function(ITERATION):
-                contestant.step(x, y)
+                contestant.step(*batch)
                 synchronize(contestant.device)
     profiled.export_chrome_trace(str(path))
     trace: dict[str, Any] = json.loads(path.read_text())

@@ -73,8 +73,14 @@ def label(method: str, loss: str) -> str:
         name = "+ BT"
     if kind.numbers not in ((), (1,)):
         name = "-".join([name, *map(str, kind.numbers)])
-    own = [f"{SYMBOLS[k]}={v:g}" if k in SYMBOLS else str(v) for k, v in kind.changes.items()]
+    own = [_own_option(*option) for option in kind.changes.items()]
     return ", ".join([name, *([kind.engine] if kind.engine else []), *own])
+
+
+def _own_option(name: str, value: Any) -> str:
+    if name == "memory":
+        return "memory" if value else "no memory"
+    return f"{SYMBOLS[name]}={value:g}" if name in SYMBOLS else str(value)
 
 
 def summarise(run: Run, evaluated: Callable[[str], object]) -> dict[str, Any]:
@@ -112,6 +118,8 @@ def _method_summary(run: Run, contestant: Contestant) -> dict[str, Any]:
     }
     if run.config.non_finite == "skip":
         entry["skipped"] = sum(r["kind"] == "skipped" and r["method"] == contestant.method for r in run.records())
+    if contestant.memory is not None:
+        entry["memory"] = contestant.memory.description()
     if contestant.bullet is not None:
         entry["fractions"] = dataclasses.asdict(contestant.bullet.fractions)
         contestant.bullet.finish()
@@ -120,11 +128,16 @@ def _method_summary(run: Run, contestant: Contestant) -> dict[str, Any]:
 
 
 def _theoretical_speedup(contestant: Contestant, steps: int) -> float | None:
-    """Returns Eq. 7 or its AugMix form, over the objective itself; None for YOPO, which has no full attack steps."""
+    """Returns Eq. 7 or its AugMix form, over the objective itself; None for YOPO, which has no full attack steps.
+
+    `steps` are those of the run, without BulletTrain and without a memory.
+    """
     kind, bullet = contestant.kind, contestant.bullet
     if bullet is not None:
         augmix = contestant.config.loss == "augmix"
         return bullet.theoretical_speedup_augmix() if augmix else bullet.theoretical_speedup(steps)
+    if contestant.memory is not None:
+        return (steps + 1) / (contestant.config.steps + 1)
     if kind.algorithm == "fast":
         return (steps + 1) / (kind.numbers[0] + 1)
     return {"yopo": None, "no-jsd": 3.0}.get(kind.algorithm, 1.0)

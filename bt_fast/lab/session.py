@@ -89,6 +89,9 @@ def run_training(start: Start, options: dict[str, Any]) -> None:
             if world.group is not None and norms_alone(run.contestants[0].model):
                 say("batch norm: torch synchronises it on CUDA alone; here it sees each rank's own samples")
             say(f"{config.data}: {sizes(dataset)}; run folder {run.folder}")
+            for contestant in run.contestants:
+                if contestant.memory is not None:
+                    say(f"{contestant.method}: memory {contestant.memory.description()}")
             train(run, stop, f"go on with --resume {run.folder}")
         _report(run, trained=run.iteration > begun)
 
@@ -149,6 +152,8 @@ def adapt(base: RunConfig, options: dict[str, Any], dataset: ImageDataset) -> tu
         implied["boundary_steps"] = options["steps"]
     config = dataclasses.replace(base, **(implied | options))
     config.check()
+    if all(config.of_method(name)[1].memory for name in config.methods):
+        config.check_steps(options)  # else they are those of the other methods
     dataset = dataset.take(config.train_size, config.test_size)
     return dataclasses.replace(config, curve_size=min(config.curve_size, len(dataset.x_test))), dataset
 
@@ -233,7 +238,9 @@ def _epoch_line(run: Run) -> str:
     parts = []
     for record in latest:
         accuracies = " / ".join(f"{record[measure]:.1%}" for measure in measures)
-        parts.append(f"{record['method']} {accuracies} in {record['seconds']:.0f} s")
+        age = record.get("memory_age")
+        memory = "" if age is None else f", memory {age:.2f} epochs old"
+        parts.append(f"{record['method']} {accuracies} in {record['seconds']:.0f} s{memory}")
     return f"epoch {latest[0]['epoch']}, {' / '.join(measures)}: {', '.join(parts)}"
 
 

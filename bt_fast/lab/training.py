@@ -28,14 +28,17 @@ from bt_fast.lab.augment import crop_and_flip
 from bt_fast.lab.checkpoint import load_checkpoint, save_checkpoint
 from bt_fast.lab.config import RunConfig
 from bt_fast.lab.contestant import Contestant as Contestant
-from bt_fast.lab.data import ImageDataset, images, minibatches
+from bt_fast.lab.data import ImageDataset, images
 from bt_fast.lab.energy import TrainingEnergy
 from bt_fast.lab.files import append_line, parse_json, whole_lines, write_text
 from bt_fast.lab.fitting import check_training
+from bt_fast.lab.fixed_shares import minibatches_of, owners
 from bt_fast.lab.locks import hold, new_folder
 from bt_fast.lab.provenance import Provenance, check_configuration, check_data, data_summary, fingerprint, this_start
+from bt_fast.lab.remembering import mean_age
 from bt_fast.lab.world import ALONE, Share, World
 from bt_fast.ops import GROUPS
+from bt_fast.placement import Placement
 
 EVALUATION_BATCH = 250
 CHECKPOINT_SECONDS = 60.0
@@ -101,6 +104,9 @@ class Run:
         self.contestants = [Contestant(method, config, dataset, device, world, balance) for method in config.methods]
         self.energy = TrainingEnergy(device, config.methods)
         self.fingerprint = fingerprint(dataset)
+        self._remembers = any(contestant.config.memory for contestant in self.contestants)
+        ranks = world.count if self._remembers else 1  # a rank remembers what it sees again
+        self._ranks_of = owners(len(dataset.x_train), config.batch_size, ranks, seed=config.seed)
         if folder is None:
             folder = world.broadcast_path(new_folder(Path("runs")) if world.leads else None)
         self.folder = folder
@@ -113,16 +119,28 @@ class Run:
         if world.leads:
             folder.mkdir(parents=True, exist_ok=True)
             self._release = weakref.finalize(self, hold(folder))
+        if self._remembers:
+            world.most(0)  # no rank opens a file before the first one has locked the folder
         try:
             if resume:
                 self._resume()
-            elif world.leads:
+            else:
                 self._begin()
         except BaseException:
             self.close()
             raise
 
     def _begin(self) -> None:
+        if self.world.leads:
+            self._check_empty()
+        for contestant in self.contestants:
+            contestant.remember(self.folder, self._ranks_of, self.fingerprint)
+        if self.world.leads:
+            self._provenance_path.unlink(missing_ok=True)  # from a run killed before its first checkpoint
+            self._record_start()
+        self.save()  # so that a run killed at any moment can be resumed
+
+    def _check_empty(self) -> None:
         files = (self.checkpoint_path, self._metrics_path, self.folder / "summary.json")
         existing = [path for path in files if path.exists()]
         if existing:
@@ -130,9 +148,6 @@ class Run:
             raise ValueError(
                 f"{self.folder}: already holds a run ({existing[0].name}); {go_on}name another folder with --out"
             )
-        self._provenance_path.unlink(missing_ok=True)  # from a run killed before its first checkpoint
-        self._record_start()
-        self.save()  # so that a run killed at any moment can be resumed
 
     def _resume(self) -> None:
         config, state = load_checkpoint(self.checkpoint_path)
@@ -142,7 +157,10 @@ class Run:
             check_data(self.dataset, self.fingerprint, str(data), self.checkpoint_path)
         try:
             for contestant in self.contestants:
-                contestant.load(state["contestants"][contestant.method])
+                of_method = state["contestants"][contestant.method]
+                contestant.load(of_method)
+                if contestant.config.memory:
+                    contestant.remember(self.folder, self._ranks_of, self.fingerprint, of_method["memory"])
             if type(state["iteration"]) is not int or not 0 <= state["iteration"] <= self.iterations:
                 raise ValueError(f"iteration {state['iteration']} of {self.iterations}")
             self.energy.load(state.get("energy"))
@@ -198,26 +216,28 @@ class Run:
                 for contestant in self.contestants:
                     for group in contestant.optimizer.param_groups:
                         group["lr"] = self.config.lr * 0.1**drops
-                n, size, seed = len(self.dataset.x_train), self.config.batch_size, self.config.seed
-                for batch in islice(minibatches(n, size, seed=seed, epoch=epoch), first, None):
+                size, seed = self.config.batch_size, self.config.seed
+                for batch in islice(minibatches_of(self._ranks_of, size, seed=seed, epoch=epoch), first, None):
                     self._step(batch)
                     ended = self.iteration % self.iterations_per_epoch == 0
                     if ended:
                         self._record_allocations(batch)
                         self._end_epoch(epoch)
-                    if ended or time.monotonic() - saved > CHECKPOINT_SECONDS:
+                    due = time.monotonic() - saved > CHECKPOINT_SECONDS
+                    if ended or (self.world.most(due) if self._remembers else due):
                         self.save()
                         saved = time.monotonic()
                     yield Progress(self.iteration, ended)
 
     def save(self) -> None:
-        """Writes the checkpoint, on rank 0."""
+        """Writes the checkpoint, on rank 0. Collective where ranks remember."""
+        memories = {c.method: c.memory_states() for c in self.contestants}
         if not self.world.leads:
             return
         state = {
             "iteration": self.iteration,
             "data": self.fingerprint,
-            "contestants": {c.method: c.state() for c in self.contestants},
+            "contestants": {c.method: c.state() | {"memory": memories[c.method]} for c in self.contestants},
             "energy": self.energy.state(),
         }
         save_checkpoint(self.checkpoint_path, self.config, state)
@@ -283,12 +303,12 @@ class Run:
             append_line(self._metrics_path, json.dumps({"iteration": self.iteration, **record}))
 
     def _step(self, batch: Tensor) -> None:
-        x, y = self._images(batch, self.world.share(len(batch)), self.iteration)
+        x, y, placement = self._images(batch, self.world.share(len(batch)), self.iteration)
         turn = self.iteration % len(self.contestants)
         skipped: dict[str, Skipped | None] = {}
         for contestant in self.contestants[turn:] + self.contestants[:turn]:
             try:
-                skipped[contestant.method] = contestant.step(x, y, batch)
+                skipped[contestant.method] = contestant.step(x, y, batch, placement)
             except NonFiniteError as error:
                 message = f"{contestant.method}, {error}"
                 raise NonFiniteError(message, error.samples, earlier=error.earlier) from error
@@ -304,13 +324,13 @@ class Run:
             if self._observe is not None:
                 self._observe(self)
 
-    def _images(self, batch: Tensor, share: Share, iteration: int) -> tuple[Tensor, Tensor]:
-        """Returns images and labels of a share of an iteration's minibatch, augmented."""
-        own = share.own(batch)
+    def _images(self, batch: Tensor, share: Share, iteration: int) -> tuple[Tensor, Tensor, Placement | None]:
+        """Returns images, labels and crops of a share of an iteration's minibatch, augmented."""
+        own, placement = share.own(batch), None
         x, y = images(self.dataset.x_train[own], self.device), self.dataset.y_train[own].to(self.device)
         if self.config.augment:
-            x, _ = crop_and_flip(x, seed=self.config.seed, iteration=iteration, share=share)
-        return x, y
+            x, placement = crop_and_flip(x, seed=self.config.seed, iteration=iteration, share=share)
+        return x, y, placement
 
     def _record_fractions(self) -> None:
         """Records the shares of the groups since the last record (Fig. 3)."""
@@ -333,7 +353,7 @@ class Run:
         """Records each sample's SVar and steps in the last trained minibatch (Fig. 5), without changing any state."""
         if not self.world.leads:
             return
-        x, y = self._images(batch, ALONE.share(len(batch)), self.iteration - 1)
+        x, y, _ = self._images(batch, ALONE.share(len(batch)), self.iteration - 1)
         for contestant in self.contestants:
             if contestant.bullet is None or isinstance(contestant.bullet.policy, Oracle):  # an oracle would attack
                 continue
@@ -356,6 +376,7 @@ class Run:
         self.energy.settle()
         for contestant in self.contestants:
             learnt = self.iterations_per_epoch - contestant.left_out
+            memory = contestant.memory
             self.append(
                 kind="epoch",
                 epoch=epoch + 1,
@@ -364,6 +385,7 @@ class Run:
                 loss=float(contestant.loss_sum) / learnt if learnt else None,
                 seconds=sum(contestant.seconds),
                 joules=self.energy.joules(contestant.method),
+                **({} if memory is None else {"memory_age": mean_age(memory)}),
             )
             contestant.loss_sum.zero_()
             contestant.left_out = 0

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -117,6 +118,14 @@ class World:
         if paths[0] is None:
             raise ValueError("rank 0 must give a path")
         return paths[0]
+
+    def gathered(self, value: object) -> list[Any]:
+        """Returns the ranks' values on rank 0, and nothing on others. Collective."""
+        if self.group is None:
+            return [value]
+        values: list[Any] | None = [None] * self.count if self.leads else None
+        dist.gather_object(value, values, 0, self.group)
+        return values or []
 
     def most(self, number: int) -> int:
         """Returns the largest of the ranks' numbers. Collective."""

@@ -17,6 +17,7 @@ DIGITS = PRESETS["digits"]
         ("optimised-bf16", "optimised", "bf16", (), {}),
         ("bullet-fast,robust-steps=0", "bullet", "fast", (), {"robust_steps": 0}),
         ("bullet,gamma=0.7,policy=gaussian", "bullet", "", (), {"gamma": 0.7, "policy": "gaussian"}),
+        ("bullet,memory=on", "bullet", "", (), {"memory": True}),
         ("bullet-frozen", "bullet", "fast", (), {}),  # its name in the first version
         ("optimised-exact", "optimised", "exact", (), {}),
         ("no-jsd-bf16", "no-jsd", "bf16", (), {}),
@@ -46,6 +47,7 @@ def test_a_name_says_algorithm_engine_and_options(name, algorithm, engine, numbe
         ("bullet,epsilon=0.1", "expected NAME=VALUE"),
         ("bullet,robust-steps=two", "robust-steps must be an integer, got 'two'"),
         ("bullet,gamma=", "gamma must be a number, got ''"),
+        ("bullet,memory=yes", "memory must be on or off, got 'yes'"),
         ("bullet,gamma=0.7,gamma=0.8", "an option is given twice"),
     ],
 )
@@ -96,7 +98,8 @@ def test_a_choice_that_there_is_not_is_refused(changed, message):
 
 def test_a_configuration_from_before_the_policies_means_what_it_meant():
     fields = dataclasses.asdict(DIGITS)
-    old = {name: value for name, value in fields.items() if name not in ("metric", "policy", "grad_align")}
+    later = ("metric", "policy", "grad_align", "memory", "memory_storage", "memory_dtype")
+    old = {name: value for name, value in fields.items() if name not in later}
     assert RunConfig.from_json(json.dumps(old)) == DIGITS
 
 
@@ -117,6 +120,8 @@ def test_a_configuration_from_before_the_engines_ran_exactly():
         ("trades", "fast-3", "+ FAST-3"),
         ("trades", "yopo-2-5,beta=1", "+ YOPO-2-5, β=1"),
         ("pgd", "bullet,policy=oracle", "+ BulletTrain, oracle"),
+        ("mart", "optimised,memory=on", "MART, ours, memory"),
+        ("mart", "optimised,memory=off", "MART, ours, no memory"),
         ("augmix", "optimised", "AugMix"),
         ("augmix", "no-jsd", "AugMix - JSD"),
     ],

@@ -74,7 +74,7 @@ def test_all_methods_see_the_same_minibatches_and_start_from_the_same_weights(tm
     run = Run(tmp_path / "run", CONFIG, blobs(), CPU)
     seen = {}
     for contestant in run.contestants:
-        contestant.step = lambda x, y, _, method=contestant.method: seen.setdefault(method, []).append((x, y))
+        contestant.step = lambda x, y, *_, method=contestant.method: seen.setdefault(method, []).append((x, y))
     start = weights(run)
     for _ in range(3):
         run._step(torch.arange(5) + run.iteration)

@@ -35,6 +35,7 @@ class Result:
         speedup: over the other methods by name, the median of the ratios of paired iterations.
         fractions: of `boundary`, `robust`, `outlier`; None without BulletTrain.
         joules: of training. joules_reason: why they are missing.
+        memory: what is remembered of its attacks, in words; None without a memory.
         missing: the entries that an older version's summary lacks.
     """
 
@@ -52,6 +53,7 @@ class Result:
     fractions: Mapping[str, float] | None = None
     joules: float | None = None
     joules_reason: str | None = None
+    memory: str | None = None
     missing: tuple[str, ...] = ()
 
 
@@ -304,7 +306,7 @@ _EXPECTED = ("theoretical_speedup", "attack", "iteration_seconds", "forward_pass
 _ENTRIES: dict[str, _Read] = {  # of a method in a summary
     **dict.fromkeys(("clean", "robust", "seconds", "iteration_seconds", "forward_passes"), _number),
     **dict.fromkeys(("theoretical_speedup", "joules"), _number),
-    **dict.fromkeys(("label", "attack", "joules_reason"), _text),
+    **dict.fromkeys(("label", "attack", "joules_reason", "memory"), _text),
     "speedup": _each(_number),
     "fractions": _each(_number, GROUPS),
 }

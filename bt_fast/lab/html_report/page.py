@@ -80,7 +80,7 @@ def _sections(runs: Sequence[LoadedRun]) -> list[tuple[str, str, Sequence[Table 
     """Returns the sections of the page: id, name and content; those for studies may be empty."""
     styles = charts.styles_of(runs)
     return [
-        ("methods", "Methods", [_methods(runs), *_over_seeds(runs), *_missing(runs)]),
+        ("methods", "Methods", [_methods(runs), *_memories(runs), *_over_seeds(runs), *_missing(runs)]),
         ("accuracy", "Accuracy against time", charts.accuracy(runs, styles)),
         ("trade-offs", "Clean and robust accuracy", charts.trade_off(runs, styles)),
         ("time", "Where an iteration's time goes", [waterfall(run) for run in runs]),
@@ -137,6 +137,11 @@ def _methods(runs: Sequence[LoadedRun]) -> Table:
 def _clock(run: LoadedRun, result: Result) -> float | None:
     first = run.results[0]
     return 1.0 if result is first else result.speedup.get(first.name)
+
+
+def _memories(runs: Sequence[LoadedRun]) -> list[Table]:
+    rows = [(run.row_name(r), r.label, r.memory) for run in runs for r in run.results if r.memory is not None]
+    return [Table("What is remembered of attacks", dict.fromkeys(("", "method", "memory"), str), rows)] if rows else []
 
 
 def _missing(runs: Sequence[LoadedRun]) -> list[Table]:
