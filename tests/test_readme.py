@@ -1,21 +1,26 @@
-"""The README's scripts run as printed, and the documents' links lead to existing targets."""
+"""The README's scripts run as printed; the documents' links lead to existing targets, their commands exist."""
 
 import re
+import shlex
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
+import click
 import pytest
 import small_models
 import torch
 
 import bt_fast
 from bt_fast.baselines.trades_reference import trades_reference_loss
+from bt_fast.lab.cli import cli
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+OF_ROOT = [ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")]
+DOCUMENTS = [*OF_ROOT, *sorted((ROOT / "docs").rglob("*.md"))]
+OF_OTHERS = {"--help", "--full", "--rehearse", "--table", "--mining"}  # of every command, the benchmarks, an example
 AUTHORS = SimpleNamespace(trades_loss=trades_reference_loss)  # in place of the authors' module `trades`
 
 
@@ -80,7 +85,7 @@ def anchors(path):
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("page", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("page", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_links_lead_to_files_and_headings_that_exist(page):
     text = re.sub(r"```.*?```|`[^`]*`", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
     links = re.findall(r"\]\(([^)\s]+)\)", text)
@@ -90,6 +95,50 @@ def test_links_lead_to_files_and_headings_that_exist(page):
         assert target.exists(), f"{page.name}: {link}"
         if anchor:
             assert anchor in anchors(target), f"{page.name}: {link}"
+
+
+def command_lines(text):
+    """Returns the arguments of each `bt-fast`, without the comment behind them, and without "COMMAND --help"."""
+    lines = re.findall(r"(?:bt-fast|-m bt_fast) +(?!COMMAND)([^`\n]*)", text)
+    return [shlex.split(line, comments=True) for line in lines]
+
+
+def check_command(name, *arguments):
+    """Raises where click knows no such command or option, or a word or number is not one that the option takes."""
+    context = click.Context(cli.commands[name], info_name=name)
+    values, rest, _ = context.command.make_parser(context).parse_args(list(arguments))
+    assert not set(rest) - {"..."}
+    for parameter in context.command.params:
+        given = values.get(parameter.name)
+        if isinstance(given, str | list) and not isinstance(parameter.type, click.Path):
+            for value in [given] if isinstance(given, str) else given:
+                if not value.isupper() and value != "...":  # no placeholder
+                    parameter.type.convert(value, parameter, context)
+
+
+@pytest.mark.parametrize("page", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_commands_and_options_exist(page):
+    text = page.read_text(encoding="utf-8")
+    if page.name != "CHANGELOG.md":  # which names those that are gone
+        for arguments in command_lines(text):
+            check_command(*arguments)
+    options = {name for command in cli.commands.values() for option in command.params for name in option.opts}
+    assert not set(re.findall(r"`(--[a-z-]+)", text)) - options - OF_OTHERS
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ("trian", KeyError),
+        ("train --modle small-cnn", click.NoSuchOption),
+        ("train --loss trade", click.BadParameter),
+        ("evaluate FILE --steps 0", click.BadParameter),
+        ("evaluate FILE OTHER", AssertionError),
+    ],
+)
+def test_a_command_that_does_not_exist_is_noticed(arguments, error):
+    with pytest.raises(error):
+        check_command(*arguments.split())
 
 
 def test_the_guides_lines_for_other_scripts_run_as_printed():

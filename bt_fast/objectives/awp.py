@@ -110,7 +110,7 @@ class AWP:
                 is sharded by `fully_shard`; gamma is less than a weight's rounding; samples is "moved" without mining.
             RuntimeError: a block of this AWP is open already.
 
-            With all of these, and with the loss's own errors, no weight has changed.
+        With all of these, and with the loss's own errors, no weight has changed.
         """
         if not callable(loss):
             raise TypeError(

@@ -117,8 +117,9 @@ def mart_loss(
     """`MARTLoss`, called like the authors' `mart_loss`.
 
     Args:
-        model, x_natural, y, optimizer, step_size, epsilon, perturb_steps, beta, distance, bullet, engine, generator,
-            memory, indices, placement, deprecated: as for `trades_loss`, with its result and its errors.
+        model, x_natural, y, optimizer, step_size, epsilon, perturb_steps, beta: as for `trades_loss`, with its result
+            and its errors.
+        distance, bullet, engine, generator, memory, indices, placement, deprecated: likewise.
     """
     given = drop_in.Given(
         model, x_natural, y, optimizer, step_size, epsilon, perturb_steps, distance, bullet, engine, generator,

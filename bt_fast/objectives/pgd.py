@@ -101,8 +101,9 @@ def pgd_loss(
     """`PGDLoss` as a function, with arguments like those of `trades_loss`.
 
     Args:
-        model, x_natural, y, optimizer, epsilon, perturb_steps, distance, bullet, engine, generator, memory, indices,
-            placement, deprecated: as for `trades_loss`, with its result and its errors.
+        model, x_natural, y, optimizer, epsilon, perturb_steps, distance: as for `trades_loss`, with its result and
+            its errors.
+        bullet, engine, generator, memory, indices, placement, deprecated: likewise.
         step_size: α > 0 (with `bullet`: of the boundary samples), in pixel units; in ℓ2 the length of a step. Not used
             with `memory`.
     """
