@@ -90,7 +90,7 @@ def order_is_wrong(module):
 
 
 def test_the_kernels_as_they_are_pass():
-    assert not assign_is_wrong(kernels, op.launch_assign, 0, 7, 40)
+    assert not assign_is_wrong(kernels, op.launch_assign, 7, 40, 0)
     assert not assign_is_wrong(kernels, op.launch_assign_in_blocks, 7, 300)
     assert not order_is_wrong(order_kernels)
 
@@ -101,7 +101,7 @@ def bugs(listed):
 
 @bugs(ASSIGN)
 def test_a_planted_bug_is_caught(text, instead, tmp_path):
-    assert assign_is_wrong(planted(kernels, text, instead, tmp_path / "planted.py"), op.launch_assign, 0, 7, 40)
+    assert assign_is_wrong(planted(kernels, text, instead, tmp_path / "planted.py"), op.launch_assign, 7, 40, 0)
 
 
 @bugs(BLOCKS)

@@ -1,12 +1,10 @@
-"""Runs the kernels in Triton's interpreter, each file in its own process: importing triton chooses the interpreter."""
+"""Runs the kernels in Triton's interpreter, each file in its own process, forked from one with the interpreter."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from forked_interpreter import ForkedInterpreter
 
 pytest.importorskip("triton")
 HERE = Path(__file__).parent / "interpreted"
@@ -28,29 +26,33 @@ SEVERAL = [
 ]
 
 
-def interpreted(*command, fails=False):
-    paths = [str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    result = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment)
-    assert (result.returncode != 0) == fails, result.stdout + result.stderr
+@pytest.fixture(scope="module")
+def interpreted():
+    """A function that runs a command and returns its exit code and what it printed."""
+    with ForkedInterpreter() as run:
+        yield run
 
 
 OPS = sorted(file.stem for file in HERE.glob("*.py") if not file.stem.endswith("_int64") and file.stem != "conftest")
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_an_op(op):
-    interpreted("-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / f"{op}.py"))
+def test_an_op(op, interpreted):
+    code, printed = interpreted("-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / f"{op}.py"))
+    assert code == 0, printed
 
 
 @pytest.mark.parametrize("op", WIDENED)
-def test_offsets_beyond_2_to_the_31(op):
-    interpreted(str(HERE / f"{op}_int64.py"), str(KERNELS / f"{op}.py"))
+def test_offsets_beyond_2_to_the_31(op, interpreted):
+    code, printed = interpreted(str(HERE / f"{op}_int64.py"), str(KERNELS / f"{op}.py"))
+    assert code == 0, printed
 
 
 @pytest.mark.parametrize(("op", "kernel"), [*((op, ()) for op in WIDENED if op not in dict(SEVERAL)), *SEVERAL])
-def test_offsets_in_32_bits_are_caught(op, kernel, tmp_path):
+def test_offsets_in_32_bits_are_caught(op, kernel, tmp_path, interpreted):
     source, (widened, planted) = (KERNELS / f"{op}.py").read_text(), WIDENED[op]
     assert widened in source
     (tmp_path / "planted.py").write_text(source.replace(widened, planted))
-    interpreted(str(HERE / f"{op}_int64.py"), str(tmp_path / "planted.py"), *([kernel] if kernel else []), fails=True)
+    script = str(HERE / f"{op}_int64.py"), str(tmp_path / "planted.py"), *([kernel] if kernel else [])
+    code, printed = interpreted(*script)
+    assert code != 0, printed
