@@ -137,17 +137,17 @@ class Remembering:
 
     def check_exactness(self) -> None:
         """Compares losses before anything is remembered, and what is remembered with x' - x; without mining."""
-        losses = []
+        losses, x = [], 0.1 + 0.8 * self.work.x  # the authors' start, unlike that at a memory, may leave [0, 1]
         for dtype in (None, *STORED.values()):
             memory = None if dtype is None else Memory(SAMPLES, dtype=dtype).to(self.work.x.device)
             criterion = TRADESLoss(ATTACK, memory=memory, engine="fast")
             torch.manual_seed(1)  # of the network's dropout
             generator = torch.Generator(self.work.x.device).manual_seed(1)
-            batch = copy.deepcopy(self.work.model), self.work.x, self.work.y
+            batch = copy.deepcopy(self.work.model), x, self.work.y
             losses.append(criterion(*batch, indices=self.indices, generator=generator).detach())
             if memory is not None:
                 quantum, unit = {torch.int8: (0.51, 127), torch.float16: (1e-3, 1)}.get(memory.dtype, (1e-5, 1))
-                moved = ((criterion.last.x_adv - self.work.x) / EPSILON).double().clamp(-1, 1)
+                moved = ((criterion.last.x_adv - x) / EPSILON).double().clamp(-1, 1)
                 assert (memory.perturbations[self.indices].double() - unit * moved).abs().max() <= quantum
                 assert moved.any()
         for loss in losses[1:]:

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 import bt_fast
 from bt_fast.lab import checkpoint
+from bt_fast.ops import frames
 from tests.fuzz import api, readers
 from tests.fuzz.campaign import Case, Run, fuzz
 from tests.fuzz.mutation import fuzz_bytes
@@ -108,6 +109,14 @@ def test_what_a_pickle_runs_is_a_failure(monkeypatch):
 def test_a_planted_bug_is_caught(monkeypatch):
     monkeypatch.setattr(bt_fast.deciding, "STEP_FACTOR", 0.0)
     assert fuzz("plan", api.TARGETS["plan"], 50, seed=0).failures
+
+
+def test_a_mirror_that_is_forgotten_when_a_perturbation_is_stored_is_caught(monkeypatch):
+    def unmirrored(placed, rows, layout):
+        return frames.places(placed._replace(mirrored=torch.zeros_like(placed.mirrored)), rows, layout)
+
+    monkeypatch.setattr("bt_fast.ops.remember.places", unmirrored)
+    assert any(fuzz("memory_ops", api.TARGETS["memory_ops"], 20, seed=seed).failures for seed in range(30))
 
 
 def test_cases_are_those_of_the_seed():

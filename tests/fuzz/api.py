@@ -38,6 +38,7 @@ from bt_fast.baselines.fast import fast_loss
 from bt_fast.baselines.grad_align import grad_align
 from bt_fast.baselines.yopo import yopo_loss
 from bt_fast.evaluation import STOOD, evaluate
+from bt_fast.ops import frames
 from bt_fast.ranges import PHASES, range_
 from tests.fuzz.campaign import Case
 from tests.fuzz.values import (
@@ -1057,6 +1058,114 @@ def gather_start_op(draw):
         expect(clean.shape == x.shape == start.shape and clean.dtype == x.dtype, "shapes")
 
     return call(ops.gather_start, arguments, check=check)
+
+
+@st.composite
+def placements(draw, m, shape, own):
+    """Draws top, left and mirrored of crops that show something of their frames."""
+    corners = [st.lists(st.integers(1 - n, k - 1), min_size=m, max_size=m) for n, k in zip(shape, own, strict=True)]
+    mirrored = st.lists(st.booleans(), min_size=m, max_size=m)
+    kinds = torch.int64, torch.int64, torch.bool
+    return tuple(torch.tensor(draw(v), dtype=kind) for v, kind in zip((*corners, mirrored), kinds, strict=True))
+
+
+def shown_pixels(placed, shape, own):
+    """Which pixels of their frames crops show, [m, height, width], pixel by pixel by the words of `Placement`."""
+    shown = torch.zeros(len(placed[0]), *own, dtype=torch.bool)
+    for s, (top, left, mirrored) in enumerate(zip(*(values.tolist() for values in placed), strict=True)):
+        for i in range(shape[0]):
+            for j in range(shape[1]):
+                at = top + i, left + (shape[1] - 1 - j if mirrored else j)
+                if 0 <= at[0] < own[0] and 0 <= at[1] < own[1]:
+                    shown[(s, *at)] = True
+    return shown
+
+
+def remembered_twice(memory, x_adv, before, clean, slots, epsilon, l2, order, steps, keep, placed):
+    """Remembers one attack after another in the same rows, and returns the images and where the next one starts."""
+    how = {"order": order, "steps": steps, "placed": placed}
+    for ended in (before, x_adv):
+        ops.remember_(memory, ended, clean, slots, epsilon, l2=l2, keep=keep, **how)
+    x = clean if order is None else torch.empty_like(clean).index_copy_(0, order, clean)
+    limits = ops.Limits(epsilon, -9.0, 9.0, l2)
+    return ops.recall(x, memory, slots, torch.tensor([1, 2]), limits, noise=0.0, **how)
+
+
+@target
+@st.composite
+def memory_ops(draw):
+    m, channels = draw(st.integers(0, 4)), draw(st.integers(1, 3))
+    size = st.integers(1, 5)
+    shape, own = (draw(size), draw(size)), (draw(size), draw(size))
+    placed = draw(st.one_of(st.none(), placements(m, shape, own)))
+    own = shape if placed is None else own
+    dtype, stored = draw(st.sampled_from(FLOATS)), draw(st.sampled_from([*frames.STORED]))
+    g = torch.Generator().manual_seed(draw(SEEDS))
+    epsilon, l2 = draw(st.floats(1e-3, 1)), draw(st.booleans()) and stored != torch.int8
+    clean, *moves = (torch.rand(m, channels, *shape, generator=g, dtype=torch.float64) for _ in range(3))
+    bound = epsilon / (1 if not l2 else math.sqrt(clean[0].numel() if m else 1))
+    clean, *ended = (v.to(dtype) for v in (clean, *(clean + 0.98 * bound * (2 * move - 1) for move in moves)))
+    memory = torch.randint(-100, 101, (m + 2, channels, *own), generator=g).to(stored)
+    memory = memory if stored == torch.int8 else memory / 100
+    flags = st.lists(st.booleans(), min_size=m, max_size=m).map(lambda values: torch.tensor(values, dtype=torch.bool))
+    radii = torch.full((m,), epsilon, dtype=torch.float32 if dtype.itemsize < 8 else dtype)
+    arguments = {
+        "memory": memory,
+        "x_adv": ended[0],
+        "before": ended[1],
+        "clean": clean,
+        "slots": torch.randperm(m + 2, generator=g)[:m],
+        "epsilon": draw(st.sampled_from([epsilon, radii])),
+        "l2": l2,
+        "order": draw(st.sampled_from([None, torch.randperm(m, generator=g)])),
+        "steps": draw(st.one_of(st.none(), flags.map(lambda moves: moves.long()))),
+        "keep": draw(st.one_of(st.none(), flags)),
+        "placed": placed,
+    }
+    old, valid = memory.clone(), draw(st.integers(0, 4)) > 0
+    if not valid:
+        name = draw(st.sampled_from(["memory", "x_adv", "clean", "slots", "epsilon", "steps", "keep", "placed"]))
+        odd = any_tensor(tensors()).filter(lambda v: v.dtype != torch.int64)
+        arguments[name] = draw(st.tuples(odd, odd, odd) if name == "placed" else odd)
+        arguments["before"] = arguments["x_adv"]  # an error of the second call would come after the first one's change
+
+    def check(result):
+        if valid:
+            check_remembered(arguments, result, old, shape, own, epsilon)
+
+    return call(remembered_twice, arguments, check=check, names=("top", "left", "mirrored"))
+
+
+def check_remembered(given, result, old, shape, own, epsilon):
+    """Compares what is stored, and where an attack starts, with the attack that ended."""
+    x_adv, memory, m = given["x_adv"].double(), given["memory"].double(), len(given["clean"])
+    order = torch.arange(m) if given["order"] is None else given["order"]
+    slots = given["slots"][order]
+    moves = torch.ones(m, dtype=torch.bool) if given["steps"] is None else given["steps"][order] > 0
+    clean, start = (values.double() for values in result)
+    expect(torch.equal(clean, given["clean"].double()), "the images are others")
+    expect(torch.equal(start[~moves], clean[~moves]), "a sample without steps was moved")
+    expect(not memory[slots[~moves]].any(), "a sample without steps is remembered")
+    others = torch.ones(len(memory), dtype=torch.bool).index_fill_(0, slots, False)
+    expect(torch.equal(memory[others], old.double()[others]), "another row was changed")
+    unit = {torch.int8: 0.51 / 127, torch.float16: 1e-3}.get(given["memory"].dtype, 1e-6)
+    slack = epsilon * unit * 1.01 + 4 * torch.finfo(given["clean"].dtype).eps
+    shown = torch.ones(m, *own, dtype=torch.bool)
+    if given["placed"] is not None:
+        placed = tuple(values[order] for values in given["placed"])
+        shown = shown_pixels(placed, shape, own)
+        kept = torch.ones(m, dtype=torch.bool) if given["keep"] is None else given["keep"][order]
+        hidden = (~shown & moves[:, None, None])[:, None].expand(-1, memory.shape[1], -1, -1)
+        expected = old.double()[slots] * kept[:, None, None, None]
+        expect(torch.equal(memory[slots][hidden], expected[hidden]), "what was not shown did not stay")
+    if not bool(moves.any()):
+        return
+    moved = (start - clean).abs()[moves]
+    size = moved.flatten(1).norm(dim=1).max() if given["l2"] else moved.max()
+    expect(size <= epsilon + slack * 10, "a start outside of the ball")
+    seen = shown.flatten(1).sum(1) == shape[0] * shape[1]  # of the crops that lie inside whole, nothing is lost
+    gap = (start - x_adv).abs()[moves & seen]
+    expect(not gap.numel() or gap.max() <= slack, "the next attack does not start where the last one ended")
 
 
 # Augmentation, power, ranges
