@@ -114,7 +114,9 @@ class Given:
 
     @property
     def steps(self) -> int:
-        """N, or with BulletTrain N_B; at least 1. Not used with a memory, which has its own."""
+        """N, or with BulletTrain N_B, or those of the memory; at least 1."""
+        if self.memory is not None:
+            return self.memory.steps[0]
         return self.perturb_steps if self.bullet is None else max(self.bullet.boundary_steps, 1)
 
 
