@@ -167,7 +167,7 @@ class Memory(nn.Module):
         Robust samples that others stand for, and that were therefore not attacked, keep their memory and its age.
         """
         if self.perturbations is None:
-            self._allocate(recalled.shape, self._dtype(l2))
+            self._allocate(tuple(recalled.rows.shape[1:]), self._dtype(l2))
             recalled = self._again(recalled, x_adv)
         rows, slots, numbers = recalled.rows, recalled.slots, recalled.numbers
         out = _not_attacked(plan) if epsilon and self.steps[1] else None  # else no robust sample was going to be
@@ -277,16 +277,17 @@ class Memory(nn.Module):
         if stored is None:  # nothing is remembered, and what is wrong may yet come to light
             nothing = torch.full((len(x),), NEVER, dtype=torch.int64, device=x.device)
             rows = torch.empty(0, *shape, dtype=dtype, device=x.device)
-            return Recalled(rows, nothing, numbers, fresh, placed, shape, wrong, self.steps)
+            return Recalled(rows, nothing, numbers, fresh, placed, wrong, self.steps)
         if not apart:
-            return Recalled(stored, numbers, numbers, fresh, placed, shape, wrong, self.steps)
+            return Recalled(stored, numbers, numbers, fresh, placed, wrong, self.steps)
         rows = stored[numbers]
         rows = rows.pin_memory().to(x.device, non_blocking=True) if x.is_cuda else rows.to(x.device)
-        return Recalled(rows, torch.arange(len(x), device=x.device), numbers, fresh, placed, shape, wrong, self.steps)
+        return Recalled(rows, torch.arange(len(x), device=x.device), numbers, fresh, placed, wrong, self.steps)
 
     def _again(self, recalled: Recalled, x: Tensor) -> Recalled:
         """The same minibatch, of a memory that has been made since."""
-        given = recalled.numbers, recalled.placed, recalled.shape, recalled.rows.dtype, recalled.wrong
+        rows = recalled.rows
+        given = recalled.numbers, recalled.placed, tuple(rows.shape[1:]), rows.dtype, recalled.wrong
         return self._read(x, *given, self._apart(x))
 
     def _allocate(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:

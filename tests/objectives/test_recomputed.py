@@ -1,6 +1,5 @@
 """What the caller's backward recomputes, it computes in the modes of the update."""
 
-
 import pytest
 import torch
 from model_zoo import TrainNoise, checkpointed
