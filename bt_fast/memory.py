@@ -231,7 +231,7 @@ class Memory(nn.Module):
         Robust samples that others stand for, and that were therefore not attacked, keep their memory and its age.
         """
         if self.perturbations is None:
-            self._allocate(recalled.shape, self._dtype(l2))
+            self._allocate(tuple(recalled.rows.shape[1:]), self._dtype(l2))
         if not len(recalled.rows):  # of a memory that has been made since
             recalled = self._again(recalled, x_adv)
         rows, slots, numbers = recalled.rows, recalled.slots, recalled.numbers
@@ -322,12 +322,12 @@ class Memory(nn.Module):
             rows, slots = stored, numbers
         else:
             rows = on_device(stored, numbers, x) if fetched is None else fetched.arrived(stored, self.written)
-        return Recalled(rows, slots, numbers, fresh, placed, shape, wrong, self.steps)
+        return Recalled(rows, slots, numbers, fresh, placed, wrong, self.steps)
 
     def _again(self, recalled: Recalled, x: Tensor) -> Recalled:
         """The same minibatch, of a memory that has been made since."""
-        given = recalled.numbers, recalled.placed, recalled.shape, recalled.rows.dtype, recalled.wrong
-        return self._read(x, *given)
+        rows = recalled.rows
+        return self._read(x, recalled.numbers, recalled.placed, tuple(rows.shape[1:]), rows.dtype, recalled.wrong)
 
     def _allocate(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         if self.path is not None:

@@ -26,12 +26,11 @@ class Recalled:
     """What is remembered of the m samples of a minibatch, in the caller's order.
 
     Attributes:
-        rows: [slots, ...], on the images' device.
+        rows: [slots, ...], on the images' device, each in its sample's own frame.
         slots: [m] int64, the row of each sample.
         numbers: [m] int64, the row of each sample in the memory itself, on its device.
         fresh: [m] bool, whose memory is not too old; None: nobody's is.
         placed: where the images lie in their own frames; None: they are these.
-        shape: of a sample's own frame.
         wrong: what only the device can see.
         counts: the steps of (boundary, robust, outlier) samples.
     """
@@ -41,7 +40,6 @@ class Recalled:
     numbers: Tensor
     fresh: Tensor | None
     placed: Placed | None
-    shape: tuple[int, ...]
     wrong: tuple[Fault, ...]
     counts: tuple[int, int, int]
 

@@ -4,13 +4,14 @@ Tensors of images are dense with the sample outermost, in any order of channels,
 
 The noise uses only additions, multiplications and square roots, for which IEEE 754 determines the rounding, and no
 library's logarithm or cosine: so it is the same bit for bit everywhere. (A library's cosine also needs local memory,
-for arguments that do not occur here.) If a number below is changed, `bt_fast.ops.gather_start` must change with it.
+for arguments that do not occur here.) If a number of it in `shared.py` is changed, `bt_fast.ops.gather_start` must
+change with it.
 """
 
 import triton
 import triton.language as tl
 
-from bt_fast.kernels.shared import _clip, _normal_pair, _signed
+from bt_fast.kernels.shared import _clip, _noise
 
 
 @triton.jit(do_not_specialize=["blocks"])
@@ -32,9 +33,8 @@ def gather_start_fwd_kernel(
 ):
     """`clean ← x[order]`, `start ← clip(clean + scale·noise, lower, upper)`, or x without steps. Grid: m · blocks.
 
-    Element e of sample s has output e mod 4 of Philox for the counter (e div 4, s, offset). This does not involve its
-    sorted row or a program, so its noise does not depend on the order, the block or the dtype, nor, with `samples`, on
-    the batch.
+    The counter of an element's noise does not involve its sorted row or a program, so its noise does not depend on the
+    order, the block or the dtype, nor, with `samples`, on the batch.
     """
     i_x = tl.program_id(0)
     i_n = i_x // blocks
@@ -56,17 +56,6 @@ def gather_start_fwd_kernel(
         i_c = i_s
         if samples is not None:
             i_c = tl.load(samples + i_s)
-        offset = tl.load(state + 1)
-        o_g = i_b * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
-        b_0, b_1, b_2, b_3 = tl.philox(
-            tl.load(state), o_g, i_c.to(tl.int32), offset.to(tl.int32), (offset >> 32).to(tl.int32)
-        )
-        if NORMAL:
-            b_0, b_1 = _normal_pair(b_0, b_1)
-            b_2, b_3 = _normal_pair(b_2, b_3)
-        else:
-            b_0, b_1, b_2, b_3 = _signed(b_0), _signed(b_1), _signed(b_2), _signed(b_3)
-        # [BLOCK / 4, 2, 2], in which the last index is the lowest bit of an element's number
-        b_noise = tl.join(tl.join(b_0, b_2), tl.join(b_1, b_3)).reshape(BLOCK)
+        b_noise = _noise(state, i_c, i_b, NORMAL, BLOCK)
         b_start = _clip(b_x.to(tl.float32) + b_noise * scale, lower, upper).to(b_x.dtype)
     tl.store(start + row + o_x, b_start, mask=m_x)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from bt_fast.kernels.shared import _clip, _normal_pair
+from bt_fast.kernels.shared import _clip, _noise
 
 
 @triton.jit
@@ -67,14 +67,7 @@ def _delta(
     b_q = tl.load(memory + slot * (CHANNELS * OWN_HEIGHT * OWN_WIDTH) + b_o, mask=m_q, other=0.0)
     b_delta = _fraction(b_q) * epsilon
     if NOISY:
-        offset = tl.load(state + 1)
-        o_g = i_b * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
-        b_0, b_1, b_2, b_3 = tl.philox(
-            tl.load(state), o_g, i_c.to(tl.int32), offset.to(tl.int32), (offset >> 32).to(tl.int32)
-        )
-        b_0, b_1 = _normal_pair(b_0, b_1)
-        b_2, b_3 = _normal_pair(b_2, b_3)
-        b_delta += tl.join(tl.join(b_0, b_2), tl.join(b_1, b_3)).reshape(BLOCK) * noise
+        b_delta += _noise(state, i_c, i_b, True, BLOCK) * noise
     return b_delta
 
 

@@ -85,3 +85,23 @@ def _normal_pair(b_u, b_v):
     b_sin = b_sin * b_z - 0.64589286
     b_sin = b_sin * b_z + 1.570791
     return b_r * b_cos, b_r * (b_sin * b_t)
+
+
+@triton.jit
+def _noise(state, i_c, i_b, NORMAL: tl.constexpr, BLOCK: tl.constexpr):
+    """Returns block i_b of the noise of sample i_c, normal or in [-1, 1].
+
+    Element e has output e mod 4 of Philox for the counter (e div 4, i_c, offset).
+    """
+    offset = tl.load(state + 1)
+    o_g = i_b * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
+    b_0, b_1, b_2, b_3 = tl.philox(
+        tl.load(state), o_g, i_c.to(tl.int32), offset.to(tl.int32), (offset >> 32).to(tl.int32)
+    )
+    if NORMAL:
+        b_0, b_1 = _normal_pair(b_0, b_1)
+        b_2, b_3 = _normal_pair(b_2, b_3)
+    else:
+        b_0, b_1, b_2, b_3 = _signed(b_0), _signed(b_1), _signed(b_2), _signed(b_3)
+    # [BLOCK / 4, 2, 2], in which the last index is the lowest bit of an element's number
+    return tl.join(tl.join(b_0, b_2), tl.join(b_1, b_3)).reshape(BLOCK)

@@ -31,7 +31,7 @@ RECALL = [
     ("rows of the image's width", "(b_c * OWN_HEIGHT + b_i) * OWN_WIDTH", "(b_c * OWN_HEIGHT + b_i) * WIDTH"),
     ("not projected", "_clip(b_delta, -epsilon, epsilon)", "b_delta"),
     ("not shortened", "b_delta * shrink", "b_delta"),
-    ("no noise", "b_delta += tl.join", "b_delta += 0.0 * tl.join"),
+    ("no noise", "b_delta += _noise(", "b_delta += 0.0 * _noise("),
     ("noise without numbers", "i_c = tl.load(samples + i_s)", "i_c = i_s"),
     ("moved without steps", "tl.load(steps + i_s) > 0", "tl.load(steps + i_s) >= 0"),
 ]
