@@ -157,14 +157,15 @@ class Run:
             check_data(self.dataset, self.fingerprint, str(data), self.checkpoint_path)
         try:
             for contestant in self.contestants:
-                of_method = state["contestants"][contestant.method]
-                contestant.load(of_method)
-                if contestant.config.memory:
-                    contestant.remember(self.folder, self._ranks_of, self.fingerprint, of_method["memory"])
+                contestant.load(state["contestants"][contestant.method])
             if type(state["iteration"]) is not int or not 0 <= state["iteration"] <= self.iterations:
                 raise ValueError(f"iteration {state['iteration']} of {self.iterations}")
             self.energy.load(state.get("energy"))
             self.iteration = state["iteration"]
+            for contestant in self.contestants:
+                if contestant.config.memory:
+                    saved = state["contestants"][contestant.method]["memory"]
+                    contestant.remember(self.folder, self._ranks_of, self.fingerprint, saved)
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
             raise ValueError(
                 f"{self.checkpoint_path}: does not fit this run ({error}); start another with --out"
