@@ -327,16 +327,16 @@ def test_help_names_every_command():
         assert command in output
 
 
-# in children of a process that has imported torch already
+# in children of a process that has imported the package without its commands
 WITHOUT = """
-import os, sys, torch
+import os, sys, bt_fast
 for name in sys.argv[1:]:
     child = os.fork()
     if child == 0:
         sys.modules[name] = None
         from bt_fast.__main__ import main
         sys.exit(main())
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
 
