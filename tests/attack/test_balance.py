@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from gloo_ranks import run_ranks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
@@ -272,19 +273,8 @@ def counts_of(ranks):
     return [groups, levels, lonely]
 
 
-def in_processes(work, ranks, folder):
-    torch.multiprocessing.spawn(joined, (ranks, f"file://{folder}/meeting", work), nprocs=ranks)
-
-
-def joined(rank, ranks, meeting, work):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=ranks)
-    work()
-    dist.destroy_process_group()
-
-
-def test_each_rank_gets_what_it_would_have_got_itself(tmp_path):
-    in_processes(exchange_among_four_and_in_pairs, 4, tmp_path)
+def test_each_rank_gets_what_it_would_have_got_itself():
+    run_ranks(4, exchange_among_four_and_in_pairs)
 
 
 def exchange_among_four_and_in_pairs():
