@@ -98,8 +98,7 @@ def cut(x: Tensor, placement: Placement) -> Tensor:
     channels, height, width = x.shape[1:]
     layout = Layout(channels, height, width, height, width, False)
     placed = Placed(placement.top, placement.left, placement.mirrored)
-    at, there = places(placed, torch.arange(len(x), device=x.device), layout)
-    return taken(x.flatten(2), at, there).view(x.shape)
+    return taken(x.flatten(2), places(placed, torch.arange(len(x), device=x.device), layout)).view(x.shape)
 
 
 def _check(x: Tensor) -> None:
