@@ -81,7 +81,6 @@ def measured(memory: Memory, rounds: int, seed: int) -> dict[str, list[float]]:
 
 def result(samples: int, storage: str, path: Path | None, phase: str | None, rounds: int) -> dict[str, Any]:
     """The figures of one size and phase."""
-    torch.set_num_threads(1)
     if phase == "cold" and path is not None:
         drop_from_cache(path)
     faults = resource.getrusage(resource.RUSAGE_SELF)
@@ -116,6 +115,7 @@ def main() -> None:
     parser.add_argument("--phase", choices=PHASES)
     parser.add_argument("--rounds", type=int, default=60)
     given = parser.parse_args()
+    torch.set_num_threads(1)
     if given.phase == "write" and header_of(given.path).exists():
         raise SystemExit(f"{given.path} is there already")
     print(json.dumps(result(given.samples, given.storage, given.path, given.phase, given.rounds)))

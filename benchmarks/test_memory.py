@@ -3,8 +3,9 @@
 The price is that of an iteration of TRADES with BulletTrain in 1 / 1 / 0 steps, at the paper's fractions, on the engine
 "fast": with a memory over without one, in interleaved pairs, with and without a placement. The share is recalling and
 remembering alone over the iteration without a memory; "noise alone" is the share of the random start that an iteration
-without a memory draws, too. What is not exact is not timed: a memory of which nothing is remembered must give the loss
-of an iteration without one, and the next start must be where the attack ended.
+without a memory draws, too. "CPU" are the processor's own seconds, which other processes add less to. What is not exact
+is not timed: a memory of which nothing is remembered must give the loss of an iteration without one, and what is
+remembered must be where the attack ended.
 
 Growth is the time of a shuffled minibatch of 128 CIFAR-size rows in memories of 10^4 to 10^7 samples, by
 `memory_growth`, each in its own process. Sizes that do not fit are named in the result. The figures of GPUs are
@@ -35,7 +36,7 @@ from test_training_iteration import Case, Workload
 
 from benchmarks.gpu_model import GPUS
 from benchmarks.gpu_prediction import price_of_a_memory
-from benchmarks.memory_growth import BATCH, PHASES, ROW, quartiles
+from benchmarks.memory_growth import BATCH, PHASES, ROW, quartiles, result
 from bt_fast import PGD, BulletTrain, Memory, Placement, ThreatModel, TRADESLoss
 from bt_fast.attack.forward import clean_logits, eval_mode
 from bt_fast.lab.files import write_text
@@ -53,11 +54,11 @@ SIZES = [10**4, 10**5, 10**6, 3 * 10**6, 10**7]
 SPARE = 4 * 2**30  # bytes of memory, and of the disk, that are left to others
 
 
-def store(part: str, result: dict[str, Any]) -> None:
+def store(part: str, figures: dict[str, Any]) -> None:
     """Writes one part of the result file, in place of what was there."""
     kept = json.loads(RESULTS.read_text())["parts"] if RESULTS.exists() else {}
     when = {"date": datetime.date.today().isoformat(), "load": [round(n, 2) for n in os.getloadavg()]}
-    parts = dict(sorted({**kept, part: when | result}.items()))
+    parts = dict(sorted({**kept, part: when | figures}.items()))
     text = json.dumps({"what": (__doc__ or "").splitlines()[0], "command": COMMAND, "parts": parts}, indent=1)
     write_text(RESULTS, text + "\n")
 
@@ -154,6 +155,26 @@ class Remembering:
             torch.testing.assert_close(loss, losses[0], rtol=1e-5, atol=1e-6)
 
 
+def counted(work: Callable[[], object], seconds: list[float]) -> Callable[[], None]:
+    """The work, which notes the processor's seconds: other processes do not count, though they slow it down."""
+
+    def run() -> None:
+        begin = time.process_time()
+        work()
+        seconds.append(time.process_time() - begin)
+
+    return run
+
+
+def compared(times: list[float], without: list[float], what: str) -> dict[str, list[float]]:
+    """Quartiles of the milliseconds, and of the pairs' ratios to an iteration without a memory."""
+    ratios = quartiles([a / b for a, b in zip(times, without, strict=True)])
+    return {
+        f"{what}ms": [round(1e3 * t, 3) for t in quartiles(times)],
+        f"{what}over without": [round(r, 4) for r in ratios],
+    }
+
+
 @pytest.mark.parametrize("name", quick_and_full(["small-cnn"], CASES))
 def test_price(name: str, interleaved: Any, benchmark: Any, device: torch.device, request: Any) -> None:
     work = Remembering(CASES[name], device)
@@ -161,23 +182,23 @@ def test_price(name: str, interleaved: Any, benchmark: Any, device: torch.device
     variants: dict[str, Callable[[], object]] = {"without": work.iteration("without"), "noise alone": work.noise}
     variants |= {kind: work.iteration(*of) for kind, of in kinds.items()}
     variants |= {f"{kind}, alone": work.alone(*of) for kind, of in kinds.items()}
-    begin, cpu = time.perf_counter(), time.process_time()
-    seconds = interleaved(variants, work.prepare, rounds=CASES[name].rounds)
-    busy = (time.process_time() - cpu) / (time.perf_counter() - begin)
+    cpu: dict[str, list[float]] = {variant: [] for variant in variants}
+    begin, before = time.perf_counter(), time.process_time()
+    seconds = interleaved({v: counted(work, cpu[v]) for v, work in variants.items()}, work.prepare, CASES[name].rounds)
+    busy = (time.process_time() - before) / (time.perf_counter() - begin)
     rows: dict[str, Any] = {}
     for variant, times in seconds.items():
-        ratios = quartiles([a / b for a, b in zip(times, seconds["without"], strict=True)])
-        rows[variant] = {
-            "ms": [round(1e3 * t, 3) for t in quartiles(times)],
-            "over without": [round(r, 4) for r in ratios],
-        }
-    info = {v: f"{row['ms'][1]:.2f} ms, {row['over without'][1]:.4f} of an iteration" for v, row in rows.items()}
+        rows[variant] = compared(times, seconds["without"], "")
+        rows[variant] |= compared(cpu[variant][-len(times) :], cpu["without"][-len(times) :], "CPU ")
+    line = "{:.2f} ms, {:.4f} of an iteration; of the processor's time {:.2f} ms, {:.4f}"
+    info = {variant: line.format(*(figures[1] for figures in row.values())) for variant, row in rows.items()}
     report(benchmark, f"price of a memory, {name}, batch {CASES[name].batch}", info)
     if not benchmark.enabled or not request.config.getoption("--full"):
         return
-    shares = {kind: rows[f"{kind}, alone"]["over without"][1] for kind in kinds}
-    within = {"at most": MOST_SHARE, "alone, largest share": max(shares.values())}
-    within |= {"price, largest": max(rows[kind]["over without"][1] for kind in kinds)}
+    within: dict[str, Any] = {"at most": MOST_SHARE}
+    for what in ("over without", "CPU over without"):
+        within[f"alone, largest, {what}"] = max(rows[f"{kind}, alone"][what][1] for kind in kinds)
+        within[f"price, largest, {what}"] = max(rows[kind][what][1] for kind in kinds)
     here = {"machine": machine(device), "share of a core": round(busy, 2), "rounds": len(seconds["without"])}
     store(f"price, {name}", {**here, "batch": CASES[name].batch, "samples": SAMPLES, **within, "variants": rows})
 
@@ -187,8 +208,8 @@ def grown(samples: int, storage: str, phase: str | None, path: Path | None, roun
     command = [sys.executable, "-m", "benchmarks.memory_growth", "--samples", str(samples), "--storage", storage]
     command += ["--rounds", str(rounds)] + ([] if path is None else ["--path", str(path), "--phase", str(phase)])
     ran = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
-    result: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])
-    return result
+    figures: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])
+    return figures
 
 
 def free_memory() -> int:
@@ -199,20 +220,20 @@ def free_memory() -> int:
 
 def test_operations_on_ever_more_samples(benchmark: Any, tmp_path: Path, request: Any) -> None:
     full = request.config.getoption("--full")
-    sizes, rounds = (SIZES, 60) if full else ([200, 2000], 2)
+    sizes, rounds, measure = (SIZES, 60, grown) if full else ([500], 2, result)  # in this process, to see that it runs
     rows, left_out = [], []
     benchmark.pedantic(lambda: None, rounds=1)
     for samples in sizes:
         if samples * ROW > free_memory() - SPARE:
             left_out.append(f"device, {samples}: {samples * ROW / 1e9:.1f} GB are more than the free memory")
         else:
-            rows.append(grown(samples, "device", None, None, rounds))
+            rows.append(measure(samples, "device", None, None, rounds))
         written = 3 * rounds * BATCH * 4096 + samples * 8  # of a file only the pages that are written are on the disk
         if written > shutil.disk_usage(tmp_path).free - SPARE:
             left_out.append(f"file, {samples}: the disk has no room for {written / 1e9:.1f} GB")
             continue
         path = tmp_path / f"{samples}.mem"
-        rows += [grown(samples, "file", phase, path, rounds) for phase in PHASES]
+        rows += [measure(samples, "file", phase, path, rounds) for phase in PHASES]
         path.unlink()
     info = {
         f"{r['samples']}, {r['storage']}, {r['phase']}": f"{r['recall: ms'][1]} + {r['remember: ms'][1]} ms"

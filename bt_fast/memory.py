@@ -18,6 +18,7 @@ from bt_fast.device import HostCopy
 from bt_fast.faults import Fault
 from bt_fast.memory_arguments import (
     INDICES,
+    check_numbers,
     check_same,
     check_state,
     check_view,
@@ -207,13 +208,12 @@ class Memory(nn.Module):
         self._fetched = None
         if self._images is None:
             return indices
-        check_labels(indices, len(indices), indices.device, "indices")
+        check_numbers(indices)
         if self.perturbations is None or not self._apart(self._images):
             return indices.to(self._images.device)
-        rows = self._numbers(indices)
+        rows, following = self._numbers(indices), to_device(indices, self._images)
         faults.read(rows[:2]).wait()
         arriving = None if self._arriving is None else self._arriving[1]
-        following = to_device(indices, self._images)
         self._fetched = Fetched.start(self.perturbations, self.written, following, rows, arriving, self._images)
         return following
 

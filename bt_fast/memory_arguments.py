@@ -13,7 +13,7 @@ from torch import Tensor
 from bt_fast.faults import Fault
 from bt_fast.ops.frames import STORED
 from bt_fast.placement import Placement, check_form
-from bt_fast.validation import check_kind, holds_integers, step_count
+from bt_fast.validation import check_kind, check_labels, holds_integers, step_count
 
 INDICES = "give each sample's number in its data set, as in criterion(model, x, y, indices=indices)"
 
@@ -108,6 +108,12 @@ def check_view(x: Tensor, placement: Placement | None, shape: tuple[int, ...]) -
             f"{list(x.shape[1:])}: write placement=Placement(top, left, mirrored) of crops, or Memory(samples, "
             f"{tuple(x.shape[1:])})"
         )
+
+
+def check_numbers(indices: object) -> None:
+    """Raises TypeError or ValueError unless they are a tensor of integers [m], on any device."""
+    of = indices if isinstance(indices, Tensor) and indices.dim() else torch.empty(1, device="cpu")
+    check_labels(indices, len(of), of.device, "indices")  # type: ignore[arg-type]
 
 
 def rows_of(numbers: Tensor, samples: int, share: Tensor | None) -> tuple[Fault, Fault, Tensor]:

@@ -139,8 +139,11 @@ def test_indices_are_checked_before_anything_is_copied():
     for wrong, message in (([0, 8], r"indices must lie in 0..7"), ([3, 3], r"indices must be all different")):
         with pytest.raises(ValueError, match=message):
             memory.prefetch(torch.tensor(wrong))
-    with pytest.raises(TypeError, match="indices"):
-        memory.prefetch(torch.tensor([0.5, 1.0]))
+    for other in (torch.tensor([0.5, 1.0]), [0, 1]):
+        with pytest.raises(TypeError, match=r"^indices must be"):
+            memory.prefetch(other)
+    with pytest.raises(ValueError, match=r"^indices must have shape"):
+        memory.prefetch(torch.tensor(3))
     assert memory._fetched is None
 
 

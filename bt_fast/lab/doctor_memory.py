@@ -57,9 +57,8 @@ def recalled(
 
 def recalled_plainly(limits: Limits, placed: Placed | None, **others: Any) -> tuple[Tensor, Tensor]:
     """`ops.recall` by its reference."""
-    places: dict[str, Any] = dict(zip(Placed._fields, placed or (None, None, None), strict=True))
-    of_limits = limits._asdict()
-    start = recall_reference(noise=0.001, **of_limits, **places, **others)
+    arguments: Arguments = {**limits._asdict(), **_places(placed), **others}
+    start = recall_reference(noise=0.001, **arguments)
     others["state"][1] += 1
     return start
 
@@ -74,12 +73,15 @@ def remembered(
 
 def remembered_plainly(placed: Placed | None, **others: Any) -> None:
     """`ops.remember_` by its reference."""
-    places: dict[str, Any] = dict(zip(Placed._fields, placed or (None, None, None), strict=True))
-    remember_reference(**others, **places)
+    remember_reference(**others, **_places(placed))
 
 
 def _placed(top: Tensor | None, left: Tensor | None, mirrored: Tensor | None) -> Placed | None:
     return None if top is None or left is None or mirrored is None else Placed(top, left, mirrored)
+
+
+def _places(placed: Placed | None) -> Arguments:
+    return dict(zip(Placed._fields, placed or (None, None, None), strict=True))
 
 
 def _case(kind: Kind, stored: torch.dtype, *, l2: bool) -> tuple[Tensor, Tensor, Arguments]:
