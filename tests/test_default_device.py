@@ -272,6 +272,7 @@ FACTORIES = (
 )
 ELSEWHERE = {
     "bt_fast/lab/doctor_checks.py": "doctor.examine makes the CPU its default device",
+    "bt_fast/lab/doctor_memory.py": "likewise",
 }
 
 
