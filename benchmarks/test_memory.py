@@ -57,7 +57,8 @@ SPARE = 4 * 2**30  # bytes of memory, and of the disk, that are left to others
 def store(part: str, figures: dict[str, Any]) -> None:
     """Writes one part of the result file, in place of what was there."""
     kept = json.loads(RESULTS.read_text())["parts"] if RESULTS.exists() else {}
-    when = {"date": datetime.date.today().isoformat(), "load": [round(n, 2) for n in os.getloadavg()]}
+    when: dict[str, Any] = {"date": datetime.date.today().isoformat(), "load": [round(n, 2) for n in os.getloadavg()]}
+    when["busy"] = when["load"][0] > 1.5  # other processes than this one: the times are noisy
     parts = dict(sorted({**kept, part: when | figures}.items()))
     text = json.dumps({"what": (__doc__ or "").splitlines()[0], "command": COMMAND, "parts": parts}, indent=1)
     write_text(RESULTS, text + "\n")

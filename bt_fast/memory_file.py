@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 import os
 import uuid
 import warnings
@@ -59,6 +60,8 @@ class MemoryFile:
             np.memmap(path, dtype=kind, mode="r+", shape=shape),
             np.memmap(path, dtype=np.int64, mode="r+", offset=rows, shape=(count,)),
         ]
+        # rows are read in a random order: without this a row would bring megabytes of its neighbours from the disk
+        self._maps[0]._mmap.madvise(mmap.MADV_RANDOM)  # type: ignore[attr-defined]
         self.perturbations, self.written = (torch.from_numpy(values) for values in self._maps)
 
     def set_back(self, clock: int) -> None:

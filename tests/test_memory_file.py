@@ -37,6 +37,14 @@ def test_a_file_holds_what_a_device_would(tmp_path):
     assert again.shape == SHAPE
 
 
+def test_a_row_of_a_file_brings_no_neighbours_from_the_disk(tmp_path):
+    memory = in_file(tmp_path)
+    trained(memory, *ALL)
+    _, *maps = Path("/proc/self/smaps").read_text().split(str(memory.path))
+    flags = [next(line for line in one.splitlines() if line.startswith("VmFlags")) for one in maps]
+    assert sorted(" rr" in line for line in flags) == [False, True]  # the rows, but not their clocks
+
+
 def test_a_file_as_old_as_its_checkpoint_goes_on_exactly(tmp_path):
     memory, expected = in_file(tmp_path), Memory(SAMPLES)
     state = trained(memory, *ALL).state_dict()
