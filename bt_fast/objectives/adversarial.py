@@ -277,8 +277,9 @@ def start(model: nn.Module, x: Tensor, y: Tensor | None, adversary: Adversary, b
         with execution.autocast_of_attack(x):
             return _start_uniform(model, x, y, adversary, pixels, shared)
     assert y is not None
-    if (kept := adversary.call.kept if bullet is None else bullet.reused(adversary.call.owner)) is not None:
+    if adversary.call.kept is not None or (bullet is not None and bullet._reuse):
         by_sample.check_made_anew(adversary.own)
+    if (kept := adversary.call.kept if bullet is None else bullet.reused(adversary.call.owner)) is not None:
         return _reused(kept, x, y, threat, bullet)
     assert bullet is not None
     shared = adversary.clean_before(wrapped, x)

@@ -767,7 +767,8 @@ def test_the_optional_arguments_stay_where_the_authors_have_them(objective):
     theirs = list(inspect.signature(objective.reference).parameters.values())
     assert [(p.name, p.default) for p in parameters[: len(theirs)]][4:] == [(p.name, p.default) for p in theirs][4:]
     assert [p.name for p in parameters[:4]] == ["model", "x_natural", "y", "optimizer"]
-    assert [p.name for p in parameters[len(theirs) :]] == ["bullet", "engine", "generator", "deprecated"]
+    of_memory = ["memory", "indices", "placement"]
+    assert [p.name for p in parameters[len(theirs) :]] == ["bullet", "engine", "generator", *of_memory, "deprecated"]
     assert {p.kind for p in parameters[len(theirs) : -1]} == {inspect.Parameter.KEYWORD_ONLY}
 
 
