@@ -204,7 +204,7 @@ def test_price(name: str, interleaved: Any, benchmark: Any, device: torch.device
     store(f"price, {name}", {**here, "batch": CASES[name].batch, "samples": SAMPLES, **within, "variants": rows})
 
 
-def grown(samples: int, storage: str, phase: str | None, path: Path | None, rounds: int) -> dict[str, Any]:
+def grown(samples: int, storage: str, path: Path | None, phase: str | None, rounds: int) -> dict[str, Any]:
     """Runs `memory_growth` in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.memory_growth", "--samples", str(samples), "--storage", storage]
     command += ["--rounds", str(rounds)] + ([] if path is None else ["--path", str(path), "--phase", str(phase)])
@@ -234,7 +234,7 @@ def test_operations_on_ever_more_samples(benchmark: Any, tmp_path: Path, request
             left_out.append(f"file, {samples}: the disk has no room for {written / 1e9:.1f} GB")
             continue
         path = tmp_path / f"{samples}.mem"
-        rows += [measure(samples, "file", phase, path, rounds) for phase in PHASES]
+        rows += [measure(samples, "file", path, phase, rounds) for phase in PHASES]
         path.unlink()
     info = {
         f"{r['samples']}, {r['storage']}, {r['phase']}": f"{r['recall: ms'][1]} + {r['remember: ms'][1]} ms"
