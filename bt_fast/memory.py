@@ -97,6 +97,7 @@ class Memory(nn.Module):
         self.samples = step_count("samples", samples, least=1)
         self.shape = None if shape is None else checked_shape(shape)
         self.dtype = checked_dtype(dtype)
+        self._given = self.shape, self.dtype
         check_choice("storage", storage, ("device", "host", "file"))
         if (path is not None) != (storage == "file"):
             instead = "write storage='file', path='perturbations.mem', or leave path out"
@@ -200,7 +201,8 @@ class Memory(nn.Module):
         on the CPU, and before a first minibatch's end.
 
         Args:
-            indices: [m] integers, the samples of the next minibatch, all different. Returned on the images' device.
+            indices: [m] integers, all different, the samples of the next minibatch. Returned on the images' device, which
+                is known once there was a minibatch.
 
         Raises:
             TypeError or ValueError: as `recall` would; only where there is something to copy.
@@ -246,6 +248,7 @@ class Memory(nn.Module):
                 here = out.to(values.device)
                 values.index_copy_(0, at, torch.where(per_sample(here, old), old, values[at]))
         if rows is not self.perturbations:
+            self.settle()  # of another minibatch that is open
             self._arriving = HostCopy(rows), numbers
 
     def ages(self) -> Tensor:
@@ -417,7 +420,7 @@ class Memory(nn.Module):
     def _make_room(self, stored: Tensor | None) -> None:
         own = self.perturbations
         if stored is None:
-            self.perturbations = None
+            self.perturbations, (self.shape, self.dtype) = None, self._given
             return
         if own is None or (own.shape, own.dtype) != (stored.shape, stored.dtype):
             self.perturbations = torch.empty_like(stored, device=self.written.device)

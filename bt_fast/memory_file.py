@@ -9,7 +9,7 @@ import os
 import uuid
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO
@@ -118,16 +118,16 @@ def created(
     """
     check_new(path)
     description = Description(samples, shape, NUMPY[dtype], fingerprint, share, uuid.uuid4().hex)
-    with _replacing(path) as file:
-        file.truncate(description.bytes_of_rows)
-        file.seek(description.bytes_of_rows)
-        for first in range(0, samples, CHUNK):
-            np.full(min(CHUNK, samples - first), NEVER, dtype=np.int64).tofile(file)
-    try:  # last: a file without its description is not taken for a memory
-        with _replacing(header_of(path)) as file:
+    try:
+        with _replacing(path) as file:
+            file.truncate(description.bytes_of_rows)
+            file.seek(description.bytes_of_rows)
+            for first in range(0, samples, CHUNK):
+                np.full(min(CHUNK, samples - first), NEVER, dtype=np.int64).tofile(file)
+        with _replacing(header_of(path)) as file:  # last: a file without its description is not taken for a memory
             file.write((json.dumps(asdict(description), indent=2) + "\n").encode())
     except BaseException:
-        path.unlink()
+        path.unlink(missing_ok=True)
         raise
     return MemoryFile(path, description)
 
@@ -154,6 +154,7 @@ def _replacing(path: Path) -> Iterator[IO[bytes]]:
         unfinished.unlink(missing_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        with suppress(OSError):  # some network disks do not sync folders
+            os.fsync(folder)
     finally:
         os.close(folder)

@@ -183,6 +183,7 @@ def test_a_state_from_before_the_first_minibatch_forgets_all():
     memory.load_state_dict(Memory(SAMPLES).state_dict())
     assert memory.perturbations is None
     assert memory.clock == 0
+    assert (memory.shape, memory.dtype) == (None, None)  # as when it was made
 
 
 @pytest.mark.parametrize(

@@ -164,6 +164,18 @@ def test_what_a_run_leaves_that_was_killed_while_it_made_the_file_is_not_taken_f
         in_file(tmp_path)
 
 
+def test_a_disk_that_does_not_sync_folders_holds_a_memory_all_the_same(tmp_path):
+    def fsync(number, sync=os.fsync):
+        if os.path.isdir(f"/proc/self/fd/{number}"):
+            raise OSError(22, "Invalid argument")
+        sync(number)
+
+    memory = in_file(tmp_path)
+    with mock.patch("os.fsync", fsync):
+        trained(memory, *ALL)
+    assert same(in_file(tmp_path), memory)
+
+
 def interrupted_at(name, replace=os.replace):
     def interrupted(source, target):
         if target.name == name:

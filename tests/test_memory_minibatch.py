@@ -3,6 +3,7 @@
 import copy
 import re
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -201,3 +202,16 @@ def test_int8_is_not_for_l2():
     x = torch.rand(2, *SHAPE)
     with pytest.raises(ValueError, match=r"^memory's dtype must be floating point in l2"):
         Memory(2, dtype=torch.int8).minibatch(x, torch.arange(2), ThreatModel(EPSILON, "l_2"))
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_two_minibatches_may_be_open_at_once(apart):
+    images, _ = data_set()
+    memory, (first, last) = Memory(SAMPLES, dtype=DOUBLE, storage="host"), torch.arange(SAMPLES).split(SAMPLES // 2)
+    with mock.patch.object(Memory, "_apart", return_value=apart):  # as with images on another device
+        both = [memory.minibatch(images[indices], indices, BALL) for indices in (first, last)]
+        moved = [(images[indices] + EPSILON).clamp(max=1.0) for indices in (first, last)]
+        for minibatch, x_adv in zip(both, moved, strict=True):
+            minibatch.keep(x_adv)
+    memory.settle()
+    torch.testing.assert_close(memory.perturbations, (torch.cat(moved) - images) / EPSILON)

@@ -139,7 +139,8 @@ class Contestant:
             check_no_file(path)
         else:
             own = own_state(saved, self.world)
-            remove_unsaved(path, own)
+            if self.config.memory_storage == "file":
+                remove_unsaved(path, own)
         memory = new_memory(self.config, self.image_shape, ranks_of, self.world.rank, fingerprint, path)
         memory.to(self.device)
         if own is not None:

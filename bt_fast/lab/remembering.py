@@ -46,7 +46,7 @@ def file_of(folder: Path, method: str, rank: int) -> Path:
 
 def check_no_file(path: Path) -> None:
     """Raises ValueError if there is a file, so that a new run would begin with what another one remembered."""
-    if path.exists():
+    if path.exists() or header_of(path).exists():
         raise ValueError(f"{path.parent}: already holds a run's memory ({path.name}); name another folder with --out")
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -154,14 +155,27 @@ def call(
         start=start or old("start"),
         normalization=old("normalization"),
     )
-    loss = kind(attack, mining=bullet, engine=given.engine, memory=given.memory, **of_loss)
-    loss._passes.owner = kind, attack
-    execution = _execution(loss.engine, deprecated, given.x_natural)
-    how = Call(execution, indices, given.generator, unperturbed, balance, "x_natural", placement=given.placement)
-    value = loss.of_call(given.model, given.x_natural, given.y, how)
+    with _counts_kept_by_errors(bullet):
+        loss = kind(attack, mining=bullet, engine=given.engine, memory=given.memory, **of_loss)
+        loss._passes.owner = kind, attack
+        execution = _execution(loss.engine, deprecated, given.x_natural)
+        how = Call(execution, indices, given.generator, unperturbed, balance, "x_natural", placement=given.placement)
+        value = loss.of_call(given.model, given.x_natural, given.y, how)
     if given.optimizer is not None:
         given.optimizer.zero_grad()
     return value
+
+
+@contextmanager
+def _counts_kept_by_errors(bullet: BulletTrain | None) -> Iterator[None]:
+    """Takes back the counts that a memory gave the mining, if its first call fails."""
+    counts = None if bullet is None else (bullet.boundary_steps, bullet.robust_steps, bullet.outlier_steps)
+    try:
+        yield
+    except BaseException:
+        if bullet is not None and counts is not None:
+            bullet.boundary_steps, bullet.robust_steps, bullet.outlier_steps = counts
+        raise
 
 
 def _indices(given: Given, samples: Tensor | None) -> Tensor | None:

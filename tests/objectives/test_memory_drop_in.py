@@ -122,8 +122,10 @@ def test_without_a_memory_numbers_decide_about_the_starts():
 def test_what_does_not_go_together_is_an_error_that_names_the_argument(loss, changed, error, message):
     given = given_to(**changed)
     before = copy.deepcopy((given["model"].state_dict(), given["bullet"].state_dict()))
+    counts = repr(given["bullet"])
     with pytest.raises(error, match=message):
         loss(**given)
+    assert repr(given["bullet"]) == counts
     for old, new in zip(before, (given["model"].state_dict(), given["bullet"].state_dict()), strict=True):
         assert all(torch.equal(old[name], new[name]) for name in old if isinstance(old[name], torch.Tensor))
     assert getattr(given["memory"], "clock", 0) == 0
