@@ -201,8 +201,8 @@ class Memory(nn.Module):
         on the CPU, and before a first minibatch's end.
 
         Args:
-            indices: [m] integers, all different, the samples of the next minibatch. Returned on the images' device, which
-                is known once there was a minibatch.
+            indices: [m] integers, all different, the samples of the next minibatch. Returned on the images' device,
+                which is known once there was a minibatch.
 
         Raises:
             TypeError or ValueError: as `recall` would; only where there is something to copy.
