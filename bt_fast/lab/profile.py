@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import statistics
+import tempfile
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -92,8 +93,9 @@ def profile(
             if (folder / name).exists():
                 raise ValueError(f"--out: {folder} already holds {name}; name another folder")
         everything = torch.zeros(len(dataset.x_train), dtype=torch.int64, device="cpu")
-        contestant.remember(folder, everything, fingerprint(dataset))
-        return _profiled(contestant, dataset, folder, iterations), folder
+        with tempfile.TemporaryDirectory(prefix=".memory-", dir=folder) as passing:  # a profile's memory ends with it
+            contestant.remember(Path(passing), everything, fingerprint(dataset))
+            return _profiled(contestant, dataset, folder, iterations), folder
 
 
 def _profiled(contestant: Contestant, dataset: ImageDataset, folder: Path, iterations: int) -> Profile:

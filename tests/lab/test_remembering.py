@@ -276,8 +276,10 @@ def test_a_memory_that_does_not_fit_the_device_is_refused_with_what_to_write():
         check_training(dataclasses.replace(CONFIG, memory_storage="host"), blobs(), CPU)
 
 
-def test_a_profile_has_a_memory_too(tmp_path):
-    config = dataclasses.replace(CONFIG, methods=("optimised",))
+@pytest.mark.parametrize("storage", ["device", "file"])
+def test_a_profile_has_a_memory_too_which_ends_with_it(tmp_path, storage):
+    config = dataclasses.replace(CONFIG, methods=("optimised",), memory_storage=storage)
     with mock.patch.object(Memory, "remember", autospec=True, side_effect=Memory.remember) as remember:
         profile(config, blobs(), CPU, tmp_path / "profile", iterations=1)
     assert remember.call_count == 3 + 1 + 3
+    assert not [path for path in (tmp_path / "profile").iterdir() if "mem" in path.name]
